@@ -1,0 +1,80 @@
+"""Source rules that no linter has: calls that run code from data, and the line budget.
+
+Quire reads checkpoints, templates and requests that strangers wrote. Unpickling, `eval` or importing
+from any of them is code execution, so such calls are not allowed anywhere in the package, not even
+where they look harmless: the next edit may move untrusted data there.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parent.parent / "src" / "quire"
+LINE_BUDGET = 25_000
+"""Lines of Python in the package, blank ones and comments included: a person reads it in two days."""
+
+FORBIDDEN_MODULES = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}
+FORBIDDEN_NAMES = {"eval", "exec"}
+FORBIDDEN_CALLS = {
+    ("torch", "load"),
+    ("yaml", "load"),
+    ("yaml", "unsafe_load"),
+    ("yaml", "full_load"),
+    ("os", "system"),
+}
+FORBIDDEN_KEYWORDS = {"trust_remote_code", "allow_pickle"}
+"""Passing these as true to a library hands it the right to run what it read."""
+
+
+def violations(path: Path) -> Iterator[str]:
+    """`file:line: what`, for each rule broken in one file."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
+        found = _violation(node)
+        if found:
+            yield f"{path.relative_to(PACKAGE.parent.parent)}:{node.lineno}: {found}"
+
+
+def _violation(node: ast.AST) -> str | None:
+    if isinstance(node, ast.Import):
+        modules = [alias.name.split(".")[0] for alias in node.names]
+    elif isinstance(node, ast.ImportFrom):
+        modules = [(node.module or "").split(".")[0]]
+    else:
+        modules = []
+    for module in modules:
+        if module in FORBIDDEN_MODULES:
+            return f"import of {module}: it runs code from the data it reads"
+    if not isinstance(node, ast.Call):
+        return None
+    target = node.func
+    if isinstance(target, ast.Name) and target.id in FORBIDDEN_NAMES:
+        return f"{target.id}(): it runs code from data"
+    if isinstance(target, ast.Attribute) and isinstance(target.value, ast.Name):
+        name = (target.value.id, target.attr)
+        if name in FORBIDDEN_CALLS:
+            return f"{'.'.join(name)}(): it runs code from data"
+    for keyword in node.keywords:
+        literal = keyword.value.value if isinstance(keyword.value, ast.Constant) else None
+        if keyword.arg in FORBIDDEN_KEYWORDS and literal is True:
+            return f"{keyword.arg}=True: it runs code from data"
+    return None
+
+
+def main() -> int:
+    files = sorted(PACKAGE.rglob("*.py"))
+    lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in files)
+    if "--report" in sys.argv:
+        print(f"  size  {lines:,} of {LINE_BUDGET:,} lines in {len(files)} files")
+        return 0
+    problems = [problem for path in files for problem in violations(path)]
+    if lines > LINE_BUDGET:
+        problems.append(f"src/quire has {lines:,} lines; the budget is {LINE_BUDGET:,}")
+    print("\n".join(problems))
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

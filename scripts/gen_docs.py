@@ -1,0 +1,129 @@
+"""Write docs/options.md from the config dataclasses, so that the page cannot disagree with the program.
+
+python scripts/gen_docs.py            write
+python scripts/gen_docs.py --check    exit 1 if what is on disk is not what would be written
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from quire.config import engine_options, server_options
+from quire.config.options import OptionInfo
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "options.md"
+
+TITLES = {
+    "model": "Model",
+    "cache": "KV cache",
+    "scheduler": "Scheduler",
+    "runtime": "Runtime",
+    "server": "Server",
+}
+
+# vLLM 0.32's default where ours differs, or "no such flag". Names absent here agree.
+VLLM = {
+    "model": "no built-in model",
+    "load_format": "also formats we do not read",
+    "gpu_memory_utilization": "0.92",
+    "watermark": "0.0",
+    "max_num_seqs": "256 or 1024 by GPU memory; 128 on a CPU",
+    "max_num_batched_tokens": "by GPU, 2048 to 16384; 2048 on a CPU, 4096 in `LLM`",
+    "max_num_queued_reqs": "none; beyond a limit 503, ours 429",
+    "max_num_queued_tokens": "none; beyond a limit 503, ours 429",
+    "kernels": "no such flag",
+    "cpu_threads": "no such flag",
+    "log_format": "no such flag",
+    "shutdown_timeout": "0",
+    "sse_keep_alive_interval": "0",
+    "health_timeout": "no such flag",
+    "max_body_bytes": "no such flag",
+    "max_prompts_per_request": "no such flag",
+    "log_stats_interval": "`VLLM_LOG_STATS_INTERVAL`, 10",
+}
+
+HEADER = """\
+# Options
+
+Written by `scripts/gen_docs.py` from `src/quire/config/`; do not edit.
+
+Every option is a flag of `quire serve`, a key of the YAML file given with `--config`, and, except for those
+under *Server*, a keyword of `LLM(...)` and `EngineConfig`. Flags are spelled with dashes or underscores;
+a flag on the command line wins over the file. On/off options are `--name` and `--no-name`. Sizes
+take a suffix: `k`, `m`, `g` are powers of 1000, `K`, `M`, `G` of 1024. An option that is not listed here
+is an error, not ignored. The last column says what vLLM 0.32 does where it is not the same.
+"""
+
+
+def render() -> str:
+    """The whole page."""
+    sections = [HEADER]
+    groups: dict[str, list[OptionInfo]] = {}
+    for info in [*engine_options(), *server_options()]:
+        groups.setdefault(info.group, []).append(info)
+    for group, infos in groups.items():
+        rows = [f"| {' | '.join(_row(info))} |" for info in infos]
+        head = ["| Flag | Default | YAML key | Meaning | vLLM 0.32 |", "|---|---|---|---|---|"]
+        sections.append("\n".join([f"## {TITLES[group]}", "", *head, *rows, ""]))
+    return "\n".join(sections)
+
+
+def _row(info: OptionInfo) -> list[str]:
+    flags = [f"`{flag}`" for flag in (info.flag, *info.aliases)]
+    if info.is_bool:
+        flags.append(f"`--no-{info.flag[2:]}`")
+    if info.positional:
+        flags.insert(0, f"`{info.name.upper()}`")
+    text = info.help
+    if info.choices:
+        text += f" One of {', '.join(f'`{choice}`' for choice in info.choices)}."
+    cells = [
+        ", ".join(flags),
+        _default(info.default),
+        f"`{info.name}`",
+        text,
+        VLLM.get(info.name, ""),
+    ]
+    return [cell.replace("|", "\\|") for cell in cells]
+
+
+def _default(value: object) -> str:
+    if value is None or value in ((), "", {}):
+        return "–"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, tuple):
+        return " ".join(f"`{part}`" for part in value)
+    if isinstance(value, int) and value >= 2**20 and value % 2**20 == 0:
+        return f"{value // 2**20}M"
+    return (
+        f"`{value}`"
+        if isinstance(value, str)
+        else f"{value:g}"
+        if isinstance(value, float)
+        else str(value)
+    )
+
+
+def main() -> int:
+    unknown = set(VLLM) - {info.name for info in [*engine_options(), *server_options()]}
+    if unknown:
+        print(
+            f"scripts/gen_docs.py: VLLM names options that do not exist: {', '.join(sorted(unknown))}"
+        )
+        return 1
+    text = render()
+    if "--check" not in sys.argv:
+        PAGE.parent.mkdir(exist_ok=True)
+        PAGE.write_text(text, encoding="utf-8")
+        return 0
+    if not PAGE.exists() or PAGE.read_text(encoding="utf-8") != text:
+        print("docs/options.md is not up to date: run `make docs`")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,102 @@
+"""Quire serves large language models: a paged KV cache, continuous batching, shared prefixes.
+
+    from quire import LLM, SamplingParams
+
+    with LLM() as llm:
+        [output] = llm.generate(["What does os.path.join do?"], SamplingParams(max_tokens=64))
+        print(output.outputs[0].text)
+
+Names are imported when they are first used, so that `import quire` costs nothing and `quire --help` does
+not wait for PyTorch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from quire.util.version import VERSION as __version__
+
+if TYPE_CHECKING:  # for type checkers and editors; at run time `__getattr__` below
+    from quire.config import EngineConfig
+    from quire.engine.async_llm import AsyncLLM
+    from quire.engine.llm import LLM
+    from quire.errors import (
+        CheckpointError,
+        ConfigError,
+        EngineDeadError,
+        EngineError,
+        InvalidParameterError,
+        MemoryFitError,
+        ModelError,
+        ModelNotFoundError,
+        PromptTooLongError,
+        QueueFullError,
+        QuireError,
+        RequestError,
+        UnsupportedModelError,
+    )
+    from quire.outputs import CompletionOutput, RequestOutput
+    from quire.sampling_params import SamplingParams
+
+_HOMES = {
+    "LLM": "quire.engine.llm",
+    "AsyncLLM": "quire.engine.async_llm",
+    "SamplingParams": "quire.sampling_params",
+    "RequestOutput": "quire.outputs",
+    "CompletionOutput": "quire.outputs",
+    "EngineConfig": "quire.config",
+} | dict.fromkeys(
+    (
+        "QuireError",
+        "ConfigError",
+        "ModelError",
+        "UnsupportedModelError",
+        "CheckpointError",
+        "MemoryFitError",
+        "RequestError",
+        "InvalidParameterError",
+        "PromptTooLongError",
+        "ModelNotFoundError",
+        "QueueFullError",
+        "EngineError",
+        "EngineDeadError",
+    ),
+    "quire.errors",
+)
+
+__all__ = [
+    "LLM",
+    "AsyncLLM",
+    "SamplingParams",
+    "RequestOutput",
+    "CompletionOutput",
+    "EngineConfig",
+    "QuireError",
+    "ConfigError",
+    "ModelError",
+    "UnsupportedModelError",
+    "CheckpointError",
+    "MemoryFitError",
+    "RequestError",
+    "InvalidParameterError",
+    "PromptTooLongError",
+    "ModelNotFoundError",
+    "QueueFullError",
+    "EngineError",
+    "EngineDeadError",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> object:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'quire' has no attribute {name!r}")
+    value = getattr(importlib.import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

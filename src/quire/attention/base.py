@@ -1,0 +1,112 @@
+"""What every layer's attention shares in one step, and the memory the keys and values live in.
+
+One set of tensors describes a step, and all layers read it: layers differ only in weights, window
+and which slice of the cache is theirs. A request that decodes, one that prefills a chunk and one
+that resumes are rows of the same kind: `query_start_loc` says which tokens are whose, `seq_lens`
+how many keys each then has.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from quire.kernels.base import kv_cache_shapes
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionMetadata:
+    """One step's batch of B requests with T scheduled tokens in all, request after request."""
+
+    positions: torch.Tensor
+    """[T] int64: each token's index in its request."""
+    slot_mapping: torch.Tensor
+    """[T] int64: where each token's key and value go, `block_id * block_size + offset`."""
+    query_start_loc: torch.Tensor
+    """[B + 1] int32: request i owns tokens `query_start_loc[i]` up to `query_start_loc[i + 1]`."""
+    seq_lens: torch.Tensor
+    """[B] int32: keys each request has once this step's are written; its last token is at
+    `seq_lens[i] - 1`.
+    """
+    block_table: torch.Tensor
+    """[B, max_blocks] int32: each request's blocks in order; entries past the sequence are never read."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCache:
+    """One layer's slice of the cache.
+
+    Keys are stored with the slot innermost, so that the score of one query against a block's keys is a run of
+    vector multiply-adds; values with the dimension innermost, because they are summed slot by slot.
+    """
+
+    k: torch.Tensor
+    """[num_blocks, num_kv_heads, head_dim, block_size]"""
+    v: torch.Tensor
+    """[num_blocks, num_kv_heads, block_size, head_dim]"""
+
+
+class KVCache:
+    """Keys and values of every layer, in one allocation whose size is known before anything is served.
+
+    Memory is not cleared: a slot is read only after it was written, and untouched pages cost nothing.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        num_blocks: int,
+        num_kv_heads: int,
+        head_dim: int,
+        block_size: int,
+        dtype: torch.dtype,
+    ) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        shapes = kv_cache_shapes(
+            num_blocks=num_blocks,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            block_size=block_size,
+        )
+        self.storage = torch.empty(
+            num_layers, 2, num_blocks * num_kv_heads * head_dim * block_size, dtype=dtype
+        )
+        self.layers = tuple(
+            LayerCache(k=layer[0].view(shapes.k), v=layer[1].view(shapes.v))
+            for layer in self.storage
+        )
+
+    @property
+    def pairs(self) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
+        """(k, v) of each layer, as `Kernels.copy_blocks` takes them."""
+        return tuple((layer.k, layer.v) for layer in self.layers)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.storage.numel() * self.storage.element_size()
+
+
+class AttentionBackend(Protocol):
+    """Causal attention of one step's queries over all their requests' keys, old and new."""
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        cache: LayerCache,
+        metadata: AttentionMetadata,
+        window: int | None,
+        out: torch.Tensor,
+    ) -> None:
+        """Store `k` and `v` in their slots, then write the attention of `q` to `out`.
+
+        q, out: [T, num_heads, head_dim]; k, v: [T, num_kv_heads, head_dim]; any may be strided
+        views whose last dimension is contiguous. With a window a query sees that many keys, its own
+        included.
+        """

@@ -1,0 +1,43 @@
+"""Attention by walking each request's block table (PagedAttention, Kwon et al. 2023, section 4)."""
+
+from __future__ import annotations
+
+import torch
+
+from quire.attention.base import AttentionMetadata, LayerCache
+from quire.kernels.base import Kernels
+
+
+class PagedAttention:
+    """The backend over `Kernels`: one kernel call to store, one to attend, whatever mix of requests
+    is in the step.
+    """
+
+    def __init__(self, kernels: Kernels, *, scale: float) -> None:
+        self._kernels = kernels
+        self._scale = scale
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        cache: LayerCache,
+        metadata: AttentionMetadata,
+        window: int | None,
+        out: torch.Tensor,
+    ) -> None:
+        """Keys are stored first: a token attends to itself and to the tokens before it in the same step."""
+        self._kernels.write_kv(k, v, cache.k, cache.v, metadata.slot_mapping)
+        self._kernels.paged_attention(
+            q,
+            cache.k,
+            cache.v,
+            metadata.block_table,
+            metadata.query_start_loc,
+            metadata.seq_lens,
+            scale=self._scale,
+            window=window or 0,
+            out=out,
+        )

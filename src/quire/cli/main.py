@@ -1,0 +1,101 @@
+"""`quire COMMAND ...`: picks the command's file, and turns what can go wrong into exit codes.
+
+0 is success, 1 a failure while working, 2 a mistake on the command line or in the config, 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, cast
+
+from quire.cli.parser import Parser, dashed
+from quire.errors import ConfigError, InvalidParameterError, ModelError, QuireError
+from quire.util.version import VERSION
+
+
+class CommandModule(Protocol):
+    """What a command's file defines."""
+
+    def run(self, argv: list[str]) -> int:
+        """Parse what follows the command's name, do it, and return the exit code."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    module: str
+    about: str
+
+
+COMMANDS = {
+    "serve": Command("quire.cli.serve", "serve a model over HTTP, in OpenAI's dialect"),
+    "chat": Command("quire.cli.chat", "talk with a model here, or with a running server (--url)"),
+    "generate": Command("quire.cli.generate", "continue or answer one prompt, and leave"),
+    "demo": Command("quire.cli.demo", "a server, eight conversations at once, and what it did"),
+    "collect-env": Command("quire.cli.collect_env", "versions and machine, for a bug report"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The console script. Never shows a traceback for a mistake of the user's."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(words)
+    except (ConfigError, ModelError, InvalidParameterError) as error:
+        print(f"quire: error: {error}", file=sys.stderr)
+        return 2
+    except QuireError as error:
+        print(f"quire: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `quire generate ... | head`: the reader has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _dispatch(words: list[str]) -> int:
+    name = words[0].replace("_", "-") if words else "--help"
+    command = COMMANDS.get(name)
+    if command is not None:
+        module = cast(CommandModule, importlib.import_module(command.module))
+        return module.run(words[1:])
+    parser = Parser(prog="quire", usage="quire COMMAND [flags]", description=_description())
+    parser.add_argument("--version", action="version", version=f"quire {VERSION}")
+    if not name.startswith("-"):
+        parser.error(_unknown_command(name))
+    parser.parse_strictly(dashed(words))
+    parser.print_help()
+    return 0 if words else 2
+
+
+def _unknown_command(name: str) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(name, COMMANDS, n=1)
+    hint = f" Did you mean {close[0]}?" if close else f" There are {', '.join(COMMANDS)}."
+    return f"unknown command {name!r}.{hint}"
+
+
+def _description() -> str:
+    width = max(len(name) for name in COMMANDS)
+    rows = [f"  {name:<{width}}  {command.about}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "Serves large language models: paged KV cache, continuous batching, shared prefixes.",
+            "",
+            "commands:",
+            *rows,
+            "",
+            "`quire COMMAND --help` lists a command's flags. With no model named, the built-in one.",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

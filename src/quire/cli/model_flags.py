@@ -1,0 +1,67 @@
+"""Which model a command talks with: every engine flag, or a server's address."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from quire.cli.parser import Parser, add_options, given
+from quire.cli.talk import add_sampling_flags, given_sampling
+from quire.config import engine_options, from_flat, load_yaml
+from quire.errors import ConfigError
+from quire.sampling_params import SamplingParams
+from quire.util.logging import setup_logging
+
+if TYPE_CHECKING:
+    from quire.config import EngineConfig
+
+# `--seed` is a sampling flag of these commands; `model` has a place of its own.
+_OPTIONS = [info for info in engine_options() if info.name not in ("seed", "model")]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelChoice:
+    """A model to start here (`engine`), or a server that runs already (`url`)."""
+
+    engine: EngineConfig
+    sampling: dict[str, object]
+    url: str | None = None
+    model: str | None = None
+    api_key: str | None = None
+
+
+def add_model_flags(parser: Parser) -> None:
+    parser.add_argument("--model", metavar="MODEL", help="directory or hub id (default: built in)")
+    parser.add_argument(
+        "--url", help="talk with a running server instead, such as http://host:8000"
+    )
+    parser.add_argument(
+        "--api-key", metavar="KEY", help="its key (default: QUIRE_API_KEY, OPENAI_API_KEY)"
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file of engine options")
+    add_sampling_flags(parser)
+    add_options(parser, _OPTIONS)
+
+
+def model_choice(args: argparse.Namespace, *, model: str | None = None) -> ModelChoice:
+    """What the flags say; `model` is the positional one, which wins. Sets up quiet logging."""
+    sampling = given_sampling(args)
+    SamplingParams(**sampling)  # type: ignore[arg-type]  # a mistake is told before a model is loaded
+    name = model or args.model
+    values = load_yaml(args.config) if args.config else {}
+    values |= given(args, _OPTIONS)
+    if args.url is not None and values:
+        raise ConfigError(
+            f"--url talks with a server that has its own configuration; remove {', '.join(values)}."
+        )
+    if name is not None:
+        values["model"] = name
+    if "seed" in sampling:
+        values["seed"] = sampling["seed"]
+    engine = from_flat(values)
+    level = os.environ.get("QUIRE_LOG_LEVEL", "WARNING")
+    setup_logging(log_format=engine.runtime.log_format, level=level)
+    key = args.api_key or os.environ.get("QUIRE_API_KEY") or os.environ.get("OPENAI_API_KEY")
+    return ModelChoice(engine, sampling, args.url, name, key)

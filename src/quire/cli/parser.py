@@ -1,0 +1,119 @@
+"""argparse, made strict: no abbreviations, one clean line per error, a hint for a mistyped flag.
+
+Flags are not written down here: they are generated from the config dataclasses (`OptionInfo`), so that
+the command line, YAML files and docs cannot drift apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Iterable, Sequence
+from typing import NoReturn
+
+from quire.config.options import OptionInfo, parse_text
+
+
+class Parser(argparse.ArgumentParser):
+    """`ArgumentParser` that rejects what it does not know and says what was probably meant."""
+
+    def __init__(self, *, prog: str, usage: str, description: str) -> None:
+        super().__init__(
+            prog=prog,
+            usage=usage,
+            description=description,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    def parse_strictly(self, argv: Sequence[str]) -> argparse.Namespace:
+        """The namespace, or exit code 2 with one line on stderr."""
+        args, unknown = self.parse_known_args(dashed(argv))
+        if unknown:
+            self.error(self._complaint(unknown[0]))
+        return args
+
+    def error(self, message: str) -> NoReturn:
+        print(
+            f"{self.prog}: error: {message} (`{self.prog} --help` lists the flags)", file=sys.stderr
+        )
+        raise SystemExit(2)
+
+    def _complaint(self, word: str) -> str:
+        if not word.startswith("-") or word in ("-", "--"):
+            return f"unexpected argument {word!r}"
+        flag = word.partition("=")[0]
+        known = [name for name in self._option_string_actions if name.startswith("--")]
+        close = difflib.get_close_matches(flag, known, n=1)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        return f"unknown flag {flag}.{hint}"
+
+
+def dashed(argv: Sequence[str]) -> list[str]:
+    """`argv` with `--max_model_len` spelled `--max-model-len`: vLLM accepts both, scripts use both.
+
+    Only the name is touched, never a value, and nothing after a bare `--`.
+    """
+    words: list[str] = []
+    for position, word in enumerate(argv):
+        if word == "--":
+            return words + list(argv[position:])
+        name, equals, value = word.partition("=")
+        words.append(name.replace("_", "-") + equals + value if name.startswith("--") else word)
+    return words
+
+
+def add_options(parser: argparse.ArgumentParser, infos: Iterable[OptionInfo]) -> None:
+    """One flag per option. Values land in the namespace under the option's name, only if given."""
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for info in infos:
+        if info.group not in groups:
+            groups[info.group] = parser.add_argument_group(info.group)
+        _add_option(groups[info.group], info)
+
+
+def _add_option(group: argparse._ArgumentGroup, info: OptionInfo) -> None:
+    flags = [info.flag, *info.aliases]
+    about = _help(info)
+    if info.is_bool:
+        group.add_argument(
+            *flags,
+            dest=info.name,
+            action=argparse.BooleanOptionalAction,
+            default=argparse.SUPPRESS,
+            help=about,
+        )
+        return
+
+    def parse(text: str) -> object:
+        return text if info.is_list else parse_text(info, text)
+
+    group.add_argument(
+        *flags,
+        dest=info.name,
+        type=parse,
+        nargs="+" if info.is_list else None,
+        default=argparse.SUPPRESS,
+        metavar=info.metavar or ("{" + ",".join(info.choices) + "}" if info.choices else "VALUE"),
+        help=about,
+    )
+
+
+def _help(info: OptionInfo) -> str:
+    """The option's own words and its default, safe from argparse's %-formatting."""
+    shown = info.default
+    text = info.help
+    if info.is_bool:
+        text += f" (default: {'on' if shown else 'off'})"
+    elif isinstance(shown, tuple) and shown:
+        text += f" (default: {' '.join(shown)})"
+    elif isinstance(shown, int | float | str) and shown != "":
+        text += f" (default: {shown})"
+    return text.replace("%", "%%")
+
+
+def given(args: argparse.Namespace, infos: Iterable[OptionInfo]) -> dict[str, object]:
+    """The options that the command line did set, by name."""
+    values = vars(args)
+    return {info.name: values[info.name] for info in infos if info.name in values}

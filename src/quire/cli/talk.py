@@ -1,0 +1,181 @@
+"""Someone to talk with: a model in this program, or a server over HTTP. Commands see only `Speaker`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from quire.cli.http import HttpClient, HttpError
+from quire.errors import ConfigError, EngineError, PromptTooLongError, QuireError
+
+if TYPE_CHECKING:
+    from quire.config import EngineConfig
+    from quire.engine.async_llm import AsyncLLM
+    from quire.sampling_params import SamplingParams
+
+Message = Mapping[str, str]
+
+# Flag -> (type, help). The names are those of SamplingParams and of the HTTP API.
+SAMPLING: dict[str, tuple[type, str]] = {
+    "max_tokens": (int, "most tokens to generate"),
+    "temperature": (float, "0 always takes the likeliest token (default: the model's)"),
+    "top_p": (float, "smallest set of tokens whose probability reaches this"),
+    "top_k": (int, "only the k likeliest tokens"),
+    "min_p": (float, "drop tokens less likely than this times the likeliest"),
+    "repetition_penalty": (float, "above 1 discourages tokens that were there before"),
+    "seed": (int, "the same seed gives the same text; also seeds dummy weights"),
+}
+
+
+class ContextFullError(QuireError):
+    """The conversation no longer fits the model's context."""
+
+
+class Speaker(Protocol):
+    """Answers to prompts, as deltas of text."""
+
+    def chat(
+        self, messages: Sequence[Message], sampling: Mapping[str, object]
+    ) -> AsyncIterator[str]:
+        """The assistant's next message. Raises `ContextFullError` before the first delta."""
+        ...
+
+    def complete(self, prompt: str, sampling: Mapping[str, object]) -> AsyncIterator[str]:
+        """The continuation of `prompt`, with no template around it."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+class LocalModel:
+    """An engine started for this command alone."""
+
+    def __init__(self, engine: AsyncLLM) -> None:
+        self._engine = engine
+
+    @classmethod
+    async def start(cls, config: EngineConfig) -> LocalModel:
+        from quire.engine.async_llm import AsyncLLM
+
+        return cls(await AsyncLLM.start(config))
+
+    @property
+    def can_chat(self) -> bool:
+        return self._engine.model.chat_template is not None
+
+    async def chat(
+        self, messages: Sequence[Message], sampling: Mapping[str, object]
+    ) -> AsyncIterator[str]:
+        template = self._engine.model.chat_template
+        if template is None:
+            raise ConfigError(
+                f"{self._engine.model.name} has no chat template: give one with --chat-template, "
+                "or use `quire generate --raw`."
+            )
+        model = self._engine.model
+        # The template writes the special tokens itself, so the tokenizer must not add them again.
+        ids = model.tokenizer.encode(template.render(messages), add_special_tokens=False)
+        async for text in self._stream(ids, sampling):
+            yield text
+
+    async def complete(self, prompt: str, sampling: Mapping[str, object]) -> AsyncIterator[str]:
+        async for text in self._stream(prompt, sampling):
+            yield text
+
+    async def _stream(
+        self, prompt: str | list[int], sampling: Mapping[str, object]
+    ) -> AsyncIterator[str]:
+        stream = None
+        try:
+            stream = self._engine.submit(prompt, self._params(sampling))
+            async for output in stream:
+                if output.error is not None:
+                    raise EngineError(output.error)
+                for sequence in output.outputs:
+                    yield sequence.text
+            stream = None
+        except PromptTooLongError as error:
+            raise ContextFullError(str(error)) from None
+        finally:
+            if stream is not None:  # left early: Ctrl-C, or an error while printing
+                stream.abort()
+
+    def _params(self, sampling: Mapping[str, object]) -> SamplingParams:
+        from quire.sampling_params import RequestOutputKind, SamplingParams
+
+        values = {"max_tokens": None, **self._engine.model.default_sampling, **sampling}
+        return SamplingParams(**values, output_kind=RequestOutputKind.DELTA)  # type: ignore[arg-type]
+
+    async def close(self) -> None:
+        await self._engine.shutdown()
+
+
+class RemoteModel:
+    """A server that runs already: Quire's, or any that speaks OpenAI's dialect."""
+
+    def __init__(self, client: HttpClient, model: str) -> None:
+        self._client = client
+        self._model = model
+
+    @classmethod
+    async def connect(cls, url: str, *, model: str | None, api_key: str | None) -> RemoteModel:
+        """Talk with `model`, or with the first one the server lists."""
+        import json
+
+        client = HttpClient(url.rstrip("/").removesuffix("/v1"), api_key)
+        if model is None:
+            try:
+                model = str(json.loads(await client.get("/v1/models"))["data"][0]["id"])
+            except (ValueError, LookupError, TypeError):
+                raise HttpError(
+                    f"{url} does not answer like an OpenAI-compatible server."
+                ) from None
+        return cls(client, model)
+
+    async def chat(
+        self, messages: Sequence[Message], sampling: Mapping[str, object]
+    ) -> AsyncIterator[str]:
+        request = {"messages": list(messages), **sampling}
+        async for choice in self._stream("/v1/chat/completions", request):
+            delta = choice.get("delta")
+            if isinstance(delta, dict) and delta.get("content"):
+                yield str(delta["content"])
+
+    async def complete(self, prompt: str, sampling: Mapping[str, object]) -> AsyncIterator[str]:
+        async for choice in self._stream("/v1/completions", {"prompt": prompt, **sampling}):
+            yield str(choice.get("text") or "")
+
+    async def _stream(
+        self, path: str, request: Mapping[str, object]
+    ) -> AsyncIterator[Mapping[str, object]]:
+        body = {"model": self._model, "stream": True, **request}
+        try:
+            async for event in self._client.post_events(path, body):
+                choices = event.get("choices")
+                if isinstance(choices, list):
+                    for choice in choices:
+                        yield choice
+        except HttpError as error:
+            if error.status == 400 and error.param in ("input_tokens", "max_tokens"):
+                raise ContextFullError(str(error)) from None
+            raise
+
+    async def close(self) -> None:
+        return None
+
+
+def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("sampling")
+    for name, (kind, about) in SAMPLING.items():
+        flag = "--" + name.replace("_", "-")
+        group.add_argument(flag, dest=f"sampling_{name}", type=kind, metavar="N", help=about)
+    group.add_argument(
+        "--stop", dest="sampling_stop", nargs="+", metavar="TEXT", help="texts that end the answer"
+    )
+
+
+def given_sampling(args: argparse.Namespace) -> dict[str, object]:
+    """The sampling flags that were set, under their names in `SamplingParams`."""
+    values = {name: getattr(args, f"sampling_{name}") for name in (*SAMPLING, "stop")}
+    return {name: value for name, value in values.items() if value is not None}

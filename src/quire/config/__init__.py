@@ -1,0 +1,34 @@
+"""Configuration: frozen dataclasses, one field per flag (`engine.py`, `server.py`), built from flat
+names (`flat.py`), resolved once against the model (`quire.engine.setup`)."""
+
+from quire.config.engine import (
+    CacheConfig,
+    EngineConfig,
+    ModelConfig,
+    RuntimeConfig,
+    SchedulerConfig,
+)
+from quire.config.flat import (
+    engine_options,
+    from_flat,
+    load_yaml,
+    server_from_flat,
+    server_options,
+    split_flat,
+)
+from quire.config.server import ServerConfig
+
+__all__ = [
+    "CacheConfig",
+    "EngineConfig",
+    "ModelConfig",
+    "RuntimeConfig",
+    "SchedulerConfig",
+    "ServerConfig",
+    "engine_options",
+    "from_flat",
+    "load_yaml",
+    "server_from_flat",
+    "server_options",
+    "split_flat",
+]

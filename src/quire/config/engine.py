@@ -1,0 +1,207 @@
+"""What a person may set. Frozen; nothing here is computed from the model (see `quire.engine.setup`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from quire.config.options import option, parse_json_object, parse_max_model_len, parse_size
+from quire.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """Which model, and how its files are read."""
+
+    model: str | None = option(
+        None, "Local directory or hub id. Default: the built-in model.", positional=True
+    )
+    served_model_name: tuple[str, ...] = option(
+        (), "Names clients may use; the first is reported by /v1/models and in metrics."
+    )
+    tokenizer: str | None = option(
+        None, "Directory or hub id of the tokenizer. Default: the model's."
+    )
+    revision: str | None = option(None, "Branch, tag or commit on the hub, for every file.")
+    dtype: str = option(
+        "auto",
+        "Type of weights and activations. auto: the checkpoint's own; float32 stays float32.",
+        choices=("auto", "half", "float16", "bfloat16", "float", "float32"),
+    )
+    max_model_len: int | None = option(
+        None,
+        "Most tokens of prompt and output together: 4096, 4k, 4K; -1 or auto fits it to memory. "
+        "Default: what the model was trained for.",
+        parse=parse_max_model_len,
+    )
+    hf_overrides: dict[str, object] = option(
+        {}, "JSON object of config.json fields to replace; null is as if the field were null there.",
+        parse=parse_json_object, metavar="JSON",
+    )  # fmt: skip
+    load_format: str = option(
+        "auto",
+        "auto and safetensors read the checkpoint; dummy makes random weights of its shape.",
+        choices=("auto", "safetensors", "dummy"),
+    )
+    download_dir: str | None = option(None, "Where hub files are kept. Default: the hub's cache.")
+    hf_token: str | None = option(None, "Access token for gated hub models.")
+    seed: int = option(0, "Seeds dummy weights.")
+    generation_config: str = option(
+        "auto",
+        "auto: default sampling parameters come from the model's generation_config.json; "
+        "vllm: neutral defaults; or a directory to read that file from.",
+    )
+    override_generation_config: dict[str, object] = option(
+        {}, "JSON object of sampling defaults that win over generation_config.json.",
+        parse=parse_json_object, metavar="JSON",
+    )  # fmt: skip
+    max_logprobs: int = option(20, "Most logprobs a request may ask for; -1 is no limit.")
+    chat_template: str | None = option(
+        None, "Jinja file, or the template itself. Default: the tokenizer's."
+    )
+    chat_template_content_format: str = option(
+        "auto", "How message content reaches the template.", choices=("auto", "string", "openai")
+    )
+
+    def __post_init__(self) -> None:
+        length = self.max_model_len
+        if length is not None and length != -1 and length < 1:
+            raise ConfigError(f"max_model_len must be at least 1, or -1 for auto, got {length}.")
+        if self.max_logprobs < -1:
+            raise ConfigError(
+                f"max_logprobs must be at least 0, or -1 for no limit, got {self.max_logprobs}."
+            )
+        if self.model == "":
+            raise ConfigError("model must not be empty; leave it out for the built-in model.")
+
+
+@dataclass(frozen=True, slots=True)
+class CacheConfig:
+    """The paged KV cache."""
+
+    block_size: int = option(16, "Token slots in a block: 16, 32, 64 or 128.")
+    gpu_memory_utilization: float | None = option(
+        None,
+        "Share (0-1] of the machine's memory that weights, activations and KV cache may use. "
+        "Default: half of the memory now available.",
+    )
+    kv_cache_memory_bytes: int | None = option(
+        None, "Bytes for the KV cache, instead of a share of memory: 512M, 4G.", parse=parse_size
+    )
+    num_gpu_blocks_override: int | None = option(
+        None, "Exactly this many KV blocks, whatever the memory. For tests."
+    )
+    enable_prefix_caching: bool = option(True, "Reuse the KV of prompts that begin alike.")
+    watermark: float = option(
+        0.01,
+        "Share of blocks kept free when a request is admitted beside running ones, "
+        "so that those can grow without preempting anyone.",
+    )
+
+    def __post_init__(self) -> None:
+        if self.block_size not in (16, 32, 64, 128):
+            raise ConfigError(f"block_size must be 16, 32, 64 or 128, got {self.block_size}.")
+        share = self.gpu_memory_utilization
+        if share is not None and not 0.0 < share <= 1.0:
+            raise ConfigError(f"gpu_memory_utilization must be in (0, 1], got {share}.")
+        if self.kv_cache_memory_bytes is not None and self.kv_cache_memory_bytes <= 0:
+            raise ConfigError(
+                f"kv_cache_memory_bytes must be positive, got {self.kv_cache_memory_bytes}."
+            )
+        if self.num_gpu_blocks_override is not None and self.num_gpu_blocks_override < 2:
+            raise ConfigError(
+                f"num_gpu_blocks_override must be at least 2, got {self.num_gpu_blocks_override}."
+            )
+        if not 0.0 <= self.watermark < 1.0:
+            raise ConfigError(f"watermark must be in [0, 1), got {self.watermark}.")
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """How each step's batch is formed."""
+
+    max_num_seqs: int = option(128, "Most requests that run at once.", parse=parse_size)
+    max_num_batched_tokens: int = option(
+        2048, "Token budget of one step, decode and prefill together.", parse=parse_size
+    )
+    enable_chunked_prefill: bool = option(
+        True, "Split long prompts over steps. When off, a prompt runs whole or waits."
+    )
+    long_prefill_token_threshold: int = option(
+        0, "Most tokens of one request in one step; 0 is no limit but the budget.",
+        parse=parse_size,
+    )  # fmt: skip
+    scheduling_policy: str = option(
+        "fcfs",
+        "fcfs: by arrival. priority: lower `priority` first, then arrival.",
+        choices=("fcfs", "priority"),
+    )
+    max_num_queued_reqs: int | None = option(
+        1024,
+        "Most requests that wait; more are answered 429 with Retry-After. 0 is no limit.",
+        parse=parse_size,
+    )
+    max_num_queued_tokens: int | None = option(
+        None, "Most prompt tokens that wait, likewise.", parse=parse_size
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "max_num_batched_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least "
+                f"max_num_seqs ({self.max_num_seqs}), so that every running request can advance in "
+                "every step. Raise the first or lower the second."
+            )
+        if self.long_prefill_token_threshold < 0:
+            raise ConfigError(
+                "long_prefill_token_threshold must be at least 0, "
+                f"got {self.long_prefill_token_threshold}."
+            )
+        if self.long_prefill_token_threshold and not self.enable_chunked_prefill:
+            raise ConfigError(
+                "long_prefill_token_threshold splits prompts, which enable_chunked_prefill=False "
+                "forbids; leave one of them out."
+            )
+        for name in ("max_num_queued_reqs", "max_num_queued_tokens"):
+            limit = getattr(self, name)
+            if limit is not None and limit < 0:
+                raise ConfigError(f"{name} must be at least 0 (no limit), got {limit}.")
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeConfig:
+    """Where and with what the model runs."""
+
+    kernels: str = option(
+        "auto",
+        "CPU kernels. native: compiled C, an error if there is no compiler; reference: PyTorch.",
+        choices=("auto", "native", "reference"),
+    )
+    cpu_threads: int | None = option(
+        None,
+        "Threads that compute. Default: the physical cores this process may use; one for a model "
+        "of less than 64 MiB.",
+    )
+    enforce_eager: bool = option(
+        False, "Accepted for vLLM scripts: on the CPU every step already runs eagerly."
+    )
+    disable_log_stats: bool = option(False, "No periodic line with throughput and cache use.")
+    log_format: str = option(
+        "text", "Log lines for people, or one JSON object each.", choices=("text", "json")
+    )
+
+    def __post_init__(self) -> None:
+        if self.cpu_threads is not None and self.cpu_threads < 1:
+            raise ConfigError(f"cpu_threads must be at least 1, got {self.cpu_threads}.")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Everything an engine needs; `quire.config.from_flat` builds one from flat names."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)

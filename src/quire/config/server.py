@@ -1,0 +1,67 @@
+"""Options of the HTTP server alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from quire.config.options import option, parse_size
+from quire.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    """Where the server listens, who may ask, and how much."""
+
+    host: str | None = option(None, "Address to listen on. Default: all, as vLLM does.")
+    port: int = option(8000, "Port to listen on; 0 picks a free one.")
+    uds: str | None = option(None, "Unix socket to listen on, instead of host and port.")
+    api_key: tuple[str, ...] = option(
+        (),
+        "Keys that clients may use; with none, anyone may ask. Also VLLM_API_KEY, QUIRE_API_KEY.",
+    )
+    root_path: str = option("", "Path prefix that a proxy in front strips.")
+    allowed_origins: tuple[str, ...] = option(("*",), "CORS: origins that browsers may call from.")
+    allowed_methods: tuple[str, ...] = option(("*",), "CORS: methods.")
+    allowed_headers: tuple[str, ...] = option(("*",), "CORS: headers.")
+    allow_credentials: bool = option(False, "CORS: whether browsers may send credentials.")
+    ssl_keyfile: str | None = option(None, "TLS key.")
+    ssl_certfile: str | None = option(None, "TLS certificate.")
+    uvicorn_log_level: str = option(
+        "info", "Log level of the HTTP server.",
+        choices=("debug", "info", "warning", "error", "critical", "trace"),
+    )  # fmt: skip
+    disable_uvicorn_access_log: bool = option(False, "No line per HTTP request.")
+    enable_log_requests: bool = option(False, "Log each request's id, sizes and parameters.")
+    response_role: str = option("assistant", "Role of chat answers.")
+    shutdown_timeout: float = option(
+        30.0,
+        "Seconds that running requests get to finish after SIGTERM; 0 aborts them (vLLM's way).",
+    )
+    health_timeout: float = option(
+        60.0, "Seconds without a heartbeat of the scheduler loop before /health answers 503."
+    )
+    max_body_bytes: int = option(
+        8 * 2**20, "Largest request body; more is a 413.", parse=parse_size
+    )
+    max_prompts_per_request: int = option(1024, "Most prompts in one completion request.")
+    sse_keep_alive_interval: float = option(
+        15.0, "Seconds of silence before a stream gets a comment line; 0 is never."
+    )
+    log_stats_interval: float = option(10.0, "Seconds between throughput lines in the log.")
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"port must be in [0, 65535], got {self.port}.")
+        for name in ("shutdown_timeout", "sse_keep_alive_interval", "health_timeout"):
+            if not getattr(self, name) >= 0:  # so written, NaN fails too
+                raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}.")
+        if not self.log_stats_interval > 0:
+            raise ConfigError(
+                f"log_stats_interval must be greater than 0, got {self.log_stats_interval}. "
+                "To silence the line, set disable_log_stats."
+            )
+        for name in ("max_body_bytes", "max_prompts_per_request"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if (self.ssl_keyfile is None) != (self.ssl_certfile is None):
+            raise ConfigError("ssl_keyfile and ssl_certfile go together: give both or neither.")

@@ -1,0 +1,343 @@
+"""The serving front end: many requests at once over one engine-core process, in asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+
+import zmq
+
+from quire.config import EngineConfig
+from quire.engine.core_client import CoreProcess, failure_of
+from quire.engine.input_processor import EngineRequest, InputProcessor, PromptInput
+from quire.engine.output_processor import OutputProcessor
+from quire.engine.setup import ServedModel, locate, resolve, serve_model
+from quire.errors import EngineDeadError, InvalidParameterError, QueueFullError
+from quire.messages import (
+    AbortRequests,
+    CoreFailed,
+    CoreInput,
+    CoreOutput,
+    EngineReady,
+    Ping,
+    Pong,
+    ResetPrefixCache,
+    SchedulerStats,
+    StepOutputs,
+)
+from quire.metrics import MetricsSink
+from quire.outputs import RequestOutput
+from quire.sampling_params import SamplingParams
+
+PING_SECONDS = 2.0
+DRAIN_BATCH = 16
+"""Messages taken in before other tasks get a turn."""
+DEFAULT_HEALTH_TIMEOUT = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """Whether the scheduler loop turns: not whether a process exists."""
+
+    alive: bool
+    heartbeat_age: float
+    """Seconds since the loop last answered or produced anything."""
+    reason: str
+
+
+class RequestStream:
+    """Outputs of one request, in order, ending with the one that is `finished`.
+
+    Raises `EngineDeadError` from iteration if the engine dies. Leaving early (cancellation, `aclose`,
+    garbage) should go through `abort`, which is idempotent.
+    """
+
+    def __init__(self, engine: AsyncLLM, request: EngineRequest) -> None:
+        self.request_id = request.request_id
+        self.prompt_token_ids = request.prompt_token_ids
+        self._engine = engine
+        self._outputs: deque[RequestOutput | Exception] = deque()
+        self._arrived = asyncio.Event()
+        self._over = False
+
+    def abort(self) -> None:
+        """End the request now; iteration then ends with finish_reason "abort"."""
+        self._engine.abort(self.request_id)
+
+    def __aiter__(self) -> AsyncIterator[RequestOutput]:
+        return self._iterate()
+
+    async def _iterate(self) -> AsyncIterator[RequestOutput]:
+        try:
+            while not self._over:
+                while not self._outputs:
+                    self._arrived.clear()
+                    await self._arrived.wait()
+                item = self._outputs.popleft()
+                if isinstance(item, Exception):
+                    self._over = True
+                    raise item
+                self._over = item.finished
+                yield item
+        finally:
+            if not self._over:
+                self.abort()
+
+    def put(self, item: RequestOutput | Exception) -> None:
+        """Called by the engine."""
+        self._outputs.append(item)
+        self._arrived.set()
+
+
+class AsyncLLM:
+    """One model, served. Build with `await AsyncLLM.start(config)`; all calls from one event loop."""
+
+    def __init__(
+        self, config: EngineConfig, core: CoreProcess, model: ServedModel, ready: EngineReady
+    ) -> None:
+        self.config = config
+        self.model = model
+        self.ready = ready
+        self.stats = SchedulerStats()
+        self._core = core
+        self._input = InputProcessor(model)
+        self._output = OutputProcessor(model.tokenizer)
+        self._streams: dict[str, RequestStream] = {}
+        self._stats_listeners: list[Callable[[StepOutputs], None]] = []
+        self._heartbeat = time.monotonic()
+        self._dead: EngineDeadError | None = None
+        self._finish_times: deque[float] = deque(maxlen=64)
+        self._closing = False
+        self._loop = asyncio.get_running_loop()
+        self._descriptor = int(core.socket.getsockopt(zmq.FD))
+        self._loop.add_reader(self._descriptor, self._drain)
+        self._pinger = asyncio.create_task(self._ping(), name="quire-ping")
+
+    @classmethod
+    async def start(cls, config: EngineConfig) -> AsyncLLM:
+        """Spawn the engine core, load tokenizer and template meanwhile, and wait until it serves.
+
+        Raises what kept it from starting: `ConfigError`, `ModelError`, `MemoryFitError`, ...
+        """
+        located = await asyncio.to_thread(locate, config)
+        resolved = resolve(located)
+        core = CoreProcess(located)
+        waiting = asyncio.ensure_future(asyncio.to_thread(core.wait_ready))
+        try:
+            model = await asyncio.to_thread(serve_model, located, resolved)
+            ready = await asyncio.shield(waiting)
+        except BaseException:
+            # A socket has one user at a time: let the waiting thread go before closing it.
+            core.stop_waiting()
+            await asyncio.wait([waiting])
+            waiting.exception()
+            await asyncio.to_thread(core.close)
+            raise
+        return cls(located, core, model, ready)
+
+    # --- requests ---------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        prompt: PromptInput,
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        cache_salt: str | None = None,
+        add_special_tokens: bool = True,
+    ) -> RequestStream:
+        """Validate, tokenize and queue a request.
+
+        Raises `RequestError` for a request that cannot be served, `QueueFullError` when too many wait,
+        `EngineDeadError` when there is no engine. After this returns, the request ends in exactly
+        one finish reason.
+        """
+        if self._dead is not None:
+            raise self._dead
+        if request_id is not None and request_id in self._streams:
+            raise InvalidParameterError(
+                f"request_id {request_id!r} is in use.", param="request_id", value=request_id
+            )
+        request = self._input.process(
+            prompt,
+            params,
+            request_id=request_id,
+            priority=priority,
+            cache_salt=cache_salt,
+            add_special_tokens=add_special_tokens,
+        )
+        self._check_queue(request)
+        stream = RequestStream(self, request)
+        self._streams[request.request_id] = stream
+        self._output.add(request)
+        for sequence in request.sequences:
+            self._send(sequence)
+        return stream
+
+    async def generate(
+        self, prompt: PromptInput, params: SamplingParams, request_id: str | None = None
+    ) -> AsyncIterator[RequestOutput]:
+        """`submit`, iterated: vLLM's spelling."""
+        async for output in self.submit(prompt, params, request_id=request_id):
+            yield output
+
+    def abort(self, request_id: str) -> None:
+        """End a request now. Unknown or finished ids are ignored."""
+        ids, output = self._output.abort(request_id)
+        if ids and self._dead is None:
+            self._send(AbortRequests(ids))
+        if output is not None:
+            self._deliver(output)
+
+    def reset_prefix_cache(self) -> None:
+        if self._dead is None:
+            self._send(ResetPrefixCache())
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests submitted and not ended."""
+        return len(self._streams)
+
+    def _check_queue(self, request: EngineRequest) -> None:
+        scheduler = self.config.scheduler
+        live = self._output.num_sequences
+        if scheduler.max_num_queued_reqs:
+            limit = scheduler.max_num_seqs + scheduler.max_num_queued_reqs
+            if live + len(request.sequences) > limit:
+                self._reject(
+                    "max_num_queued_reqs",
+                    f"{live} sequences run or wait and this request adds {len(request.sequences)}; "
+                    f"the server takes {limit} (--max-num-seqs plus --max-num-queued-reqs).",
+                )
+        if scheduler.max_num_queued_tokens and live >= scheduler.max_num_seqs:
+            queued = self._output.num_queued_tokens + len(request.prompt_token_ids)
+            if queued > scheduler.max_num_queued_tokens:
+                self._reject(
+                    "max_num_queued_tokens",
+                    f"{queued} prompt tokens would wait; the server queues "
+                    f"{scheduler.max_num_queued_tokens} (--max-num-queued-tokens).",
+                )
+
+    def _reject(self, reason: str, message: str) -> None:
+        self._output.metrics.on_rejected(reason)
+        raise QueueFullError(f"The queue is full: {message}", retry_after=self._drain_seconds())
+
+    def _drain_seconds(self) -> float:
+        """How long until someone finishes, judged by the latest finishes. At least a second."""
+        times = self._finish_times
+        if len(times) < 2 or times[-1] == times[0]:
+            return 1.0
+        waiting = max(1, self.stats.num_waiting)
+        return min(60.0, max(1.0, waiting * (times[-1] - times[0]) / (len(times) - 1)))
+
+    # --- the core's messages ----------------------------------------------------------------------
+
+    def _send(self, message: CoreInput) -> None:
+        """ZeroMQ's descriptor is edge-triggered, and sending may consume the edge: look afterwards."""
+        self._core.send(message)
+        self._loop.call_soon(self._drain)
+
+    def _drain(self) -> None:
+        """Take in the messages that are there, pausing for others now and then."""
+        try:
+            for _ in range(DRAIN_BATCH):
+                if self._dead is not None or self._closing:
+                    return
+                message = self._core.try_receive()
+                if message is None:
+                    return
+                self._take(message)
+            self._loop.call_soon(self._drain)
+        except Exception as error:
+            self._die(f"The front end failed on the engine's output ({type(error).__name__}).")
+            raise
+
+    def _take(self, message: CoreOutput) -> None:
+        self._heartbeat = time.monotonic()
+        if isinstance(message, StepOutputs):
+            self.stats = message.stats or self.stats
+            processed = self._output.process(message)
+            if processed.aborts:
+                self._send(AbortRequests(processed.aborts))
+            for output in processed.outputs:
+                self._deliver(output)
+            for listener in self._stats_listeners:
+                listener(message)
+        elif isinstance(message, CoreFailed):
+            self._die(str(failure_of(message)))
+        else:
+            assert isinstance(message, (Pong, EngineReady))
+
+    def _deliver(self, output: RequestOutput) -> None:
+        stream = self._streams.get(output.request_id)
+        if stream is None:
+            return
+        if output.finished:
+            del self._streams[output.request_id]
+            self._finish_times.append(time.monotonic())
+        stream.put(output)
+
+    def _die(self, message: str) -> None:
+        """No more service: every live request ends with the error, later ones are refused."""
+        if self._dead is not None:
+            return
+        self._dead = EngineDeadError(message)
+        self._loop.remove_reader(self._descriptor)
+        self._output.fail_all(message)
+        streams, self._streams = self._streams, {}
+        for stream in streams.values():
+            stream.put(EngineDeadError(message))
+
+    async def _ping(self) -> None:
+        """Ask for a sign of life when there is none, and notice a core that has died."""
+        nonce = 0
+        while self._dead is None:
+            await asyncio.sleep(PING_SECONDS)
+            if self._core.process.poll() is not None:
+                self._die(f"The engine core exited with status {self._core.process.returncode}.")
+            elif time.monotonic() - self._heartbeat >= PING_SECONDS:
+                nonce += 1
+                self._send(Ping(nonce))
+
+    # --- what operators ask -----------------------------------------------------------------------
+
+    def health(self, timeout: float = DEFAULT_HEALTH_TIMEOUT) -> Health:
+        """Judged by the scheduler loop's latest sign of life."""
+        age = time.monotonic() - self._heartbeat
+        if self._dead is None and self._core.process.poll() is not None:
+            self._die(f"The engine core exited with status {self._core.process.returncode}.")
+        if self._dead is not None:
+            return Health(False, age, str(self._dead))
+        if age > timeout:
+            return Health(False, age, f"The scheduler loop has not answered for {age:.0f} s.")
+        return Health(True, age, "ok")
+
+    @property
+    def is_dead(self) -> bool:
+        return self._dead is not None
+
+    def attach_metrics(self, metrics: MetricsSink) -> None:
+        """Report everything that happens to `metrics`, from now on."""
+        self._output.metrics = metrics
+
+    def add_stats_listener(self, callback: Callable[[StepOutputs], None]) -> None:
+        self._stats_listeners.append(callback)
+
+    async def shutdown(self) -> None:
+        """Abort what is left and end the core. Idempotent."""
+        if self._closing:
+            return
+        for request_id in list(self._streams):
+            self.abort(request_id)
+        self._closing = True
+        self._pinger.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._pinger
+        self._loop.remove_reader(self._descriptor)
+        self._dead = self._dead or EngineDeadError("The engine has been shut down.")
+        await asyncio.to_thread(self._core.close)

@@ -1,0 +1,111 @@
+"""Assemble an `EngineCore` with a real model. This is where torch comes in."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+
+import torch
+
+from quire.attention.base import KVCache
+from quire.config import EngineConfig
+from quire.engine.core import EngineCore
+from quire.engine.setup import ResolvedModel
+from quire.executor.inline import InlineExecutor
+from quire.kernels.base import create_kernels
+from quire.kvcache import KVCacheManager
+from quire.messages import EngineReady
+from quire.models.loader import load_model
+from quire.runner.model_runner import ModelRunner
+from quire.scheduler import Scheduler, SchedulerLimits
+
+logger = logging.getLogger(__name__)
+
+
+def build_core(config: EngineConfig, resolved: ResolvedModel) -> tuple[EngineCore, EngineReady]:
+    """Load the model, allocate the KV cache, and join them with a scheduler."""
+    started = time.monotonic()
+    memory = resolved.memory
+    torch.set_num_threads(config.runtime.cpu_threads or default_threads(memory.weight_bytes))
+    kernels = create_kernels(config.runtime.kernels)  # type: ignore[arg-type]
+    dtype = getattr(torch, resolved.dtype)
+    model = load_model(
+        resolved.spec,
+        resolved.model_dir,
+        dtype=dtype,
+        kernels=kernels,
+        load_format=config.model.load_format,
+        max_model_len=memory.max_model_len,
+        seed=config.model.seed,
+    )
+    kv_cache = KVCache(
+        num_layers=resolved.spec.num_layers,
+        num_blocks=memory.num_blocks,
+        num_kv_heads=resolved.spec.num_kv_heads,
+        head_dim=resolved.spec.head_dim,
+        block_size=memory.block_size,
+        dtype=dtype,
+    )
+    runner = ModelRunner(
+        model,
+        kv_cache,
+        kernels,
+        max_num_seqs=config.scheduler.max_num_seqs,
+        max_model_len=memory.max_model_len,
+    )
+    core = EngineCore(build_scheduler(config, resolved), InlineExecutor(runner))
+    ready = EngineReady(
+        num_blocks=memory.num_blocks,
+        block_size=memory.block_size,
+        max_model_len=memory.max_model_len,
+        vocab_size=resolved.spec.vocab_size,
+        ledger=memory.rows(),
+        weight_bytes=memory.weight_bytes,
+        kv_bytes=memory.kv_bytes,
+        load_seconds=time.monotonic() - started,
+    )
+    return core, ready
+
+
+def build_scheduler(config: EngineConfig, resolved: ResolvedModel) -> Scheduler:
+    """The scheduler alone, as the engine would run it. The simulator's entry too."""
+    memory, options = resolved.memory, config.scheduler
+    kv = KVCacheManager(
+        memory.num_blocks,
+        memory.block_size,
+        enable_prefix_caching=config.cache.enable_prefix_caching,
+    )
+    limits = SchedulerLimits(
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        max_model_len=memory.max_model_len,
+        watermark_blocks=int(config.cache.watermark * memory.num_blocks),
+        long_prefill_token_threshold=options.long_prefill_token_threshold,
+        enable_chunked_prefill=options.enable_chunked_prefill,
+        policy=options.scheduling_policy,
+    )
+    return Scheduler(limits, kv)
+
+
+SMALL_MODEL_BYTES = 64 * 2**20
+
+
+def default_threads(weight_bytes: int) -> int:
+    """All physical cores, but one for a model whose weights stay in cache: its operations take
+    microseconds, and waiting for a second thread at each of them costs more than it computes
+    (thirty times more, measured, when another process has that core)."""
+    return 1 if weight_bytes < SMALL_MODEL_BYTES else physical_cores()
+
+
+def physical_cores() -> int:
+    """Cores this process may use, hyper-threads of one core counted once."""
+    allowed = os.sched_getaffinity(0)
+    seen: set[str] = set()
+    for cpu in allowed:
+        try:
+            with open(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") as file:
+                seen.add(file.read())
+        except OSError:
+            return len(allowed)
+    return len(seen)

@@ -1,0 +1,163 @@
+"""The front end's end of the engine core: in this process, or in one of its own."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import deque
+from pathlib import Path
+
+import msgspec
+import zmq
+
+from quire import errors
+from quire.config import EngineConfig
+from quire.engine.core import EngineCore
+from quire.errors import EngineDeadError, EngineError, QuireError
+from quire.messages import CoreFailed, CoreInput, CoreOutput, EngineReady, Shutdown
+from quire.util.logging import LEVELS
+
+START_POLL_SECONDS = 0.1
+RECONNECT_MILLISECONDS = 5
+EXIT_GRACE_SECONDS = 5.0
+
+
+class InlineCore:
+    """The core in this process: `receive` runs a step."""
+
+    def __init__(self, core: EngineCore) -> None:
+        self._core = core
+        self._answers: deque[CoreOutput] = deque()
+
+    def send(self, message: CoreInput) -> None:
+        answer = self._core.handle(message)
+        if answer is not None:
+            self._answers.append(answer)
+
+    def receive(self) -> CoreOutput:
+        """The next output. Call only when something was sent that has one coming."""
+        if self._answers:
+            return self._answers.popleft()
+        return self._core.step()
+
+    def close(self) -> None:
+        self._core.close()
+
+
+class CoreProcess:
+    """A core in a child process, and the socket to it. Blocking; `AsyncLLM` polls the descriptor."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._directory = tempfile.mkdtemp(prefix="quire-")  # mode 0700: nobody else connects
+        address = f"ipc://{Path(self._directory, 'core.sock')}"
+        self._context = zmq.Context()
+        self.socket = self._context.socket(zmq.PAIR)
+        self.socket.setsockopt(zmq.LINGER, 0)
+        self.socket.setsockopt(zmq.SNDHWM, 0)
+        self.socket.setsockopt(zmq.RCVHWM, 0)
+        # We connect and the core binds: what is sent before it listens is queued here, and a core that
+        # dies can never make `send` block.
+        self.socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MILLISECONDS)
+        self.socket.connect(address)
+        self._encode = msgspec.msgpack.Encoder().encode
+        self._decode = msgspec.msgpack.Decoder(CoreOutput).decode
+        self._closed = False
+        self._given_up = False
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "quire.engine.core_process", address],
+            stdin=subprocess.PIPE,  # its end tells the core that we are gone
+            start_new_session=True,  # a Ctrl-C is ours to handle
+            env=_child_environment(),
+        )
+        self.socket.send(msgspec.json.encode(config))
+
+    def send(self, message: CoreInput) -> None:
+        self.socket.send(self._encode(message))
+
+    def wait_ready(self) -> EngineReady:
+        """Block until the model is loaded. Raises the error the core met."""
+        while not self._given_up:
+            message = self.receive(timeout=START_POLL_SECONDS)
+            if isinstance(message, EngineReady):
+                return message
+            if isinstance(message, CoreFailed):
+                raise failure_of(message)
+        raise EngineDeadError("The start of the engine core was given up.")
+
+    def stop_waiting(self) -> None:
+        """Make `wait_ready` return, from another thread."""
+        self._given_up = True
+
+    def receive(self, *, timeout: float | None = None) -> CoreOutput | None:
+        """The next output; None after `timeout` seconds. Raises `EngineDeadError` if the core died."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            message = self.try_receive()
+            if message is not None:
+                return message
+            if self.process.poll() is not None and not self.socket.poll(0):
+                raise EngineDeadError(
+                    f"The engine core exited with status {self.process.returncode}."
+                )
+            if deadline is not None and time.monotonic() >= deadline:
+                return None
+            self.socket.poll(1000 if timeout is None else int(timeout * 1000) + 1)
+
+    def try_receive(self) -> CoreOutput | None:
+        """The next output if there is one."""
+        try:
+            received = self.socket.recv(zmq.NOBLOCK)
+        except zmq.Again:
+            return None
+        message: CoreOutput = self._decode(received)
+        return message
+
+    def close(self) -> None:
+        """End the core: politely, then not. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        if self.process.poll() is None:
+            self.send(Shutdown())
+            if self.process.stdin is not None:
+                self.process.stdin.close()
+            try:
+                self.process.wait(EXIT_GRACE_SECONDS)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        elif self.process.stdin is not None:
+            self.process.stdin.close()
+        self.socket.close()
+        self._context.term()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+
+def failure_of(message: CoreFailed) -> QuireError:
+    """The exception that a `CoreFailed` stands for."""
+    kind = getattr(errors, message.kind, EngineError)
+    if isinstance(kind, type) and issubclass(kind, QuireError):
+        try:
+            return kind(message.message)
+        except TypeError:
+            pass
+    return EngineError(message.message)
+
+
+def _child_environment() -> dict[str, str]:
+    """Ours, with the package importable even when it is not installed, and our own log level: a
+    command that keeps quiet has a core that does."""
+    environment = dict(os.environ)
+    level = logging.getLogger("quire").getEffectiveLevel()
+    environment["QUIRE_LOG_LEVEL"] = next(
+        (name for name in LEVELS if level <= logging.getLevelName(name)), LEVELS[-1]
+    )
+    source = str(Path(__file__).resolve().parents[2])
+    paths = [source, *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
+    environment["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
+    return environment

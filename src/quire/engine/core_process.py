@@ -1,0 +1,143 @@
+"""The engine core's own process: `python -m quire.engine.core_process ADDRESS`.
+
+ZeroMQ over a Unix socket in a private directory, msgspec structs, no pickle. The first message is the
+configuration; the first answer is `EngineReady` or `CoreFailed`. Between steps the loop takes in what
+has arrived; without work it blocks, so an idle engine costs nothing. It leaves when told to, or when
+its standard input ends, which happens however the parent dies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import sys
+import threading
+
+import msgspec
+import zmq
+
+from quire.config import EngineConfig
+from quire.engine.core import EngineCore
+from quire.errors import QuireError
+from quire.messages import CoreFailed, CoreInput, CoreOutput, Shutdown
+from quire.util.logging import setup_logging
+
+logger = logging.getLogger("quire.engine")
+
+
+def main(address: str) -> int:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # the front end decides when the core ends
+    context = zmq.Context()
+    socket = context.socket(zmq.PAIR)
+    socket.setsockopt(zmq.LINGER, 2000)
+    socket.setsockopt(zmq.SNDHWM, 0)
+    socket.setsockopt(zmq.RCVHWM, 0)
+    socket.bind(address)
+    try:
+        return _run(_Link(socket))
+    finally:
+        socket.close()
+        context.term()
+
+
+class _Link:
+    """Typed messages over one socket."""
+
+    def __init__(self, socket: zmq.Socket[bytes]) -> None:
+        self._socket = socket
+        self._encode = msgspec.msgpack.Encoder().encode
+        self._decode = msgspec.msgpack.Decoder(CoreInput).decode
+        self._poller = zmq.Poller()
+        self._poller.register(socket, zmq.POLLIN)
+        self._stdin = sys.stdin.fileno()
+        self._poller.register(self._stdin, zmq.POLLIN)
+
+    def receive_config(self) -> EngineConfig:
+        return msgspec.json.decode(self._socket.recv(), type=EngineConfig)
+
+    def send(self, message: CoreOutput) -> None:
+        """Never blocks: without a peer (the parent is gone) the message is dropped."""
+        with contextlib.suppress(zmq.Again):
+            self._socket.send(self._encode(message), zmq.NOBLOCK)
+
+    def receive(self, *, block: bool) -> list[CoreInput]:
+        """All messages that are there; with `block`, at least one. A dead parent is a `Shutdown`."""
+        if block:
+            ready = dict(self._poller.poll())
+            if self._stdin in ready:
+                return [Shutdown()]
+        messages = []
+        while int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN:
+            messages.append(self._decode(self._socket.recv(zmq.NOBLOCK)))
+        return messages
+
+    @property
+    def parent_is_gone(self) -> bool:
+        return self._stdin in dict(self._poller.poll(0))
+
+
+def _run(link: _Link) -> int:
+    config = link.receive_config()
+    setup_logging(log_format=config.runtime.log_format)
+    try:
+        compiling = threading.Thread(target=_compile_kernels, args=(config.runtime.kernels,))
+        compiling.start()
+        from quire.engine.build import build_core
+        from quire.engine.setup import resolve
+
+        compiling.join()
+        core, ready = build_core(config, resolve(config))
+    except Exception as error:
+        link.send(_failure(error))
+        if not isinstance(error, QuireError):
+            logger.exception("the engine core failed to start")
+        return 1
+    link.send(ready)
+    try:
+        _serve(core, link)
+    except Exception as error:
+        logger.exception("the engine core failed")
+        link.send(_failure(error))
+        return 1
+    finally:
+        core.close()
+    return 0
+
+
+def _compile_kernels(kernels: str) -> None:
+    """On a first start, beside the import of torch: each takes more than a second. Whoever needs the
+    kernels finds them built, or meets the same error and reports it."""
+    if kernels == "reference":
+        return
+    from quire.kernels.cpu.build import BuildError, build
+
+    with contextlib.suppress(BuildError):
+        build()
+
+
+def _serve(core: EngineCore, link: _Link) -> None:
+    steps = 0
+    while True:
+        for message in link.receive(block=not core.has_work):
+            if isinstance(message, Shutdown):
+                return
+            answer = core.handle(message)
+            if answer is not None:
+                link.send(answer)
+        if core.has_work:
+            link.send(core.step())
+            steps += 1
+            if steps % 64 == 0 and link.parent_is_gone:
+                return
+
+
+def _failure(error: Exception) -> CoreFailed:
+    if isinstance(error, QuireError):
+        return CoreFailed(str(error), type(error).__name__)
+    return CoreFailed(f"The engine core failed ({type(error).__name__}).", "EngineError")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

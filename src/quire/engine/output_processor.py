@@ -1,0 +1,324 @@
+"""From the core's token ids to `RequestOutput`s: text, stop strings, logprobs, times. Sans I/O."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from quire.engine.input_processor import EngineRequest
+from quire.messages import FinishReason, RequestUpdate, StepOutputs, TokenLogprobs
+from quire.metrics import FinishedRequest, MetricsSink, NullMetrics
+from quire.outputs import CompletionOutput, Logprob, RequestOutput, RequestStateStats
+from quire.sampling_params import RequestOutputKind
+from quire.text.detokenizer import IncrementalDetokenizer
+from quire.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Sequence:
+    """One of a request's n sequences."""
+
+    request_id: int
+    index: int
+    detokenizer: IncrementalDetokenizer | None
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[dict[int, Logprob]] | None = None
+    cumulative_logprob: float | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    last_token_ts: float = 0.0
+    sent: int = 0
+    """Tokens already in a DELTA output."""
+
+
+@dataclass(slots=True)
+class RequestState:
+    """One request of a caller, while it lives."""
+
+    request: EngineRequest
+    sequences: list[_Sequence]
+    metrics: RequestStateStats
+    num_cached_tokens: int | None = None
+    error: str | None = None
+
+    @property
+    def finished(self) -> bool:
+        return all(sequence.finish_reason is not None for sequence in self.sequences)
+
+
+@dataclass(slots=True)
+class Processed:
+    """What one message of the core meant for callers."""
+
+    outputs: list[RequestOutput]
+    aborts: list[int]
+    """Sequences that ended here (by a stop string) and must end in the core too."""
+
+
+class OutputProcessor:
+    """Keeps every live request's text and history."""
+
+    def __init__(self, tokenizer: Tokenizer, *, metrics: MetricsSink | None = None) -> None:
+        self._tokenizer = tokenizer
+        self.metrics: MetricsSink = metrics or NullMetrics()
+        self._states: dict[int, tuple[RequestState, _Sequence]] = {}
+        self.requests: dict[str, RequestState] = {}
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self._states)
+
+    @property
+    def num_queued_tokens(self) -> int:
+        """Prompt tokens of requests that have produced nothing yet."""
+        return sum(
+            len(state.request.prompt_token_ids)
+            for state in self.requests.values()
+            if state.metrics.first_token_ts == 0.0
+        )
+
+    def add(self, request: EngineRequest) -> RequestState:
+        """Follow a request. Its id must be unique among live ones."""
+        params = request.params
+        sequences = []
+        for index, message in enumerate(request.sequences):
+            detokenizer = None
+            if params.detokenize:
+                detokenizer = IncrementalDetokenizer(
+                    self._tokenizer,
+                    prompt_token_ids=request.prompt_token_ids[-32:],
+                    skip_special_tokens=params.skip_special_tokens,
+                    spaces_between_special_tokens=params.spaces_between_special_tokens,
+                    stop=params.stop_strings,
+                    include_stop_str_in_output=params.include_stop_str_in_output,
+                    min_tokens=params.min_tokens,
+                )
+            sequence = _Sequence(message.request_id, index, detokenizer)
+            if params.logprobs is not None:
+                sequence.logprobs, sequence.cumulative_logprob = [], 0.0
+            sequences.append(sequence)
+        stats = RequestStateStats(arrival_time=time.time(), arrival_ts=request.arrival_ts)
+        state = RequestState(request, sequences, stats)
+        self.requests[request.request_id] = state
+        for sequence in sequences:
+            self._states[sequence.request_id] = (state, sequence)
+        return state
+
+    def process(self, outputs: StepOutputs) -> Processed:
+        """Apply a step. Returns an output for each request that has one to show."""
+        self.metrics.on_step(outputs)
+        processed = Processed([], [])
+        touched: dict[str, tuple[RequestState, dict[int, str]]] = {}
+        for update in outputs.updates:
+            known = self._states.get(update.request_id)
+            if known is None:
+                continue  # ended here already: by a stop string, or aborted
+            state, sequence = known
+            try:
+                delta = self._apply(state, sequence, update, outputs.timestamp, processed)
+            except Exception:
+                # A fault in one request's text ends that request, and nobody else's.
+                logger.exception("request %s failed in output processing", update.request_id)
+                state.error = "The server failed to process this request's output."
+                processed.aborts.extend(self._end(state, FinishReason.ERROR))
+                delta = ""
+            _, deltas = touched.setdefault(state.request.request_id, (state, {}))
+            deltas[sequence.index] = deltas.get(sequence.index, "") + delta
+        for state, deltas in touched.values():
+            if state.finished:
+                self._close(state)
+            output = _show(state, deltas)
+            if output is not None:
+                processed.outputs.append(output)
+        return processed
+
+    def abort(self, request_id: str) -> tuple[list[int], RequestOutput | None]:
+        """End a request from this side: the core's ids to abort, and the last output."""
+        state = self.requests.get(request_id)
+        if state is None:
+            return [], None
+        return self._end(state, FinishReason.ABORT), _show(state, _all_indices(state))
+
+    def fail_all(self, message: str) -> list[RequestOutput]:
+        """The engine is gone: every live request ends with an error."""
+        outputs = []
+        for state in list(self.requests.values()):
+            state.error = message
+            self._end(state, FinishReason.ERROR)
+            output = _show(state, _all_indices(state))
+            assert output is not None
+            outputs.append(output)
+        return outputs
+
+    def _end(self, state: RequestState, reason: FinishReason) -> list[int]:
+        ids = []
+        for sequence in state.sequences:
+            if sequence.finish_reason is None:
+                sequence.finish_reason = reason
+                ids.append(sequence.request_id)
+                self._states.pop(sequence.request_id, None)
+        self._close(state)
+        return ids
+
+    def _apply(
+        self,
+        state: RequestState,
+        sequence: _Sequence,
+        update: RequestUpdate,
+        timestamp: float,
+        processed: Processed,
+    ) -> str:
+        """Take in one sequence's update; returns the text it released."""
+        self._note_times(state, sequence, update, timestamp)
+        token_ids = update.new_token_ids
+        finish, stop_reason = update.finish_reason, update.stop_token
+        if update.error is not None:
+            state.error = update.error
+        delta = ""
+        if sequence.detokenizer is not None:
+            by_token = finish is FinishReason.STOP
+            hidden = by_token and not state.request.params.include_stop_str_in_output
+            visible = token_ids[:-1] if hidden else token_ids
+            result = sequence.detokenizer.push(visible, final=finish is not None)
+            delta = result.delta
+            if result.stop is not None:
+                token_ids = token_ids[: result.stop.num_tokens]
+                if finish is None:
+                    processed.aborts.append(sequence.request_id)
+                finish, stop_reason = FinishReason.STOP, None
+                sequence.stop_reason = result.stop.stop_string
+        sequence.token_ids.extend(token_ids)
+        state.metrics.num_generation_tokens += len(token_ids)
+        self._note_logprobs(sequence, (update.logprobs or [])[: len(token_ids)])
+        if finish is not None:
+            sequence.finish_reason = finish
+            if stop_reason is not None:
+                sequence.stop_reason = stop_reason
+            state.metrics.num_preemptions += update.num_preemptions
+            self._states.pop(sequence.request_id, None)
+        return delta
+
+    def _note_times(
+        self, state: RequestState, sequence: _Sequence, update: RequestUpdate, timestamp: float
+    ) -> None:
+        stats = state.metrics
+        if update.times is not None and stats.scheduled_ts == 0.0:
+            stats.queued_ts, stats.scheduled_ts = update.times.queued, update.times.scheduled
+        if update.num_cached_tokens is not None and state.num_cached_tokens is None:
+            state.num_cached_tokens = update.num_cached_tokens
+        if not update.new_token_ids:
+            return
+        if stats.first_token_ts == 0.0:
+            stats.first_token_ts = timestamp
+            stats.first_token_latency = timestamp - stats.arrival_ts
+            self.metrics.on_first_token(
+                stats.first_token_latency,
+                prompt_tokens=len(state.request.prompt_token_ids),
+                cached_tokens=state.num_cached_tokens or 0,
+            )
+        if sequence.last_token_ts:
+            gap = (timestamp - sequence.last_token_ts) / len(update.new_token_ids)
+            for _ in update.new_token_ids:
+                self.metrics.on_token_gap(gap)
+        sequence.last_token_ts = stats.last_token_ts = timestamp
+
+    def _note_logprobs(self, sequence: _Sequence, entries: Sequence[TokenLogprobs]) -> None:
+        if sequence.logprobs is None or sequence.cumulative_logprob is None:
+            return
+        for entry in entries:
+            sequence.cumulative_logprob += entry.logprob
+            position = {
+                token: Logprob(value, rank, self._tokenizer.decode_token(token))
+                for rank, (token, value) in enumerate(
+                    zip(entry.top_ids, entry.top_logprobs, strict=True), start=1
+                )
+            }
+            if entry.token_id not in position:
+                position[entry.token_id] = Logprob(
+                    entry.logprob, entry.rank, self._tokenizer.decode_token(entry.token_id)
+                )
+            sequence.logprobs.append(position)
+
+    def _close(self, state: RequestState) -> None:
+        if self.requests.pop(state.request.request_id, None) is None:
+            return
+        stats, request = state.metrics, state.request
+        first_reason = state.sequences[0].finish_reason
+        assert first_reason is not None
+        self.metrics.on_finished(
+            FinishedRequest(
+                prompt_tokens=len(request.prompt_token_ids),
+                generation_tokens=stats.num_generation_tokens,
+                cached_tokens=state.num_cached_tokens or 0,
+                finish_reason=first_reason.value,
+                arrival_ts=stats.arrival_ts,
+                queued_ts=stats.queued_ts,
+                scheduled_ts=stats.scheduled_ts,
+                first_token_ts=stats.first_token_ts,
+                last_token_ts=stats.last_token_ts,
+                finished_ts=time.monotonic(),
+                num_preemptions=stats.num_preemptions,
+                n=request.params.n,
+                max_tokens=request.params.max_tokens,
+                max_generation_tokens=max(len(s.token_ids) for s in state.sequences),
+            )
+        )
+
+
+def _all_indices(state: RequestState) -> dict[int, str]:
+    return dict.fromkeys(range(len(state.sequences)), "")
+
+
+def _show(state: RequestState, deltas: dict[int, str]) -> RequestOutput | None:
+    """What the caller sees now, or None. deltas: text released by each sequence that changed."""
+    kind = state.request.params.output_kind
+    finished = state.finished
+    if kind is RequestOutputKind.FINAL_ONLY and not finished:
+        return None
+    if kind is RequestOutputKind.DELTA:
+        outputs = [_delta(state.sequences[index], text) for index, text in sorted(deltas.items())]
+    else:
+        outputs = [_cumulative(sequence) for sequence in state.sequences]
+    return RequestOutput(
+        request_id=state.request.request_id,
+        prompt=state.request.prompt,
+        prompt_token_ids=state.request.prompt_token_ids,
+        outputs=outputs,
+        finished=finished,
+        metrics=state.metrics,
+        num_cached_tokens=state.num_cached_tokens,
+        error=state.error,
+    )
+
+
+def _cumulative(sequence: _Sequence) -> CompletionOutput:
+    text = sequence.detokenizer.text if sequence.detokenizer is not None else ""
+    logprobs = sequence.logprobs
+    return _completion(sequence, text, list(sequence.token_ids), logprobs and list(logprobs))
+
+
+def _delta(sequence: _Sequence, text: str) -> CompletionOutput:
+    start, sequence.sent = sequence.sent, len(sequence.token_ids)
+    logprobs = sequence.logprobs[start:] if sequence.logprobs is not None else None
+    return _completion(sequence, text, sequence.token_ids[start:], logprobs)
+
+
+def _completion(
+    sequence: _Sequence,
+    text: str,
+    token_ids: list[int],
+    logprobs: list[dict[int, Logprob]] | None,
+) -> CompletionOutput:
+    return CompletionOutput(
+        index=sequence.index,
+        text=text,
+        token_ids=token_ids,
+        cumulative_logprob=sequence.cumulative_logprob,
+        logprobs=logprobs,
+        finish_reason=None if sequence.finish_reason is None else sequence.finish_reason.value,
+        stop_reason=sequence.stop_reason,
+    )

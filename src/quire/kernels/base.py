@@ -1,0 +1,175 @@
+"""The operations a forward pass is made of, and the choice of who computes them.
+
+Invariance is the contract: what an operation writes for one row (a token, a head, a request) is the
+same bits whatever other rows are in the call, however a request's tokens were cut into calls, and
+whichever thread computes it. Everything the engine promises about exactness rests on it.
+
+All tensors are on the CPU. `dtype` is float32, bfloat16 or float16; arithmetic is in float32 and a
+store rounds to nearest even. Tensors are contiguous unless a docstring says otherwise. A call with a
+wrong dtype, shape or stride raises `KernelArgumentError` before anything is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+KernelsName = Literal["auto", "native", "reference"]
+
+
+@dataclass(frozen=True, slots=True)
+class KVCacheShapes:
+    """The shapes of one layer's cache tensors.
+
+    Keys are transposed inside a block: sixteen keys of one dimension lie side by side, so that a
+    score needs a broadcast and a multiply-add, and no horizontal sum.
+    """
+
+    k: tuple[int, int, int, int]  # [num_blocks, num_kv_heads, head_dim, block_size]
+    v: tuple[int, int, int, int]  # [num_blocks, num_kv_heads, block_size, head_dim]
+
+
+def kv_cache_shapes(
+    *, num_blocks: int, num_kv_heads: int, head_dim: int, block_size: int
+) -> KVCacheShapes:
+    return KVCacheShapes(
+        k=(num_blocks, num_kv_heads, head_dim, block_size),
+        v=(num_blocks, num_kv_heads, block_size, head_dim),
+    )
+
+
+class Kernels(Protocol):
+    """One implementation of every operation."""
+
+    @property
+    def name(self) -> str:
+        """Which one this is: "native" or "reference"."""
+        ...
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """RMSNorm with the rounding points of Hugging Face's Llama: `weight * round(x / rms(x))`.
+
+        x: [T, H], or [T, heads, H] to norm each head; any token stride, so a view into a fused
+        projection serves. weight: [H], same dtype. Returns a new contiguous tensor of x's shape.
+        """
+        ...
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """`residual += x` in place (rounded to dtype), then `rms_norm(residual)`.
+
+        x, residual: [T, H]. weight: [H]. Returns [T, H].
+        """
+        ...
+
+    def rope(self, positions: Tensor, q: Tensor, k: Tensor, cos_sin: Tensor) -> None:
+        """Rotary embedding in place, pairing dimension i with i + R/2 ("neox", HF's rotate_half).
+
+        positions: [T] int64. q: [T, q_heads, D], k: [T, kv_heads, D]: heads dense, any token stride,
+        so views into a fused qkv tensor serve. cos_sin: [max_position, R] float32, R/2 cosines then
+        R/2 sines; R <= D, and dimensions from R on are left alone.
+        """
+        ...
+
+    def write_kv(
+        self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor
+    ) -> None:
+        """Put each token's key and value into its slot.
+
+        k, v: [T, kv_heads, D], any token stride. Caches as `kv_cache_shapes`, same dtype as k.
+        slot_mapping: [T] int64, `block_id * block_size + offset`; a negative slot is padding.
+        """
+        ...
+
+    def copy_blocks(
+        self, caches: Sequence[tuple[Tensor, Tensor]], pairs: Sequence[tuple[int, int]]
+    ) -> None:
+        """Copy whole blocks, for copy-on-write. caches: (k_cache, v_cache) of each layer. pairs:
+        (source, destination); no destination is a source or appears twice.
+        """
+        ...
+
+    def paged_attention(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        block_table: Tensor,
+        query_start_loc: Tensor,
+        seq_lens: Tensor,
+        *,
+        scale: float,
+        window: int = 0,
+        softcap: float = 0.0,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Causal attention of each request's query tokens over its blocks.
+
+        q: [T, q_heads, D], heads dense, any token stride. block_table: [B, max_blocks] int32.
+        query_start_loc: [B + 1] int32, from 0. seq_lens: [B] int32, keys each request has, its query
+        tokens' included: query token t of request b is at position
+        `seq_lens[b] - (start[b + 1] - start[b]) + (t - start[b])`. Decode and chunked prefill mix.
+        window: with w > 0 a query at i sees keys i - w < j <= i; blocks wholly before the window of
+        every query are not read. softcap: with c > 0 a score becomes c * tanh(score / c).
+        out: [T, q_heads, D] contiguous, else a new tensor. Returns out; rows from query_start_loc[B]
+        on are left alone (zero in a new tensor). D <= 512.
+        Slots past a request's length may hold any bits.
+        """
+        ...
+
+    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
+        """`round(silu(gate)) * up`. gate_up: [T, 2F], gate first. Returns [T, F]."""
+        ...
+
+    def philox_uniform(self, seed: int, position: int, n: int) -> Tensor:
+        """The uniform numbers of one sampled position: [n] float32 in (0, 1), one a token id.
+
+        A pure function of (seed, position, token id); see `quire.kernels.philox`. seed: 64 bits,
+        two's complement accepted. position: 0 <= position < 2**64.
+        """
+        ...
+
+    def sample_gumbel(self, scores: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
+        """One token a row, drawn from softmax(scores) by the Gumbel-max trick; ties to the lowest id.
+
+        scores: [R, V] float32, scaled by temperature and filtered, -inf where excluded; rows may be
+        strided. seeds, positions: [R] int64 (a seed's 64 bits). Returns [R] int64. A row with no
+        finite score gives 0.
+        """
+        ...
+
+
+def create_kernels(name: KernelsName = "auto") -> Kernels:
+    """The kernels by that name; `auto` is native where a C compiler works, else the reference.
+
+    Raises `ConfigError` for `native` when it cannot be built, and for an unknown name.
+    """
+    import logging
+
+    from quire.errors import ConfigError
+
+    if name == "reference":
+        from quire.kernels.reference import ReferenceKernels
+
+        return ReferenceKernels()
+    if name not in ("auto", "native"):
+        raise ConfigError(f"kernels={name!r} is not known; use 'auto', 'native' or 'reference'")
+    from quire.kernels.cpu.build import BuildError
+    from quire.kernels.cpu.native import NativeKernels
+
+    try:
+        return NativeKernels()
+    except BuildError as error:
+        if name == "native":
+            raise ConfigError(
+                f"kernels='native' cannot be built: {error}; install a C compiler, set CC to one, "
+                "or use kernels='reference'"
+            ) from error
+        logging.getLogger("quire.kernels").warning(
+            "no native CPU kernels (%s); the slower reference serves", error
+        )
+        from quire.kernels.reference import ReferenceKernels
+
+        return ReferenceKernels()

@@ -1,0 +1,196 @@
+"""Argument checks shared by every implementation: a wrong tensor must raise, never read wild memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from quire.errors import EngineError
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+MAX_HEAD_DIM = 512
+TILE = 16
+
+
+class KernelArgumentError(EngineError, ValueError):
+    """A kernel was called with a tensor of the wrong dtype, shape or stride."""
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise KernelArgumentError(message)
+
+
+def _describe(name: str, tensor: Tensor, need: str) -> str:
+    return (
+        f"{name} is {tensor.dtype} {tuple(tensor.shape)} with strides {tensor.stride()} on "
+        f"{tensor.device}; need {need}"
+    )
+
+
+def check_dense(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """Contiguous, on the CPU, of this dtype and shape."""
+    if (
+        tensor.dtype is not dtype
+        or tensor.shape != shape
+        or not tensor.is_contiguous()
+        or not tensor.is_cpu
+    ):
+        raise KernelArgumentError(_describe(name, tensor, f"contiguous {dtype} {shape} on the CPU"))
+
+
+def check_rows(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """As `check_dense`, but the first dimension may have any stride that keeps rows apart."""
+    if (
+        tensor.dtype is not dtype
+        or tensor.shape != shape
+        or not (tensor.is_contiguous() or _rows_are_dense(tensor))
+        or not tensor.is_cpu
+    ):
+        need = f"{dtype} {shape} on the CPU with dense rows"
+        raise KernelArgumentError(_describe(name, tensor, need))
+
+
+def _rows_are_dense(tensor: Tensor) -> bool:
+    sizes, strides, row = tensor.shape, tensor.stride(), 1
+    for i in range(len(sizes) - 1, 0, -1):
+        if sizes[i] != 1 and strides[i] != row:
+            return False
+        row *= sizes[i]
+    return sizes[0] <= 1 or strides[0] >= row
+
+
+def check_dims(name: str, tensor: Tensor, dims: int) -> None:
+    if tensor.dim() != dims:
+        raise KernelArgumentError(_describe(name, tensor, f"{dims} dimensions"))
+
+
+def check_float(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in FLOATS:
+        raise KernelArgumentError(_describe(name, tensor, "float32, bfloat16 or float16"))
+
+
+@dataclass(frozen=True, slots=True)
+class CacheGeometry:
+    num_blocks: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+
+
+def check_caches(k_cache: Tensor, v_cache: Tensor) -> CacheGeometry:
+    check_float("k_cache", k_cache)
+    check_dims("k_cache", k_cache, 4)
+    num_blocks, num_kv_heads, head_dim, block_size = shape = k_cache.shape
+    check_dense("k_cache", k_cache, k_cache.dtype, shape)
+    check_dense("v_cache", v_cache, k_cache.dtype, (num_blocks, num_kv_heads, block_size, head_dim))
+    require(
+        block_size % TILE == 0 and 0 < block_size <= 128,
+        f"block_size {block_size} must be a multiple of {TILE} up to 128",
+    )
+    require(head_dim <= MAX_HEAD_DIM, f"head_dim {head_dim} is above {MAX_HEAD_DIM}")
+    return CacheGeometry(num_blocks, num_kv_heads, head_dim, block_size)
+
+
+def check_attention(
+    q: Tensor,
+    geometry: CacheGeometry,
+    dtype: torch.dtype,
+    block_table: Tensor,
+    query_start_loc: Tensor,
+    seq_lens: Tensor,
+) -> None:
+    check_dims("q", q, 3)
+    tokens, heads, _ = q.shape
+    check_rows("q", q, dtype, (tokens, heads, geometry.head_dim))
+    require(
+        heads > 0 and heads % geometry.num_kv_heads == 0,
+        f"q has {heads} heads, not a multiple of the cache's {geometry.num_kv_heads}",
+    )
+    requests = seq_lens.numel()
+    check_dense("seq_lens", seq_lens, torch.int32, (requests,))
+    check_dense("query_start_loc", query_start_loc, torch.int32, (requests + 1,))
+    check_dims("block_table", block_table, 2)
+    check_dense("block_table", block_table, torch.int32, (requests, block_table.shape[1]))
+
+
+def check_pairs(pairs: Sequence[tuple[int, int]]) -> None:
+    destinations = {destination for _, destination in pairs}
+    require(
+        len(destinations) == len(pairs) and destinations.isdisjoint(source for source, _ in pairs),
+        f"copy pairs {list(pairs)[:8]} name a destination twice, or also as a source",
+    )
+
+
+def check_norm(x: Tensor, weight: Tensor) -> None:
+    check_float("x", x)
+    check_dims("x", x, 3 if x.dim() == 3 else 2)
+    shape = x.shape
+    check_rows("x", x, x.dtype, shape)
+    check_dense("weight", weight, x.dtype, shape[-1:])
+    require(shape[-1] > 0, "x has no columns")
+
+
+def check_rope(positions: Tensor, q: Tensor, k: Tensor, cos_sin: Tensor) -> tuple[int, int, int]:
+    """Returns q's shape: tokens, heads, head_dim."""
+    check_float("q", q)
+    check_dims("q", q, 3)
+    check_dims("k", k, 3)
+    tokens, heads, head_dim = shape = q.shape
+    check_rows("q", q, q.dtype, shape)
+    check_rows("k", k, q.dtype, (tokens, k.shape[1], head_dim))
+    check_dense("positions", positions, torch.int64, (tokens,))
+    check_dims("cos_sin", cos_sin, 2)
+    rotary_dim = cos_sin.shape[1]
+    check_dense("cos_sin", cos_sin, torch.float32, cos_sin.shape)
+    require(
+        0 < rotary_dim <= head_dim and rotary_dim % 2 == 0,
+        f"cos_sin is {rotary_dim} wide; need an even width up to head_dim {head_dim}",
+    )
+    return tokens, heads, head_dim
+
+
+def check_write_kv(
+    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor
+) -> CacheGeometry:
+    geometry = check_caches(k_cache, v_cache)
+    tokens = slot_mapping.numel()
+    shape = (tokens, geometry.num_kv_heads, geometry.head_dim)
+    check_rows("k", k, k_cache.dtype, shape)
+    check_rows("v", v, k_cache.dtype, shape)
+    check_dense("slot_mapping", slot_mapping, torch.int64, (tokens,))
+    return geometry
+
+
+def check_gate_up(gate_up: Tensor) -> None:
+    check_float("gate_up", gate_up)
+    check_dims("gate_up", gate_up, 2)
+    check_dense("gate_up", gate_up, gate_up.dtype, gate_up.shape)
+    require(gate_up.shape[1] % 2 == 0, f"gate_up is {gate_up.shape[1]} wide; need an even width")
+
+
+_ATTENTION_FAILURES = {
+    2: "query_start_loc must rise from 0 and end within q",
+    3: "a request's seq_lens is below its query length or above its row of block_table",
+    4: "block_table names a block outside the cache",
+}
+
+
+def fail_attention(code: int) -> NoReturn:
+    """Raise for what a look at the tensors' contents found: 2, 3 or 4; any other is no memory."""
+    if code in _ATTENTION_FAILURES:
+        raise KernelArgumentError(_ATTENTION_FAILURES[code])
+    raise MemoryError("paged_attention could not allocate its scratch memory")
+
+
+def check_sample(scores: Tensor, seeds: Tensor, positions: Tensor) -> None:
+    check_dims("scores", scores, 2)
+    rows, vocab = scores.shape
+    check_rows("scores", scores, torch.float32, (rows, vocab))
+    check_dense("seeds", seeds, torch.int64, (rows,))
+    check_dense("positions", positions, torch.int64, (rows,))
+    require(vocab > 0, "scores has no columns")

@@ -1,0 +1,127 @@
+"""Compile the C kernels with the machine's own compiler, once per machine.
+
+The library's file name is a hash of everything that could change its content: sources, flags,
+compiler version, CPU. So nothing is ever invalidated: a changed source is a new file. It is written
+beside its final name and renamed, so two processes that race both end with a whole file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+SOURCES = Path(__file__).parent
+UNIT = "quire_kernels.c"
+# No -ffast-math, and contraction off: a fused multiply-add happens only where the source says so.
+# Bit reproducibility is worth more than what the compiler would gain.
+FLAGS = (
+    "-O2",
+    "-fopenmp",
+    "-shared",
+    "-fPIC",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=off",
+    "-Wno-psabi",
+)
+TIMEOUT_SECONDS = 120
+
+
+class BuildError(Exception):
+    """The kernels could not be compiled; the message says why in one line."""
+
+
+def cache_dir() -> Path:
+    if explicit := os.environ.get("QUIRE_CACHE_DIR"):
+        return Path(explicit) / "kernels"
+    if xdg := os.environ.get("XDG_CACHE_HOME"):
+        return Path(xdg) / "quire" / "kernels"
+    return Path.home() / ".cache" / "quire" / "kernels"
+
+
+def find_compiler() -> list[str]:
+    """$CC if set (and nothing else then), or the first of cc, gcc, clang on the path."""
+    if chosen := os.environ.get("CC"):
+        command = shlex.split(chosen)
+        if not command or shutil.which(command[0]) is None:
+            raise BuildError(f"CC={chosen!r} is not a program")
+        return command
+    for name in ("cc", "gcc", "clang"):
+        if found := shutil.which(name):
+            return [found]
+    raise BuildError("no C compiler (cc, gcc or clang) on the path")
+
+
+def build(march: str = "native") -> Path:
+    """The compiled library's path, compiling it if this machine has not yet. Raises BuildError."""
+    compiler = [*find_compiler(), f"-march={march}"]
+    directory = cache_dir()
+    library = directory / f"quire-kernels-{_fingerprint(compiler)}.so"
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _require_private(directory)
+        if library.exists():
+            return library
+        with tempfile.TemporaryDirectory(dir=directory, prefix="build-") as scratch:
+            built = Path(scratch) / library.name
+            _compile(compiler, built)
+            os.replace(built, library)
+    except OSError as error:
+        raise BuildError(f"cannot write {directory}: {error.strerror}") from error
+    return library
+
+
+def _require_private(directory: Path) -> None:
+    """We load what lies here, so nobody else may be able to put a file in it."""
+    status = directory.stat()
+    if status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise BuildError(f"{directory} is not ours alone; chmod 700 it or set QUIRE_CACHE_DIR")
+
+
+def _compile(compiler: list[str], output: Path) -> None:
+    command = [*compiler, *FLAGS, str(SOURCES / UNIT), "-o", str(output), "-lm"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BuildError(f"{compiler[0]} did not run: {error}") from error
+    if result.returncode != 0:
+        lines = [line for line in result.stderr.splitlines() if "error" in line.lower()]
+        raise BuildError(f"{compiler[0]} failed: {(lines or ['no message'])[0]}")
+
+
+def _fingerprint(compiler: list[str]) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(SOURCES.glob("*.[ch]")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    digest.update("\0".join([*compiler, *FLAGS]).encode())
+    digest.update(_compiler_version(compiler))
+    digest.update(_cpu_identity().encode())
+    return digest.hexdigest()[:32]
+
+
+def _compiler_version(compiler: list[str]) -> bytes:
+    try:
+        result = subprocess.run(
+            [*compiler, "--version"], capture_output=True, timeout=TIMEOUT_SECONDS
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BuildError(f"{compiler[0]} did not run: {error}") from error
+    if result.returncode != 0:
+        raise BuildError(f"{compiler[0]} --version failed")
+    return result.stdout
+
+
+def _cpu_identity() -> str:
+    """What -march=native depends on: a cache on a shared home must not cross CPU types."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    wanted = ("flags", "Features", "model name", "CPU part")
+    return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))

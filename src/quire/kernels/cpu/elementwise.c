@@ -1,0 +1,148 @@
+/* Norms, rotary embedding, activation: one row at a time, each row in one fixed order. */
+#include "kernels.h"
+
+#define PARTIALS 64 /* a row's sum of squares: 64 running sums, then sum64's tree */
+
+INLINE float sum_of_squares(const void *x, int64_t n, const int dt) {
+  vf acc[PARTIALS / VW];
+  UNROLL for (int i = 0; i < PARTIALS / VW; i++) acc[i] = vset(0.0f);
+  int64_t j = 0;
+  for (; j + PARTIALS <= n; j += PARTIALS) {
+    UNROLL for (int i = 0; i < PARTIALS / VW; i++) {
+      const vf v = vload(at(x, j + i * VW, dt), dt);
+      acc[i] = vfma(v, v, acc[i]);
+    }
+  }
+  UNROLL for (int i = 0; i < PARTIALS / VW; i++) {
+    const int64_t first = j + i * VW;
+    if (first < n) {
+      const vf v = vload_upto(at(x, first, dt), n - first, dt);
+      acc[i] = vfma(v, v, acc[i]);
+    }
+  }
+  float sums[PARTIALS];
+  memcpy(sums, acc, sizeof sums);
+  return sum64(sums);
+}
+
+INLINE void norm_row(const void *x, const void *weight, void *out, int64_t n, float eps,
+                     const int dt) {
+  const float scale = 1.0f / sqrtf(sum_of_squares(x, n, dt) / (float)n + eps);
+  for (int64_t j = 0; j < n; j += VW) {
+    const vf normed = vround(vload_upto(at(x, j, dt), n - j, dt) * scale, dt);
+    const vf w = vload_upto(at(weight, j, dt), n - j, dt);
+    vstore_upto(at_mut(out, j, dt), w * normed, n - j, dt);
+  }
+}
+
+INLINE void add_row(const void *x, void *residual, int64_t n, const int dt) {
+  for (int64_t j = 0; j < n; j += VW) {
+    const vf sum =
+        vload_upto(at(residual, j, dt), n - j, dt) + vload_upto(at(x, j, dt), n - j, dt);
+    vstore_upto(at_mut(residual, j, dt), sum, n - j, dt);
+  }
+}
+
+INLINE void add_norm_row(const void *x, void *residual, const void *weight, void *out, int64_t n,
+                         float eps, const int dt) {
+  if (residual) {
+    add_row(x, residual, n, dt);
+    x = residual;
+  }
+  norm_row(x, weight, out, n, eps, dt);
+}
+
+/* out = rms_norm(x), or with residual: residual += x, out = rms_norm(residual).
+ * x: [rows / inner, inner, n] with x_stride elements between its first index's; the others dense. */
+int quire_rms_norm(const void *x, int64_t x_stride, int64_t inner, void *residual, const void *weight, void *out,
+                   int64_t rows, int64_t n, float eps, int dt, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (rows * n > SMALL_WORK)
+  for (int64_t r = 0; r < rows; r++) {
+    const void *xr = at(x, r / inner * x_stride + r % inner * n, dt);
+    void *rr = residual ? at_mut(residual, r * n, dt) : NULL;
+    void *outr = at_mut(out, r * n, dt);
+    if (dt == F32)
+      add_norm_row(xr, rr, weight, outr, n, eps, F32);
+    else if (dt == BF16)
+      add_norm_row(xr, rr, weight, outr, n, eps, BF16);
+    else
+      add_norm_row(xr, rr, weight, outr, n, eps, F16);
+  }
+  return 0;
+}
+
+/* Rotates x[i] with x[i + half]; each product is rounded before the sum (no fma), so the bits are
+ * those of the plain formula. */
+INLINE void rope_head(void *x, const float *cos_sin, int64_t half, const int dt) {
+  for (int64_t i = 0; i < half; i += VW) {
+    const int64_t n = half - i;
+    void *first = at_mut(x, i, dt), *second = at_mut(x, half + i, dt);
+    const vf c = vload_upto(cos_sin + i, n, F32), s = vload_upto(cos_sin + half + i, n, F32);
+    const vf a = vload_upto(first, n, dt), b = vload_upto(second, n, dt);
+    vstore_upto(first, a * c - b * s, n, dt);
+    vstore_upto(second, b * c + a * s, n, dt);
+  }
+}
+
+INLINE void rope_heads(void *x, int64_t heads, int64_t head_dim, const float *cos_sin, int64_t half,
+                       const int dt) {
+  for (int64_t h = 0; h < heads; h++) rope_head(at_mut(x, h * head_dim, dt), cos_sin, half, dt);
+}
+
+/* In place on q [tokens, q_heads, head_dim] and k [tokens, k_heads, head_dim], token strides given.
+ * cos_sin: [max_position, 2 * half]. Returns 1, touching nothing, if a position is out of range. */
+int quire_rope(const int64_t *positions, void *q, int64_t q_stride, void *k, int64_t k_stride,
+               const float *cos_sin, int64_t tokens, int64_t q_heads, int64_t k_heads,
+               int64_t head_dim, int64_t half, int64_t max_position, int dt, int threads) {
+  for (int64_t t = 0; t < tokens; t++)
+    if (positions[t] < 0 || positions[t] >= max_position) return 1;
+#pragma omp parallel for schedule(static) num_threads(threads) if (tokens * (q_heads + k_heads) * head_dim > SMALL_WORK)
+  for (int64_t t = 0; t < tokens; t++) {
+    const float *cs = cos_sin + positions[t] * 2 * half;
+    void *qt = at_mut(q, t * q_stride, dt), *kt = at_mut(k, t * k_stride, dt);
+    if (dt == F32) {
+      rope_heads(qt, q_heads, head_dim, cs, half, F32);
+      rope_heads(kt, k_heads, head_dim, cs, half, F32);
+    } else if (dt == BF16) {
+      rope_heads(qt, q_heads, head_dim, cs, half, BF16);
+      rope_heads(kt, k_heads, head_dim, cs, half, BF16);
+    } else {
+      rope_heads(qt, q_heads, head_dim, cs, half, F16);
+      rope_heads(kt, k_heads, head_dim, cs, half, F16);
+    }
+  }
+  return 0;
+}
+
+/* silu(x) = x / (1 + e^-x), through e^-|x| so that nothing overflows. */
+INLINE vf vsilu(vf x) {
+  const vf magnitude = (vf)((vu)x & 0x7fffffffu);
+  const vf e = vexp(-magnitude);
+  const vf numerator = vselect((vi)(x < 0.0f), e, vset(1.0f));
+  return x * (numerator / (1.0f + e));
+}
+
+INLINE void silu_row(const void *gate, const void *up, void *out, int64_t n, const int dt) {
+  for (int64_t j = 0; j < n; j += VW) {
+    const vf g = vround(vsilu(vload_upto(at(gate, j, dt), n - j, dt)), dt);
+    const vf u = vload_upto(at(up, j, dt), n - j, dt);
+    vstore_upto(at_mut(out, j, dt), g * u, n - j, dt);
+  }
+}
+
+/* gate_up: [rows, 2n] -> out [rows, n]. */
+int quire_silu_and_mul(const void *gate_up, void *out, int64_t rows, int64_t n, int dt,
+                       int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (rows * n > SMALL_WORK)
+  for (int64_t r = 0; r < rows; r++) {
+    const void *gate = at(gate_up, r * 2 * n, dt), *up = at(gate_up, r * 2 * n + n, dt);
+    void *outr = at_mut(out, r * n, dt);
+    if (dt == F32)
+      silu_row(gate, up, outr, n, F32);
+    else if (dt == BF16)
+      silu_row(gate, up, outr, n, BF16);
+    else
+      silu_row(gate, up, outr, n, F16);
+  }
+  return 0;
+}

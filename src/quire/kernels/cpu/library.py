@@ -1,0 +1,72 @@
+"""The compiled library, loaded once a process, with the C signatures written out for ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from ctypes import POINTER, c_float, c_int32, c_int64, c_uint64, c_void_p
+
+import torch
+
+from quire.kernels.cpu.build import BuildError, build
+
+# The numbers of enum dtype in vec.h.
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class AttentionArgs(ctypes.Structure):
+    """Mirrors attention_args in attention.c."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("q", "k_cache", "v_cache", "block_table")),
+        *((name, c_void_p) for name in ("query_start_loc", "seq_lens", "out")),
+        *((name, c_int64) for name in ("q_stride", "table_stride", "requests", "tokens")),
+        *((name, c_int64) for name in ("q_heads", "kv_heads", "head_dim")),
+        *((name, c_int64) for name in ("block_size", "num_blocks", "window")),
+        *((name, c_float) for name in ("scale", "softcap")),
+        *((name, c_int32) for name in ("dtype", "threads")),
+    ]
+
+
+_P, _N, _I = c_void_p, c_int64, c_int32
+_SIGNATURES = {
+    "quire_rms_norm": [_P, _N, _N, _P, _P, _P, _N, _N, c_float, _I, _I],
+    "quire_rope": [_P, _P, _N, _P, _N, _P, _N, _N, _N, _N, _N, _N, _I, _I],
+    "quire_silu_and_mul": [_P, _P, _N, _N, _I, _I],
+    "quire_write_kv": [_P, _N, _P, _N, _P, _P, _P, _N, _N, _N, _N, _N, _I, _I],
+    "quire_copy_blocks": [_P, _P, _N, _N, _N],
+    "quire_philox_uniform": [c_uint64, c_uint64, _P, _N],
+    "quire_sample_gumbel": [_P, _N, _P, _P, _P, _N, _N, _I],
+    "quire_linear": [_P, _N, _P, _P, _P, _N, _N, _N, _I, _I],
+    "quire_paged_attention": [POINTER(AttentionArgs)],
+}
+
+
+def load_library(march: str = "native") -> ctypes.CDLL:
+    """Raises `BuildError`, each time, without trying a second time.
+
+    torch is imported above, so its libgomp.so.1 is mapped and ours resolves to it by soname: one
+    thread pool for both.
+    """
+    loaded = _load_once(march)
+    if isinstance(loaded, str):
+        raise BuildError(loaded)
+    return loaded
+
+
+@functools.cache
+def _load_once(march: str) -> ctypes.CDLL | str:
+    """The library, or why there is none: a model asks once a layer, and compilers fail slowly."""
+    try:
+        path = build(march)
+    except BuildError as error:
+        return str(error)
+    try:
+        library = ctypes.CDLL(str(path))
+        for name, argtypes in _SIGNATURES.items():
+            function = getattr(library, name)
+            function.argtypes = argtypes
+            function.restype = c_int32
+    except (OSError, AttributeError) as error:
+        return f"{path} does not load: {error}"
+    return library

@@ -1,0 +1,209 @@
+"""The C kernels behind the `Kernels` protocol, through ctypes.
+
+Each method checks its tensors, so that C can trust pointers and strides; bounds that depend on
+tensor contents (slots, positions, block ids) are checked in C, where it costs nothing, before
+anything is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from ctypes import byref
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from quire.kernels import checks
+from quire.kernels.checks import KernelArgumentError
+from quire.kernels.cpu.library import DTYPES, AttentionArgs, load_library
+
+
+def _fail(message: str) -> NoReturn:
+    raise KernelArgumentError(message)
+
+
+class NativeKernels:
+    """Raises `BuildError` from the constructor if the library cannot be compiled or loaded.
+
+    `march` is the compiler's -march, other than "native" only to test the code of other CPUs.
+    """
+
+    name = "native"
+
+    def __init__(self, *, march: str = "native") -> None:
+        self._lib = load_library(march)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        checks.check_norm(x, weight)
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        self._norm(x, None, weight, out, eps)
+        return out
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        checks.check_norm(x, weight)
+        checks.check_dense("residual", residual, x.dtype, x.shape)
+        out = torch.empty_like(residual)
+        self._norm(x, residual, weight, out, eps)
+        return out
+
+    def _norm(
+        self, x: Tensor, residual: Tensor | None, weight: Tensor, out: Tensor, eps: float
+    ) -> None:
+        self._lib.quire_rms_norm(
+            x.data_ptr(),
+            x.stride(0),
+            x.shape[1] if x.dim() == 3 else 1,
+            None if residual is None else residual.data_ptr(),
+            weight.data_ptr(),
+            out.data_ptr(),
+            out.numel() // weight.shape[0],
+            weight.shape[0],
+            eps,
+            DTYPES[x.dtype],
+            torch.get_num_threads(),
+        )
+
+    def rope(self, positions: Tensor, q: Tensor, k: Tensor, cos_sin: Tensor) -> None:
+        tokens, q_heads, head_dim = checks.check_rope(positions, q, k, cos_sin)
+        code = self._lib.quire_rope(
+            positions.data_ptr(),
+            q.data_ptr(),
+            q.stride(0),
+            k.data_ptr(),
+            k.stride(0),
+            cos_sin.data_ptr(),
+            tokens,
+            q_heads,
+            k.shape[1],
+            head_dim,
+            cos_sin.shape[1] // 2,
+            cos_sin.shape[0],
+            DTYPES[q.dtype],
+            torch.get_num_threads(),
+        )
+        if code:
+            _fail(f"a position is outside cos_sin's [0, {cos_sin.shape[0]})")
+
+    def write_kv(
+        self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor
+    ) -> None:
+        geometry = checks.check_write_kv(k, v, k_cache, v_cache, slot_mapping)
+        code = self._lib.quire_write_kv(
+            k.data_ptr(),
+            k.stride(0),
+            v.data_ptr(),
+            v.stride(0),
+            k_cache.data_ptr(),
+            v_cache.data_ptr(),
+            slot_mapping.data_ptr(),
+            k.shape[0],
+            geometry.num_kv_heads,
+            geometry.head_dim,
+            geometry.block_size,
+            geometry.num_blocks,
+            DTYPES[k.dtype],
+            torch.get_num_threads(),
+        )
+        if code:
+            _fail(f"a slot is past the cache's {geometry.num_blocks * geometry.block_size}")
+
+    def copy_blocks(
+        self, caches: Sequence[tuple[Tensor, Tensor]], pairs: Sequence[tuple[int, int]]
+    ) -> None:
+        checks.check_pairs(pairs)
+        if not pairs:
+            return
+        table = torch.tensor(list(pairs), dtype=torch.int64)
+        for layer in caches:
+            geometry = checks.check_caches(*layer)
+            for cache in layer:
+                code = self._lib.quire_copy_blocks(
+                    cache.data_ptr(),
+                    table.data_ptr(),
+                    len(pairs),
+                    cache[0].numel() * cache.element_size(),
+                    geometry.num_blocks,
+                )
+                if code:
+                    _fail(f"a block to copy is outside [0, {geometry.num_blocks})")
+
+    def paged_attention(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        block_table: Tensor,
+        query_start_loc: Tensor,
+        seq_lens: Tensor,
+        *,
+        scale: float,
+        window: int = 0,
+        softcap: float = 0.0,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        geometry = checks.check_caches(k_cache, v_cache)
+        checks.check_attention(q, geometry, k_cache.dtype, block_table, query_start_loc, seq_lens)
+        if out is None:
+            out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+        checks.check_dense("out", out, q.dtype, q.shape)
+        args = AttentionArgs(
+            q=q.data_ptr(),
+            k_cache=k_cache.data_ptr(),
+            v_cache=v_cache.data_ptr(),
+            block_table=block_table.data_ptr(),
+            query_start_loc=query_start_loc.data_ptr(),
+            seq_lens=seq_lens.data_ptr(),
+            out=out.data_ptr(),
+            q_stride=q.stride(0),
+            table_stride=block_table.shape[1],
+            requests=seq_lens.shape[0],
+            tokens=q.shape[0],
+            q_heads=q.shape[1],
+            kv_heads=geometry.num_kv_heads,
+            head_dim=geometry.head_dim,
+            block_size=geometry.block_size,
+            num_blocks=geometry.num_blocks,
+            window=window,
+            scale=scale,
+            softcap=softcap,
+            dtype=DTYPES[q.dtype],
+            threads=torch.get_num_threads(),
+        )
+        if code := self._lib.quire_paged_attention(byref(args)):
+            checks.fail_attention(code)
+        return out
+
+    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
+        checks.check_gate_up(gate_up)
+        rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+        out = gate_up.new_empty((rows, width))
+        self._lib.quire_silu_and_mul(
+            gate_up.data_ptr(),
+            out.data_ptr(),
+            rows,
+            width,
+            DTYPES[gate_up.dtype],
+            torch.get_num_threads(),
+        )
+        return out
+
+    def philox_uniform(self, seed: int, position: int, n: int) -> Tensor:
+        out = torch.empty(n, dtype=torch.float32)
+        self._lib.quire_philox_uniform(seed % 2**64, position % 2**64, out.data_ptr(), n)
+        return out
+
+    def sample_gumbel(self, scores: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
+        checks.check_sample(scores, seeds, positions)
+        tokens = torch.empty(scores.shape[0], dtype=torch.int64)
+        self._lib.quire_sample_gumbel(
+            scores.data_ptr(),
+            scores.stride(0),
+            seeds.data_ptr(),
+            positions.data_ptr(),
+            tokens.data_ptr(),
+            scores.shape[0],
+            scores.shape[1],
+            torch.get_num_threads(),
+        )
+        return tokens

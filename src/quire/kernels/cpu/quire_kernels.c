@@ -1,0 +1,6 @@
+/* The whole library as one unit: one compiler run, about a second. */
+#include "attention.c"
+#include "elementwise.c"
+#include "kv_cache.c"
+#include "linear.c"
+#include "sampling.c"

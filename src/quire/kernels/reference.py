@@ -1,0 +1,162 @@
+"""Every operation in plain PyTorch: what the fast kernels are tested against, and what serves where
+no C compiler is found.
+
+Written to be read. Attention takes one query token at a time over its own visible keys, so that a
+token's arithmetic has the same shapes however its request was chunked or batched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from quire.kernels import checks
+from quire.kernels.checks import require
+from quire.kernels.philox import gumbel_from_uniform, philox_words, uniform_from_words
+
+
+class ReferenceKernels:
+    name = "reference"
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        checks.check_norm(x, weight)
+        x32 = x.float()
+        normed = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
+        return weight * normed.to(x.dtype)
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        checks.check_norm(x, weight)
+        checks.check_dense("residual", residual, x.dtype, x.shape)
+        residual += x
+        return self.rms_norm(residual, weight, eps)
+
+    def rope(self, positions: Tensor, q: Tensor, k: Tensor, cos_sin: Tensor) -> None:
+        tokens, _, _ = checks.check_rope(positions, q, k, cos_sin)
+        if tokens == 0:
+            return
+        low, high = int(positions.min()), int(positions.max())
+        require(
+            low >= 0 and high < cos_sin.shape[0],
+            f"a position is outside cos_sin's [0, {cos_sin.shape[0]})",
+        )
+        half = cos_sin.shape[1] // 2
+        cos, sin = cos_sin[positions].unsqueeze(1).split(half, dim=-1)  # [T, 1, half]
+        for x in (q, k):
+            first, second = x[..., :half].float(), x[..., half : 2 * half].float()
+            rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+            x[..., : 2 * half] = rotated.to(x.dtype)
+
+    def write_kv(
+        self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor
+    ) -> None:
+        geometry = checks.check_write_kv(k, v, k_cache, v_cache, slot_mapping)
+        num_slots = geometry.num_blocks * geometry.block_size
+        require(
+            slot_mapping.numel() == 0 or int(slot_mapping.max()) < num_slots,
+            f"a slot is past the cache's {num_slots}",
+        )
+        written = slot_mapping >= 0
+        slots = slot_mapping[written]
+        blocks, offsets = slots // geometry.block_size, slots % geometry.block_size
+        k_cache[blocks, :, :, offsets] = k[written]
+        v_cache[blocks, :, offsets, :] = v[written]
+
+    def copy_blocks(
+        self, caches: Sequence[tuple[Tensor, Tensor]], pairs: Sequence[tuple[int, int]]
+    ) -> None:
+        checks.check_pairs(pairs)
+        for layer in caches:
+            geometry = checks.check_caches(*layer)
+            require(
+                all(0 <= block < geometry.num_blocks for pair in pairs for block in pair),
+                f"a block to copy is outside [0, {geometry.num_blocks})",
+            )
+            for cache in layer:
+                for source, destination in pairs:
+                    cache[destination] = cache[source]
+
+    def paged_attention(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        block_table: Tensor,
+        query_start_loc: Tensor,
+        seq_lens: Tensor,
+        *,
+        scale: float,
+        window: int = 0,
+        softcap: float = 0.0,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        geometry = checks.check_caches(k_cache, v_cache)
+        checks.check_attention(q, geometry, k_cache.dtype, block_table, query_start_loc, seq_lens)
+        if out is None:
+            out = torch.zeros(q.shape, dtype=q.dtype)
+        checks.check_dense("out", out, q.dtype, q.shape)
+        starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
+        _check_extents(starts, lengths, q.shape[0], block_table.shape[1] * geometry.block_size)
+        for b, length in enumerate(lengths):
+            start, end = starts[b], starts[b + 1]
+            if start == end:
+                continue
+            first_position = length - (end - start)
+            first_key = max(0, first_position - window + 1) if window > 0 else 0
+            first_block = first_key // geometry.block_size
+            blocks = block_table[b, first_block : -(-length // geometry.block_size)].long()
+            require(
+                bool(((blocks >= 0) & (blocks < geometry.num_blocks)).all()),
+                "block_table names a block outside the cache",
+            )
+            base = first_block * geometry.block_size
+            # keys: [kv_heads, D, n], values: [kv_heads, n, D], both from position `base` on
+            keys = k_cache[blocks].permute(1, 2, 0, 3).flatten(2).float()
+            values = v_cache[blocks].transpose(0, 1).flatten(1, 2).float()
+            for t in range(start, end):
+                position = first_position + t - start
+                low = max(base, position - window + 1 if window > 0 else 0) - base
+                visible = slice(low, position + 1 - base)
+                out[t] = _attend_one(
+                    q[t], keys[:, :, visible], values[:, visible], scale=scale, softcap=softcap
+                )
+        return out
+
+    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
+        checks.check_gate_up(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return torch.nn.functional.silu(gate.float()).to(gate.dtype) * up
+
+    def philox_uniform(self, seed: int, position: int, n: int) -> Tensor:
+        return uniform_from_words(philox_words(seed, position, n))
+
+    def sample_gumbel(self, scores: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
+        checks.check_sample(scores, seeds, positions)
+        rows, vocab = scores.shape
+        tokens = torch.zeros(rows, dtype=torch.int64)
+        for row, (seed, position) in enumerate(
+            zip(seeds.tolist(), positions.tolist(), strict=True)
+        ):
+            noise = gumbel_from_uniform(self.philox_uniform(seed, position, vocab))
+            tokens[row] = torch.argmax(scores[row] + noise)
+        return tokens
+
+
+def _attend_one(q: Tensor, keys: Tensor, values: Tensor, *, scale: float, softcap: float) -> Tensor:
+    """q: [q_heads, D]. keys: [kv_heads, D, n]. values: [kv_heads, n, D]. Returns [q_heads, D]."""
+    grouped = q.float().view(keys.shape[0], -1, q.shape[-1])  # [kv_heads, group, D]
+    scores = torch.bmm(grouped, keys.contiguous()) * scale
+    if softcap > 0:
+        scores = softcap * torch.tanh(scores / softcap)
+    weights = torch.softmax(scores, dim=-1)
+    return torch.bmm(weights, values.contiguous()).reshape(q.shape).to(q.dtype)
+
+
+def _check_extents(starts: list[int], lengths: list[int], tokens: int, most: int) -> None:
+    for b, length in enumerate(lengths):
+        if not 0 <= starts[b] <= starts[b + 1] <= tokens:
+            checks.fail_attention(2)
+        query_len = starts[b + 1] - starts[b]
+        if query_len and not query_len <= length <= most:
+            checks.fail_attention(3)

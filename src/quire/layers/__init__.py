@@ -1,0 +1,1 @@
+"""The pieces of a decoder layer: linear, norm, rotary embedding, token embedding."""

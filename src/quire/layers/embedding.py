@@ -1,0 +1,40 @@
+"""Token embedding, and the output head that may share its matrix."""
+
+from __future__ import annotations
+
+import torch
+
+from quire.layers.linear import Linear, LinearMethod, LinearPart
+from quire.layers.parameter import WeightTarget
+
+
+class Embedding:
+    """[num_tokens] ids -> [num_tokens, hidden_size] rows.
+
+    A gather copies, so it is exact whatever the batch.
+    """
+
+    def __init__(self, name: str, *, vocab_size: int, hidden_size: int, dtype: torch.dtype) -> None:
+        self.name = name
+        self.weight = torch.empty(vocab_size, hidden_size, dtype=dtype)
+
+    def targets(self) -> list[WeightTarget]:
+        shape = (self.weight.shape[0], self.weight.shape[1])
+        return [WeightTarget(name=f"{self.name}.weight", shape=shape, load=self._load)]
+
+    def _load(self, tensor: torch.Tensor) -> None:
+        self.weight.copy_(tensor)
+
+    def __call__(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return torch.index_select(self.weight, 0, input_ids)
+
+
+def create_lm_head(
+    name: str, *, vocab_size: int, hidden_size: int, dtype: torch.dtype, method: LinearMethod
+) -> Linear:
+    """The product that turns a hidden state into logits.
+
+    Tied or not, it is a `Linear`; only what it loads differs.
+    """
+    part = LinearPart(name=name, out_features=vocab_size)
+    return Linear([part], in_features=hidden_size, bias=False, dtype=dtype, method=method)

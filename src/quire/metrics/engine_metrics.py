@@ -1,0 +1,265 @@
+"""The engine's Prometheus metrics, named and counted as vLLM's.
+
+Counting rule of `vllm:iteration_tokens_total`, from vLLM's own test: k serial requests of P prompt and G
+generated tokens give a sum of k(P + G) and a count of kG. So an iteration's size is the prompt
+tokens it brought in, computed or found in the prefix cache, plus the tokens it sampled; a step
+that samples nothing (a middle chunk of a long prompt) is carried over to the next one that does.
+A decode step also *computes* one token per request, the one sampled before; that one was counted
+when it was sampled, and is subtracted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from quire.metrics import buckets
+from quire.metrics.request_stats import FinishedRequest
+
+if TYPE_CHECKING:
+    from quire.messages import SchedulerStats, StepOutputs
+
+FINISH_REASONS = ("stop", "length", "abort", "error")
+WAIT_REASONS = ("capacity", "deferred")
+REJECT_REASONS = ("max_num_queued_reqs", "max_num_queued_tokens")
+
+
+class EngineMetrics:
+    """A `MetricsSink` over one registry; pure functions of what it is told."""
+
+    def __init__(
+        self,
+        registry: CollectorRegistry,
+        *,
+        model_name: str,
+        max_model_len: int,
+        engine: str = "0",
+        cache_info: Mapping[str, object] | None = None,
+    ) -> None:
+        make = _Family(registry, model_name, engine)
+        self._carried_tokens = 0
+        self._make_gauges(make)
+        self._make_counters(make)
+        self._make_latencies(make)
+        self._make_sizes(make, buckets.one_two_five(max(1, max_model_len)))
+        if cache_info is not None:
+            make.info("vllm:cache_config_info", "The KV cache, as labels.", cache_info)
+
+    def _make_gauges(self, make: _Family) -> None:
+        self._running = make.gauge("vllm:num_requests_running", "Requests that run.")
+        self._waiting = make.gauge("vllm:num_requests_waiting", "Requests that wait.")
+        self._waiting_by = {
+            reason: make.gauge(
+                "vllm:num_requests_waiting_by_reason", "Requests that wait, by why.", reason=reason
+            )
+            for reason in WAIT_REASONS
+        }
+        self._kv_usage = (
+            make.gauge("vllm:kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1."),
+            make.gauge("vllm:gpu_cache_usage_perc", "Old name of vllm:kv_cache_usage_perc."),
+        )
+        self._slots_allocated = make.gauge(
+            "quire:kv_slots_allocated", "Token slots in blocks that requests hold."
+        )
+        self._slots_used = make.gauge("quire:kv_slots_used", "Of those, slots that hold KV.")
+        self._blocks_shared = make.gauge(
+            "quire:kv_blocks_shared", "KV blocks that more than one request holds."
+        )
+
+    def _make_counters(self, make: _Family) -> None:
+        self._prefix_queries = make.counter(
+            "vllm:prefix_cache_queries", "Tokens looked up in the prefix cache."
+        )
+        self._prefix_hits = make.counter("vllm:prefix_cache_hits", "Of those, tokens found.")
+        self._preemptions = make.counter("vllm:num_preemptions", "Requests sent back to wait.")
+        self._blocks_copied = make.counter("quire:kv_blocks_copied", "Copy-on-write block copies.")
+        self._prompt_tokens = make.counter("vllm:prompt_tokens", "Prompt tokens prefilled.")
+        self._prompt_cached = make.counter(
+            "vllm:prompt_tokens_cached", "Of those, found in the prefix cache."
+        )
+        sources = "Prompt tokens by where their KV came from."
+        self._prompt_computed_source = make.counter(
+            "vllm:prompt_tokens_by_source", sources, source="local_compute"
+        )
+        self._prompt_cached_source = make.counter(
+            "vllm:prompt_tokens_by_source", sources, source="local_cache_hit"
+        )
+        self._generation_tokens = make.counter("vllm:generation_tokens", "Tokens generated.")
+        self._success = {
+            reason: make.counter(
+                "vllm:request_success", "Requests ended, by why.", finished_reason=reason
+            )
+            for reason in FINISH_REASONS
+        }
+        self._rejections = {
+            reason: make.counter(
+                "vllm:admission_rejections", "Requests refused at the door.", reason=reason
+            )
+            for reason in REJECT_REASONS
+        }
+
+    def _make_latencies(self, make: _Family) -> None:
+        self._ttft = make.histogram(
+            "vllm:time_to_first_token_seconds", "Arrival to first token.", buckets.TTFT
+        )
+        self._itl = (
+            make.histogram("vllm:inter_token_latency_seconds", "Between tokens.", buckets.ITL),
+            make.histogram(
+                "vllm:time_per_output_token_seconds",
+                "Old name of vllm:inter_token_latency_seconds.",
+                buckets.ITL,
+            ),
+        )
+        self._tpot = make.histogram(
+            "vllm:request_time_per_output_token_seconds",
+            "A request's mean time per token after the first.",
+            buckets.ITL,
+        )
+        self._spans = {
+            attribute: make.histogram(f"vllm:{name}_seconds", text, buckets.LATENCY)
+            for attribute, name, text in (
+                ("e2e_seconds", "e2e_request_latency", "Arrival to end."),
+                ("queue_seconds", "request_queue_time", "Waiting before the first step."),
+                ("inference_seconds", "request_inference_time", "First step to last token."),
+                ("prefill_seconds", "request_prefill_time", "First step to first token."),
+                ("decode_seconds", "request_decode_time", "First to last token."),
+            )
+        }
+
+    def _make_sizes(self, make: _Family, token_buckets: tuple[int, ...]) -> None:
+        self._request_prompt = make.histogram(
+            "vllm:request_prompt_tokens", "Prompt tokens of a request.", token_buckets
+        )
+        self._request_generation = make.histogram(
+            "vllm:request_generation_tokens", "Generated tokens of a request.", token_buckets
+        )
+        self._request_longest = make.histogram(
+            "vllm:request_max_num_generation_tokens",
+            "Tokens of a request's longest sequence.",
+            token_buckets,
+        )
+        self._request_max_tokens = make.histogram(
+            "vllm:request_params_max_tokens", "max_tokens of a request.", token_buckets
+        )
+        self._request_computed = make.histogram(
+            "vllm:request_prefill_kv_computed_tokens",
+            "Prompt tokens of a request that were computed, not found in the cache.",
+            token_buckets,
+        )
+        self._request_n = make.histogram(
+            "vllm:request_params_n", "n of a request.", buckets.NUM_SEQUENCES
+        )
+        self._request_preemptions = make.histogram(
+            "vllm:request_num_preemptions", "Preemptions of a request.", buckets.PREEMPTIONS
+        )
+        self._iteration = make.histogram(
+            "vllm:iteration_tokens_total",
+            "Prompt and sampled tokens of a step that sampled.",
+            buckets.ITERATION_TOKENS,
+        )
+
+    # --- what happened ----------------------------------------------------------------------------
+
+    def on_step(self, outputs: StepOutputs) -> None:
+        """A message of the engine core: tokens of one step, and the scheduler's state after it."""
+        sampled = decode_rows = cached = 0
+        for update in outputs.updates:
+            sampled += len(update.new_token_ids)
+            if update.num_cached_tokens is not None:
+                cached += update.num_cached_tokens
+            elif update.new_token_ids:
+                decode_rows += 1
+        computed = outputs.stats.step_tokens if outputs.stats is not None else 0
+        self._carried_tokens += max(0, computed - decode_rows) + cached
+        if sampled:
+            self._generation_tokens.inc(sampled)
+            self._iteration.observe(self._carried_tokens + sampled)
+            self._carried_tokens = 0
+        if outputs.stats is not None:
+            self._on_stats(outputs.stats)
+
+    def _on_stats(self, stats: SchedulerStats) -> None:
+        self._running.set(stats.num_running)
+        self._waiting.set(stats.num_waiting)
+        for reason, gauge in self._waiting_by.items():
+            gauge.set(stats.waiting_by_reason.get(reason, 0))
+        for gauge in self._kv_usage:
+            gauge.set(stats.kv_usage)
+        self._slots_allocated.set(stats.kv_slots_allocated)
+        self._slots_used.set(stats.kv_slots_used)
+        self._blocks_shared.set(stats.blocks_shared)
+        self._prefix_queries.inc(stats.prefix_queries)
+        self._prefix_hits.inc(stats.prefix_hits)
+        self._preemptions.inc(stats.num_preemptions)
+        self._blocks_copied.inc(stats.blocks_copied)
+
+    def on_first_token(
+        self, ttft_seconds: float, *, prompt_tokens: int, cached_tokens: int
+    ) -> None:
+        self._ttft.observe(ttft_seconds)
+        self._prompt_tokens.inc(prompt_tokens)
+        self._prompt_cached.inc(cached_tokens)
+        self._prompt_cached_source.inc(cached_tokens)
+        self._prompt_computed_source.inc(max(0, prompt_tokens - cached_tokens))
+
+    def on_token_gap(self, seconds: float) -> None:
+        for histogram in self._itl:
+            histogram.observe(seconds)
+
+    def on_finished(self, request: FinishedRequest) -> None:
+        if request.finish_reason in self._success:
+            self._success[request.finish_reason].inc()
+        for attribute, histogram in self._spans.items():
+            seconds = getattr(request, attribute)
+            if seconds is not None:
+                histogram.observe(seconds)
+        if request.time_per_output_token is not None:
+            self._tpot.observe(request.time_per_output_token)
+        self._request_prompt.observe(request.prompt_tokens)
+        self._request_generation.observe(request.generation_tokens)
+        self._request_longest.observe(request.longest_sequence)
+        self._request_computed.observe(max(0, request.prompt_tokens - request.cached_tokens))
+        self._request_n.observe(request.n)
+        self._request_preemptions.observe(request.num_preemptions)
+        if request.max_tokens is not None:
+            self._request_max_tokens.observe(request.max_tokens)
+
+    def on_rejected(self, reason: str) -> None:
+        """A request was refused because a queue limit was reached. Unknown reasons are not counted:
+        label values are fixed, so that nothing a client sends can grow the registry."""
+        if reason in self._rejections:
+            self._rejections[reason].inc()
+
+
+class _Family:
+    """Makes metrics of one registry with the labels `model_name, engine` already bound."""
+
+    def __init__(self, registry: CollectorRegistry, model_name: str, engine: str) -> None:
+        self._registry = registry
+        self._base = {"model_name": model_name, "engine": engine}
+        self._made: dict[str, Gauge | Counter | Histogram] = {}
+
+    def gauge(self, name: str, text: str, **labels: str) -> Gauge:
+        family = self._made.get(name)
+        if family is None:
+            family = Gauge(name, text, [*self._base, *labels], registry=self._registry)
+            self._made[name] = family
+        return family.labels(**self._base, **labels)  # type: ignore[return-value]
+
+    def counter(self, name: str, text: str, **labels: str) -> Counter:
+        family = self._made.get(name)
+        if family is None:
+            family = Counter(name, text, [*self._base, *labels], registry=self._registry)
+            self._made[name] = family
+        return family.labels(**self._base, **labels)  # type: ignore[return-value]
+
+    def histogram(self, name: str, text: str, edges: tuple[float, ...]) -> Histogram:
+        family = Histogram(name, text, [*self._base], buckets=edges, registry=self._registry)
+        return family.labels(**self._base)
+
+    def info(self, name: str, text: str, labels: Mapping[str, object]) -> None:
+        shown = {key: str(value) for key, value in labels.items() if key not in self._base}
+        family = Gauge(name, text, [*self._base, *shown], registry=self._registry)
+        family.labels(**self._base, **shown).set(1)

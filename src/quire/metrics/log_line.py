@@ -1,0 +1,73 @@
+"""The throughput line in the log, in vLLM's words, so that log scrapers keep working."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from quire.messages import SchedulerStats, StepOutputs
+
+
+logger = logging.getLogger(__name__)
+
+
+class StatsLogger:
+    """Adds up what steps report and says it once per interval; silent while nothing happens."""
+
+    def __init__(self, *, engine: str = "000") -> None:
+        self._engine = engine
+        self._prompt_tokens = 0
+        self._generation_tokens = 0
+        self._queries = 0
+        self._hits = 0
+        self._preemptions = 0
+        self._stats: SchedulerStats | None = None
+        self._was_idle = True
+        self._since: float | None = None
+
+    def on_step(self, outputs: StepOutputs) -> None:
+        decode_rows = 0
+        for update in outputs.updates:
+            self._generation_tokens += len(update.new_token_ids)
+            if update.num_cached_tokens is None and update.new_token_ids:
+                decode_rows += 1
+        if outputs.stats is not None:
+            self._stats = outputs.stats
+            self._prompt_tokens += max(0, outputs.stats.step_tokens - decode_rows)
+            self._queries += outputs.stats.prefix_queries
+            self._hits += outputs.stats.prefix_hits
+            self._preemptions += outputs.stats.num_preemptions
+
+    def line(self, now: float) -> str | None:
+        """The line for the interval that ends `now` (monotonic seconds), or None when idle.
+
+        The first idle interval after work is still reported, so that a log ends on zeros.
+        """
+        since, self._since = self._since, now
+        stats = self._stats
+        if stats is None:
+            return None
+        idle = not (self._prompt_tokens or self._generation_tokens or stats.num_running)
+        was_idle, self._was_idle = self._was_idle, idle
+        seconds = now - since if since is not None else 0.0
+        if seconds <= 0.0 or (idle and was_idle):
+            return None
+        hit_rate = self._hits / self._queries if self._queries else 0.0
+        parts = [
+            f"Avg prompt throughput: {self._prompt_tokens / seconds:.1f} tokens/s",
+            f"Avg generation throughput: {self._generation_tokens / seconds:.1f} tokens/s",
+            f"Running: {stats.num_running} reqs",
+            f"Waiting: {stats.num_waiting} reqs",
+        ]
+        if self._preemptions:
+            parts.append(f"Preemptions: {self._preemptions}")
+        parts.append(f"GPU KV cache usage: {100.0 * stats.kv_usage:.1f}%")
+        parts.append(f"Prefix cache hit rate: {100.0 * hit_rate:.1f}%")
+        self._prompt_tokens = self._generation_tokens = self._preemptions = 0
+        return f"Engine {self._engine}: " + ", ".join(parts)
+
+    def log(self, now: float) -> None:
+        line = self.line(now)
+        if line is not None:
+            logger.info("%s", line)

@@ -1,0 +1,118 @@
+"""What the engine tells about a finished request, and the interface it tells it through."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from quire.messages import StepOutputs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinishedRequest:
+    """One request, all its `n` sequences together, when the last of them has ended.
+
+    Every `*_ts` is `time.monotonic()` seconds, 0.0 where it never happened (a request aborted in
+    the queue was never scheduled). Derived spans are None where an end is missing, so that a
+    histogram never sees a time that is not one.
+    """
+
+    prompt_tokens: int
+    generation_tokens: int
+    """Over all sequences."""
+    cached_tokens: int
+    finish_reason: str
+    """stop | length | abort | error; the first sequence's, when they differ."""
+    arrival_ts: float
+    queued_ts: float = 0.0
+    scheduled_ts: float = 0.0
+    first_token_ts: float = 0.0
+    last_token_ts: float = 0.0
+    finished_ts: float = 0.0
+    """When the front end learned of the end; without it the last token stands in."""
+    num_preemptions: int = 0
+    n: int = 1
+    max_tokens: int | None = None
+    """As the client asked; None was "the rest of the context"."""
+    max_generation_tokens: int = 0
+    """The longest sequence's; 0 means "as `generation_tokens`" (n = 1)."""
+
+    @property
+    def e2e_seconds(self) -> float | None:
+        return _span(self.arrival_ts, self.finished_ts or self.last_token_ts)
+
+    @property
+    def queue_seconds(self) -> float | None:
+        return _span(self.queued_ts, self.scheduled_ts)
+
+    @property
+    def prefill_seconds(self) -> float | None:
+        return _span(self.scheduled_ts, self.first_token_ts)
+
+    @property
+    def decode_seconds(self) -> float | None:
+        return _span(self.first_token_ts, self.last_token_ts)
+
+    @property
+    def inference_seconds(self) -> float | None:
+        return _span(self.scheduled_ts, self.last_token_ts)
+
+    @property
+    def longest_sequence(self) -> int:
+        return self.max_generation_tokens or self.generation_tokens
+
+    @property
+    def time_per_output_token(self) -> float | None:
+        """Mean seconds per token after the first (TPOT); 0 for a single token, as vLLM reports."""
+        decode = self.decode_seconds
+        if decode is None:
+            return None
+        return decode / (self.longest_sequence - 1) if self.longest_sequence > 1 else 0.0
+
+
+def _span(start: float, end: float) -> float | None:
+    if start <= 0.0 or end <= 0.0:
+        return None
+    return max(0.0, end - start)
+
+
+class MetricsSink(Protocol):
+    """What an engine's front end calls. Each call is a fact; none asks anything back.
+
+    Order per request: `on_first_token` once per request, `on_token_gap` once per later token of
+    each sequence, `on_finished` once. `on_step` once per message of the engine core.
+    """
+
+    def on_step(self, outputs: StepOutputs) -> None: ...
+
+    def on_first_token(
+        self, ttft_seconds: float, *, prompt_tokens: int, cached_tokens: int
+    ) -> None: ...
+
+    def on_token_gap(self, seconds: float) -> None: ...
+
+    def on_finished(self, request: FinishedRequest) -> None: ...
+
+    def on_rejected(self, reason: str) -> None: ...
+
+
+class NullMetrics:
+    """Counts nothing; what `LLM` uses."""
+
+    def on_step(self, outputs: StepOutputs) -> None:
+        pass
+
+    def on_first_token(
+        self, ttft_seconds: float, *, prompt_tokens: int, cached_tokens: int
+    ) -> None:
+        pass
+
+    def on_token_gap(self, seconds: float) -> None:
+        pass
+
+    def on_finished(self, request: FinishedRequest) -> None:
+        pass
+
+    def on_rejected(self, reason: str) -> None:
+        pass

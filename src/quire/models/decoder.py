@@ -1,0 +1,241 @@
+"""The decoder every supported family is: pre-norm attention and a gated MLP, over a flat batch of tokens.
+
+There is no batch dimension and no padding. A step's tokens lie end to end, `[T, hidden_size]`, and
+only attention knows whose they are. Every operation here is row-invariant bit for bit: a token's
+result is the same whether it is computed alone, in a prompt's chunk or beside others, which is what
+makes Quire's output independent of load. Roundings fall where transformers rounds (after each
+product, each norm, each residual addition).
+
+A decode step of a small model is spent in Python, not in arithmetic, so the layers are plain
+objects that hold bound products and make ten kernel calls each (twelve with query and key norms).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from quire.attention.base import AttentionBackend, AttentionMetadata, KVCache, LayerCache
+from quire.attention.paged import PagedAttention
+from quire.kernels.base import Kernels
+from quire.layers.embedding import Embedding, create_lm_head
+from quire.layers.linear import Linear, LinearMethod, LinearPart, UnquantizedLinearMethod
+from quire.layers.norm import RMSNorm
+from quire.layers.parameter import WeightTarget
+from quire.layers.rotary import cos_sin_table
+from quire.models.spec import ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """What all layers of one forward pass share."""
+
+    positions: torch.Tensor
+    metadata: AttentionMetadata
+    attention_out: torch.Tensor
+    """[T, num_heads, head_dim]: one buffer for all layers; each reads it before the next writes it."""
+    attention_rows: torch.Tensor
+    """The same memory as [T, num_heads * head_dim], the output projection's input."""
+
+
+class DecoderLayer:
+    """One layer. Built empty; usable once every target has been loaded and `bind()` called."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        index: int,
+        *,
+        dtype: torch.dtype,
+        kernels: Kernels,
+        attention: AttentionBackend,
+        cos_sin: torch.Tensor,
+        method: LinearMethod,
+    ) -> None:
+        prefix = f"model.layers.{index}"
+        self._spec = spec
+        self._kernels = kernels
+        self._attention = attention
+        self._cos_sin = cos_sin
+        self._window = spec.sliding_windows[index]
+        self._heads = (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)
+        self._eps = spec.rms_norm_eps
+
+        def linear(parts: dict[str, int], *, in_features: int, bias: bool) -> Linear:
+            stacked = [
+                LinearPart(name=f"{prefix}.{name}", out_features=size)
+                for name, size in parts.items()
+            ]
+            return Linear(stacked, in_features=in_features, bias=bias, dtype=dtype, method=method)
+
+        def norm(name: str, size: int) -> RMSNorm:
+            return RMSNorm(f"{prefix}.{name}", size=size, eps=spec.rms_norm_eps, dtype=dtype)
+
+        hidden, inner = spec.hidden_size, spec.intermediate_size
+        qkv = {
+            "self_attn.q_proj": spec.q_size,
+            "self_attn.k_proj": spec.kv_size,
+            "self_attn.v_proj": spec.kv_size,
+        }
+        self._linears = {
+            "qkv": linear(qkv, in_features=hidden, bias=spec.qkv_bias),
+            "o": linear({"self_attn.o_proj": hidden}, in_features=spec.q_size, bias=spec.o_bias),
+            "gate_up": linear(
+                {"mlp.gate_proj": inner, "mlp.up_proj": inner},
+                in_features=hidden,
+                bias=spec.mlp_bias,
+            ),
+            "down": linear({"mlp.down_proj": hidden}, in_features=inner, bias=spec.mlp_bias),
+        }
+        self.input_norm = norm("input_layernorm", hidden)
+        self._post_attention_norm = norm("post_attention_layernorm", hidden)
+        self._q_norm = norm("self_attn.q_norm", spec.head_dim) if spec.qk_norm else None
+        self._k_norm = norm("self_attn.k_norm", spec.head_dim) if spec.qk_norm else None
+
+    def targets(self) -> Iterator[WeightTarget]:
+        for linear in self._linears.values():
+            yield from linear.targets()
+        for norm in (self.input_norm, self._post_attention_norm, self._q_norm, self._k_norm):
+            if norm is not None:
+                yield from norm.targets()
+
+    def bind(self) -> None:
+        """Fix the products to call, now that the weights are in."""
+        self._qkv, self._o = self._linears["qkv"].bind(), self._linears["o"].bind()
+        self._gate_up, self._down = self._linears["gate_up"].bind(), self._linears["down"].bind()
+
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor, cache: LayerCache, step: _Step
+    ) -> torch.Tensor:
+        """x: [T, hidden_size], already normed.
+
+        Returns the MLP's output; adds the attention's to `residual` in place.
+        """
+        kernels = self._kernels
+        qkv = self._qkv(x)
+        q, k, v = qkv.view(qkv.shape[0], -1, self._spec.head_dim).split_with_sizes(
+            self._heads, dim=1
+        )
+        if self._q_norm is not None and self._k_norm is not None:
+            q = kernels.rms_norm(q, self._q_norm.weight, self._eps)
+            k = kernels.rms_norm(k, self._k_norm.weight, self._eps)
+        kernels.rope(step.positions, q, k, self._cos_sin)
+        self._attention.forward(
+            q,
+            k,
+            v,
+            cache=cache,
+            metadata=step.metadata,
+            window=self._window,
+            out=step.attention_out,
+        )
+        x = self._o(step.attention_rows)
+        x = kernels.add_rms_norm(x, residual, self._post_attention_norm.weight, self._eps)
+        return self._down(kernels.silu_and_mul(self._gate_up(x)))
+
+
+class DecoderModel:
+    """A whole model: token ids and positions in, hidden states and logits out.
+
+    The KV cache belongs to the caller.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        *,
+        dtype: torch.dtype,
+        kernels: Kernels,
+        max_model_len: int,
+        linear_method: LinearMethod | None = None,
+    ) -> None:
+        """`max_model_len` is the number of positions a request may reach; the rotary table has that
+        many rows.
+        """
+        method = linear_method or UnquantizedLinearMethod()
+        self.spec = spec
+        self.dtype = dtype
+        self.max_model_len = max_model_len
+        self._kernels = kernels
+        self._cos_sin = cos_sin_table(
+            spec.rope, head_dim=spec.head_dim, max_model_len=max_model_len, dtype=dtype
+        )
+        attention = PagedAttention(kernels, scale=spec.head_dim**-0.5)
+        sizes = {"vocab_size": spec.vocab_size, "hidden_size": spec.hidden_size}
+        self._embedding = Embedding("model.embed_tokens", **sizes, dtype=dtype)
+        self._layers = [
+            DecoderLayer(
+                spec,
+                index,
+                dtype=dtype,
+                kernels=kernels,
+                attention=attention,
+                cos_sin=self._cos_sin,
+                method=method,
+            )
+            for index in range(spec.num_layers)
+        ]
+        self._norm = RMSNorm(
+            "model.norm", size=spec.hidden_size, eps=spec.rms_norm_eps, dtype=dtype
+        )
+        head = "model.embed_tokens" if spec.tie_word_embeddings else "lm_head"
+        self._lm_head = create_lm_head(head, **sizes, dtype=dtype, method=method)
+
+    def targets(self) -> Iterator[WeightTarget]:
+        """Every tensor the model takes from a checkpoint. A tied embedding appears twice under one name."""
+        yield from self._embedding.targets()
+        for layer in self._layers:
+            yield from layer.targets()
+        yield from self._norm.targets()
+        yield from self._lm_head.targets()
+
+    def bind(self) -> None:
+        """Call once, after every target has been loaded and before the first `forward`."""
+        for layer in self._layers:
+            layer.bind()
+        self._logits = self._lm_head.bind()
+        norms = [layer.input_norm.weight for layer in self._layers] + [self._norm.weight]
+        self._first_norm, self._next_norms = norms[0], norms[1:]
+
+    @property
+    def weight_bytes(self) -> int:
+        """What the weights hold in memory, a tied embedding in both its layouts."""
+        return sum(math.prod(target.shape) for target in self.targets()) * self.dtype.itemsize
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        attn: AttentionMetadata,
+        kv_cache: KVCache,
+    ) -> torch.Tensor:
+        """Hidden states after the final norm, and this step's keys and values in the cache.
+
+        input_ids, positions: [T] int64, ids below vocab_size and positions below max_model_len (not
+        checked here). Returns [T, hidden_size] in the model's dtype.
+        """
+        kernels, eps = self._kernels, self.spec.rms_norm_eps
+        out = torch.empty(input_ids.shape[0], self.spec.q_size, dtype=self.dtype)
+        step = _Step(
+            positions=positions,
+            metadata=attn,
+            attention_out=out.view(-1, self.spec.num_heads, self.spec.head_dim),
+            attention_rows=out,
+        )
+        residual = self._embedding(input_ids)
+        x = kernels.rms_norm(residual, self._first_norm, eps)
+        for layer, cache, next_norm in zip(
+            self._layers, kv_cache.layers, self._next_norms, strict=True
+        ):
+            x = layer.forward(x, residual, cache, step)
+            x = kernels.add_rms_norm(x, residual, next_norm, eps)
+        return x
+
+    @torch.inference_mode()
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden: [R, hidden_size], the rows that sample. Returns [R, vocab_size] float32."""
+        return self._logits(hidden).float()

@@ -1,0 +1,31 @@
+"""Llama 2, 3, 3.1 and 3.2, and the many models published under the same architecture name.
+
+Source: Touvron et al. 2023 (Llama 2); Grattafiori et al. 2024 (Llama 3); `LlamaConfig` in transformers 5.23.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from quire.models.common import read_spec
+from quire.models.fields import ConfigReader
+from quire.models.spec import ModelSpec
+
+ARCHITECTURE = "LlamaForCausalLM"
+
+
+def resolve(config: Mapping[str, object]) -> ModelSpec:
+    """`attention_bias` covers q, k, v and o alike; `mlp_bias` the three MLP projections."""
+    reader = ConfigReader(config)
+    attention_bias = reader.boolean("attention_bias", default=False)
+    return read_spec(
+        reader,
+        architecture=ARCHITECTURE,
+        model_type="llama",
+        default_num_kv_heads=None,
+        qkv_bias=attention_bias,
+        o_bias=attention_bias,
+        mlp_bias=reader.boolean("mlp_bias", default=False),
+        default_bos_token_id=1,
+        default_eos_token_ids=(2,),
+    )

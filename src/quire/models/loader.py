@@ -1,0 +1,75 @@
+"""Building a model and filling it: the one call between a checkpoint directory and a model that can run.
+
+It lives here and not in `quire.weights` because models may import weights and not the other way round.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from quire.errors import ConfigError
+from quire.kernels.base import Kernels
+from quire.models.decoder import DecoderModel
+from quire.models.spec import ModelSpec
+from quire.weights.load import load_random_weights, load_weights
+from quire.weights.safetensors_reader import Checkpoint
+
+logger = logging.getLogger(__name__)
+
+LoadFormat = Literal["auto", "safetensors", "dummy"]
+MODEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@torch.inference_mode()
+def load_model(
+    spec: ModelSpec,
+    model_dir: Path | None,
+    *,
+    dtype: torch.dtype,
+    kernels: Kernels,
+    load_format: LoadFormat = "auto",
+    max_model_len: int,
+    seed: int = 0,
+) -> DecoderModel:
+    """A `DecoderModel` ready for `forward`.
+
+    "auto" is "safetensors"; "dummy" takes random weights from `seed` and reads no file
+    (`model_dir` may be None).
+
+    Raises:
+        CheckpointError: a tensor or file is missing, unexpected, truncated, or of the wrong shape or dtype.
+        ConfigError: a dtype or load format that does not exist.
+    """
+    if dtype not in MODEL_DTYPES:
+        raise ConfigError(
+            f"dtype is {dtype}, but models run in bfloat16, float16 or float32; set --dtype"
+        )
+    if load_format not in ("auto", "safetensors", "dummy"):
+        raise ConfigError(f"load_format is {load_format!r}; use auto, safetensors or dummy")
+    started = time.perf_counter()
+    model = DecoderModel(spec, dtype=dtype, kernels=kernels, max_model_len=max_model_len)
+    if load_format == "dummy":
+        load_random_weights(model.targets(), dtype=dtype, seed=seed)
+    else:
+        if model_dir is None:
+            raise ConfigError(
+                f"load_format {load_format!r} needs a model directory; name one or use dummy"
+            )
+        # A tied model's file may still hold the head it does not use.
+        ignored = ("lm_head.weight",) if spec.tie_word_embeddings else ()
+        with Checkpoint(model_dir) as checkpoint:
+            load_weights(model.targets(), checkpoint, ignored=ignored)
+    model.bind()
+    seconds = time.perf_counter() - started
+    logger.info(
+        "loaded %s (%.1f M parameters) in %.2f s",
+        spec.architecture,
+        spec.num_parameters() / 1e6,
+        seconds,
+    )
+    return model

@@ -1,0 +1,49 @@
+"""Mistral 7B and Nemo: Llama with a sliding window in every layer and a head size of its own.
+
+Source: Jiang et al. 2023 (Mistral 7B); `MistralConfig` in transformers 5.23.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from quire.models.common import read_num_layers, read_spec, windows_of_layer_types
+from quire.models.fields import ConfigReader
+from quire.models.spec import ModelSpec
+
+ARCHITECTURE = "MistralForCausalLM"
+
+
+def resolve(config: Mapping[str, object]) -> ModelSpec:
+    """`sliding_window` null (v0.2 onward) means full attention; absent means the family's default, 4096."""
+    reader = ConfigReader(config)
+    return read_spec(
+        reader,
+        architecture=ARCHITECTURE,
+        model_type="mistral",
+        default_num_kv_heads=8,
+        sliding_windows=_windows(reader),
+        default_bos_token_id=1,
+        default_eos_token_ids=(2,),
+    )
+
+
+def _windows(reader: ConfigReader) -> tuple[int | None, ...]:
+    """One window for all layers.
+
+    transformers ignores `layer_types` here, so we accept it only where it agrees.
+    """
+    num_layers = read_num_layers(reader)
+    window = (
+        None if reader.nulled("sliding_window") else reader.integer("sliding_window", default=4096)
+    )
+    windows = (window,) * num_layers
+    layer_types = reader.names("layer_types")
+    if layer_types is not None:
+        asked = windows_of_layer_types(reader, layer_types, num_layers=num_layers, window=window)
+        if asked != windows:
+            raise reader.bad(
+                "layer_types",
+                "Mistral has one window for all layers, and this list disagrees with it",
+            )
+    return windows

@@ -1,0 +1,27 @@
+"""Qwen2 and Qwen2.5: Llama with biases on q, k and v, and optionally a sliding window in the upper layers.
+
+Source: Yang et al. 2024 (Qwen2 technical report); `Qwen2Config` in transformers 5.23.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from quire.models.common import read_layer_windows, read_spec
+from quire.models.fields import ConfigReader
+from quire.models.spec import ModelSpec
+
+ARCHITECTURE = "Qwen2ForCausalLM"
+
+
+def resolve(config: Mapping[str, object]) -> ModelSpec:
+    """The q, k, v bias is part of the architecture, not of the config."""
+    reader = ConfigReader(config)
+    return read_spec(
+        reader,
+        architecture=ARCHITECTURE,
+        model_type="qwen2",
+        default_num_kv_heads=32,
+        qkv_bias=True,
+        sliding_windows=read_layer_windows(reader),
+    )

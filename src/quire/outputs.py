@@ -1,0 +1,69 @@
+"""What a caller gets back. Field names are vLLM's, so that scripts read them unchanged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class Logprob:
+    """One token's log-probability at one position. `rank` is 1-based."""
+
+    logprob: float
+    rank: int | None = None
+    decoded_token: str | None = None
+
+
+@dataclass(slots=True)
+class RequestStateStats:
+    """Times and counts of one request. `*_ts` are `time.monotonic()` seconds; arrival is wall time."""
+
+    num_generation_tokens: int = 0
+    num_preemptions: int = 0
+    arrival_time: float = 0.0
+    arrival_ts: float = 0.0
+    queued_ts: float = 0.0
+    scheduled_ts: float = 0.0
+    first_token_ts: float = 0.0
+    last_token_ts: float = 0.0
+    first_token_latency: float = 0.0
+    """Seconds from arrival to the first token (TTFT)."""
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One of the `n` sequences of a request."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
+    finish_reason: str | None = None
+    """stop | length | abort | error, or None while it goes on."""
+    stop_reason: str | int | None = None
+    """The stop string or stop token id that ended it; None for end of sequence."""
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """The state of one request: cumulative, or what is new, as its `output_kind` says.
+
+    With output_kind DELTA, `outputs` holds only the sequences that have something new.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool
+    metrics: RequestStateStats = field(default_factory=RequestStateStats)
+    num_cached_tokens: int | None = None
+    """Prompt tokens whose KV was found in the prefix cache."""
+    prompt_logprobs: None = None
+    error: str | None = None
+    """With finish_reason `error`: what happened, in words fit for a client."""

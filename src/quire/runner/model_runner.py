@@ -1,0 +1,179 @@
+"""Turns a `StepPlan` into tensors, runs the model, samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from quire.attention.base import AttentionMetadata, KVCache
+from quire.kernels.base import Kernels
+from quire.messages import AdmittedRequest, PlannedRow, StepPlan, StepResult
+from quire.models.decoder import DecoderModel
+from quire.sampling.sampler import Sampler, SamplingRow, SamplingState
+
+
+class RunningBatch:
+    """Token ids and block tables of the admitted requests, each in a seat of its own.
+
+    Arrays are indexed by seat, so a step gathers its inputs with a few NumPy calls however long the
+    contexts are, and nothing is rebuilt. They are sized for the worst case and never cleared: the
+    operating system commits pages only as they are written.
+    """
+
+    def __init__(self, *, max_num_seqs: int, max_model_len: int, block_size: int) -> None:
+        self.block_size = block_size
+        max_blocks = -(-max_model_len // block_size)
+        self.token_ids = np.empty((max_num_seqs, max_model_len + 1), dtype=np.int64)
+        self.block_ids = np.zeros((max_num_seqs, max_blocks), dtype=np.int32)
+        self.num_tokens = np.zeros(max_num_seqs, dtype=np.int64)
+        self.num_blocks = np.zeros(max_num_seqs, dtype=np.int64)
+        self.num_prompt_tokens = [0] * max_num_seqs
+        self.states: list[SamplingState | None] = [None] * max_num_seqs
+        self.seat_of: dict[int, int] = {}
+        self._free_seats = list(range(max_num_seqs - 1, -1, -1))
+
+    def admit(self, request: AdmittedRequest, state: SamplingState) -> None:
+        seat = self._free_seats.pop()
+        self.seat_of[request.request_id] = seat
+        count = len(request.token_ids)
+        self.token_ids[seat, :count] = request.token_ids
+        self.num_tokens[seat] = count
+        self.num_blocks[seat] = 0
+        self.num_prompt_tokens[seat] = request.num_prompt_tokens
+        self.states[seat] = state
+        self.add_blocks(seat, request.block_ids)
+
+    def release(self, request_id: int) -> None:
+        seat = self.seat_of.pop(request_id)
+        self.states[seat] = None
+        self._free_seats.append(seat)
+
+    def add_blocks(self, seat: int, block_ids: Sequence[int]) -> None:
+        start = self.num_blocks[seat]
+        self.block_ids[seat, start : start + len(block_ids)] = block_ids
+        self.num_blocks[seat] = start + len(block_ids)
+
+    def append_token(self, seat: int, token_id: int) -> None:
+        self.token_ids[seat, self.num_tokens[seat]] = token_id
+        self.num_tokens[seat] += 1
+
+
+class ModelRunner:
+    """The model, its KV cache, and the requests admitted to it."""
+
+    def __init__(
+        self,
+        model: DecoderModel,
+        kv_cache: KVCache,
+        kernels: Kernels,
+        *,
+        max_num_seqs: int,
+        max_model_len: int,
+    ) -> None:
+        self.model = model
+        self.kv_cache = kv_cache
+        self._kernels = kernels
+        self._sampler = Sampler(kernels)
+        self.batch = RunningBatch(
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+            block_size=kv_cache.block_size,
+        )
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Apply the plan: forget, admit, copy, compute, sample."""
+        for request_id in plan.released:
+            self.batch.release(request_id)
+        for request in plan.admitted:
+            self._admit(request)
+        self._copy(plan.copies)
+        if not plan.rows:
+            return StepResult(step_id=plan.step_id)
+        seats = [self.batch.seat_of[row.request_id] for row in plan.rows]
+        for row, seat in zip(plan.rows, seats, strict=True):
+            if row.new_block_ids:
+                self.batch.add_blocks(seat, row.new_block_ids)
+        hidden = self._forward(plan.rows, np.array(seats))
+        return self._sample(plan, seats, hidden)
+
+    def _admit(self, request: AdmittedRequest) -> None:
+        state = SamplingState(
+            request.params,
+            seed=request.seed,
+            eos_token_ids=request.eos_token_ids,
+            token_ids=request.token_ids,
+            num_prompt_tokens=request.num_prompt_tokens,
+            vocab_size=self.model.spec.vocab_size,
+        )
+        self.batch.admit(request, state)
+
+    def _copy(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Copy-on-write, in order: a block just copied to may be copied from."""
+        ready: list[tuple[int, int]] = []
+        touched: set[int] = set()
+        for source, destination in copies:
+            if source in touched or destination in touched:
+                self._kernels.copy_blocks(self.kv_cache.pairs, ready)
+                ready, touched = [], set()
+            ready.append((source, destination))
+            touched.update((source, destination))
+        if ready:
+            self._kernels.copy_blocks(self.kv_cache.pairs, ready)
+
+    def _forward(self, rows: Sequence[PlannedRow], seats: np.ndarray) -> torch.Tensor:
+        """Hidden states of the last token of each row. [B, hidden_size]"""
+        batch, size = self.batch, self.batch.block_size
+        starts = np.array([row.start for row in rows], dtype=np.int64)
+        counts = np.array([row.num_tokens for row in rows], dtype=np.int64)
+        ends = np.cumsum(counts)
+        first = ends - counts  # index in the step of each row's first token
+        row_of = np.repeat(np.arange(len(rows)), counts)
+        positions = np.arange(ends[-1]) - (first - starts)[row_of]
+        seat_of = seats[row_of]
+        input_ids = batch.token_ids[seat_of, positions]
+        blocks = batch.block_ids[seat_of, positions // size].astype(np.int64)
+        seq_lens = starts + counts
+        width = -(-int(seq_lens.max()) // size)
+        query_start_loc = np.zeros(len(rows) + 1, dtype=np.int32)
+        query_start_loc[1:] = ends
+        position_tensor = torch.from_numpy(positions)
+        metadata = AttentionMetadata(
+            positions=position_tensor,
+            slot_mapping=torch.from_numpy(blocks * size + positions % size),
+            query_start_loc=torch.from_numpy(query_start_loc),
+            seq_lens=torch.from_numpy(seq_lens.astype(np.int32)),
+            block_table=torch.from_numpy(batch.block_ids[seats, :width]),
+        )
+        hidden = self.model.forward(
+            torch.from_numpy(input_ids), position_tensor, metadata, self.kv_cache
+        )
+        if len(rows) == ends[-1]:
+            return hidden
+        return hidden[torch.from_numpy(ends - 1)]
+
+    def _sample(self, plan: StepPlan, seats: Sequence[int], hidden: torch.Tensor) -> StepResult:
+        sampling = [index for index, row in enumerate(plan.rows) if row.samples]
+        if not sampling:
+            return StepResult(step_id=plan.step_id)
+        if len(sampling) < len(plan.rows):
+            hidden = hidden[torch.tensor(sampling)]
+        logits = self.model.compute_logits(hidden)
+        rows = [self._sampling_row(plan.rows[index], seats[index]) for index in sampling]
+        sampled = self._sampler.sample(logits, rows)
+        for index, result in zip(sampling, sampled, strict=True):
+            for token_id in result.token_ids:
+                self.batch.append_token(seats[index], token_id)
+        return StepResult(step_id=plan.step_id, sampled=sampled)
+
+    def _sampling_row(self, row: PlannedRow, seat: int) -> SamplingRow:
+        state = self.batch.states[seat]
+        assert state is not None
+        position = row.start + row.num_tokens
+        return SamplingRow(
+            request_id=row.request_id,
+            state=state,
+            position=position,
+            num_output_tokens=position - self.batch.num_prompt_tokens[seat],
+        )

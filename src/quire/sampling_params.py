@@ -1,0 +1,213 @@
+"""How one request wants its tokens chosen. Names, defaults and rules follow vLLM's `SamplingParams`."""
+
+from __future__ import annotations
+
+import logging
+import math
+from enum import Enum
+
+import msgspec
+
+from quire.errors import InvalidParameterError
+
+logger = logging.getLogger(__name__)
+
+GREEDY_EPSILON = 1e-5
+"""Temperatures below this mean greedy decoding."""
+
+MIN_TEMPERATURE = 0.01
+"""Smaller non-greedy temperatures overflow softmax in half precision; they are raised to this."""
+
+MAX_N = 16384
+MAX_STOP_STRINGS = 256
+MAX_STOP_STRING_CHARS = 4096
+MAX_STOP_TOKEN_IDS = 1024
+MAX_SEED = 2**63 - 1
+
+
+class RequestOutputKind(Enum):
+    """What each streamed `RequestOutput` holds."""
+
+    CUMULATIVE = 0
+    """Everything so far."""
+    DELTA = 1
+    """Only what is new."""
+    FINAL_ONLY = 2
+    """One output, at the end."""
+
+
+class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
+    """Sampling parameters of one request.
+
+    Raises `InvalidParameterError` (a `ValueError`) naming the field, on construction. What depends on
+    the model (vocabulary, context length, `max_logprobs`) is checked when the request is submitted.
+    """
+
+    n: int = 1
+    """Number of sequences to sample for the prompt; their prompt blocks are shared."""
+    presence_penalty: float = 0.0
+    """Subtracted from logits of tokens that were generated, once. [-2, 2]"""
+    frequency_penalty: float = 0.0
+    """Subtracted from logits of generated tokens, per occurrence. [-2, 2]"""
+    repetition_penalty: float = 1.0
+    """Divides (positive) or multiplies (negative) logits of tokens in prompt or output. > 0"""
+    temperature: float = 1.0
+    """0 is greedy. [0, 2]"""
+    top_p: float = 1.0
+    """Smallest set of tokens whose probability reaches this. (0, 1]"""
+    top_k: int = 0
+    """Consider only the k most likely tokens; 0 or -1 is off."""
+    min_p: float = 0.0
+    """Drop tokens less likely than this times the most likely one. [0, 1]"""
+    seed: int | None = None
+    """Seed of the request's own random stream; None (or -1) draws one."""
+    stop: str | list[str] | None = None
+    """Strings that end generation; not part of the text unless `include_stop_str_in_output`."""
+    stop_token_ids: list[int] | None = None
+    """Token ids that end generation."""
+    ignore_eos: bool = False
+    """Continue past the end-of-sequence token."""
+    max_tokens: int | None = 16
+    """Most tokens to generate; None is the rest of the context."""
+    min_tokens: int = 0
+    """No stop token or string applies before this many tokens."""
+    logprobs: int | None = None
+    """Return this many top logprobs per generated token, with the chosen one's; -1 is all."""
+    detokenize: bool = True
+    """Produce text, not only token ids."""
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+
+    def __post_init__(self) -> None:
+        def set_(name: str, value: object) -> None:
+            msgspec.structs.force_setattr(self, name, value)
+
+        for name in _FLOAT_FIELDS:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                _fail(name, value, "must be a number")
+            if not math.isfinite(value):
+                _fail(name, value, "must be finite")
+        for name in _INT_FIELDS:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                if value is None and name in _OPTIONAL_INTS:
+                    continue
+                _fail(name, value, "must be an integer")
+        for name in _BOOL_FIELDS:
+            if not isinstance(getattr(self, name), bool):
+                _fail(name, getattr(self, name), "must be true or false")
+
+        if self.seed == -1:
+            set_("seed", None)
+        if self.seed is not None and not -MAX_SEED <= self.seed <= MAX_SEED:
+            _fail("seed", self.seed, "must fit in 64 bits")
+        if isinstance(self.stop, str):
+            set_("stop", [self.stop])
+        elif self.stop is not None and not self.stop:
+            set_("stop", None)
+        self._check_stops()
+        self._check_ranges()
+        if self.temperature < GREEDY_EPSILON:
+            if self.n > 1:
+                _fail("n", self.n, "must be 1 with greedy sampling (temperature 0)")
+            for name, neutral in (
+                ("temperature", 0.0),
+                ("top_p", 1.0),
+                ("top_k", 0),
+                ("min_p", 0.0),
+            ):
+                set_(name, neutral)
+        elif self.temperature < MIN_TEMPERATURE:
+            logger.warning("temperature %g is raised to %g", self.temperature, MIN_TEMPERATURE)
+            set_("temperature", MIN_TEMPERATURE)
+        if self.top_k == -1:
+            set_("top_k", 0)
+
+    def _check_ranges(self) -> None:
+        if not 1 <= self.n <= MAX_N:
+            _fail("n", self.n, f"must be between 1 and {MAX_N}")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not -2.0 <= getattr(self, name) <= 2.0:
+                _fail(name, getattr(self, name), "must be in [-2, 2]")
+        if self.repetition_penalty <= 0.0:
+            _fail("repetition_penalty", self.repetition_penalty, "must be greater than 0")
+        if not 0.0 <= self.temperature <= 2.0:
+            _fail("temperature", self.temperature, "must be in [0, 2]")
+        if not 0.0 < self.top_p <= 1.0:
+            _fail("top_p", self.top_p, "must be in (0, 1]")
+        if self.top_k < -1:
+            _fail("top_k", self.top_k, "must be positive, or 0 or -1 to turn it off")
+        if not 0.0 <= self.min_p <= 1.0:
+            _fail("min_p", self.min_p, "must be in [0, 1]")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            _fail("max_tokens", self.max_tokens, "must be at least 1")
+        if self.min_tokens < 0:
+            _fail("min_tokens", self.min_tokens, "must be at least 0")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            _fail("min_tokens", self.min_tokens, f"must not exceed max_tokens ({self.max_tokens})")
+        if self.logprobs is not None and self.logprobs < -1:
+            _fail("logprobs", self.logprobs, "must be at least 0, or -1 for the whole vocabulary")
+
+    def _check_stops(self) -> None:
+        stops = self.stop if isinstance(self.stop, list) else []
+        if len(stops) > MAX_STOP_STRINGS:
+            _fail("stop", len(stops), f"must hold at most {MAX_STOP_STRINGS} strings")
+        for text in stops:
+            if not isinstance(text, str) or not text:
+                _fail("stop", text, "must hold non-empty strings")
+            if len(text) > MAX_STOP_STRING_CHARS:
+                _fail("stop", len(text), f"strings must be at most {MAX_STOP_STRING_CHARS} chars")
+        if stops and not self.detokenize:
+            _fail("stop", stops, "needs detokenize=True: stop strings are found in the text")
+        ids = self.stop_token_ids
+        if ids is None:
+            return
+        if not isinstance(ids, list) or len(ids) > MAX_STOP_TOKEN_IDS:
+            _fail(
+                "stop_token_ids", ids, f"must be a list of at most {MAX_STOP_TOKEN_IDS} token ids"
+            )
+        for token in ids:
+            if isinstance(token, bool) or not isinstance(token, int) or token < 0:
+                _fail("stop_token_ids", token, "must hold non-negative token ids")
+
+    @property
+    def stop_strings(self) -> list[str]:
+        """`stop` as a list, empty when there is none."""
+        return self.stop if isinstance(self.stop, list) else []
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    @property
+    def has_penalties(self) -> bool:
+        return (
+            self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+            or self.repetition_penalty != 1.0
+        )
+
+    def replace(self, **changes: object) -> SamplingParams:
+        """A copy with `changes`, validated again."""
+        return msgspec.structs.replace(self, **changes)  # type: ignore[arg-type]
+
+
+_FLOAT_FIELDS = (
+    "presence_penalty", "frequency_penalty", "repetition_penalty", "temperature", "top_p", "min_p",
+)  # fmt: skip
+_INT_FIELDS = ("n", "top_k", "seed", "max_tokens", "min_tokens", "logprobs")
+_OPTIONAL_INTS = frozenset({"seed", "max_tokens", "logprobs"})
+_BOOL_FIELDS = (
+    "ignore_eos", "detokenize", "skip_special_tokens", "spaces_between_special_tokens",
+    "include_stop_str_in_output",
+)  # fmt: skip
+
+
+def _fail(param: str, value: object, rule: str) -> None:
+    shown = repr(value)
+    if len(shown) > 80:
+        shown = shown[:77] + "..."
+    raise InvalidParameterError(f"{param} {rule}, got {shown}.", param=param, value=value)

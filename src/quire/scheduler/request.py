@@ -1,0 +1,85 @@
+"""A request as the scheduler sees it."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from quire.messages import AddRequest, FinishReason, RequestTimes
+
+
+class RequestStatus(Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    PREEMPTED = "preempted"
+    """Waiting again, after having run."""
+    FINISHED = "finished"
+
+
+class Request:
+    """A list of known tokens, of which the first `num_computed_tokens` have their KV in blocks."""
+
+    __slots__ = (
+        "arrival_time", "cache_salt", "eos_token_ids", "finish_reason", "fork_of", "max_tokens",
+        "num_cached_tokens", "num_computed_tokens", "num_preemptions", "num_prompt_tokens", "params",
+        "priority", "queued_time", "request_id", "scheduled_time", "seed", "sort_key",
+        "status",
+        "stop_token", "stop_token_ids", "token_ids",
+    )  # fmt: skip
+
+    def __init__(self, message: AddRequest, *, queued_time: float) -> None:
+        self.request_id = message.request_id
+        self.token_ids = list(message.prompt_token_ids)
+        self.num_prompt_tokens = len(message.prompt_token_ids)
+        self.num_computed_tokens = 0
+        self.num_cached_tokens: int | None = None
+        """Set when first admitted: prompt tokens found computed by others."""
+        self.params = message.params
+        self.seed = message.seed
+        self.max_tokens = message.max_tokens
+        self.eos_token_ids = frozenset(() if message.params.ignore_eos else message.eos_token_ids)
+        self.stop_token_ids = frozenset(message.params.stop_token_ids or ())
+        self.arrival_time = message.arrival_time
+        self.priority = message.priority
+        self.cache_salt = message.cache_salt
+        self.fork_of = message.fork_of
+        self.status = RequestStatus.WAITING
+        self.finish_reason: FinishReason | None = None
+        self.stop_token: int | None = None
+        self.num_preemptions = 0
+        self.queued_time = queued_time
+        self.scheduled_time = 0.0
+        self.sort_key: tuple[float, ...] = ()
+        """Its place in the policy's order; smaller is served first."""
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def times(self) -> RequestTimes:
+        return RequestTimes(self.queued_time, self.scheduled_time)
+
+    def append_token(self, token: int) -> None:
+        """Add a sampled token and decide whether it is the last one."""
+        self.token_ids.append(token)
+        produced = self.num_output_tokens
+        if produced >= self.params.min_tokens:
+            if token in self.eos_token_ids:
+                self.finish_reason = FinishReason.STOP
+                return
+            if token in self.stop_token_ids:
+                self.finish_reason = FinishReason.STOP
+                self.stop_token = token
+                return
+        if produced >= self.max_tokens:
+            self.finish_reason = FinishReason.LENGTH
+
+    def __repr__(self) -> str:
+        return (
+            f"Request({self.request_id}, {self.status.value}, "
+            f"{self.num_computed_tokens}/{self.num_tokens} tokens)"
+        )

@@ -1,0 +1,355 @@
+"""Who computes which tokens, step by step.
+
+A request is a list of known tokens, of which the first `num_computed_tokens` have their keys and values
+in blocks. Every step, the scheduler hands requests some of their tokens that are not computed yet,
+until the token budget or the free blocks run out. That is all. A prompt being prefilled, in one
+piece or in chunks, has many tokens to catch up with; a decoding request has one, the token it sampled
+last; a prefix-cache hit starts with `num_computed_tokens` already above zero; a preempted request goes
+back to zero and catches up again. The scheduler has no word for any of them.
+
+Three rules keep it fair and free of deadlock:
+
+* One order (the policy's) decides everything: who is admitted first, who gets budget first, and,
+  read backwards, who is preempted. So the first of the running requests always advances.
+* Every running request is sure of one token of budget per step, whatever stands before it.
+* A waiting request is admitted only if all its known tokens fit beside what the running ones still
+  need. Preemption is left for what nobody could know: how long outputs become.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from quire.kvcache import KVCacheManager, PrefixMatch
+from quire.messages import (
+    AddRequest,
+    AdmittedRequest,
+    FinishReason,
+    PlannedRow,
+    RequestUpdate,
+    SampledRow,
+    SchedulerStats,
+    StepPlan,
+    StepResult,
+    WaitReason,
+)
+from quire.scheduler.policy import RequestQueue, get_policy
+from quire.scheduler.request import Request, RequestStatus
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerLimits:
+    """What bounds a step. Plain numbers, so that tests and the simulator need no model."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    watermark_blocks: int = 0
+    """Blocks kept free when a request is admitted beside running ones."""
+    long_prefill_token_threshold: int = 0
+    enable_chunked_prefill: bool = True
+    policy: str = "fcfs"
+
+
+class Scheduler:
+    """Plans steps and learns their results. One thread; no I/O; never imports torch."""
+
+    def __init__(
+        self,
+        limits: SchedulerLimits,
+        kv: KVCacheManager,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        # A lone request can always grow to full length: that is what guarantees progress.
+        assert kv.blocks_for(limits.max_model_len) <= kv.pool.num_usable
+        assert limits.max_num_batched_tokens >= limits.max_num_seqs
+        self.limits = limits
+        self.kv = kv
+        self.running = RequestQueue()
+        self.waiting = RequestQueue()
+        self.requests: dict[int, Request] = {}
+        self._sort_key = get_policy(limits.policy)
+        self._clock = clock
+        self._step_id = 0
+        self._released: list[int] = []
+        self._wait_reasons: dict[int, WaitReason] = {}
+        self._stats = SchedulerStats()
+
+    # --- requests come and go ---------------------------------------------------------------------
+
+    def add_request(self, message: AddRequest) -> None:
+        """Queue a request. The front end has validated it; lengths are checked again because a request
+        that can never fit would wait for ever."""
+        if message.request_id in self.requests:
+            raise ValueError(f"request id {message.request_id} is in use")
+        if not message.prompt_token_ids or message.max_tokens < 1:
+            raise ValueError("a request needs at least one prompt token and max_tokens of 1")
+        if len(message.prompt_token_ids) + message.max_tokens > self.limits.max_model_len:
+            raise ValueError("prompt and max_tokens exceed max_model_len")
+        request = Request(message, queued_time=self._clock())
+        request.sort_key = self._sort_key(request)
+        self.requests[request.request_id] = request
+        self.waiting.add(request)
+
+    def abort(self, request_ids: Iterable[int]) -> list[RequestUpdate]:
+        """End requests now, wherever they are. Unknown ids (already finished) are ignored."""
+        updates = []
+        for request_id in request_ids:
+            request = self.requests.get(request_id)
+            if request is not None:
+                updates.append(self._finish(request, FinishReason.ABORT))
+        return updates
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything (including telling the executor what to forget)."""
+        return bool(self.requests) or bool(self._released)
+
+    # --- a step -----------------------------------------------------------------------------------
+
+    def schedule(self) -> StepPlan:
+        """Plan the next step. A plan without rows means nobody can run (only when nobody is there)."""
+        self._step_id += 1
+        plan = StepPlan(step_id=self._step_id)
+        self._wait_reasons.clear()
+        budget, preempted = self._schedule_running(plan, self.limits.max_num_batched_tokens)
+        if not preempted:
+            self._schedule_waiting(plan, budget)
+        plan.released, self._released = self._released, []
+        return plan
+
+    def _schedule_running(self, plan: StepPlan, budget: int) -> tuple[int, bool]:
+        """Give running requests their tokens, preempting from the end of the order for blocks.
+        Returns the budget left, and whether anyone was preempted."""
+        preempted = False
+        index = 0
+        while index < len(self.running):
+            request = self.running[index]
+            others = len(self.running) - index - 1
+            count = min(request.num_tokens - request.num_computed_tokens, budget - others)
+            count = self._capped(count)
+            growth = self.kv.grow(request.request_id, request.num_computed_tokens + count)
+            while growth is None:
+                victim = self.running[len(self.running) - 1]
+                self._preempt(victim)
+                preempted = True
+                if victim is request:
+                    break
+                growth = self.kv.grow(request.request_id, request.num_computed_tokens + count)
+            if growth is not None:
+                self._plan_row(plan, request, count, growth.block_ids)
+                budget -= count
+            index += 1
+        return budget, preempted
+
+    def _schedule_waiting(self, plan: StepPlan, budget: int) -> None:
+        """Admit waiting requests in order, until one does not fit."""
+        if not self.waiting:
+            return
+        promised = sum(
+            self.kv.blocks_for(request.num_tokens) - self.kv.num_blocks_of(request.request_id)
+            for request in self.running
+        )
+        for request in list(self.waiting):
+            if budget <= 0 or len(self.running) >= self.limits.max_num_seqs:
+                break
+            match = self._match(request)
+            if match is None:
+                self._wait_reasons[request.request_id] = WaitReason.DEFERRED
+                continue
+            keep_free = promised + (self.limits.watermark_blocks if self.running else 0)
+            if not self._fits(match, request.num_tokens, keep_free):
+                break
+            needed = request.num_tokens - match.num_tokens
+            if needed > budget and not self.limits.enable_chunked_prefill:
+                break
+            count = self._capped(min(needed, budget))
+            self._admit(plan, request, match, count)
+            promised += self.kv.blocks_for(request.num_tokens) - self.kv.num_blocks_of(
+                request.request_id
+            )
+            budget -= count
+
+    def _match(self, request: Request) -> PrefixMatch | None:
+        """KV that others have computed for this request; None to wait for a sibling's prompt."""
+        leader = self.requests.get(request.fork_of) if request.fork_of is not None else None
+        if leader is not None and leader.status is RequestStatus.RUNNING:
+            # The last prompt token is computed again, so that each sibling samples on its own.
+            shared = request.num_prompt_tokens - 1
+            if request.num_output_tokens == 0 and shared > 0:
+                if leader.num_computed_tokens < shared:
+                    return None
+                return self.kv.match_fork(leader.request_id, shared, self._step_id)
+        return self.kv.match_prefix(
+            request.request_id, request.token_ids, request.cache_salt, self._step_id
+        )
+
+    def _fits(self, match: PrefixMatch, num_tokens: int, keep_free: int) -> bool:
+        """Whether the request can be admitted, if need be without the match's copied tail (which
+        for a moment holds one block more)."""
+        if not self.kv.can_admit(match, num_tokens, keep_free=keep_free):
+            if match.tail is None:
+                return False
+            match.drop_tail(self.kv.block_size)
+        return self.kv.can_admit(match, num_tokens, keep_free=keep_free)
+
+    def _capped(self, count: int) -> int:
+        threshold = self.limits.long_prefill_token_threshold
+        return min(count, threshold) if threshold else count
+
+    def _admit(self, plan: StepPlan, request: Request, match: PrefixMatch, count: int) -> None:
+        reach = match.num_tokens + count
+        growth = self.kv.admit(request.request_id, match, request.cache_salt, reach)
+        self.waiting.remove(request)
+        self.running.add(request)
+        request.status = RequestStatus.RUNNING
+        request.num_computed_tokens = match.num_tokens
+        if request.num_cached_tokens is None:
+            request.num_cached_tokens = match.num_tokens
+            request.scheduled_time = self._clock()
+            if self.kv.enable_prefix_caching:
+                self._stats.prefix_queries += request.num_prompt_tokens
+                self._stats.prefix_hits += match.num_tokens
+        self._stats.blocks_copied += len(growth.copies)
+        plan.copies.extend(growth.copies)
+        plan.admitted.append(
+            AdmittedRequest(
+                request_id=request.request_id,
+                token_ids=list(request.token_ids),
+                num_prompt_tokens=request.num_prompt_tokens,
+                block_ids=growth.block_ids,
+                params=request.params,
+                seed=request.seed,
+                eos_token_ids=sorted(request.eos_token_ids),
+            )
+        )
+        self._plan_row(plan, request, count, [])
+
+    def _plan_row(
+        self, plan: StepPlan, request: Request, count: int, new_block_ids: list[int]
+    ) -> None:
+        reach = request.num_computed_tokens + count
+        self.kv.register(request.request_id, request.token_ids, reach, self._step_id)
+        plan.rows.append(
+            PlannedRow(
+                request_id=request.request_id,
+                start=request.num_computed_tokens,
+                num_tokens=count,
+                new_block_ids=new_block_ids,
+                samples=reach == request.num_tokens,
+            )
+        )
+
+    def _preempt(self, request: Request) -> None:
+        """Take the request's blocks. Resuming is a prefix-cache walk, and recompute of the rest."""
+        self.running.remove(request)
+        self.kv.release(request.request_id)
+        self._released.append(request.request_id)
+        request.status = RequestStatus.PREEMPTED
+        request.num_computed_tokens = 0
+        request.num_preemptions += 1
+        self._stats.num_preemptions += 1
+        self.waiting.add(request)
+
+    # --- results ----------------------------------------------------------------------------------
+
+    def update(self, plan: StepPlan, result: StepResult) -> list[RequestUpdate]:
+        """Learn what a step computed and sampled. Requests aborted meanwhile are skipped."""
+        sampled = {row.request_id: row for row in result.sampled}
+        updates = []
+        for row in plan.rows:
+            request = self.requests.get(row.request_id)
+            if request is None:
+                continue
+            request.num_computed_tokens = row.start + row.num_tokens
+            if row.samples:
+                updates.append(self._learn(request, sampled[row.request_id]))
+        self._stats.step_tokens = plan.num_tokens
+        return updates
+
+    def _learn(self, request: Request, row: SampledRow) -> RequestUpdate:
+        if row.error is not None:
+            update = self._finish(request, FinishReason.ERROR)
+            update.error = row.error
+            return update
+        first = request.num_output_tokens == 0
+        accepted: list[int] = []
+        for token in row.token_ids:
+            request.append_token(token)
+            accepted.append(token)
+            if request.finish_reason is not None:
+                break
+        if request.finish_reason is not None:
+            update = self._finish(request, request.finish_reason)
+            update.stop_token = request.stop_token
+        else:
+            update = RequestUpdate(request_id=request.request_id)
+        update.new_token_ids = accepted
+        update.logprobs = row.logprobs[: len(accepted)] if row.logprobs is not None else None
+        if first:
+            update.num_cached_tokens = request.num_cached_tokens
+            update.times = request.times
+        return update
+
+    def _finish(self, request: Request, reason: FinishReason) -> RequestUpdate:
+        if request.status is RequestStatus.RUNNING:
+            self.running.remove(request)
+            self.kv.release(request.request_id)
+            self._released.append(request.request_id)
+        else:
+            self.waiting.remove(request)
+        self.kv.forget(request.request_id)
+        del self.requests[request.request_id]
+        request.status = RequestStatus.FINISHED
+        request.finish_reason = reason
+        return RequestUpdate(
+            request_id=request.request_id,
+            finish_reason=reason,
+            num_preemptions=request.num_preemptions,
+        )
+
+    # --- accounting -------------------------------------------------------------------------------
+
+    def take_stats(self) -> SchedulerStats:
+        """State now, and counts since the last call."""
+        stats, self._stats = self._stats, SchedulerStats()
+        stats.num_running = len(self.running)
+        stats.num_waiting = len(self.waiting)
+        stats.waiting_by_reason = dict.fromkeys((reason.value for reason in WaitReason), 0)
+        for request in self.waiting:
+            stats.waiting_by_reason[self.wait_reason(request).value] += 1
+        stats.kv_usage = self.kv.usage
+        stats.blocks_shared = self.kv.pool.num_shared
+        size = self.kv.block_size
+        stats.kv_slots_allocated = self.kv.num_referenced * size
+        unused = sum(
+            self.kv.num_blocks_of(request.request_id) * size - request.num_computed_tokens
+            for request in self.running
+        )
+        stats.kv_slots_used = stats.kv_slots_allocated - unused
+        return stats
+
+    def wait_reason(self, request: Request) -> WaitReason:
+        """Why a waiting request did not run in the last step."""
+        return self._wait_reasons.get(request.request_id, WaitReason.CAPACITY)
+
+    def check_invariants(self) -> None:
+        """Prove queues, requests and blocks consistent. Raises AssertionError."""
+        queued = [r.request_id for r in self.waiting] + [r.request_id for r in self.running]
+        assert sorted(queued) == sorted(self.requests), "a request is lost or queued twice"
+        for queue in (self.waiting, self.running):
+            keys = [request.sort_key for request in queue]
+            assert keys == sorted(keys)
+        assert len(self.running) <= self.limits.max_num_seqs
+        for request in self.running:
+            assert request.status is RequestStatus.RUNNING
+            assert request.num_computed_tokens < request.num_tokens
+            held = self.kv.num_blocks_of(request.request_id) * self.kv.block_size
+            assert held >= request.num_computed_tokens
+        for request in self.waiting:
+            assert request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
+        self.kv.check_invariants()
+        assert set(self.kv.tables) == {request.request_id for request in self.running}

@@ -1,0 +1,107 @@
+"""The FastAPI application. Built before the engine is loaded, so that probes are answered from the
+first moment; endpoints ask `ServerState` for the engine and get a 503 until there is one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from http import HTTPStatus
+
+import msgspec
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+
+from quire.errors import QuireError
+from quire.server.auth import ApiKeyAuth
+from quire.server.chat import chat_router
+from quire.server.completions import completions_router
+from quire.server.errors import ApiError, to_api_error
+from quire.server.live import ClientGoneError
+from quire.server.middleware import (
+    STATUS_CLIENT_GONE,
+    BodyLimit,
+    RequestContext,
+    request_id_of,
+)
+from quire.server.openapi import install_openapi
+from quire.server.probes import probes_router
+from quire.server.state import ServerState
+from quire.server.tokens import models_router, tokens_router
+from quire.util.version import VERSION
+
+EXPOSED_HEADERS = ("x-request-id", "x-quire-warnings", "retry-after")
+
+
+def build_app(state: ServerState, *, api_keys: Sequence[str] = ()) -> FastAPI:
+    """An app over `state`. With `api_keys`, every path but the probes needs one of them."""
+    app = FastAPI(
+        title="Quire",
+        version=VERSION,
+        redirect_slashes=False,
+    )
+    for router in (
+        completions_router(state),
+        chat_router(state),
+        models_router(state),
+        tokens_router(state),
+        probes_router(state),
+    ):
+        app.include_router(router)
+    app.add_exception_handler(QuireError, _on_error)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(ClientGoneError, _on_client_gone)
+    _add_middleware(app, state, api_keys)
+    install_openapi(app)
+    return app
+
+
+def _add_middleware(app: FastAPI, state: ServerState, api_keys: Sequence[str]) -> None:
+    """Innermost first: the last one added is the first to see a request."""
+    config = state.config
+    app.add_middleware(BodyLimit, limit=config.max_body_bytes)
+    if api_keys:
+        app.add_middleware(ApiKeyAuth, keys=api_keys)
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=config.allowed_origins,
+        allow_methods=config.allowed_methods,
+        allow_headers=config.allowed_headers,
+        allow_credentials=config.allow_credentials,
+        expose_headers=EXPOSED_HEADERS,
+    )
+    app.add_middleware(RequestContext, state=state)
+
+
+async def _on_error(request: Request, error: Exception) -> Response:
+    return error_response(to_api_error(error, request_id_of(request.scope)))
+
+
+def error_response(error: ApiError) -> Response:
+    return Response(
+        error.body(),
+        status_code=error.status,
+        media_type="application/json",
+        headers=error.headers,
+    )
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    """Unknown route or method: FastAPI's own body, which scripts look for, beside OpenAI's."""
+    if not isinstance(error, HTTPException):
+        raise error
+    phrase = HTTPStatus(error.status_code).phrase
+    answer = ApiError(error.status_code, phrase)
+    body = {"detail": phrase, "error": answer.payload()}
+    return Response(
+        msgspec.json.encode(body),
+        status_code=error.status_code,
+        media_type="application/json",
+        headers=error.headers,
+    )
+
+
+async def _on_client_gone(request: Request, error: Exception) -> Response:
+    """Nobody reads this; it only gives the request a status in logs and metrics."""
+    return Response(status_code=STATUS_CLIENT_GONE)

@@ -1,0 +1,75 @@
+"""API keys: every path needs one, except a short list of probes.
+
+The decision reads `scope["path"]`, which the router reads too, and nothing that is rebuilt from the Host
+header: a request for `http://x/health?@host/v1/...` is what it is routed as (CVE-2026-48746).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from hmac import compare_digest
+
+from quire.config import ServerConfig
+from quire.errors import ConfigError
+from quire.server.middleware import App, Receive, Scope, Send, header_values
+
+OPEN_PATHS = frozenset({"/health", "/ready", "/ping", "/metrics", "/version"})
+ENVIRONMENT = ("QUIRE_API_KEY", "VLLM_API_KEY")
+
+_BODY = b'{"error":"Unauthorized"}'
+
+
+def configured_keys(config: ServerConfig, environ: Mapping[str, str]) -> tuple[str, ...]:
+    """Keys from flags and environment. Raises `ConfigError` for an empty one: it would look like
+    protection and be none."""
+    if any(not key.strip() for key in config.api_key):
+        raise ConfigError("api_key must not be empty. Leave it out to serve without keys.")
+    return (*config.api_key, *(environ[name] for name in ENVIRONMENT if environ.get(name)))
+
+
+class ApiKeyAuth:
+    """401 unless the request brings `Authorization: Bearer KEY` with one of the keys.
+
+    Digests are compared, all of them every time, so that the time taken says neither how much of a
+    key was right nor which one.
+    """
+
+    def __init__(self, app: App, keys: Sequence[str]) -> None:
+        self._app = app
+        self._digests = [_digest(key.encode("utf-8")) for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or is_open(scope) or self._is_known(scope):
+            await self._app(scope, receive, send)
+            return
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(_BODY)).encode("ascii")),
+            (b"www-authenticate", b"Bearer"),
+        ]
+        await send({"type": "http.response.start", "status": 401, "headers": headers})
+        await send({"type": "http.response.body", "body": _BODY, "more_body": False})
+
+    def _is_known(self, scope: Scope) -> bool:
+        values = header_values(scope, b"authorization")
+        if len(values) != 1:
+            return False
+        scheme, _, token = values[0].partition(b" ")
+        given = _digest(token.strip())
+        known = False
+        for digest in self._digests:
+            known |= compare_digest(given, digest)
+        return known and scheme.lower() == b"bearer"
+
+
+def is_open(scope: Scope) -> bool:
+    """Whether the route needs no key: its path as the router sees it, exactly."""
+    path, root = scope["path"], scope.get("root_path", "")
+    if root and path.startswith(root + "/"):
+        path = path[len(root) :]
+    return path in OPEN_PATHS
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()

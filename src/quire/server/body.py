@@ -1,0 +1,111 @@
+"""From the bytes of a request to a checked model."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails, from_json
+from starlette.requests import ClientDisconnect, Request
+
+from quire.server.errors import ApiError, malformed
+from quire.server.live import ClientGoneError
+from quire.server.unsupported import NO_EFFECT, refuse_unsupported
+
+M = TypeVar("M", bound=BaseModel)
+
+BODY_TIMEOUT = 60.0
+"""Seconds that a client has to send its body; a slow one holds a connection, nothing more."""
+MAX_WARNINGS = 16
+MAX_NAME_CHARS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Parsed(Generic[M]):
+    request: M
+    warnings: list[str]
+    """One sentence per field that nothing here knows."""
+
+
+async def read_json(request: Request) -> dict[str, object]:
+    """The body as a JSON object without nulls.
+
+    Dropping explicit nulls makes them mean what clients mean: "as if I had not said it". The parser
+    is strict: UTF-8 only, no NaN or Infinity, no lone surrogates, nesting at most 200.
+    """
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type != "application/json" and not content_type.endswith("+json"):
+        raise ApiError(
+            415, "Send the body as JSON, with the header Content-Type: application/json."
+        )
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT):
+            raw = await request.body()
+    except TimeoutError:
+        raise ApiError(408, f"The body did not arrive within {BODY_TIMEOUT:.0f} seconds.") from None
+    except ClientDisconnect:
+        raise ClientGoneError from None
+    if not raw:
+        raise malformed("The body is empty; it must be a JSON object.", param="body")
+    try:
+        value = from_json(raw, allow_inf_nan=False)
+    except ValueError as error:
+        raise malformed(f"The body is not valid JSON: {error}.", param="body") from None
+    if not isinstance(value, dict):
+        raise malformed("The body must be a JSON object.", param="body")
+    return {name: item for name, item in value.items() if item is not None}
+
+
+def parse(
+    model: type[M],
+    body: Mapping[str, object],
+    *,
+    unsupported: Mapping[str, tuple[object, ...]] | None = None,
+) -> Parsed[M]:
+    """`body` as `model`. Raises a 400 `ApiError` naming the first field that is wrong."""
+    refuse_unsupported(body, unsupported or {})
+    known = model.model_fields.keys() | (unsupported or {}).keys() | NO_EFFECT
+    unknown = [name for name in body if name not in known]
+    try:
+        request = model.model_validate(body)
+    except ValidationError as error:
+        details = error.errors(include_url=False, include_input=False, include_context=False)
+        raise _explain(details[0]) from None
+    return Parsed(request, _warnings(unknown))
+
+
+def _warnings(unknown: list[str]) -> list[str]:
+    shown = [f"unknown field {_printable(name)} was ignored" for name in unknown[:MAX_WARNINGS]]
+    if len(unknown) > MAX_WARNINGS:
+        shown.append(f"{len(unknown) - MAX_WARNINGS} more unknown fields were ignored")
+    return shown
+
+
+def _printable(name: str) -> str:
+    """Fit for a header and a log: ASCII without controls, separators or quotes."""
+    return "".join(c if c.isascii() and (c.isalnum() or c in "_-.") else "?" for c in name)[
+        :MAX_NAME_CHARS
+    ]
+
+
+_UNION_TAGS = ("str", "list", "int", "constrained", "function", "dict")
+
+
+def _explain(error: ErrorDetails) -> ApiError:
+    """vLLM's shape: `param` is the path below "body". Union branches are not part of the path."""
+    location = error["loc"]
+    if location and location[0] == "prompt" and error["type"] != "missing":
+        return malformed(
+            "prompt must be a string, a list of strings, a list of token ids (0 or more), or a list "
+            "of lists of token ids.",
+            param="body.prompt",
+        )
+    parts = [
+        _printable(str(part)) for part in location
+        if not (isinstance(part, str) and part.partition("[")[0] in _UNION_TAGS)
+    ]  # fmt: skip
+    path = ".".join(["body", *parts])
+    return malformed(f"{'.'.join(parts) or 'body'}: {error['msg']}.", param=path)

@@ -1,0 +1,120 @@
+"""What the server needs of an engine. `quire.engine.async_llm.AsyncLLM` is one; tests script another."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from typing import Literal, Protocol
+
+from quire.messages import EngineReady, SchedulerStats, StepOutputs
+from quire.metrics import MetricsSink
+from quire.outputs import RequestOutput
+from quire.sampling_params import SamplingParams
+
+
+class ServedTokenizer(Protocol):
+    """The part of `quire.text.Tokenizer` that endpoints use."""
+
+    def encode(
+        self,
+        text: str,
+        *,
+        add_special_tokens: bool = True,
+        truncate_to: int | None = None,
+        truncation_side: Literal["left", "right"] = "left",
+    ) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str: ...
+
+    def token_str(self, token_id: int) -> str | None: ...
+
+    def token_bytes(self, token_id: int) -> bytes: ...
+
+    def decode_token(self, token_id: int) -> str: ...
+
+
+class ServedTemplate(Protocol):
+    """The part of `quire.text.ChatTemplate` that endpoints use."""
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, object]] | None = None,
+        documents: Sequence[Mapping[str, object]] | None = None,
+        **kwargs: object,
+    ) -> str: ...
+
+
+class ServedModel(Protocol):
+    @property
+    def name(self) -> str: ...
+    @property
+    def names(self) -> tuple[str, ...]: ...
+    @property
+    def max_model_len(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def max_logprobs(self) -> int: ...
+    @property
+    def created(self) -> int: ...
+    @property
+    def default_sampling(self) -> Mapping[str, object]: ...
+    @property
+    def tokenizer(self) -> ServedTokenizer: ...
+    @property
+    def chat_template(self) -> ServedTemplate | None: ...
+
+
+class RequestStream(Protocol):
+    """Outputs of one request. Ends after the output with `finished`; raises `EngineError`s."""
+
+    @property
+    def request_id(self) -> str: ...
+
+    def __aiter__(self) -> AsyncIterator[RequestOutput]: ...
+
+    def abort(self) -> None: ...
+
+
+class Health(Protocol):
+    """`alive` is False once the engine is dead, or silent for longer than the timeout asked."""
+
+    @property
+    def alive(self) -> bool: ...
+    @property
+    def heartbeat_age(self) -> float: ...
+    @property
+    def reason(self) -> str: ...
+
+
+class ServingEngine(Protocol):
+    @property
+    def model(self) -> ServedModel: ...
+    @property
+    def ready(self) -> EngineReady: ...
+    @property
+    def stats(self) -> SchedulerStats: ...
+
+    def submit(
+        self,
+        prompt: str | list[int],
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> RequestStream: ...
+
+    @property
+    def is_dead(self) -> bool: ...
+
+    def health(self, timeout: float) -> Health: ...
+
+    def add_stats_listener(self, callback: Callable[[StepOutputs], None]) -> None: ...
+
+    def attach_metrics(self, metrics: MetricsSink) -> None: ...
+
+    async def shutdown(self) -> None: ...

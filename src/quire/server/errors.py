@@ -1,0 +1,116 @@
+"""From exceptions to answers: one table for every endpoint, streamed or not.
+
+What a client sees is either the message of an error that we wrote, or a fixed sentence with the
+request's id. The text of other libraries' exceptions stays in the log.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import msgspec
+
+from quire.errors import (
+    EngineDeadError,
+    EngineError,
+    ModelNotFoundError,
+    PromptTooLongError,
+    QueueFullError,
+    QuireError,
+    RequestError,
+)
+
+logger = logging.getLogger(__name__)
+
+TYPES = {
+    400: "BadRequestError",
+    401: "Unauthorized",
+    404: "NotFoundError",
+    405: "Method Not Allowed",
+    408: "Request Timeout",
+    413: "Payload Too Large",
+    415: "Unsupported Media Type",
+    429: "Too Many Requests",
+    500: "InternalServerError",
+    501: "NotImplementedError",
+    503: "Service Unavailable",
+}
+MAX_MESSAGE_CHARS = 2000
+RETRY_AFTER_LOADING = 2
+RETRY_AFTER_DRAINING = 10
+
+
+class ApiError(QuireError):
+    """An answer other than success, complete: status, OpenAI body, headers."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        kind: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message[:MAX_MESSAGE_CHARS]
+        self.param = param
+        self.kind = kind or TYPES.get(status, "Error")
+        self.headers = headers or {}
+
+    def body(self) -> bytes:
+        return msgspec.json.encode({"error": self.payload()})
+
+    def payload(self) -> dict[str, str | int | None]:
+        return {
+            "message": self.message,
+            "type": self.kind,
+            "param": self.param,
+            "code": self.status,
+        }
+
+
+def bad_request(message: str, *, param: str | None) -> ApiError:
+    """A field of the right type whose value cannot be served."""
+    return ApiError(400, message, param=param)
+
+
+def malformed(message: str, *, param: str | None = None) -> ApiError:
+    """A body, or a field, of the wrong form. vLLM's type for it is the status phrase."""
+    return ApiError(400, message, param=param, kind="Bad Request")
+
+
+def unavailable(message: str, *, retry_after: int) -> ApiError:
+    return ApiError(503, message, headers={"retry-after": str(retry_after)})
+
+
+def to_api_error(error: BaseException, request_id: str) -> ApiError:
+    """The answer for any exception. Logs those that are no client's fault."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, ModelNotFoundError):
+        return ApiError(404, str(error), param=error.param or "model")
+    if isinstance(error, PromptTooLongError):
+        param = "max_tokens" if error.param == "max_tokens" else "input_tokens"
+        return bad_request(str(error), param=param)
+    if isinstance(error, RequestError):
+        return bad_request(str(error), param=error.param)
+    if isinstance(error, QueueFullError):
+        seconds = max(1, math.ceil(error.retry_after))
+        return ApiError(429, str(error), headers={"retry-after": str(seconds)})
+    if isinstance(error, EngineDeadError):
+        logger.error("request %s: the engine is gone: %s", request_id, error)
+        return ApiError(
+            500, f"The engine has stopped; the server is about to exit. Request {request_id}."
+        )
+    if isinstance(error, EngineError):
+        logger.error("request %s: %s", request_id, error)
+        return ApiError(500, f"The engine failed on this request. Request {request_id}.")
+    logger.error("request %s: unexpected error", request_id, exc_info=error)
+    return internal_error(request_id)
+
+
+def internal_error(request_id: str) -> ApiError:
+    return ApiError(500, f"Internal server error. Request {request_id}.")

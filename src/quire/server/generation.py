@@ -1,0 +1,218 @@
+"""What completions and chat have in common: submitting, merging, collecting, and the answer's frame."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Protocol
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from quire.errors import ModelNotFoundError
+from quire.outputs import RequestOutput
+from quire.sampling_params import SamplingParams
+from quire.server.engine_protocol import RequestStream, ServedModel, ServingEngine
+from quire.server.errors import ApiError
+from quire.server.middleware import request_id_of
+from quire.server.prompts import EncodedPrompt
+from quire.server.requests import SamplingFields
+from quire.server.sampling import log_values
+from quire.server.sse import EventStream
+from quire.server.state import ServerState
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """What every chunk of one answer repeats."""
+
+    id: str
+    created: int
+    model: str
+    warnings: list[str]
+
+    @classmethod
+    def make(cls, prefix: str, model: ServedModel, warnings: list[str]) -> Frame:
+        """The id is ours and random: nothing a client sends is ever a key."""
+        return cls(f"{prefix}-{secrets.token_hex(16)}", int(time.time()), model.name, warnings)
+
+
+class Encoder(Protocol):
+    """Shapes outputs: sans-IO, so that its tests need no server."""
+
+    @property
+    def frame(self) -> Frame: ...
+
+    def chunk(self, prompt_index: int, output: RequestOutput) -> bytes:
+        """Events for an output that holds what is new; may be empty."""
+
+    def last(self) -> bytes:
+        """Events after all outputs: usage, if asked for."""
+
+    def whole(self, outputs: Sequence[RequestOutput]) -> bytes:
+        """The JSON of an answer that is not streamed; one finished output per prompt."""
+
+
+def check_model(name: str | None, model: ServedModel) -> None:
+    """Raises `ModelNotFoundError` (a 404). No name means the model there is."""
+    if name is not None and name not in model.names:
+        raise ModelNotFoundError(
+            f"The model `{name}` does not exist. Valid aliases: {', '.join(model.names)}.",
+            param="model",
+            value=name,
+        )
+
+
+def submit_all(
+    engine: ServingEngine,
+    prompts: Sequence[tuple[EncodedPrompt, SamplingParams]],
+    request: SamplingFields,
+    frame: Frame,
+) -> list[RequestStream]:
+    """All prompts or none: if the last does not fit, those before it are taken back."""
+    streams: list[RequestStream] = []
+    try:
+        for index, (prompt, params) in enumerate(prompts):
+            streams.append(
+                engine.submit(
+                    prompt.token_ids,
+                    params,
+                    request_id=f"{frame.id}-{index}" if len(prompts) > 1 else frame.id,
+                    priority=request.priority or 0,
+                    cache_salt=request.cache_salt,
+                )
+            )
+    except BaseException:
+        for stream in streams:
+            stream.abort()
+        raise
+    return streams
+
+
+def log_request(
+    state: ServerState,
+    request: Request,
+    frame: Frame,
+    prompts: Sequence[tuple[EncodedPrompt, SamplingParams]],
+) -> None:
+    """One line per request when --enable-log-requests: sizes and parameters, never texts."""
+    if state.config.enable_log_requests and prompts:
+        logger.info(
+            "request %s as %s: %d prompts, %d tokens, %s",
+            request_id_of(request.scope),
+            frame.id,
+            len(prompts),
+            sum(len(prompt.token_ids) for prompt, _ in prompts),
+            log_values(prompts[0][1]),
+        )
+
+
+async def respond(
+    state: ServerState,
+    request: Request,
+    asked: SamplingFields,
+    streams: Sequence[RequestStream],
+    encoder: Encoder,
+) -> Response:
+    """Run to the end, or stream. Whatever ends the request early aborts it in the engine."""
+    headers = warning_headers(encoder.frame.warnings)
+    live = state.live.open(streams)
+    if asked.stream:
+        return EventStream(
+            _events(streams, encoder),
+            live=live,
+            request_id=request_id_of(request.scope),
+            keep_alive=state.config.sse_keep_alive_interval,
+            headers=headers,
+        )
+    try:
+        outputs = await live.run(_collect(streams), request.receive)
+    finally:
+        live.close()
+    return Response(encoder.whole(outputs), media_type="application/json", headers=headers)
+
+
+def warning_headers(warnings: list[str]) -> dict[str, str]:
+    return {"x-quire-warnings": "; ".join(warnings)} if warnings else {}
+
+
+async def _collect(streams: Sequence[RequestStream]) -> list[RequestOutput]:
+    """The final output of each stream. One failure fails the request; the caller aborts the rest."""
+    results = await asyncio.gather(*(_final(stream) for stream in streams))
+    for output in results:
+        raise_if_failed(output)
+    return results
+
+
+async def _final(stream: RequestStream) -> RequestOutput:
+    last: RequestOutput | None = None
+    async for output in stream:
+        last = output
+    if last is None or not last.finished:
+        raise ApiError(500, "The engine ended this request without an answer.")
+    return last
+
+
+def raise_if_failed(output: RequestOutput) -> None:
+    """A request that the engine failed on its own is an error, not a short answer."""
+    if any(part.finish_reason == "error" for part in output.outputs):
+        raise ApiError(500, output.error or "The engine failed on this request.")
+
+
+async def _events(
+    streams: Sequence[RequestStream], encoder: Encoder
+) -> AsyncGenerator[bytes, None]:
+    async with aclosing(merge(streams)) as outputs:
+        async for index, output in outputs:
+            raise_if_failed(output)
+            data = encoder.chunk(index, output)
+            if data:
+                yield data
+    data = encoder.last()
+    if data:
+        yield data
+
+
+async def merge(
+    streams: Sequence[RequestStream],
+) -> AsyncGenerator[tuple[int, RequestOutput], None]:
+    """Outputs of all streams as they come, with the stream's index."""
+    if len(streams) == 1:  # the usual case needs no queue
+        async for output in streams[0]:
+            yield 0, output
+        return
+    queue: asyncio.Queue[tuple[int, RequestOutput] | BaseException | None] = asyncio.Queue(
+        maxsize=2 * len(streams)
+    )
+
+    async def pump(index: int, stream: RequestStream) -> None:
+        try:
+            async for output in stream:
+                await queue.put((index, output))
+        except Exception as error:
+            await queue.put(error)
+        else:
+            await queue.put(None)
+
+    tasks = [asyncio.ensure_future(pump(i, stream)) for i, stream in enumerate(streams)]
+    try:
+        running = len(tasks)
+        while running:
+            item = await queue.get()
+            if item is None:
+                running -= 1
+            elif isinstance(item, BaseException):
+                raise item
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,110 @@
+"""Requests in flight: each ends when its work does, when its client leaves, or when the server says so.
+
+Three things can end a request early, and each must reach the engine at once: the client hangs up,
+the server drains past its deadline, the engine dies. So the work runs as its own task, raced once
+per request (not once per token) against `receive()`; ending it early is cancelling that task.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, MutableMapping
+from typing import Any, TypeVar
+
+from quire.server.engine_protocol import RequestStream
+from quire.server.errors import ApiError
+
+T = TypeVar("T")
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+
+
+class ClientGoneError(Exception):
+    """The client hung up; nobody reads the answer."""
+
+
+class LiveRequest:
+    """One request in flight. `close()` aborts whatever the engine still does for it."""
+
+    def __init__(self, owner: LiveRequests, streams: Iterable[RequestStream]) -> None:
+        self._owner = owner
+        self._streams = tuple(streams)
+        self._task: asyncio.Task[Any] | None = None
+        self.error: ApiError | None = None
+        """Why the server ended it, if it did."""
+
+    async def run(self, work: Coroutine[Any, Any, T], receive: Receive) -> T:
+        """The result of `work`. Raises `ClientGoneError`, or the error given to `terminate`.
+
+        The request's body must have been read: the next message is the disconnect.
+        """
+        if self.error is not None:
+            work.close()
+            raise self.error
+        task = self._task = asyncio.ensure_future(work)
+        watch = asyncio.ensure_future(_disconnected(receive))
+        try:
+            await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            watch.cancel()
+            if not task.done():
+                task.cancel()
+                await asyncio.wait((task,))
+        if not task.cancelled():
+            return task.result()
+        raise self.error or ClientGoneError()
+
+    def terminate(self, error: ApiError) -> None:
+        """End it with `error`; a stream still gets to say so."""
+        if self.error is None:
+            self.error = error
+            if self._task is not None:
+                self._task.cancel()
+
+    def close(self) -> None:
+        """The request is over. Idempotent."""
+        for stream in self._streams:
+            stream.abort()
+        self._owner.discard(self)
+
+
+class LiveRequests:
+    """All of them, so that a drain can wait for the last and cut off the rest."""
+
+    def __init__(self) -> None:
+        self._live: set[LiveRequest] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def __len__(self) -> int:
+        return len(self._live)
+
+    def open(self, streams: Iterable[RequestStream]) -> LiveRequest:
+        request = LiveRequest(self, streams)
+        self._live.add(request)
+        self._idle.clear()
+        return request
+
+    def discard(self, request: LiveRequest) -> None:
+        self._live.discard(request)
+        if not self._live:
+            self._idle.set()
+
+    async def wait_idle(self, timeout: float) -> bool:
+        """Whether all ended within `timeout` seconds."""
+        try:
+            await asyncio.wait_for(self._idle.wait(), timeout)
+        except TimeoutError:
+            return not self._live
+        return True
+
+    def terminate_all(self, error: ApiError) -> None:
+        for request in list(self._live):
+            request.terminate(error)
+
+
+async def _disconnected(receive: Receive) -> None:
+    try:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+    except ApiError:  # it still sends, and too much: it is not waiting for an answer
+        pass

@@ -1,0 +1,144 @@
+"""What every request passes through, outermost first: id and metrics, CORS, API key, body limit.
+
+Plain ASGI throughout. Starlette's BaseHTTPMiddleware runs the app in a task group of its own, which
+delays each streamed chunk and hides the client's disconnect from the endpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from quire.server.errors import ApiError, internal_error
+from quire.server.live import ClientGoneError
+from quire.server.state import ServerState
+
+logger = logging.getLogger(__name__)
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+MAX_REQUEST_ID_CHARS = 128
+_ID_CHARS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_.:")
+STATUS_CLIENT_GONE = 499
+
+
+class RequestContext:
+    """Gives each request an id, counts it, and turns what nobody caught into a fixed 500.
+
+    A client's X-Request-Id is echoed if it is short and plain, for its logs and ours; it is never a
+    key to anything (PYSEC-2026-4198).
+    """
+
+    def __init__(self, app: App, state: ServerState) -> None:
+        self._app = app
+        self._state = state
+        self._root_path = state.config.root_path.rstrip("/")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":  # nothing here speaks it; never let one past the key check
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        if self._root_path:  # the router, and the key check, take it off paths that have it
+            scope["root_path"] = self._root_path
+        request_id = _client_request_id(scope) or secrets.token_hex(16)
+        scope.setdefault("state", {})["request_id"] = request_id
+        header = (b"x-request-id", request_id.encode("ascii"))
+        status = 0
+        begun = time.monotonic()
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), header]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        except ClientGoneError:
+            status = status or STATUS_CLIENT_GONE
+        except Exception:
+            logger.exception("request %s: unexpected error", request_id)
+            if status == 0:
+                await send_error(internal_error(request_id), send_with_id)
+        finally:
+            route = scope.get("route")
+            self._state.http_metrics.on_response(
+                method=scope["method"],
+                handler=getattr(route, "path", None),
+                status=status or STATUS_CLIENT_GONE,
+                seconds=time.monotonic() - begun,
+            )
+
+
+class BodyLimit:
+    """Bounds the body while it arrives, whether or not its length was announced."""
+
+    def __init__(self, app: App, limit: int) -> None:
+        self._app = app
+        self._limit = limit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        announced = header_values(scope, b"content-length")
+        if announced and announced[0].isdigit() and int(announced[0][:19]) > self._limit:
+            await send_error(self._too_large(), send)
+            return
+        received = 0
+
+        async def counted() -> Message:
+            nonlocal received
+            message = await receive()
+            if message["type"] == "http.request":
+                received += len(message.get("body", b""))
+                if received > self._limit:
+                    raise self._too_large()
+            return message
+
+        await self._app(scope, counted, send)
+
+    def _too_large(self) -> ApiError:
+        return ApiError(
+            413,
+            f"The body is larger than this server takes: {self._limit} bytes (--max-body-bytes).",
+            param="body",
+        )
+
+
+async def send_error(error: ApiError, send: Send) -> None:
+    body = error.body()
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(body)).encode("ascii")),
+        *((k.encode("latin-1"), v.encode("latin-1")) for k, v in error.headers.items()),
+    ]
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+def request_id_of(scope: Scope) -> str:
+    return str(scope.get("state", {}).get("request_id", "unknown"))
+
+
+def header_values(scope: Scope, name: bytes) -> list[bytes]:
+    return [value for key, value in scope.get("headers", ()) if key == name]
+
+
+def _client_request_id(scope: Scope) -> str | None:
+    values = header_values(scope, b"x-request-id")
+    if len(values) != 1 or not 0 < len(values[0]) <= MAX_REQUEST_ID_CHARS:
+        return None
+    text = values[0].decode("latin-1")
+    return text if all(c in _ID_CHARS for c in text) else None

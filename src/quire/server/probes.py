@@ -1,0 +1,73 @@
+"""What operators and load balancers ask: alive, ready, version, metrics. None of it needs a key."""
+
+from __future__ import annotations
+
+import msgspec
+from fastapi import APIRouter
+from starlette.responses import Response
+
+from quire.metrics import render
+from quire.server.errors import RETRY_AFTER_LOADING
+from quire.server.state import Phase, ServerState
+from quire.util.version import VERSION
+
+
+def probes_router(state: ServerState) -> APIRouter:
+    router = APIRouter()
+
+    @router.get("/health")
+    async def health() -> Response:
+        """Whether the engine's loop turns: not that a process exists, but that it moved lately."""
+        return _answer(*check_health(state))
+
+    @router.get("/ready")
+    async def ready() -> Response:
+        """Whether to send requests here: loaded, not draining, queue not full."""
+        if state.phase is Phase.READY and state.queue_is_full():
+            return _answer(False, {"status": "overloaded"})
+        return _answer(state.phase is Phase.READY, {"status": state.phase.value})
+
+    @router.get("/ping")
+    @router.post("/ping", include_in_schema=False)
+    async def ping() -> Response:
+        """/health under the name that SageMaker asks for."""
+        return _answer(*check_health(state))
+
+    @router.get("/version")
+    async def version() -> Response:
+        return _answer(True, {"version": VERSION})
+
+    @router.get("/metrics")
+    async def metrics() -> Response:
+        """Prometheus text format."""
+        body, content_type = render(state.registry)
+        return Response(body, headers={"content-type": content_type})
+
+    return router
+
+
+def check_health(state: ServerState) -> tuple[bool, dict[str, str | float]]:
+    """(healthy, body). A draining server is alive; a loading one is not yet."""
+    if state.phase is Phase.FAILED:
+        return False, {"status": "failed", "reason": "the engine has stopped"}
+    if state.engine is None:
+        return False, {"status": state.phase.value}
+    if state.engine.is_dead:
+        return False, {"status": "failed", "reason": "the engine has stopped"}
+    health = state.engine.health(state.config.health_timeout)
+    age = round(health.heartbeat_age, 3)
+    if not health.alive:
+        return False, {"status": "stalled", "heartbeat_age": age}
+    return True, {"status": "ok", "heartbeat_age": age}
+
+
+def _answer(good: bool, body: dict[str, str] | dict[str, str | float]) -> Response:
+    headers = {"cache-control": "no-store"}
+    if not good:
+        headers["retry-after"] = str(RETRY_AFTER_LOADING)
+    return Response(
+        msgspec.json.encode(body),
+        status_code=200 if good else 503,
+        media_type="application/json",
+        headers=headers,
+    )

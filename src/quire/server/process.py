@@ -1,0 +1,174 @@
+"""uvicorn, with what we need different: our signals, bounded request heads, our own sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import stat
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import uvicorn
+
+from quire.config import ServerConfig
+from quire.errors import ConfigError
+from quire.server.auth import OPEN_PATHS
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+logger = logging.getLogger(__name__)
+
+MAX_HEAD_BYTES = 64 * 1024
+"""Request line and headers together."""
+CLOSE_SECONDS = 3
+"""What connections get to close after the last answer."""
+
+
+class _NoProbes(logging.Filter):
+    """Drops access lines of probes: asked every few seconds, they would bury everything else.
+
+    uvicorn's record has args (client, method, path with query, version, status).
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        args = record.args
+        if not isinstance(args, tuple) or len(args) < 3:
+            return True
+        return str(args[2]).partition("?")[0] not in OPEN_PATHS
+
+
+_NO_PROBES = _NoProbes()
+
+
+class HttpServer(uvicorn.Server):
+    """uvicorn's server without its signal handlers: a signal means drain, and `run` does that."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    async def wait_started(self, task: asyncio.Task[None]) -> None:
+        while not self.started and not task.done():
+            await asyncio.sleep(0.01)
+
+
+def http_server(app: FastAPI, config: ServerConfig) -> HttpServer:
+    """Raises `ConfigError` where TLS files cannot be read."""
+    options = uvicorn.Config(
+        app,
+        http=_http_protocol(),
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        log_level=config.uvicorn_log_level,
+        access_log=not config.disable_uvicorn_access_log,
+        server_header=False,
+        ssl_keyfile=config.ssl_keyfile,
+        ssl_certfile=config.ssl_certfile,
+        timeout_graceful_shutdown=CLOSE_SECONDS,
+        h11_max_incomplete_event_size=MAX_HEAD_BYTES,
+    )
+    try:
+        options.load()
+    except OSError as error:
+        raise ConfigError(
+            f"TLS: {config.ssl_certfile} / {config.ssl_keyfile} cannot be used "
+            f"({error.strerror or 'not a certificate and its key'})."
+        ) from None
+    logging.getLogger("uvicorn.access").addFilter(_NO_PROBES)  # adding it twice is adding it once
+    return HttpServer(options)
+
+
+def _http_protocol() -> type[asyncio.Protocol] | str:
+    """httptools where installed, else h11. httptools has no limit on a request's head (h11 does), so
+    one client could fill the memory with a header that never ends (CVE-2025-48956): count it."""
+    try:
+        from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+    except ImportError:
+        return "h11"
+
+    class BoundedHttpTools(HttpToolsProtocol):
+        _head_bytes = 0
+        _in_head = True
+
+        def on_message_begin(self) -> None:
+            self._head_bytes, self._in_head = 0, True
+            super().on_message_begin()
+
+        def on_headers_complete(self) -> None:
+            self._in_head = False
+            super().on_headers_complete()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            if self._in_head and not self.transport.is_closing():
+                self._head_bytes += len(data)
+                if self._head_bytes > MAX_HEAD_BYTES:
+                    self.logger.warning("Request head too large.")
+                    self.send_400_response("Request head too large.")
+
+        def on_message_complete(self) -> None:
+            super().on_message_complete()
+            self._head_bytes, self._in_head = 0, True
+
+    return BoundedHttpTools
+
+
+def bind(config: ServerConfig) -> socket.socket:
+    """The listening socket, taken before the model is loaded: a port in use is known at once.
+
+    Raises `ConfigError` naming the address.
+    """
+    if config.uds is not None:
+        return _bind_unix(config.uds)
+    host = config.host or "0.0.0.0"
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, config.port))
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"cannot listen on {host} port {config.port}: {error.strerror}. Choose another --port "
+            "(0 picks a free one) or --host."
+        ) from None
+    listener.set_inheritable(False)
+    return listener
+
+
+def _bind_unix(path: str) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        _remove_stale(path)
+        listener.bind(path)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(f"cannot listen on unix socket {path}: {error.strerror}.") from None
+    return listener
+
+
+def _remove_stale(path: str) -> None:
+    """Unlink a socket that nobody listens on any more, and nothing else."""
+    try:
+        is_socket = stat.S_ISSOCK(os.stat(path).st_mode)
+    except FileNotFoundError:
+        return
+    if not is_socket:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        if probe.connect_ex(path) != 0:
+            os.unlink(path)
+
+
+def url_of(listener: socket.socket, config: ServerConfig) -> str:
+    """Where clients reach it, with the port that was chosen."""
+    if config.uds is not None:
+        return f"unix:{config.uds}"
+    host, port = listener.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    return f"{'https' if config.ssl_certfile else 'http'}://{shown}:{port}"

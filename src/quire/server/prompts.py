@@ -1,0 +1,156 @@
+"""From what a client sent to token ids: completions prompts and chat messages."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from quire.server.engine_protocol import ServedModel, ServedTokenizer
+from quire.server.errors import bad_request, malformed
+from quire.server.requests import ChatFields
+
+INLINE_CHARS = 16_384
+"""Longer texts are tokenized in a thread (the library releases the GIL), so that one long prompt does
+not hold up everyone's stream; shorter ones take less time than the hop."""
+
+RESERVED_TEMPLATE_KWARGS = frozenset(
+    {
+        "messages", "tools", "documents", "add_generation_prompt", "continue_final_message",
+        "chat_template", "tokenize", "self",
+    }
+)  # fmt: skip
+"""Arguments of `render` itself; `ChatTemplate` checks the rest."""
+
+
+@dataclass(frozen=True, slots=True)
+class Truncation:
+    """How a prompt that is too long is cut, when the client asked for that."""
+
+    to: int | None = None
+    side: Literal["left", "right"] = "left"
+
+    def apply(self, ids: list[int]) -> list[int]:
+        if self.to is None or len(ids) <= self.to:
+            return ids
+        return ids[-self.to :] if self.side == "left" else ids[: self.to]
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPrompt:
+    token_ids: list[int]
+    text: str | None
+    """As sent; None where the client sent ids."""
+
+
+def truncation(
+    limit: int | None, side: Literal["left", "right"] | None, model: ServedModel
+) -> Truncation:
+    """-1 means "to what the model takes". Raises a 400 for 0 and for more than the context."""
+    if limit is None:
+        return Truncation()
+    if limit == -1:
+        limit = model.max_model_len
+    if not 1 <= limit <= model.max_model_len:
+        raise bad_request(
+            f"truncate_prompt_tokens must be between 1 and {model.max_model_len} (the model's "
+            f"context length), or -1 for all of that, got {limit}.",
+            param="truncate_prompt_tokens",
+        )
+    return Truncation(limit, side or "left")
+
+
+async def encode_text(
+    tokenizer: ServedTokenizer, text: str, *, add_special_tokens: bool, cut: Truncation
+) -> list[int]:
+    def work() -> list[int]:
+        return tokenizer.encode(
+            text,
+            add_special_tokens=add_special_tokens,
+            truncate_to=cut.to,
+            truncation_side=cut.side,
+        )
+
+    return work() if len(text) <= INLINE_CHARS else await asyncio.to_thread(work)
+
+
+def split_prompts(
+    prompt: str | list[str] | list[int] | list[list[int]], *, limit: int
+) -> list[str | list[int]]:
+    """One entry per prompt. An empty list is no prompt; `[[]]` is one that is empty."""
+    if isinstance(prompt, str):
+        return [prompt]
+    if not prompt:
+        raise malformed("prompt must not be an empty list.", param="body.prompt")
+    if isinstance(prompt[0], int):
+        return [prompt]  # type: ignore[list-item]
+    if len(prompt) > limit:
+        raise bad_request(
+            f"prompt holds {len(prompt)} prompts; this server takes at most {limit} in one request "
+            "(--max-prompts-per-request).",
+            param="prompt",
+        )
+    return list(prompt)  # type: ignore[arg-type]
+
+
+async def encode_prompt(
+    prompt: str | list[int], model: ServedModel, *, add_special_tokens: bool, cut: Truncation
+) -> EncodedPrompt:
+    """Raises a 400 for ids that the model has no embedding for."""
+    if isinstance(prompt, str):
+        ids = await encode_text(
+            model.tokenizer, prompt, add_special_tokens=add_special_tokens, cut=cut
+        )
+        return EncodedPrompt(ids, prompt)
+    check_ids(prompt, model, param="prompt")
+    return EncodedPrompt(cut.apply(prompt), None)
+
+
+def check_ids(ids: Sequence[int], model: ServedModel, *, param: str) -> None:
+    largest = max(ids, default=0)
+    if largest >= model.vocab_size:
+        raise bad_request(
+            f"{param} holds token id {largest}; this model's ids are 0 to {model.vocab_size - 1}.",
+            param=param,
+        )
+
+
+def render_chat(chat: ChatFields, model: ServedModel) -> str:
+    """The prompt text that the model's template makes of the messages."""
+    template = model.chat_template
+    if template is None:
+        raise bad_request(
+            f"Model {model.name} has no chat template. Start the server with --chat-template, or "
+            "use /v1/completions.",
+            param="messages",
+        )
+    add_prompt = chat.add_generation_prompt is not False
+    continues = chat.continue_final_message is True
+    if continues and chat.add_generation_prompt is None:
+        add_prompt = False
+    if continues and add_prompt:
+        raise bad_request(
+            "continue_final_message and add_generation_prompt exclude each other.",
+            param="continue_final_message",
+        )
+    return template.render(
+        [message.model_dump(exclude_none=True) for message in chat.messages],
+        add_generation_prompt=add_prompt,
+        continue_final_message=continues,
+        tools=None,
+        documents=None,
+        **_template_kwargs(chat),
+    )
+
+
+def _template_kwargs(chat: ChatFields) -> dict[str, object]:
+    kwargs: dict[str, object] = dict(chat.chat_template_kwargs or {})
+    for name in kwargs:
+        if name in RESERVED_TEMPLATE_KWARGS:
+            raise bad_request(
+                f"chat_template_kwargs must not set {name}.", param="chat_template_kwargs"
+            )
+    if chat.reasoning_effort is not None:
+        kwargs["reasoning_effort"] = chat.reasoning_effort
+    return kwargs

@@ -1,0 +1,231 @@
+"""The life of a server process: bind, answer probes, load, serve, drain, leave.
+
+Exit status: 0 after a signal, 1 when the engine died. What keeps the engine from starting is raised.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any, TypeVar
+
+from quire.config import EngineConfig, ServerConfig
+from quire.messages import describe_ledger
+from quire.server.app import build_app
+from quire.server.auth import configured_keys
+from quire.server.engine_protocol import ServingEngine
+from quire.server.errors import ApiError, unavailable
+from quire.server.process import HttpServer, bind, http_server, url_of
+from quire.server.state import ServerState
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+EngineFactory = Callable[[], Awaitable[ServingEngine]]
+
+DEATH_CHECK_SECONDS = 0.25
+FAREWELL_SECONDS = 2.0
+"""What aborted requests get to send their error."""
+
+
+class StopSignals:
+    """SIGTERM and SIGINT, counted: the first asks to drain, the second to leave now."""
+
+    def __init__(self) -> None:
+        self.requested = asyncio.Event()
+        self.now = asyncio.Event()
+
+    def hit(self) -> None:
+        if self.requested.is_set():
+            self.now.set()
+        self.requested.set()
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        """Handle both signals; outside the main thread, none."""
+        loop = asyncio.get_running_loop()
+        handled = []
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with contextlib.suppress(ValueError, RuntimeError, NotImplementedError):
+                loop.add_signal_handler(number, self.hit)
+                handled.append(number)
+        try:
+            yield
+        finally:
+            for number in handled:
+                loop.remove_signal_handler(number)
+
+
+def serve(engine_config: EngineConfig, server_config: ServerConfig) -> int:
+    """Run the server on an engine of its own until a signal; returns the exit status."""
+
+    async def engine() -> ServingEngine:
+        from quire.engine.async_llm import AsyncLLM
+
+        return await AsyncLLM.start(engine_config)
+
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        return runner.run(serve_engine(engine, engine_config, server_config))
+
+
+async def serve_engine(
+    engine_factory: EngineFactory,
+    engine_config: EngineConfig,
+    server_config: ServerConfig,
+    *,
+    stop: StopSignals | None = None,
+    announce: Callable[[str], None] | None = None,
+) -> int:
+    """Serve what `engine_factory` makes. Probes are answered from before it is called.
+
+    announce: called with the server's URL once it listens; the default logs it.
+    Raises `ConfigError` for an address or key that cannot be used, and whatever the factory raises.
+    """
+    stop = stop or StopSignals()
+    keys = configured_keys(server_config, os.environ)
+    state = ServerState(server_config, engine_config)
+    server = http_server(build_app(state, api_keys=keys), server_config)
+    with contextlib.closing(bind(server_config)) as listener, stop.installed():
+        http = asyncio.create_task(server.serve(sockets=[listener]), name="quire-http")
+        try:
+            await server.wait_started(http)
+            (announce or _announce)(url_of(listener, server_config))
+            return await _load_and_serve(engine_factory, state, stop, http)
+        finally:
+            await _close(server, http, listener, server_config)
+
+
+async def _load_and_serve(
+    engine_factory: EngineFactory,
+    state: ServerState,
+    stop: StopSignals,
+    http: asyncio.Task[None],
+) -> int:
+    begun = time.monotonic()
+    loading = asyncio.ensure_future(engine_factory())
+    if not await _first(loading, http, stop.requested):
+        loading.cancel()
+        with contextlib.suppress(asyncio.CancelledError, Exception):  # no longer of interest
+            late = await loading  # a factory that does not mind being cancelled
+            await late.shutdown()
+        return _status(http)
+    engine = loading.result()
+    try:
+        state.engine_loaded(engine)
+        logger.info("memory: %s", describe_ledger(engine.ready))
+        logger.info(
+            "ready: %s, %d tokens of context, in %.1f s",
+            ", ".join(engine.model.names),
+            engine.model.max_model_len,
+            time.monotonic() - begun,
+        )
+        return await _serve_until_stopped(state, engine, stop, http)
+    finally:
+        await engine.shutdown()
+
+
+async def _serve_until_stopped(
+    state: ServerState, engine: ServingEngine, stop: StopSignals, http: asyncio.Task[None]
+) -> int:
+    death = asyncio.create_task(_death_of(engine), name="quire-death-watch")
+    stats = asyncio.create_task(_log_stats(state), name="quire-log-stats")
+    try:
+        died = await _first(death, http, stop.requested)
+        if died:
+            state.fail(death.result())
+            logger.error("%s The server exits.", death.result())
+            await state.live.wait_idle(FAREWELL_SECONDS)
+            state.live.terminate_all(ApiError(500, "The engine has stopped."))
+            await state.live.wait_idle(FAREWELL_SECONDS)
+            return 1
+        if http.done():
+            return _status(http)
+        await drain(state, stop)
+        return 0
+    finally:
+        death.cancel()
+        stats.cancel()
+
+
+async def drain(state: ServerState, stop: StopSignals) -> None:
+    """Refuse new requests, let running ones finish until the deadline or a second signal, then end
+    the rest with an error that their clients see."""
+    state.drain()
+    seconds = state.config.shutdown_timeout
+    logger.info("draining: %d requests, %g s at most", len(state.live), seconds)
+    idle = asyncio.ensure_future(state.live.wait_idle(seconds))
+    await _first(idle, None, stop.now)
+    idle.cancel()
+    if len(state.live):
+        logger.warning("shutdown ends %d requests that still run", len(state.live))
+        state.live.terminate_all(unavailable("The server is shutting down.", retry_after=1))
+        await state.live.wait_idle(FAREWELL_SECONDS)
+
+
+async def _first(
+    work: asyncio.Future[T], http: asyncio.Task[None] | None, event: asyncio.Event
+) -> bool:
+    """Whether `work` ended before the HTTP server did and before `event`."""
+    waiting = asyncio.ensure_future(event.wait())
+    try:
+        futures: list[asyncio.Future[Any]] = [work, waiting]
+        if http is not None:
+            futures.append(http)
+        await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        waiting.cancel()
+    return work.done() and not event.is_set()
+
+
+async def _death_of(engine: ServingEngine) -> str:
+    """Returns why, when the engine has died. A stalled engine is not dead: /health says it."""
+    while not engine.is_dead:
+        await asyncio.sleep(DEATH_CHECK_SECONDS)
+    return engine.health(float("inf")).reason
+
+
+async def _log_stats(state: ServerState) -> None:
+    interval = state.config.log_stats_interval
+    while interval > 0 and not state.engine_config.runtime.disable_log_stats:
+        state.stats_log.log(time.monotonic())
+        await asyncio.sleep(interval)
+
+
+async def _close(
+    server: HttpServer, http: asyncio.Task[None], listener: socket.socket, config: ServerConfig
+) -> None:
+    server.should_exit = True
+    await asyncio.wait((http,))
+    listener.close()
+    if config.uds is not None:
+        with contextlib.suppress(OSError):
+            os.unlink(config.uds)
+
+
+def _status(http: asyncio.Task[None]) -> int:
+    """0 unless the HTTP server itself fell over."""
+    if http.done() and not http.cancelled() and http.exception() is not None:
+        logger.error("the HTTP server failed", exc_info=http.exception())
+        return 1
+    return 0
+
+
+def _announce(url: str) -> None:
+    logger.info("listening on %s", url)
+    if not logger.isEnabledFor(logging.INFO):  # with port 0, there is no other way to know
+        sys.stderr.write(f"quire: listening on {url}\n")
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop

@@ -1,0 +1,106 @@
+"""What all endpoints of one app share: the engine (once there is one), the phase, the live requests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING
+
+from quire.config import EngineConfig, ServerConfig
+from quire.metrics import EngineMetrics, HttpMetrics, StatsLogger, new_registry
+from quire.server.engine_protocol import ServingEngine
+from quire.server.errors import RETRY_AFTER_DRAINING, RETRY_AFTER_LOADING, ApiError, unavailable
+from quire.server.live import LiveRequests
+
+if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
+
+
+class Phase(str, Enum):
+    """The life of a server, forwards only."""
+
+    LOADING = "loading"
+    READY = "ready"
+    DRAINING = "draining"
+    FAILED = "failed"
+
+
+@dataclass(slots=True)
+class ServerState:
+    """Mutable on purpose: the app is built before the engine, so that probes are answered at once."""
+
+    config: ServerConfig
+    engine_config: EngineConfig = field(default_factory=EngineConfig)
+    phase: Phase = Phase.LOADING
+    engine: ServingEngine | None = None
+    failure: str = ""
+    live: LiveRequests = field(default_factory=LiveRequests)
+    registry: CollectorRegistry = field(default_factory=new_registry)
+    http_metrics: HttpMetrics = field(init=False)
+    stats_log: StatsLogger = field(default_factory=StatsLogger)
+
+    def __post_init__(self) -> None:
+        self.http_metrics = HttpMetrics(self.registry)
+
+    def engine_loaded(self, engine: ServingEngine) -> None:
+        """Start serving. Metrics begin here: their buckets and labels come from the model."""
+        metrics = EngineMetrics(
+            self.registry,
+            model_name=engine.model.name,
+            max_model_len=engine.model.max_model_len,
+            cache_info=cache_info(engine, self.engine_config),
+        )
+        engine.attach_metrics(metrics)
+        engine.add_stats_listener(self.stats_log.on_step)
+        self.engine = engine
+        if self.phase is Phase.LOADING:
+            self.phase = Phase.READY
+
+    def drain(self) -> None:
+        """Take no new requests; those in flight go on."""
+        if self.phase is not Phase.FAILED:
+            self.phase = Phase.DRAINING
+
+    def fail(self, reason: str) -> None:
+        self.phase = Phase.FAILED
+        self.failure = reason
+
+    def serving_engine(self) -> ServingEngine:
+        """The engine, for a new request. Raises a 503 `ApiError` where there is none to be had."""
+        if self.phase is Phase.READY and self.engine is not None:
+            return self.engine
+        raise self.refusal()
+
+    def loaded_engine(self) -> ServingEngine:
+        """The engine, for a question that costs it nothing; also while draining."""
+        if self.engine is None or self.phase is Phase.FAILED:
+            raise self.refusal()
+        return self.engine
+
+    def refusal(self) -> ApiError:
+        if self.phase is Phase.LOADING:
+            return unavailable("The model is still loading.", retry_after=RETRY_AFTER_LOADING)
+        if self.phase is Phase.DRAINING:
+            return unavailable("The server is shutting down.", retry_after=RETRY_AFTER_DRAINING)
+        return unavailable("The engine has stopped.", retry_after=RETRY_AFTER_DRAINING)
+
+    def queue_is_full(self) -> bool:
+        limit = self.engine_config.scheduler.max_num_queued_reqs
+        return bool(limit and self.engine and self.engine.stats.num_waiting >= limit)
+
+
+def cache_info(engine: ServingEngine, config: EngineConfig) -> dict[str, object]:
+    """Labels of `vllm:cache_config_info`. Block 0 is the null block and holds nothing."""
+    ready, cache = engine.ready, config.cache
+    tokens = max(0, ready.num_blocks - 1) * ready.block_size
+    return {
+        "block_size": ready.block_size,
+        "num_gpu_blocks": ready.num_blocks,
+        "kv_cache_size_tokens": tokens,
+        "kv_cache_max_concurrency": f"{tokens / max(1, engine.model.max_model_len):.2f}",
+        "enable_prefix_caching": cache.enable_prefix_caching,
+        "gpu_memory_utilization": cache.gpu_memory_utilization,
+        "kv_cache_memory_bytes": ready.kv_bytes or cache.kv_cache_memory_bytes,
+        "num_gpu_blocks_override": cache.num_gpu_blocks_override,
+        "watermark": cache.watermark,
+    }

@@ -1,0 +1,334 @@
+"""Chat templates: messages to prompt text, as transformers would render them, inside a budget.
+
+A chat template is a program that came with the checkpoint, run on data that came with the request.
+So it runs in minijinja, a Rust engine with no way to reach Python and with fuel: every instruction costs one
+unit, and a loop over a hundred thousand messages, or one written to burn time, ends in an error after a
+fraction of a second instead of holding the event loop. Templates in a dialect minijinja does not know go to
+a sandboxed jinja2 with weaker limits (see `jinja_fallback.py`).
+
+What the budget does not cover: fuel counts instructions, not bytes, so a template *written* to attack
+(doubling a string 40 times, `"{:>9999999999}".format(x)`) can still exhaust memory, in either engine.
+Data alone cannot do that to an honest template. Hence templates come from the operator; one that
+comes with a request must be refused unless the operator trusts its callers as much as the checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from quire.errors import ConfigError, InvalidParameterError
+from quire.text.chat_messages import (
+    ContentSupport,
+    Json,
+    normalize_messages,
+    plain_json,
+)
+from quire.text.template_engine import (
+    MAX_ERROR_CHARS,
+    MiniJinjaTemplate,
+    TemplateBudgetError,
+    TemplateEngine,
+    TemplateFailedError,
+    TemplateRefusedError,
+    UnknownDialectError,
+)
+
+if TYPE_CHECKING:
+    from quire.text.tokenizer import Tokenizer
+
+ContentFormat = Literal["auto", "string", "openai"]
+
+DEFAULT_FUEL = 3_000_000  # ~0.3 s; a message costs 10 to 100
+DEFAULT_MAX_OUTPUT_CHARS = 16 << 20
+MAX_SOURCE_CHARS = 1 << 20
+MAX_KWARGS = 64
+MAX_KWARGS_CHARS = 64 << 10
+
+RESERVED = frozenset(
+    "messages tools documents add_generation_prompt continue_final_message chat_template "
+    "tokenize raise_exception strftime_now".split()
+)
+# Ends the final message to be continued; the trailing space shows whether the template trims.
+CONTINUE_MARK = "QUIRE_CONTINUES_HERE "
+# transformers' own tag around what the model said: a no-op when rendering a prompt.
+GENERATION_TAG = re.compile(r"\{%([-+]?)\s{0,80}(end)?generation\s{0,80}([-+]?)%\}")
+
+
+class ChatTemplate:
+    """A compiled chat template. Safe to share; holds no request state.
+
+    source: Jinja in transformers' dialect.
+    content_format: "string" or "openai" (parts) forces one form of message content on the
+        template; "auto" finds out, by rendering probes, which forms it takes.
+    fuel: minijinja instructions per render. max_output_chars: longest prompt text accepted.
+
+    Raises `InvalidParameterError(param="chat_template")` for a template that does not compile.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        *,
+        bos_token: str | None = None,
+        eos_token: str | None = None,
+        special_tokens: Mapping[str, str] | None = None,
+        content_format: ContentFormat = "auto",
+        fuel: int = DEFAULT_FUEL,
+        max_output_chars: int = DEFAULT_MAX_OUTPUT_CHARS,
+    ) -> None:
+        if len(source) > MAX_SOURCE_CHARS:
+            raise InvalidParameterError(
+                f"The chat template has {len(source)} characters; the limit is {MAX_SOURCE_CHARS}.",
+                param="chat_template",
+            )
+        self.source = source
+        self._max_output_chars = max_output_chars
+        named = {"bos_token": bos_token, "eos_token": eos_token}
+        self._constants: dict[str, Json] = dict(special_tokens or {})
+        self._constants |= {name: token for name, token in named.items() if token is not None}
+        self._source = GENERATION_TAG.sub(_inert_tag, source)
+        self._fallback: TemplateEngine | None = None
+        self._engine = self._compile(fuel)
+        self.content_support = self._content_support(content_format)
+
+    @classmethod
+    def for_tokenizer(
+        cls, source: str, tokenizer: Tokenizer, *, content_format: ContentFormat = "auto"
+    ) -> ChatTemplate:
+        """A template that sees the tokenizer's special tokens, as transformers passes them."""
+        return cls(source, special_tokens=tokenizer.special_tokens, content_format=content_format)
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, object]] | None = None,
+        documents: Sequence[Mapping[str, object]] | None = None,
+        **kwargs: object,
+    ) -> str:
+        """The prompt text. Encode it with `add_special_tokens=False`: the template writes bos.
+
+        `kwargs` are the request's `chat_template_kwargs` (`enable_thinking=False`, ...).
+        `continue_final_message` leaves the last message open for the model to go on with.
+
+        Raises `InvalidParameterError`: with the template's own words where it rejects the messages,
+        with fixed words where it fails or exceeds its budget.
+        """
+        if continue_final_message and add_generation_prompt:
+            raise InvalidParameterError(
+                "continue_final_message needs add_generation_prompt=false: the prompt ends either "
+                "in the last message or in the beginning of a new one.",
+                param="continue_final_message",
+            )
+        extra = _checked_kwargs(kwargs, self._constants)
+        normalized = normalize_messages(messages, self.content_support)
+        final_text = _mark_final(normalized) if continue_final_message else None
+        context: dict[str, Json] = {
+            **self._constants,
+            **extra,
+            "messages": list(normalized),
+            "tools": None if tools is None else plain_json(tools, param="tools"),
+            "documents": None if documents is None else plain_json(documents, param="documents"),
+            "add_generation_prompt": add_generation_prompt,
+        }
+        text = self._rendered(context)
+        return text if final_text is None else _cut_at_mark(text, final_text)
+
+    def _rendered(self, context: Mapping[str, Json]) -> str:
+        try:
+            text = self._run(context)
+        except TemplateRefusedError as error:
+            raise InvalidParameterError(str(error)[:MAX_ERROR_CHARS], param="messages") from error
+        except TemplateBudgetError as error:
+            raise InvalidParameterError(
+                "The chat template did not finish within its budget for these messages; send "
+                "fewer or shorter messages and tools.",
+                param="messages",
+            ) from error
+        except (TemplateFailedError, UnknownDialectError) as error:
+            raise InvalidParameterError(
+                "The model's chat template cannot render these messages. Check that every message "
+                "has the role and fields that the model's documentation asks for.",
+                param="messages",
+            ) from error
+        if len(text) > self._max_output_chars:
+            raise InvalidParameterError(
+                f"The chat template made a prompt of {len(text)} characters; the limit is "
+                f"{self._max_output_chars}.",
+                param="messages",
+            )
+        return text
+
+    def _run(self, context: Mapping[str, Json], *, retry_failures: bool = True) -> str:
+        """Render; where minijinja gives up, jinja2 has the last word.
+
+        Filters and methods are looked up when they are reached, and minijinja is stricter than
+        jinja2 in places (`""[::-1]` even panics), so an error may be the engine's, not the data's.
+        """
+        try:
+            return self._engine.render(context)
+        except (UnknownDialectError, TemplateFailedError) as error:
+            if isinstance(error, TemplateFailedError) and not retry_failures:
+                raise
+            fallback = self._jinja2()
+            if fallback is None or fallback is self._engine:
+                raise
+            text = fallback.render(context)
+            if isinstance(error, UnknownDialectError):  # it would fail for all data: stay
+                self._engine = fallback
+            return text
+
+    def _compile(self, fuel: int) -> TemplateEngine:
+        try:
+            return MiniJinjaTemplate(self._source, fuel=fuel)
+        except UnknownDialectError as error:
+            fallback = self._jinja2()
+            if fallback is None:
+                raise InvalidParameterError(
+                    f"The chat template cannot be compiled: {error}. If it is valid Jinja that "
+                    "minijinja does not know, install jinja2.",
+                    param="chat_template",
+                ) from error
+            return fallback
+
+    def _jinja2(self) -> TemplateEngine | None:
+        """The template in jinja2, compiled once; None where that is impossible."""
+        if self._fallback is None:
+            try:
+                from quire.text.jinja_fallback import Jinja2Template
+
+                self._fallback = Jinja2Template(
+                    self._source, max_output_chars=self._max_output_chars
+                )
+            except (ImportError, UnknownDialectError):
+                return None
+        return self._fallback
+
+    def _content_support(self, content_format: ContentFormat) -> ContentSupport:
+        """Render one user message both ways and see which shows its text and nothing of its form.
+
+        Rather than reading the template's syntax tree for loops over `content`, which needs jinja2's
+        parser and guesses wrong where a macro does the looping.
+        """
+        if content_format != "auto":
+            return ContentSupport(
+                strings=content_format == "string", parts=content_format == "openai"
+            )
+        text = "quireprobe"
+        strings = self._probe(text)
+        parts = self._probe([{"type": "text", "text": text}])
+        return ContentSupport(
+            strings=text in strings, parts=text in parts and not _shows_form(parts, text)
+        )
+
+    def _probe(self, content: Json) -> str:
+        context: dict[str, Json] = {
+            **self._constants,
+            "messages": [{"role": "user", "content": content}],
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": True,
+        }
+        try:
+            # Most templates fail on one of the probes; that is no reason to load jinja2.
+            return self._run(context, retry_failures=False)
+        except (
+            TemplateRefusedError,
+            TemplateBudgetError,
+            TemplateFailedError,
+            UnknownDialectError,
+        ):
+            return ""
+
+
+def _inert_tag(tag: re.Match[str]) -> str:
+    """`{% generation %}` as an `if true`, which keeps the tag's whitespace control."""
+    left, end, right = tag.groups()
+    return f"{{%{left} {'endif' if end else 'if true'} {right}%}}"
+
+
+def _shows_form(rendered: str, text: str) -> bool:
+    """Whether a list of parts was printed as such, rather than its text."""
+    return (
+        any(f"{quote}text{quote}" in rendered for quote in ("'", '"')) or rendered.count(text) > 1
+    )
+
+
+def _checked_kwargs(kwargs: Mapping[str, object], constants: Mapping[str, Json]) -> dict[str, Json]:
+    param = "chat_template_kwargs"
+    if not kwargs:
+        return {}
+    if len(kwargs) > MAX_KWARGS:
+        raise InvalidParameterError(
+            f"{param} has {len(kwargs)} keys; at most {MAX_KWARGS}.", param=param
+        )
+    for name in kwargs:
+        if name in RESERVED or name in constants or name.startswith("_"):
+            raise InvalidParameterError(
+                f"{param} may not set {name[:80]!r}; it has a field of its own or belongs to the model.",
+                param=param,
+                value=name[:80],
+            )
+    plain = plain_json(kwargs, param=param)
+    assert isinstance(plain, dict)
+    if len(json.dumps(plain)) > MAX_KWARGS_CHARS:
+        raise InvalidParameterError(
+            f"{param} is longer than {MAX_KWARGS_CHARS} characters of JSON.", param=param
+        )
+    return plain
+
+
+def _mark_final(messages: list[dict[str, Json]]) -> str:
+    """Append the mark to the final message's text; returns that text."""
+    message = messages[-1]
+    content = message.get("content")
+    if isinstance(content, str):
+        message["content"] = content + CONTINUE_MARK
+        return content
+    if isinstance(content, list):
+        for part in reversed(content):
+            if isinstance(part, dict) and isinstance(part.get("text"), str):
+                text = str(part["text"])
+                part["text"] = text + CONTINUE_MARK
+                return text
+    raise InvalidParameterError(
+        "continue_final_message is set, but the final message has no text to continue.",
+        param="continue_final_message",
+    )
+
+
+def _cut_at_mark(rendered: str, final_text: str) -> str:
+    mark = CONTINUE_MARK.rstrip()
+    at = rendered.rfind(mark)
+    if at < 0 or final_text.strip() not in rendered:
+        raise InvalidParameterError(
+            "continue_final_message is set, but the chat template does not show the final "
+            "message as it is, so it cannot be continued.",
+            param="continue_final_message",
+        )
+    # A template that trims the message would have trimmed its own trailing space as well.
+    keeps_space = rendered.startswith(CONTINUE_MARK, at)
+    return rendered[:at] if keeps_space else rendered[:at].rstrip()
+
+
+def read_chat_template(value: str) -> str:
+    """The template source that `--chat-template VALUE` means: a file's text, or VALUE itself.
+
+    Anything with Jinja in it is a template; anything else names a file.
+    Raises `ConfigError` for a file that cannot be read.
+    """
+    if any(mark in value for mark in ("{{", "{%", "\n")):
+        return value
+    path = Path(value)
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"--chat-template {value!r} is neither a readable UTF-8 file nor a Jinja template."
+        ) from error

@@ -1,0 +1,109 @@
+"""From tensors to their takers: everything checked first, then one tensor at a time.
+
+The whole checkpoint is compared with what the model wants (names, shapes, dtypes) from the files' headers, in
+milliseconds, before any data is read: a wrong shard is reported at once and not after minutes of loading.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+import torch
+
+from quire.errors import CheckpointError
+from quire.layers.parameter import WeightTarget
+from quire.weights.safetensors_reader import FLOAT_DTYPES, Checkpoint
+
+IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
+"""Buffers that old checkpoints saved and that follow from the config."""
+DUMMY_STD = 0.02
+MOST_NAMES = 4
+
+
+def load_weights(
+    targets: Iterable[WeightTarget], checkpoint: Checkpoint, *, ignored: Collection[str] = ()
+) -> None:
+    """Stream every wanted tensor to its takers.
+
+    `ignored` names tensors that may be present and unused (the output head of a tied model).
+
+    Raises:
+        CheckpointError: naming the tensor that is missing, unexpected, or of the wrong shape or dtype.
+    """
+    wanted = _by_name(targets)
+    _check(wanted, checkpoint, ignored)
+    for name, takers in wanted.items():
+        tensor = checkpoint.tensor(name)
+        for taker in takers:
+            taker.load(tensor)
+
+
+def load_random_weights(targets: Iterable[WeightTarget], *, dtype: torch.dtype, seed: int) -> None:
+    """Random weights at the model's shape, for measuring without a checkpoint.
+
+    Each tensor's values depend on the seed and its own name alone, not on what else the model has.
+    """
+    for takers in _by_name(targets).values():
+        tensor = _random(takers[0], dtype=dtype, seed=seed)
+        for taker in takers:
+            taker.load(tensor)
+
+
+def _random(target: WeightTarget, *, dtype: torch.dtype, seed: int) -> torch.Tensor:
+    if target.kind == "norm":
+        return torch.ones(target.shape, dtype=dtype)
+    if target.kind == "bias":
+        return torch.zeros(target.shape, dtype=dtype)
+    digest = hashlib.sha256(f"{seed}:{target.name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.empty(target.shape, dtype=dtype).normal_(0.0, DUMMY_STD, generator=generator)
+
+
+def _by_name(targets: Iterable[WeightTarget]) -> Mapping[str, list[WeightTarget]]:
+    """Takers of each tensor, in the order they were asked for: a tied matrix has two."""
+    wanted: dict[str, list[WeightTarget]] = {}
+    for target in targets:
+        wanted.setdefault(target.name, []).append(target)
+    return wanted
+
+
+def _check(
+    wanted: Mapping[str, list[WeightTarget]], checkpoint: Checkpoint, ignored: Collection[str]
+) -> None:
+    missing = [name for name in wanted if name not in checkpoint.tensors]
+    if missing:
+        raise CheckpointError(
+            f"the checkpoint lacks {_list(missing)}; it is incomplete or "
+            "not for this config.json: download it again"
+        )
+    for name, info in checkpoint.tensors.items():
+        takers = wanted.get(name)
+        if takers is None:
+            continue
+        if info.shape != takers[0].shape:
+            raise CheckpointError(
+                f"tensor {name} in {info.file} has shape {list(info.shape)}, but config.json makes it "
+                f"{list(takers[0].shape)}; the weights and the config are of different models"
+            )
+        if info.dtype not in FLOAT_DTYPES:
+            raise CheckpointError(
+                f"tensor {name} in {info.file} has dtype {info.dtype}, but only "
+                f"{', '.join(FLOAT_DTYPES)} can be loaded; use an unquantized checkpoint"
+            )
+    unexpected = [
+        name
+        for name in checkpoint.tensors
+        if name not in wanted and name not in ignored and not name.endswith(IGNORED_SUFFIXES)
+    ]
+    if unexpected:
+        raise CheckpointError(
+            f"the checkpoint has {_list(unexpected)}, which this architecture does not use; "
+            "it holds another kind of model (an adapter, a quantized or extended one)"
+        )
+
+
+def _list(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:MOST_NAMES])
+    more = len(names) - MOST_NAMES
+    return f"tensor {shown}" + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,113 @@
+"""From what the user called the model to a directory on this machine. The one place that may use the network.
+
+A directory is used as it is: no network, no import of huggingface_hub. Anything else is a hub id,
+downloaded once, at one commit, which is logged: config, tokenizer and weights of a served model
+always come from the same revision, because everything after this reads the directory returned here.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+
+from quire.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+ALLOWED_FILES = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "model.safetensors.index.json",
+    "*.safetensors",
+]
+"""Never code, never pickles. Patterns match below subdirectories too, hence the exclusions."""
+EXCLUDED_FILES = ["*/*", "consolidated*.safetensors"]
+HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
+
+
+def resolve_model(
+    model: str,
+    *,
+    revision: str | None = None,
+    download_dir: str | None = None,
+    hf_token: str | None = None,
+) -> Path:
+    """The directory that holds the model, downloading it first if `model` is a hub id.
+
+    `HF_HUB_OFFLINE=1` is honoured by huggingface_hub: only what is already in its cache is found.
+
+    Raises:
+        CheckpointError: no such directory, or the hub could not give the files; says which and what to do.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise CheckpointError(
+                f"{path} has no config.json; point to a directory in Hugging Face's layout"
+            )
+        return path
+    if path.is_file():
+        raise CheckpointError(
+            f"{path} is a file; point to the directory that holds config.json and the weights"
+        )
+    if model.startswith(("/", ".", "~")) or HUB_ID.fullmatch(model) is None:
+        raise CheckpointError(
+            f"model {model!r} is neither a directory here nor a hub id (owner/name); check the path"
+        )
+    return _download(model, revision=revision, download_dir=download_dir, hf_token=hf_token)
+
+
+def _download(
+    repo_id: str, *, revision: str | None, download_dir: str | None, hf_token: str | None
+) -> Path:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    where = f"model {repo_id!r}" + (f" at revision {revision!r}" if revision else "")
+    try:
+        snapshot = huggingface_hub.snapshot_download(
+            repo_id,
+            revision=revision,
+            cache_dir=download_dir,
+            token=hf_token,
+            allow_patterns=ALLOWED_FILES,
+            ignore_patterns=EXCLUDED_FILES,
+        )
+    except errors.GatedRepoError as error:
+        raise CheckpointError(
+            f"{where} is gated: accept its licence on huggingface.co, then pass --hf-token or set HF_TOKEN"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise CheckpointError(f"{where} does not exist on the hub; check --revision") from error
+    except errors.RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"{where} is not on the hub, or is private; check the name, or pass --hf-token. "
+            "For a local model give the path of its directory"
+        ) from error
+    except errors.LocalEntryNotFoundError as error:
+        raise CheckpointError(
+            f"{where} is not in the local cache and the hub cannot be reached (or HF_HUB_OFFLINE is set); "
+            "download it where there is a network, or give the path of a local directory"
+        ) from error
+    except (
+        Exception
+    ) as error:  # the HTTP library's own errors: timeouts, proxies, certificates, a full disk
+        raise CheckpointError(
+            f"{where} could not be downloaded ({type(error).__name__}); check the network and the "
+            "disk, or give the path of a local directory"
+        ) from error
+    path = Path(snapshot)
+    logger.info("model %s resolved to commit %s", repo_id, path.name)
+    if not (path / "config.json").is_file():
+        raise CheckpointError(f"{where} has no config.json; it is not in Hugging Face's layout")
+    return path

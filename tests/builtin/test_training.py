@@ -1,0 +1,152 @@
+"""What the model is trained on is what we say it is: no leak of the gates' wording, no wrong mask."""
+
+import doctest
+import sys
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from quire.builtin import MODEL_DIR
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from training import chat, data, stdlib  # noqa: E402
+from training.corpus import clean, render  # noqa: E402
+from training.model import DRAFT, Llama, export_weights  # noqa: E402
+from training.tokenizer import IM_END  # noqa: E402
+from training.train import TrainJob, TrainOptions, schedule, train  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def table():
+    return stdlib.build_table()
+
+
+@pytest.fixture(scope="module")
+def generators(table):
+    names = stdlib.unlisted_names({e.name for e in table})
+    return chat.Generators(table, chat.read_faq(), names)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.from_file(str(MODEL_DIR / "tokenizer.json"))
+
+
+def test_every_example_is_true() -> None:
+    failed, tried = doctest.testfile(str(stdlib.EXAMPLES_FILE), module_relative=False)
+    assert failed == 0 and tried > 150
+
+
+def test_the_table_is_clean(table) -> None:
+    assert 700 <= len(table) <= 1000
+    assert len({e.name for e in table}) == len(table)
+    for entry in table:
+        assert 8 <= len(entry.text) <= stdlib.MAX_CHARS + 2, entry
+        assert ">>>" not in entry.text and "\n" not in entry.text, entry
+
+
+def test_the_faq_reads(generators) -> None:
+    assert 80 <= len(generators.faq) <= 140
+    answers: dict[str, str] = {}
+    for item in generators.faq:
+        for question in (*item.questions, *item.terms):
+            assert answers.setdefault(question.lower(), item.answer) == item.answer, question
+
+
+def test_the_gates_ask_in_words_never_trained_on() -> None:
+    assert not set(chat.HELD_OUT_ASK) & set(chat.ASK)
+    assert not set(chat.HELD_OUT_ASK_TERM) & set(chat.ASK_TERM)
+    assert not set(chat.HELD_OUT_JSON_ASK) & set(chat.JSON_ASK)
+    assert not set(chat.HELD_OUT_LEAD_IN) & set(chat.LEAD_IN)
+
+
+def test_generation_is_a_function_of_the_seed(generators) -> None:
+    def some(seed: int) -> list[str]:
+        rng = Random(seed)
+        return [render(generators.conversation(rng)) for _ in range(50)]
+
+    assert some(1) == some(1) != some(2)
+
+
+def test_our_rendering_is_the_chat_template(generators) -> None:
+    hf, rng = AutoTokenizer.from_pretrained(MODEL_DIR), Random(3)
+    for _ in range(30):
+        messages = generators.conversation(rng)
+        assert hf.apply_chat_template(messages, tokenize=False) == render(messages)
+    system, user, _ = chat.tool_call(Random(4))
+    names = [t for t in chat.TOOLS if f'"{t[0]}"' in system["content"]]
+    specs = [chat.tool_spec(*t[:4]) for t in names]
+    got = hf.apply_chat_template([user], tools=specs, tokenize=False)
+    want = [{"role": "system", "content": chat.tool_system(specs)}, user]
+    assert got == render(want)
+
+
+def test_only_the_assistant_is_learnt(tokenizer) -> None:
+    messages = [
+        {"role": "system", "content": "S s"},
+        *chat.turn("hi", "Hello!"),
+        *chat.turn("x", "y"),
+    ]
+    (document,) = data.encode_chat(tokenizer, [render(messages)])
+    learnt = document.ids[document.learn].tolist()
+    answers = [tokenizer.encode(a).ids for a in ("Hello!", "y")]
+    assert learnt == [*answers[0], IM_END, *answers[1], IM_END]
+
+
+def test_rows_predict_the_next_token(tokenizer) -> None:
+    document = data.encode_prose(tokenizer, ["some prose to be learnt as a whole"])
+    ids, targets = data.Packer(document, seed=0).row(64)
+    assert ids[1:].tolist() == targets[:-1].tolist()
+
+
+def test_clean_drops_doctests_and_markup() -> None:
+    doc = "Return the :class:`Path` of a file, whatever ``x`` may be.\n\n>>> f(1)\n2\n\nshort"
+    assert clean(doc) == "Return the Path of a file, whatever x may be."
+
+
+def test_the_learning_rate_warms_up_and_decays() -> None:
+    assert schedule(0.0) < schedule(0.01) < schedule(0.3) == 1.0 > schedule(0.8) > schedule(1.0) > 0
+
+
+def test_the_exported_model_is_the_trained_one(tmp_path: Path, tokenizer) -> None:
+    """Own forward, own loss and its hand-made gradient against `transformers` and autograd."""
+    tokens = tmp_path / "tokenizer.json"
+    tokenizer.save(str(tokens))
+    documents = data.encode_prose(tokenizer, ["a few words, again and again, to be learnt"] * 40)
+    data.save_documents(documents, tmp_path / "documents.npz")
+    job = TrainJob(
+        DRAFT,
+        tmp_path / "documents.npz",
+        tokens,
+        tmp_path / "model",
+        TrainOptions(minutes=0.02, workers=1),
+    )
+    assert train(job)["steps"] >= 2
+
+    model = Llama(DRAFT, seed=1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(p.bfloat16().float())
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    missing = theirs.load_state_dict(
+        {k: v.float() for k, v in export_weights(model).items()}, strict=False
+    )
+    assert missing.missing_keys in ([], ["lm_head.weight"]) and not missing.unexpected_keys
+    theirs.tie_weights()
+    ids = torch.randint(0, 4096, (2, 40), generator=torch.Generator().manual_seed(0))
+    logits = F.linear(model.hidden(ids), model.embed.weight)
+    torch.testing.assert_close(logits, theirs(ids).logits, atol=1e-4, rtol=1e-3)
+
+    model.loss(ids, ids).backward()
+    ours = model.embed.weight.grad.clone()
+    model.zero_grad()
+    logits = F.linear(model.hidden(ids), model.embed.weight)
+    F.cross_entropy(logits.view(-1, 4096), ids.view(-1)).backward()
+    torch.testing.assert_close(ours, model.embed.weight.grad, atol=1e-5, rtol=1e-3)

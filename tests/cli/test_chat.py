@@ -1,0 +1,162 @@
+"""`quire chat` and `quire generate` against a scripted server: what is sent, shown and remembered."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+
+import pytest
+
+from quire.cli.chat import Conversation
+from quire.cli.main import main
+from quire.cli.model_flags import add_model_flags, model_choice
+from quire.cli.parser import Parser
+from quire.errors import ConfigError
+
+TOO_LONG = json.dumps({"error": {"message": "too long", "param": "input_tokens"}}).encode()
+CONTEXT_FULL = b"HTTP/1.1 400 Bad Request\r\nContent-Length: %d\r\n\r\n" % len(TOO_LONG) + TOO_LONG
+
+
+@pytest.fixture
+def say(monkeypatch: pytest.MonkeyPatch):
+    """Feed lines to stdin, as a pipe does."""
+
+    def feed(*lines: str) -> None:
+        monkeypatch.setattr(sys, "stdin", io.StringIO("".join(line + "\n" for line in lines)))
+
+    return feed
+
+
+def choice_of(*words: str):
+    parser = Parser(prog="x", usage="x", description="x")
+    add_model_flags(parser)
+    return model_choice(parser.parse_strictly(words))
+
+
+def test_history_and_system_are_sent(scripted_server, say, capsys) -> None:
+    scripted_server.answers = [["one", " two"], ["three"]]
+    say("first", "second", "/exit", "never asked")
+    assert main(["chat", "--url", scripted_server.url, "--system", "be brief"]) == 0
+    assert capsys.readouterr().out == "one two\nthree\n"
+    system = {"role": "system", "content": "be brief"}
+    first = [system, {"role": "user", "content": "first"}]
+    assert [request["messages"] for request in scripted_server.requests] == [
+        first,
+        [
+            *first,
+            {"role": "assistant", "content": "one two"},
+            {"role": "user", "content": "second"},
+        ],
+    ]
+    assert scripted_server.requests[0]["model"] == "scripted"
+
+
+def test_reset_forgets_and_unknown_commands_explain(scripted_server, say, capsys) -> None:
+    scripted_server.answers = [["a"], ["b"]]
+    say("first", "/reset", "/what", "", "second")
+    assert main(["chat", "--url", scripted_server.url]) == 0
+    assert scripted_server.requests[1]["messages"] == [{"role": "user", "content": "second"}]
+    assert "/reset begins anew" in capsys.readouterr().out
+
+
+def test_a_full_context_forgets_the_oldest_exchange(scripted_server, say, capsys) -> None:
+    scripted_server.answers = [["a1"], ["a2"], CONTEXT_FULL, ["a3"]]
+    say("q1", "q2", "q3")
+    assert main(["chat", "--url", scripted_server.url]) == 0
+    assert [m["content"] for m in scripted_server.requests[-1]["messages"]] == ["q2", "a2", "q3"]
+    assert "forgot the oldest" in capsys.readouterr().err
+
+
+def test_a_question_too_long_by_itself_is_told_and_the_chat_goes_on(
+    scripted_server, say, capsys
+) -> None:
+    scripted_server.answers = [CONTEXT_FULL, ["fine"]]
+    say("much too long", "short")
+    assert main(["chat", "--url", scripted_server.url]) == 0
+    output = capsys.readouterr()
+    assert "error: too long" in output.err
+    assert output.out == "fine\n"
+    assert len(scripted_server.requests[-1]["messages"]) == 1
+
+
+def test_escape_sequences_of_a_model_do_not_reach_the_terminal(
+    scripted_server, say, capsys
+) -> None:
+    scripted_server.answers = [["\x1b]0;owned\x07 line\nnext"]]
+    say("q")
+    main(["chat", "--url", scripted_server.url])
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert "line\nnext" in out
+
+
+def test_generate_streams_a_chat_answer(scripted_server, capsys) -> None:
+    scripted_server.answers = [["to", "kens"]]
+    words = [
+        "generate",
+        "hi there",
+        "--url",
+        scripted_server.url,
+        "--temperature",
+        "0",
+        "--stop",
+        "x",
+    ]
+    assert main(words) == 0
+    assert capsys.readouterr().out == "tokens\n"
+    [request] = scripted_server.requests
+    assert request["messages"] == [{"role": "user", "content": "hi there"}]
+    assert (request["temperature"], request["stop"], request["stream"]) == (0.0, ["x"], True)
+
+
+def test_generate_raw_sends_the_text_alone(scripted_server, capsys) -> None:
+    scripted_server.answers = [["abc"]]
+    assert (
+        main(["generate", "once", "--raw", "--url", scripted_server.url, "--max-tokens", "5"]) == 0
+    )
+    [request] = scripted_server.requests
+    assert (request["prompt"], request["max_tokens"]) == ("once", 5)
+    assert "messages" not in request
+    assert capsys.readouterr().out == "abc\n"
+
+
+def test_generate_reads_a_pipe(scripted_server, say) -> None:
+    scripted_server.answers = [["ok"]]
+    say("from a file")
+    assert main(["generate", "--url", scripted_server.url]) == 0
+    assert scripted_server.requests[0]["messages"][0]["content"] == "from a file\n"
+
+
+def test_engine_flags_make_no_sense_with_url() -> None:
+    with pytest.raises(ConfigError, match="remove max_model_len"):
+        choice_of("--url", "http://x", "--max-model-len", "4k")
+
+
+def test_seed_goes_to_sampling_and_to_dummy_weights() -> None:
+    choice = choice_of("--seed", "7")
+    assert choice.sampling == {"seed": 7}
+    assert choice.engine.model.seed == 7
+
+
+def test_the_key_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-env")
+    assert choice_of().api_key == "sk-env"
+    assert choice_of("--api-key", "sk-flag").api_key == "sk-flag"
+
+
+def test_no_server_is_one_line_and_exit_1(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "x", "--url", "http://127.0.0.1:9"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("quire: error: no server answers at http://127.0.0.1:9")
+    assert error.count("\n") == 1
+
+
+def test_raw_and_system_exclude_each_other() -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["generate", "x", "--raw", "--system", "y"])
+    assert exit_.value.code == 2
+
+
+def test_forgetting_nothing() -> None:
+    assert Conversation().forget_oldest() is False

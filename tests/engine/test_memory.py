@@ -1,0 +1,91 @@
+"""The memory ledger: who gets what, and what the error says when it is too little."""
+
+from __future__ import annotations
+
+import pytest
+
+from quire.config import from_flat
+from quire.engine.memory import MachineMemory, format_bytes, machine_memory, plan_memory
+from quire.errors import MemoryFitError
+from quire.models.registry import resolve_spec
+
+SPEC = resolve_spec(
+    {
+        "architectures": ["LlamaForCausalLM"], "vocab_size": 32000, "hidden_size": 768,
+        "num_hidden_layers": 12, "num_attention_heads": 12, "num_key_value_heads": 4,
+        "intermediate_size": 2048, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
+        "dtype": "bfloat16", "tie_word_embeddings": True, "hidden_act": "silu",
+    }
+)  # fmt: skip
+GIB = 2**30
+MACHINE = MachineMemory(total=16 * GIB, available=12 * GIB)
+BLOCK = SPEC.kv_bytes_per_token(2) * 16
+
+
+def plan(max_model_len: int | None = 4096, machine: MachineMemory = MACHINE, **options: object):
+    return plan_memory(
+        from_flat(options), SPEC, dtype_bytes=2, max_model_len=max_model_len, machine=machine
+    )
+
+
+def test_bytes_given_are_bytes_used() -> None:
+    memory = plan(kv_cache_memory_bytes=GIB)
+    assert memory.num_blocks == GIB // BLOCK
+    assert GIB - BLOCK < memory.kv_bytes <= GIB
+    assert memory.kv_tokens == (memory.num_blocks - 1) * 16
+    assert memory.full_length_sequences == pytest.approx(memory.kv_tokens / 4096)
+
+
+def test_a_share_of_the_machine_includes_weights_and_activations() -> None:
+    memory = plan(gpu_memory_utilization=0.25)
+    used = memory.kv_bytes + memory.weight_bytes + memory.activation_bytes
+    assert 4 * GIB - BLOCK < used <= 4 * GIB
+
+
+def test_by_default_half_of_what_is_available_and_no_more_than_can_be_used() -> None:
+    memory = plan()
+    used = memory.kv_bytes + memory.weight_bytes + memory.activation_bytes
+    assert 6 * GIB - BLOCK < used <= 6 * GIB
+    assert plan(max_num_seqs=2).num_blocks == 2 * 4096 // 16 + 1
+
+
+def test_too_little_names_the_options_and_values_that_would_do() -> None:
+    with pytest.raises(MemoryFitError) as raised:
+        plan(kv_cache_memory_bytes=BLOCK * 101)
+    message = str(raised.value)
+    assert "--max-model-len 1600" in message
+    assert f"--kv-cache-memory-bytes {BLOCK * 257}" in message
+    assert "--gpu-memory-utilization 0." in message
+    # And they do.
+    assert plan(1600, kv_cache_memory_bytes=BLOCK * 101).kv_tokens == 1600
+    assert plan(kv_cache_memory_bytes=BLOCK * 257).kv_tokens == 4096
+    share = float(message.split("--gpu-memory-utilization ")[1].split(".;")[0].rstrip("."))
+    assert plan(gpu_memory_utilization=share).kv_tokens >= 4096
+
+
+def test_an_override_that_is_too_small_is_named() -> None:
+    with pytest.raises(MemoryFitError, match="--num-gpu-blocks-override 257"):
+        plan(num_gpu_blocks_override=10)
+    assert plan(num_gpu_blocks_override=257).kv_tokens == 4096
+
+
+def test_weights_alone_may_be_too_much() -> None:
+    tiny = MachineMemory(total=GIB // 4, available=GIB // 8)
+    with pytest.raises(MemoryFitError, match="weights"):
+        plan(machine=tiny)
+
+
+def test_auto_length_is_what_fits() -> None:
+    assert plan(None, kv_cache_memory_bytes=BLOCK * 11).max_model_len == 160
+    assert plan(None).max_model_len == 4096
+
+
+def test_this_machine_has_memory() -> None:
+    machine = machine_memory()
+    assert 0 < machine.available <= machine.total
+
+
+def test_bytes_for_people() -> None:
+    assert format_bytes(512) == "512 B"
+    assert format_bytes(1536) == "1.5 KiB"
+    assert format_bytes(3 * GIB // 2) == "1.50 GiB"

@@ -1,0 +1,401 @@
+"""Attention against the reference, the reference against torch, and the bits against themselves."""
+
+from __future__ import annotations
+
+import itertools
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from quire.kernels.base import Kernels
+from quire.kernels.checks import KernelArgumentError
+from quire.kernels.cpu.native import NativeKernels
+from tests.kernels.cases import (
+    DTYPES,
+    Sequences,
+    assert_close,
+    bits,
+    dtypes,
+    generator,
+    make_sequences,
+    randn,
+    seeds,
+    slots_of,
+    starts,
+)
+
+SEGMENT = 2048  # attention.c closes its running sums every so many keys
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    scale: float
+    window: int = 0
+    softcap: float = 0.0
+
+
+def attend(
+    kernels: Kernels, s: Sequences, queries: list[Tensor], options: Options, **overrides: Tensor
+) -> Tensor:
+    """queries: each request's last query tokens, [n, q_heads, D]."""
+    return kernels.paged_attention(
+        torch.cat(queries),
+        s.k_cache,
+        s.v_cache,
+        overrides.get("block_table", s.block_table),
+        starts([len(q) for q in queries]),
+        overrides.get("seq_lens", s.seq_lens),
+        scale=options.scale,
+        window=options.window,
+        softcap=options.softcap,
+    )
+
+
+def plain_attention(s: Sequences, b: int, q: Tensor, options: Options) -> Tensor:
+    """Float64, from the unpaged keys and values."""
+    keys, values = s.keys[b].double(), s.values[b].double()
+    group = q.shape[1] // keys.shape[1]
+    keys, values = (x.repeat_interleave(group, dim=1).transpose(0, 1) for x in (keys, values))
+    length, queries = keys.shape[1], q.shape[0]
+    scores = q.double().transpose(0, 1) @ keys.transpose(1, 2) * options.scale
+    if options.softcap:
+        scores = options.softcap * torch.tanh(scores / options.softcap)
+    i = torch.arange(length - queries, length)[:, None]
+    j = torch.arange(length)
+    visible = j <= i
+    if options.window:
+        visible &= j > i - options.window
+    weights = torch.softmax(scores.masked_fill(~visible, -torch.inf), dim=-1)
+    return (weights @ values).transpose(0, 1)
+
+
+requests = st.lists(
+    st.tuples(st.integers(1, 100), st.integers(0, 40)).map(lambda r: (r[0], min(r))),
+    min_size=1,
+    max_size=4,
+)
+
+
+@settings(max_examples=50)
+@given(
+    requests=requests,
+    kv_heads=st.integers(1, 3),
+    group=st.sampled_from([1, 2, 3, 4, 5, 8, 40]),
+    head_dim=st.sampled_from([1, 3, 8, 12, 16, 33, 64, 80, 96, 128, 200]),
+    block_size=st.sampled_from([16, 32, 48, 128]),
+    window=st.sampled_from([0, 0, 1, 2, 15, 16, 17, 40]),
+    softcap=st.sampled_from([0.0, 0.0, 1.5, 50.0]),
+    dtype=dtypes,
+    seed=seeds,
+)
+def test_native_and_reference_are_attention(
+    native: NativeKernels,
+    reference: Kernels,
+    requests: list[tuple[int, int]],
+    kv_heads: int,
+    group: int,
+    head_dim: int,
+    block_size: int,
+    window: int,
+    softcap: float,
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    rng = generator(seed)
+    s = make_sequences(
+        native,
+        [length for length, _ in requests],
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        block_size=block_size,
+        dtype=dtype,
+        rng=rng,
+    )
+    queries = [randn(n, kv_heads * group, head_dim, rng=rng, dtype=dtype) for _, n in requests]
+    options = Options(head_dim**-0.5, window, softcap)
+    expected = torch.cat([plain_attention(s, b, q, options) for b, q in enumerate(queries)])
+    for kernels in (native, reference):
+        actual = attend(kernels, s, queries, options)
+        assert_close(actual, expected.to(dtype), ulps=2, atol=4e-6)
+
+
+def test_reference_is_torchs_own(reference: Kernels) -> None:
+    rng = generator(0)
+    s = make_sequences(
+        reference, [50], kv_heads=2, head_dim=64, block_size=16, dtype=torch.float32, rng=rng
+    )
+    q = randn(50, 6, 64, rng=rng)
+    expected = F.scaled_dot_product_attention(
+        *(x.transpose(0, 1)[None] for x in (q, s.keys[0], s.values[0])),
+        is_causal=True,
+        enable_gqa=True,
+    )
+    actual = attend(reference, s, [q], Options(64**-0.5))
+    assert_close(actual, expected[0].transpose(0, 1).contiguous(), ulps=8)
+
+
+# ---- invariance: the same bits ----
+
+
+@settings(max_examples=40)
+@given(
+    length=st.integers(1, 120),
+    cuts=st.lists(st.integers(1, 119), max_size=4),
+    heads=st.sampled_from([(1, 1), (2, 1), (3, 2), (8, 1), (5, 1)]),
+    head_dim=st.sampled_from([8, 12, 64, 80]),
+    block_size=st.sampled_from([16, 64]),
+    window=st.sampled_from([0, 0, 20]),
+    softcap=st.sampled_from([0.0, 0.0, 30.0]),
+    dtype=dtypes,
+    seed=seeds,
+)
+def test_chunks_are_the_whole(
+    native: NativeKernels,
+    length: int,
+    cuts: list[int],
+    heads: tuple[int, int],
+    head_dim: int,
+    block_size: int,
+    window: int,
+    softcap: float,
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    """Each chunk attends when only its own keys and those before are in the cache, beside another
+    request; the whole attends at once, alone."""
+    rng, (group, kv_heads) = generator(seed), heads
+    s = make_sequences(
+        native,
+        [length, 37],
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        block_size=block_size,
+        dtype=dtype,
+        rng=rng,
+    )
+    q = randn(length, group * kv_heads, head_dim, rng=rng, dtype=dtype)
+    other = randn(5, group * kv_heads, head_dim, rng=rng, dtype=dtype)
+    options = Options(head_dim**-0.5, window, softcap)
+    whole = attend(
+        native, s, [q], options, block_table=s.table_row(0), seq_lens=s.seq_lens[:1].clone()
+    )
+    s.k_cache[s.table_row(0)[0][s.table_row(0)[0] >= 0].long()] = torch.nan
+    s.v_cache[s.table_row(0)[0][s.table_row(0)[0] >= 0].long()] = torch.nan
+    bounds = sorted({0, length, *(cut for cut in cuts if cut < length)})
+    for begin, end in itertools.pairwise(bounds):
+        slots = slots_of(s.block_table[0], begin, end, block_size)
+        native.write_kv(s.keys[0][begin:end], s.values[0][begin:end], s.k_cache, s.v_cache, slots)
+        lens = torch.tensor([end, 37]).int()
+        part = attend(native, s, [q[begin:end], other], options, seq_lens=lens)
+        assert torch.equal(bits(part[: end - begin]), bits(whole[begin:end]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_decoding_is_prefilling_across_segments(native: NativeKernels, dtype: torch.dtype) -> None:
+    rng, length = generator(1), 2 * SEGMENT + 100
+    s = make_sequences(
+        native, [length], kv_heads=1, head_dim=16, block_size=16, dtype=dtype, rng=rng
+    )
+    q = randn(length, 2, 16, rng=rng, dtype=dtype)
+    for options in (Options(0.25), Options(0.25, window=SEGMENT + 40)):
+        whole = attend(native, s, [q], options)
+        for end in (1, 2, 16, 17, SEGMENT - 1, SEGMENT, SEGMENT + 1, 2 * SEGMENT + 17, length):
+            lens = torch.tensor([end]).int()
+            token = attend(native, s, [q[end - 1 : end]], options, seq_lens=lens)
+            assert torch.equal(bits(token[0]), bits(whole[end - 1]))
+    expected = plain_attention(s, 0, q[-40:], Options(0.25))
+    assert_close(attend(native, s, [q[-40:]], Options(0.25)), expected.to(dtype), ulps=2, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_neither_batch_nor_threads_matter(
+    native: NativeKernels,
+    dtype: torch.dtype,
+    with_threads: Callable[[int, Callable[[], Tensor]], Tensor],
+) -> None:
+    rng, lengths, query_lens = generator(2), [70, 1, 33, 200], [1, 1, 33, 90]
+    s = make_sequences(
+        native, lengths, kv_heads=2, head_dim=64, block_size=16, dtype=dtype, rng=rng
+    )
+    queries = [randn(n, 6, 64, rng=rng, dtype=dtype) for n in query_lens]
+    options = Options(0.125)
+    batch = with_threads(1, lambda: attend(native, s, queries, options))
+    for threads in (2, 4):
+        again = with_threads(threads, lambda: attend(native, s, queries, options))
+        assert torch.equal(bits(again), bits(batch))
+    for b, part in enumerate(batch.split(query_lens)):
+        table, lens = s.table_row(b), s.seq_lens[b : b + 1].clone()
+        alone = attend(native, s, [queries[b]], options, block_table=table, seq_lens=lens)
+        assert torch.equal(bits(alone), bits(part))
+
+
+def test_reference_chunks_are_the_whole(reference: Kernels) -> None:
+    rng = generator(4)
+    s = make_sequences(
+        reference, [40], kv_heads=2, head_dim=16, block_size=16, dtype=torch.bfloat16, rng=rng
+    )
+    q = randn(40, 4, 16, rng=rng, dtype=torch.bfloat16)
+    whole = attend(reference, s, [q], Options(0.25))
+    for end in (1, 17, 40):
+        lens = torch.tensor([end]).int()
+        token = attend(reference, s, [q[end - 1 : end]], Options(0.25), seq_lens=lens)
+        assert torch.equal(bits(token[0]), bits(whole[end - 1]))
+
+
+@pytest.mark.parametrize("march", ["x86-64-v3", "x86-64"])
+def test_narrower_cpus(native: NativeKernels, reference: Kernels, march: str) -> None:
+    """The code a CPU without AVX-512 gets. With fused multiply-add, it even gives the same bits."""
+    if platform.machine() != "x86_64":
+        pytest.skip("not an x86-64")
+    narrow = NativeKernels(march=march)
+    rng = generator(5)
+    for dtype in DTYPES:
+        s = make_sequences(
+            narrow, [70, 20], kv_heads=2, head_dim=24, block_size=16, dtype=dtype, rng=rng
+        )
+        queries = [randn(n, 6, 24, rng=rng, dtype=dtype) for n in (1, 20)]
+        actual = attend(narrow, s, queries, Options(0.2))
+        assert_close(actual, attend(reference, s, queries, Options(0.2)), ulps=2, atol=4e-6)
+        x = randn(3, 2 * 37, rng=rng).mul(5).to(dtype)
+        weight = randn(74, rng=rng, dtype=dtype)
+        assert_close(narrow.silu_and_mul(x), reference.silu_and_mul(x), ulps=4)
+        assert_close(narrow.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5), ulps=3)
+        if march == "x86-64-v3":
+            assert torch.equal(bits(actual), bits(attend(native, s, queries, Options(0.2))))
+            assert torch.equal(bits(narrow.silu_and_mul(x)), bits(native.silu_and_mul(x)))
+    assert torch.equal(narrow.philox_uniform(5, 6, 99), reference.philox_uniform(5, 6, 99))
+
+
+@pytest.mark.parametrize("march", ["native", "x86-64-v3", "x86-64"])
+def test_every_half_precision_value_rounds_as_torch(march: str) -> None:
+    """Loads and stores of all 65,536 patterns, and of the floats halfway between them."""
+    if march != "native" and platform.machine() != "x86_64":
+        pytest.skip("not an x86-64")
+    kernels = NativeKernels(march=march)
+    patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    for dtype in (torch.bfloat16, torch.float16):
+        values = patterns.view(dtype)
+        values = values[values.isfinite()]
+        zeros = torch.zeros_like(values)[None]
+        residual = values[None].clone()
+        kernels.add_rms_norm(zeros, residual, torch.ones_like(values), 1e-5)
+        assert torch.equal(residual[0], values)
+        ordered = values.float().sort().values
+        ordered = ordered[ordered.abs() < ordered.max() / 2]
+        a, b = ordered[:-1].to(dtype), ordered[1:].to(dtype)
+        residual = a[None].clone()
+        kernels.add_rms_norm(b[None], residual, torch.ones_like(a), 1e-5)
+        assert torch.equal(bits(residual[0]), bits(a + b))
+
+
+# ---- the edges ----
+
+
+def test_strided_queries_and_given_out(native: NativeKernels, reference: Kernels) -> None:
+    rng = generator(6)
+    s = make_sequences(
+        native, [9, 5], kv_heads=2, head_dim=16, block_size=16, dtype=torch.float32, rng=rng
+    )
+    qkv = randn(8, 8 * 16, rng=rng)
+    q = qkv[:, : 4 * 16].view(8, 4, 16)
+    for kernels in (native, reference):
+        out = torch.full((8, 4, 16), 7.0)
+        returned = kernels.paged_attention(
+            q, s.k_cache, s.v_cache, s.block_table, starts([4, 2]), s.seq_lens, scale=0.25, out=out
+        )
+        assert returned is out and bool((out[6:] == 7.0).all())
+        dense = attend(kernels, s, [q[:4].contiguous(), q[4:6].contiguous()], Options(0.25))
+        assert torch.equal(out[:6], dense)
+
+
+def test_blocks_before_the_window_are_not_read(native: NativeKernels, reference: Kernels) -> None:
+    rng = generator(7)
+    s = make_sequences(
+        native, [100], kv_heads=1, head_dim=8, block_size=16, dtype=torch.float32, rng=rng
+    )
+    q = randn(3, 2, 8, rng=rng)
+    freed = s.block_table.clone()
+    freed[0, :4] = -1  # queries at 97, 98, 99 with window 20 see keys from 78: block 4 on
+    for kernels in (native, reference):
+        options = Options(0.3, window=20)
+        expected = attend(kernels, s, [q], options)
+        assert torch.equal(attend(kernels, s, [q], options, block_table=freed), expected)
+        with pytest.raises(KernelArgumentError, match="block"):
+            attend(kernels, s, [q], Options(0.3, window=40), block_table=freed)
+
+
+def test_large_scores_stay_finite_and_nan_shows(native: NativeKernels) -> None:
+    rng = generator(8)
+    s = make_sequences(
+        native, [40], kv_heads=1, head_dim=8, block_size=16, dtype=torch.float32, rng=rng
+    )
+    q = randn(40, 1, 8, rng=rng) * 1e4
+    actual = attend(native, s, [q], Options(1.0))
+    expected = plain_attention(s, 0, q, Options(1.0))
+    torch.testing.assert_close(actual.double(), expected, rtol=0.05, atol=0.05)
+    q[7] = torch.nan
+    broken = attend(native, s, [q], Options(1.0))
+    assert bool(broken[7].isnan().all())
+    assert torch.equal(broken[:7], actual[:7]) and torch.equal(broken[8:], actual[8:])
+
+
+def test_a_later_tokens_infinity_stays_its_own(native: NativeKernels) -> None:
+    """A masked key is skipped, not multiplied by zero."""
+    rng = generator(9)
+    s = make_sequences(
+        native, [30], kv_heads=1, head_dim=8, block_size=16, dtype=torch.float32, rng=rng
+    )
+    q = randn(30, 3, 8, rng=rng)
+    clean = attend(native, s, [q], Options(0.3))
+    slot = int(slots_of(s.block_table[0], 20, 21, 16))
+    s.v_cache[slot // 16, :, slot % 16] = torch.inf
+    s.k_cache[slot // 16, :, :, slot % 16] = torch.nan
+    dirty = attend(native, s, [q], Options(0.3))
+    assert torch.equal(bits(dirty[:20]), bits(clean[:20])) and bool(dirty[20:].isnan().all())
+
+
+def test_wrong_contents_and_tensors_raise(native: NativeKernels, reference: Kernels) -> None:
+    rng = generator(10)
+    s = make_sequences(
+        native, [20, 40], kv_heads=2, head_dim=8, block_size=16, dtype=torch.float32, rng=rng
+    )
+    q = randn(6, 4, 8, rng=rng)
+    good = {
+        "q": q,
+        "k_cache": s.k_cache,
+        "v_cache": s.v_cache,
+        "block_table": s.block_table,
+        "query_start_loc": torch.tensor([0, 2, 6]).int(),
+        "seq_lens": s.seq_lens,
+    }
+    past = s.block_table.clone()
+    past[1, 1] = len(s.k_cache)
+    bad: list[dict[str, Tensor]] = [
+        {"query_start_loc": torch.tensor([0, 2, 7]).int()},
+        {"query_start_loc": torch.tensor([0, 4, 2]).int()},
+        {"query_start_loc": torch.tensor([-1, 2, 6]).int()},
+        {"seq_lens": torch.tensor([1, 40]).int()},
+        {"seq_lens": torch.tensor([20, 4000]).int()},
+        {"block_table": past},
+        {"q": q[:, :3]},
+        {"q": q.half()},
+        {"q": q[..., :7]},
+        {"seq_lens": s.seq_lens.long()},
+        {"seq_lens": s.seq_lens[:1]},
+        {"block_table": s.block_table.long()},
+        {"block_table": s.block_table[:1]},
+        {"v_cache": s.v_cache.half()},
+        {"k_cache": s.v_cache},
+    ]
+    for kernels in (native, reference):
+        kernels.paged_attention(**good, scale=1.0)
+        for change in bad:
+            with pytest.raises(KernelArgumentError):
+                kernels.paged_attention(**{**good, **change}, scale=1.0)

@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from quire.errors import ConfigError
+from quire.kernels.base import create_kernels
+from quire.kernels.cpu import build as build_module
+from quire.kernels.cpu import library
+from quire.kernels.cpu.build import BuildError, build
+from quire.kernels.cpu.native import NativeKernels
+
+
+@pytest.fixture
+def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache, and a loader that has loaded nothing."""
+    monkeypatch.setenv("QUIRE_CACHE_DIR", str(tmp_path / "cache"))
+    library._load_once.cache_clear()
+    yield tmp_path / "cache"
+    library._load_once.cache_clear()
+
+
+def python(code: str, **env: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_naming_the_package_does_not_load_torch() -> None:
+    process = python("import sys, quire.kernels; sys.exit('torch' in sys.modules)")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+
+
+@pytest.mark.usefixtures("native")
+def test_racing_processes_both_get_a_library(tmp_path: Path) -> None:
+    """And each maps one OpenMP runtime, torch's: one thread pool."""
+    code = (
+        "from quire.kernels.cpu.native import NativeKernels\n"
+        "import torch\n"
+        "x = torch.ones(200, 512)\n"
+        "assert float(NativeKernels().rms_norm(x, torch.ones(512), 0.0)[0, 0]) == 1.0\n"
+        "maps = {line.split()[-1] for line in open('/proc/self/maps') if 'gomp' in line}\n"
+        "print(len(maps), *maps)\n"
+    )
+    processes = [python(code, QUIRE_CACHE_DIR=str(tmp_path / "cache")) for _ in range(2)]
+    for process in processes:
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+        if sys.platform == "linux":
+            assert out.startswith("1 "), out
+    left = [path.name for path in (tmp_path / "cache" / "kernels").iterdir()]
+    assert len(left) == 1 and left[0].startswith("quire-kernels-") and left[0].endswith(".so")
+
+
+@pytest.mark.usefixtures("native")
+def test_a_second_build_does_not_compile(
+    fresh_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = build()
+    monkeypatch.setattr(build_module, "_compile", lambda *_: pytest.fail("compiled twice"))
+    assert build() == first
+    assert first.parent.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.usefixtures("native")
+def test_the_name_follows_sources_flags_and_cpu(
+    fresh_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = build_module.find_compiler()
+    names = {build_module._fingerprint(compiler), build_module._fingerprint([*compiler, "-g"])}
+    monkeypatch.setattr(build_module, "_cpu_identity", lambda: "another CPU")
+    names.add(build_module._fingerprint(compiler))
+    (tmp_path / "x.c").write_text("int x;")
+    monkeypatch.setattr(build_module, "SOURCES", tmp_path)
+    names.add(build_module._fingerprint(compiler))
+    assert len(names) == 4
+
+
+@pytest.mark.parametrize("compiler", ["/nonexistent", "false", "sh -c 'exit 1' --"])
+def test_no_compiler(
+    fresh_cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    compiler: str,
+) -> None:
+    monkeypatch.setenv("CC", compiler)
+    with caplog.at_level(logging.WARNING, logger="quire.kernels"):
+        assert create_kernels("auto").name == "reference"
+    assert [record.name for record in caplog.records] == ["quire.kernels"]
+    with pytest.raises(ConfigError, match="CC"):
+        create_kernels("native")
+
+
+def test_a_failing_compile_says_why(
+    fresh_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = tmp_path / "cc"
+    fake.write_text(
+        '#!/bin/sh\n[ "$2" = --version ] && exit 0\necho "x.c:1: error: no" >&2\nexit 1\n'
+    )
+    fake.chmod(0o700)
+    monkeypatch.setenv("CC", str(fake))
+    with pytest.raises(BuildError, match="error: no"):
+        build()
+    assert not list((fresh_cache / "kernels").iterdir())
+    with pytest.raises(BuildError, match="error: no"):
+        NativeKernels()
+    monkeypatch.setattr(library, "build", lambda _: pytest.fail("a failed compile was tried again"))
+    with pytest.raises(BuildError, match="error: no"):
+        NativeKernels()
+
+
+def test_a_library_that_does_not_load(
+    fresh_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build_module, "_compile", lambda _, output: output.write_bytes(b"junk"))
+    if not (os.environ.get("CC") or build_module.shutil.which("cc")):
+        pytest.skip("no compiler")
+    with pytest.raises(BuildError, match="does not load"):
+        NativeKernels()
+
+
+def test_a_cache_that_others_may_write_is_refused(
+    fresh_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (fresh_cache / "kernels").mkdir(parents=True)
+    (fresh_cache / "kernels").chmod(0o777)
+    monkeypatch.setattr(build_module, "_fingerprint", lambda _: "0")
+    monkeypatch.setattr(build_module, "find_compiler", lambda: ["cc"])
+    with pytest.raises(BuildError, match="chmod"):
+        build()
+    # Nor is a library that already lies there loaded: anyone may have put it there.
+    (fresh_cache / "kernels" / "quire-kernels-0.so").touch()
+    with pytest.raises(BuildError, match="chmod"):
+        build()
+
+
+def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("QUIRE_CACHE_DIR", "/a")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/b")
+    monkeypatch.setenv("HOME", "/c")
+    assert build_module.cache_dir() == Path("/a/kernels")
+    monkeypatch.delenv("QUIRE_CACHE_DIR")
+    assert build_module.cache_dir() == Path("/b/quire/kernels")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert build_module.cache_dir() == Path("/c/.cache/quire/kernels")
+
+
+def test_names() -> None:
+    assert create_kernels("reference").name == "reference"
+    with pytest.raises(ConfigError, match="fast"):
+        create_kernels("fast")  # type: ignore[arg-type]

@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from quire.kernels.base import Kernels
+from quire.kernels.checks import KernelArgumentError
+from quire.kernels.cpu.native import NativeKernels
+from tests.kernels.cases import DTYPES, assert_close, bits, dtypes, generator, randn, seeds
+
+widths = st.one_of(st.integers(1, 300), st.sampled_from([512, 768, 1024, 2048, 3072]))
+rows = st.integers(0, 9)
+
+
+@given(rows=rows, width=widths, dtype=dtypes, seed=seeds)
+def test_rms_norm(
+    native: NativeKernels, reference: Kernels, rows: int, width: int, dtype: torch.dtype, seed: int
+) -> None:
+    rng = generator(seed)
+    x = randn(rows, width, rng=rng, dtype=dtype) * 3
+    weight = randn(width, rng=rng, dtype=dtype)
+    # A unit in the last place before the weight, and one more after it.
+    actual = native.rms_norm(x, weight, 1e-5)
+    assert_close(actual, reference.rms_norm(x, weight, 1e-5), ulps=3)
+    assert_rows_alone(lambda part: native.rms_norm(part, weight, 1e-5), x, actual)
+
+
+def test_rms_norm_is_the_formula(native: NativeKernels, reference: Kernels) -> None:
+    x = torch.tensor([[3.0, 4.0]])
+    expected = torch.tensor([[3.0, 8.0]]) / (12.5 + 1e-6) ** 0.5
+    for kernels in (native, reference):
+        assert_close(kernels.rms_norm(x, torch.tensor([1.0, 2.0]), 1e-6), expected, ulps=2)
+
+
+@given(rows=rows, width=widths, dtype=dtypes, seed=seeds)
+def test_add_rms_norm(
+    native: NativeKernels, reference: Kernels, rows: int, width: int, dtype: torch.dtype, seed: int
+) -> None:
+    rng = generator(seed)
+    x = randn(rows, width, rng=rng, dtype=dtype)
+    residual = randn(rows, width, rng=rng, dtype=dtype) * 5
+    weight = randn(width, rng=rng, dtype=dtype)
+    mine, theirs, summed = residual.clone(), residual.clone(), residual + x
+    actual = native.add_rms_norm(x, mine, weight, 1e-5)
+    assert_close(actual, reference.add_rms_norm(x, theirs, weight, 1e-5), ulps=3)
+    assert torch.equal(bits(mine), bits(summed)) and torch.equal(bits(theirs), bits(summed))
+    assert torch.equal(bits(actual), bits(native.rms_norm(summed, weight, 1e-5)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norm_of_heads_in_a_fused_projection(
+    native: NativeKernels, reference: Kernels, dtype: torch.dtype
+) -> None:
+    qkv = randn(5, 8 * 24, rng=generator(0), dtype=dtype)
+    heads = qkv[:, 24 : 24 + 4 * 24].view(5, 4, 24)
+    weight = randn(24, rng=generator(1), dtype=dtype)
+    dense = native.rms_norm(heads.reshape(20, 24), weight, 1e-6).view(5, 4, 24)
+    actual = native.rms_norm(heads, weight, 1e-6)
+    assert torch.equal(bits(actual), bits(dense)) and actual.is_contiguous()
+    assert_close(actual, reference.rms_norm(heads, weight, 1e-6), ulps=3)
+
+
+@given(rows=rows, width=widths, dtype=dtypes, seed=seeds)
+def test_silu_and_mul(
+    native: NativeKernels, reference: Kernels, rows: int, width: int, dtype: torch.dtype, seed: int
+) -> None:
+    gate_up = randn(rows, 2 * width, rng=generator(seed)).mul(8).to(dtype)
+    actual = native.silu_and_mul(gate_up)
+    assert_close(actual, reference.silu_and_mul(gate_up), ulps=4)
+    assert_rows_alone(native.silu_and_mul, gate_up, actual)
+
+
+def test_silu_at_the_ends(native: NativeKernels) -> None:
+    gate = torch.tensor([[0.0, -200.0, 200.0, -torch.inf, torch.inf, torch.nan, -1e-30, 88.0]])
+    actual = native.silu_and_mul(torch.cat((gate, torch.ones_like(gate)), dim=-1))
+    expected = torch.tensor([[0.0, 0.0, 200.0, torch.nan, torch.inf, torch.nan, -5e-31, 88.0]])
+    torch.testing.assert_close(actual, expected, equal_nan=True, rtol=1e-6, atol=1e-40)
+
+
+@given(
+    tokens=st.integers(0, 9),
+    heads=st.tuples(st.integers(1, 5), st.integers(1, 3)),
+    half=st.integers(1, 70),
+    unrotated=st.sampled_from([0, 1, 16]),
+    dtype=dtypes,
+    seed=seeds,
+)
+def test_rope_is_the_formula_bit_for_bit(
+    native: NativeKernels,
+    reference: Kernels,
+    tokens: int,
+    heads: tuple[int, int],
+    half: int,
+    unrotated: int,
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    rng = generator(seed)
+    (q_heads, k_heads), head_dim = heads, 2 * half + unrotated
+    qkv = randn(tokens, (q_heads + 2 * k_heads) * head_dim, rng=rng, dtype=dtype)
+    cos_sin = randn(50, 2 * half, rng=rng)
+    positions = torch.randint(0, 50, (tokens,), generator=rng)
+    results = []
+    for kernels in (native, reference):
+        copy = qkv.clone()
+        q = copy[:, : q_heads * head_dim].view(tokens, q_heads, head_dim)
+        k = copy[:, q_heads * head_dim : -k_heads * head_dim].view(tokens, k_heads, head_dim)
+        kernels.rope(positions, q, k, cos_sin)
+        results.append(copy)
+    assert torch.equal(bits(results[0]), bits(results[1]))
+
+
+def test_rope_is_hugging_faces_rotation(reference: Kernels) -> None:
+    rng, head_dim = generator(3), 12
+    q, k = randn(6, 2, head_dim, rng=rng), randn(6, 1, head_dim, rng=rng)
+    positions = torch.arange(6)
+    inverse = 10000.0 ** -(torch.arange(0, head_dim, 2) / head_dim)
+    angles = positions[:, None] * inverse
+    cos, sin = angles.cos(), angles.sin()
+
+    def rotate_half(x: torch.Tensor) -> torch.Tensor:
+        return torch.cat((-x[..., head_dim // 2 :], x[..., : head_dim // 2]), dim=-1)
+
+    full_cos, full_sin = (torch.cat((t, t), dim=-1)[:, None] for t in (cos, sin))
+    expected = q * full_cos + rotate_half(q) * full_sin
+    reference.rope(positions, q, k, torch.cat((cos, sin), dim=-1))
+    assert_close(q, expected, ulps=2)
+
+
+@pytest.mark.parametrize("position", [-1, 50])
+def test_rope_refuses_positions_outside_the_table(
+    native: NativeKernels, reference: Kernels, position: int
+) -> None:
+    for kernels in (native, reference):
+        q, k = torch.ones(2, 1, 8), torch.ones(2, 1, 8)
+        with pytest.raises(KernelArgumentError, match="position"):
+            kernels.rope(torch.tensor([0, position]), q, k, torch.zeros(50, 8))
+        assert torch.equal(q, torch.ones(2, 1, 8))
+
+
+def test_wrong_tensors_raise(native: NativeKernels, reference: Kernels) -> None:
+    x, weight = torch.ones(4, 8), torch.ones(8)
+    for kernels in (native, reference):
+        for bad_x, bad_weight in (
+            (x.double(), weight.double()),
+            (x, weight.half()),
+            (x, torch.ones(7)),
+            (x.t(), torch.ones(4)),
+            (x, torch.ones(16)[::2]),
+            (x[0], weight),
+        ):
+            with pytest.raises(KernelArgumentError):
+                kernels.rms_norm(bad_x, bad_weight, 1e-5)
+        with pytest.raises(KernelArgumentError):
+            kernels.add_rms_norm(x, torch.ones(3, 8), weight, 1e-5)
+        with pytest.raises(KernelArgumentError):
+            kernels.silu_and_mul(torch.ones(2, 7))
+        with pytest.raises(KernelArgumentError):
+            kernels.rope(torch.zeros(4).int(), x.view(4, 1, 8), x.view(4, 1, 8), torch.ones(9, 8))
+        with pytest.raises(KernelArgumentError):
+            kernels.rope(torch.zeros(4).long(), x.view(4, 1, 8), x.view(4, 1, 8), torch.ones(9, 10))
+
+
+def assert_rows_alone(operation, x: torch.Tensor, whole: torch.Tensor) -> None:
+    for i in range(len(x)):
+        assert torch.equal(bits(operation(x[i : i + 1].clone())), bits(whole[i : i + 1]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_threads_do_not_matter(native: NativeKernels, dtype: torch.dtype, with_threads) -> None:
+    x, weight = randn(64, 1000, rng=generator(0), dtype=dtype), torch.ones(1000, dtype=dtype)
+    for operation in (lambda: native.rms_norm(x, weight, 1e-5), lambda: native.silu_and_mul(x)):
+        results = [with_threads(threads, operation) for threads in (1, 2, 3)]
+        assert all(torch.equal(bits(results[0]), bits(other)) for other in results[1:])

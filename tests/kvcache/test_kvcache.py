@@ -1,0 +1,192 @@
+"""The pool and the tables: what a hit proves, what eviction takes first, what copies."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from quire.kvcache import BlockPool, KVCacheManager, manager
+
+BS = 4
+
+
+def make(num_blocks: int = 20, *, caching: bool = True) -> KVCacheManager:
+    return KVCacheManager(num_blocks, BS, enable_prefix_caching=caching)
+
+
+def run(kv: KVCacheManager, request_id: int, tokens: list[int], *, salt=None, step: int = 1) -> int:
+    """Admit a request with all its tokens; returns how many were cached."""
+    match = kv.match_prefix(request_id, tokens, salt, step)
+    assert kv.can_admit(match, len(tokens), keep_free=0)
+    kv.admit(request_id, match, salt, len(tokens))
+    kv.register(request_id, tokens, len(tokens), step)
+    kv.check_invariants()
+    return match.num_tokens
+
+
+def test_a_prefix_is_found_after_its_owner_is_gone():
+    kv = make()
+    run(kv, 1, [1, 2, 3, 4, 5, 6, 7, 8, 9])
+    kv.release(1)
+    assert run(kv, 2, [1, 2, 3, 4, 5, 6, 7, 8, 0], step=2) == 8
+    assert kv.pool.num_free == kv.pool.num_usable - 3
+
+
+def test_sharing_counts_references():
+    kv = make()
+    run(kv, 1, list(range(10)))
+    run(kv, 2, list(range(9)))
+    assert kv.block_ids(1)[:2] == kv.block_ids(2)[:2]
+    assert kv.pool.num_shared == 2
+    kv.release(1)
+    assert kv.pool.num_shared == 0
+    kv.check_invariants()
+
+
+def test_a_wholly_cached_prompt_recomputes_one_token_in_a_copied_block():
+    kv = make()
+    run(kv, 1, [1, 2, 3, 4, 5, 6, 7, 8], step=1)
+    match = kv.match_prefix(2, [1, 2, 3, 4, 5, 6, 7, 8], None, 2)
+    assert match.num_tokens == 7 and match.tail is not None
+    growth = kv.admit(2, match, None, 8)
+    assert growth.copies == [(kv.block_ids(1)[1], kv.block_ids(2)[1])]
+    assert kv.block_ids(1)[1] != kv.block_ids(2)[1]
+    kv.check_invariants()
+
+
+def test_a_block_of_this_very_step_is_shared_but_not_copied():
+    kv = make()
+    run(kv, 1, [1, 2, 3, 4, 5, 6, 7, 8], step=5)
+    match = kv.match_prefix(2, [1, 2, 3, 4, 5, 6, 7, 8], None, 5)
+    assert match.num_tokens == 4 and match.tail is None
+
+
+def test_salts_share_nothing():
+    kv = make()
+    run(kv, 1, list(range(8)), salt="a")
+    assert run(kv, 2, list(range(9)), salt="b") == 0
+    assert run(kv, 3, list(range(9))) == 0
+    assert run(kv, 4, list(range(9)), salt="a", step=2) == 8
+
+
+def test_a_hash_collision_never_serves_foreign_kv(monkeypatch):
+    # All blocks collide; only verification stands between the requests.
+    monkeypatch.setattr(manager, "hash_block", lambda parent, tokens: b"same")
+    kv = make()
+    run(kv, 1, [1, 2, 3, 4, 9])
+    assert run(kv, 2, [5, 6, 7, 8, 9], step=2) == 0
+
+
+def test_equal_tokens_after_different_prefixes_do_not_match(monkeypatch):
+    # The second block's hash ignores its parent, as a broken chain would.
+    monkeypatch.setattr(manager, "hash_block", lambda parent, tokens: bytes(tokens))
+    kv = make()
+    run(kv, 1, [1, 1, 1, 1, 5, 5, 5, 5, 0])
+    assert run(kv, 2, [2, 2, 2, 2, 5, 5, 5, 5, 0], step=2) == 0
+    assert run(kv, 3, [2, 2, 2, 2, 5, 5, 5, 5, 0], step=3) == 8
+
+
+def test_the_head_of_a_prefix_outlives_its_tail():
+    kv = make(num_blocks=1 + 4)
+    run(kv, 1, list(range(12)))
+    kv.release(1)
+    run(kv, 2, [50, 51, 52, 53, 54])  # takes the empty block and evicts one: the tail
+    assert kv.match_prefix(3, list(range(13)), None, 2).num_tokens == 8
+
+
+def test_blocks_without_cached_content_are_reused_first():
+    kv = make(num_blocks=1 + 4)
+    run(kv, 1, list(range(8)))
+    kv.release(1)
+    run(kv, 2, [90, 91])  # a partial block: never cached
+    kv.release(2)
+    run(kv, 3, [80, 81, 82, 83, 84])
+    assert kv.match_prefix(4, list(range(9)), None, 2).num_tokens == 8
+
+
+def test_least_recently_used_prefix_is_evicted_first():
+    kv = make(num_blocks=1 + 3)
+    for request_id, token in ((1, 10), (2, 20), (3, 30)):
+        run(kv, request_id, [token] * 4)
+        kv.release(request_id)
+    run(kv, 4, [10] * 4 + [11], step=2)  # touches the first, evicts the second
+    kv.release(4)
+    found = {t: kv.match_prefix(100 + t, [t] * 5, None, 3).num_tokens for t in (10, 20, 30)}
+    assert found == {10: 4, 20: 0, 30: 4}
+
+
+def test_an_orphan_gives_way_to_new_content():
+    pool = BlockPool(4)
+    (first,) = pool.allocate(1)
+    (second,) = pool.allocate(1)
+    common = {"tokens": (1,), "namespace": None, "step_id": 1}
+    old = pool.register(first, b"h", parent_serial=7, **common)
+    new = pool.register(second, b"h", parent_serial=8, **common)
+    assert old != new
+    assert pool.lookup(b"h", parent_serial=7, tokens=(1,), namespace=None) is None
+    assert pool.lookup(b"h", parent_serial=8, tokens=(1,), namespace=None) is second
+    pool.check_invariants({first.block_id: 1, second.block_id: 1})
+
+
+def test_fork_shares_full_blocks_and_copies_the_partial_one():
+    kv = make()
+    tokens = list(range(10))
+    run(kv, 1, tokens)
+    match = kv.match_fork(1, 9, 2)
+    growth = kv.admit(2, match, None, 10)
+    kv.register(2, tokens, 10, 2)
+    assert kv.block_ids(1)[:2] == kv.block_ids(2)[:2]
+    assert growth.copies == [(kv.block_ids(1)[2], kv.block_ids(2)[2])]
+    kv.check_invariants()
+
+
+def test_a_fork_does_not_copy_what_its_leader_only_matched_in_this_step():
+    kv = make()
+    run(kv, 1, [1, 2, 3, 4, 5, 6, 7, 8], step=5)  # step 5 computes both blocks
+    assert run(kv, 2, [1, 2, 3, 4, 5, 6, 7, 8, 9], step=5) == 8  # the leader shares them at once
+    match = kv.match_fork(2, 7, 5)
+    assert (match.num_tokens, match.tail) == (4, None)
+    assert kv.match_fork(2, 7, 6).num_tokens == 7
+
+
+def test_without_caching_nothing_is_found_and_forks_still_share():
+    kv = make(caching=False)
+    run(kv, 1, list(range(9)))
+    assert run(kv, 2, list(range(9)), step=2) == 0
+    match = kv.match_fork(1, 8, 2)
+    kv.admit(3, match, None, 9)
+    assert kv.block_ids(3)[:2] == kv.block_ids(1)[:2]
+    kv.check_invariants()
+
+
+def test_growth_that_does_not_fit_changes_nothing():
+    kv = make(num_blocks=1 + 2)
+    run(kv, 1, [1, 2, 3])
+    assert kv.grow(1, 13) is None
+    assert kv.block_ids(1) == kv.block_ids(1)[:1]
+    kv.check_invariants()
+
+
+def test_double_free_is_caught():
+    pool = BlockPool(3)
+    (block,) = pool.allocate(1)
+    pool.release([block])
+    with pytest.raises(AssertionError, match="double free"):
+        pool.release([block])
+
+
+def test_reset_forgets_content_but_not_tables():
+    kv = make()
+    run(kv, 1, list(range(9)))
+    kv.pool.reset_cache()
+    kv.check_invariants()
+    assert kv.pool.num_cached == 0
+    assert kv.match_prefix(2, list(range(9)), None, 2).num_tokens == 0
+    assert kv.grow(1, 13) is not None
+
+
+def test_importing_scheduler_and_kvcache_leaves_torch_out():
+    code = "import sys, quire.scheduler, quire.kvcache; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,108 @@
+"""A tiny engine for tests: paged batches with shuffled blocks, driven by hand, one `step()` at a time.
+
+It has no scheduler and no sampler, so a test says exactly which tokens share a step. The cache
+starts full of NaN and blocks are handed out in a shuffled order: reading one slot that was not
+written, or the wrong block, poisons the logits.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from quire.attention.base import AttentionMetadata, KVCache
+from quire.models.decoder import DecoderModel
+
+
+@dataclass
+class Request:
+    """One request: its tokens, how many have their keys stored, and its blocks."""
+
+    tokens: list[int]
+    num_computed: int = 0
+    blocks: list[int] = field(default_factory=list)
+
+    @property
+    def num_left(self) -> int:
+        return len(self.tokens) - self.num_computed
+
+
+class PagedHarness:
+    def __init__(
+        self, model: DecoderModel, *, num_blocks: int = 96, block_size: int = 16, seed: int = 0
+    ) -> None:
+        spec = model.spec
+        self.model = model
+        self.cache = KVCache(
+            num_layers=spec.num_layers,
+            num_blocks=num_blocks,
+            num_kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_dim,
+            block_size=block_size,
+            dtype=model.dtype,
+        )
+        self.cache.storage.fill_(float("nan"))
+        self.free = list(range(1, num_blocks))
+        random.Random(seed).shuffle(self.free)
+
+    def step(self, work: Sequence[tuple[Request, int]]) -> list[torch.Tensor]:
+        """Compute the next n tokens of each request in one batch; logits [n, vocab_size] of each,
+        in order.
+        """
+        block_size = self.cache.block_size
+        input_ids, positions, slots, starts, lens = [], [], [], [0], []
+        for sequence, count in work:
+            end = sequence.num_computed + count
+            assert 0 < count <= sequence.num_left
+            while len(sequence.blocks) * block_size < end:
+                sequence.blocks.append(self.free.pop())
+            span = range(sequence.num_computed, end)
+            input_ids += [sequence.tokens[i] for i in span]
+            positions += span
+            slots += [sequence.blocks[i // block_size] * block_size + i % block_size for i in span]
+            starts.append(starts[-1] + count)
+            lens.append(end)
+            sequence.num_computed = end
+        width = max(len(sequence.blocks) for sequence, _ in work)
+        table = [sequence.blocks + [0] * (width - len(sequence.blocks)) for sequence, _ in work]
+        metadata = AttentionMetadata(
+            positions=torch.tensor(positions),
+            slot_mapping=torch.tensor(slots),
+            query_start_loc=torch.tensor(starts, dtype=torch.int32),
+            seq_lens=torch.tensor(lens, dtype=torch.int32),
+            block_table=torch.tensor(table, dtype=torch.int32),
+        )
+        hidden = self.model.forward(
+            torch.tensor(input_ids), metadata.positions, metadata, self.cache
+        )
+        logits = self.model.compute_logits(hidden)
+        assert logits.dtype == torch.float32
+        return list(logits.split([count for _, count in work]))
+
+    def free_sequence(self, sequence: Request) -> None:
+        self.free += sequence.blocks
+        sequence.blocks = []
+        sequence.num_computed = 0
+
+    def prefill(self, sequence: Request, *, chunk: int) -> torch.Tensor:
+        """Logits of every known token, computed alone in chunks: [num_tokens, vocab_size]."""
+        rows = []
+        while sequence.num_left:
+            rows += self.step([(sequence, min(chunk, sequence.num_left))])
+        return torch.cat(rows)
+
+    def greedy(
+        self, prompt: Sequence[int], *, max_new_tokens: int, chunk: int = 10**6
+    ) -> list[int]:
+        """Tokens chosen one by one after the prompt."""
+        sequence = Request(list(prompt))
+        logits = self.prefill(sequence, chunk=chunk)
+        for _ in range(max_new_tokens - 1):
+            sequence.tokens.append(int(logits[-1].argmax()))
+            logits = self.step([(sequence, 1)])[0]
+        sequence.tokens.append(int(logits[-1].argmax()))
+        self.free_sequence(sequence)
+        return sequence.tokens[len(prompt) :]

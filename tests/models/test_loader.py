@@ -1,0 +1,207 @@
+"""From a directory to a model: shards, dtypes, tied heads, random weights, misfits."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from quire.errors import CheckpointError, ConfigError
+from quire.kernels.base import Kernels, create_kernels
+from quire.models.decoder import DecoderModel
+from quire.models.loader import load_model
+from quire.models.registry import resolve_spec
+from quire.models.spec import ModelSpec
+from tests.models.harness import PagedHarness, Request
+from tests.models.published import SMOLLM2_135M
+from tests.models.variants import build_reference, prompt_tokens, reference_logits, save
+
+TOKENS = prompt_tokens(30)
+Checkpoint = Callable[..., tuple[transformers.PreTrainedModel, Path]]
+
+
+@pytest.fixture(scope="module")
+def native() -> Kernels:
+    return create_kernels("auto")
+
+
+def spec_of(directory: Path, **changes: object) -> ModelSpec:
+    return resolve_spec({**json.loads((directory / "config.json").read_text()), **changes})
+
+
+def load(directory: Path, kernels: Kernels, dtype: torch.dtype = torch.float32) -> DecoderModel:
+    return load_model(
+        spec_of(directory), directory, dtype=dtype, kernels=kernels, max_model_len=256
+    )
+
+
+def logits(model: DecoderModel) -> torch.Tensor:
+    return PagedHarness(model, num_blocks=8).prefill(Request(list(TOKENS)), chunk=10**6)
+
+
+def change_weights(source: Path, target: Path, **changes: torch.Tensor | None) -> Path:
+    """A copy of a checkpoint with tensors replaced or, where None, removed."""
+    tensors = load_file(source / "model.safetensors") | changes
+    kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    save_file(kept, target / "model.safetensors")
+    (target / "config.json").write_text((source / "config.json").read_text())
+    return target
+
+
+def test_shards_equal_a_single_file(
+    checkpoint: Checkpoint, native: Kernels, tmp_path: Path
+) -> None:
+    reference, directory = checkpoint("qwen2-windows")
+    save(reference, tmp_path, max_shard_size="60KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    expected = logits(load(directory, native))
+    assert torch.equal(logits(load(tmp_path, native)), expected)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    assert torch.equal(logits(load(tmp_path, native)), expected)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_any_stored_dtype_loads_as_any(
+    checkpoint: Checkpoint,
+    native: Kernels,
+    stored: torch.dtype,
+    dtype: torch.dtype,
+    tmp_path: Path,
+) -> None:
+    """Loading converts each value as `Tensor.to` does: the same as a checkpoint stored converted."""
+    _, directory = checkpoint("llama")
+    weights = load_file(directory / "model.safetensors")
+    as_stored = {name: tensor.to(stored) for name, tensor in weights.items()}
+    for name, content in (
+        ("given", as_stored),
+        ("converted", {k: v.to(dtype) for k, v in as_stored.items()}),
+    ):
+        (tmp_path / name).mkdir()
+        change_weights(directory, tmp_path / name, **content)
+    model = load(tmp_path / "given", native, dtype)
+    assert model.dtype == dtype
+    assert torch.equal(logits(model), logits(load(tmp_path / "converted", native, dtype)))
+
+
+def test_a_tied_model_ignores_a_stored_head(
+    checkpoint: Checkpoint, native: Kernels, tmp_path: Path
+) -> None:
+    _, directory = checkpoint("qwen2")
+    head = {"lm_head.weight": torch.zeros(199, 64)}
+    change_weights(directory, tmp_path, **head)
+    assert torch.equal(logits(load(tmp_path, native)), logits(load(directory, native)))
+
+
+def test_nothing_points_into_the_files_once_loaded(
+    checkpoint: Checkpoint, native: Kernels, tmp_path: Path
+) -> None:
+    """Overwriting the file in place, as a new download would, must not change a running model."""
+    _, directory = checkpoint("llama-mha-tied")
+    change_weights(directory, tmp_path)
+    model = load(tmp_path, native)
+    before = logits(model)
+    with open(tmp_path / "model.safetensors", "r+b") as file:
+        file.write(b"\xff" * (tmp_path / "model.safetensors").stat().st_size)
+    assert torch.equal(logits(model), before)
+
+
+Q, NORM = "model.layers.1.self_attn.q_proj.weight", "model.layers.0.input_layernorm.weight"
+BROKEN: list[tuple[Mapping[str, torch.Tensor | None], str]] = [
+    ({Q: None}, f"lacks tensor {Q}"),
+    ({"lm_head.weight": None}, r"lacks tensor lm_head\.weight"),
+    ({Q: torch.zeros(64, 32)}, rf"{Q} .*\[64, 32\].*\[64, 64\]"),
+    ({NORM: torch.zeros(64, 1)}, rf"{NORM} .*\[64, 1\].*\[64\]"),
+    ({Q: torch.zeros(64, 64, dtype=torch.int8)}, f"{Q} .*I8"),
+    ({Q: torch.zeros(64, 64, dtype=torch.float8_e4m3fn)}, f"{Q} .*F8_E4M3"),
+    ({"model.layers.0.self_attn.q_norm.weight": torch.ones(16)}, r"has tensor .*q_norm\.weight"),
+    ({"model.layers.2.mlp.down_proj.weight": torch.ones(64, 96)}, r"has tensor model\.layers\.2"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BROKEN, ids=lambda value: str(value)[:60])
+def test_a_checkpoint_that_does_not_fit_its_config(
+    checkpoint: Checkpoint,
+    native: Kernels,
+    tmp_path: Path,
+    changes: Mapping[str, torch.Tensor | None],
+    message: str,
+) -> None:
+    _, directory = checkpoint("llama")
+    change_weights(directory, tmp_path, **changes)
+    with pytest.raises(CheckpointError, match=message):
+        load(tmp_path, native)
+
+
+def test_dummy_weights_need_no_files(native: Kernels) -> None:
+    spec = resolve_spec({**SMOLLM2_135M, "num_hidden_layers": 2, "vocab_size": 512})
+
+    def model(seed: int) -> DecoderModel:
+        return load_model(
+            spec,
+            None,
+            dtype=torch.bfloat16,
+            kernels=native,
+            load_format="dummy",
+            max_model_len=64,
+            seed=seed,
+        )
+
+    first, again, other = (logits(model(seed)) for seed in (0, 0, 1))
+    assert torch.isfinite(first).all()
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_arguments_are_checked(checkpoint: Checkpoint, native: Kernels) -> None:
+    _, directory = checkpoint("llama")
+    spec = spec_of(directory)
+    with pytest.raises(ConfigError, match=r"dtype is torch\.float64.*--dtype"):
+        load_model(spec, directory, dtype=torch.float64, kernels=native, max_model_len=64)
+    with pytest.raises(ConfigError, match="needs a model directory"):
+        load_model(spec, None, dtype=torch.float32, kernels=native, max_model_len=64)
+
+
+def test_weight_bytes_is_what_the_ledger_was_told(checkpoint: Checkpoint, native: Kernels) -> None:
+    for name in ("llama", "qwen2"):
+        _, directory = checkpoint(name)
+        model = load(directory, native)
+        assert model.weight_bytes == pytest.approx(model.spec.weight_bytes(4), rel=0.1)
+
+
+def test_old_rotary_spelling_gives_the_same_model(checkpoint: Checkpoint, native: Kernels) -> None:
+    """A config as transformers 4 wrote it, beside the weights transformers 5 wrote."""
+    _, directory = checkpoint("llama-llama3")
+    config = json.loads((directory / "config.json").read_text())
+    parameters = config.pop("rope_parameters")
+    old = {**config, "rope_theta": parameters.pop("rope_theta"), "rope_scaling": parameters}
+    assert resolve_spec(old) == spec_of(directory)
+
+
+def test_dynamic_rope_beyond_its_context_equals_one_long_pass_of_transformers(
+    native: Kernels, tmp_path: Path
+) -> None:
+    """A fixed base for max_model_len: what transformers uses for a sequence of just that length."""
+    reference = build_reference("llama-dynamic", max_position_embeddings=64)
+    save(reference, tmp_path)
+    tokens = prompt_tokens(160)
+    model = load_model(
+        spec_of(tmp_path), tmp_path, dtype=torch.float32, kernels=native, max_model_len=160
+    )
+    ours = PagedHarness(model).prefill(Request(tokens), chunk=32)
+    torch.testing.assert_close(ours, reference_logits(reference, tokens), rtol=1e-3, atol=1e-3)
+
+
+def test_two_models_live_in_one_process(checkpoint: Checkpoint, native: Kernels) -> None:
+    first, second = (load(checkpoint(name)[1], native) for name in ("llama", "qwen3"))
+    alone = logits(first)
+    logits(second)
+    assert torch.equal(logits(first), alone)
+    del second
+    gc.collect()
+    assert torch.equal(logits(first), alone)

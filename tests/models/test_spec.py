@@ -1,0 +1,258 @@
+"""Resolving config.json: what is read, what is ignored, and how everything else is refused."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import subprocess
+import sys
+from collections.abc import Mapping
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quire.errors import UnsupportedModelError
+from quire.models.registry import FAMILIES, resolve_spec
+from quire.models.spec import ModelSpec, RopeSpec
+from tests.models.published import (
+    LLAMA_2_7B,
+    LLAMA_3_1_8B,
+    MISTRAL_7B_V01,
+    MISTRAL_NEMO,
+    PARAMETER_COUNTS,
+    QWEN2_5_05B,
+    QWEN3_06B,
+)
+
+
+def without(config: Mapping[str, object], *fields: str) -> dict[str, object]:
+    return {name: value for name, value in config.items() if name not in fields}
+
+
+@pytest.mark.parametrize("name", PARAMETER_COUNTS)
+def test_published_models_resolve_with_their_parameter_counts(name: str) -> None:
+    config, count = PARAMETER_COUNTS[name]
+    assert resolve_spec(config).num_parameters() == count
+
+
+def test_resolving_a_spec_does_not_import_torch() -> None:
+    code = (
+        "import sys; from quire.models.registry import resolve_spec; import quire.models.spec;"
+        f"resolve_spec({dict(LLAMA_3_1_8B)!r}); resolve_spec({dict(QWEN3_06B)!r});"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_every_field_of_a_spec() -> None:
+    assert resolve_spec(LLAMA_3_1_8B) == ModelSpec(
+        architecture="LlamaForCausalLM",
+        vocab_size=128256,
+        hidden_size=4096,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        intermediate_size=14336,
+        rms_norm_eps=1e-5,
+        rope=RopeSpec(
+            type="llama3",
+            theta=500000.0,
+            factor=8.0,
+            original_max_position_embeddings=8192,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+        ),
+        max_position_embeddings=131072,
+        tie_word_embeddings=False,
+        qkv_bias=False,
+        o_bias=False,
+        mlp_bias=False,
+        qk_norm=False,
+        sliding_windows=(None,) * 32,
+        checkpoint_dtype="bfloat16",
+        bos_token_id=128000,
+        eos_token_ids=(128001, 128008, 128009),
+    )
+
+
+def test_memory_figures() -> None:
+    spec = resolve_spec(QWEN3_06B)
+    assert spec.kv_bytes_per_token(2) == 2 * 28 * 8 * 128 * 2
+    assert spec.weight_bytes(2) == 2 * (596_049_920 + 151936 * 1024)  # tied: rows and packed
+    assert resolve_spec(LLAMA_2_7B).weight_bytes(2) == 2 * 6_738_415_616
+
+
+def test_families_differ_where_they_should() -> None:
+    mistral, nemo = resolve_spec(MISTRAL_7B_V01), resolve_spec(MISTRAL_NEMO)
+    assert mistral.sliding_windows == (4096,) * 32 and nemo.sliding_windows == (None,) * 40
+    assert nemo.head_dim == 128 and nemo.q_size == 4096 != nemo.hidden_size
+    qwen2, qwen3 = resolve_spec(QWEN2_5_05B), resolve_spec(QWEN3_06B)
+    assert qwen2.qkv_bias and not qwen2.o_bias and not qwen2.qk_norm
+    assert qwen3.qk_norm and not qwen3.qkv_bias
+    biased = resolve_spec({**LLAMA_2_7B, "attention_bias": True, "mlp_bias": True})
+    assert biased.qkv_bias and biased.o_bias and biased.mlp_bias
+
+
+def test_windows_by_layer() -> None:
+    config = {**QWEN2_5_05B, "num_hidden_layers": 4, "max_window_layers": 2, "sliding_window": 64}
+    assert resolve_spec(config).sliding_windows == (None,) * 4
+    config["use_sliding_window"] = True
+    assert resolve_spec(config).sliding_windows == (None, None, 64, 64)
+    config["layer_types"] = ["full_attention", "sliding_attention"] * 2
+    assert resolve_spec(config).sliding_windows == (None, 64, None, 64)
+    config["sliding_window"] = None
+    with pytest.raises(UnsupportedModelError, match=r"layer_types.*needs sliding_window"):
+        resolve_spec(config)
+
+
+def test_defaults_are_those_of_transformers_config_classes() -> None:
+    lean = without(LLAMA_2_7B, "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings")
+    lean = without(lean, "torch_dtype", "bos_token_id", "eos_token_id", "rope_scaling")
+    spec = resolve_spec(lean)
+    assert (spec.num_kv_heads, spec.rms_norm_eps, spec.rope.theta) == (32, 1e-6, 10000.0)
+    assert (spec.bos_token_id, spec.eos_token_ids, spec.checkpoint_dtype) == (1, (2,), "float32")
+    assert resolve_spec({**lean, "eos_token_id": None}).eos_token_ids == ()
+    assert resolve_spec(without(MISTRAL_7B_V01, "num_key_value_heads")).num_kv_heads == 8
+    assert resolve_spec({**MISTRAL_7B_V01, "num_key_value_heads": None}).num_kv_heads == 32
+    assert resolve_spec(without(MISTRAL_7B_V01, "sliding_window")).sliding_windows[0] == 4096
+    assert resolve_spec(without(QWEN3_06B, "head_dim")).head_dim == 128
+
+
+def test_transformers_5_spelling_equals_transformers_4() -> None:
+    old = dict(LLAMA_3_1_8B)
+    new = without(old, "rope_scaling", "rope_theta", "torch_dtype")
+    new["rope_parameters"] = {**old["rope_scaling"], "rope_theta": old["rope_theta"]}
+    new["dtype"] = old["torch_dtype"]
+    assert resolve_spec(new) == resolve_spec(old)
+    older = {**old, "rope_scaling": {**without(old["rope_scaling"], "rope_type"), "type": "llama3"}}
+    assert resolve_spec(older) == resolve_spec(old)
+
+
+def test_yarn_temperature() -> None:
+    def factor(**fields: object) -> float:
+        scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
+        return resolve_spec({**LLAMA_2_7B, "rope_scaling": scaling | fields}).rope.attention_factor
+
+    assert factor() == pytest.approx(1.1386294)  # 0.1 ln 4 + 1
+    assert factor(attention_factor=1.5) == 1.5
+    assert factor(mscale=1.0, mscale_all_dim=1.0) == 1.0
+    assert factor(mscale=0.5) == factor()  # transformers wants both
+    assert factor(factor=None, original_max_position_embeddings=1024) == factor()  # 4096 / 1024
+
+
+BAD_FIELDS: list[tuple[dict[str, object], str]] = [
+    ({"architectures": ["GPT2LMHeadModel"]}, "architectures.*GPT2LMHeadModel.*LlamaForCausalLM"),
+    ({"architectures": None}, "architectures"),
+    ({"architectures": "LlamaForCausalLM"}, "architectures.*list"),
+    ({"architectures": ["LlamaForCausalLM", "X"]}, "architectures.*exactly one"),
+    ({"model_type": "mixtral"}, "model_type.*'mixtral'.*'llama'"),
+    ({"hidden_act": "gelu"}, "hidden_act.*'gelu'.*silu"),
+    ({"quantization_config": {"quant_method": "awq"}}, "quantization_config.*awq.*unquantized"),
+    ({"num_local_experts": 8}, "num_local_experts.*8.*experts"),
+    ({"hidden_size": None}, "hidden_size is missing.*--hf-overrides"),
+    ({"hidden_size": 0}, "hidden_size is 0"),
+    ({"hidden_size": -4096}, "hidden_size is -4096"),
+    ({"hidden_size": "4096"}, "hidden_size is '4096'.*integer"),
+    ({"hidden_size": 4096.0}, "hidden_size is 4096.0.*integer"),
+    ({"hidden_size": True}, "hidden_size is True"),
+    ({"hidden_size": 10**30}, "hidden_size"),
+    ({"hidden_size": 4100, "num_attention_heads": 32}, "hidden_size is 4100.*multiple.*32"),
+    ({"hidden_size": 96}, "head_dim.*even"),
+    ({"head_dim": 1024}, "head_dim.*512"),
+    ({"vocab_size": None}, "vocab_size is missing"),
+    ({"num_hidden_layers": 10**6}, "num_hidden_layers"),
+    ({"num_key_value_heads": 5}, "num_key_value_heads is 5.*32"),
+    ({"intermediate_size": []}, "intermediate_size is \\[\\]"),
+    ({"rms_norm_eps": "1e-5"}, "rms_norm_eps is '1e-5'.*number"),
+    ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
+    ({"rms_norm_eps": 10**400}, "rms_norm_eps"),
+    ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false'.*true or false"),
+    ({"torch_dtype": "float8_e4m3fn"}, "torch_dtype is 'float8_e4m3fn'.*bfloat16"),
+    ({"eos_token_id": "</s>"}, "eos_token_id is '</s>'"),
+    ({"eos_token_id": [2, -1]}, "eos_token_id"),
+    ({"rope_theta": 0}, "rope_theta is 0"),
+    ({"rope_scaling": "llama3"}, "rope_scaling is 'llama3'.*object"),
+    ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "rope_scaling.type is 'longrope'.*yarn"),
+    ({"rope_scaling": {"rope_type": "mrope"}}, "rope_scaling.rope_type is 'mrope'"),
+    ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor is missing"),
+    ({"rope_scaling": {"type": "linear", "factor": "2"}}, "rope_scaling.factor is '2'"),
+    ({"rope_scaling": {"type": "dynamic", "factor": 0.5}}, "rope_scaling.factor is 0.5"),
+    ({"rope_scaling": {"type": "default", "mrope_section": [16, 24]}}, "rope_scaling.mrope_section"),
+    ({"rope_scaling": {"full_attention": {"type": "default"}}}, "rope_scaling.*per layer type"),
+    (
+        {"rope_scaling": {**LLAMA_3_1_8B["rope_scaling"], "high_freq_factor": 1.0}},  # type: ignore[dict-item]
+        "rope_scaling.high_freq_factor is 1.0",
+    ),
+    ({"rope_parameters": {"rope_type": "yarn", "factor": 2, "beta_fast": 0.5}}, "beta_fast"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+    ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope_parameters.partial_rotary_factor"),
+    ({"rope_interleaved": True}, "rope_interleaved is True.*false"),
+    ({"sliding_window": 4096}, "sliding_window.*null"),
+    ({"attn_logit_softcapping": 50.0}, 'attn_logit_softcapping is 50.0.*_softcapping": null}'),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_FIELDS, ids=lambda value: str(value)[:50])
+def test_what_we_do_not_implement_is_refused_by_name(
+    change: dict[str, object], message: str
+) -> None:
+    with pytest.raises(UnsupportedModelError, match=message):
+        resolve_spec({**LLAMA_2_7B, **change})
+
+
+def test_refusals_particular_to_a_family() -> None:
+    layers = {"num_hidden_layers": 2}
+    with pytest.raises(UnsupportedModelError, match=r"layer_types.*'chunked_attention'"):
+        types = ["full_attention", "chunked_attention"]
+        resolve_spec({**QWEN3_06B, **layers, "layer_types": types})
+    with pytest.raises(UnsupportedModelError, match=r"layer_types.*1 entries.*2"):
+        resolve_spec({**QWEN3_06B, **layers, "layer_types": ["full_attention"]})
+    with pytest.raises(UnsupportedModelError, match=r"layer_types.*one window"):
+        types = ["full_attention", "sliding_attention"]
+        resolve_spec({**MISTRAL_7B_V01, **layers, "layer_types": types})
+    with pytest.raises(UnsupportedModelError, match="attention_bias is True"):
+        resolve_spec({**MISTRAL_7B_V01, "attention_bias": True})
+    with pytest.raises(UnsupportedModelError, match="use_sliding_window is 1"):
+        resolve_spec({**QWEN3_06B, "use_sliding_window": 1})
+
+
+def test_an_unknown_field_can_be_dropped_as_the_message_says() -> None:
+    config = {**LLAMA_2_7B, "residual_scale": 0.3}
+    with pytest.raises(UnsupportedModelError, match=r"residual_scale is 0.3"):
+        resolve_spec(config)
+    assert resolve_spec({**config, "residual_scale": None}) == resolve_spec(LLAMA_2_7B)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=5,
+)  # fmt: skip
+EXTRA_FIELDS = {"layer_types", "rope_parameters", "dtype", "original_max_position_embeddings"}
+FIELDS = st.sampled_from(sorted({*LLAMA_3_1_8B, *QWEN3_06B, *EXTRA_FIELDS}))
+ROPE_NAMES = [field.name for field in dataclasses.fields(RopeSpec)] + ["rope_type", "mscale"]
+ROPES = st.dictionaries(
+    st.sampled_from(ROPE_NAMES), JSON | st.sampled_from(["yarn", "llama3"]), max_size=4
+)
+
+
+@settings(max_examples=400)
+@given(
+    architecture=st.sampled_from(sorted(FAMILIES)),
+    changes=st.dictionaries(FIELDS, JSON, max_size=3),
+    rope=st.none() | ROPES,
+)
+def test_any_json_gives_a_spec_or_a_typed_error(
+    architecture: str, changes: dict[str, object], rope: dict[str, object] | None
+) -> None:
+    config = {
+        **LLAMA_2_7B,
+        "architectures": [architecture],
+        "model_type": None,
+        "rope_scaling": rope,
+    }
+    with contextlib.suppress(UnsupportedModelError):
+        spec = resolve_spec(config | changes)
+        assert spec.num_parameters() > 0 and len(spec.sliding_windows) == spec.num_layers

@@ -1,0 +1,102 @@
+"""An executor with no model that checks, token by token, what a real one would rely on.
+
+Every slot of its "KV cache" holds the (namespace, whole prefix) that was written there. Reading a row's
+context through its block table must find exactly the row's own prefix, so any sharing of the wrong
+block, missing copy or reuse of a live block fails at once. The sampled token is a hash of the prefix and
+the seed: what a request produces cannot depend on how it was scheduled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+from quire.messages import AdmittedRequest, SampledRow, StepPlan, StepResult
+
+
+def next_token(tokens: tuple[int, ...], seed: int, vocab_size: int) -> int:
+    digest = hashlib.blake2b(repr((tokens, seed)).encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "little") % vocab_size
+
+
+@dataclass
+class _State:
+    tokens: list[int]
+    block_ids: list[int]
+    seed: int
+
+
+class CheckingExecutor:
+    def __init__(self, num_blocks: int, block_size: int, *, vocab_size: int = 50) -> None:
+        self.block_size = block_size
+        self.vocab_size = vocab_size
+        self.slots: list[tuple[int, ...] | None] = [None] * (num_blocks * block_size)
+        self.states: dict[int, _State] = {}
+        self.tokens_computed = 0
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        for request_id in plan.released:
+            del self.states[request_id]
+        for admitted in plan.admitted:
+            self._admit(admitted)
+        for source, destination in plan.copies:
+            self._copy(source, destination)
+        for row in plan.rows:
+            self.states[row.request_id].block_ids.extend(row.new_block_ids)
+        for row in plan.rows:
+            self._write(row.request_id, row.start, row.num_tokens)
+        for row in plan.rows:
+            self._read(row.request_id, row.start + row.num_tokens)
+        sampled = []
+        for row in plan.rows:
+            state = self.states[row.request_id]
+            assert row.samples == (row.start + row.num_tokens == len(state.tokens))
+            if row.samples:
+                token = next_token(tuple(state.tokens), state.seed, self.vocab_size)
+                state.tokens.append(token)
+                sampled.append(SampledRow(request_id=row.request_id, token_ids=[token]))
+        return StepResult(step_id=plan.step_id, sampled=sampled)
+
+    def _admit(self, admitted: AdmittedRequest) -> None:
+        assert admitted.request_id not in self.states
+        assert 0 not in admitted.block_ids, "the null block was handed out"
+        self.states[admitted.request_id] = _State(
+            list(admitted.token_ids), list(admitted.block_ids), admitted.seed
+        )
+
+    def _copy(self, source: int, destination: int) -> None:
+        size = self.block_size
+        for offset in range(size):
+            self.slots[destination * size + offset] = self.slots[source * size + offset]
+
+    def _slot(self, state: _State, position: int) -> int:
+        return state.block_ids[position // self.block_size] * self.block_size + (
+            position % self.block_size
+        )
+
+    def _write(self, request_id: int, start: int, count: int) -> None:
+        state = self.states[request_id]
+        self.tokens_computed += count
+        for position in range(start, start + count):
+            self.slots[self._slot(state, position)] = tuple(state.tokens[: position + 1])
+
+    def _read(self, request_id: int, length: int) -> None:
+        state = self.states[request_id]
+        for position in range(length):
+            held = self.slots[self._slot(state, position)]
+            assert held == tuple(state.tokens[: position + 1]), (
+                f"request {request_id} reads foreign KV at position {position}"
+            )
+
+
+def expected_output(
+    prompt: list[int], seed: int, max_tokens: int, *, vocab_size: int = 50, eos: int | None = None
+) -> list[int]:
+    """What a request must produce, whatever the schedule."""
+    tokens = list(prompt)
+    for _ in range(max_tokens):
+        token = next_token(tuple(tokens), seed, vocab_size)
+        tokens.append(token)
+        if token == eos:
+            break
+    return tokens[len(prompt) :]

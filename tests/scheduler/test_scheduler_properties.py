@@ -1,0 +1,184 @@
+"""Random lives of the scheduler, with every invariant checked at every step."""
+
+from __future__ import annotations
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from quire.kvcache import KVCacheManager
+from quire.messages import AddRequest, FinishReason
+from quire.sampling_params import SamplingParams
+from quire.scheduler import Scheduler, SchedulerLimits
+from tests.scheduler.fake_executor import CheckingExecutor, expected_output
+
+EOS = 7
+VOCAB = 9  # small, so that prompts share prefixes and EOS is common
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    @initialize(
+        block_size=st.sampled_from([1, 2, 4]),
+        spare_blocks=st.integers(0, 30),
+        max_num_seqs=st.integers(1, 6),
+        extra_budget=st.integers(0, 20),
+        caching=st.booleans(),
+        policy=st.sampled_from(["fcfs", "priority"]),
+        chunked=st.booleans(),
+        threshold=st.sampled_from([0, 0, 3]),
+        watermark=st.integers(0, 3),
+    )
+    def set_up(
+        self, block_size, spare_blocks, max_num_seqs, extra_budget, caching, policy, chunked,
+        threshold, watermark,
+    ):  # fmt: skip
+        self.max_model_len = 24
+        num_blocks = 1 + -(-self.max_model_len // block_size) + spare_blocks
+        budget = max_num_seqs + extra_budget
+        if not chunked:
+            budget = max(budget, self.max_model_len)
+        limits = SchedulerLimits(
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=budget,
+            max_model_len=self.max_model_len,
+            watermark_blocks=watermark,
+            long_prefill_token_threshold=threshold if chunked else 0,
+            enable_chunked_prefill=chunked,
+            policy=policy,
+        )
+        kv = KVCacheManager(num_blocks, block_size, enable_prefix_caching=caching)
+        self.scheduler = Scheduler(limits, kv, clock=lambda: 0.0)
+        self.executor = CheckingExecutor(num_blocks, block_size, vocab_size=VOCAB)
+        self.limits = limits
+        self.next_id = 1
+        self.messages: dict[int, AddRequest] = {}
+        self.outputs: dict[int, list[int]] = {}
+        self.finished: dict[int, FinishReason] = {}
+        self.prompts: list[list[int]] = []
+
+    @rule(
+        data=st.data(),
+        priority=st.integers(-2, 2),
+        n=st.sampled_from([1, 1, 1, 2, 3]),
+        salt=st.sampled_from([None, None, "a"]),
+        ignore_eos=st.booleans(),
+        min_tokens=st.integers(0, 3),
+    )
+    def add(self, data, priority, n, salt, ignore_eos, min_tokens):
+        fresh = st.lists(st.integers(0, 1), min_size=1, max_size=self.max_model_len - 1)
+        known = [fresh] + ([st.sampled_from(self.prompts)] if self.prompts else [])
+        prompt = data.draw(st.one_of(known))
+        self.prompts.append(prompt)
+        max_tokens = data.draw(st.integers(1, self.max_model_len - len(prompt)))
+        params = SamplingParams(
+            ignore_eos=ignore_eos, min_tokens=min(min_tokens, max_tokens), max_tokens=max_tokens
+        )
+        leader = self.next_id
+        for index in range(n):
+            message = AddRequest(
+                request_id=self.next_id,
+                prompt_token_ids=prompt,
+                params=params,
+                seed=index,
+                max_tokens=max_tokens,
+                eos_token_ids=[EOS],
+                arrival_time=float(leader),
+                priority=priority,
+                cache_salt=salt,
+                fork_of=leader if index else None,
+            )
+            self.messages[self.next_id] = message
+            self.outputs[self.next_id] = []
+            self.scheduler.add_request(message)
+            self.next_id += 1
+
+    @rule(data=st.data())
+    @precondition(lambda self: getattr(self, "scheduler", None) and self.scheduler.requests)
+    def abort(self, data):
+        chosen = data.draw(st.sampled_from(sorted(self.scheduler.requests)))
+        self.record(self.scheduler.abort([chosen, 10**9]))
+
+    @rule()
+    def reset_cache(self):
+        self.scheduler.kv.pool.reset_cache()
+
+    @rule(steps=st.integers(1, 6))
+    def step(self, steps):
+        for _ in range(steps):
+            self.step_once()
+
+    def step_once(self):
+        first = self.first_in_order()
+        before = first and (first.num_computed_tokens, first.num_tokens)
+        plan = self.scheduler.schedule()
+        assert plan.num_tokens <= self.limits.max_num_batched_tokens
+        assert len(plan.rows) <= self.limits.max_num_seqs
+        assert len({row.request_id for row in plan.rows}) == len(plan.rows)
+        running = {request.request_id for request in self.scheduler.running}
+        assert {row.request_id for row in plan.rows} == running, "a running request got no token"
+        assert all(row.num_tokens >= 1 for row in plan.rows)
+        if self.limits.long_prefill_token_threshold:
+            assert all(r.num_tokens <= self.limits.long_prefill_token_threshold for r in plan.rows)
+        result = self.executor.execute(plan)
+        self.record(self.scheduler.update(plan, result))
+        self.scheduler.check_invariants()
+        if first is not None:
+            after = (first.num_computed_tokens, first.num_tokens)
+            assert after > before or first.request_id in self.finished, "the first did not advance"
+
+    def first_in_order(self):
+        """The request that must advance: the first in order that runs, and under fcfs the first of
+        all (a newcomer with a better priority may have to wait for a seat)."""
+        queued = list(self.scheduler.running)
+        if self.limits.policy == "fcfs":
+            queued += list(self.scheduler.waiting)
+        return min(queued, key=lambda request: request.sort_key, default=None)
+
+    def record(self, updates):
+        for update in updates:
+            assert update.request_id not in self.finished, "an update after the end"
+            self.outputs[update.request_id] += update.new_token_ids
+            if update.finish_reason is not None:
+                self.finished[update.request_id] = update.finish_reason
+
+    @invariant()
+    def consistent(self):
+        if not hasattr(self, "scheduler"):
+            return
+        self.scheduler.check_invariants()
+        live = set(self.scheduler.requests)
+        assert live | set(self.finished) == set(self.messages)
+        assert not live & set(self.finished)
+
+    def teardown(self):
+        if not hasattr(self, "scheduler"):
+            return
+        for _ in range(5000):
+            if not self.scheduler.requests:
+                break
+            self.step_once()
+        assert not self.scheduler.requests, "not everybody finished"
+        pool = self.scheduler.kv.pool
+        assert pool.num_free == pool.num_usable, "a block leaked"
+        for request_id, message in self.messages.items():
+            self.check_output(request_id, message)
+
+    def check_output(self, request_id, message):
+        params = message.params
+        tokens = list(message.prompt_token_ids)
+        full = expected_output(tokens, message.seed, message.max_tokens, vocab_size=VOCAB)
+        expected, reason = full, FinishReason.LENGTH
+        for index, token in enumerate(full):
+            if token == EOS and not params.ignore_eos and index + 1 >= params.min_tokens:
+                expected, reason = full[: index + 1], FinishReason.STOP
+                break
+        output = self.outputs[request_id]
+        if self.finished[request_id] is FinishReason.ABORT:
+            assert output == expected[: len(output)]
+        else:
+            assert output == expected
+            assert self.finished[request_id] is reason
+
+
+TestScheduler = SchedulerMachine.TestCase
+TestScheduler.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)

@@ -1,0 +1,281 @@
+"""An engine that says what a test tells it to: words as tokens, and a valve to hold it back."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+
+from quire.errors import (
+    EngineDeadError,
+    InvalidParameterError,
+    PromptTooLongError,
+    QueueFullError,
+    QuireError,
+)
+from quire.messages import EngineReady, SchedulerStats, StepOutputs
+from quire.metrics import MetricsSink, NullMetrics
+from quire.outputs import CompletionOutput, Logprob, RequestOutput
+from quire.sampling_params import RequestOutputKind, SamplingParams
+
+ANSWER = ["Hello", " there", ",", " world", "!"]
+
+
+class WordTokenizer:
+    """Every piece of text up to and including the next space is a token; id 1 is special."""
+
+    def __init__(self) -> None:
+        self.words: list[str] = ["<eos>", "<bos>"]
+        self.threads: list[str] = []
+
+    def encode(self, text, *, add_special_tokens=True, truncate_to=None, truncation_side="left"):
+        import threading
+
+        self.threads.append(threading.current_thread().name)
+        ids = [self.id(word) for word in _split(text)]
+        if add_special_tokens and ids:
+            ids = [1, *ids]
+        if truncate_to is not None and len(ids) > truncate_to:
+            ids = ids[-truncate_to:] if truncation_side == "left" else ids[:truncate_to]
+        return ids
+
+    def id(self, word: str) -> int:
+        if word not in self.words:
+            self.words.append(word)
+        return self.words.index(word)
+
+    def decode(self, ids, *, skip_special_tokens=True):
+        return "".join(
+            self.words[i]
+            for i in ids
+            if i < len(self.words) and not (skip_special_tokens and i < 2)
+        )
+
+    def token_str(self, token_id):
+        return self.words[token_id] if token_id < len(self.words) else None
+
+    def decode_token(self, token_id):
+        return self.words[token_id] if token_id < len(self.words) else ""
+
+    def token_bytes(self, token_id):
+        return self.decode_token(token_id).encode()
+
+
+def _split(text: str) -> list[str]:
+    parts = text.split(" ")
+    return [p + " " for p in parts[:-1]] + ([parts[-1]] if parts[-1] else [])
+
+
+class PlainTemplate:
+    def __init__(self) -> None:
+        self.calls: list[dict[str, object]] = []
+
+    def render(
+        self, messages, *, add_generation_prompt=True, continue_final_message=False, tools=None,
+        documents=None, **kwargs,
+    ):  # fmt: skip
+        self.calls.append(kwargs | {"add_generation_prompt": add_generation_prompt})
+        for message in messages:
+            if message["role"] == "villain":
+                raise InvalidParameterError("Roles must alternate.", param="messages")
+        text = "".join(f"{m['role']}: {m.get('content') or ''}\n" for m in messages)
+        return text + ("assistant:" if add_generation_prompt else "")
+
+
+@dataclass
+class FakeModel:
+    names: tuple[str, ...] = ("tiny", "alias")
+    max_model_len: int = 64
+    vocab_size: int = 1000
+    max_logprobs: int = 5
+    created: int = 1_700_000_000
+    default_sampling: dict[str, object] = field(default_factory=dict)
+    tokenizer: WordTokenizer = field(default_factory=WordTokenizer)
+    chat_template: PlainTemplate | None = field(default_factory=PlainTemplate)
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+
+@dataclass
+class FakeHealth:
+    alive: bool = True
+    heartbeat_age: float = 0.01
+    reason: str = "ok"
+
+
+@dataclass
+class Submitted:
+    prompt: list[int]
+    params: SamplingParams
+    request_id: str | None
+    priority: int
+    cache_salt: str | None
+
+
+class FakeStream:
+    def __init__(self, engine: ScriptedEngine, request_id: str, prompt: list[int], params) -> None:
+        self.request_id = request_id
+        self.prompt, self.params, self.engine = prompt, params, engine
+        self.aborted = asyncio.Event()
+        self.aborts = 0
+        self.ended = False
+
+    def abort(self) -> None:
+        if not self.ended:
+            self.aborts += 1
+            self.ended = True
+            self.aborted.set()
+
+    async def __aiter__(self) -> AsyncIterator[RequestOutput]:
+        try:
+            async for output in self._outputs():
+                self.ended = output.finished
+                yield output
+        finally:
+            if not self.ended:
+                self.abort()
+
+    async def _outputs(self) -> AsyncIterator[RequestOutput]:
+        engine, n = self.engine, self.params.n
+        words = engine.answer[: self.params.max_tokens]
+        ids = [engine.model.tokenizer.id(word) for word in words]
+        if self.params.output_kind is RequestOutputKind.FINAL_ONLY:
+            await engine.next_token()
+            parts = [self._part(i, "".join(words), ids, "stop") for i in range(n)]
+            yield self._output(parts, finished=True)
+            return
+        for position, (word, token) in enumerate(zip(words, ids, strict=True)):
+            await engine.next_token(position)
+            last = position == len(words) - 1
+            parts = [self._part(i, word, [token], "stop" if last else None) for i in range(n)]
+            yield self._output(parts, finished=last)
+
+    def _part(self, index, text, ids, finish) -> CompletionOutput:
+        reason = self.engine.finish_reason if finish else None
+        logprobs = None
+        if self.params.logprobs is not None:
+            logprobs = [_position(i, self.params.logprobs) for i in ids]
+        return CompletionOutput(
+            index=index, text=text, token_ids=ids, logprobs=logprobs, finish_reason=reason
+        )
+
+    def _output(self, parts, *, finished) -> RequestOutput:
+        return RequestOutput(
+            request_id=self.request_id, prompt=None, prompt_token_ids=self.prompt, outputs=parts,
+            finished=finished, num_cached_tokens=2, error=self.engine.error_text,
+        )  # fmt: skip
+
+
+def _position(token: int, top: int) -> dict[int, Logprob]:
+    """The sampled token ranks second; token 0 first; the third is impossible."""
+    best = {0: Logprob(-0.1, 1), token: Logprob(-0.7, 2), 1: Logprob(float("-inf"), 3)}
+    kept = {i: best[i] for i in list(best)[:top]}
+    return kept | {token: best[token]}
+
+
+class ScriptedEngine:
+    """Implements `ServingEngine`.
+
+    `hold()` closes the valve: no token comes until `release()`. `fail_at` raises at that token.
+    """
+
+    def __init__(self, **model: object) -> None:
+        self.model = FakeModel(**model)
+        self.ready = EngineReady(
+            num_blocks=101, block_size=16, max_model_len=64, vocab_size=1000, ledger=[]
+        )
+        self.stats = SchedulerStats()
+        self.health_now = FakeHealth()
+        self.is_dead = False
+        self.answer = list(ANSWER)
+        self.finish_reason = "stop"
+        self.error_text: str | None = None
+        self.submitted: list[Submitted] = []
+        self.streams: list[FakeStream] = []
+        self.metrics: MetricsSink = NullMetrics()
+        self.refuse: QuireError | Exception | None = None
+        self.refuse_after = 0
+        self.fail_at: int | None = None
+        self.failure: Exception = EngineDeadError("core exited: secret detail")
+        self.shut_down = False
+        self._open = asyncio.Event()
+        self._open.set()
+
+    def hold(self) -> None:
+        self._open.clear()
+
+    def release(self) -> None:
+        self._open.set()
+
+    async def next_token(self, position: int = 0) -> None:
+        await asyncio.sleep(0)
+        if self.fail_at is not None and position >= self.fail_at:
+            raise self.failure
+        await self._open.wait()
+        if self.is_dead:
+            raise self.failure
+
+    def die(self, reason: str) -> None:
+        self.is_dead = True
+        self.failure = EngineDeadError(reason)
+        self.health_now = FakeHealth(alive=False, reason=reason)
+        self._open.set()
+
+    def submit(self, prompt, params, *, request_id=None, priority=0, cache_salt=None) -> FakeStream:
+        if self.refuse is not None and len(self.submitted) >= self.refuse_after:
+            raise self.refuse
+        limit = self.model.max_model_len
+        if not prompt:
+            raise InvalidParameterError("The prompt is empty.", param="prompt")
+        if len(prompt) >= limit:
+            raise PromptTooLongError(
+                f"This model's maximum context length is {limit} tokens. However, your prompt "
+                f"contains {len(prompt)} input tokens, which exceeds this limit",
+                param="input_tokens",
+            )
+        if params.max_tokens is not None and len(prompt) + params.max_tokens > limit:
+            raise PromptTooLongError(
+                f"max_tokens {params.max_tokens} with {len(prompt)} > {limit}", param="max_tokens"
+            )
+        self.submitted.append(Submitted(prompt, params, request_id, priority, cache_salt))
+        stream = FakeStream(self, request_id or "r", prompt, params)
+        self.streams.append(stream)
+        return stream
+
+    def health(self, timeout: float) -> FakeHealth:
+        if self.health_now.heartbeat_age > timeout:
+            return FakeHealth(False, self.health_now.heartbeat_age, "silent")
+        return self.health_now
+
+    def add_stats_listener(self, callback: Callable[[StepOutputs], None]) -> None:
+        self.stats_listener = callback
+
+    def attach_metrics(self, metrics: MetricsSink) -> None:
+        self.metrics = metrics
+
+    async def shutdown(self) -> None:
+        self.shut_down = True
+
+
+def queue_full() -> QueueFullError:
+    return QueueFullError("The queue is full: 5 of 5.", retry_after=2.4)
+
+
+def data_lines(body: str | bytes) -> list[str]:
+    """The payloads of an SSE body, in order; asserts that it is well formed."""
+    text = body.decode() if isinstance(body, bytes) else body
+    assert text.endswith("\n\n")
+    events = text.split("\n\n")[:-1]
+    assert all(e.startswith(("data: ", ":")) for e in events), events
+    return [e.removeprefix("data: ") for e in events if e.startswith("data: ")]
+
+
+def texts(chunks: Sequence[dict]) -> dict[int, str]:
+    """Choice index -> text of a completion stream."""
+    out: dict[int, str] = {}
+    for chunk in chunks:
+        for choice in chunk["choices"]:
+            out[choice["index"]] = out.get(choice["index"], "") + choice["text"]
+    return out

@@ -1,0 +1,130 @@
+"""Probes through the life of a server, and the small endpoints."""
+
+from __future__ import annotations
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from scripted_engine import FakeHealth
+
+from quire.messages import SchedulerStats
+from quire.util.version import VERSION
+
+
+async def test_while_loading(make_client, engine):
+    client = make_client(loaded=False)
+    for path in ("/health", "/ready", "/ping"):
+        response = await client.get(path)
+        assert (response.status_code, response.json()["status"]) == (503, "loading")
+        assert response.headers["retry-after"]
+    for path in ("/version", "/metrics"):
+        assert (await client.get(path)).status_code == 200
+    for method, path in [("POST", "/v1/completions"), ("GET", "/v1/models"), ("POST", "/tokenize")]:
+        response = await client.request(method, path, json={"prompt": "a"})
+        assert response.status_code == 503 and response.headers["retry-after"]
+        assert response.json()["error"]["message"] == "The model is still loading."
+    client.state.engine_loaded(engine)
+    for path in ("/health", "/ready", "/ping"):
+        assert (await client.get(path)).status_code == 200
+
+
+async def test_health_is_the_heartbeat(make_client, engine):
+    client = make_client(health_timeout=30.0)
+    assert (await client.get("/health")).json() == {"status": "ok", "heartbeat_age": 0.01}
+    engine.health_now = FakeHealth(heartbeat_age=29.0)
+    assert (await client.get("/health")).status_code == 200
+    engine.health_now = FakeHealth(heartbeat_age=31.0)
+    response = await client.get("/health")
+    assert (response.status_code, response.json()["status"]) == (503, "stalled")
+
+
+async def test_dead_engine(client, engine):
+    engine.die("secret reason")
+    response = await client.get("/health")
+    assert response.status_code == 503 and "secret" not in response.text
+
+
+async def test_draining_is_alive_and_not_ready(client):
+    client.state.drain()
+    assert (await client.get("/health")).status_code == 200
+    ready = await client.get("/ready")
+    assert (ready.status_code, ready.json()["status"]) == (503, "draining")
+    response = await client.post("/v1/completions", json={"prompt": "a"})
+    assert response.status_code == 503 and response.headers["retry-after"]
+    assert (await client.get("/v1/models")).status_code == 200
+
+
+async def test_full_queue_is_not_ready(client, engine):
+    limit = client.state.engine_config.scheduler.max_num_queued_reqs
+    engine.stats = SchedulerStats(num_waiting=limit)
+    response = await client.get("/ready")
+    assert (response.status_code, response.json()["status"]) == (503, "overloaded")
+    engine.stats = SchedulerStats(num_waiting=limit - 1)
+    assert (await client.get("/ready")).status_code == 200
+
+
+async def test_version(client):
+    assert (await client.get("/version")).json() == {"version": VERSION}
+
+
+async def test_metrics_are_the_engines(client, engine):
+    engine.metrics.on_first_token(0.2, prompt_tokens=7, cached_tokens=3)
+    text = (await client.get("/metrics")).text
+    families = {f.name: f for f in text_string_to_metric_families(text)}
+    [sample] = [
+        s for s in families["vllm:prompt_tokens"].samples if s.name == "vllm:prompt_tokens_total"
+    ]
+    assert sample.value == 7 and sample.labels == {"model_name": "tiny", "engine": "0"}
+    [info] = families["vllm:cache_config_info"].samples
+    assert info.labels["kv_cache_size_tokens"] == "1600"
+    assert info.labels["kv_cache_max_concurrency"] == "25.00"
+
+
+async def test_models(client):
+    body = (await client.get("/v1/models")).json()
+    assert [card["id"] for card in body["data"]] == ["tiny", "alias"]
+    assert body["data"][0] == {
+        "id": "tiny", "object": "model", "created": 1_700_000_000, "owned_by": "quire",
+        "root": "tiny", "parent": None, "max_model_len": 64, "permission": [],
+    }  # fmt: skip
+    assert (await client.get("/v1/models/alias")).json()["id"] == "alias"
+    assert (await client.get("/v1/models/org/name")).status_code == 404
+
+
+async def test_tokenize_and_back(client):
+    body = (
+        await client.post("/tokenize", json={"prompt": "a b", "return_token_strs": True})
+    ).json()
+    assert body == {
+        "count": 3, "max_model_len": 64, "tokens": [1, 2, 3], "token_strs": ["<bos>", "a ", "b"],
+    }  # fmt: skip
+    body = (
+        await client.post("/tokenize", json={"prompt": "a b", "add_special_tokens": False})
+    ).json()
+    assert (body["tokens"], body["token_strs"]) == ([2, 3], None)
+    response = await client.post("/detokenize", json={"tokens": [1, 2, 3]})
+    assert response.json() == {"prompt": "<bos>a b"}
+
+
+async def test_tokenize_messages(client, engine):
+    messages = [{"role": "user", "content": "hi"}]
+    body = (await client.post("/tokenize", json={"messages": messages, "model": "alias"})).json()
+    text = (await client.post("/detokenize", json={"tokens": body["tokens"]})).json()["prompt"]
+    assert text == "user: hi\nassistant:"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/tokenize", {}, "body.prompt"),
+        ("/tokenize", {"prompt": "a", "messages": []}, "body.prompt"),
+        ("/tokenize", {"prompt": 5}, "body.prompt"),
+        ("/tokenize", {"messages": []}, "body.messages"),
+        ("/detokenize", {}, "body.tokens"),
+        ("/detokenize", {"tokens": ["a"]}, "body.tokens.0"),
+        ("/detokenize", {"tokens": [-1]}, "body.tokens.0"),
+        ("/detokenize", {"tokens": [1000]}, "tokens"),
+    ],
+)
+async def test_bad_token_requests(client, path, body, param):
+    response = await client.post(path, json=body)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, param)

@@ -1,0 +1,44 @@
+"""Every file in examples/ runs on the built-in model, as its first lines say."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+OFFLINE = {"offline_generate.py": "->", "chat.py": "quire", "parallel_sampling.py": "per token"}
+"""File -> a word that its output must have."""
+WITH_SERVER = {"streaming_client.py": "tokens)"}
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+
+
+def run_example(name: str, *words: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(EXAMPLES / name), *words],
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+        env=ENVIRONMENT,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_none_is_forgotten() -> None:
+    assert {path.name for path in EXAMPLES.glob("*.py")} == OFFLINE.keys() | WITH_SERVER.keys()
+
+
+@pytest.mark.parametrize("name", OFFLINE)
+def test_offline(name: str) -> None:
+    assert OFFLINE[name] in run_example(name)
+
+
+@pytest.mark.parametrize("name", WITH_SERVER)
+def test_with_a_server(name: str, demo_server) -> None:
+    assert WITH_SERVER[name] in run_example(name, demo_server.url + "/v1")

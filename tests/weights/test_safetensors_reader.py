@@ -1,0 +1,125 @@
+"""Checkpoint files: single, sharded, several without an index, and every way they can be broken."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from quire.errors import CheckpointError
+from quire.weights.safetensors_reader import INDEX_FILE, SINGLE_FILE, Checkpoint
+
+A, B = torch.arange(6.0).view(2, 3), torch.arange(4, dtype=torch.bfloat16)
+
+
+def shard(directory: Path, **files: dict[str, torch.Tensor]) -> None:
+    for name, tensors in files.items():
+        save_file(tensors, directory / f"{name}.safetensors")
+
+
+def index(directory: Path, weight_map: object) -> None:
+    (directory / INDEX_FILE).write_text(json.dumps({"weight_map": weight_map}))
+
+
+def test_single_file(tmp_path: Path) -> None:
+    shard(tmp_path, model={"a": A, "b": B})
+    with Checkpoint(tmp_path) as checkpoint:
+        assert checkpoint.tensors["a"].shape == (2, 3)
+        assert checkpoint.tensors["b"].dtype == "BF16"
+        assert torch.equal(checkpoint.tensor("a"), A)
+        assert torch.equal(checkpoint.tensor("b"), B)
+
+
+def test_sharded_through_the_index(tmp_path: Path) -> None:
+    shard(tmp_path, one={"a": A, "stray": B}, two={"b": B, "a": A + 1}, unused={"a": A})
+    index(tmp_path, {"a": "one.safetensors", "b": "two.safetensors"})
+    with Checkpoint(tmp_path) as checkpoint:
+        assert set(checkpoint.tensors) == {"a", "b"}  # the index decides, not what else lies there
+        assert torch.equal(checkpoint.tensor("a"), A)
+
+
+def test_several_files_without_an_index(tmp_path: Path) -> None:
+    shard(tmp_path, one={"a": A}, two={"b": B}, consolidated={"a": A})
+    with Checkpoint(tmp_path) as checkpoint:
+        assert set(checkpoint.tensors) == {"a", "b"}
+
+
+def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
+    shard(tmp_path, one={"a": A}, two={"a": A})
+    with pytest.raises(CheckpointError, match=r"tensor a is in both one.safetensors and two"):
+        Checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 60, -1])
+def test_truncated_file(tmp_path: Path, keep: int) -> None:
+    shard(tmp_path, model={"a": A, "b": B})
+    path = tmp_path / SINGLE_FILE
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match=r"model.safetensors \(\d+ bytes\) is not a complete"):
+        Checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"version https://git-lfs.github.com/spec/v1\n", b"\xff" * 64])
+def test_not_a_safetensors_file(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / SINGLE_FILE).write_bytes(content)
+    with pytest.raises(CheckpointError, match="Git LFS"):
+        Checkpoint(tmp_path)
+
+
+def test_missing_shard(tmp_path: Path) -> None:
+    shard(tmp_path, one={"a": A})
+    index(tmp_path, {"a": "one.safetensors", "b": "two.safetensors"})
+    with pytest.raises(CheckpointError, match=r"two\.safetensors, which is not in"):
+        Checkpoint(tmp_path)
+
+
+def test_index_naming_a_tensor_its_shard_lacks(tmp_path: Path) -> None:
+    shard(tmp_path, one={"a": A})
+    index(tmp_path, {"a": "one.safetensors", "b": "one.safetensors"})
+    with pytest.raises(CheckpointError, match=r"tensor b in one\.safetensors, which does not hold"):
+        Checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "file", ["../one.safetensors", "/etc/one.safetensors", "sub/one.safetensors", "..", "a.bin", 3]
+)
+def test_index_may_not_leave_the_directory(tmp_path: Path, file: object) -> None:
+    (tmp_path / "model").mkdir()
+    shard(tmp_path, one={"a": A})
+    index(tmp_path / "model", {"a": file})
+    with pytest.raises(CheckpointError, match="beside the index"):
+        Checkpoint(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"weight_map": []}', "{}", "[" * 100_000, "\ufeff{}"]
+)
+def test_broken_index(tmp_path: Path, text: str) -> None:
+    (tmp_path / INDEX_FILE).write_text(text)
+    with pytest.raises(CheckpointError, match="download it again"):
+        Checkpoint(tmp_path)
+
+
+def test_symlinked_shards_are_fine(tmp_path: Path) -> None:
+    """The hub's cache is links to blobs elsewhere; what counts is the name, not where the link leads."""
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshot"
+    blobs.mkdir()
+    snapshot.mkdir()
+    shard(blobs, x={"a": A})
+    (snapshot / SINGLE_FILE).symlink_to(blobs / "x.safetensors")
+    with Checkpoint(snapshot) as checkpoint:
+        assert torch.equal(checkpoint.tensor("a"), A)
+
+
+def test_pickles_are_not_an_alternative(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch /tmp/owned'\ntR.")
+    with pytest.raises(CheckpointError, match=r"pickled.*convert"):
+        Checkpoint(tmp_path)
+
+
+def test_no_weights_at_all(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no \.safetensors file"):
+        Checkpoint(tmp_path)
