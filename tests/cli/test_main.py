@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -52,17 +51,6 @@ def imported_by(words: list[str]) -> set[str]:
 def test_help_imports_nothing_heavy(words: list[str]) -> None:
     heavy = {"torch", "fastapi", "pydantic", "numpy", "tokenizers", "zmq", "huggingface_hub"}
     assert not heavy & imported_by(words)
-
-
-def test_help_answers_within_the_budget() -> None:
-    """0.3 s on an idle machine; the best of five, as others may be busy here."""
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        done = quire_command("--help")
-        times.append(time.perf_counter() - start)
-        assert done.returncode == 0
-    assert min(times) < 0.3, f"best of five: {min(times):.2f} s"
 
 
 def test_help_names_every_command() -> None:

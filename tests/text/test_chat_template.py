@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import json
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from hypothesis import strategies as st
 
 from quire.errors import ConfigError, InvalidParameterError
 from quire.text import ChatTemplate, read_chat_template
+from quire.text.chat_messages import Json
 from quire.text.jinja_fallback import Jinja2Template
 from quire.text.template_engine import (
     MiniJinjaTemplate,
@@ -408,24 +408,36 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("bomb", BOMBS)
-def test_bombs_end_quickly_in_a_typed_error(bomb: str) -> None:
+def test_bombs_end_in_a_typed_error(bomb: str) -> None:
     guarded = "{% if messages[0].content == 'go' %}" + BOMBS[bomb] + "{% endif %}"
     template = ChatTemplate(guarded, fuel=500_000, max_output_chars=100_000)
-    start = time.process_time()
     with pytest.raises(InvalidParameterError) as caught:
         template.render([{"role": "user", "content": "go"}])
-    assert time.process_time() - start < 2.5
     assert caught.value.param == "messages"
     assert template.render([USER]) == ""  # and the template is still good
 
 
 @pytest.mark.parametrize("bomb", BOMBS)
-def test_bombs_end_quickly_in_jinja2_too(bomb: str) -> None:
+def test_bombs_end_in_jinja2_too(bomb: str) -> None:
     template = Jinja2Template(BOMBS[bomb], max_output_chars=100_000)
-    start = time.process_time()
     with pytest.raises((TemplateBudgetError, TemplateFailedError)):
         template.render({})
-    assert time.process_time() - start < 5.0
+
+
+@pytest.mark.parametrize("printed", ["'0123456789' * 100", "[12345678] * 100"])
+def test_output_ends_at_its_limit_and_not_after_it(printed: str) -> None:
+    """Fuel alone would let a loop print for as long as it turns, a gigabyte and more."""
+    turned: list[int] = []
+    template = MiniJinjaTemplate(
+        "{% for i in range(turns) %}{% set _ = turn(i) %}{{ " + printed + " }}{% endfor %}",
+        fuel=1_000_000,
+        max_output_chars=10_000,
+    )
+    context: dict[str, Json] = {"turns": 5000, "turn": turned.append}  # type: ignore[dict-item]
+    with pytest.raises(TemplateBudgetError, match="output"):
+        template.render(context)
+    assert len(turned) <= 11
+    assert template.render({**context, "turns": 5})  # each render has the whole limit
 
 
 def test_long_conversations_fit_the_budget() -> None:
@@ -452,7 +464,7 @@ def test_jinja2_takes_over_where_minijinja_lacks_a_method() -> None:
 
 def test_a_panic_in_minijinja_is_no_worse_than_an_error() -> None:
     source = "{{ messages[0].content[::-1] }}"
-    engine = MiniJinjaTemplate(source, fuel=1000)
+    engine = MiniJinjaTemplate(source, fuel=1000, max_output_chars=1000)
     empty: list[dict[str, object]] = [{"role": "user", "content": ""}]
     try:
         engine.render({"messages": empty})  # type: ignore[dict-item]
@@ -485,7 +497,7 @@ def test_bad_data_does_not_switch_engines() -> None:
 )
 def test_templates_cannot_reach_python(source: str) -> None:
     for engine in (
-        MiniJinjaTemplate(source, fuel=10_000),
+        MiniJinjaTemplate(source, fuel=10_000, max_output_chars=10_000),
         Jinja2Template(source, max_output_chars=1000),
     ):
         try:

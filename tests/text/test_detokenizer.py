@@ -185,9 +185,9 @@ def test_junk_costs_linear_time(any_tokenizer: Tokenizer) -> None:
     assert token_ids
     for token_id in token_ids:
         detokenizer = IncrementalDetokenizer(any_tokenizer, stop=["\n\n"])
-        start = time.process_time()
+        start = time.thread_time()
         streamed = stream(detokenizer, [[token_id]] * 8000)
-        assert time.process_time() - start < 1.0
+        assert time.thread_time() - start < 1.0
         assert streamed == any_tokenizer.decode([token_id] * 8000)
 
 

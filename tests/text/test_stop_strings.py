@@ -78,9 +78,9 @@ def test_unarmed_text_passes_whole(text: str, stops: list[str]) -> None:
 )
 def test_time_is_linear_for_adversarial_stop_strings(stop: str, text: str) -> None:
     scanner = StopStringScanner([stop, stop[1:], stop[2:]])
-    start = time.process_time()
+    start = time.thread_time()
     out = "".join(scanner.feed(text) for _ in range(20_000)) + scanner.flush()
-    assert time.process_time() - start < 2.0
+    assert time.thread_time() - start < 2.0
     assert out == text * 20_000
 
 

@@ -6,9 +6,9 @@ unit, and a loop over a hundred thousand messages, or one written to burn time, 
 fraction of a second instead of holding the event loop. Templates in a dialect minijinja does not know go to
 a sandboxed jinja2 with weaker limits (see `jinja_fallback.py`).
 
-What the budget does not cover: fuel counts instructions, not bytes, so a template *written* to attack
-(doubling a string 40 times, `"{:>9999999999}".format(x)`) can still exhaust memory, in either engine.
-Data alone cannot do that to an honest template. Hence templates come from the operator; one that
+What the budget does not cover: fuel counts instructions and the output limit what is printed, so a template
+*written* to attack (doubling a string 40 times, `"{:>9999999999}".format(x)`) can still exhaust memory, in
+either engine. Data alone cannot do that to an honest template. Hence templates come from the operator; one that
 comes with a request must be refused unless the operator trusts its callers as much as the checkpoint.
 """
 
@@ -186,7 +186,9 @@ class ChatTemplate:
 
     def _compile(self, fuel: int) -> TemplateEngine:
         try:
-            return MiniJinjaTemplate(self._source, fuel=fuel)
+            return MiniJinjaTemplate(
+                self._source, fuel=fuel, max_output_chars=self._max_output_chars
+            )
         except UnknownDialectError as error:
             fallback = self._jinja2()
             if fallback is None:

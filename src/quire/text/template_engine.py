@@ -7,6 +7,7 @@ library behind it shows.
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Mapping, Sized
 from datetime import datetime
 from typing import Protocol
@@ -45,10 +46,11 @@ class MiniJinjaTemplate:
 
     Lists and dicts of the context appear as themselves: a template may call their public methods
     (`.items()`, but also `.append()`), so the context must be the render's own copy. Names that
-    begin with an underscore are out of reach.
+    begin with an underscore are out of reach. Fuel counts instructions and not bytes, so what
+    expressions print is counted apart, and a render ends at `max_output_chars` of it.
     """
 
-    def __init__(self, source: str, *, fuel: int) -> None:
+    def __init__(self, source: str, *, fuel: int, max_output_chars: int) -> None:
         from minijinja import Environment, TemplateError
 
         self._error = TemplateError
@@ -58,7 +60,10 @@ class MiniJinjaTemplate:
             fuel=fuel,
             debug=False,  # errors without excerpts of the template
             auto_escape_callback=lambda name: False,
+            finalizer=self._count_output,
         )
+        self._max_output_chars = max_output_chars
+        self._printed = threading.local()  # one render per thread at a time
         self._env.add_global("raise_exception", raise_exception)
         self._env.add_global("strftime_now", strftime_now)
         self._env.add_filter("tojson", tojson)
@@ -74,6 +79,7 @@ class MiniJinjaTemplate:
             raise UnknownDialectError(_first_line(error)) from error
 
     def render(self, context: Mapping[str, Json]) -> str:
+        self._printed.chars = 0
         try:
             return self._env.render_template("chat", **context)
         except self._error as error:
@@ -92,6 +98,12 @@ class MiniJinjaTemplate:
             if type(error).__name__ != "PanicException":
                 raise
             raise TemplateFailedError("panic") from error
+
+    def _count_output(self, value: object) -> object:
+        self._printed.chars += len(value if isinstance(value, str) else str(value))
+        if self._printed.chars > self._max_output_chars:
+            raise TemplateBudgetError("output")
+        return NotImplemented  # printed as usual
 
 
 # --- what transformers gives every template ---
