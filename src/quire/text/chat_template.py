@@ -8,8 +8,8 @@ a sandboxed jinja2 with weaker limits (see `jinja_fallback.py`).
 
 What the budget does not cover: fuel counts instructions and the output limit what is printed, so a template
 *written* to attack (doubling a string 40 times, `"{:>9999999999}".format(x)`) can still exhaust memory, in
-either engine. Data alone cannot do that to an honest template. Hence templates come from the operator; one that
-comes with a request must be refused unless the operator trusts its callers as much as the checkpoint.
+either engine. Data alone cannot do that to an honest template. Hence templates come from the operator; one
+that comes with a request must be refused unless the operator trusts its callers as much as the checkpoint.
 """
 
 from __future__ import annotations
