@@ -83,6 +83,32 @@ class Kernels(Protocol):
         """
         ...
 
+    def rope_write_kv(
+        self,
+        qkv: Tensor,
+        positions: Tensor,
+        cos_sin: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        slot_mapping: Tensor,
+        *,
+        q_norm: Tensor | None = None,
+        k_norm: Tensor | None = None,
+        eps: float = 0.0,
+    ) -> None:
+        """Rotate the queries of a fused projection in place; rotate its keys, and put keys and values
+        into their slots.
+
+        qkv: [T, (q_heads + 2 * kv_heads) * D], query heads, then key heads, then value heads, rows
+        dense, any token stride; keys and values are left as they are. positions: [T] int64.
+        cos_sin: [max_position, R] float32, R/2 cosines then R/2 sines; dimension i < R/2 is paired
+        with i + R/2 ("neox", HF's rotate_half), dimensions from R on are not rotated. Caches as
+        `kv_cache_shapes`, same dtype as qkv. slot_mapping: [T] int64, `block_id * block_size +
+        offset`; a negative slot is padding and stores nothing. q_norm, k_norm: [D], same dtype: each
+        head is first `rms_norm`ed with them and eps, as in Qwen3.
+        """
+        ...
+
     def copy_blocks(
         self, caches: Sequence[tuple[Tensor, Tensor]], pairs: Sequence[tuple[int, int]]
     ) -> None:

@@ -144,6 +144,11 @@ def check_rope(positions: Tensor, q: Tensor, k: Tensor, cos_sin: Tensor) -> tupl
     check_rows("q", q, q.dtype, shape)
     check_rows("k", k, q.dtype, (tokens, k.shape[1], head_dim))
     check_dense("positions", positions, torch.int64, (tokens,))
+    check_cos_sin(cos_sin, head_dim)
+    return tokens, heads, head_dim
+
+
+def check_cos_sin(cos_sin: Tensor, head_dim: int) -> None:
     check_dims("cos_sin", cos_sin, 2)
     rotary_dim = cos_sin.shape[1]
     check_dense("cos_sin", cos_sin, torch.float32, cos_sin.shape)
@@ -151,7 +156,6 @@ def check_rope(positions: Tensor, q: Tensor, k: Tensor, cos_sin: Tensor) -> tupl
         0 < rotary_dim <= head_dim and rotary_dim % 2 == 0,
         f"cos_sin is {rotary_dim} wide; need an even width up to head_dim {head_dim}",
     )
-    return tokens, heads, head_dim
 
 
 def check_write_kv(
@@ -164,6 +168,42 @@ def check_write_kv(
     check_rows("v", v, k_cache.dtype, shape)
     check_dense("slot_mapping", slot_mapping, torch.int64, (tokens,))
     return geometry
+
+
+def check_rope_write_kv(
+    qkv: Tensor,
+    positions: Tensor,
+    cos_sin: Tensor,
+    geometry: CacheGeometry,
+    dtype: torch.dtype,
+    slot_mapping: Tensor,
+    norms: tuple[Tensor | None, Tensor | None],
+) -> int:
+    """Returns the number of query heads."""
+    check_dims("qkv", qkv, 2)
+    tokens, width = qkv.shape
+    check_rows("qkv", qkv, dtype, (tokens, width))
+    heads, rest = divmod(width, geometry.head_dim)
+    q_heads = heads - 2 * geometry.num_kv_heads
+    require(
+        rest == 0 and q_heads > 0 and q_heads % geometry.num_kv_heads == 0,
+        f"qkv is {width} wide: not whole groups of query heads beside {geometry.num_kv_heads} key "
+        f"and value heads of {geometry.head_dim}",
+    )
+    check_dense("positions", positions, torch.int64, (tokens,))
+    check_dense("slot_mapping", slot_mapping, torch.int64, (tokens,))
+    check_cos_sin(cos_sin, geometry.head_dim)
+    for name, norm in zip(("q_norm", "k_norm"), norms, strict=True):
+        if norm is not None:
+            check_dense(name, norm, dtype, (geometry.head_dim,))
+    return q_heads
+
+
+def fail_rope_write_kv(code: int) -> NoReturn:
+    """Raise for what a look at the tensors' contents found: 1 or 2."""
+    if code == 1:
+        raise KernelArgumentError("a position is outside the rows of cos_sin")
+    raise KernelArgumentError("a slot is past the cache's num_blocks * block_size")
 
 
 def check_gate_up(gate_up: Tensor) -> None:

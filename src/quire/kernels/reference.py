@@ -63,6 +63,35 @@ class ReferenceKernels:
         k_cache[blocks, :, :, offsets] = k[written]
         v_cache[blocks, :, offsets, :] = v[written]
 
+    def rope_write_kv(
+        self,
+        qkv: Tensor,
+        positions: Tensor,
+        cos_sin: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        slot_mapping: Tensor,
+        *,
+        q_norm: Tensor | None = None,
+        k_norm: Tensor | None = None,
+        eps: float = 0.0,
+    ) -> None:
+        geometry = checks.check_caches(k_cache, v_cache)
+        q_heads = checks.check_rope_write_kv(
+            qkv, positions, cos_sin, geometry, k_cache.dtype, slot_mapping, (q_norm, k_norm)
+        )
+        if not bool(((positions >= 0) & (positions < cos_sin.shape[0])).all()):
+            checks.fail_rope_write_kv(1)
+        if bool((slot_mapping >= geometry.num_blocks * geometry.block_size).any()):
+            checks.fail_rope_write_kv(2)
+        heads = qkv.view(qkv.shape[0], -1, geometry.head_dim)
+        q, k, v = heads.split([q_heads, geometry.num_kv_heads, geometry.num_kv_heads], dim=1)
+        k = k.clone() if k_norm is None else self.rms_norm(k, k_norm, eps)
+        if q_norm is not None:
+            q.copy_(self.rms_norm(q, q_norm, eps))
+        self.rope(positions, q, k, cos_sin)
+        self.write_kv(k, v, k_cache, v_cache, slot_mapping)
+
     def copy_blocks(
         self, caches: Sequence[tuple[Tensor, Tensor]], pairs: Sequence[tuple[int, int]]
     ) -> None:

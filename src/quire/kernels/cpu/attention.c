@@ -16,21 +16,12 @@
  */
 #include "kernels.h"
 
+#define TILE 16 /* keys per step, aligned to absolute positions */
 #define SEGMENT 2048      /* keys; part of the arithmetic, a multiple of TILE and block_size */
 #define ROWS_PER_UNIT 32  /* rows aimed at in one unit of work */
 #define ROW_BLOCK (VW == 16 ? 4 : 2)
 #define PREFETCH 3 /* tiles ahead: block tables jump about, so the hardware cannot guess */
 #define D_BLOCK 4 /* output vectors kept in registers per row */
-
-typedef struct {
-  const void *q, *k_cache, *v_cache;
-  const int32_t *block_table, *query_start_loc, *seq_lens;
-  void *out;
-  int64_t q_stride, table_stride, requests, tokens, q_heads, kv_heads, head_dim;
-  int64_t block_size, num_blocks, window;
-  float scale, softcap;
-  int32_t dtype, threads;
-} attention_args;
 
 typedef struct {
   int64_t request, kv_head, first_token, num_tokens;
@@ -52,9 +43,6 @@ typedef struct {
 typedef struct {
   int64_t begin, end;
 } span;
-
-INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
-INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
 /* ---- one tile ---- */
 
@@ -405,8 +393,13 @@ static int open_scratch(scratch *s, int64_t rows, int64_t head_dim) {
   return 0;
 }
 
-/* Returns 2, 3 or 4 (see check_request) or 5 (no memory), with out untouched or, for 5, partial. */
-int quire_paged_attention(const attention_args *a) {
+int quire_check_attention(const attention_args *a) {
+  int code = 0;
+  for (int64_t b = 0; b < a->requests && !code; b++) code = check_request(a, b);
+  return code;
+}
+
+int quire_attention_unchecked(const attention_args *a) {
   int64_t *starts = malloc((size_t)(a->requests + 1) * sizeof *starts);
   if (!starts) return 5;
   const int64_t group = a->q_heads / a->kv_heads;
@@ -414,13 +407,12 @@ int quire_paged_attention(const attention_args *a) {
   if (tokens_per_unit > 4) tokens_per_unit -= tokens_per_unit % 4; /* whole row blocks */
   int64_t units = 0;
   int code = 0;
-  for (int64_t b = 0; b < a->requests && !code; b++) {
-    code = check_request(a, b);
+  for (int64_t b = 0; b < a->requests; b++) {
     const int64_t length = a->query_start_loc[b + 1] - a->query_start_loc[b];
     starts[b] = units;
     units += (length + tokens_per_unit - 1) / tokens_per_unit * a->kv_heads;
   }
-  if (!code) {
+  {
     const int threads = units < a->threads ? (int)max64(units, 1) : a->threads;
 #pragma omp parallel num_threads(threads) reduction(| : code)
     {
@@ -442,4 +434,9 @@ int quire_paged_attention(const attention_args *a) {
   }
   free(starts);
   return code;
+}
+
+int quire_paged_attention(const attention_args *a) {
+  const int code = quire_check_attention(a);
+  return code ? code : quire_attention_unchecked(a);
 }

@@ -1,4 +1,4 @@
-/* Norms, rotary embedding, activation: one row at a time, each row in one fixed order. */
+/* Norms and activation: one row at a time, each row in one fixed order. */
 #include "kernels.h"
 
 #define PARTIALS 64 /* a row's sum of squares: 64 running sums, then sum64's tree */
@@ -67,49 +67,6 @@ int quire_rms_norm(const void *x, int64_t x_stride, int64_t inner, void *residua
       add_norm_row(xr, rr, weight, outr, n, eps, BF16);
     else
       add_norm_row(xr, rr, weight, outr, n, eps, F16);
-  }
-  return 0;
-}
-
-/* Rotates x[i] with x[i + half]; each product is rounded before the sum (no fma), so the bits are
- * those of the plain formula. */
-INLINE void rope_head(void *x, const float *cos_sin, int64_t half, const int dt) {
-  for (int64_t i = 0; i < half; i += VW) {
-    const int64_t n = half - i;
-    void *first = at_mut(x, i, dt), *second = at_mut(x, half + i, dt);
-    const vf c = vload_upto(cos_sin + i, n, F32), s = vload_upto(cos_sin + half + i, n, F32);
-    const vf a = vload_upto(first, n, dt), b = vload_upto(second, n, dt);
-    vstore_upto(first, a * c - b * s, n, dt);
-    vstore_upto(second, b * c + a * s, n, dt);
-  }
-}
-
-INLINE void rope_heads(void *x, int64_t heads, int64_t head_dim, const float *cos_sin, int64_t half,
-                       const int dt) {
-  for (int64_t h = 0; h < heads; h++) rope_head(at_mut(x, h * head_dim, dt), cos_sin, half, dt);
-}
-
-/* In place on q [tokens, q_heads, head_dim] and k [tokens, k_heads, head_dim], token strides given.
- * cos_sin: [max_position, 2 * half]. Returns 1, touching nothing, if a position is out of range. */
-int quire_rope(const int64_t *positions, void *q, int64_t q_stride, void *k, int64_t k_stride,
-               const float *cos_sin, int64_t tokens, int64_t q_heads, int64_t k_heads,
-               int64_t head_dim, int64_t half, int64_t max_position, int dt, int threads) {
-  for (int64_t t = 0; t < tokens; t++)
-    if (positions[t] < 0 || positions[t] >= max_position) return 1;
-#pragma omp parallel for schedule(static) num_threads(threads) if (tokens * (q_heads + k_heads) * head_dim > SMALL_WORK)
-  for (int64_t t = 0; t < tokens; t++) {
-    const float *cs = cos_sin + positions[t] * 2 * half;
-    void *qt = at_mut(q, t * q_stride, dt), *kt = at_mut(k, t * k_stride, dt);
-    if (dt == F32) {
-      rope_heads(qt, q_heads, head_dim, cs, half, F32);
-      rope_heads(kt, k_heads, head_dim, cs, half, F32);
-    } else if (dt == BF16) {
-      rope_heads(qt, q_heads, head_dim, cs, half, BF16);
-      rope_heads(kt, k_heads, head_dim, cs, half, BF16);
-    } else {
-      rope_heads(qt, q_heads, head_dim, cs, half, F16);
-      rope_heads(kt, k_heads, head_dim, cs, half, F16);
-    }
   }
   return 0;
 }

@@ -10,7 +10,49 @@
 /* Elements below which waking the other threads costs more than it brings. */
 #define SMALL_WORK 16384
 
-/* Keys per attention step, aligned to absolute positions. */
-#define TILE 16
+#define MAX_HEAD_DIM 512 /* checks.py refuses more */
+
+INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+
+/* ---- attention (attention.c) ---- */
+
+typedef struct { /* mirrored by AttentionArgs in library.py; strides in elements */
+  const void *q, *k_cache, *v_cache; /* q: [tokens, q_heads, head_dim], token stride q_stride */
+  const int32_t *block_table, *query_start_loc, *seq_lens;
+  void *out; /* [tokens, q_heads, head_dim], dense */
+  int64_t q_stride, table_stride, requests, tokens, q_heads, kv_heads, head_dim;
+  int64_t block_size, num_blocks, window; /* window 0: unbounded */
+  float scale, softcap;
+  int32_t dtype, threads;
+} attention_args;
+
+/* Looks at the contents of block_table, query_start_loc and seq_lens, never at q, the caches or out:
+ * 0, or 2, 3, 4 as library.py says. Valid for every layer of a step if `window` is the widest any
+ * layer has (0 if one is unbounded). */
+int quire_check_attention(const attention_args *a);
+/* Contents must have been checked. 0, or 5 (no memory for scratch; out may be partly written). */
+int quire_attention_unchecked(const attention_args *a);
+int quire_paged_attention(const attention_args *a); /* both */
+
+/* ---- from a fused projection to the cache (kv_cache.c) ---- */
+
+typedef struct { /* mirrored by QKVArgs in library.py; strides in elements */
+  void *qkv; /* [tokens, (q_heads + 2 * kv_heads) * head_dim]; q is rotated in place */
+  const int64_t *positions, *slots;
+  const float *cos_sin;         /* [max_position, 2 * half] */
+  const void *q_norm, *k_norm;  /* [head_dim] each, or NULL: no norm */
+  void *k_cache, *v_cache;
+  int64_t qkv_stride, tokens, q_heads, kv_heads, head_dim, half, max_position;
+  int64_t block_size, num_blocks;
+  float eps;
+  int32_t dtype, threads;
+} qkv_args;
+
+/* 0; 1 if a position is outside [0, max_position); 2 if a slot is past the cache (a negative slot is
+ * padding). The same for all layers of a step. */
+int quire_check_qkv(const qkv_args *a);
+int quire_rope_write_kv_unchecked(const qkv_args *a); /* 0 */
+int quire_rope_write_kv(const qkv_args *a);           /* both; writes nothing if the check fails */
 
 #endif

@@ -1,41 +1,142 @@
-/* Writing keys and values into the paged cache, and copying blocks.
- *
- * k_cache: [num_blocks, heads, head_dim, block_size]   sixteen keys of one d are contiguous
- * v_cache: [num_blocks, heads, block_size, head_dim]
+/* From a fused projection to the paged cache: norm and rotate queries and keys, store keys and
+ * values; and copying blocks. The cache's layout is drawn in `kv_cache_shapes` (base.py).
  */
 #include "kernels.h"
 
-#define WRITE_KEYS(type)                                                                  \
-  {                                                                                       \
-    const type *src = (const type *)k + t * k_stride + h * head_dim;                      \
-    type *dst = (type *)k_cache + (block * heads + h) * head_dim * block_size + offset;   \
-    for (int64_t d = 0; d < head_dim; d++) dst[d * block_size] = src[d];                  \
-  }
+#define CHUNK 16 /* tokens one thread takes through a head: they share cache lines of a block */
 
-/* Slot s of a head is block s / block_size, offset s % block_size; a negative slot is padding.
- * Returns 1, touching nothing, if a slot is past the cache. One head is one unit of work, so that
- * tokens of one block are written by one thread. */
-int quire_write_kv(const void *k, int64_t k_stride, const void *v, int64_t v_stride, void *k_cache,
-                   void *v_cache, const int64_t *slots, int64_t tokens, int64_t heads,
-                   int64_t head_dim, int64_t block_size, int64_t num_blocks, int dt, int threads) {
+/* ---- rotary embedding ---- */
+
+/* Rotates x[i] with x[i + half]; each product is rounded before the sum (no fma), so the bits are
+ * those of the plain formula. */
+INLINE void rope_head(void *x, const float *cos_sin, int64_t half, const int dt) {
+  for (int64_t i = 0; i < half; i += VW) {
+    const int64_t n = half - i;
+    void *first = at_mut(x, i, dt), *second = at_mut(x, half + i, dt);
+    const vf c = vload_upto(cos_sin + i, n, F32), s = vload_upto(cos_sin + half + i, n, F32);
+    const vf a = vload_upto(first, n, dt), b = vload_upto(second, n, dt);
+    vstore_upto(first, a * c - b * s, n, dt);
+    vstore_upto(second, b * c + a * s, n, dt);
+  }
+}
+
+INLINE void rope_heads(void *x, int64_t heads, int64_t head_dim, const float *cos_sin, int64_t half,
+                       const int dt) {
+  for (int64_t h = 0; h < heads; h++) rope_head(at_mut(x, h * head_dim, dt), cos_sin, half, dt);
+}
+
+/* In place on q [tokens, q_heads, head_dim] and k [tokens, k_heads, head_dim], token strides given.
+ * cos_sin: [max_position, 2 * half]. Returns 1, touching nothing, if a position is out of range. */
+int quire_rope(const int64_t *positions, void *q, int64_t q_stride, void *k, int64_t k_stride,
+               const float *cos_sin, int64_t tokens, int64_t q_heads, int64_t k_heads,
+               int64_t head_dim, int64_t half, int64_t max_position, int dt, int threads) {
   for (int64_t t = 0; t < tokens; t++)
-    if (slots[t] >= num_blocks * block_size) return 1;
-  const size_t size = elem_size(dt);
-#pragma omp parallel for schedule(static) num_threads(threads) if (tokens * heads * head_dim > SMALL_WORK)
-  for (int64_t h = 0; h < heads; h++) {
-    for (int64_t t = 0; t < tokens; t++) {
-      if (slots[t] < 0) continue;
-      const int64_t block = slots[t] / block_size, offset = slots[t] % block_size;
-      if (size == 4)
-        WRITE_KEYS(uint32_t)
-      else
-        WRITE_KEYS(uint16_t)
-      memcpy(at_mut(v_cache, ((block * heads + h) * block_size + offset) * head_dim, dt),
-             at(v, t * v_stride + h * head_dim, dt), (size_t)head_dim * size);
+    if (positions[t] < 0 || positions[t] >= max_position) return 1;
+#pragma omp parallel for schedule(static) num_threads(threads) if (tokens * (q_heads + k_heads) * head_dim > SMALL_WORK)
+  for (int64_t t = 0; t < tokens; t++) {
+    const float *cs = cos_sin + positions[t] * 2 * half;
+    void *qt = at_mut(q, t * q_stride, dt), *kt = at_mut(k, t * k_stride, dt);
+    if (dt == F32) {
+      rope_heads(qt, q_heads, head_dim, cs, half, F32);
+      rope_heads(kt, k_heads, head_dim, cs, half, F32);
+    } else if (dt == BF16) {
+      rope_heads(qt, q_heads, head_dim, cs, half, BF16);
+      rope_heads(kt, k_heads, head_dim, cs, half, BF16);
+    } else {
+      rope_heads(qt, q_heads, head_dim, cs, half, F16);
+      rope_heads(kt, k_heads, head_dim, cs, half, F16);
     }
   }
   return 0;
 }
+
+/* ---- storing ---- */
+
+/* Distinct tokens never write the same bytes, so threads may share a block. */
+INLINE void store_kv(const qkv_args *a, const void *k, const void *v, int64_t head, int64_t slot,
+                     const int dt) {
+  const int64_t block = slot / a->block_size, offset = slot % a->block_size, n = a->head_dim;
+  const int64_t first = (block * a->kv_heads + head) * n * a->block_size;
+  void *keys = at_mut(a->k_cache, first, dt), *values = at_mut(a->v_cache, first, dt);
+  { /* keys: [n, block_size]; values: [block_size, n] */
+    const size_t size = elem_size(dt);
+    for (int64_t d = 0; d < n; d++)
+      memcpy(at_mut(keys, d * a->block_size + offset, dt), at(k, d, dt), size);
+    memcpy(at_mut(values, offset * n, dt), v, (size_t)n * size);
+  }
+}
+
+/* One kv head with its query heads, for tokens [begin, end). */
+INLINE void write_chunk(const qkv_args *a, int64_t head, int64_t begin, int64_t end, const int dt) {
+  const int64_t group = a->q_heads / a->kv_heads, n = a->head_dim;
+  float rotated[MAX_HEAD_DIM]; /* a key on its way to the cache, as dt */
+  for (int64_t t = begin; t < end; t++) {
+    const float *cos_sin = a->cos_sin + a->positions[t] * 2 * a->half;
+    void *row = at_mut(a->qkv, t * a->qkv_stride, dt);
+    for (int64_t h = head * group; h < (head + 1) * group; h++) {
+      void *q = at_mut(row, h * n, dt);
+      if (a->q_norm) norm_row(q, a->q_norm, q, n, a->eps, dt);
+      rope_head(q, cos_sin, a->half, dt);
+    }
+    if (a->slots[t] < 0) continue;
+    const void *k = at(row, (a->q_heads + head) * n, dt);
+    if (a->k_norm)
+      norm_row(k, a->k_norm, rotated, n, a->eps, dt);
+    else
+      memcpy(rotated, k, (size_t)n * elem_size(dt));
+    rope_head(rotated, cos_sin, a->half, dt);
+    store_kv(a, rotated, at(row, (a->q_heads + a->kv_heads + head) * n, dt), head, a->slots[t], dt);
+  }
+}
+
+int quire_check_qkv(const qkv_args *a) {
+  for (int64_t t = 0; t < a->tokens; t++) {
+    if (a->positions[t] < 0 || a->positions[t] >= a->max_position) return 1;
+    if (a->slots[t] >= a->num_blocks * a->block_size) return 2;
+  }
+  return 0;
+}
+
+int quire_rope_write_kv_unchecked(const qkv_args *a) {
+  const int64_t chunks = (a->tokens + CHUNK - 1) / CHUNK;
+  const int64_t work = a->tokens * (a->q_heads + 2 * a->kv_heads) * a->head_dim;
+#pragma omp parallel for collapse(2) schedule(static) num_threads(a->threads) if (work > SMALL_WORK)
+  for (int64_t c = 0; c < chunks; c++) {
+    for (int64_t h = 0; h < a->kv_heads; h++) {
+      const int64_t begin = c * CHUNK, end = min64(begin + CHUNK, a->tokens);
+      if (a->dtype == F32)
+        write_chunk(a, h, begin, end, F32);
+      else if (a->dtype == BF16)
+        write_chunk(a, h, begin, end, BF16);
+      else
+        write_chunk(a, h, begin, end, F16);
+    }
+  }
+  return 0;
+}
+
+int quire_rope_write_kv(const qkv_args *a) {
+  const int code = quire_check_qkv(a);
+  return code ? code : quire_rope_write_kv_unchecked(a);
+}
+
+int quire_write_kv(const void *k, int64_t k_stride, const void *v, int64_t v_stride, void *k_cache,
+                   void *v_cache, const int64_t *slots, int64_t tokens, int64_t heads,
+                   int64_t head_dim, int64_t block_size, int64_t num_blocks, int dt, int threads) {
+  const qkv_args a = {.k_cache = k_cache, .v_cache = v_cache, .kv_heads = heads,
+                      .head_dim = head_dim, .block_size = block_size};
+  for (int64_t t = 0; t < tokens; t++)
+    if (slots[t] >= num_blocks * block_size) return 1;
+#pragma omp parallel for schedule(static) num_threads(threads) if (tokens * heads * head_dim > SMALL_WORK)
+  for (int64_t h = 0; h < heads; h++)
+    for (int64_t t = 0; t < tokens; t++)
+      if (slots[t] >= 0)
+        store_kv(&a, at(k, t * k_stride + h * head_dim, dt), at(v, t * v_stride + h * head_dim, dt),
+                 h, slots[t], dt);
+  return 0;
+}
+
+/* ---- copying ---- */
 
 /* cache: num_blocks blocks of block_bytes; pairs: [count, 2] of (source, destination). No
  * destination is a source or named twice. Returns 1, touching nothing, if a block is out of range. */

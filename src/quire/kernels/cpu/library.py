@@ -15,7 +15,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 class AttentionArgs(ctypes.Structure):
-    """Mirrors attention_args in attention.c."""
+    """Mirrors attention_args in kernels.h."""
 
     _fields_ = [
         *((name, c_void_p) for name in ("q", "k_cache", "v_cache", "block_table")),
@@ -28,12 +28,27 @@ class AttentionArgs(ctypes.Structure):
     ]
 
 
+class QKVArgs(ctypes.Structure):
+    """Mirrors qkv_args in kernels.h."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("qkv", "positions", "slots", "cos_sin")),
+        *((name, c_void_p) for name in ("q_norm", "k_norm", "k_cache", "v_cache")),
+        *((name, c_int64) for name in ("qkv_stride", "tokens", "q_heads", "kv_heads")),
+        *((name, c_int64) for name in ("head_dim", "half", "max_position")),
+        *((name, c_int64) for name in ("block_size", "num_blocks")),
+        ("eps", c_float),
+        *((name, c_int32) for name in ("dtype", "threads")),
+    ]
+
+
 _P, _N, _I = c_void_p, c_int64, c_int32
 _SIGNATURES = {
     "quire_rms_norm": [_P, _N, _N, _P, _P, _P, _N, _N, c_float, _I, _I],
     "quire_rope": [_P, _P, _N, _P, _N, _P, _N, _N, _N, _N, _N, _N, _I, _I],
     "quire_silu_and_mul": [_P, _P, _N, _N, _I, _I],
     "quire_write_kv": [_P, _N, _P, _N, _P, _P, _P, _N, _N, _N, _N, _N, _I, _I],
+    "quire_rope_write_kv": [POINTER(QKVArgs)],
     "quire_copy_blocks": [_P, _P, _N, _N, _N],
     "quire_philox_uniform": [c_uint64, c_uint64, _P, _N],
     "quire_sample_gumbel": [_P, _N, _P, _P, _P, _N, _N, _I],

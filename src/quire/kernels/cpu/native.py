@@ -16,7 +16,7 @@ from torch import Tensor
 
 from quire.kernels import checks
 from quire.kernels.checks import KernelArgumentError
-from quire.kernels.cpu.library import DTYPES, AttentionArgs, load_library
+from quire.kernels.cpu.library import DTYPES, AttentionArgs, QKVArgs, load_library
 
 
 def _fail(message: str) -> NoReturn:
@@ -107,6 +107,48 @@ class NativeKernels:
         )
         if code:
             _fail(f"a slot is past the cache's {geometry.num_blocks * geometry.block_size}")
+
+    def rope_write_kv(
+        self,
+        qkv: Tensor,
+        positions: Tensor,
+        cos_sin: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        slot_mapping: Tensor,
+        *,
+        q_norm: Tensor | None = None,
+        k_norm: Tensor | None = None,
+        eps: float = 0.0,
+    ) -> None:
+        geometry = checks.check_caches(k_cache, v_cache)
+        q_heads = checks.check_rope_write_kv(
+            qkv, positions, cos_sin, geometry, k_cache.dtype, slot_mapping, (q_norm, k_norm)
+        )
+        args = QKVArgs(
+            qkv=qkv.data_ptr(),
+            positions=positions.data_ptr(),
+            slots=slot_mapping.data_ptr(),
+            cos_sin=cos_sin.data_ptr(),
+            q_norm=None if q_norm is None else q_norm.data_ptr(),
+            k_norm=None if k_norm is None else k_norm.data_ptr(),
+            k_cache=k_cache.data_ptr(),
+            v_cache=v_cache.data_ptr(),
+            qkv_stride=qkv.stride(0),
+            tokens=qkv.shape[0],
+            q_heads=q_heads,
+            kv_heads=geometry.num_kv_heads,
+            head_dim=geometry.head_dim,
+            half=cos_sin.shape[1] // 2,
+            max_position=cos_sin.shape[0],
+            block_size=geometry.block_size,
+            num_blocks=geometry.num_blocks,
+            eps=eps,
+            dtype=DTYPES[qkv.dtype],
+            threads=torch.get_num_threads(),
+        )
+        if code := self._lib.quire_rope_write_kv(byref(args)):
+            checks.fail_rope_write_kv(code)
 
     def copy_blocks(
         self, caches: Sequence[tuple[Tensor, Tensor]], pairs: Sequence[tuple[int, int]]
