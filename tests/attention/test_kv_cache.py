@@ -19,7 +19,7 @@ def test_layout() -> None:
     cache = make_cache()
     assert cache.num_bytes == 3 * 2 * 5 * 2 * 8 * 16 * 4
     for layer in cache.layers:
-        assert layer.k.shape == (5, 2, 8, 16) and layer.v.shape == (5, 2, 16, 8)
+        assert layer.k.shape == (5, 2, 8, 16, 1) and layer.v.shape == (5, 2, 16, 8, 1)
         assert layer.k.is_contiguous() and layer.v.is_contiguous()
     assert cache.pairs[1] == (cache.layers[1].k, cache.layers[1].v)
 

@@ -67,7 +67,11 @@ def make_sequences(
     max_blocks = max(-(-length // block_size) for length in lengths) + 1
     num_blocks = len(lengths) * max_blocks + 1
     shapes = kv_cache_shapes(
-        num_blocks=num_blocks, num_kv_heads=kv_heads, head_dim=head_dim, block_size=block_size
+        num_blocks=num_blocks,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        block_size=block_size,
+        dtype=dtype,
     )
     k_cache = torch.full(shapes.k, torch.nan).to(dtype)
     v_cache = torch.full(shapes.v, torch.nan).to(dtype)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -19,6 +19,7 @@ from quire.kernels.checks import KernelArgumentError
 from quire.kernels.cpu.native import NativeKernels
 from tests.kernels.cases import (
     DTYPES,
+    ULP,
     Sequences,
     assert_close,
     bits,
@@ -31,7 +32,7 @@ from tests.kernels.cases import (
     starts,
 )
 
-SEGMENT = 2048  # attention.c closes its running sums every so many keys
+SEGMENT = 512  # attention.c closes its running sums every so many keys
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +77,22 @@ def plain_attention(s: Sequences, b: int, q: Tensor, options: Options) -> Tensor
     return (weights @ values).transpose(0, 1)
 
 
+def assert_attention(actual: Tensor, s: Sequences, queries: list[Tensor], options: Options) -> None:
+    """Equal to `plain_attention`, up to rounding.
+
+    In bfloat16 weights may be rounded as well: to 2**-9 of each, so the sum by 2**-9 of the weighted
+    magnitudes, and once more in the weights' own sum.
+    """
+    expected = torch.cat([plain_attention(s, b, q, options) for b, q in enumerate(queries)])
+    ulps, atol = 2 * ULP[actual.dtype], torch.full_like(expected, 4e-6)
+    if actual.dtype is torch.bfloat16:
+        magnitudes = replace(s, values=[v.abs() for v in s.values])
+        sums = [plain_attention(magnitudes, b, q, options) for b, q in enumerate(queries)]
+        atol += 2.0**-8 * torch.cat(sums)
+    error = (actual.double() - expected).abs()
+    assert bool((error <= atol + ulps * expected.abs()).all()), error.max()
+
+
 requests = st.lists(
     st.tuples(st.integers(1, 100), st.integers(0, 40)).map(lambda r: (r[0], min(r))),
     min_size=1,
@@ -88,7 +105,7 @@ requests = st.lists(
     requests=requests,
     kv_heads=st.integers(1, 3),
     group=st.sampled_from([1, 2, 3, 4, 5, 8, 40]),
-    head_dim=st.sampled_from([1, 3, 8, 12, 16, 33, 64, 80, 96, 128, 200]),
+    head_dim=st.sampled_from([1, 2, 3, 8, 12, 16, 33, 64, 80, 96, 128, 200]),
     block_size=st.sampled_from([16, 32, 48, 128]),
     window=st.sampled_from([0, 0, 1, 2, 15, 16, 17, 40]),
     softcap=st.sampled_from([0.0, 0.0, 1.5, 50.0]),
@@ -108,6 +125,7 @@ def test_native_and_reference_are_attention(
     dtype: torch.dtype,
     seed: int,
 ) -> None:
+    assume(dtype is not torch.bfloat16 or head_dim % 2 == 0)
     rng = generator(seed)
     s = make_sequences(
         native,
@@ -120,10 +138,8 @@ def test_native_and_reference_are_attention(
     )
     queries = [randn(n, kv_heads * group, head_dim, rng=rng, dtype=dtype) for _, n in requests]
     options = Options(head_dim**-0.5, window, softcap)
-    expected = torch.cat([plain_attention(s, b, q, options) for b, q in enumerate(queries)])
     for kernels in (native, reference):
-        actual = attend(kernels, s, queries, options)
-        assert_close(actual, expected.to(dtype), ulps=2, atol=4e-6)
+        assert_attention(attend(kernels, s, queries, options), s, queries, options)
 
 
 def test_reference_is_torchs_own(reference: Kernels) -> None:
@@ -210,8 +226,7 @@ def test_decoding_is_prefilling_across_segments(native: NativeKernels, dtype: to
             lens = torch.tensor([end]).int()
             token = attend(native, s, [q[end - 1 : end]], options, seq_lens=lens)
             assert torch.equal(bits(token[0]), bits(whole[end - 1]))
-    expected = plain_attention(s, 0, q[-40:], Options(0.25))
-    assert_close(attend(native, s, [q[-40:]], Options(0.25)), expected.to(dtype), ulps=2, atol=1e-5)
+    assert_attention(attend(native, s, [q[-40:]], Options(0.25)), s, [q[-40:]], Options(0.25))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -262,13 +277,14 @@ def test_narrower_cpus(native: NativeKernels, reference: Kernels, march: str) ->
         )
         queries = [randn(n, 6, 24, rng=rng, dtype=dtype) for n in (1, 20)]
         actual = attend(narrow, s, queries, Options(0.2))
-        assert_close(actual, attend(reference, s, queries, Options(0.2)), ulps=2, atol=4e-6)
+        assert_attention(actual, s, queries, Options(0.2))
         x = randn(3, 2 * 37, rng=rng).mul(5).to(dtype)
         weight = randn(74, rng=rng, dtype=dtype)
         assert_close(narrow.silu_and_mul(x), reference.silu_and_mul(x), ulps=4)
         assert_close(narrow.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5), ulps=3)
         if march == "x86-64-v3":
-            assert torch.equal(bits(actual), bits(attend(native, s, queries, Options(0.2))))
+            if dtype is not torch.bfloat16:  # AVX512_BF16 rounds between the products of a pair
+                assert torch.equal(bits(actual), bits(attend(native, s, queries, Options(0.2))))
             assert torch.equal(bits(narrow.silu_and_mul(x)), bits(native.silu_and_mul(x)))
     assert torch.equal(narrow.philox_uniform(5, 6, 99), reference.philox_uniform(5, 6, 99))
 

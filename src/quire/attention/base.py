@@ -36,16 +36,10 @@ class AttentionMetadata:
 
 @dataclass(frozen=True, slots=True)
 class LayerCache:
-    """One layer's slice of the cache.
-
-    Keys are stored with the slot innermost, so that the score of one query against a block's keys is a run of
-    vector multiply-adds; values with the dimension innermost, because they are summed slot by slot.
-    """
+    """One layer's slice of the cache; the shapes, and why they are so, are in `KVCacheShapes`."""
 
     k: torch.Tensor
-    """[num_blocks, num_kv_heads, head_dim, block_size]"""
     v: torch.Tensor
-    """[num_blocks, num_kv_heads, block_size, head_dim]"""
 
 
 class KVCache:
@@ -71,6 +65,7 @@ class KVCache:
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
             block_size=block_size,
+            dtype=dtype,
         )
         self.storage = torch.empty(
             num_layers, 2, num_blocks * num_kv_heads * head_dim * block_size, dtype=dtype

@@ -15,29 +15,45 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import torch
 from torch import Tensor
+
+from quire.errors import ConfigError
 
 KernelsName = Literal["auto", "native", "reference"]
 
 
 @dataclass(frozen=True, slots=True)
 class KVCacheShapes:
-    """The shapes of one layer's cache tensors.
+    """The shapes of one layer's cache tensors; with p = 2 in bfloat16, else 1:
+
+    k: [num_blocks, num_kv_heads, head_dim / p, block_size, p]
+    v: [num_blocks, num_kv_heads, block_size / p, head_dim, p]
 
     Keys are transposed inside a block: sixteen keys of one dimension lie side by side, so that a
-    score needs a broadcast and a multiply-add, and no horizontal sum.
+    score needs a broadcast and a multiply-add, and no horizontal sum. In bfloat16 what is summed over
+    (dimensions of a key, values of a dimension) lies in pairs, because processors multiply and add
+    pairs of bfloat16 in one instruction (AVX512_BF16 VDPBF16PS, Arm BFDOT). The layout depends on
+    the dtype alone, so that every implementation on every machine reads the same.
     """
 
-    k: tuple[int, int, int, int]  # [num_blocks, num_kv_heads, head_dim, block_size]
-    v: tuple[int, int, int, int]  # [num_blocks, num_kv_heads, block_size, head_dim]
+    k: tuple[int, int, int, int, int]
+    v: tuple[int, int, int, int, int]
 
 
 def kv_cache_shapes(
-    *, num_blocks: int, num_kv_heads: int, head_dim: int, block_size: int
+    *, num_blocks: int, num_kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype
 ) -> KVCacheShapes:
+    """Raises `ConfigError` for an odd head_dim in bfloat16. block_size is even."""
+    pack = 2 if dtype is torch.bfloat16 else 1
+    if head_dim % pack:
+        raise ConfigError(
+            f"head_dim={head_dim} is odd, which the bfloat16 KV cache cannot hold; "
+            "use dtype='float32' or 'float16'"
+        )
     return KVCacheShapes(
-        k=(num_blocks, num_kv_heads, head_dim, block_size),
-        v=(num_blocks, num_kv_heads, block_size, head_dim),
+        k=(num_blocks, num_kv_heads, head_dim // pack, block_size, pack),
+        v=(num_blocks, num_kv_heads, block_size // pack, head_dim, pack),
     )
 
 
@@ -173,8 +189,6 @@ def create_kernels(name: KernelsName = "auto") -> Kernels:
     Raises `ConfigError` for `native` when it cannot be built, and for an unknown name.
     """
     import logging
-
-    from quire.errors import ConfigError
 
     if name == "reference":
         from quire.kernels.reference import ReferenceKernels

@@ -13,7 +13,7 @@ from quire.errors import EngineError
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 512
-TILE = 16
+BLOCK_UNIT = 16  # SUB in attention_tile.h: keys that must lie side by side
 
 
 class KernelArgumentError(EngineError, ValueError):
@@ -84,14 +84,20 @@ class CacheGeometry:
 
 def check_caches(k_cache: Tensor, v_cache: Tensor) -> CacheGeometry:
     check_float("k_cache", k_cache)
-    check_dims("k_cache", k_cache, 4)
-    num_blocks, num_kv_heads, head_dim, block_size = shape = k_cache.shape
+    check_dims("k_cache", k_cache, 5)
+    num_blocks, num_kv_heads, steps, block_size, pack = shape = k_cache.shape
+    head_dim = steps * pack
     check_dense("k_cache", k_cache, k_cache.dtype, shape)
-    check_dense("v_cache", v_cache, k_cache.dtype, (num_blocks, num_kv_heads, block_size, head_dim))
     require(
-        block_size % TILE == 0 and 0 < block_size <= 128,
-        f"block_size {block_size} must be a multiple of {TILE} up to 128",
+        pack == (2 if k_cache.dtype is torch.bfloat16 else 1),
+        f"k_cache is {k_cache.dtype} {tuple(shape)}; its last dimension must be 2 in bfloat16, else 1",
     )
+    require(
+        block_size % BLOCK_UNIT == 0 and 0 < block_size <= 128,
+        f"block_size {block_size} must be a multiple of {BLOCK_UNIT} up to 128",
+    )
+    v_shape = (num_blocks, num_kv_heads, block_size // pack, head_dim, pack)
+    check_dense("v_cache", v_cache, k_cache.dtype, v_shape)
     require(head_dim <= MAX_HEAD_DIM, f"head_dim {head_dim} is above {MAX_HEAD_DIM}")
     return CacheGeometry(num_blocks, num_kv_heads, head_dim, block_size)
 

@@ -60,8 +60,9 @@ class ReferenceKernels:
         written = slot_mapping >= 0
         slots = slot_mapping[written]
         blocks, offsets = slots // geometry.block_size, slots % geometry.block_size
-        k_cache[blocks, :, :, offsets] = k[written]
-        v_cache[blocks, :, offsets, :] = v[written]
+        pack = k_cache.shape[-1]
+        k_cache[blocks, :, :, offsets] = k[written].unflatten(-1, (-1, pack))
+        v_cache[blocks, :, offsets // pack, :, offsets % pack] = v[written]
 
     def rope_write_kv(
         self,
@@ -141,8 +142,9 @@ class ReferenceKernels:
             )
             base = first_block * geometry.block_size
             # keys: [kv_heads, D, n], values: [kv_heads, n, D], both from position `base` on
-            keys = k_cache[blocks].permute(1, 2, 0, 3).flatten(2).float()
-            values = v_cache[blocks].transpose(0, 1).flatten(1, 2).float()
+            # caches: [blocks, kv_heads, D / p, size, p] and [blocks, kv_heads, size / p, D, p]
+            keys = k_cache[blocks].permute(1, 2, 4, 0, 3).flatten(3).flatten(1, 2).float()
+            values = v_cache[blocks].permute(1, 0, 2, 4, 3).flatten(1, 3).float()
             for t in range(start, end):
                 position = first_position + t - start
                 low = max(base, position - window + 1 if window > 0 else 0) - base

@@ -1,345 +1,316 @@
-/* Paged attention: online softmax over 16-key tiles aligned to absolute positions.
+/* Paged attention: online softmax over tiles of keys aligned to absolute positions.
  *
  * A unit of work is (request, kv head, run of query tokens); its rows are those tokens times the
  * query heads that share the kv head, so a tile of K and V is read once for all of them. What a row
- * computes depends on its own position only:
+ * computes depends on its own position only: the tiles it meets are those of its visible keys, in
+ * order; what it does in a tile is in attention_tile.h; and every SEGMENT keys its running state is
+ * closed and merged into the row's total, so that where there are fewer units than threads the
+ * segments of one unit can be shared among threads (a job each) without changing a bit.
  *
- *   - the tiles it meets are those of its visible keys, in order, from multiples of TILE;
- *   - a score is four partial sums over d mod 4, combined as (0 + 1) + (2 + 3);
- *   - an output lane is one chain of fused multiply-adds over keys in order;
- *   - a masked key is skipped, never multiplied by zero: its bits may be NaN;
- *   - every SEGMENT keys the running state is closed and merged into the row's total, so that one
- *     long context can be shared among threads without changing a bit.
- *
- * How rows are blocked in registers, or whether a tile was first widened to fp32, moves no bit.
  * Scores are kept in units of log2(e), so that the exponential is a power of two.
  */
-#include "kernels.h"
+#include <pthread.h>
 
-#define TILE 16 /* keys per step, aligned to absolute positions */
-#define SEGMENT 2048      /* keys; part of the arithmetic, a multiple of TILE and block_size */
-#define ROWS_PER_UNIT 32  /* rows aimed at in one unit of work */
-#define ROW_BLOCK (VW == 16 ? 4 : 2)
-#define PREFETCH 3 /* tiles ahead: block tables jump about, so the hardware cannot guess */
-#define D_BLOCK 4 /* output vectors kept in registers per row */
+#include "attention_tile.h"
+
+#define SEGMENT 512         /* keys; part of the arithmetic, a multiple of TILE */
+#define ROWS_PER_UNIT 48    /* rows aimed at in one unit of work */
+#define JOBS_PER_THREAD 4   /* below that many units a thread, units are split into segments */
+#define MOST_PARTS (32 << 20) /* bytes of segments' states above which units are not split */
+#define SMALL_ATTENTION (1 << 18) /* multiply-adds below which one thread does it all */
 
 typedef struct {
-  int64_t request, kv_head, first_token, num_tokens;
+  int64_t request, kv_head, first_row, rows; /* first_row: of q and out, in tokens */
+  int64_t group, first_position, tokens;
+  span keys; /* that any row sees */
 } unit;
 
-typedef struct { /* one thread's scratch; rows are padded to `width` floats */
+typedef struct { /* one call's constants */
+  const attention_args *a;
+  int64_t tokens_per_unit, rows_per_unit, units;
+  const int64_t *starts;   /* [requests]: each request's first unit */
+  int64_t segments;        /* jobs a unit is split into; 0: none */
+  float *parts;            /* [units, segments, rows_per_unit, stride] where they are */
+  int64_t width, stride, steps;
+  float factor;
+} plan;
+
+/* ---- memory that a thread keeps from call to call ---- */
+
+typedef struct {
   void *memory;
-  float *q, *acc, *total, *keys, *values;
-  float *sum, *total_sum, *scores; /* [rows, TILE] */
-  float *max, *total_max;          /* [rows] */
-  int64_t width;
-} scratch;
+  size_t bytes;
+} arena;
 
-typedef struct {
-  const void *k, *v;
-  int64_t k_stride, v_stride, v_width; /* v_width: lanes of a value row that may be read */
-} tile;
+static _Thread_local arena arenas[2]; /* a thread's own rows; what it shares with its team */
+static pthread_key_t arena_key;
+static pthread_once_t arena_once = PTHREAD_ONCE_INIT;
 
-typedef struct {
-  int64_t begin, end;
-} span;
+static void free_arenas(void *pointer) {
+  arena *a = pointer;
+  for (int i = 0; i < 2; i++) {
+    free(a[i].memory);
+    a[i] = (arena){0};
+  }
+}
+
+static void make_arena_key(void) { pthread_key_create(&arena_key, free_arenas); }
+
+/* 64-byte aligned; what was there before is lost. NULL: no memory. */
+static void *take_arena(int which, size_t bytes) {
+  arena *a = &arenas[which];
+  if (a->bytes < bytes) {
+    pthread_once(&arena_once, make_arena_key);
+    pthread_setspecific(arena_key, arenas);
+    free(a->memory);
+    *a = (arena){0};
+    const size_t size = (bytes + bytes / 2 + 63) / 64 * 64;
+    if (!(a->memory = aligned_alloc(64, size))) return NULL;
+    a->bytes = size;
+  }
+  return a->memory;
+}
 
 /* ---- one tile ---- */
-
-/* scores[r][0..16) = sum over d of q[r][d] * k[d][0..16). */
-INLINE void score_rows(tile t, const float *q, int64_t width, int64_t head_dim, float *scores,
-                       const int rows, const int dt) {
-  for (int c = 0; c < TILE; c += VW) {
-    vf acc[4][4];
-    UNROLL for (int r = 0; r < rows; r++) UNROLL for (int i = 0; i < 4; i++) acc[r][i] = vset(0.0f);
-    int64_t d = 0;
-    for (; d + 4 <= head_dim; d += 4) {
-      UNROLL for (int i = 0; i < 4; i++) {
-        const vf k = vload(at(t.k, (d + i) * t.k_stride + c, dt), dt);
-        UNROLL for (int r = 0; r < rows; r++)
-          acc[r][i] = vfma(k, vset(q[r * width + d + i]), acc[r][i]);
-      }
-    }
-    UNROLL for (int i = 0; i < 3; i++) {
-      if (d + i < head_dim) {
-        const vf k = vload(at(t.k, (d + i) * t.k_stride + c, dt), dt);
-        UNROLL for (int r = 0; r < rows; r++)
-          acc[r][i] = vfma(k, vset(q[r * width + d + i]), acc[r][i]);
-      }
-    }
-    UNROLL for (int r = 0; r < rows; r++)
-      vstore(scores + r * TILE + c, (acc[r][0] + acc[r][1]) + (acc[r][2] + acc[r][3]), F32);
-  }
-}
-
-/* acc[r][d..] += sum over keys in `keys` of p[r][key] * v[key][d..], `lanes` vectors at once. */
-INLINE void weigh_block(tile t, const float *p, float *acc, int64_t width, int64_t d, span keys,
-                        const int rows, const int lanes, const int dt) {
-  vf sum[4][D_BLOCK];
-  UNROLL for (int r = 0; r < rows; r++) UNROLL for (int i = 0; i < lanes; i++)
-    sum[r][i] = vload(acc + r * width + d + i * VW, F32);
-  for (int64_t j = keys.begin; j < keys.end; j++) {
-    UNROLL for (int i = 0; i < lanes; i++) {
-      const void *at_v = at(t.v, j * t.v_stride + d + i * VW, dt);
-      const vf v = lanes > 1 ? vload(at_v, dt) : vload_upto(at_v, t.v_width - d, dt);
-      UNROLL for (int r = 0; r < rows; r++) sum[r][i] = vfma(v, vset(p[r * TILE + j]), sum[r][i]);
-    }
-  }
-  UNROLL for (int r = 0; r < rows; r++) UNROLL for (int i = 0; i < lanes; i++)
-    vstore(acc + r * width + d + i * VW, sum[r][i], F32);
-}
-
-INLINE void weigh_rows(tile t, const float *p, float *acc, int64_t width, span keys, const int rows,
-                       const int dt) {
-  int64_t d = 0;
-  for (; d + D_BLOCK * VW <= t.v_width; d += D_BLOCK * VW)
-    weigh_block(t, p, acc, width, d, keys, rows, D_BLOCK, dt);
-  for (; d < t.v_width; d += VW) weigh_block(t, p, acc, width, d, keys, rows, 1, dt);
-}
-
-INLINE vf vtanh(vf x) {
-  const vf magnitude = (vf)((vu)x & 0x7fffffffu);
-  const vf e = vexp(magnitude * -2.0f);
-  const vf big = (vf)((vu)((1.0f - e) / (1.0f + e)) | ((vu)x & 0x80000000u));
-  const vf x2 = x * x;
-  vf p = vset(62.0f / 2835.0f);
-  p = vfma(p, x2, vset(-17.0f / 315.0f));
-  p = vfma(p, x2, vset(2.0f / 15.0f));
-  p = vfma(p, x2, vset(-1.0f / 3.0f));
-  const vf small = vfma(p * x2, x, x);
-  return vselect((vi)(magnitude < 0.25f), small, big);
-}
-
-static void scale_row(float *x, int64_t n, float factor) {
-  for (int64_t i = 0; i < n; i += VW) vstore(x + i, vload(x + i, F32) * factor, F32);
-}
-
-static float power_of_two(float x) { return vexp2(vset(x))[0]; }
-
-static float max_of_tile(const float *s, float m) {
-  float best[TILE];
-  memcpy(best, s, sizeof best);
-  for (int w = TILE / 2; w > 0; w >>= 1)
-    for (int i = 0; i < w; i++) best[i] = best[i + w] > best[i] ? best[i + w] : best[i];
-  return best[0] > m ? best[0] : m;
-}
-
-static __attribute__((noinline)) void raise_max(const scratch *s, int64_t row) {
-  const float higher = max_of_tile(s->scores + row * TILE, s->max[row]);
-  const float factor = power_of_two(s->max[row] - higher);
-  scale_row(s->sum + row * TILE, TILE, factor);
-  scale_row(s->acc + row * s->width, s->width, factor);
-  s->max[row] = higher;
-}
-
-/* Turns a row's scores into weights relative to its running maximum, in place. When the maximum
- * rises, what was summed before is scaled down; otherwise the factor would be exactly 1. */
-INLINE void softmax_row(const scratch *s, int64_t row, span keys, float softcap) {
-  float *p = s->scores + row * TILE, *sum = s->sum + row * TILE;
-  vf x[TILE / VW];
-  int risen = 0;
-  UNROLL for (int i = 0; i < TILE / VW; i++) x[i] = vload(p + i * VW, F32);
-  if (softcap > 0.0f)
-    UNROLL for (int i = 0; i < TILE / VW; i++) x[i] = vtanh(x[i]) * (softcap * LOG2E);
-  if (keys.begin > 0 || keys.end < TILE)
-    UNROLL for (int i = 0; i < TILE / VW; i++) {
-      const vi lane = vlane_index() + i * VW;
-      const vi visible = (lane >= (int32_t)keys.begin) & (lane < (int32_t)keys.end);
-      x[i] = vselect(visible, x[i], vset(-INFINITY));
-    }
-  UNROLL for (int i = 0; i < TILE / VW; i++) risen |= vany_greater(x[i], vset(s->max[row]));
-  if (risen) {
-    UNROLL for (int i = 0; i < TILE / VW; i++) vstore(p + i * VW, x[i], F32);
-    raise_max(s, row);
-  }
-  const vf max = vset(s->max[row]);
-  UNROLL for (int i = 0; i < TILE / VW; i++) {
-    /* A masked lane is zero even where the maximum is still -inf (and the difference is NaN). */
-    const vf e = vselect((vi)(x[i] == -INFINITY), vset(0.0f), vexp2(x[i] - max));
-    vstore(p + i * VW, e, F32);
-    vstore(sum + i * VW, vload(sum + i * VW, F32) + e, F32);
-  }
-}
-
-/* ---- one unit of work ---- */
 
 INLINE span visible_keys(const attention_args *a, int64_t position) {
   return (span){a->window > 0 ? max64(0, position - a->window + 1) : 0, position + 1};
 }
 
-INLINE tile locate(const attention_args *a, const unit *u, int64_t first_key, const int dt) {
+INLINE tile locate(const attention_args *a, const unit *u, int64_t key, const int dt) {
   const int32_t *table = a->block_table + u->request * a->table_stride;
-  const int64_t block = table[first_key / a->block_size], offset = first_key % a->block_size;
-  const int64_t head = block * a->kv_heads + u->kv_head;
-  return (tile){at(a->k_cache, head * a->head_dim * a->block_size + offset, dt),
-                at(a->v_cache, (head * a->block_size + offset) * a->head_dim, dt), a->block_size,
-                a->head_dim, a->head_dim};
-}
-
-INLINE void prefetch(tile t, int64_t head_dim, const int dt) {
-  const int64_t bytes = head_dim * TILE * (int64_t)elem_size(dt);
-  const int64_t key_row = t.k_stride * (int64_t)elem_size(dt);
-  if (t.k_stride == TILE)
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char *)t.k + i, 0, 2);
-  else
-    for (int64_t d = 0; d < head_dim; d++) __builtin_prefetch((const char *)t.k + d * key_row, 0, 2);
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char *)t.v + i, 0, 2);
-}
-
-/* The tile as fp32 in scratch, for units with so many rows that widening once pays. Exact. */
-INLINE tile widen(tile t, const scratch *s, int64_t head_dim, const int dt) {
-  for (int64_t d = 0; d < head_dim; d++)
-    for (int c = 0; c < TILE; c += VW)
-      vstore(s->keys + d * TILE + c, vload(at(t.k, d * t.k_stride + c, dt), dt), F32);
-  for (int64_t j = 0; j < TILE; j++)
-    for (int64_t d = 0; d < s->width; d += VW) {
-      const vf v = d < head_dim ? vload_upto(at(t.v, j * t.v_stride + d, dt), head_dim - d, dt)
-                                : vset(0.0f);
-      vstore(s->values + j * s->width + d, v, F32);
-    }
-  return (tile){s->keys, s->values, TILE, s->width, s->width};
-}
-
-INLINE void attend_tile(const attention_args *a, const scratch *s, tile t, int64_t first_key,
-                        int64_t first_position, int64_t rows, int64_t group, const int dt) {
-  for (int64_t r = 0; r < rows;) {
-    const float *q = s->q + r * s->width;
-    float *scores = s->scores + r * TILE;
-    if (rows - r >= ROW_BLOCK) {
-      score_rows(t, q, s->width, a->head_dim, scores, ROW_BLOCK, dt);
-      r += ROW_BLOCK;
-    } else if (rows - r >= 2) {
-      score_rows(t, q, s->width, a->head_dim, scores, 2, dt);
-      r += 2;
-    } else {
-      score_rows(t, q, s->width, a->head_dim, scores, 1, dt);
-      r += 1;
-    }
+  const int64_t size = a->block_size, first = max64(key, u->keys.begin / SUB * SUB);
+  int64_t index = first / size, offset = first - index * size;
+  tile t = {.k_stride = size * pack_of(dt)};
+  int known = -1;
+  for (int s = 0; s < SUBS; s++) {
+    const int64_t position = key + s * SUB;
+    if (position < first || position >= u->keys.end) continue;
+    const int64_t base = (table[index] * a->kv_heads + u->kv_head) * a->head_dim * size;
+    t.k[s] = at(a->k_cache, base + offset * pack_of(dt), dt);
+    t.v[s] = at(a->v_cache, base + offset * a->head_dim, dt);
+    known = s;
+    if ((offset += SUB) == size) offset = 0, index++;
   }
-  const span whole = {0, TILE};
-  int64_t full_rows = 0; /* rows of the open run that see the whole tile */
-  for (int64_t r = 0; r <= rows; r++) {
-    span keys = {0, 0};
-    if (r < rows) {
-      keys = visible_keys(a, first_position + r / group);
-      keys.begin = max64(keys.begin - first_key, 0);
-      keys.end = min64(keys.end - first_key, TILE);
-      if (keys.begin < keys.end) softmax_row(s, r, keys, a->softcap);
+  for (int s = 0; s < SUBS; s++)
+    if (!t.k[s]) t.k[s] = t.k[known], t.v[s] = t.v[known];
+  return t;
+}
+
+#define ATTEND_ROWS(name, rows, dt)                                                             \
+  static __attribute__((noinline)) void name(const plan *p, const tile *t, const float *q,      \
+                                             float *acc, const span *keys, const tile *next) {  \
+    attend_rows(t, q, p->a->head_dim, (state){0, p->width, p->stride}, acc, keys, p->factor,    \
+                p->a->softcap, next, rows, dt);                                                 \
+  }
+#define ATTEND_ALL(dt)              \
+  ATTEND_ROWS(attend1_##dt, 1, dt) \
+  ATTEND_ROWS(attend2_##dt, 2, dt) \
+  ATTEND_ROWS(attend3_##dt, 3, dt) \
+  ATTEND_ROWS(attend4_##dt, 4, dt) \
+  ATTEND_ROWS(attend6_##dt, 6, dt)
+ATTEND_ALL(F32)
+ATTEND_ALL(BF16)
+ATTEND_ALL(F16)
+
+typedef void attend_function(const plan *, const tile *, const float *, float *, const span *,
+                             const tile *);
+static attend_function *const attend_functions[3][7] = {
+    [F32] = {0, attend1_F32, attend2_F32, attend3_F32, attend4_F32, attend4_F32, attend6_F32},
+    [BF16] = {0, attend1_BF16, attend2_BF16, attend3_BF16, attend4_BF16, attend4_BF16,
+              attend6_BF16},
+    [F16] = {0, attend1_F16, attend2_F16, attend3_F16, attend4_F16, attend4_F16, attend6_F16},
+};
+
+INLINE void attend_tile(const plan *p, const unit *u, const tile *t, int64_t key, const float *q,
+                        float *rows, const tile *next, const int dt) {
+  const span first = visible_keys(p->a, u->first_position);
+  const span last = visible_keys(p->a, u->first_position + u->tokens - 1);
+  const int whole = last.begin <= key && first.end >= key + TILE;
+  for (int64_t r = 0; r < u->rows;) {
+    const int64_t left = min64(u->rows - r, MAX_ROWS), n = left == 5 ? 4 : left;
+    span keys[6];
+    for (int64_t i = 0; i < n; i++) {
+      keys[i] = (span){0, TILE};
+      if (whole) continue;
+      const span seen = visible_keys(p->a, u->first_position + (r + i) / u->group);
+      keys[i] = (span){max64(seen.begin - key, 0), min64(seen.end - key, TILE)};
     }
-    const int full = keys.begin == 0 && keys.end == TILE;
-    full_rows += full;
-    const int64_t first = r + full - full_rows;
-    if (full_rows == ROW_BLOCK) {
-      weigh_rows(t, s->scores + first * TILE, s->acc + first * s->width, s->width, whole,
-                 ROW_BLOCK, dt);
-      full_rows = 0;
-    } else if (!full) {
-      for (int64_t i = first; i < r;) {
-        float *p = s->scores + i * TILE, *acc = s->acc + i * s->width;
-        if (r - i >= 2) {
-          weigh_rows(t, p, acc, s->width, whole, 2, dt);
-          i += 2;
-        } else {
-          weigh_rows(t, p, acc, s->width, whole, 1, dt);
-          i += 1;
-        }
-      }
-      full_rows = 0;
-      if (keys.begin < keys.end)
-        weigh_rows(t, s->scores + r * TILE, s->acc + r * s->width, s->width, keys, 1, dt);
-    }
+    attend_functions[dt][n](p, t, q + r * p->steps, rows + r * p->stride, keys, r ? NULL : next);
+    r += n;
   }
 }
 
-/* One instance a dtype, so that the compiler specializes each once. */
-#define ATTEND_TILE(name, dt)                                                                    \
-  static __attribute__((noinline)) void name(const attention_args *a, const scratch *s, tile t,  \
-                                             int64_t first_key, int64_t first_position,          \
-                                             int64_t rows, int64_t group) {                      \
-    attend_tile(a, s, t, first_key, first_position, rows, group, dt);                            \
-  }
-ATTEND_TILE(attend_tile_f32, F32)
-ATTEND_TILE(attend_tile_bf16, BF16)
-ATTEND_TILE(attend_tile_f16, F16)
+/* ---- one unit ---- */
 
-static void open_segment(const scratch *s, int64_t rows) {
-  memset(s->acc, 0, (size_t)(rows * s->width) * sizeof(float));
-  memset(s->sum, 0, (size_t)(rows * TILE) * sizeof(float));
-  for (int64_t r = 0; r < rows; r++) s->max[r] = -INFINITY;
+static unit find_unit(const plan *p, int64_t index) {
+  const attention_args *a = p->a;
+  int64_t low = 0, high = a->requests; /* the last request whose start is <= index */
+  while (high - low > 1) {
+    const int64_t middle = (low + high) / 2;
+    if (p->starts[middle] <= index)
+      low = middle;
+    else
+      high = middle;
+  }
+  const int64_t start = a->query_start_loc[low], length = a->query_start_loc[low + 1] - start;
+  const int64_t runs = (length + p->tokens_per_unit - 1) / p->tokens_per_unit;
+  const int64_t rest = index - p->starts[low];
+  const int64_t run = runs - 1 - rest / a->kv_heads; /* the run that sees most keys first */
+  const int64_t first = run * p->tokens_per_unit, group = a->q_heads / a->kv_heads;
+  const int64_t tokens = min64(p->tokens_per_unit, length - first);
+  const int64_t position = a->seq_lens[low] - length + first;
+  return (unit){
+      .request = low,
+      .kv_head = rest % a->kv_heads,
+      .first_row = start + first,
+      .rows = tokens * group,
+      .group = group,
+      .first_position = position,
+      .tokens = tokens,
+      .keys = {visible_keys(a, position).begin, position + tokens},
+  };
 }
 
-/* total += segment, both relative to the larger of their maxima. */
-static void close_segment(const scratch *s, int64_t row) {
-  const float higher = s->max[row] > s->total_max[row] ? s->max[row] : s->total_max[row];
-  const vf old = vset(power_of_two(s->total_max[row] - higher));
-  const vf new = vset(power_of_two(s->max[row] - higher));
-  float *sum = s->total_sum + row * TILE, *total = s->total + row * s->width;
-  for (int64_t i = 0; i < TILE; i += VW) {
-    const vf x = vload(s->sum + row * TILE + i, F32) * new;
-    vstore(sum + i, vfma(vload(sum + i, F32), old, x), F32);
+/* Queries as the words that tiles multiply with: [rows, steps]. */
+INLINE void load_queries(const plan *p, const unit *u, float *q, const int dt) {
+  const attention_args *a = p->a;
+  for (int64_t r = 0; r < u->rows; r++) {
+    const int64_t token = u->first_row + r / u->group, head = u->kv_head * u->group + r % u->group;
+    const void *from = at(a->q, token * a->q_stride + head * a->head_dim, dt);
+    float *to = q + r * p->steps;
+    if (dt == F16)
+      for (int64_t d = 0; d < a->head_dim; d += VW)
+        vstore_upto(to + d, vload_upto(at(from, d, dt), a->head_dim - d, dt), a->head_dim - d, F32);
+    else
+      memcpy(to, from, (size_t)p->steps * sizeof *to);
   }
-  for (int64_t i = 0; i < s->width; i += VW) {
-    const vf x = vload(s->acc + row * s->width + i, F32) * new;
-    vstore(total + i, vfma(vload(total + i, F32), old, x), F32);
-  }
-  s->total_max[row] = higher;
 }
 
-INLINE void attend(const attention_args *a, const unit *u, const scratch *s, const int dt) {
-  const int64_t group = a->q_heads / a->kv_heads, rows = u->num_tokens * group;
-  const int64_t request_start = a->query_start_loc[u->request];
-  const int64_t request_len = a->query_start_loc[u->request + 1] - request_start;
-  const int64_t first_position = a->seq_lens[u->request] - request_len + u->first_token;
-  const float factor = a->softcap > 0.0f ? a->scale / a->softcap : a->scale * LOG2E;
-  for (int64_t r = 0; r < rows; r++) {
-    const int64_t token = request_start + u->first_token + r / group;
-    const int64_t head = u->kv_head * group + r % group;
-    const void *q = at(a->q, token * a->q_stride + head * a->head_dim, dt);
-    for (int64_t d = 0; d < a->head_dim; d += VW)
-      vstore(s->q + r * s->width + d, vload_upto(at(q, d, dt), a->head_dim - d, dt) * factor, F32);
-    s->total_max[r] = -INFINITY;
+/* Leaves in `rows` the states of a segment, from `key` on. */
+INLINE void attend_segment(const plan *p, const unit *u, int64_t key, const float *q, float *rows,
+                           const int dt) {
+  const int64_t end = min64(key / SEGMENT * SEGMENT + SEGMENT, u->keys.end);
+  memset(rows, 0, (size_t)(u->rows * p->stride) * sizeof *rows);
+  for (int64_t r = 0; r < u->rows; r++)
+    *max_of((state){0, p->width, p->stride}, rows + r * p->stride) = -INFINITY;
+  tile t = locate(p->a, u, key, dt);
+  for (; key < end; key += TILE) {
+    const int more = key + TILE < u->keys.end;
+    const tile next = more ? locate(p->a, u, key + TILE, dt) : t;
+    attend_tile(p, u, &t, key, q, rows, more ? &next : NULL, dt);
+    t = next;
   }
-  memset(s->total, 0, (size_t)(rows * s->width) * sizeof(float));
-  memset(s->total_sum, 0, (size_t)(rows * TILE) * sizeof(float));
+}
 
-  const int64_t begin = visible_keys(a, first_position).begin;
-  const int64_t end = first_position + u->num_tokens;
-  int64_t key = begin / TILE * TILE;
-  while (key < end) {
-    const int64_t segment = key / SEGMENT * SEGMENT;
-    open_segment(s, rows);
-    for (; key < min64(segment + SEGMENT, end); key += TILE) {
-      const tile t = locate(a, u, key, dt);
-      if (key + PREFETCH * TILE < end)
-        prefetch(locate(a, u, key + PREFETCH * TILE, dt), a->head_dim, dt);
-      if (dt == F32)
-        attend_tile_f32(a, s, t, key, first_position, rows, group);
-      else if (rows > ROW_BLOCK)
-        attend_tile_f32(a, s, widen(t, s, a->head_dim, dt), key, first_position, rows, group);
-      else if (dt == BF16)
-        attend_tile_bf16(a, s, t, key, first_position, rows, group);
-      else
-        attend_tile_f16(a, s, t, key, first_position, rows, group);
-    }
-    for (int64_t r = 0; r < rows; r++) {
-      const span keys = visible_keys(a, first_position + r / group);
-      if (keys.begin < segment + SEGMENT && keys.end > segment) close_segment(s, r);
-    }
+/* total and part relative to the larger of their maxima, added. */
+static void merge_row(const plan *p, float *total, const float *part) {
+  const int64_t lanes = p->width + SUM_LANES;
+  const float higher = part[lanes] > total[lanes] ? part[lanes] : total[lanes];
+  const vf old = vset(rescaling(total[lanes], higher)), new = vset(rescaling(part[lanes], higher));
+  for (int64_t i = 0; i < lanes; i += VW)
+    vstore(total + i, vfma(vload(total + i, F32), old, vload(part + i, F32) * new), F32);
+  total[lanes] = higher;
+}
+
+/* A row's total is its first segment's state, and each further one merged into it in order. */
+static void merge_segment(const plan *p, const unit *u, int64_t segment, float *total,
+                          const float *part) {
+  for (int64_t r = 0; r < u->rows; r++) {
+    const span keys = visible_keys(p->a, u->first_position + r / u->group);
+    float *row = total + r * p->stride;
+    if (keys.begin >= segment + SEGMENT || keys.end <= segment) continue;
+    if (keys.begin / SEGMENT * SEGMENT == segment)
+      memcpy(row, part + r * p->stride, (size_t)p->stride * sizeof *row);
+    else
+      merge_row(p, row, part + r * p->stride);
   }
-  for (int64_t r = 0; r < rows; r++) {
-    float *sum = s->total_sum + r * TILE;
-    for (int w = TILE / 2; w > 0; w >>= 1)
+}
+
+INLINE void write_rows(const plan *p, const unit *u, const float *total, const int dt) {
+  const attention_args *a = p->a;
+  for (int64_t r = 0; r < u->rows; r++) {
+    const float *row = total + r * p->stride;
+    float sum[SUM_LANES];
+    memcpy(sum, row + p->width, sizeof sum);
+    for (int w = SUM_LANES / 2; w > 0; w >>= 1)
       for (int i = 0; i < w; i++) sum[i] += sum[i + w];
-    const int64_t token = request_start + u->first_token + r / group;
-    const int64_t head = u->kv_head * group + r % group;
+    const int64_t token = u->first_row + r / u->group, head = u->kv_head * u->group + r % u->group;
     void *out = at_mut(a->out, (token * a->q_heads + head) * a->head_dim, dt);
     for (int64_t d = 0; d < a->head_dim; d += VW)
-      vstore_upto(at_mut(out, d, dt), vload(s->total + r * s->width + d, F32) / sum[0],
-                  a->head_dim - d, dt);
+      vstore_upto(at_mut(out, d, dt), vload(row + d, F32) / sum[0], a->head_dim - d, dt);
   }
 }
 
-/* ---- all units ---- */
+INLINE void attend_unit(const plan *p, int64_t index, float *scratch, const int dt) {
+  const unit u = find_unit(p, index);
+  float *part = scratch, *total = part + p->rows_per_unit * p->stride;
+  float *q = total + p->rows_per_unit * p->stride;
+  load_queries(p, &u, q, dt);
+  int64_t segment = u.keys.begin / SEGMENT * SEGMENT;
+  attend_segment(p, &u, u.keys.begin / TILE * TILE, q, part, dt);
+  if (segment + SEGMENT < u.keys.end) {
+    merge_segment(p, &u, segment, total, part);
+    while ((segment += SEGMENT) < u.keys.end) {
+      attend_segment(p, &u, segment, q, part, dt);
+      merge_segment(p, &u, segment, total, part);
+    }
+    part = total;
+  }
+  write_rows(p, &u, part, dt);
+}
+
+/* ---- units split into segments ---- */
+
+INLINE void attend_part(const plan *p, int64_t job, float *scratch, const int dt) {
+  const unit u = find_unit(p, job / p->segments);
+  const int64_t segment = (u.keys.begin / SEGMENT + job % p->segments) * SEGMENT;
+  if (segment >= u.keys.end) return;
+  load_queries(p, &u, scratch, dt);
+  attend_segment(p, &u, max64(segment, u.keys.begin / TILE * TILE), scratch,
+                 p->parts + job * p->rows_per_unit * p->stride, dt);
+}
+
+INLINE void merge_unit(const plan *p, int64_t index, float *total, const int dt) {
+  const unit u = find_unit(p, index);
+  const float *part = p->parts + index * p->segments * p->rows_per_unit * p->stride;
+  for (int64_t s = u.keys.begin / SEGMENT * SEGMENT; s < u.keys.end; s += SEGMENT) {
+    merge_segment(p, &u, s, total, part);
+    part += p->rows_per_unit * p->stride;
+  }
+  write_rows(p, &u, total, dt);
+}
+
+#define JOBS(dt)                                                                          \
+  static void attend_unit_##dt(const plan *p, int64_t i, float *s) { attend_unit(p, i, s, dt); } \
+  static void attend_part_##dt(const plan *p, int64_t i, float *s) { attend_part(p, i, s, dt); } \
+  static void merge_unit_##dt(const plan *p, int64_t i, float *s) { merge_unit(p, i, s, dt); }
+JOBS(F32)
+JOBS(BF16)
+JOBS(F16)
+
+typedef void job_function(const plan *, int64_t, float *);
+static job_function *const unit_jobs[3] = {attend_unit_F32, attend_unit_BF16, attend_unit_F16};
+static job_function *const part_jobs[3] = {attend_part_F32, attend_part_BF16, attend_part_F16};
+static job_function *const merge_jobs[3] = {merge_unit_F32, merge_unit_BF16, merge_unit_F16};
+
+/* Jobs are handed out one by one, the counter being the team's; 5 if there is no memory. */
+static int run_jobs(const plan *p, job_function *job, int64_t jobs, int threads) {
+  if (jobs < threads) threads = (int)max64(jobs, 1);
+  const size_t floats = (size_t)(p->rows_per_unit * (2 * p->stride + p->steps));
+  int64_t handed_out = 0;
+  int code = 0;
+#pragma omp parallel num_threads(threads) reduction(| : code) if (threads > 1)
+  {
+    float *scratch = take_arena(0, floats * sizeof(float));
+    if (!scratch) code = 5;
+    for (int64_t i; !code && (i = __atomic_fetch_add(&handed_out, 1, __ATOMIC_RELAXED)) < jobs;)
+      job(p, i, scratch);
+  }
+  return code;
+}
+
+/* ---- the call ---- */
 
 /* Nonzero if a request's extent or a block it needs is out of bounds. */
 static int check_request(const attention_args *a, int64_t b) {
@@ -355,85 +326,56 @@ static int check_request(const attention_args *a, int64_t b) {
   return 0;
 }
 
-static unit find_unit(const attention_args *a, const int64_t *starts, int64_t tokens_per_unit,
-                      int64_t index) {
-  int64_t low = 0, high = a->requests; /* the last request whose start is <= index */
-  while (high - low > 1) {
-    const int64_t middle = (low + high) / 2;
-    if (starts[middle] <= index)
-      low = middle;
-    else
-      high = middle;
-  }
-  const int64_t length = a->query_start_loc[low + 1] - a->query_start_loc[low];
-  const int64_t runs = (length + tokens_per_unit - 1) / tokens_per_unit;
-  const int64_t rest = index - starts[low];
-  const int64_t run = runs - 1 - rest / a->kv_heads; /* the run that sees most keys first */
-  const int64_t first = run * tokens_per_unit;
-  return (unit){low, rest % a->kv_heads, first, min64(tokens_per_unit, length - first)};
-}
-
-static int open_scratch(scratch *s, int64_t rows, int64_t head_dim) {
-  const int64_t width = (head_dim + 15) / 16 * 16;
-  const int64_t floats = rows * (3 * width + 3 * TILE + 2) + 2 * TILE * width;
-  s->memory = malloc((size_t)floats * sizeof(float) + 64);
-  if (!s->memory) return 1;
-  float *p = (float *)(((uintptr_t)s->memory + 63) / 64 * 64);
-  s->width = width;
-  s->q = p;
-  s->acc = s->q + rows * width;
-  s->total = s->acc + rows * width;
-  s->keys = s->total + rows * width;
-  s->values = s->keys + TILE * width;
-  s->sum = s->values + TILE * width;
-  s->total_sum = s->sum + rows * TILE;
-  s->scores = s->total_sum + rows * TILE;
-  s->max = s->scores + rows * TILE;
-  s->total_max = s->max + rows;
-  return 0;
-}
-
 int quire_check_attention(const attention_args *a) {
   int code = 0;
   for (int64_t b = 0; b < a->requests && !code; b++) code = check_request(a, b);
   return code;
 }
 
+/* How many segments the longest key range of a unit may touch. */
+static int64_t count_segments(const attention_args *a, const plan *p, int64_t most_keys) {
+  const int64_t range = p->rows_per_unit + a->window; /* rows >= tokens */
+  if (a->window > 0 && range < most_keys) most_keys = range + SEGMENT;
+  return (most_keys + SEGMENT - 1) / SEGMENT;
+}
+
 int quire_attention_unchecked(const attention_args *a) {
-  int64_t *starts = malloc((size_t)(a->requests + 1) * sizeof *starts);
-  if (!starts) return 5;
   const int64_t group = a->q_heads / a->kv_heads;
-  int64_t tokens_per_unit = max64(1, ROWS_PER_UNIT / group);
-  if (tokens_per_unit > 4) tokens_per_unit -= tokens_per_unit % 4; /* whole row blocks */
-  int64_t units = 0;
-  int code = 0;
+  plan p = {.a = a, .width = (a->head_dim + 15) / 16 * 16};
+  p.stride = p.width + SUM_LANES + 16;
+  p.steps = a->head_dim / pack_of(a->dtype);
+  p.factor = a->softcap > 0.0f ? a->scale / a->softcap : a->scale * LOG2E;
+  p.tokens_per_unit = max64(1, ROWS_PER_UNIT / group);
+  int64_t longest = 1, most_keys = 0, work = 0;
   for (int64_t b = 0; b < a->requests; b++) {
     const int64_t length = a->query_start_loc[b + 1] - a->query_start_loc[b];
-    starts[b] = units;
-    units += (length + tokens_per_unit - 1) / tokens_per_unit * a->kv_heads;
+    p.units += (length + p.tokens_per_unit - 1) / p.tokens_per_unit * a->kv_heads;
+    longest = max64(longest, length);
+    most_keys = max64(most_keys, length ? a->seq_lens[b] : 0);
+    work += length * a->seq_lens[b];
   }
-  {
-    const int threads = units < a->threads ? (int)max64(units, 1) : a->threads;
-#pragma omp parallel num_threads(threads) reduction(| : code)
-    {
-      scratch s;
-      code |= open_scratch(&s, tokens_per_unit * group, a->head_dim) ? 5 : 0;
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t i = 0; i < units; i++) {
-        if (code) continue;
-        const unit u = find_unit(a, starts, tokens_per_unit, i);
-        if (a->dtype == F32)
-          attend(a, &u, &s, F32);
-        else if (a->dtype == BF16)
-          attend(a, &u, &s, BF16);
-        else
-          attend(a, &u, &s, F16);
-      }
-      free(s.memory);
-    }
+  p.rows_per_unit = min64(p.tokens_per_unit, longest) * group;
+  const int threads = work * a->q_heads * a->head_dim > SMALL_ATTENTION ? a->threads : 1;
+  const int64_t segments = count_segments(a, &p, most_keys);
+  const size_t starts = (size_t)(a->requests + 7) / 8 * 64;
+  size_t parts = (size_t)(p.units * segments * p.rows_per_unit * p.stride) * sizeof(float);
+  if (p.units < threads * JOBS_PER_THREAD && segments > 1 && parts <= MOST_PARTS)
+    p.segments = segments;
+  else
+    parts = 0;
+  char *shared = take_arena(1, starts + parts);
+  if (!shared) return 5;
+  p.starts = (int64_t *)shared;
+  p.parts = (float *)(shared + starts);
+  int64_t unit = 0;
+  for (int64_t b = 0; b < a->requests; b++) {
+    const int64_t length = a->query_start_loc[b + 1] - a->query_start_loc[b];
+    ((int64_t *)shared)[b] = unit;
+    unit += (length + p.tokens_per_unit - 1) / p.tokens_per_unit * a->kv_heads;
   }
-  free(starts);
-  return code;
+  if (!p.segments) return run_jobs(&p, unit_jobs[a->dtype], p.units, threads);
+  const int code = run_jobs(&p, part_jobs[a->dtype], p.units * segments, threads);
+  return code ? code : run_jobs(&p, merge_jobs[a->dtype], p.units, 1);
 }
 
 int quire_paged_attention(const attention_args *a) {

@@ -58,7 +58,13 @@ INLINE void store_kv(const qkv_args *a, const void *k, const void *v, int64_t he
   const int64_t block = slot / a->block_size, offset = slot % a->block_size, n = a->head_dim;
   const int64_t first = (block * a->kv_heads + head) * n * a->block_size;
   void *keys = at_mut(a->k_cache, first, dt), *values = at_mut(a->v_cache, first, dt);
-  { /* keys: [n, block_size]; values: [block_size, n] */
+  if (dt == BF16) { /* keys: [n / 2, block_size, 2]; values: [block_size / 2, n, 2] */
+    const uint16_t *from = v;
+    uint16_t *to = (uint16_t *)values + offset / 2 * 2 * n + offset % 2;
+    for (int64_t d = 0; d < n / 2; d++)
+      memcpy((uint32_t *)keys + d * a->block_size + offset, (const uint32_t *)k + d, 4);
+    for (int64_t d = 0; d < n; d++) to[2 * d] = from[d];
+  } else { /* keys: [n, block_size]; values: [block_size, n] */
     const size_t size = elem_size(dt);
     for (int64_t d = 0; d < n; d++)
       memcpy(at_mut(keys, d * a->block_size + offset, dt), at(k, d, dt), size);

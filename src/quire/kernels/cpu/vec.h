@@ -95,6 +95,14 @@ INLINE int vany(vi mask) {
 #endif
 }
 
+INLINE vf vmax(vf a, vf b) {
+#if VW == 16
+  return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+  return vselect((vi)(a > b), a, b);
+#endif
+}
+
 INLINE int vany_greater(vf a, vf b) {
 #if VW == 16
   return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ) != 0;
@@ -218,6 +226,35 @@ INLINE void vstore_upto(void *p, vf x, int64_t n, const int dt) {
     vstore_n(p, x, n, dt);
 }
 
+/* ---- pairs of bfloat16: lane i of a vu holds elements 2i (its low half) and 2i + 1 ---- */
+
+INLINE vu vload_pairs(const void *p) {
+  vu r;
+  memcpy(&r, p, sizeof r);
+  return r;
+}
+
+/* acc[i] + a[2i] * b[2i] + a[2i + 1] * b[2i + 1] in fp32. The order and the rounding between are
+ * the machine's own: the same on every call, not on every machine. */
+INLINE vf vdot_pairs(vf acc, vu a, vu b) {
+#ifdef __AVX512BF16__
+  return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
+#else
+  acc = vfma((vf)(a << 16), (vf)(b << 16), acc);
+  return vfma((vf)(a & 0xffff0000u), (vf)(b & 0xffff0000u), acc);
+#endif
+}
+
+/* 2 * VW floats rounded to bf16, in order (what AVX512BF16 rounds has no subnormals). */
+INLINE vu vpack_pairs(vf first, vf second) {
+#ifdef __AVX512BF16__
+  return (vu)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+#else
+  const vh halves[2] = {vbf16_from_float(first), vbf16_from_float(second)};
+  return vload_pairs(halves);
+#endif
+}
+
 /* x as it reads back after a store to dt. */
 INLINE vf vround(vf x, const int dt) {
   if (dt == F32) return x;
@@ -249,6 +286,19 @@ INLINE vf vexp2(vf x) {
   const vf shifted = x + ROUNDING;
   const vf r = vexp2_split(shifted, x - (shifted - ROUNDING));
   return vselect((vi)(x < -126.0f), vset(0.0f), r);
+}
+
+/* vexp2 with relative error below 3e-6, for what is then rounded to bf16. */
+INLINE vf vexp2_rough(vf x) {
+  const float rounding = ROUNDING + 127.0f; /* leaves n + 127 in the low bits */
+  const vf shifted = x + rounding;
+  const vf f = x - (shifted - rounding);
+  vf p = vset(9.582853217e-03f);
+  p = vfma(p, f, vset(5.590642544e-02f));
+  p = vfma(p, f, vset(2.402409861e-01f));
+  p = vfma(p, f, vset(6.931241933e-01f));
+  p = vfma(p, f, vset(1.0f));
+  return vselect((vi)(x < -126.0f), vset(0.0f), p * (vf)((vu)shifted << 23));
 }
 
 /* e^x for x <= 0, as vexp2. */
