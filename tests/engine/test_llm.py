@@ -10,7 +10,6 @@ from typing import Any
 
 import psutil
 import pytest
-import torch
 
 from quire.engine.llm import LLM
 from quire.errors import (
@@ -201,19 +200,19 @@ def test_lists_of_unequal_length_are_refused(llm: LLM) -> None:
 
 def test_nan_logits_end_that_request_alone(llm: LLM) -> None:
     runner = llm._core._core.executor.runner
-    compute = runner.model.compute_logits
+    decoder = runner._decoder
 
-    @torch.inference_mode()
-    def poisoned(hidden):
-        logits = compute(hidden).clone()
-        logits[0, 3] = math.nan
-        return logits
+    class Poisoned:
+        def forward(self, **step):
+            logits = decoder.forward(**step)
+            logits[0, 3] = math.nan
+            return logits
 
-    runner.model.compute_logits = poisoned
+    runner._decoder = Poisoned()
     try:
         bad, good = llm.generate([[1, 2], [3, 4]], GREEDY.replace(max_tokens=1), use_tqdm=False)
     finally:
-        del runner.model.compute_logits
+        runner._decoder = decoder
     assert bad.outputs[0].finish_reason == "error" and "NaN" in (bad.error or "")
     assert good.outputs[0].finish_reason == "length"
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import weakref
 from collections.abc import Callable
 
 import pytest
@@ -18,11 +16,22 @@ from quire.kernels.linear_cpu import NativeLinear, PackedLinear, PlainLinear
 from tests.kernels.cases import DTYPES, ULP, bits, dtypes, generator, randn, seeds
 
 ROWS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 15, 16, 17, 24, 31, 32, 33, 48, 63, 64, 100]
-BACKENDS: dict[str, Callable[[Tensor, Tensor | None], Callable[[Tensor], Tensor]]] = {
-    "packed": PackedLinear.pack,
-    "native": NativeLinear,
-    "plain": PlainLinear,
-}
+
+
+def native_linear(weight: Tensor, bias: Tensor | None) -> PackedLinear:
+    linear = PackedLinear.pack(weight, bias)
+    assert isinstance(linear.backend, NativeLinear)
+    return linear
+
+
+def plain_linear(weight: Tensor, bias: Tensor | None) -> PackedLinear:
+    linear = PackedLinear.pack(weight, bias)
+    linear.backend = PlainLinear(weight.shape[1], weight.shape[0], weight.dtype, linear.bias)
+    linear.fill(0, weight)
+    return linear
+
+
+BACKENDS = {"native": native_linear, "plain": plain_linear}
 
 
 def assert_invariant(linear: Callable[[Tensor], Tensor], x: Tensor, rows: list[int]) -> None:
@@ -85,15 +94,51 @@ def test_a_slice_of_rows_and_no_rows(native: NativeKernels) -> None:
         assert linear(strided[:1]).is_contiguous()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_weight_is_given_up(native: NativeKernels, dtype: torch.dtype) -> None:
-    weight = torch.ones(64, 64, dtype=dtype)
-    gone = weakref.ref(weight)
-    linear = PackedLinear.pack(weight)
-    del weight
-    gc.collect()
-    assert gone() is None
-    assert float(linear(torch.ones(1, 64, dtype=dtype))[0, 0]) == 64.0
+def test_parts_that_arrive_one_by_one_make_the_whole(
+    native: NativeKernels, backend: str, dtype: torch.dtype
+) -> None:
+    """Parts end inside a panel of 64 columns, and come in any order."""
+    rng = generator(1)
+    sizes, k = (70, 10, 3, 64), 37
+    weight, bias = randn(147, k, rng=rng, dtype=dtype), randn(147, rng=rng, dtype=dtype)
+    x = randn(5, k, rng=rng, dtype=dtype)
+    linear = BACKENDS[backend](torch.zeros_like(weight), torch.zeros_like(bias))
+    first = [sum(sizes[:i]) for i in range(len(sizes))]
+    for i in (2, 0, 3, 1):
+        linear.fill(first[i], weight[first[i] : first[i] + sizes[i]])
+        linear.fill_bias(first[i], bias[first[i] : first[i] + sizes[i]])
+    assert torch.equal(bits(linear(x)), bits(BACKENDS[backend](weight, bias)(x)))
+    ids = torch.tensor([146, 0, 63, 64, 69, 70, 70])
+    assert torch.equal(linear.rows(ids), weight[ids])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("k", [4096, 4097, 9000])
+def test_sums_cut_along_k_are_one_chain(native: NativeKernels, dtype: torch.dtype, k: int) -> None:
+    """A panel too long for the L2 cache is passed in pieces; the sums go on where they stopped."""
+    rng = generator(k)
+    x, weight = randn(9, k, rng=rng, dtype=dtype), randn(70, k, rng=rng, dtype=dtype)
+    linear = native_linear(weight, None)
+    expected = x.double() @ weight.double().t()
+    scale = float(expected.abs().max())
+    bound = 4 * ULP[dtype] + k**0.5 * ULP[torch.float32]  # the store, and k roundings at random
+    torch.testing.assert_close(linear(x).double() / scale, expected / scale, rtol=0, atol=bound)
+    assert_invariant(linear, x, [1, 2, 4, 8])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_invalid_rows_are_refused_before_anything_is_read(
+    native: NativeKernels, backend: str
+) -> None:
+    linear = BACKENDS[backend](torch.ones(5, 6), None)
+    for bad in (-1, 5, 2**62, -(2**62)):
+        with pytest.raises(KernelArgumentError):
+            linear.rows(torch.tensor([0, bad]))
+    for first, rows in ((-1, 2), (4, 2), (6, 1)):
+        with pytest.raises(KernelArgumentError):
+            linear.fill(first, torch.ones(rows, 6))
 
 
 def test_what_it_refuses(native: NativeKernels) -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from quire.errors import ConfigError
+from quire.kernels.decoder import DecoderPass, DecoderWeights
 
 KernelsName = Literal["auto", "native", "reference"]
 
@@ -163,6 +164,12 @@ class Kernels(Protocol):
 
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:
         """`round(silu(gate)) * up`. gate_up: [T, 2F], gate first. Returns [T, F]."""
+        ...
+
+    def decoder(self, weights: DecoderWeights) -> DecoderPass | None:
+        """A whole forward pass as one call, bit-equal to these operations one by one; None if this
+        implementation has none.
+        """
         ...
 
     def philox_uniform(self, seed: int, position: int, n: int) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from quire.kernels import checks
 from quire.kernels.checks import require
+from quire.kernels.decoder import DecoderWeights
 from quire.kernels.philox import gumbel_from_uniform, philox_words, uniform_from_words
 
 
@@ -158,6 +159,9 @@ class ReferenceKernels:
         checks.check_gate_up(gate_up)
         gate, up = gate_up.chunk(2, dim=-1)
         return torch.nn.functional.silu(gate.float()).to(gate.dtype) * up
+
+    def decoder(self, weights: DecoderWeights) -> None:
+        return None
 
     def philox_uniform(self, seed: int, position: int, n: int) -> Tensor:
         return uniform_from_words(philox_words(seed, position, n))

@@ -9,9 +9,10 @@ from quire.layers.parameter import WeightTarget
 
 
 class Embedding:
-    """[num_tokens] ids -> [num_tokens, hidden_size] rows.
+    """[num_tokens] ids -> [num_tokens, hidden_size] rows, of a matrix of its own.
 
-    A gather copies, so it is exact whatever the batch.
+    A gather copies, so it is exact whatever the batch. A model whose head shares the matrix looks
+    rows up in the head's packed copy (`PackedLinear.rows`) and has no `Embedding`.
     """
 
     def __init__(self, name: str, *, vocab_size: int, hidden_size: int, dtype: torch.dtype) -> None:
@@ -32,9 +33,6 @@ class Embedding:
 def create_lm_head(
     name: str, *, vocab_size: int, hidden_size: int, dtype: torch.dtype, method: LinearMethod
 ) -> Linear:
-    """The product that turns a hidden state into logits.
-
-    Tied or not, it is a `Linear`; only what it loads differs.
-    """
+    """The product that turns a hidden state into logits."""
     part = LinearPart(name=name, out_features=vocab_size)
     return Linear([part], in_features=hidden_size, bias=False, dtype=dtype, method=method)

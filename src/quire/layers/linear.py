@@ -74,15 +74,18 @@ class UnquantizedLinearMethod:
 
 
 class _UnquantizedState:
-    """Stacks the parts in one buffer, packs it, and drops the buffer: at most one layer exists
-    twice at a time.
+    """Each part goes from the file straight to its place in the packed matrix: no second copy, not
+    even of one layer.
     """
 
     def __init__(self, shape: LinearShape) -> None:
         self._shape = shape
-        self._weight: torch.Tensor | None = None
-        self._bias: torch.Tensor | None = None
-        self._packed: PackedLinear | None = None
+        self._packed = PackedLinear(
+            in_features=shape.in_features,
+            out_features=shape.out_features,
+            dtype=shape.dtype,
+            bias=shape.bias,
+        )
         self._waiting = {
             (i, suffix) for i, part in enumerate(shape.parts) for suffix in self.tensors(part)
         }
@@ -96,22 +99,13 @@ class _UnquantizedState:
         return shapes
 
     def load(self, index: int, suffix: str, tensor: torch.Tensor) -> None:
-        shape = self._shape
-        if self._weight is None:
-            self._weight = torch.empty(shape.out_features, shape.in_features, dtype=shape.dtype)
-            self._bias = torch.empty(shape.out_features, dtype=shape.dtype) if shape.bias else None
-        first = sum(part.out_features for part in shape.parts[:index])
-        rows = slice(first, first + shape.parts[index].out_features)
-        stacked = self._weight if suffix == "weight" else self._bias
-        assert stacked is not None
-        stacked[rows].copy_(tensor)
+        first = sum(part.out_features for part in self._shape.parts[:index])
+        fill = self._packed.fill if suffix == "weight" else self._packed.fill_bias
+        fill(first, tensor.to(self._shape.dtype).contiguous())
         self._waiting.discard((index, suffix))
-        if not self._waiting:
-            self._packed = PackedLinear.pack(self._weight, self._bias)
-            self._weight = self._bias = None
 
     def apply(self) -> Multiply:
-        assert self._packed is not None, f"not loaded: {[part.name for part in self._shape.parts]}"
+        assert not self._waiting, f"not loaded: {sorted(self._waiting)} of {self._shape.parts}"
         return self._packed
 
 

@@ -13,7 +13,7 @@ objects that hold bound products and make ten kernel calls each (twelve with que
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,8 @@ import torch
 from quire.attention.base import AttentionBackend, AttentionMetadata, KVCache, LayerCache
 from quire.attention.paged import PagedAttention
 from quire.kernels.base import Kernels
+from quire.kernels.decoder import DecoderPass, DecoderWeights, LayerWeights
+from quire.kernels.linear_cpu import PackedLinear
 from quire.layers.embedding import Embedding, create_lm_head
 from quire.layers.linear import Linear, LinearMethod, LinearPart, UnquantizedLinearMethod
 from quire.layers.norm import RMSNorm
@@ -107,6 +109,30 @@ class DecoderLayer:
         self._qkv, self._o = self._linears["qkv"].bind(), self._linears["o"].bind()
         self._gate_up, self._down = self._linears["gate_up"].bind(), self._linears["down"].bind()
 
+    def weights(self, cache: LayerCache) -> LayerWeights | None:
+        """What a fused pass needs of this layer; None if some product is not a packed matrix."""
+        qkv, o, gate_up, down = self._qkv, self._o, self._gate_up, self._down
+        if not (
+            isinstance(qkv, PackedLinear)
+            and isinstance(o, PackedLinear)
+            and isinstance(gate_up, PackedLinear)
+            and isinstance(down, PackedLinear)
+        ):
+            return None
+        return LayerWeights(
+            input_norm=self.input_norm.weight,
+            qkv=qkv,
+            q_norm=None if self._q_norm is None else self._q_norm.weight,
+            k_norm=None if self._k_norm is None else self._k_norm.weight,
+            o=o,
+            post_norm=self._post_attention_norm.weight,
+            gate_up=gate_up,
+            down=down,
+            k_cache=cache.k,
+            v_cache=cache.v,
+            window=self._window or 0,
+        )
+
     def forward(
         self, x: torch.Tensor, residual: torch.Tensor, cache: LayerCache, step: _Step
     ) -> torch.Tensor:
@@ -165,7 +191,6 @@ class DecoderModel:
         )
         attention = PagedAttention(kernels, scale=spec.head_dim**-0.5)
         sizes = {"vocab_size": spec.vocab_size, "hidden_size": spec.hidden_size}
-        self._embedding = Embedding("model.embed_tokens", **sizes, dtype=dtype)
         self._layers = [
             DecoderLayer(
                 spec,
@@ -181,12 +206,19 @@ class DecoderModel:
         self._norm = RMSNorm(
             "model.norm", size=spec.hidden_size, eps=spec.rms_norm_eps, dtype=dtype
         )
-        head = "model.embed_tokens" if spec.tie_word_embeddings else "lm_head"
-        self._lm_head = create_lm_head(head, **sizes, dtype=dtype, method=method)
+        name = "model.embed_tokens"
+        self._embedding: Embedding | None = None
+        if spec.tie_word_embeddings:  # one copy, packed, serves both ends
+            method = UnquantizedLinearMethod()
+        else:
+            self._embedding = Embedding(name, **sizes, dtype=dtype)
+            name = "lm_head"
+        self._lm_head = create_lm_head(name, **sizes, dtype=dtype, method=method)
 
     def targets(self) -> Iterator[WeightTarget]:
-        """Every tensor the model takes from a checkpoint. A tied embedding appears twice under one name."""
-        yield from self._embedding.targets()
+        """Every tensor the model takes from a checkpoint."""
+        if self._embedding is not None:
+            yield from self._embedding.targets()
         for layer in self._layers:
             yield from layer.targets()
         yield from self._norm.targets()
@@ -196,13 +228,18 @@ class DecoderModel:
         """Call once, after every target has been loaded and before the first `forward`."""
         for layer in self._layers:
             layer.bind()
-        self._logits = self._lm_head.bind()
+        self._logits = head = self._lm_head.bind()
+        if self._embedding is not None:
+            self._embed: Callable[[torch.Tensor], torch.Tensor] = self._embedding
+        else:
+            assert isinstance(head, PackedLinear)
+            self._embed = head.rows
         norms = [layer.input_norm.weight for layer in self._layers] + [self._norm.weight]
         self._first_norm, self._next_norms = norms[0], norms[1:]
 
     @property
     def weight_bytes(self) -> int:
-        """What the weights hold in memory, a tied embedding in both its layouts."""
+        """What the weights hold in memory, but for the zeros around packed matrices' edges."""
         return sum(math.prod(target.shape) for target in self.targets()) * self.dtype.itemsize
 
     @torch.inference_mode()
@@ -226,7 +263,7 @@ class DecoderModel:
             attention_out=out.view(-1, self.spec.num_heads, self.spec.head_dim),
             attention_rows=out,
         )
-        residual = self._embedding(input_ids)
+        residual = self._embed(input_ids)
         x = kernels.rms_norm(residual, self._first_norm, eps)
         for layer, cache, next_norm in zip(
             self._layers, kv_cache.layers, self._next_norms, strict=True
@@ -239,3 +276,54 @@ class DecoderModel:
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden: [R, hidden_size], the rows that sample. Returns [R, vocab_size] float32."""
         return self._logits(hidden).float()
+
+    def over(self, kv_cache: KVCache) -> DecoderPass:
+        """The pass with this cache: one call where the kernels have one for these weights, else layer
+        by layer. The bits are the same.
+        """
+        layers = zip(self._layers, kv_cache.layers, strict=True)
+        weights = [layer.weights(cache) for layer, cache in layers]
+        complete = tuple(layer for layer in weights if layer is not None)
+        if len(complete) == len(weights) and isinstance(self._logits, PackedLinear):
+            fused = self._kernels.decoder(
+                DecoderWeights(
+                    layers=complete,
+                    embedding=None if self._embedding is None else self._embedding.weight,
+                    final_norm=self._norm.weight,
+                    head=self._logits,
+                    cos_sin=self._cos_sin,
+                    eps=self.spec.rms_norm_eps,
+                    scale=self.spec.head_dim**-0.5,
+                )
+            )
+            if fused is not None:
+                return fused
+        return _LayerByLayer(self, kv_cache)
+
+
+class _LayerByLayer:
+    """`DecoderPass` by `DecoderModel.forward`."""
+
+    def __init__(self, model: DecoderModel, kv_cache: KVCache) -> None:
+        self._model = model
+        self._kv_cache = kv_cache
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        query_start_loc: torch.Tensor,
+        seq_lens: torch.Tensor,
+        block_table: torch.Tensor,
+        logit_rows: torch.Tensor | None,
+    ) -> torch.Tensor:
+        metadata = AttentionMetadata(
+            positions=positions,
+            slot_mapping=slot_mapping,
+            query_start_loc=query_start_loc,
+            seq_lens=seq_lens,
+            block_table=block_table,
+        )
+        hidden = self._model.forward(input_ids, positions, metadata, self._kv_cache)
+        return self._model.compute_logits(hidden if logit_rows is None else hidden[logit_rows])

@@ -87,13 +87,8 @@ class ModelSpec:
         return embeddings + self.num_layers * layer + self.hidden_size
 
     def weight_bytes(self, dtype_bytes: int) -> int:
-        """Memory the loaded model holds, not the size of its files.
-
-        A tied embedding counts twice: the CPU reads it row by row to embed and needs it packed to multiply by
-        it, and one layout does not serve both. `DecoderModel.weight_bytes` is the figure after loading.
-        """
-        packed_copy = self.vocab_size * self.hidden_size if self.tie_word_embeddings else 0
-        return (self.num_parameters() + packed_copy) * dtype_bytes
+        """Memory the loaded model holds: every parameter once, a tied embedding too."""
+        return self.num_parameters() * dtype_bytes
 
     def kv_bytes_per_token(self, dtype_bytes: int) -> int:
         """Keys and values of one token in all layers.

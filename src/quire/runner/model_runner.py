@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from quire.attention.base import AttentionMetadata, KVCache
+from quire.attention.base import KVCache
 from quire.kernels.base import Kernels
 from quire.messages import AdmittedRequest, PlannedRow, StepPlan, StepResult
 from quire.models.decoder import DecoderModel
@@ -74,6 +74,7 @@ class ModelRunner:
     ) -> None:
         self.model = model
         self.kv_cache = kv_cache
+        self._decoder = model.over(kv_cache)
         self._kernels = kernels
         self._sampler = Sampler(kernels)
         self.batch = RunningBatch(
@@ -95,8 +96,9 @@ class ModelRunner:
         for row, seat in zip(plan.rows, seats, strict=True):
             if row.new_block_ids:
                 self.batch.add_blocks(seat, row.new_block_ids)
-        hidden = self._forward(plan.rows, np.array(seats))
-        return self._sample(plan, seats, hidden)
+        sampling = [index for index, row in enumerate(plan.rows) if row.samples]
+        logits = self._forward(plan.rows, np.array(seats), sampling)
+        return self._sample(plan, seats, sampling, logits)
 
     def _admit(self, request: AdmittedRequest) -> None:
         state = SamplingState(
@@ -122,8 +124,10 @@ class ModelRunner:
         if ready:
             self._kernels.copy_blocks(self.kv_cache.pairs, ready)
 
-    def _forward(self, rows: Sequence[PlannedRow], seats: np.ndarray) -> torch.Tensor:
-        """Hidden states of the last token of each row. [B, hidden_size]"""
+    def _forward(
+        self, rows: Sequence[PlannedRow], seats: np.ndarray, sampling: Sequence[int]
+    ) -> torch.Tensor:
+        """Logits of the last token of each row that samples. [R, vocab_size] float32"""
         batch, size = self.batch, self.batch.block_size
         starts = np.array([row.start for row in rows], dtype=np.int64)
         counts = np.array([row.num_tokens for row in rows], dtype=np.int64)
@@ -138,28 +142,25 @@ class ModelRunner:
         width = -(-int(seq_lens.max()) // size)
         query_start_loc = np.zeros(len(rows) + 1, dtype=np.int32)
         query_start_loc[1:] = ends
-        position_tensor = torch.from_numpy(positions)
-        metadata = AttentionMetadata(
-            positions=position_tensor,
+        return self._decoder.forward(
+            input_ids=torch.from_numpy(input_ids),
+            positions=torch.from_numpy(positions),
             slot_mapping=torch.from_numpy(blocks * size + positions % size),
             query_start_loc=torch.from_numpy(query_start_loc),
             seq_lens=torch.from_numpy(seq_lens.astype(np.int32)),
             block_table=torch.from_numpy(batch.block_ids[seats, :width]),
+            logit_rows=None if len(sampling) == ends[-1] else torch.from_numpy(ends[sampling] - 1),
         )
-        hidden = self.model.forward(
-            torch.from_numpy(input_ids), position_tensor, metadata, self.kv_cache
-        )
-        if len(rows) == ends[-1]:
-            return hidden
-        return hidden[torch.from_numpy(ends - 1)]
 
-    def _sample(self, plan: StepPlan, seats: Sequence[int], hidden: torch.Tensor) -> StepResult:
-        sampling = [index for index, row in enumerate(plan.rows) if row.samples]
+    def _sample(
+        self,
+        plan: StepPlan,
+        seats: Sequence[int],
+        sampling: Sequence[int],
+        logits: torch.Tensor,
+    ) -> StepResult:
         if not sampling:
             return StepResult(step_id=plan.step_id)
-        if len(sampling) < len(plan.rows):
-            hidden = hidden[torch.tensor(sampling)]
-        logits = self.model.compute_logits(hidden)
         rows = [self._sampling_row(plan.rows[index], seats[index]) for index in sampling]
         sampled = self._sampler.sample(logits, rows)
         for index, result in zip(sampling, sampled, strict=True):

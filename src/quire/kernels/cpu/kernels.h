@@ -15,6 +15,38 @@
 INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
+/* Memory of the calling thread's that lasts until it asks for the same use again, at least `bytes`
+ * long and 64-byte aligned; NULL if there is none. */
+enum scratch_use { SCRATCH_LINEAR, SCRATCH_DECODER, SCRATCH_USES };
+void *quire_scratch(enum scratch_use use, size_t bytes);
+
+/* ---- products (linear.c) ---- */
+
+typedef struct {            /* mirrored by LinearWeight in library.py */
+  const void *panels;       /* as quire_pack_linear leaves them */
+  const void *bias;         /* [n], or NULL */
+  int64_t n, k;             /* outputs, inputs */
+  int32_t dtype;            /* of x, bias and out */
+  int32_t format;           /* of the panels: LINEAR_DENSE, in `dtype` */
+} linear_weight;
+
+enum linear_format { LINEAR_DENSE = 0 };
+
+/* What becomes of y, rounded to dtype: stored; added to out (and rounded again); stored as float. */
+enum linear_epilogue { LINEAR_STORE = 0, LINEAR_ADD = 1, LINEAR_FLOAT = 2 };
+
+int quire_linear(const linear_weight *w, const void *x, int64_t x_stride, void *out,
+                 int64_t out_stride, int64_t m, int epilogue, int threads);
+int quire_gather_rows(const linear_weight *w, const int64_t *ids, int64_t tokens, void *out);
+
+/* ---- rows (elementwise.c) ---- */
+
+int quire_rms_norm(const void *x, int64_t x_stride, int64_t inner, void *residual,
+                   const void *weight, void *out, int64_t rows, int64_t n, float eps, int dt,
+                   int threads);
+int quire_silu_and_mul(const void *gate_up, void *out, int64_t rows, int64_t n, int dt,
+                       int threads);
+
 /* ---- attention (attention.c) ---- */
 
 typedef struct { /* mirrored by AttentionArgs in library.py; strides in elements */

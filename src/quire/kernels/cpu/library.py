@@ -14,6 +14,16 @@ from quire.kernels.cpu.build import BuildError, build
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
+class LinearWeight(ctypes.Structure):
+    """Mirrors linear_weight in kernels.h."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("panels", "bias")),
+        *((name, c_int64) for name in ("n", "k")),
+        *((name, c_int32) for name in ("dtype", "format")),
+    ]
+
+
 class AttentionArgs(ctypes.Structure):
     """Mirrors attention_args in kernels.h."""
 
@@ -52,7 +62,10 @@ _SIGNATURES = {
     "quire_copy_blocks": [_P, _P, _N, _N, _N],
     "quire_philox_uniform": [c_uint64, c_uint64, _P, _N],
     "quire_sample_gumbel": [_P, _N, _P, _P, _P, _N, _N, _I],
-    "quire_linear": [_P, _N, _P, _P, _P, _N, _N, _N, _I, _I],
+    "quire_linear": [POINTER(LinearWeight), _P, _N, _P, _N, _N, _I, _I],
+    "quire_pack_linear": [_P, _N, _N, _N, _N, _N, _P, _I],
+    "quire_gather_rows": [POINTER(LinearWeight), _P, _N, _P],
+    "quire_decoder_forward": [_P, _P],
     "quire_paged_attention": [POINTER(AttentionArgs)],
 }
 

@@ -1,78 +1,258 @@
-/* x @ W^T for the dtypes that oneDNN does not serve invariantly (see quire/kernels/linear_cpu.py).
+/* y = x @ W^T + bias over packed weights, the same bits for a row whatever the number of rows.
  *
- * Weights are packed in panels of PANEL output columns: [panels][K][PANEL]. An output is one chain of
- * fused multiply-adds over k in order, whatever the number of rows, so no row can depend on another.
+ * Weights are packed in panels of PANEL output columns, [panels][K / pair][PANEL][pair], where a pair
+ * is two bfloat16 along K (what vdpbf16ps eats) and one element in the other dtypes. An output is one
+ * chain of fused multiply-adds (or of vdpbf16ps) over k in order, from zero: how rows are blocked in
+ * registers, how columns are shared among threads and where K is cut move no bit. A few rows stream the
+ * weights once, in address order; with more, a panel stays in L2 while blocks of rows pass over it, and
+ * meanwhile the next panel is on its way.
  */
 #include "kernels.h"
 
-#define PANEL 32
-#define COLUMNS (2 * VW) /* of a panel, kept in registers */
-#define ROWS (VW == 16 ? 6 : 4)
+#define PANEL 64
+#if VW == 16 || defined(__aarch64__) /* 32 vector registers */
+#define LANES 4 /* vectors of a panel in registers, times ROWS accumulators */
+#define ROWS 6
+#else
+#define LANES 2
+#define ROWS 4
+#endif
+#define K_CUT 4096       /* elements of K between spills: a panel of so many fits in L2 */
+#define ROW_CHUNK 192    /* rows that pass over a panel before the next one; bounds the spill */
+#define AHEAD 2048       /* bytes of prefetch where a panel is read once: rows then wait for memory */
 
-/* out[r][0..columns) for `rows` rows of x (fp32, row stride k). */
-INLINE void linear_block(const float *x, const void *panel, const void *bias, void *out,
-                         int64_t out_stride, int64_t k, int64_t columns, const int rows,
-                         const int dt) {
-  for (int64_t c = 0; c < columns; c += COLUMNS) {
-    vf acc[6][2];
-    UNROLL for (int r = 0; r < rows; r++) acc[r][0] = acc[r][1] = vset(0.0f);
-    for (int64_t i = 0; i < k; i++) {
-      const vf w0 = vload(at(panel, i * PANEL + c, dt), dt);
-      const vf w1 = vload(at(panel, i * PANEL + c + VW, dt), dt);
+#if defined(__AVX512BF16__)
+#define HAVE_DOT 1
+#else
+#define HAVE_DOT 0
+#endif
+
+/* Whether x must be widened to fp32 first: its elements are then broadcast as they are. */
+INLINE int widens(const int dt) { return dt == F16 || (dt == BF16 && !HAVE_DOT); }
+
+INLINE int64_t pair_of(const int dt) { return dt == BF16 ? 2 : 1; }
+
+typedef struct {
+  const linear_weight *w;
+  const void *x; /* [m, k], fp32 where `widens` */
+  void *out;
+  int64_t x_stride, out_stride, m;
+  int epilogue;
+} linear_job;
+
+/* What to prefetch during one pass over a panel: `stride` bytes for each step of k. */
+typedef struct {
+  const char *at;
+  int64_t stride;
+} stream;
+
+/* acc[r][i] += x[r][k0..k1) * panel columns, for one group of LANES vectors. */
+INLINE void multiply(vf acc[ROWS][LANES], const void *x, int64_t x_stride, const char *w,
+                     stream next, int64_t k0, int64_t k1, const int rows, const int dt) {
+  const int64_t step = pair_of(dt), row = PANEL * step * (int64_t)elem_size(dt);
+  const int bytes = LANES * VW * (dt == F32 || dt == BF16 ? 4 : 2);
+  w += k0 / step * row;
+  next.at += k0 / step * next.stride;
+  for (int64_t k = k0; k < k1; k += step, w += row, next.at += next.stride) {
+    UNROLL for (int b = 0; b < bytes; b += 64) __builtin_prefetch(next.at + b, 0, 2);
+#if HAVE_DOT
+    if (dt == BF16) {
+      __m512bh wv[LANES];
+      UNROLL for (int i = 0; i < LANES; i++) wv[i] = (__m512bh)_mm512_loadu_si512(w + i * 64);
       UNROLL for (int r = 0; r < rows; r++) {
-        const vf xr = vset(x[r * k + i]);
-        acc[r][0] = vfma(w0, xr, acc[r][0]);
-        acc[r][1] = vfma(w1, xr, acc[r][1]);
+        int32_t pair;
+        memcpy(&pair, (const char *)x + (r * x_stride + k) * 2, 4);
+        const __m512bh xv = (__m512bh)_mm512_set1_epi32(pair);
+        UNROLL for (int i = 0; i < LANES; i++)
+          acc[r][i] = (vf)_mm512_dpbf16_ps((__m512)acc[r][i], xv, wv[i]);
+      }
+      continue;
+    }
+#endif
+    vf wv[2][LANES];
+    UNROLL for (int i = 0; i < LANES; i++) {
+      if (dt == BF16) { /* lane: element k low, element k + 1 high */
+        vu both;
+        memcpy(&both, w + i * VW * 4, sizeof both);
+        wv[0][i] = (vf)(both << 16);
+        wv[1][i] = (vf)(both & 0xffff0000u);
+      } else {
+        wv[0][i] = vload(w + i * VW * (int)elem_size(dt), dt);
       }
     }
-    UNROLL for (int half = 0; half < 2; half++) {
-      const int64_t first = c + half * VW, n = columns - first;
-      if (n <= 0) continue;
-      const vf b = bias ? vload_upto(at(bias, first, dt), n, dt) : vset(0.0f);
-      UNROLL for (int r = 0; r < rows; r++)
-        vstore_upto(at_mut(out, r * out_stride + first, dt), bias ? acc[r][half] + b : acc[r][half],
-                    n, dt);
-    }
+    UNROLL for (int half = 0; half < (dt == BF16 ? 2 : 1); half++)
+      UNROLL for (int r = 0; r < rows; r++) {
+        const vf xv = vset(((const float *)x)[r * x_stride + k + half]);
+        UNROLL for (int i = 0; i < LANES; i++) acc[r][i] = vfma(wv[half][i], xv, acc[r][i]);
+      }
   }
 }
 
-INLINE void linear_panel(const float *x, const void *panel, const void *bias, void *out, int64_t m,
-                         int64_t n, int64_t k, int64_t columns, const int dt) {
-  int64_t r = 0;
-  for (; r + ROWS <= m; r += ROWS)
-    linear_block(x + r * k, panel, bias, at_mut(out, r * n, dt), n, k, columns, ROWS, dt);
-  for (; r + 4 <= m; r += 4)
-    linear_block(x + r * k, panel, bias, at_mut(out, r * n, dt), n, k, columns, 4, dt);
-  for (; r + 2 <= m; r += 2)
-    linear_block(x + r * k, panel, bias, at_mut(out, r * n, dt), n, k, columns, 2, dt);
-  if (r < m) linear_block(x + r * k, panel, bias, at_mut(out, r * n, dt), n, k, columns, 1, dt);
+/* sums [rows][PANEL]: what `multiply` has so far of some rows over one panel. */
+INLINE void block(const linear_job *job, const void *x, const char *panel, stream next, int64_t k0,
+                  int64_t k1, float *sums, const int rows, const int dt) {
+  for (int c = 0; c < PANEL; c += LANES * VW) {
+    vf acc[ROWS][LANES];
+    UNROLL for (int r = 0; r < rows; r++) UNROLL for (int i = 0; i < LANES; i++)
+      acc[r][i] = k0 ? vload(sums + r * PANEL + c + i * VW, F32) : vset(0.0f);
+    multiply(acc, x, job->x_stride, panel + c * pair_of(dt) * (int64_t)elem_size(dt), next, k0, k1,
+             rows, dt);
+    UNROLL for (int r = 0; r < rows; r++) UNROLL for (int i = 0; i < LANES; i++)
+      vstore(sums + r * PANEL + c + i * VW, acc[r][i], F32);
+  }
 }
 
-/* x: [m, k], row stride given. bias: [n] or NULL. out: [m, n]. Returns 5 if there is no memory. */
-int quire_linear(const void *x, int64_t x_stride, const void *panels, const void *bias, void *out,
-                 int64_t m, int64_t n, int64_t k, int dt, int threads) {
-  float *wide = malloc((size_t)(m * k) * sizeof(float) + 64);
-  if (!wide) return 5;
-#pragma omp parallel num_threads(threads) if (m * n * k > 4 * SMALL_WORK)
-  {
-#pragma omp for schedule(static)
-    for (int64_t r = 0; r < m; r++)
-      for (int64_t i = 0; i < k; i += VW)
-        vstore_upto(wide + r * k + i, vload_upto(at(x, r * x_stride + i, dt), k - i, dt), k - i,
-                    F32);
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t first = 0; first < n; first += PANEL) {
-      const void *panel = at(panels, first * k, dt);
-      const void *b = bias ? at(bias, first, dt) : NULL;
-      const int64_t columns = n - first < PANEL ? n - first : PANEL;
-      if (dt == F32)
-        linear_panel(wide, panel, b, at_mut(out, first, dt), m, n, k, columns, F32);
-      else if (dt == BF16)
-        linear_panel(wide, panel, b, at_mut(out, first, dt), m, n, k, columns, BF16);
-      else
-        linear_panel(wide, panel, b, at_mut(out, first, dt), m, n, k, columns, F16);
+/* Bias and epilogue for rows x n columns of finished sums; `out` at the first of them. */
+INLINE void finish(const linear_job *job, const float *sums, const void *bias, void *out,
+                   int64_t rows, int64_t n, const int dt) {
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t c = 0; c < n; c += VW) {
+      const int64_t index = r * job->out_stride + c, rest = n - c;
+      vf y = vload(sums + r * PANEL + c, F32);
+      if (bias) y += vload_upto(at(bias, c, dt), rest, dt);
+      if (job->epilogue == LINEAR_FLOAT) {
+        vstore_upto((float *)out + index, vround(y, dt), rest, F32);
+      } else {
+        void *to = at_mut(out, index, dt);
+        if (job->epilogue == LINEAR_ADD) y = vload_upto(to, rest, dt) + vround(y, dt);
+        vstore_upto(to, y, rest, dt);
+      }
+    }
+}
+
+/* Rows [begin, end) over one panel, in blocks of nearly equal size. */
+INLINE void panel_rows(const linear_job *job, int64_t begin, int64_t end, int64_t panel,
+                       int64_t next_panel, const int dt) {
+  const linear_weight *w = job->w;
+  const int64_t rows = end - begin, blocks = (rows + ROWS - 1) / ROWS, step = pair_of(dt);
+  const int64_t steps = (w->k + step - 1) / step, row = PANEL * step * (int64_t)elem_size(dt);
+  const char *base = (const char *)w->panels + panel * steps * row;
+  const char *after = (const char *)w->panels + next_panel * steps * row;
+  const int xt = widens(dt) ? F32 : dt;
+  float sums[ROW_CHUNK * PANEL];
+  for (int64_t k0 = 0; k0 < w->k; k0 += K_CUT) {
+    const int64_t k1 = w->k - k0 > K_CUT ? k0 + K_CUT : w->k;
+    for (int64_t b = 0; b < blocks; b++) {
+      const int64_t first = rows * b / blocks;
+      const void *x = at(job->x, (begin + first) * job->x_stride, xt);
+      float *s = sums + first * PANEL;
+      /* A lone pass waits for its own panel; of several, each brings its share of the next one. */
+      const stream next = blocks == 1 ? (stream){base + AHEAD, row}
+                                      : (stream){after + b * (steps * row / blocks), row / blocks};
+      switch (rows * (b + 1) / blocks - first) {
+        case 1: block(job, x, base, next, k0, k1, s, 1, dt); break;
+        case 2: block(job, x, base, next, k0, k1, s, 2, dt); break;
+        case 3: block(job, x, base, next, k0, k1, s, 3, dt); break;
+        case 4: block(job, x, base, next, k0, k1, s, 4, dt); break;
+#if ROWS > 4
+        case 5: block(job, x, base, next, k0, k1, s, 5, dt); break;
+        case 6: block(job, x, base, next, k0, k1, s, 6, dt); break;
+#endif
+      }
     }
   }
-  free(wide);
+  const int64_t column = panel * PANEL, n = w->n - column < PANEL ? w->n - column : PANEL;
+  const int ot = job->epilogue == LINEAR_FLOAT ? F32 : dt;
+  finish(job, sums, w->bias ? at(w->bias, column, dt) : NULL,
+         at_mut(job->out, begin * job->out_stride + column, ot), rows, n, dt);
+}
+
+/* One instance a dtype, so that the compiler specializes each once. */
+#define PANEL_ROWS(name, dt)                                                                      \
+  static __attribute__((noinline)) void name(const linear_job *job, int64_t begin, int64_t end,   \
+                                             int64_t panel, int64_t next_panel) {                 \
+    panel_rows(job, begin, end, panel, next_panel, dt);                                           \
+  }
+PANEL_ROWS(panel_rows_f32, F32)
+PANEL_ROWS(panel_rows_bf16, BF16)
+PANEL_ROWS(panel_rows_f16, F16)
+
+/* x as the kernel reads it: widened where it must be, and with no element missing from the last pair. */
+static const void *readable(const linear_weight *w, const void *x, int64_t *stride, int64_t m) {
+  const int dt = w->dtype;
+  const int64_t step = pair_of(dt), k = (w->k + step - 1) / step * step;
+  if (!widens(dt) && k == w->k) return x;
+  const int out = widens(dt) ? F32 : dt;
+  char *copy = quire_scratch(SCRATCH_LINEAR, (size_t)(m * k) * elem_size(out) + 64);
+  if (!copy) return NULL;
+  for (int64_t r = 0; r < m; r++) {
+    memset(at_mut(copy, r * k + w->k, out), 0, (size_t)(k - w->k) * elem_size(out));
+    const void *row = at(x, r * *stride, dt);
+    if (out == dt)
+      memcpy(at_mut(copy, r * k, out), row, (size_t)w->k * elem_size(dt));
+    else
+      for (int64_t i = 0; i < w->k; i += VW)
+        vstore_upto((float *)copy + r * k + i, vload_upto(at(row, i, dt), w->k - i, dt), w->k - i, F32);
+  }
+  *stride = k;
+  return copy;
+}
+
+/* x: [m, k], row stride given. out: [m, n], row stride given; what becomes of it is `epilogue`'s.
+ * Returns 5 if there is no memory. */
+int quire_linear(const linear_weight *w, const void *x, int64_t x_stride, void *out,
+                 int64_t out_stride, int64_t m, int epilogue, int threads) {
+  linear_job job = {w, NULL, out, x_stride, out_stride, m, epilogue};
+  job.x = readable(w, x, &job.x_stride, m);
+  if (!job.x) return 5;
+  const int64_t panels = (w->n + PANEL - 1) / PANEL, chunks = (m + ROW_CHUNK - 1) / ROW_CHUNK;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (m * w->n * w->k > 4 * SMALL_WORK)
+  for (int64_t u = 0; u < panels * chunks; u++) {
+    const int64_t panel = u % panels, chunk = u / panels;
+    const int64_t next = panel + threads < panels ? panel + threads : panel;
+    const int64_t begin = m * chunk / chunks, end = m * (chunk + 1) / chunks;
+    if (w->dtype == F32)
+      panel_rows_f32(&job, begin, end, panel, next);
+    else if (w->dtype == BF16)
+      panel_rows_bf16(&job, begin, end, panel, next);
+    else
+      panel_rows_f16(&job, begin, end, panel, next);
+  }
+  return 0;
+}
+
+/* ---- packing ---- */
+
+#define PACK_K 64 /* elements of K moved at a time: the destination's share stays in L1 */
+
+/* Rows [first, first + rows) of a [n, k] matrix into the panels; the rest of a panel is the caller's
+ * (zeroed memory). size: 2 or 4 bytes an element; step: elements in a pair. */
+int quire_pack_linear(const void *weight, int64_t first, int64_t rows, int64_t k, int64_t size,
+                      int64_t step, void *panels, int threads) {
+  const int64_t unit = size * step, padded = (k + step - 1) / step;
+  const int64_t begin = first / PANEL, end = (first + rows + PANEL - 1) / PANEL;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (rows * k > 4 * SMALL_WORK)
+  for (int64_t p = begin; p < end; p++) {
+    char *panel = (char *)panels + p * PANEL * padded * unit;
+    for (int64_t k0 = 0; k0 < k; k0 += PACK_K)
+      for (int64_t c = 0; c < PANEL; c++) {
+        const int64_t r = p * PANEL + c - first;
+        if (r < 0 || r >= rows) continue;
+        const char *source = (const char *)weight + (r * k + k0) * size;
+        const int64_t count = k - k0 < PACK_K ? k - k0 : PACK_K;
+        char *to = panel + (k0 / step * PANEL + c) * unit;
+        int64_t i = 0;
+        for (; i + step <= count; i += step, to += PANEL * unit)
+          memcpy(to, source + i * size, unit == 4 ? 4 : 2);
+        if (i < count) memcpy(to, source + i * size, (size_t)size);
+      }
+  }
+  return 0;
+}
+
+/* Row `ids[t]` of the matrix the panels hold, for each t: an embedding that shares the head's weights. */
+int quire_gather_rows(const linear_weight *w, const int64_t *ids, int64_t tokens, void *out) {
+  const int64_t size = (int64_t)elem_size(w->dtype), step = pair_of(w->dtype), unit = size * step;
+  const int64_t padded = (w->k + step - 1) / step;
+  for (int64_t t = 0; t < tokens; t++)
+    if (ids[t] < 0 || ids[t] >= w->n) return 1;
+  for (int64_t t = 0; t < tokens; t++) {
+    const char *from = (const char *)w->panels +
+                       (ids[t] / PANEL * PANEL * padded + ids[t] % PANEL) * unit;
+    char *to = (char *)out + t * w->k * size;
+    int64_t i = 0;
+    for (; i + step <= w->k; i += step, from += PANEL * unit) memcpy(to + i * size, from, unit == 4 ? 4 : 2);
+    if (i < w->k) memcpy(to + i * size, from, (size_t)size);
+  }
   return 0;
 }

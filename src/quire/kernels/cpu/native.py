@@ -16,7 +16,9 @@ from torch import Tensor
 
 from quire.kernels import checks
 from quire.kernels.checks import KernelArgumentError
+from quire.kernels.cpu.decoder import NativeDecoder
 from quire.kernels.cpu.library import DTYPES, AttentionArgs, QKVArgs, load_library
+from quire.kernels.decoder import DecoderWeights
 
 
 def _fail(message: str) -> NoReturn:
@@ -229,6 +231,9 @@ class NativeKernels:
             torch.get_num_threads(),
         )
         return out
+
+    def decoder(self, weights: DecoderWeights) -> NativeDecoder:
+        return NativeDecoder(weights)
 
     def philox_uniform(self, seed: int, position: int, n: int) -> Tensor:
         out = torch.empty(n, dtype=torch.float32)

@@ -1,0 +1,211 @@
+"""A whole forward pass in one C call, for decoders whose every matrix is packed for C.
+
+Between two kernels of a layered forward pass lie a dozen Python calls and a checked tensor each: 190 us a
+layer, more than a 4 M parameter model needs for all its arithmetic. Here Python fills in one
+struct a step.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import byref, c_float, c_int32, c_int64, c_void_p
+
+import torch
+from torch import Tensor
+
+from quire.kernels import checks
+from quire.kernels.cpu.library import DTYPES, LinearWeight, load_library
+from quire.kernels.decoder import DecoderWeights, LayerWeights
+from quire.kernels.linear_cpu import NativeLinear, PackedLinear
+
+
+class _Layer(ctypes.Structure):
+    """Mirrors decoder_layer in decoder.c."""
+
+    _fields_ = [
+        *((name, LinearWeight) for name in ("qkv", "o", "gate_up", "down")),
+        *((name, c_void_p) for name in ("input_norm", "post_norm", "q_norm", "k_norm")),
+        *((name, c_void_p) for name in ("k_cache", "v_cache")),
+        ("window", c_int64),
+    ]
+
+
+class _Model(ctypes.Structure):
+    """Mirrors decoder_model in decoder.c."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("layers", "embedding", "final_norm")),
+        ("head", LinearWeight),
+        ("cos_sin", c_void_p),
+        *((name, c_int64) for name in ("num_layers", "hidden", "inner", "q_heads", "kv_heads")),
+        *((name, c_int64) for name in ("head_dim", "half", "max_position", "block_size")),
+        *((name, c_int64) for name in ("num_blocks", "widest_window")),
+        *((name, c_float) for name in ("eps", "scale")),
+        ("dtype", c_int32),
+    ]
+
+
+class _Step(ctypes.Structure):
+    """Mirrors decoder_step in decoder.c."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("input_ids", "positions", "slots", "block_table")),
+        *((name, c_void_p) for name in ("query_start_loc", "seq_lens", "logit_rows", "logits")),
+        *((name, c_int64) for name in ("tokens", "requests", "table_stride", "num_logits")),
+        ("threads", c_int32),
+    ]
+
+
+_ERRORS = {
+    1: "a token id is outside the vocabulary",
+    2: "a position is outside the rotary table",
+    3: "a slot is past the cache",
+    4: "a block id is outside the cache",
+    5: "query_start_loc or seq_lens do not describe the tokens",
+    6: "logit_rows do not rise within the tokens",
+}
+
+
+class NativeDecoder:
+    """The pass over one model and one cache. Holds their tensors, so that addresses stay good."""
+
+    def __init__(self, weights: DecoderWeights) -> None:
+        """Raises `KernelArgumentError` if a tensor is not what the C code would read."""
+        _check(weights)
+        self._lib = load_library()
+        self._weights = weights
+        layers = weights.layers
+        geometry = checks.check_caches(layers[0].k_cache, layers[0].v_cache)
+        self._layers = (_Layer * len(layers))(*(_layer(layer) for layer in layers))
+        head = weights.head.backend
+        assert isinstance(head, NativeLinear)
+        self._vocab_size = weights.head.out_features
+        windows = [layer.window for layer in layers]
+        self._model = _Model(
+            layers=ctypes.addressof(self._layers),
+            embedding=None if weights.embedding is None else weights.embedding.data_ptr(),
+            final_norm=weights.final_norm.data_ptr(),
+            head=head.struct,
+            cos_sin=weights.cos_sin.data_ptr(),
+            num_layers=len(layers),
+            hidden=weights.head.in_features,
+            inner=layers[0].down.in_features,
+            q_heads=layers[0].o.in_features // geometry.head_dim,
+            kv_heads=geometry.num_kv_heads,
+            head_dim=geometry.head_dim,
+            half=weights.cos_sin.shape[1] // 2,
+            max_position=weights.cos_sin.shape[0],
+            block_size=geometry.block_size,
+            num_blocks=geometry.num_blocks,
+            widest_window=0 if 0 in windows else max(windows),
+            eps=weights.eps,
+            scale=weights.scale,
+            dtype=DTYPES[weights.head.dtype],
+        )
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        slot_mapping: Tensor,
+        query_start_loc: Tensor,
+        seq_lens: Tensor,
+        block_table: Tensor,
+        logit_rows: Tensor | None,
+    ) -> Tensor:
+        tokens, requests = input_ids.shape[0], seq_lens.shape[0]
+        for name, tensor in (
+            ("input_ids", input_ids),
+            ("positions", positions),
+            ("slot_mapping", slot_mapping),
+        ):
+            checks.check_dense(name, tensor, torch.int64, (tokens,))
+        checks.check_dense("seq_lens", seq_lens, torch.int32, (requests,))
+        checks.check_dense("query_start_loc", query_start_loc, torch.int32, (requests + 1,))
+        width = block_table.shape[-1]
+        checks.check_dense("block_table", block_table, torch.int32, (requests, width))
+        count = tokens
+        if logit_rows is not None:
+            count = logit_rows.numel()
+            checks.check_dense("logit_rows", logit_rows, torch.int64, (count,))
+        logits = torch.empty(count, self._vocab_size)
+        step = _Step(
+            input_ids.data_ptr(),
+            positions.data_ptr(),
+            slot_mapping.data_ptr(),
+            block_table.data_ptr(),
+            query_start_loc.data_ptr(),
+            seq_lens.data_ptr(),
+            None if logit_rows is None else logit_rows.data_ptr(),
+            logits.data_ptr(),
+            tokens,
+            requests,
+            width,
+            count,
+            torch.get_num_threads(),
+        )
+        if code := self._lib.quire_decoder_forward(byref(self._model), byref(step)):
+            if code not in _ERRORS:
+                raise MemoryError(f"no memory for the activations of {tokens} tokens")
+            raise checks.KernelArgumentError(_ERRORS[code])
+        return logits
+
+
+def _layer(layer: LayerWeights) -> _Layer:
+    return _Layer(
+        qkv=_struct(layer.qkv),
+        o=_struct(layer.o),
+        gate_up=_struct(layer.gate_up),
+        down=_struct(layer.down),
+        input_norm=layer.input_norm.data_ptr(),
+        post_norm=layer.post_norm.data_ptr(),
+        q_norm=None if layer.q_norm is None else layer.q_norm.data_ptr(),
+        k_norm=None if layer.k_norm is None else layer.k_norm.data_ptr(),
+        k_cache=layer.k_cache.data_ptr(),
+        v_cache=layer.v_cache.data_ptr(),
+        window=layer.window,
+    )
+
+
+def _struct(linear: PackedLinear) -> LinearWeight:
+    assert isinstance(linear.backend, NativeLinear), "a compiler made the other kernels"
+    return linear.backend.struct
+
+
+def _check(weights: DecoderWeights) -> None:
+    """Every tensor has the shape that the others give it."""
+    head, dtype = weights.head, weights.head.dtype
+    hidden = (head.in_features,)
+    first = weights.layers[0]
+    geometry = checks.check_caches(first.k_cache, first.v_cache)
+    head_dim, inner, q_size = (geometry.head_dim,), first.down.in_features, first.o.in_features
+    qkv_size = q_size + 2 * geometry.num_kv_heads * geometry.head_dim
+    checks.require(q_size % geometry.head_dim == 0, f"o takes {q_size}, no number of heads")
+    checks.check_dense("final_norm", weights.final_norm, dtype, hidden)
+    if weights.embedding is not None:
+        shape = (head.out_features, head.in_features)
+        checks.check_dense("embedding", weights.embedding, dtype, shape)
+    cos_sin = weights.cos_sin
+    checks.check_dense("cos_sin", cos_sin, torch.float32, (cos_sin.shape[0], cos_sin.shape[1]))
+    for layer in weights.layers:
+        checks.require(
+            checks.check_caches(layer.k_cache, layer.v_cache) == geometry
+            and layer.k_cache.dtype is dtype,
+            "the layers' caches differ",
+        )
+        checks.check_dense("input_norm", layer.input_norm, dtype, hidden)
+        checks.check_dense("post_norm", layer.post_norm, dtype, hidden)
+        for name, norm in (("q_norm", layer.q_norm), ("k_norm", layer.k_norm)):
+            if norm is not None:
+                checks.check_dense(name, norm, dtype, head_dim)
+        for name, linear, shape in (
+            ("qkv", layer.qkv, (qkv_size, head.in_features)),
+            ("o", layer.o, (head.in_features, q_size)),
+            ("gate_up", layer.gate_up, (2 * inner, head.in_features)),
+            ("down", layer.down, (head.in_features, inner)),
+        ):
+            found = (linear.out_features, linear.in_features)
+            checks.require(
+                found == shape and linear.dtype is dtype,
+                f"{name} is {linear.dtype} {found}; need {dtype} {shape}",
+            )
