@@ -1,0 +1,350 @@
+"""Measure Quire and every installed rival on W1-W5, interleaved in one run.
+
+    make dev && bench/peers/setup                         (once)
+    .venv/bin/python -m bench.peers.compare --model M2    (from the repository's root)
+
+Every engine stays loaded but stopped while another is measured. Each repeat goes through the workloads, and
+each workload through all engines, starting with another one each time, so that whatever else the machine
+does meets all of them alike. Writes bench/results/cpu/<date>-<commit>-<model>.json and .md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from bench.peers import client, report, servers
+from bench.peers.processes import Runner, RunnerError, cpu_times, others_share
+from bench.peers.rivals import REPOSITORY, peers_dir, server_makers, specs
+from bench.peers.workloads import (
+    FULL,
+    MODELS,
+    SMOKE,
+    WARM_UP,
+    WORKLOADS,
+    w5_arrivals,
+    w5_requests,
+)
+
+MUCH_SLOWER = 3.0
+"""An engine this many times slower than the best at the warm-up is measured once, not `repeats` times."""
+
+QUIET = 0.10
+"""A measurement during which others used more than this much of a core is taken again (and marked)."""
+
+
+def main() -> None:
+    args = _parse()
+    root = peers_dir()
+    logs = root / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    run = Comparison(args, root, logs)
+    try:
+        if args.workloads != ["W5"]:
+            run.load()
+            run.measure()
+    finally:
+        run.close()
+    if "W5" in args.workloads:
+        run.serve()
+    write(run.results, args)
+
+
+class Comparison:
+    """One run. `results` is what is written as JSON; `report` makes the table from it alone."""
+
+    def __init__(self, args: argparse.Namespace, root: Path, logs: Path) -> None:
+        self.args, self.root, self.logs = args, root, logs
+        self.shape = MODELS[args.model]
+        self.specs = [
+            spec
+            for spec in specs(root, args.threads)
+            if not args.engines or spec.name in args.engines
+        ]
+        self.runners: dict[str, Runner] = {}
+        self.engines: dict[str, dict[str, object]] = {}
+        self.skipped: dict[str, str] = {}
+        self.samples: list[dict[str, object]] = []
+        self.results: dict[str, object] = {
+            "record": _record(),
+            "model": args.model,
+            "title": self.shape.title,
+            "smoke": args.smoke,
+            "threads": args.threads,
+            "repeats": args.repeats,
+            "engines": self.engines,
+            "skipped": self.skipped,
+            "samples": self.samples,
+        }
+
+    def load(self) -> None:
+        """Start every engine, one after another, each alone on the machine."""
+        for spec in self.specs:
+            if not set(spec.workloads) & set(self.args.workloads):
+                continue
+            reason = spec.missing(self.root, self.args.model)
+            if reason is not None:
+                self._skip(spec.name, reason)
+                continue
+            log = self.logs / f"{spec.name.replace(' ', '-')}-{self.args.model}.log"
+            command = spec.command(
+                self.root, self.args.model, self.args.threads, smoke=self.args.smoke
+            )
+            runner = Runner(spec, command, log)
+            try:
+                message = runner.wait_ready(timeout=900)
+            except RunnerError as error:
+                runner.kill()
+                self._skip(spec.name, f"did not load: {error} (log: {log})")
+                continue
+            runner.stop()
+            self.runners[spec.name] = runner
+            self.engines[spec.name] = {
+                **message,
+                "command": " ".join(command),
+                "env": spec.env,
+                "failures": [],
+            }
+            _say(
+                f"{spec.name} {message['version']}: first answer {message['first_answer_s']:.1f} s; "
+                f"{_available_gib():.1f} GiB of memory left"
+            )
+
+    def measure(self) -> None:
+        names = [name for name in WORKLOADS if name in self.args.workloads]
+        for name in names:
+            for engine in self._able(name):
+                self._sample(engine, name, WARM_UP)
+        for repeat in range(self.args.repeats):
+            for name in names:
+                slow = self._much_slower(name)
+                able = self._able(name)
+                turn = repeat % max(1, len(able))
+                for engine in able[turn:] + able[:turn]:
+                    if repeat and engine in slow:
+                        continue
+                    self._sample(engine, name, repeat)
+        for engine in list(self.runners):
+            answer = self._ask(engine, command="memory")
+            if answer is not None:
+                self.engines[engine]["peak_rss_mib"] = answer["peak_rss_mib"]
+
+    def _able(self, workload: str) -> list[str]:
+        return [n for n, runner in self.runners.items() if workload in runner.spec.workloads]
+
+    def _sample(self, engine: str, workload: str, repeat: int) -> None:
+        """Measure, and once or twice more where others used the machine; every attempt is recorded."""
+        for attempt in range(1 if repeat == WARM_UP else 1 + self.args.retries):
+            if self._ask(engine, command="nudge", keep_awake=True) is None:
+                return
+            group = {self.runners[engine].process.pid}
+            before = cpu_times(group)
+            answer = self._ask(
+                engine, command="run", workload=workload, repeat=repeat + attempt * 1000
+            )
+            after = cpu_times(group)
+            if answer is None:
+                return
+            others = others_share(before, after)
+            self.samples.append(
+                {
+                    "engine": engine,
+                    "workload": workload,
+                    "repeat": repeat,
+                    "attempt": attempt,
+                    "others": round(others, 3),
+                    "measures": answer["measures"],
+                }
+            )
+            _say(
+                f"  {workload} {repeat:2} {engine:24} {_brief(answer['measures'])} others {others:.2f}"
+            )
+            if others <= QUIET:
+                return
+
+    def _ask(
+        self, engine: str, *, keep_awake: bool = False, **command: object
+    ) -> dict[str, object] | None:
+        """The answer, with the engine awake only for it. None, and no more of that engine, on an error."""
+        runner = self.runners[engine]
+        runner.wake()
+        try:
+            return runner.ask(self.args.timeout, **command)
+        except RunnerError as error:
+            _say(f"  {engine} failed at {command}: {error}")
+            failures = self.engines[engine]["failures"]
+            assert isinstance(failures, list)
+            failures.append(f"{command}: {error}")
+            if (
+                command.get("workload") is None
+                or "gave no answer" in str(error)
+                or "ended" in str(error)
+            ):
+                del self.runners[engine]
+                runner.kill()
+            return None
+        finally:
+            if not keep_awake:
+                runner.stop()
+
+    def _much_slower(self, workload: str) -> set[str]:
+        return report.much_slower(self.samples, workload, MUCH_SLOWER)
+
+    def _skip(self, name: str, reason: str) -> None:
+        self.skipped[name] = reason
+        _say(f"{name} skipped: {reason}")
+
+    def close(self) -> None:
+        for runner in self.runners.values():
+            runner.kill()
+        self.runners.clear()
+
+    def serve(self) -> None:
+        """W5: each server alone, in turn, `--rounds` times."""
+        makers = server_makers(self.root, self.shape, self.args.threads)
+        wanted = [
+            name
+            for name in makers
+            if (
+                not self.args.engines
+                or name in self.args.engines
+                or name.split()[0] in self.args.engines
+            )
+        ]
+        for turn in range(self.args.rounds):
+            for name in wanted[turn % len(wanted) :] + wanted[: turn % len(wanted)]:
+                if name not in self.skipped:
+                    try:
+                        self._serve_one(name, makers[name], turn)
+                    except (RuntimeError, OSError) as error:
+                        self._skip(f"{name} server", str(error))
+
+    def _serve_one(self, name: str, maker: servers.ServerMaker, turn: int) -> None:
+        port = servers.free_port()
+        server = maker(port)
+        if not Path(server.command[0]).exists():
+            raise RuntimeError(f"not installed: no {server.command[0]} (run bench/peers/setup)")
+        log = self.logs / f"{name.replace(' ', '-')}-server-{self.args.model}.log"
+        started = time.perf_counter()
+        process = servers.start(server, log)
+        try:
+            servers.wait_ready(port, process, timeout=900)
+            scale = SMOKE if self.args.smoke else FULL
+            vocab = self.shape.vocab_size
+            rate = self.args.rate or self.shape.w5_rate
+            warm = w5_requests(vocab, WARM_UP - turn, scale)
+            asyncio.run(client.answer(port, server.model, warm[0].prompt))
+            first_answer = time.perf_counter() - started
+            pairs = [(r.prompt, r.max_tokens) for r in warm[1:17]]
+            asyncio.run(client.load(port, server.model, pairs, [0.0] * len(pairs)))
+            requests = w5_requests(vocab, turn, scale)
+            before = cpu_times({process.pid})
+            result = asyncio.run(
+                client.load(
+                    port,
+                    server.model,
+                    [(r.prompt, r.max_tokens) for r in requests],
+                    w5_arrivals(rate, len(requests)),
+                )
+            )
+            others = others_share(before, cpu_times({process.pid}))
+        finally:
+            _end(process)
+        measures = {key: round(value, 3) for key, value in asdict(result).items()}
+        measures["server_first_answer_s"] = round(first_answer, 3)
+        self.samples.append(
+            {
+                "engine": name,
+                "workload": "W5",
+                "repeat": turn,
+                "attempt": 0,
+                "others": round(others, 3),
+                "rate": rate,
+                "command": " ".join(server.command),
+                "measures": measures,
+            }
+        )
+        _say(f"  W5 {turn:2} {name:24} {_brief(measures)} others {others:.2f}")
+
+
+def write(results: dict[str, object], args: argparse.Namespace) -> None:
+    record = results["record"]
+    assert isinstance(record, dict)
+    day = str(record["date"])[:10]
+    commit = str(record["commit"] or "unknown")[:7] + ("-dirty" if record["dirty"] else "")
+    name = f"{day}-{commit}-{args.model}" + ("-smoke" if args.smoke else "")
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
+    (args.out / f"{name}.md").write_text(report.markdown(results))
+    _say(f"written: {args.out / name}.json and .md")
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", choices=sorted(MODELS), default="M2")
+    parser.add_argument("--engines", nargs="+", help="only these, by the names in the table")
+    parser.add_argument("--workloads", nargs="+", default=[*WORKLOADS, "W5"])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=2, help="of W5")
+    parser.add_argument(
+        "--rate", type=float, help="of W5, requests/s (default: 2 for M2, 0.5 for M1)"
+    )
+    parser.add_argument("--retries", type=int, default=2, help="where others used the machine")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--timeout", type=float, default=1200, help="seconds for one measurement")
+    parser.add_argument("--out", type=Path, default=REPOSITORY / "bench" / "results" / "cpu")
+    parser.add_argument("--smoke", action="store_true", help="tiny workloads, once: does it work?")
+    args = parser.parse_args()
+    if args.smoke:
+        args.repeats, args.rounds, args.retries = 1, 1, 0
+    return args
+
+
+def _record() -> dict[str, object]:
+    sys.path.insert(0, str(REPOSITORY / "src"))
+    from quire.bench.record import run_record
+
+    command = ["python", "-m", "bench.peers.compare", *sys.argv[1:]]
+    return run_record(command)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """The server's whole session: asked first, then with force."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, number)
+        except ProcessLookupError:
+            break
+        try:
+            process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            continue
+    process.wait()
+
+
+def _available_gib() -> float:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) / 2**20
+    return float("nan")
+
+
+def _brief(measures: object) -> str:
+    assert isinstance(measures, dict)
+    return " ".join(f"{key} {value:.4g}" for key, value in measures.items())
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""Which engines are compared, in which environment each runs, and whether it is installed here."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bench.peers import servers
+from bench.peers.workloads import ModelShape
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def peers_dir() -> Path:
+    """Where `setup` puts environments, models and builds: $QUIRE_PEERS_DIR or ~/.cache/quire/peers."""
+    return Path(os.environ.get("QUIRE_PEERS_DIR", "~/.cache/quire/peers")).expanduser()
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """One engine (or one way of using it) that a runner process measures."""
+
+    name: str
+    module: str
+    venv: str | None
+    """Folder below venvs/; None is the environment this script runs in (Quire's)."""
+    model_file: str
+    """What must exist below models/, with {model} for M1 or M2."""
+    env: dict[str, str] = field(default_factory=dict)
+    options: tuple[str, ...] = ()
+    workloads: tuple[str, ...] = ("W1", "W2", "W3", "W4")
+
+    def python(self, root: Path) -> Path:
+        return root / "venvs" / self.venv / "bin" / "python" if self.venv else Path(sys.executable)
+
+    def missing(self, root: Path, model: str) -> str | None:
+        """Why it cannot run here, or None."""
+        needed = [self.python(root), root / "models" / self.model_file.format(model=model)]
+        if self.name == "llama.cpp":
+            needed.append(root / "llama.cpp-build" / "bin" / "llama-server")
+        absent = [path for path in needed if not path.exists()]
+        return f"not installed: no {absent[0]} (run bench/peers/setup)" if absent else None
+
+    def command(self, root: Path, model: str, threads: int, *, smoke: bool) -> list[str]:
+        words = [str(self.python(root)), "-m", self.module, "--model", model]
+        words += ["--models", str(root / "models"), "--threads", str(threads)]
+        for option in self.options:
+            words += ["--option", option]
+        return [*words, "--smoke"] if smoke else words
+
+
+def vllm_env(root: Path, threads: int, *, in_process: bool) -> dict[str, str]:
+    """Every core computes, and the allocator and OpenMP that vLLM's own guide asks to preload."""
+    preload = [
+        path
+        for pattern in ("lib/**/libtcmalloc_minimal.so.4", "venvs/vllm/lib/libiomp5.so")
+        for path in sorted(root.glob(pattern))[:1]
+    ]
+    env = {
+        "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
+        "OMP_NUM_THREADS": str(threads),
+        "VLLM_CACHE_ROOT": str(root / "vllm-cache"),
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "LD_PRELOAD": ":".join(str(path) for path in preload),
+    }
+    if in_process:
+        env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    return env
+
+
+def specs(root: Path, threads: int) -> list[Spec]:
+    quire_env = {"PYTHONPATH": f"{REPOSITORY / 'src'}:{REPOSITORY}"}
+    openmp = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+    return [
+        Spec("quire", "bench.peers.run_quire", None, "{model}", quire_env),
+        Spec(
+            name="quire cache-off",
+            module="bench.peers.run_quire",
+            venv=None,
+            model_file="{model}",
+            env=quire_env,
+            options=("cache-off",),
+            workloads=("W3",),
+        ),
+        Spec(
+            name="vllm",
+            module="bench.peers.run_vllm",
+            venv="vllm",
+            model_file="{model}",
+            env=vllm_env(root, threads, in_process=True),
+        ),
+        Spec("openvino", "bench.peers.run_openvino", "openvino", "{model}-openvino"),
+        Spec("llama.cpp", "bench.peers.run_llama_cpp", "llama_cpp", "{model}.gguf"),
+        Spec("transformers", "bench.peers.run_transformers", "transformers", "{model}", openmp),
+        Spec(
+            name="transformers continuous",
+            module="bench.peers.run_transformers",
+            venv="transformers",
+            model_file="{model}",
+            env=openmp,
+            options=("continuous",),
+        ),
+    ]
+
+
+def server_makers(root: Path, model: ModelShape, threads: int) -> dict[str, servers.ServerMaker]:
+    """Name -> how to start that server on a port, for W5. OpenVINO and transformers bring none."""
+    return {
+        "quire": lambda port: servers.quire_server(root, model, port, threads),
+        "vllm": lambda port: servers.vllm_server(
+            root, model, port, vllm_env(root, threads, in_process=False)
+        ),
+        "vllm as shipped": lambda port: servers.vllm_server(
+            root, model, port, {"VLLM_CACHE_ROOT": str(root / "vllm-cache"), "HF_HUB_OFFLINE": "1"}
+        ),
+        "llama.cpp": lambda port: servers.Server(
+            servers.llama_server(root, model, port, slots=64, threads=threads)
+        ),
+    }
