@@ -5,6 +5,8 @@
  * the operations. In the last layer only the rows whose logits are wanted go on past attention, and a
  * step that wants none (a chunk of a long prompt) ends with its keys and values stored.
  */
+#include <time.h>
+
 #include "kernels.h"
 
 typedef struct { /* mirrored by DecoderLayer in decoder.py */
@@ -33,8 +35,29 @@ typedef struct { /* mirrored by DecoderStep in decoder.py */
   const int64_t *logit_rows; /* tokens of the step; NULL for all of them, or none */
   float *logits;             /* [num_logits, vocab] */
   int64_t tokens, requests, table_stride, num_logits;
+  double *seconds; /* [PHASES], added to where given */
   int32_t threads;
 } decoder_step;
+
+/* Where a step's time goes; named in decoder.py, in this order. */
+enum phase { EMBED, NORM, QKV, ROPE_WRITE, ATTENTION, O, GATE_UP, SILU_MUL, DOWN, HEAD, PHASES };
+
+typedef struct {
+  double *seconds, last;
+} stopwatch;
+
+static double now(void) {
+  struct timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+static void lap(stopwatch *w, enum phase phase) {
+  if (!w->seconds) return;
+  const double t = now();
+  w->seconds[phase] += t - w->last;
+  w->last = t;
+}
 
 typedef struct { /* the step's activations, [tokens, ...] each */
   char *residual, *x, *qkv, *attention, *gate_up, *inner;
@@ -115,38 +138,52 @@ int quire_decoder_forward(const decoder_model *m, const decoder_step *s) {
   qkv_args qkv = qkv_of(m, s, &b);
   const int wrong = check(m, s, &attention, &qkv);
   if (wrong) return wrong;
+  stopwatch watch = {s->seconds, s->seconds ? now() : 0.0};
   if (embed(m, s, b.residual)) return 1;
+  lap(&watch, EMBED);
 
   const int64_t h = m->hidden, q_size = m->q_heads * m->head_dim;
   const int dt = m->dtype, threads = s->threads;
   const int64_t size = (int64_t)elem_size(dt);
   int64_t rows = s->tokens;
-  int failed = quire_rms_norm(b.residual, h, 1, NULL, m->layers[0].input_norm, b.x, rows, h, m->eps, dt, threads);
+  int failed = quire_rms_norm(b.residual, h, 1, NULL, m->layers[0].input_norm, b.x, rows, h,
+                              m->eps, dt, threads);
+  lap(&watch, NORM);
   for (int64_t i = 0; i < m->num_layers; i++) {
     const decoder_layer *l = &m->layers[i];
     const int last = i + 1 == m->num_layers;
     failed |= quire_linear(&l->qkv, b.x, h, b.qkv, qkv.qkv_stride, rows, LINEAR_STORE, threads);
+    lap(&watch, QKV);
     qkv.q_norm = l->q_norm, qkv.k_norm = l->k_norm;
     qkv.k_cache = l->k_cache, qkv.v_cache = l->v_cache;
     quire_rope_write_kv_unchecked(&qkv);
+    lap(&watch, ROPE_WRITE);
     if (last && !s->num_logits) break;
     attention.k_cache = l->k_cache, attention.v_cache = l->v_cache;
     attention.window = l->window;
     failed |= quire_attention_unchecked(&attention);
+    lap(&watch, ATTENTION);
     if (last && s->logit_rows) {
       keep_rows(b.residual, s->logit_rows, s->num_logits, h * size);
       keep_rows(b.attention, s->logit_rows, s->num_logits, q_size * size);
       rows = s->num_logits;
     }
     failed |= quire_linear(&l->o, b.attention, q_size, b.residual, h, rows, LINEAR_ADD, threads);
+    lap(&watch, O);
     quire_rms_norm(b.residual, h, 1, NULL, l->post_norm, b.x, rows, h, m->eps, dt, threads);
+    lap(&watch, NORM);
     failed |= quire_linear(&l->gate_up, b.x, h, b.gate_up, 2 * m->inner, rows, LINEAR_STORE, threads);
+    lap(&watch, GATE_UP);
     quire_silu_and_mul(b.gate_up, b.inner, rows, m->inner, dt, threads);
+    lap(&watch, SILU_MUL);
     failed |= quire_linear(&l->down, b.inner, m->inner, b.residual, h, rows, LINEAR_ADD, threads);
+    lap(&watch, DOWN);
     const void *next = last ? m->final_norm : m->layers[i + 1].input_norm;
     quire_rms_norm(b.residual, h, 1, NULL, next, b.x, rows, h, m->eps, dt, threads);
+    lap(&watch, NORM);
   }
   if (s->num_logits)
     failed |= quire_linear(&m->head, b.x, h, s->logits, m->head.n, rows, LINEAR_FLOAT, threads);
+  lap(&watch, HEAD);
   return failed ? 7 : 0;
 }

@@ -8,7 +8,8 @@ struct a step.
 from __future__ import annotations
 
 import ctypes
-from ctypes import byref, c_float, c_int32, c_int64, c_void_p
+from collections.abc import Mapping
+from ctypes import Array, byref, c_double, c_float, c_int32, c_int64, c_void_p
 
 import torch
 from torch import Tensor
@@ -52,9 +53,15 @@ class _Step(ctypes.Structure):
         *((name, c_void_p) for name in ("input_ids", "positions", "slots", "block_table")),
         *((name, c_void_p) for name in ("query_start_loc", "seq_lens", "logit_rows", "logits")),
         *((name, c_int64) for name in ("tokens", "requests", "table_stride", "num_logits")),
+        ("seconds", c_void_p),
         ("threads", c_int32),
     ]
 
+
+PHASES = (
+    *("embed", "norm", "qkv", "rope_write", "attention"),
+    *("o", "gate_up", "silu_mul", "down", "head"),
+)
 
 _ERRORS = {
     1: "a token id is outside the vocabulary",
@@ -74,6 +81,7 @@ class NativeDecoder:
         _check(weights)
         self._lib = load_library()
         self._weights = weights
+        self._seconds: Array[c_double] | None = None
         layers = weights.layers
         geometry = checks.check_caches(layers[0].k_cache, layers[0].v_cache)
         self._layers = (_Layer * len(layers))(*(_layer(layer) for layer in layers))
@@ -102,6 +110,12 @@ class NativeDecoder:
             scale=weights.scale,
             dtype=DTYPES[weights.head.dtype],
         )
+
+    def profile(self) -> Mapping[str, float]:
+        """Seconds spent in each phase since the first call of this method, which turns the clock on."""
+        if self._seconds is None:
+            self._seconds = (c_double * len(PHASES))()
+        return dict(zip(PHASES, self._seconds, strict=True))
 
     def forward(
         self,
@@ -142,6 +156,7 @@ class NativeDecoder:
             requests,
             width,
             count,
+            None if self._seconds is None else ctypes.addressof(self._seconds),
             torch.get_num_threads(),
         )
         if code := self._lib.quire_decoder_forward(byref(self._model), byref(step)):

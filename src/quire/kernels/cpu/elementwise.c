@@ -52,22 +52,40 @@ INLINE void add_norm_row(const void *x, void *residual, const void *weight, void
   norm_row(x, weight, out, n, eps, dt);
 }
 
+/* Rows that make a unit of work. */
+static int64_t rows_per_unit(int64_t n) { return max64(1, SMALL_WORK / 2 / n); }
+
+typedef struct {
+  const void *x, *weight;
+  void *residual, *out;
+  int64_t x_stride, inner, rows, n, per_unit;
+  float eps;
+  int dt;
+} norm_job;
+
+static void norm_unit(void *context, int64_t unit) {
+  const norm_job *j = context;
+  const int64_t begin = unit * j->per_unit, end = min64(begin + j->per_unit, j->rows);
+  for (int64_t r = begin; r < end; r++) {
+    const void *x = at(j->x, r / j->inner * j->x_stride + r % j->inner * j->n, j->dt);
+    void *residual = j->residual ? at_mut(j->residual, r * j->n, j->dt) : NULL;
+    void *out = at_mut(j->out, r * j->n, j->dt);
+    if (j->dt == F32)
+      add_norm_row(x, residual, j->weight, out, j->n, j->eps, F32);
+    else if (j->dt == BF16)
+      add_norm_row(x, residual, j->weight, out, j->n, j->eps, BF16);
+    else
+      add_norm_row(x, residual, j->weight, out, j->n, j->eps, F16);
+  }
+}
+
 /* out = rms_norm(x), or with residual: residual += x, out = rms_norm(residual).
  * x: [rows / inner, inner, n] with x_stride elements between its first index's; the others dense. */
-int quire_rms_norm(const void *x, int64_t x_stride, int64_t inner, void *residual, const void *weight, void *out,
-                   int64_t rows, int64_t n, float eps, int dt, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (rows * n > SMALL_WORK)
-  for (int64_t r = 0; r < rows; r++) {
-    const void *xr = at(x, r / inner * x_stride + r % inner * n, dt);
-    void *rr = residual ? at_mut(residual, r * n, dt) : NULL;
-    void *outr = at_mut(out, r * n, dt);
-    if (dt == F32)
-      add_norm_row(xr, rr, weight, outr, n, eps, F32);
-    else if (dt == BF16)
-      add_norm_row(xr, rr, weight, outr, n, eps, BF16);
-    else
-      add_norm_row(xr, rr, weight, outr, n, eps, F16);
-  }
+int quire_rms_norm(const void *x, int64_t x_stride, int64_t inner, void *residual,
+                   const void *weight, void *out, int64_t rows, int64_t n, float eps, int dt,
+                   int threads) {
+  norm_job job = {x, weight, residual, out, x_stride, inner, rows, n, rows_per_unit(n), eps, dt};
+  quire_run(norm_unit, &job, (rows + job.per_unit - 1) / job.per_unit, threads);
   return 0;
 }
 
@@ -87,19 +105,32 @@ INLINE void silu_row(const void *gate, const void *up, void *out, int64_t n, con
   }
 }
 
+typedef struct {
+  const void *gate_up;
+  void *out;
+  int64_t rows, n, per_unit;
+  int dt;
+} silu_job;
+
+static void silu_unit(void *context, int64_t unit) {
+  const silu_job *j = context;
+  const int64_t begin = unit * j->per_unit, end = min64(begin + j->per_unit, j->rows), n = j->n;
+  for (int64_t r = begin; r < end; r++) {
+    const void *gate = at(j->gate_up, r * 2 * n, j->dt), *up = at(j->gate_up, r * 2 * n + n, j->dt);
+    void *out = at_mut(j->out, r * n, j->dt);
+    if (j->dt == F32)
+      silu_row(gate, up, out, n, F32);
+    else if (j->dt == BF16)
+      silu_row(gate, up, out, n, BF16);
+    else
+      silu_row(gate, up, out, n, F16);
+  }
+}
+
 /* gate_up: [rows, 2n] -> out [rows, n]. */
 int quire_silu_and_mul(const void *gate_up, void *out, int64_t rows, int64_t n, int dt,
                        int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (rows * n > SMALL_WORK)
-  for (int64_t r = 0; r < rows; r++) {
-    const void *gate = at(gate_up, r * 2 * n, dt), *up = at(gate_up, r * 2 * n + n, dt);
-    void *outr = at_mut(out, r * n, dt);
-    if (dt == F32)
-      silu_row(gate, up, outr, n, F32);
-    else if (dt == BF16)
-      silu_row(gate, up, outr, n, BF16);
-    else
-      silu_row(gate, up, outr, n, F16);
-  }
+  silu_job job = {gate_up, out, rows, n, rows_per_unit(n), dt};
+  quire_run(silu_unit, &job, (rows + job.per_unit - 1) / job.per_unit, threads);
   return 0;
 }

@@ -20,6 +20,12 @@ INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 enum scratch_use { SCRATCH_LINEAR, SCRATCH_DECODER, SCRATCH_USES };
 void *quire_scratch(enum scratch_use use, size_t bytes);
 
+/* ---- threads (pool.c) ---- */
+
+/* Calls task(context, u) once for each u in [0, units), on up to `threads` threads, the caller's among them. */
+typedef void (*quire_task)(void *context, int64_t unit);
+void quire_run(quire_task task, void *context, int64_t units, int threads);
+
 /* ---- products (linear.c) ---- */
 
 typedef struct {            /* mirrored by LinearWeight in library.py */

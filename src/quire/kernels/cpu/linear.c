@@ -37,7 +37,8 @@ typedef struct {
   const void *x; /* [m, k], fp32 where `widens` */
   void *out;
   int64_t x_stride, out_stride, m;
-  int epilogue;
+  int64_t panels, chunks; /* a unit of work is a chunk of rows over a panel */
+  int epilogue, threads;
 } linear_job;
 
 /* What to prefetch during one pass over a panel: `stride` bytes for each step of k. */
@@ -188,26 +189,29 @@ static const void *readable(const linear_weight *w, const void *x, int64_t *stri
   return copy;
 }
 
+static void linear_unit(void *context, int64_t unit) {
+  const linear_job *job = context;
+  const int64_t panel = unit % job->panels, chunk = unit / job->panels;
+  const int64_t next = panel + job->threads < job->panels ? panel + job->threads : panel;
+  const int64_t begin = job->m * chunk / job->chunks, end = job->m * (chunk + 1) / job->chunks;
+  if (job->w->dtype == F32)
+    panel_rows_f32(job, begin, end, panel, next);
+  else if (job->w->dtype == BF16)
+    panel_rows_bf16(job, begin, end, panel, next);
+  else
+    panel_rows_f16(job, begin, end, panel, next);
+}
+
 /* x: [m, k], row stride given. out: [m, n], row stride given; what becomes of it is `epilogue`'s.
  * Returns 5 if there is no memory. */
 int quire_linear(const linear_weight *w, const void *x, int64_t x_stride, void *out,
                  int64_t out_stride, int64_t m, int epilogue, int threads) {
-  linear_job job = {w, NULL, out, x_stride, out_stride, m, epilogue};
+  if (m * w->n * w->k <= 4 * SMALL_WORK) threads = 1;
+  linear_job job = {w, NULL, out, x_stride, out_stride, m, (w->n + PANEL - 1) / PANEL,
+                    (m + ROW_CHUNK - 1) / ROW_CHUNK, epilogue, threads};
   job.x = readable(w, x, &job.x_stride, m);
   if (!job.x) return 5;
-  const int64_t panels = (w->n + PANEL - 1) / PANEL, chunks = (m + ROW_CHUNK - 1) / ROW_CHUNK;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (m * w->n * w->k > 4 * SMALL_WORK)
-  for (int64_t u = 0; u < panels * chunks; u++) {
-    const int64_t panel = u % panels, chunk = u / panels;
-    const int64_t next = panel + threads < panels ? panel + threads : panel;
-    const int64_t begin = m * chunk / chunks, end = m * (chunk + 1) / chunks;
-    if (w->dtype == F32)
-      panel_rows_f32(&job, begin, end, panel, next);
-    else if (w->dtype == BF16)
-      panel_rows_bf16(&job, begin, end, panel, next);
-    else
-      panel_rows_f16(&job, begin, end, panel, next);
-  }
+  quire_run(linear_unit, &job, job.panels * job.chunks, threads);
   return 0;
 }
 
@@ -215,28 +219,38 @@ int quire_linear(const linear_weight *w, const void *x, int64_t x_stride, void *
 
 #define PACK_K 64 /* elements of K moved at a time: the destination's share stays in L1 */
 
+typedef struct {
+  const char *weight;
+  char *panels;
+  int64_t first, rows, k, size, step;
+} pack_job;
+
+static void pack_panel(void *context, int64_t index) {
+  const pack_job *j = context;
+  const int64_t unit = j->size * j->step, padded = (j->k + j->step - 1) / j->step;
+  const int64_t p = j->first / PANEL + index;
+  char *panel = j->panels + p * PANEL * padded * unit;
+  for (int64_t k0 = 0; k0 < j->k; k0 += PACK_K)
+    for (int64_t c = 0; c < PANEL; c++) {
+      const int64_t r = p * PANEL + c - j->first;
+      if (r < 0 || r >= j->rows) continue;
+      const char *source = j->weight + (r * j->k + k0) * j->size;
+      const int64_t count = min64(j->k - k0, PACK_K);
+      char *to = panel + (k0 / j->step * PANEL + c) * unit;
+      int64_t i = 0;
+      for (; i + j->step <= count; i += j->step, to += PANEL * unit)
+        memcpy(to, source + i * j->size, unit == 4 ? 4 : 2);
+      if (i < count) memcpy(to, source + i * j->size, (size_t)j->size);
+    }
+}
+
 /* Rows [first, first + rows) of a [n, k] matrix into the panels; the rest of a panel is the caller's
  * (zeroed memory). size: 2 or 4 bytes an element; step: elements in a pair. */
 int quire_pack_linear(const void *weight, int64_t first, int64_t rows, int64_t k, int64_t size,
                       int64_t step, void *panels, int threads) {
-  const int64_t unit = size * step, padded = (k + step - 1) / step;
-  const int64_t begin = first / PANEL, end = (first + rows + PANEL - 1) / PANEL;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (rows * k > 4 * SMALL_WORK)
-  for (int64_t p = begin; p < end; p++) {
-    char *panel = (char *)panels + p * PANEL * padded * unit;
-    for (int64_t k0 = 0; k0 < k; k0 += PACK_K)
-      for (int64_t c = 0; c < PANEL; c++) {
-        const int64_t r = p * PANEL + c - first;
-        if (r < 0 || r >= rows) continue;
-        const char *source = (const char *)weight + (r * k + k0) * size;
-        const int64_t count = k - k0 < PACK_K ? k - k0 : PACK_K;
-        char *to = panel + (k0 / step * PANEL + c) * unit;
-        int64_t i = 0;
-        for (; i + step <= count; i += step, to += PANEL * unit)
-          memcpy(to, source + i * size, unit == 4 ? 4 : 2);
-        if (i < count) memcpy(to, source + i * size, (size_t)size);
-      }
-  }
+  pack_job job = {weight, panels, first, rows, k, size, step};
+  const int64_t count = (first + rows + PANEL - 1) / PANEL - first / PANEL;
+  quire_run(pack_panel, &job, count, rows * k > 4 * SMALL_WORK ? threads : 1);
   return 0;
 }
 
