@@ -22,6 +22,7 @@ UNIT = "quire_kernels.c"
 # Bit reproducibility is worth more than what the compiler would gain.
 FLAGS = (
     "-O2",
+    "-pthread",
     "-fopenmp",
     "-shared",
     "-fPIC",
@@ -30,6 +31,8 @@ FLAGS = (
     "-ffp-contract=off",
     "-Wno-psabi",
 )
+EXTRA_FLAGS_VARIABLE = "QUIRE_KERNEL_CFLAGS"
+"""More compiler flags, for the sanitizers (scripts/sanitize) and a debugger's -g."""
 TIMEOUT_SECONDS = 120
 
 
@@ -60,7 +63,8 @@ def find_compiler() -> list[str]:
 
 def build(march: str = "native") -> Path:
     """The compiled library's path, compiling it if this machine has not yet. Raises BuildError."""
-    compiler = [*find_compiler(), f"-march={march}"]
+    extra = shlex.split(os.environ.get(EXTRA_FLAGS_VARIABLE, ""))
+    compiler = [*find_compiler(), f"-march={march}", *extra]
     directory = cache_dir()
     library = directory / f"quire-kernels-{_fingerprint(compiler)}.so"
     try:
