@@ -54,8 +54,13 @@ def test_paged_attention_equals_plain_attention(name: str, window: int | None) -
         block_table=torch.tensor([blocks], dtype=torch.int32),
     )
     out = torch.empty(length, 4, 8)
-    backend = PagedAttention(create_kernels(name), scale=0.3)
-    backend.forward(q, k, v, cache=cache.layers[1], metadata=metadata, window=window, out=out)
+    kernels, layer = create_kernels(name), cache.layers[1]
+    qkv, no_rotation = torch.cat((q, k, v), dim=1).flatten(1), torch.empty(length, 0)
+    kernels.rope_write_kv(
+        qkv, metadata.positions, no_rotation, layer.k, layer.v, metadata.slot_mapping
+    )
+    backend = PagedAttention(kernels, scale=0.3)
+    backend.forward(q, cache=layer, metadata=metadata, window=window, out=out)
 
     distance = torch.arange(length)[:, None] - torch.arange(length)
     hidden = (distance < 0) | (distance >= (window or length))

@@ -81,13 +81,22 @@ def make_sequences(
     for b, length in enumerate(lengths):
         k = randn(length, kv_heads, head_dim, rng=rng, dtype=dtype)
         v = randn(length, kv_heads, head_dim, rng=rng, dtype=dtype)
-        kernels.write_kv(k, v, k_cache, v_cache, slots_of(table[b], 0, length, block_size))
+        store(kernels, k, v, k_cache, v_cache, slots_of(table[b], 0, length, block_size))
         keys.append(k)
         values.append(v)
     # Rows of the table past a request's end must not be read as blocks.
     for b, length in enumerate(lengths):
         table[b, -(-length // block_size) :] = -1
     return Sequences(keys, values, k_cache, v_cache, table, torch.tensor(lengths).int(), block_size)
+
+
+def store(
+    kernels: Kernels, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor
+) -> None:
+    """Keys and values into their slots as they are: not rotated. k, v: [T, kv_heads, D]."""
+    qkv = torch.cat((torch.zeros_like(k), k, v), dim=1).flatten(1)
+    no_rotation, positions = torch.empty(1, 0), torch.zeros(len(k), dtype=torch.int64)
+    kernels.rope_write_kv(qkv, positions, no_rotation, k_cache, v_cache, slots)
 
 
 def slots_of(table: Tensor, start: int, end: int, block_size: int) -> Tensor:

@@ -6,6 +6,7 @@ import itertools
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ from tests.kernels.cases import (
     seeds,
     slots_of,
     starts,
+    store,
 )
 
 SEGMENT = 512  # attention.c closes its running sums every so many keys
@@ -207,7 +209,8 @@ def test_chunks_are_the_whole(
     bounds = sorted({0, length, *(cut for cut in cuts if cut < length)})
     for begin, end in itertools.pairwise(bounds):
         slots = slots_of(s.block_table[0], begin, end, block_size)
-        native.write_kv(s.keys[0][begin:end], s.values[0][begin:end], s.k_cache, s.v_cache, slots)
+        k, v = s.keys[0][begin:end], s.values[0][begin:end]
+        store(native, k, v, s.k_cache, s.v_cache, slots)
         lens = torch.tensor([end, 37]).int()
         part = attend(native, s, [q[begin:end], other], options, seq_lens=lens)
         assert torch.equal(bits(part[: end - begin]), bits(whole[begin:end]))
@@ -249,6 +252,41 @@ def test_neither_batch_nor_threads_matter(
         table, lens = s.table_row(b), s.seq_lens[b : b + 1].clone()
         alone = attend(native, s, [queries[b]], options, block_table=table, seq_lens=lens)
         assert torch.equal(bits(alone), bits(part))
+
+
+@settings(max_examples=25)
+@given(
+    requests=st.lists(st.tuples(st.integers(1, 2000), st.integers(1, 40)), min_size=1, max_size=3),
+    heads=st.sampled_from([(1, 1), (2, 1), (3, 2), (7, 1)]),
+    window=st.sampled_from([0, 0, 100, SEGMENT, 1100]),
+    dtype=dtypes,
+    seed=seeds,
+)
+def test_segments_shared_among_threads_change_nothing(
+    native: NativeKernels,
+    requests: list[tuple[int, int]],
+    heads: tuple[int, int],
+    window: int,
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    """With few units of work and many threads, each unit's segments are worked on apart."""
+    rng, (group, kv_heads) = generator(seed), heads
+    lengths = [length for length, _ in requests]
+    s = make_sequences(
+        native, lengths, kv_heads=kv_heads, head_dim=64, block_size=16, dtype=dtype, rng=rng
+    )
+    queries = [
+        randn(min(n, length), group * kv_heads, 64, rng=rng, dtype=dtype) for length, n in requests
+    ]
+    options = Options(0.125, window)
+    alone = attend(native, s, queries, options)
+    try:
+        for threads in (2, 5, 16):
+            torch.set_num_threads(threads)
+            assert torch.equal(bits(attend(native, s, queries, options)), bits(alone))
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_reference_chunks_are_the_whole(reference: Kernels) -> None:
@@ -314,7 +352,7 @@ def test_every_half_precision_value_rounds_as_torch(march: str) -> None:
 # ---- the edges ----
 
 
-def test_strided_queries_and_given_out(native: NativeKernels, reference: Kernels) -> None:
+def test_strided_queries_and_indicesout(native: NativeKernels, reference: Kernels) -> None:
     rng = generator(6)
     s = make_sequences(
         native, [9, 5], kv_heads=2, head_dim=16, block_size=16, dtype=torch.float32, rng=rng
@@ -375,6 +413,48 @@ def test_a_later_tokens_infinity_stays_its_own(native: NativeKernels) -> None:
     s.k_cache[slot // 16, :, :, slot % 16] = torch.nan
     dirty = attend(native, s, [q], Options(0.3))
     assert torch.equal(bits(dirty[:20]), bits(clean[:20])) and bool(dirty[20:].isnan().all())
+
+
+WILD = [-(2**31), -1000, -1, 1000, 2**20, 2**31 - 1]
+
+
+@given(
+    field=st.sampled_from(["block_table", "query_start_loc", "seq_lens"]),
+    where=st.integers(0, 5),
+    number=st.sampled_from(WILD),
+)
+def test_wild_indices_are_refused_before_anything_is_read(
+    native: NativeKernels, reference: Kernels, field: str, where: int, number: int
+) -> None:
+    """One entry of one index tensor is far out; `out` stays as it was."""
+    s = make_sequences(
+        native, [20, 40], kv_heads=2, head_dim=8, block_size=16, dtype=torch.bfloat16,
+        rng=generator(11),
+    )  # fmt: skip
+    indices = {
+        "block_table": s.block_table,
+        "query_start_loc": torch.tensor([0, 2, 6]).int(),
+        "seq_lens": s.seq_lens,
+    }
+    flat = indices[field].view(-1)
+    where %= flat.numel()
+    if field == "query_start_loc" and where == 0 and number > 0:
+        number = -number
+    refused = int(flat[where]) != -1  # else past the request's end: never read
+    flat[where] = number
+    q = torch.ones(6, 4, 8, dtype=torch.bfloat16)
+    for kernels in (native, reference):
+        out = torch.full_like(q, 7.0)
+        call = partial(
+            kernels.paged_attention, q, s.k_cache, s.v_cache, **indices, scale=1.0, out=out
+        )
+        if not refused:
+            call()
+            continue
+        with pytest.raises(KernelArgumentError):
+            call()
+        if kernels is native:
+            assert bool((out == 7.0).all())
 
 
 def test_wrong_contents_and_tensors_raise(native: NativeKernels, reference: Kernels) -> None:

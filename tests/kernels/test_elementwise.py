@@ -79,67 +79,6 @@ def test_silu_at_the_ends(native: NativeKernels) -> None:
     torch.testing.assert_close(actual, expected, equal_nan=True, rtol=1e-6, atol=1e-40)
 
 
-@given(
-    tokens=st.integers(0, 9),
-    heads=st.tuples(st.integers(1, 5), st.integers(1, 3)),
-    half=st.integers(1, 70),
-    unrotated=st.sampled_from([0, 1, 16]),
-    dtype=dtypes,
-    seed=seeds,
-)
-def test_rope_is_the_formula_bit_for_bit(
-    native: NativeKernels,
-    reference: Kernels,
-    tokens: int,
-    heads: tuple[int, int],
-    half: int,
-    unrotated: int,
-    dtype: torch.dtype,
-    seed: int,
-) -> None:
-    rng = generator(seed)
-    (q_heads, k_heads), head_dim = heads, 2 * half + unrotated
-    qkv = randn(tokens, (q_heads + 2 * k_heads) * head_dim, rng=rng, dtype=dtype)
-    cos_sin = randn(50, 2 * half, rng=rng)
-    positions = torch.randint(0, 50, (tokens,), generator=rng)
-    results = []
-    for kernels in (native, reference):
-        copy = qkv.clone()
-        q = copy[:, : q_heads * head_dim].view(tokens, q_heads, head_dim)
-        k = copy[:, q_heads * head_dim : -k_heads * head_dim].view(tokens, k_heads, head_dim)
-        kernels.rope(positions, q, k, cos_sin)
-        results.append(copy)
-    assert torch.equal(bits(results[0]), bits(results[1]))
-
-
-def test_rope_is_hugging_faces_rotation(reference: Kernels) -> None:
-    rng, head_dim = generator(3), 12
-    q, k = randn(6, 2, head_dim, rng=rng), randn(6, 1, head_dim, rng=rng)
-    positions = torch.arange(6)
-    inverse = 10000.0 ** -(torch.arange(0, head_dim, 2) / head_dim)
-    angles = positions[:, None] * inverse
-    cos, sin = angles.cos(), angles.sin()
-
-    def rotate_half(x: torch.Tensor) -> torch.Tensor:
-        return torch.cat((-x[..., head_dim // 2 :], x[..., : head_dim // 2]), dim=-1)
-
-    full_cos, full_sin = (torch.cat((t, t), dim=-1)[:, None] for t in (cos, sin))
-    expected = q * full_cos + rotate_half(q) * full_sin
-    reference.rope(positions, q, k, torch.cat((cos, sin), dim=-1))
-    assert_close(q, expected, ulps=2)
-
-
-@pytest.mark.parametrize("position", [-1, 50])
-def test_rope_refuses_positions_outside_the_table(
-    native: NativeKernels, reference: Kernels, position: int
-) -> None:
-    for kernels in (native, reference):
-        q, k = torch.ones(2, 1, 8), torch.ones(2, 1, 8)
-        with pytest.raises(KernelArgumentError, match="position"):
-            kernels.rope(torch.tensor([0, position]), q, k, torch.zeros(50, 8))
-        assert torch.equal(q, torch.ones(2, 1, 8))
-
-
 def test_wrong_tensors_raise(native: NativeKernels, reference: Kernels) -> None:
     x, weight = torch.ones(4, 8), torch.ones(8)
     for kernels in (native, reference):
@@ -157,10 +96,6 @@ def test_wrong_tensors_raise(native: NativeKernels, reference: Kernels) -> None:
             kernels.add_rms_norm(x, torch.ones(3, 8), weight, 1e-5)
         with pytest.raises(KernelArgumentError):
             kernels.silu_and_mul(torch.ones(2, 7))
-        with pytest.raises(KernelArgumentError):
-            kernels.rope(torch.zeros(4).int(), x.view(4, 1, 8), x.view(4, 1, 8), torch.ones(9, 8))
-        with pytest.raises(KernelArgumentError):
-            kernels.rope(torch.zeros(4).long(), x.view(4, 1, 8), x.view(4, 1, 8), torch.ones(9, 10))
 
 
 def assert_rows_alone(operation, x: torch.Tensor, whole: torch.Tensor) -> None:

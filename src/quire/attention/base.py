@@ -91,17 +91,14 @@ class AttentionBackend(Protocol):
     def forward(
         self,
         q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
         *,
         cache: LayerCache,
         metadata: AttentionMetadata,
         window: int | None,
         out: torch.Tensor,
     ) -> None:
-        """Store `k` and `v` in their slots, then write the attention of `q` to `out`.
+        """Write the attention of `q` to `out`; the step's keys and values are in the cache.
 
-        q, out: [T, num_heads, head_dim]; k, v: [T, num_kv_heads, head_dim]; any may be strided
-        views whose last dimension is contiguous. With a window a query sees that many keys, its own
-        included.
+        q, out: [T, num_heads, head_dim]; q's heads dense, any token stride. With a window a query
+        sees that many keys, its own included.
         """

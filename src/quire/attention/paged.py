@@ -9,9 +9,7 @@ from quire.kernels.base import Kernels
 
 
 class PagedAttention:
-    """The backend over `Kernels`: one kernel call to store, one to attend, whatever mix of requests
-    is in the step.
-    """
+    """The backend over `Kernels`: one call, whatever mix of requests is in the step."""
 
     def __init__(self, kernels: Kernels, *, scale: float) -> None:
         self._kernels = kernels
@@ -20,16 +18,12 @@ class PagedAttention:
     def forward(
         self,
         q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
         *,
         cache: LayerCache,
         metadata: AttentionMetadata,
         window: int | None,
         out: torch.Tensor,
     ) -> None:
-        """Keys are stored first: a token attends to itself and to the tokens before it in the same step."""
-        self._kernels.write_kv(k, v, cache.k, cache.v, metadata.slot_mapping)
         self._kernels.paged_attention(
             q,
             cache.k,

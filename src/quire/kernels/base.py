@@ -81,25 +81,6 @@ class Kernels(Protocol):
         """
         ...
 
-    def rope(self, positions: Tensor, q: Tensor, k: Tensor, cos_sin: Tensor) -> None:
-        """Rotary embedding in place, pairing dimension i with i + R/2 ("neox", HF's rotate_half).
-
-        positions: [T] int64. q: [T, q_heads, D], k: [T, kv_heads, D]: heads dense, any token stride,
-        so views into a fused qkv tensor serve. cos_sin: [max_position, R] float32, R/2 cosines then
-        R/2 sines; R <= D, and dimensions from R on are left alone.
-        """
-        ...
-
-    def write_kv(
-        self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor
-    ) -> None:
-        """Put each token's key and value into its slot.
-
-        k, v: [T, kv_heads, D], any token stride. Caches as `kv_cache_shapes`, same dtype as k.
-        slot_mapping: [T] int64, `block_id * block_size + offset`; a negative slot is padding.
-        """
-        ...
-
     def rope_write_kv(
         self,
         qkv: Tensor,
@@ -119,7 +100,8 @@ class Kernels(Protocol):
         qkv: [T, (q_heads + 2 * kv_heads) * D], query heads, then key heads, then value heads, rows
         dense, any token stride; keys and values are left as they are. positions: [T] int64.
         cos_sin: [max_position, R] float32, R/2 cosines then R/2 sines; dimension i < R/2 is paired
-        with i + R/2 ("neox", HF's rotate_half), dimensions from R on are not rotated. Caches as
+        with i + R/2 ("neox", HF's rotate_half), dimensions from R on are not rotated; R is even and may
+        be 0. Caches as
         `kv_cache_shapes`, same dtype as qkv. slot_mapping: [T] int64, `block_id * block_size +
         offset`; a negative slot is padding and stores nothing. q_norm, k_norm: [D], same dtype: each
         head is first `rms_norm`ed with them and eps, as in Qwen3.

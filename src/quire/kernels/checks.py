@@ -141,39 +141,14 @@ def check_norm(x: Tensor, weight: Tensor) -> None:
     require(shape[-1] > 0, "x has no columns")
 
 
-def check_rope(positions: Tensor, q: Tensor, k: Tensor, cos_sin: Tensor) -> tuple[int, int, int]:
-    """Returns q's shape: tokens, heads, head_dim."""
-    check_float("q", q)
-    check_dims("q", q, 3)
-    check_dims("k", k, 3)
-    tokens, heads, head_dim = shape = q.shape
-    check_rows("q", q, q.dtype, shape)
-    check_rows("k", k, q.dtype, (tokens, k.shape[1], head_dim))
-    check_dense("positions", positions, torch.int64, (tokens,))
-    check_cos_sin(cos_sin, head_dim)
-    return tokens, heads, head_dim
-
-
 def check_cos_sin(cos_sin: Tensor, head_dim: int) -> None:
     check_dims("cos_sin", cos_sin, 2)
     rotary_dim = cos_sin.shape[1]
     check_dense("cos_sin", cos_sin, torch.float32, cos_sin.shape)
     require(
-        0 < rotary_dim <= head_dim and rotary_dim % 2 == 0,
+        rotary_dim <= head_dim and rotary_dim % 2 == 0,
         f"cos_sin is {rotary_dim} wide; need an even width up to head_dim {head_dim}",
     )
-
-
-def check_write_kv(
-    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor
-) -> CacheGeometry:
-    geometry = check_caches(k_cache, v_cache)
-    tokens = slot_mapping.numel()
-    shape = (tokens, geometry.num_kv_heads, geometry.head_dim)
-    check_rows("k", k, k_cache.dtype, shape)
-    check_rows("v", v, k_cache.dtype, shape)
-    check_dense("slot_mapping", slot_mapping, torch.int64, (tokens,))
-    return geometry
 
 
 def check_rope_write_kv(

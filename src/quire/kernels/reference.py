@@ -33,38 +33,6 @@ class ReferenceKernels:
         residual += x
         return self.rms_norm(residual, weight, eps)
 
-    def rope(self, positions: Tensor, q: Tensor, k: Tensor, cos_sin: Tensor) -> None:
-        tokens, _, _ = checks.check_rope(positions, q, k, cos_sin)
-        if tokens == 0:
-            return
-        low, high = int(positions.min()), int(positions.max())
-        require(
-            low >= 0 and high < cos_sin.shape[0],
-            f"a position is outside cos_sin's [0, {cos_sin.shape[0]})",
-        )
-        half = cos_sin.shape[1] // 2
-        cos, sin = cos_sin[positions].unsqueeze(1).split(half, dim=-1)  # [T, 1, half]
-        for x in (q, k):
-            first, second = x[..., :half].float(), x[..., half : 2 * half].float()
-            rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-            x[..., : 2 * half] = rotated.to(x.dtype)
-
-    def write_kv(
-        self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor
-    ) -> None:
-        geometry = checks.check_write_kv(k, v, k_cache, v_cache, slot_mapping)
-        num_slots = geometry.num_blocks * geometry.block_size
-        require(
-            slot_mapping.numel() == 0 or int(slot_mapping.max()) < num_slots,
-            f"a slot is past the cache's {num_slots}",
-        )
-        written = slot_mapping >= 0
-        slots = slot_mapping[written]
-        blocks, offsets = slots // geometry.block_size, slots % geometry.block_size
-        pack = k_cache.shape[-1]
-        k_cache[blocks, :, :, offsets] = k[written].unflatten(-1, (-1, pack))
-        v_cache[blocks, :, offsets // pack, :, offsets % pack] = v[written]
-
     def rope_write_kv(
         self,
         qkv: Tensor,
@@ -86,13 +54,18 @@ class ReferenceKernels:
             checks.fail_rope_write_kv(1)
         if bool((slot_mapping >= geometry.num_blocks * geometry.block_size).any()):
             checks.fail_rope_write_kv(2)
-        heads = qkv.view(qkv.shape[0], -1, geometry.head_dim)
+        heads = qkv.unflatten(1, (-1, geometry.head_dim))
         q, k, v = heads.split([q_heads, geometry.num_kv_heads, geometry.num_kv_heads], dim=1)
         k = k.clone() if k_norm is None else self.rms_norm(k, k_norm, eps)
         if q_norm is not None:
             q.copy_(self.rms_norm(q, q_norm, eps))
-        self.rope(positions, q, k, cos_sin)
-        self.write_kv(k, v, k_cache, v_cache, slot_mapping)
+        _rotate(q, positions, cos_sin)
+        _rotate(k, positions, cos_sin)
+        written = slot_mapping >= 0
+        slots, pack = slot_mapping[written], k_cache.shape[-1]
+        blocks, offsets = slots // geometry.block_size, slots % geometry.block_size
+        k_cache[blocks, :, :, offsets] = k[written].unflatten(-1, (-1, pack))
+        v_cache[blocks, :, offsets // pack, :, offsets % pack] = v[written]
 
     def copy_blocks(
         self, caches: Sequence[tuple[Tensor, Tensor]], pairs: Sequence[tuple[int, int]]
@@ -176,6 +149,15 @@ class ReferenceKernels:
             noise = gumbel_from_uniform(self.philox_uniform(seed, position, vocab))
             tokens[row] = torch.argmax(scores[row] + noise)
         return tokens
+
+
+def _rotate(x: Tensor, positions: Tensor, cos_sin: Tensor) -> None:
+    """x: [T, heads, D], in place; each product is rounded to float32 before the sum."""
+    half = cos_sin.shape[1] // 2
+    cos, sin = cos_sin[positions].unsqueeze(1).split([half, half], dim=-1)  # [T, 1, half]
+    first, second = x[..., :half].float(), x[..., half : 2 * half].float()
+    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    x[..., : 2 * half] = rotated.to(x.dtype)
 
 
 def _attend_one(q: Tensor, keys: Tensor, values: Tensor, *, scale: float, softcap: float) -> Tensor:

@@ -7,7 +7,7 @@ makes Quire's output independent of load. Roundings fall where transformers roun
 product, each norm, each residual addition).
 
 A decode step of a small model is spent in Python, not in arithmetic, so the layers are plain
-objects that hold bound products and make ten kernel calls each (twelve with query and key norms).
+objects that hold bound products and make nine kernel calls each.
 """
 
 from __future__ import annotations
@@ -63,7 +63,6 @@ class DecoderLayer:
         self._attention = attention
         self._cos_sin = cos_sin
         self._window = spec.sliding_windows[index]
-        self._heads = (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)
         self._eps = spec.rms_norm_eps
 
         def linear(parts: dict[str, int], *, in_features: int, bias: bool) -> Linear:
@@ -142,17 +141,21 @@ class DecoderLayer:
         """
         kernels = self._kernels
         qkv = self._qkv(x)
-        q, k, v = qkv.view(qkv.shape[0], -1, self._spec.head_dim).split_with_sizes(
-            self._heads, dim=1
+        # Stored before anyone attends: a token sees itself and those before it in the same step.
+        kernels.rope_write_kv(
+            qkv,
+            step.positions,
+            self._cos_sin,
+            cache.k,
+            cache.v,
+            step.metadata.slot_mapping,
+            q_norm=None if self._q_norm is None else self._q_norm.weight,
+            k_norm=None if self._k_norm is None else self._k_norm.weight,
+            eps=self._eps,
         )
-        if self._q_norm is not None and self._k_norm is not None:
-            q = kernels.rms_norm(q, self._q_norm.weight, self._eps)
-            k = kernels.rms_norm(k, self._k_norm.weight, self._eps)
-        kernels.rope(step.positions, q, k, self._cos_sin)
+        heads = qkv.view(qkv.shape[0], -1, self._spec.head_dim)
         self._attention.forward(
-            q,
-            k,
-            v,
+            heads[:, : self._spec.num_heads],
             cache=cache,
             metadata=step.metadata,
             window=self._window,

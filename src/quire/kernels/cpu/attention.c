@@ -5,17 +5,15 @@
  * computes depends on its own position only: the tiles it meets are those of its visible keys, in
  * order; what it does in a tile is in attention_tile.h; and every SEGMENT keys its running state is
  * closed and merged into the row's total, so that where there are fewer units than threads the
- * segments of one unit can be shared among threads (a job each) without changing a bit.
+ * segments of one unit can be shared among threads (a task each) without changing a bit.
  *
  * Scores are kept in units of log2(e), so that the exponential is a power of two.
  */
-#include <pthread.h>
-
 #include "attention_tile.h"
 
 #define SEGMENT 512         /* keys; part of the arithmetic, a multiple of TILE */
 #define ROWS_PER_UNIT 48    /* rows aimed at in one unit of work */
-#define JOBS_PER_THREAD 4   /* below that many units a thread, units are split into segments */
+#define UNITS_PER_THREAD 4  /* below that many, units are split into segments */
 #define MOST_PARTS (32 << 20) /* bytes of segments' states above which units are not split */
 #define SMALL_ATTENTION (1 << 18) /* multiply-adds below which one thread does it all */
 
@@ -29,47 +27,12 @@ typedef struct { /* one call's constants */
   const attention_args *a;
   int64_t tokens_per_unit, rows_per_unit, units;
   const int64_t *starts;   /* [requests]: each request's first unit */
-  int64_t segments;        /* jobs a unit is split into; 0: none */
+  int64_t segments;        /* tasks a unit is split into; 0: none */
   float *parts;            /* [units, segments, rows_per_unit, stride] where they are */
   int64_t width, stride, steps;
   float factor;
+  int failed; /* some thread had no memory */
 } plan;
-
-/* ---- memory that a thread keeps from call to call ---- */
-
-typedef struct {
-  void *memory;
-  size_t bytes;
-} arena;
-
-static _Thread_local arena arenas[2]; /* a thread's own rows; what it shares with its team */
-static pthread_key_t arena_key;
-static pthread_once_t arena_once = PTHREAD_ONCE_INIT;
-
-static void free_arenas(void *pointer) {
-  arena *a = pointer;
-  for (int i = 0; i < 2; i++) {
-    free(a[i].memory);
-    a[i] = (arena){0};
-  }
-}
-
-static void make_arena_key(void) { pthread_key_create(&arena_key, free_arenas); }
-
-/* 64-byte aligned; what was there before is lost. NULL: no memory. */
-static void *take_arena(int which, size_t bytes) {
-  arena *a = &arenas[which];
-  if (a->bytes < bytes) {
-    pthread_once(&arena_once, make_arena_key);
-    pthread_setspecific(arena_key, arenas);
-    free(a->memory);
-    *a = (arena){0};
-    const size_t size = (bytes + bytes / 2 + 63) / 64 * 64;
-    if (!(a->memory = aligned_alloc(64, size))) return NULL;
-    a->bytes = size;
-  }
-  return a->memory;
-}
 
 /* ---- one tile ---- */
 
@@ -97,47 +60,24 @@ INLINE tile locate(const attention_args *a, const unit *u, int64_t key, const in
   return t;
 }
 
-#define ATTEND_ROWS(name, rows, dt)                                                             \
-  static __attribute__((noinline)) void name(const plan *p, const tile *t, const float *q,      \
-                                             float *acc, const span *keys, const tile *next) {  \
-    attend_rows(t, q, p->a->head_dim, (state){0, p->width, p->stride}, acc, keys, p->factor,    \
-                p->a->softcap, next, rows, dt);                                                 \
-  }
-#define ATTEND_ALL(dt)              \
-  ATTEND_ROWS(attend1_##dt, 1, dt) \
-  ATTEND_ROWS(attend2_##dt, 2, dt) \
-  ATTEND_ROWS(attend3_##dt, 3, dt) \
-  ATTEND_ROWS(attend4_##dt, 4, dt) \
-  ATTEND_ROWS(attend6_##dt, 6, dt)
-ATTEND_ALL(F32)
-ATTEND_ALL(BF16)
-ATTEND_ALL(F16)
-
-typedef void attend_function(const plan *, const tile *, const float *, float *, const span *,
-                             const tile *);
-static attend_function *const attend_functions[3][7] = {
-    [F32] = {0, attend1_F32, attend2_F32, attend3_F32, attend4_F32, attend4_F32, attend6_F32},
-    [BF16] = {0, attend1_BF16, attend2_BF16, attend3_BF16, attend4_BF16, attend4_BF16,
-              attend6_BF16},
-    [F16] = {0, attend1_F16, attend2_F16, attend3_F16, attend4_F16, attend4_F16, attend6_F16},
-};
-
-INLINE void attend_tile(const plan *p, const unit *u, const tile *t, int64_t key, const float *q,
-                        float *rows, const tile *next, const int dt) {
-  const span first = visible_keys(p->a, u->first_position);
-  const span last = visible_keys(p->a, u->first_position + u->tokens - 1);
+static void attend_tile(const plan *p, const unit *u, const tile *t, int64_t key, const float *q,
+                        float *rows, const tile *next) {
+  const attention_args *a = p->a;
+  const span first = visible_keys(a, u->first_position);
+  const span last = visible_keys(a, u->first_position + u->tokens - 1);
   const int whole = last.begin <= key && first.end >= key + TILE;
-  for (int64_t r = 0; r < u->rows;) {
-    const int64_t left = min64(u->rows - r, MAX_ROWS), n = left == 5 ? 4 : left;
-    span keys[6];
+  const state s = {p->width, p->stride};
+  for (int64_t r = 0, n; r < u->rows; r += n) {
+    n = rows_at_once(u->rows - r);
+    span keys[MAX_ROWS];
     for (int64_t i = 0; i < n; i++) {
       keys[i] = (span){0, TILE};
       if (whole) continue;
-      const span seen = visible_keys(p->a, u->first_position + (r + i) / u->group);
+      const span seen = visible_keys(a, u->first_position + (r + i) / u->group);
       keys[i] = (span){max64(seen.begin - key, 0), min64(seen.end - key, TILE)};
     }
-    attend_functions[dt][n](p, t, q + r * p->steps, rows + r * p->stride, keys, r ? NULL : next);
-    r += n;
+    attend_rows(&kernels_of[a->dtype], t, q + r * p->steps, a->head_dim, s, rows + r * p->stride,
+                keys, p->factor, a->softcap, r ? NULL : next, n);
   }
 }
 
@@ -172,18 +112,31 @@ static unit find_unit(const plan *p, int64_t index) {
   };
 }
 
-/* Queries as the words that tiles multiply with: [rows, steps]. */
+/* This thread's memory for the states of `states` times a unit's rows, then its queries. */
+INLINE float *take_rows(plan *p, int64_t states) {
+  const int64_t floats = p->rows_per_unit * (states * p->stride + p->steps);
+  float *rows = quire_scratch(SCRATCH_ATTENTION, (size_t)floats * sizeof(float));
+  if (!rows) __atomic_store_n(&p->failed, 1, __ATOMIC_RELAXED);
+  return rows;
+}
+
+/* Queries as the words that tiles multiply with: [steps, n] for each n rows taken at once. */
 INLINE void load_queries(const plan *p, const unit *u, float *q, const int dt) {
   const attention_args *a = p->a;
-  for (int64_t r = 0; r < u->rows; r++) {
-    const int64_t token = u->first_row + r / u->group, head = u->kv_head * u->group + r % u->group;
-    const void *from = at(a->q, token * a->q_stride + head * a->head_dim, dt);
-    float *to = q + r * p->steps;
-    if (dt == F16)
-      for (int64_t d = 0; d < a->head_dim; d += VW)
-        vstore_upto(to + d, vload_upto(at(from, d, dt), a->head_dim - d, dt), a->head_dim - d, F32);
-    else
-      memcpy(to, from, (size_t)p->steps * sizeof *to);
+  for (int64_t r = 0, n; r < u->rows; r += n) {
+    n = rows_at_once(u->rows - r);
+    for (int64_t i = r; i < r + n; i++) {
+      const int64_t token = u->first_row + i / u->group, head = u->kv_head * u->group + i % u->group;
+      const void *from = at(a->q, token * a->q_stride + head * a->head_dim, dt);
+      float words[MAX_HEAD_DIM], *to = q + r * p->steps + i - r;
+      if (dt == F16)
+        for (int64_t d = 0; d < a->head_dim; d += VW)
+          vstore_upto(words + d, vload_upto(at(from, d, F16), a->head_dim - d, F16),
+                      a->head_dim - d, F32);
+      else
+        memcpy(words, from, (size_t)p->steps * sizeof *words);
+      for (int64_t d = 0; d < p->steps; d++) to[d * n] = words[d];
+    }
   }
 }
 
@@ -193,12 +146,12 @@ INLINE void attend_segment(const plan *p, const unit *u, int64_t key, const floa
   const int64_t end = min64(key / SEGMENT * SEGMENT + SEGMENT, u->keys.end);
   memset(rows, 0, (size_t)(u->rows * p->stride) * sizeof *rows);
   for (int64_t r = 0; r < u->rows; r++)
-    *max_of((state){0, p->width, p->stride}, rows + r * p->stride) = -INFINITY;
+    *max_of((state){p->width, p->stride}, rows + r * p->stride) = -INFINITY;
   tile t = locate(p->a, u, key, dt);
   for (; key < end; key += TILE) {
     const int more = key + TILE < u->keys.end;
     const tile next = more ? locate(p->a, u, key + TILE, dt) : t;
-    attend_tile(p, u, &t, key, q, rows, more ? &next : NULL, dt);
+    attend_tile(p, u, &t, key, q, rows, more ? &next : NULL);
     t = next;
   }
 }
@@ -242,9 +195,11 @@ INLINE void write_rows(const plan *p, const unit *u, const float *total, const i
   }
 }
 
-INLINE void attend_unit(const plan *p, int64_t index, float *scratch, const int dt) {
+/* A task of the team: index is a unit's. The plan's rows are each thread's own scratch. */
+INLINE void attend_unit(plan *p, int64_t index, const int dt) {
   const unit u = find_unit(p, index);
-  float *part = scratch, *total = part + p->rows_per_unit * p->stride;
+  float *part = take_rows(p, 2), *total = part + p->rows_per_unit * p->stride;
+  if (!part) return;
   float *q = total + p->rows_per_unit * p->stride;
   load_queries(p, &u, q, dt);
   int64_t segment = u.keys.begin / SEGMENT * SEGMENT;
@@ -262,17 +217,21 @@ INLINE void attend_unit(const plan *p, int64_t index, float *scratch, const int 
 
 /* ---- units split into segments ---- */
 
-INLINE void attend_part(const plan *p, int64_t job, float *scratch, const int dt) {
-  const unit u = find_unit(p, job / p->segments);
-  const int64_t segment = (u.keys.begin / SEGMENT + job % p->segments) * SEGMENT;
+INLINE void attend_part(plan *p, int64_t index, const int dt) {
+  const unit u = find_unit(p, index / p->segments);
+  const int64_t segment = (u.keys.begin / SEGMENT + index % p->segments) * SEGMENT;
   if (segment >= u.keys.end) return;
-  load_queries(p, &u, scratch, dt);
-  attend_segment(p, &u, max64(segment, u.keys.begin / TILE * TILE), scratch,
-                 p->parts + job * p->rows_per_unit * p->stride, dt);
+  float *q = take_rows(p, 0);
+  if (!q) return;
+  load_queries(p, &u, q, dt);
+  attend_segment(p, &u, max64(segment, u.keys.begin / TILE * TILE), q,
+                 p->parts + index * p->rows_per_unit * p->stride, dt);
 }
 
-INLINE void merge_unit(const plan *p, int64_t index, float *total, const int dt) {
+INLINE void merge_unit(plan *p, int64_t index, const int dt) {
   const unit u = find_unit(p, index);
+  float *total = take_rows(p, 1);
+  if (!total) return;
   const float *part = p->parts + index * p->segments * p->rows_per_unit * p->stride;
   for (int64_t s = u.keys.begin / SEGMENT * SEGMENT; s < u.keys.end; s += SEGMENT) {
     merge_segment(p, &u, s, total, part);
@@ -281,34 +240,16 @@ INLINE void merge_unit(const plan *p, int64_t index, float *total, const int dt)
   write_rows(p, &u, total, dt);
 }
 
-#define JOBS(dt)                                                                          \
-  static void attend_unit_##dt(const plan *p, int64_t i, float *s) { attend_unit(p, i, s, dt); } \
-  static void attend_part_##dt(const plan *p, int64_t i, float *s) { attend_part(p, i, s, dt); } \
-  static void merge_unit_##dt(const plan *p, int64_t i, float *s) { merge_unit(p, i, s, dt); }
-JOBS(F32)
-JOBS(BF16)
-JOBS(F16)
-
-typedef void job_function(const plan *, int64_t, float *);
-static job_function *const unit_jobs[3] = {attend_unit_F32, attend_unit_BF16, attend_unit_F16};
-static job_function *const part_jobs[3] = {attend_part_F32, attend_part_BF16, attend_part_F16};
-static job_function *const merge_jobs[3] = {merge_unit_F32, merge_unit_BF16, merge_unit_F16};
-
-/* Jobs are handed out one by one, the counter being the team's; 5 if there is no memory. */
-static int run_jobs(const plan *p, job_function *job, int64_t jobs, int threads) {
-  if (jobs < threads) threads = (int)max64(jobs, 1);
-  const size_t floats = (size_t)(p->rows_per_unit * (2 * p->stride + p->steps));
-  int64_t handed_out = 0;
-  int code = 0;
-#pragma omp parallel num_threads(threads) reduction(| : code) if (threads > 1)
-  {
-    float *scratch = take_arena(0, floats * sizeof(float));
-    if (!scratch) code = 5;
-    for (int64_t i; !code && (i = __atomic_fetch_add(&handed_out, 1, __ATOMIC_RELAXED)) < jobs;)
-      job(p, i, scratch);
-  }
-  return code;
-}
+#define TASKS(dt)                                                                   \
+  static void attend_unit_##dt(void *p, int64_t index) { attend_unit(p, index, dt); } \
+  static void attend_part_##dt(void *p, int64_t index) { attend_part(p, index, dt); } \
+  static void merge_unit_##dt(void *p, int64_t index) { merge_unit(p, index, dt); }
+TASKS(F32)
+TASKS(BF16)
+TASKS(F16)
+static const quire_task unit_tasks[3] = {attend_unit_F32, attend_unit_BF16, attend_unit_F16};
+static const quire_task part_tasks[3] = {attend_part_F32, attend_part_BF16, attend_part_F16};
+static const quire_task merge_tasks[3] = {merge_unit_F32, merge_unit_BF16, merge_unit_F16};
 
 /* ---- the call ---- */
 
@@ -359,11 +300,11 @@ int quire_attention_unchecked(const attention_args *a) {
   const int64_t segments = count_segments(a, &p, most_keys);
   const size_t starts = (size_t)(a->requests + 7) / 8 * 64;
   size_t parts = (size_t)(p.units * segments * p.rows_per_unit * p.stride) * sizeof(float);
-  if (p.units < threads * JOBS_PER_THREAD && segments > 1 && parts <= MOST_PARTS)
+  if (threads > 1 && p.units < threads * UNITS_PER_THREAD && segments > 1 && parts <= MOST_PARTS)
     p.segments = segments;
   else
     parts = 0;
-  char *shared = take_arena(1, starts + parts);
+  char *shared = quire_scratch(SCRATCH_ATTENTION_PLAN, starts + parts);
   if (!shared) return 5;
   p.starts = (int64_t *)shared;
   p.parts = (float *)(shared + starts);
@@ -373,9 +314,13 @@ int quire_attention_unchecked(const attention_args *a) {
     ((int64_t *)shared)[b] = unit;
     unit += (length + p.tokens_per_unit - 1) / p.tokens_per_unit * a->kv_heads;
   }
-  if (!p.segments) return run_jobs(&p, unit_jobs[a->dtype], p.units, threads);
-  const int code = run_jobs(&p, part_jobs[a->dtype], p.units * segments, threads);
-  return code ? code : run_jobs(&p, merge_jobs[a->dtype], p.units, 1);
+  if (p.segments) {
+    quire_run(part_tasks[a->dtype], &p, p.units * segments, threads);
+    if (!p.failed) quire_run(merge_tasks[a->dtype], &p, p.units, 1);
+  } else {
+    quire_run(unit_tasks[a->dtype], &p, p.units, threads);
+  }
+  return p.failed ? 5 : 0;
 }
 
 int quire_paged_attention(const attention_args *a) {

@@ -24,7 +24,7 @@
 #define SUM_LANES 16
 #define MAX_ROWS (VW == 16 ? 6 : 4)
 #define WIDE (VW == 16 ? SUBS : 1) /* subtiles scored in one pass */
-#define D_BLOCK 4                  /* output vectors kept in registers per row */
+#define D_BLOCK 8                  /* most output vectors kept in registers per row */
 
 typedef struct { /* subtiles that nobody sees point at one that somebody does */
   const void *k[SUBS], *v[SUBS];
@@ -35,8 +35,7 @@ typedef struct {
   int64_t begin, end;
 } span;
 
-typedef struct { /* one row's running state is `stride` floats: acc[width], sum[SUM_LANES], max */
-  float *rows;
+typedef struct { /* a row's running state is `stride` floats: acc[width], sum[SUM_LANES], max */
   int64_t width, stride;
 } state;
 
@@ -57,40 +56,53 @@ INLINE vf multiply_add(vf acc, vf step, vf word, const int dt) {
 
 /* ---- scores ---- */
 
-/* scores[r][key] for `subs` subtiles from `first` on; q: [rows, steps]. */
-INLINE void score_block(const tile *t, int first, const float *q, int64_t steps, float *scores,
-                        const tile *next, const int rows, const int subs, const int dt) {
+/* Asks for the next tile's keys, four lines at each step of this tile, one subtile after the other,
+ * into the second-level cache: in the first, lines of blocks that are a power of two apart evict each
+ * other (measured: half the bandwidth). */
+typedef struct {
+  const tile *next;
+  const char *line;
+  int64_t hop, left; /* bytes from a step to the next; fours of steps left in the subtile */
+  int sub;
+} key_prefetch;
+
+INLINE key_prefetch start_prefetch(const tile *next, int64_t steps, const int dt) {
+  return (key_prefetch){next, next ? next->k[0] : NULL,
+                        next ? next->k_stride * (int64_t)elem_size(dt) : 0, max64(steps / 4, 1), 0};
+}
+
+INLINE void prefetch_four_steps(key_prefetch *p, int64_t steps) {
+  UNROLL for (int i = 0; i < 4; i++) __builtin_prefetch(p->line + i * p->hop, 0, 2);
+  p->line += 4 * p->hop;
+  if (--p->left == 0) {
+    p->sub = (p->sub + 1) % SUBS;
+    p->line = p->next->k[p->sub];
+    p->left = max64(steps / 4, 1);
+  }
+}
+
+/* scores[r][key] for `subs` subtiles from `first` on; q: [steps, rows]. */
+INLINE void score(const tile *t, int first, const float *q, int64_t steps, float *scores,
+                  const tile *next, const int rows, const int subs, const int dt) {
   for (int c = 0; c < SUB; c += VW) {
     vf acc[6][SUBS];
     UNROLL for (int r = 0; r < rows; r++) UNROLL for (int s = 0; s < subs; s++)
       acc[r][s] = vset(0.0f);
+    key_prefetch ahead = start_prefetch(next, steps, dt);
     for (int64_t i = 0; i < steps; i++) {
       const int64_t offset = i * t->k_stride + c * pack_of(dt);
       vf k[SUBS];
       UNROLL for (int s = 0; s < subs; s++)
         k[s] = load_step(at(t->k[first + s], offset, dt), VW, dt);
-      if (next)
-        UNROLL for (int s = 0; s < subs; s++)
-          __builtin_prefetch(at(next->k[first + s], offset, dt), 0, 2);
+      if (subs == SUBS && next) prefetch_four_steps(&ahead, steps);
       UNROLL for (int r = 0; r < rows; r++) {
-        const vf word = vset(q[r * steps + i]);
+        const vf word = vset(q[i * rows + r]);
         UNROLL for (int s = 0; s < subs; s++) acc[r][s] = multiply_add(acc[r][s], k[s], word, dt);
       }
     }
     UNROLL for (int r = 0; r < rows; r++) UNROLL for (int s = 0; s < subs; s++)
       vstore(scores + r * TILE + (first + s) * SUB + c, acc[r][s], F32);
   }
-}
-
-INLINE void score_rows(const tile *t, span seen, const float *q, int64_t steps, float *scores,
-                       const tile *next, const int rows, const int dt) {
-  const int first = (int)(seen.begin / SUB), end = (int)((seen.end + SUB - 1) / SUB);
-  if (WIDE == SUBS && end - first > (rows <= 3 ? 1 : SUBS - 1)) {
-    score_block(t, 0, q, steps, scores, next, rows, SUBS, dt);
-    return;
-  }
-  memset(scores, 0, (size_t)rows * TILE * sizeof *scores); /* of tiles that nobody sees */
-  for (int s = first; s < end; s++) score_block(t, s, q, steps, scores, next, rows, 1, dt);
 }
 
 /* ---- weights ---- */
@@ -106,14 +118,6 @@ INLINE vf vtanh(vf x) {
   p = vfma(p, x2, vset(-1.0f / 3.0f));
   const vf small = vfma(p * x2, x, x);
   return vselect((vi)(magnitude < 0.25f), small, big);
-}
-
-static float largest_lane(vf x) {
-  float lanes[VW];
-  memcpy(lanes, &x, sizeof lanes);
-  for (int w = VW / 2; w > 0; w >>= 1)
-    for (int i = 0; i < w; i++) lanes[i] = lanes[i + w] > lanes[i] ? lanes[i + w] : lanes[i];
-  return lanes[0];
 }
 
 /* What sums relative to `from` are multiplied with to be relative to `to` >= from. */
@@ -133,8 +137,8 @@ static __attribute__((noinline)) void raise_max(state s, float *row, float highe
 
 /* Turns a row's scores, times `factor` in units of log2(e), into weights relative to its running
  * maximum, in place: TILE / pack words. A key outside `keys` weighs zero. */
-INLINE void softmax_row(state s, float *row, float *scores, span keys, float factor, float softcap,
-                        const int dt) {
+INLINE void soften(state s, float *row, float *scores, span keys, float factor, float softcap,
+                   const int dt) {
   enum { N = TILE / VW, LANES = SUM_LANES / VW };
   vf x[N];
   UNROLL for (int i = 0; i < N; i++) x[i] = vload(scores + i * VW, F32) * factor;
@@ -148,7 +152,7 @@ INLINE void softmax_row(state s, float *row, float *scores, span keys, float fac
     }
   vf best = x[0];
   UNROLL for (int i = 1; i < N; i++) best = vmax(best, x[i]);
-  if (vany_greater(best, vset(*max_of(s, row)))) raise_max(s, row, largest_lane(best));
+  if (vany_greater(best, vset(*max_of(s, row)))) raise_max(s, row, vlargest(best));
   const float max = *max_of(s, row);
   const vf base = vset(max == -INFINITY ? 0.0f : max);
   float *lanes = sum_of(s, row);
@@ -202,16 +206,65 @@ INLINE void weigh_block(const tile *t, const float *p, state s, float *acc, int6
     vstore(acc + r * s.stride + d + i * VW, sum[r][i], F32);
 }
 
-INLINE void weigh_rows(const tile *t, const float *p, state s, float *acc, int64_t head_dim,
+INLINE void weigh(const tile *t, const float *p, state s, float *acc, int64_t head_dim,
                        span steps, const tile *next, const int rows, const int dt) {
   int64_t d = 0;
-  for (; d + D_BLOCK * VW <= head_dim; d += D_BLOCK * VW)
-    weigh_block(t, p, s, acc, d, head_dim, steps, next, rows, D_BLOCK, dt);
+  if (VW == 16 && rows <= 3) /* a whole row of V at once: memory is read in order */
+    for (; d + D_BLOCK * VW <= head_dim; d += D_BLOCK * VW)
+      weigh_block(t, p, s, acc, d, head_dim, steps, next, rows, D_BLOCK, dt);
+  for (; d + 4 * VW <= head_dim; d += 4 * VW)
+    weigh_block(t, p, s, acc, d, head_dim, steps, next, rows, 4, dt);
   for (; d + 2 * VW <= head_dim; d += 2 * VW)
     weigh_block(t, p, s, acc, d, head_dim, steps, next, rows, 2, dt);
   for (; d < head_dim; d += VW)
     weigh_block(t, p, s, acc, d, head_dim, steps, next, rows, 1, dt);
 }
+
+/* ---- one instance each, so that registers are allotted to each alone ---- */
+
+#define NOINLINE static __attribute__((noinline))
+#define INSTANCES(rows, dt)                                                                       \
+  NOINLINE void score_wide_##rows##_##dt(const tile *t, const float *q, int64_t steps,            \
+                                         float *scores, const tile *next) {                       \
+    score(t, 0, q, steps, scores, next, rows, WIDE, dt);                                          \
+  }                                                                                               \
+  NOINLINE void score_sub_##rows##_##dt(const tile *t, int sub, const float *q, int64_t steps,    \
+                                        float *scores) {                                          \
+    score(t, sub, q, steps, scores, NULL, rows, 1, dt);                                           \
+  }                                                                                               \
+  NOINLINE void weigh_##rows##_##dt(const tile *t, const float *p, state s, float *acc,           \
+                                    int64_t head_dim, span steps, const tile *next) {             \
+    weigh(t, p, s, acc, head_dim, steps, next, rows, dt);                                         \
+  }
+#define INSTANCES_OF(dt)                                                                          \
+  INSTANCES(1, dt) INSTANCES(2, dt) INSTANCES(3, dt) INSTANCES(4, dt) INSTANCES(6, dt)            \
+  NOINLINE void soften_##dt(state s, float *row, float *scores, span keys, float factor,          \
+                            float softcap) {                                                      \
+    soften(s, row, scores, keys, factor, softcap, dt);                                            \
+  }
+INSTANCES_OF(F32)
+INSTANCES_OF(BF16)
+INSTANCES_OF(F16)
+
+typedef struct {
+  void (*score_wide[7])(const tile *, const float *, int64_t, float *, const tile *);
+  void (*score_sub[7])(const tile *, int, const float *, int64_t, float *);
+  void (*weigh[7])(const tile *, const float *, state, float *, int64_t, span, const tile *);
+  void (*soften)(state, float *, float *, span, float, float);
+  int pack;
+} tile_kernels; /* by number of rows */
+
+#define BY_ROWS(name, dt) \
+  {NULL, name##_1_##dt, name##_2_##dt, name##_3_##dt, name##_4_##dt, NULL, name##_6_##dt}
+#define KERNELS_OF(dt)                                                                            \
+  [dt] = {BY_ROWS(score_wide, dt), BY_ROWS(score_sub, dt), BY_ROWS(weigh, dt), soften_##dt,       \
+          dt == BF16 ? 2 : 1}
+static const tile_kernels kernels_of[3] = {KERNELS_OF(F32), KERNELS_OF(BF16), KERNELS_OF(F16)};
+
+/* The largest number of rows, of at most `left`, that there are instances for. */
+INLINE int64_t rows_at_once(int64_t left) { return left >= MAX_ROWS ? MAX_ROWS : left == 5 ? 4 : left; }
+
+/* ---- some rows against one tile ---- */
 
 /* The pair of keys (2 * step, 2 * step + 1), of which only the half that `kept` masks is seen. */
 static void weigh_half(const tile *t, const float *p, float *acc, int64_t head_dim, int64_t step,
@@ -224,64 +277,52 @@ static void weigh_half(const tile *t, const float *p, float *acc, int64_t head_d
   }
 }
 
-INLINE void weigh_span(const tile *t, const float *p, state s, float *acc, int64_t head_dim,
-                       span keys, const int dt) {
-  const int pack = pack_of(dt);
-  if (keys.begin % pack) weigh_half(t, p, acc, head_dim, keys.begin++ / pack, 0xffff0000u);
-  const span whole = {keys.begin / pack, keys.end / pack};
-  if (!is_empty(whole)) weigh_rows(t, p, s, acc, head_dim, whole, NULL, 1, dt);
-  if (keys.end > keys.begin && keys.end % pack)
-    weigh_half(t, p, acc, head_dim, keys.end / pack, 0x0000ffffu);
-}
-
 /* One row's keys that its block does not share. */
-#define WEIGH_REST(name, dt)                                                                  \
-  static __attribute__((noinline)) void name(const tile *t, const float *p, state s, float *acc, \
-                                             int64_t head_dim, span keys) {                   \
-    weigh_span(t, p, s, acc, head_dim, keys, dt);                                             \
-  }
-WEIGH_REST(weigh_rest_f32, F32)
-WEIGH_REST(weigh_rest_bf16, BF16)
-WEIGH_REST(weigh_rest_f16, F16)
-
-INLINE void weigh_rest(const tile *t, const float *p, state s, float *acc, int64_t head_dim,
-                       span keys, const int dt) {
+static void weigh_rest(const tile_kernels *f, const tile *t, const float *p, state s, float *acc,
+                       int64_t head_dim, span keys) {
   if (is_empty(keys)) return;
-  if (dt == F32)
-    weigh_rest_f32(t, p, s, acc, head_dim, keys);
-  else if (dt == BF16)
-    weigh_rest_bf16(t, p, s, acc, head_dim, keys);
-  else
-    weigh_rest_f16(t, p, s, acc, head_dim, keys);
+  if (keys.begin % f->pack) weigh_half(t, p, acc, head_dim, keys.begin++ / f->pack, 0xffff0000u);
+  const span whole = {keys.begin / f->pack, keys.end / f->pack};
+  if (!is_empty(whole)) f->weigh[1](t, p, s, acc, head_dim, whole, NULL);
+  if (keys.end > keys.begin && keys.end % f->pack)
+    weigh_half(t, p, acc, head_dim, keys.end / f->pack, 0x0000ffffu);
 }
 
-/* `rows` rows against one tile; keys: what each sees of it. */
-INLINE void attend_rows(const tile *t, const float *q, int64_t head_dim, state s, float *acc,
-                        const span *keys, float factor, float softcap, const tile *next,
-                        const int rows, const int dt) {
-  const int pack = pack_of(dt);
+/* keys: what each of the rows sees of the tile. q: [steps, rows]. */
+static void attend_rows(const tile_kernels *f, const tile *t, const float *q, int64_t head_dim,
+                        state s, float *acc, const span *keys, float factor, float softcap,
+                        const tile *next, int64_t rows) {
+  const int pack = f->pack;
+  const int64_t steps = head_dim / pack;
   float scores[6 * TILE];
   span seen = {TILE, 0}, shared = {0, TILE};
-  for (int r = 0; r < rows; r++) {
+  for (int64_t r = 0; r < rows; r++) {
     shared = (span){max64(shared.begin, keys[r].begin), min64(shared.end, keys[r].end)};
     if (!is_empty(keys[r]))
       seen = (span){min64(seen.begin, keys[r].begin), max64(seen.end, keys[r].end)};
   }
   if (is_empty(seen)) return;
-  score_rows(t, seen, q, head_dim / pack, scores, next, rows, dt);
-  for (int r = 0; r < rows; r++)
-    if (!is_empty(keys[r]))
-      softmax_row(s, acc + r * s.stride, scores + r * TILE, keys[r], factor, softcap, dt);
 
-  span steps = {(shared.begin + pack - 1) / pack, shared.end / pack};
-  if (is_empty(steps)) steps = (span){TILE / pack, TILE / pack};
-  for (int r = 0; r < rows; r++)
-    weigh_rest(t, scores + r * TILE, s, acc + r * s.stride, head_dim,
-               (span){keys[r].begin, min64(keys[r].end, steps.begin * pack)}, dt);
-  if (!is_empty(steps)) weigh_rows(t, scores, s, acc, head_dim, steps, next, rows, dt);
-  for (int r = 0; r < rows; r++)
-    weigh_rest(t, scores + r * TILE, s, acc + r * s.stride, head_dim,
-               (span){max64(keys[r].begin, steps.end * pack), keys[r].end}, dt);
+  const int first = (int)(seen.begin / SUB), end = (int)((seen.end + SUB - 1) / SUB);
+  if (WIDE == SUBS && end - first > (rows <= 3 ? 1 : SUBS - 1)) {
+    f->score_wide[rows](t, q, steps, scores, next);
+  } else {
+    memset(scores, 0, (size_t)rows * TILE * sizeof *scores);
+    for (int sub = first; sub < end; sub++) f->score_sub[rows](t, sub, q, steps, scores);
+  }
+  for (int64_t r = 0; r < rows; r++)
+    if (!is_empty(keys[r]))
+      f->soften(s, acc + r * s.stride, scores + r * TILE, keys[r], factor, softcap);
+
+  span whole = {(shared.begin + pack - 1) / pack, shared.end / pack}; /* steps all rows see */
+  if (is_empty(whole)) whole = (span){TILE / pack, TILE / pack};
+  for (int64_t r = 0; r < rows; r++)
+    weigh_rest(f, t, scores + r * TILE, s, acc + r * s.stride, head_dim,
+               (span){keys[r].begin, min64(keys[r].end, whole.begin * pack)});
+  if (!is_empty(whole)) f->weigh[rows](t, scores, s, acc, head_dim, whole, next);
+  for (int64_t r = 0; r < rows; r++)
+    weigh_rest(f, t, scores + r * TILE, s, acc + r * s.stride, head_dim,
+               (span){max64(keys[r].begin, whole.end * pack), keys[r].end});
 }
 
 #endif

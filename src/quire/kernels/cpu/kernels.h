@@ -17,7 +17,13 @@ INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
 /* Memory of the calling thread's that lasts until it asks for the same use again, at least `bytes`
  * long and 64-byte aligned; NULL if there is none. */
-enum scratch_use { SCRATCH_LINEAR, SCRATCH_DECODER, SCRATCH_USES };
+enum scratch_use {
+  SCRATCH_LINEAR,
+  SCRATCH_DECODER,
+  SCRATCH_ATTENTION,
+  SCRATCH_ATTENTION_PLAN,
+  SCRATCH_USES
+};
 void *quire_scratch(enum scratch_use use, size_t bytes);
 
 /* ---- threads (pool.c) ---- */

@@ -20,36 +20,6 @@ INLINE void rope_head(void *x, const float *cos_sin, int64_t half, const int dt)
   }
 }
 
-INLINE void rope_heads(void *x, int64_t heads, int64_t head_dim, const float *cos_sin, int64_t half,
-                       const int dt) {
-  for (int64_t h = 0; h < heads; h++) rope_head(at_mut(x, h * head_dim, dt), cos_sin, half, dt);
-}
-
-/* In place on q [tokens, q_heads, head_dim] and k [tokens, k_heads, head_dim], token strides given.
- * cos_sin: [max_position, 2 * half]. Returns 1, touching nothing, if a position is out of range. */
-int quire_rope(const int64_t *positions, void *q, int64_t q_stride, void *k, int64_t k_stride,
-               const float *cos_sin, int64_t tokens, int64_t q_heads, int64_t k_heads,
-               int64_t head_dim, int64_t half, int64_t max_position, int dt, int threads) {
-  for (int64_t t = 0; t < tokens; t++)
-    if (positions[t] < 0 || positions[t] >= max_position) return 1;
-#pragma omp parallel for schedule(static) num_threads(threads) if (tokens * (q_heads + k_heads) * head_dim > SMALL_WORK)
-  for (int64_t t = 0; t < tokens; t++) {
-    const float *cs = cos_sin + positions[t] * 2 * half;
-    void *qt = at_mut(q, t * q_stride, dt), *kt = at_mut(k, t * k_stride, dt);
-    if (dt == F32) {
-      rope_heads(qt, q_heads, head_dim, cs, half, F32);
-      rope_heads(kt, k_heads, head_dim, cs, half, F32);
-    } else if (dt == BF16) {
-      rope_heads(qt, q_heads, head_dim, cs, half, BF16);
-      rope_heads(kt, k_heads, head_dim, cs, half, BF16);
-    } else {
-      rope_heads(qt, q_heads, head_dim, cs, half, F16);
-      rope_heads(kt, k_heads, head_dim, cs, half, F16);
-    }
-  }
-  return 0;
-}
-
 /* ---- storing ---- */
 
 /* Distinct tokens never write the same bytes, so threads may share a block. */
@@ -103,43 +73,29 @@ int quire_check_qkv(const qkv_args *a) {
   return 0;
 }
 
+static void write_unit(void *context, int64_t unit) {
+  const qkv_args *a = context;
+  const int64_t head = unit % a->kv_heads, begin = unit / a->kv_heads * CHUNK;
+  const int64_t end = min64(begin + CHUNK, a->tokens);
+  if (a->dtype == F32)
+    write_chunk(a, head, begin, end, F32);
+  else if (a->dtype == BF16)
+    write_chunk(a, head, begin, end, BF16);
+  else
+    write_chunk(a, head, begin, end, F16);
+}
+
 int quire_rope_write_kv_unchecked(const qkv_args *a) {
-  const int64_t chunks = (a->tokens + CHUNK - 1) / CHUNK;
+  const int64_t units = (a->tokens + CHUNK - 1) / CHUNK * a->kv_heads;
   const int64_t work = a->tokens * (a->q_heads + 2 * a->kv_heads) * a->head_dim;
-#pragma omp parallel for collapse(2) schedule(static) num_threads(a->threads) if (work > SMALL_WORK)
-  for (int64_t c = 0; c < chunks; c++) {
-    for (int64_t h = 0; h < a->kv_heads; h++) {
-      const int64_t begin = c * CHUNK, end = min64(begin + CHUNK, a->tokens);
-      if (a->dtype == F32)
-        write_chunk(a, h, begin, end, F32);
-      else if (a->dtype == BF16)
-        write_chunk(a, h, begin, end, BF16);
-      else
-        write_chunk(a, h, begin, end, F16);
-    }
-  }
+  qkv_args context = *a;
+  quire_run(write_unit, &context, units, work > SMALL_WORK ? a->threads : 1);
   return 0;
 }
 
 int quire_rope_write_kv(const qkv_args *a) {
   const int code = quire_check_qkv(a);
   return code ? code : quire_rope_write_kv_unchecked(a);
-}
-
-int quire_write_kv(const void *k, int64_t k_stride, const void *v, int64_t v_stride, void *k_cache,
-                   void *v_cache, const int64_t *slots, int64_t tokens, int64_t heads,
-                   int64_t head_dim, int64_t block_size, int64_t num_blocks, int dt, int threads) {
-  const qkv_args a = {.k_cache = k_cache, .v_cache = v_cache, .kv_heads = heads,
-                      .head_dim = head_dim, .block_size = block_size};
-  for (int64_t t = 0; t < tokens; t++)
-    if (slots[t] >= num_blocks * block_size) return 1;
-#pragma omp parallel for schedule(static) num_threads(threads) if (tokens * heads * head_dim > SMALL_WORK)
-  for (int64_t h = 0; h < heads; h++)
-    for (int64_t t = 0; t < tokens; t++)
-      if (slots[t] >= 0)
-        store_kv(&a, at(k, t * k_stride + h * head_dim, dt), at(v, t * v_stride + h * head_dim, dt),
-                 h, slots[t], dt);
-  return 0;
 }
 
 /* ---- copying ---- */

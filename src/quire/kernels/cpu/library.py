@@ -55,9 +55,7 @@ class QKVArgs(ctypes.Structure):
 _P, _N, _I = c_void_p, c_int64, c_int32
 _SIGNATURES = {
     "quire_rms_norm": [_P, _N, _N, _P, _P, _P, _N, _N, c_float, _I, _I],
-    "quire_rope": [_P, _P, _N, _P, _N, _P, _N, _N, _N, _N, _N, _N, _I, _I],
     "quire_silu_and_mul": [_P, _P, _N, _N, _I, _I],
-    "quire_write_kv": [_P, _N, _P, _N, _P, _P, _P, _N, _N, _N, _N, _N, _I, _I],
     "quire_rope_write_kv": [POINTER(QKVArgs)],
     "quire_copy_blocks": [_P, _P, _N, _N, _N],
     "quire_philox_uniform": [c_uint64, c_uint64, _P, _N],

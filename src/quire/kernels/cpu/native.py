@@ -66,50 +66,6 @@ class NativeKernels:
             torch.get_num_threads(),
         )
 
-    def rope(self, positions: Tensor, q: Tensor, k: Tensor, cos_sin: Tensor) -> None:
-        tokens, q_heads, head_dim = checks.check_rope(positions, q, k, cos_sin)
-        code = self._lib.quire_rope(
-            positions.data_ptr(),
-            q.data_ptr(),
-            q.stride(0),
-            k.data_ptr(),
-            k.stride(0),
-            cos_sin.data_ptr(),
-            tokens,
-            q_heads,
-            k.shape[1],
-            head_dim,
-            cos_sin.shape[1] // 2,
-            cos_sin.shape[0],
-            DTYPES[q.dtype],
-            torch.get_num_threads(),
-        )
-        if code:
-            _fail(f"a position is outside cos_sin's [0, {cos_sin.shape[0]})")
-
-    def write_kv(
-        self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor
-    ) -> None:
-        geometry = checks.check_write_kv(k, v, k_cache, v_cache, slot_mapping)
-        code = self._lib.quire_write_kv(
-            k.data_ptr(),
-            k.stride(0),
-            v.data_ptr(),
-            v.stride(0),
-            k_cache.data_ptr(),
-            v_cache.data_ptr(),
-            slot_mapping.data_ptr(),
-            k.shape[0],
-            geometry.num_kv_heads,
-            geometry.head_dim,
-            geometry.block_size,
-            geometry.num_blocks,
-            DTYPES[k.dtype],
-            torch.get_num_threads(),
-        )
-        if code:
-            _fail(f"a slot is past the cache's {geometry.num_blocks * geometry.block_size}")
-
     def rope_write_kv(
         self,
         qkv: Tensor,

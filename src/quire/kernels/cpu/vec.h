@@ -103,6 +103,27 @@ INLINE vf vmax(vf a, vf b) {
 #endif
 }
 
+INLINE float vlargest(vf x) {
+#if VW == 16
+  return _mm512_reduce_max_ps((__m512)x);
+#else
+  float lanes[VW];
+  memcpy(lanes, &x, sizeof lanes);
+  for (int i = 1; i < VW; i++) lanes[0] = lanes[i] > lanes[0] ? lanes[i] : lanes[0];
+  return lanes[0];
+#endif
+}
+
+/* x where test is not below the limit (or is NaN), else zero. */
+INLINE vf vzero_below(vf test, float limit, vf x) {
+#if VW == 16
+  const __mmask16 kept = _mm512_cmp_ps_mask((__m512)test, (__m512)vset(limit), _CMP_NLT_UQ);
+  return (vf)_mm512_maskz_mov_ps(kept, (__m512)x);
+#else
+  return vselect((vi)(test < limit), vset(0.0f), x);
+#endif
+}
+
 INLINE int vany_greater(vf a, vf b) {
 #if VW == 16
   return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ) != 0;
@@ -285,7 +306,7 @@ INLINE vf vexp2_split(vf shifted, vf f) {
 INLINE vf vexp2(vf x) {
   const vf shifted = x + ROUNDING;
   const vf r = vexp2_split(shifted, x - (shifted - ROUNDING));
-  return vselect((vi)(x < -126.0f), vset(0.0f), r);
+  return vzero_below(x, -126.0f, r);
 }
 
 /* vexp2 with relative error below 3e-6, for what is then rounded to bf16. */
@@ -298,7 +319,7 @@ INLINE vf vexp2_rough(vf x) {
   p = vfma(p, f, vset(2.402409861e-01f));
   p = vfma(p, f, vset(6.931241933e-01f));
   p = vfma(p, f, vset(1.0f));
-  return vselect((vi)(x < -126.0f), vset(0.0f), p * (vf)((vu)shifted << 23));
+  return vzero_below(x, -126.0f, p * (vf)((vu)shifted << 23));
 }
 
 /* e^x for x <= 0, as vexp2. */
@@ -306,7 +327,7 @@ INLINE vf vexp(vf x) {
   const vf shifted = vfma(x, vset(LOG2E), vset(ROUNDING));
   vf f = vfma(x, vset(LOG2E), ROUNDING - shifted);
   f = vfma(x, vset(LOG2E_LOW), f);
-  return vselect((vi)(x < -87.0f), vset(0.0f), vexp2_split(shifted, f));
+  return vzero_below(x, -87.0f, vexp2_split(shifted, f));
 }
 
 /* Natural logarithm of positive normal x: relative error below 3e-7 (2 atanh series). */
