@@ -25,14 +25,15 @@ class OpenVINO:
         scheduler.max_num_seqs = 64
         scheduler.max_num_batched_tokens = 4096
         scheduler.dynamic_split_fuse = True
-        scheduler.enable_prefix_caching = True
+        # Of no use here: contents are fresh, and it does not share among requests that arrive together.
+        scheduler.enable_prefix_caching = False
         self.settings = {
             **properties,
             "cache_size": scheduler.cache_size,
             "max_num_seqs": 64,
             "max_num_batched_tokens": 4096,
             "dynamic_split_fuse": True,
-            "enable_prefix_caching": True,
+            "enable_prefix_caching": False,
         }
         folder = args.models / f"{args.model.name}-openvino"
         self.pipeline = genai.ContinuousBatchingPipeline(str(folder), scheduler, "CPU", properties)

@@ -64,7 +64,8 @@ def llama_server(
         *("--ctx-size", str(context), "--threads", str(threads), "--threads-batch", str(threads)),
         *("--flash-attn", "on", "--batch-size", "2048", "--ubatch-size", "512"),
         # One stream of KV per slot: unified, every token would attend to (and mask) every slot's cells.
-        *("--no-kv-unified", "--cache-ram", "0", "--no-ui", "--log-verbosity", "1"),
+        *("--no-kv-unified", "--cache-ram", "0", "--fit", "off"),
+        *("--no-ui", "--log-verbosity", "1"),
     ]
 
 
