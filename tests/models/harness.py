@@ -7,6 +7,7 @@ written, or the wrong block, poisons the logits.
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -45,6 +46,9 @@ class PagedHarness:
             dtype=model.dtype,
         )
         self.cache.storage.fill_(float("nan"))
+        self._mirror = copy.deepcopy(self.cache)  # of the pass in one call
+        self._one_call = model.over(self._mirror)
+        self._rows_wanted = False
         self.free = list(range(1, num_blocks))
         random.Random(seed).shuffle(self.free)
 
@@ -80,7 +84,28 @@ class PagedHarness:
         )
         logits = self.model.compute_logits(hidden)
         assert logits.dtype == torch.float32
+        self._assert_one_call_is_the_same(torch.tensor(input_ids), metadata, logits)
         return list(logits.split([count for _, count in work]))
+
+    def _assert_one_call_is_the_same(
+        self, input_ids: torch.Tensor, metadata: AttentionMetadata, logits: torch.Tensor
+    ) -> None:
+        """`DecoderModel.over` against the layers, bit for bit: the logits of some rows, and the cache."""
+        self._rows_wanted = not self._rows_wanted
+        rows = torch.arange(0, len(input_ids), 2) if self._rows_wanted else None
+        actual = self._one_call.forward(
+            input_ids=input_ids,
+            positions=metadata.positions,
+            slot_mapping=metadata.slot_mapping,
+            query_start_loc=metadata.query_start_loc,
+            seq_lens=metadata.seq_lens,
+            block_table=metadata.block_table,
+            logit_rows=rows,
+        )
+        expected = logits if rows is None else logits[rows]
+        assert torch.equal(actual.view(torch.int32), expected.view(torch.int32))
+        ours, theirs = (c.storage.view(torch.uint8) for c in (self.cache, self._mirror))
+        assert torch.equal(ours, theirs)
 
     def free_sequence(self, sequence: Request) -> None:
         self.free += sequence.blocks
