@@ -27,7 +27,7 @@ def test_fused_product_is_the_parts_side_by_side(bias: bool, seed: int) -> None:
     targets = linear.targets()
     random.Random(seed).shuffle(targets)
     for target in targets:
-        target.load(tensors[target.name])
+        target.load(0, tensors[target.name])
     x = torch.randn(5, 16)
     expected = [
         torch.nn.functional.linear(x, tensors[f"{part.name}.weight"], tensors.get(f"{part.name}.bias"))
@@ -42,7 +42,7 @@ def test_loading_copies_and_converts() -> None:
     x = torch.randn(3, 16, dtype=torch.bfloat16)
     expected = x.float() @ torch.cat(given).bfloat16().float().T
     for target, tensor in zip(linear.targets(), given, strict=True):
-        target.load(tensor)
+        target.load(0, tensor)
         tensor.fill_(float("nan"))
     out = linear.bind()(x)
     assert out.dtype == torch.bfloat16
@@ -52,7 +52,7 @@ def test_loading_copies_and_converts() -> None:
 def test_a_layer_is_unusable_until_every_tensor_came() -> None:
     linear = build(bias=False)
     for target in linear.targets()[:2]:
-        target.load(torch.zeros(target.shape))
+        target.load(0, torch.zeros(target.shape))
     with pytest.raises(AssertionError, match="not loaded"):
         linear.bind()
 
@@ -69,7 +69,7 @@ def test_another_weight_format_fits_behind_the_seam() -> None:
             size = part.out_features
             return {"qweight": (size, self.shape.in_features), "scales": (size, 1)}
 
-        def load(self, index: int, suffix: str, tensor: torch.Tensor) -> None:
+        def load(self, index: int, suffix: str, first: int, tensor: torch.Tensor) -> None:
             self.rows[index, suffix] = tensor.clone()
 
         def apply(self):
@@ -84,5 +84,5 @@ def test_another_weight_format_fits_behind_the_seam() -> None:
     linear = Linear(PARTS, in_features=16, bias=False, dtype=torch.float32, method=Int8Method())
     assert [target.name for target in linear.targets()][:2] == ["q.qweight", "q.scales"]
     for target in linear.targets():
-        target.load(torch.full(target.shape, 2.0))
+        target.load(0, torch.full(target.shape, 2.0))
     assert linear(torch.ones(1, 16)).unique().tolist() == [64.0]

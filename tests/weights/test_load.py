@@ -2,31 +2,52 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from quire.errors import CheckpointError
 from quire.layers.parameter import WeightTarget
+from quire.weights import pieces
 from quire.weights.load import load_random_weights, load_weights
 from quire.weights.safetensors_reader import Checkpoint
 
 
 class Takers:
-    """Targets that copy what they are given, and remember."""
+    """Targets that copy what they are given, and remember it and how often each row came."""
 
     def __init__(self, **shapes: tuple[int, ...]) -> None:
         self.loaded: dict[str, torch.Tensor] = {}
+        self.times: dict[str, torch.Tensor] = {}
         self.targets = [self.target(name, shape) for name, shape in shapes.items()]
 
     def target(self, name: str, shape: tuple[int, ...]) -> WeightTarget:
-        def load(tensor: torch.Tensor) -> None:
-            self.loaded[name] = tensor.clone()
+        def load(first: int, rows: torch.Tensor) -> None:
+            assert rows.is_contiguous() and rows.shape[1:] == shape[1:]
+            with lock:
+                if name not in self.loaded:
+                    self.loaded[name] = torch.zeros(shape, dtype=rows.dtype)
+                    self.times[name] = torch.zeros(shape[0], dtype=torch.int64)
+            self.loaded[name][first : first + len(rows)] = rows
+            self.times[name][first : first + len(rows)] += 1
+
+        lock = threading.Lock()
 
         kind = "norm" if "norm" in name else "bias" if "bias" in name else "weight"
         return WeightTarget(name=name, shape=shape, load=load, kind=kind)
+
+    def assert_each_row_came_once(self) -> None:
+        assert set(self.times) == {target.name for target in self.targets}
+        assert all(times.eq(1).all() for times in self.times.values())
 
 
 def checkpoint(directory: Path, **tensors: torch.Tensor) -> Checkpoint:
@@ -38,14 +59,14 @@ def test_each_tensor_reaches_its_taker(tmp_path: Path) -> None:
     takers = Takers(a=(2, 3), b=(4,))
     a, b = torch.randn(2, 3), torch.randn(4)
     with checkpoint(tmp_path, a=a, b=b) as source:
-        load_weights(takers.targets, source)
+        load_weights(takers.targets, source, dtype=torch.float32)
     assert torch.equal(takers.loaded["a"], a) and torch.equal(takers.loaded["b"], b)
 
 
 def test_a_tensor_with_two_takers_reaches_both(tmp_path: Path) -> None:
     first, second = Takers(a=(3,)), Takers(a=(3,))
     with checkpoint(tmp_path, a=torch.ones(3)) as source:
-        load_weights([*first.targets, *second.targets], source)
+        load_weights([*first.targets, *second.targets], source, dtype=torch.float32)
     assert torch.equal(first.loaded["a"], second.loaded["a"])
 
 
@@ -64,8 +85,132 @@ def test_mismatch_is_reported_before_anything_is_loaded(
 ) -> None:
     takers = Takers(a=(2, 3), b=(4,))
     with checkpoint(tmp_path, **tensors) as source, pytest.raises(CheckpointError, match=message):
-        load_weights(takers.targets, source)
+        load_weights(takers.targets, source, dtype=torch.float32)
     assert not takers.loaded
+
+
+@contextmanager
+def piece_bytes(size: int) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pieces, "PIECE_BYTES", size)
+        patch.setattr(pieces, "ROW_STEP", 1)
+        yield
+
+
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    shapes=st.dictionaries(
+        st.sampled_from(["a", "b", "norm", "bias"]),
+        st.tuples(st.integers(1, 40)) | st.tuples(st.integers(1, 40), st.integers(1, 9)),
+        min_size=1,
+    ),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    threads=st.integers(1, 4),
+    size=st.integers(1, 200),
+)
+def test_whatever_the_pieces_and_threads_every_row_comes_once(
+    tmp_path: Path,
+    shapes: dict[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    threads: int,
+    size: int,
+) -> None:
+    tensors = {name: torch.randn(shape).to(dtype) for name, shape in shapes.items()}
+    takers, done = Takers(**shapes), []
+    wanted = {target.name: [target] for target in takers.targets}
+    with piece_bytes(size), checkpoint(tmp_path, **tensors) as source:
+        pieces.load_pieces(wanted, source, threads=threads, progress=done.append)
+        assert sum(done) == sum(info.num_bytes for info in source.tensors.values())
+    takers.assert_each_row_came_once()
+    for name, tensor in tensors.items():
+        assert torch.equal(takers.loaded[name], tensor)
+
+
+def test_an_empty_tensor_has_no_pieces(tmp_path: Path) -> None:
+    takers = Takers(a=(0, 3))
+    with checkpoint(tmp_path, a=torch.ones(0, 3)) as source:
+        load_weights(takers.targets, source, dtype=torch.float32)
+    assert not takers.loaded
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_taker_that_fails_ends_the_loading(tmp_path: Path, threads: int) -> None:
+    loaded = []
+
+    def load(first: int, rows: torch.Tensor) -> None:
+        loaded.append(first)
+        raise ValueError("no")
+
+    target = WeightTarget(name="a", shape=(1000, 4), load=load)
+    with piece_bytes(16), checkpoint(tmp_path, a=torch.ones(1000, 4)) as source:
+        with pytest.raises(ValueError, match="no"):
+            pieces.load_pieces({"a": [target]}, source, threads=threads, progress=lambda n: None)
+    assert len(loaded) <= threads
+
+
+def loading_while(tmp_path: Path, happens: Callable[[Path], None], threads: int) -> None:
+    """Load 1000 rows; after the first piece, something happens to the file."""
+    once = threading.Lock()
+
+    def load(first: int, rows: torch.Tensor) -> None:
+        if once.acquire(blocking=False):
+            happens(tmp_path / "model.safetensors")
+
+    target = WeightTarget(name="a", shape=(1000, 4), load=load)
+    with piece_bytes(16), checkpoint(tmp_path, a=torch.ones(1000, 4)) as source:
+        pieces.load_pieces({"a": [target]}, source, threads=threads, progress=lambda n: None)
+        source.check_unchanged()
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_file_cut_short_while_it_is_read(tmp_path: Path, threads: int) -> None:
+    """Of a mapped file this would be SIGBUS."""
+    with pytest.raises(
+        CheckpointError, match=r"model\.safetensors \(\d+ bytes\) is not a complete"
+    ):
+        loading_while(tmp_path, lambda path: os.truncate(path, 8000), threads)
+
+
+def test_a_file_written_to_while_it_is_read(tmp_path: Path) -> None:
+    def overwrite(path: Path) -> None:
+        with path.open("r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            file.write(b"!")
+        os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))  # however coarse the clock is
+
+    with pytest.raises(CheckpointError, match="was written to while it was loaded"):
+        loading_while(tmp_path, overwrite, 1)
+
+
+def test_a_file_replaced_while_it_is_read_is_still_the_old_one(tmp_path: Path) -> None:
+    def replace(path: Path) -> None:
+        path.with_suffix(".new").write_bytes(b"another model")
+        os.replace(path.with_suffix(".new"), path)
+
+    loading_while(tmp_path, replace, 1)
+
+
+def test_a_disk_that_fails_while_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: Path) -> None:
+        def preadv(*args: object) -> int:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        monkeypatch.setattr(os, "preadv", preadv)
+
+    with pytest.raises(CheckpointError, match=r"cannot be read: Input/output error"):
+        loading_while(tmp_path, fail, 1)
+
+
+def test_reads_that_give_less_than_asked_are_continued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = os.preadv
+    tensor = torch.randn(50, 3)
+    with checkpoint(tmp_path, a=tensor) as source:
+        monkeypatch.setattr(os, "preadv", lambda fd, into, at: whole(fd, [into[0][:7]], at))
+        assert torch.equal(source.tensor("a"), tensor)
 
 
 def test_harmless_extras_are_ignored(tmp_path: Path) -> None:
@@ -73,7 +218,7 @@ def test_harmless_extras_are_ignored(tmp_path: Path) -> None:
     inv_freq = "model.layers.0.self_attn.rotary_emb.inv_freq"
     extras = {inv_freq: torch.ones(4), "lm_head.weight": torch.ones(2)}
     with checkpoint(tmp_path, a=torch.ones(1), **extras) as source:
-        load_weights(takers.targets, source, ignored=("lm_head.weight",))
+        load_weights(takers.targets, source, dtype=torch.float32, ignored=("lm_head.weight",))
     assert set(takers.loaded) == {"a"}
 
 

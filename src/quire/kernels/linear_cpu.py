@@ -72,7 +72,10 @@ class PackedLinear:
         return packed
 
     def fill(self, first: int, weight: Tensor) -> None:
-        """Rows [first, first + len(weight)) of the matrix. weight: [rows, in_features], dense."""
+        """Rows [first, first + len(weight)) of the matrix. weight: [rows, in_features], dense.
+
+        In this thread alone: a loader calls it from several, each with rows of its own.
+        """
         checks.check_dims("weight", weight, 2)
         rows = weight.shape[0]
         checks.check_dense("weight", weight, self.dtype, (rows, self.in_features))
@@ -155,7 +158,7 @@ class NativeLinear:
             weight.element_size(),
             _pair(weight.dtype),
             self.panels.data_ptr(),
-            torch.get_num_threads(),
+            1,
         )
 
     def multiply(self, x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from quire.kernels.memory import copy_rows
 from quire.layers.linear import Linear, LinearMethod, LinearPart
 from quire.layers.parameter import WeightTarget
 
@@ -23,8 +24,8 @@ class Embedding:
         shape = (self.weight.shape[0], self.weight.shape[1])
         return [WeightTarget(name=f"{self.name}.weight", shape=shape, load=self._load)]
 
-    def _load(self, tensor: torch.Tensor) -> None:
-        self.weight.copy_(tensor)
+    def _load(self, first: int, rows: torch.Tensor) -> None:
+        copy_rows(rows, self.weight[first : first + len(rows)])
 
     def __call__(self, input_ids: torch.Tensor) -> torch.Tensor:
         return torch.index_select(self.weight, 0, input_ids)

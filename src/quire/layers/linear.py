@@ -53,8 +53,10 @@ class LinearState(Protocol):
     def tensors(self, part: LinearPart) -> Mapping[str, tuple[int, ...]]:
         """Suffix -> shape of the tensors the checkpoint holds for this part."""
 
-    def load(self, index: int, suffix: str, tensor: torch.Tensor) -> None:
-        """Take one tensor of part `index`; copies it."""
+    def load(self, index: int, suffix: str, first: int, rows: torch.Tensor) -> None:
+        """Take the rows from `first` on of one tensor of part `index`; copies them. See
+        `WeightTarget.load`.
+        """
 
     def apply(self) -> Multiply:
         """The product, once every tensor has been loaded."""
@@ -98,10 +100,10 @@ class _UnquantizedState:
             shapes["bias"] = (part.out_features,)
         return shapes
 
-    def load(self, index: int, suffix: str, tensor: torch.Tensor) -> None:
-        first = sum(part.out_features for part in self._shape.parts[:index])
+    def load(self, index: int, suffix: str, first: int, rows: torch.Tensor) -> None:
+        first += sum(part.out_features for part in self._shape.parts[:index])
         fill = self._packed.fill if suffix == "weight" else self._packed.fill_bias
-        fill(first, tensor.to(self._shape.dtype).contiguous())
+        fill(first, rows.to(self._shape.dtype).contiguous())
         self._waiting.discard((index, suffix))
 
     def apply(self) -> Multiply:

@@ -19,5 +19,5 @@ class RMSNorm:
         shape = (self.weight.shape[0],)
         return [WeightTarget(name=f"{self.name}.weight", shape=shape, load=self._load, kind="norm")]
 
-    def _load(self, tensor: torch.Tensor) -> None:
-        self.weight.copy_(tensor)
+    def _load(self, first: int, values: torch.Tensor) -> None:
+        self.weight[first : first + len(values)] = values

@@ -17,12 +17,13 @@ import torch
 class WeightTarget:
     """One tensor of the checkpoint and its taker.
 
-    `load` copies what it keeps: the tensor it is given may be a view of a memory-mapped file that
-    is about to go.
+    `load(first, rows)` takes the rows (indices of the first dimension) from `first` on. It may be
+    called for a part of the rows at a time, in any order, and from several threads for different rows.
+    It copies what it keeps: what it is given is a buffer that will be filled anew.
     """
 
     name: str
     shape: tuple[int, ...]
-    load: Callable[[torch.Tensor], None]
+    load: Callable[[int, torch.Tensor], None]
     kind: Literal["weight", "bias", "norm"] = "weight"
     """What random weights should look like: small normal, zero, or one."""

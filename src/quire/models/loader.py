@@ -63,7 +63,7 @@ def load_model(
         # A tied model's file may still hold the head it does not use.
         ignored = ("lm_head.weight",) if spec.tie_word_embeddings else ()
         with Checkpoint(model_dir) as checkpoint:
-            load_weights(model.targets(), checkpoint, ignored=ignored)
+            load_weights(model.targets(), checkpoint, dtype=dtype, ignored=ignored)
     model.bind()
     seconds = time.perf_counter() - started
     logger.info(

@@ -1,4 +1,4 @@
-"""From tensors to their takers: everything checked first, then one tensor at a time.
+"""From tensors to their takers: everything checked first, then read and packed by several threads.
 
 The whole checkpoint is compared with what the model wants (names, shapes, dtypes) from the files' headers, in
 milliseconds, before any data is read: a wrong shard is reported at once and not after minutes of loading.
@@ -13,6 +13,8 @@ import torch
 
 from quire.errors import CheckpointError
 from quire.layers.parameter import WeightTarget
+from quire.weights.pieces import load_pieces
+from quire.weights.progress import LoadProgress
 from quire.weights.safetensors_reader import FLOAT_DTYPES, Checkpoint
 
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
@@ -22,21 +24,34 @@ MOST_NAMES = 4
 
 
 def load_weights(
-    targets: Iterable[WeightTarget], checkpoint: Checkpoint, *, ignored: Collection[str] = ()
+    targets: Iterable[WeightTarget],
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype,
+    ignored: Collection[str] = (),
 ) -> None:
-    """Stream every wanted tensor to its takers.
+    """Stream every wanted tensor to its takers, in pieces of rows, with as many threads as PyTorch has.
 
-    `ignored` names tensors that may be present and unused (the output head of a tied model).
+    `ignored` names tensors that may be present and unused (the output head of a tied model). Where
+    `dtype`, the model's, is not the files', the takers convert: one thread then, since PyTorch
+    converts with all of its own.
 
     Raises:
-        CheckpointError: naming the tensor that is missing, unexpected, or of the wrong shape or dtype.
+        CheckpointError: naming the tensor that is missing, unexpected, or of the wrong shape or dtype, or the
+            file that cannot be read or was written to meanwhile.
     """
     wanted = _by_name(targets)
     _check(wanted, checkpoint, ignored)
-    for name, takers in wanted.items():
-        tensor = checkpoint.tensor(name)
-        for taker in takers:
-            taker.load(tensor)
+    infos = [checkpoint.tensors[name] for name in wanted]
+    as_stored = all(FLOAT_DTYPES[info.dtype] is dtype for info in infos)
+    with LoadProgress(sum(info.num_bytes for info in infos)) as progress:
+        load_pieces(
+            wanted,
+            checkpoint,
+            threads=torch.get_num_threads() if as_stored else 1,
+            progress=progress.add,
+        )
+    checkpoint.check_unchanged()
 
 
 def load_random_weights(targets: Iterable[WeightTarget], *, dtype: torch.dtype, seed: int) -> None:
@@ -47,7 +62,7 @@ def load_random_weights(targets: Iterable[WeightTarget], *, dtype: torch.dtype, 
     for takers in _by_name(targets).values():
         tensor = _random(takers[0], dtype=dtype, seed=seed)
         for taker in takers:
-            taker.load(tensor)
+            taker.load(0, tensor)
 
 
 def _random(target: WeightTarget, *, dtype: torch.dtype, seed: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Reading safetensors checkpoints: memory-mapped, tensor by tensor, checked before the first byte is used.
+"""Reading safetensors checkpoints: checked before the first byte is used, then read piece by piece.
 
 safetensors only. A `.bin` file is a pickle, and loading one runs whatever its author put in it.
 """
@@ -6,6 +6,7 @@ safetensors only. A `.bin` file is a pickle, and loading one runs whatever its a
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,9 +14,9 @@ from pathlib import Path, PurePath
 from types import TracebackType
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from quire.errors import CheckpointError
+from quire.weights.safetensors_header import HeaderError, read_header
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -30,19 +31,36 @@ class TensorInfo:
     shape: tuple[int, ...]
     dtype: str
     """safetensors' own spelling: F32, BF16, F8_E4M3, ..."""
+    begin: int
+    """Of its first byte in the file."""
+    num_bytes: int
+
+    @property
+    def position(self) -> tuple[str, int]:
+        """Where it lies among all."""
+        return self.file, self.begin
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    path: Path
+    descriptor: int
+    num_bytes: int
+    changed: int
+    """When its content last changed, in the file system's nanoseconds."""
 
 
 class Checkpoint:
-    """An open checkpoint: headers read, files mapped, nothing copied. Use it as a context manager.
+    """An open checkpoint: headers read and checked, data not touched. Use it as a context manager.
 
-    A tensor from `tensor()` is a view of the mapped file and must not outlive the checkpoint's use:
-    whoever keeps it copies it. That is what keeps loading at one copy of the model.
+    Files are read, never mapped: see `quire.weights.safetensors_header` for why. `read` may be called
+    from several threads.
     """
 
     def __init__(self, model_dir: Path) -> None:
         self._dir = model_dir
         self._stack = ExitStack()
-        self._files: dict[str, safe_open] = {}
+        self._files: dict[str, _File] = {}
         self.tensors: dict[str, TensorInfo] = {}
         try:
             index = _read_index(model_dir)
@@ -63,20 +81,25 @@ class Checkpoint:
                 f"{INDEX_FILE} names {file}, which is not in {self._dir}; download that shard again"
             )
         try:
-            handle = self._stack.enter_context(safe_open(path, framework="pt"))
-            self._files[file] = handle
-            for name in handle.keys():  # noqa: SIM118 (not a mapping)
-                if index is not None and index.get(name) != file:
-                    continue
-                if name in self.tensors:
-                    raise CheckpointError(
-                        f"tensor {name} is in both {self.tensors[name].file} and {file} of {self._dir}; "
-                        f"remove the file that does not belong, or add {INDEX_FILE}"
-                    )
-                view = handle.get_slice(name)
-                self.tensors[name] = TensorInfo(file, tuple(view.get_shape()), view.get_dtype())
-        except (SafetensorError, OSError) as error:
+            handle = self._stack.enter_context(path.open("rb"))
+            status = os.fstat(handle.fileno())
+            entries = read_header(handle, status.st_size)
+        except OSError as error:
+            raise _unreadable(path, error) from error
+        except HeaderError as error:
             raise _corrupt(path) from error
+        self._files[file] = _File(path, handle.fileno(), status.st_size, status.st_mtime_ns)
+        for name, entry in entries.items():
+            if index is not None and index.get(name) != file:
+                continue
+            if name in self.tensors:
+                raise CheckpointError(
+                    f"tensor {name} is in both {self.tensors[name].file} and {file} of {self._dir}; "
+                    f"remove the file that does not belong, or add {INDEX_FILE}"
+                )
+            self.tensors[name] = TensorInfo(
+                file, entry.shape, entry.dtype, entry.begin, entry.num_bytes
+            )
 
     def _check_index(self, index: Mapping[str, str]) -> None:
         for name, file in index.items():
@@ -86,15 +109,44 @@ class Checkpoint:
                     f"download {self._dir} again"
                 )
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """The tensor, as a view of its file."""
+    def read(self, name: str, begin: int, into: memoryview) -> None:
+        """Fill `into` with the tensor's bytes from `begin` on.
+
+        Raises `CheckpointError` when the disk fails or the file has become shorter.
+        """
         info = self.tensors[name]
-        try:
-            tensor = self._files[info.file].get_tensor(name)
-        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-            raise _corrupt(self._dir / info.file) from error
-        assert isinstance(tensor, torch.Tensor)
+        file = self._files[info.file]
+        assert begin >= 0 and begin + len(into) <= info.num_bytes
+        done = 0
+        while done < len(into):
+            try:
+                count = os.preadv(file.descriptor, [into[done:]], info.begin + begin + done)
+            except OSError as error:
+                raise _unreadable(file.path, error) from error
+            if count == 0:
+                raise _corrupt(file.path)
+            done += count
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor whole, in memory of its own."""
+        info = self.tensors[name]
+        tensor = torch.empty(info.shape, dtype=FLOAT_DTYPES[info.dtype])
+        if tensor.numel():
+            self.read(name, 0, memoryview(tensor.view(-1).view(torch.uint8).numpy()))
         return tensor
+
+    def check_unchanged(self) -> None:
+        """Call after the last `read`. Raises `CheckpointError` if somebody wrote to a file meanwhile: what
+        was read may then be part one model and part another. (A file that was replaced, not
+        overwritten, is still the old one for us.)
+        """
+        for file in self._files.values():
+            status = os.fstat(file.descriptor)
+            if (status.st_size, status.st_mtime_ns) != (file.num_bytes, file.changed):
+                raise CheckpointError(
+                    f"{file.path} was written to while it was loaded; start again when the download or "
+                    "copy is complete"
+                )
 
     def close(self) -> None:
         self._files.clear()
@@ -117,6 +169,12 @@ def _corrupt(path: Path) -> CheckpointError:
     return CheckpointError(
         f"{path} ({size} bytes) is not a complete safetensors file; it may be truncated or "
         "a Git LFS pointer: download it again"
+    )
+
+
+def _unreadable(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"{path} cannot be read: {error.strerror or error}; check its permissions and the disk"
     )
 
 

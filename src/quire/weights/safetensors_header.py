@@ -1,0 +1,95 @@
+"""A safetensors file's header: which tensors, of what shape, at which bytes.
+
+The format (https://github.com/huggingface/safetensors#format): eight bytes of length, little-endian; that
+much JSON; then the tensors' bytes, without gaps. We read it ourselves because the library hands out
+mapped memory alone: pages of a mapped file count as the process's own until it is closed, which
+doubles the peak of loading, and a file that shrinks or fails under a mapping kills the process with
+SIGBUS, where `pread` gives an error that can be told.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from typing import BinaryIO
+
+LENGTH_BYTES = 8
+MOST_HEADER_BYTES = 100_000_000
+"""The library's own limit: what claims more is not a safetensors file."""
+BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F4": 4,
+    "F6_E2M3": 6, "F6_E3M2": 6, "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
+    "U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64, "C64": 64,
+}  # fmt: skip
+"""An element's size. Of a type that is not here, the size is taken as stated: it cannot be loaded anyway."""
+
+
+class HeaderError(Exception):
+    """Not a safetensors file, or not all of one. The message is for a developer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor of one file."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    """safetensors' own spelling: F32, BF16, F8_E4M3, ..."""
+    begin: int
+    """Of its first byte in the file; the rest follows row by row."""
+    num_bytes: int
+
+
+def read_header(file: BinaryIO, file_bytes: int) -> dict[str, Entry]:
+    """Every tensor, by name. The file must be exactly as long as its tensors say.
+
+    Raises `HeaderError`; `OSError` comes through.
+    """
+    file.seek(0)
+    length = int.from_bytes(file.read(LENGTH_BYTES), "little")
+    if file_bytes < LENGTH_BYTES or length > min(MOST_HEADER_BYTES, file_bytes - LENGTH_BYTES):
+        raise HeaderError(f"a header of {length} bytes does not fit")
+    try:
+        fields = json.loads(file.read(length), object_pairs_hook=_without_repeats)
+    except (ValueError, RecursionError) as error:
+        raise HeaderError(f"the header is not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise HeaderError("the header is not an object")
+    fields.pop("__metadata__", None)
+    data = LENGTH_BYTES + length
+    entries = {name: _entry(name, value, data) for name, value in fields.items()}
+    end = data
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].num_bytes)):
+        if entry.begin != end:
+            raise HeaderError(f"{name} begins at {entry.begin}, not where the last one ends, {end}")
+        end += entry.num_bytes
+    if end != file_bytes:
+        raise HeaderError(f"the tensors end at {end}, the file at {file_bytes}")
+    return entries
+
+
+def _entry(name: str, value: object, data: int) -> Entry:
+    if not isinstance(value, dict):
+        raise HeaderError(f"{name} is {value!r}")
+    dtype = value.get("dtype")
+    shape, span = _sizes(name, value.get("shape")), _sizes(name, value.get("data_offsets"))
+    if not isinstance(dtype, str) or len(span) != 2 or span[0] > span[1]:
+        raise HeaderError(f"{name} is {value!r}")
+    num_bytes = span[1] - span[0]
+    if dtype in BITS and math.prod(shape) * BITS[dtype] != num_bytes * 8:
+        raise HeaderError(f"{name}, {dtype} {shape}, does not take {num_bytes} bytes")
+    return Entry(shape, dtype, data + span[0], num_bytes)
+
+
+def _sizes(name: str, value: object) -> tuple[int, ...]:
+    if not isinstance(value, list) or not all(type(item) is int and item >= 0 for item in value):
+        raise HeaderError(f"{name} has {value!r} for a list of sizes")
+    return tuple(value)
+
+
+def _without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise ValueError("a name is there twice")
+    return fields
