@@ -3,9 +3,9 @@
     make dev && bench/peers/setup                         (once)
     .venv/bin/python -m bench.peers.compare --model M2    (from the repository's root)
 
-Every engine stays loaded but stopped while another is measured. Each repeat goes through the workloads, and
-each workload through all engines, starting with another one each time, so that whatever else the machine
-does meets all of them alike. Writes bench/results/cpu/<date>-<commit>-<model>.json and .md.
+Every engine stays loaded but stopped while another is measured. Each workload is run once by every engine to
+warm up, then `--repeats` times by all engines in turn, starting with another one each time, so that whatever
+else the machine does meets all of them alike. Writes bench/results/cpu/<date>-<commit>-<model>.json and .md.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 
 from bench.peers import client, report, servers
 from bench.peers.processes import Runner, RunnerError, cpu_times, others_share
-from bench.peers.rivals import REPOSITORY, peers_dir, server_makers, specs
+from bench.peers.rivals import REPOSITORY, Spec, peers_dir, server_makers, specs
 from bench.peers.workloads import (
     FULL,
     MODELS,
@@ -48,13 +48,12 @@ def main() -> None:
     logs.mkdir(parents=True, exist_ok=True)
     run = Comparison(args, root, logs)
     try:
-        if args.workloads != ["W5"]:
-            run.load()
-            run.measure()
+        run.measure()
+        if "W5" in args.workloads:
+            write(run.results, args)  # W5 is long; what is measured is safe
+            run.serve()
     finally:
-        run.close()
-    if "W5" in args.workloads:
-        run.serve()
+        run.abandon()
     write(run.results, args)
 
 
@@ -85,57 +84,76 @@ class Comparison:
             "samples": self.samples,
         }
 
-    def load(self) -> None:
-        """Start every engine, one after another, each alone on the machine."""
-        for spec in self.specs:
-            if not set(spec.workloads) & set(self.args.workloads):
-                continue
-            reason = spec.missing(self.root, self.args.model)
-            if reason is not None:
-                self._skip(spec.name, reason)
-                continue
-            log = self.logs / f"{spec.name.replace(' ', '-')}-{self.args.model}.log"
-            command = spec.command(
-                self.root, self.args.model, self.args.threads, smoke=self.args.smoke
-            )
-            runner = Runner(spec, command, log)
-            try:
-                message = runner.wait_ready(timeout=900)
-            except RunnerError as error:
-                runner.kill()
-                self._skip(spec.name, f"did not load: {error} (log: {log})")
-                continue
-            runner.stop()
-            self.runners[spec.name] = runner
-            self.engines[spec.name] = {
-                **message,
-                "command": " ".join(command),
-                "env": spec.env,
-                "failures": [],
-            }
-            _say(
-                f"{spec.name} {message['version']}: first answer {message['first_answer_s']:.1f} s; "
-                f"{_available_gib():.1f} GiB of memory left"
-            )
-
     def measure(self) -> None:
+        """W1-W4: everyone together, then whoever had no room beside them."""
+        apart = [spec for spec in self.specs if self.args.model in spec.apart_on]
+        together = [spec for spec in self.specs if spec not in apart]
+        for group in (together, apart):
+            self._measure_group(group)
+
+    def _measure_group(self, group: list[Spec]) -> None:
+        """An engine that runs one workload only is loaded for that alone."""
         names = [name for name in WORKLOADS if name in self.args.workloads]
+        for spec in group:
+            if len(spec.workloads) > 1 and set(spec.workloads) & set(names):
+                self._load(spec)
         for name in names:
-            for engine in self._able(name):
-                self._sample(engine, name, WARM_UP)
+            guests = [spec for spec in group if spec.workloads == (name,)]
+            for spec in guests:
+                self._load(spec)
+            self._measure_workload(name)
+            for spec in guests:
+                self._leave(spec.name)
+        for spec in group:
+            self._leave(spec.name)
+
+    def _measure_workload(self, name: str) -> None:
+        for engine in self._able(name):
+            self._sample(engine, name, WARM_UP)
         for repeat in range(self.args.repeats):
-            for name in names:
-                slow = self._much_slower(name)
-                able = self._able(name)
-                turn = repeat % max(1, len(able))
-                for engine in able[turn:] + able[:turn]:
-                    if repeat and engine in slow:
-                        continue
+            slow = report.much_slower(self.samples, name, MUCH_SLOWER)
+            able = self._able(name)
+            turn = repeat % max(1, len(able))
+            for engine in able[turn:] + able[:turn]:
+                if not (repeat and engine in slow):
                     self._sample(engine, name, repeat)
-        for engine in list(self.runners):
+
+    def _load(self, spec: Spec) -> None:
+        """Start an engine, alone on the machine while it loads."""
+        reason = spec.missing(self.root, self.args.model)
+        if reason is not None:
+            self._skip(spec.name, reason)
+            return
+        log = self.logs / f"{spec.name.replace(' ', '-')}-{self.args.model}.log"
+        command = spec.command(self.root, self.args.model, self.args.threads, smoke=self.args.smoke)
+        runner = Runner(spec, command, log)
+        try:
+            message = runner.wait_ready(timeout=900)
+        except RunnerError as error:
+            runner.kill()
+            self._skip(spec.name, f"did not load: {error} (log: {log})")
+            return
+        runner.stop()
+        self.runners[spec.name] = runner
+        self.engines[spec.name] = {
+            **message,
+            "command": " ".join(command),
+            "env": spec.env,
+            "apart": self.args.model in spec.apart_on,
+            "failures": [],
+        }
+        _say(
+            f"{spec.name} {message['version']}: first answer {message['first_answer_s']:.1f} s; "
+            f"{_available_gib():.1f} GiB of memory left"
+        )
+
+    def _leave(self, engine: str) -> None:
+        """Note an engine's peak memory, and end it."""
+        if engine in self.runners:
             answer = self._ask(engine, command="memory")
             if answer is not None:
                 self.engines[engine]["peak_rss_mib"] = answer["peak_rss_mib"]
+                self.runners.pop(engine).kill()
 
     def _able(self, workload: str) -> list[str]:
         return [n for n, runner in self.runners.items() if workload in runner.spec.workloads]
@@ -195,16 +213,14 @@ class Comparison:
             if not keep_awake:
                 runner.stop()
 
-    def _much_slower(self, workload: str) -> set[str]:
-        return report.much_slower(self.samples, workload, MUCH_SLOWER)
-
     def _skip(self, name: str, reason: str) -> None:
         self.skipped[name] = reason
         _say(f"{name} skipped: {reason}")
 
-    def close(self) -> None:
+    def abandon(self) -> None:
+        """End what still runs, after an error or Ctrl-C; nothing does after a whole run."""
         for runner in self.runners.values():
-            runner.kill()
+            runner.kill(patience=0)
         self.runners.clear()
 
     def serve(self) -> None:

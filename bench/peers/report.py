@@ -302,6 +302,8 @@ def _about(results: Mapping[str, Any]) -> str:
         lines.append(
             f"- **{name}** {engine['version']}: `{settings}`" + (f", `{env}`" if env else "")
         )
+        if engine.get("apart"):
+            lines.append("  - measured after the others had left: not all fit into memory at once")
         lines += [f"  - failed: {failure}" for failure in engine.get("failures", [])]
     for name in engines(results):
         served = [s for s in samples_of(results, name, "W5") if "command" in s]

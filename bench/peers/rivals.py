@@ -31,6 +31,8 @@ class Spec:
     env: dict[str, str] = field(default_factory=dict)
     options: tuple[str, ...] = ()
     workloads: tuple[str, ...] = ("W1", "W2", "W3", "W4")
+    apart_on: tuple[str, ...] = ()
+    """Models with which it is measured after the others have left: not all fit into 24 GiB at once."""
 
     def python(self, root: Path) -> Path:
         return root / "venvs" / self.venv / "bin" / "python" if self.venv else Path(sys.executable)
@@ -94,7 +96,14 @@ def specs(root: Path, threads: int) -> list[Spec]:
         ),
         Spec("openvino", "bench.peers.run_openvino", "openvino", "{model}-openvino"),
         Spec("llama.cpp", "bench.peers.run_llama_cpp", "llama_cpp", "{model}.gguf"),
-        Spec("transformers", "bench.peers.run_transformers", "transformers", "{model}", openmp),
+        Spec(
+            name="transformers",
+            module="bench.peers.run_transformers",
+            venv="transformers",
+            model_file="{model}",
+            env=openmp,
+            apart_on=("M1",),
+        ),
         Spec(
             name="transformers continuous",
             module="bench.peers.run_transformers",
@@ -102,6 +111,7 @@ def specs(root: Path, threads: int) -> list[Spec]:
             model_file="{model}",
             env=openmp,
             options=("continuous",),
+            apart_on=("M1",),
         ),
     ]
 
@@ -117,6 +127,6 @@ def server_makers(root: Path, model: ModelShape, threads: int) -> dict[str, serv
             root, model, port, {"VLLM_CACHE_ROOT": str(root / "vllm-cache"), "HF_HUB_OFFLINE": "1"}
         ),
         "llama.cpp": lambda port: servers.Server(
-            servers.llama_server(root, model, port, slots=64, threads=threads)
+            servers.llama_server(root, model, port, slots=64, slot_tokens=256, threads=threads)
         ),
     }

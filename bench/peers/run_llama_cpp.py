@@ -1,8 +1,8 @@
 """Runner of llama.cpp: llama-server, its own best batching engine, on the GGUF file.
 
-Two servers share the mapped weights: one slot for W2 and W4, and, from its first use on, one of 64 slots for
-W1 and W3, as cpu.md has it. For the lone request its own timings are taken (`timings` in its last event), so
-HTTP costs it nothing.
+One server with one slot for W2 and W4, and beside it (the weights are mapped once) one with a slot for every
+request of W1 or of W3, started when it is first needed. For the lone request its own timings are taken
+(`timings` in its last event), so HTTP costs it nothing.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from bench.peers import client, runner
@@ -20,25 +21,47 @@ from bench.peers.servers import free_port, llama_server, wait_ready
 from bench.peers.workloads import Request, Timing
 
 
+@dataclass(frozen=True, slots=True)
+class Slots:
+    """A server's shape. Each slot has room for the longest request of its workload."""
+
+    count: int
+    tokens: int
+
+
+LONE = Slots(1, 2304)
+W1 = Slots(64, 512)
+W3 = Slots(32, 576)
+
+
 class LlamaCpp:
     def __init__(self, args: runner.RunnerArgs) -> None:
         self.args = args
-        self.settings: dict[str, object] = {}
-        self.servers: dict[int, tuple[int, subprocess.Popen[bytes]]] = {}
+        self.servers: dict[Slots, tuple[int, subprocess.Popen[bytes]]] = {}
+        self.peak = 0.0
         self.version = _version(args.models.parent)
-        # Both commands are known before the second server starts: the record is made now.
-        for slots, workloads in ((1, "W2, W4"), (64, "W1, W3")):
+        # Written down now: the other servers start later.
+        self.settings: dict[str, object] = {}
+        for slots, workloads in ((LONE, "W2, W4"), (W1, "W1"), (W3, "W3")):
             words = self._command(0, slots)
             self.settings[workloads] = " ".join([Path(words[0]).name, *words[1:]])
-        self._port(1)
+        self._port(LONE)
 
-    def _command(self, port: int, slots: int) -> list[str]:
-        root, threads = self.args.models.parent, self.args.threads
-        return llama_server(root, self.args.model, port, slots=slots, threads=threads)
+    def _command(self, port: int, slots: Slots) -> list[str]:
+        return llama_server(
+            self.args.models.parent,
+            self.args.model,
+            port,
+            slots=slots.count,
+            slot_tokens=slots.tokens,
+            threads=self.args.threads,
+        )
 
-    def _port(self, slots: int) -> int:
-        """Where the server with that many slots listens, started if need be."""
+    def _port(self, slots: Slots) -> int:
+        """Where that server listens, started if need be; of the two with many slots only one lives."""
         if slots not in self.servers:
+            for other in [other for other in self.servers if other != LONE]:
+                self._end(other)
             port = free_port()
             process = subprocess.Popen(self._command(port, slots), stdout=2)
             self.servers[slots] = (port, process)
@@ -48,7 +71,8 @@ class LlamaCpp:
     def generate(self, requests: Sequence[Request]) -> Timing:
         if len(requests) == 1:
             return self._lone(requests[0])
-        port = self._port(64)
+        longest = max(len(request.prompt) + request.max_tokens for request in requests)
+        port = self._port(W1 if longest <= W1.tokens else W3)
 
         async def run() -> list[client.Reply]:
             return await asyncio.gather(
@@ -61,20 +85,26 @@ class LlamaCpp:
         return Timing(seconds, None, [_predicted(reply) for reply in replies])
 
     def _lone(self, request: Request) -> Timing:
-        reply = asyncio.run(client.stream(self._port(1), "/completion", _body(request)))
+        reply = asyncio.run(client.stream(self._port(LONE), "/completion", _body(request)))
         times = _timings(reply)
         first = float(str(times["prompt_ms"])) / 1e3
         rest = float(str(times["predicted_ms"])) / 1e3
         return Timing(first + rest, first, [_predicted(reply)])
 
     def peak_rss_mib(self) -> float:
-        """Of the larger server alone: the weights are one mapping, which both would count."""
-        return max(runner.peak_rss_mib(process.pid) for _, process in self.servers.values())
+        """Of the largest server alone: the weights are one mapping, which each would count."""
+        alive = [runner.peak_rss_mib(process.pid) for _, process in self.servers.values()]
+        return max(self.peak, *alive)
 
     def close(self) -> None:
-        for _, process in self.servers.values():
-            os.kill(process.pid, signal.SIGTERM)
-            process.wait(timeout=30)
+        for slots in list(self.servers):
+            self._end(slots)
+
+    def _end(self, slots: Slots) -> None:
+        _, process = self.servers.pop(slots)
+        self.peak = max(self.peak, runner.peak_rss_mib(process.pid))
+        os.kill(process.pid, signal.SIGTERM)
+        process.wait(timeout=30)
 
 
 def _body(request: Request) -> dict[str, object]:

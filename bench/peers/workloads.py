@@ -52,7 +52,7 @@ MODELS: dict[str, ModelShape] = {
         name="M1",
         title="Qwen3 0.6B shape",
         vocab_size=151936,
-        kv_cache_bytes=3 << 30,
+        kv_cache_bytes=9 << 28,
         kv_bytes_per_token=28 * 2 * 8 * 128 * 2,
         # At 2 requests a second (128 output tokens a second) every engine would only build a queue.
         w5_rate=0.5,
