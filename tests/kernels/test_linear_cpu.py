@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quire.kernels.checks import KernelArgumentError
+from quire.kernels.cpu.library import load_library
 from quire.kernels.cpu.native import NativeKernels
 from quire.kernels.linear_cpu import NativeLinear, PackedLinear, PlainLinear
 from tests.kernels.cases import DTYPES, ULP, bits, dtypes, generator, randn, seeds
@@ -126,6 +128,27 @@ def test_sums_cut_along_k_are_one_chain(native: NativeKernels, dtype: torch.dtyp
     bound = 4 * ULP[dtype] + k**0.5 * ULP[torch.float32]  # the store, and k roundings at random
     torch.testing.assert_close(linear(x).double() / scale, expected / scale, rtol=0, atol=bound)
     assert_invariant(linear, x, [1, 2, 4, 8])
+
+
+@pytest.mark.parametrize("march", ["x86-64-v4", "x86-64-v3", "x86-64"])
+def test_processors_with_narrower_vectors_and_no_bfloat16(
+    native: NativeKernels, march: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if platform.machine() != "x86_64":
+        pytest.skip("flags of another processor")
+    library = load_library(march)
+    monkeypatch.setattr("quire.kernels.cpu.library.load_library", lambda: library)
+    rng = generator(2)
+    for dtype in DTYPES:
+        for n, k in ((130, 77), (64, 256)):
+            weight, x = randn(n, k, rng=rng, dtype=dtype), randn(23, k, rng=rng, dtype=dtype)
+            bias = randn(n, rng=rng, dtype=dtype)
+            linear = native_linear(weight, bias)
+            expected = x.double() @ weight.double().t() + bias.double()
+            torch.testing.assert_close(linear(x).double(), expected, rtol=2 * ULP[dtype], atol=1e-4)
+            assert_invariant(linear, x, [1, 2, 3, 5, 8, 16])
+            ids = torch.tensor([n - 1, 0, 63])
+            assert torch.equal(linear.rows(ids), weight[ids])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
