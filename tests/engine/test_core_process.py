@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import textwrap
@@ -10,10 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+import pytest
 
 from quire.config import from_flat
 from quire.engine.core_client import CoreProcess
 from quire.engine.setup import locate
+from quire.errors import CheckpointError
 from quire.messages import AddRequest, FinishReason, Ping, Pong, StepOutputs
 from quire.sampling_params import SamplingParams
 from tests.engine.checkpoints import ServableCheckpoint
@@ -22,7 +25,8 @@ OPTIONS = {"max_num_seqs": 2, "max_model_len": 64, "num_gpu_blocks_override": 20
 
 
 def start(checkpoint: ServableCheckpoint) -> CoreProcess:
-    core = CoreProcess(locate(from_flat({"model": str(checkpoint.directory), **OPTIONS})))
+    core = CoreProcess()
+    core.configure(locate(from_flat({"model": str(checkpoint.directory), **OPTIONS})))
     core.wait_ready()
     return core
 
@@ -73,8 +77,9 @@ def test_idle_core_uses_no_cpu_and_answers_pings(
     assert core.process.returncode == 0
 
 
+@pytest.mark.parametrize("configured", [True, False])
 def test_core_leaves_when_its_parent_is_killed(
-    servable: Callable[[str], ServableCheckpoint], tmp_path: Path
+    servable: Callable[[str], ServableCheckpoint], tmp_path: Path, configured: bool
 ) -> None:
     script = textwrap.dedent(
         f"""
@@ -82,8 +87,10 @@ def test_core_leaves_when_its_parent_is_killed(
         from quire.config import from_flat
         from quire.engine.core_client import CoreProcess
         from quire.engine.setup import locate
-        core = CoreProcess(locate(from_flat({{"model": {str(servable("llama").directory)!r}}})))
-        core.wait_ready()
+        core = CoreProcess()
+        if {configured}:
+            core.configure(locate(from_flat({{"model": {str(servable("llama").directory)!r}}})))
+            core.wait_ready()
         print(core.process.pid, flush=True)
         time.sleep(60)
         """
@@ -94,5 +101,25 @@ def test_core_leaves_when_its_parent_is_killed(
     parent.kill()
     parent.wait()
     parent.stdout.close()
-    gone, _ = psutil.wait_procs([child], timeout=10)
+    gone, _ = psutil.wait_procs([child], timeout=60)  # it may be importing torch
     assert gone, "the core outlived its parent"
+
+
+def test_a_core_that_was_never_configured_can_be_closed() -> None:
+    core = CoreProcess()
+    directory = core._directory
+    core.close()
+    core.close()
+    assert core.process.returncode == -signal.SIGKILL
+    assert not Path(directory).exists()
+
+
+def test_what_is_wrong_with_the_model_reaches_the_front_end(tmp_path: Path) -> None:
+    """The core reads the checkpoint itself; the front end may have found nothing wrong with it."""
+    core = CoreProcess(kernels="reference")
+    try:
+        core.configure(from_flat({"model": str(tmp_path)}))
+        with pytest.raises(CheckpointError, match=r"config\.json cannot be read"):
+            core.wait_ready()
+    finally:
+        core.close()

@@ -19,9 +19,16 @@ from quire.util.logging import setup_logging
 def run(argv: list[str]) -> int:
     engine, server = configs(argv)
     setup_logging(log_format=engine.runtime.log_format)
-    from quire.server.run import serve
+    from quire.engine.core_client import CoreProcess
 
-    return serve(engine, server)
+    # First of all: it imports torch while this process imports the HTTP server.
+    core = CoreProcess(kernels=engine.runtime.kernels)
+    try:
+        from quire.server.run import serve
+
+        return serve(engine, server, core)
+    finally:
+        core.close()
 
 
 def configs(argv: list[str]) -> tuple[EngineConfig, ServerConfig]:

@@ -118,23 +118,27 @@ class AsyncLLM:
         self._pinger = asyncio.create_task(self._ping(), name="quire-ping")
 
     @classmethod
-    async def start(cls, config: EngineConfig) -> AsyncLLM:
+    async def start(cls, config: EngineConfig, core: CoreProcess | None = None) -> AsyncLLM:
         """Spawn the engine core, load tokenizer and template meanwhile, and wait until it serves.
 
+        core: one that was started earlier and not configured yet; it is ours to close from now on.
         Raises what kept it from starting: `ConfigError`, `ModelError`, `MemoryFitError`, ...
         """
-        located = await asyncio.to_thread(locate, config)
-        resolved = resolve(located)
-        core = CoreProcess(located)
-        waiting = asyncio.ensure_future(asyncio.to_thread(core.wait_ready))
+        core = core or CoreProcess(kernels=config.runtime.kernels)
+        waiting: asyncio.Future[EngineReady] | None = None
         try:
+            located = await asyncio.to_thread(locate, config)
+            resolved = resolve(located)
+            core.configure(located)
+            waiting = asyncio.ensure_future(asyncio.to_thread(core.wait_ready))
             model = await asyncio.to_thread(serve_model, located, resolved)
             ready = await asyncio.shield(waiting)
         except BaseException:
-            # A socket has one user at a time: let the waiting thread go before closing it.
             core.stop_waiting()
-            await asyncio.wait([waiting])
-            waiting.exception()
+            if waiting is not None:
+                # A socket has one user at a time: let the waiting thread go before closing it.
+                await asyncio.wait([waiting])
+                waiting.exception()
             await asyncio.to_thread(core.close)
             raise
         return cls(located, core, model, ready)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -50,9 +51,14 @@ class InlineCore:
 
 
 class CoreProcess:
-    """A core in a child process, and the socket to it. Blocking; `AsyncLLM` polls the descriptor."""
+    """A core in a child process, and the socket to it. Blocking; `AsyncLLM` polls the descriptor.
 
-    def __init__(self, config: EngineConfig) -> None:
+    The process starts at once, and imports torch and compiles the kernels (seconds) before it is told
+    what to serve: make it as early as can be, then do your own imports, find the model, and `configure`.
+    """
+
+    def __init__(self, *, kernels: str = "auto") -> None:
+        """`kernels` as in `RuntimeConfig`: "reference" needs nothing compiled."""
         self._directory = tempfile.mkdtemp(prefix="quire-")  # mode 0700: nobody else connects
         address = f"ipc://{Path(self._directory, 'core.sock')}"
         self._context = zmq.Context()
@@ -66,14 +72,20 @@ class CoreProcess:
         self.socket.connect(address)
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode = msgspec.msgpack.Decoder(CoreOutput).decode
+        self._configured = False
         self._closed = False
         self._given_up = False
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "quire.engine.core_process", address],
+            [sys.executable, "-m", "quire.engine.core_process", address, kernels],
             stdin=subprocess.PIPE,  # its end tells the core that we are gone
             start_new_session=True,  # a Ctrl-C is ours to handle
             env=_child_environment(),
         )
+
+    def configure(self, config: EngineConfig) -> None:
+        """Load this model. Call once; `config` is located."""
+        assert not self._configured
+        self._configured = True
         self.socket.send(msgspec.json.encode(config))
 
     def send(self, message: CoreInput) -> None:
@@ -122,6 +134,10 @@ class CoreProcess:
         if self._closed:
             return
         self._closed = True
+        if self.process.poll() is None and not self._configured:
+            # It has nothing to lose, and would first finish its imports: with it goes the compiler.
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
         if self.process.poll() is None:
             self.send(Shutdown())
             if self.process.stdin is not None:

@@ -1,7 +1,8 @@
-"""The engine core's own process: `python -m quire.engine.core_process ADDRESS`.
+"""The engine core's own process: `python -m quire.engine.core_process ADDRESS KERNELS`.
 
 ZeroMQ over a Unix socket in a private directory, msgspec structs, no pickle. The first message is the
-configuration; the first answer is `EngineReady` or `CoreFailed`. Between steps the loop takes in what
+configuration, and may come late: what takes longest, importing torch and compiling the kernels, does not
+depend on it. The first answer is `EngineReady` or `CoreFailed`. Between steps the loop takes in what
 has arrived; without work it blocks, so an idle engine costs nothing. It leaves when told to, or when
 its standard input ends, which happens however the parent dies.
 """
@@ -9,6 +10,7 @@ its standard input ends, which happens however the parent dies.
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import signal
 import sys
@@ -26,7 +28,8 @@ from quire.util.logging import setup_logging
 logger = logging.getLogger("quire.engine")
 
 
-def main(address: str) -> int:
+def main(address: str, kernels: str) -> int:
+    gc.disable()  # until the start is over: it makes objects by the hundred thousand, and no garbage
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # the front end decides when the core ends
     context = zmq.Context()
@@ -36,7 +39,7 @@ def main(address: str) -> int:
     socket.setsockopt(zmq.RCVHWM, 0)
     socket.bind(address)
     try:
-        return _run(_Link(socket))
+        return _run(_Link(socket), kernels)
     finally:
         socket.close()
         context.term()
@@ -54,7 +57,10 @@ class _Link:
         self._stdin = sys.stdin.fileno()
         self._poller.register(self._stdin, zmq.POLLIN)
 
-    def receive_config(self) -> EngineConfig:
+    def receive_config(self) -> EngineConfig | None:
+        """None if the parent is gone."""
+        if not dict(self._poller.poll()).get(self._socket):
+            return None
         return msgspec.json.decode(self._socket.recv(), type=EngineConfig)
 
     def send(self, message: CoreOutput) -> None:
@@ -78,15 +84,17 @@ class _Link:
         return self._stdin in dict(self._poller.poll(0))
 
 
-def _run(link: _Link) -> int:
-    config = link.receive_config()
-    setup_logging(log_format=config.runtime.log_format)
+def _run(link: _Link, kernels: str) -> int:
     try:
-        compiling = threading.Thread(target=_compile_kernels, args=(config.runtime.kernels,))
+        compiling = threading.Thread(target=_compile_kernels, args=(kernels,))
         compiling.start()
         from quire.engine.build import build_core
         from quire.engine.setup import resolve
 
+        config = link.receive_config()
+        if config is None:
+            return 0
+        setup_logging(log_format=config.runtime.log_format)
         compiling.join()
         core, ready = build_core(config, resolve(config))
     except Exception as error:
@@ -94,6 +102,8 @@ def _run(link: _Link) -> int:
         if not isinstance(error, QuireError):
             logger.exception("the engine core failed to start")
         return 1
+    gc.freeze()  # torch's 200,000 objects stay: looking through them is a pause of 0.1 s
+    gc.enable()
     link.send(ready)
     try:
         _serve(core, link)
@@ -140,4 +150,4 @@ def _failure(error: Exception) -> CoreFailed:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(*sys.argv[1:]))

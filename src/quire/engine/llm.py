@@ -54,9 +54,10 @@ class LLM:
         resolved = resolve(config)
         self._core: InlineCore | CoreProcess | None = None
         if engine == "process":
-            process = CoreProcess(config)
+            process = CoreProcess(kernels=config.runtime.kernels)
             self._core = process
             try:
+                process.configure(config)
                 self.model: ServedModel = serve_model(config, resolved)
                 self.ready: EngineReady = process.wait_ready()
             except BaseException:

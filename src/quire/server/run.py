@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -17,6 +18,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, TypeVar
 
 from quire.config import EngineConfig, ServerConfig
+from quire.engine.core_client import CoreProcess
 from quire.messages import describe_ledger
 from quire.server.app import build_app
 from quire.server.auth import configured_keys
@@ -63,13 +65,15 @@ class StopSignals:
                 loop.remove_signal_handler(number)
 
 
-def serve(engine_config: EngineConfig, server_config: ServerConfig) -> int:
-    """Run the server on an engine of its own until a signal; returns the exit status."""
+def serve(engine_config: EngineConfig, server_config: ServerConfig, core: CoreProcess) -> int:
+    """Run the server on `core`, not configured yet, until a signal; returns the exit status."""
 
     async def engine() -> ServingEngine:
         from quire.engine.async_llm import AsyncLLM
 
-        return await AsyncLLM.start(engine_config)
+        started = await AsyncLLM.start(engine_config, core)
+        gc.freeze()  # what is here now stays, and need not be looked through between tokens
+        return started
 
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         return runner.run(serve_engine(engine, engine_config, server_config))
