@@ -22,6 +22,7 @@ enum scratch_use {
   SCRATCH_DECODER,
   SCRATCH_ATTENTION,
   SCRATCH_ATTENTION_PLAN,
+  SCRATCH_SAMPLING,
   SCRATCH_USES
 };
 void *quire_scratch(enum scratch_use use, size_t bytes);
