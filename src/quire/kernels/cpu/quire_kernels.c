@@ -1,7 +1,9 @@
-/* The whole library as one unit: one compiler run, about a second. */
+/* The whole library as one unit; with QUIRE_UNITS, all but attention, which is then compiled beside it. */
 #define _GNU_SOURCE /* CPU affinity, in pool.c */
 
+#ifndef QUIRE_UNITS
 #include "attention.c"
+#endif
 #include "decoder.c"
 #include "elementwise.c"
 #include "kv_cache.c"
