@@ -136,11 +136,15 @@ class DatasetOptions:
     no_oversample: bool = option(
         False, "Send fewer requests where the file has fewer entries; else entries repeat."
     )
+    prompt_token_ids: bool = option(
+        False,
+        "Send generated prompts as token ids (completions only): exact lengths for any tokenizer.",
+    )
     sharegpt_output_len: int | None = option(
         None, "Output length for all. Default: that of the answer in the file."
     )
-    random_input_len: int = option(1024, "Prompt tokens.")
-    random_output_len: int = option(128, "Output tokens.")
+    random_input_len: int = option(1024, "Prompt tokens.", aliases=("--input-len",))
+    random_output_len: int = option(128, "Output tokens.", aliases=("--output-len",))
     random_range_ratio: float = option(
         0.0, "Lengths are uniform in [len * (1 - ratio), len * (1 + ratio)]; in [0, 1)."
     )

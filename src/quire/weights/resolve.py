@@ -67,8 +67,26 @@ def resolve_model(
     return _download(model, revision=revision, download_dir=download_dir, hf_token=hf_token)
 
 
+def resolve_tokenizer(name: str) -> Path:
+    """A directory as it is, or a hub id's files without its weights: what counts tokens needs no more.
+
+    Raises `CheckpointError` as `resolve_model` does.
+    """
+    if Path(name).expanduser().is_dir():
+        return Path(name).expanduser()
+    if HUB_ID.fullmatch(name) is None:
+        raise CheckpointError(f"tokenizer {name!r} is neither a directory here nor a hub id")
+    files = [pattern for pattern in ALLOWED_FILES if not pattern.endswith(".safetensors")]
+    return _download(name, revision=None, download_dir=None, hf_token=None, files=files)
+
+
 def _download(
-    repo_id: str, *, revision: str | None, download_dir: str | None, hf_token: str | None
+    repo_id: str,
+    *,
+    revision: str | None,
+    download_dir: str | None,
+    hf_token: str | None,
+    files: list[str] = ALLOWED_FILES,
 ) -> Path:
     import huggingface_hub
     from huggingface_hub import errors
@@ -80,7 +98,7 @@ def _download(
             revision=revision,
             cache_dir=download_dir,
             token=hf_token,
-            allow_patterns=ALLOWED_FILES,
+            allow_patterns=files,
             ignore_patterns=EXCLUDED_FILES,
         )
     except errors.GatedRepoError as error:

@@ -1,0 +1,224 @@
+"""`quire bench serve`: one run of load against a server, from options to figures."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from quire.bench.arrivals import arrival_times
+from quire.bench.client import Exchange, HttpPool
+from quire.bench.datasets import BenchRequest
+from quire.bench.load import LoadResult, allow_many_sockets, run_async, run_load
+from quire.bench.metrics import RequestTimes, request_times, summary
+from quire.bench.options import LoadOptions, TargetOptions
+from quire.builtin import MODEL_DIR, MODEL_NAME
+from quire.errors import CheckpointError, ConfigError, EngineError
+
+if TYPE_CHECKING:
+    from quire.text import Tokenizer
+
+WARMUP_SEED = 0x5EED
+WARMUP_CONCURRENCY = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A server, its model's name there, and the tokenizer that makes and counts its prompts."""
+
+    options: TargetOptions
+    model: str
+    tokenizer_id: str
+    tokenizer: Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class ServeRun:
+    """What a run gave: `figures` by key, and for each request its times and its text."""
+
+    figures: dict[str, object]
+    times: list[RequestTimes]
+    texts: list[str]
+
+
+def find_target(options: TargetOptions) -> Target:
+    """Ask the server for its model if none is named, and load the tokenizer.
+
+    Raises `EngineError` if the server does not answer, `ConfigError` if there is no tokenizer.
+    """
+    model = options.model
+    if model is None or options.ready_check_timeout_sec:
+        listed = run_async(_first_model(options))
+        model = model or listed
+    tokenizer_id = options.tokenizer or model
+    return Target(options, model, tokenizer_id, load_tokenizer(tokenizer_id))
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """By directory, hub id, or the built-in model's name. `ConfigError` if there is none."""
+    from quire.text import Tokenizer
+    from quire.weights.resolve import resolve_tokenizer
+
+    try:
+        if name == MODEL_NAME:
+            return Tokenizer.from_directory(MODEL_DIR)
+        return Tokenizer.from_directory(resolve_tokenizer(name))
+    except CheckpointError as error:
+        raise ConfigError(
+            f"no tokenizer for {name!r}: {error}. Give --tokenizer a directory or hub id; "
+            f"{MODEL_NAME} is always there, and counts roughly."
+        ) from None
+
+
+def run_serve(
+    target: Target,
+    requests: Sequence[BenchRequest],
+    load: LoadOptions,
+    *,
+    seed: int,
+    percentiles: Sequence[float],
+    slos: dict[str, float],
+    send_ids: bool = False,
+    on_done: Callable[[Exchange], None] = lambda exchange: None,
+) -> ServeRun:
+    """Send `requests` as `load` says, and work out the figures. What fails is counted, not raised."""
+    if send_ids and target.options.chat:
+        raise ConfigError("prompt_token_ids needs a completions endpoint; chat takes only text.")
+    times = _due_times(requests, load, seed)
+    pool = make_pool(target.options)
+
+    def prepare(request: BenchRequest) -> bytes:
+        return pool.prepare(target.options.path, request_body(target, request, send_ids=send_ids))
+
+    prepared = [prepare(request) for request in requests]
+    warmups = [prepare(request) for request in _warmups(target, requests, load.num_warmups)]
+
+    async def main() -> LoadResult:
+        zeros = [0.0] * len(warmups)
+        await run_load(pool, warmups, zeros, max_concurrency=WARMUP_CONCURRENCY)
+        result = await run_load(
+            pool, prepared, times, max_concurrency=load.max_concurrency, on_done=on_done
+        )
+        pool.close()
+        return result
+
+    allow_many_sockets()
+    return _figures(target, requests, run_async(main()), percentiles, slos)
+
+
+def request_body(target: Target, request: BenchRequest, *, send_ids: bool = False) -> bytes:
+    """What is posted, as JSON. Fields that were not asked for are left to the server."""
+    options = target.options
+    body: dict[str, object] = {"model": options.served_model_name or target.model}
+    if options.chat:
+        body["messages"] = [{"role": "user", "content": request.text}]
+        body["max_completion_tokens"] = request.output_len
+    else:
+        body["prompt"] = request.token_ids if send_ids else request.text
+        body["max_tokens"] = request.output_len
+    body |= {"stream": True, "stream_options": {"include_usage": True}}
+    sampling = {
+        "temperature": options.temperature,
+        "top_p": options.top_p,
+        "top_k": options.top_k,
+        "ignore_eos": options.ignore_eos or None,
+    }
+    body |= {name: value for name, value in sampling.items() if value is not None}
+    return msgspec.json.encode(body | options.extra_body)
+
+
+def make_pool(options: TargetOptions) -> HttpPool:
+    headers = dict(pair.split("=", 1) for pair in options.header)
+    key = options.api_key or os.environ.get("QUIRE_API_KEY") or os.environ.get("OPENAI_API_KEY")
+    if key:
+        headers["Authorization"] = f"Bearer {key}"
+    return HttpPool(
+        options.url, headers=headers, insecure=options.insecure, timeout=options.request_timeout
+    )
+
+
+async def _first_model(options: TargetOptions) -> str:
+    """The first of /v1/models, waiting up to the ready check's timeout for an answer."""
+    pool = make_pool(options)
+    deadline = perf_counter() + options.ready_check_timeout_sec
+    while True:
+        answer = await pool.ask(pool.prepare("/v1/models"))
+        if not answer.error and answer.status == 200:
+            break
+        if perf_counter() > deadline:
+            raise EngineError(f"{options.url}/v1/models: {answer.error}.")
+        await asyncio.sleep(0.2)
+    pool.close()
+    try:
+        listed = msgspec.json.decode(bytes(answer.body), type=_Models).data
+    except msgspec.DecodeError:
+        listed = []
+    if not listed:
+        raise EngineError(f"{options.url}/v1/models lists no model; name one with --model.")
+    return listed[0].id
+
+
+class _Model(msgspec.Struct):
+    id: str
+
+
+class _Models(msgspec.Struct):
+    data: list[_Model]
+
+
+def _due_times(requests: Sequence[BenchRequest], load: LoadOptions, seed: int) -> list[float]:
+    if requests[0].due is None:
+        return arrival_times(load, len(requests), seed=seed)
+    if load.request_rate != math.inf or load.ramp_up_strategy is not None:
+        raise ConfigError(
+            "request_rate and ramp_up_strategy do not go with timed_trace, which has its own times; "
+            "stretch those with --timed-trace-sec-multiplier."
+        )
+    return [request.due or 0.0 for request in requests]
+
+
+def _warmups(target: Target, requests: Sequence[BenchRequest], count: int) -> list[BenchRequest]:
+    """Other words in prompts of the same lengths: a warm-up must not fill the server's prefix cache."""
+    if not count:
+        return []
+    from quire.bench.datasets.prompts import PromptMaker
+
+    maker = PromptMaker(target.tokenizer, WARMUP_SEED)
+    warmups = []
+    for number in range(count):
+        model = requests[number % len(requests)]
+        text, ids = maker.prompt(maker.draw(maker.body_len(model.prompt_len)))
+        warmups.append(BenchRequest(text, ids, model.output_len))
+    return warmups
+
+
+def _figures(
+    target: Target,
+    requests: Sequence[BenchRequest],
+    result: LoadResult,
+    percentiles: Sequence[float],
+    slos: dict[str, float],
+) -> ServeRun:
+    def count(text: str) -> int:
+        return len(target.tokenizer.encode(text, add_special_tokens=False))
+
+    times = [
+        request_times(
+            exchange, due=due, zero=result.start, prompt_len=request.prompt_len, count=count
+        )
+        for exchange, due, request in zip(result.exchanges, result.due, requests, strict=True)
+    ]
+    figures = summary(times, result.duration, percentiles=percentiles, slos=slos)
+    done = [exchange for exchange in result.exchanges if not exchange.error]
+    counted = all(exchange.completion_tokens is not None for exchange in done)
+    figures["output_tokens_from"] = "usage" if counted else "tokenizer"
+    figures["cached_input_tokens"] = sum(exchange.cached_tokens or 0 for exchange in done)
+    figures["error_counts"] = dict(Counter(t.error for t in times if t.error).most_common(20))
+    return ServeRun(figures, times, [exchange.text for exchange in result.exchanges])

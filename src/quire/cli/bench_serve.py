@@ -1,0 +1,77 @@
+"""`quire bench serve`: load on a server, the table on stdout, the JSON and the picture where asked."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from quire.bench.options import parse_goodput
+from quire.cli.bench import add_bench_options, options_of
+from quire.cli.parser import Parser
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from quire.bench.client import Exchange
+
+
+def run(argv: list[str]) -> int:
+    parser = Parser(
+        prog="quire bench serve",
+        usage="quire bench serve [flags]",
+        description="Send requests to an OpenAI-compatible server, and measure what comes back.",
+    )
+    add_bench_options(parser)
+    args = parser.parse_strictly(argv)
+    dataset = options_of(args, "dataset")
+    # As vLLM: random words make models stop early, and then no two servers do the same work.
+    target_options = options_of(args, "server", ignore_eos=dataset.dataset_name == "random")
+    load = options_of(args, "load")
+    report = options_of(args, "report")
+    if report.plot is not None:
+        from quire.bench.plot import require_matplotlib
+
+        require_matplotlib(report.plot)  # an hour before it is needed
+
+    from quire.bench.datasets import load_requests
+    from quire.bench.report import result_json, result_path, table, write_json
+    from quire.bench.serve import find_target, run_serve
+
+    target = find_target(target_options)
+    requests = load_requests(dataset, target.tokenizer)
+    path = result_path(target, load, report)
+    with progress(len(requests), enabled=not report.disable_tqdm) as on_done:
+        result = run_serve(
+            target,
+            requests,
+            load,
+            seed=dataset.seed,
+            percentiles=report.percentiles,
+            slos=parse_goodput(report.goodput),
+            send_ids=dataset.prompt_token_ids,
+            on_done=on_done,
+        )
+    print(table(result, load, report))
+    if report.save_result or report.save_detailed:
+        write_json(path, result_json(result, target, load, report))
+        print(f"result: {path}", file=sys.stderr)
+    if report.plot is not None:
+        from quire.bench.plot import plot_run
+
+        plot_run(result, report.plot, title=f"{target.model} at {target.options.url}")
+        print(f"picture: {report.plot}", file=sys.stderr)
+    return 0 if result.figures["completed"] else 1
+
+
+@contextmanager
+def progress(total: int, *, enabled: bool = True) -> Iterator[Callable[[Exchange], None]]:
+    """A bar on stderr if that is a terminal; what is given counts one request."""
+    if not enabled or not sys.stderr.isatty():
+        yield lambda exchange: None
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=total, unit="req", dynamic_ncols=True) as bar:
+        yield lambda exchange: bar.update(1) and None
