@@ -189,10 +189,23 @@ static const void *readable(const linear_weight *w, const void *x, int64_t *stri
   return copy;
 }
 
+/* The panel that is taken `index`-th. Threads take turns, so each then walks a range of its own in address
+ * order: two streams read 10 % more a second than two threads leapfrogging each other. */
+static int64_t panel_at(int64_t index, int64_t panels, int64_t threads) {
+  const int64_t whole = panels / threads; /* what every range has; the first ones in line may have one more */
+  if (index < whole * threads) return panels * (index % threads) / threads + index / threads;
+  int64_t range = 0;
+  for (int64_t left = index - whole * threads;; range++) {
+    const int64_t size = panels * (range + 1) / threads - panels * range / threads;
+    if (size > whole && left-- == 0) break;
+  }
+  return panels * (range + 1) / threads - 1;
+}
+
 static void linear_unit(void *context, int64_t unit) {
   const linear_job *job = context;
-  const int64_t panel = unit % job->panels, chunk = unit / job->panels;
-  const int64_t next = panel + job->threads < job->panels ? panel + job->threads : panel;
+  const int64_t panel = panel_at(unit % job->panels, job->panels, job->threads);
+  const int64_t chunk = unit / job->panels, next = min64(panel + 1, job->panels - 1);
   const int64_t begin = job->m * chunk / job->chunks, end = job->m * (chunk + 1) / job->chunks;
   if (job->w->dtype == F32)
     panel_rows_f32(job, begin, end, panel, next);
