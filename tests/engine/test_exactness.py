@@ -14,7 +14,7 @@ import torch
 from quire.engine.core_client import InlineCore
 from quire.engine.llm import LLM
 from quire.outputs import RequestOutput
-from quire.sampling.sampler import Sampler, SamplingRow
+from quire.sampling.sampler import Sampler
 from quire.sampling_params import SamplingParams
 from tests.engine.checkpoints import ServableCheckpoint, prompts, write_tokenizer
 from tests.models.variants import VARIANTS
@@ -45,13 +45,12 @@ class Recorder:
         self.logits: Logits = {}
         runner._sampler = self
 
-    def sample(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> Any:
-        for row, values in zip(rows, logits, strict=True):
-            seat = self._batch.seat_of[row.request_id]
+    def sample(self, logits: torch.Tensor, table: Any, seats: Any, positions: Any) -> Any:
+        for seat, position, values in zip(seats, positions.tolist(), logits, strict=True):
             count = self._batch.num_prompt_tokens[seat]
             prompt = tuple(self._batch.token_ids[seat, :count].tolist())
-            self.logits[prompt, row.position] = values.clone()
-        return self._sampler.sample(logits, rows)
+            self.logits[prompt, position] = values.clone()
+        return self._sampler.sample(logits, table, seats, positions)
 
 
 def make_llm(checkpoint: ServableCheckpoint, **options: Any) -> LLM:

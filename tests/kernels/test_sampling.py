@@ -1,15 +1,45 @@
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from quire.kernels.base import Kernels
 from quire.kernels.checks import KernelArgumentError
 from quire.kernels.cpu.native import NativeKernels
 from quire.kernels.philox import gumbel_from_uniform, philox_words
+from quire.kernels.reference import filtered_scores
+from quire.kernels.sampling import SAMPLE_ROW, SampledTokens
 from tests.kernels.cases import generator, randn, seeds
+
+OFF = {"temperature": 1.0, "top_p": 1.0, "min_p": 0.0, "top_k": 0, "seed": 0, "position": 0}
+# Below, at and above a group, whole vectors and not, more groups than a vector has lanes.
+vocabs = st.sampled_from([1, 2, 3, 15, 16, 17, 63, 64, 65, 100, 127, 400, 1111, 4096, 5001])
+
+
+def sample_rows(count: int, **fields: Any) -> NDArray[np.void]:
+    rows = np.zeros(count, dtype=SAMPLE_ROW)
+    for name, value in {**OFF, **fields}.items():
+        rows[name] = value
+    return rows
+
+
+def support(kernels: Kernels, logits: torch.Tensor, draws: int = 400, **fields: Any) -> set[int]:
+    """The tokens of one row that are ever drawn."""
+    rows = sample_rows(draws, **fields)
+    rows["position"] = np.arange(draws)
+    return set(kernels.sample(logits.repeat(draws, 1), rows).token_ids.tolist())
+
+
+def same(left: SampledTokens, right: SampledTokens) -> bool:
+    return bool((left.token_ids == right.token_ids).all() and (left.valid == right.valid).all())
 
 
 def test_philox_known_answers() -> None:
@@ -45,65 +75,243 @@ def test_uniforms_are_uniform_and_independent(native: NativeKernels) -> None:
     assert not torch.equal(native.philox_uniform(7, 3 + 2**32, 8), native.philox_uniform(7, 3, 8))
 
 
-@given(rows=st.integers(0, 5), vocab=st.integers(1, 700), keep=st.floats(0.02, 1), seed=seeds)
-def test_sample_is_the_argmax_of_score_plus_noise(
-    native: NativeKernels, reference: Kernels, rows: int, vocab: int, keep: float, seed: int
-) -> None:
+def random_logits(rows: int, vocab: int, spread: float, grain: float, seed: int) -> torch.Tensor:
+    """Strided rows; with a grain, many ties; some excluded."""
     rng = generator(seed)
-    scores = randn(rows, vocab + 3, rng=rng)[:, :vocab] * 4  # strided rows
-    kept = torch.rand(rows, vocab, generator=rng) < keep
-    kept[:, vocab // 2] = True
-    scores[~kept] = -torch.inf
-    row_seeds = torch.randint(-(2**63), 2**63 - 1, (rows,), generator=rng)
-    positions = torch.randint(0, 2**40, (rows,), generator=rng)
-    tokens = native.sample_gumbel(scores, row_seeds, positions)
-    assert reference.sample_gumbel(scores, row_seeds, positions).shape == (rows,)
-    for r in range(rows):
-        u = reference.philox_uniform(int(row_seeds[r]), int(positions[r]), vocab)
-        noisy = scores[r].double() + gumbel_from_uniform(u.double())
-        assert bool(kept[r, tokens[r]])
-        assert float(noisy[tokens[r]]) >= float(noisy.max()) - 1e-5
-        alone = native.sample_gumbel(scores[r : r + 1], row_seeds[r : r + 1], positions[r : r + 1])
-        assert int(alone) == int(tokens[r])
+    logits = randn(rows, vocab + 3, rng=rng)[:, :vocab] * spread
+    if grain:
+        logits = (logits / grain).round() * grain
+    logits[torch.rand(rows, vocab, generator=rng) < 0.1] = -torch.inf
+    return logits
+
+
+@given(
+    vocab=vocabs,
+    spread=st.sampled_from([0.0, 0.3, 2.0, 8.0, 1e4]),
+    grain=st.sampled_from([0.0, 0.0, 0.5]),
+    temperature=st.sampled_from([0.0, 0.01, 0.7, 1.0, 2.0]),
+    top_p=st.sampled_from([0.0, 1e-6, 0.3, 0.77, 0.95, 0.9999, 1 - 2**-24, 1.0]),
+    min_p=st.sampled_from([0.0, 0.0, 0.013, 0.5, 1.0]),
+    top_k=st.sampled_from([0, 0, 1, 2, 7, 50, 64, 65, 1000, 5000, 2**31 - 1]),
+    seed=seeds,
+)
+def test_native_draws_from_what_the_reference_keeps(
+    native: NativeKernels,
+    vocab: int,
+    spread: float,
+    grain: float,
+    temperature: float,
+    top_p: float,
+    min_p: float,
+    top_k: int,
+    seed: int,
+) -> None:
+    logits = random_logits(3, vocab, spread, grain, seed)
+    rows = sample_rows(3, temperature=temperature, top_p=top_p, min_p=min_p, top_k=top_k)
+    rows["seed"] = np.random.default_rng(seed).integers(-(2**63), 2**63 - 1, 3)
+    rows["position"] = [0, 77, 2**40]
+    result = native.sample(logits, rows)
+    assert result.valid.all()
+    for r, (token, row) in enumerate(zip(result.token_ids.tolist(), rows, strict=True)):
+        assert token == native.sample(logits[r : r + 1], rows[r : r + 1]).token_ids[0]
+        if temperature == 0.0 or logits[r].max() == -torch.inf:
+            assert token == int(logits[r].argmax())
+            continue
+        u = native.philox_uniform(int(row["seed"]), int(row["position"]), vocab)
+        noise = gumbel_from_uniform(u.double())
+        # The same draw from a little less, and a little more, than top_p: sums differ in rounding.
+        nearby = []
+        for near_p in (top_p, top_p * (1 - 1e-6), min(top_p * (1 + 1e-6), 1.0)):
+            near_row = row.copy()
+            near_row["top_p"] = near_p
+            noisy = filtered_scores(logits[r], near_row).double() + noise
+            nearby.append(float(noisy[token]) >= float(noisy.max()) - 1e-5)
+        assert any(nearby), (r, token)
+
+
+@given(vocab=vocabs, seed=seeds, data=st.data())
+def test_nan_anywhere_is_that_rows_alone(
+    native: NativeKernels, reference: Kernels, vocab: int, seed: int, data: st.DataObject
+) -> None:
+    logits = randn(3, vocab, rng=generator(seed))
+    logits[1, data.draw(st.integers(0, vocab - 1))] = math.nan
+    if vocab > 1 and data.draw(st.booleans()):
+        logits[1, data.draw(st.integers(0, vocab - 1))] = math.inf
+        logits[1, data.draw(st.integers(0, vocab - 1))] = math.nan
+    for rows in (None, sample_rows(3), sample_rows(3, top_k=5, top_p=0.9)):
+        for kernels in (native, reference):
+            result = kernels.sample(logits, rows)
+            assert result.valid.tolist() == [True, False, True]
+            assert result.token_ids[1] == 0
+            alone = kernels.sample(logits[[0, 2]], rows if rows is None else rows[[0, 2]])
+            assert result.token_ids[[0, 2]].tolist() == alone.token_ids.tolist()
+
+
+def test_nan_at_every_position(native: NativeKernels) -> None:
+    for vocab in (1, 16, 63, 64, 130, 200):
+        logits = torch.zeros(vocab, vocab)
+        logits.fill_diagonal_(math.nan)
+        assert not native.sample(logits, None).valid.any()
+        assert native.sample(torch.zeros(2, vocab), None).valid.all()
+
+
+@given(vocab=vocabs, seed=seeds, grain=st.sampled_from([0.0, 1.0]))
+def test_greedy_is_the_lowest_id_of_the_largest(
+    native: NativeKernels, reference: Kernels, vocab: int, seed: int, grain: float
+) -> None:
+    logits = random_logits(4, vocab, 2.0, grain, seed)
+    expected = [int((row == row.max()).nonzero()[0]) for row in logits]
+    for kernels in (native, reference):
+        assert kernels.sample(logits, None).token_ids.tolist() == expected
+        greedy = sample_rows(4, temperature=0.0, top_k=3, top_p=0.1)
+        assert kernels.sample(logits, greedy).token_ids.tolist() == expected
 
 
 def test_frequencies_are_the_softmax(native: NativeKernels) -> None:
-    draws, scores = 40_000, torch.tensor([0.0, 1.0, -torch.inf, 2.0, -1.0])
-    tokens = native.sample_gumbel(
-        scores.expand(draws, 5).contiguous(), torch.full((draws,), 11), torch.arange(draws)
-    )
-    counts = torch.bincount(tokens, minlength=5) / draws
-    torch.testing.assert_close(counts, torch.softmax(scores, 0), atol=0.01, rtol=0)
-    assert counts[2] == 0
+    """Chi-square with 4 filtered shapes: drawn from a list, and from whole groups."""
+    draws, rng = 60_000, generator(1)
+    for vocab, fields in (
+        (5, {}),
+        (40, {"temperature": 0.7}),
+        (300, {"top_k": 9, "top_p": 0.9}),
+        (90, {"top_p": 0.97, "min_p": 0.02}),
+    ):
+        logits = randn(vocab, rng=rng)
+        logits[2] = -torch.inf
+        rows = sample_rows(draws, seed=11, **fields)
+        rows["position"] = np.arange(draws)
+        tokens = native.sample(logits.expand(draws, vocab).contiguous(), rows).token_ids
+        counts = np.bincount(tokens, minlength=vocab)
+        expected = draws * torch.softmax(filtered_scores(logits, rows[0]).double(), 0).numpy()
+        kept = expected > 0
+        assert counts[~kept].sum() == 0
+        chi_square = float(((counts[kept] - expected[kept]) ** 2 / expected[kept]).sum())
+        degrees = int(kept.sum()) - 1
+        assert chi_square < degrees + 5 * math.sqrt(2 * degrees)
 
 
 def test_native_and_reference_draw_the_same(native: NativeKernels, reference: Kernels) -> None:
-    scores = randn(64, 3000, rng=generator(0)) * 2
-    row_seeds, positions = torch.arange(64), torch.arange(64) * 7
-    expected = reference.sample_gumbel(scores, row_seeds, positions)
-    assert torch.equal(native.sample_gumbel(scores, row_seeds, positions), expected)
+    logits = randn(64, 3000, rng=generator(0)) * 2
+    for fields in ({}, {"top_k": 50, "top_p": 0.95}, {"top_p": 0.5}, {"min_p": 0.1}):
+        rows = sample_rows(64, seed=np.arange(64), position=np.arange(64) * 7, **fields)
+        assert same(native.sample(logits, rows), reference.sample(logits, rows))
 
 
-def test_ties_and_empty_rows_give_the_lowest_id(native: NativeKernels, reference: Kernels) -> None:
+def test_a_row_is_the_same_whatever_the_batch_and_the_threads(
+    native: NativeKernels, with_threads: Callable[[int, Callable[[], Any]], Any]
+) -> None:
+    logits = randn(48, 6000, rng=generator(4)) * 3
+    rows = sample_rows(48, seed=np.arange(48) * 97, position=np.arange(48))
+    rows["temperature"] = np.resize([0.0, 0.6, 1.0, 2.0], 48)
+    rows["top_p"] = np.resize([1.0, 0.9, 0.5], 48)
+    rows["top_k"] = np.resize([0, 40, 0, 3000, 1], 48)
+    expected = with_threads(1, lambda: native.sample(logits, rows))
+    for threads in (2, 3):
+        for _ in range(20):
+            assert same(with_threads(threads, lambda: native.sample(logits, rows)), expected)
+    shuffled = np.random.default_rng(0).permutation(48)
+    again = native.sample(logits[torch.from_numpy(shuffled)], rows[shuffled])
+    assert again.token_ids.tolist() == expected.token_ids[shuffled].tolist()
+    for r in range(48):
+        alone = native.sample(logits[r : r + 1].clone(), rows[r : r + 1])
+        assert alone.token_ids[0] == expected.token_ids[r]
+
+
+def test_ties_with_the_kth_stay_and_the_nucleus_takes_lower_ids(
+    native: NativeKernels, reference: Kernels
+) -> None:
+    flat = torch.zeros(1, 100)
+    ladder = torch.tensor([[3.0, 1.0, 2.0, 1.0, 1.0, 0.0]])
     for kernels in (native, reference):
-        huge = torch.full((1, 200), 1e30)  # the noise rounds away: all scores tie
-        assert int(kernels.sample_gumbel(huge, torch.tensor([1]), torch.tensor([1]))) == 0
-        none = torch.full((1, 200), -torch.inf)
-        assert int(kernels.sample_gumbel(none, torch.tensor([1]), torch.tensor([1]))) == 0
-        one = none.clone()
-        one[0, 199] = -1e30
-        assert int(kernels.sample_gumbel(one, torch.tensor([1]), torch.tensor([1]))) == 199
+        assert support(kernels, flat, draws=2000, top_k=3) == set(range(100))
+        assert support(kernels, ladder, top_k=3) == {0, 1, 2, 3, 4}
+        assert support(kernels, flat, draws=800, top_p=0.125) == set(range(13))
+        assert support(kernels, flat, draws=800, top_p=0.25) == set(range(25))
+        assert support(kernels, ladder, top_k=3, top_p=0.8) == {0, 1, 2}
+        assert support(kernels, flat, top_p=0.0) == {0}
+        assert support(kernels, ladder, min_p=1.0) == {0}
 
 
-def test_sample_refuses_wrong_tensors(native: NativeKernels, reference: Kernels) -> None:
-    scores, longs = torch.zeros(2, 8), torch.zeros(2, dtype=torch.int64)
+@pytest.mark.parametrize("vocab", [5000, 151_936])
+def test_flat_distributions_over_large_vocabularies(native: NativeKernels, vocab: int) -> None:
+    """The cut falls among equals, or among many that are nearly so."""
+    flat = torch.zeros(1, vocab)
+    kept = math.ceil(float(np.float32(0.3)) * vocab)
+    tokens = sorted(support(native, flat, draws=300, top_p=0.3))
+    assert tokens[-1] < kept and tokens[-1] > 0.97 * kept
+    assert max(support(native, flat, draws=300, top_k=1)) > 0.97 * vocab
+    slope = torch.arange(vocab, dtype=torch.float32).unsqueeze(0) * -1e-7
+    tokens = sorted(support(native, slope, draws=300, top_p=0.3))
+    assert tokens[-1] < 0.302 * vocab and tokens[-1] > 0.29 * vocab
+    tokens = sorted(support(native, slope.flip(1), draws=300, top_k=vocab // 2))
+    assert tokens[0] >= vocab - vocab // 2 - 1
+
+
+@given(logit=st.sampled_from([0.0, -0.0, 1e30, -1e30, 3e38, -3e38, math.inf, -math.inf, 1e-45]))
+def test_one_token(native: NativeKernels, reference: Kernels, logit: float) -> None:
+    for kernels in (native, reference):
+        for fields in ({}, {"top_k": 1}, {"top_p": 0.5, "min_p": 0.5}):
+            assert support(kernels, torch.tensor([[logit]]), draws=2, **fields) == {0}
+
+
+def test_infinities(native: NativeKernels, reference: Kernels) -> None:
+    inf = math.inf
+    none, one = torch.full((1, 200), -inf), torch.full((1, 200), -inf)
+    one[0, 199] = -1e30
+    two = torch.full((1, 200), 1e38)
+    two[0, [7, 130]] = inf
+    for kernels in (native, reference):
+        for fields in ({}, {"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}, {"temperature": 0.0}):
+            assert support(kernels, none, draws=5, **fields) == {0}
+            assert support(kernels, one, draws=5, **fields) == {199}
+            shared = {7} if fields.get("temperature") == 0.0 else {7, 130}
+            assert support(kernels, two, draws=50, **fields) == shared
+        assert support(kernels, two, draws=50, top_k=1, top_p=0.5) == {7}
+
+
+def test_scores_that_round_alike_tie(native: NativeKernels, reference: Kernels) -> None:
+    """Logits that differ, with scores that do not: what counts is the score."""
+    logits = torch.tensor([[3e38, -3e38, -2.9e38, 0.0]])
+    tiny = torch.tensor([[1e-45, 0.0, 1e-45]])
+    for kernels in (native, reference):
+        assert support(kernels, logits, draws=50) == {0}
+        assert support(kernels, logits, draws=50, top_k=3) == {0}
+        assert support(kernels, tiny, top_k=1, temperature=2.0) == {0, 1, 2}
+
+
+def test_logits_are_left_as_they_are(native: NativeKernels, reference: Kernels) -> None:
+    logits = randn(4, 300, rng=generator(3))
+    before = logits.clone()
+    for kernels in (native, reference):
+        kernels.sample(logits, sample_rows(4, top_k=3, top_p=0.5, min_p=0.1))
+        assert torch.equal(logits, before)
+        assert kernels.sample(logits[:0], None).token_ids.shape == (0,)
+
+
+def test_sample_refuses_wrong_arguments(native: NativeKernels, reference: Kernels) -> None:
+    logits, rows = torch.zeros(2, 8), sample_rows(2)
+    wide = np.zeros((2, 2), dtype=SAMPLE_ROW)
     for kernels in (native, reference):
         for args in (
-            (scores.half(), longs, longs),
-            (scores, longs.int(), longs),
-            (scores, longs, longs[:1]),
-            (scores.t(), longs, longs),
-            (scores[:, :0], longs, longs),
+            (logits.half(), rows),
+            (logits[0], rows),
+            (torch.zeros(8, 2).t(), rows),
+            (logits[:, :0], rows),
+            (logits, rows[:1]),
+            (logits, sample_rows(4)[::2]),
+            (logits, wide),
+            (logits, np.zeros(2)),
         ):
             with pytest.raises(KernelArgumentError):
-                kernels.sample_gumbel(*args)
+                kernels.sample(*args)
+        for name, values in {
+            "temperature": (-0.5, math.nan, math.inf),
+            "top_p": (-0.1, 1.1, math.nan),
+            "min_p": (-0.1, 1.1, math.nan),
+            "top_k": (-1,),
+        }.items():
+            for value in values:
+                wrong = sample_rows(2)
+                wrong[name][1] = value
+                with pytest.raises(KernelArgumentError, match=name):
+                    kernels.sample(logits, wrong)

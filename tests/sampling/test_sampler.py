@@ -3,28 +3,55 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from quire.kernels.base import create_kernels
-from quire.sampling.sampler import Sampler, SamplingRow, SamplingState, filter_scores
+from quire.kernels.reference import filtered_scores
+from quire.messages import AdmittedRequest
+from quire.sampling.sampler import Sampled, Sampler, SamplingSeats
 from quire.sampling_params import SamplingParams
 
 VOCAB = 40
 SAMPLER = Sampler(create_kernels("auto"))
 
 
-def row(params: SamplingParams, *, seed=0, prompt=(), output=(), eos=(), position=None, id_=1):
+@dataclass(frozen=True)
+class Row:
+    request: AdmittedRequest
+    position: int
+
+
+def row(params: SamplingParams, *, seed=0, prompt=(), output=(), eos=(), position=None):
     tokens = [*prompt, *output]
-    state = SamplingState(
-        params, seed=seed, eos_token_ids=list(eos), token_ids=tokens,
-        num_prompt_tokens=len(prompt), vocab_size=VOCAB,
+    request = AdmittedRequest(
+        request_id=1, token_ids=tokens, num_prompt_tokens=len(prompt), block_ids=[],
+        params=params, seed=seed, eos_token_ids=list(eos),
     )  # fmt: skip
-    where = len(tokens) if position is None else position
-    return SamplingRow(id_, state, where, len(output))
+    return Row(request, len(tokens) if position is None else position)
+
+
+def seated(rows: list[Row]) -> SamplingSeats:
+    table = SamplingSeats(len(rows), VOCAB)
+    for seat, one in enumerate(rows):
+        table.admit(seat, one.request)
+    return table
+
+
+def sample(values: torch.Tensor, rows: list[Row]) -> Sampled:
+    positions = np.array([one.position for one in rows])
+    return SAMPLER.sample(values, seated(rows), np.arange(len(rows)), positions)
+
+
+def tokens_of(values: torch.Tensor, rows: list[Row]) -> list[int]:
+    sampled = sample(values, rows)
+    assert sampled.valid.all()
+    return sampled.token_ids.tolist()
 
 
 def logits(rows=1, seed=0, spread=2.0):
@@ -56,17 +83,17 @@ def plain_filter(scores: list[float], top_k: int, top_p: float, min_p: float) ->
     min_p=st.sampled_from([0.0, 0.0, 0.013, 0.5, 1.0]),
 )
 def test_filters_keep_what_the_definitions_keep(seed, top_k, top_p, min_p):
-    scores = logits(seed=seed)[0]
-    scores -= scores.max()
-    expected = plain_filter(scores.double().tolist(), top_k, top_p, min_p)
-    filter_scores(scores, top_k=top_k, top_p=top_p, min_p=min_p)
-    assert set(torch.isfinite(scores).nonzero().flatten().tolist()) == expected
-
-
-def test_a_flat_distribution_over_a_large_vocabulary_needs_the_full_sort():
-    scores = torch.zeros(5000)
-    filter_scores(scores, top_k=0, top_p=0.5, min_p=0.0)
-    assert 2499 <= int(torch.isfinite(scores).sum()) <= 2501
+    """The reference's; tests/kernels/test_sampling.py holds the C kernel to the reference."""
+    values = logits(seed=seed)
+    scores = (values[0] - values[0].max()).double().tolist()
+    expected = plain_filter(scores, top_k, top_p, min_p)
+    params = SamplingParams(top_k=top_k, top_p=top_p, min_p=min_p)
+    table = seated([row(params)])
+    (wants,) = table.rows(np.array([0]), np.array([0]))
+    kept = filtered_scores(values[0], wants)
+    assert set(torch.isfinite(kept).nonzero().flatten().tolist()) == expected
+    drawn = tokens_of(values.repeat(50, 1), [row(params, seed=i) for i in range(50)])
+    assert set(drawn) <= expected
 
 
 def test_samples_follow_the_softmax():
@@ -75,8 +102,8 @@ def test_samples_follow_the_softmax():
     expected = torch.softmax(values[0] / 0.7, -1)
     draws = 20_000
     rows = [row(params, seed=7, position=i) for i in range(draws)]
-    results = SAMPLER.sample(values.repeat(draws, 1), rows)
-    counts = torch.bincount(torch.tensor([r.token_ids[0] for r in results]), minlength=VOCAB)
+    tokens = tokens_of(values.repeat(draws, 1), rows)
+    counts = torch.bincount(torch.tensor(tokens), minlength=VOCAB)
     chi_square = float(((counts - draws * expected) ** 2 / (draws * expected)).sum())
     # 39 degrees of freedom: 83 is the 1 in 20,000 quantile; the draw is fixed by the seed.
     assert chi_square < 83
@@ -86,22 +113,42 @@ def test_a_rows_token_depends_on_seed_and_position_alone():
     params = SamplingParams(temperature=1.0, top_p=0.9, min_p=0.01, top_k=30)
     values = logits(rows=64)
     rows = [row(params, seed=i, position=100 + i) for i in range(64)]
-    together = [r.token_ids for r in SAMPLER.sample(values.clone(), rows)]
-    alone = [SAMPLER.sample(values[i : i + 1].clone(), [rows[i]])[0].token_ids for i in range(64)]
+    together = tokens_of(values.clone(), rows)
+    alone = [tokens_of(values[i : i + 1].clone(), [rows[i]])[0] for i in range(64)]
     assert together == alone
     other_seed = [row(params, seed=i + 1000, position=100 + i) for i in range(64)]
     other_place = [row(params, seed=i, position=200 + i) for i in range(64)]
-    assert [r.token_ids for r in SAMPLER.sample(values.clone(), other_seed)] != together
-    assert [r.token_ids for r in SAMPLER.sample(values.clone(), other_place)] != together
+    assert tokens_of(values.clone(), other_seed) != together
+    assert tokens_of(values.clone(), other_place) != together
+
+
+def test_the_largest_seeds_and_top_k_fit():
+    params = SamplingParams(temperature=1.0, top_k=2**40)
+    wrapped = tokens_of(logits(), [row(params, seed=2**64 - 5)])
+    assert wrapped == tokens_of(logits(), [row(params, seed=-5)])
 
 
 def test_greedy_and_random_rows_mix():
     values = logits(rows=4)
     greedy, random = SamplingParams(temperature=0.0), SamplingParams(temperature=2.0)
-    rows = [row(p, seed=1) for p in (greedy, random, greedy, random)]
-    results = SAMPLER.sample(values.clone(), rows)
-    assert results[0].token_ids == [int(values[0].argmax())]
-    assert results[2].token_ids == [int(values[2].argmax())]
+    tokens = tokens_of(values.clone(), [row(p, seed=1) for p in (greedy, random, greedy, random)])
+    assert tokens[0] == int(values[0].argmax())
+    assert tokens[2] == int(values[2].argmax())
+
+
+def test_a_seat_is_sampled_as_its_present_request_wants():
+    greedy, random = SamplingParams(temperature=0.0), SamplingParams(temperature=1.0, top_k=3)
+    penalized = SamplingParams(temperature=0.0, presence_penalty=2.0, logprobs=1)
+    table, seats, position = SamplingSeats(2, VOCAB), np.array([1]), np.array([4])
+    for params in (random, penalized, greedy, random, greedy):
+        one = row(params, seed=9, prompt=[1, 2], output=[3, 3])
+        table.admit(1, one.request)
+        sampled = SAMPLER.sample(logits(seed=8), table, seats, position)
+        fresh = sample(logits(seed=8), [one])
+        assert sampled.token_ids.tolist() == fresh.token_ids.tolist()
+        assert sampled.logprobs == fresh.logprobs
+        assert (table.rows(seats, position) is None) == params.is_greedy
+        table.release(1)
 
 
 def test_penalties_are_vllms_formulas():
@@ -119,27 +166,37 @@ def test_penalties_are_vllms_formulas():
     for token in set(output):
         expected[token] -= 0.2
     edited = values.clone()
-    (result,) = SAMPLER.sample(edited, [row(params, prompt=prompt, output=output)])
+    sampled = sample(edited, [row(params, prompt=prompt, output=output)])
     torch.testing.assert_close(edited[0], expected)
-    assert result.token_ids == [int(expected.argmax())]
+    assert sampled.token_ids.tolist() == [int(expected.argmax())]
     # Logprobs are of the model, before penalties.
     raw = torch.log_softmax(values[0], -1)
-    assert result.logprobs is not None
-    entry = result.logprobs[0]
+    entry = sampled.logprobs[0]
     assert entry.logprob == pytest.approx(float(raw[entry.token_id]))
     assert entry.top_ids == raw.argsort(descending=True).tolist()
     assert entry.rank == entry.top_ids.index(entry.token_id) + 1
+
+
+def test_only_rows_that_ask_are_edited_and_told():
+    plain, wanting = SamplingParams(temperature=0.0), SamplingParams(temperature=0.0, logprobs=2)
+    edited = SamplingParams(temperature=0.0, presence_penalty=1.0)
+    values = logits(rows=3)
+    before = values.clone()
+    rows = [row(plain, output=[1]), row(wanting, output=[1]), row(edited, output=[1])]
+    sampled = sample(values, rows)
+    assert list(sampled.logprobs) == [1] and len(sampled.logprobs[1].top_ids) == 2
+    assert torch.equal(values[:2], before[:2]) and not torch.equal(values[2], before[2])
 
 
 def test_history_grows_with_what_is_sampled():
     params = SamplingParams(temperature=0.0, frequency_penalty=2.0)
     values = torch.zeros(1, VOCAB)
     values[0, :3] = torch.tensor([5.0, 4.0, 3.5])
-    one = row(params)
+    table, seat = seated([row(params)]), np.array([0])
     tokens = []
     for index in range(4):
-        step = SamplingRow(1, one.state, index, index)
-        tokens += SAMPLER.sample(values.clone(), [step])[0].token_ids
+        sampled = SAMPLER.sample(values.clone(), table, seat, np.array([index]))
+        tokens += sampled.token_ids.tolist()
     assert tokens == [0, 1, 2, 0]
 
 
@@ -149,14 +206,20 @@ def test_no_end_token_before_min_tokens():
     values[0, 2], values[0, 5], values[0, 6] = 9.0, 8.0, 7.0
     early = row(params, output=[1], eos=[2])
     late = row(params, output=[1, 1], eos=[2])
-    assert SAMPLER.sample(values.clone(), [early])[0].token_ids == [6]
-    assert SAMPLER.sample(values.clone(), [late])[0].token_ids == [2]
+    assert tokens_of(values.clone(), [early]) == [6]
+    assert tokens_of(values.clone(), [late]) == [2]
+    table, seat = seated([early]), np.array([0])
+    for position, expected in ((1, 6), (2, 2), (3, 2)):
+        sampled = SAMPLER.sample(values.clone(), table, seat, np.array([position]))
+        assert sampled.token_ids.tolist() == [expected]
+    assert table.states(seat, np.array([4])) == {}
 
 
 def test_nan_is_that_rows_error_alone():
-    values = logits(rows=3)
-    values[1, 7] = math.nan
-    rows = [row(SamplingParams(temperature=t), id_=i) for i, t in enumerate((0.0, 1.0, 1.0))]
-    results = SAMPLER.sample(values, rows)
-    assert [bool(r.error) for r in results] == [False, True, False]
-    assert results[1].token_ids == [] and len(results[2].token_ids) == 1
+    values = logits(rows=4)
+    values[1, 7] = values[3, 0] = math.nan
+    plain = [row(SamplingParams(temperature=t)) for t in (0.0, 1.0, 1.0)]
+    asking = row(SamplingParams(temperature=1.0, logprobs=1, presence_penalty=1.0))
+    sampled = sample(values, [*plain, asking])
+    assert sampled.valid.tolist() == [True, False, True, False]
+    assert sampled.logprobs == {}

@@ -12,12 +12,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from time import perf_counter
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from quire.kernels.base import Kernels, create_kernels, kv_cache_shapes
 from quire.kernels.linear_cpu import PackedLinear
+from quire.kernels.sampling import SAMPLE_ROW
 
 COLD_BYTES = 96 << 20
 """More than the last-level caches of the machines this is for."""
@@ -180,13 +182,15 @@ def _attention_case(ours: Kernels, ref: Kernels, s: Shapes, dtype: torch.dtype) 
 
 
 def _sampling_case(ours: Kernels, ref: Kernels, s: Shapes) -> Case:
-    scores = torch.randn(s.rows, s.vocab)
-    seeds = torch.arange(s.rows)
+    logits = torch.randn(s.rows, s.vocab) * 2
+    rows = np.zeros(s.rows, dtype=SAMPLE_ROW)
+    rows["temperature"], rows["top_p"], rows["top_k"] = 0.8, 0.95, 50
+    rows["seed"] = rows["position"] = np.arange(s.rows)
     return Case(
-        "sample_gumbel",
-        lambda i: ours.sample_gumbel(scores, seeds, seeds),
-        lambda i: ref.sample_gumbel(scores, seeds, seeds),
-        scores.numel() * 4,
+        "sample t=0.8 top_p=0.95 top_k=50",
+        lambda i: ours.sample(logits, rows),
+        lambda i: ref.sample(logits, rows),
+        logits.numel() * 4,
     )
 
 

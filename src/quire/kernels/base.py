@@ -15,11 +15,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from quire.errors import ConfigError
 from quire.kernels.decoder import DecoderPass, DecoderWeights
+from quire.kernels.sampling import SampledTokens
 
 KernelsName = Literal["auto", "native", "reference"]
 
@@ -162,12 +165,16 @@ class Kernels(Protocol):
         """
         ...
 
-    def sample_gumbel(self, scores: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
-        """One token a row, drawn from softmax(scores) by the Gumbel-max trick; ties to the lowest id.
+    def sample(self, logits: Tensor, rows: NDArray[np.void] | None) -> SampledTokens:
+        """One token a row: the most likely, or one drawn from the softmax of its filtered scores.
 
-        scores: [R, V] float32, scaled by temperature and filtered, -inf where excluded; rows may be
-        strided. seeds, positions: [R] int64 (a seed's 64 bits). Returns [R] int64. A row with no
-        finite score gives 0.
+        logits: [R, V] float32, any row stride; left as they are. rows: [R] `SAMPLE_ROW`, or None if all
+        are greedy. Scores are (logit - best) / temperature. In vLLM's order: min_p keeps scores that
+        are not below log(min_p); top_k the k best and all that tie with the k-th; top_p, of what is
+        left and in order of score (ties: of id), tokens while the probability before them is below
+        top_p. The best always stays; a logit of -inf never does; those of +inf share all there is. The
+        draw is by the Gumbel-max trick, with `philox_uniform` of the row's seed and position. Ties,
+        the draw's too, go to the lowest id; a row of nothing but -inf gives 0.
         """
         ...
 

@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from quire.errors import EngineError
+from quire.kernels.sampling import SAMPLE_ROW
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 512
@@ -208,10 +211,35 @@ def fail_attention(code: int) -> NoReturn:
     raise MemoryError("paged_attention could not allocate its scratch memory")
 
 
-def check_sample(scores: Tensor, seeds: Tensor, positions: Tensor) -> None:
-    check_dims("scores", scores, 2)
-    rows, vocab = scores.shape
-    check_rows("scores", scores, torch.float32, (rows, vocab))
-    check_dense("seeds", seeds, torch.int64, (rows,))
-    check_dense("positions", positions, torch.int64, (rows,))
-    require(vocab > 0, "scores has no columns")
+def check_sample(logits: Tensor, rows: NDArray[np.void] | None) -> None:
+    """All but the contents of rows."""
+    check_dims("logits", logits, 2)
+    count, vocab = logits.shape
+    check_rows("logits", logits, torch.float32, (count, vocab))
+    require(0 < vocab < 2**31, f"logits has {vocab} columns; need 1 to 2**31 - 1")
+    if rows is None:
+        return
+    flags = rows.flags
+    if (
+        rows.dtype != SAMPLE_ROW
+        or rows.shape != (count,)
+        or not (flags.c_contiguous and flags.aligned)
+    ):
+        raise KernelArgumentError(
+            f"rows is {rows.dtype} {rows.shape}; need contiguous SAMPLE_ROW ({count},)"
+        )
+
+
+_SAMPLE_FAILURES = {
+    1: "a row's temperature is negative or not finite; 0 is greedy",
+    2: "a row's top_p is outside [0, 1]; 1 is off",
+    3: "a row's min_p is outside [0, 1]; 0 is off",
+    4: "a row's top_k is negative; 0 is off",
+}
+
+
+def fail_sample(code: int) -> NoReturn:
+    """Raise for what a look at the rows' contents found: 1 to 4; any other is no memory."""
+    if code in _SAMPLE_FAILURES:
+        raise KernelArgumentError(_SAMPLE_FAILURES[code])
+    raise MemoryError("sample could not allocate its scratch memory")

@@ -7,15 +7,19 @@ token's arithmetic has the same shapes however its request was chunked or batche
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from quire.kernels import checks
 from quire.kernels.checks import require
 from quire.kernels.decoder import DecoderWeights
 from quire.kernels.philox import gumbel_from_uniform, philox_words, uniform_from_words
+from quire.kernels.sampling import SampledTokens
 
 
 class ReferenceKernels:
@@ -139,16 +143,51 @@ class ReferenceKernels:
     def philox_uniform(self, seed: int, position: int, n: int) -> Tensor:
         return uniform_from_words(philox_words(seed, position, n))
 
-    def sample_gumbel(self, scores: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
-        checks.check_sample(scores, seeds, positions)
-        rows, vocab = scores.shape
-        tokens = torch.zeros(rows, dtype=torch.int64)
-        for row, (seed, position) in enumerate(
-            zip(seeds.tolist(), positions.tolist(), strict=True)
-        ):
-            noise = gumbel_from_uniform(self.philox_uniform(seed, position, vocab))
-            tokens[row] = torch.argmax(scores[row] + noise)
-        return tokens
+    def sample(self, logits: Tensor, rows: NDArray[np.void] | None) -> SampledTokens:
+        checks.check_sample(logits, rows)
+        if rows is not None:
+            _check_sample_rows(rows)
+        best = logits.argmax(dim=-1)  # of NaN, where there is one
+        token_ids, valid = best.numpy().copy(), np.ones(len(logits), dtype=np.bool_)
+        for index, x in enumerate(logits):
+            highest = float(x[best[index]])
+            if math.isnan(highest):
+                token_ids[index], valid[index] = 0, False
+            elif rows is not None and rows[index]["temperature"] > 0 and highest > -math.inf:
+                row = rows[index]
+                u = self.philox_uniform(int(row["seed"]), int(row["position"]), len(x))
+                scores = filtered_scores(x, row)
+                token_ids[index] = int(torch.argmax(scores + gumbel_from_uniform(u)))
+        return SampledTokens(token_ids, valid)
+
+
+def filtered_scores(logits: Tensor, row: np.void) -> Tensor:
+    """Scores of one row with a temperature, -inf where a filter leaves a token out. logits: [V], with
+    no NaN and not all -inf. row: a `SAMPLE_ROW`. Returns [V] float32.
+    """
+    best, temperature = logits.max(), torch.tensor(float(row["temperature"]))
+    scores = torch.where(logits == best, 0.0, (logits - best) / temperature)
+    min_p, top_k, top_p = float(row["min_p"]), int(row["top_k"]), float(row["top_p"])
+    if min_p > 0:
+        scores[scores < np.float32(math.log(min_p))] = -torch.inf
+    if 0 < top_k < len(scores):
+        scores[scores < scores.topk(top_k).values[-1]] = -torch.inf
+    if top_p < 1:
+        weights, ids = scores.double().exp().sort(descending=True, stable=True)
+        before = weights.cumsum(0) - weights
+        left_out = before >= top_p * weights.sum()
+        left_out[0] = False
+        scores[ids[left_out]] = -torch.inf
+    return scores
+
+
+def _check_sample_rows(rows: NDArray[np.void]) -> None:
+    ranges = (("temperature", np.finfo(np.float32).max), ("top_p", 1), ("min_p", 1))
+    for code, (name, most) in enumerate(ranges, start=1):
+        if not ((rows[name] >= 0) & (rows[name] <= most)).all():
+            checks.fail_sample(code)
+    if (rows["top_k"] < 0).any():
+        checks.fail_sample(4)
 
 
 def _rotate(x: Tensor, positions: Tensor, cos_sin: Tensor) -> None:

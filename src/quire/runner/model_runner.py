@@ -6,23 +6,26 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from quire.attention.base import KVCache
 from quire.kernels.base import Kernels
-from quire.messages import AdmittedRequest, PlannedRow, StepPlan, StepResult
+from quire.messages import AdmittedRequest, PlannedRow, SampledRow, StepPlan, StepResult
 from quire.models.decoder import DecoderModel
-from quire.sampling.sampler import Sampler, SamplingRow, SamplingState
+from quire.sampling.sampler import Sampler, SamplingSeats
 
 
 class RunningBatch:
-    """Token ids and block tables of the admitted requests, each in a seat of its own.
+    """Token ids, block tables and sampling of the admitted requests, each in a seat of its own.
 
     Arrays are indexed by seat, so a step gathers its inputs with a few NumPy calls however long the
     contexts are, and nothing is rebuilt. They are sized for the worst case and never cleared: the
     operating system commits pages only as they are written.
     """
 
-    def __init__(self, *, max_num_seqs: int, max_model_len: int, block_size: int) -> None:
+    def __init__(
+        self, *, max_num_seqs: int, max_model_len: int, block_size: int, vocab_size: int
+    ) -> None:
         self.block_size = block_size
         max_blocks = -(-max_model_len // block_size)
         self.token_ids = np.empty((max_num_seqs, max_model_len + 1), dtype=np.int64)
@@ -30,11 +33,11 @@ class RunningBatch:
         self.num_tokens = np.zeros(max_num_seqs, dtype=np.int64)
         self.num_blocks = np.zeros(max_num_seqs, dtype=np.int64)
         self.num_prompt_tokens = [0] * max_num_seqs
-        self.states: list[SamplingState | None] = [None] * max_num_seqs
+        self.sampling = SamplingSeats(max_num_seqs, vocab_size)
         self.seat_of: dict[int, int] = {}
         self._free_seats = list(range(max_num_seqs - 1, -1, -1))
 
-    def admit(self, request: AdmittedRequest, state: SamplingState) -> None:
+    def admit(self, request: AdmittedRequest) -> None:
         seat = self._free_seats.pop()
         self.seat_of[request.request_id] = seat
         count = len(request.token_ids)
@@ -42,12 +45,12 @@ class RunningBatch:
         self.num_tokens[seat] = count
         self.num_blocks[seat] = 0
         self.num_prompt_tokens[seat] = request.num_prompt_tokens
-        self.states[seat] = state
+        self.sampling.admit(seat, request)
         self.add_blocks(seat, request.block_ids)
 
     def release(self, request_id: int) -> None:
         seat = self.seat_of.pop(request_id)
-        self.states[seat] = None
+        self.sampling.release(seat)
         self._free_seats.append(seat)
 
     def add_blocks(self, seat: int, block_ids: Sequence[int]) -> None:
@@ -55,9 +58,13 @@ class RunningBatch:
         self.block_ids[seat, start : start + len(block_ids)] = block_ids
         self.num_blocks[seat] = start + len(block_ids)
 
-    def append_token(self, seat: int, token_id: int) -> None:
-        self.token_ids[seat, self.num_tokens[seat]] = token_id
-        self.num_tokens[seat] += 1
+    def append_tokens(self, seats: NDArray[np.int64], token_ids: NDArray[np.int64]) -> None:
+        """One to each seat; no seat twice."""
+        self.token_ids[seats, self.num_tokens[seats]] = token_ids
+        self.num_tokens[seats] += 1
+
+
+_NAN_ERROR = "The model produced invalid numbers (NaN) for this request."
 
 
 class ModelRunner:
@@ -81,6 +88,7 @@ class ModelRunner:
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
             block_size=kv_cache.block_size,
+            vocab_size=model.spec.vocab_size,
         )
 
     def execute(self, plan: StepPlan) -> StepResult:
@@ -88,7 +96,7 @@ class ModelRunner:
         for request_id in plan.released:
             self.batch.release(request_id)
         for request in plan.admitted:
-            self._admit(request)
+            self.batch.admit(request)
         self._copy(plan.copies)
         if not plan.rows:
             return StepResult(step_id=plan.step_id)
@@ -97,19 +105,9 @@ class ModelRunner:
             if row.new_block_ids:
                 self.batch.add_blocks(seat, row.new_block_ids)
         sampling = [index for index, row in enumerate(plan.rows) if row.samples]
-        logits = self._forward(plan.rows, np.array(seats), sampling)
-        return self._sample(plan, seats, sampling, logits)
-
-    def _admit(self, request: AdmittedRequest) -> None:
-        state = SamplingState(
-            request.params,
-            seed=request.seed,
-            eos_token_ids=request.eos_token_ids,
-            token_ids=request.token_ids,
-            num_prompt_tokens=request.num_prompt_tokens,
-            vocab_size=self.model.spec.vocab_size,
-        )
-        self.batch.admit(request, state)
+        seat_array = np.array(seats)
+        logits = self._forward(plan.rows, seat_array, sampling)
+        return self._sample(plan, seat_array, sampling, logits)
 
     def _copy(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copy-on-write, in order: a block just copied to may be copied from."""
@@ -155,26 +153,28 @@ class ModelRunner:
     def _sample(
         self,
         plan: StepPlan,
-        seats: Sequence[int],
+        seats: NDArray[np.int64],
         sampling: Sequence[int],
         logits: torch.Tensor,
     ) -> StepResult:
         if not sampling:
             return StepResult(step_id=plan.step_id)
-        rows = [self._sampling_row(plan.rows[index], seats[index]) for index in sampling]
-        sampled = self._sampler.sample(logits, rows)
-        for index, result in zip(sampling, sampled, strict=True):
-            for token_id in result.token_ids:
-                self.batch.append_token(seats[index], token_id)
-        return StepResult(step_id=plan.step_id, sampled=sampled)
-
-    def _sampling_row(self, row: PlannedRow, seat: int) -> SamplingRow:
-        state = self.batch.states[seat]
-        assert state is not None
-        position = row.start + row.num_tokens
-        return SamplingRow(
-            request_id=row.request_id,
-            state=state,
-            position=position,
-            num_output_tokens=position - self.batch.num_prompt_tokens[seat],
-        )
+        batch = self.batch
+        picked = seats[sampling]
+        # A row that samples reaches its last known token; the next one's index is their number.
+        sampled = self._sampler.sample(logits, batch.sampling, picked, batch.num_tokens[picked])
+        rows = [
+            SampledRow(request_id=plan.rows[index].request_id, token_ids=[token])
+            for index, token in zip(sampling, sampled.token_ids.tolist(), strict=True)
+        ]
+        for index, entry in sampled.logprobs.items():
+            rows[index].logprobs = [entry]
+        if sampled.valid.all():
+            batch.append_tokens(picked, sampled.token_ids)
+        else:
+            valid = sampled.valid
+            batch.append_tokens(picked[valid], sampled.token_ids[valid])
+            for index in np.flatnonzero(~valid).tolist():
+                rows[index].token_ids = []
+                rows[index].error = _NAN_ERROR
+        return StepResult(step_id=plan.step_id, sampled=rows)

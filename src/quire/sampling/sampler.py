@@ -1,48 +1,45 @@
 """From logits to tokens: penalties, temperature, filters, and one random stream per request.
 
-Everything here is per row. What a row yields depends on its logits, its parameters, its own history and
-`(seed, position)`, never on the rows beside it: the batch only shares the calls.
+What a row yields depends on its logits, its parameters, its own history and `(seed, position)`, never on
+the rows beside it. Most rows want only what `Kernels.sample` does: their parameters lie in one array, by
+seat, and no Python runs for them. The few that want more (penalties, a ban on end tokens, logprobs) have
+a `SamplingState` and are handled one by one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from quire.kernels.base import Kernels
-from quire.messages import SampledRow, TokenLogprobs
+from quire.kernels.sampling import SAMPLE_ROW
+from quire.messages import AdmittedRequest, TokenLogprobs
 from quire.sampling_params import SamplingParams
+
+_MOST_TOP_K = 2**31 - 1
 
 
 class SamplingState:
-    """One request's sampling parameters and history. A value of the request: nothing is kept by
-    slot or batch position, so nothing stale can be read."""
+    """What a request needs beyond `SAMPLE_ROW`: its parameters and history."""
 
-    __slots__ = ("counts", "final_ids", "params", "seed", "seen")
+    __slots__ = ("counts", "final_ids", "num_prompt_tokens", "params", "seen")
 
-    def __init__(
-        self,
-        params: SamplingParams,
-        *,
-        seed: int,
-        eos_token_ids: Sequence[int],
-        token_ids: Sequence[int],
-        num_prompt_tokens: int,
-        vocab_size: int,
-    ) -> None:
-        self.params = params
-        self.seed = seed if seed < 2**63 else seed - 2**64
-        self.final_ids = sorted({*eos_token_ids, *(params.stop_token_ids or ())})
+    def __init__(self, request: AdmittedRequest, vocab_size: int) -> None:
+        self.params = params = request.params
+        self.num_prompt_tokens = request.num_prompt_tokens
+        self.final_ids = sorted({*request.eos_token_ids, *(params.stop_token_ids or ())})
         self.counts: Tensor | None = None
         """[vocab_size] float32: occurrences of each token in the output, where penalties need it."""
         self.seen: Tensor | None = None
         """[vocab_size] bool: tokens in prompt or output."""
         if params.has_penalties:
-            ids = torch.tensor(token_ids, dtype=torch.int64)
-            self.counts = torch.bincount(ids[num_prompt_tokens:], minlength=vocab_size).float()
+            ids = torch.tensor(request.token_ids, dtype=torch.int64)
+            output = ids[request.num_prompt_tokens :]
+            self.counts = torch.bincount(output, minlength=vocab_size).float()
             self.seen = torch.zeros(vocab_size, dtype=torch.bool)
             self.seen[ids] = True
 
@@ -52,21 +49,83 @@ class SamplingState:
             self.counts[token_id] += 1.0
             self.seen[token_id] = True
 
-    def edits_logits(self, num_output_tokens: int) -> bool:
-        return self.counts is not None or (
-            num_output_tokens < self.params.min_tokens and bool(self.final_ids)
+    def bans_final_ids(self, position: int) -> bool:
+        """For the token to be sampled at this index in the request."""
+        few = position - self.num_prompt_tokens < self.params.min_tokens
+        return few and bool(self.final_ids)
+
+    def is_needed(self, position: int) -> bool:
+        """For that token, or any later one."""
+        return (
+            self.counts is not None
+            or self.params.logprobs is not None
+            or self.bans_final_ids(position)
         )
 
 
-@dataclass(frozen=True, slots=True)
-class SamplingRow:
-    """One row of logits to sample from."""
+class SamplingSeats:
+    """How the request in each seat is sampled. Admission writes all that is read of a seat, so nothing
+    stale can be."""
 
-    request_id: int
-    state: SamplingState
-    position: int
-    """Index in the request of the token to be sampled: the counter of its random stream."""
-    num_output_tokens: int
+    def __init__(self, max_num_seqs: int, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+        self._rows = np.zeros(max_num_seqs, dtype=SAMPLE_ROW)
+        self._num_random = 0
+        self._states: dict[int, SamplingState] = {}
+
+    def admit(self, seat: int, request: AdmittedRequest) -> None:
+        params, seed = request.params, request.seed
+        row = self._rows[seat]
+        row["temperature"] = params.temperature
+        row["top_p"] = params.top_p
+        row["min_p"] = params.min_p
+        row["top_k"] = min(params.top_k, _MOST_TOP_K)
+        row["seed"] = seed if seed < 2**63 else seed - 2**64
+        self._num_random += not params.is_greedy
+        if params.has_penalties or params.min_tokens > 0 or params.logprobs is not None:
+            self._states[seat] = SamplingState(request, self._vocab_size)
+
+    def release(self, seat: int) -> None:
+        self._num_random -= bool(self._rows[seat]["temperature"] > 0)
+        self._rows[seat] = 0
+        self._states.pop(seat, None)
+
+    def rows(
+        self, seats: NDArray[np.int64], positions: NDArray[np.int64]
+    ) -> NDArray[np.void] | None:
+        """For `Kernels.sample`; None if every seat is greedy."""
+        if not self._num_random:
+            return None
+        rows = self._rows[seats]
+        rows["position"] = positions
+        return rows
+
+    def states(
+        self, seats: NDArray[np.int64], positions: NDArray[np.int64]
+    ) -> dict[int, SamplingState]:
+        """Of those seats that need one, by index. One that no longer does is dropped."""
+        found: dict[int, SamplingState] = {}
+        if not self._states:
+            return found
+        for index, seat in enumerate(seats.tolist()):
+            state = self._states.get(seat)
+            if state is None:
+                continue
+            if state.is_needed(int(positions[index])):
+                found[index] = state
+            else:
+                del self._states[seat]
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """token_ids: [R] int64. valid: [R] bool, False where the logits held NaN; there is then no token.
+    logprobs: by index, of the rows that asked."""
+
+    token_ids: NDArray[np.int64]
+    valid: NDArray[np.bool_]
+    logprobs: dict[int, TokenLogprobs]
 
 
 class Sampler:
@@ -75,102 +134,47 @@ class Sampler:
     def __init__(self, kernels: Kernels) -> None:
         self._kernels = kernels
 
-    @torch.inference_mode()
-    def sample(self, logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledRow]:
-        """logits: [R, V] float32, row i for rows[i]; may be overwritten. Returns one result a row, in
-        order; a row whose logits hold NaN gets an error of its own."""
-        assert logits.shape[0] == len(rows)
-        logprobs = self._raw_logprobs(logits, rows)
-        for index, row in enumerate(rows):
-            if row.state.edits_logits(row.num_output_tokens):
-                _edit(logits[index], row)
-        tokens = logits.argmax(dim=-1)
-        best = logits.gather(1, tokens.unsqueeze(1)).squeeze(1)
-        random = [i for i, row in enumerate(rows) if not row.state.params.is_greedy]
-        if random:
-            picked = torch.tensor(random)
-            drawn = self._draw(logits[picked], best[picked], [rows[i] for i in random])
-            tokens[picked] = drawn
-        # The maximum is NaN if anything in the row is.
-        broken = torch.isnan(best).tolist()
-        results = []
-        for index, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
-            if broken[index]:
-                error = "The model produced invalid numbers (NaN) for this request."
-                results.append(SampledRow(request_id=row.request_id, token_ids=[], error=error))
+    def sample(
+        self,
+        logits: Tensor,
+        table: SamplingSeats,
+        seats: NDArray[np.int64],
+        positions: NDArray[np.int64],
+    ) -> Sampled:
+        """logits: [R, V] float32, row i for seats[i], no seat twice; may be overwritten. positions: [R],
+        index in its request of the token to be sampled."""
+        states = table.states(seats, positions)
+        raw = _prepare(logits, states, positions) if states else {}
+        result = self._kernels.sample(logits, table.rows(seats, positions))
+        logprobs: dict[int, TokenLogprobs] = {}
+        for index, state in states.items():
+            if not result.valid[index]:
                 continue
-            row.state.learn(token)
-            entry = logprobs.get(index)
-            results.append(
-                SampledRow(
-                    request_id=row.request_id,
-                    token_ids=[token],
-                    logprobs=None if entry is None else [_top(entry, token, row.state.params)],
-                )
-            )
-        return results
-
-    def _draw(self, logits: Tensor, best: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-        """One token a row from the filtered distribution, by the Gumbel-max trick. [R] int64"""
-        params = [row.state.params for row in rows]
-        temperatures = torch.tensor([p.temperature for p in params], dtype=torch.float32)
-        scores = (logits - best.unsqueeze(1)) / temperatures.unsqueeze(1)
-        for index, p in enumerate(params):
-            filter_scores(scores[index], top_k=p.top_k, top_p=p.top_p, min_p=p.min_p)
-        seeds = torch.tensor([row.state.seed for row in rows], dtype=torch.int64)
-        positions = torch.tensor([row.position for row in rows], dtype=torch.int64)
-        return self._kernels.sample_gumbel(scores, seeds, positions)
-
-    @staticmethod
-    def _raw_logprobs(logits: Tensor, rows: Sequence[SamplingRow]) -> dict[int, Tensor]:
-        """Log-softmax of the untouched logits, for the rows that ask: index -> [V]."""
-        asked = [i for i, row in enumerate(rows) if row.state.params.logprobs is not None]
-        if not asked:
-            return {}
-        picked = torch.log_softmax(logits[torch.tensor(asked)], dim=-1)
-        return dict(zip(asked, picked, strict=True))
+            token = int(result.token_ids[index])
+            state.learn(token)
+            if index in raw:
+                logprobs[index] = _top(raw[index], token, state.params)
+        return Sampled(result.token_ids, result.valid, logprobs)
 
 
-def filter_scores(scores: Tensor, *, top_k: int, top_p: float, min_p: float) -> None:
-    """Set excluded tokens of one row to -inf, in place. scores: [V] float32, the best is 0.
-
-    In vLLM's order: min_p, then top_k, then top_p of what is left. Tokens that tie with the k-th
-    stay. A full sort is taken only where the most likely few hundred tokens do not hold `top_p`.
-    """
-    if min_p > 0.0:
-        scores.masked_fill_(scores.exp() < min_p, -torch.inf)
-    vocab_size = scores.shape[0]
-    if 0 < top_k < vocab_size:
-        threshold = scores.topk(top_k, sorted=False).values.min()
-        scores.masked_fill_(scores < threshold, -torch.inf)
-    if top_p < 1.0:
-        _keep_top_p(scores, top_p)
+@torch.inference_mode()
+def _prepare(
+    logits: Tensor, states: dict[int, SamplingState], positions: NDArray[np.int64]
+) -> dict[int, Tensor]:
+    """Edits the rows that want it, in place. Returns log-softmax of the rows as they were, for those that
+    ask: index -> [V]."""
+    raw: dict[int, Tensor] = {}
+    for index, state in states.items():
+        if state.params.logprobs is not None:
+            raw[index] = torch.log_softmax(logits[index], dim=-1)
+        _edit(logits[index], state, int(positions[index]))
+    return raw
 
 
-_NUCLEUS_GUESS = 256
-
-
-def _keep_top_p(scores: Tensor, top_p: float) -> None:
-    weights = scores.exp()
-    target = top_p * weights.sum()
-    size = min(_NUCLEUS_GUESS, scores.shape[0])
-    values, ids = weights.topk(size)
-    before = values.cumsum(0) - values
-    if size < scores.shape[0] and bool(before[-1] + values[-1] < target):
-        values, ids = weights.sort(descending=True, stable=True)
-        before = values.cumsum(0) - values
-    # The most likely token always stays: nothing precedes it.
-    kept = ids[before < target]
-    mask = torch.ones_like(scores, dtype=torch.bool)
-    mask[kept] = False
-    mask[ids[0]] = False
-    scores.masked_fill_(mask, -torch.inf)
-
-
-def _edit(logits: Tensor, row: SamplingRow) -> None:
+def _edit(logits: Tensor, state: SamplingState, position: int) -> None:
     """Penalties and the min_tokens ban, in place. logits: [V]"""
-    state, params = row.state, row.state.params
-    if row.num_output_tokens < params.min_tokens and state.final_ids:
+    params = state.params
+    if state.bans_final_ids(position):
         logits[torch.tensor(state.final_ids)] = -torch.inf
     if state.counts is None or state.seen is None:
         return

@@ -52,6 +52,16 @@ class QKVArgs(ctypes.Structure):
     ]
 
 
+class SampleArgs(ctypes.Structure):
+    """Mirrors sample_args in sampling.c."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("logits", "rows", "token_ids", "valid")),
+        *((name, c_int64) for name in ("stride", "num_rows", "vocab")),
+        ("threads", c_int32),
+    ]
+
+
 _P, _N, _I = c_void_p, c_int64, c_int32
 _SIGNATURES = {
     "quire_rms_norm": [_P, _N, _N, _P, _P, _P, _N, _N, c_float, _I, _I],
@@ -59,7 +69,7 @@ _SIGNATURES = {
     "quire_rope_write_kv": [POINTER(QKVArgs)],
     "quire_copy_blocks": [_P, _P, _N, _N, _N],
     "quire_philox_uniform": [c_uint64, c_uint64, _P, _N],
-    "quire_sample_gumbel": [_P, _N, _P, _P, _P, _N, _N, _I],
+    "quire_sample": [POINTER(SampleArgs)],
     "quire_linear": [POINTER(LinearWeight), _P, _N, _P, _N, _N, _I, _I],
     "quire_pack_linear": [_P, _N, _N, _N, _N, _N, _P, _I],
     "quire_gather_rows": [POINTER(LinearWeight), _P, _N, _P],

@@ -11,14 +11,17 @@ from collections.abc import Sequence
 from ctypes import byref
 from typing import NoReturn
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from quire.kernels import checks
 from quire.kernels.checks import KernelArgumentError
 from quire.kernels.cpu.decoder import NativeDecoder
-from quire.kernels.cpu.library import DTYPES, AttentionArgs, QKVArgs, load_library
+from quire.kernels.cpu.library import DTYPES, AttentionArgs, QKVArgs, SampleArgs, load_library
 from quire.kernels.decoder import DecoderWeights
+from quire.kernels.sampling import SampledTokens
 
 
 def _fail(message: str) -> NoReturn:
@@ -196,17 +199,20 @@ class NativeKernels:
         self._lib.quire_philox_uniform(seed % 2**64, position % 2**64, out.data_ptr(), n)
         return out
 
-    def sample_gumbel(self, scores: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
-        checks.check_sample(scores, seeds, positions)
-        tokens = torch.empty(scores.shape[0], dtype=torch.int64)
-        self._lib.quire_sample_gumbel(
-            scores.data_ptr(),
-            scores.stride(0),
-            seeds.data_ptr(),
-            positions.data_ptr(),
-            tokens.data_ptr(),
-            scores.shape[0],
-            scores.shape[1],
-            torch.get_num_threads(),
+    def sample(self, logits: Tensor, rows: NDArray[np.void] | None) -> SampledTokens:
+        checks.check_sample(logits, rows)
+        count, vocab = logits.shape
+        token_ids, valid = np.empty(count, dtype=np.int64), np.empty(count, dtype=np.bool_)
+        args = SampleArgs(
+            logits=logits.data_ptr(),
+            rows=None if rows is None else rows.ctypes.data,
+            token_ids=token_ids.ctypes.data,
+            valid=valid.ctypes.data,
+            stride=logits.stride(0),
+            num_rows=count,
+            vocab=vocab,
+            threads=torch.get_num_threads(),
         )
-        return tokens
+        if code := self._lib.quire_sample(byref(args)):
+            checks.fail_sample(code)
+        return SampledTokens(token_ids, valid)
