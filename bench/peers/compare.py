@@ -46,6 +46,8 @@ def main() -> None:
     root = peers_dir()
     logs = root / "logs"
     logs.mkdir(parents=True, exist_ok=True)
+    # A plain kill must not leave stopped engines behind: it ends this as Ctrl-C does.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     run = Comparison(args, root, logs)
     try:
         run.measure()

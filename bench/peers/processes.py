@@ -121,7 +121,9 @@ def cpu_times(groups: set[int]) -> CpuTimes:
             stat = (entry / "stat").read_text().rpartition(")")[2].split()
         except OSError:  # it ended meanwhile
             continue
-        if int(stat[3]) in groups or int(entry.name) == os.getpid():
+        if int(stat[3]) in groups:  # with children that ended, or their time would be missing later
+            ours += sum(int(ticks) for ticks in stat[11:15]) / _TICKS
+        elif int(entry.name) == os.getpid():
             ours += (int(stat[11]) + int(stat[12])) / _TICKS
     return CpuTimes(user + nice + system + irq + softirq, steal, ours, time.monotonic())
 

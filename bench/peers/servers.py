@@ -56,15 +56,13 @@ def llama_server(
     root: Path, model: ModelShape, port: int, *, slots: int, slot_tokens: int, threads: int
 ) -> list[str]:
     """llama-server on `root`/models/<name>.gguf with `slots` slots of `slot_tokens`, all on the CPU."""
-    # Many prompts at once go faster in one pass over the weights (W3: half the time), a lone one does not.
-    micro_batch = 512 if slots == 1 else 2048
     return [
         str(root / "llama.cpp-build" / "bin" / "llama-server"),
         *("--model", str(root / "models" / f"{model.name}.gguf")),
         *("--host", "127.0.0.1", "--port", str(port), "--parallel", str(slots)),
         *("--ctx-size", str(slots * slot_tokens)),
         *("--threads", str(threads), "--threads-batch", str(threads)),
-        *("--flash-attn", "on", "--batch-size", "2048", "--ubatch-size", str(micro_batch)),
+        *("--flash-attn", "on", "--batch-size", "2048", "--ubatch-size", "512"),
         # One stream of KV per slot: unified, every token would attend to (and mask) every slot's cells.
         *("--no-kv-unified", "--cache-ram", "0", "--fit", "off"),
         *("--no-ui", "--log-verbosity", "1"),
