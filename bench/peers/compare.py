@@ -135,6 +135,9 @@ class Comparison:
             runner.kill()
             self._skip(spec.name, f"did not load: {error} (log: {log})")
             return
+        except BaseException:
+            runner.kill(patience=0)
+            raise
         runner.stop()
         self.runners[spec.name] = runner
         self.engines[spec.name] = {
