@@ -1,4 +1,5 @@
-"""Write docs/options.md from the config dataclasses, so that the page cannot disagree with the program.
+"""Write docs/options.md and docs/bench-options.md from the dataclasses, so that they cannot disagree with
+the program.
 
 python scripts/gen_docs.py            write
 python scripts/gen_docs.py --check    exit 1 if what is on disk is not what would be written
@@ -9,11 +10,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from quire.bench.options import bench_options
 from quire.config import engine_options, server_options
 from quire.config.options import OptionInfo
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "options.md"
+BENCH_PAGE = ROOT / "docs" / "bench-options.md"
 
 TITLES = {
     "model": "Model",
@@ -55,6 +58,32 @@ a flag on the command line wins over the file. On/off options are `--name` and `
 take a suffix: `k`, `m`, `g` are powers of 1000, `K`, `M`, `G` of 1024. An option that is not listed here
 is an error, not ignored. The last column says what vLLM 0.32 does where it is not the same.
 """
+
+
+BENCH_HEADER = """\
+# Options of quire bench
+
+Written by `scripts/gen_docs.py` from `src/quire/bench/options.py`; do not edit.
+
+`quire bench serve` takes all of these, `sweep` all but what it sets itself, `throughput` those under
+*dataset* beside the [engine's options](options.md). Names and defaults are vLLM's where it has the flag.
+"""
+
+
+def render_bench() -> str:
+    """The page of the benchmarks' options."""
+    sections = [BENCH_HEADER]
+    groups: dict[str, list[OptionInfo]] = {}
+    for info in bench_options():
+        groups.setdefault(info.group, []).append(info)
+    for group, infos in groups.items():
+        rows = []
+        for info in infos:
+            flag, default, _, text, _ = _row(info)
+            rows.append(f"| {flag} | {default} | {text} |")
+        head = ["| Flag | Default | Meaning |", "|---|---|---|"]
+        sections.append("\n".join([f"## {group.capitalize()}", "", *head, *rows, ""]))
+    return "\n".join(sections)
 
 
 def render() -> str:
@@ -114,15 +143,15 @@ def main() -> int:
             f"scripts/gen_docs.py: VLLM names options that do not exist: {', '.join(sorted(unknown))}"
         )
         return 1
-    text = render()
-    if "--check" not in sys.argv:
-        PAGE.parent.mkdir(exist_ok=True)
-        PAGE.write_text(text, encoding="utf-8")
-        return 0
-    if not PAGE.exists() or PAGE.read_text(encoding="utf-8") != text:
-        print("docs/options.md is not up to date: run `make docs`")
-        return 1
-    return 0
+    status = 0
+    for page, text in ((PAGE, render()), (BENCH_PAGE, render_bench())):
+        if "--check" not in sys.argv:
+            page.parent.mkdir(exist_ok=True)
+            page.write_text(text, encoding="utf-8")
+        elif not page.exists() or page.read_text(encoding="utf-8") != text:
+            print(f"docs/{page.name} is not up to date: run `make docs`")
+            status = 1
+    return status
 
 
 if __name__ == "__main__":

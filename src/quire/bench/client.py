@@ -79,11 +79,11 @@ class Exchange:
             return
         try:
             chunk = _decode(data)
-        except msgspec.DecodeError as error:
-            self.fail(f"an event is not a completion chunk ({error})")
+        except msgspec.DecodeError as problem:
+            self.fail(f"an event is not a completion chunk ({problem})")
             return
-        if chunk.error is not None and bytes(chunk.error) != b"null":
-            self.fail(f"error in the stream: {error_text(bytes(chunk.error))}")
+        if (error := bytes(chunk.error)) not in (b"", b"null"):
+            self.fail(f"error in the stream: {error_text(error)}")
             return
         for choice in chunk.choices or ():
             text = choice.output()
@@ -100,11 +100,14 @@ class Exchange:
                 self.cached_tokens = usage.prompt_tokens_details.cached_tokens
 
 
+_NOTHING = msgspec.Raw()
+
+
 class _Delta(msgspec.Struct, gc=False):
     content: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
-    tool_calls: msgspec.Raw | None = None
+    tool_calls: msgspec.Raw = _NOTHING
 
 
 class _Choice(msgspec.Struct, gc=False):
@@ -117,9 +120,8 @@ class _Choice(msgspec.Struct, gc=False):
             return self.text or ""
         delta = self.delta
         text = delta.content or delta.reasoning_content or delta.reasoning or ""
-        if not text and delta.tool_calls is not None:
-            raw = bytes(delta.tool_calls)
-            text = raw.decode("utf-8", "replace") if raw not in (b"null", b"[]") else ""
+        if not text and (raw := bytes(delta.tool_calls)) not in (b"", b"null", b"[]"):
+            return raw.decode("utf-8", "replace")
         return text
 
 
@@ -136,7 +138,7 @@ class _Usage(msgspec.Struct, gc=False):
 class _Chunk(msgspec.Struct, gc=False):
     choices: list[_Choice] | None = None
     usage: _Usage | None = None
-    error: msgspec.Raw | None = None
+    error: msgspec.Raw = _NOTHING
 
 
 _decode = msgspec.json.Decoder(_Chunk).decode

@@ -50,6 +50,8 @@ def _saturate(name: str, options: NullOptions, count: int, concurrency: int) -> 
         "requests_per_s": count / result.duration,
         "chunks_per_s": chunks / result.duration,
         "client_cpu_share": cpu / result.duration,
+        "client_cpu_us_per_request": cpu / count * 1e6,
+        "client_cpu_us_per_chunk": cpu / max(chunks, 1) * 1e6,
     }
 
 
