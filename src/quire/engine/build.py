@@ -27,7 +27,7 @@ def build_core(config: EngineConfig, resolved: ResolvedModel) -> tuple[EngineCor
     """Load the model, allocate the KV cache, and join them with a scheduler."""
     started = time.monotonic()
     memory = resolved.memory
-    torch.set_num_threads(config.runtime.cpu_threads or default_threads(memory.weight_bytes))
+    torch.set_num_threads(config.runtime.cpu_threads or physical_cores())
     kernels = create_kernels(config.runtime.kernels)  # type: ignore[arg-type]
     dtype = getattr(torch, resolved.dtype)
     model = load_model(
@@ -86,16 +86,6 @@ def build_scheduler(config: EngineConfig, resolved: ResolvedModel) -> Scheduler:
         policy=options.scheduling_policy,
     )
     return Scheduler(limits, kv)
-
-
-SMALL_MODEL_BYTES = 64 * 2**20
-
-
-def default_threads(weight_bytes: int) -> int:
-    """All physical cores, but one for a model whose weights stay in cache: its operations take
-    microseconds, and waiting for a second thread at each of them costs more than it computes
-    (thirty times more, measured, when another process has that core)."""
-    return 1 if weight_bytes < SMALL_MODEL_BYTES else physical_cores()
 
 
 def physical_cores() -> int:
