@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import platform
 from collections.abc import Callable
 from typing import Any
 
@@ -215,6 +216,23 @@ def test_a_row_is_the_same_whatever_the_batch_and_the_threads(
     for r in range(48):
         alone = native.sample(logits[r : r + 1].clone(), rows[r : r + 1])
         assert alone.token_ids[0] == expected.token_ids[r]
+
+
+@pytest.mark.parametrize("march", ["x86-64-v3", "x86-64"])
+def test_narrower_cpus(native: NativeKernels, march: str) -> None:
+    """The code a CPU without AVX-512 gets keeps the same tokens, and draws the same but for near ties."""
+    if platform.machine() != "x86_64":
+        pytest.skip("not an x86-64")
+    narrow = NativeKernels(march=march)
+    for vocab in (1, 65, 700, 5001):
+        logits = random_logits(64, vocab, 3.0, 0.0, vocab)
+        rows = sample_rows(64, seed=np.arange(64), position=9)
+        rows["top_p"] = np.resize([1.0, 0.9, 0.5], 64)
+        rows["top_k"] = np.resize([0, 40, 0, 3000, 1], 64)
+        rows["min_p"] = np.resize([0.0, 0.0, 0.0, 0.05], 64)
+        assert same(narrow.sample(logits, rows), native.sample(logits, rows))
+        logits[3, vocab // 2] = math.nan
+        assert same(narrow.sample(logits, None), native.sample(logits, None))
 
 
 def test_ties_with_the_kth_stay_and_the_nucleus_takes_lower_ids(
