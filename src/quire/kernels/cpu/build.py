@@ -65,7 +65,7 @@ def find_compiler() -> list[str]:
 def build(march: str = "native") -> Path:
     """The compiled library's path, compiling it if this machine has not yet. Raises BuildError."""
     extra = shlex.split(os.environ.get(EXTRA_FLAGS_VARIABLE, ""))
-    compiler = [*find_compiler(), f"-march={march}", *extra]
+    compiler = [*find_compiler(), *FLAGS, f"-march={march}", *extra]
     directory = cache_dir()
     library = directory / f"quire-kernels-{_fingerprint(compiler)}.so"
     try:
@@ -93,12 +93,12 @@ def _compile(compiler: list[str], output: Path) -> None:
     objects = [str(output.with_name(f"{unit}.o")) for unit in UNITS]
     with ThreadPoolExecutor(len(UNITS)) as pool:
         commands = [
-            [*compiler, *FLAGS, "-DQUIRE_UNITS", "-c", str(SOURCES / unit), "-o", made]
+            [*compiler, "-DQUIRE_UNITS", "-c", str(SOURCES / unit), "-o", made]
             for unit, made in zip(UNITS, objects, strict=True)
         ]
         for done in [pool.submit(_run, command) for command in commands]:
             done.result()
-    _run([*compiler, *FLAGS, "-shared", *objects, "-o", str(output), "-lm"])
+    _run([*compiler, "-shared", *objects, "-o", str(output), "-lm"])
 
 
 def _run(command: list[str]) -> None:
@@ -115,7 +115,7 @@ def _fingerprint(compiler: list[str]) -> str:
     digest = hashlib.sha256()
     for path in sorted(SOURCES.glob("*.[ch]")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    digest.update("\0".join([*compiler, *FLAGS]).encode())
+    digest.update("\0".join(compiler).encode())
     digest.update(_compiler_version(compiler))
     digest.update(_cpu_identity().encode())
     return digest.hexdigest()[:32]

@@ -238,12 +238,53 @@ typedef struct {
   int64_t first, rows, k, size, step;
 } pack_job;
 
+/* One of the log2(VW) exchanges that transpose [VW][VW]: of what lies `s` apart in rows and columns. */
+INLINE void exchange(vu rows[VW], const int s) {
+  UNROLL for (int i = 0; i < VW; i++) {
+    if (i & s) continue;
+    const vu a = rows[i], b = rows[i | s];
+#if defined(__clang__)
+    for (int c = 0; c < VW; c++) {
+      rows[i][c] = c & s ? b[c ^ s] : a[c];
+      rows[i | s][c] = c & s ? b[c] : a[c ^ s];
+    }
+#else
+    vu low, high;
+    for (int c = 0; c < VW; c++) {
+      low[c] = (uint32_t)(c & s ? (c ^ s) + VW : c);
+      high[c] = (uint32_t)(c & s ? c + VW : c ^ s);
+    }
+    rows[i] = __builtin_shuffle(a, b, low);
+    rows[i | s] = __builtin_shuffle(a, b, high);
+#endif
+  }
+}
+
+/* A panel of PANEL rows that are all there, in units of four bytes, a square of VW x VW in registers at a
+ * time: reads and writes whole cache lines. Returns the units it has done, all but the last few. */
+static int64_t pack_squares(const char *weight, int64_t row_bytes, int64_t units, char *panel) {
+  int64_t u = 0;
+  for (; u + VW <= units; u += VW)
+    for (int64_t c = 0; c < PANEL; c += VW) {
+      vu rows[VW];
+      UNROLL for (int i = 0; i < VW; i++) memcpy(&rows[i], weight + (c + i) * row_bytes + u * 4, sizeof(vu));
+      UNROLL for (int s = 1; s < VW; s *= 2) exchange(rows, s);
+      UNROLL for (int i = 0; i < VW; i++) memcpy(panel + ((u + i) * PANEL + c) * 4, &rows[i], sizeof(vu));
+    }
+  return u;
+}
+
 static void pack_panel(void *context, int64_t index) {
   const pack_job *j = context;
   const int64_t unit = j->size * j->step, padded = (j->k + j->step - 1) / j->step;
-  const int64_t p = j->first / PANEL + index;
+  const int64_t p = j->first / PANEL + index, row = p * PANEL - j->first;
   char *panel = j->panels + p * PANEL * padded * unit;
-  for (int64_t k0 = 0; k0 < j->k; k0 += PACK_K)
+  int64_t done = 0;
+  if (unit == 4 && row >= 0 && row + PANEL <= j->rows) {
+    const int64_t row_bytes = j->k * j->size;
+    done = j->step * pack_squares(j->weight + row * row_bytes, row_bytes, j->k / j->step, panel);
+  }
+  for (int64_t k0 = done; k0 < j->k; k0 += PACK_K)
     for (int64_t c = 0; c < PANEL; c++) {
       const int64_t r = p * PANEL + c - j->first;
       if (r < 0 || r >= j->rows) continue;
