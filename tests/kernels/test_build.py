@@ -106,7 +106,7 @@ def test_a_failing_compile_says_why(
 ) -> None:
     fake = tmp_path / "cc"
     fake.write_text(
-        '#!/bin/sh\n[ "$2" = --version ] && exit 0\necho "x.c:1: error: no" >&2\nexit 1\n'
+        '#!/bin/sh\ncase "$*" in *--version) exit 0;; esac\necho "x.c:1: error: no" >&2\nexit 1\n'
     )
     fake.chmod(0o700)
     monkeypatch.setenv("CC", str(fake))
