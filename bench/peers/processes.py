@@ -8,6 +8,8 @@ import selectors
 import signal
 import subprocess
 import time
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,22 +112,32 @@ class CpuTimes:
 
 
 def cpu_times(groups: set[int]) -> CpuTimes:
-    """Reads /proc. `groups` are session leaders whose processes count as ours, this one with them."""
+    """Reads /proc. `groups` are session leaders whose processes count as ours, this one with them, and
+    so do their descendants in sessions of their own (Quire's engine core).
+    """
     fields = [int(x) / _TICKS for x in Path("/proc/stat").read_text().split("\n")[0].split()[1:]]
     user, nice, system, _, _, irq, softirq, steal = fields[:8]
-    ours = 0.0
+    stats: dict[int, list[str]] = {}
     for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            stat = (entry / "stat").read_text().rpartition(")")[2].split()
-        except OSError:  # it ended meanwhile
-            continue
-        if int(stat[3]) in groups:  # with children that ended, or their time would be missing later
-            ours += sum(int(ticks) for ticks in stat[11:15]) / _TICKS
-        elif int(entry.name) == os.getpid():
+        if entry.name.isdigit():
+            with suppress(OSError):  # it ended meanwhile
+                stats[int(entry.name)] = (entry / "stat").read_text().rpartition(")")[2].split()
+    ours = 0.0
+    for pid, stat in stats.items():
+        if pid == os.getpid():
             ours += (int(stat[11]) + int(stat[12])) / _TICKS
+        elif _belongs(pid, stats, groups):
+            # With children that ended, or their time would be missing later.
+            ours += sum(int(ticks) for ticks in stat[11:15]) / _TICKS
     return CpuTimes(user + nice + system + irq + softirq, steal, ours, time.monotonic())
+
+
+def _belongs(pid: int, stats: Mapping[int, list[str]], groups: set[int]) -> bool:
+    while pid in stats:
+        if int(stats[pid][3]) in groups:
+            return True
+        pid = int(stats[pid][1])
+    return False
 
 
 def others_share(before: CpuTimes, after: CpuTimes) -> float:
