@@ -14,6 +14,7 @@ from quire.engine.core import EngineCore
 from quire.engine.setup import ResolvedModel
 from quire.executor.inline import InlineExecutor
 from quire.kernels.base import create_kernels
+from quire.kernels.memory import reserve_in_background
 from quire.kvcache import KVCacheManager
 from quire.messages import EngineReady
 from quire.models.loader import load_model
@@ -47,6 +48,8 @@ def build_core(config: EngineConfig, resolved: ResolvedModel) -> tuple[EngineCor
         block_size=memory.block_size,
         dtype=dtype,
     )
+    if _memory_is_given(config):
+        reserve_in_background(kv_cache.storage)
     runner = ModelRunner(
         model,
         kv_cache,
@@ -66,6 +69,14 @@ def build_core(config: EngineConfig, resolved: ResolvedModel) -> tuple[EngineCor
         load_seconds=time.monotonic() - started,
     )
     return core, ready
+
+
+def _memory_is_given(config: EngineConfig) -> bool:
+    """Whether somebody said how much memory the cache shall have. Then it is taken at once: a step does not
+    wait for pages, and what does not fit fails at the start. A cache of the default size grows as it is used.
+    """
+    cache = config.cache
+    return cache.kv_cache_memory_bytes is not None or cache.gpu_memory_utilization is not None
 
 
 def build_scheduler(config: EngineConfig, resolved: ResolvedModel) -> Scheduler:

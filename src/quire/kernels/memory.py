@@ -1,4 +1,4 @@
-"""Large tensors: on huge pages, and copied by one thread.
+"""Large tensors: on huge pages, reserved ahead, and copied by one thread.
 
 A decode step streams every weight once. On 4 KiB pages that is a TLB miss every 64 cache lines, and the
 hardware's prefetchers stop at each page's end; on 2 MiB pages neither is felt.
@@ -6,13 +6,20 @@ hardware's prefetchers stop at each page's end; on 2 MiB pages neither is felt.
 
 from __future__ import annotations
 
+import ctypes
 import mmap
+import sys
+import threading
 from collections.abc import Sequence
 
 import torch
 
 MIN_BYTES = 128 << 10
 """Less is not streamed, and the allocator has it in a pool."""
+
+
+MADV_POPULATE_WRITE = 23  # linux/mman.h
+RESERVED_AT_ONCE = 8 << 20
 
 
 def large_zeros(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -34,6 +41,29 @@ def large_zeros(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     except OSError:  # a kernel without them
         pass
     return torch.frombuffer(pages, dtype=dtype, count=count).view(shape)
+
+
+def reserve_in_background(tensor: torch.Tensor) -> None:
+    """Make the system provide a tensor's memory now, beside whatever else goes on, and not at each first use.
+
+    Changes no content, so the tensor may be in use. Where the kernel cannot do it (before 5.14), memory comes
+    when it is touched, as ever. The thread holds the tensor until it is done.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+
+    def populate() -> None:
+        libc = ctypes.CDLL(None)
+        libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+        page = mmap.PAGESIZE
+        begin = -(-tensor.data_ptr() // page) * page
+        end = tensor.data_ptr() + tensor.numel() * tensor.element_size()
+        for start in range(begin, end - page, RESERVED_AT_ONCE):
+            size = min(RESERVED_AT_ONCE, (end - start) // page * page)
+            if libc.madvise(start, size, MADV_POPULATE_WRITE) != 0:
+                return
+
+    threading.Thread(target=populate, name="quire-reserve", daemon=True).start()
 
 
 def copy_rows(source: torch.Tensor, target: torch.Tensor) -> None:
