@@ -44,7 +44,8 @@ def all_gone(pids: set[int], seconds: float) -> bool:
 
 
 def test_eight_conversations_share_blocks_and_leave_nothing_behind(spawn) -> None:
-    process = spawn("demo", "--json", "--max-tokens", "40", *DUMMY)
+    # Long answers: short ones are done before the last conversation has come in.
+    process = spawn("demo", "--json", "--max-tokens", "400", *DUMMY)
     out, err = process.communicate(timeout=150)
     assert process.returncode == 0, err
     report = json.loads(out)
@@ -57,7 +58,7 @@ def test_eight_conversations_share_blocks_and_leave_nothing_behind(spawn) -> Non
     assert report["prefix_queries"] == report["prompt_tokens"]
     for row in report["requests"]:
         assert row["finish_reason"] in ("stop", "length")
-        assert 1 <= row["generated_tokens"] <= 40
+        assert 1 <= row["generated_tokens"] <= 400
         if row["turn"] == 2:
             assert row["cached_tokens"] > 0
 

@@ -110,11 +110,11 @@ def test_a_character_begun_in_the_prompt_is_shown_whole(
 
 
 def test_begun_characters_with_byte_fallback(sentencepiece: Tokenizer) -> None:
-    ids = fresh_ids(sentencepiece, "hi 🙃🙃 bye")
+    ids = fresh_ids(sentencepiece, "hi 🦉🦉 bye")
     bytes_at = [i for i, t in enumerate(ids) if sentencepiece.token_bytes(t) >= b"\x80"]
-    assert len(bytes_at) == 8  # so that both emoji really are byte tokens
+    assert len(bytes_at) == 8  # not in the corpus, so both are byte tokens
     first = bytes_at[0]
-    for inside, expected in [(2, "🙃🙃 bye"), (4, "🙃 bye"), (6, "🙃 bye"), (8, " bye")]:
+    for inside, expected in [(2, "🦉🦉 bye"), (4, "🦉 bye"), (6, "🦉 bye"), (8, " bye")]:
         cut = first + inside
         detokenizer = IncrementalDetokenizer(sentencepiece, prompt_token_ids=ids[:cut])
         assert stream(detokenizer, [ids[cut:]]) == expected
