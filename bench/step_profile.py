@@ -83,7 +83,9 @@ class Stopwatch:
 
 def measure(case: Case, models: Path | None) -> dict[str, float]:
     """Microseconds a step, by part."""
-    model = {} if case.model is None else {"model": str((models or Path()) / case.model)}
+    model: dict[str, Any] = {}
+    if case.model is not None:
+        model = {"model": str((models or Path()) / case.model), "max_model_len": 2304}
     llm = LLM(
         **model,
         kv_cache_memory_bytes=1 << 30,
