@@ -181,8 +181,7 @@ class RuntimeConfig:
     )
     cpu_threads: int | None = option(
         None,
-        "Threads that compute. Default: the physical cores this process may use; one for a model "
-        "of less than 64 MiB.",
+        "Threads that compute. Default: the physical cores this process may use.",
     )
     enforce_eager: bool = option(
         False, "Accepted for vLLM scripts: on the CPU every step already runs eagerly."

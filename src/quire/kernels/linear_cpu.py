@@ -5,9 +5,9 @@ Two backends; `PackedLinear` takes the first that works here:
 1. Our own C kernel (cpu/linear.c), invariant by construction, in all three dtypes.
 2. `F.linear` on sixteen padded rows at a time: one shape, so one path. Where no compiler is found.
 
-PyTorch's oneDNN served bfloat16 and float32 before. `bench/` measures both side by side: our kernel reads
-weights at about twice oneDNN's rate when rows are few and is as fast when they are many, and it
-needs no measurement to promise that a row's bits stay the same (docs/adr/0013).
+PyTorch's oneDNN served bfloat16 and float32 before. Measured side by side, our kernel reads weights at
+about twice oneDNN's rate when rows are few and is as fast when they are many, and it needs no
+measurement to promise that a row's bits stay the same (docs/adr/0013).
 """
 
 from __future__ import annotations

@@ -190,7 +190,7 @@ static const void *readable(const linear_weight *w, const void *x, int64_t *stri
 }
 
 /* The panel that is taken `index`-th. Threads take turns, so each then walks a range of its own in address
- * order: two streams read 10 % more a second than two threads leapfrogging each other. */
+ * order: two streams read 6 % more a second than two threads leapfrogging each other. */
 static int64_t panel_at(int64_t index, int64_t panels, int64_t threads) {
   const int64_t whole = panels / threads; /* what every range has; the first ones in line may have one more */
   if (index < whole * threads) return panels * (index % threads) / threads + index / threads;

@@ -4,8 +4,7 @@
  * work is done. On a machine that does something else too, a thread that has lost its core arrives a
  * scheduler's slice (3 ms) late, at every region, and a step has hundreds: 30 times slower, measured. Here
  * threads take numbered units of one job until none is left, and the caller, who takes units like the rest,
- * waits only for units that somebody has begun. With the other core taken, a step is as fast as with one
- * thread.
+ * waits only for units that somebody has begun.
  *
  * A job is opened by publishing `claim`: a generation in the upper half, the next unit in the lower. A unit
  * is taken by a compare-and-swap on both, so a thread that is late, and still holds an older job in its hand,
