@@ -289,6 +289,53 @@ def test_segments_shared_among_threads_change_nothing(
         torch.set_num_threads(1)
 
 
+@settings(max_examples=25)
+@given(
+    requests=st.lists(
+        st.tuples(st.integers(1, 600), st.sampled_from([1, 1, 1, 2, 30])), min_size=4, max_size=12
+    ),
+    heads=st.sampled_from([(1, 1), (2, 1), (3, 4), (1, 8), (7, 2)]),
+    head_dim=st.sampled_from([8, 64, 80]),
+    block_size=st.sampled_from([16, 48]),
+    window=st.sampled_from([0, 0, 100, 520]),
+    dtype=dtypes,
+    seed=seeds,
+)
+def test_reading_all_heads_of_a_request_together_changes_nothing(
+    native: NativeKernels,
+    requests: list[tuple[int, int]],
+    heads: tuple[int, int],
+    head_dim: int,
+    block_size: int,
+    window: int,
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    """At one thread four requests are enough for that; at sixteen 64 would be."""
+    rng, (group, kv_heads) = generator(seed), heads
+    lengths = [length for length, _ in requests]
+    s = make_sequences(
+        native,
+        lengths,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        block_size=block_size,
+        dtype=dtype,
+        rng=rng,
+    )
+    queries = [
+        randn(min(n, length), group * kv_heads, head_dim, rng=rng, dtype=dtype)
+        for length, n in requests
+    ]
+    options = Options(0.125, window)
+    together = attend(native, s, queries, options)
+    try:
+        torch.set_num_threads(16)
+        assert torch.equal(bits(attend(native, s, queries, options)), bits(together))
+    finally:
+        torch.set_num_threads(1)
+
+
 def test_reference_chunks_are_the_whole(reference: Kernels) -> None:
     rng = generator(4)
     s = make_sequences(

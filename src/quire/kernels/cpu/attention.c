@@ -1,7 +1,9 @@
 /* Paged attention: online softmax over tiles of keys aligned to absolute positions.
  *
  * A unit of work is (request, kv head, run of query tokens); its rows are those tokens times the
- * query heads that share the kv head, so a tile of K and V is read once for all of them. What a row
+ * query heads that share the kv head, so a tile of K and V is read once for all of them. A request with
+ * one query token is one unit, if there are enough requests: all its heads, block by block, in the order
+ * of memory (measured: 1.2 to 1.6 times as fast at contexts of 60 to 330). What a row
  * computes depends on its own position only: the tiles it meets are those of its visible keys, in
  * order; what it does in a tile is in attention_tile.h; and every SEGMENT keys its running state is
  * closed and merged into the row's total, so that where there are fewer units than threads the
@@ -18,14 +20,16 @@
 #define SMALL_ATTENTION (1 << 18) /* multiply-adds below which one thread does it all */
 
 typedef struct {
-  int64_t request, kv_head, first_row, rows; /* first_row: of q and out, in tokens */
-  int64_t group, first_position, tokens;
+  int64_t request, kv_head, heads; /* of the kv heads, the first and how many */
+  int64_t first_row, tokens;       /* first_row: of q and out, in tokens */
+  int64_t group, rows;             /* rows: of one kv head, tokens * group */
+  int64_t first_position;
   span keys; /* that any row sees */
 } unit;
 
 typedef struct { /* one call's constants */
   const attention_args *a;
-  int64_t tokens_per_unit, rows_per_unit, units;
+  int64_t tokens_per_unit, heads_per_unit, rows_per_unit, units;
   const int64_t *starts;   /* [requests]: each request's first unit */
   int64_t segments;        /* tasks a unit is split into; 0: none */
   float *parts;            /* [units, segments, rows_per_unit, stride] where they are */
@@ -60,6 +64,16 @@ INLINE tile locate(const attention_args *a, const unit *u, int64_t key, const in
   return t;
 }
 
+/* The same keys of the next kv head. */
+INLINE tile next_head(const attention_args *a, const tile *t, const int dt) {
+  tile next = {.k_stride = t->k_stride};
+  for (int s = 0; s < SUBS; s++) {
+    next.k[s] = at(t->k[s], a->block_size * a->head_dim, dt);
+    next.v[s] = at(t->v[s], a->block_size * a->head_dim, dt);
+  }
+  return next;
+}
+
 static void attend_tile(const plan *p, const unit *u, const tile *t, int64_t key, const float *q,
                         float *rows, const tile *next) {
   const attention_args *a = p->a;
@@ -83,6 +97,15 @@ static void attend_tile(const plan *p, const unit *u, const tile *t, int64_t key
 
 /* ---- one unit ---- */
 
+static int64_t heads_per_unit(const plan *p, int64_t tokens) {
+  return tokens == 1 ? p->heads_per_unit : 1;
+}
+
+static int64_t count_units(const plan *p, int64_t tokens) {
+  const int64_t runs = (tokens + p->tokens_per_unit - 1) / p->tokens_per_unit;
+  return runs * (p->a->kv_heads / heads_per_unit(p, tokens));
+}
+
 static unit find_unit(const plan *p, int64_t index) {
   const attention_args *a = p->a;
   int64_t low = 0, high = a->requests; /* the last request whose start is <= index */
@@ -95,19 +118,21 @@ static unit find_unit(const plan *p, int64_t index) {
   }
   const int64_t start = a->query_start_loc[low], length = a->query_start_loc[low + 1] - start;
   const int64_t runs = (length + p->tokens_per_unit - 1) / p->tokens_per_unit;
+  const int64_t heads = heads_per_unit(p, length), bundles = a->kv_heads / heads;
   const int64_t rest = index - p->starts[low];
-  const int64_t run = runs - 1 - rest / a->kv_heads; /* the run that sees most keys first */
+  const int64_t run = runs - 1 - rest / bundles; /* the run that sees most keys first */
   const int64_t first = run * p->tokens_per_unit, group = a->q_heads / a->kv_heads;
   const int64_t tokens = min64(p->tokens_per_unit, length - first);
   const int64_t position = a->seq_lens[low] - length + first;
   return (unit){
       .request = low,
-      .kv_head = rest % a->kv_heads,
+      .kv_head = rest % bundles * heads,
+      .heads = heads,
       .first_row = start + first,
-      .rows = tokens * group,
-      .group = group,
-      .first_position = position,
       .tokens = tokens,
+      .group = group,
+      .rows = tokens * group,
+      .first_position = position,
       .keys = {visible_keys(a, position).begin, position + tokens},
   };
 }
@@ -123,37 +148,44 @@ INLINE float *take_rows(plan *p, int64_t states) {
 /* Queries as the words that tiles multiply with: [steps, n] for each n rows taken at once. */
 INLINE void load_queries(const plan *p, const unit *u, float *q, const int dt) {
   const attention_args *a = p->a;
-  for (int64_t r = 0, n; r < u->rows; r += n) {
-    n = rows_at_once(u->rows - r);
-    for (int64_t i = r; i < r + n; i++) {
-      const int64_t token = u->first_row + i / u->group, head = u->kv_head * u->group + i % u->group;
-      const void *from = at(a->q, token * a->q_stride + head * a->head_dim, dt);
-      float words[MAX_HEAD_DIM], *to = q + r * p->steps + i - r;
-      if (dt == F16)
-        for (int64_t d = 0; d < a->head_dim; d += VW)
-          vstore_upto(words + d, vload_upto(at(from, d, F16), a->head_dim - d, F16),
-                      a->head_dim - d, F32);
-      else
-        memcpy(words, from, (size_t)p->steps * sizeof *words);
-      for (int64_t d = 0; d < p->steps; d++) to[d * n] = words[d];
+  for (int64_t h = 0; h < u->heads; h++, q += u->rows * p->steps)
+    for (int64_t r = 0, n; r < u->rows; r += n) {
+      n = rows_at_once(u->rows - r);
+      for (int64_t i = r; i < r + n; i++) {
+        const int64_t token = u->first_row + i / u->group;
+        const int64_t head = (u->kv_head + h) * u->group + i % u->group;
+        const void *from = at(a->q, token * a->q_stride + head * a->head_dim, dt);
+        float words[MAX_HEAD_DIM], *to = q + r * p->steps + i - r;
+        if (dt == F16)
+          for (int64_t d = 0; d < a->head_dim; d += VW)
+            vstore_upto(words + d, vload_upto(at(from, d, F16), a->head_dim - d, F16),
+                        a->head_dim - d, F32);
+        else
+          memcpy(words, from, (size_t)p->steps * sizeof *words);
+        for (int64_t d = 0; d < p->steps; d++) to[d * n] = words[d];
+      }
     }
-  }
 }
 
 /* Leaves in `rows` the states of a segment, from `key` on. */
 INLINE void attend_segment(const plan *p, const unit *u, int64_t key, const float *q, float *rows,
                            const int dt) {
   const int64_t end = min64(key / SEGMENT * SEGMENT + SEGMENT, u->keys.end);
-  memset(rows, 0, (size_t)(u->rows * p->stride) * sizeof *rows);
-  for (int64_t r = 0; r < u->rows; r++)
+  const int64_t all = u->heads * u->rows;
+  memset(rows, 0, (size_t)(all * p->stride) * sizeof *rows);
+  for (int64_t r = 0; r < all; r++)
     *max_of((state){p->width, p->stride}, rows + r * p->stride) = -INFINITY;
   tile t = locate(p->a, u, key, dt);
-  for (; key < end; key += TILE) {
-    const int more = key + TILE < u->keys.end;
-    const tile next = more ? locate(p->a, u, key + TILE, dt) : t;
-    attend_tile(p, u, &t, key, q, rows, more ? &next : NULL);
-    t = next;
-  }
+  for (; key < end; key += TILE)
+    for (int64_t h = 0; h < u->heads; h++) {
+      const int same_keys = h + 1 < u->heads, more = same_keys || key + TILE < u->keys.end;
+      const tile next = same_keys ? next_head(p->a, &t, dt)
+                        : more    ? locate(p->a, u, key + TILE, dt)
+                                  : t;
+      attend_tile(p, u, &t, key, q + h * u->rows * p->steps, rows + h * u->rows * p->stride,
+                  more ? &next : NULL);
+      t = next;
+    }
 }
 
 /* total and part relative to the larger of their maxima, added. */
@@ -169,8 +201,8 @@ static void merge_row(const plan *p, float *total, const float *part) {
 /* A row's total is its first segment's state, and each further one merged into it in order. */
 static void merge_segment(const plan *p, const unit *u, int64_t segment, float *total,
                           const float *part) {
-  for (int64_t r = 0; r < u->rows; r++) {
-    const span keys = visible_keys(p->a, u->first_position + r / u->group);
+  for (int64_t r = 0; r < u->heads * u->rows; r++) {
+    const span keys = visible_keys(p->a, u->first_position + r % u->rows / u->group);
     float *row = total + r * p->stride;
     if (keys.begin >= segment + SEGMENT || keys.end <= segment) continue;
     if (keys.begin / SEGMENT * SEGMENT == segment)
@@ -180,19 +212,20 @@ static void merge_segment(const plan *p, const unit *u, int64_t segment, float *
   }
 }
 
-INLINE void write_rows(const plan *p, const unit *u, const float *total, const int dt) {
+INLINE void write_rows(const plan *p, const unit *u, const float *row, const int dt) {
   const attention_args *a = p->a;
-  for (int64_t r = 0; r < u->rows; r++) {
-    const float *row = total + r * p->stride;
-    float sum[SUM_LANES];
-    memcpy(sum, row + p->width, sizeof sum);
-    for (int w = SUM_LANES / 2; w > 0; w >>= 1)
-      for (int i = 0; i < w; i++) sum[i] += sum[i + w];
-    const int64_t token = u->first_row + r / u->group, head = u->kv_head * u->group + r % u->group;
-    void *out = at_mut(a->out, (token * a->q_heads + head) * a->head_dim, dt);
-    for (int64_t d = 0; d < a->head_dim; d += VW)
-      vstore_upto(at_mut(out, d, dt), vload(row + d, F32) / sum[0], a->head_dim - d, dt);
-  }
+  for (int64_t h = 0; h < u->heads; h++)
+    for (int64_t r = 0; r < u->rows; r++, row += p->stride) {
+      float sum[SUM_LANES];
+      memcpy(sum, row + p->width, sizeof sum);
+      for (int w = SUM_LANES / 2; w > 0; w >>= 1)
+        for (int i = 0; i < w; i++) sum[i] += sum[i + w];
+      const int64_t token = u->first_row + r / u->group;
+      const int64_t head = (u->kv_head + h) * u->group + r % u->group;
+      void *out = at_mut(a->out, (token * a->q_heads + head) * a->head_dim, dt);
+      for (int64_t d = 0; d < a->head_dim; d += VW)
+        vstore_upto(at_mut(out, d, dt), vload(row + d, F32) / sum[0], a->head_dim - d, dt);
+    }
 }
 
 /* A task of the team: index is a unit's. The plan's rows are each thread's own scratch. */
@@ -287,15 +320,16 @@ int quire_attention_unchecked(const attention_args *a) {
   p.steps = a->head_dim / pack_of(a->dtype);
   p.factor = a->softcap > 0.0f ? a->scale / a->softcap : a->scale * LOG2E;
   p.tokens_per_unit = max64(1, ROWS_PER_UNIT / group);
+  p.heads_per_unit = a->requests >= a->threads * UNITS_PER_THREAD ? a->kv_heads : 1;
   int64_t longest = 1, most_keys = 0, work = 0;
   for (int64_t b = 0; b < a->requests; b++) {
     const int64_t length = a->query_start_loc[b + 1] - a->query_start_loc[b];
-    p.units += (length + p.tokens_per_unit - 1) / p.tokens_per_unit * a->kv_heads;
+    p.units += count_units(&p, length);
     longest = max64(longest, length);
     most_keys = max64(most_keys, length ? a->seq_lens[b] : 0);
     work += length * a->seq_lens[b];
   }
-  p.rows_per_unit = min64(p.tokens_per_unit, longest) * group;
+  p.rows_per_unit = max64(min64(p.tokens_per_unit, longest), p.heads_per_unit) * group;
   const int threads = work * a->q_heads * a->head_dim > SMALL_ATTENTION ? a->threads : 1;
   const int64_t segments = count_segments(a, &p, most_keys);
   const size_t starts = (size_t)(a->requests + 7) / 8 * 64;
@@ -312,7 +346,7 @@ int quire_attention_unchecked(const attention_args *a) {
   for (int64_t b = 0; b < a->requests; b++) {
     const int64_t length = a->query_start_loc[b + 1] - a->query_start_loc[b];
     ((int64_t *)shared)[b] = unit;
-    unit += (length + p.tokens_per_unit - 1) / p.tokens_per_unit * a->kv_heads;
+    unit += count_units(&p, length);
   }
   if (p.segments) {
     quire_run(part_tasks[a->dtype], &p, p.units * segments, threads);
