@@ -203,8 +203,8 @@ def test_nan_logits_end_that_request_alone(llm: LLM) -> None:
     decoder = runner._decoder
 
     class Poisoned:
-        def forward(self, **step):
-            logits = decoder.forward(**step)
+        def forward(self, rows):
+            logits = decoder.forward(rows)
             logits[0, 3] = math.nan
             return logits
 

@@ -12,10 +12,12 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from quire.attention.base import AttentionMetadata, KVCache
-from quire.models.decoder import DecoderModel
+from quire.kernels.decoder import StepRows
+from quire.models.decoder import DecoderModel, gather
 
 
 @dataclass
@@ -48,7 +50,7 @@ class PagedHarness:
         self.cache.storage.fill_(float("nan"))
         self._mirror = copy.deepcopy(self.cache)  # of the pass in one call
         self._one_call = model.over(self._mirror)
-        self._rows_wanted = False
+        self._steps = 0
         self.free = list(range(1, num_blocks))
         random.Random(seed).shuffle(self.free)
 
@@ -84,28 +86,42 @@ class PagedHarness:
         )
         logits = self.model.compute_logits(hidden)
         assert logits.dtype == torch.float32
-        self._assert_one_call_is_the_same(torch.tensor(input_ids), metadata, logits)
+        self._assert_one_call_is_the_same(work, torch.tensor(input_ids), metadata, logits)
         return list(logits.split([count for _, count in work]))
 
     def _assert_one_call_is_the_same(
-        self, input_ids: torch.Tensor, metadata: AttentionMetadata, logits: torch.Tensor
+        self,
+        work: Sequence[tuple[Request, int]],
+        ids_by_hand: torch.Tensor,
+        by_hand: AttentionMetadata,
+        logits: torch.Tensor,
     ) -> None:
         """`DecoderModel.over` against the layers, bit for bit: the logits of some rows, and the cache."""
-        self._rows_wanted = not self._rows_wanted
-        rows = torch.arange(0, len(input_ids), 2) if self._rows_wanted else None
-        actual = self._one_call.forward(
-            input_ids=input_ids,
-            positions=metadata.positions,
-            slot_mapping=metadata.slot_mapping,
-            query_start_loc=metadata.query_start_loc,
-            seq_lens=metadata.seq_lens,
-            block_table=metadata.block_table,
-            logit_rows=rows,
+        order = list(range(len(work)))[::-1]  # seats need not be in the order of the rows
+        samples = np.array([bool((self._steps + i) % 3) for i in range(len(work))])
+        self._steps += 1
+        requests = [request for request, _ in work]
+        rows = StepRows(
+            token_ids=_padded([requests[i].tokens for i in order], np.int64),
+            block_ids=_padded([requests[i].blocks for i in order], np.int32),
+            rows=np.array(
+                [
+                    (seat, request.num_computed - count, count, wanted)
+                    for seat, (request, count), wanted in zip(order, work, samples, strict=True)
+                ]
+            ),
+            num_rows=len(work),
+            num_logits=int(samples.sum()),
         )
-        expected = logits if rows is None else logits[rows]
+        expected = logits[torch.from_numpy(np.cumsum(rows.rows[:, 2])[samples] - 1)]
+        actual = self._one_call.forward(rows)
         assert torch.equal(actual.view(torch.int32), expected.view(torch.int32))
         ours, theirs = (c.storage.view(torch.uint8) for c in (self.cache, self._mirror))
         assert torch.equal(ours, theirs)
+        input_ids, metadata = gather(rows, self.cache.block_size)
+        for name in ("positions", "slot_mapping", "query_start_loc", "seq_lens", "block_table"):
+            assert torch.equal(getattr(metadata, name), getattr(by_hand, name)), name
+        assert torch.equal(input_ids, ids_by_hand)
 
     def free_sequence(self, sequence: Request) -> None:
         self.free += sequence.blocks
@@ -131,3 +147,10 @@ class PagedHarness:
         sequence.tokens.append(int(logits[-1].argmax()))
         self.free_sequence(sequence)
         return sequence.tokens[len(prompt) :]
+
+
+def _padded(lists: Sequence[Sequence[int]], dtype: type[np.generic]) -> np.ndarray:
+    array = np.zeros((len(lists), max(map(len, lists))), dtype=dtype)
+    for row, values in zip(array, lists, strict=True):
+        row[: len(values)] = values
+    return array

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from quire.kernels.linear_cpu import PackedLinear
@@ -45,24 +47,35 @@ class DecoderWeights:
     """Of attention scores."""
 
 
+@dataclass(slots=True)
+class StepRows:
+    """A step's rows: who computes which tokens.
+
+    All arrays stay where they are from step to step, and a pass may keep their addresses. While a step of
+    a large model runs, its weights push Python out of the cache, and every object that is touched
+    afterwards costs a microsecond: so there are few.
+    """
+
+    token_ids: NDArray[np.int64]
+    """[seats, max_tokens]: known tokens of the request in each seat."""
+    block_ids: NDArray[np.int32]
+    """[seats, max_blocks]: its blocks in order."""
+    rows: NDArray[np.int64]
+    """[max_rows, 4]: seat (none twice), first token to compute, number of tokens (at least 1), and whether
+    the last one's logits are wanted (0 or 1)."""
+    num_rows: int = 0
+    """How many of `rows` are this step's; at most max_rows."""
+    num_logits: int = 0
+    """How many of those want logits."""
+
+
 class DecoderPass(Protocol):
     """A whole forward pass over one model and one cache."""
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        positions: Tensor,
-        slot_mapping: Tensor,
-        query_start_loc: Tensor,
-        seq_lens: Tensor,
-        block_table: Tensor,
-        logit_rows: Tensor | None,
-    ) -> Tensor:
-        """Logits of the wanted tokens, and every token's keys and values in the cache.
+    def forward(self, rows: StepRows) -> Tensor:
+        """Every token's keys and values in the cache, and the logits of those wanted, in the order of the
+        rows: [R, vocab_size] float32, good until the next call.
 
-        input_ids, positions, slot_mapping: [T] int64. query_start_loc: [B + 1] int32. seq_lens: [B]
-        int32. block_table: [B, max_blocks] int32. As in `Kernels.paged_attention`. logit_rows: [R]
-        int64, rising token indices, or None for all. Returns [R, vocab_size] float32.
         Raises `KernelArgumentError`, with nothing written, for an index out of range.
         """
         ...

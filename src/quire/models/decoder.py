@@ -16,12 +16,13 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from quire.attention.base import AttentionBackend, AttentionMetadata, KVCache, LayerCache
 from quire.attention.paged import PagedAttention
 from quire.kernels.base import Kernels
-from quire.kernels.decoder import DecoderPass, DecoderWeights, LayerWeights
+from quire.kernels.decoder import DecoderPass, DecoderWeights, LayerWeights, StepRows
 from quire.kernels.linear_cpu import PackedLinear
 from quire.layers.embedding import Embedding, create_lm_head
 from quire.layers.linear import Linear, LinearMethod, LinearPart, UnquantizedLinearMethod
@@ -311,22 +312,30 @@ class _LayerByLayer:
         self._model = model
         self._kv_cache = kv_cache
 
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        positions: torch.Tensor,
-        slot_mapping: torch.Tensor,
-        query_start_loc: torch.Tensor,
-        seq_lens: torch.Tensor,
-        block_table: torch.Tensor,
-        logit_rows: torch.Tensor | None,
-    ) -> torch.Tensor:
-        metadata = AttentionMetadata(
-            positions=positions,
-            slot_mapping=slot_mapping,
-            query_start_loc=query_start_loc,
-            seq_lens=seq_lens,
-            block_table=block_table,
-        )
-        hidden = self._model.forward(input_ids, positions, metadata, self._kv_cache)
-        return self._model.compute_logits(hidden if logit_rows is None else hidden[logit_rows])
+    def forward(self, rows: StepRows) -> torch.Tensor:
+        input_ids, metadata = gather(rows, self._kv_cache.block_size)
+        hidden = self._model.forward(input_ids, metadata.positions, metadata, self._kv_cache)
+        wanted = torch.from_numpy(rows.rows[: rows.num_rows, 3] != 0)
+        return self._model.compute_logits(hidden[metadata.query_start_loc[1:][wanted] - 1])
+
+
+def gather(rows: StepRows, block_size: int) -> tuple[torch.Tensor, AttentionMetadata]:
+    """A step's input ids, [T] int64, and what attention needs to know."""
+    seats, starts, counts, _ = rows.rows[: rows.num_rows].T
+    ends = np.cumsum(counts)
+    first = ends - counts  # index in the step of each row's first token
+    row_of = np.repeat(np.arange(len(ends)), counts)
+    positions = np.arange(ends[-1]) - (first - starts)[row_of]
+    seat_of = seats[row_of]
+    blocks = rows.block_ids[seat_of, positions // block_size].astype(np.int64)
+    seq_lens = starts + counts
+    width = -(-int(seq_lens.max()) // block_size)
+    query_start_loc = np.zeros(len(ends) + 1, dtype=np.int32)
+    query_start_loc[1:] = ends
+    return torch.from_numpy(rows.token_ids[seat_of, positions]), AttentionMetadata(
+        positions=torch.from_numpy(positions),
+        slot_mapping=torch.from_numpy(blocks * block_size + positions % block_size),
+        query_start_loc=torch.from_numpy(query_start_loc),
+        seq_lens=torch.from_numpy(seq_lens.astype(np.int32)),
+        block_table=torch.from_numpy(rows.block_ids[seats, :width]),
+    )

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from quire.attention.base import KVCache
 from quire.kernels.base import Kernels
+from quire.kernels.decoder import StepRows
 from quire.messages import AdmittedRequest, PlannedRow, SampledRow, StepPlan, StepResult
 from quire.models.decoder import DecoderModel
 from quire.sampling.sampler import Sampler, SamplingSeats
@@ -30,7 +30,8 @@ class RunningBatch:
         max_blocks = -(-max_model_len // block_size)
         self.token_ids = np.empty((max_num_seqs, max_model_len + 1), dtype=np.int64)
         self.block_ids = np.zeros((max_num_seqs, max_blocks), dtype=np.int32)
-        self.num_tokens = np.zeros(max_num_seqs, dtype=np.int64)
+        rows = np.zeros((max_num_seqs, 4), dtype=np.int64)
+        self.step = StepRows(self.token_ids, self.block_ids, rows)
         self.num_blocks = np.zeros(max_num_seqs, dtype=np.int64)
         self.num_prompt_tokens = [0] * max_num_seqs
         self.sampling = SamplingSeats(max_num_seqs, vocab_size)
@@ -42,7 +43,6 @@ class RunningBatch:
         self.seat_of[request.request_id] = seat
         count = len(request.token_ids)
         self.token_ids[seat, :count] = request.token_ids
-        self.num_tokens[seat] = count
         self.num_blocks[seat] = 0
         self.num_prompt_tokens[seat] = request.num_prompt_tokens
         self.sampling.admit(seat, request)
@@ -57,11 +57,6 @@ class RunningBatch:
         start = self.num_blocks[seat]
         self.block_ids[seat, start : start + len(block_ids)] = block_ids
         self.num_blocks[seat] = start + len(block_ids)
-
-    def append_tokens(self, seats: NDArray[np.int64], token_ids: NDArray[np.int64]) -> None:
-        """One to each seat; no seat twice."""
-        self.token_ids[seats, self.num_tokens[seats]] = token_ids
-        self.num_tokens[seats] += 1
 
 
 _NAN_ERROR = "The model produced invalid numbers (NaN) for this request."
@@ -100,14 +95,8 @@ class ModelRunner:
         self._copy(plan.copies)
         if not plan.rows:
             return StepResult(step_id=plan.step_id)
-        seats = [self.batch.seat_of[row.request_id] for row in plan.rows]
-        for row, seat in zip(plan.rows, seats, strict=True):
-            if row.new_block_ids:
-                self.batch.add_blocks(seat, row.new_block_ids)
-        sampling = [index for index, row in enumerate(plan.rows) if row.samples]
-        seat_array = np.array(seats)
-        logits = self._forward(plan.rows, seat_array, sampling)
-        return self._sample(plan, seat_array, sampling, logits)
+        logits = self._decoder.forward(self._seat(plan.rows))
+        return self._sample(plan, logits)
 
     def _copy(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copy-on-write, in order: a block just copied to may be copied from."""
@@ -122,59 +111,36 @@ class ModelRunner:
         if ready:
             self._kernels.copy_blocks(self.kv_cache.pairs, ready)
 
-    def _forward(
-        self, rows: Sequence[PlannedRow], seats: np.ndarray, sampling: Sequence[int]
-    ) -> torch.Tensor:
-        """Logits of the last token of each row that samples. [R, vocab_size] float32"""
-        batch, size = self.batch, self.batch.block_size
-        starts = np.array([row.start for row in rows], dtype=np.int64)
-        counts = np.array([row.num_tokens for row in rows], dtype=np.int64)
-        ends = np.cumsum(counts)
-        first = ends - counts  # index in the step of each row's first token
-        row_of = np.repeat(np.arange(len(rows)), counts)
-        positions = np.arange(ends[-1]) - (first - starts)[row_of]
-        seat_of = seats[row_of]
-        input_ids = batch.token_ids[seat_of, positions]
-        blocks = batch.block_ids[seat_of, positions // size].astype(np.int64)
-        seq_lens = starts + counts
-        width = -(-int(seq_lens.max()) // size)
-        query_start_loc = np.zeros(len(rows) + 1, dtype=np.int32)
-        query_start_loc[1:] = ends
-        return self._decoder.forward(
-            input_ids=torch.from_numpy(input_ids),
-            positions=torch.from_numpy(positions),
-            slot_mapping=torch.from_numpy(blocks * size + positions % size),
-            query_start_loc=torch.from_numpy(query_start_loc),
-            seq_lens=torch.from_numpy(seq_lens.astype(np.int32)),
-            block_table=torch.from_numpy(batch.block_ids[seats, :width]),
-            logit_rows=None if len(sampling) == ends[-1] else torch.from_numpy(ends[sampling] - 1),
-        )
-
-    def _sample(
-        self,
-        plan: StepPlan,
-        seats: NDArray[np.int64],
-        sampling: Sequence[int],
-        logits: torch.Tensor,
-    ) -> StepResult:
-        if not sampling:
-            return StepResult(step_id=plan.step_id)
+    def _seat(self, rows: Sequence[PlannedRow]) -> StepRows:
         batch = self.batch
-        picked = seats[sampling]
+        table = []
+        for row in rows:
+            seat = batch.seat_of[row.request_id]
+            if row.new_block_ids:
+                batch.add_blocks(seat, row.new_block_ids)
+            table.append((seat, row.start, row.num_tokens, row.samples))
+        batch.step.rows[: len(table)] = table
+        batch.step.num_rows, batch.step.num_logits = len(table), sum(row.samples for row in rows)
+        return batch.step
+
+    def _sample(self, plan: StepPlan, logits: torch.Tensor) -> StepResult:
+        """logits: of the rows that sample."""
+        rows = [row for row in plan.rows if row.samples]
+        if not rows:
+            return StepResult(step_id=plan.step_id)
+        seats = np.array([self.batch.seat_of[row.request_id] for row in rows])
         # A row that samples reaches its last known token; the next one's index is their number.
-        sampled = self._sampler.sample(logits, batch.sampling, picked, batch.num_tokens[picked])
-        rows = [
-            SampledRow(request_id=plan.rows[index].request_id, token_ids=[token])
-            for index, token in zip(sampling, sampled.token_ids.tolist(), strict=True)
+        positions = np.array([row.start + row.num_tokens for row in rows])
+        sampled = self._sampler.sample(logits, self.batch.sampling, seats, positions)
+        self.batch.token_ids[seats, positions] = sampled.token_ids  # without a token: ends at once
+        result = [
+            SampledRow(request_id=row.request_id, token_ids=[token])
+            for row, token in zip(rows, sampled.token_ids.tolist(), strict=True)
         ]
         for index, entry in sampled.logprobs.items():
-            rows[index].logprobs = [entry]
-        if sampled.valid.all():
-            batch.append_tokens(picked, sampled.token_ids)
-        else:
-            valid = sampled.valid
-            batch.append_tokens(picked[valid], sampled.token_ids[valid])
-            for index in np.flatnonzero(~valid).tolist():
-                rows[index].token_ids = []
-                rows[index].error = _NAN_ERROR
-        return StepResult(step_id=plan.step_id, sampled=rows)
+            result[index].logprobs = [entry]
+        if not sampled.valid.all():
+            for index in np.flatnonzero(~sampled.valid).tolist():
+                result[index].token_ids = []
+                result[index].error = _NAN_ERROR
+        return StepResult(step_id=plan.step_id, sampled=result)

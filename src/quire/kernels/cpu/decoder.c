@@ -29,15 +29,27 @@ typedef struct { /* mirrored by DecoderModel in decoder.py */
   int32_t dtype;
 } decoder_model;
 
-typedef struct { /* mirrored by DecoderStep in decoder.py */
-  const int64_t *input_ids, *positions, *slots;
-  const int32_t *block_table, *query_start_loc, *seq_lens;
-  const int64_t *logit_rows; /* tokens of the step; NULL for all of them, or none */
-  float *logits;             /* [num_logits, vocab] */
-  int64_t tokens, requests, table_stride, num_logits;
-  double *seconds; /* [PHASES], added to where given */
+typedef struct { /* StepRows in kernels/decoder.py */
+  int64_t seat, start, count, samples;
+} step_row;
+
+typedef struct { /* mirrored by _Step in decoder.py */
+  const int64_t *token_ids; /* [num_seats, max_tokens] */
+  const int32_t *block_ids; /* [num_seats, max_blocks] */
+  const step_row *rows;     /* [requests] */
+  float *logits;            /* [num_logits, vocab] */
+  double *seconds;          /* [PHASES], added to where given */
+  int64_t num_seats, max_tokens, max_blocks, requests;
+  int64_t num_logits; /* of rows that sample */
   int32_t threads;
 } decoder_step;
+
+typedef struct { /* the rows, token by token */
+  int64_t *input_ids, *positions, *slots; /* [tokens] */
+  int64_t *logit_rows;                    /* [num_logits]: tokens of the step, rising */
+  int32_t *query_start_loc, *seq_lens, *block_table; /* [requests + 1], [requests], [requests, width] */
+  int64_t tokens, width;
+} decoder_inputs;
 
 /* Where a step's time goes; named in decoder.py, in this order. */
 enum phase { EMBED, NORM, QKV, ROPE_WRITE, ATTENTION, O, GATE_UP, SILU_MUL, DOWN, HEAD, PHASES };
@@ -79,34 +91,89 @@ static int make_buffers(const decoder_model *m, int64_t tokens, buffers *b) {
   return memory != NULL;
 }
 
-static attention_args attention_of(const decoder_model *m, const decoder_step *s, const buffers *b) {
-  return (attention_args){.q = b->qkv, .block_table = s->block_table,
-                          .query_start_loc = s->query_start_loc, .seq_lens = s->seq_lens,
+/* Nonzero, as the call says, if a row lies outside its seat. Else *tokens is the number of tokens. */
+static int check_step(const decoder_model *m, const decoder_step *s, int64_t *tokens) {
+  int64_t logits = 0;
+  *tokens = 0;
+  for (int64_t i = 0; i < s->requests; i++) {
+    const step_row r = s->rows[i];
+    if (r.seat < 0 || r.seat >= s->num_seats || (r.samples & ~1)) return 6;
+    if (r.start < 0 || r.count < 1 || r.start > s->max_tokens || r.count > s->max_tokens - r.start)
+      return 5;
+    if ((r.start + r.count + m->block_size - 1) / m->block_size > s->max_blocks) return 5;
+    *tokens += r.count, logits += r.samples;
+  }
+  return logits == s->num_logits ? 0 : 6;
+}
+
+static int gather_inputs(const decoder_model *m, const decoder_step *s, decoder_inputs *in) {
+  const int wrong = check_step(m, s, &in->tokens);
+  if (wrong) return wrong;
+  in->width = 1;
+  for (int64_t i = 0; i < s->requests; i++) {
+    const int64_t end = s->rows[i].start + s->rows[i].count;
+    const int64_t blocks = (end + m->block_size - 1) / m->block_size;
+    if (blocks > in->width) in->width = blocks;
+  }
+  const int64_t longs = 3 * in->tokens + s->num_logits, ints = s->requests * (2 + in->width) + 1;
+  char *memory = quire_scratch(SCRATCH_STEP, (size_t)(longs * 8 + ints * 4));
+  if (!memory) return 7;
+  in->input_ids = (int64_t *)memory;
+  in->positions = in->input_ids + in->tokens;
+  in->slots = in->positions + in->tokens;
+  in->logit_rows = in->slots + in->tokens;
+  in->query_start_loc = (int32_t *)(in->logit_rows + s->num_logits);
+  in->seq_lens = in->query_start_loc + s->requests + 1;
+  in->block_table = in->seq_lens + s->requests;
+  int64_t token = 0, logit = 0;
+  for (int64_t i = 0; i < s->requests; i++) {
+    const step_row r = s->rows[i];
+    const int64_t *ids = s->token_ids + r.seat * s->max_tokens, end = r.start + r.count;
+    const int32_t *blocks = s->block_ids + r.seat * s->max_blocks;
+    in->query_start_loc[i] = (int32_t)token;
+    for (int64_t p = r.start; p < end; p++, token++) {
+      in->input_ids[token] = ids[p];
+      in->positions[token] = p;
+      in->slots[token] = blocks[p / m->block_size] * m->block_size + p % m->block_size;
+    }
+    in->seq_lens[i] = (int32_t)end;
+    memcpy(in->block_table + i * in->width, blocks, (size_t)in->width * sizeof *blocks);
+    if (r.samples) in->logit_rows[logit++] = token - 1;
+  }
+  in->query_start_loc[s->requests] = (int32_t)token;
+  return 0;
+}
+
+static attention_args attention_of(const decoder_model *m, const decoder_step *s,
+                                   const decoder_inputs *in, const buffers *b) {
+  return (attention_args){.q = b->qkv, .block_table = in->block_table,
+                          .query_start_loc = in->query_start_loc, .seq_lens = in->seq_lens,
                           .out = b->attention,
                           .q_stride = (m->q_heads + 2 * m->kv_heads) * m->head_dim,
-                          .table_stride = s->table_stride, .requests = s->requests,
-                          .tokens = s->tokens, .q_heads = m->q_heads, .kv_heads = m->kv_heads,
+                          .table_stride = in->width, .requests = s->requests,
+                          .tokens = in->tokens, .q_heads = m->q_heads, .kv_heads = m->kv_heads,
                           .head_dim = m->head_dim, .block_size = m->block_size,
                           .num_blocks = m->num_blocks, .window = m->widest_window,
                           .scale = m->scale, .dtype = m->dtype, .threads = s->threads};
 }
 
-static qkv_args qkv_of(const decoder_model *m, const decoder_step *s, const buffers *b) {
-  return (qkv_args){.qkv = b->qkv, .positions = s->positions, .slots = s->slots,
+static qkv_args qkv_of(const decoder_model *m, const decoder_step *s, const decoder_inputs *in,
+                       const buffers *b) {
+  return (qkv_args){.qkv = b->qkv, .positions = in->positions, .slots = in->slots,
                     .cos_sin = m->cos_sin, .qkv_stride = (m->q_heads + 2 * m->kv_heads) * m->head_dim,
-                    .tokens = s->tokens, .q_heads = m->q_heads, .kv_heads = m->kv_heads,
+                    .tokens = in->tokens, .q_heads = m->q_heads, .kv_heads = m->kv_heads,
                     .head_dim = m->head_dim, .half = m->half, .max_position = m->max_position,
                     .block_size = m->block_size, .num_blocks = m->num_blocks, .eps = m->eps,
                     .dtype = m->dtype, .threads = s->threads};
 }
 
-static int embed(const decoder_model *m, const decoder_step *s, char *out) {
-  if (!m->embedding) return quire_gather_rows(&m->head, s->input_ids, s->tokens, out);
+static int embed(const decoder_model *m, const int64_t *ids, int64_t tokens, char *out) {
+  if (!m->embedding) return quire_gather_rows(&m->head, ids, tokens, out);
   const int64_t row = m->hidden * (int64_t)elem_size(m->dtype);
-  for (int64_t t = 0; t < s->tokens; t++)
-    if (s->input_ids[t] < 0 || s->input_ids[t] >= m->head.n) return 1;
-  for (int64_t t = 0; t < s->tokens; t++)
-    memcpy(out + t * row, (const char *)m->embedding + s->input_ids[t] * row, (size_t)row);
+  for (int64_t t = 0; t < tokens; t++)
+    if (ids[t] < 0 || ids[t] >= m->head.n) return 1;
+  for (int64_t t = 0; t < tokens; t++)
+    memcpy(out + t * row, (const char *)m->embedding + ids[t] * row, (size_t)row);
   return 0;
 }
 
@@ -116,36 +183,32 @@ static void keep_rows(char *x, const int64_t *rows, int64_t count, int64_t row_b
     if (rows[i] != i) memcpy(x + i * row_bytes, x + rows[i] * row_bytes, (size_t)row_bytes);
 }
 
-/* 0; 1 a token id, 2 a position, 3 a slot, 4 a block id, 5 lengths, 6 a logit row out of range: nothing was
- * written then; 7 no memory. */
-static int check(const decoder_model *m, const decoder_step *s, const attention_args *a,
-                 const qkv_args *q) {
+static int check(const attention_args *a, const qkv_args *q) {
   const int qkv = quire_check_qkv(q);
   if (qkv) return 1 + qkv;
   const int attention = quire_check_attention(a);
-  if (attention) return attention == 4 ? 4 : 5;
-  if (!s->logit_rows) return s->num_logits == s->tokens || !s->num_logits ? 0 : 6;
-  for (int64_t i = 0; i < s->num_logits; i++)
-    if (s->logit_rows[i] < (i ? s->logit_rows[i - 1] + 1 : 0) || s->logit_rows[i] >= s->tokens)
-      return 6;
-  return m->num_layers > 0 ? 0 : 6;
+  return !attention ? 0 : attention == 4 ? 4 : 5;
 }
 
+/* 0; 1 a token id, 2 a position, 3 a slot, 4 a block id, 5 a row, 6 a seat out of range: nothing was written
+ * then; 7 no memory. */
 int quire_decoder_forward(const decoder_model *m, const decoder_step *s) {
   buffers b;
-  if (!make_buffers(m, s->tokens, &b)) return 7;
-  attention_args attention = attention_of(m, s, &b);
-  qkv_args qkv = qkv_of(m, s, &b);
-  const int wrong = check(m, s, &attention, &qkv);
+  decoder_inputs in;
+  int wrong = gather_inputs(m, s, &in);
   if (wrong) return wrong;
+  if (!make_buffers(m, in.tokens, &b)) return 7;
+  attention_args attention = attention_of(m, s, &in, &b);
+  qkv_args qkv = qkv_of(m, s, &in, &b);
+  if ((wrong = check(&attention, &qkv))) return wrong;
   stopwatch watch = {s->seconds, s->seconds ? now() : 0.0};
-  if (embed(m, s, b.residual)) return 1;
+  if (embed(m, in.input_ids, in.tokens, b.residual)) return 1;
   lap(&watch, EMBED);
 
   const int64_t h = m->hidden, q_size = m->q_heads * m->head_dim;
   const int dt = m->dtype, threads = s->threads;
   const int64_t size = (int64_t)elem_size(dt);
-  int64_t rows = s->tokens;
+  int64_t rows = in.tokens;
   int failed = quire_rms_norm(b.residual, h, 1, NULL, m->layers[0].input_norm, b.x, rows, h,
                               m->eps, dt, threads);
   lap(&watch, NORM);
@@ -163,9 +226,9 @@ int quire_decoder_forward(const decoder_model *m, const decoder_step *s) {
     attention.window = l->window;
     failed |= quire_attention_unchecked(&attention);
     lap(&watch, ATTENTION);
-    if (last && s->logit_rows) {
-      keep_rows(b.residual, s->logit_rows, s->num_logits, h * size);
-      keep_rows(b.attention, s->logit_rows, s->num_logits, q_size * size);
+    if (last) {
+      keep_rows(b.residual, in.logit_rows, s->num_logits, h * size);
+      keep_rows(b.attention, in.logit_rows, s->num_logits, q_size * size);
       rows = s->num_logits;
     }
     failed |= quire_linear(&l->o, b.attention, q_size, b.residual, h, rows, LINEAR_ADD, threads);

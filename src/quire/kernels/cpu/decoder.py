@@ -11,12 +11,13 @@ import ctypes
 from collections.abc import Mapping
 from ctypes import Array, byref, c_double, c_float, c_int32, c_int64, c_void_p
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from quire.kernels import checks
 from quire.kernels.cpu.library import DTYPES, LinearWeight, load_library
-from quire.kernels.decoder import DecoderWeights, LayerWeights
+from quire.kernels.decoder import DecoderWeights, LayerWeights, StepRows
 from quire.kernels.linear_cpu import NativeLinear, PackedLinear
 
 
@@ -50,10 +51,9 @@ class _Step(ctypes.Structure):
     """Mirrors decoder_step in decoder.c."""
 
     _fields_ = [
-        *((name, c_void_p) for name in ("input_ids", "positions", "slots", "block_table")),
-        *((name, c_void_p) for name in ("query_start_loc", "seq_lens", "logit_rows", "logits")),
-        *((name, c_int64) for name in ("tokens", "requests", "table_stride", "num_logits")),
-        ("seconds", c_void_p),
+        *((name, c_void_p) for name in ("token_ids", "block_ids", "rows", "logits", "seconds")),
+        *((name, c_int64) for name in ("num_seats", "max_tokens", "max_blocks", "requests")),
+        ("num_logits", c_int64),
         ("threads", c_int32),
     ]
 
@@ -68,8 +68,8 @@ _ERRORS = {
     2: "a position is outside the rotary table",
     3: "a slot is past the cache",
     4: "a block id is outside the cache",
-    5: "query_start_loc or seq_lens do not describe the tokens",
-    6: "logit_rows do not rise within the tokens",
+    5: "a row has tokens that its seat has no room for",
+    6: "a seat is outside the batch",
 }
 
 
@@ -88,6 +88,10 @@ class NativeDecoder:
         head = weights.head.backend
         assert isinstance(head, NativeLinear)
         self._vocab_size = weights.head.out_features
+        self._step = _Step()
+        self._rows: StepRows | None = None
+        self._num_logits = 0
+        self._buffer = self._logits = torch.empty(0, self._vocab_size)
         windows = [layer.window for layer in layers]
         self._model = _Model(
             layers=ctypes.addressof(self._layers),
@@ -115,55 +119,53 @@ class NativeDecoder:
         """Seconds spent in each phase since the first call of this method, which turns the clock on."""
         if self._seconds is None:
             self._seconds = (c_double * len(PHASES))()
+            self._step.seconds = ctypes.addressof(self._seconds)
         return dict(zip(PHASES, self._seconds, strict=True))
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        positions: Tensor,
-        slot_mapping: Tensor,
-        query_start_loc: Tensor,
-        seq_lens: Tensor,
-        block_table: Tensor,
-        logit_rows: Tensor | None,
-    ) -> Tensor:
-        tokens, requests = input_ids.shape[0], seq_lens.shape[0]
-        for name, tensor in (
-            ("input_ids", input_ids),
-            ("positions", positions),
-            ("slot_mapping", slot_mapping),
-        ):
-            checks.check_dense(name, tensor, torch.int64, (tokens,))
-        checks.check_dense("seq_lens", seq_lens, torch.int32, (requests,))
-        checks.check_dense("query_start_loc", query_start_loc, torch.int32, (requests + 1,))
-        width = block_table.shape[-1]
-        checks.check_dense("block_table", block_table, torch.int32, (requests, width))
-        count = tokens
-        if logit_rows is not None:
-            count = logit_rows.numel()
-            checks.check_dense("logit_rows", logit_rows, torch.int64, (count,))
-        logits = torch.empty(count, self._vocab_size)
-        step = _Step(
-            input_ids.data_ptr(),
-            positions.data_ptr(),
-            slot_mapping.data_ptr(),
-            block_table.data_ptr(),
-            query_start_loc.data_ptr(),
-            seq_lens.data_ptr(),
-            None if logit_rows is None else logit_rows.data_ptr(),
-            logits.data_ptr(),
-            tokens,
-            requests,
-            width,
-            count,
-            None if self._seconds is None else ctypes.addressof(self._seconds),
-            torch.get_num_threads(),
-        )
+    def forward(self, rows: StepRows) -> Tensor:
+        if rows is not self._rows:
+            self._adopt(rows)
+        if not 0 <= rows.num_rows <= len(rows.rows):
+            raise checks.KernelArgumentError(f"{rows.num_rows} rows of {len(rows.rows)}")
+        step = self._step
+        step.requests, step.num_logits = rows.num_rows, rows.num_logits
+        step.threads = torch.get_num_threads()
+        if rows.num_logits != self._num_logits:
+            self._make_logits(rows)
         if code := self._lib.quire_decoder_forward(byref(self._model), byref(step)):
             if code not in _ERRORS:
-                raise MemoryError(f"no memory for the activations of {tokens} tokens")
+                raise MemoryError(f"no memory for the activations of {rows.num_rows} rows")
             raise checks.KernelArgumentError(_ERRORS[code])
-        return logits
+        return self._logits
+
+    def _adopt(self, rows: StepRows) -> None:
+        """Check the arrays, and keep their addresses for all steps that come with them."""
+        self._rows = None
+        for name, array, dtype in (
+            ("token_ids", rows.token_ids, np.int64),
+            ("block_ids", rows.block_ids, np.int32),
+            ("rows", rows.rows, np.int64),
+        ):
+            if array.dtype != dtype or array.ndim != 2 or not array.flags.c_contiguous:
+                raise checks.KernelArgumentError(
+                    f"{name} is {array.dtype} {array.shape} with strides {array.strides}; "
+                    f"need contiguous {np.dtype(dtype)} in two dimensions"
+                )
+            setattr(self._step, name, array.ctypes.data)
+        checks.require(rows.rows.shape[1] == 4, f"rows is {rows.rows.shape}; need four columns")
+        checks.require(len(rows.token_ids) == len(rows.block_ids), "seats differ in number")
+        self._step.num_seats, self._step.max_tokens = rows.token_ids.shape
+        self._step.max_blocks = rows.block_ids.shape[1]
+        self._rows = rows
+
+    def _make_logits(self, rows: StepRows) -> None:
+        """The buffer is kept: fresh memory costs a page fault every 4 KiB."""
+        count = rows.num_logits
+        checks.require(0 <= count <= rows.num_rows, f"{count} logits of {rows.num_rows} rows")
+        if count > len(self._buffer):
+            self._buffer = torch.empty(count, self._vocab_size)
+            self._step.logits = self._buffer.data_ptr()
+        self._num_logits, self._logits = count, self._buffer[:count]
 
 
 def _layer(layer: LayerWeights) -> _Layer:

@@ -20,6 +20,7 @@ INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 enum scratch_use {
   SCRATCH_LINEAR,
   SCRATCH_DECODER,
+  SCRATCH_STEP,
   SCRATCH_ATTENTION,
   SCRATCH_ATTENTION_PLAN,
   SCRATCH_SAMPLING,
