@@ -9,13 +9,14 @@ import random
 import pytest
 import torch
 
+from quire.kernels.reference import ReferenceKernels
 from quire.layers.linear import Linear, LinearPart, LinearShape, UnquantizedLinearMethod
 
 PARTS = [LinearPart("q", 24), LinearPart("k", 8), LinearPart("v", 8)]
 
 
 def build(*, bias: bool, dtype: torch.dtype = torch.float32) -> Linear:
-    return Linear(PARTS, in_features=16, bias=bias, dtype=dtype, method=UnquantizedLinearMethod())
+    return Linear(PARTS, in_features=16, bias=bias, dtype=dtype, method=UnquantizedLinearMethod(ReferenceKernels()))
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import torch
 
-from quire.kernels.base import kv_cache_shapes
+from quire.kernels.base import LayerKernels, OnCPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +32,8 @@ class AttentionMetadata:
     """
     block_table: torch.Tensor
     """[B, max_blocks] int32: each request's blocks in order; entries past the sequence are never read."""
+    max_query_len: int | None = None
+    """Most tokens that a request has in this step, where the host knows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +60,13 @@ class KVCache:
         head_dim: int,
         block_size: int,
         dtype: torch.dtype,
+        kernels: LayerKernels | None = None,
     ) -> None:
+        """kernels: whose layout and device; the CPU's if None."""
+        holder = kernels or OnCPU()
         self.num_blocks = num_blocks
         self.block_size = block_size
-        shapes = kv_cache_shapes(
+        shapes = holder.kv_cache_shapes(
             num_blocks=num_blocks,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
@@ -70,7 +75,7 @@ class KVCache:
         )
         size = num_blocks * num_kv_heads * head_dim * block_size
         # Not on huge pages: three interleaved runs showed no gain in attention, rather a loss.
-        self.storage = torch.empty(num_layers, 2, size, dtype=dtype)
+        self.storage = torch.empty(num_layers, 2, size, dtype=dtype, device=holder.device)
         self.layers = tuple(
             LayerCache(k=layer[0].view(shapes.k), v=layer[1].view(shapes.v))
             for layer in self.storage

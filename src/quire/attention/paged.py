@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 
 from quire.attention.base import AttentionMetadata, LayerCache
-from quire.kernels.base import Kernels
+from quire.kernels.base import LayerKernels
 
 
 class PagedAttention:
     """The backend over `Kernels`: one call, whatever mix of requests is in the step."""
 
-    def __init__(self, kernels: Kernels, *, scale: float) -> None:
+    def __init__(self, kernels: LayerKernels, *, scale: float) -> None:
         self._kernels = kernels
         self._scale = scale
 
@@ -33,5 +33,6 @@ class PagedAttention:
             metadata.seq_lens,
             scale=self._scale,
             window=window or 0,
+            max_query_len=metadata.max_query_len,
             out=out,
         )

@@ -4,7 +4,7 @@ Invariance is the contract: what an operation writes for one row (a token, a hea
 same bits whatever other rows are in the call, however a request's tokens were cut into calls, and
 whichever thread computes it. Everything the engine promises about exactness rests on it.
 
-All tensors are on the CPU. `dtype` is float32, bfloat16 or float16; arithmetic is in float32 and a
+All tensors are on `Kernels.device`. `dtype` is float32, bfloat16 or float16; arithmetic is in float32 and a
 store rounds to nearest even. Tensors are contiguous unless a docstring says otherwise. A call with a
 wrong dtype, shape or stride raises `KernelArgumentError` before anything is written.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from quire.errors import ConfigError
 from quire.kernels.decoder import DecoderPass, DecoderWeights
+from quire.kernels.linear_cpu import PackedLinear
 from quire.kernels.sampling import SampledTokens
 
 KernelsName = Literal["auto", "native", "reference"]
@@ -29,7 +30,7 @@ KernelsName = Literal["auto", "native", "reference"]
 
 @dataclass(frozen=True, slots=True)
 class KVCacheShapes:
-    """The shapes of one layer's cache tensors; with p = 2 in bfloat16, else 1:
+    """The shapes of one layer's cache tensors, blocks first. On a CPU, with p = 2 in bfloat16, else 1:
 
     k: [num_blocks, num_kv_heads, head_dim / p, block_size, p]
     v: [num_blocks, num_kv_heads, block_size / p, head_dim, p]
@@ -38,11 +39,14 @@ class KVCacheShapes:
     score needs a broadcast and a multiply-add, and no horizontal sum. In bfloat16 what is summed over
     (dimensions of a key, values of a dimension) lies in pairs, because processors multiply and add
     pairs of bfloat16 in one instruction (AVX512_BF16 VDPBF16PS, Arm BFDOT). The layout depends on
-    the dtype alone, so that every implementation on every machine reads the same.
+    the dtype alone, so that every CPU implementation on every machine reads the same.
+
+    On a GPU both are [num_blocks, num_kv_heads, block_size, head_dim]: a tile of one head's keys is one
+    contiguous piece.
     """
 
-    k: tuple[int, int, int, int, int]
-    v: tuple[int, int, int, int, int]
+    k: tuple[int, ...]
+    v: tuple[int, ...]
 
 
 def kv_cache_shapes(
@@ -61,13 +65,84 @@ def kv_cache_shapes(
     )
 
 
-class Kernels(Protocol):
-    """One implementation of every operation."""
+@runtime_checkable
+class DenseLinear(Protocol):
+    """`x @ weight.T + bias`; row i of the result is the same bits for every number of rows."""
+
+    def fill(self, first: int, weight: Tensor) -> None:
+        """Rows [first, first + len(weight)) of the matrix, [rows, in_features] on the CPU; copied. Called
+        from several threads for different rows."""
+        ...
+
+    def fill_bias(self, first: int, bias: Tensor) -> None: ...
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x: [M, in_features]. Returns [M, out_features]."""
+        ...
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows of the matrix, as an embedding looks them up. ids: [T]. Returns [T, in_features]."""
+        ...
+
+
+class OnCPU:
+    """How implementations for the CPU hold weights and cache."""
+
+    device = torch.device("cpu")
+
+    def linear(
+        self, *, in_features: int, out_features: int, dtype: torch.dtype, bias: bool
+    ) -> PackedLinear:
+        return PackedLinear(
+            in_features=in_features, out_features=out_features, dtype=dtype, bias=bias
+        )
+
+    def kv_cache_shapes(
+        self,
+        *,
+        num_blocks: int,
+        num_kv_heads: int,
+        head_dim: int,
+        block_size: int,
+        dtype: torch.dtype,
+    ) -> KVCacheShapes:
+        return kv_cache_shapes(
+            num_blocks=num_blocks,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            block_size=block_size,
+            dtype=dtype,
+        )
+
+
+class LayerKernels(Protocol):
+    """The operations that models are made of, and where they keep weights and cache."""
 
     @property
     def name(self) -> str:
-        """Which one this is: "native" or "reference"."""
+        """Which one this is: "native", "reference" or "triton"."""
         ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where tensors live."""
+        ...
+
+    def linear(
+        self, *, in_features: int, out_features: int, dtype: torch.dtype, bias: bool
+    ) -> DenseLinear:
+        """A matrix to be filled, in the form that this implementation multiplies with."""
+        ...
+
+    def kv_cache_shapes(
+        self,
+        *,
+        num_blocks: int,
+        num_kv_heads: int,
+        head_dim: int,
+        block_size: int,
+        dtype: torch.dtype,
+    ) -> KVCacheShapes: ...
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """RMSNorm with the rounding points of Hugging Face's Llama: `weight * round(x / rms(x))`.
@@ -111,14 +186,6 @@ class Kernels(Protocol):
         """
         ...
 
-    def copy_blocks(
-        self, caches: Sequence[tuple[Tensor, Tensor]], pairs: Sequence[tuple[int, int]]
-    ) -> None:
-        """Copy whole blocks, for copy-on-write. caches: (k_cache, v_cache) of each layer. pairs:
-        (source, destination); no destination is a source or appears twice.
-        """
-        ...
-
     def paged_attention(
         self,
         q: Tensor,
@@ -131,6 +198,7 @@ class Kernels(Protocol):
         scale: float,
         window: int = 0,
         softcap: float = 0.0,
+        max_query_len: int | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
         """Causal attention of each request's query tokens over its blocks.
@@ -141,6 +209,7 @@ class Kernels(Protocol):
         `seq_lens[b] - (start[b + 1] - start[b]) + (t - start[b])`. Decode and chunked prefill mix.
         window: with w > 0 a query at i sees keys i - w < j <= i; blocks wholly before the window of
         every query are not read. softcap: with c > 0 a score becomes c * tanh(score / c).
+        max_query_len: most query tokens a request has, where the host knows; a GPU chooses by it.
         out: [T, q_heads, D] contiguous, else a new tensor. Returns out; rows from query_start_loc[B]
         on are left alone (zero in a new tensor). D <= 512.
         Slots past a request's length may hold any bits.
@@ -154,6 +223,18 @@ class Kernels(Protocol):
     def decoder(self, weights: DecoderWeights) -> DecoderPass | None:
         """A whole forward pass as one call, bit-equal to these operations one by one; None if this
         implementation has none.
+        """
+        ...
+
+
+class Kernels(LayerKernels, Protocol):
+    """One implementation of every operation of a step."""
+
+    def copy_blocks(
+        self, caches: Sequence[tuple[Tensor, Tensor]], pairs: Sequence[tuple[int, int]]
+    ) -> None:
+        """Copy whole blocks, for copy-on-write. caches: (k_cache, v_cache) of each layer. pairs:
+        (source, destination); no destination is a source or appears twice.
         """
         ...
 

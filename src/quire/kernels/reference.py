@@ -16,13 +16,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from quire.kernels import checks
+from quire.kernels.base import OnCPU
 from quire.kernels.checks import require
 from quire.kernels.decoder import DecoderWeights
 from quire.kernels.philox import gumbel_from_uniform, philox_words, uniform_from_words
 from quire.kernels.sampling import SampledTokens
 
 
-class ReferenceKernels:
+class ReferenceKernels(OnCPU):
     name = "reference"
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -97,6 +98,7 @@ class ReferenceKernels:
         scale: float,
         window: int = 0,
         softcap: float = 0.0,
+        max_query_len: int | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
         geometry = checks.check_caches(k_cache, v_cache)

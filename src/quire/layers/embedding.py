@@ -13,19 +13,31 @@ class Embedding:
     """[num_tokens] ids -> [num_tokens, hidden_size] rows, of a matrix of its own.
 
     A gather copies, so it is exact whatever the batch. A model whose head shares the matrix looks
-    rows up in the head's packed copy (`PackedLinear.rows`) and has no `Embedding`.
+    rows up in the head's copy (`DenseLinear.rows`) and has no `Embedding`.
     """
 
-    def __init__(self, name: str, *, vocab_size: int, hidden_size: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        name: str,
+        *,
+        vocab_size: int,
+        hidden_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
         self.name = name
-        self.weight = torch.empty(vocab_size, hidden_size, dtype=dtype)
+        self.weight = torch.empty(vocab_size, hidden_size, dtype=dtype, device=device)
 
     def targets(self) -> list[WeightTarget]:
         shape = (self.weight.shape[0], self.weight.shape[1])
         return [WeightTarget(name=f"{self.name}.weight", shape=shape, load=self._load)]
 
     def _load(self, first: int, rows: torch.Tensor) -> None:
-        copy_rows(rows, self.weight[first : first + len(rows)])
+        kept = self.weight[first : first + len(rows)]
+        if kept.is_cpu:
+            copy_rows(rows, kept)
+        else:
+            kept.copy_(rows)
 
     def __call__(self, input_ids: torch.Tensor) -> torch.Tensor:
         return torch.index_select(self.weight, 0, input_ids)

@@ -16,7 +16,7 @@ from typing import Protocol
 
 import torch
 
-from quire.kernels.linear_cpu import PackedLinear
+from quire.kernels.base import LayerKernels
 from quire.layers.parameter import WeightTarget
 
 Multiply = Callable[[torch.Tensor], torch.Tensor]
@@ -69,20 +69,23 @@ class LinearMethod(Protocol):
 
 
 class UnquantizedLinearMethod:
-    """Plain matrices in the model's dtype, packed for the CPU's GEMM when the last part arrives."""
+    """Plain matrices in the model's dtype, as the kernels hold them."""
+
+    def __init__(self, kernels: LayerKernels) -> None:
+        self._kernels = kernels
 
     def create(self, shape: LinearShape) -> LinearState:
-        return _UnquantizedState(shape)
+        return _UnquantizedState(shape, self._kernels)
 
 
 class _UnquantizedState:
-    """Each part goes from the file straight to its place in the packed matrix: no second copy, not
-    even of one layer.
+    """Each part goes from the file straight to its place in the matrix: no second copy, not even of one
+    layer.
     """
 
-    def __init__(self, shape: LinearShape) -> None:
+    def __init__(self, shape: LinearShape, kernels: LayerKernels) -> None:
         self._shape = shape
-        self._packed = PackedLinear(
+        self._matrix = kernels.linear(
             in_features=shape.in_features,
             out_features=shape.out_features,
             dtype=shape.dtype,
@@ -102,13 +105,13 @@ class _UnquantizedState:
 
     def load(self, index: int, suffix: str, first: int, rows: torch.Tensor) -> None:
         first += sum(part.out_features for part in self._shape.parts[:index])
-        fill = self._packed.fill if suffix == "weight" else self._packed.fill_bias
+        fill = self._matrix.fill if suffix == "weight" else self._matrix.fill_bias
         fill(first, rows.to(self._shape.dtype).contiguous())
         self._waiting.discard((index, suffix))
 
     def apply(self) -> Multiply:
         assert not self._waiting, f"not loaded: {sorted(self._waiting)} of {self._shape.parts}"
-        return self._packed
+        return self._matrix
 
 
 class Linear:

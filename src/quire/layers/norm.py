@@ -10,10 +10,12 @@ from quire.layers.parameter import WeightTarget
 class RMSNorm:
     """The weight of one norm. The arithmetic is `Kernels.rms_norm` and `Kernels.add_rms_norm`."""
 
-    def __init__(self, name: str, *, size: int, eps: float, dtype: torch.dtype) -> None:
+    def __init__(
+        self, name: str, *, size: int, eps: float, dtype: torch.dtype, device: torch.device
+    ) -> None:
         self.name = name
         self.eps = eps
-        self.weight = torch.empty(size, dtype=dtype)
+        self.weight = torch.empty(size, dtype=dtype, device=device)
 
     def targets(self) -> list[WeightTarget]:
         shape = (self.weight.shape[0],)

@@ -21,7 +21,7 @@ import torch
 
 from quire.attention.base import AttentionBackend, AttentionMetadata, KVCache, LayerCache
 from quire.attention.paged import PagedAttention
-from quire.kernels.base import Kernels
+from quire.kernels.base import DenseLinear, LayerKernels
 from quire.kernels.decoder import DecoderPass, DecoderWeights, LayerWeights, StepRows
 from quire.kernels.linear_cpu import PackedLinear
 from quire.layers.embedding import Embedding, create_lm_head
@@ -53,7 +53,7 @@ class DecoderLayer:
         index: int,
         *,
         dtype: torch.dtype,
-        kernels: Kernels,
+        kernels: LayerKernels,
         attention: AttentionBackend,
         cos_sin: torch.Tensor,
         method: LinearMethod,
@@ -74,7 +74,13 @@ class DecoderLayer:
             return Linear(stacked, in_features=in_features, bias=bias, dtype=dtype, method=method)
 
         def norm(name: str, size: int) -> RMSNorm:
-            return RMSNorm(f"{prefix}.{name}", size=size, eps=spec.rms_norm_eps, dtype=dtype)
+            return RMSNorm(
+                f"{prefix}.{name}",
+                size=size,
+                eps=spec.rms_norm_eps,
+                dtype=dtype,
+                device=kernels.device,
+            )
 
         hidden, inner = spec.hidden_size, spec.intermediate_size
         qkv = {
@@ -178,21 +184,21 @@ class DecoderModel:
         spec: ModelSpec,
         *,
         dtype: torch.dtype,
-        kernels: Kernels,
+        kernels: LayerKernels,
         max_model_len: int,
         linear_method: LinearMethod | None = None,
     ) -> None:
         """`max_model_len` is the number of positions a request may reach; the rotary table has that
         many rows.
         """
-        method = linear_method or UnquantizedLinearMethod()
+        method = linear_method or UnquantizedLinearMethod(kernels)
         self.spec = spec
         self.dtype = dtype
         self.max_model_len = max_model_len
         self._kernels = kernels
         self._cos_sin = cos_sin_table(
             spec.rope, head_dim=spec.head_dim, max_model_len=max_model_len, dtype=dtype
-        )
+        ).to(kernels.device)
         attention = PagedAttention(kernels, scale=spec.head_dim**-0.5)
         sizes = {"vocab_size": spec.vocab_size, "hidden_size": spec.hidden_size}
         self._layers = [
@@ -208,14 +214,18 @@ class DecoderModel:
             for index in range(spec.num_layers)
         ]
         self._norm = RMSNorm(
-            "model.norm", size=spec.hidden_size, eps=spec.rms_norm_eps, dtype=dtype
+            "model.norm",
+            size=spec.hidden_size,
+            eps=spec.rms_norm_eps,
+            dtype=dtype,
+            device=kernels.device,
         )
         name = "model.embed_tokens"
         self._embedding: Embedding | None = None
         if spec.tie_word_embeddings:  # one copy, packed, serves both ends
-            method = UnquantizedLinearMethod()
+            method = UnquantizedLinearMethod(kernels)
         else:
-            self._embedding = Embedding(name, **sizes, dtype=dtype)
+            self._embedding = Embedding(name, **sizes, dtype=dtype, device=kernels.device)
             name = "lm_head"
         self._lm_head = create_lm_head(name, **sizes, dtype=dtype, method=method)
 
@@ -236,7 +246,7 @@ class DecoderModel:
         if self._embedding is not None:
             self._embed: Callable[[torch.Tensor], torch.Tensor] = self._embedding
         else:
-            assert isinstance(head, PackedLinear)
+            assert isinstance(head, DenseLinear)
             self._embed = head.rows
         norms = [layer.input_norm.weight for layer in self._layers] + [self._norm.weight]
         self._first_norm, self._next_norms = norms[0], norms[1:]
@@ -260,7 +270,9 @@ class DecoderModel:
         checked here). Returns [T, hidden_size] in the model's dtype.
         """
         kernels, eps = self._kernels, self.spec.rms_norm_eps
-        out = torch.empty(input_ids.shape[0], self.spec.q_size, dtype=self.dtype)
+        out = torch.empty(
+            input_ids.shape[0], self.spec.q_size, dtype=self.dtype, device=input_ids.device
+        )
         step = _Step(
             positions=positions,
             metadata=attn,
@@ -279,7 +291,11 @@ class DecoderModel:
     @torch.inference_mode()
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden: [R, hidden_size], the rows that sample. Returns [R, vocab_size] float32."""
-        return self._logits(hidden).float()
+        return self.logits(hidden).float()
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The same in the model's dtype, in which they were rounded anyway."""
+        return self._logits(hidden)
 
     def over(self, kv_cache: KVCache) -> DecoderPass:
         """The pass with this cache: one call where the kernels have one for these weights, else layer

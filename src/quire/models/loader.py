@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 
 from quire.errors import ConfigError
-from quire.kernels.base import Kernels
+from quire.kernels.base import LayerKernels
 from quire.models.decoder import DecoderModel
 from quire.models.spec import ModelSpec
 from quire.weights.load import load_random_weights, load_weights
@@ -31,7 +31,7 @@ def load_model(
     model_dir: Path | None,
     *,
     dtype: torch.dtype,
-    kernels: Kernels,
+    kernels: LayerKernels,
     load_format: LoadFormat = "auto",
     max_model_len: int,
     seed: int = 0,

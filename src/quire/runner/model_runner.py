@@ -59,7 +59,7 @@ class RunningBatch:
         self.num_blocks[seat] = start + len(block_ids)
 
 
-_NAN_ERROR = "The model produced invalid numbers (NaN) for this request."
+NAN_ERROR = "The model produced invalid numbers (NaN) for this request."
 
 
 class ModelRunner:
@@ -142,5 +142,5 @@ class ModelRunner:
         if not sampled.valid.all():
             for index in np.flatnonzero(~sampled.valid).tolist():
                 result[index].token_ids = []
-                result[index].error = _NAN_ERROR
+                result[index].error = NAN_ERROR
         return StepResult(step_id=plan.step_id, sampled=result)

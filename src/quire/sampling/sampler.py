@@ -18,7 +18,6 @@ from torch import Tensor
 from quire.kernels.base import Kernels
 from quire.kernels.sampling import SAMPLE_ROW
 from quire.messages import AdmittedRequest, TokenLogprobs
-from quire.sampling_params import SamplingParams
 
 _MOST_TOP_K = 2**31 - 1
 
@@ -153,7 +152,7 @@ class Sampler:
             token = int(result.token_ids[index])
             state.learn(token)
             if index in raw:
-                logprobs[index] = _top(raw[index], token, state.params)
+                logprobs[index] = top_logprobs(raw[index], token, state.params.logprobs or 0)
         return Sampled(result.token_ids, result.valid, logprobs)
 
 
@@ -189,9 +188,8 @@ def _edit(logits: Tensor, state: SamplingState, position: int) -> None:
         logits.sub_((state.counts > 0).float(), alpha=params.presence_penalty)
 
 
-def _top(logprobs: Tensor, token: int, params: SamplingParams) -> TokenLogprobs:
-    """logprobs: [V]. The chosen token's value and rank, and the top ones asked for."""
-    asked = params.logprobs or 0
+def top_logprobs(logprobs: Tensor, token: int, asked: int) -> TokenLogprobs:
+    """logprobs: [V]. The chosen token's value and rank, and the top ones asked for, -1 for all."""
     count = logprobs.shape[0] if asked == -1 else min(asked, logprobs.shape[0])
     chosen = logprobs[token]
     rank = int((logprobs > chosen).sum()) + 1

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from quire.kernels import checks
+from quire.kernels.base import OnCPU
 from quire.kernels.checks import KernelArgumentError
 from quire.kernels.cpu.decoder import NativeDecoder
 from quire.kernels.cpu.library import DTYPES, AttentionArgs, QKVArgs, SampleArgs, load_library
@@ -28,7 +29,7 @@ def _fail(message: str) -> NoReturn:
     raise KernelArgumentError(message)
 
 
-class NativeKernels:
+class NativeKernels(OnCPU):
     """Raises `BuildError` from the constructor if the library cannot be compiled or loaded.
 
     `march` is the compiler's -march, other than "native" only to test the code of other CPUs.
@@ -143,6 +144,7 @@ class NativeKernels:
         scale: float,
         window: int = 0,
         softcap: float = 0.0,
+        max_query_len: int | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
         geometry = checks.check_caches(k_cache, v_cache)

@@ -1,0 +1,161 @@
+"""The Triton kernels behind the protocol that models call, and matrices multiplied by cuBLAS."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from quire.kernels.base import KVCacheShapes
+from quire.kernels.decoder import DecoderPass, DecoderWeights
+from quire.kernels.triton import attention, layers
+
+
+class TritonKernels:
+    """`LayerKernels` on one GPU. What is a step's own (the batch, sampling) is not here but in
+    `runner.device_runner`, which calls it directly."""
+
+    name = "triton"
+
+    def __init__(self, device: torch.device, *, batch_invariant: bool = False) -> None:
+        """batch_invariant: attention of a token takes one path whether its request decodes or prefills, and
+        cuBLAS is kept from splitting sums by the number of rows.
+        """
+        self.device = device
+        self.batch_invariant = batch_invariant
+        self._workspace = torch.empty(0, dtype=torch.float32, device=device)
+        if batch_invariant and device.type == "cuda":
+            matmul = torch.backends.cuda.matmul
+            matmul.allow_bf16_reduced_precision_reduction = False
+            matmul.allow_fp16_reduced_precision_reduction = False
+
+    def linear(
+        self, *, in_features: int, out_features: int, dtype: torch.dtype, bias: bool
+    ) -> DeviceLinear:
+        return DeviceLinear(in_features, out_features, dtype, bias=bias, device=self.device)
+
+    def kv_cache_shapes(
+        self,
+        *,
+        num_blocks: int,
+        num_kv_heads: int,
+        head_dim: int,
+        block_size: int,
+        dtype: torch.dtype,
+    ) -> KVCacheShapes:
+        shape = (num_blocks, num_kv_heads, block_size, head_dim)
+        return KVCacheShapes(k=shape, v=shape)
+
+    def reserve(self, k_cache: Tensor, *, q_heads: int, max_requests: int, max_len: int) -> None:
+        """Attention's workspace, for steps up to this size: once, since graphs keep its address."""
+        need = attention.workspace_floats(
+            k_cache,
+            q_heads=q_heads,
+            max_requests=max_requests,
+            max_len=max_len,
+            invariant=self.batch_invariant,
+        )
+        if need > self._workspace.numel():
+            self._workspace = torch.empty(need, dtype=torch.float32, device=self.device)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return layers.rms_norm(x, weight, eps)
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return layers.add_rms_norm(x, residual, weight, eps)
+
+    def rope_write_kv(
+        self,
+        qkv: Tensor,
+        positions: Tensor,
+        cos_sin: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        slot_mapping: Tensor,
+        *,
+        q_norm: Tensor | None = None,
+        k_norm: Tensor | None = None,
+        eps: float = 0.0,
+    ) -> None:
+        layers.rope_write_kv(
+            qkv,
+            positions,
+            cos_sin,
+            k_cache,
+            v_cache,
+            slot_mapping,
+            q_norm=q_norm,
+            k_norm=k_norm,
+            eps=eps,
+        )
+
+    def paged_attention(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        block_table: Tensor,
+        query_start_loc: Tensor,
+        seq_lens: Tensor,
+        *,
+        scale: float,
+        window: int = 0,
+        softcap: float = 0.0,
+        max_query_len: int | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        if out is None:
+            out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+        attention.paged_attention(
+            q,
+            k_cache,
+            v_cache,
+            block_table,
+            query_start_loc,
+            seq_lens,
+            scale=scale,
+            max_query_len=q.shape[0] if max_query_len is None else max_query_len,
+            window=window,
+            softcap=softcap,
+            invariant=self.batch_invariant,
+            out=out,
+            workspace=self._workspace,
+        )
+        return out
+
+    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
+        return layers.silu_and_mul(gate_up)
+
+    def decoder(self, weights: DecoderWeights) -> DecoderPass | None:
+        return None
+
+
+class DeviceLinear:
+    """A matrix as it is, [out_features, in_features], multiplied by PyTorch (cuBLAS)."""
+
+    __slots__ = ("bias", "weight")
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        dtype: torch.dtype,
+        *,
+        bias: bool,
+        device: torch.device,
+    ) -> None:
+        self.weight = torch.empty(out_features, in_features, dtype=dtype, device=device)
+        self.bias = torch.empty(out_features, dtype=dtype, device=device) if bias else None
+
+    def fill(self, first: int, weight: Tensor) -> None:
+        self.weight[first : first + len(weight)].copy_(weight)
+
+    def fill_bias(self, first: int, bias: Tensor) -> None:
+        assert self.bias is not None, "made without bias"
+        self.bias[first : first + len(bias)].copy_(bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        return layers.embedding(ids, self.weight)
