@@ -1,0 +1,584 @@
+"""Paged attention on the GPU: FlashAttention's running softmax over the blocks of a KV cache.
+
+A program holds a tile of query rows (some tokens of one request, times the query heads that share a
+key head) and walks tiles of BLOCK_N keys, keeping for each row the highest score so far (`peak`), the
+sum of exponentials below it (`total`) and the weighted sum of values (`acc`) (Dao, FlashAttention-2,
+2023, algorithm 1; scores are in units of log 2). Two ways to cut the work:
+
+- *Splits*, for requests of few query tokens, where one program would walk a long context alone. The
+  keys are cut at fixed positions (`_split_start`); a program leaves its split's (acc, peak, total) in
+  the workspace, and a second kernel merges them in order (Flash-Decoding, Dao et al. 2023). A request
+  within one split skips that.
+- *Tiles*, for the rest: one program a tile of rows, all keys. Tiles of keys that every row sees whole
+  need no mask.
+
+Why the bits of a row depend on nothing but the row and its keys: tiles of keys and splits begin at
+absolute positions; a tile in which a row sees nothing changes none of its three values; which of the
+two ways is taken depends on the request's own number of query tokens; shapes are from `tuning`. So a
+prompt cut into chunks, or with its head from the prefix cache, gives the same bits wherever it is cut,
+as long as each piece has more than `decode_query_len` tokens, and a decoded token has the same bits in
+every batch. That a token decoded has the bits it would have in a prompt holds only with
+`invariant=True`: both ways then have tiles of one shape, and the second merges at the splits' borders
+as the first does, which costs it registers and half the rows in a tile.
+
+The cache: keys and values are [num_blocks, kv_heads, block_size, D] each.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from quire.kernels.checks import FLOATS, KernelArgumentError, require
+from quire.kernels.triton.tuning import Key, Regime, Tile, architecture, tile
+
+LOG2_E = 1.4426950408889634
+PER_LEVEL = 8
+"""Splits of one size before the size doubles. Cutting at positions that do not depend on the length
+keeps a row's splits what they were as the context grows; doubling keeps them few."""
+UNIFORM = 1 << 16
+"""PER_LEVEL under a sliding window, which sees only the last few splits: all of one size."""
+RECORD = 4
+"""Floats beside acc in a partial result: peak, total, and two that keep records on 16 bytes."""
+PROGRAMS = 1024
+MIN_SHARES = 8
+"""A launch has about PROGRAMS programs for the splits, and at least MIN_SHARES to share those of one
+request and head, so that a long request among many short ones is not left to a single program."""
+
+
+@triton.jit
+def _split_start(index, SPLIT: tl.constexpr, PER_LEVEL: tl.constexpr):
+    """The first key of a split: PER_LEVEL splits of SPLIT keys, as many of twice that, and so on."""
+    level = index // PER_LEVEL
+    return SPLIT * (PER_LEVEL * ((1 << level) - 1) + ((index % PER_LEVEL) << level))
+
+
+@triton.jit
+def _split_index(position, SPLIT: tl.constexpr, PER_LEVEL: tl.constexpr):
+    """The split that has this key."""
+    level = 0
+    while SPLIT * PER_LEVEL * ((2 << level) - 1) <= position:
+        level += 1
+    past = position - SPLIT * PER_LEVEL * ((1 << level) - 1)
+    return level * PER_LEVEL + past // (SPLIT << level)
+
+
+@triton.jit
+def _splits(length, count, SPLIT: tl.constexpr, PER_LEVEL: tl.constexpr, WINDOW: tl.constexpr):
+    """(first, number) of the splits that the last `count` of `length` tokens see."""
+    first = 0
+    if WINDOW:
+        first = _split_index(tl.maximum(length - count - WINDOW + 1, 0), SPLIT, PER_LEVEL)
+    return first, _split_index(tl.maximum(length, 1) - 1, SPLIT, PER_LEVEL) + 1 - first
+
+
+@triton.jit
+def _block_ids(table, start, end, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Of the tile of keys at `start`: one block's id, or, where blocks are smaller, one for each key."""
+    if BLOCK_SIZE >= BLOCK_N:
+        ids = tl.load(table + start // BLOCK_SIZE, mask=start < end, other=0)
+    else:
+        keys = start + tl.arange(0, BLOCK_N)
+        ids = tl.load(table + keys // BLOCK_SIZE, mask=keys < end, other=0)
+    return ids.to(tl.int64)
+
+
+@triton.jit
+def _load_rows(pointers, inside, columns, D: tl.constexpr, MASKED: tl.constexpr):
+    """[rows, columns.shape[1]], with zero outside and from column D on."""
+    if MASKED:
+        rows = tl.load(pointers, mask=inside & (columns < D), other=0.0)
+    elif columns.shape[1] != D:
+        rows = tl.load(pointers, mask=columns < D, other=0.0)
+    else:
+        rows = tl.load(pointers)
+    return rows
+
+
+@triton.jit
+def _walk(
+    q, acc, peak, total, start, end, lowest, positions, keys, values, table, scale, cap,
+    KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
+    WINDOW: tl.constexpr, CAPPED: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Fold the tiles of keys from `start` up to `end` into (acc, peak, total).
+
+    Without MASKED, every row sees all of these keys. With it, no row sees a key below `lowest` or from
+    `end` on, and the slots of those may hold any bits.
+    """
+    n = tl.arange(0, BLOCK_N)
+    columns = tl.arange(0, q.shape[1])[None, :]
+    within = (n % BLOCK_SIZE)[:, None] * D + columns
+    ids = _block_ids(table, start, end, BLOCK_SIZE, BLOCK_N)
+    for begin in range(start, end, BLOCK_N):
+        block = ids * (KV_HEADS * BLOCK_SIZE * D)
+        if BLOCK_SIZE >= BLOCK_N:
+            at = block + (begin % BLOCK_SIZE) * D + within
+        else:
+            at = block[:, None] + within
+        # A step ahead, so that the address of the next tile does not wait for memory.
+        ids = _block_ids(table, begin + BLOCK_N, end, BLOCK_SIZE, BLOCK_N)
+        key = begin + n
+        inside = ((key >= lowest) & (key < end))[:, None]
+        k = _load_rows(keys + at, inside, columns, D, False).to(q.dtype)
+        scores = tl.dot(q, k.T, input_precision="ieee")
+        if CAPPED:  # tanh; `scale` makes it the cap, in units of log 2
+            scores = 1.0 - 2.0 / (tl.exp2(scores * cap) + 1.0)
+        if MASKED:
+            seen = key[None, :] <= positions[:, None]
+            if WINDOW:
+                seen = seen & (key[None, :] > positions[:, None] - WINDOW)
+            scores = tl.where(seen, scores, float("-inf"))
+        raised = tl.maximum(peak, tl.max(scores, 1) * scale)
+        base = _finite(raised) if MASKED else raised
+        shrink = tl.exp2(peak - base)
+        weights = tl.exp2(tl.fma(scores, scale, -base[:, None]))
+        total = tl.fma(total, shrink, tl.sum(weights, 1))
+        v = _load_rows(values + at, inside, columns, D, MASKED).to(q.dtype)
+        acc = tl.dot(weights.to(q.dtype), v, acc * shrink[:, None], input_precision="ieee")
+        peak = raised
+    return acc, peak, total
+
+
+@triton.jit
+def _finite(peak):
+    """What to subtract from scores: of a row that has seen nothing, -inf would make NaN of -inf."""
+    return tl.where(peak == float("-inf"), 0.0, peak)
+
+
+@triton.jit
+def _attend(
+    q, positions, first, last, start, end, keys, values, table, scale, cap,
+    KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
+    WINDOW: tl.constexpr, CAPPED: tl.constexpr,
+):  # fmt: skip
+    """(acc, peak, total) of the keys from `start`, a multiple of BLOCK_N, up to `end`.
+
+    first, last: the lowest and the highest of the rows' positions.
+    """
+    acc = tl.zeros(q.shape, tl.float32)
+    peak = tl.full([q.shape[0]], float("-inf"), tl.float32)
+    total = tl.zeros([q.shape[0]], tl.float32)
+    end = tl.minimum(end, last + 1)
+    lowest = 0
+    whole = start  # from here on, no row's window begins
+    if WINDOW:
+        lowest = tl.maximum(first - WINDOW + 1, 0)
+        start = tl.maximum(start, lowest // BLOCK_N * BLOCK_N)
+        whole = tl.cdiv(tl.maximum(last - WINDOW + 1, 0), BLOCK_N) * BLOCK_N
+        whole = tl.minimum(tl.maximum(whole, start), tl.maximum(end, start))
+        acc, peak, total = _walk(
+            q, acc, peak, total, start, whole, lowest, positions, keys, values, table, scale, cap,
+            KV_HEADS, D, BLOCK_SIZE, BLOCK_N, WINDOW, CAPPED, True,
+        )  # fmt: skip
+    diagonal = tl.maximum(whole, tl.minimum(end, first + 1) // BLOCK_N * BLOCK_N)
+    acc, peak, total = _walk(
+        q, acc, peak, total, whole, diagonal, lowest, positions, keys, values, table, scale, cap,
+        KV_HEADS, D, BLOCK_SIZE, BLOCK_N, WINDOW, CAPPED, False,
+    )  # fmt: skip
+    return _walk(
+        q, acc, peak, total, diagonal, end, lowest, positions, keys, values, table, scale, cap,
+        KV_HEADS, D, BLOCK_SIZE, BLOCK_N, WINDOW, CAPPED, True,
+    )  # fmt: skip
+
+
+@triton.jit
+def _merge(acc, peak, total, more_acc, more_peak, more_total):
+    """Of two parts of the keys, the first and the one after it.
+
+    Spelt in fused operations, so that both kernels that merge round alike.
+    """
+    raised = tl.maximum(peak, more_peak)
+    base = _finite(raised)
+    shrink, more_shrink = tl.exp2(peak - base), tl.exp2(more_peak - base)
+    total = tl.fma(total, shrink, more_total * more_shrink)
+    if len(acc.shape) == 2:
+        shrink, more_shrink = shrink[:, None], more_shrink[:, None]
+    return tl.fma(acc, shrink, more_acc * more_shrink), raised, total
+
+
+@triton.jit
+def _mean(acc, total, v_scale, head):
+    """The weighted mean of values; zero of a row that saw no key."""
+    total = tl.where(total > 0.0, total, 1.0)
+    mean = acc / (total[:, None] if len(acc.shape) == 2 else total)
+    if v_scale is not None:
+        mean *= tl.load(v_scale + head)
+    return mean
+
+
+@triton.jit
+def _load_queries(
+    q, q_stride, begin, token, real, head,
+    GROUP: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_M, PADDED_D]: row m is token m // GROUP of the tile, query head m % GROUP of the group."""
+    columns = tl.arange(0, PADDED_D)[None, :]
+    heads = head * GROUP + tl.arange(0, token.shape[0]) % GROUP
+    at = (begin + token).to(tl.int64) * q_stride + heads * D
+    return _load_rows(q + at[:, None] + columns, real[:, None], columns, D, True)
+
+
+@triton.jit
+def _store_mean(
+    out, mean, begin, token, real, head,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    columns = tl.arange(0, mean.shape[1])[None, :]
+    heads = head * GROUP + tl.arange(0, token.shape[0]) % GROUP
+    at = ((begin + token).to(tl.int64) * (KV_HEADS * GROUP) + heads) * D
+    tl.store(
+        out + at[:, None] + columns,
+        mean.to(out.dtype.element_ty),
+        mask=real[:, None] & (columns < D),
+    )
+
+
+@triton.jit
+def split_kernel(
+    out, workspace, q, keys, values, table, starts, lengths, k_scale, v_scale,
+    scale, cap, q_stride, table_stride, slots,
+    QUERIES: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
+    PADDED_D: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SPLIT: tl.constexpr, PER_LEVEL: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
+    RECORD: tl.constexpr,
+):  # fmt: skip
+    """Requests of up to QUERIES query tokens. Grid: (shares, kv_heads, requests)."""
+    share, head, request = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    begin = tl.load(starts + request)
+    count = tl.load(starts + request + 1) - begin
+    length = tl.load(lengths + request)
+    if count < 1 or count > QUERIES:
+        return
+    first_split, splits = _splits(length, count, SPLIT, PER_LEVEL, WINDOW)
+    rows = tl.arange(0, BLOCK_M)
+    token = rows // GROUP
+    real = token < count
+    positions = tl.minimum(length - count + token, length - 1)
+    queries = _load_queries(q, q_stride, begin, token, real, head, GROUP, D, PADDED_D)
+    if k_scale is not None:
+        k_factor = tl.load(k_scale + head)
+        if CAPPED:
+            cap *= k_factor
+        else:
+            scale *= k_factor
+    heads_keys = keys + head * (BLOCK_SIZE * D)
+    heads_values = values + head * (BLOCK_SIZE * D)
+    columns = tl.arange(0, PADDED_D)[None, :]
+    for taken in range(share, splits, tl.num_programs(0)):
+        slot = splits - 1 - taken  # the longest first
+        acc, peak, total = _attend(
+            queries, positions, length - count, length - 1,
+            _split_start(first_split + slot, SPLIT, PER_LEVEL),
+            _split_start(first_split + slot + 1, SPLIT, PER_LEVEL),
+            heads_keys, heads_values, table + request.to(tl.int64) * table_stride, scale, cap,
+            KV_HEADS, D, BLOCK_SIZE, BLOCK_N, WINDOW, CAPPED,
+        )  # fmt: skip
+        if splits == 1:
+            mean = _mean(acc, total, v_scale, head)
+            _store_mean(out, mean, begin, token, real, head, KV_HEADS, GROUP, D)
+        else:
+            part = (request.to(tl.int64) * KV_HEADS + head) * slots + slot
+            record = workspace + (part * (QUERIES * GROUP) + rows) * (D + RECORD)
+            tl.store(record[:, None] + columns, acc, mask=real[:, None] & (columns < D))
+            tl.store(record + D, peak, mask=real)
+            tl.store(record + D + 1, total, mask=real)
+
+
+@triton.jit
+def merge_kernel(
+    out, workspace, starts, lengths, v_scale, slots,
+    QUERIES: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
+    PADDED_D: tl.constexpr, SPLIT: tl.constexpr, PER_LEVEL: tl.constexpr, WINDOW: tl.constexpr,
+    RECORD: tl.constexpr,
+):  # fmt: skip
+    """What `split_kernel` left in parts. Grid: (q_heads, QUERIES, requests)."""
+    q_head, token, request = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    begin = tl.load(starts + request)
+    count = tl.load(starts + request + 1) - begin
+    length = tl.load(lengths + request)
+    if count > QUERIES or token >= count:
+        return
+    _, splits = _splits(length, count, SPLIT, PER_LEVEL, WINDOW)
+    if splits == 1:
+        return
+    head = q_head // GROUP
+    columns = tl.arange(0, PADDED_D)
+    part = (request.to(tl.int64) * KV_HEADS + head) * slots
+    record = workspace + (part * QUERIES + token) * (GROUP * (D + RECORD))
+    record += q_head % GROUP * (D + RECORD)
+    acc = tl.zeros([PADDED_D], tl.float32)
+    peak = float("-inf")
+    total = 0.0
+    for _ in tl.range(0, splits, loop_unroll_factor=4):
+        more_acc = tl.load(record + columns, mask=columns < D, other=0.0)
+        more_peak, more_total = tl.load(record + D), tl.load(record + D + 1)
+        acc, peak, total = _merge(acc, peak, total, more_acc, more_peak, more_total)
+        record += QUERIES * GROUP * (D + RECORD)
+    mean = _mean(acc, total, v_scale, head)
+    at = ((begin + token).to(tl.int64) * (KV_HEADS * GROUP) + q_head) * D
+    tl.store(out + at + columns, mean.to(out.dtype.element_ty), mask=columns < D)
+
+
+@triton.jit
+def tile_kernel(
+    out, q, keys, values, table, starts, lengths, k_scale, v_scale,
+    scale, cap, q_stride, table_stride, requests,
+    QUERIES: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
+    PADDED_D: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SPLIT: tl.constexpr, PER_LEVEL: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
+    MERGED: tl.constexpr,
+):  # fmt: skip
+    """Requests of more than QUERIES query tokens. Grid: (tokens // BLOCK_Q + requests, kv_heads).
+
+    That many tiles suffice: request r has the ones from starts[r] // BLOCK_Q + r up to the next
+    request's first, as many as its tokens need or one more.
+    """
+    BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
+    index = tl.num_programs(0) - 1 - tl.program_id(0)  # the ends of prompts, which see most, first
+    head = tl.program_id(1)
+    low, high = 0, requests - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        if tl.load(starts + middle) // BLOCK_Q + middle <= index:
+            low = middle
+        else:
+            high = middle - 1
+    begin = tl.load(starts + low)
+    count = tl.load(starts + low + 1) - begin
+    offset = (index - begin // BLOCK_Q - low) * BLOCK_Q
+    if count <= QUERIES or offset >= count:
+        return
+    length = tl.load(lengths + low)
+    first = length - count + offset
+    last = tl.minimum(first + BLOCK_Q, length) - 1
+    rows = tl.arange(0, BLOCK_M)
+    token = offset + rows // GROUP
+    real = (token < count) & (rows < BLOCK_Q * GROUP)
+    positions = tl.minimum(length - count + token, last)
+    queries = _load_queries(q, q_stride, begin, token, real, head, GROUP, D, PADDED_D)
+    if k_scale is not None:
+        k_factor = tl.load(k_scale + head)
+        if CAPPED:
+            cap *= k_factor
+        else:
+            scale *= k_factor
+    heads_keys = keys + head * (BLOCK_SIZE * D)
+    heads_values = values + head * (BLOCK_SIZE * D)
+    table += low.to(tl.int64) * table_stride
+    if MERGED:
+        acc = tl.zeros(queries.shape, tl.float32)
+        peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        first_split, splits = _splits(last + 1, last + 1 - first, SPLIT, PER_LEVEL, WINDOW)
+        for split in range(first_split, first_split + splits):
+            more_acc, more_peak, more_total = _attend(
+                queries, positions, first, last,
+                _split_start(split, SPLIT, PER_LEVEL), _split_start(split + 1, SPLIT, PER_LEVEL),
+                heads_keys, heads_values, table, scale, cap,
+                KV_HEADS, D, BLOCK_SIZE, BLOCK_N, WINDOW, CAPPED,
+            )  # fmt: skip
+            acc, peak, total = _merge(acc, peak, total, more_acc, more_peak, more_total)
+    else:
+        acc, peak, total = _attend(
+            queries, positions, first, last, 0, last + 1,
+            heads_keys, heads_values, table, scale, cap,
+            KV_HEADS, D, BLOCK_SIZE, BLOCK_N, WINDOW, CAPPED,
+        )  # fmt: skip
+    mean = _mean(acc, total, v_scale, head)
+    _store_mean(out, mean, begin, token, real, head, KV_HEADS, GROUP, D)
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    query_start_loc: Tensor,
+    seq_lens: Tensor,
+    *,
+    scale: float,
+    max_query_len: int,
+    min_query_len: int = 1,
+    decode_query_len: int = 1,
+    window: int = 0,
+    softcap: float = 0.0,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    invariant: bool = False,
+    out: Tensor,
+    workspace: Tensor,
+) -> None:
+    """`Kernels.paged_attention` of kernels/base.py, with the cache's layout above.
+
+    q: [T, q_heads, D], heads dense, any token stride. k_cache, v_cache: [num_blocks, kv_heads,
+    block_size, D] in q's dtype, or in float8_e4m3fn with k_scale, v_scale: [kv_heads] float32 (a stored
+    value times its scale is the value). block_table: [B, max_blocks] int32, rows dense.
+    query_start_loc: [B + 1], seq_lens: [B], int32. out: like q, contiguous. workspace: float32, at
+    least `workspace_floats` of it; what it holds is of no use afterwards.
+
+    max_query_len, min_query_len: bounds that the host knows for the query tokens of a request; a step
+    of decodes alone launches no tiles, one of prompts alone no splits. decode_query_len: requests
+    of up to so many query tokens take the splits; one, and one more for each speculated token. It must
+    be the same in every call whose results are to agree.
+
+    A request with no query tokens is skipped; the rows of one with seq_lens 0 are set to zero. Rows
+    from query_start_loc[B] on are left alone. Contents are not checked: they are on the device.
+    """
+    kv_heads, block_size, head_dim = k_cache.shape[1:]
+    requests, max_blocks = block_table.shape
+    tokens, q_heads = q.shape[:2]
+    group = q_heads // kv_heads
+    _check(q, k_cache, v_cache, block_table, query_start_loc, seq_lens, k_scale, v_scale, out)
+    require(
+        scale > 0 and window >= 0 and softcap >= 0, "scale must be positive; window, softcap >= 0"
+    )
+    if requests == 0 or tokens == 0:
+        return
+    split_tile = _tile(k_cache, group, "invariant" if invariant else "decode")
+    block_m = max(split_tile.block_m, triton.next_power_of_2(group * decode_query_len))
+    per_level = UNIFORM if window else PER_LEVEL
+    slots = _slots(max_blocks * block_size, window, decode_query_len, split_tile.split)
+    need = requests * slots * decode_query_len * q_heads * (head_dim + RECORD)
+    if workspace.dtype is not torch.float32 or workspace.numel() < need:
+        raise KernelArgumentError(
+            f"workspace is {workspace.dtype} {workspace.numel()}; need {need} floats"
+        )
+    # Scores are in units of log 2; with a cap, `cap` brings them to the argument of tanh, doubled.
+    cap = 2 * LOG2_E * scale / softcap if softcap else 0.0
+    scale = LOG2_E * (softcap or scale)
+    shape = {
+        "QUERIES": decode_query_len,
+        "KV_HEADS": kv_heads,
+        "GROUP": group,
+        "D": head_dim,
+        "PADDED_D": max(16, triton.next_power_of_2(head_dim)),
+        "SPLIT": split_tile.split,
+        "PER_LEVEL": per_level,
+        "WINDOW": window,
+    }
+    walk = {"BLOCK_SIZE": block_size, "CAPPED": softcap > 0}
+    if max_query_len > decode_query_len:
+        choice = split_tile if invariant else _tile(k_cache, group, "prefill")
+        rows = max(choice.block_m, triton.next_power_of_2(group))
+        tile_kernel[(tokens // (rows // group) + requests, kv_heads)](
+            out, q, k_cache, v_cache, block_table, query_start_loc, seq_lens, k_scale, v_scale,
+            scale, cap, q.stride(0), block_table.stride(0), requests,
+            **shape, **walk, BLOCK_M=rows, BLOCK_N=choice.block_n, MERGED=invariant,
+            num_warps=choice.warps, num_stages=choice.stages,
+        )  # fmt: skip
+    if min_query_len > decode_query_len:
+        return
+    shares = min(slots, max(MIN_SHARES, PROGRAMS // (requests * kv_heads)))
+    split_kernel[(shares, kv_heads, requests)](
+        out, workspace, q, k_cache, v_cache, block_table, query_start_loc, seq_lens, k_scale, v_scale,
+        scale, cap, q.stride(0), block_table.stride(0), slots,
+        **shape, **walk, BLOCK_M=block_m, BLOCK_N=split_tile.block_n, RECORD=RECORD,
+        num_warps=split_tile.warps, num_stages=split_tile.stages,
+    )  # fmt: skip
+    if slots > 1:
+        merge_kernel[(q_heads, decode_query_len, requests)](
+            out, workspace, query_start_loc, seq_lens, v_scale, slots,
+            **shape, RECORD=RECORD, num_warps=1,
+        )  # fmt: skip
+
+
+def workspace_floats(
+    k_cache: Tensor,
+    *,
+    q_heads: int,
+    max_requests: int,
+    max_len: int,
+    window: int = 0,
+    decode_query_len: int = 1,
+    invariant: bool = False,
+) -> int:
+    """How large a workspace `paged_attention` needs for up to so many requests and keys of each.
+
+    Llama-3.1-8B, 256 requests: 71 MiB (in bytes) for 8,192 keys, 207 MiB for 131,072.
+    """
+    kv_heads, _, head_dim = k_cache.shape[1:]
+    choice = _tile(k_cache, q_heads // kv_heads, "invariant" if invariant else "decode")
+    slots = _slots(max_len, window, decode_query_len, choice.split)
+    return max_requests * slots * decode_query_len * q_heads * (head_dim + RECORD)
+
+
+def _slots(max_len: int, window: int, queries: int, split: int) -> int:
+    """The most splits that one request's query tokens see: `_splits` on the host."""
+    if window:
+        return min(-(-max_len // split), -(-(window + queries - 1) // split) + 1)
+    level = ((max_len - 1) // (split * PER_LEVEL) + 1).bit_length() - 1
+    past = max_len - split * PER_LEVEL * ((1 << level) - 1)
+    return level * PER_LEVEL + -(-past // (split << level))
+
+
+def _tile(k_cache: Tensor, group: int, regime: Regime) -> Tile:
+    _, _, block_size, head_dim = k_cache.shape
+    return tile(Key(architecture(), head_dim, group, block_size, k_cache.dtype, regime))
+
+
+def _check(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    query_start_loc: Tensor,
+    seq_lens: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    out: Tensor,
+) -> None:
+    _, q_heads, head_dim = q.shape
+    _, kv_heads, block_size, _ = k_cache.shape
+    requests = block_table.shape[0]
+    require(
+        q.dtype in FLOATS
+        and q.stride(2) == 1
+        and q.stride(1) == head_dim
+        and q_heads % kv_heads == 0,
+        f"q is {q.dtype} {tuple(q.shape)} with strides {q.stride()}; need dense heads of a float dtype, "
+        f"a multiple of {kv_heads}",
+    )
+    require(
+        k_cache.shape == v_cache.shape
+        and k_cache.dtype == v_cache.dtype
+        and k_cache.is_contiguous()
+        and v_cache.is_contiguous()
+        and k_cache.shape[3] == head_dim
+        and block_size in (16, 32, 64, 128),
+        f"k_cache {tuple(k_cache.shape)}, v_cache {tuple(v_cache.shape)}: need both contiguous, of one "
+        f"dtype, [num_blocks, kv_heads, 16 to 128, {head_dim}]",
+    )
+    fp8 = k_cache.dtype is torch.float8_e4m3fn
+    require(
+        fp8 or k_cache.dtype is q.dtype,
+        f"the cache is {k_cache.dtype}; need {q.dtype} or float8_e4m3fn",
+    )
+    for name, scales in (("k_scale", k_scale), ("v_scale", v_scale)):
+        require(
+            (scales is not None) == fp8
+            and (
+                scales is None
+                or (
+                    scales.dtype is torch.float32
+                    and scales.shape == (kv_heads,)
+                    and scales.is_contiguous()
+                )
+            ),
+            f"{name}: a {k_cache.dtype} cache of {kv_heads} heads needs "
+            + ("that many float32" if fp8 else "none"),
+        )
+    require(
+        block_table.dtype is torch.int32
+        and block_table.stride(1) == 1
+        and query_start_loc.dtype is torch.int32
+        and query_start_loc.shape == (requests + 1,)
+        and seq_lens.dtype is torch.int32
+        and seq_lens.shape == (requests,),
+        f"block_table, query_start_loc and seq_lens must be int32 [B, max_blocks], [B + 1] and [B]; are "
+        f"{tuple(block_table.shape)}, {tuple(query_start_loc.shape)}, {tuple(seq_lens.shape)}",
+    )
+    require(
+        out.dtype is q.dtype and out.shape == q.shape and out.is_contiguous(),
+        f"out is {out.dtype} {tuple(out.shape)}; need contiguous {q.dtype} {tuple(q.shape)}",
+    )

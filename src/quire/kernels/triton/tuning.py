@@ -1,0 +1,71 @@
+"""The shapes of tiles, by what the compiled kernel depends on and by nothing that a batch decides.
+
+A tile's shape fixes the order in which numbers are summed, so a result is the same bits in every batch
+only if the shape is a function of the model, the cache and the device. Nothing is tuned while serving:
+`TABLE` is filled offline, by measuring, and what it lacks follows `_default`. Those defaults are from
+ahead-of-time compiles (no spills, wgmma on sm_90 for prefill, shared memory for two programs a
+multiprocessor in decode); none has been measured on a device yet.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import triton
+
+Regime = Literal["decode", "prefill", "invariant"]
+"""decode: few query tokens a request, keys cut into splits. prefill: the rest. invariant: one shape for
+both, so that they agree bit for bit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """What a choice may depend on. arch: 80, 90, 100; 0 for what is not from Nvidia."""
+
+    arch: int
+    head_dim: int
+    group: int
+    block_size: int
+    dtype: torch.dtype  # of the cache
+    regime: Regime
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """block_m: query rows (tokens times heads of a group); in decode a lower bound. block_n: keys a
+    step. split: keys in the first splits of a request, a multiple of block_n.
+    """
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+    split: int = 256
+
+
+TABLE: dict[Key, Tile] = {}
+
+
+def tile(key: Key) -> Tile:
+    return TABLE.get(key) or _default(key)
+
+
+def _default(key: Key) -> Tile:
+    wide = key.head_dim > 128
+    if key.dtype is torch.float32:  # no tensor cores: products in full float32
+        return Tile(block_m=16, block_n=32, warps=4, stages=2)
+    if key.regime == "decode":
+        return Tile(block_m=16, block_n=64, warps=4, stages=2 if wide else 3)
+    if key.regime == "invariant":
+        return Tile(block_m=64, block_n=32 if wide else 64, warps=8, stages=2)
+    return Tile(block_m=128, block_n=32 if wide else 64, warps=8, stages=2 if wide else 3)
+
+
+@functools.cache
+def architecture() -> int:
+    """`Key.arch` of the device that kernels are launched on."""
+    if triton.knobs.runtime.interpret:
+        return 0
+    target = triton.runtime.driver.active.get_current_target()
+    return target.arch if target.backend == "cuda" else 0
