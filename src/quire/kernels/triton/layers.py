@@ -391,7 +391,7 @@ def _warps(elements: int) -> int:
 
 def _stride(x: Tensor) -> int:
     """Elements from one token to the next. PyTorch may give a lone token any stride, even 1."""
-    return max(x.stride(0), x.shape[1:].numel())
+    return int(max(x.stride(0), x.shape[1:].numel()))
 
 
 def _check_float(name: str, x: Tensor) -> None:

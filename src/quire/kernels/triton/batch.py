@@ -1,0 +1,240 @@
+"""The running batch, kept on the GPU, and the copy of cache blocks.
+
+A step is planned while the one before it runs, so its inputs are made where the tokens are: the host
+copies one buffer (`packing`), `build_step` makes the model's inputs from it and from the seats, and
+`append_tokens` puts what was sampled back into the seats, where the next step's `build_step` finds
+it. The stream's order is all the synchronization there is. Shapes are fixed and what a launch works
+on is on the device, so all three can be part of a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from quire.kernels.checks import require
+from quire.kernels.triton.packing import BatchShape, Section
+
+# --- the seats --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceBatch:
+    """The state of the seats, and one step's inputs; all at addresses that never change.
+
+    Attention reads the step's own `block_table`, gathered once a step, rather than the seats' through
+    an index: the index would be one more load that every layer's every program waits for.
+    """
+
+    shape: BatchShape
+    block_size: int
+    packed: Tensor
+    """[packed_size] int32: where the host's buffer is copied to."""
+    token_ids: Tensor
+    """[max_seqs, max_model_len + 1] int32: what a seat's request has computed or sampled. Tokens whose
+    keys were found in the cache may be missing."""
+    seat_blocks: Tensor
+    """[max_seqs, max_blocks] int32"""
+    input_ids: Tensor
+    """[max_tokens] int64, as the next two."""
+    positions: Tensor
+    slot_mapping: Tensor
+    block_table: Tensor
+    """[max_seqs, max_blocks] int32; entries past a row's blocks may hold anything."""
+
+    @classmethod
+    def create(
+        cls, shape: BatchShape, *, max_model_len: int, block_size: int, device: torch.device
+    ) -> DeviceBatch:
+        def zeros(*size: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.zeros(size, dtype=dtype, device=device)
+
+        return cls(
+            shape=shape,
+            block_size=block_size,
+            packed=zeros(shape.packed_size),
+            token_ids=zeros(shape.max_seqs, max_model_len + 1),
+            seat_blocks=zeros(shape.max_seqs, shape.max_blocks),
+            input_ids=zeros(shape.max_tokens, dtype=torch.int64),
+            positions=zeros(shape.max_tokens, dtype=torch.int64),
+            slot_mapping=zeros(shape.max_tokens, dtype=torch.int64),
+            block_table=zeros(shape.max_seqs, shape.max_blocks),
+        )
+
+    def section(self, which: Section) -> Tensor:
+        """A section of the packed buffer; its first entries are the step's."""
+        return self.packed[: self.shape.tail].view(len(Section), -1)[which]
+
+
+@triton.jit
+def _kept_or_new(kept_ptr, new_ptr, index, first_new, end_new, inside):
+    """Entries of a seat, of which [first_new, end_new) come from the packed buffer and are kept now.
+
+    What is new is never read back from the seat, so threads need not wait for each other's writes.
+    """
+    new = inside & (index >= first_new) & (index < end_new)
+    fresh = tl.load(new_ptr + (index - first_new), mask=new, other=0)
+    tl.store(kept_ptr + index, fresh, mask=new)
+    return tl.where(new, fresh, tl.load(kept_ptr + index, mask=inside & (new == 0), other=0))
+
+
+@triton.jit(do_not_specialize=["padded_tokens"])
+def _build_step(
+    packed_ptr, query_start_loc_ptr, seq_lens_ptr, seats_ptr, num_blocks_ptr,
+    id_start_ptr, id_count_ptr, block_start_ptr, block_count_ptr,
+    token_ids_ptr, seat_blocks_ptr,
+    input_ids_ptr, positions_ptr, slot_mapping_ptr, block_table_ptr,
+    padded_tokens,
+    MAX_LEN: tl.constexpr, MAX_BLOCKS: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """One program a row; the last one writes the padding behind the step's tokens."""
+    row = tl.program_id(0)
+    lane = tl.arange(0, TILE)
+    first = tl.load(query_start_loc_ptr + row)
+    if row == tl.num_programs(0) - 1:
+        for start in range(first, padded_tokens, TILE):
+            token = start + lane
+            inside = token < padded_tokens
+            tl.store(input_ids_ptr + token, 0, mask=inside)
+            tl.store(positions_ptr + token, 0, mask=inside)
+            tl.store(slot_mapping_ptr + token, -1, mask=inside)
+    else:
+        count = tl.load(query_start_loc_ptr + row + 1) - first
+        if count > 0:
+            position = tl.load(seq_lens_ptr + row) - count  # of the row's first token
+            seat = tl.load(seats_ptr + row).to(tl.int64)
+            new_ids_end = position + tl.load(id_count_ptr + row)
+            new_ids_ptr = packed_ptr + tl.load(id_start_ptr + row)
+            num_blocks = tl.load(num_blocks_ptr + row)
+            first_new_block = num_blocks - tl.load(block_count_ptr + row)
+            new_blocks_ptr = packed_ptr + tl.load(block_start_ptr + row)
+            ids_ptr = token_ids_ptr + seat * MAX_LEN
+            blocks_ptr = seat_blocks_ptr + seat * MAX_BLOCKS
+            for start in range(0, num_blocks, TILE):
+                index = start + lane
+                inside = index < num_blocks
+                block = _kept_or_new(
+                    blocks_ptr, new_blocks_ptr, index, first_new_block, num_blocks, inside
+                )
+                tl.store(
+                    block_table_ptr + row.to(tl.int64) * MAX_BLOCKS + index, block, mask=inside
+                )
+            for start in range(0, count, TILE):
+                token = start + lane
+                inside = token < count
+                at = position + token
+                token_id = _kept_or_new(ids_ptr, new_ids_ptr, at, position, new_ids_end, inside)
+                # The table's row again, part of it perhaps still on its way to the seat.
+                index = at // BLOCK_SIZE
+                block = _kept_or_new(
+                    blocks_ptr, new_blocks_ptr, index, first_new_block, num_blocks, inside
+                )
+                slot = block.to(tl.int64) * BLOCK_SIZE + at % BLOCK_SIZE
+                tl.store(input_ids_ptr + first + token, token_id, mask=inside)
+                tl.store(positions_ptr + first + token, at, mask=inside)
+                tl.store(slot_mapping_ptr + first + token, slot, mask=inside)
+
+
+def build_step(batch: DeviceBatch, *, num_rows: int, num_tokens: int) -> None:
+    """Fill `input_ids`, `positions`, `slot_mapping` and `block_table` from the packed buffer and the
+    seats, and keep in the seats what is new.
+
+    num_rows, num_tokens: the step's, or what a graph pads them to. Padding tokens have id 0, position 0
+    and slot -1; of padding rows nothing is written.
+    """
+    require(
+        num_rows <= batch.shape.max_seqs and num_tokens <= batch.shape.max_tokens,
+        f"{num_rows} rows and {num_tokens} tokens do not fit {batch.shape}",
+    )
+    _build_step[(num_rows + 1,)](
+        batch.packed,
+        batch.section(Section.QUERY_START_LOC),
+        batch.section(Section.SEQ_LENS),
+        batch.section(Section.SEATS),
+        batch.section(Section.NUM_BLOCKS),
+        batch.section(Section.ID_START),
+        batch.section(Section.ID_COUNT),
+        batch.section(Section.BLOCK_START),
+        batch.section(Section.BLOCK_COUNT),
+        batch.token_ids, batch.seat_blocks,
+        batch.input_ids, batch.positions, batch.slot_mapping, batch.block_table,
+        num_tokens,
+        MAX_LEN=batch.token_ids.shape[1], MAX_BLOCKS=batch.shape.max_blocks,
+        BLOCK_SIZE=batch.block_size, TILE=1024, num_warps=4,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["count"])
+def _append_tokens(
+    seats_ptr, positions_ptr, sampled_ptr, token_ids_ptr, count,
+    MAX_LEN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < count
+    seat = tl.load(seats_ptr + row, mask=inside, other=-1).to(tl.int64)
+    position = tl.load(positions_ptr + row, mask=inside, other=0)
+    token_id = tl.load(sampled_ptr + row, mask=inside, other=0).to(tl.int32)
+    tl.store(token_ids_ptr + seat * MAX_LEN + position, token_id, mask=seat >= 0)
+
+
+def append_tokens(batch: DeviceBatch, sampled: Tensor) -> None:
+    """Put sampled tokens into their seats: entry r where the step's packed buffer says it belongs.
+
+    sampled: [R] int32 or int64, as many as the step samples or a graph pads that to. A token that is to
+    be thrown away (the row's logits were NaN, or the request has ended) must be an id all the same, for
+    a step planned meanwhile may compute it.
+    """
+    count, block = sampled.shape[0], 256
+    require(count <= batch.shape.max_seqs, f"{count} samples do not fit {batch.shape}")
+    _append_tokens[(triton.cdiv(count, block),)](
+        batch.section(Section.SAMPLE_SEATS),
+        batch.section(Section.SAMPLE_POSITIONS),
+        sampled, batch.token_ids, count,
+        MAX_LEN=batch.token_ids.shape[1], BLOCK=block, num_warps=4,
+    )  # fmt: skip
+
+
+# --- copy-on-write ----------------------------------------------------------------------------------
+
+
+@triton.jit
+def _copy_blocks(
+    storage_ptr, sources_ptr, destinations_ptr, num_blocks,
+    SIZE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Grid: pairs, tiles of a block, layers' keys and values."""
+    source = tl.load(sources_ptr + tl.program_id(0)).to(tl.int64)
+    if source >= 0:
+        destination = tl.load(destinations_ptr + tl.program_id(0)).to(tl.int64)
+        item = tl.program_id(1) * TILE + tl.arange(0, TILE)
+        inside = item < SIZE
+        blocks = tl.program_id(2).to(tl.int64) * num_blocks
+        words = tl.load(storage_ptr + (blocks + source) * SIZE + item, mask=inside, other=0)
+        tl.store(storage_ptr + (blocks + destination) * SIZE + item, words, mask=inside)
+
+
+def copy_blocks(storage: Tensor, sources: Tensor, destinations: Tensor) -> None:
+    """Copy whole blocks in every layer, for copy-on-write.
+
+    storage: [layers, 2, num_blocks, kv_heads, block_size, D], contiguous, of any dtype. sources,
+    destinations: [P] int32 or int64; no destination is a source or appears twice; a pair whose source
+    is negative is padding.
+    """
+    require(
+        storage.dim() == 6 and storage.shape[1] == 2 and storage.is_contiguous(),
+        f"storage is {tuple(storage.shape)}; need [layers, 2, blocks, heads, block_size, D], dense",
+    )
+    require(
+        sources.dim() == 1 and sources.shape == destinations.shape,
+        f"{tuple(sources.shape)} sources and {tuple(destinations.shape)} destinations",
+    )
+    words = storage.view(torch.int32)  # what the bits mean does not matter
+    planes, num_blocks, size = 2 * words.shape[0], words.shape[2], words.shape[3:].numel()
+    tile = min(4096, triton.next_power_of_2(size))
+    _copy_blocks[(sources.shape[0], triton.cdiv(size, tile), planes)](
+        words, sources, destinations, num_blocks, SIZE=size, TILE=tile, num_warps=4
+    )

@@ -1,0 +1,156 @@
+"""What the host tells the device at every step: one buffer of int32, one copy.
+
+A request sits in a seat of the device's persistent batch (`batch.DeviceBatch`) from its admission to
+its release. The device keeps the seat's token ids and block table, so a step sends only what the
+device cannot know: which seats compute how many tokens, the ids that the host brings, the blocks
+that are new. The tokens a request is admitted with are brought when they are computed. Those sampled
+since are not: they were put in the seat by `batch.append_tokens`, the last one perhaps by the step
+still in flight, and the host need not know them.
+
+The buffer is sections of equal width (a multiple of four above `max_seqs`, so that each starts on 16
+bytes), then a tail. Entry b of a section is about row b of the step, which is one request. CUDA graphs
+launch more rows than there are: padding has no tokens and no keys, and nothing is written for it.
+
+    section           what entry b holds                                            padding
+    query_start_loc   where the row's tokens begin among the step's; b + 1: end     T
+    seq_lens          keys the request has once the step's are written              0
+    seats             its seat
+    num_blocks        blocks in its table, the new ones included
+    id_start          where in the buffer the ids are that it brings, those of
+                      its first tokens of this step
+    id_count          how many
+    block_start       where in the buffer its new blocks are, the last of its table
+    block_count       how many
+
+    section           what entry r holds, about the r-th row that samples           padding
+    logit_rows        where its last token is among the step's                      0
+    sample_seats      its seat                                                      -1
+    sample_positions  index in the request of the token to be sampled               0
+
+    tail              ids and new blocks
+
+`query_start_loc`, `seq_lens` and those of sampling are used where they lie; `batch.build_step` turns
+the rest into the model's inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quire.kernels.checks import require
+
+
+class Section(IntEnum):
+    """Sections by their place in the buffer; see above."""
+
+    QUERY_START_LOC = 0
+    SEQ_LENS = 1
+    SEATS = 2
+    NUM_BLOCKS = 3
+    ID_START = 4
+    ID_COUNT = 5
+    BLOCK_START = 6
+    BLOCK_COUNT = 7
+    LOGIT_ROWS = 8
+    SAMPLE_SEATS = 9
+    SAMPLE_POSITIONS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class BatchShape:
+    """The most that one step may hold."""
+
+    max_seqs: int
+    max_tokens: int
+    """Tokens of one step, the padding of a graph included."""
+    max_blocks: int
+    """Blocks of one request."""
+
+    @property
+    def section_width(self) -> int:
+        return self.max_seqs // 4 * 4 + 4
+
+    @property
+    def tail(self) -> int:
+        """Where the tail begins."""
+        return len(Section) * self.section_width
+
+    @property
+    def packed_size(self) -> int:
+        """int32 in the buffer: enough for every seat's whole table to be new."""
+        return self.tail + self.max_tokens + self.max_seqs * self.max_blocks
+
+
+@dataclass(frozen=True, slots=True)
+class StepPacker:
+    """Fills one host buffer, page-locked memory if the copy is to run beside the host.
+
+    A buffer may be filled again once the copy from it has run: with one plan in flight, two packers by
+    turns, since a step is packed after the result of the one before the last has been awaited.
+    """
+
+    shape: BatchShape
+    buffer: NDArray[np.int32]
+    """[packed_size]"""
+
+    def pack(
+        self,
+        *,
+        seats: NDArray[np.integer],
+        counts: NDArray[np.integer],
+        seq_lens: NDArray[np.integer],
+        num_blocks: NDArray[np.integer],
+        sampling: NDArray[np.integer],
+        new_ids: Iterable[tuple[int, Sequence[int] | NDArray[np.integer]]],
+        new_blocks: Iterable[tuple[int, Sequence[int] | NDArray[np.integer]]],
+    ) -> int:
+        """Write a step; returns how many int32 of the buffer are to be copied.
+
+        seats, counts, seq_lens, num_blocks: [B], one row each: its seat, tokens to compute (one at
+        least), keys once they are, and blocks of its table. sampling: [R], the rows that sample.
+        new_ids, new_blocks: (row, ids), for the rows that have any. Raises `KernelArgumentError` if
+        there is more than the shape has room for.
+        """
+        rows, picked = len(seats), len(sampling)
+        ends = np.cumsum(counts)
+        tokens = int(ends[-1]) if rows else 0
+        require(
+            rows <= self.shape.max_seqs and tokens <= self.shape.max_tokens,
+            f"a step of {rows} rows and {tokens} tokens does not fit {self.shape}",
+        )
+        of = self.buffer[: self.shape.tail].reshape(len(Section), -1)
+        of[Section.QUERY_START_LOC, 0] = 0
+        of[Section.QUERY_START_LOC, 1 : rows + 1] = ends
+        of[Section.QUERY_START_LOC, rows + 1 :] = tokens
+        of[Section.SEQ_LENS, :rows] = seq_lens
+        of[Section.SEQ_LENS, rows:] = 0
+        of[Section.SEATS, :rows] = seats
+        of[Section.NUM_BLOCKS, :rows] = num_blocks
+        of[Section.LOGIT_ROWS, :picked] = ends[sampling] - 1
+        of[Section.LOGIT_ROWS, picked:] = 0
+        of[Section.SAMPLE_SEATS, :picked] = seats[sampling]
+        of[Section.SAMPLE_SEATS, picked:] = -1
+        of[Section.SAMPLE_POSITIONS, :picked] = seq_lens[sampling]
+        of[Section.SAMPLE_POSITIONS, picked:] = 0
+        end = self._append(self.shape.tail, new_ids, of[Section.ID_START], of[Section.ID_COUNT])
+        return self._append(end, new_blocks, of[Section.BLOCK_START], of[Section.BLOCK_COUNT])
+
+    def _append(
+        self,
+        end: int,
+        items: Iterable[tuple[int, Sequence[int] | NDArray[np.integer]]],
+        start: NDArray[np.int32],
+        count: NDArray[np.int32],
+    ) -> int:
+        count[:] = 0
+        for row, values in items:
+            start[row], count[row] = end, len(values)
+            end += len(values)
+            require(end <= len(self.buffer), f"more new ids and blocks than {self.shape} allows")
+            self.buffer[end - len(values) : end] = values
+        return end

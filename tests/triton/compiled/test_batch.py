@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from quire.kernels.triton.batch import DeviceBatch, append_tokens, build_step, copy_blocks
+from quire.kernels.triton.packing import BatchShape
+from tests.triton.harness import ARCHES, compile_launches
+
+META = torch.device("meta")
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+def test_one_binary_serves_every_batch(arch: int) -> None:
+    shape = BatchShape(max_seqs=256, max_tokens=8192, max_blocks=2048)
+    batch = DeviceBatch.create(shape, max_model_len=131072, block_size=64, device=META)
+    storage = torch.empty(32, 2, 100, 8, 64, 128, dtype=torch.bfloat16, device=META)
+
+    def launch() -> None:
+        for rows, tokens, pairs in ((1, 1, 1), (16, 16, 3), (255, 8192, 16)):
+            build_step(batch, num_rows=rows, num_tokens=tokens)
+            append_tokens(batch, torch.empty(rows, dtype=torch.int64, device=META))
+            index = torch.empty(pairs, dtype=torch.int64, device=META)
+            copy_blocks(storage, index, index)
+
+    reports = compile_launches(launch, arch=arch)
+    for report in reports:
+        report.assert_fits(arch)
+    assert len(reports) == 9 and len(set(reports)) == 3
