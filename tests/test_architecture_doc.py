@@ -216,7 +216,7 @@ class Story:
         plan = scheduler.schedule()
         live = dict(scheduler.requests)
         tables = {row.request_id: scheduler.kv.block_ids(row.request_id) for row in plan.rows}
-        known = {request_id: request.num_tokens for request_id, request in live.items()}
+        known = {request_id: len(request.token_ids) for request_id, request in live.items()}
         sampled = [
             SampledRow(request_id=row.request_id, token_ids=[1000 + row.start + row.num_tokens])
             for row in plan.rows

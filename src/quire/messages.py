@@ -28,7 +28,8 @@ class WaitReason(str, Enum):
     CAPACITY = "capacity"
     """No free blocks, no sequence slot, or no token budget left for it."""
     DEFERRED = "deferred"
-    """It waits for something on purpose: a sibling that is computing their common prompt."""
+    """It waits for something on purpose: a sibling that is computing their common prompt, or a token
+    that was being sampled when it was preempted."""
 
 
 # --- front end -> engine core ---------------------------------------------------------------------
@@ -141,6 +142,12 @@ class SchedulerStats(msgspec.Struct, kw_only=True, omit_defaults=True):
     """Tokens scheduled in this step."""
     blocks_copied: int = 0
     """Copy-on-write block copies, since the last report."""
+    rows_held: int = 0
+    """Times a request sat out a step because its pending token had to be known first, since the last
+    report. Zero without overlap."""
+    rows_discarded: int = 0
+    """Sampled tokens that nobody wanted, since the last report: their request had been aborted, or had
+    ended with the token before (found one step late, with overlap)."""
 
 
 class StepOutputs(msgspec.Struct, tag="outputs", kw_only=True, omit_defaults=True):
@@ -210,12 +217,16 @@ class PlannedRow(msgspec.Struct, kw_only=True):
     new_block_ids: list[int]
     """Appended to its block table (for an admitted request: already in `AdmittedRequest`)."""
     samples: bool
-    """Whether the row reaches the last known token, so that a token is sampled after it."""
+    """Whether the row reaches the request's last token, so that a token is sampled after it."""
+    pending: bool = False
+    """Whether that last token is still pending: a plan launched before this one samples it, so only the
+    executor knows its id. The row has no other token."""
 
 
 class StepPlan(msgspec.Struct, kw_only=True):
     """Who computes which tokens into which blocks. Applied in the order: released, admitted,
-    copies, rows."""
+    copies, rows. Plans may be launched before the results of earlier ones are there, but they are
+    carried out one after the other."""
 
     step_id: int
     released: list[int] = []

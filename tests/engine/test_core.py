@@ -5,14 +5,24 @@ from __future__ import annotations
 from quire.engine.core import EngineCore
 from quire.executor.mock import MockExecutor
 from quire.kvcache import KVCacheManager
-from quire.messages import AbortRequests, AddRequest, FinishReason, Ping, Pong, StepOutputs
+from quire.messages import (
+    AbortRequests,
+    AddRequest,
+    FinishReason,
+    Ping,
+    Pong,
+    ResetPrefixCache,
+    StepOutputs,
+)
 from quire.sampling_params import SamplingParams
 from quire.scheduler import Scheduler, SchedulerLimits
 
 
-def make_core() -> tuple[EngineCore, MockExecutor]:
+def make_core(max_in_flight: int = 1) -> tuple[EngineCore, MockExecutor]:
     limits = SchedulerLimits(max_num_seqs=2, max_num_batched_tokens=8, max_model_len=32)
-    executor = MockExecutor(lambda request_id, index: 100 * request_id + index)
+    executor = MockExecutor(
+        lambda request_id, index: 100 * request_id + index, max_in_flight=max_in_flight
+    )
     scheduler = Scheduler(limits, KVCacheManager(20, 4, enable_prefix_caching=True))
     return EngineCore(scheduler, executor, clock=lambda: 5.0), executor
 
@@ -48,3 +58,43 @@ def test_messages_between_steps() -> None:
     assert [u.finish_reason for u in aborted.updates] == [FinishReason.ABORT]
     assert core.handle(Ping(3)) == Pong(3, 5.0)
     assert not core.has_work
+
+
+def launched_and_taken(core: EngineCore, executor: MockExecutor) -> str:
+    """What happens as a request of three tokens runs to its end: L and T with the step's number."""
+    core.handle(add(1, [1, 2], max_tokens=3))
+    tokens = []
+    while core.has_work:
+        tokens += [token for update in core.step().updates for token in update.new_token_ids]
+    assert tokens == [102, 103, 104]
+    return " ".join(f"{event[0].upper()}{step_id}" for event, step_id in executor.events)
+
+
+def test_a_plan_is_done_before_the_next_is_made() -> None:
+    assert launched_and_taken(*make_core()) == "L1 T1 L2 T2 L3 T3 L4 T4"
+
+
+def test_with_overlap_a_plan_is_launched_before_the_last_result_is_asked_for() -> None:
+    assert launched_and_taken(*make_core(max_in_flight=2)) == "L1 L2 T1 L3 T2 L4 T3 T4 L5 T5"
+
+
+def test_messages_with_a_plan_in_flight() -> None:
+    core, executor = make_core(max_in_flight=2)
+    core.handle(add(1, [1, 2], max_tokens=9))
+    assert core.step().updates == [] and core.has_work
+    assert core.handle(Ping(4)) == Pong(4, 5.0)
+    assert core.handle(ResetPrefixCache()) is None
+    aborted = core.handle(AbortRequests([1]))
+    assert isinstance(aborted, StepOutputs)
+    assert [u.finish_reason for u in aborted.updates] == [FinishReason.ABORT]
+    assert core.has_work, "a plan is in flight"
+    assert core.step().updates == [] and not core.has_work
+    assert executor.plans[-1].released == [1]
+
+
+def test_closing_forgets_what_is_in_flight() -> None:
+    core, executor = make_core(max_in_flight=2)
+    core.handle(add(1, [1, 2]))
+    core.step()
+    core.close()
+    assert executor.events == [("launched", 1)]

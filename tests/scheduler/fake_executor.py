@@ -3,14 +3,17 @@
 Every slot of its "KV cache" holds the (namespace, whole prefix) that was written there. Reading a row's
 context through its block table must find exactly the row's own prefix, so any sharing of the wrong
 block, missing copy or reuse of a live block fails at once. The sampled token is a hash of the prefix and
-the seed: what a request produces cannot depend on how it was scheduled.
+the seed: what a request produces cannot depend on how it was scheduled. A plan is carried out when it is
+launched, however late its result is taken, and tokens are fed back on this side alone.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from quire.executor.base import Done
 from quire.messages import AdmittedRequest, SampledRow, StepPlan, StepResult
 
 
@@ -27,14 +30,27 @@ class _State:
 
 
 class CheckingExecutor:
-    def __init__(self, num_blocks: int, block_size: int, *, vocab_size: int = 50) -> None:
+    """on_plan: called with each plan before it is carried out."""
+
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        *,
+        vocab_size: int = 50,
+        max_in_flight: int = 1,
+        on_plan: Callable[[StepPlan], None] = lambda plan: None,
+    ) -> None:
         self.block_size = block_size
+        self.max_in_flight = max_in_flight
+        self.on_plan = on_plan
         self.vocab_size = vocab_size
         self.slots: list[tuple[int, ...] | None] = [None] * (num_blocks * block_size)
         self.states: dict[int, _State] = {}
         self.tokens_computed = 0
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    def execute(self, plan: StepPlan) -> Done:
+        self.on_plan(plan)
         for request_id in plan.released:
             del self.states[request_id]
         for admitted in plan.admitted:
@@ -55,7 +71,10 @@ class CheckingExecutor:
                 token = next_token(tuple(state.tokens), state.seed, self.vocab_size)
                 state.tokens.append(token)
                 sampled.append(SampledRow(request_id=row.request_id, token_ids=[token]))
-        return StepResult(step_id=plan.step_id, sampled=sampled)
+        return Done(StepResult(step_id=plan.step_id, sampled=sampled))
+
+    def close(self) -> None:
+        pass
 
     def _admit(self, admitted: AdmittedRequest) -> None:
         assert admitted.request_id not in self.states

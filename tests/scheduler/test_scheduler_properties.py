@@ -1,4 +1,5 @@
-"""Random lives of the scheduler, with every invariant checked at every step."""
+"""Random lives of the scheduler, with every invariant checked at every step, and with none, one or two plans
+in flight while the next one is made."""
 
 from __future__ import annotations
 
@@ -6,8 +7,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from quire.engine.core import EngineCore
 from quire.kvcache import KVCacheManager
-from quire.messages import AddRequest, FinishReason
+from quire.messages import AbortRequests, AddRequest, FinishReason, ResetPrefixCache, StepOutputs
 from quire.sampling_params import SamplingParams
 from quire.scheduler import Scheduler, SchedulerLimits
 from tests.scheduler.fake_executor import CheckingExecutor, expected_output
@@ -16,7 +18,13 @@ EOS = 7
 VOCAB = 9  # small, so that prompts share prefixes and EOS is common
 
 
+def needs_token_before_next(message: AddRequest) -> bool:
+    return message.priority == 2
+
+
 class SchedulerMachine(RuleBasedStateMachine):
+    max_in_flight = 1
+
     @initialize(
         block_size=st.sampled_from([1, 2, 4]),
         spare_blocks=st.integers(0, 30),
@@ -47,8 +55,17 @@ class SchedulerMachine(RuleBasedStateMachine):
             policy=policy,
         )
         kv = KVCacheManager(num_blocks, block_size, enable_prefix_caching=caching)
-        self.scheduler = Scheduler(limits, kv, clock=lambda: 0.0)
-        self.executor = CheckingExecutor(num_blocks, block_size, vocab_size=VOCAB)
+        self.scheduler = Scheduler(
+            limits, kv, clock=lambda: 0.0, needs_token_before_next=needs_token_before_next
+        )
+        executor = CheckingExecutor(
+            num_blocks,
+            block_size,
+            vocab_size=VOCAB,
+            max_in_flight=self.max_in_flight,
+            on_plan=self.check_plan,
+        )
+        self.core = EngineCore(self.scheduler, executor, clock=lambda: 0.0)
         self.limits = limits
         self.next_id = 1
         self.messages: dict[int, AddRequest] = {}
@@ -89,18 +106,18 @@ class SchedulerMachine(RuleBasedStateMachine):
             )
             self.messages[self.next_id] = message
             self.outputs[self.next_id] = []
-            self.scheduler.add_request(message)
+            assert self.core.handle(message) is None
             self.next_id += 1
 
     @rule(data=st.data())
     @precondition(lambda self: getattr(self, "scheduler", None) and self.scheduler.requests)
     def abort(self, data):
         chosen = data.draw(st.sampled_from(sorted(self.scheduler.requests)))
-        self.record(self.scheduler.abort([chosen, 10**9]))
+        self.record(self.core.handle(AbortRequests([chosen, 10**9])))
 
     @rule()
     def reset_cache(self):
-        self.scheduler.kv.pool.reset_cache()
+        self.core.handle(ResetPrefixCache())
 
     @rule(steps=st.integers(1, 6))
     def step(self, steps):
@@ -109,33 +126,59 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def step_once(self):
         first = self.first_in_order()
-        before = first and (first.num_computed_tokens, first.num_tokens)
-        plan = self.scheduler.schedule()
+        before = first and (first.num_computed_tokens, len(first.token_ids))
+        self.record(self.core.step())
+        self.scheduler.check_invariants()
+        if first is not None and self.max_in_flight <= 2:  # deeper, it may wait for two results
+            after = (first.num_computed_tokens, len(first.token_ids))
+            assert after > before or first.request_id in self.finished, "the first did not advance"
+
+    def check_plan(self, plan):
+        """Between planning a step and carrying it out."""
+        self.scheduler.check_invariants()
         assert plan.num_tokens <= self.limits.max_num_batched_tokens
         assert len(plan.rows) <= self.limits.max_num_seqs
-        assert len({row.request_id for row in plan.rows}) == len(plan.rows)
-        running = {request.request_id for request in self.scheduler.running}
-        assert {row.request_id for row in plan.rows} == running, "a running request got no token"
-        assert all(row.num_tokens >= 1 for row in plan.rows)
+        rows = {row.request_id: row for row in plan.rows}
+        assert len(rows) == len(plan.rows)
+        assert rows.keys() <= {request.request_id for request in self.scheduler.running}
+        for request in self.scheduler.running:
+            row = rows.get(request.request_id)
+            if row is None:
+                assert self.has_to_wait(request), "a running request got no token"
+            else:
+                self.check_row(row, request)
+
+    def check_row(self, row, request):
+        reach = row.start + row.num_tokens
+        assert row.num_tokens >= 1 and request.num_computed_tokens == reach
+        assert row.samples == (reach == request.num_tokens - row.samples)
+        assert row.pending == (reach > len(request.token_ids))
+        if row.pending:
+            assert self.max_in_flight > 1 and row.num_tokens == 1 and row.samples
+            assert not needs_token_before_next(self.messages[row.request_id])
         if self.limits.long_prefill_token_threshold:
-            assert all(r.num_tokens <= self.limits.long_prefill_token_threshold for r in plan.rows)
-        result = self.executor.execute(plan)
-        self.record(self.scheduler.update(plan, result))
-        self.scheduler.check_invariants()
-        if first is not None:
-            after = (first.num_computed_tokens, first.num_tokens)
-            assert after > before or first.request_id in self.finished, "the first did not advance"
+            assert row.num_tokens <= self.limits.long_prefill_token_threshold
+
+    def has_to_wait(self, request):
+        """Whether nothing can be computed before a result in flight is there."""
+        message = self.messages[request.request_id]
+        last = len(message.prompt_token_ids) + message.max_tokens
+        ends = request.num_tokens == last
+        return request.num_pending_tokens and (ends or needs_token_before_next(message))
 
     def first_in_order(self):
         """The request that must advance: the first in order that runs, and under fcfs the first of
-        all (a newcomer with a better priority may have to wait for a seat)."""
-        queued = list(self.scheduler.running)
-        if self.limits.policy == "fcfs":
-            queued += list(self.scheduler.waiting)
-        return min(queued, key=lambda request: request.sort_key, default=None)
+        all (a newcomer with a better priority may have to wait for a seat). But a sibling that was
+        overtaken while it waited for its leader may have to wait for room."""
+        running = list(self.scheduler.running)[:1]
+        waiting = list(self.scheduler.waiting)[:1] if self.limits.policy == "fcfs" else []
+        if running and waiting and waiting[0].fork_of is not None:
+            waiting = []
+        return min(running + waiting, key=lambda request: request.sort_key, default=None)
 
-    def record(self, updates):
-        for update in updates:
+    def record(self, outputs):
+        assert isinstance(outputs, StepOutputs)
+        for update in outputs.updates:
             assert update.request_id not in self.finished, "an update after the end"
             self.outputs[update.request_id] += update.new_token_ids
             if update.finish_reason is not None:
@@ -154,10 +197,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         if not hasattr(self, "scheduler"):
             return
         for _ in range(5000):
-            if not self.scheduler.requests:
+            if not self.core.has_work:
                 break
             self.step_once()
-        assert not self.scheduler.requests, "not everybody finished"
+        assert not self.core.has_work, "not everybody finished"
         pool = self.scheduler.kv.pool
         assert pool.num_free == pool.num_usable, "a block leaked"
         for request_id, message in self.messages.items():
@@ -180,5 +223,17 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert self.finished[request_id] is reason
 
 
+class OverlappedMachine(SchedulerMachine):
+    max_in_flight = 2
+
+
+class DeeperMachine(SchedulerMachine):
+    max_in_flight = 3
+
+
 TestScheduler = SchedulerMachine.TestCase
+TestOverlapped = OverlappedMachine.TestCase
+TestDeeper = DeeperMachine.TestCase
 TestScheduler.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
+TestOverlapped.settings = TestScheduler.settings
+TestDeeper.settings = settings(TestScheduler.settings, max_examples=30)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 
-from quire.executor.base import Executor
+from quire.executor.base import Executor, StepFuture
 from quire.messages import (
     AbortRequests,
     AddRequest,
@@ -17,6 +18,7 @@ from quire.messages import (
     RequestUpdate,
     ResetPrefixCache,
     StepOutputs,
+    StepPlan,
 )
 from quire.scheduler import Scheduler
 
@@ -34,16 +36,23 @@ class EngineCore:
         self.scheduler = scheduler
         self.executor = executor
         self._clock = clock
+        self._in_flight: deque[tuple[StepPlan, StepFuture]] = deque()
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        return bool(self._in_flight) or self.scheduler.has_work
 
     def step(self) -> StepOutputs:
-        """One iteration of continuous batching."""
+        """One iteration of continuous batching: launch a plan, then learn from the oldest one in flight,
+        which is the same one unless the executor overlaps. Without rows there is nothing to overlap with,
+        so nothing stays in flight."""
         plan = self.scheduler.schedule()
-        future = self.executor.execute(plan)
-        updates = self.scheduler.update(plan, future.result())
+        self._in_flight.append((plan, self.executor.execute(plan)))
+        may_stay = self.executor.max_in_flight - 1 if plan.rows else 0
+        updates: list[RequestUpdate] = []
+        while len(self._in_flight) > may_stay:
+            launched, future = self._in_flight.popleft()
+            updates += self.scheduler.update(launched, future.result())
         return self._outputs(updates)
 
     def handle(self, message: CoreInput) -> CoreOutput | None:
@@ -62,6 +71,7 @@ class EngineCore:
         return None
 
     def close(self) -> None:
+        self._in_flight.clear()
         self.executor.close()
 
     def _outputs(self, updates: list[RequestUpdate]) -> StepOutputs:

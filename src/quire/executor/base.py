@@ -16,12 +16,21 @@ class StepFuture(Protocol):
 
 
 class Executor(Protocol):
-    """Runs plans in the order given. The engine knows nothing else about devices."""
+    """Runs plans in the order given: each finds the KV that those before it wrote and the tokens they
+    sampled, and writes nothing before they have read. The engine knows nothing else about devices."""
 
-    def execute(self, plan: StepPlan) -> StepFuture: ...
+    @property
+    def max_in_flight(self) -> int:
+        """Plans it wants at once, launched and their results not taken. 1: each is done before the next is
+        made. 2: the next one is made, and launched, while one runs."""
+        ...
+
+    def execute(self, plan: StepPlan) -> StepFuture:
+        """Launch a plan. Without rows it has no tokens, but may have requests to forget."""
+        ...
 
     def close(self) -> None:
-        """Give back memory and processes. Idempotent."""
+        """Give back memory and processes, whatever is in flight. Idempotent."""
         ...
 
 

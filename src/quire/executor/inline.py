@@ -10,6 +10,8 @@ from quire.runner.model_runner import ModelRunner
 class InlineExecutor:
     """Runs each plan at once, in the caller's thread."""
 
+    max_in_flight = 1
+
     def __init__(self, runner: ModelRunner) -> None:
         self.runner: ModelRunner | None = runner
 

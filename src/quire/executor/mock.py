@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
-from quire.executor.base import Done, StepFuture
 from quire.messages import SampledRow, StepPlan, StepResult
 
 TokenScript = Callable[[int, int], int]
@@ -12,23 +12,37 @@ TokenScript = Callable[[int, int], int]
 
 
 class MockExecutor:
-    """Samples what a script says, in no time."""
+    """Samples what a script says, in no time, but not before the result is asked for."""
 
-    def __init__(self, script: TokenScript) -> None:
-        self._script = script
+    def __init__(self, script: TokenScript, *, max_in_flight: int = 1) -> None:
+        self.script = script
+        self.max_in_flight = max_in_flight
         self.plans: list[StepPlan] = []
+        self.events: list[tuple[str, int]] = []
+        """("launched" or "taken", step_id), in the order in which it happened."""
 
-    def execute(self, plan: StepPlan) -> StepFuture:
+    def execute(self, plan: StepPlan) -> ScriptedFuture:
         self.plans.append(plan)
-        sampled = [
-            SampledRow(
-                request_id=row.request_id,
-                token_ids=[self._script(row.request_id, row.start + row.num_tokens)],
-            )
-            for row in plan.rows
-            if row.samples
-        ]
-        return Done(StepResult(step_id=plan.step_id, sampled=sampled))
+        self.events.append(("launched", plan.step_id))
+        return ScriptedFuture(self, plan)
 
     def close(self) -> None:
         pass
+
+
+@dataclass(frozen=True, slots=True)
+class ScriptedFuture:
+    executor: MockExecutor
+    plan: StepPlan
+
+    def result(self) -> StepResult:
+        self.executor.events.append(("taken", self.plan.step_id))
+        sampled = [
+            SampledRow(
+                request_id=row.request_id,
+                token_ids=[self.executor.script(row.request_id, row.start + row.num_tokens)],
+            )
+            for row in self.plan.rows
+            if row.samples
+        ]
+        return StepResult(step_id=self.plan.step_id, sampled=sampled)

@@ -16,21 +16,27 @@ class RequestStatus(Enum):
 
 
 class Request:
-    """A list of known tokens, of which the first `num_computed_tokens` have their KV in blocks."""
+    """A list of tokens, of which the first `num_computed_tokens` have their KV in blocks once the plans in
+    flight are done. Those plans sample the last `num_pending_tokens`, whose ids are not known yet."""
 
     __slots__ = (
         "arrival_time", "cache_salt", "eos_token_ids", "finish_reason", "fork_of", "max_tokens",
-        "num_cached_tokens", "num_computed_tokens", "num_preemptions", "num_prompt_tokens", "params",
-        "priority", "queued_time", "request_id", "scheduled_time", "seed", "sort_key",
-        "status",
+        "needs_token_before_next", "num_cached_tokens", "num_computed_tokens", "num_pending_tokens",
+        "num_preemptions", "num_prompt_tokens", "params", "priority", "queued_time", "request_id",
+        "scheduled_time", "seed", "sort_key", "status",
         "stop_token", "stop_token_ids", "token_ids",
     )  # fmt: skip
 
-    def __init__(self, message: AddRequest, *, queued_time: float) -> None:
+    def __init__(
+        self, message: AddRequest, *, queued_time: float, needs_token_before_next: bool = False
+    ) -> None:
         self.request_id = message.request_id
         self.token_ids = list(message.prompt_token_ids)
         self.num_prompt_tokens = len(message.prompt_token_ids)
         self.num_computed_tokens = 0
+        self.num_pending_tokens = 0
+        self.needs_token_before_next = needs_token_before_next
+        """Whether a pending token must become known before the next one is computed."""
         self.num_cached_tokens: int | None = None
         """Set when first admitted: prompt tokens found computed by others."""
         self.params = message.params
@@ -53,11 +59,18 @@ class Request:
 
     @property
     def num_tokens(self) -> int:
-        return len(self.token_ids)
+        """Known and pending."""
+        return len(self.token_ids) + self.num_pending_tokens
 
     @property
     def num_output_tokens(self) -> int:
+        """Known ones."""
         return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def ends_with_pending(self) -> bool:
+        """Whether the last pending token is its last one, whatever it is."""
+        return self.num_output_tokens + self.num_pending_tokens >= self.max_tokens
 
     @property
     def times(self) -> RequestTimes:

@@ -1,11 +1,17 @@
 """Who computes which tokens, step by step.
 
-A request is a list of known tokens, of which the first `num_computed_tokens` have their keys and values
-in blocks. Every step, the scheduler hands requests some of their tokens that are not computed yet,
+A request is a list of tokens, of which the first `num_computed_tokens` have their keys and values in
+blocks. Every step, the scheduler hands requests some of their tokens that are not computed yet,
 until the token budget or the free blocks run out. That is all. A prompt being prefilled, in one
 piece or in chunks, has many tokens to catch up with; a decoding request has one, the token it sampled
 last; a prefix-cache hit starts with `num_computed_tokens` already above zero; a preempted request goes
 back to zero and catches up again. The scheduler has no word for any of them.
+
+The executor carries plans out in order, so a plan may build on one that is still in flight, as if it
+were done: what is planned counts as computed, blocks taken from one request may go to another at once,
+and a token that is being sampled is in the list as *pending*, its id not known yet. What needs the id
+waits until it is known: sharing the block it fills, and ending the request with it. If it turns out to
+have been the last token, the row planned after it was in vain, and its result is discarded.
 
 Three rules keep it fair and free of deadlock:
 
@@ -62,7 +68,10 @@ class Scheduler:
         kv: KVCacheManager,
         *,
         clock: Callable[[], float] = time.monotonic,
+        needs_token_before_next: Callable[[AddRequest], bool] = lambda message: False,
     ) -> None:
+        """needs_token_before_next: says of a request that it cannot be overlapped, because its next token
+        cannot be sampled before this side has seen the last one."""
         # A lone request can always grow to full length: that is what guarantees progress.
         assert kv.blocks_for(limits.max_model_len) <= kv.pool.num_usable
         assert limits.max_num_batched_tokens >= limits.max_num_seqs
@@ -73,6 +82,7 @@ class Scheduler:
         self.requests: dict[int, Request] = {}
         self._sort_key = get_policy(limits.policy)
         self._clock = clock
+        self._needs_token_before_next = needs_token_before_next
         self._step_id = 0
         self._released: list[int] = []
         self._wait_reasons: dict[int, WaitReason] = {}
@@ -89,7 +99,11 @@ class Scheduler:
             raise ValueError("a request needs at least one prompt token and max_tokens of 1")
         if len(message.prompt_token_ids) + message.max_tokens > self.limits.max_model_len:
             raise ValueError("prompt and max_tokens exceed max_model_len")
-        request = Request(message, queued_time=self._clock())
+        request = Request(
+            message,
+            queued_time=self._clock(),
+            needs_token_before_next=self._needs_token_before_next(message),
+        )
         request.sort_key = self._sort_key(request)
         self.requests[request.request_id] = request
         self.waiting.add(request)
@@ -111,7 +125,8 @@ class Scheduler:
     # --- a step -----------------------------------------------------------------------------------
 
     def schedule(self) -> StepPlan:
-        """Plan the next step. A plan without rows means nobody can run (only when nobody is there)."""
+        """Plan the next step, as if those in flight were done. A plan without rows means nobody can run:
+        nobody is there, or all wait for a pending token."""
         self._step_id += 1
         plan = StepPlan(step_id=self._step_id)
         self._wait_reasons.clear()
@@ -119,6 +134,7 @@ class Scheduler:
         if not preempted:
             self._schedule_waiting(plan, budget)
         plan.released, self._released = self._released, []
+        self._advance(plan)
         return plan
 
     def _schedule_running(self, plan: StepPlan, budget: int) -> tuple[int, bool]:
@@ -128,6 +144,9 @@ class Scheduler:
         index = 0
         while index < len(self.running):
             request = self.running[index]
+            if request.num_pending_tokens and self._awaits_token(request):
+                index += 1
+                continue
             others = len(self.running) - index - 1
             count = min(request.num_tokens - request.num_computed_tokens, budget - others)
             count = self._capped(count)
@@ -144,6 +163,20 @@ class Scheduler:
                 budget -= count
             index += 1
         return budget, preempted
+
+    def _awaits_token(self, request: Request) -> bool:
+        """Whether there is nothing to compute before the pending token is known."""
+        if request.ends_with_pending:
+            return True
+        self._stats.rows_held += request.needs_token_before_next
+        return request.needs_token_before_next
+
+    def _advance(self, plan: StepPlan) -> None:
+        """Count what is planned as computed. Only now: within a step, it is not there yet to be copied."""
+        for row in plan.rows:
+            request = self.requests[row.request_id]
+            request.num_computed_tokens += row.num_tokens
+            request.num_pending_tokens += row.samples
 
     def _schedule_waiting(self, plan: StepPlan, budget: int) -> None:
         """Admit waiting requests in order, until one does not fit."""
@@ -174,7 +207,10 @@ class Scheduler:
             budget -= count
 
     def _match(self, request: Request) -> PrefixMatch | None:
-        """KV that others have computed for this request; None to wait for a sibling's prompt."""
+        """KV that others have computed for this request; None to wait for a sibling's prompt, or, after a
+        preemption, for a token that is still pending."""
+        if request.num_pending_tokens:
+            return None
         leader = self.requests.get(request.fork_of) if request.fork_of is not None else None
         if leader is not None and leader.status is RequestStatus.RUNNING:
             # The last prompt token is computed again, so that each sibling samples on its own.
@@ -232,7 +268,8 @@ class Scheduler:
         self, plan: StepPlan, request: Request, count: int, new_block_ids: list[int]
     ) -> None:
         reach = request.num_computed_tokens + count
-        self.kv.register(request.request_id, request.token_ids, reach, self._step_id)
+        known = len(request.token_ids)
+        self.kv.register(request.request_id, request.token_ids, min(reach, known), self._step_id)
         plan.rows.append(
             PlannedRow(
                 request_id=request.request_id,
@@ -240,11 +277,13 @@ class Scheduler:
                 num_tokens=count,
                 new_block_ids=new_block_ids,
                 samples=reach == request.num_tokens,
+                pending=reach > known,
             )
         )
 
     def _preempt(self, request: Request) -> None:
-        """Take the request's blocks. Resuming is a prefix-cache walk, and recompute of the rest."""
+        """Take the request's blocks. Resuming is a prefix-cache walk, and recompute of the rest. A pending
+        token stays good: it depends on the tokens before it, not on where their KV was."""
         self.running.remove(request)
         self.kv.release(request.request_id)
         self._released.append(request.request_id)
@@ -257,20 +296,22 @@ class Scheduler:
     # --- results ----------------------------------------------------------------------------------
 
     def update(self, plan: StepPlan, result: StepResult) -> list[RequestUpdate]:
-        """Learn what a step computed and sampled. Requests aborted meanwhile are skipped."""
+        """Learn what a step sampled. Requests that ended meanwhile are skipped."""
         sampled = {row.request_id: row for row in result.sampled}
         updates = []
         for row in plan.rows:
+            if not row.samples:
+                continue
             request = self.requests.get(row.request_id)
             if request is None:
-                continue
-            request.num_computed_tokens = row.start + row.num_tokens
-            if row.samples:
+                self._stats.rows_discarded += 1
+            else:
                 updates.append(self._learn(request, sampled[row.request_id]))
-        self._stats.step_tokens = plan.num_tokens
+        self._stats.step_tokens += plan.num_tokens
         return updates
 
     def _learn(self, request: Request, row: SampledRow) -> RequestUpdate:
+        request.num_pending_tokens -= 1
         if row.error is not None:
             update = self._finish(request, FinishReason.ERROR)
             update.error = row.error
@@ -287,6 +328,9 @@ class Scheduler:
             update.stop_token = request.stop_token
         else:
             update = RequestUpdate(request_id=request.request_id)
+            known = len(request.token_ids)
+            if request.num_computed_tokens >= known:  # in a plan in flight
+                self.kv.register(request.request_id, request.token_ids, known, self._step_id)
         update.new_token_ids = accepted
         update.logprobs = row.logprobs[: len(accepted)] if row.logprobs is not None else None
         if first:
