@@ -20,8 +20,8 @@ def test_one_binary_serves_every_batch(arch: int) -> None:
         for rows, tokens, pairs in ((1, 1, 1), (16, 16, 3), (255, 8192, 16)):
             build_step(batch, num_rows=rows, num_tokens=tokens)
             append_tokens(batch, torch.empty(rows, dtype=torch.int64, device=META))
-            index = torch.empty(pairs, dtype=torch.int64, device=META)
-            copy_blocks(storage, index, index)
+            index = torch.empty(2, pairs, dtype=torch.int64, device=META)
+            copy_blocks(storage, index[0], index[1])  # with 3 pairs not on 16 bytes
 
     reports = compile_launches(launch, arch=arch)
     for report in reports:

@@ -201,7 +201,7 @@ def append_tokens(batch: DeviceBatch, sampled: Tensor) -> None:
 # --- copy-on-write ----------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["sources_ptr", "destinations_ptr"])
 def _copy_blocks(
     storage_ptr, sources_ptr, destinations_ptr, num_blocks,
     SIZE: tl.constexpr, TILE: tl.constexpr,
