@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from quire.kernels.triton import attention
+from quire.kernels.triton import attention, tuning
 from tests.triton.harness import Report, compile_launches
 
 BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
@@ -106,6 +106,19 @@ def test_no_spills_and_the_matrix_instructions_of_the_device(case: Case) -> None
     # 16 rows are too few for wgmma; invariance needs the same instruction for both.
     assert bool(split.wgmma) == (case.invariant and case.arch == 90)
     assert split.shared * 2 <= 227 * 1024 or case.invariant  # two programs a multiprocessor
+
+
+@pytest.mark.parametrize("case", [LLAMA_8B, dataclasses.replace(LLAMA_8B, cache=FP8, arch=100)])
+def test_the_copy_engine_where_the_table_says_so(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    default = tuning.tile
+    monkeypatch.setattr(
+        attention, "tile", lambda key: dataclasses.replace(default(key), tma=True, stages=2)
+    )
+    reports = case.compile()
+    assert reports["tile_kernel"].tma and reports["split_kernel"].tma
+    assert not reports["tile_kernel"].cp_async
 
 
 def test_a_step_launches_only_what_it_needs() -> None:

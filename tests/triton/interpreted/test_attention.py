@@ -207,6 +207,18 @@ def test_models_against_attention_written_out(model: Model) -> None:
     check(model, calls_for(model, FEW))
 
 
+@pytest.mark.parametrize(
+    "model",
+    [Model(head_dim=80, block_size=32), Model(dtype=torch.bfloat16, fp8=True, window=21)],
+    ids=["head_dim 80", "fp8, window"],
+)
+def test_copy_engine_gives_the_same_bits(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = calls_for(model, FEW)
+    loaded = attend(model, calls)
+    monkeypatch.setattr(attention, "tile", lambda key: dataclasses.replace(SMALL, tma=True))
+    assert all(torch.equal(a, b) for a, b in zip(attend(model, calls), loaded, strict=True))
+
+
 WINDOWED = st.sampled_from([0, 0, 5, 30])
 
 

@@ -28,6 +28,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from quire.kernels.checks import FLOATS, KernelArgumentError, require
 from quire.kernels.triton.tuning import Key, Regime, Tile, architecture, tile
@@ -80,7 +81,7 @@ def _block_ids(table, start, end, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexp
     else:
         keys = start + tl.arange(0, BLOCK_N)
         ids = tl.load(table + keys // BLOCK_SIZE, mask=keys < end, other=0)
-    return ids.to(tl.int64)
+    return ids
 
 
 @triton.jit
@@ -96,31 +97,47 @@ def _load_rows(pointers, inside, columns, D: tl.constexpr, MASKED: tl.constexpr)
 
 
 @triton.jit
+def _load_cache(
+    cache, row, inside, columns, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
+    TMA: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_N, columns.shape[1]] of the cache seen as [rows, D]; row: the first of a block or tile."""
+    n = tl.arange(0, BLOCK_N)[:, None]
+    if TMA:
+        rows = cache.load([row, 0])
+        if MASKED:
+            rows = tl.where(inside, rows.to(tl.float32), 0.0)
+    elif BLOCK_SIZE >= BLOCK_N:
+        at = cache + row.to(tl.int64) * D
+        rows = _load_rows(at + n * D + columns, inside, columns, D, MASKED)
+    else:
+        at = cache + row.to(tl.int64)[:, None] * D
+        rows = _load_rows(at + n % BLOCK_SIZE * D + columns, inside, columns, D, MASKED)
+    return rows
+
+
+@triton.jit
 def _walk(
-    q, acc, peak, total, start, end, lowest, positions, keys, values, table, scale, cap,
+    q, acc, peak, total, start, end, lowest, positions, keys, values, table, head, scale, cap,
     KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
-    WINDOW: tl.constexpr, CAPPED: tl.constexpr, MASKED: tl.constexpr,
+    WINDOW: tl.constexpr, CAPPED: tl.constexpr, TMA: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Fold the tiles of keys from `start` up to `end` into (acc, peak, total).
 
     Without MASKED, every row sees all of these keys. With it, no row sees a key below `lowest` or from
     `end` on, and the slots of those may hold any bits.
     """
-    n = tl.arange(0, BLOCK_N)
     columns = tl.arange(0, q.shape[1])[None, :]
-    within = (n % BLOCK_SIZE)[:, None] * D + columns
     ids = _block_ids(table, start, end, BLOCK_SIZE, BLOCK_N)
     for begin in range(start, end, BLOCK_N):
-        block = ids * (KV_HEADS * BLOCK_SIZE * D)
+        row = (ids * KV_HEADS + head) * BLOCK_SIZE
         if BLOCK_SIZE >= BLOCK_N:
-            at = block + (begin % BLOCK_SIZE) * D + within
-        else:
-            at = block[:, None] + within
+            row += begin % BLOCK_SIZE
         # A step ahead, so that the address of the next tile does not wait for memory.
         ids = _block_ids(table, begin + BLOCK_N, end, BLOCK_SIZE, BLOCK_N)
-        key = begin + n
+        key = begin + tl.arange(0, BLOCK_N)
         inside = ((key >= lowest) & (key < end))[:, None]
-        k = _load_rows(keys + at, inside, columns, D, False).to(q.dtype)
+        k = _load_cache(keys, row, inside, columns, D, BLOCK_SIZE, BLOCK_N, TMA, False).to(q.dtype)
         scores = tl.dot(q, k.T, input_precision="ieee")
         if CAPPED:  # tanh; `scale` makes it the cap, in units of log 2
             scores = 1.0 - 2.0 / (tl.exp2(scores * cap) + 1.0)
@@ -134,7 +151,9 @@ def _walk(
         shrink = tl.exp2(peak - base)
         weights = tl.exp2(tl.fma(scores, scale, -base[:, None]))
         total = tl.fma(total, shrink, tl.sum(weights, 1))
-        v = _load_rows(values + at, inside, columns, D, MASKED).to(q.dtype)
+        v = _load_cache(values, row, inside, columns, D, BLOCK_SIZE, BLOCK_N, TMA, MASKED).to(
+            q.dtype
+        )
         acc = tl.dot(weights.to(q.dtype), v, acc * shrink[:, None], input_precision="ieee")
         peak = raised
     return acc, peak, total
@@ -148,9 +167,9 @@ def _finite(peak):
 
 @triton.jit
 def _attend(
-    q, positions, first, last, start, end, keys, values, table, scale, cap,
+    q, positions, first, last, start, end, keys, values, table, head, scale, cap,
     KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
-    WINDOW: tl.constexpr, CAPPED: tl.constexpr,
+    WINDOW: tl.constexpr, CAPPED: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """(acc, peak, total) of the keys from `start`, a multiple of BLOCK_N, up to `end`.
 
@@ -168,17 +187,17 @@ def _attend(
         whole = tl.cdiv(tl.maximum(last - WINDOW + 1, 0), BLOCK_N) * BLOCK_N
         whole = tl.minimum(tl.maximum(whole, start), tl.maximum(end, start))
         acc, peak, total = _walk(
-            q, acc, peak, total, start, whole, lowest, positions, keys, values, table, scale, cap,
-            KV_HEADS, D, BLOCK_SIZE, BLOCK_N, WINDOW, CAPPED, True,
+            q, acc, peak, total, start, whole, lowest, positions, keys, values, table, head, scale, cap,
+            KV_HEADS, D, BLOCK_SIZE, BLOCK_N, WINDOW, CAPPED, TMA, True,
         )  # fmt: skip
     diagonal = tl.maximum(whole, tl.minimum(end, first + 1) // BLOCK_N * BLOCK_N)
     acc, peak, total = _walk(
-        q, acc, peak, total, whole, diagonal, lowest, positions, keys, values, table, scale, cap,
-        KV_HEADS, D, BLOCK_SIZE, BLOCK_N, WINDOW, CAPPED, False,
+        q, acc, peak, total, whole, diagonal, lowest, positions, keys, values, table, head, scale, cap,
+        KV_HEADS, D, BLOCK_SIZE, BLOCK_N, WINDOW, CAPPED, TMA, False,
     )  # fmt: skip
     return _walk(
-        q, acc, peak, total, diagonal, end, lowest, positions, keys, values, table, scale, cap,
-        KV_HEADS, D, BLOCK_SIZE, BLOCK_N, WINDOW, CAPPED, True,
+        q, acc, peak, total, diagonal, end, lowest, positions, keys, values, table, head, scale, cap,
+        KV_HEADS, D, BLOCK_SIZE, BLOCK_N, WINDOW, CAPPED, TMA, True,
     )  # fmt: skip
 
 
@@ -234,14 +253,17 @@ def _store_mean(
     )
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["table_stride", "slots"],
+    do_not_specialize_on_alignment=["table", "starts", "lengths"],
+)
 def split_kernel(
     out, workspace, q, keys, values, table, starts, lengths, k_scale, v_scale,
     scale, cap, q_stride, table_stride, slots,
     QUERIES: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
     PADDED_D: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SPLIT: tl.constexpr, PER_LEVEL: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
-    RECORD: tl.constexpr,
+    TMA: tl.constexpr, RECORD: tl.constexpr,
 ):  # fmt: skip
     """Requests of up to QUERIES query tokens. Grid: (shares, kv_heads, requests)."""
     share, head, request = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -262,8 +284,6 @@ def split_kernel(
             cap *= k_factor
         else:
             scale *= k_factor
-    heads_keys = keys + head * (BLOCK_SIZE * D)
-    heads_values = values + head * (BLOCK_SIZE * D)
     columns = tl.arange(0, PADDED_D)[None, :]
     for taken in range(share, splits, tl.num_programs(0)):
         slot = splits - 1 - taken  # the longest first
@@ -271,8 +291,8 @@ def split_kernel(
             queries, positions, length - count, length - 1,
             _split_start(first_split + slot, SPLIT, PER_LEVEL),
             _split_start(first_split + slot + 1, SPLIT, PER_LEVEL),
-            heads_keys, heads_values, table + request.to(tl.int64) * table_stride, scale, cap,
-            KV_HEADS, D, BLOCK_SIZE, BLOCK_N, WINDOW, CAPPED,
+            keys, values, table + request * table_stride, head, scale, cap,
+            KV_HEADS, D, BLOCK_SIZE, BLOCK_N, WINDOW, CAPPED, TMA,
         )  # fmt: skip
         if splits == 1:
             mean = _mean(acc, total, v_scale, head)
@@ -285,7 +305,7 @@ def split_kernel(
             tl.store(record + D + 1, total, mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots"], do_not_specialize_on_alignment=["starts", "lengths"])
 def merge_kernel(
     out, workspace, starts, lengths, v_scale, slots,
     QUERIES: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
@@ -320,14 +340,17 @@ def merge_kernel(
     tl.store(out + at + columns, mean.to(out.dtype.element_ty), mask=columns < D)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["table_stride", "requests"],
+    do_not_specialize_on_alignment=["table", "starts", "lengths"],
+)
 def tile_kernel(
     out, q, keys, values, table, starts, lengths, k_scale, v_scale,
     scale, cap, q_stride, table_stride, requests,
     QUERIES: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
     PADDED_D: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SPLIT: tl.constexpr, PER_LEVEL: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
-    MERGED: tl.constexpr,
+    TMA: tl.constexpr, MERGED: tl.constexpr,
 ):  # fmt: skip
     """Requests of more than QUERIES query tokens. Grid: (tokens // BLOCK_Q + requests, kv_heads).
 
@@ -363,9 +386,7 @@ def tile_kernel(
             cap *= k_factor
         else:
             scale *= k_factor
-    heads_keys = keys + head * (BLOCK_SIZE * D)
-    heads_values = values + head * (BLOCK_SIZE * D)
-    table += low.to(tl.int64) * table_stride
+    table += low * table_stride
     if MERGED:
         acc = tl.zeros(queries.shape, tl.float32)
         peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -375,15 +396,15 @@ def tile_kernel(
             more_acc, more_peak, more_total = _attend(
                 queries, positions, first, last,
                 _split_start(split, SPLIT, PER_LEVEL), _split_start(split + 1, SPLIT, PER_LEVEL),
-                heads_keys, heads_values, table, scale, cap,
-                KV_HEADS, D, BLOCK_SIZE, BLOCK_N, WINDOW, CAPPED,
+                keys, values, table, head, scale, cap,
+                KV_HEADS, D, BLOCK_SIZE, BLOCK_N, WINDOW, CAPPED, TMA,
             )  # fmt: skip
             acc, peak, total = _merge(acc, peak, total, more_acc, more_peak, more_total)
     else:
         acc, peak, total = _attend(
             queries, positions, first, last, 0, last + 1,
-            heads_keys, heads_values, table, scale, cap,
-            KV_HEADS, D, BLOCK_SIZE, BLOCK_N, WINDOW, CAPPED,
+            keys, values, table, head, scale, cap,
+            KV_HEADS, D, BLOCK_SIZE, BLOCK_N, WINDOW, CAPPED, TMA,
         )  # fmt: skip
     mean = _mean(acc, total, v_scale, head)
     _store_mean(out, mean, begin, token, real, head, KV_HEADS, GROUP, D)
@@ -447,12 +468,16 @@ def paged_attention(
     # Scores are in units of log 2; with a cap, `cap` brings them to the argument of tanh, doubled.
     cap = 2 * LOG2_E * scale / softcap if softcap else 0.0
     scale = LOG2_E * (softcap or scale)
+    step = (
+        block_table, query_start_loc, seq_lens, k_scale, v_scale,
+        scale, cap, q.stride(0), block_table.stride(0),
+    )  # fmt: skip
     shape = {
         "QUERIES": decode_query_len,
         "KV_HEADS": kv_heads,
         "GROUP": group,
         "D": head_dim,
-        "PADDED_D": max(16, triton.next_power_of_2(head_dim)),
+        "PADDED_D": _padded(head_dim),
         "SPLIT": split_tile.split,
         "PER_LEVEL": per_level,
         "WINDOW": window,
@@ -462,18 +487,16 @@ def paged_attention(
         choice = split_tile if invariant else _tile(k_cache, group, "prefill")
         rows = max(choice.block_m, triton.next_power_of_2(group))
         tile_kernel[(tokens // (rows // group) + requests, kv_heads)](
-            out, q, k_cache, v_cache, block_table, query_start_loc, seq_lens, k_scale, v_scale,
-            scale, cap, q.stride(0), block_table.stride(0), requests,
-            **shape, **walk, BLOCK_M=rows, BLOCK_N=choice.block_n, MERGED=invariant,
+            out, q, *_operands(k_cache, v_cache, choice), *step, requests,
+            **shape, **walk, BLOCK_M=rows, BLOCK_N=choice.block_n, TMA=choice.tma, MERGED=invariant,
             num_warps=choice.warps, num_stages=choice.stages,
         )  # fmt: skip
     if min_query_len > decode_query_len:
         return
     shares = min(slots, max(MIN_SHARES, PROGRAMS // (requests * kv_heads)))
     split_kernel[(shares, kv_heads, requests)](
-        out, workspace, q, k_cache, v_cache, block_table, query_start_loc, seq_lens, k_scale, v_scale,
-        scale, cap, q.stride(0), block_table.stride(0), slots,
-        **shape, **walk, BLOCK_M=block_m, BLOCK_N=split_tile.block_n, RECORD=RECORD,
+        out, workspace, q, *_operands(k_cache, v_cache, split_tile), *step, slots,
+        **shape, **walk, BLOCK_M=block_m, BLOCK_N=split_tile.block_n, TMA=split_tile.tma, RECORD=RECORD,
         num_warps=split_tile.warps, num_stages=split_tile.stages,
     )  # fmt: skip
     if slots > 1:
@@ -495,7 +518,7 @@ def workspace_floats(
 ) -> int:
     """How large a workspace `paged_attention` needs for up to so many requests and keys of each.
 
-    Llama-3.1-8B, 256 requests: 71 MiB (in bytes) for 8,192 keys, 207 MiB for 131,072.
+    Llama-3.1-8B, 256 requests: 74 MiB (as bytes) for 8,192 keys, 202 MiB for 131,072.
     """
     kv_heads, _, head_dim = k_cache.shape[1:]
     choice = _tile(k_cache, q_heads // kv_heads, "invariant" if invariant else "decode")
@@ -510,6 +533,20 @@ def _slots(max_len: int, window: int, queries: int, split: int) -> int:
     level = ((max_len - 1) // (split * PER_LEVEL) + 1).bit_length() - 1
     past = max_len - split * PER_LEVEL * ((1 << level) - 1)
     return level * PER_LEVEL + -(-past // (split << level))
+
+
+def _operands(k_cache: Tensor, v_cache: Tensor, choice: Tile) -> list[Tensor | TensorDescriptor]:
+    """The caches as kernels take them: pointers, or descriptors of a tile for the copy engine."""
+    if not choice.tma:
+        return [k_cache, v_cache]
+    head_dim = k_cache.shape[3]
+    box = [choice.block_n, _padded(head_dim)]
+    rows = k_cache.numel() // head_dim
+    return [TensorDescriptor(x, [rows, head_dim], [head_dim, 1], box) for x in (k_cache, v_cache)]
+
+
+def _padded(head_dim: int) -> int:
+    return max(16, triton.next_power_of_2(head_dim))
 
 
 def _tile(k_cache: Tensor, group: int, regime: Regime) -> Tile:
@@ -528,57 +565,53 @@ def _check(
     v_scale: Tensor | None,
     out: Tensor,
 ) -> None:
+    """Messages are made only when wanted: this runs for every layer of a step without a graph."""
     _, q_heads, head_dim = q.shape
-    _, kv_heads, block_size, _ = k_cache.shape
+    _, kv_heads, block_size, cache_head_dim = k_cache.shape
     requests = block_table.shape[0]
-    require(
-        q.dtype in FLOATS
-        and q.stride(2) == 1
-        and q.stride(1) == head_dim
-        and q_heads % kv_heads == 0,
-        f"q is {q.dtype} {tuple(q.shape)} with strides {q.stride()}; need dense heads of a float dtype, "
-        f"a multiple of {kv_heads}",
-    )
-    require(
-        k_cache.shape == v_cache.shape
-        and k_cache.dtype == v_cache.dtype
-        and k_cache.is_contiguous()
-        and v_cache.is_contiguous()
-        and k_cache.shape[3] == head_dim
-        and block_size in (16, 32, 64, 128),
-        f"k_cache {tuple(k_cache.shape)}, v_cache {tuple(v_cache.shape)}: need both contiguous, of one "
-        f"dtype, [num_blocks, kv_heads, 16 to 128, {head_dim}]",
-    )
-    fp8 = k_cache.dtype is torch.float8_e4m3fn
-    require(
-        fp8 or k_cache.dtype is q.dtype,
-        f"the cache is {k_cache.dtype}; need {q.dtype} or float8_e4m3fn",
-    )
-    for name, scales in (("k_scale", k_scale), ("v_scale", v_scale)):
-        require(
-            (scales is not None) == fp8
-            and (
-                scales is None
-                or (
-                    scales.dtype is torch.float32
-                    and scales.shape == (kv_heads,)
-                    and scales.is_contiguous()
-                )
-            ),
-            f"{name}: a {k_cache.dtype} cache of {kv_heads} heads needs "
-            + ("that many float32" if fp8 else "none"),
+    if q.dtype not in FLOATS or q.stride()[1:] != (head_dim, 1) or q_heads % kv_heads:
+        raise KernelArgumentError(
+            f"q is {q.dtype} {tuple(q.shape)} with strides {q.stride()}; need dense heads, a multiple of "
+            f"{kv_heads}, in float32, bfloat16 or float16"
         )
-    require(
-        block_table.dtype is torch.int32
-        and block_table.stride(1) == 1
-        and query_start_loc.dtype is torch.int32
-        and query_start_loc.shape == (requests + 1,)
-        and seq_lens.dtype is torch.int32
-        and seq_lens.shape == (requests,),
-        f"block_table, query_start_loc and seq_lens must be int32 [B, max_blocks], [B + 1] and [B]; are "
-        f"{tuple(block_table.shape)}, {tuple(query_start_loc.shape)}, {tuple(seq_lens.shape)}",
-    )
-    require(
-        out.dtype is q.dtype and out.shape == q.shape and out.is_contiguous(),
-        f"out is {out.dtype} {tuple(out.shape)}; need contiguous {q.dtype} {tuple(q.shape)}",
-    )
+    if out.dtype is not q.dtype or out.shape != q.shape or not out.is_contiguous():
+        raise KernelArgumentError(
+            f"out is {out.dtype} {tuple(out.shape)}; need contiguous {q.dtype} {tuple(q.shape)}"
+        )
+    if (
+        k_cache.shape != v_cache.shape
+        or not (k_cache.is_contiguous() and v_cache.is_contiguous())
+        or cache_head_dim != head_dim
+        or block_size not in (16, 32, 64, 128)
+    ):
+        raise KernelArgumentError(
+            f"k_cache is {tuple(k_cache.shape)}, v_cache {tuple(v_cache.shape)}; need both contiguous, "
+            f"[num_blocks, kv_heads, 16 or 32 or 64 or 128, {head_dim}]"
+        )
+    fp8 = k_cache.dtype is torch.float8_e4m3fn
+    if k_cache.dtype is not v_cache.dtype or not (fp8 or k_cache.dtype is q.dtype):
+        raise KernelArgumentError(
+            f"k_cache is {k_cache.dtype}, v_cache {v_cache.dtype}; need {q.dtype} or float8_e4m3fn"
+        )
+    if fp8 and 0 < architecture() < 89:
+        raise KernelArgumentError(
+            f"sm_{architecture()} has no float8_e4m3fn; use a cache of q's dtype"
+        )
+    for name, scales in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if (scales is not None) != fp8:
+            raise KernelArgumentError(f"{name} goes with a float8_e4m3fn cache, and only with one")
+        if scales is not None and (scales.dtype, scales.shape) != (torch.float32, (kv_heads,)):
+            raise KernelArgumentError(
+                f"{name} is {scales.dtype} {tuple(scales.shape)}; need float32 ({kv_heads},)"
+            )
+    if (
+        {block_table.dtype, query_start_loc.dtype, seq_lens.dtype} != {torch.int32}
+        or block_table.stride(1) != 1
+        or query_start_loc.shape != (requests + 1,)
+        or seq_lens.shape != (requests,)
+    ):
+        raise KernelArgumentError(
+            f"block_table is {block_table.dtype} {tuple(block_table.shape)}, query_start_loc "
+            f"{query_start_loc.dtype} {tuple(query_start_loc.shape)}, seq_lens {seq_lens.dtype} "
+            f"{tuple(seq_lens.shape)}; need int32 [B, max_blocks], [B + 1] and [B]"
+        )

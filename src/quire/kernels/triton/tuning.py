@@ -34,7 +34,8 @@ class Key:
 @dataclass(frozen=True, slots=True)
 class Tile:
     """block_m: query rows (tokens times heads of a group); in decode a lower bound. block_n: keys a
-    step. split: keys in the first splits of a request, a multiple of block_n.
+    step. split: keys in the first splits of a request, a multiple of block_n. tma: keys and values by the
+    bulk tensor copy engine; for sm_90 and later, with blocks of block_n keys or a multiple.
     """
 
     block_m: int
@@ -42,6 +43,7 @@ class Tile:
     warps: int
     stages: int
     split: int = 256
+    tma: bool = False
 
 
 TABLE: dict[Key, Tile] = {}
@@ -59,7 +61,8 @@ def _default(key: Key) -> Tile:
         return Tile(block_m=16, block_n=64, warps=4, stages=2 if wide else 3)
     if key.regime == "invariant":
         return Tile(block_m=64, block_n=32 if wide else 64, warps=8, stages=2)
-    return Tile(block_m=128, block_n=32 if wide else 64, warps=8, stages=2 if wide else 3)
+    deep = not wide and key.arch in (90, 100)  # these have the shared memory
+    return Tile(block_m=128, block_n=32 if wide else 64, warps=8, stages=3 if deep else 2)
 
 
 @functools.cache
