@@ -1,0 +1,418 @@
+"""`Kernels.sample` on a GPU: three short launches, no sort, no probabilities in memory, no wait.
+
+1. `_scan`, a program for each tile of 4,096 logits: the tile's best token, and where a row filters,
+   the best logit of each group of 64.
+2. `_spread`, likewise, for rows that draw: the tile's winner by the Gumbel-max trick; or, for a row with
+   top_p and no top_k, what the tile weighs.
+3. `_finish`, a program for each row: the best of the tiles' winners. A row that filters lists the groups
+   that can hold a token it keeps, finds where to cut by bisection over the listed groups, and draws.
+
+A greedy row is read once, an unfiltered one twice, however many they are: tiles depend on the vocabulary
+alone, so that one row still occupies 8 (V = 32,000) to 38 (V = 152,000) multiprocessors. What filters is
+left to one program a row, because little is left: the k-th best of the groups' best has k logits at or
+above it, and beyond ln(2 V / ((1 - top_p) total)) all together weigh less than half of what top_p may
+leave out. Some dozens of groups are listed, and bisecting them reads the program's own cache. Where that
+bound does not bite (k above V / 64, or logits that are nearly flat) the list is long and a row takes
+some twenty passes over its logits by one multiprocessor: slow, and right.
+
+Why a row's token does not depend on the batch, nor on how a compiler lays out a sum: nothing here is a
+sum of floats. Distances are ranked as they are, and weights e^-distance are integers, in units of
+2**-40, whose sum is the same in any order. Where `kernels/reference.py` adds up doubles instead, the
+two agree but for a token whose share ends within about 1e-6 of top_p.
+
+The parameters of a request lie in a record on the device, written when it is admitted: see `seats.SEAT`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from quire.kernels.checks import require
+from quire.kernels.triton.seats import (
+    FARTHEST,
+    LARGEST,
+    LEAST,
+    MOST,
+    SEAT_WORDS,
+    SEED,
+    TEMPERATURE,
+    TILE,
+    TOP_K,
+    TOP_P,
+    UNIT,
+    check_index,
+    check_logits,
+    number,
+    penalizes,
+    ranked,
+    ranked_id,
+    ranked_value,
+    weight,
+    word,
+)
+
+GROUP = 64
+_TILE = tl.constexpr(TILE)
+_GROUP = tl.constexpr(GROUP)
+_CHUNK = tl.constexpr(32)  # groups looked at together, in _finish
+
+
+@triton.jit
+def _distance(logit, best, temperature):
+    """The negated score, at least 0. The best token's is 0 even where it is infinite."""
+    return tl.where(logit == best, 0.0, tl.div_rn(best - logit, temperature))
+
+
+@triton.jit
+def _noise(counter, table, row, position):
+    """Gumbel noise of the four token ids from 4 * counter on, for each counter, in order: [4 * n].
+
+    `quire.kernels.philox` explains. log1p is taken through log (Kahan), exact where u is tiny too.
+    """
+    low = word(table, row, SEED).to(tl.uint32, bitcast=True)
+    high = word(table, row, SEED + 1).to(tl.uint32, bitcast=True)
+    block = counter.to(tl.uint32)
+    zero = block * 0
+    w0, w1, w2, w3 = tl.philox_impl(
+        block, zero + position.to(tl.uint32), zero + (position >> 32).to(tl.uint32), zero, low, high
+    )
+    words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
+    u = tl.minimum((words.to(tl.float32) + 0.5) * 2.0**-32, 1.0 - 2.0**-24)
+    y = 1.0 - u
+    safe = tl.where(y == 1.0, 0.5, y)
+    exponential = tl.where(y == 1.0, u, -tl.log(safe) * tl.div_rn(u, 1.0 - safe))
+    return -tl.log(exponential)
+
+
+# --- over tiles of the vocabulary -------------------------------------------------------------------
+
+
+@triton.jit
+def _scan(logits, stride, vocab, best_ptr, group_ptr, FILTERS: tl.constexpr):
+    tile, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    ids = tile * _TILE + tl.arange(0, _TILE)
+    x = tl.load(logits + row * stride + ids, mask=ids < vocab, other=-float("inf")).to(tl.float32)
+    tile_index = row * tl.num_programs(0) + tile
+    tl.store(best_ptr + tile_index, tl.max(ranked(x, ids)))
+    if FILTERS:
+        per_tile: tl.constexpr = _TILE // _GROUP
+        best = tl.max(tl.reshape(x, (per_tile, _GROUP)), axis=1)
+        tl.store(group_ptr + tile_index * per_tile + tl.arange(0, per_tile), best)
+
+
+@triton.jit
+def _row_best(best_ptr, row, tiles, TILES: tl.constexpr):
+    """The row's best token, `ranked`, from the tiles'."""
+    tile = tl.arange(0, TILES)
+    return tl.max(tl.load(best_ptr + row * tiles + tile, mask=tile < tiles, other=LEAST))
+
+
+@triton.jit
+def _top_k(table, seat, vocab):
+    """0 where it leaves out nothing."""
+    k = word(table, seat, TOP_K)
+    return tl.where(k < vocab, k, 0)
+
+
+@triton.jit
+def _filters(table, seat, vocab):
+    cuts = (number(table, seat, TOP_P) < 1.0) | (number(table, seat, FARTHEST) < LARGEST)
+    return cuts | (_top_k(table, seat, vocab) > 0)
+
+
+@triton.jit
+def _spread(
+    logits, stride, vocab, table, seats, positions, best_ptr, part_ptr, TILES: tl.constexpr
+):
+    tile, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    tiles = tl.num_programs(0)
+    seat = tl.load(seats + row).to(tl.int64)
+    if seat >= 0:
+        temperature = number(table, seat, TEMPERATURE)
+        best = ranked_value(_row_best(best_ptr, row, tiles, TILES))
+        if (temperature > 0) & (best > -float("inf")):
+            top_p_only = (_top_k(table, seat, vocab) == 0) & (number(table, seat, TOP_P) < 1.0)
+            if top_p_only | (not _filters(table, seat, vocab)):
+                ids = tile * _TILE + tl.arange(0, _TILE)
+                x = tl.load(logits + row * stride + ids, mask=ids < vocab, other=-float("inf"))
+                distance = _distance(x.to(tl.float32), best, temperature)
+                if top_p_only:
+                    kept = distance <= number(table, seat, FARTHEST)
+                    part = tl.sum(tl.where(kept, weight(distance), 0))
+                else:
+                    counter = tile * (_TILE // 4) + tl.arange(0, _TILE // 4)
+                    noise = _noise(counter, table, seat, tl.load(positions + row))
+                    part = tl.max(ranked(noise - distance, ids))
+                tl.store(part_ptr + row * tiles + tile, part)
+
+
+# --- one row's filters ------------------------------------------------------------------------------
+
+
+@triton.jit
+def _listed(row, start):
+    """(distances, ids) of a chunk's tokens, in the order of ids; infinitely far past the list's end.
+
+    row: the row's logits, the vocabulary's size, the listed groups and how many there are, the row's
+    largest logit, its temperature.
+    """
+    logits, vocab, list_ptr, length, best, temperature = row
+    lane = tl.arange(0, _CHUNK * _GROUP)
+    index = start + lane // _GROUP
+    ids = tl.load(list_ptr + index, mask=index < length, other=0) * _GROUP + lane % _GROUP
+    inside = (index < length) & (ids < vocab)
+    x = tl.load(logits + ids, mask=inside, other=-float("inf")).to(tl.float32)
+    return _distance(x, best, temperature), ids
+
+
+@triton.jit
+def _look(row, pivot, WEIGH: tl.constexpr):
+    """Of the listed tokens: what those up to the pivot weigh (or how many they are), the farthest of
+    them, and the nearest beyond."""
+    mass = tl.zeros([_CHUNK * _GROUP], tl.int64)
+    within = tl.zeros([_CHUNK * _GROUP], tl.float32)
+    beyond = tl.full([_CHUNK * _GROUP], float("inf"), tl.float32)
+    for start in range(0, row[3], _CHUNK):
+        distance, _ids = _listed(row, start)
+        near = distance <= pivot
+        if WEIGH:
+            mass += tl.where(near, weight(distance), 0)
+        else:
+            mass += near.to(tl.int64)
+        within = tl.maximum(within, tl.where(near, distance, 0.0))
+        beyond = tl.minimum(beyond, tl.where(near, float("inf"), distance))
+    return tl.sum(mass), tl.max(within), tl.min(beyond)
+
+
+@triton.jit
+def _cut(row, last, target, WEIGH: tl.constexpr):
+    """The smallest distance up to which the tokens' mass reaches target, and the mass nearer than that.
+
+    Bisection by value between two tokens' distances, `first` (what is nearer has less than target: that
+    is `before`) and `last` (up to it target is reached). Each look moves one of them to another token,
+    so that it ends, on the exact value.
+    """
+    first = last * 0.0
+    before = target * 0
+    while first < last:
+        middle = first + (last - first) * 0.5
+        pivot = tl.where(middle < last, middle, first)
+        mass, within, beyond = _look(row, pivot, WEIGH)
+        reached = mass >= target
+        last = tl.where(reached, within, last)
+        first = tl.where(reached, first, beyond)
+        before = tl.where(reached, before, mass)
+    return last, before
+
+
+@triton.jit
+def _reach(distance, k, limit):
+    """A distance, at most limit, that at least k of the groups reach, and few more if values are alike
+    in scale; limit if fewer than k do."""
+    near = distance <= limit
+    if tl.sum(near.to(tl.int32)) >= k:
+        low = limit * 0.0
+        limit = tl.max(tl.where(near, distance, 0.0))
+        for _ in range(12):
+            middle = low + (limit - low) * 0.5
+            enough = tl.sum((distance <= middle).to(tl.int32)) >= k
+            limit = tl.where(enough, middle, limit)
+            low = tl.where(enough, low, middle)
+    return limit
+
+
+@triton.jit
+def _draw_listed(row, limit, ties, table, seat, position):
+    """The winner, `ranked`, of the tokens nearer than limit and the first `ties` as far as it."""
+    counters: tl.constexpr = _GROUP // 4
+    winner = LEAST
+    seen = 0
+    list_ptr, length = row[2], row[3]
+    for start in range(0, length, _CHUNK):
+        distance, ids = _listed(row, start)
+        lane = tl.arange(0, _CHUNK * counters)
+        index = start + lane // counters
+        group = tl.load(list_ptr + index, mask=index < length, other=0)
+        noise = _noise(group * counters + lane % counters, table, seat, position)
+        tie = (distance == limit).to(tl.int32)
+        kept = (distance < limit) | ((tie > 0) & (seen + tl.cumsum(tie) <= ties))
+        seen += tl.sum(tie)
+        key = tl.where(kept, ranked(noise - distance, ids), LEAST)
+        winner = tl.maximum(winner, tl.max(key))
+    return winner
+
+
+@triton.jit
+def _draw_filtered(
+    logits, vocab, group_ptr, list_ptr, total, best, temperature, table, seat, position,
+    GROUPS: tl.constexpr,
+):  # fmt: skip
+    """total: what the row weighs, read if there is a top_p and no top_k."""
+    top_p = number(table, seat, TOP_P)
+    limit = number(table, seat, FARTHEST)
+    top_k = _top_k(table, seat, vocab)
+    group = tl.arange(0, GROUPS)
+    groups = tl.cdiv(vocab, _GROUP)
+    x = tl.load(group_ptr + group, mask=group < groups, other=-float("inf"))
+    distance = _distance(x, best, temperature)
+    if top_k > 0:
+        limit = _reach(distance, top_k, limit)
+    elif top_p < 1.0:
+        weighed = total.to(tl.float32) / UNIT
+        limit = tl.minimum(limit, tl.log(2.0 * vocab / ((1.0 - top_p) * weighed)))
+    near = (distance <= limit).to(tl.int32)
+    tl.store(list_ptr + tl.cumsum(near) - 1, group, mask=near > 0)
+    length = tl.sum(near)
+    tl.debug_barrier()  # each thread reads what others have listed
+    row = (logits, vocab, list_ptr, length, best, temperature)
+
+    ties = MOST
+    if top_k > 0:
+        mass, last, _beyond = _look(row, limit, False)
+        target = tl.minimum(top_k.to(tl.int64), mass)
+        limit, _before = _cut(row, last, target, False)
+    if top_p < 1.0:
+        mass, last, _beyond = _look(row, limit, True)
+        total = tl.where(top_k > 0, mass, total)
+        target = tl.ceil(top_p.to(tl.float64) * total.to(tl.float64)).to(tl.int64)
+        target = tl.minimum(tl.maximum(target, 1), mass)  # the best always stays
+        limit, before = _cut(row, last, target, True)
+        each = tl.maximum(weight(limit), 1)
+        ties = tl.minimum((target - before + each - 1) // each, MOST).to(tl.int32)
+    return _draw_listed(row, limit, ties, table, seat, position)
+
+
+@triton.jit
+def _count(past, table, seat):
+    """One more of a token; what counts stops at 32,767."""
+    if penalizes(table, seat):
+        count = tl.load(past)
+        tl.store(past, tl.where((count & 0x7FFF) == 0x7FFF, count, count + 1))
+
+
+@triton.jit
+def _finish(
+    logits, stride, vocab, table, seats, positions, best_ptr, group_ptr, part_ptr, list_ptr,
+    history, token_ptr, valid_ptr, tiles,
+    DRAWS: tl.constexpr, FILTERS: tl.constexpr, TILES: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    seat = tl.load(seats + row).to(tl.int64)
+    winner = _row_best(best_ptr, row, tiles, TILES)
+    best = ranked_value(winner)
+    valid = (best == best) & (seat >= 0)
+    if DRAWS:
+        temperature = 0.0
+        if valid:
+            temperature = number(table, seat, TEMPERATURE)
+        if (temperature > 0) & (best > -float("inf")):
+            tile = tl.arange(0, TILES)
+            part = part_ptr + row * tiles + tile
+            if FILTERS and _filters(table, seat, vocab):
+                total = tl.sum(tl.load(part, mask=tile < tiles, other=0))
+                groups = tiles * (_TILE // _GROUP)
+                winner = _draw_filtered(
+                    logits + row * stride, vocab, group_ptr + row * groups,
+                    list_ptr + row * groups, total, best, temperature, table, seat,
+                    tl.load(positions + row), GROUPS,
+                )  # fmt: skip
+            else:
+                winner = tl.max(tl.load(part, mask=tile < tiles, other=LEAST))
+    token = tl.where(valid, ranked_id(winner), 0)
+    tl.store(token_ptr + row, token)
+    tl.store(valid_ptr + row, valid)
+    if history is not None and valid:
+        _count(history + seat * vocab + token, table, seat)
+
+
+# --- launches ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class SampleWorkspace:
+    """Scratch memory for up to max_rows rows, for one call at a time. At V = 152,000: 20 KB a row."""
+
+    best: Tensor
+    part: Tensor
+    group: Tensor
+    listed: Tensor
+
+    @classmethod
+    def create(cls, max_rows: int, vocab_size: int, device: torch.device | str) -> SampleWorkspace:
+        tiles = triton.cdiv(vocab_size, TILE)
+        groups = tiles * (TILE // GROUP)
+        return cls(
+            best=torch.empty(max_rows, tiles, dtype=torch.int64, device=device),
+            part=torch.empty(max_rows, tiles, dtype=torch.int64, device=device),
+            group=torch.empty(max_rows, groups, dtype=torch.float32, device=device),
+            listed=torch.empty(max_rows, groups, dtype=torch.int32, device=device),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceTokens:
+    """token_ids: [R] int64. valid: [R] bool, False where the logits hold NaN and for padding; the
+    token is then 0. On the device: reading them waits for it."""
+
+    token_ids: Tensor
+    valid: Tensor
+
+
+def sample(
+    logits: Tensor,
+    table: Tensor,
+    seats: Tensor,
+    positions: Tensor,
+    workspace: SampleWorkspace,
+    *,
+    hardest: Literal["greedy", "draw", "filter"] = "filter",
+    history: Tensor | None = None,
+) -> DeviceTokens:
+    """`Kernels.sample`: one token a row, and its count in the row's history.
+
+    logits: [R, V], rows dense, any row stride; left as they are. table: [max_seqs, SEAT_WORDS] int32 of
+    `seat`. seats: [R] int32, each row's in the table; a negative one is padding. positions: [R] int64,
+    index in its request of the token to be sampled. hardest: no row wants
+    more than this, the host says: "greedy" is temperature 0, "draw" no filters. history: as in
+    `logits.history_row`, [max_seqs, V] int16, updated for seats with penalties; no seat twice.
+    Contents are not looked at: a seat past the table reads stray memory.
+    """
+    check_logits("logits", logits)
+    rows, vocab = logits.shape
+    check_index("seats", seats, torch.int32, (rows,))
+    check_index("positions", positions, torch.int64, (rows,))
+    check_index("table", table, torch.int32, (table.shape[0], SEAT_WORDS))
+    tiles = triton.cdiv(vocab, TILE)
+    require(
+        rows <= workspace.best.shape[0] and tiles == workspace.best.shape[1],
+        f"the workspace is for {workspace.best.shape[0]} rows of {workspace.best.shape[1]} tiles; "
+        f"logits has {rows} of {tiles}",
+    )
+    if history is not None:
+        check_index("history", history, torch.int16, (table.shape[0], vocab))
+    tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    valid = torch.empty(rows, dtype=torch.bool, device=logits.device)
+    if rows == 0:
+        return DeviceTokens(tokens, valid)
+    draws, filters = hardest != "greedy", hardest == "filter"
+    w, stride = workspace, logits.stride(0)
+    padded = triton.next_power_of_2(tiles)
+    _scan[(tiles, rows)](logits, stride, vocab, w.best, w.group, FILTERS=filters, num_warps=8)
+    if draws:
+        _spread[(tiles, rows)](
+            logits, stride, vocab, table, seats, positions, w.best, w.part, TILES=padded,
+            num_warps=8,
+        )  # fmt: skip
+    _finish[(rows,)](
+        logits, stride, vocab, table, seats, positions, w.best, w.group, w.part, w.listed, history,
+        tokens, valid, tiles,
+        DRAWS=draws, FILTERS=filters, TILES=padded, GROUPS=padded * (TILE // GROUP),
+        num_warps=8 if filters else 1,
+    )  # fmt: skip
+    return DeviceTokens(tokens, valid)
