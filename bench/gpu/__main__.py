@@ -1,0 +1,71 @@
+"""Check and measure Quire on one GPU.
+
+    PYTHONPATH=src python -m bench.gpu [check] [kernels] [engine] [profile] --out DIR
+
+Without a part, all four. Writes DIR/gpu.json after every case and DIR/gpu.md at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench.gpu.report import markdown
+from bench.gpu.suite import Options, run_part
+
+from quire.bench.record import run_record
+
+PARTS = ("check", "kernels", "engine", "profile")
+MODELS = ("qwen-0.6b", "llama-8b")
+PACKAGES = ("torch", "triton", "numpy", "transformers", "msgspec")
+
+
+def main() -> int:
+    args = parse(sys.argv[1:])
+    args.out.mkdir(parents=True, exist_ok=True)
+    file = args.out / "gpu.json"
+    record = run_record(["python", "-m", "bench.gpu", *sys.argv[1:]], packages=PACKAGES)
+    file.write_text(
+        json.dumps({"record": record, "sizes": args.sizes, "note": args.note, "entries": []})
+    )
+    options = Options(tuple(args.models), args.sizes, time.time() + args.seconds)
+    for part in ("machine", *args.parts):
+        run_part(part, f"bench.gpu.{part}", file, options)
+    results = json.loads(file.read_text())
+    (args.out / "gpu.md").write_text(markdown(results))
+    print(markdown(results))
+    return int(any(entry["status"] not in ("ok", "skipped") for entry in results["entries"]))
+
+
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu")
+    parser.add_argument("parts", nargs="*", metavar="part", help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--out", type=Path, required=True, help="folder for gpu.json and gpu.md")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    sizes = parser.add_mutually_exclusive_group()
+    sizes.add_argument(
+        "--quick", dest="sizes", action="store_const", const="quick", default="full",
+        help="shorter workloads",
+    )  # fmt: skip
+    sizes.add_argument(
+        "--smoke", dest="sizes", action="store_const", const="smoke",
+        help="tiny shapes; with TRITON_INTERPRET=1 on a CPU. The figures mean nothing",
+    )  # fmt: skip
+    parser.add_argument(
+        "--seconds", type=float, default=540, help="no case begins later (default: 540)"
+    )
+    parser.add_argument("--note", default="", help="kept in the JSON: the commit, say")
+    args = parser.parse_args(words)
+    unknown = sorted(set(args.parts) - set(PARTS))
+    if unknown:
+        parser.error(f"no part is called {unknown[0]!r}; there are {', '.join(PARTS)}")
+    args.parts = [part for part in PARTS if part in args.parts] or list(PARTS)
+    return args
+
+
+if __name__ == "__main__":
+    sys.exit(main())
