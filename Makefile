@@ -24,6 +24,7 @@ serve: $(RUNTIME)
 
 test: $(DEV)
 	@$(BIN)/python -m pytest -q $(ARGS)
+	@TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/triton/interpreted
 
 check: $(DEV)
 	@VENV=$(VENV) scripts/check

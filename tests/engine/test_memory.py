@@ -22,9 +22,24 @@ MACHINE = MachineMemory(total=16 * GIB, available=12 * GIB)
 BLOCK = SPEC.kv_bytes_per_token(2) * 16
 
 
-def plan(max_model_len: int | None = 4096, machine: MachineMemory = MACHINE, **options: object):
+def plan(
+    max_model_len: int | None = 4096,
+    machine: MachineMemory = MACHINE,
+    *,
+    gpu: bool = False,
+    measured: tuple[int, int] | None = None,
+    kv_dtype_bytes: int | None = None,
+    **options: object,
+):
     return plan_memory(
-        from_flat(options), SPEC, dtype_bytes=2, max_model_len=max_model_len, machine=machine
+        from_flat(options),
+        SPEC,
+        dtype_bytes=2,
+        kv_dtype_bytes=kv_dtype_bytes,
+        max_model_len=max_model_len,
+        machine=machine,
+        gpu=gpu,
+        measured=measured,
     )
 
 
@@ -89,3 +104,25 @@ def test_bytes_for_people() -> None:
     assert format_bytes(512) == "512 B"
     assert format_bytes(1536) == "1.5 KiB"
     assert format_bytes(3 * GIB // 2) == "1.50 GiB"
+
+
+def test_on_a_gpu_nine_tenths_of_all_there_is_but_no_more_than_is_free() -> None:
+    empty = MachineMemory(total=8 * GIB, available=8 * GIB)
+    others = (GIB, GIB // 2)
+    options = {"max_num_seqs": 2000, "max_num_batched_tokens": 4096}
+    memory = plan(machine=empty, gpu=True, measured=others, **options)
+    assert (memory.weight_bytes, memory.activation_bytes) == others
+    room = int(0.9 * 8 * GIB) - sum(others)
+    assert room - BLOCK < memory.kv_bytes <= room
+    shared = MachineMemory(total=8 * GIB, available=3 * GIB)
+    less = plan(machine=shared, gpu=True, measured=others, **options)
+    assert 3 * GIB - sum(others) - BLOCK < less.kv_bytes <= 3 * GIB - sum(others)
+
+
+def test_an_fp8_cache_has_twice_the_blocks() -> None:
+    plain, half = (
+        plan(kv_cache_memory_bytes=GIB, kv_dtype_bytes=size, max_num_seqs=2000,
+             max_num_batched_tokens=4096)
+        for size in (None, 1)
+    )  # fmt: skip
+    assert abs(half.num_blocks - 2 * plain.num_blocks) <= 1

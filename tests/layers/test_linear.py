@@ -16,7 +16,8 @@ PARTS = [LinearPart("q", 24), LinearPart("k", 8), LinearPart("v", 8)]
 
 
 def build(*, bias: bool, dtype: torch.dtype = torch.float32) -> Linear:
-    return Linear(PARTS, in_features=16, bias=bias, dtype=dtype, method=UnquantizedLinearMethod(ReferenceKernels()))
+    method = UnquantizedLinearMethod(ReferenceKernels())
+    return Linear(PARTS, in_features=16, bias=bias, dtype=dtype, method=method)
 
 
 @pytest.mark.parametrize("bias", [False, True])

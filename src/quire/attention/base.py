@@ -42,6 +42,8 @@ class LayerCache:
 
     k: torch.Tensor
     v: torch.Tensor
+    scales: tuple[torch.Tensor, torch.Tensor] | None = None
+    """Of keys and values, [num_kv_heads] float32 each, where they are stored in float8_e4m3fn."""
 
 
 class KVCache:
@@ -76,8 +78,14 @@ class KVCache:
         size = num_blocks * num_kv_heads * head_dim * block_size
         # Not on huge pages: three interleaved runs showed no gain in attention, rather a loss.
         self.storage = torch.empty(num_layers, 2, size, dtype=dtype, device=holder.device)
+        scales = None
+        if (
+            dtype is torch.float8_e4m3fn
+        ):  # one: bf16 keys and values of published models fit its range
+            ones = torch.ones(num_kv_heads, dtype=torch.float32, device=holder.device)
+            scales = (ones, ones)
         self.layers = tuple(
-            LayerCache(k=layer[0].view(shapes.k), v=layer[1].view(shapes.v))
+            LayerCache(k=layer[0].view(shapes.k), v=layer[1].view(shapes.v), scales=scales)
             for layer in self.storage
         )
 

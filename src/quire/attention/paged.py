@@ -34,5 +34,6 @@ class PagedAttention:
             scale=self._scale,
             window=window or 0,
             max_query_len=metadata.max_query_len,
+            kv_scales=cache.scales,
             out=out,
         )

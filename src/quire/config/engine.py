@@ -81,11 +81,17 @@ class CacheConfig:
     block_size: int = option(16, "Token slots in a block: 16, 32, 64 or 128.")
     gpu_memory_utilization: float | None = option(
         None,
-        "Share (0-1] of the machine's memory that weights, activations and KV cache may use. "
-        "Default: half of the memory now available.",
+        "Share (0-1] of the device's memory that weights, activations and KV cache may use. "
+        "Default: on a GPU 0.9; on the CPU half of the memory now available.",
     )
     kv_cache_memory_bytes: int | None = option(
         None, "Bytes for the KV cache, instead of a share of memory: 512M, 4G.", parse=parse_size
+    )
+    kv_cache_dtype: str = option(
+        "auto",
+        "How keys and values are stored. auto: in the model's dtype; fp8 (e4m3, on a GPU only): half the "
+        "memory and half the reading, about two digits of precision.",
+        choices=("auto", "fp8", "fp8_e4m3"),
     )
     num_gpu_blocks_override: int | None = option(
         None, "Exactly this many KV blocks, whatever the memory. For tests."
@@ -174,6 +180,11 @@ class SchedulerConfig:
 class RuntimeConfig:
     """Where and with what the model runs."""
 
+    device: str = option(
+        "auto",
+        "Where the model runs. auto: the first GPU, if there is one that PyTorch can use; else the CPU.",
+        choices=("auto", "cpu", "cuda"),
+    )
     kernels: str = option(
         "auto",
         "CPU kernels. native: compiled C, an error if there is no compiler; reference: PyTorch.",
@@ -183,8 +194,22 @@ class RuntimeConfig:
         None,
         "Threads that compute. Default: the physical cores this process may use.",
     )
+    attention_backend: str = option(
+        "auto",
+        "On a GPU: who computes attention. triton: Quire's own kernels, which auto takes; flash_attn: "
+        "FlashAttention-3, if installed. vLLM's names for them work too.",
+        choices=("auto", "triton", "flash_attn", "TRITON_ATTN", "FLASH_ATTN"),
+    )
     enforce_eager: bool = option(
-        False, "Accepted for vLLM scripts: on the CPU every step already runs eagerly."
+        False, "On a GPU: launch every step kernel by kernel, record no CUDA graphs."
+    )
+    async_scheduling: bool = option(
+        True, "On a GPU: plan and launch a step while the one before it runs."
+    )
+    batch_invariant: bool = option(
+        False,
+        "On a GPU: make a request's logits independent of what shares its batch, as they always are on "
+        "the CPU. Costs speed.",
     )
     disable_log_stats: bool = option(False, "No periodic line with throughput and cache use.")
     log_format: str = option(

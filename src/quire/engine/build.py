@@ -11,6 +11,7 @@ import torch
 from quire.attention.base import KVCache
 from quire.config import EngineConfig
 from quire.engine.core import EngineCore
+from quire.engine.memory import MemoryPlan
 from quire.engine.setup import ResolvedModel
 from quire.executor.inline import InlineExecutor
 from quire.kernels.base import create_kernels
@@ -26,6 +27,11 @@ logger = logging.getLogger(__name__)
 
 def build_core(config: EngineConfig, resolved: ResolvedModel) -> tuple[EngineCore, EngineReady]:
     """Load the model, allocate the KV cache, and join them with a scheduler."""
+    if resolved.device == "cuda":
+        from quire.engine.build_device import build_on_device
+        from quire.runner.device import CudaDevice
+
+        return build_on_device(config, resolved, CudaDevice())
     started = time.monotonic()
     memory = resolved.memory
     torch.set_num_threads(config.runtime.cpu_threads or physical_cores())
@@ -57,8 +63,12 @@ def build_core(config: EngineConfig, resolved: ResolvedModel) -> tuple[EngineCor
         max_num_seqs=config.scheduler.max_num_seqs,
         max_model_len=memory.max_model_len,
     )
-    core = EngineCore(build_scheduler(config, resolved), InlineExecutor(runner))
-    ready = EngineReady(
+    core = EngineCore(build_scheduler(config, memory), InlineExecutor(runner))
+    return core, describe(resolved, memory, started)
+
+
+def describe(resolved: ResolvedModel, memory: MemoryPlan, started: float) -> EngineReady:
+    return EngineReady(
         num_blocks=memory.num_blocks,
         block_size=memory.block_size,
         max_model_len=memory.max_model_len,
@@ -68,7 +78,6 @@ def build_core(config: EngineConfig, resolved: ResolvedModel) -> tuple[EngineCor
         kv_bytes=memory.kv_bytes,
         load_seconds=time.monotonic() - started,
     )
-    return core, ready
 
 
 def _memory_is_given(config: EngineConfig) -> bool:
@@ -79,9 +88,9 @@ def _memory_is_given(config: EngineConfig) -> bool:
     return cache.kv_cache_memory_bytes is not None or cache.gpu_memory_utilization is not None
 
 
-def build_scheduler(config: EngineConfig, resolved: ResolvedModel) -> Scheduler:
+def build_scheduler(config: EngineConfig, memory: MemoryPlan) -> Scheduler:
     """The scheduler alone, as the engine would run it. The simulator's entry too."""
-    memory, options = resolved.memory, config.scheduler
+    options = config.scheduler
     kv = KVCacheManager(
         memory.num_blocks,
         memory.block_size,

@@ -11,6 +11,8 @@ from quire.models.spec import ModelSpec
 
 DEFAULT_CPU_SHARE = 0.5
 """Of the memory now available: the rest stays for the page cache and everyone else on the machine."""
+DEFAULT_GPU_SHARE = 0.9
+"""Of all there is: the rest is for the driver's context, recorded graphs and what libraries take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +82,17 @@ def plan_memory(
     spec: ModelSpec,
     *,
     dtype_bytes: int,
+    kv_dtype_bytes: int | None = None,
     max_model_len: int | None,
     machine: MachineMemory | None = None,
+    gpu: bool = False,
+    measured: tuple[int, int] | None = None,
 ) -> MemoryPlan:
     """Size the KV cache. `max_model_len` None means "as long as fits, up to the model's own".
+
+    kv_dtype_bytes: of the cache's elements, if not dtype_bytes. machine: the memory to share out, the
+    host's if None; gpu: it is a GPU's. measured: bytes of weights and of the largest step's activations,
+    where they are known and need not be estimated.
 
     Raises `MemoryFitError`, with the options and values that would fit, if not even one sequence of
     full length does.
@@ -91,11 +100,13 @@ def plan_memory(
     machine = machine or machine_memory()
     cache, size = config.cache, config.cache.block_size
     activations = _activation_bytes(config, spec, dtype_bytes)
-    block_bytes = spec.kv_bytes_per_token(dtype_bytes) * size
+    block_bytes = spec.kv_bytes_per_token(kv_dtype_bytes or dtype_bytes) * size
     longest = max_model_len or spec.max_position_embeddings
     rotary_table = 4 * longest * spec.head_dim
     weights = spec.weight_bytes(dtype_bytes) + rotary_table
-    budget = _kv_budget(cache, machine, weights + activations)
+    if measured is not None:
+        weights, activations = measured
+    budget = _kv_budget(cache, machine, weights + activations, gpu=gpu)
     if cache.num_gpu_blocks_override is not None:
         num_blocks = cache.num_gpu_blocks_override
     else:
@@ -119,11 +130,13 @@ def plan_memory(
     )
 
 
-def _kv_budget(cache: CacheConfig, machine: MachineMemory, others: int) -> int:
+def _kv_budget(cache: CacheConfig, machine: MachineMemory, others: int, *, gpu: bool) -> int:
     if cache.kv_cache_memory_bytes is not None:
         return cache.kv_cache_memory_bytes
     if cache.gpu_memory_utilization is not None:
         return int(machine.total * cache.gpu_memory_utilization) - others
+    if gpu:
+        return min(int(machine.total * DEFAULT_GPU_SHARE), machine.available) - others
     return int(machine.available * DEFAULT_CPU_SHARE) - others
 
 

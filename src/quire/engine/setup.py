@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quire.config import EngineConfig, ModelConfig
+from quire.engine.gpu import choose_device, gpu_memory
 from quire.engine.memory import MemoryPlan, plan_memory
 from quire.errors import CheckpointError, ConfigError, UnsupportedModelError
 from quire.models.registry import resolve_spec
@@ -31,7 +32,7 @@ DTYPE_NAMES = {
     "float": "float32",
     "float32": "float32",
 }
-DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float8_e4m3fn": 1}
 
 SAMPLING_DEFAULTS = (
     "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens",
@@ -48,6 +49,10 @@ class ResolvedModel:
     spec: ModelSpec
     dtype: str
     """"bfloat16", "float16" or "float32"."""
+    device: str
+    """"cpu" or "cuda"."""
+    kv_cache_dtype: str
+    """As `dtype`, or "float8_e4m3fn"."""
     memory: MemoryPlan
     default_sampling: dict[str, object]
     eos_token_ids: tuple[int, ...]
@@ -129,11 +134,18 @@ def resolve(config: EngineConfig) -> ResolvedModel:
     for source in (generation, model.override_generation_config):
         if source.get("eos_token_id") is not None:
             ends = source["eos_token_id"]
+    device = choose_device(config.runtime.device)
+    kv_cache_dtype = dtype if config.cache.kv_cache_dtype == "auto" else "float8_e4m3fn"
+    if kv_cache_dtype != dtype and device == "cpu":
+        raise ConfigError("kv_cache_dtype 'fp8' needs a GPU; on the CPU leave it at auto.")
     memory = plan_memory(
         config,
         spec,
         dtype_bytes=DTYPE_BYTES[dtype],
+        kv_dtype_bytes=DTYPE_BYTES[kv_cache_dtype],
         max_model_len=_wanted_model_len(model, spec),
+        machine=gpu_memory() if device == "cuda" else None,
+        gpu=device == "cuda",
     )
     scheduler = config.scheduler
     if (
@@ -150,6 +162,8 @@ def resolve(config: EngineConfig) -> ResolvedModel:
         tokenizer_dir=Path(model.tokenizer) if model.tokenizer else directory,
         spec=spec,
         dtype=dtype,
+        device=device,
+        kv_cache_dtype=kv_cache_dtype,
         memory=memory,
         default_sampling=_sampling_defaults(model, generation),
         eos_token_ids=_token_ids(ends),

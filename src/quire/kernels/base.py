@@ -171,6 +171,7 @@ class LayerKernels(Protocol):
         q_norm: Tensor | None = None,
         k_norm: Tensor | None = None,
         eps: float = 0.0,
+        kv_scales: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         """Rotate the queries of a fused projection in place; rotate its keys, and put keys and values
         into their slots.
@@ -182,7 +183,9 @@ class LayerKernels(Protocol):
         be 0. Caches as
         `kv_cache_shapes`, same dtype as qkv. slot_mapping: [T] int64, `block_id * block_size +
         offset`; a negative slot is padding and stores nothing. q_norm, k_norm: [D], same dtype: each
-        head is first `rms_norm`ed with them and eps, as in Qwen3.
+        head is first `rms_norm`ed with them and eps, as in Qwen3. kv_scales: for caches in float8_e4m3fn,
+        which GPUs have: [num_kv_heads] float32 for keys and for values; a stored number times its head's
+        scale is the number meant.
         """
         ...
 
@@ -199,6 +202,7 @@ class LayerKernels(Protocol):
         window: int = 0,
         softcap: float = 0.0,
         max_query_len: int | None = None,
+        kv_scales: tuple[Tensor, Tensor] | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
         """Causal attention of each request's query tokens over its blocks.
@@ -209,7 +213,8 @@ class LayerKernels(Protocol):
         `seq_lens[b] - (start[b + 1] - start[b]) + (t - start[b])`. Decode and chunked prefill mix.
         window: with w > 0 a query at i sees keys i - w < j <= i; blocks wholly before the window of
         every query are not read. softcap: with c > 0 a score becomes c * tanh(score / c).
-        max_query_len: most query tokens a request has, where the host knows; a GPU chooses by it.
+        kv_scales: as in `rope_write_kv`. max_query_len: most query tokens a request has, where the host
+        knows; a GPU chooses by it.
         out: [T, q_heads, D] contiguous, else a new tensor. Returns out; rows from query_start_loc[B]
         on are left alone (zero in a new tensor). D <= 512.
         Slots past a request's length may hold any bits.

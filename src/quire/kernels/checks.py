@@ -85,7 +85,10 @@ class CacheGeometry:
     block_size: int
 
 
-def check_caches(k_cache: Tensor, v_cache: Tensor) -> CacheGeometry:
+def check_caches(
+    k_cache: Tensor, v_cache: Tensor, kv_scales: tuple[Tensor, Tensor] | None = None
+) -> CacheGeometry:
+    require(kv_scales is None, "the CPU's caches have no scales")
     check_float("k_cache", k_cache)
     check_dims("k_cache", k_cache, 5)
     num_blocks, num_kv_heads, steps, block_size, pack = shape = k_cache.shape

@@ -159,6 +159,7 @@ class DecoderLayer:
             q_norm=None if self._q_norm is None else self._q_norm.weight,
             k_norm=None if self._k_norm is None else self._k_norm.weight,
             eps=self._eps,
+            kv_scales=cache.scales,
         )
         heads = qkv.view(qkv.shape[0], -1, self._spec.head_dim)
         self._attention.forward(
@@ -187,9 +188,10 @@ class DecoderModel:
         kernels: LayerKernels,
         max_model_len: int,
         linear_method: LinearMethod | None = None,
+        attention: AttentionBackend | None = None,
     ) -> None:
         """`max_model_len` is the number of positions a request may reach; the rotary table has that
-        many rows.
+        many rows. attention: if not by `kernels`.
         """
         method = linear_method or UnquantizedLinearMethod(kernels)
         self.spec = spec
@@ -199,7 +201,7 @@ class DecoderModel:
         self._cos_sin = cos_sin_table(
             spec.rope, head_dim=spec.head_dim, max_model_len=max_model_len, dtype=dtype
         ).to(kernels.device)
-        attention = PagedAttention(kernels, scale=spec.head_dim**-0.5)
+        attention = attention or PagedAttention(kernels, scale=spec.head_dim**-0.5)
         sizes = {"vocab_size": spec.vocab_size, "hidden_size": spec.hidden_size}
         self._layers = [
             DecoderLayer(

@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 
+from quire.attention.base import AttentionBackend
 from quire.errors import ConfigError
 from quire.kernels.base import LayerKernels
 from quire.models.decoder import DecoderModel
@@ -34,6 +35,7 @@ def load_model(
     kernels: LayerKernels,
     load_format: LoadFormat = "auto",
     max_model_len: int,
+    attention: AttentionBackend | None = None,
     seed: int = 0,
 ) -> DecoderModel:
     """A `DecoderModel` ready for `forward`.
@@ -52,7 +54,9 @@ def load_model(
     if load_format not in ("auto", "safetensors", "dummy"):
         raise ConfigError(f"load_format is {load_format!r}; use auto, safetensors or dummy")
     started = time.perf_counter()
-    model = DecoderModel(spec, dtype=dtype, kernels=kernels, max_model_len=max_model_len)
+    model = DecoderModel(
+        spec, dtype=dtype, kernels=kernels, max_model_len=max_model_len, attention=attention
+    )
     if load_format == "dummy":
         load_random_weights(model.targets(), dtype=dtype, seed=seed)
     else:

@@ -120,6 +120,7 @@ class DeviceRunner:
             q_heads=spec.num_heads,
             max_requests=max_num_seqs,
             max_len=max_model_len,
+            windows={window or 0 for window in spec.sliding_windows},
         )
         self._blocks = kv_cache.storage.view(len(kv_cache.layers), 2, *kv_cache.layers[0].k.shape)
         self._seats: dict[int, _Seat] = {}
@@ -272,7 +273,7 @@ class DeviceRunner:
         tokens = self._sampling.sample(
             logits,
             self._batch.section(Section.SAMPLE_SEATS)[:count],
-            self._batch.section(Section.SAMPLE_POSITIONS)[:count],
+            self._batch.section(Section.SAMPLE_POSITIONS)[:count].long(),
             hardest=hardest,
             edit=edit,
         )

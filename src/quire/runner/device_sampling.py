@@ -116,7 +116,8 @@ class DeviceSampling:
     def sample(
         self, logits: Tensor, seats: Tensor, positions: Tensor, *, hardest: Hardest, edit: bool
     ) -> DeviceTokens:
-        """logits: [R, V], as the model gave them. seats, positions: [R] int32 on the device."""
+        """logits: [R, V], as the model gave them. seats: [R] int32; positions: [R] int64; on the
+        device."""
         if edit:
             logits = edits.edit_logits(
                 logits,

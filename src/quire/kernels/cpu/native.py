@@ -82,8 +82,9 @@ class NativeKernels(OnCPU):
         q_norm: Tensor | None = None,
         k_norm: Tensor | None = None,
         eps: float = 0.0,
+        kv_scales: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        geometry = checks.check_caches(k_cache, v_cache)
+        geometry = checks.check_caches(k_cache, v_cache, kv_scales)
         q_heads = checks.check_rope_write_kv(
             qkv, positions, cos_sin, geometry, k_cache.dtype, slot_mapping, (q_norm, k_norm)
         )
@@ -145,9 +146,10 @@ class NativeKernels(OnCPU):
         window: int = 0,
         softcap: float = 0.0,
         max_query_len: int | None = None,
+        kv_scales: tuple[Tensor, Tensor] | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
-        geometry = checks.check_caches(k_cache, v_cache)
+        geometry = checks.check_caches(k_cache, v_cache, kv_scales)
         checks.check_attention(q, geometry, k_cache.dtype, block_table, query_start_loc, seq_lens)
         if out is None:
             out = torch.zeros_like(q, memory_format=torch.contiguous_format)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -46,14 +48,28 @@ class TritonKernels:
         shape = (num_blocks, num_kv_heads, block_size, head_dim)
         return KVCacheShapes(k=shape, v=shape)
 
-    def reserve(self, k_cache: Tensor, *, q_heads: int, max_requests: int, max_len: int) -> None:
-        """Attention's workspace, for steps up to this size: once, since graphs keep its address."""
-        need = attention.workspace_floats(
-            k_cache,
-            q_heads=q_heads,
-            max_requests=max_requests,
-            max_len=max_len,
-            invariant=self.batch_invariant,
+    def reserve(
+        self,
+        k_cache: Tensor,
+        *,
+        q_heads: int,
+        max_requests: int,
+        max_len: int,
+        windows: Iterable[int],
+    ) -> None:
+        """Attention's workspace, for steps up to this size: once, since graphs keep its address. windows: of
+        the layers, 0 for those without.
+        """
+        need = max(
+            attention.workspace_floats(
+                k_cache,
+                q_heads=q_heads,
+                max_requests=max_requests,
+                max_len=max_len,
+                window=window,
+                invariant=self.batch_invariant,
+            )
+            for window in windows
         )
         if need > self._workspace.numel():
             self._workspace = torch.empty(need, dtype=torch.float32, device=self.device)
@@ -76,6 +92,7 @@ class TritonKernels:
         q_norm: Tensor | None = None,
         k_norm: Tensor | None = None,
         eps: float = 0.0,
+        kv_scales: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         layers.rope_write_kv(
             qkv,
@@ -87,6 +104,8 @@ class TritonKernels:
             q_norm=q_norm,
             k_norm=k_norm,
             eps=eps,
+            k_scale=None if kv_scales is None else kv_scales[0],
+            v_scale=None if kv_scales is None else kv_scales[1],
         )
 
     def paged_attention(
@@ -102,6 +121,7 @@ class TritonKernels:
         window: int = 0,
         softcap: float = 0.0,
         max_query_len: int | None = None,
+        kv_scales: tuple[Tensor, Tensor] | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
         if out is None:
@@ -118,6 +138,8 @@ class TritonKernels:
             window=window,
             softcap=softcap,
             invariant=self.batch_invariant,
+            k_scale=None if kv_scales is None else kv_scales[0],
+            v_scale=None if kv_scales is None else kv_scales[1],
             out=out,
             workspace=self._workspace,
         )

@@ -1,0 +1,150 @@
+"""Assemble an `EngineCore` on an accelerator."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import torch
+
+from quire.attention.base import AttentionMetadata, KVCache
+from quire.attention.select import create_attention
+from quire.config import EngineConfig
+from quire.engine.build import build_scheduler, describe
+from quire.engine.core import EngineCore
+from quire.engine.memory import MachineMemory, MemoryPlan, plan_memory
+from quire.engine.setup import ResolvedModel
+from quire.errors import MemoryFitError
+from quire.executor.device import DeviceExecutor
+from quire.kernels.triton.backend import TritonKernels
+from quire.messages import EngineReady
+from quire.models.decoder import DecoderModel
+from quire.models.loader import load_model
+from quire.runner.device import Device
+from quire.runner.device_runner import DeviceRunner
+
+logger = logging.getLogger(__name__)
+
+
+def build_on_device(
+    config: EngineConfig, resolved: ResolvedModel, device: Device
+) -> tuple[EngineCore, EngineReady]:
+    """Load the model, run its largest step once, and give the KV cache what is left.
+
+    Raises `MemoryFitError`, with the options and values that would fit.
+    """
+    started = time.monotonic()
+    kernels = TritonKernels(device.torch_device, batch_invariant=config.runtime.batch_invariant)
+    dtype = getattr(torch, resolved.dtype)
+    try:
+        model = load_model(
+            resolved.spec,
+            resolved.model_dir,
+            dtype=dtype,
+            kernels=kernels,
+            load_format=config.model.load_format,
+            attention=create_attention(
+                config.runtime.attention_backend,
+                kernels,
+                scale=resolved.spec.head_dim**-0.5,
+                batch_invariant=config.runtime.batch_invariant,
+            ),
+            max_model_len=resolved.max_model_len,
+            seed=config.model.seed,
+        )
+        memory = _measure(config, resolved, model, kernels)
+        runner = DeviceRunner(
+            model,
+            _cache(resolved, kernels, memory.num_blocks),
+            kernels,
+            device,
+            max_num_seqs=config.scheduler.max_num_seqs,
+            max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
+            max_model_len=memory.max_model_len,
+            eager=config.runtime.enforce_eager,
+        )
+    except torch.OutOfMemoryError as error:
+        raise MemoryFitError(
+            f"The GPU's memory did not suffice ({str(error).splitlines()[0]}) Less of any of these gives "
+            f"room: --gpu-memory-utilization (now {config.cache.gpu_memory_utilization or 0.9}), "
+            f"--max-num-batched-tokens ({config.scheduler.max_num_batched_tokens}), --max-num-seqs "
+            f"({config.scheduler.max_num_seqs}), --max-model-len ({resolved.max_model_len})."
+        ) from None
+    executor = DeviceExecutor(runner, overlap=config.runtime.async_scheduling)
+    core = EngineCore(build_scheduler(config, memory), executor)
+    return core, describe(resolved, memory, started)
+
+
+def _cache(resolved: ResolvedModel, kernels: TritonKernels, num_blocks: int) -> KVCache:
+    return KVCache(
+        num_layers=resolved.spec.num_layers,
+        num_blocks=num_blocks,
+        num_kv_heads=resolved.spec.num_kv_heads,
+        head_dim=resolved.spec.head_dim,
+        block_size=resolved.memory.block_size,
+        dtype=getattr(torch, resolved.kv_cache_dtype),
+        kernels=kernels,
+    )
+
+
+def _measure(
+    config: EngineConfig, resolved: ResolvedModel, model: DecoderModel, kernels: TritonKernels
+) -> MemoryPlan:
+    """The memory plan with what weights and the largest step take in fact. As resolved, off the GPU."""
+    if kernels.device.type != "cuda":
+        return resolved.memory
+    cuda = torch.cuda
+    cache = _cache(resolved, kernels, 1)
+    kernels.reserve(
+        cache.layers[0].k,
+        q_heads=resolved.spec.num_heads,
+        max_requests=config.scheduler.max_num_seqs,
+        max_len=resolved.max_model_len,
+        windows={window or 0 for window in resolved.spec.sliding_windows},
+    )
+    cuda.synchronize()
+    weights = cuda.memory_allocated()
+    cuda.reset_peak_memory_stats()
+    _largest_step(config, model, cache)
+    cuda.synchronize()
+    activations = cuda.max_memory_allocated() - weights
+    free, total = cuda.mem_get_info()
+    # What the context and libraries hold is neither ours to give nor in PyTorch's books.
+    available = free + cuda.memory_reserved()
+    cache_dtype = cache.storage.dtype
+    del cache
+    cuda.empty_cache()
+    memory = plan_memory(
+        config,
+        resolved.spec,
+        dtype_bytes=model.dtype.itemsize,
+        kv_dtype_bytes=cache_dtype.itemsize,
+        max_model_len=resolved.max_model_len,
+        machine=MachineMemory(total=total, available=available),
+        gpu=True,
+        measured=(weights, activations),
+    )
+    logger.info("measured: weights %d MiB, largest step %d MiB", weights >> 20, activations >> 20)
+    return memory
+
+
+def _largest_step(config: EngineConfig, model: DecoderModel, cache: KVCache) -> None:
+    """A prompt of the whole token budget, as many rows of logits as there may be; every key is read from
+    one block."""
+    device = cache.storage.device
+    tokens = min(config.scheduler.max_num_batched_tokens, model.max_model_len)
+    requests = -(-config.scheduler.max_num_batched_tokens // tokens)
+    size = cache.block_size
+    starts = torch.arange(requests + 1, dtype=torch.int32, device=device) * tokens
+    positions = torch.arange(requests * tokens, device=device) % tokens
+    metadata = AttentionMetadata(
+        positions=positions,
+        slot_mapping=torch.full_like(positions, -1),
+        query_start_loc=starts,
+        seq_lens=torch.full((requests,), tokens, dtype=torch.int32, device=device),
+        block_table=torch.zeros(requests, -(-tokens // size), dtype=torch.int32, device=device),
+        max_query_len=tokens,
+    )
+    hidden = model.forward(torch.zeros_like(positions), positions, metadata, cache)
+    # As the runner does: logits, and what edits of them are written to, in float32.
+    model.compute_logits(hidden[: config.scheduler.max_num_seqs])

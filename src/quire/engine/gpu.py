@@ -1,0 +1,77 @@
+"""Whether there is a GPU to run on, and how much memory it has: asked without importing PyTorch."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import re
+from ctypes import byref, c_uint, c_ulonglong, c_void_p
+from pathlib import Path
+
+from quire.engine.memory import MachineMemory
+from quire.errors import ConfigError
+
+
+def choose_device(wanted: str) -> str:
+    """ "cpu" or "cuda" for an option of "auto", "cpu" or "cuda".
+
+    Raises `ConfigError` where a GPU is asked for and there is none, or PyTorch was built without CUDA.
+    """
+    if wanted == "cpu":
+        return "cpu"
+    found, built = gpu_memory() is not None, torch_is_built_for_gpus()
+    if found and built:
+        return "cuda"
+    if wanted == "auto":
+        return "cpu"
+    if not found:
+        raise ConfigError(
+            "device 'cuda': no NVIDIA driver shows a GPU here (nvidia-smi should list one; "
+            "CUDA_VISIBLE_DEVICES may hide it). Use --device cpu."
+        )
+    raise ConfigError(
+        "device 'cuda': the installed PyTorch is a CPU build. Install one for your CUDA version "
+        "(https://pytorch.org), or use --device cpu."
+    )
+
+
+def torch_is_built_for_gpus() -> bool:
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return False
+    try:
+        version = (Path(spec.origin).parent / "version.py").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    return re.search(r"^(cuda|hip)\b.*= *'", version, re.MULTILINE) is not None
+
+
+class _Memory(ctypes.Structure):
+    """nvmlMemory_t"""
+
+    _fields_ = [("total", c_ulonglong), ("free", c_ulonglong), ("used", c_ulonglong)]
+
+
+def gpu_memory() -> MachineMemory | None:
+    """Of the first GPU that CUDA_VISIBLE_DEVICES leaves; None without one. From the driver's NVML."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
+    if visible in ("", "-1"):
+        return None
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return None
+    if nvml.nvmlInit_v2() != 0:
+        return None
+    try:
+        handle, memory = c_void_p(), _Memory()
+        if visible.isdigit():
+            code = nvml.nvmlDeviceGetHandleByIndex_v2(c_uint(int(visible)), byref(handle))
+        else:
+            code = nvml.nvmlDeviceGetHandleByUUID(visible.encode(), byref(handle))
+        if code != 0 or nvml.nvmlDeviceGetMemoryInfo(handle, byref(memory)) != 0:
+            return None
+        return MachineMemory(total=memory.total, available=memory.free)
+    finally:
+        nvml.nvmlShutdown()
