@@ -56,13 +56,14 @@ def tile(key: Key) -> Tile:
 def _default(key: Key) -> Tile:
     wide = key.head_dim > 128
     if key.dtype is torch.float32:  # no tensor cores: products in full float32
-        return Tile(block_m=16, block_n=32, warps=4, stages=2)
+        return Tile(16, 32, warps=8, stages=2)
     if key.regime == "decode":
-        return Tile(block_m=16, block_n=64, warps=4, stages=2 if wide else 3)
+        return Tile(16, 32 if wide else 64, warps=4, stages=3)
     if key.regime == "invariant":
-        return Tile(block_m=64, block_n=32 if wide else 64, warps=8, stages=2)
-    deep = not wide and key.arch in (90, 100)  # these have the shared memory
-    return Tile(block_m=128, block_n=32 if wide else 64, warps=8, stages=3 if deep else 2)
+        return Tile(32, 32, warps=8, stages=2) if wide else Tile(64, 64, warps=8, stages=2)
+    if key.arch in (90, 100):  # wgmma or its successor, and the most shared memory
+        return Tile(128, 32, warps=8, stages=2) if wide else Tile(128, 64, warps=8, stages=3)
+    return Tile(64 if wide else 128, 32, warps=8, stages=2)
 
 
 @functools.cache
