@@ -71,7 +71,6 @@ class EngineCore:
         return None
 
     def close(self) -> None:
-        self._in_flight.clear()
         self.executor.close()
 
     def _outputs(self, updates: list[RequestUpdate]) -> StepOutputs:
