@@ -143,7 +143,8 @@ def test_gauges_follow_and_counters_add_up():
         step(
             tokens=1, num_running=3, num_waiting=2, waiting_by_reason={"capacity": 2},
             kv_usage=0.5, prefix_queries=10, prefix_hits=4, num_preemptions=1,
-            kv_slots_allocated=160, kv_slots_used=155, blocks_shared=2, blocks_copied=1,
+            kv_slots_allocated=160, kv_slots_used=155, blocks_shared=2, blocks_copied=1, rows_held=3,
+            rows_discarded=2,
         )
     )  # fmt: skip
     metrics.on_step(step(tokens=0, prefix_queries=5, prefix_hits=1))
@@ -155,6 +156,8 @@ def test_gauges_follow_and_counters_add_up():
     assert samples["vllm:prefix_cache_hits_total"] == 5
     assert samples["vllm:num_preemptions_total"] == 1
     assert samples["quire:kv_blocks_copied_total"] == 1
+    assert samples["quire:rows_held_total"] == 3
+    assert samples["quire:rows_discarded_total"] == 2
 
 
 def test_request_that_never_ran_observes_no_time_it_did_not_have():

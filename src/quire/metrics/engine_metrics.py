@@ -75,6 +75,12 @@ class EngineMetrics:
         self._prefix_hits = make.counter("vllm:prefix_cache_hits", "Of those, tokens found.")
         self._preemptions = make.counter("vllm:num_preemptions", "Requests sent back to wait.")
         self._blocks_copied = make.counter("quire:kv_blocks_copied", "Copy-on-write block copies.")
+        self._rows_held = make.counter(
+            "quire:rows_held", "Times a request sat out a step until its last token was known."
+        )
+        self._rows_discarded = make.counter(
+            "quire:rows_discarded", "Sampled tokens of requests that had already ended."
+        )
         self._prompt_tokens = make.counter("vllm:prompt_tokens", "Prompt tokens prefilled.")
         self._prompt_cached = make.counter(
             "vllm:prompt_tokens_cached", "Of those, found in the prefix cache."
@@ -194,6 +200,8 @@ class EngineMetrics:
         self._prefix_hits.inc(stats.prefix_hits)
         self._preemptions.inc(stats.num_preemptions)
         self._blocks_copied.inc(stats.blocks_copied)
+        self._rows_held.inc(stats.rows_held)
+        self._rows_discarded.inc(stats.rows_discarded)
 
     def on_first_token(
         self, ttft_seconds: float, *, prompt_tokens: int, cached_tokens: int
