@@ -55,9 +55,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         "--smoke", dest="sizes", action="store_const", const="smoke",
         help="tiny shapes; with TRITON_INTERPRET=1 on a CPU. The figures mean nothing",
     )  # fmt: skip
-    parser.add_argument(
-        "--seconds", type=float, default=540, help="no case begins later (default: 540)"
-    )
+    parser.add_argument("--seconds", type=float, default=570, help="of all of it (default: 570)")
     parser.add_argument("--note", default="", help="kept in the JSON: the commit, say")
     args = parser.parse_args(words)
     unknown = sorted(set(args.parts) - set(PARTS))

@@ -176,7 +176,12 @@ def workload(of: Subject, lengths: Lengths) -> Values:
 
 def transformers(of: Subject, config: dict[str, object]) -> Values:
     """Its continuous batching, on as many requests of the same lengths."""
-    from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3Config
+    from transformers import (
+        AutoModelForCausalLM,
+        ContinuousBatchingConfig,
+        GenerationConfig,
+        Qwen3Config,
+    )
 
     _free()
     count, prompt, output = of.sizes.rival
@@ -187,9 +192,15 @@ def transformers(of: Subject, config: dict[str, object]) -> Values:
     wanted = GenerationConfig(
         max_new_tokens=output, do_sample=False, eos_token_id=-1, pad_token_id=0
     )
-    model.generate_batch(inputs=prompts[:count], generation_config=wanted)  # warms up
+    sizing = None  # its own, by the GPU's memory
+    if DEVICE.type == "cpu":
+        sizing = ContinuousBatchingConfig(page_size=16, num_blocks=16, max_batch_tokens=64)
+    generate = partial(
+        model.generate_batch, generation_config=wanted, continuous_batching_config=sizing
+    )
+    generate(inputs=prompts[:count])  # warms up
     began = time.perf_counter()
-    answers = model.generate_batch(inputs=prompts[count:], generation_config=wanted)
+    answers = generate(inputs=prompts[count:])
     took = time.perf_counter() - began
     done = [len(answer.generated_tokens) for answer in answers.values()]
     return {

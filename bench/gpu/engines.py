@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from bench.gpu.lab import BF16, DEVICE
@@ -71,7 +72,7 @@ def build(
         num_layers=spec.num_layers, num_blocks=num_blocks, num_kv_heads=spec.num_kv_heads,
         head_dim=spec.head_dim, block_size=BLOCK_SIZE, dtype=dtype, kernels=kernels,
     )  # fmt: skip
-    sizes = {
+    sizes: dict[str, Any] = {
         "max_num_seqs": limits.seqs,
         "max_num_batched_tokens": limits.tokens,
         "max_model_len": length,
@@ -125,7 +126,8 @@ class Driven:
     @property
     def seconds(self) -> float:
         """Until the last token."""
-        return max(end for end, count in zip(self.ends, self.counts, strict=True) if count)
+        pairs = zip(self.ends, self.counts, strict=True)
+        return max((end for end, count in pairs if count), default=self.ends[-1])
 
     def steady(self, batch: int, skipped: int) -> list[float]:
         """Seconds of steps in which `batch` requests decoded, but for the first ones."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from functools import partial
 
@@ -66,13 +66,14 @@ def steps(spec: ModelSpec, prompt: int, batch: int, *, eager: bool) -> Values:
 def summarize(kernels: Sequence[tuple[str, float, float]], count: int) -> Values:
     """(name, start, end in microseconds) of `count` steps; figures per step. busy_us: at least one ran."""
     busy, until = 0.0, float("-inf")
-    spent: Counter[str] = Counter()
+    spent: defaultdict[str, float] = defaultdict(float)
     for name, start, end in sorted(kernels, key=lambda kernel: kernel[1]):
         busy += max(0.0, end - max(start, until))
         until = max(until, end)
         spent[name] += end - start
+    top = sorted(spent.items(), key=lambda item: -item[1])[:8]
     return {
         "kernels": len(kernels) / count,
         "busy_us": busy / count,
-        "top_us": {name[:60]: total / count for name, total in spent.most_common(8)},
+        "top_us": {name[:60]: total / count for name, total in top},
     }

@@ -57,7 +57,7 @@ def value_of(results: Results, path: Sequence[str]) -> float | None:
             found: Any = entry["values"]
             for key in keys:
                 found = found.get(key) if isinstance(found, dict) else None
-            return found
+            return found if isinstance(found, (int, float)) else None
     return None
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
+import pytest
+from bench.gpu.__main__ import MODELS, PARTS
 from bench.gpu.profile import summarize
 from bench.gpu.report import FIGURES, Figure, markdown, value_of
+from bench.gpu.suite import Options
 
 
 def entry(part: str, name: str, status: str = "ok", **values: Any) -> dict[str, Any]:
@@ -51,6 +55,17 @@ def test_figures_are_compared_with_what_was_asked() -> None:
     assert Figure("t", (), 5.0).reached(5.0) and not Figure("t", (), 5.0).reached(4.9)
     assert Figure("t", (), 5.0, lower=True).reached(4.9)
     assert not Figure("t", (), 5.0, lower=True).reached(5.1)
+
+
+def test_every_figure_is_of_a_case_that_there_is() -> None:
+    pytest.importorskip("triton")
+    options = Options(MODELS, "full", 0.0)
+    cases = {
+        (part, case.name)
+        for part in PARTS
+        for case in importlib.import_module(f"bench.gpu.{part}").cases(options, [])
+    }
+    assert {figure.path[:2] for figure in FIGURES} <= cases
 
 
 def test_value_of() -> None:
