@@ -41,18 +41,26 @@ the seat's lists. banned_until: tokens sampled at an index in the request below 
 No word of flags says what a request needs: each value says so itself, and cannot contradict itself."""
 
 SEAT_WORDS = SEAT.itemsize // 4
-_FIELDS = {name: tl.constexpr(offset // 4) for name, (_, offset) in SEAT.fields.items()}
-TEMPERATURE = _FIELDS["temperature"]
-TOP_P = _FIELDS["top_p"]
-FARTHEST = _FIELDS["farthest"]
-TOP_K = _FIELDS["top_k"]
-SEED = _FIELDS["seed"]
-REPETITION = _FIELDS["repetition"]
-FREQUENCY = _FIELDS["frequency"]
-PRESENCE = _FIELDS["presence"]
-NUM_BIASED = _FIELDS["num_biased"]
-NUM_BANNED = _FIELDS["num_banned"]
-BANNED_UNTIL = _FIELDS["banned_until"]
+
+
+def _place(field: str) -> tl.constexpr:
+    """Where a field is, in words of 32 bits."""
+    fields = SEAT.fields
+    assert fields is not None
+    return tl.constexpr(fields[field][1] // 4)
+
+
+TEMPERATURE = _place("temperature")
+TOP_P = _place("top_p")
+FARTHEST = _place("farthest")
+TOP_K = _place("top_k")
+SEED = _place("seed")
+REPETITION = _place("repetition")
+FREQUENCY = _place("frequency")
+PRESENCE = _place("presence")
+NUM_BIASED = _place("num_biased")
+NUM_BANNED = _place("num_banned")
+BANNED_UNTIL = _place("banned_until")
 
 _WORDS = tl.constexpr(SEAT_WORDS)
 LEAST = tl.constexpr(-(2**63))  # below every key of `ranked`
