@@ -14,6 +14,7 @@ import torch
 from bench.gpu.roofline import Ceilings
 from tests.models.published import LLAMA_3_1_8B, QWEN3_06B
 from torch import Tensor
+from triton import knobs
 from triton.testing import do_bench
 
 from quire.kernels.triton import attention
@@ -26,7 +27,7 @@ BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
 PAST_L2 = 256e6
 """Bytes of inputs to go round in: four times the L2 of an H200."""
 
-if triton.knobs.runtime.interpret:
+if knobs.runtime.interpret:
     from tests.triton.harness import fix_interpreter
 
     fix_interpreter()
