@@ -10,7 +10,7 @@ from enum import Enum
 
 import msgspec
 
-from quire.sampling_params import SamplingParams
+from quire.sampling_params import PoolingParams, SamplingParams
 
 
 class FinishReason(str, Enum):
@@ -20,6 +20,8 @@ class FinishReason(str, Enum):
     LENGTH = "length"
     ABORT = "abort"
     ERROR = "error"
+    REPETITION = "repetition"
+    """It repeated itself, and its parameters asked to end then."""
 
 
 class WaitReason(str, Enum):
@@ -28,11 +30,34 @@ class WaitReason(str, Enum):
     CAPACITY = "capacity"
     """No free blocks, no sequence slot, or no token budget left for it."""
     DEFERRED = "deferred"
-    """It waits for something on purpose: a sibling that is computing their common prompt, or a token
-    that was being sampled when it was preempted."""
+    """It waits for something on purpose: a sibling that is computing their common prompt, a token that
+    was being sampled when it was preempted, or its grammar, which is being compiled."""
 
 
 # --- front end -> engine core ---------------------------------------------------------------------
+
+
+class GrammarSpec(msgspec.Struct, frozen=True):
+    """A grammar that the front end has compiled once, so that it is known to be good."""
+
+    kind: str
+    """What the text is: "json_schema" or "lark" (everything else is turned into one of them)."""
+    text: str
+
+
+class TokenRules(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
+    """What may be generated, as far as it depends on the tokens before: resolved to token ids."""
+
+    bad_words: list[list[int]] = []
+    """Sequences that must not occur."""
+    grammar: GrammarSpec | None = None
+    think_end: list[int] = []
+    """Tokens that close a reasoning model's thinking part. The grammar applies after them, if the output
+    begins inside one (`thinking`)."""
+    think_start: list[int] = []
+    thinking: bool = False
+    """Whether the prompt ends inside the thinking part."""
+    thinking_budget: int | None = None
 
 
 class AddRequest(msgspec.Struct, tag="add", kw_only=True, frozen=True):
@@ -46,7 +71,9 @@ class AddRequest(msgspec.Struct, tag="add", kw_only=True, frozen=True):
     seed: int
     """Key of the request's random stream, always set."""
     max_tokens: int
-    """Resolved: never beyond the context."""
+    """Resolved: never beyond the context. 0: the prompt is computed, for its logprobs or its vector."""
+    rules: TokenRules | None = None
+    pooling: PoolingParams | None = None
     eos_token_ids: list[int] = []
     arrival_time: float = 0.0
     """Seconds of `time.monotonic()` in the front end (one machine, one clock)."""
@@ -92,6 +119,16 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     rank: int
     top_ids: list[int]
     top_logprobs: list[float]
+    asked_logprobs: list[float] = []
+    """Of `logprob_token_ids`, in their order."""
+
+
+class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Of consecutive prompt tokens, each given those before it; `token_id` is the prompt's own."""
+
+    start: int
+    """Index in the prompt of the first one."""
+    entries: list[TokenLogprobs]
 
 
 class RequestTimes(msgspec.Struct, frozen=True, array_like=True):
@@ -113,6 +150,9 @@ class RequestUpdate(msgspec.Struct, kw_only=True, omit_defaults=True):
     error: str | None = None
     """With finish_reason `error`: what to tell the client."""
     logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
+    embedding: list[float] | None = None
+    """With `pooling`, when finished."""
     num_cached_tokens: int | None = None
     """Sent with the first token: prompt tokens whose KV came from the prefix cache."""
     times: RequestTimes | None = None
@@ -205,6 +245,10 @@ class AdmittedRequest(msgspec.Struct, kw_only=True):
     params: SamplingParams
     seed: int
     eos_token_ids: list[int] = []
+    rules: TokenRules | None = None
+    pooling: PoolingParams | None = None
+    num_prompt_logprobs: int = 0
+    """How many of its prompt's tokens have their logprobs already, from before a preemption."""
 
 
 class PlannedRow(msgspec.Struct, kw_only=True):
@@ -242,11 +286,14 @@ class StepPlan(msgspec.Struct, kw_only=True):
 
 
 class SampledRow(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """Result of a row with `samples`; token ids in order (one, or more with speculation)."""
+    """Result of a row that samples, or has something to tell of its prompt. Token ids in order: one, or
+    more where a grammar left no choice for those that follow."""
 
     request_id: int
     token_ids: list[int]
     logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
+    embedding: list[float] | None = None
     error: str | None = None
     """The row alone failed (for example NaN logits); the request ends, the engine does not."""
 

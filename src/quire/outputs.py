@@ -40,7 +40,7 @@ class CompletionOutput:
     cumulative_logprob: float | None = None
     logprobs: list[dict[int, Logprob]] | None = None
     finish_reason: str | None = None
-    """stop | length | abort | error, or None while it goes on."""
+    """stop | length | repetition | abort | error, or None while it goes on."""
     stop_reason: str | int | None = None
     """The stop string or stop token id that ended it; None for end of sequence."""
 
@@ -64,6 +64,10 @@ class RequestOutput:
     metrics: RequestStateStats = field(default_factory=RequestStateStats)
     num_cached_tokens: int | None = None
     """Prompt tokens whose KV was found in the prefix cache."""
-    prompt_logprobs: None = None
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    """One entry per prompt token (None for the first, and for those before `prompt_logprob_start`), as soon
+    as they are all there."""
+    embedding: list[float] | None = None
+    """Of a request with `PoolingParams`, when finished."""
     error: str | None = None
     """With finish_reason `error`: what happened, in words fit for a client."""

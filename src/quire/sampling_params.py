@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from enum import Enum
+from typing import Any, Literal
 
 import msgspec
 
@@ -23,6 +24,9 @@ MAX_STOP_STRINGS = 256
 MAX_STOP_STRING_CHARS = 4096
 MAX_STOP_TOKEN_IDS = 1024
 MAX_SEED = 2**63 - 1
+MAX_LOGPROB_IDS = 128
+MAX_BAD_WORDS = 1024
+MAX_PATTERN_SIZE = 256
 
 
 class RequestOutputKind(Enum):
@@ -34,6 +38,78 @@ class RequestOutputKind(Enum):
     """Only what is new."""
     FINAL_ONLY = 2
     """One output, at the end."""
+
+
+class StructuredOutputsParams(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
+    """What the output must match: exactly one of the first six."""
+
+    json: str | dict[str, Any] | None = None
+    """A JSON schema, as an object or as JSON text."""
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    """Lark, or GBNF (llama.cpp's)."""
+    json_object: bool | None = None
+    """Any JSON object."""
+    structural_tag: str | dict[str, Any] | None = None
+    """Free text in which tagged parts must match schemas of their own."""
+    disable_any_whitespace: bool = False
+    """JSON without optional whitespace."""
+    disable_additional_properties: bool = False
+    """Treat schemas as if they said `additionalProperties: false`."""
+    whitespace_pattern: str | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in STRUCTURED_KINDS if getattr(self, name) is not None]
+        if len(given) != 1:
+            _fail(
+                "structured_outputs", given, f"needs exactly one of {', '.join(STRUCTURED_KINDS)}"
+            )
+        value = getattr(self, given[0])
+        if value is False or (not isinstance(value, dict) and not value):
+            _fail("structured_outputs", value, f"must not have an empty {given[0]}")
+        if self.choice is not None and not all(isinstance(c, str) and c for c in self.choice):
+            _fail("structured_outputs", self.choice, "must have non-empty strings as choice")
+
+
+STRUCTURED_KINDS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
+
+
+class RepetitionDetectionParams(msgspec.Struct, frozen=True, omit_defaults=True):
+    """End a request that repeats itself: `min_count` times in a row the same pattern of tokens."""
+
+    max_pattern_size: int = 0
+    """Longest pattern looked for, in tokens; 0 is off. [0, 256]"""
+    min_pattern_size: int = 0
+    """Shortest one; 0 means 1."""
+    min_count: int = 0
+    """How often, at least 2."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.min_pattern_size <= self.max_pattern_size <= MAX_PATTERN_SIZE:
+            _fail(
+                "repetition_detection",
+                (self.min_pattern_size, self.max_pattern_size),
+                f"needs 0 <= min_pattern_size <= max_pattern_size <= {MAX_PATTERN_SIZE}",
+            )
+        if self.max_pattern_size and self.min_count < 2:
+            _fail("repetition_detection", self.min_count, "needs a min_count of at least 2")
+
+
+class PoolingParams(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
+    """How a prompt becomes one vector, instead of a text being generated."""
+
+    pooling: Literal["last", "mean"] = "last"
+    """The last token's hidden state, or the mean of all tokens'; after the final norm."""
+    normalize: bool = True
+    """To length 1."""
+    dimensions: int | None = None
+    """Keep this many, before normalizing; for models trained so (Matryoshka)."""
+    skip_reading_prefix_cache: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.dimensions is not None and self.dimensions < 1:
+            _fail("dimensions", self.dimensions, "must be at least 1")
 
 
 class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
@@ -73,12 +149,37 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=Tr
     """No stop token or string applies before this many tokens."""
     logprobs: int | None = None
     """Return this many top logprobs per generated token, with the chosen one's; -1 is all."""
+    prompt_logprobs: int | None = None
+    """The same for the prompt's tokens, all but the first."""
+    prompt_logprob_start: int | None = None
+    """First prompt token whose logprobs are wanted; those before it may come from the prefix cache."""
+    logprob_token_ids: list[int] | None = None
+    """Tokens whose logprobs are returned at each generated position, whatever their rank."""
+    logit_bias: dict[int, float] | None = None
+    """Token id -> what is added to its logit, before all else. Clamped to [-100, 100]."""
+    allowed_token_ids: list[int] | None = None
+    """Only these may be generated."""
+    bad_words: list[str] | None = None
+    """Texts whose tokens must not be generated in a row."""
+    structured_outputs: StructuredOutputsParams | None = None
+    """A grammar that the output follows."""
+    thinking_token_budget: int | None = None
+    """Most tokens inside a reasoning model's thinking part, which is then closed."""
+    repetition_detection: RepetitionDetectionParams | None = None
     detokenize: bool = True
     """Produce text, not only token ids."""
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+    stream_interval: int | None = None
+    """Tokens per streamed output, at least; None is the engine's setting."""
+    skip_reading_prefix_cache: bool | None = None
+    """Compute the whole prompt; None: only as far as prompt_logprobs need it."""
+    flat_logprobs: bool = False
+    """Taken for compatibility: logprobs come as a list of mappings either way."""
+    extra_args: dict[str, Any] | None = None
+    """For extensions; nothing here reads it."""
 
     def __post_init__(self) -> None:
         def set_(name: str, value: object) -> None:
@@ -142,14 +243,54 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=Tr
             _fail("top_k", self.top_k, "must be positive, or 0 or -1 to turn it off")
         if not 0.0 <= self.min_p <= 1.0:
             _fail("min_p", self.min_p, "must be in [0, 1]")
-        if self.max_tokens is not None and self.max_tokens < 1:
+        least = 1 if self.prompt_logprobs is None else 0  # 0: only score the prompt
+        if self.max_tokens is not None and self.max_tokens < least:
             _fail("max_tokens", self.max_tokens, "must be at least 1")
         if self.min_tokens < 0:
             _fail("min_tokens", self.min_tokens, "must be at least 0")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             _fail("min_tokens", self.min_tokens, f"must not exceed max_tokens ({self.max_tokens})")
-        if self.logprobs is not None and self.logprobs < -1:
-            _fail("logprobs", self.logprobs, "must be at least 0, or -1 for the whole vocabulary")
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            if value is not None and value < -1:
+                _fail(name, value, "must be at least 0, or -1 for the whole vocabulary")
+        for name, least in (
+            ("prompt_logprob_start", 0),
+            ("thinking_token_budget", 0),
+            ("stream_interval", 1),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                _fail(name, value, f"must be at least {least}")
+        self._check_token_rules()
+
+    def _check_token_rules(self) -> None:
+        if self.logit_bias is not None:
+            clamped = {}
+            for token, bias in self.logit_bias.items():
+                _check_id("logit_bias", token)
+                if isinstance(bias, bool) or not isinstance(bias, (int, float)) or bias != bias:
+                    _fail("logit_bias", bias, "must map token ids to numbers")
+                clamped[token] = min(100.0, max(-100.0, float(bias)))
+            msgspec.structs.force_setattr(self, "logit_bias", clamped or None)
+        for name, most in (("allowed_token_ids", None), ("logprob_token_ids", MAX_LOGPROB_IDS)):
+            ids = getattr(self, name)
+            if ids is None:
+                continue
+            if not isinstance(ids, list) or not ids:
+                _fail(name, ids, "must be a list of at least one token id")
+            if most is not None and len(ids) > most:
+                _fail(name, len(ids), f"must hold at most {most} token ids")
+            for token in ids:
+                _check_id(name, token)
+        if self.bad_words is not None:
+            if len(self.bad_words) > MAX_BAD_WORDS:
+                _fail("bad_words", len(self.bad_words), f"must hold at most {MAX_BAD_WORDS} texts")
+            for word in self.bad_words:
+                if not isinstance(word, str) or not word or len(word) > MAX_STOP_STRING_CHARS:
+                    _fail("bad_words", word, "must hold non-empty strings")
+            if not self.bad_words:
+                msgspec.structs.force_setattr(self, "bad_words", None)
 
     def _check_stops(self) -> None:
         stops = self.stop if isinstance(self.stop, list) else []
@@ -170,8 +311,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=Tr
                 "stop_token_ids", ids, f"must be a list of at most {MAX_STOP_TOKEN_IDS} token ids"
             )
         for token in ids:
-            if isinstance(token, bool) or not isinstance(token, int) or token < 0:
-                _fail("stop_token_ids", token, "must hold non-negative token ids")
+            _check_id("stop_token_ids", token)
 
     @property
     def stop_strings(self) -> list[str]:
@@ -198,12 +338,22 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=Tr
 _FLOAT_FIELDS = (
     "presence_penalty", "frequency_penalty", "repetition_penalty", "temperature", "top_p", "min_p",
 )  # fmt: skip
-_INT_FIELDS = ("n", "top_k", "seed", "max_tokens", "min_tokens", "logprobs")
-_OPTIONAL_INTS = frozenset({"seed", "max_tokens", "logprobs"})
+_OPTIONAL_INTS = frozenset(
+    {
+        "seed", "max_tokens", "logprobs", "prompt_logprobs", "prompt_logprob_start",
+        "thinking_token_budget", "stream_interval",
+    }
+)  # fmt: skip
+_INT_FIELDS = ("n", "top_k", "min_tokens", *sorted(_OPTIONAL_INTS))
 _BOOL_FIELDS = (
     "ignore_eos", "detokenize", "skip_special_tokens", "spaces_between_special_tokens",
     "include_stop_str_in_output",
 )  # fmt: skip
+
+
+def _check_id(param: str, token: object) -> None:
+    if isinstance(token, bool) or not isinstance(token, int) or token < 0:
+        _fail(param, token, "must hold non-negative token ids")
 
 
 def _fail(param: str, value: object, rule: str) -> None:
