@@ -57,7 +57,7 @@ def test_the_kernels_of_a_model_fit(name: str, arch: int) -> None:
     def launch() -> None:
         layers.rms_norm(x, weight, EPS)
         layers.add_rms_norm(x, meta(TOKENS, model.hidden), weight, EPS)
-        layers.embed_rms_norm(meta(TOKENS, dtype=torch.int64), table, weight, EPS)
+        layers.embedding(meta(TOKENS, dtype=torch.int64), table)
         layers.silu_and_mul(meta(TOKENS, 2 * model.inner))
         layers.gelu_tanh_and_mul(meta(TOKENS, 2 * model.inner))
         rope_write_kv(model, fp8=False)

@@ -23,7 +23,7 @@ def meta(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
 def launch(vocab: int, dtype: torch.dtype, hardest: Literal["greedy", "draw", "filter"]) -> None:
     logits, edited = meta(ROWS, vocab, dtype=dtype), meta(ROWS, vocab, dtype=torch.float32)
     table, seats = meta(SEATS, SEAT_WORDS), meta(ROWS)
-    positions = meta(ROWS, dtype=torch.int64)
+    positions = meta(ROWS)
     space = SampleWorkspace.create(ROWS, vocab, "meta")
     if hardest != "filter":
         sample(logits, table, seats, positions, space, hardest=hardest)

@@ -269,6 +269,7 @@ def test_wrong_arguments_are_refused() -> None:
         (1, table[:, :5]),
         (2, index.long()),
         (3, positions[:1]),
+        (3, positions.double()),
         (4, SampleWorkspace.create(1, 10, "cpu")),
         (4, SampleWorkspace.create(2, 5000, "cpu")),
     ):

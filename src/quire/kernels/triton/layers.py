@@ -2,8 +2,8 @@
 `kernels/base.py` says, on tensors of a GPU.
 
 A decode step of a small model is hundreds of kernels of a few microseconds each, so what stands
-between two products is one launch: the residual addition with the norm after it, the embedding with
-the first norm, the norms of heads with the rotation and the write to the cache.
+between two products is one launch: the residual addition with the norm after it, the norms of heads with
+the rotation and the write to the cache.
 
 Why a row's bits do not depend on the batch: one program reduces a whole row (or a whole head), and
 the order in which it sums follows from the compiled layout, hence from what that is compiled for:
@@ -73,20 +73,13 @@ def _add_rms_norm(
 
 
 @triton.jit
-def _embed(
-    ids_ptr, table_ptr, embedded_ptr, weight_ptr, normed_ptr, eps,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+def _embed(ids_ptr, table_ptr, out_ptr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < WIDTH
     token_id = tl.load(ids_ptr + row).to(tl.int64)
     x = tl.load(table_ptr + token_id * WIDTH + column, mask=inside, other=0.0)
-    tl.store(embedded_ptr + row * WIDTH + column, x, mask=inside)
-    if weight_ptr is not None:
-        weight = tl.load(weight_ptr + column, mask=inside, other=0.0)
-        normed = _normed(x.to(tl.float32), weight, eps, WIDTH, normed_ptr.dtype.element_ty)
-        tl.store(normed_ptr + row * WIDTH + column, normed, mask=inside)
+    tl.store(out_ptr + row * WIDTH + column, x, mask=inside)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
@@ -121,44 +114,13 @@ def add_rms_norm(
 
 def embedding(ids: Tensor, table: Tensor, out: Tensor | None = None) -> Tensor:
     """Rows of a table. ids: [T] int32 or int64. table: [V, H]. Returns [T, H]."""
-    out = _out_like((*ids.shape, table.shape[-1]), table, out)
-    _launch_embed(ids, table, out, None, None, 0.0)
-    return out
-
-
-def embed_rms_norm(
-    ids: Tensor,
-    table: Tensor,
-    weight: Tensor,
-    eps: float,
-    *,
-    residual: Tensor | None = None,
-    out: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`embedding`, and the norm that a decoder's first layer begins with. Returns (residual, out)."""
-    shape = (*ids.shape, table.shape[-1])
-    residual, out = _out_like(shape, table, residual), _out_like(shape, table, out)
-    _check_norm(residual, weight)
-    _launch_embed(ids, table, residual, weight, out, eps)
-    return residual, out
-
-
-def _launch_embed(
-    ids: Tensor,
-    table: Tensor,
-    embedded: Tensor,
-    weight: Tensor | None,
-    normed: Tensor | None,
-    eps: float,
-) -> None:
+    width = table.shape[-1]
+    out = _out_like((*ids.shape, width), table, out)
     _check_ids("ids", ids, ids.shape[:1])
-    _check_dense("table", table, table.dtype, (table.shape[0], embedded.shape[-1]))
-    width = embedded.shape[1]
+    _check_dense("table", table, table.dtype, (table.shape[0], width))
     block = triton.next_power_of_2(width)
-    _embed[(ids.shape[0],)](
-        ids, table, embedded, weight, normed, eps,
-        WIDTH=width, BLOCK=block, num_warps=_warps(block),
-    )  # fmt: skip
+    _embed[(ids.shape[0],)](ids, table, out, WIDTH=width, BLOCK=block, num_warps=_warps(block))
+    return out
 
 
 # --- the gated activation ---------------------------------------------------------------------------

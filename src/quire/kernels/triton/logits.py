@@ -34,6 +34,7 @@ from quire.kernels.triton.seats import (
     TILE,
     check_index,
     check_logits,
+    check_positions,
     number,
     penalizes,
     word,
@@ -145,7 +146,7 @@ def edit_logits(
     seats_shape = (table.shape[0],)
     check_index("table", table, torch.int32, (*seats_shape, SEAT_WORDS))
     check_index("seats", seats, torch.int32, (rows,))
-    check_index("positions", positions, torch.int64, (rows,))
+    check_positions(positions, rows)
     check_index("out", out, torch.float32, (rows, vocab))
     words = triton.cdiv(vocab, 32)
     if history is not None:

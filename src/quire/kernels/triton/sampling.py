@@ -48,6 +48,7 @@ from quire.kernels.triton.seats import (
     UNIT,
     check_index,
     check_logits,
+    check_positions,
     number,
     penalizes,
     ranked,
@@ -67,6 +68,11 @@ _CHUNK = tl.constexpr(32)  # groups looked at together, in _finish
 def _distance(logit, best, temperature):
     """The negated score, at least 0. The best token's is 0 even where it is infinite."""
     return tl.where(logit == best, 0.0, tl.div_rn(best - logit, temperature))
+
+
+@triton.jit
+def _position(positions, row):
+    return tl.load(positions + row).to(tl.int64)
 
 
 @triton.jit
@@ -147,7 +153,7 @@ def _spread(
                     part = tl.sum(tl.where(kept, weight(distance), 0))
                 else:
                     counter = tile * (_TILE // 4) + tl.arange(0, _TILE // 4)
-                    noise = _noise(counter, table, seat, tl.load(positions + row))
+                    noise = _noise(counter, table, seat, _position(positions, row))
                     part = tl.max(ranked(noise - distance, ids))
                 tl.store(part_ptr + row * tiles + tile, part)
 
@@ -320,7 +326,7 @@ def _finish(
                 winner = _draw_filtered(
                     logits + row * stride, vocab, group_ptr + row * groups,
                     list_ptr + row * groups, total, best, temperature, table, seat,
-                    tl.load(positions + row), GROUPS,
+                    _position(positions, row), GROUPS,
                 )  # fmt: skip
             else:
                 winner = tl.max(tl.load(part, mask=tile < tiles, other=LEAST))
@@ -377,16 +383,16 @@ def sample(
     """`Kernels.sample`: one token a row, and its count in the row's history.
 
     logits: [R, V], rows dense, any row stride; left as they are. table: [max_seqs, SEAT_WORDS] int32 of
-    `seat`. seats: [R] int32, each row's in the table; a negative one is padding. positions: [R] int64,
-    index in its request of the token to be sampled. hardest: no row wants
-    more than this, the host says: "greedy" is temperature 0, "draw" no filters. history: as in
+    `seat`. seats: [R] int32, each row's in the table; a negative one is padding. positions: [R] int32 or
+    int64, index in its request of the token to be sampled. hardest: no row wants more than this, the
+    host says: "greedy" is temperature 0, "draw" no filters. history: as in
     `logits.history_row`, [max_seqs, V] int16, updated for seats with penalties; no seat twice.
     Contents are not looked at: a seat past the table reads stray memory.
     """
     check_logits("logits", logits)
     rows, vocab = logits.shape
     check_index("seats", seats, torch.int32, (rows,))
-    check_index("positions", positions, torch.int64, (rows,))
+    check_positions(positions, rows)
     check_index("table", table, torch.int32, (table.shape[0], SEAT_WORDS))
     tiles = triton.cdiv(vocab, TILE)
     require(

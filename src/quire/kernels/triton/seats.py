@@ -161,3 +161,8 @@ def check_index(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int,
         raise KernelArgumentError(
             f"{name} is {tensor.dtype} {tuple(tensor.shape)}; need contiguous {dtype} {shape}"
         )
+
+
+def check_positions(positions: Tensor, rows: int) -> None:
+    wide = positions.dtype is torch.int64
+    check_index("positions", positions, torch.int64 if wide else torch.int32, (rows,))
