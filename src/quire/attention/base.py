@@ -8,11 +8,13 @@ how many keys each then has.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
+from quire.errors import ConfigError
 from quire.kernels.base import LayerKernels, OnCPU
 
 
@@ -78,6 +80,10 @@ class KVCache:
         size = num_blocks * num_kv_heads * head_dim * block_size
         # Not on huge pages: three interleaved runs showed no gain in attention, rather a loss.
         self.storage = torch.empty(num_layers, 2, size, dtype=dtype, device=holder.device)
+        if not isinstance(holder, OnCPU):
+            # Whole tiles of a block may be loaded and what is past the end weighted with 0: FlashAttention-4
+            # documents it. 0 times what an allocation happens to hold is NaN where that is NaN.
+            self.storage.view(torch.uint8).zero_()
         scales = None
         if (
             dtype is torch.float8_e4m3fn
@@ -99,8 +105,62 @@ class KVCache:
         return self.storage.numel() * self.storage.element_size()
 
 
+@dataclass(frozen=True, slots=True)
+class AttentionTask:
+    """What a model, its cache and the device ask of a backend: known before anything is loaded."""
+
+    scale: float
+    head_dim: int
+    dtype: torch.dtype
+    kv_dtype: torch.dtype
+    block_size: int
+    capability: tuple[int, int]
+    """The device's compute capability, (9, 0) for Hopper."""
+    batch_invariant: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TaskLimits:
+    """What a backend of another project takes: the rest is refused at the start, not in a step.
+
+    None of them reads a float8 cache for 16-bit queries: FlashAttention wants the queries in float8 too,
+    which costs accuracy, and FlashInfer one scale where we have one a head. Nor is any batch-invariant:
+    they choose tiles and splits by what is in the batch.
+    """
+
+    name: str
+    capabilities: tuple[int, ...]
+    """Major ones."""
+    head_dims: Sequence[int]
+    block_sizes: Sequence[int] = (16, 32, 64, 128)
+
+    def check(self, task: AttentionTask) -> None:
+        """Raises `ConfigError`."""
+        halves = (torch.bfloat16, torch.float16)
+        kv_dtypes = (task.dtype,)
+        # field, its value, those taken, what to do about it
+        for field, value, taken, remedy in (
+            ("batch_invariant", task.batch_invariant, (False,), "leave out --batch-invariant"),
+            ("dtype", task.dtype, halves, "use --dtype bfloat16"),
+            ("kv_cache_dtype", task.kv_dtype, kv_dtypes, "use --kv-cache-dtype auto"),
+            ("compute capability", task.capability[0], self.capabilities, ""),
+            ("head_dim", task.head_dim, self.head_dims, ""),
+            ("block_size", task.block_size, self.block_sizes, "use --block-size 64"),
+        ):
+            if value not in taken:
+                raise ConfigError(
+                    f"{self.name} does not take {field} {value}, only "
+                    f"{', '.join(str(item) for item in taken)}: use --attention-backend triton"
+                    f"{remedy and f', or {remedy}'}."
+                )
+
+
 class AttentionBackend(Protocol):
-    """Causal attention of one step's queries over all their requests' keys, old and new."""
+    """Causal attention of one step's queries over all their requests' keys, old and new.
+
+    `forward` only launches: it never waits for the device nor reads lengths on the host, and a step of
+    the same shape can be recorded in a CUDA graph and replayed with other lengths and blocks.
+    """
 
     def forward(
         self,

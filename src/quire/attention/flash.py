@@ -1,27 +1,55 @@
-"""FlashAttention-3 (Shah et al. 2024) over our cache, where its package is installed."""
+"""FlashAttention-3 (Shah et al. 2024) and -4 (its successor in CuTe DSL) over our cache, where installed.
+
+Which of the two follows from the device: 3 has kernels for compute capability 8 and 9 and none later; 4
+reads a paged cache on 9, 10 and 11. On 9 both can, and 3, the older and more complete, comes first.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
-from quire.attention.base import AttentionMetadata, LayerCache
+from quire.attention.base import (
+    AttentionBackend,
+    AttentionMetadata,
+    AttentionTask,
+    LayerCache,
+    TaskLimits,
+)
 from quire.errors import ConfigError
 
 
-class FlashAttention:
-    """Not batch-invariant: FlashAttention chooses tiles and splits by what is in the batch."""
-
-    def __init__(self, *, scale: float) -> None:
-        """Raises `ConfigError` where it cannot be imported."""
+def create_flash_attention(task: AttentionTask) -> AttentionBackend:
+    """Raises `ConfigError` where the task is not for it, or no version for the device is installed."""
+    major = task.capability[0]
+    versions: list[tuple[TaskLimits, Callable[[AttentionTask], AttentionBackend]]] = []
+    if major in (8, 9):
+        limits = TaskLimits("FlashAttention-3", (8, 9), range(8, 257, 8))
+        versions.append((limits, FlashAttention3))
+    if major != 8:
+        head_dims = range(8, 257, 8) if major == 9 else (*range(8, 129, 8), 256)
+        versions.append((TaskLimits("FlashAttention-4", (9, 10, 11), head_dims), FlashAttention4))
+    errors = []
+    for limits, version in versions:
+        limits.check(task)
         try:
-            from flash_attn_interface import flash_attn_with_kvcache
+            return version(task)
         except ImportError as error:
-            raise ConfigError(
-                f"attention_backend 'flash_attn' needs FlashAttention-3 ({error}); install it from its "
-                "repository (hopper/), or use --attention-backend triton."
-            ) from None
+            errors.append(f"{limits.name} ({error})")
+    raise ConfigError(
+        f"attention_backend 'flash_attn' needs {' or '.join(errors)}: install FlashAttention-3 from its "
+        "repository (hopper/) or flash-attn-4 from PyPI, or use --attention-backend triton."
+    )
+
+
+class FlashAttention3:
+    def __init__(self, task: AttentionTask) -> None:
+        """Raises `ImportError`."""
+        from flash_attn_interface import flash_attn_with_kvcache
+
         self._attend = flash_attn_with_kvcache
-        self._scale = scale
+        self._scale = task.scale
 
     def forward(
         self,
@@ -32,13 +60,6 @@ class FlashAttention:
         window: int | None,
         out: torch.Tensor,
     ) -> None:
-        scales = {}
-        if cache.scales is not None:  # one for each request and kv head
-            requests = metadata.seq_lens.shape[0]
-            scales = {
-                name: scale.expand(requests, -1)
-                for name, scale in zip(("k_descale", "v_descale"), cache.scales, strict=True)
-            }
         attended = self._attend(
             q,
             cache.k.transpose(1, 2),  # [num_blocks, block_size, kv_heads, head_dim], as a view
@@ -49,7 +70,42 @@ class FlashAttention:
             max_seqlen_q=metadata.max_query_len or q.shape[0],
             softmax_scale=self._scale,
             causal=True,
-            window_size=(window - 1 if window else -1, 0 if window else -1),
-            **scales,
+            window_size=(window - 1, 0) if window else (-1, -1),
         )
         out.copy_(attended)
+
+
+class FlashAttention4:
+    def __init__(self, task: AttentionTask) -> None:
+        """Raises `ImportError`."""
+        from flash_attn.cute import flash_attn_varlen_func
+
+        self._attend = flash_attn_varlen_func
+        self._scale = task.scale
+        # 0: as many pieces of a long sequence as fill the device, which on Hopper it cannot.
+        self._num_splits = 1 if task.capability[0] == 9 else 0
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        *,
+        cache: LayerCache,
+        metadata: AttentionMetadata,
+        window: int | None,
+        out: torch.Tensor,
+    ) -> None:
+        attended = self._attend(
+            q,
+            cache.k.transpose(1, 2),  # [num_blocks, block_size, kv_heads, head_dim], as a view
+            cache.v.transpose(1, 2),
+            cu_seqlens_q=metadata.query_start_loc,
+            max_seqlen_q=metadata.max_query_len or q.shape[0],
+            seqused_k=metadata.seq_lens,
+            page_table=metadata.block_table,
+            softmax_scale=self._scale,
+            causal=True,
+            window_size=(window - 1, 0) if window else (None, None),
+            num_splits=self._num_splits,
+        )
+        # 4.0's betas return (out, lse) also where no lse is asked for; a change of that is under way.
+        out.copy_(attended[0] if isinstance(attended, tuple) else attended)

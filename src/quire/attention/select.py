@@ -3,35 +3,52 @@
 from __future__ import annotations
 
 import logging
+from importlib import metadata
 
-from quire.attention.base import AttentionBackend
+from quire.attention.base import AttentionBackend, AttentionTask
 from quire.attention.paged import PagedAttention
-from quire.errors import ConfigError
 from quire.kernels.base import LayerKernels
 
 logger = logging.getLogger(__name__)
 
-VLLM_NAMES = {"TRITON_ATTN": "triton", "FLASH_ATTN": "flash_attn"}
-BACKENDS = ("auto", "triton", "flash_attn", *VLLM_NAMES)
+VLLM_NAMES = {"TRITON_ATTN": "triton", "FLASH_ATTN": "flash_attn", "FLASHINFER": "flashinfer"}
+BACKENDS = ("auto", "triton", "flash_attn", "flashinfer", *VLLM_NAMES)
+_PACKAGES = {
+    "flash_attn_3": "flash_attn",
+    "flash-attn-4": "flash_attn",
+    "flashinfer-python": "flashinfer",
+}
 
 
-def create_attention(
-    name: str, kernels: LayerKernels, *, scale: float, batch_invariant: bool = False
-) -> AttentionBackend:
+def create_attention(name: str, kernels: LayerKernels, task: AttentionTask) -> AttentionBackend:
     """The backend by one of `BACKENDS`, for a GPU. Raises `ConfigError` where it cannot be had."""
     name = VLLM_NAMES.get(name, name)
     if name == "flash_attn":
-        from quire.attention.flash import FlashAttention
+        from quire.attention.flash import create_flash_attention
 
-        if batch_invariant:
-            raise ConfigError(
-                "attention_backend 'flash_attn' is not batch-invariant; use triton, or leave out "
-                "--batch-invariant."
-            )
-        logger.info("attention: FlashAttention-3, as asked for")
-        return FlashAttention(scale=scale)
-    why = (
-        "as asked for" if name == "triton" else "it is always there and batch-invariant on request"
-    )
+        flash = create_flash_attention(task)
+        logger.info("attention: %s, as asked for", type(flash).__name__)
+        return flash
+    if name == "flashinfer":
+        from quire.attention.flashinfer import FlashInferAttention
+
+        flashinfer = FlashInferAttention(task, kernels)
+        logger.info("attention: FlashInfer, as asked for (%s)", flashinfer.division)
+        return flashinfer
+    why = "as asked for" if name == "triton" else _why_ours()
     logger.info("attention: Quire's Triton kernels (%s)", why)
-    return PagedAttention(kernels, scale=scale)
+    return PagedAttention(kernels, scale=task.scale)
+
+
+def _why_ours() -> str:
+    """Packages are looked up by what is written about them: importing one takes seconds, and may fail."""
+    found = []
+    for package, backend in _PACKAGES.items():
+        try:
+            found.append(f"{package} {metadata.version(package)}: --attention-backend {backend}")
+        except metadata.PackageNotFoundError:
+            continue
+    return (
+        "always there, and batch-invariant on request; also installed: "
+        f"{', '.join(found) or 'no other that we know'}"
+    )

@@ -197,8 +197,16 @@ class RuntimeConfig:
     attention_backend: str = option(
         "auto",
         "On a GPU: who computes attention. triton: Quire's own kernels, which auto takes; flash_attn: "
-        "FlashAttention-3, if installed. vLLM's names for them work too.",
-        choices=("auto", "triton", "flash_attn", "TRITON_ATTN", "FLASH_ATTN"),
+        "FlashAttention-3 or -4, flashinfer: FlashInfer, if installed. vLLM's names for them work too.",
+        choices=(
+            "auto",
+            "triton",
+            "flash_attn",
+            "flashinfer",
+            "TRITON_ATTN",
+            "FLASH_ATTN",
+            "FLASHINFER",
+        ),
     )
     enforce_eager: bool = option(
         False, "On a GPU: launch every step kernel by kernel, record no CUDA graphs."

@@ -7,7 +7,7 @@ import time
 
 import torch
 
-from quire.attention.base import AttentionMetadata, KVCache
+from quire.attention.base import AttentionMetadata, AttentionTask, KVCache
 from quire.attention.select import create_attention
 from quire.config import EngineConfig
 from quire.engine.build import build_scheduler, describe
@@ -44,10 +44,7 @@ def build_on_device(
             kernels=kernels,
             load_format=config.model.load_format,
             attention=create_attention(
-                config.runtime.attention_backend,
-                kernels,
-                scale=resolved.spec.head_dim**-0.5,
-                batch_invariant=config.runtime.batch_invariant,
+                config.runtime.attention_backend, kernels, _attention_task(config, resolved, device)
             ),
             max_model_len=resolved.max_model_len,
             seed=config.model.seed,
@@ -73,6 +70,19 @@ def build_on_device(
     executor = DeviceExecutor(runner, overlap=config.runtime.async_scheduling)
     core = EngineCore(build_scheduler(config, memory), executor)
     return core, describe(resolved, memory, started)
+
+
+def _attention_task(config: EngineConfig, resolved: ResolvedModel, device: Device) -> AttentionTask:
+    on_gpu = device.torch_device.type == "cuda"
+    return AttentionTask(
+        scale=resolved.spec.head_dim**-0.5,
+        head_dim=resolved.spec.head_dim,
+        dtype=getattr(torch, resolved.dtype),
+        kv_dtype=getattr(torch, resolved.kv_cache_dtype),
+        block_size=resolved.memory.block_size,
+        capability=torch.cuda.get_device_capability(device.torch_device) if on_gpu else (0, 0),
+        batch_invariant=config.runtime.batch_invariant,
+    )
 
 
 def _cache(resolved: ResolvedModel, kernels: TritonKernels, num_blocks: int) -> KVCache:
@@ -106,6 +116,8 @@ def _measure(
     weights = cuda.memory_allocated()
     cuda.reset_peak_memory_stats()
     _largest_step(config, model, cache)
+    # Compiles what decoding needs (FlashInfer's takes minutes) before anyone waits for it.
+    _run_step(model, cache, requests=1, tokens=1)
     cuda.synchronize()
     activations = cuda.max_memory_allocated() - weights
     free, total = cuda.mem_get_info()
@@ -129,12 +141,17 @@ def _measure(
 
 
 def _largest_step(config: EngineConfig, model: DecoderModel, cache: KVCache) -> None:
-    """A prompt of the whole token budget, as many rows of logits as there may be; every key is read from
-    one block."""
-    device = cache.storage.device
+    """Prompts of the whole token budget, as many rows of logits as there may be."""
     tokens = min(config.scheduler.max_num_batched_tokens, model.max_model_len)
     requests = -(-config.scheduler.max_num_batched_tokens // tokens)
-    size = cache.block_size
+    hidden = _run_step(model, cache, requests=requests, tokens=tokens)
+    # As the runner does: logits, and what edits of them are written to, in float32.
+    model.compute_logits(hidden[: config.scheduler.max_num_seqs])
+
+
+def _run_step(model: DecoderModel, cache: KVCache, *, requests: int, tokens: int) -> torch.Tensor:
+    """Hidden states of new requests of so many tokens each; every key is read from one block."""
+    device, size = cache.storage.device, cache.block_size
     starts = torch.arange(requests + 1, dtype=torch.int32, device=device) * tokens
     positions = torch.arange(requests * tokens, device=device) % tokens
     metadata = AttentionMetadata(
@@ -145,6 +162,4 @@ def _largest_step(config: EngineConfig, model: DecoderModel, cache: KVCache) -> 
         block_table=torch.zeros(requests, -(-tokens // size), dtype=torch.int32, device=device),
         max_query_len=tokens,
     )
-    hidden = model.forward(torch.zeros_like(positions), positions, metadata, cache)
-    # As the runner does: logits, and what edits of them are written to, in float32.
-    model.compute_logits(hidden[: config.scheduler.max_num_seqs])
+    return model.forward(torch.zeros_like(positions), positions, metadata, cache)
