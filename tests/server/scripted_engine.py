@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -16,7 +17,8 @@ from quire.errors import (
 from quire.messages import EngineReady, SchedulerStats, StepOutputs
 from quire.metrics import MetricsSink, NullMetrics
 from quire.outputs import CompletionOutput, Logprob, RequestOutput
-from quire.sampling_params import RequestOutputKind, SamplingParams
+from quire.sampling_params import PoolingParams, RequestOutputKind, SamplingParams
+from quire.text.tokenizer_config import TokenizerConfig, TokenSpec
 
 ANSWER = ["Hello", " there", ",", " world", "!"]
 
@@ -27,10 +29,9 @@ class WordTokenizer:
     def __init__(self) -> None:
         self.words: list[str] = ["<eos>", "<bos>"]
         self.threads: list[str] = []
+        self.config = TokenizerConfig(named_tokens={"eos_token": TokenSpec("<eos>")})
 
     def encode(self, text, *, add_special_tokens=True, truncate_to=None, truncation_side="left"):
-        import threading
-
         self.threads.append(threading.current_thread().name)
         ids = [self.id(word) for word in _split(text)]
         if add_special_tokens and ids:
@@ -67,6 +68,8 @@ def _split(text: str) -> list[str]:
 
 
 class PlainTemplate:
+    source = "{{ messages }}"
+
     def __init__(self) -> None:
         self.calls: list[dict[str, object]] = []
 
@@ -108,7 +111,7 @@ class FakeHealth:
 @dataclass
 class Submitted:
     prompt: list[int]
-    params: SamplingParams
+    params: SamplingParams | PoolingParams
     request_id: str | None
     priority: int
     cache_salt: str | None
@@ -138,6 +141,15 @@ class FakeStream:
                 self.abort()
 
     async def _outputs(self) -> AsyncIterator[RequestOutput]:
+        if isinstance(self.params, PoolingParams):
+            await self.engine.next_token()
+            if not self.aborts:
+                vector = self.engine.embed(self.prompt, self.params)
+                yield RequestOutput(
+                    request_id=self.request_id, prompt=None, prompt_token_ids=self.prompt, outputs=[],
+                    finished=True, num_cached_tokens=0, embedding=vector,
+                )  # fmt: skip
+            return
         engine, n = self.engine, self.params.n
         words = engine.answer[: self.params.max_tokens]
         ids = [engine.model.tokenizer.id(word) for word in words]
@@ -148,6 +160,13 @@ class FakeStream:
             return
         for position, (word, token) in enumerate(zip(words, ids, strict=True)):
             await engine.next_token(position)
+            if self.aborts:
+                parts = [
+                    CompletionOutput(index=i, text="", token_ids=[], finish_reason="abort")
+                    for i in range(n)
+                ]
+                yield self._output(parts, finished=True)
+                return
             last = position == len(words) - 1
             parts = [self._part(i, word, [token], "stop" if last else None) for i in range(n)]
             yield self._output(parts, finished=last)
@@ -197,9 +216,11 @@ class ScriptedEngine:
         self.metrics: MetricsSink = NullMetrics()
         self.refuse: QuireError | Exception | None = None
         self.refuse_after = 0
+        self.grammar_threads: list[str] = []
         self.fail_at: int | None = None
         self.failure: Exception = EngineDeadError("core exited: secret detail")
         self.shut_down = False
+        self.resets = 0
         self._open = asyncio.Event()
         self._open.set()
 
@@ -235,14 +256,30 @@ class ScriptedEngine:
                 f"contains {len(prompt)} input tokens, which exceeds this limit",
                 param="input_tokens",
             )
-        if params.max_tokens is not None and len(prompt) + params.max_tokens > limit:
+        max_tokens = getattr(params, "max_tokens", None)
+        if max_tokens is not None and len(prompt) + max_tokens > limit:
             raise PromptTooLongError(
-                f"max_tokens {params.max_tokens} with {len(prompt)} > {limit}", param="max_tokens"
+                f"max_tokens {max_tokens} with {len(prompt)} > {limit}", param="max_tokens"
             )
         self.submitted.append(Submitted(prompt, params, request_id, priority, cache_salt))
         stream = FakeStream(self, request_id or "r", prompt, params)
         self.streams.append(stream)
         return stream
+
+    def embed(self, prompt: list[int], params: PoolingParams) -> list[float]:
+        """Which of the first eight words a prompt has, counted; token ids from 2 on."""
+        vector = [float(sum(i % 8 == d for i in prompt if i > 1)) for d in range(8)]
+        vector = vector[: params.dimensions]
+        length = sum(x * x for x in vector) ** 0.5 if params.normalize else 1.0
+        return [x / (length or 1.0) for x in vector]
+
+    def reset_prefix_cache(self) -> None:
+        self.resets += 1
+
+    def check_grammar(self, params: SamplingParams) -> None:
+        self.grammar_threads.append(threading.current_thread().name)
+        if params.structured_outputs.regex == "(":
+            raise InvalidParameterError("regex is broken.", param="structured_outputs")
 
     def health(self, timeout: float) -> FakeHealth:
         if self.health_now.heartbeat_age > timeout:

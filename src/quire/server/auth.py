@@ -1,4 +1,4 @@
-"""API keys: every path needs one, except a short list of probes.
+"""API keys: every path needs one, except a short list of probes and the page that asks for it.
 
 The decision reads `scope["path"]`, which the router reads too, and nothing that is rebuilt from the Host
 header: a request for `http://x/health?@host/v1/...` is what it is routed as (CVE-2026-48746).
@@ -12,9 +12,9 @@ from hmac import compare_digest
 
 from quire.config import ServerConfig
 from quire.errors import ConfigError
-from quire.server.middleware import App, Receive, Scope, Send, header_values
+from quire.server.middleware import App, Receive, Scope, Send, header_values, set_owner
 
-OPEN_PATHS = frozenset({"/health", "/ready", "/ping", "/metrics", "/version"})
+OPEN_PATHS = frozenset({"/", "/health", "/ready", "/ping", "/metrics", "/version"})
 ENVIRONMENT = ("QUIRE_API_KEY", "VLLM_API_KEY")
 
 _BODY = b'{"error":"Unauthorized"}'
@@ -60,7 +60,10 @@ class ApiKeyAuth:
         known = False
         for digest in self._digests:
             known |= compare_digest(given, digest)
-        return known and scheme.lower() == b"bearer"
+        known = known and scheme.lower() == b"bearer"
+        if known:
+            set_owner(scope, given)
+        return known
 
 
 def is_open(scope: Scope) -> bool:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from quire.messages import EngineReady, SchedulerStats, StepOutputs
 from quire.metrics import MetricsSink
 from quire.outputs import RequestOutput
-from quire.sampling_params import SamplingParams
+from quire.sampling_params import PoolingParams, SamplingParams
+from quire.text.tokenizer_config import TokenizerConfig
 
 
 class ServedTokenizer(Protocol):
     """The part of `quire.text.Tokenizer` that endpoints use."""
+
+    @property
+    def config(self) -> TokenizerConfig: ...
 
     def encode(
         self,
@@ -34,6 +38,9 @@ class ServedTokenizer(Protocol):
 
 class ServedTemplate(Protocol):
     """The part of `quire.text.ChatTemplate` that endpoints use."""
+
+    @property
+    def source(self) -> str: ...
 
     def render(
         self,
@@ -101,12 +108,16 @@ class ServingEngine(Protocol):
     def submit(
         self,
         prompt: str | list[int],
-        params: SamplingParams,
+        params: SamplingParams | PoolingParams,
         *,
         request_id: str | None = None,
         priority: int = 0,
         cache_salt: str | None = None,
     ) -> RequestStream: ...
+
+    def check_grammar(self, params: SamplingParams) -> None:
+        """Compile `params.structured_outputs` once. Raises `InvalidParameterError` where that fails;
+        may take a while, so it is called in a thread."""
 
     @property
     def is_dead(self) -> bool: ...
@@ -117,4 +128,18 @@ class ServingEngine(Protocol):
 
     def attach_metrics(self, metrics: MetricsSink) -> None: ...
 
+    def reset_prefix_cache(self) -> None: ...
+
     async def shutdown(self) -> None: ...
+
+
+@runtime_checkable
+class SleepingEngine(Protocol):
+    """An engine that can give its memory back and take it again."""
+
+    async def sleep(self, level: int = 1) -> None: ...
+
+    async def wake_up(self) -> None: ...
+
+    @property
+    def is_sleeping(self) -> bool: ...

@@ -16,10 +16,10 @@ from starlette.responses import Response
 
 from quire.errors import ModelNotFoundError
 from quire.outputs import RequestOutput
-from quire.sampling_params import SamplingParams
+from quire.sampling_params import PoolingParams, SamplingParams
 from quire.server.engine_protocol import RequestStream, ServedModel, ServingEngine
 from quire.server.errors import ApiError
-from quire.server.middleware import request_id_of
+from quire.server.middleware import owner_of, request_id_of
 from quire.server.prompts import EncodedPrompt
 from quire.server.requests import SamplingFields
 from quire.server.sampling import log_values
@@ -42,6 +42,18 @@ class Frame:
     def make(cls, prefix: str, model: ServedModel, warnings: list[str]) -> Frame:
         """The id is ours and random: nothing a client sends is ever a key."""
         return cls(f"{prefix}-{secrets.token_hex(16)}", int(time.time()), model.name, warnings)
+
+
+Params = SamplingParams | PoolingParams
+
+
+class Queued(Protocol):
+    """What every request may say about its place among the others."""
+
+    @property
+    def priority(self) -> int | None: ...
+    @property
+    def cache_salt(self) -> str | None: ...
 
 
 class Encoder(Protocol):
@@ -72,8 +84,8 @@ def check_model(name: str | None, model: ServedModel) -> None:
 
 def submit_all(
     engine: ServingEngine,
-    prompts: Sequence[tuple[EncodedPrompt, SamplingParams]],
-    request: SamplingFields,
+    prompts: Sequence[tuple[EncodedPrompt, Params]],
+    request: Queued,
     frame: Frame,
 ) -> list[RequestStream]:
     """All prompts or none: if the last does not fit, those before it are taken back."""
@@ -100,17 +112,18 @@ def log_request(
     state: ServerState,
     request: Request,
     frame: Frame,
-    prompts: Sequence[tuple[EncodedPrompt, SamplingParams]],
+    prompts: Sequence[tuple[EncodedPrompt, Params]],
 ) -> None:
     """One line per request when --enable-log-requests: sizes and parameters, never texts."""
     if state.config.enable_log_requests and prompts:
+        params = prompts[0][1]
         logger.info(
             "request %s as %s: %d prompts, %d tokens, %s",
             request_id_of(request.scope),
             frame.id,
             len(prompts),
             sum(len(prompt.token_ids) for prompt, _ in prompts),
-            log_values(prompts[0][1]),
+            log_values(params) if isinstance(params, SamplingParams) else params,
         )
 
 
@@ -123,8 +136,8 @@ async def respond(
 ) -> Response:
     """Run to the end, or stream. Whatever ends the request early aborts it in the engine."""
     headers = warning_headers(encoder.frame.warnings)
-    live = state.live.open(streams)
     if asked.stream:
+        live = state.live.open(streams, answer_id=encoder.frame.id, owner=owner_of(request.scope))
         return EventStream(
             _events(streams, encoder),
             live=live,
@@ -132,11 +145,19 @@ async def respond(
             keep_alive=state.config.sse_keep_alive_interval,
             headers=headers,
         )
+    outputs = await run_to_end(state, request, streams, encoder.frame)
+    return Response(encoder.whole(outputs), media_type="application/json", headers=headers)
+
+
+async def run_to_end(
+    state: ServerState, request: Request, streams: Sequence[RequestStream], frame: Frame
+) -> list[RequestOutput]:
+    """The final output of each stream. Whatever ends the request early aborts all of them."""
+    live = state.live.open(streams, answer_id=frame.id, owner=owner_of(request.scope))
     try:
-        outputs = await live.run(_collect(streams), request.receive)
+        return await live.run(_collect(streams), request.receive)
     finally:
         live.close()
-    return Response(encoder.whole(outputs), media_type="application/json", headers=headers)
 
 
 def warning_headers(warnings: list[str]) -> dict[str, str]:

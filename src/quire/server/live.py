@@ -8,7 +8,7 @@ per request (not once per token) against `receive()`; ending it early is cancell
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, MutableMapping
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, MutableMapping
 from typing import Any, TypeVar
 
 from quire.server.engine_protocol import RequestStream
@@ -25,8 +25,17 @@ class ClientGoneError(Exception):
 class LiveRequest:
     """One request in flight. `close()` aborts whatever the engine still does for it."""
 
-    def __init__(self, owner: LiveRequests, streams: Iterable[RequestStream]) -> None:
-        self._owner = owner
+    def __init__(
+        self,
+        all_live: LiveRequests,
+        streams: Iterable[RequestStream],
+        *,
+        answer_id: str,
+        owner: bytes | None,
+    ) -> None:
+        self.answer_id = answer_id
+        self.owner = owner
+        self._all_live = all_live
         self._streams = tuple(streams)
         self._task: asyncio.Task[Any] | None = None
         self.error: ApiError | None = None
@@ -60,11 +69,15 @@ class LiveRequest:
             if self._task is not None:
                 self._task.cancel()
 
-    def close(self) -> None:
-        """The request is over. Idempotent."""
+    def abort(self) -> None:
+        """End it where it is: its client gets what there is, with finish_reason "abort"."""
         for stream in self._streams:
             stream.abort()
-        self._owner.discard(self)
+
+    def close(self) -> None:
+        """The request is over. Idempotent."""
+        self.abort()
+        self._all_live.discard(self)
 
 
 class LiveRequests:
@@ -78,8 +91,11 @@ class LiveRequests:
     def __len__(self) -> int:
         return len(self._live)
 
-    def open(self, streams: Iterable[RequestStream]) -> LiveRequest:
-        request = LiveRequest(self, streams)
+    def open(
+        self, streams: Iterable[RequestStream], *, answer_id: str = "", owner: bytes | None = None
+    ) -> LiveRequest:
+        """answer_id: what the client is told, by which `owner` (see `middleware.owner_of`) may abort it."""
+        request = LiveRequest(self, streams, answer_id=answer_id, owner=owner)
         self._live.add(request)
         self._idle.clear()
         return request
@@ -88,6 +104,13 @@ class LiveRequests:
         self._live.discard(request)
         if not self._live:
             self._idle.set()
+
+    def abort(self, ids: Collection[str], owner: bytes | None) -> list[str]:
+        """The ids that were there and are ended. Another owner's are as unknown as any."""
+        found = [live for live in self._live if live.answer_id in ids and live.owner == owner]
+        for live in found:
+            live.abort()
+        return [live.answer_id for live in found]
 
     async def wait_idle(self, timeout: float) -> bool:
         """Whether all ended within `timeout` seconds."""

@@ -132,6 +132,16 @@ def request_id_of(scope: Scope) -> str:
     return str(scope.get("state", {}).get("request_id", "unknown"))
 
 
+def set_owner(scope: Scope, key_digest: bytes) -> None:
+    scope.setdefault("state", {})["owner"] = key_digest
+
+
+def owner_of(scope: Scope) -> bytes | None:
+    """Whose request it is: the digest of its API key, None where no keys are in force."""
+    owner = scope.get("state", {}).get("owner")
+    return owner if isinstance(owner, bytes) else None
+
+
 def header_values(scope: Scope, name: bytes) -> list[bytes]:
     return [value for key, value in scope.get("headers", ()) if key == name]
 
