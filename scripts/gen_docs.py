@@ -43,7 +43,12 @@ VLLM = {
     "sse_keep_alive_interval": "0",
     "health_timeout": "no such flag",
     "max_body_bytes": "no such flag",
-    "max_prompts_per_request": "no such flag",
+    "max_prompts_per_request": "`VLLM_MAX_COMPLETION_PROMPTS`, 1024",
+    "max_sequences_per_request": "`VLLM_MAX_N_SEQUENCES`, 16384, of n alone",
+    "max_stop_strings": "`VLLM_MAX_STOP_STRINGS`, 4",
+    "max_bad_words": "`VLLM_MAX_NUM_BAD_WORDS`, 128",
+    "max_list_items": "no such flag",
+    "strict_requests": "no such flag; unknown fields are ignored in silence",
     "log_stats_interval": "`VLLM_LOG_STATS_INTERVAL`, 10",
 }
 

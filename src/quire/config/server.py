@@ -6,6 +6,18 @@ from dataclasses import dataclass
 
 from quire.config.options import option, parse_size
 from quire.errors import ConfigError
+from quire.sampling_params import MAX_BAD_WORDS, MAX_N, MAX_STOP_STRINGS
+
+_UNBOUNDED = 2**63
+_LIMITS = {
+    "max_body_bytes": _UNBOUNDED,
+    "max_prompts_per_request": _UNBOUNDED,
+    "max_sequences_per_request": MAX_N,
+    "max_stop_strings": MAX_STOP_STRINGS,
+    "max_bad_words": MAX_BAD_WORDS,
+    "max_list_items": _UNBOUNDED,
+}
+"""Option -> what `SamplingParams` takes at most, whatever the option says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +56,19 @@ class ServerConfig:
         8 * 2**20, "Largest request body; more is a 413.", parse=parse_size
     )
     max_prompts_per_request: int = option(1024, "Most prompts in one completion request.")
+    max_sequences_per_request: int = option(
+        MAX_N, "Most sequences that one request may ask for: its prompts, times n."
+    )
+    max_stop_strings: int = option(4, "Most stop strings in one request.")
+    max_bad_words: int = option(128, "Most bad_words in one request.")
+    max_list_items: int = option(
+        2**18, "Most entries of a request's stop_token_ids, allowed_token_ids or logit_bias."
+    )
+    strict_requests: bool = option(
+        False,
+        "Answer 400 to a field that is unknown or has no effect, instead of serving the request with a "
+        "warning.",
+    )
     sse_keep_alive_interval: float = option(
         15.0, "Seconds of silence before a stream gets a comment line; 0 is never."
     )
@@ -60,8 +85,10 @@ class ServerConfig:
                 f"log_stats_interval must be greater than 0, got {self.log_stats_interval}. "
                 "To silence the line, set disable_log_stats."
             )
-        for name in ("max_body_bytes", "max_prompts_per_request"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name, most in _LIMITS.items():
+            value = getattr(self, name)
+            if not 1 <= value <= most:
+                upper = f" and at most {most}" if most < _UNBOUNDED else ""
+                raise ConfigError(f"{name} must be at least 1{upper}, got {value}.")
         if (self.ssl_keyfile is None) != (self.ssl_certfile is None):
             raise ConfigError("ssl_keyfile and ssl_certfile go together: give both or neither.")

@@ -35,7 +35,7 @@ from quire.server.responses import (
     StreamUsage,
     encode,
 )
-from quire.server.sampling import chat_params, check_sequences, fit_default_max_tokens
+from quire.server.sampling import admit, chat_params, fit_default_max_tokens
 from quire.server.sse import event
 from quire.server.state import ServerState
 from quire.server.usage import UsageMeter
@@ -47,14 +47,12 @@ def chat_router(state: ServerState) -> APIRouter:
     @router.post("/v1/chat/completions", openapi_extra=request_body(ChatCompletionRequest))
     async def create_chat_completion(request: Request) -> Response:
         """Answer a conversation."""
-        engine = state.serving_engine()
-        model = engine.model
+        model = state.serving_engine().model
         body = await read_json(request)
         parsed = parse(ChatCompletionRequest, body, unsupported=unsupported.CHAT)
         asked = parsed.request
         check_model(asked.model, model)
         params = chat_params(asked, model)
-        check_sequences(1, params)
         prompt = await encode_chat(asked, model)
         params = fit_default_max_tokens(
             params,
@@ -65,7 +63,7 @@ def chat_router(state: ServerState) -> APIRouter:
         frame = Frame.make("chatcmpl", model, parsed.warnings)
         role = answer_role(asked, state.config.response_role)
         encoder = ChatEncoder(asked, frame, model, prompt, role)
-        engine = state.serving_engine()  # tokenizing may have taken a while
+        engine = await admit(state, 1, params)
         log_request(state, request, frame, [(prompt, params)])
         streams = submit_all(engine, [(prompt, params)], asked, frame)
         return await respond(state, request, asked, streams, encoder)

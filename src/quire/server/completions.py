@@ -32,7 +32,7 @@ from quire.server.responses import (
     StreamUsage,
     encode,
 )
-from quire.server.sampling import check_sequences, completion_params, fit_default_max_tokens
+from quire.server.sampling import admit, completion_params, fit_default_max_tokens
 from quire.server.sse import event
 from quire.server.state import ServerState
 from quire.server.usage import UsageMeter
@@ -44,8 +44,7 @@ def completions_router(state: ServerState) -> APIRouter:
     @router.post("/v1/completions", openapi_extra=request_body(CompletionRequest))
     async def create_completion(request: Request) -> Response:
         """Complete a prompt, or several."""
-        engine = state.serving_engine()
-        model = engine.model
+        model = state.serving_engine().model
         body = await read_json(request)
         parsed = parse(CompletionRequest, body, unsupported=unsupported.COMPLETION)
         check_model(parsed.request.model, model)
@@ -53,7 +52,7 @@ def completions_router(state: ServerState) -> APIRouter:
         prompts = await _prompts(parsed.request, params, model, state)
         frame = Frame.make("cmpl", model, parsed.warnings)
         encoder = CompletionEncoder(parsed.request, frame, model, [p for p, _ in prompts])
-        engine = state.serving_engine()  # tokenizing may have taken a while
+        engine = await admit(state, len(prompts), params)
         log_request(state, request, frame, prompts)
         streams = submit_all(engine, prompts, parsed.request, frame)
         return await respond(state, request, parsed.request, streams, encoder)
@@ -65,7 +64,6 @@ async def _prompts(
     request: CompletionRequest, params: SamplingParams, model: ServedModel, state: ServerState
 ) -> list[tuple[EncodedPrompt, SamplingParams]]:
     texts = split_prompts(request.prompt, limit=state.config.max_prompts_per_request)
-    check_sequences(len(texts), params)
     cut = truncation(request.truncate_prompt_tokens, request.truncation_side, model)
     encoded = []
     for text in texts:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 
-from quire.sampling_params import MAX_N, RequestOutputKind, SamplingParams
-from quire.server.engine_protocol import ServedModel
+from quire.config import ServerConfig
+from quire.sampling_params import RequestOutputKind, SamplingParams
+from quire.server.engine_protocol import ServedModel, ServingEngine
 from quire.server.errors import bad_request
 from quire.server.requests import ChatCompletionRequest, CompletionRequest, SamplingFields
+from quire.server.state import ServerState
 
 DIRECT = (
     "n", "presence_penalty", "frequency_penalty", "repetition_penalty", "temperature", "top_p",
@@ -99,14 +102,34 @@ def fit_default_max_tokens(
     return params.replace(max_tokens=room, min_tokens=min(params.min_tokens, room))
 
 
-def check_sequences(prompts: int, params: SamplingParams) -> None:
-    """Bound prompts x n: each is a slot in the queue, and a request must not be a thousand."""
-    if prompts * params.n > MAX_N:
-        raise bad_request(
-            f"{prompts} prompts with n = {params.n} are {prompts * params.n} sequences; one request "
-            f"may have at most {MAX_N}.",
-            param="n",
-        )
+async def admit(state: ServerState, prompts: int, params: SamplingParams) -> ServingEngine:
+    """The engine, for a request within this server's limits, whose grammar (if it has one) is good.
+
+    Grammars are tried in a thread: compiling one may take a while, and must not hold up others.
+    """
+    check_limits(prompts, params, state.config)
+    if params.structured_outputs is not None:
+        await asyncio.to_thread(state.serving_engine().check_grammar, params)
+    return state.serving_engine()  # it may have gone while the request was being prepared
+
+
+def check_limits(prompts: int, params: SamplingParams, config: ServerConfig) -> None:
+    """What this server takes in one request, which may be less than `SamplingParams` does."""
+    items = config.max_list_items
+    for name, size, limit, option in (
+        ("n", prompts * params.n, config.max_sequences_per_request, "max-sequences-per-request"),
+        ("stop", len(params.stop_strings), config.max_stop_strings, "max-stop-strings"),
+        ("bad_words", len(params.bad_words or ()), config.max_bad_words, "max-bad-words"),
+        ("stop_token_ids", len(params.stop_token_ids or ()), items, "max-list-items"),
+        ("allowed_token_ids", len(params.allowed_token_ids or ()), items, "max-list-items"),
+        ("logit_bias", len(params.logit_bias or ()), items, "max-list-items"),
+    ):
+        if size > limit:
+            what = f"{prompts} prompts times n" if name == "n" else name
+            raise bad_request(
+                f"{what} is {size}; this server takes at most {limit} in one request (--{option}).",
+                param=name,
+            )
 
 
 def log_values(params: SamplingParams) -> Mapping[str, object]:
