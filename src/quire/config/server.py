@@ -31,6 +31,7 @@ class ServerConfig:
         (),
         "Keys that clients may use; with none, anyone may ask. Also VLLM_API_KEY, QUIRE_API_KEY.",
     )
+    disable_playground: bool = option(False, "No page to chat with the model at /.")
     root_path: str = option("", "Path prefix that a proxy in front strips.")
     allowed_origins: tuple[str, ...] = option(("*",), "CORS: origins that browsers may call from.")
     allowed_methods: tuple[str, ...] = option(("*",), "CORS: methods.")

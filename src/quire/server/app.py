@@ -26,6 +26,7 @@ from quire.server.middleware import (
     request_id_of,
 )
 from quire.server.openapi import install_openapi
+from quire.server.playground import playground_router
 from quire.server.probes import probes_router
 from quire.server.state import ServerState
 from quire.server.tokens import models_router, tokens_router
@@ -35,7 +36,8 @@ EXPOSED_HEADERS = ("x-request-id", "x-quire-warnings", "retry-after")
 
 
 def build_app(state: ServerState, *, api_keys: Sequence[str] = ()) -> FastAPI:
-    """An app over `state`. With `api_keys`, every path but the probes needs one of them."""
+    """An app over `state`. With `api_keys`, every path but the probes and the playground's page needs
+    one of them."""
     app = FastAPI(
         title="Quire",
         version=VERSION,
@@ -49,6 +51,8 @@ def build_app(state: ServerState, *, api_keys: Sequence[str] = ()) -> FastAPI:
         probes_router(state),
     ):
         app.include_router(router)
+    if not state.config.disable_playground:
+        app.include_router(playground_router())
     app.add_exception_handler(QuireError, _on_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(ClientGoneError, _on_client_gone)
