@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from collections import deque
+from dataclasses import dataclass, field
+from typing import cast
+
 from quire.engine.core import EngineCore
-from quire.executor.mock import MockExecutor
+from quire.engine.core_process import QUIET_MS, _Link, _serve
+from quire.executor.mock import MockExecutor, ScriptedFuture
 from quire.kvcache import KVCacheManager
 from quire.messages import (
     AbortRequests,
     AddRequest,
+    CoreInput,
+    CoreOutput,
     FinishReason,
     Ping,
     Pong,
     ResetPrefixCache,
+    Shutdown,
     StepOutputs,
+    StepPlan,
 )
 from quire.sampling_params import SamplingParams
 from quire.scheduler import Scheduler, SchedulerLimits
@@ -99,3 +108,54 @@ def test_closing_does_not_ask_for_what_is_in_flight() -> None:
     core.step()
     core.close()
     assert executor.events == [("launched", 1)]
+
+
+@dataclass
+class ScriptedLink:
+    """The front end's messages, turn by turn; then it says goodbye."""
+
+    turns: deque[list[CoreInput]]
+    waits: list[int | None] = field(default_factory=list)
+    sent: list[CoreOutput] = field(default_factory=list)
+
+    def receive(self, *, wait_ms: int | None) -> list[CoreInput]:
+        self.waits.append(wait_ms)
+        return self.turns.popleft() if self.turns else [Shutdown()]
+
+    def send(self, message: CoreOutput) -> None:
+        self.sent.append(message)
+
+
+class PreparingExecutor(MockExecutor):
+    """Has three pieces to prepare, and one more whenever it has executed something."""
+
+    pieces = 3
+
+    def execute(self, plan: StepPlan) -> ScriptedFuture:
+        self.pieces += not plan.rows
+        return super().execute(plan)
+
+    def prepare(self) -> bool:
+        assert not self.events or self.events[-1][0] in ("taken", "prepared"), "work in flight"
+        if not self.pieces:
+            return False
+        self.pieces -= 1
+        self.events.append(("prepared", 0))
+        return True
+
+
+def test_an_idle_loop_prepares_piece_by_piece_and_then_blocks() -> None:
+    core, _ = make_core()
+    core.executor = executor = PreparingExecutor(lambda request_id, index: index)
+    assert core.prepare()
+    quiet: list[CoreInput] = []
+    # A message that brings no work, then one that does: nothing is begun in a turn that has one.
+    turns = [quiet, [Ping(1)], [add(1, [1, 2], max_tokens=1)], quiet, *[quiet] * 4]
+    link = ScriptedLink(deque(turns))
+    _serve(core, cast(_Link, link))
+    events = [event for event, _ in executor.events]
+    step = ["launched", "taken"]
+    assert events == ["prepared"] * 2 + step * 2 + ["prepared"] * 2
+    # Idle, ping, request, its second step; idle with two pieces and the answer that there are no more.
+    assert link.waits == [QUIET_MS] * 3 + [0] + [QUIET_MS] * 3 + [None] * 2
+    assert isinstance(link.sent[0], Pong) and len(link.sent) == 3

@@ -55,6 +55,10 @@ class EngineCore:
             updates += self.scheduler.update(launched, future.result())
         return self._outputs(updates)
 
+    def prepare(self) -> bool:
+        """For a loop that finds nothing to do: see `Executor.prepare`."""
+        return not self.has_work and self.executor.prepare()
+
     def handle(self, message: CoreInput) -> CoreOutput | None:
         """Take in one message. A request that cannot be taken in fails alone."""
         if isinstance(message, AddRequest):

@@ -3,8 +3,9 @@
 ZeroMQ over a Unix socket in a private directory, msgspec structs, no pickle. The first message is the
 configuration, and may come late: what takes longest, importing torch and compiling the kernels, does not
 depend on it. The first answer is `EngineReady` or `CoreFailed`. Between steps the loop takes in what
-has arrived; without work it blocks, so an idle engine costs nothing. It leaves when told to, or when
-its standard input ends, which happens however the parent dies.
+has arrived; without work it lets the executor prepare, piece by piece while nothing arrives, and then
+blocks, so an idle engine costs nothing. It leaves when told to, or when its standard input ends,
+which happens however the parent dies.
 """
 
 from __future__ import annotations
@@ -26,6 +27,10 @@ from quire.messages import CoreFailed, CoreInput, CoreOutput, Shutdown
 from quire.util.logging import setup_logging
 
 logger = logging.getLogger("quire.engine")
+
+QUIET_MS = 50
+"""Without work and without a message for so long, the engine is idle: a client that sends one request
+after another is not made to wait for what was begun in between."""
 
 
 def main(address: str, kernels: str) -> int:
@@ -68,10 +73,11 @@ class _Link:
         with contextlib.suppress(zmq.Again):
             self._socket.send(self._encode(message), zmq.NOBLOCK)
 
-    def receive(self, *, block: bool) -> list[CoreInput]:
-        """All messages that are there; with `block`, at least one. A dead parent is a `Shutdown`."""
-        if block:
-            ready = dict(self._poller.poll())
+    def receive(self, *, wait_ms: int | None) -> list[CoreInput]:
+        """All messages that are there, after waiting so long for one; None: until there is one. A dead
+        parent is a `Shutdown`."""
+        if wait_ms != 0:
+            ready = dict(self._poller.poll(wait_ms))
             if self._stdin in ready:
                 return [Shutdown()]
         messages = []
@@ -129,8 +135,11 @@ def _compile_kernels(kernels: str) -> None:
 
 def _serve(core: EngineCore, link: _Link) -> None:
     steps = 0
+    may_prepare = True
     while True:
-        for message in link.receive(block=not core.has_work):
+        wait_ms = 0 if core.has_work else QUIET_MS if may_prepare else None
+        messages = link.receive(wait_ms=wait_ms)
+        for message in messages:
             if isinstance(message, Shutdown):
                 return
             answer = core.handle(message)
@@ -139,8 +148,11 @@ def _serve(core: EngineCore, link: _Link) -> None:
         if core.has_work:
             link.send(core.step())
             steps += 1
+            may_prepare = True
             if steps % 64 == 0 and link.parent_is_gone:
                 return
+        elif not messages:
+            may_prepare = core.prepare()
 
 
 def _failure(error: Exception) -> CoreFailed:

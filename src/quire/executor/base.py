@@ -29,6 +29,11 @@ class Executor(Protocol):
         """Launch a plan. Without rows it has no tokens, but may have requests to forget."""
         ...
 
+    def prepare(self) -> bool:
+        """Called when there is no work: do one short piece of what makes later steps faster, as long as a
+        request may be made to wait. False if nothing is left."""
+        ...
+
     def close(self) -> None:
         """Give back memory and processes, whatever is in flight. Idempotent."""
         ...

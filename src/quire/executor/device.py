@@ -16,5 +16,9 @@ class DeviceExecutor:
         assert self.runner is not None, "the executor is closed"
         return self.runner.launch(plan)
 
+    def prepare(self) -> bool:
+        assert self.runner is not None, "the executor is closed"
+        return self.runner.prepare()
+
     def close(self) -> None:
         self.runner = None

@@ -19,5 +19,8 @@ class InlineExecutor:
         assert self.runner is not None, "the executor is closed"
         return Done(self.runner.execute(plan))
 
+    def prepare(self) -> bool:
+        return False
+
     def close(self) -> None:
         self.runner = None

@@ -26,6 +26,9 @@ class MockExecutor:
         self.events.append(("launched", plan.step_id))
         return ScriptedFuture(self, plan)
 
+    def prepare(self) -> bool:
+        return False
+
     def close(self) -> None:
         pass
 

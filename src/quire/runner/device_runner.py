@@ -4,16 +4,25 @@ Everything a step needs that the host does not send is already there: token ids,
 sampled. The sampled ids stay on the device too, where the next step finds them, so that a plan can be
 launched while the one before it runs (`max_in_flight` 2). The host only waits in `result()`.
 
-Steps in which every row computes one token and samples (decoding) are padded to one of a few sizes
-and, from the third of a size on, replayed from a recording (a CUDA graph): one launch instead of some
-three hundred. Everything else is launched kernel by kernel.
+A step is padded to one of a few shapes, which are recorded (as CUDA graphs): one launch instead of some
+three hundred. That is for steps in which every row computes one token and samples (decoding), and
+for short mixed ones, where launching takes longer than computing. A whole step is one recording: what
+attention's launches depend on is its padded numbers of rows and tokens, nothing else. Shapes are recorded
+when the engine is idle (`prepare`), or when one comes for the third time. The rest is launched kernel
+by kernel.
+
+Padding is without effect: its tokens have slot -1, so no keys are written; its rows have no tokens; what is
+sampled for it has seat -1 and goes nowhere. So recordings can be tried out on no rows at all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,20 +43,50 @@ from quire.messages import (
     TokenLogprobs,
 )
 from quire.models.decoder import DecoderModel
-from quire.runner.device import Device, Event
+from quire.runner.device import Device, Download
 from quire.runner.device_sampling import HARDNESS, DeviceSampling, Hardest, SeatSampling
 from quire.runner.model_runner import NAN_ERROR
 from quire.sampling.sampler import top_logprobs
 
+logger = logging.getLogger(__name__)
+
 _USES_BEFORE_RECORDING = 2
 MOST_GRAPH_ROWS = 256
+GRAPH_TOKENS = (64, 128, 256, 512)
+"""Tokens that mixed steps are padded to. Fewer than 64 take no less time: their products are bound by
+reading the weights."""
+LAUNCH_BOUND = 1 << 40
+"""Weights times tokens up to which launching a step kernel by kernel takes about as long as computing it
+(2 to 3 ms, at 800 TFLOP/s): the longest mixed steps worth recording. 512 tokens of a model of 0.6B, 128 of
+8B, none of 70B."""
 
 
 def graph_sizes(max_num_seqs: int) -> list[int]:
     """Numbers of rows that decoding steps are padded to."""
-    most = min(max_num_seqs, MOST_GRAPH_ROWS)
-    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 257, 16)]
-    return sorted({size for size in sizes if size < most} | {most})
+    return _up_to([1, 2, 4, *range(8, 64, 8), *range(64, 257, 16)], max_num_seqs)
+
+
+def mixed_rows(max_num_seqs: int) -> list[int]:
+    """Numbers of rows that mixed steps are padded to. Few, for an empty row costs little."""
+    return _up_to([4, 16, 64, MOST_GRAPH_ROWS], max_num_seqs)
+
+
+def mixed_tokens(num_weights: int, max_num_batched_tokens: int) -> list[int]:
+    """Numbers of tokens that mixed steps are padded to."""
+    sizes = [size for size in GRAPH_TOKENS if size * num_weights <= LAUNCH_BOUND]
+    return _up_to(sizes, max_num_batched_tokens) if sizes else []
+
+
+def _up_to(sizes: list[int], most: int) -> list[int]:
+    """The sizes below `most`, and that if any is left out."""
+    most = min(most, sizes[-1])
+    return [size for size in sizes if size < most] + [most]
+
+
+def _least(sizes: list[int], number: int) -> int | None:
+    """The least of the sizes that holds so many."""
+    index = bisect_left(sizes, number)
+    return sizes[index] if index < len(sizes) else None
 
 
 @dataclass(slots=True)
@@ -77,8 +116,31 @@ class _Step:
     """The largest number that any row wants; None if none wants any."""
 
     @property
-    def decodes(self) -> bool:
-        return self.most_tokens == 1 and len(self.sampling) == self.num_rows
+    def samples_apart(self) -> bool:
+        """Whether sampling wants the logits themselves, and so is no part of a recording."""
+        return self.edit or self.most_logprobs is not None
+
+
+class _Shape(NamedTuple):
+    """What the launches of a step depend on, and all of it."""
+
+    rows: int
+    tokens: int
+    samples: int
+    most_tokens: int
+    """Of a row."""
+    hardest: Hardest | None
+    """None if it is sampled apart."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Computed:
+    """Of the rows that sample, padding included."""
+
+    hidden: Tensor
+    """[samples, hidden_size]"""
+    tokens: DeviceTokens | None
+    """None if there are none, or the caller samples."""
 
 
 class DeviceRunner:
@@ -101,7 +163,6 @@ class DeviceRunner:
         self.kv_cache = kv_cache
         self._device = device
         spec = model.spec
-        sizes = [] if eager else graph_sizes(max_num_seqs)
         shape = BatchShape(
             max_seqs=max_num_seqs,
             max_tokens=max_num_batched_tokens,
@@ -125,11 +186,13 @@ class DeviceRunner:
         self._blocks = kv_cache.storage.view(len(kv_cache.layers), 2, *kv_cache.layers[0].k.shape)
         self._seats: dict[int, _Seat] = {}
         self._free_seats = list(range(max_num_seqs - 1, -1, -1))
-        self._sizes = sizes
-        self._uses: dict[tuple[int, Hardest | None], int] = {}
-        self._recorded: dict[
-            tuple[int, Hardest | None], Callable[[], tuple[Tensor, DeviceTokens | None]]
-        ] = {}
+        self._may_record = not eager
+        self._decode_rows = graph_sizes(max_num_seqs)
+        self._mixed_rows = mixed_rows(max_num_seqs)
+        num_weights = model.weight_bytes // model.dtype.itemsize
+        self._mixed_tokens = mixed_tokens(num_weights, max_num_batched_tokens)
+        self._uses: dict[_Shape, int] = {}
+        self._recorded: dict[_Shape, Callable[[], _Computed]] = {}
 
     # --- a plan ---------------------------------------------------------------------------------------
 
@@ -142,7 +205,7 @@ class DeviceRunner:
             self._admit(request)
         self._copy(plan.copies)
         if not plan.rows:
-            return LaunchedStep(plan.step_id, [], None, None)
+            return LaunchedStep(plan.step_id)
         step = self._send(plan.rows)
         logits, tokens = self._run(step)
         return self._fetch(plan, step, logits, tokens)
@@ -196,8 +259,7 @@ class DeviceRunner:
             new_ids=new_ids,
             new_blocks=new_blocks,
         )
-        packed = torch.from_numpy(self._packer.buffer[:size])
-        self._device.upload(self._batch.packed[:size], packed)
+        self._upload(size)
         self._sampling.upload()
         picked = [(rows[i], seats[i]) for i in sampling.tolist()]
         wanted = [
@@ -216,41 +278,101 @@ class DeviceRunner:
             most_logprobs=max(wanted, default=None),
         )
 
+    def _upload(self, size: int) -> None:
+        packed = torch.from_numpy(self._packer.buffer[:size])
+        self._device.upload(self._batch.packed[:size], packed)
+
+    # --- recordings -----------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def prepare(self) -> bool:
+        """Record one more shape, if any is left that may come. Call when nothing is in flight."""
+        wanted = sorted(self._uses, key=self._uses.__getitem__, reverse=True)
+        # "filter" does for all; downwards, since smaller recordings fit into the memory of larger ones.
+        wanted += [_decoding(size, "filter") for size in reversed(self._decode_rows)]
+        shape = next((shape for shape in wanted if shape not in self._recorded), None)
+        if shape is None or not self._may_record:
+            return False
+        nothing = np.zeros(0, dtype=np.int64)
+        self._upload(
+            self._packer.pack(
+                seats=nothing,
+                counts=nothing,
+                seq_lens=nothing,
+                num_blocks=nothing,
+                sampling=nothing,
+                new_ids=[],
+                new_blocks=[],
+            )
+        )
+        self._compute(shape)  # compiles and loads what is missing
+        self._record(shape)
+        return self._may_record
+
+    def _record(self, shape: _Shape) -> Callable[[], _Computed]:
+        work = partial(self._compute, shape)
+        try:
+            self._recorded[shape] = self._device.record(work)
+        except torch.OutOfMemoryError:
+            logger.warning("no memory for more than %d recorded steps", len(self._recorded))
+            self._may_record = False
+        return self._recorded.get(shape, work)
+
+    def _padded(self, step: _Step, hardest: Hardest | None) -> _Shape | None:
+        """The shape of which the step may be recorded."""
+        if step.most_tokens == 1 and len(step.sampling) == step.num_rows:
+            size = _least(self._decode_rows, step.num_rows)
+            return None if size is None else _decoding(size, hardest)
+        rows = _least(self._mixed_rows, step.num_rows)
+        tokens = _least(self._mixed_tokens, step.num_tokens)
+        if rows is None or tokens is None:
+            return None
+        return _Shape(rows, tokens, samples=rows, most_tokens=tokens, hardest=hardest)
+
+    def _work(self, shape: _Shape) -> Callable[[], _Computed]:
+        """What computes a shape: its recording; one that samples harder, which gives the same tokens; or
+        the launches one by one."""
+        found = self._recorded.get(shape)
+        if found is not None:
+            return found
+        uses = self._uses[shape] = self._uses.get(shape, 0) + 1
+        if shape.hardest is not None:
+            for harder in HARDNESS[HARDNESS.index(shape.hardest) + 1 :]:
+                found = self._recorded.get(shape._replace(hardest=harder))
+                if found is not None:
+                    return found
+        if self._may_record and uses > _USES_BEFORE_RECORDING:
+            return self._record(shape)
+        return partial(self._compute, shape)
+
     # --- on the device --------------------------------------------------------------------------------
 
-    def _run(self, step: _Step) -> tuple[Tensor, DeviceTokens | None]:
-        """Logits of the rows that sample, and their tokens, padding included."""
-        size = next((size for size in self._sizes if size >= step.num_rows), None)
-        if not step.decodes or size is None:
-            logits = self._forward(
-                step.num_rows, step.num_tokens, len(step.sampling), step.most_tokens
+    def _run(self, step: _Step) -> tuple[Tensor | None, DeviceTokens | None]:
+        """Logits if they are wanted, and tokens; of the rows that sample, padding included."""
+        hardest = None if step.samples_apart else step.hardest
+        shape = self._padded(step, hardest)
+        if shape is not None:
+            computed = self._work(shape)()
+        else:
+            samples = len(step.sampling)
+            computed = self._compute(
+                _Shape(step.num_rows, step.num_tokens, samples, step.most_tokens, hardest)
             )
-            return logits, self._sample(logits, step.hardest, edit=step.edit)
-        key = (size, None if step.edit else step.hardest)
-        logits, tokens = self._recording(key)()
-        if tokens is None:
-            tokens = self._sample(logits, step.hardest, edit=True)
-        return logits, tokens
+        if not step.samples_apart:
+            return None, computed.tokens
+        logits = self.model.logits(computed.hidden)
+        return logits, self._sample(logits, step.hardest, edit=step.edit)
 
-    def _recording(
-        self, key: tuple[int, Hardest | None]
-    ) -> Callable[[], tuple[Tensor, DeviceTokens | None]]:
-        found = self._recorded.get(key)
-        if found is None:
-            found = partial(self._decode, *key)
-            uses = self._uses[key] = self._uses.get(key, 0) + 1
-            if uses > _USES_BEFORE_RECORDING:
-                found = self._recorded[key] = self._device.record(found)
-        return found
+    def _compute(self, shape: _Shape) -> _Computed:
+        hidden = self._forward(shape)
+        tokens = None
+        if shape.hardest is not None and shape.samples:
+            tokens = self._sample(self.model.logits(hidden), shape.hardest, edit=False)
+        return _Computed(hidden, tokens)
 
-    def _decode(self, size: int, hardest: Hardest | None) -> tuple[Tensor, DeviceTokens | None]:
-        """A decoding step of `size` rows; with None, the caller samples."""
-        logits = self._forward(size, size, size, 1)
-        return logits, None if hardest is None else self._sample(logits, hardest, edit=False)
-
-    def _forward(self, rows: int, tokens: int, samples: int, most_tokens: int) -> Tensor:
-        """[samples, vocab_size]"""
-        batch = self._batch
+    def _forward(self, shape: _Shape) -> Tensor:
+        """[samples, hidden_size]"""
+        rows, tokens, batch = shape.rows, shape.tokens, self._batch
         build_step(batch, num_rows=rows, num_tokens=tokens)
         positions = batch.positions[:tokens]
         metadata = AttentionMetadata(
@@ -259,21 +381,19 @@ class DeviceRunner:
             query_start_loc=batch.section(Section.QUERY_START_LOC)[: rows + 1],
             seq_lens=batch.section(Section.SEQ_LENS)[:rows],
             block_table=batch.block_table[:rows],
-            max_query_len=most_tokens,
+            max_query_len=shape.most_tokens,
         )
         hidden = self.model.forward(batch.input_ids[:tokens], positions, metadata, self.kv_cache)
-        if samples < tokens or most_tokens > 1:
-            hidden = hidden.index_select(0, batch.section(Section.LOGIT_ROWS)[:samples])
-        return self.model.logits(hidden)
+        if shape.samples == tokens and shape.most_tokens == 1:
+            return hidden
+        return hidden.index_select(0, batch.section(Section.LOGIT_ROWS)[: shape.samples])
 
-    def _sample(self, logits: Tensor, hardest: Hardest, *, edit: bool) -> DeviceTokens | None:
+    def _sample(self, logits: Tensor, hardest: Hardest, *, edit: bool) -> DeviceTokens:
         count = logits.shape[0]
-        if count == 0:
-            return None
         tokens = self._sampling.sample(
             logits,
             self._batch.section(Section.SAMPLE_SEATS)[:count],
-            self._batch.section(Section.SAMPLE_POSITIONS)[:count].long(),
+            self._batch.section(Section.SAMPLE_POSITIONS)[:count],
             hardest=hardest,
             edit=edit,
         )
@@ -283,98 +403,90 @@ class DeviceRunner:
     # --- back -----------------------------------------------------------------------------------------
 
     def _fetch(
-        self, plan: StepPlan, step: _Step, logits: Tensor, tokens: DeviceTokens | None
+        self, plan: StepPlan, step: _Step, logits: Tensor | None, tokens: DeviceTokens | None
     ) -> LaunchedStep:
-        count, download = len(step.sampling), self._device.download
+        """Start the results on their way to the host, beside the steps launched next. Hence all that is
+        downloaded is made here or by `_run`, none by a recording: the next one would overwrite it.
+        """
+        count = len(step.sampling)
         if tokens is None or not count:
-            return LaunchedStep(plan.step_id, [], None, self._device.event())
-        fetched = _Fetched(
-            token_ids=download(tokens.token_ids[:count]), valid=download(tokens.valid[:count])
-        )
-        if step.most_logprobs is not None:
+            return LaunchedStep(plan.step_id, self._device.download([]))
+        # A token plus 1, or 0 where the logits held NaN: one new tensor to copy, not two.
+        back = [tokens.token_ids[:count] + tokens.valid[:count]]
+        logprobs: dict[int, _LogprobPlace] = {}
+        if logits is not None and step.most_logprobs is not None:
             asking = [
-                i for i, seat in enumerate(step.seats) if seat.sampling.num_logprobs is not None
+                (row, seat.sampling.num_logprobs)
+                for row, seat in enumerate(step.seats)
+                if seat.sampling.num_logprobs is not None
             ]
-            wanted = [step.seats[i].sampling.num_logprobs or 0 for i in asking]
-            few = [i for i, k in zip(asking, wanted, strict=True) if 0 <= k <= MAX_LOGPROBS]
+            few = [row for row, k in asking if 0 <= k <= MAX_LOGPROBS]
             if few:
-                top = self._sampling.logprobs(
-                    logits, few, tokens.token_ids, min(max(wanted), logits.shape[1])
-                )
-                fetched.logprobs = (
-                    download(top.logprob),
-                    download(top.rank),
-                    download(top.top_ids),
-                    download(top.top_logprobs),
-                )
-            for i, k in zip(asking, wanted, strict=True):
-                fetched.asked[i] = k
-                if i in few:
-                    fetched.place[i] = few.index(i)
+                most = min(max(k for _, k in asking), logits.shape[1])
+                top = self._sampling.logprobs(logits, few, tokens.token_ids, most)
+                back += (top.logprob, top.rank, top.top_ids, top.top_logprobs)
+            for row, k in asking:
+                if 0 <= k <= MAX_LOGPROBS:
+                    logprobs[row] = _LogprobPlace(k, index=few.index(row))
                 else:  # more than the kernel keeps: the host sorts
-                    fetched.logits[i] = download(logits[i])
+                    logprobs[row] = _LogprobPlace(k, logits=len(back))
+                    back.append(logits[row])
         requests = [row.request_id for row in step.sampling]
-        return LaunchedStep(plan.step_id, requests, fetched, self._device.event())
+        return LaunchedStep(plan.step_id, self._device.download(back), requests, logprobs)
 
 
-@dataclass(slots=True)
-class _Fetched:
-    """On the host, good once the step's event has happened."""
-
-    token_ids: Tensor
-    valid: Tensor
-    logprobs: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
-    """As `DeviceLogprobs`."""
-    asked: dict[int, int] = field(default_factory=dict)
-    """By row, how many top ones."""
-    place: dict[int, int] = field(default_factory=dict)
-    """By row, its place in `logprobs`."""
-    logits: dict[int, Tensor] = field(default_factory=dict)
-
-    def entry(self, row: int, token: int) -> TokenLogprobs | None:
-        if row in self.place and self.logprobs is not None:
-            at, k = self.place[row], self.asked[row]
-            logprob, rank, ids, values = (tensor[at] for tensor in self.logprobs)
-            return TokenLogprobs(
-                token_id=token,
-                logprob=float(logprob),
-                rank=int(rank),
-                top_ids=ids[:k].tolist(),
-                top_logprobs=values[:k].tolist(),
-            )
-        if row in self.logits:
-            return top_logprobs(
-                torch.log_softmax(self.logits[row].float(), dim=-1), token, self.asked[row]
-            )
-        return None
+def _decoding(size: int, hardest: Hardest | None) -> _Shape:
+    return _Shape(size, size, samples=size, most_tokens=1, hardest=hardest)
 
 
+@dataclass(frozen=True, slots=True)
+class _LogprobPlace:
+    """Where a row's logprobs are among the tensors that come back with a step."""
+
+    count: int
+    """Top ones that it asked for."""
+    index: int = 0
+    """In the four tensors of `DeviceLogprobs`, which follow the tokens,"""
+    logits: int | None = None
+    """unless all its logits come back: which tensor they are."""
+
+    def entry(self, back: Sequence[Tensor], token: int) -> TokenLogprobs:
+        if self.logits is not None:
+            every = torch.log_softmax(back[self.logits].float(), dim=-1)
+            return top_logprobs(every, token, self.count)
+        logprob, rank, ids, values = (tensor[self.index] for tensor in back[1:5])
+        return TokenLogprobs(
+            token_id=token,
+            logprob=float(logprob),
+            rank=int(rank),
+            top_ids=ids[: self.count].tolist(),
+            top_logprobs=values[: self.count].tolist(),
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class LaunchedStep:
     """A `StepFuture`."""
 
-    def __init__(
-        self, step_id: int, requests: list[int], fetched: _Fetched | None, event: Event | None
-    ) -> None:
-        self._step_id = step_id
-        self._requests = requests
-        self._fetched = fetched
-        self._event = event
+    step_id: int
+    download: Download | None = None
+    requests: Sequence[int] = ()
+    """Those that sampled; their tokens come back first."""
+    logprobs: Mapping[int, _LogprobPlace] = field(default_factory=dict)
+    """By row."""
 
     def result(self) -> StepResult:
-        if self._event is not None:
-            self._event.wait()
-        result = StepResult(step_id=self._step_id)
-        fetched = self._fetched
-        if fetched is None:
+        result = StepResult(step_id=self.step_id)
+        back = () if self.download is None else self.download.wait()
+        if not self.requests:
             return result
-        tokens = fetched.token_ids.tolist()
-        for index, (request_id, token, valid) in enumerate(
-            zip(self._requests, tokens, fetched.valid.tolist(), strict=True)
+        for index, (request_id, one_more) in enumerate(
+            zip(self.requests, back[0].tolist(), strict=True)
         ):
-            row = SampledRow(request_id=request_id, token_ids=[token])
-            if not valid:
+            row = SampledRow(request_id=request_id, token_ids=[one_more - 1])
+            if not one_more:
                 row.token_ids, row.error = [], NAN_ERROR
-            elif (entry := fetched.entry(index, token)) is not None:
-                row.logprobs = [entry]
+            elif index in self.logprobs:
+                row.logprobs = [self.logprobs[index].entry(back, one_more - 1)]
             result.sampled.append(row)
         return result
