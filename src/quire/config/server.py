@@ -45,6 +45,14 @@ class ServerConfig:
     )  # fmt: skip
     disable_uvicorn_access_log: bool = option(False, "No line per HTTP request.")
     enable_log_requests: bool = option(False, "Log each request's id, sizes and parameters.")
+    enable_tokenizer_info_endpoint: bool = option(
+        False, "Serve /tokenizer_info: special tokens and the chat template."
+    )
+    enable_admin_endpoints: bool = option(
+        False,
+        "Serve /server_info, /reset_prefix_cache, /sleep, /wake_up and /is_sleeping, to whoever may send "
+        "requests.",
+    )
     response_role: str = option("assistant", "Role of chat answers.")
     shutdown_timeout: float = option(
         30.0,

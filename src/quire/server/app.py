@@ -14,9 +14,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from quire.errors import QuireError
+from quire.server.admin import admin_router
 from quire.server.auth import ApiKeyAuth
 from quire.server.chat import chat_router
 from quire.server.completions import completions_router
+from quire.server.embeddings import embeddings_router
 from quire.server.errors import ApiError, to_api_error
 from quire.server.live import ClientGoneError
 from quire.server.middleware import (
@@ -28,6 +30,7 @@ from quire.server.middleware import (
 from quire.server.openapi import install_openapi
 from quire.server.playground import playground_router
 from quire.server.probes import probes_router
+from quire.server.scoring import scoring_router
 from quire.server.state import ServerState
 from quire.server.tokens import models_router, tokens_router
 from quire.util.version import VERSION
@@ -46,9 +49,12 @@ def build_app(state: ServerState, *, api_keys: Sequence[str] = ()) -> FastAPI:
     for router in (
         completions_router(state),
         chat_router(state),
+        embeddings_router(state),
+        scoring_router(state),
         models_router(state),
         tokens_router(state),
         probes_router(state),
+        admin_router(state),
     ):
         app.include_router(router)
     if not state.config.disable_playground:

@@ -13,7 +13,14 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from quire.server.pooling_schemas import (
+    EmbeddingChatRequest,
+    EmbeddingRequest,
+    RerankRequest,
+    ScoreRequest,
+)
 from quire.server.requests import (
+    AbortRequest,
     ChatCompletionRequest,
     CompletionRequest,
     DetokenizeRequest,
@@ -27,6 +34,11 @@ MODELS: tuple[type[BaseModel], ...] = (
     TokenizeCompletionRequest,
     TokenizeChatRequest,
     DetokenizeRequest,
+    EmbeddingRequest,
+    EmbeddingChatRequest,
+    ScoreRequest,
+    RerankRequest,
+    AbortRequest,
 )
 _REF = "#/components/schemas/{model}"
 

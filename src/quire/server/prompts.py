@@ -76,26 +76,35 @@ async def encode_text(
 
 
 def split_prompts(
-    prompt: str | list[str] | list[int] | list[list[int]], *, limit: int
+    prompt: str | list[str] | list[int] | list[list[int]], *, limit: int, param: str = "prompt"
 ) -> list[str | list[int]]:
     """One entry per prompt. An empty list is no prompt; `[[]]` is one that is empty."""
     if isinstance(prompt, str):
         return [prompt]
     if not prompt:
-        raise malformed("prompt must not be an empty list.", param="body.prompt")
+        raise malformed(f"{param} must not be an empty list.", param=f"body.{param}")
     if isinstance(prompt[0], int):
         return [prompt]  # type: ignore[list-item]
-    if len(prompt) > limit:
-        raise bad_request(
-            f"prompt holds {len(prompt)} prompts; this server takes at most {limit} in one request "
-            "(--max-prompts-per-request).",
-            param="prompt",
-        )
+    check_count(len(prompt), limit, param=param)
     return list(prompt)  # type: ignore[arg-type]
 
 
+def check_count(prompts: int, limit: int, *, param: str) -> None:
+    if prompts > limit:
+        raise bad_request(
+            f"{param} holds {prompts} prompts; this server takes at most {limit} in one request "
+            "(--max-prompts-per-request).",
+            param=param,
+        )
+
+
 async def encode_prompt(
-    prompt: str | list[int], model: ServedModel, *, add_special_tokens: bool, cut: Truncation
+    prompt: str | list[int],
+    model: ServedModel,
+    *,
+    add_special_tokens: bool,
+    cut: Truncation,
+    param: str = "prompt",
 ) -> EncodedPrompt:
     """Raises a 400 for ids that the model has no embedding for."""
     if isinstance(prompt, str):
@@ -103,7 +112,7 @@ async def encode_prompt(
             model.tokenizer, prompt, add_special_tokens=add_special_tokens, cut=cut
         )
         return EncodedPrompt(ids, prompt)
-    check_ids(prompt, model, param="prompt")
+    check_ids(prompt, model, param=param)
     return EncodedPrompt(cut.apply(prompt), None)
 
 

@@ -143,3 +143,11 @@ class TokenizeChatRequest(ChatFields):
 class DetokenizeRequest(Strict):
     model: Name | None = None
     tokens: TokenIds
+
+
+class AbortRequest(Strict):
+    request_ids: Annotated[
+        list[Annotated[Name, Field(min_length=1)]],
+        Field(fail_fast=True, min_length=1, max_length=1024),
+    ]
+    """Ids of answers: chatcmpl-..., cmpl-..., embd-..."""

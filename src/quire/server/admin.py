@@ -1,0 +1,147 @@
+"""What operators ask of a running server beyond the probes.
+
+Anyone who may send requests may read /load, and abort what their own key started. The rest shows how the
+server is set up or changes how it serves everyone, so those routes exist only with --enable-admin-endpoints
+(vLLM: only with VLLM_SERVER_DEV_MODE), and whoever holds an API key may then use them; /tokenizer_info has
+vLLM's own flag.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import msgspec
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from quire.server.body import parse, read_json
+from quire.server.engine_protocol import ServedModel, SleepingEngine
+from quire.server.errors import ApiError, bad_request
+from quire.server.middleware import owner_of
+from quire.server.openapi import request_body
+from quire.server.requests import AbortRequest
+from quire.server.state import ServerState
+from quire.util.version import VERSION
+
+SECRET_WORDS = frozenset({"key", "keyfile", "token", "secret", "password"})
+HIDDEN = "***"
+
+
+def admin_router(state: ServerState) -> APIRouter:
+    router = APIRouter()
+
+    @router.get("/load")
+    async def load() -> Response:
+        """How many requests are being answered."""
+        return _json({"server_load": len(state.live)})
+
+    @router.post("/abort_requests", openapi_extra=request_body(AbortRequest))
+    async def abort_requests(request: Request) -> Response:
+        """End requests by the ids of their answers; their clients get what there is, with finish_reason
+        "abort". Says which were there: those of another API key are not."""
+        asked = parse(AbortRequest, await read_json(request)).request
+        aborted = state.live.abort(set(asked.request_ids), owner_of(request.scope))
+        return _json({"aborted": aborted})
+
+    if state.config.enable_tokenizer_info_endpoint:
+
+        @router.get("/tokenizer_info")
+        async def tokenizer_info() -> Response:
+            """Special tokens and chat template, for clients that tokenize for themselves."""
+            return _json(describe_tokenizer(state.loaded_engine().model))
+
+    if state.config.enable_admin_endpoints:
+        _add_admin_routes(router, state)
+    return router
+
+
+def _add_admin_routes(router: APIRouter, state: ServerState) -> None:
+    @router.get("/server_info")
+    async def server_info() -> Response:
+        """Version, models and every option's value; secrets are hidden."""
+        config = {
+            field.name: _visible(getattr(state.engine_config, field.name))
+            for field in dataclasses.fields(state.engine_config)
+        }
+        config["server"] = _visible(state.config)
+        model = state.loaded_engine().model
+        info = {"version": VERSION, "models": model.names, "max_model_len": model.max_model_len}
+        return _json({**info, "config": config})
+
+    @router.post("/reset_prefix_cache")
+    async def reset_prefix_cache(request: Request) -> Response:
+        """Forget cached prefixes; requests that run keep theirs."""
+        _take_only(request)
+        state.serving_engine().reset_prefix_cache()
+        return _json({"success": True})
+
+    @router.post("/sleep")
+    async def sleep(request: Request) -> Response:
+        """Give memory back. level 1 keeps the weights in host memory, 2 drops them."""
+        _take_only(request, "level")
+        level = request.query_params.get("level", "1")
+        if level not in ("1", "2"):
+            raise bad_request("level must be 1 or 2.", param="level")
+        await _sleeper(state).sleep(int(level))
+        return _json({"is_sleeping": True})
+
+    @router.post("/wake_up")
+    async def wake_up(request: Request) -> Response:
+        """Take the memory again and serve."""
+        _take_only(request)
+        await _sleeper(state).wake_up()
+        return _json({"is_sleeping": False})
+
+    @router.get("/is_sleeping")
+    async def is_sleeping() -> Response:
+        return _json({"is_sleeping": _sleeper(state).is_sleeping})
+
+
+def _sleeper(state: ServerState) -> SleepingEngine:
+    engine = state.serving_engine()
+    if not isinstance(engine, SleepingEngine):
+        raise ApiError(501, "This engine cannot sleep.")
+    return engine
+
+
+def _take_only(request: Request, *known: str) -> None:
+    """Raises a 400 for a query parameter of vLLM's that would change what happens and does not here."""
+    for name, value in request.query_params.items():
+        if name not in known and value.lower() != "false":
+            raise bad_request("This query parameter is not supported.", param=name[:64])
+
+
+def describe_tokenizer(model: ServedModel) -> dict[str, object]:
+    """In the form of tokenizer_config.json. Only what is listed here, so never a path."""
+    config, template = model.tokenizer.config, model.chat_template
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": model.max_model_len,
+        **{name: spec.content for name, spec in config.named_tokens.items()},
+        "additional_special_tokens": [spec.content for spec in config.extra_tokens],
+        "added_tokens_decoder": {
+            str(i): dataclasses.asdict(spec) for i, spec in config.added_tokens.items()
+        },
+        "chat_template": template.source if template is not None else None,
+    }
+
+
+def _visible(config: object) -> dict[str, object]:
+    """Fields of a config dataclass. Texts whose name says that they are secret are hidden, so that a new
+    option need not be remembered here."""
+    shown: dict[str, object] = {}
+    for field in dataclasses.fields(config):  # type: ignore[arg-type]
+        value = getattr(config, field.name)
+        secret = not SECRET_WORDS.isdisjoint(field.name.split("_"))
+        shown[field.name] = HIDDEN if secret and value and isinstance(value, str | tuple) else value
+    return shown
+
+
+def _json(body: Mapping[str, object]) -> Response:
+    return Response(
+        msgspec.json.encode(body),
+        media_type="application/json",
+        headers={"cache-control": "no-store"},
+    )
