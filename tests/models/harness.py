@@ -96,9 +96,10 @@ class PagedHarness:
         by_hand: AttentionMetadata,
         logits: torch.Tensor,
     ) -> None:
-        """`DecoderModel.over` against the layers, bit for bit: the logits of some rows, and the cache."""
+        """`DecoderModel.over` against the layers, bit for bit: the logits of no token, the last one or all of
+        each row, and the cache."""
         order = list(range(len(work)))[::-1]  # seats need not be in the order of the rows
-        samples = np.array([bool((self._steps + i) % 3) for i in range(len(work))])
+        wanted = [(0, 1, count)[(self._steps + i) % 3] for i, (_, count) in enumerate(work)]
         self._steps += 1
         requests = [request for request, _ in work]
         rows = StepRows(
@@ -106,16 +107,21 @@ class PagedHarness:
             block_ids=_padded([requests[i].blocks for i in order], np.int32),
             rows=np.array(
                 [
-                    (seat, request.num_computed - count, count, wanted)
-                    for seat, (request, count), wanted in zip(order, work, samples, strict=True)
+                    (seat, request.num_computed - count, count, some)
+                    for seat, (request, count), some in zip(order, work, wanted, strict=True)
                 ]
             ),
             num_rows=len(work),
-            num_logits=int(samples.sum()),
+            num_wanted=sum(wanted),
         )
-        expected = logits[torch.from_numpy(np.cumsum(rows.rows[:, 2])[samples] - 1)]
+        parts = logits.split([count for _, count in work])
+        expected = torch.cat(
+            [part[len(part) - some :] for part, some in zip(parts, wanted, strict=True)]
+        )
         actual = self._one_call.forward(rows)
         assert torch.equal(actual.view(torch.int32), expected.view(torch.int32))
+        again = self.model.compute_logits(self._one_call.hidden(rows))
+        assert torch.equal(again.view(torch.int32), expected.view(torch.int32))
         ours, theirs = (c.storage.view(torch.uint8) for c in (self.cache, self._mirror))
         assert torch.equal(ours, theirs)
         input_ids, metadata = gather(rows, self.cache.block_size)

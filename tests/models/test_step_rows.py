@@ -21,7 +21,7 @@ ROWS = StepRows(
     block_ids=np.ones((2, 2), dtype=np.int32),
     rows=np.array([[1, 3, 1, 1], [0, 0, 17, 1]]),
     num_rows=2,
-    num_logits=2,
+    num_wanted=2,
 )
 
 
@@ -50,7 +50,7 @@ def test_rows_outside_are_refused(pair: Callable[..., Pair], kernels: Kernels) -
         *(("rows", with_row(0, seat)) for seat in (-1, 2, far)),
         *(("rows", with_row(1, start)) for start in (-1, 4, far, 2**63 - 18)),
         *(("rows", with_row(2, count)) for count in (0, -1, 21, far, 2**63 - 2)),
-        *(("rows", with_row(3, wanted)) for wanted in (-1, 2, far)),
+        *(("rows", with_row(3, wanted)) for wanted in (-1, 2, 18, far)),
         *(("block_ids", ROWS.block_ids * block) for block in (-1, 3, 2**30)),
         *(("token_ids", ROWS.token_ids * token) for token in (-1, model.spec.vocab_size, far)),
         ("block_ids", ROWS.block_ids[:1]),
@@ -58,7 +58,7 @@ def test_rows_outside_are_refused(pair: Callable[..., Pair], kernels: Kernels) -
         ("rows", ROWS.rows[:, :3].copy()),
         ("rows", ROWS.rows.astype(np.float64)),
         *(("num_rows", count) for count in (-1, 1, 3)),
-        *(("num_logits", count) for count in (-1, 0, 1, 3)),
+        *(("num_wanted", count) for count in (-1, 0, 1, 3)),
     ]
     for name, value in wrong:
         with pytest.raises(KernelArgumentError):

@@ -62,8 +62,10 @@ def build_core(config: EngineConfig, resolved: ResolvedModel) -> tuple[EngineCor
         kernels,
         max_num_seqs=config.scheduler.max_num_seqs,
         max_model_len=memory.max_model_len,
+        grammars=None,
     )
-    core = EngineCore(build_scheduler(config, memory), InlineExecutor(runner))
+    scheduler = build_scheduler(config, memory)
+    core = EngineCore(scheduler, InlineExecutor(runner))
     return core, describe(resolved, memory, started)
 
 
@@ -105,7 +107,7 @@ def build_scheduler(config: EngineConfig, memory: MemoryPlan) -> Scheduler:
         enable_chunked_prefill=options.enable_chunked_prefill,
         policy=options.scheduling_policy,
     )
-    return Scheduler(limits, kv)
+    return Scheduler(limits, kv, needs_token_before_next=lambda message: message.rules is not None)
 
 
 def physical_cores() -> int:

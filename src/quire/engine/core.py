@@ -19,8 +19,13 @@ from quire.messages import (
     ResetPrefixCache,
     StepOutputs,
     StepPlan,
+    WaitReason,
 )
 from quire.scheduler import Scheduler
+from quire.structured.base import GrammarError
+from quire.structured.store import GrammarStore
+
+COMPILE_WAIT_SECONDS = 0.005
 
 
 class EngineCore:
@@ -31,25 +36,29 @@ class EngineCore:
         scheduler: Scheduler,
         executor: Executor,
         *,
+        grammars: GrammarStore | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.scheduler = scheduler
         self.executor = executor
         self._clock = clock
         self._in_flight: deque[tuple[StepPlan, StepFuture]] = deque()
+        self._grammars = grammars
+        self._compiling: dict[int, AddRequest] = {}
+        """Requests whose grammar is being compiled, beside the steps; the scheduler does not know them yet."""
 
     @property
     def has_work(self) -> bool:
-        return bool(self._in_flight) or self.scheduler.has_work
+        return bool(self._in_flight or self._compiling) or self.scheduler.has_work
 
     def step(self) -> StepOutputs:
         """One iteration of continuous batching: launch a plan, then learn from the oldest one in flight,
         which is the same one unless the executor overlaps. Without rows there is nothing to overlap with,
         so nothing stays in flight."""
+        updates = self._admit_compiled() if self._compiling else []
         plan = self.scheduler.schedule()
         self._in_flight.append((plan, self.executor.execute(plan)))
         may_stay = self.executor.max_in_flight - 1 if plan.rows else 0
-        updates: list[RequestUpdate] = []
         while len(self._in_flight) > may_stay:
             launched, future = self._in_flight.popleft()
             updates += self.scheduler.update(launched, future.result())
@@ -63,11 +72,11 @@ class EngineCore:
         """Take in one message. A request that cannot be taken in fails alone."""
         if isinstance(message, AddRequest):
             try:
-                self.scheduler.add_request(message)
+                self._add(message)
             except Exception as error:
                 return self._outputs([_failed(message, error)])
         elif isinstance(message, AbortRequests):
-            return self._outputs(self.scheduler.abort(message.request_ids))
+            return self._outputs(self._abort(message.request_ids))
         elif isinstance(message, Ping):
             return Pong(message.nonce, self._clock())
         elif isinstance(message, ResetPrefixCache):
@@ -77,10 +86,44 @@ class EngineCore:
     def close(self) -> None:
         self.executor.close()
 
+    def _add(self, message: AddRequest) -> None:
+        grammar = message.rules.grammar if message.rules is not None else None
+        if grammar is None:
+            self.scheduler.add_request(message)
+            return
+        if self._grammars is None:
+            raise ValueError("this engine has no grammars")
+        self._grammars.prepare(grammar)
+        self._compiling[message.request_id] = message
+
+    def _admit_compiled(self) -> list[RequestUpdate]:
+        """Hand over the requests whose grammar is there; if nothing else can be done, wait a little for it."""
+        assert self._grammars is not None
+        if not self._in_flight and not self.scheduler.has_work:
+            self._grammars.wait(COMPILE_WAIT_SECONDS)
+        updates = []
+        for message in list(self._compiling.values()):
+            assert message.rules is not None and message.rules.grammar is not None
+            grammar = self._grammars.ready(message.rules.grammar)
+            if grammar is None:
+                continue
+            del self._compiling[message.request_id]
+            if isinstance(grammar, GrammarError):
+                updates.append(_failed(message, grammar))
+            else:
+                self.scheduler.add_request(message)
+        return updates
+
+    def _abort(self, request_ids: list[int]) -> list[RequestUpdate]:
+        compiling = [i for i in request_ids if self._compiling.pop(i, None) is not None]
+        updates = [RequestUpdate(request_id=i, finish_reason=FinishReason.ABORT) for i in compiling]
+        return updates + self.scheduler.abort(request_ids)
+
     def _outputs(self, updates: list[RequestUpdate]) -> StepOutputs:
-        return StepOutputs(
-            updates=updates, stats=self.scheduler.take_stats(), timestamp=self._clock()
-        )
+        stats = self.scheduler.take_stats()
+        stats.num_waiting += len(self._compiling)
+        stats.waiting_by_reason[WaitReason.DEFERRED.value] += len(self._compiling)
+        return StepOutputs(updates=updates, stats=stats, timestamp=self._clock())
 
 
 def _failed(message: AddRequest, error: Exception) -> RequestUpdate:

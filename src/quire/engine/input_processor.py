@@ -11,8 +11,10 @@ from dataclasses import dataclass
 
 from quire.engine.setup import ServedModel
 from quire.errors import InvalidParameterError, PromptTooLongError
-from quire.messages import AddRequest
-from quire.sampling_params import SamplingParams
+from quire.messages import AddRequest, TokenRules
+from quire.sampling_params import PoolingParams, SamplingParams
+from quire.structured.spec import to_spec
+from quire.text.parsing.base import ThinkingTokens
 
 PromptInput = str | Sequence[int] | Mapping[str, object]
 """Text, token ids, or a mapping with `prompt` or `prompt_token_ids`, and `cache_salt` if wanted."""
@@ -29,6 +31,7 @@ class EngineRequest:
     prompt: str | None
     prompt_token_ids: list[int]
     params: SamplingParams
+    """Of a request that is pooled, only a placeholder."""
     max_tokens: int
     arrival_ts: float
     sequences: list[AddRequest]
@@ -44,22 +47,31 @@ class InputProcessor:
     def process(
         self,
         prompt: PromptInput,
-        params: SamplingParams,
+        params: SamplingParams | PoolingParams,
         *,
         request_id: str | None = None,
         priority: int = 0,
         cache_salt: str | None = None,
         add_special_tokens: bool = True,
+        thinking: ThinkingTokens | None = None,
     ) -> EngineRequest:
+        """thinking: of a reasoning model, how it begins and ends to think."""
         text, token_ids, salt = self._read_prompt(prompt, cache_salt, add_special_tokens)
-        self._check_prompt(token_ids)
+        pooling = params if isinstance(params, PoolingParams) else None
+        if pooling is not None:
+            self._check_pooling(pooling)
+            params = SamplingParams()
+        assert not isinstance(params, PoolingParams)
         self._check_params(params)
+        scores_only = pooling is not None or params.max_tokens == 0
+        self._check_prompt(token_ids, most=self._model.max_model_len - (not scores_only))
+        rules = self._rules(params, thinking)
         if isinstance(priority, bool) or not isinstance(priority, int) or abs(priority) > 2**31:
             raise InvalidParameterError(
                 f"priority must be a 32-bit integer, got {priority!r}.",
                 param="priority", value=priority,
             )  # fmt: skip
-        max_tokens = self._max_tokens(len(token_ids), params)
+        max_tokens = 0 if scores_only else self._max_tokens(len(token_ids), params)
         now = time.monotonic()
         seed = params.seed if params.seed is not None else secrets.randbits(63)
         leader = next(self._ids)
@@ -67,10 +79,12 @@ class InputProcessor:
             AddRequest(
                 request_id=leader if index == 0 else next(self._ids),
                 prompt_token_ids=token_ids,
-                params=params,
-                # Siblings differ by their seed alone.
+                # Siblings differ by their seed alone; the prompt's logprobs are the first one's.
+                params=params.replace(prompt_logprobs=None) if index else params,
                 seed=(seed + index) % 2**64,
                 max_tokens=max_tokens,
+                rules=rules,
+                pooling=pooling,
                 eos_token_ids=list(self._model.eos_token_ids),
                 arrival_time=now,
                 priority=priority,
@@ -128,13 +142,13 @@ class InputProcessor:
             )
         return text, list(token_ids), salt
 
-    def _check_prompt(self, token_ids: list[int]) -> None:
+    def _check_prompt(self, token_ids: list[int], *, most: int) -> None:
         if not token_ids:
             raise InvalidParameterError(
                 "The prompt is empty; it needs at least one token.", param="prompt"
             )
         limit = self._model.max_model_len
-        if len(token_ids) >= limit:
+        if len(token_ids) > most:
             raise PromptTooLongError(
                 f"This model's maximum context length is {limit} tokens. However, your prompt "
                 f"contains {len(token_ids)} input tokens, which exceeds this limit even without any "
@@ -161,16 +175,55 @@ class InputProcessor:
                 f"sampling_params must be SamplingParams, got {type(params).__name__}.",
                 param="sampling_params",
             )
-        limit, asked = self._model.max_logprobs, params.logprobs
-        if asked is not None and limit >= 0 and (asked == -1 or asked > limit):
+        limit = self._model.max_logprobs
+        for name in ("logprobs", "prompt_logprobs"):
+            asked = getattr(params, name)
+            if asked is not None and limit >= 0 and (asked == -1 or asked > limit):
+                raise InvalidParameterError(
+                    f"{name} asks for {'all' if asked == -1 else asked} alternatives; this server "
+                    f"allows {limit} (--max-logprobs).",
+                    param=name,
+                    value=asked,
+                )
+        for name in ("stop_token_ids", "allowed_token_ids", "logprob_token_ids", "logit_bias"):
+            self._check_ids(getattr(params, name) or (), name)
+
+    def _check_pooling(self, pooling: PoolingParams) -> None:
+        size = self._model.spec.hidden_size
+        if pooling.dimensions is not None and pooling.dimensions > size:
             raise InvalidParameterError(
-                f"logprobs asks for {'all' if asked == -1 else asked} alternatives; this server "
-                f"allows {limit} (--max-logprobs).",
-                param="logprobs",
-                value=asked,
+                f"dimensions is {pooling.dimensions}; this model's vectors have {size}.",
+                param="dimensions",
+                value=pooling.dimensions,
             )
-        if params.stop_token_ids:
-            self._check_ids(params.stop_token_ids, "stop_token_ids")
+
+    def _rules(self, params: SamplingParams, thinking: ThinkingTokens | None) -> TokenRules | None:
+        """What restricts the next token by those before it; None if nothing does."""
+        if params.thinking_token_budget is not None and thinking is None:
+            raise InvalidParameterError(
+                "thinking_token_budget needs a reasoning model (--reasoning-parser).",
+                param="thinking_token_budget",
+                value=params.thinking_token_budget,
+            )
+        structured = params.structured_outputs
+        if not params.bad_words and structured is None and params.thinking_token_budget is None:
+            return None
+        bad_words = [ids for word in params.bad_words or () for ids in self._spellings(word)]
+        self._check_ids([token for ids in bad_words for token in ids], "bad_words")
+        return TokenRules(
+            bad_words=bad_words,
+            grammar=None if structured is None else to_spec(structured),
+            think_start=thinking.start if thinking else [],
+            think_end=thinking.end if thinking else [],
+            thinking=thinking.inside if thinking else False,
+            thinking_budget=params.thinking_token_budget,
+        )
+
+    def _spellings(self, word: str) -> list[list[int]]:
+        """The tokens of a text as they are at the start of a line, and after a space."""
+        bare = self._model.tokenizer.encode(word, add_special_tokens=False)
+        spaced = self._model.tokenizer.encode(" " + word.lstrip(), add_special_tokens=False)
+        return [ids for ids in ([bare] if bare == spaced else [bare, spaced]) if ids]
 
     def _max_tokens(self, prompt_len: int, params: SamplingParams) -> int:
         room = self._model.max_model_len - prompt_len

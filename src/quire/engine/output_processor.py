@@ -44,6 +44,9 @@ class RequestState:
     metrics: RequestStateStats
     num_cached_tokens: int | None = None
     error: str | None = None
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    """As far as they are known; None if nobody asked."""
+    embedding: list[float] | None = None
 
     @property
     def finished(self) -> bool:
@@ -98,11 +101,14 @@ class OutputProcessor:
                     min_tokens=params.min_tokens,
                 )
             sequence = _Sequence(message.request_id, index, detokenizer)
-            if params.logprobs is not None:
+            if params.logprobs is not None or params.logprob_token_ids is not None:
                 sequence.logprobs, sequence.cumulative_logprob = [], 0.0
             sequences.append(sequence)
         stats = RequestStateStats(arrival_time=time.time(), arrival_ts=request.arrival_ts)
         state = RequestState(request, sequences, stats)
+        if params.prompt_logprobs is not None:
+            first = max(1, params.prompt_logprob_start or 0)
+            state.prompt_logprobs = [None] * min(first, len(request.prompt_token_ids))
         self.requests[request.request_id] = state
         for sequence in sequences:
             self._states[sequence.request_id] = (state, sequence)
@@ -118,6 +124,9 @@ class OutputProcessor:
             if known is None:
                 continue  # ended here already: by a stop string, or aborted
             state, sequence = known
+            self._note_prompt(state, update)
+            if not update.new_token_ids and update.finish_reason is None:
+                continue  # only the prompt's logprobs, of which there is nothing to show yet
             try:
                 delta = self._apply(state, sequence, update, outputs.timestamp, processed)
             except Exception:
@@ -193,7 +202,7 @@ class OutputProcessor:
                 sequence.stop_reason = result.stop.stop_string
         sequence.token_ids.extend(token_ids)
         state.metrics.num_generation_tokens += len(token_ids)
-        self._note_logprobs(sequence, (update.logprobs or [])[: len(token_ids)])
+        self._note_logprobs(state, sequence, (update.logprobs or [])[: len(token_ids)])
         if finish is not None:
             sequence.finish_reason = finish
             if stop_reason is not None:
@@ -211,37 +220,59 @@ class OutputProcessor:
         if update.num_cached_tokens is not None and state.num_cached_tokens is None:
             state.num_cached_tokens = update.num_cached_tokens
         if not update.new_token_ids:
+            if state.request.max_tokens == 0 and update.num_cached_tokens is not None:
+                self._count_prompt(state, None)
             return
         if stats.first_token_ts == 0.0:
             stats.first_token_ts = timestamp
             stats.first_token_latency = timestamp - stats.arrival_ts
-            self.metrics.on_first_token(
-                stats.first_token_latency,
-                prompt_tokens=len(state.request.prompt_token_ids),
-                cached_tokens=state.num_cached_tokens or 0,
-            )
+            self._count_prompt(state, stats.first_token_latency)
         if sequence.last_token_ts:
             gap = (timestamp - sequence.last_token_ts) / len(update.new_token_ids)
             for _ in update.new_token_ids:
                 self.metrics.on_token_gap(gap)
         sequence.last_token_ts = stats.last_token_ts = timestamp
 
-    def _note_logprobs(self, sequence: _Sequence, entries: Sequence[TokenLogprobs]) -> None:
+    def _count_prompt(self, state: RequestState, ttft_seconds: float | None) -> None:
+        self.metrics.on_first_token(
+            ttft_seconds,
+            prompt_tokens=len(state.request.prompt_token_ids),
+            cached_tokens=state.num_cached_tokens or 0,
+        )
+
+    def _note_prompt(self, state: RequestState, update: RequestUpdate) -> None:
+        if update.embedding is not None:
+            state.embedding = update.embedding
+        if update.prompt_logprobs is not None and state.prompt_logprobs is not None:
+            also = state.request.params.logprob_token_ids
+            state.prompt_logprobs += [
+                self._position(entry, also) for entry in update.prompt_logprobs.entries
+            ]
+
+    def _note_logprobs(
+        self, state: RequestState, sequence: _Sequence, entries: Sequence[TokenLogprobs]
+    ) -> None:
         if sequence.logprobs is None or sequence.cumulative_logprob is None:
             return
+        also = state.request.params.logprob_token_ids
         for entry in entries:
             sequence.cumulative_logprob += entry.logprob
-            position = {
-                token: Logprob(value, rank, self._tokenizer.decode_token(token))
-                for rank, (token, value) in enumerate(
-                    zip(entry.top_ids, entry.top_logprobs, strict=True), start=1
-                )
-            }
-            if entry.token_id not in position:
-                position[entry.token_id] = Logprob(
-                    entry.logprob, entry.rank, self._tokenizer.decode_token(entry.token_id)
-                )
-            sequence.logprobs.append(position)
+            sequence.logprobs.append(self._position(entry, also))
+
+    def _position(self, entry: TokenLogprobs, also: list[int] | None) -> dict[int, Logprob]:
+        """also: the tokens of `asked_logprobs`."""
+        name = self._tokenizer.decode_token
+        position = {
+            token: Logprob(value, rank, name(token))
+            for rank, (token, value) in enumerate(
+                zip(entry.top_ids, entry.top_logprobs, strict=True), start=1
+            )
+        }
+        if entry.token_id not in position:
+            position[entry.token_id] = Logprob(entry.logprob, entry.rank, name(entry.token_id))
+        for token, value in zip(also or (), entry.asked_logprobs, strict=False):
+            position.setdefault(token, Logprob(value, None, name(token)))
+        return position
 
     def _close(self, state: RequestState) -> None:
         if self.requests.pop(state.request.request_id, None) is None:
@@ -291,6 +322,8 @@ def _show(state: RequestState, deltas: dict[int, str]) -> RequestOutput | None:
         finished=finished,
         metrics=state.metrics,
         num_cached_tokens=state.num_cached_tokens,
+        prompt_logprobs=state.prompt_logprobs,
+        embedding=state.embedding,
         error=state.error,
     )
 

@@ -61,12 +61,12 @@ class StepRows:
     block_ids: NDArray[np.int32]
     """[seats, max_blocks]: its blocks in order."""
     rows: NDArray[np.int64]
-    """[max_rows, 4]: seat (none twice), first token to compute, number of tokens (at least 1), and whether
-    the last one's logits are wanted (0 or 1)."""
+    """[max_rows, 4]: seat (none twice), first token to compute, number of tokens (at least 1), and of how
+    many of these, the last ones, the result is wanted."""
     num_rows: int = 0
     """How many of `rows` are this step's; at most max_rows."""
-    num_logits: int = 0
-    """How many of those want logits."""
+    num_wanted: int = 0
+    """How many results they want in all."""
 
 
 class DecoderPass(Protocol):
@@ -78,4 +78,9 @@ class DecoderPass(Protocol):
 
         Raises `KernelArgumentError`, with nothing written, for an index out of range.
         """
+        ...
+
+    def hidden(self, rows: StepRows) -> Tensor:
+        """The same, but instead of logits what they are made of: the hidden states after the final norm,
+        [R, hidden_size] in the model's dtype."""
         ...

@@ -21,7 +21,7 @@ from quire.metrics.request_stats import FinishedRequest
 if TYPE_CHECKING:
     from quire.messages import SchedulerStats, StepOutputs
 
-FINISH_REASONS = ("stop", "length", "abort", "error")
+FINISH_REASONS = ("stop", "length", "abort", "error", "repetition")
 WAIT_REASONS = ("capacity", "deferred")
 REJECT_REASONS = ("max_num_queued_reqs", "max_num_queued_tokens")
 
@@ -204,9 +204,10 @@ class EngineMetrics:
         self._rows_discarded.inc(stats.rows_discarded)
 
     def on_first_token(
-        self, ttft_seconds: float, *, prompt_tokens: int, cached_tokens: int
+        self, ttft_seconds: float | None, *, prompt_tokens: int, cached_tokens: int
     ) -> None:
-        self._ttft.observe(ttft_seconds)
+        if ttft_seconds is not None:
+            self._ttft.observe(ttft_seconds)
         self._prompt_tokens.inc(prompt_tokens)
         self._prompt_cached.inc(cached_tokens)
         self._prompt_cached_source.inc(cached_tokens)

@@ -80,14 +80,14 @@ def _span(start: float, end: float) -> float | None:
 class MetricsSink(Protocol):
     """What an engine's front end calls. Each call is a fact; none asks anything back.
 
-    Order per request: `on_first_token` once per request, `on_token_gap` once per later token of
-    each sequence, `on_finished` once. `on_step` once per message of the engine core.
+    Order per request: `on_first_token` once per request (without a time if the prompt was all),
+    `on_token_gap` once per later token of each sequence, `on_finished` once. `on_step` once per message of the engine core.
     """
 
     def on_step(self, outputs: StepOutputs) -> None: ...
 
     def on_first_token(
-        self, ttft_seconds: float, *, prompt_tokens: int, cached_tokens: int
+        self, ttft_seconds: float | None, *, prompt_tokens: int, cached_tokens: int
     ) -> None: ...
 
     def on_token_gap(self, seconds: float) -> None: ...
@@ -104,7 +104,7 @@ class NullMetrics:
         pass
 
     def on_first_token(
-        self, ttft_seconds: float, *, prompt_tokens: int, cached_tokens: int
+        self, ttft_seconds: float | None, *, prompt_tokens: int, cached_tokens: int
     ) -> None:
         pass
 

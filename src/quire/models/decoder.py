@@ -331,10 +331,14 @@ class _LayerByLayer:
         self._kv_cache = kv_cache
 
     def forward(self, rows: StepRows) -> torch.Tensor:
+        return self._model.compute_logits(self.hidden(rows))
+
+    def hidden(self, rows: StepRows) -> torch.Tensor:
         input_ids, metadata = gather(rows, self._kv_cache.block_size)
         hidden = self._model.forward(input_ids, metadata.positions, metadata, self._kv_cache)
-        wanted = torch.from_numpy(rows.rows[: rows.num_rows, 3] != 0)
-        return self._model.compute_logits(hidden[metadata.query_start_loc[1:][wanted] - 1])
+        ends, wanted = metadata.query_start_loc[1:].tolist(), rows.rows[: rows.num_rows, 3].tolist()
+        picked = [np.arange(end - count, end) for end, count in zip(ends, wanted, strict=True)]
+        return hidden[torch.from_numpy(np.concatenate(picked))]
 
 
 def gather(rows: StepRows, block_size: int) -> tuple[torch.Tensor, AttentionMetadata]:

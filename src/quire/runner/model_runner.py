@@ -12,7 +12,8 @@ from quire.kernels.base import Kernels
 from quire.kernels.decoder import StepRows
 from quire.messages import AdmittedRequest, PlannedRow, SampledRow, StepPlan, StepResult
 from quire.models.decoder import DecoderModel
-from quire.sampling.sampler import Sampler, SamplingSeats
+from quire.runner.prompt_work import PromptWork
+from quire.sampling.sampler import GrammarSource, Sampler, SamplingSeats
 
 
 class RunningBatch:
@@ -24,7 +25,13 @@ class RunningBatch:
     """
 
     def __init__(
-        self, *, max_num_seqs: int, max_model_len: int, block_size: int, vocab_size: int
+        self,
+        *,
+        max_num_seqs: int,
+        max_model_len: int,
+        block_size: int,
+        vocab_size: int,
+        grammars: GrammarSource | None = None,
     ) -> None:
         self.block_size = block_size
         max_blocks = -(-max_model_len // block_size)
@@ -34,7 +41,11 @@ class RunningBatch:
         self.step = StepRows(self.token_ids, self.block_ids, rows)
         self.num_blocks = np.zeros(max_num_seqs, dtype=np.int64)
         self.num_prompt_tokens = [0] * max_num_seqs
-        self.sampling = SamplingSeats(max_num_seqs, vocab_size)
+        self.sampling = SamplingSeats(
+            max_num_seqs, vocab_size, max_model_len=max_model_len, grammars=grammars
+        )
+        self.prompts: dict[int, PromptWork] = {}
+        """By seat, of the requests that want something of their prompt's hidden states."""
         self.seat_of: dict[int, int] = {}
         self._free_seats = list(range(max_num_seqs - 1, -1, -1))
 
@@ -46,20 +57,20 @@ class RunningBatch:
         self.num_blocks[seat] = 0
         self.num_prompt_tokens[seat] = request.num_prompt_tokens
         self.sampling.admit(seat, request)
+        if (work := PromptWork.of(request)) is not None:
+            self.prompts[seat] = work
         self.add_blocks(seat, request.block_ids)
 
     def release(self, request_id: int) -> None:
         seat = self.seat_of.pop(request_id)
         self.sampling.release(seat)
+        self.prompts.pop(seat, None)
         self._free_seats.append(seat)
 
     def add_blocks(self, seat: int, block_ids: Sequence[int]) -> None:
         start = self.num_blocks[seat]
         self.block_ids[seat, start : start + len(block_ids)] = block_ids
         self.num_blocks[seat] = start + len(block_ids)
-
-
-NAN_ERROR = "The model produced invalid numbers (NaN) for this request."
 
 
 class ModelRunner:
@@ -73,6 +84,7 @@ class ModelRunner:
         *,
         max_num_seqs: int,
         max_model_len: int,
+        grammars: GrammarSource | None = None,
     ) -> None:
         self.model = model
         self.kv_cache = kv_cache
@@ -84,6 +96,7 @@ class ModelRunner:
             max_model_len=max_model_len,
             block_size=kv_cache.block_size,
             vocab_size=model.spec.vocab_size,
+            grammars=grammars,
         )
 
     def execute(self, plan: StepPlan) -> StepResult:
@@ -93,10 +106,18 @@ class ModelRunner:
         for request in plan.admitted:
             self.batch.admit(request)
         self._copy(plan.copies)
+        result = StepResult(step_id=plan.step_id)
         if not plan.rows:
-            return StepResult(step_id=plan.step_id)
-        logits = self._decoder.forward(self._seat(plan.rows))
-        return self._sample(plan, logits)
+            return result
+        step = self._seat(plan.rows)
+        if not self.batch.prompts:
+            logits = self._decoder.forward(step)
+        else:
+            hidden = self._decoder.hidden(step)
+            result.sampled, last = self._read_prompts(plan.rows, hidden)
+            logits = self.model.compute_logits(hidden[last])
+        self._sample(plan, logits, result)
+        return result
 
     def _copy(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copy-on-write, in order: a block just copied to may be copied from."""
@@ -118,29 +139,66 @@ class ModelRunner:
             seat = batch.seat_of[row.request_id]
             if row.new_block_ids:
                 batch.add_blocks(seat, row.new_block_ids)
-            table.append((seat, row.start, row.num_tokens, row.samples))
+            wanted = int(row.samples)
+            if seat in batch.prompts:
+                wanted = max(wanted, batch.prompts[seat].wanted(row.start, row.num_tokens))
+            table.append((seat, row.start, row.num_tokens, wanted))
         batch.step.rows[: len(table)] = table
-        batch.step.num_rows, batch.step.num_logits = len(table), sum(row.samples for row in rows)
+        batch.step.num_rows, batch.step.num_wanted = len(table), sum(row[3] for row in table)
         return batch.step
 
-    def _sample(self, plan: StepPlan, logits: torch.Tensor) -> StepResult:
+    def _read_prompts(
+        self, rows: Sequence[PlannedRow], hidden: torch.Tensor
+    ) -> tuple[list[SampledRow], list[int]]:
+        """What there is to tell of prompts, and which of the hidden states are those of rows that sample."""
+        batch, told, last, end = self.batch, [], [], 0
+        for row, (seat, _, _, wanted) in zip(rows, batch.step.rows.tolist(), strict=False):
+            begin, end = end, end + wanted
+            if row.samples:
+                last.append(end - 1)
+            if seat not in batch.prompts:
+                continue
+            found = batch.prompts[seat].read(
+                row.start, row.num_tokens, hidden[begin:end], self.model
+            )
+            if found is not None:
+                told.append(
+                    SampledRow(
+                        request_id=row.request_id,
+                        token_ids=[],
+                        prompt_logprobs=found.logprobs,
+                        embedding=found.embedding,
+                    )
+                )
+            if batch.prompts[seat].is_done(row.start + row.num_tokens):
+                del batch.prompts[seat]
+        return told, last
+
+    def _sample(self, plan: StepPlan, logits: torch.Tensor, result: StepResult) -> None:
         """logits: of the rows that sample."""
         rows = [row for row in plan.rows if row.samples]
         if not rows:
-            return StepResult(step_id=plan.step_id)
+            return
+        token_ids = self.batch.token_ids
         seats = np.array([self.batch.seat_of[row.request_id] for row in rows])
         # A row that samples reaches its last known token; the next one's index is their number.
         positions = np.array([row.start + row.num_tokens for row in rows])
         sampled = self._sampler.sample(logits, self.batch.sampling, seats, positions)
-        self.batch.token_ids[seats, positions] = sampled.token_ids  # without a token: ends at once
-        result = [
-            SampledRow(request_id=row.request_id, token_ids=[token])
-            for row, token in zip(rows, sampled.token_ids.tolist(), strict=True)
+        token_ids[seats, positions] = sampled.token_ids  # without a token: ends at once
+        of_prompts = {told.request_id: told for told in result.sampled}
+        told = [
+            of_prompts.pop(row.request_id, None)
+            or SampledRow(request_id=row.request_id, token_ids=[])
+            for row in rows
         ]
+        result.sampled = [*told, *of_prompts.values()]
+        for sampled_row, token in zip(told, sampled.token_ids.tolist(), strict=True):
+            sampled_row.token_ids = [token]
         for index, entry in sampled.logprobs.items():
-            result[index].logprobs = [entry]
-        if not sampled.valid.all():
-            for index in np.flatnonzero(~sampled.valid).tolist():
-                result[index].token_ids = []
-                result[index].error = NAN_ERROR
-        return StepResult(step_id=plan.step_id, sampled=result)
+            told[index].logprobs = [entry]
+        for index, tokens in sampled.forced.items():
+            told[index].token_ids += tokens
+            at = int(positions[index]) + 1
+            token_ids[seats[index], at : at + len(tokens)] = tokens
+        for index, error in sampled.errors.items():
+            told[index].token_ids, told[index].error = [], error

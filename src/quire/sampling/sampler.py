@@ -8,7 +8,10 @@ a `SamplingState` and are handled one by one.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,17 +20,43 @@ from torch import Tensor
 
 from quire.kernels.base import Kernels
 from quire.kernels.sampling import SAMPLE_ROW
-from quire.messages import AdmittedRequest, TokenLogprobs
+from quire.messages import AdmittedRequest, GrammarSpec, TokenLogprobs
+from quire.sampling.rules import RequestRules, as_bools, has_rules
+from quire.structured.base import Grammar
 
 _MOST_TOP_K = 2**31 - 1
+
+NAN_ERROR = "The model produced invalid numbers (NaN) for this request."
+NO_TOKEN_ERROR = "No token satisfies the request's constraints."
+
+
+class GrammarSource(Protocol):
+    """Where compiled grammars come from."""
+
+    def grammar(self, spec: GrammarSpec) -> Grammar:
+        """One that has been compiled before."""
+        ...
+
+
+def grammar_of(request: AdmittedRequest, grammars: GrammarSource | None) -> Grammar | None:
+    if request.rules is None or request.rules.grammar is None:
+        return None
+    assert grammars is not None, "the engine prepares grammars only where it has a store"
+    return grammars.grammar(request.rules.grammar)
 
 
 class SamplingState:
     """What a request needs beyond `SAMPLE_ROW`: its parameters and history."""
 
-    __slots__ = ("counts", "final_ids", "num_prompt_tokens", "params", "seen")
+    __slots__ = (
+        "_vocab_size", "bias", "counts", "final_ids", "has_grammar", "num_prompt_tokens", "params",
+        "rules", "seen",
+    )  # fmt: skip
 
-    def __init__(self, request: AdmittedRequest, vocab_size: int) -> None:
+    def __init__(
+        self, request: AdmittedRequest, vocab_size: int, grammar: Grammar | None = None
+    ) -> None:
+        self._vocab_size = vocab_size
         self.params = params = request.params
         self.num_prompt_tokens = request.num_prompt_tokens
         self.final_ids = sorted({*request.eos_token_ids, *(params.stop_token_ids or ())})
@@ -41,33 +70,103 @@ class SamplingState:
             self.counts = torch.bincount(output, minlength=vocab_size).float()
             self.seen = torch.zeros(vocab_size, dtype=torch.bool)
             self.seen[ids] = True
+        self.bias: tuple[Tensor, Tensor] | None = None
+        """Token ids, and what is added to their logits."""
+        if params.logit_bias:
+            ids, values = zip(*params.logit_bias.items(), strict=True)
+            self.bias = torch.tensor(ids), torch.tensor(values, dtype=torch.float32)
+        self.has_grammar = grammar is not None
+        self.rules: RequestRules | None = None
+        if has_rules(params, request.rules):
+            self.rules = RequestRules(
+                params,
+                request.rules,
+                grammar,
+                vocab_size=vocab_size,
+                eos_token_ids=request.eos_token_ids,
+                output=request.token_ids[request.num_prompt_tokens :],
+            )
 
     def learn(self, token_id: int) -> None:
         """A token was sampled."""
+        if self.rules is not None:
+            self.rules.learn(token_id)
+        self._count(token_id)
+
+    def _count(self, token_id: int) -> None:
         if self.counts is not None and self.seen is not None:
             self.counts[token_id] += 1.0
             self.seen[token_id] = True
 
+    def forced(self, most: int) -> list[int]:
+        """Tokens that can only follow those learned, learned too."""
+        if self.rules is None:
+            return []
+        tokens = self.rules.forced(most)
+        for token in tokens:
+            self._count(token)
+        return tokens
+
     def bans_final_ids(self, position: int) -> bool:
         """For the token to be sampled at this index in the request."""
         few = position - self.num_prompt_tokens < self.params.min_tokens
-        return few and bool(self.final_ids)
+        return few and bool(self.final_ids) and not self.has_grammar
 
     def is_needed(self, position: int) -> bool:
         """For that token, or any later one."""
         return (
             self.counts is not None
-            or self.params.logprobs is not None
+            or self.bias is not None
+            or self.rules is not None
+            or self.wants_logprobs
             or self.bans_final_ids(position)
         )
+
+    @property
+    def wants_logprobs(self) -> bool:
+        return self.params.logprobs is not None or self.params.logprob_token_ids is not None
+
+    def edit(self, logits: Tensor, position: int) -> bool:
+        """Everything but temperature and filters, in place. logits: [V]. False if no token may follow."""
+        params = self.params
+        if self.rules is not None and (mask := self.rules.mask()) is not None:
+            if not mask.any():
+                return False
+            logits[~torch.from_numpy(as_bools(mask, self._vocab_size))] = -torch.inf
+        if self.bans_final_ids(position):
+            logits[torch.tensor(self.final_ids)] = -torch.inf
+        if self.bias is not None:
+            ids, values = self.bias
+            logits[ids] += values
+        if self.counts is None or self.seen is None:
+            return True
+        if params.repetition_penalty != 1.0:
+            repeated = torch.where(
+                logits > 0, logits / params.repetition_penalty, logits * params.repetition_penalty
+            )
+            logits.copy_(torch.where(self.seen, repeated, logits))
+        if params.frequency_penalty != 0.0:
+            logits.sub_(self.counts, alpha=params.frequency_penalty)
+        if params.presence_penalty != 0.0:
+            logits.sub_((self.counts > 0).float(), alpha=params.presence_penalty)
+        return True
 
 
 class SamplingSeats:
     """How the request in each seat is sampled. Admission writes all that is read of a seat, so nothing
     stale can be."""
 
-    def __init__(self, max_num_seqs: int, vocab_size: int) -> None:
+    def __init__(
+        self,
+        max_num_seqs: int,
+        vocab_size: int,
+        *,
+        max_model_len: int,
+        grammars: GrammarSource | None = None,
+    ) -> None:
+        self.max_model_len = max_model_len
         self._vocab_size = vocab_size
+        self._grammars = grammars
         self._rows = np.zeros(max_num_seqs, dtype=SAMPLE_ROW)
         self._num_random = 0
         self._states: dict[int, SamplingState] = {}
@@ -81,8 +180,9 @@ class SamplingSeats:
         row["top_k"] = min(params.top_k, _MOST_TOP_K)
         row["seed"] = seed if seed < 2**63 else seed - 2**64
         self._num_random += not params.is_greedy
-        if params.has_penalties or params.min_tokens > 0 or params.logprobs is not None:
-            self._states[seat] = SamplingState(request, self._vocab_size)
+        state = SamplingState(request, self._vocab_size, grammar_of(request, self._grammars))
+        if state.is_needed(len(request.token_ids)):
+            self._states[seat] = state
 
     def release(self, seat: int) -> None:
         self._num_random -= bool(self._rows[seat]["temperature"] > 0)
@@ -119,12 +219,13 @@ class SamplingSeats:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """token_ids: [R] int64. valid: [R] bool, False where the logits held NaN; there is then no token.
-    logprobs: by index, of the rows that asked."""
+    """token_ids: [R] int64. errors: by index, of the rows that have no token. logprobs: by index, of the rows
+    that asked. forced: by index, tokens that follow the sampled one because nothing else may."""
 
     token_ids: NDArray[np.int64]
-    valid: NDArray[np.bool_]
+    errors: dict[int, str]
     logprobs: dict[int, TokenLogprobs]
+    forced: dict[int, list[int]]
 
 
 class Sampler:
@@ -143,61 +244,66 @@ class Sampler:
         """logits: [R, V] float32, row i for seats[i], no seat twice; may be overwritten. positions: [R],
         index in its request of the token to be sampled."""
         states = table.states(seats, positions)
-        raw = _prepare(logits, states, positions) if states else {}
+        sampled = Sampled(np.empty(0, np.int64), {}, {}, {})
+        raw = _prepare(logits, states, positions, sampled.errors) if states else {}
         result = self._kernels.sample(logits, table.rows(seats, positions))
-        logprobs: dict[int, TokenLogprobs] = {}
+        if not result.valid.all():
+            for index in np.flatnonzero(~result.valid).tolist():
+                sampled.errors.setdefault(index, NAN_ERROR)
         for index, state in states.items():
-            if not result.valid[index]:
+            if index in sampled.errors:
                 continue
             token = int(result.token_ids[index])
             state.learn(token)
+            if forced := state.forced(table.max_model_len - 1 - int(positions[index])):
+                sampled.forced[index] = forced
             if index in raw:
-                logprobs[index] = top_logprobs(raw[index], token, state.params.logprobs or 0)
-        return Sampled(result.token_ids, result.valid, logprobs)
+                [sampled.logprobs[index]] = top_logprobs(
+                    raw[index][None],
+                    [token],
+                    state.params.logprobs or 0,
+                    state.params.logprob_token_ids,
+                )
+        return dataclasses.replace(sampled, token_ids=result.token_ids)
 
 
 @torch.inference_mode()
 def _prepare(
-    logits: Tensor, states: dict[int, SamplingState], positions: NDArray[np.int64]
+    logits: Tensor,
+    states: dict[int, SamplingState],
+    positions: NDArray[np.int64],
+    errors: dict[int, str],
 ) -> dict[int, Tensor]:
     """Edits the rows that want it, in place. Returns log-softmax of the rows as they were, for those that
     ask: index -> [V]."""
     raw: dict[int, Tensor] = {}
     for index, state in states.items():
-        if state.params.logprobs is not None:
+        if state.wants_logprobs:
             raw[index] = torch.log_softmax(logits[index], dim=-1)
-        _edit(logits[index], state, int(positions[index]))
+        if not state.edit(logits[index], int(positions[index])):
+            errors[index] = NO_TOKEN_ERROR
     return raw
 
 
-def _edit(logits: Tensor, state: SamplingState, position: int) -> None:
-    """Penalties and the min_tokens ban, in place. logits: [V]"""
-    params = state.params
-    if state.bans_final_ids(position):
-        logits[torch.tensor(state.final_ids)] = -torch.inf
-    if state.counts is None or state.seen is None:
-        return
-    if params.repetition_penalty != 1.0:
-        repeated = torch.where(
-            logits > 0, logits / params.repetition_penalty, logits * params.repetition_penalty
-        )
-        logits.copy_(torch.where(state.seen, repeated, logits))
-    if params.frequency_penalty != 0.0:
-        logits.sub_(state.counts, alpha=params.frequency_penalty)
-    if params.presence_penalty != 0.0:
-        logits.sub_((state.counts > 0).float(), alpha=params.presence_penalty)
-
-
-def top_logprobs(logprobs: Tensor, token: int, asked: int) -> TokenLogprobs:
-    """logprobs: [V]. The chosen token's value and rank, and the top ones asked for, -1 for all."""
-    count = logprobs.shape[0] if asked == -1 else min(asked, logprobs.shape[0])
-    chosen = logprobs[token]
-    rank = int((logprobs > chosen).sum()) + 1
+def top_logprobs(
+    logprobs: Tensor, tokens: Sequence[int], asked: int, also: Sequence[int] | None = None
+) -> list[TokenLogprobs]:
+    """logprobs: [R, V]; tokens: [R]. Each row's chosen token's value and rank, the top ones asked for (-1 for
+    all), and those of `also`."""
+    count = logprobs.shape[1] if asked == -1 else min(asked, logprobs.shape[1])
+    chosen = logprobs.gather(1, torch.tensor(tokens)[:, None])
+    ranks = (logprobs > chosen).sum(1) + 1
     values, ids = logprobs.topk(count)
-    return TokenLogprobs(
-        token_id=token,
-        logprob=float(chosen),
-        rank=rank,
-        top_ids=ids.tolist(),
-        top_logprobs=values.tolist(),
-    )
+    others = logprobs[:, list(also)].tolist() if also else [[]] * len(tokens)
+    return [
+        TokenLogprobs(*entry)
+        for entry in zip(
+            tokens,
+            chosen[:, 0].tolist(),
+            ranks.tolist(),
+            ids.tolist(),
+            values.tolist(),
+            others,
+            strict=True,
+        )
+    ]

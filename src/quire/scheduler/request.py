@@ -5,6 +5,7 @@ from __future__ import annotations
 from enum import Enum
 
 from quire.messages import AddRequest, FinishReason, RequestTimes
+from quire.sampling_params import RepetitionDetectionParams
 
 
 class RequestStatus(Enum):
@@ -22,8 +23,8 @@ class Request:
     __slots__ = (
         "arrival_time", "cache_salt", "eos_token_ids", "finish_reason", "fork_of", "max_tokens",
         "needs_token_before_next", "num_cached_tokens", "num_computed_tokens", "num_pending_tokens",
-        "num_preemptions", "num_prompt_tokens", "params", "priority", "queued_time", "request_id",
-        "scheduled_time", "seed", "sort_key", "status",
+        "num_preemptions", "num_prompt_logprobs", "num_prompt_tokens", "params", "pooling", "priority",
+        "queued_time", "request_id", "rules", "scheduled_time", "seed", "sort_key", "status",
         "stop_token", "stop_token_ids", "token_ids",
     )  # fmt: skip
 
@@ -42,8 +43,13 @@ class Request:
         self.params = message.params
         self.seed = message.seed
         self.max_tokens = message.max_tokens
-        self.eos_token_ids = frozenset(() if message.params.ignore_eos else message.eos_token_ids)
+        self.rules = message.rules
+        self.pooling = message.pooling
+        ignores_eos = message.params.ignore_eos and not self.has_grammar
+        self.eos_token_ids = frozenset(() if ignores_eos else message.eos_token_ids)
         self.stop_token_ids = frozenset(message.params.stop_token_ids or ())
+        self.num_prompt_logprobs = max(1, message.params.prompt_logprob_start or 0)
+        """The first prompt token whose logprobs are wanted and not known yet, where any are wanted."""
         self.arrival_time = message.arrival_time
         self.priority = message.priority
         self.cache_salt = message.cache_salt
@@ -68,6 +74,27 @@ class Request:
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
+    def has_grammar(self) -> bool:
+        """Then it ends where the grammar does, whatever min_tokens or ignore_eos say."""
+        return self.rules is not None and self.rules.grammar is not None
+
+    @property
+    def most_cached(self) -> int | None:
+        """How many of its tokens may come from the prefix cache; None for all. What is cached has no hidden
+        states, which logprobs and a mean are made of."""
+        if self.pooling is not None:
+            whole = self.pooling.pooling == "mean" or self.pooling.skip_reading_prefix_cache
+            return 0 if whole else None
+        if self.params.skip_reading_prefix_cache:
+            return 0
+        if (
+            self.params.prompt_logprobs is None
+            or self.num_prompt_logprobs >= self.num_prompt_tokens
+        ):
+            return None
+        return self.num_prompt_logprobs - 1
+
+    @property
     def ends_with_pending(self) -> bool:
         """Whether the last pending token is its last one, whatever it is."""
         return self.num_output_tokens + self.num_pending_tokens >= self.max_tokens
@@ -80,7 +107,7 @@ class Request:
         """Add a sampled token and decide whether it is the last one."""
         self.token_ids.append(token)
         produced = self.num_output_tokens
-        if produced >= self.params.min_tokens:
+        if produced >= self.params.min_tokens or self.has_grammar:
             if token in self.eos_token_ids:
                 self.finish_reason = FinishReason.STOP
                 return
@@ -90,9 +117,25 @@ class Request:
                 return
         if produced >= self.max_tokens:
             self.finish_reason = FinishReason.LENGTH
+        elif self.params.repetition_detection is not None and repeats(
+            self.token_ids[self.num_prompt_tokens :], self.params.repetition_detection
+        ):
+            self.finish_reason = FinishReason.REPETITION
 
     def __repr__(self) -> str:
         return (
             f"Request({self.request_id}, {self.status.value}, "
             f"{self.num_computed_tokens}/{self.num_tokens} tokens)"
         )
+
+
+def repeats(tokens: list[int], rule: RepetitionDetectionParams) -> bool:
+    """Whether the tokens end in the same pattern `min_count` times in a row."""
+    for size in range(max(1, rule.min_pattern_size), rule.max_pattern_size + 1):
+        length = size * rule.min_count
+        if length > len(tokens):
+            return False
+        tail = tokens[-length:]
+        if tail[size:] == tail[:-size]:
+            return True
+    return False

@@ -34,6 +34,7 @@ from quire.messages import (
     AdmittedRequest,
     FinishReason,
     PlannedRow,
+    PromptLogprobs,
     RequestUpdate,
     SampledRow,
     SchedulerStats,
@@ -95,8 +96,10 @@ class Scheduler:
         that can never fit would wait for ever."""
         if message.request_id in self.requests:
             raise ValueError(f"request id {message.request_id} is in use")
-        if not message.prompt_token_ids or message.max_tokens < 1:
-            raise ValueError("a request needs at least one prompt token and max_tokens of 1")
+        if not message.prompt_token_ids or message.max_tokens < 0:
+            raise ValueError(
+                "a request needs at least one prompt token, and max_tokens of 0 or more"
+            )
         if len(message.prompt_token_ids) + message.max_tokens > self.limits.max_model_len:
             raise ValueError("prompt and max_tokens exceed max_model_len")
         request = Request(
@@ -144,7 +147,7 @@ class Scheduler:
         index = 0
         while index < len(self.running):
             request = self.running[index]
-            if request.num_pending_tokens and self._awaits_token(request):
+            if self._is_idle(request):
                 index += 1
                 continue
             others = len(self.running) - index - 1
@@ -164,8 +167,12 @@ class Scheduler:
             index += 1
         return budget, preempted
 
-    def _awaits_token(self, request: Request) -> bool:
-        """Whether there is nothing to compute before the pending token is known."""
+    def _is_idle(self, request: Request) -> bool:
+        """Whether there is nothing to compute before the plans in flight are done."""
+        if request.num_computed_tokens == request.num_tokens:
+            return True  # it has a prompt only
+        if not request.num_pending_tokens:
+            return False
         if request.ends_with_pending:
             return True
         self._stats.rows_held += request.needs_token_before_next
@@ -215,13 +222,17 @@ class Scheduler:
         if leader is not None and leader.status is RequestStatus.RUNNING:
             # The last prompt token is computed again, so that each sibling samples on its own.
             shared = request.num_prompt_tokens - 1
+            if request.most_cached is not None:
+                shared = min(shared, request.most_cached)
             if request.num_output_tokens == 0 and shared > 0:
                 if leader.num_computed_tokens < shared:
                     return None
                 return self.kv.match_fork(leader.request_id, shared, self._step_id)
-        return self.kv.match_prefix(
-            request.request_id, request.token_ids, request.cache_salt, self._step_id
-        )
+        most = request.most_cached
+        if most == 0:
+            return PrefixMatch()
+        tokens = request.token_ids if most is None else request.token_ids[: most + 1]
+        return self.kv.match_prefix(request.request_id, tokens, request.cache_salt, self._step_id)
 
     def _fits(self, match: PrefixMatch, num_tokens: int, keep_free: int) -> bool:
         """Whether the request can be admitted, if need be without the match's copied tail (which
@@ -260,6 +271,9 @@ class Scheduler:
                 params=request.params,
                 seed=request.seed,
                 eos_token_ids=sorted(request.eos_token_ids),
+                rules=request.rules,
+                pooling=request.pooling,
+                num_prompt_logprobs=request.num_prompt_logprobs,
             )
         )
         self._plan_row(plan, request, count, [])
@@ -276,7 +290,7 @@ class Scheduler:
                 start=request.num_computed_tokens,
                 num_tokens=count,
                 new_block_ids=new_block_ids,
-                samples=reach == request.num_tokens,
+                samples=reach == request.num_tokens and request.max_tokens > 0,
                 pending=reach > known,
             )
         )
@@ -300,13 +314,14 @@ class Scheduler:
         sampled = {row.request_id: row for row in result.sampled}
         updates = []
         for row in plan.rows:
-            if not row.samples:
-                continue
-            request = self.requests.get(row.request_id)
+            request, found = self.requests.get(row.request_id), sampled.get(row.request_id)
             if request is None:
-                self._stats.rows_discarded += 1
-            else:
-                updates.append(self._learn(request, sampled[row.request_id]))
+                self._stats.rows_discarded += row.samples
+            elif row.samples:
+                assert found is not None
+                updates.append(self._learn(request, found))
+            elif found is not None or request.max_tokens == 0:
+                updates += self._learn_of_prompt(request, row, found)
         self._stats.step_tokens += plan.num_tokens
         return updates
 
@@ -316,6 +331,7 @@ class Scheduler:
             update = self._finish(request, FinishReason.ERROR)
             update.error = row.error
             return update
+        prompt_logprobs = _news_of_prompt(request, row)
         first = request.num_output_tokens == 0
         accepted: list[int] = []
         for token in row.token_ids:
@@ -333,10 +349,31 @@ class Scheduler:
                 self.kv.register(request.request_id, request.token_ids, known, self._step_id)
         update.new_token_ids = accepted
         update.logprobs = row.logprobs[: len(accepted)] if row.logprobs is not None else None
+        update.prompt_logprobs = prompt_logprobs
         if first:
             update.num_cached_tokens = request.num_cached_tokens
             update.times = request.times
         return update
+
+    def _learn_of_prompt(
+        self, request: Request, row: PlannedRow, found: SampledRow | None
+    ) -> list[RequestUpdate]:
+        """Of a row that did not sample: logprobs, a vector, or only that a prompt is done that was all."""
+        done = request.max_tokens == 0 and row.start + row.num_tokens == request.num_prompt_tokens
+        if found is not None and found.error is not None:
+            update = self._finish(request, FinishReason.ERROR)
+            update.error = found.error
+            return [update]
+        news = None if found is None else _news_of_prompt(request, found)
+        if not done and news is None:
+            return []
+        update = RequestUpdate(request_id=request.request_id)
+        if done:
+            update = self._finish(request, FinishReason.LENGTH)
+            update.num_cached_tokens, update.times = request.num_cached_tokens, request.times
+            update.embedding = None if found is None else found.embedding
+        update.prompt_logprobs = news
+        return [update]
 
     def _finish(self, request: Request, reason: FinishReason) -> RequestUpdate:
         if request.status is RequestStatus.RUNNING:
@@ -390,10 +427,24 @@ class Scheduler:
         assert len(self.running) <= self.limits.max_num_seqs
         for request in self.running:
             assert request.status is RequestStatus.RUNNING
-            assert request.num_computed_tokens < request.num_tokens
+            assert request.num_computed_tokens < request.num_tokens or request.max_tokens == 0
             held = self.kv.num_blocks_of(request.request_id) * self.kv.block_size
             assert held >= request.num_computed_tokens
         for request in self.waiting:
             assert request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
         self.kv.check_invariants()
         assert set(self.kv.tables) == {request.request_id for request in self.running}
+
+
+def _news_of_prompt(request: Request, row: SampledRow) -> PromptLogprobs | None:
+    """Its prompt logprobs without those that were there already: after a preemption some come twice."""
+    found = row.prompt_logprobs
+    if found is None:
+        return None
+    known = request.num_prompt_logprobs - found.start
+    assert known >= 0, "some are missing"
+    entries = found.entries[known:]
+    if not entries:
+        return None
+    request.num_prompt_logprobs += len(entries)
+    return PromptLogprobs(found.start + known, entries)

@@ -1,8 +1,8 @@
-/* A whole forward pass in one call: token ids in, logits out.
+/* A whole forward pass in one call: token ids in, logits (or hidden states) out.
  *
  * The same operations in the same order as quire/models/decoder.py, with the same roundings, hence the
  * same bits; what is gone is the way from one operation to the next, which at small sizes costs more than
- * the operations. In the last layer only the rows whose logits are wanted go on past attention, and a
+ * the operations. In the last layer only the tokens whose logits are wanted go on past attention, and a
  * step that wants none (a chunk of a long prompt) ends with its keys and values stored.
  */
 #include <time.h>
@@ -30,23 +30,24 @@ typedef struct { /* mirrored by DecoderModel in decoder.py */
 } decoder_model;
 
 typedef struct { /* StepRows in kernels/decoder.py */
-  int64_t seat, start, count, samples;
+  int64_t seat, start, count, wanted;
 } step_row;
 
 typedef struct { /* mirrored by _Step in decoder.py */
   const int64_t *token_ids; /* [num_seats, max_tokens] */
   const int32_t *block_ids; /* [num_seats, max_blocks] */
   const step_row *rows;     /* [requests] */
-  float *logits;            /* [num_logits, vocab] */
+  float *logits;            /* [num_wanted, vocab] */
+  void *hidden;             /* [num_wanted, hidden], asked for instead of logits where given */
   double *seconds;          /* [PHASES], added to where given */
   int64_t num_seats, max_tokens, max_blocks, requests;
-  int64_t num_logits; /* of rows that sample */
+  int64_t num_wanted; /* of all rows */
   int32_t threads;
 } decoder_step;
 
 typedef struct { /* the rows, token by token */
   int64_t *input_ids, *positions, *slots; /* [tokens] */
-  int64_t *logit_rows;                    /* [num_logits]: tokens of the step, rising */
+  int64_t *wanted;                        /* [num_wanted]: tokens of the step, rising */
   int32_t *query_start_loc, *seq_lens, *block_table; /* [requests + 1], [requests], [requests, width] */
   int64_t tokens, width;
 } decoder_inputs;
@@ -93,17 +94,18 @@ static int make_buffers(const decoder_model *m, int64_t tokens, buffers *b) {
 
 /* Nonzero, as the call says, if a row lies outside its seat. Else *tokens is the number of tokens. */
 static int check_step(const decoder_model *m, const decoder_step *s, int64_t *tokens) {
-  int64_t logits = 0;
+  int64_t wanted = 0;
   *tokens = 0;
   for (int64_t i = 0; i < s->requests; i++) {
     const step_row r = s->rows[i];
-    if (r.seat < 0 || r.seat >= s->num_seats || (r.samples & ~1)) return 6;
+    if (r.seat < 0 || r.seat >= s->num_seats) return 6;
     if (r.start < 0 || r.count < 1 || r.start > s->max_tokens || r.count > s->max_tokens - r.start)
       return 5;
     if ((r.start + r.count + m->block_size - 1) / m->block_size > s->max_blocks) return 5;
-    *tokens += r.count, logits += r.samples;
+    if (r.wanted < 0 || r.wanted > r.count) return 5;
+    *tokens += r.count, wanted += r.wanted;
   }
-  return logits == s->num_logits ? 0 : 6;
+  return wanted == s->num_wanted ? 0 : 6;
 }
 
 static int gather_inputs(const decoder_model *m, const decoder_step *s, decoder_inputs *in) {
@@ -115,17 +117,17 @@ static int gather_inputs(const decoder_model *m, const decoder_step *s, decoder_
     const int64_t blocks = (end + m->block_size - 1) / m->block_size;
     if (blocks > in->width) in->width = blocks;
   }
-  const int64_t longs = 3 * in->tokens + s->num_logits, ints = s->requests * (2 + in->width) + 1;
+  const int64_t longs = 3 * in->tokens + s->num_wanted, ints = s->requests * (2 + in->width) + 1;
   char *memory = quire_scratch(SCRATCH_STEP, (size_t)(longs * 8 + ints * 4));
   if (!memory) return 7;
   in->input_ids = (int64_t *)memory;
   in->positions = in->input_ids + in->tokens;
   in->slots = in->positions + in->tokens;
-  in->logit_rows = in->slots + in->tokens;
-  in->query_start_loc = (int32_t *)(in->logit_rows + s->num_logits);
+  in->wanted = in->slots + in->tokens;
+  in->query_start_loc = (int32_t *)(in->wanted + s->num_wanted);
   in->seq_lens = in->query_start_loc + s->requests + 1;
   in->block_table = in->seq_lens + s->requests;
-  int64_t token = 0, logit = 0;
+  int64_t token = 0, wanted = 0;
   for (int64_t i = 0; i < s->requests; i++) {
     const step_row r = s->rows[i];
     const int64_t *ids = s->token_ids + r.seat * s->max_tokens, end = r.start + r.count;
@@ -138,7 +140,7 @@ static int gather_inputs(const decoder_model *m, const decoder_step *s, decoder_
     }
     in->seq_lens[i] = (int32_t)end;
     memcpy(in->block_table + i * in->width, blocks, (size_t)in->width * sizeof *blocks);
-    if (r.samples) in->logit_rows[logit++] = token - 1;
+    for (int64_t t = token - r.wanted; t < token; t++) in->wanted[wanted++] = t;
   }
   in->query_start_loc[s->requests] = (int32_t)token;
   return 0;
@@ -221,15 +223,15 @@ int quire_decoder_forward(const decoder_model *m, const decoder_step *s) {
     qkv.k_cache = l->k_cache, qkv.v_cache = l->v_cache;
     quire_rope_write_kv_unchecked(&qkv);
     lap(&watch, ROPE_WRITE);
-    if (last && !s->num_logits) break;
+    if (last && !s->num_wanted) break;
     attention.k_cache = l->k_cache, attention.v_cache = l->v_cache;
     attention.window = l->window;
     failed |= quire_attention_unchecked(&attention);
     lap(&watch, ATTENTION);
     if (last) {
-      keep_rows(b.residual, in.logit_rows, s->num_logits, h * size);
-      keep_rows(b.attention, in.logit_rows, s->num_logits, q_size * size);
-      rows = s->num_logits;
+      keep_rows(b.residual, in.wanted, s->num_wanted, h * size);
+      keep_rows(b.attention, in.wanted, s->num_wanted, q_size * size);
+      rows = s->num_wanted;
     }
     failed |= quire_linear(&l->o, b.attention, q_size, b.residual, h, rows, LINEAR_ADD, threads);
     lap(&watch, O);
@@ -245,7 +247,9 @@ int quire_decoder_forward(const decoder_model *m, const decoder_step *s) {
     quire_rms_norm(b.residual, h, 1, NULL, next, b.x, rows, h, m->eps, dt, threads);
     lap(&watch, NORM);
   }
-  if (s->num_logits)
+  if (s->hidden)
+    memcpy(s->hidden, b.x, (size_t)(s->num_wanted * h * size));
+  else if (s->num_wanted)
     failed |= quire_linear(&m->head, b.x, h, s->logits, m->head.n, rows, LINEAR_FLOAT, threads);
   lap(&watch, HEAD);
   return failed ? 7 : 0;

@@ -51,9 +51,12 @@ class _Step(ctypes.Structure):
     """Mirrors decoder_step in decoder.c."""
 
     _fields_ = [
-        *((name, c_void_p) for name in ("token_ids", "block_ids", "rows", "logits", "seconds")),
+        *(
+            (name, c_void_p)
+            for name in ("token_ids", "block_ids", "rows", "logits", "hidden", "seconds")
+        ),
         *((name, c_int64) for name in ("num_seats", "max_tokens", "max_blocks", "requests")),
-        ("num_logits", c_int64),
+        ("num_wanted", c_int64),
         ("threads", c_int32),
     ]
 
@@ -68,8 +71,8 @@ _ERRORS = {
     2: "a position is outside the rotary table",
     3: "a slot is past the cache",
     4: "a block id is outside the cache",
-    5: "a row has tokens that its seat has no room for",
-    6: "a seat is outside the batch",
+    5: "a row has tokens that its seat has no room for, or wants more results than it has tokens",
+    6: "a seat is outside the batch, or the results wanted are not as many as said",
 }
 
 
@@ -90,7 +93,7 @@ class NativeDecoder:
         self._vocab_size = weights.head.out_features
         self._step = _Step()
         self._rows: StepRows | None = None
-        self._num_logits = 0
+        self._num_wanted = 0
         self._buffer = self._logits = torch.empty(0, self._vocab_size)
         windows = [layer.window for layer in layers]
         self._model = _Model(
@@ -123,20 +126,33 @@ class NativeDecoder:
         return dict(zip(PHASES, self._seconds, strict=True))
 
     def forward(self, rows: StepRows) -> Tensor:
+        if rows.num_wanted != self._num_wanted:
+            self._make_logits(rows)
+        self._run(rows)
+        return self._logits
+
+    def hidden(self, rows: StepRows) -> Tensor:
+        head = self._weights.head
+        out = torch.empty(rows.num_wanted, head.in_features, dtype=head.dtype)
+        self._step.hidden = out.data_ptr() if rows.num_wanted else None
+        try:
+            self._run(rows)
+        finally:
+            self._step.hidden = None
+        return out
+
+    def _run(self, rows: StepRows) -> None:
         if rows is not self._rows:
             self._adopt(rows)
         if not 0 <= rows.num_rows <= len(rows.rows):
             raise checks.KernelArgumentError(f"{rows.num_rows} rows of {len(rows.rows)}")
         step = self._step
-        step.requests, step.num_logits = rows.num_rows, rows.num_logits
+        step.requests, step.num_wanted = rows.num_rows, rows.num_wanted
         step.threads = torch.get_num_threads()
-        if rows.num_logits != self._num_logits:
-            self._make_logits(rows)
         if code := self._lib.quire_decoder_forward(byref(self._model), byref(step)):
             if code not in _ERRORS:
                 raise MemoryError(f"no memory for the activations of {rows.num_rows} rows")
             raise checks.KernelArgumentError(_ERRORS[code])
-        return self._logits
 
     def _adopt(self, rows: StepRows) -> None:
         """Check the arrays, and keep their addresses for all steps that come with them."""
@@ -160,12 +176,12 @@ class NativeDecoder:
 
     def _make_logits(self, rows: StepRows) -> None:
         """The buffer is kept: fresh memory costs a page fault every 4 KiB."""
-        count = rows.num_logits
-        checks.require(0 <= count <= rows.num_rows, f"{count} logits of {rows.num_rows} rows")
+        count = rows.num_wanted
+        checks.require(count >= 0, f"{count} logits are wanted")
         if count > len(self._buffer):
             self._buffer = torch.empty(count, self._vocab_size)
             self._step.logits = self._buffer.data_ptr()
-        self._num_logits, self._logits = count, self._buffer[:count]
+        self._num_wanted, self._logits = count, self._buffer[:count]
 
 
 def _layer(layer: LayerWeights) -> _Layer:

@@ -1,0 +1,110 @@
+"""What a request wants of its prompt besides the next token: the logprobs of its tokens, or one vector."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from quire.messages import AdmittedRequest, PromptLogprobs, TokenLogprobs
+from quire.models.decoder import DecoderModel
+from quire.sampling.sampler import top_logprobs
+from quire.sampling_params import PoolingParams
+
+LOGITS_BYTES = 32 << 20
+"""Prompt logits that are in memory at a time: a long prompt's would be gigabytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptResult:
+    logprobs: PromptLogprobs | None = None
+    embedding: list[float] | None = None
+
+
+@dataclass(slots=True)
+class PromptWork:
+    """One admitted request's. Made anew on every admission, since it depends on hidden states read so far."""
+
+    prompt: list[int]
+    pooling: PoolingParams | None
+    first: int
+    """The first prompt token whose logprobs are wanted; the prompt's length if none are."""
+    num_logprobs: int
+    also: list[int] | None
+    sum: NDArray[np.float64] | None = None
+    """[hidden_size]: of the hidden states so far, for a mean."""
+
+    @classmethod
+    def of(cls, request: AdmittedRequest) -> PromptWork | None:
+        prompt, params = request.token_ids[: request.num_prompt_tokens], request.params
+        scores = params.prompt_logprobs is not None and request.num_prompt_logprobs < len(prompt)
+        if request.pooling is None and not scores:
+            return None
+        return cls(
+            prompt=prompt,
+            pooling=request.pooling,
+            first=request.num_prompt_logprobs if scores else len(prompt),
+            num_logprobs=params.prompt_logprobs or 0,
+            also=params.logprob_token_ids,
+        )
+
+    def wanted(self, start: int, count: int) -> int:
+        """Of how many of the row's tokens, the last ones, the hidden states are wanted."""
+        if self.pooling is not None:
+            if self.pooling.pooling == "mean":
+                return count
+            return int(start + count == len(self.prompt))
+        # The state at p - 1 says how likely token p is.
+        begin = max(start, self.first - 1)
+        return start + count - begin if begin < min(start + count, len(self.prompt) - 1) else 0
+
+    def is_done(self, num_computed: int) -> bool:
+        return num_computed >= len(self.prompt)
+
+    def read(
+        self, start: int, count: int, hidden: Tensor, model: DecoderModel
+    ) -> PromptResult | None:
+        """hidden: [at least `wanted`, hidden_size], the row's last ones."""
+        wanted = self.wanted(start, count)
+        if not wanted:
+            return None
+        hidden = hidden[len(hidden) - wanted :]
+        if self.pooling is not None:
+            return self._pool(hidden, start + count)
+        begin = start + count - wanted
+        targets = self.prompt[begin + 1 : start + count + 1]
+        entries = self._score(hidden[: len(targets)], targets, model)
+        return PromptResult(logprobs=PromptLogprobs(begin + 1, entries))
+
+    @torch.inference_mode()
+    def _score(
+        self, hidden: Tensor, targets: list[int], model: DecoderModel
+    ) -> list[TokenLogprobs]:
+        size = max(1, LOGITS_BYTES // (4 * model.spec.vocab_size))
+        entries: list[TokenLogprobs] = []
+        for at in range(0, len(targets), size):
+            logprobs = torch.log_softmax(model.compute_logits(hidden[at : at + size]), dim=-1)
+            entries += top_logprobs(logprobs, targets[at : at + size], self.num_logprobs, self.also)
+        return entries
+
+    def _pool(self, hidden: Tensor, num_computed: int) -> PromptResult | None:
+        assert self.pooling is not None
+        if self.pooling.pooling == "mean":
+            # NumPy adds row after row, so that the sum does not depend on how the prompt was cut.
+            rows = hidden.double().cpu().numpy()
+            if self.sum is not None:
+                rows = np.vstack([self.sum, rows])
+            self.sum = np.add.reduce(rows, axis=0)
+            vector = torch.from_numpy(self.sum / len(self.prompt)).float()
+        else:
+            vector = hidden[-1].float().cpu()
+        if not self.is_done(num_computed):
+            return None
+        vector = vector[: self.pooling.dimensions]
+        if self.pooling.normalize:
+            vector = F.normalize(vector, dim=0)
+        return PromptResult(embedding=vector.tolist())
