@@ -45,8 +45,7 @@ from quire.messages import (
 from quire.models.decoder import DecoderModel
 from quire.runner.device import Device, Download
 from quire.runner.device_sampling import HARDNESS, DeviceSampling, Hardest, SeatSampling
-from quire.runner.model_runner import NAN_ERROR
-from quire.sampling.sampler import top_logprobs
+from quire.sampling.sampler import NAN_ERROR, top_logprobs
 
 logger = logging.getLogger(__name__)
 
