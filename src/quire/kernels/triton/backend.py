@@ -1,8 +1,8 @@
-"""The Triton kernels behind the protocol that models call, and matrices multiplied by cuBLAS."""
+"""The Triton kernels behind the protocol that models call, and how matrices are held and multiplied."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from torch import Tensor
 from quire.kernels.base import KVCacheShapes
 from quire.kernels.decoder import DecoderPass, DecoderWeights
 from quire.kernels.triton import attention, layers
+from quire.kernels.triton.matmul import matmul
 
 
 class TritonKernels:
@@ -21,20 +22,19 @@ class TritonKernels:
 
     def __init__(self, device: torch.device, *, batch_invariant: bool = False) -> None:
         """batch_invariant: attention of a token takes one path whether its request decodes or prefills, and
-        cuBLAS is kept from splitting sums by the number of rows.
+        matrices are multiplied by our own kernel.
         """
         self.device = device
         self.batch_invariant = batch_invariant
         self._workspace = torch.empty(0, dtype=torch.float32, device=device)
-        if batch_invariant and device.type == "cuda":
-            matmul = torch.backends.cuda.matmul
-            matmul.allow_bf16_reduced_precision_reduction = False
-            matmul.allow_fp16_reduced_precision_reduction = False
 
     def linear(
         self, *, in_features: int, out_features: int, dtype: torch.dtype, bias: bool
     ) -> DeviceLinear:
-        return DeviceLinear(in_features, out_features, dtype, bias=bias, device=self.device)
+        product = matmul if self.batch_invariant else F.linear
+        return DeviceLinear(
+            in_features, out_features, dtype, bias=bias, device=self.device, product=product
+        )
 
     def kv_cache_shapes(
         self,
@@ -153,9 +153,9 @@ class TritonKernels:
 
 
 class DeviceLinear:
-    """A matrix as it is, [out_features, in_features], multiplied by PyTorch (cuBLAS)."""
+    """A matrix as it is, [out_features, in_features]. product: of x, weight and bias, as `F.linear`."""
 
-    __slots__ = ("bias", "weight")
+    __slots__ = ("bias", "product", "weight")
 
     def __init__(
         self,
@@ -165,7 +165,9 @@ class DeviceLinear:
         *,
         bias: bool,
         device: torch.device,
+        product: Callable[[Tensor, Tensor, Tensor | None], Tensor],
     ) -> None:
+        self.product = product
         self.weight = torch.empty(out_features, in_features, dtype=dtype, device=device)
         self.bias = torch.empty(out_features, dtype=dtype, device=device) if bias else None
 
@@ -177,7 +179,7 @@ class DeviceLinear:
         self.bias[first : first + len(bias)].copy_(bias)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return self.product(x, self.weight, self.bias)
 
     def rows(self, ids: Tensor) -> Tensor:
         return layers.embedding(ids, self.weight)

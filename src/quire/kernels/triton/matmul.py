@@ -1,0 +1,108 @@
+"""x @ weight.T + bias whose rows have the same bits in every batch: what `--batch-invariant` multiplies by.
+
+cuBLAS chooses tiles, the order of sums and whether to split them by the number of rows. Here one output is
+one chain of products over k, in steps of one size, added in float32 by one kind of instruction, whether there
+is one row or ten thousand. So the tile depends on dtype alone, and the number of rows reaches the kernel as a
+plain integer: no value of it is compiled for. It is for masks and for which program computes what, and a row
+of a tile does not touch the others.
+
+Why not smaller tiles for fewer rows: half the rows is another instruction (on sm_90, wgmma needs 64), and no
+document says that it adds as the large one does. A decode step is bound by reading the weight, which a tile
+of empty rows does not slow down; masked loads are not sent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from quire.kernels.checks import FLOATS, KernelArgumentError, require
+
+ALIGNMENT = 16
+"""Bytes of the widest load a thread makes. Tensors begin at a multiple: the compiled code depends on it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """Rows of x, rows of the weight, and what a step takes of k."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+
+HALF = Tile(128, 128, 64, warps=8, stages=4)
+FLOAT32 = Tile(32, 64, 32, warps=8, stages=2)  # no tensor cores: products in full float32
+GROUP = 8
+"""Tiles of rows that go through the weight together: what one reads of it the others find in the L2."""
+
+
+@triton.jit(do_not_specialize=["M"])
+def _matmul(
+    out_ptr, x_ptr, weight_ptr, bias_ptr, M,
+    N: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """x: [M, K], weight: [N, K], bias: [N] or None, out: [M, N]. Grid: tiles."""
+    per_group: tl.constexpr = GROUP * tl.cdiv(N, BLOCK_N)
+    group = tl.program_id(0) // per_group
+    height = tl.minimum(tl.cdiv(M, BLOCK_M) - group * GROUP, GROUP)
+    first_m = (group * GROUP + tl.program_id(0) % per_group % height) * BLOCK_M
+    first_n = tl.program_id(0) % per_group // height * BLOCK_N
+    m, n, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    m_inside, n_inside = m < M - first_m, n < N - first_n
+    # Offsets inside a tile fit in 32 bits, those of tiles may not.
+    x_ptr += first_m.to(tl.int64) * K + m[:, None] * K + k[None, :]
+    weight_ptr += first_n.to(tl.int64) * K + n[None, :] * K + k[:, None]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for start in range(0, K, BLOCK_K):
+        k_inside = k < K - start
+        x = tl.load(x_ptr + start, mask=m_inside[:, None] & k_inside[None, :], other=0.0)
+        weight = tl.load(weight_ptr + start, mask=n_inside[None, :] & k_inside[:, None], other=0.0)
+        acc = tl.dot(x, weight, acc, input_precision="ieee")
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + first_n + n, mask=n_inside, other=0.0)
+        acc += bias.to(tl.float32)[None, :]
+    out_ptr += first_m.to(tl.int64) * N + first_n + m[:, None] * N + n[None, :]
+    tl.store(out_ptr, acc.to(out_ptr.dtype.element_ty), mask=m_inside[:, None] & n_inside[None, :])
+
+
+def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x: [M, K], weight: [N, K], bias: [N], contiguous, of one dtype. Returns [M, N], each rounded once."""
+    require(x.dtype in FLOATS, f"x is {x.dtype}; need float32, bfloat16 or float16")
+    require(
+        x.dim() == weight.dim() == 2, f"x {tuple(x.shape)}, weight {tuple(weight.shape)}; need 2-D"
+    )
+    (rows, k), n = x.shape, weight.shape[0]
+    _check("x", x, x.dtype, (rows, k))
+    _check("weight", weight, x.dtype, (n, k))
+    if bias is not None:
+        _check("bias", bias, x.dtype, (n,))
+    out = torch.empty(rows, n, dtype=x.dtype, device=x.device)
+    tile = FLOAT32 if x.dtype is torch.float32 else HALF
+    if rows:
+        _matmul[(triton.cdiv(rows, tile.m) * triton.cdiv(n, tile.n),)](
+            out, x, weight, bias, rows,
+            N=n, K=k, BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP=GROUP,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+    return out
+
+
+def _check(name: str, x: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    if (
+        x.dtype is not dtype
+        or x.shape != shape
+        or not x.is_contiguous()
+        or x.data_ptr() % ALIGNMENT
+    ):
+        raise KernelArgumentError(
+            f"{name} is {x.dtype} {tuple(x.shape)} with strides {x.stride()} from address "
+            f"{x.data_ptr():#x}; need {dtype} {shape}, contiguous, from a multiple of {ALIGNMENT}"
+        )
