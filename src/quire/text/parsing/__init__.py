@@ -1,4 +1,11 @@
-"""Reasoning and tool calls, read out of what models write."""
+"""Reasoning and tool calls, read out of what models write.
+
+base.py ──────── the events, and what a parser is
+formats.py ───── which formats there are, and which one a model speaks
+reader.py ────── text in pieces, read as if it were whole; json_scanner.py beneath it
+calls.py, reasoning.py, harmony.py ── the grammars
+forcing.py ───── the other direction: a grammar that makes a model call
+"""
 
 from __future__ import annotations
 
@@ -14,9 +21,11 @@ from quire.text.parsing.base import (
     ToolCallStart,
     merged,
 )
+from quire.text.parsing.formats import OutputFormat, output_format
 
 __all__ = [
     "Event",
+    "OutputFormat",
     "Parser",
     "PlainParser",
     "ReasoningDelta",
@@ -26,4 +35,5 @@ __all__ = [
     "ToolCallEnd",
     "ToolCallStart",
     "merged",
+    "output_format",
 ]
