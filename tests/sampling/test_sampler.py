@@ -139,7 +139,11 @@ def test_greedy_and_random_rows_mix():
 def test_a_seat_is_sampled_as_its_present_request_wants():
     greedy, random = SamplingParams(temperature=0.0), SamplingParams(temperature=1.0, top_k=3)
     penalized = SamplingParams(temperature=0.0, presence_penalty=2.0, logprobs=1)
-    table, seats, position = SamplingSeats(2, VOCAB, max_model_len=10**6), np.array([1]), np.array([4])
+    table, seats, position = (
+        SamplingSeats(2, VOCAB, max_model_len=10**6),
+        np.array([1]),
+        np.array([4]),
+    )
     for params in (random, penalized, greedy, random, greedy):
         one = row(params, seed=9, prompt=[1, 2], output=[3, 3])
         table.admit(1, one.request)

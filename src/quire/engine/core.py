@@ -45,7 +45,7 @@ class EngineCore:
         self._in_flight: deque[tuple[StepPlan, StepFuture]] = deque()
         self._grammars = grammars
         self._compiling: dict[int, AddRequest] = {}
-        """Requests whose grammar is being compiled, beside the steps; the scheduler does not know them yet."""
+        """Requests whose grammar is being compiled beside the steps; the scheduler does not know them."""
 
     @property
     def has_work(self) -> bool:
@@ -97,7 +97,7 @@ class EngineCore:
         self._compiling[message.request_id] = message
 
     def _admit_compiled(self) -> list[RequestUpdate]:
-        """Hand over the requests whose grammar is there; if nothing else can be done, wait a little for it."""
+        """Hand over the requests whose grammar is there; with nothing else to do, wait a little for one."""
         assert self._grammars is not None
         if not self._in_flight and not self.scheduler.has_work:
             self._grammars.wait(COMPILE_WAIT_SECONDS)

@@ -10,26 +10,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from quire.messages import TokenRules
 from quire.sampling_params import SamplingParams
-from quire.structured.base import Grammar
-
-MOST_FORCED = 64
-"""Tokens that one step may add because a grammar leaves no choice."""
-
-Mask = NDArray[np.uint32]
-"""[ceil(vocab_size / 32)]: bit t % 32 of word t // 32 says whether token t may be next."""
+from quire.structured.base import (
+    MAX_FORCED,
+    Grammar,
+    Mask,
+    mask_of,
+    num_mask_words,
+    tokens_of,
+)
 
 
 def has_rules(params: SamplingParams, rules: TokenRules | None) -> bool:
     return rules is not None or params.allowed_token_ids is not None
-
-
-def needs_every_token(rules: TokenRules | None) -> bool:
-    """Whether the next token's mask depends on the last token."""
-    return rules is not None
 
 
 class RequestRules:
@@ -49,10 +44,12 @@ class RequestRules:
         rules = rules or TokenRules()
         self._vocab_size = vocab_size
         self._eos = list(eos_token_ids)
+        self._bad = [tuple(word) for word in rules.bad_words]
         self._allowed: Mask | None = None
         if params.allowed_token_ids is not None:
-            self._allowed = bits(params.allowed_token_ids, vocab_size)
-        self._bad = [tuple(word) for word in rules.bad_words]
+            self._allowed = mask_of(params.allowed_token_ids, vocab_size)
+        elif self._bad:
+            self._allowed = mask_of(range(vocab_size), vocab_size)
         self._longest_bad = max(map(len, self._bad), default=0)
         self._matcher = None if grammar is None else grammar.matcher()
         self._may_force = grammar is not None and params.logprobs is None
@@ -82,18 +79,18 @@ class RequestRules:
         return bool(marker) and tuple(self._tail[-len(marker) :]) == marker
 
     def mask(self) -> Mask | None:
-        """What may come next; None for everything. All zero if nothing may."""
+        """What may come next; None for everything. All zero if nothing may. Raises `GrammarError` if the
+        grammar cannot be followed any further."""
         if self._thinking:
             if self._budget is not None and self._num_thought >= self._budget and self._end:
-                return bits([self._next_of_end()], self._vocab_size)
+                return mask_of([self._next_of_end()], self._vocab_size)
             return self._plain()
         if self._matcher is None:
             return self._plain()
-        words = np.zeros(-(-self._vocab_size // 32), dtype=np.int32)
-        self._matcher.fill_mask(words)
-        mask = words.view(np.uint32)
+        mask = np.zeros(num_mask_words(self._vocab_size), dtype=np.int32)
+        self._matcher.fill_mask(mask)
         plain = self._plain()
-        return mask if plain is None else mask & (plain | bits(self._eos, self._vocab_size))
+        return mask if plain is None else mask & (plain | mask_of(self._eos, self._vocab_size))
 
     def _next_of_end(self) -> int:
         """Of the marker that closes the thinking part, the token after those that are there."""
@@ -103,10 +100,9 @@ class RequestRules:
     def _plain(self) -> Mask | None:
         """Without the grammar."""
         banned = [word[-1] for word in self._bad if self._begun(word)]
-        if not banned:
+        if self._allowed is None or not banned:
             return self._allowed
-        mask = ~bits(banned, self._vocab_size)
-        return mask if self._allowed is None else mask & self._allowed
+        return self._allowed & ~mask_of(banned, self._vocab_size)
 
     def _begun(self, word: tuple[int, ...]) -> bool:
         before = word[:-1]
@@ -116,29 +112,12 @@ class RequestRules:
         """Tokens that can be the only ones to follow now, learned already: computing what the model thinks of
         them would change nothing. At most `most`."""
         found: list[int] = []
-        while self._may_force and not self._thinking and len(found) < min(most, MOST_FORCED):
+        while self._may_force and not self._thinking and len(found) < min(most, MAX_FORCED):
             mask = self.mask()
             if mask is None:
                 break
-            words = np.flatnonzero(mask)
-            if len(words) != 1 or int(mask[words[0]]).bit_count() != 1:
+            tokens = tokens_of(mask).tolist()
+            if len(tokens) != 1 or tokens[0] in self._eos or not self.learn(tokens[0]):
                 break
-            token = int(words[0]) * 32 + int(mask[words[0]]).bit_length() - 1
-            if token in self._eos or not self.learn(token):
-                break
-            found.append(token)
+            found.append(tokens[0])
         return found
-
-
-def bits(tokens: Sequence[int], vocab_size: int) -> Mask:
-    """A mask with these tokens."""
-    mask = np.zeros(-(-vocab_size // 32), dtype=np.uint32)
-    ids = np.asarray(tokens, dtype=np.int64)
-    np.bitwise_or.at(mask, ids // 32, np.uint32(1) << (ids % 32).astype(np.uint32))
-    return mask
-
-
-def as_bools(mask: Mask, vocab_size: int) -> NDArray[np.bool_]:
-    """[vocab_size]"""
-    unpacked = np.unpackbits(mask.view(np.uint8), bitorder="little", count=vocab_size)
-    return unpacked.astype(np.bool_)

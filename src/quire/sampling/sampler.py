@@ -21,13 +21,12 @@ from torch import Tensor
 from quire.kernels.base import Kernels
 from quire.kernels.sampling import SAMPLE_ROW
 from quire.messages import AdmittedRequest, GrammarSpec, TokenLogprobs
-from quire.sampling.rules import RequestRules, as_bools, has_rules
-from quire.structured.base import Grammar
+from quire.sampling.rules import RequestRules, has_rules
+from quire.structured.base import Grammar, GrammarError, tokens_of
 
 _MOST_TOP_K = 2**31 - 1
 
 NAN_ERROR = "The model produced invalid numbers (NaN) for this request."
-NO_TOKEN_ERROR = "No token satisfies the request's constraints."
 
 
 class GrammarSource(Protocol):
@@ -126,20 +125,25 @@ class SamplingState:
     def wants_logprobs(self) -> bool:
         return self.params.logprobs is not None or self.params.logprob_token_ids is not None
 
-    def edit(self, logits: Tensor, position: int) -> bool:
-        """Everything but temperature and filters, in place. logits: [V]. False if no token may follow."""
+    def edit(self, logits: Tensor, position: int) -> None:
+        """Everything but temperature and filters, in place. logits: [V]. Raises `GrammarError` if no token
+        may follow."""
         params = self.params
         if self.rules is not None and (mask := self.rules.mask()) is not None:
-            if not mask.any():
-                return False
-            logits[~torch.from_numpy(as_bools(mask, self._vocab_size))] = -torch.inf
+            allowed = tokens_of(mask)
+            if not len(allowed):
+                raise GrammarError("no token satisfies its constraints.")
+            kept = torch.full_like(logits, -torch.inf)
+            index = torch.from_numpy(allowed)
+            kept[index] = logits[index]
+            logits.copy_(kept)
         if self.bans_final_ids(position):
             logits[torch.tensor(self.final_ids)] = -torch.inf
         if self.bias is not None:
             ids, values = self.bias
             logits[ids] += values
         if self.counts is None or self.seen is None:
-            return True
+            return
         if params.repetition_penalty != 1.0:
             repeated = torch.where(
                 logits > 0, logits / params.repetition_penalty, logits * params.repetition_penalty
@@ -149,7 +153,6 @@ class SamplingState:
             logits.sub_(self.counts, alpha=params.frequency_penalty)
         if params.presence_penalty != 0.0:
             logits.sub_((self.counts > 0).float(), alpha=params.presence_penalty)
-        return True
 
 
 class SamplingSeats:
@@ -280,8 +283,10 @@ def _prepare(
     for index, state in states.items():
         if state.wants_logprobs:
             raw[index] = torch.log_softmax(logits[index], dim=-1)
-        if not state.edit(logits[index], int(positions[index])):
-            errors[index] = NO_TOKEN_ERROR
+        try:
+            state.edit(logits[index], int(positions[index]))
+        except GrammarError as error:
+            errors[index] = str(error)
     return raw
 
 
