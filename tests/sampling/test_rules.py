@@ -1,0 +1,213 @@
+"""What may come next because of what came before."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from quire.messages import TokenRules
+from quire.sampling.rules import RequestRules
+from quire.sampling_params import SamplingParams
+from quire.structured.base import MAX_FORCED, GrammarError, Mask, mask_of, tokens_of
+from tests.sampling.test_sampler import VOCAB, logits, row, sample
+from tests.sampling.test_sampler import tokens_of as sampled_tokens
+
+EOS = 39
+ALL = set(range(VOCAB))
+
+
+class Sequence:
+    """A grammar that allows one of some texts, token by token."""
+
+    num_bytes = 0
+
+    def __init__(self, *texts: list[int]) -> None:
+        self.texts = texts
+
+    def matcher(self) -> Sequence.Matcher:
+        return Sequence.Matcher(self.texts)
+
+    class Matcher:
+        def __init__(self, texts) -> None:
+            self._texts, self._at = list(texts), 0
+
+        def fill_mask(self, row: Mask) -> None:
+            if not self._texts:
+                raise GrammarError("gone")
+            going = {t[self._at] if self._at < len(t) else EOS for t in self._texts}
+            row[:] = mask_of(sorted(going), VOCAB)
+
+        def accept(self, token_id: int) -> bool:
+            left = [t for t in self._texts if self._at < len(t) and t[self._at] == token_id]
+            if left:
+                self._texts, self._at = left, self._at + 1
+            return bool(left)
+
+        @property
+        def is_finished(self) -> bool:
+            return all(self._at == len(t) for t in self._texts)
+
+        def forced(self) -> list[int]:
+            raise AssertionError("the rules look at the whole mask")
+
+        def copy(self):
+            raise AssertionError
+
+
+def rules(params=None, *, output=(), grammar=None, **fields) -> RequestRules:
+    return RequestRules(
+        params or SamplingParams(),
+        TokenRules(**fields),
+        grammar,
+        vocab_size=VOCAB,
+        eos_token_ids=[EOS],
+        output=list(output),
+    )
+
+
+def allowed(of: RequestRules) -> set[int]:
+    mask = of.mask()
+    return ALL if mask is None else set(tokens_of(mask).tolist())
+
+
+def test_only_allowed_tokens():
+    assert allowed(rules(SamplingParams(allowed_token_ids=[3, 0, 31, 32]))) == {0, 3, 31, 32}
+
+
+def test_bad_words_are_banned_where_they_would_be_completed():
+    one = rules(bad_words=[[5], [1, 2], [1, 2, 3], [7, 7]])
+    assert allowed(one) == ALL - {5}
+    for token, banned in ((1, {5, 2}), (2, {5, 3}), (7, {5, 7}), (1, {5, 2}), (1, {5, 2})):
+        one.learn(token)
+        assert allowed(one) == ALL - banned
+
+
+@given(st.lists(st.integers(0, 5), max_size=12), st.integers(0, 12))
+def test_rules_are_a_function_of_the_tokens(tokens, cut):
+    """As after a preemption: what was learnt one by one, and what is told at once."""
+    fields = {
+        "bad_words": [[0, 1], [2, 2, 3]], "think_start": [4], "think_end": [5, 0],
+        "thinking": True, "thinking_budget": 3,
+    }  # fmt: skip
+    slowly = rules(output=tokens[:cut], **fields)
+    for token in tokens[cut:]:
+        slowly.learn(token)
+    assert allowed(slowly) == allowed(rules(output=tokens, **fields))
+
+
+def test_a_thinking_budget_closes_the_thinking_part():
+    one = rules(think_start=[8], think_end=[9, 10], thinking=True, thinking_budget=3)
+    for token in (1, 9, 2):  # half a marker counts as thought
+        assert allowed(one) == ALL
+        one.learn(token)
+    for token in (9, 10):
+        assert allowed(one) == {token}
+        one.learn(token)
+    assert allowed(one) == ALL
+    one.learn(8)  # it begins to think again
+    for _ in range(3):
+        assert allowed(one) == ALL
+        one.learn(1)
+    assert allowed(one) == {9}
+
+
+def test_a_marker_that_is_half_there_is_finished():
+    one = rules(think_end=[9, 9, 10], thinking=True, thinking_budget=2, output=[1, 9])
+    assert allowed(one) == {9}
+    one.learn(9)
+    assert allowed(one) == {10}
+
+
+def test_a_budget_of_nothing():
+    assert allowed(rules(think_end=[9], thinking=True, thinking_budget=0)) == {9}
+
+
+def test_a_grammar_waits_for_the_end_of_thinking():
+    one = rules(think_end=[9], thinking=True, grammar=Sequence([1, 2]))
+    for token in (4, 5, 9):
+        assert allowed(one) == ALL
+        one.learn(token)
+    assert allowed(one) == {1}
+
+
+def test_a_grammar_with_other_rules():
+    one = rules(
+        SamplingParams(allowed_token_ids=[1, 2, 3]),
+        bad_words=[[1, 2]],
+        grammar=Sequence([1, 2], [1, 3], [1, 4]),
+    )
+    assert allowed(one) == {1}
+    one.learn(1)
+    assert allowed(one) == {3}
+    one.learn(3)
+    assert allowed(one) == {EOS}  # the text may end there, whatever else is allowed
+
+
+def test_forced_tokens_are_those_that_would_be_sampled():
+    grammar = Sequence([1, 2, 3, 4, 7], [1, 2, 3, 4, 8])
+    one = rules(grammar=grammar, output=[1])
+    assert one.forced(10) == [2, 3, 4] and allowed(one) == {7, 8}
+    assert rules(grammar=grammar, output=[1]).forced(2) == [2, 3]
+    done = rules(grammar=grammar, output=[1, 2, 3, 4, 7])
+    assert done.forced(10) == [] and allowed(done) == {EOS}
+    banned = rules(grammar=grammar, output=[1], bad_words=[[2, 3]])
+    assert banned.forced(10) == [2] and allowed(banned) == set()
+    long = Sequence([1] * 200)
+    assert len(rules(grammar=long).forced(1000)) == MAX_FORCED
+
+
+def test_nothing_is_forced_where_logprobs_are_wanted_or_in_thought():
+    grammar = Sequence([1, 2, 3])
+    assert rules(SamplingParams(logprobs=0), grammar=grammar).forced(9) == []
+    assert rules(thinking=True, think_end=[9], grammar=grammar).forced(9) == []
+    assert rules().forced(9) == []
+
+
+class Grammars:
+    def __init__(self, grammar) -> None:
+        self._grammar = grammar
+
+    def grammar(self, spec):
+        return self._grammar
+
+
+def test_masked_tokens_are_never_sampled_and_an_empty_mask_ends_that_row_alone():
+    values = torch.zeros(2, VOCAB)
+    values[:, 5] = 50.0
+    only = row(SamplingParams(temperature=1.0, allowed_token_ids=[6, 7]))
+    assert sampled_tokens(values.clone(), [only, row(SamplingParams(temperature=0.0))])[0] in (6, 7)
+    word = SamplingParams(temperature=0.0, allowed_token_ids=[6])
+    stuck = row(word)
+    stuck.request.rules = TokenRules(bad_words=[[6]])
+    result = sample(values.clone(), [stuck, row(SamplingParams(temperature=0.0))])
+    assert list(result.errors) == [0] and "constraints" in result.errors[0]
+    assert result.token_ids[1] == 5
+
+
+def test_bias_is_added_before_penalties_and_not_to_logprobs():
+    params = SamplingParams(
+        temperature=0.0, logit_bias={3: 7.0, 4: -100.0}, repetition_penalty=2.0, logprobs=1
+    )
+    values = logits(seed=5)
+    edited = values.clone()
+    sampled = sample(edited, [row(params, prompt=[3])])
+    biased = values[0].clone()
+    biased[3] += 7.0
+    biased[4] -= 100.0
+    biased[3] = biased[3] / 2 if biased[3] > 0 else biased[3] * 2
+    torch.testing.assert_close(edited[0], biased)
+    assert sampled.logprobs[0].logprob == pytest.approx(
+        float(torch.log_softmax(values[0], -1)[sampled.token_ids[0]])
+    )
+
+
+def test_logprobs_of_asked_tokens():
+    params = SamplingParams(temperature=0.0, logprob_token_ids=[9, 2])
+    values = logits(seed=1)
+    raw = torch.log_softmax(values[0], -1)
+    entry = sample(values, [row(params)]).logprobs[0]
+    assert entry.top_ids == []
+    np.testing.assert_allclose(entry.asked_logprobs, raw[[9, 2]])
