@@ -18,14 +18,12 @@ COMPILE_STACK_BYTES = 256 << 20
 """Stack of a thread that compiles (address space; pages are taken as they are used). llguidance descends
 once per rule or `$ref`: a chain of 3,000 rules overflows the usual 8 MiB, which ends the process."""
 
-MAX_FORCED = 64
-"""Most tokens that `TokenMatcher.forced` gives at once."""
-
 
 class GrammarError(InvalidParameterError):
     """A grammar that cannot be compiled, or not followed any further. It ends one request only."""
 
     def __init__(self, reason: str) -> None:
+        self.reason = reason
         super().__init__(
             f"The grammar of this request cannot be used: {reason}", param="structured_outputs"
         )
@@ -47,7 +45,7 @@ class TokenMatcher(Protocol):
     def fill_mask(self, row: Mask) -> None:
         """Write which tokens may come next; EOS ids are among them exactly where the text may end.
 
-        Raises `GrammarError` where the grammar has become too costly to follow.
+        No token at all where the grammar has become too costly to follow: then the request must end.
         """
 
     def accept(self, token_id: int) -> bool:
@@ -56,16 +54,6 @@ class TokenMatcher(Protocol):
     @property
     def is_finished(self) -> bool:
         """Whether nothing but the end may follow."""
-
-    def forced(self) -> list[int]:
-        """The tokens that follow without any choice, at most `MAX_FORCED`; the state stays as it is.
-
-        Each is the only bit of its mask, so that taking them without asking the model changes no
-        output. Never an EOS.
-        """
-
-    def copy(self) -> TokenMatcher:
-        """Another matcher in the same state."""
 
 
 class Grammar(Protocol):
@@ -111,12 +99,6 @@ class NullMatcher:
 
     def accept(self, token_id: int) -> bool:
         return bool(self._mask[token_id // 32] >> (token_id % 32) & 1)
-
-    def forced(self) -> list[int]:
-        return []
-
-    def copy(self) -> TokenMatcher:
-        return self
 
 
 def mask_of(token_ids: Sequence[int], vocab_size: int) -> Mask:

@@ -153,8 +153,9 @@ def _grammar(text: str) -> str:
     if "\0" in text:
         raise invalid("a grammar must not have NUL characters.")
     if not _is_gbnf(text):
-        # With a JSON object llguidance would expect its own format.
-        return "%llguidance {}\n" + text
+        if text.lstrip().startswith("{"):
+            raise invalid("the grammar must be Lark or GBNF, not JSON.")
+        return text
     from llguidance.gbnf_to_lark import GbnfToLarkError, gbnf_to_lark
 
     try:

@@ -1,0 +1,154 @@
+"""Grammars by llguidance: an Earley parser over a lexer of derivatives, which makes each mask when it is
+asked for. Compiling takes milliseconds, since nothing is precomputed for the vocabulary.
+
+The vocabulary it sees is our own table of token bytes, not tokenizer.json, for two reasons: any tokenizer
+that can be served will do, and a token is exactly what the detokenizer makes of it. (llguidance itself takes
+`<tool_call>` for a special token even where the checkpoint says that it is text.)
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from quire.messages import GrammarSpec
+from quire.structured.base import (
+    Grammar,
+    GrammarError,
+    Mask,
+    TokenMatcher,
+    Vocabulary,
+    mask_of,
+    num_mask_words,
+)
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+BASE_BYTES = 128 << 10
+BYTES_PER_BYTE = 128
+"""Memory of a compiled grammar, measured: this much, and this much for each byte of its text."""
+
+MAX_REASON = 300
+
+
+class GuidanceCompiler:
+    """See `GrammarCompiler`. Reads the vocabulary in its constructor: some 0.5 s for 128,000 tokens, during
+    which no other Python thread runs."""
+
+    def __init__(
+        self, vocabulary: Vocabulary, *, vocab_size: int, eos_token_ids: Sequence[int]
+    ) -> None:
+        """vocab_size: the model's. Ids that the tokenizer does not know are never allowed."""
+        from llguidance import LLTokenizer, TokenizerWrapper
+
+        table = _TokenTable(vocabulary, vocab_size, eos_token_ids)
+        self._vocab_size = vocab_size
+        self._eos = tuple(table.eos_token_ids)
+        self._tokenizer = LLTokenizer(TokenizerWrapper(table), eos_token=list(self._eos))
+
+    def compile(self, spec: GrammarSpec) -> Grammar:
+        from llguidance import LLMatcher, LLParserLimits
+
+        text = spec.text
+        if spec.kind == "json_schema":
+            text = LLMatcher.grammar_from_json_schema(text)
+        root = LLMatcher(
+            self._tokenizer, text, log_level=0, limits=LLParserLimits(verbose_errors=False)
+        )
+        if root.is_error():
+            raise GrammarError(_first_line(root.get_error()))
+        num_bytes = BASE_BYTES + BYTES_PER_BYTE * len(spec.text)
+        return GuidanceGrammar(root, self._tokenizer, self._eos, self._vocab_size, num_bytes)
+
+
+class GuidanceGrammar:
+    """See `Grammar`. Holds a matcher at the beginning, which is copied and never moved."""
+
+    def __init__(
+        self,
+        root: LLMatcher,
+        tokenizer: LLTokenizer,
+        eos_token_ids: tuple[int, ...],
+        vocab_size: int,
+        num_bytes: int,
+    ) -> None:
+        self._root = root
+        self._lock = threading.Lock()
+        self.num_bytes = num_bytes
+        self.eos_token_ids = eos_token_ids
+        self.eos_mask = mask_of(eos_token_ids, vocab_size)
+        self.num_words = num_mask_words(tokenizer.vocab_size)
+
+    def matcher(self) -> TokenMatcher:
+        with self._lock:
+            return GuidanceMatcher(self, self._root.deep_copy())
+
+
+class GuidanceMatcher:
+    """See `TokenMatcher`."""
+
+    __slots__ = ("_ended", "_grammar", "_matcher")
+
+    def __init__(self, grammar: GuidanceGrammar, matcher: LLMatcher) -> None:
+        self._grammar = grammar
+        self._matcher = matcher
+        self._ended = False
+
+    def fill_mask(self, row: Mask) -> None:
+        # row: [ceil(vocab_size / 32)], of which the tokenizer's tokens are the first words
+        num_words = self._grammar.num_words
+        assert row.flags.c_contiguous and row.itemsize == 4 and len(row) >= num_words
+        row[num_words:] = 0
+        if self._ended:
+            row[:] = self._grammar.eos_mask
+            return
+        self._matcher.unsafe_compute_mask_ptr(row.ctypes.data, num_words * 4)
+        if self._matcher.is_error():
+            row[:] = 0  # llguidance would end the text as if all were well
+
+    def accept(self, token_id: int) -> bool:
+        if self._ended:
+            return False
+        if token_id in self._grammar.eos_token_ids and self._matcher.is_accepting():
+            self._ended = True
+            return True
+        return self._matcher.try_consume_tokens([token_id]) == 1
+
+    @property
+    def is_finished(self) -> bool:
+        return self._ended or (self._matcher.is_stopped() and not self._matcher.is_error())
+
+
+class _TokenTable:
+    """What llguidance asks of a tokenizer: each token's bytes, and how a text is usually written in tokens.
+
+    Where the grammar leaves only one text, the mask is narrowed to the tokens that the tokenizer would write
+    it in, so that the model sees what it was trained on.
+    """
+
+    bos_token_id = None
+
+    def __init__(
+        self, vocabulary: Vocabulary, vocab_size: int, eos_token_ids: Sequence[int]
+    ) -> None:
+        size = min(vocabulary.max_token_id + 1, vocab_size)
+        self._vocabulary = vocabulary
+        self.eos_token_ids = [token for token in eos_token_ids if token < size]
+        self.tokens = [vocabulary.token_bytes(token) for token in range(size)]
+        if not self.eos_token_ids:
+            raise GrammarError("the model has no end-of-sequence token, so no text could end.")
+        self.eos_token_id = self.eos_token_ids[0]
+        self.special_token_ids = sorted(
+            {*(t for t in vocabulary.special_ids if t < size), *self.eos_token_ids}
+        )
+
+    def __call__(self, text: bytes) -> list[int]:
+        return self._vocabulary.encode(text.decode(), add_special_tokens=False)
+
+
+def _first_line(error: str) -> str:
+    """The reason without the excerpt and the state that follow it."""
+    line = error.strip().split("\n", 1)[0]
+    return (line if len(line) <= MAX_REASON else line[:MAX_REASON] + "...").rstrip(".") + "."
