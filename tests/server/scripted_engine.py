@@ -143,33 +143,38 @@ class FakeStream:
     async def _outputs(self) -> AsyncIterator[RequestOutput]:
         if isinstance(self.params, PoolingParams):
             await self.engine.next_token()
-            if not self.aborts:
-                vector = self.engine.embed(self.prompt, self.params)
-                yield RequestOutput(
-                    request_id=self.request_id, prompt=None, prompt_token_ids=self.prompt, outputs=[],
-                    finished=True, num_cached_tokens=0, embedding=vector,
-                )  # fmt: skip
+            vector = None if self.aborts else self.engine.embed(self.prompt, self.params)
+            yield RequestOutput(
+                request_id=self.request_id, prompt=None, prompt_token_ids=self.prompt, outputs=[],
+                finished=True, num_cached_tokens=0, embedding=vector,
+            )  # fmt: skip
             return
         engine, n = self.engine, self.params.n
         words = engine.answer[: self.params.max_tokens]
         ids = [engine.model.tokenizer.id(word) for word in words]
         if self.params.output_kind is RequestOutputKind.FINAL_ONLY:
             await engine.next_token()
+            if self.aborts:
+                yield self._aborted(n)
+                return
             parts = [self._part(i, "".join(words), ids, "stop") for i in range(n)]
             yield self._output(parts, finished=True)
             return
         for position, (word, token) in enumerate(zip(words, ids, strict=True)):
             await engine.next_token(position)
             if self.aborts:
-                parts = [
-                    CompletionOutput(index=i, text="", token_ids=[], finish_reason="abort")
-                    for i in range(n)
-                ]
-                yield self._output(parts, finished=True)
+                yield self._aborted(n)
                 return
             last = position == len(words) - 1
             parts = [self._part(i, word, [token], "stop" if last else None) for i in range(n)]
             yield self._output(parts, finished=last)
+
+    def _aborted(self, n: int) -> RequestOutput:
+        parts = [
+            CompletionOutput(index=i, text="", token_ids=[], finish_reason="abort")
+            for i in range(n)
+        ]
+        return self._output(parts, finished=True)
 
     def _part(self, index, text, ids, finish) -> CompletionOutput:
         reason = self.engine.finish_reason if finish else None
