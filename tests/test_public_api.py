@@ -32,6 +32,7 @@ PUBLIC = {
     "ModelNotFoundError": "quire.errors",
     "QueueFullError": "quire.errors",
     "EngineError": "quire.errors",
+    "EngineSleepingError": "quire.errors",
     "EngineDeadError": "quire.errors",
 }
 

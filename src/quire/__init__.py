@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time `__getattr__` be
         ConfigError,
         EngineDeadError,
         EngineError,
+        EngineSleepingError,
         InvalidParameterError,
         MemoryFitError,
         ModelError,
@@ -60,6 +61,7 @@ _HOMES = {
         "ModelNotFoundError",
         "QueueFullError",
         "EngineError",
+        "EngineSleepingError",
         "EngineDeadError",
     ),
     "quire.errors",
@@ -84,6 +86,7 @@ __all__ = [
     "ModelNotFoundError",
     "QueueFullError",
     "EngineError",
+    "EngineSleepingError",
     "EngineDeadError",
     "__version__",
 ]

@@ -12,6 +12,7 @@
     │   └── ModelNotFoundError      the request names a model that is not served
     ├── QueueFullError         admission limit reached; retry later
     └── EngineError            the engine failed, not the request
+        ├── EngineSleepingError     it has given its memory back; wake it up first
         └── EngineDeadError         the engine core is gone; no request can be served
 
 A `RequestError` carries `param` and `value`: the field at fault and what it held. Messages end with a
@@ -76,6 +77,10 @@ class QueueFullError(QuireError):
 
 class EngineError(QuireError):
     """The engine failed while serving a request that was itself correct."""
+
+
+class EngineSleepingError(EngineError):
+    """The engine sleeps (`LLM.sleep`, POST /sleep) and takes no requests."""
 
 
 class EngineDeadError(EngineError):

@@ -92,6 +92,16 @@ class ResetPrefixCache(msgspec.Struct, tag="reset_prefix_cache", frozen=True):
     """Forget all cached content. Running requests keep their blocks, which nobody can find any more."""
 
 
+class Sleep(msgspec.Struct, tag="sleep", frozen=True):
+    """Give memory back: level 1 the KV cache's, 2 the weights' too. Only while there is no work."""
+
+    level: int
+
+
+class WakeUp(msgspec.Struct, tag="wake_up", frozen=True):
+    """Take the memory again; weights that were dropped are loaded again."""
+
+
 class Ping(msgspec.Struct, tag="ping", frozen=True):
     """Answered by the scheduler loop itself between steps: proof that it turns."""
 
@@ -102,7 +112,7 @@ class Shutdown(msgspec.Struct, tag="shutdown", frozen=True):
     """Abort what is left and leave."""
 
 
-CoreInput = AddRequest | AbortRequests | ResetPrefixCache | Ping | Shutdown
+CoreInput = AddRequest | AbortRequests | ResetPrefixCache | Sleep | WakeUp | Ping | Shutdown
 
 # --- engine core -> front end ---------------------------------------------------------------------
 
@@ -221,6 +231,13 @@ class Pong(msgspec.Struct, tag="pong", frozen=True):
     timestamp: float
 
 
+class SleepState(msgspec.Struct, tag="sleep_state", frozen=True):
+    """The answer to `Sleep` and `WakeUp`."""
+
+    level: int
+    """0: awake."""
+
+
 class CoreFailed(msgspec.Struct, tag="failed", frozen=True):
     """The core cannot start or go on; it exits after sending this."""
 
@@ -229,7 +246,7 @@ class CoreFailed(msgspec.Struct, tag="failed", frozen=True):
     """Name of the `QuireError` subclass to raise in the front end."""
 
 
-CoreOutput = StepOutputs | EngineReady | Pong | CoreFailed
+CoreOutput = StepOutputs | EngineReady | Pong | SleepState | CoreFailed
 
 # --- scheduler -> executor -> scheduler -----------------------------------------------------------
 

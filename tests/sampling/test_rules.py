@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quire.messages import TokenRules
-from quire.sampling.rules import RequestRules
+from quire.sampling.rules import MAX_FORCED, RequestRules
 from quire.sampling_params import SamplingParams
-from quire.structured.base import MAX_FORCED, GrammarError, Mask, mask_of, tokens_of
+from quire.structured.base import GrammarError, Mask, mask_of, tokens_of
 from tests.sampling.test_sampler import VOCAB, logits, row, sample
 from tests.sampling.test_sampler import tokens_of as sampled_tokens
 

@@ -16,7 +16,12 @@ from quire.engine.core_client import CoreProcess, failure_of
 from quire.engine.input_processor import EngineRequest, InputProcessor, PromptInput
 from quire.engine.output_processor import OutputProcessor
 from quire.engine.setup import ServedModel, locate, resolve, serve_model
-from quire.errors import EngineDeadError, InvalidParameterError, QueueFullError
+from quire.errors import (
+    EngineDeadError,
+    EngineSleepingError,
+    InvalidParameterError,
+    QueueFullError,
+)
 from quire.messages import (
     AbortRequests,
     CoreFailed,
@@ -27,13 +32,20 @@ from quire.messages import (
     Pong,
     ResetPrefixCache,
     SchedulerStats,
+    Sleep,
+    SleepState,
     StepOutputs,
+    WakeUp,
 )
 from quire.metrics import MetricsSink
 from quire.outputs import RequestOutput
-from quire.sampling_params import SamplingParams
+from quire.sampling_params import PoolingParams, SamplingParams
+from quire.structured.checker import GrammarChecker
+from quire.structured.spec import to_spec
+from quire.text.parsing.base import ThinkingTokens
 
 PING_SECONDS = 2.0
+SLEEP_POLL_SECONDS = 0.02
 DRAIN_BATCH = 16
 """Messages taken in before other tasks get a turn."""
 DEFAULT_HEALTH_TIMEOUT = 60.0
@@ -105,6 +117,11 @@ class AsyncLLM:
         self.stats = SchedulerStats()
         self._core = core
         self._input = InputProcessor(model)
+        self._checker = GrammarChecker(
+            model.tokenizer, vocab_size=model.vocab_size, eos_token_ids=model.eos_token_ids
+        )
+        self._sleep_level = 0
+        self._sleep_states: deque[asyncio.Future[int]] = deque()
         self._output = OutputProcessor(model.tokenizer)
         self._streams: dict[str, RequestStream] = {}
         self._stats_listeners: list[Callable[[StepOutputs], None]] = []
@@ -148,14 +165,15 @@ class AsyncLLM:
     def submit(
         self,
         prompt: PromptInput,
-        params: SamplingParams,
+        params: SamplingParams | PoolingParams,
         *,
         request_id: str | None = None,
         priority: int = 0,
         cache_salt: str | None = None,
         add_special_tokens: bool = True,
+        thinking: ThinkingTokens | None = None,
     ) -> RequestStream:
-        """Validate, tokenize and queue a request.
+        """Validate, tokenize and queue a request. A grammar should have passed `check_grammar`.
 
         Raises `RequestError` for a request that cannot be served, `QueueFullError` when too many wait,
         `EngineDeadError` when there is no engine. After this returns, the request ends in exactly
@@ -163,6 +181,8 @@ class AsyncLLM:
         """
         if self._dead is not None:
             raise self._dead
+        if self._sleep_level:
+            raise EngineSleepingError("The engine sleeps; wake it up first (POST /wake_up).")
         if request_id is not None and request_id in self._streams:
             raise InvalidParameterError(
                 f"request_id {request_id!r} is in use.", param="request_id", value=request_id
@@ -174,6 +194,7 @@ class AsyncLLM:
             priority=priority,
             cache_salt=cache_salt,
             add_special_tokens=add_special_tokens,
+            thinking=thinking,
         )
         self._check_queue(request)
         stream = RequestStream(self, request)
@@ -201,6 +222,39 @@ class AsyncLLM:
     def reset_prefix_cache(self) -> None:
         if self._dead is None:
             self._send(ResetPrefixCache())
+
+    def check_grammar(self, params: SamplingParams) -> None:
+        """Compile the grammar once, in a process that can be killed: blocking, for a thread. The engine core,
+        which compiles it again, is not to meet one that never ends.
+
+        Raises `InvalidParameterError` with the reason.
+        """
+        if params.structured_outputs is not None:
+            self._checker.check(to_spec(params.structured_outputs))
+
+    async def sleep(self, level: int = 1) -> None:
+        """Take no more requests, wait for those that run, and give back the KV cache's memory (level 1) or
+        the weights' too (2)."""
+        self._sleep_level = level
+        while self._streams:
+            await asyncio.sleep(SLEEP_POLL_SECONDS)
+        self._sleep_level = await self._ask(Sleep(level))
+
+    async def wake_up(self) -> None:
+        """Serve again. Raises what keeps the engine from it."""
+        self._sleep_level = await self._ask(WakeUp())
+
+    @property
+    def is_sleeping(self) -> bool:
+        return self._sleep_level > 0
+
+    async def _ask(self, message: Sleep | WakeUp) -> int:
+        if self._dead is not None:
+            raise self._dead
+        answer: asyncio.Future[int] = self._loop.create_future()
+        self._sleep_states.append(answer)
+        self._send(message)
+        return await answer
 
     @property
     def num_unfinished(self) -> int:
@@ -274,6 +328,8 @@ class AsyncLLM:
                 listener(message)
         elif isinstance(message, CoreFailed):
             self._die(str(failure_of(message)))
+        elif isinstance(message, SleepState):
+            self._sleep_states.popleft().set_result(message.level)
         else:
             assert isinstance(message, (Pong, EngineReady))
 
@@ -296,6 +352,9 @@ class AsyncLLM:
         streams, self._streams = self._streams, {}
         for stream in streams.values():
             stream.put(EngineDeadError(message))
+        for answer in self._sleep_states:
+            answer.set_exception(EngineDeadError(message))
+        self._sleep_states.clear()
 
     async def _ping(self) -> None:
         """Ask for a sign of life when there is none, and notice a core that has died."""
@@ -344,4 +403,5 @@ class AsyncLLM:
             await self._pinger
         self._loop.remove_reader(self._descriptor)
         self._dead = self._dead or EngineDeadError("The engine has been shut down.")
+        self._checker.close()
         await asyncio.to_thread(self._core.close)

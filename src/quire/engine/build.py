@@ -12,15 +12,18 @@ from quire.attention.base import KVCache
 from quire.config import EngineConfig
 from quire.engine.core import EngineCore
 from quire.engine.memory import MemoryPlan
-from quire.engine.setup import ResolvedModel
+from quire.engine.setup import ResolvedModel, serve_model
 from quire.executor.inline import InlineExecutor
-from quire.kernels.base import create_kernels
+from quire.kernels.base import Kernels, create_kernels
 from quire.kernels.memory import reserve_in_background
 from quire.kvcache import KVCacheManager
 from quire.messages import EngineReady
+from quire.models.decoder import DecoderModel
 from quire.models.loader import load_model
 from quire.runner.model_runner import ModelRunner
 from quire.scheduler import Scheduler, SchedulerLimits
+from quire.structured.base import GrammarCompiler
+from quire.structured.store import GrammarStore
 
 logger = logging.getLogger(__name__)
 
@@ -36,37 +39,59 @@ def build_core(config: EngineConfig, resolved: ResolvedModel) -> tuple[EngineCor
     memory = resolved.memory
     torch.set_num_threads(config.runtime.cpu_threads or physical_cores())
     kernels = create_kernels(config.runtime.kernels)  # type: ignore[arg-type]
-    dtype = getattr(torch, resolved.dtype)
-    model = load_model(
+    grammars = GrammarStore(lambda: grammar_compiler(config, resolved))
+
+    def make_runner(model: DecoderModel | None) -> ModelRunner:
+        cache = _make_cache(config, resolved)
+        return ModelRunner(
+            model or _load(config, resolved, kernels),
+            cache,
+            kernels,
+            max_num_seqs=config.scheduler.max_num_seqs,
+            max_model_len=memory.max_model_len,
+            grammars=grammars,
+        )
+
+    executor = InlineExecutor(make_runner(None), restart=make_runner)
+    core = EngineCore(build_scheduler(config, memory), executor, grammars=grammars)
+    return core, describe(resolved, memory, started)
+
+
+def _load(config: EngineConfig, resolved: ResolvedModel, kernels: Kernels) -> DecoderModel:
+    model: DecoderModel = load_model(
         resolved.spec,
         resolved.model_dir,
-        dtype=dtype,
+        dtype=getattr(torch, resolved.dtype),
         kernels=kernels,
         load_format=config.model.load_format,
-        max_model_len=memory.max_model_len,
+        max_model_len=resolved.max_model_len,
         seed=config.model.seed,
     )
-    kv_cache = KVCache(
+    return model
+
+
+def _make_cache(config: EngineConfig, resolved: ResolvedModel) -> KVCache:
+    cache = KVCache(
         num_layers=resolved.spec.num_layers,
-        num_blocks=memory.num_blocks,
+        num_blocks=resolved.memory.num_blocks,
         num_kv_heads=resolved.spec.num_kv_heads,
         head_dim=resolved.spec.head_dim,
-        block_size=memory.block_size,
-        dtype=dtype,
+        block_size=resolved.memory.block_size,
+        dtype=getattr(torch, resolved.dtype),
     )
     if _memory_is_given(config):
-        reserve_in_background(kv_cache.storage)
-    runner = ModelRunner(
-        model,
-        kv_cache,
-        kernels,
-        max_num_seqs=config.scheduler.max_num_seqs,
-        max_model_len=memory.max_model_len,
-        grammars=None,
+        reserve_in_background(cache.storage)
+    return cache
+
+
+def grammar_compiler(config: EngineConfig, resolved: ResolvedModel) -> GrammarCompiler:
+    """For the model's tokens; reads the tokenizer."""
+    from quire.structured.guidance import GuidanceCompiler
+
+    model = serve_model(config, resolved)
+    return GuidanceCompiler(
+        model.tokenizer, vocab_size=model.vocab_size, eos_token_ids=model.eos_token_ids
     )
-    scheduler = build_scheduler(config, memory)
-    core = EngineCore(scheduler, InlineExecutor(runner))
-    return core, describe(resolved, memory, started)
 
 
 def describe(resolved: ResolvedModel, memory: MemoryPlan, started: float) -> EngineReady:

@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+from quire.errors import EngineSleepingError
 from quire.executor.base import Executor, StepFuture
 from quire.messages import (
     AbortRequests,
@@ -17,9 +18,12 @@ from quire.messages import (
     Pong,
     RequestUpdate,
     ResetPrefixCache,
+    Sleep,
+    SleepState,
     StepOutputs,
     StepPlan,
     WaitReason,
+    WakeUp,
 )
 from quire.scheduler import Scheduler
 from quire.structured.base import GrammarError
@@ -44,6 +48,7 @@ class EngineCore:
         self._clock = clock
         self._in_flight: deque[tuple[StepPlan, StepFuture]] = deque()
         self._grammars = grammars
+        self._sleep_level = 0
         self._compiling: dict[int, AddRequest] = {}
         """Requests whose grammar is being compiled beside the steps; the scheduler does not know them."""
 
@@ -66,7 +71,7 @@ class EngineCore:
 
     def prepare(self) -> bool:
         """For a loop that finds nothing to do: see `Executor.prepare`."""
-        return not self.has_work and self.executor.prepare()
+        return not (self.has_work or self._sleep_level) and self.executor.prepare()
 
     def handle(self, message: CoreInput) -> CoreOutput | None:
         """Take in one message. A request that cannot be taken in fails alone."""
@@ -81,12 +86,26 @@ class EngineCore:
             return Pong(message.nonce, self._clock())
         elif isinstance(message, ResetPrefixCache):
             self.scheduler.kv.pool.reset_cache()
+        elif isinstance(message, (Sleep, WakeUp)):
+            return self._sleep(message.level if isinstance(message, Sleep) else 0)
         return None
+
+    def _sleep(self, level: int) -> SleepState:
+        if level != self._sleep_level and not self.has_work:
+            if self._sleep_level:
+                self.executor.wake_up()
+            if level:
+                self.scheduler.kv.pool.reset_cache()
+                self.executor.sleep(level)
+            self._sleep_level = level
+        return SleepState(self._sleep_level)
 
     def close(self) -> None:
         self.executor.close()
 
     def _add(self, message: AddRequest) -> None:
+        if self._sleep_level:
+            raise EngineSleepingError("it sleeps")
         grammar = message.rules.grammar if message.rules is not None else None
         if grammar is None:
             self.scheduler.add_request(message)

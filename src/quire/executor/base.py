@@ -34,6 +34,15 @@ class Executor(Protocol):
         request may be made to wait. False if nothing is left."""
         ...
 
+    def sleep(self, level: int) -> None:
+        """Give back memory, with nothing in flight and nobody admitted: at level 1 the KV cache's, at 2 the
+        weights' too."""
+        ...
+
+    def wake_up(self) -> None:
+        """Be as after the start again."""
+        ...
+
     def close(self) -> None:
         """Give back memory and processes, whatever is in flight. Idempotent."""
         ...

@@ -29,6 +29,12 @@ class MockExecutor:
     def prepare(self) -> bool:
         return False
 
+    def sleep(self, level: int) -> None:
+        pass
+
+    def wake_up(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
 

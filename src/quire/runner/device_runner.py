@@ -452,7 +452,7 @@ class _LogprobPlace:
     def entry(self, back: Sequence[Tensor], token: int) -> TokenLogprobs:
         if self.logits is not None:
             every = torch.log_softmax(back[self.logits].float(), dim=-1)
-            return top_logprobs(every, token, self.count)
+            return top_logprobs(every[None], [token], self.count)[0]
         logprob, rank, ids, values = (tensor[self.index] for tensor in back[1:5])
         return TokenLogprobs(
             token_id=token,

@@ -185,10 +185,9 @@ class ModelRunner:
         positions = np.array([row.start + row.num_tokens for row in rows])
         sampled = self._sampler.sample(logits, self.batch.sampling, seats, positions)
         token_ids[seats, positions] = sampled.token_ids  # without a token: ends at once
-        of_prompts = {told.request_id: told for told in result.sampled}
+        of_prompts = {of.request_id: of for of in result.sampled}
         told = [
-            of_prompts.pop(row.request_id, None)
-            or SampledRow(request_id=row.request_id, token_ids=[])
+            of_prompts.pop(row.request_id, SampledRow(request_id=row.request_id, token_ids=[]))
             for row in rows
         ]
         result.sampled = [*told, *of_prompts.values()]

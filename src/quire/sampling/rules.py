@@ -14,7 +14,6 @@ import numpy as np
 from quire.messages import TokenRules
 from quire.sampling_params import SamplingParams
 from quire.structured.base import (
-    MAX_FORCED,
     Grammar,
     Mask,
     mask_of,
@@ -25,6 +24,9 @@ from quire.structured.base import (
 
 def has_rules(params: SamplingParams, rules: TokenRules | None) -> bool:
     return rules is not None or params.allowed_token_ids is not None
+
+MAX_FORCED = 64
+"""Most tokens that one step adds because a grammar leaves no choice."""
 
 
 class RequestRules:

@@ -14,6 +14,7 @@ import msgspec
 from quire.errors import (
     EngineDeadError,
     EngineError,
+    EngineSleepingError,
     ModelNotFoundError,
     PromptTooLongError,
     QueueFullError,
@@ -100,6 +101,8 @@ def to_api_error(error: BaseException, request_id: str) -> ApiError:
     if isinstance(error, QueueFullError):
         seconds = max(1, math.ceil(error.retry_after))
         return ApiError(429, str(error), headers={"retry-after": str(seconds)})
+    if isinstance(error, EngineSleepingError):
+        return unavailable(str(error), retry_after=RETRY_AFTER_DRAINING)
     if isinstance(error, EngineDeadError):
         logger.error("request %s: the engine is gone: %s", request_id, error)
         return ApiError(
