@@ -7,10 +7,10 @@ import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
+from quire.engine.input_processor import InputProcessor
 from quire.errors import (
     EngineDeadError,
     InvalidParameterError,
-    PromptTooLongError,
     QueueFullError,
     QuireError,
 )
@@ -92,6 +92,7 @@ class FakeModel:
     vocab_size: int = 1000
     max_logprobs: int = 5
     created: int = 1_700_000_000
+    eos_token_ids: tuple[int, ...] = (0,)
     default_sampling: dict[str, object] = field(default_factory=dict)
     tokenizer: WordTokenizer = field(default_factory=WordTokenizer)
     chat_template: PlainTemplate | None = field(default_factory=PlainTemplate)
@@ -150,6 +151,11 @@ class FakeStream:
             )  # fmt: skip
             return
         engine, n = self.engine, self.params.n
+        if self.params.max_tokens == 0:
+            await engine.next_token()
+            nothing = [CompletionOutput(i, "", [], finish_reason="length") for i in range(n)]
+            yield self._output(nothing, finished=True)
+            return
         words = engine.answer[: self.params.max_tokens]
         ids = [engine.model.tokenizer.id(word) for word in words]
         if self.params.output_kind is RequestOutputKind.FINAL_ONLY:
@@ -189,7 +195,17 @@ class FakeStream:
         return RequestOutput(
             request_id=self.request_id, prompt=None, prompt_token_ids=self.prompt, outputs=parts,
             finished=finished, num_cached_tokens=2, error=self.engine.error_text,
+            prompt_logprobs=self._prompt_logprobs(),
         )  # fmt: skip
+
+    def _prompt_logprobs(self) -> list[dict[int, Logprob] | None] | None:
+        top, start = self.params.prompt_logprobs, self.params.prompt_logprob_start or 1
+        if top is None:
+            return None
+        return [
+            _position(token, top) if index >= max(1, start) else None
+            for index, token in enumerate(self.prompt)
+        ]
 
 
 def _position(token: int, top: int) -> dict[int, Logprob]:
@@ -207,6 +223,7 @@ class ScriptedEngine:
 
     def __init__(self, **model: object) -> None:
         self.model = FakeModel(**model)
+        self.checks = InputProcessor(self.model)  # the real one: rules are nobody's to script
         self.ready = EngineReady(
             num_blocks=101, block_size=16, max_model_len=64, vocab_size=1000, ledger=[]
         )
@@ -252,20 +269,8 @@ class ScriptedEngine:
     def submit(self, prompt, params, *, request_id=None, priority=0, cache_salt=None) -> FakeStream:
         if self.refuse is not None and len(self.submitted) >= self.refuse_after:
             raise self.refuse
-        limit = self.model.max_model_len
-        if not prompt:
-            raise InvalidParameterError("The prompt is empty.", param="prompt")
-        if len(prompt) >= limit:
-            raise PromptTooLongError(
-                f"This model's maximum context length is {limit} tokens. However, your prompt "
-                f"contains {len(prompt)} input tokens, which exceeds this limit",
-                param="input_tokens",
-            )
-        max_tokens = getattr(params, "max_tokens", None)
-        if max_tokens is not None and len(prompt) + max_tokens > limit:
-            raise PromptTooLongError(
-                f"max_tokens {max_tokens} with {len(prompt)} > {limit}", param="max_tokens"
-            )
+        sampled = params if isinstance(params, SamplingParams) else SamplingParams(max_tokens=1)
+        self.checks.process(prompt, sampled, priority=priority, cache_salt=cache_salt)
         self.submitted.append(Submitted(prompt, params, request_id, priority, cache_salt))
         stream = FakeStream(self, request_id or "r", prompt, params)
         self.streams.append(stream)

@@ -57,7 +57,9 @@ def error_of(response: httpx.Response) -> dict:
         ({"max_tokens": -5}, "BadRequestError", "max_tokens"),
         ({"max_tokens": 64}, "BadRequestError", "max_tokens"),
         ({"min_tokens": 20}, "BadRequestError", "min_tokens"),
-        ({"stop": ["x"] * 10_000}, "Bad Request", "body.stop"),
+        ({"stop": ["x"] * 10_000}, "BadRequestError", "stop"),
+        ({"stop": list("abcde")}, "BadRequestError", "stop"),
+        ({"bad_words": ["x"] * 129}, "BadRequestError", "bad_words"),
         ({"stop": [""]}, "BadRequestError", "stop"),
         ({"stop": [1]}, "Bad Request", "body.stop"),
         ({"stop": ["x" * 5000]}, "BadRequestError", "stop"),
@@ -65,7 +67,6 @@ def error_of(response: httpx.Response) -> dict:
         ({"logprobs": 6}, "BadRequestError", "logprobs"),
         ({"logprobs": -1}, "BadRequestError", "logprobs"),
         ({"logprobs": -2}, "BadRequestError", "logprobs"),
-        ({"logprobs": 1, "echo": True}, "BadRequestError", "echo"),
         ({"stream_options": {"include_usage": True}}, "BadRequestError", "stream_options"),
         ({"stream": True, "stream_options": 1}, "Bad Request", "body.stream_options"),
         ({"cache_salt": ""}, "Bad Request", "body.cache_salt"),
@@ -89,12 +90,12 @@ async def test_bad_fields(client, engine, body, kind, param, streamed):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("logit_bias", {"5": 1}), ("response_format", {"type": "json_object"}),
-        ("structured_outputs", {"regex": "a"}), ("guided_json", {"type": "object"}),
-        ("prompt_logprobs", 1), ("prompt_logprobs", 0), ("use_beam_search", True),
-        ("best_of", 2), ("best_of", True), ("allowed_token_ids", [1]), ("bad_words", ["x"]),
-        ("vllm_xargs", {"a": 1}), ("kv_transfer_params", {"a": 1}), ("length_penalty", 2.0),
-        ("logits_processors", ["x"]), ("thinking_token_budget", 5),
+        ("guided_json", {"type": "object"}), ("guided_regex", "a"), ("guided_choice", ["a"]),
+        ("guided_grammar", "x"), ("guided_decoding_backend", "outlines"),
+        ("guided_whitespace_pattern", " "), ("structural_tag", "{}"), ("use_beam_search", True),
+        ("best_of", 2), ("kv_transfer_params", {"a": 1}), ("length_penalty", 2.0),
+        ("logits_processors", ["x"]), ("prompt_logprob_token_ids", [1]),
+        ("ec_transfer_params", {"a": 1}),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("url", [COMPLETIONS, CHAT])

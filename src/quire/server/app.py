@@ -46,6 +46,7 @@ def build_app(state: ServerState, *, api_keys: Sequence[str] = ()) -> FastAPI:
         version=VERSION,
         redirect_slashes=False,
     )
+    app.state.strict_requests = state.config.strict_requests
     for router in (
         completions_router(state),
         chat_router(state),

@@ -11,9 +11,10 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, from_json
 from starlette.requests import ClientDisconnect, Request
 
-from quire.server.errors import ApiError, malformed
+from quire.server.errors import ApiError, bad_request, malformed
 from quire.server.live import ClientGoneError
-from quire.server.unsupported import NO_EFFECT, refuse_unsupported
+from quire.server.middleware import adopt_request_id
+from quire.server.unsupported import NO_EFFECT, UNREAD, refuse_unsupported
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -23,14 +24,20 @@ MAX_WARNINGS = 16
 MAX_NAME_CHARS = 64
 
 
+class Body(dict[str, object]):
+    """A request's JSON object, and how to take what is in it: so no route can forget --strict-requests."""
+
+    strict = False
+
+
 @dataclass(frozen=True, slots=True)
 class Parsed(Generic[M]):
     request: M
     warnings: list[str]
-    """One sentence per field that nothing here knows."""
+    """One sentence per field that nothing here knows, or that has no effect."""
 
 
-async def read_json(request: Request) -> dict[str, object]:
+async def read_json(request: Request) -> Body:
     """The body as a JSON object without nulls.
 
     Dropping explicit nulls makes them mean what clients mean: "as if I had not said it". The parser
@@ -56,7 +63,10 @@ async def read_json(request: Request) -> dict[str, object]:
         raise malformed(f"The body is not valid JSON: {error}.", param="body") from None
     if not isinstance(value, dict):
         raise malformed("The body must be a JSON object.", param="body")
-    return {name: item for name, item in value.items() if item is not None}
+    body = Body({name: item for name, item in value.items() if item is not None})
+    body.strict = request.app.state.strict_requests
+    adopt_request_id(request.scope, body.get("request_id"))
+    return body
 
 
 def parse(
@@ -66,22 +76,35 @@ def parse(
     unsupported: Mapping[str, tuple[object, ...]] | None = None,
 ) -> Parsed[M]:
     """`body` as `model`. Raises a 400 `ApiError` naming the first field that is wrong."""
-    refuse_unsupported(body, unsupported or {})
-    known = model.model_fields.keys() | (unsupported or {}).keys() | NO_EFFECT
-    unknown = [name for name in body if name not in known]
+    declared = model.model_fields.keys()
+    refused = {name: value for name, value in (unsupported or {}).items() if name not in declared}
+    refuse_unsupported(body, refused)
+    known = (declared | refused.keys() | NO_EFFECT) - UNREAD
+    idle = [name for name in body if name not in known]
+    if idle and isinstance(body, Body) and body.strict:
+        raise bad_request(
+            f"{_complaint(idle[0])}, which this server refuses (--strict-requests). Leave it out.",
+            param=_printable(idle[0]),
+        )
     try:
         request = model.model_validate(body)
     except ValidationError as error:
         details = error.errors(include_url=False, include_input=False, include_context=False)
         raise _explain(details[0]) from None
-    return Parsed(request, _warnings(unknown))
+    return Parsed(request, _warnings(idle))
 
 
-def _warnings(unknown: list[str]) -> list[str]:
-    shown = [f"unknown field {_printable(name)} was ignored" for name in unknown[:MAX_WARNINGS]]
-    if len(unknown) > MAX_WARNINGS:
-        shown.append(f"{len(unknown) - MAX_WARNINGS} more unknown fields were ignored")
+def _warnings(idle: list[str]) -> list[str]:
+    shown = [_complaint(name) for name in idle[:MAX_WARNINGS]]
+    if len(idle) > MAX_WARNINGS:
+        shown.append(f"{len(idle) - MAX_WARNINGS} more unknown fields were ignored")
     return shown
+
+
+def _complaint(name: str) -> str:
+    if name in UNREAD:
+        return f"field {name} has no effect"
+    return f"unknown field {_printable(name)} was ignored"
 
 
 def _printable(name: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fastapi import APIRouter
-from msgspec import UNSET, UnsetType
+from msgspec import UNSET
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -21,18 +21,17 @@ from quire.server.generation import (
     respond,
     submit_all,
 )
-from quire.server.logprobs import LogprobFormatter
+from quire.server.logprobs import LogprobFormatter, Position, joined, prompt_logprobs
 from quire.server.openapi import request_body
 from quire.server.prompts import EncodedPrompt, encode_prompt, split_prompts, truncation
 from quire.server.requests import CompletionRequest
 from quire.server.responses import (
     CompletionChoice,
-    CompletionLogprobs,
     CompletionResponse,
     StreamUsage,
     encode,
 )
-from quire.server.sampling import admit, completion_params, fit_default_max_tokens
+from quire.server.sampling import admit, completion_params, effective_params, fit_default_max_tokens
 from quire.server.sse import event
 from quire.server.state import ServerState
 from quire.server.usage import UsageMeter
@@ -51,7 +50,7 @@ def completions_router(state: ServerState) -> APIRouter:
         params = completion_params(parsed.request, model)
         prompts = await _prompts(parsed.request, params, model, state)
         frame = Frame.make("cmpl", model, parsed.warnings)
-        encoder = CompletionEncoder(parsed.request, frame, model, [p for p, _ in prompts])
+        encoder = CompletionEncoder(parsed.request, frame, model, prompts)
         engine = await admit(state, len(prompts), params)
         log_request(state, request, frame, prompts)
         streams = submit_all(engine, prompts, parsed.request, frame)
@@ -81,98 +80,57 @@ async def _prompts(
 
 
 class CompletionEncoder:
-    """Outputs as OpenAI's text completions. Choice `i` of prompt `p` has index `p * n + i`."""
+    """Outputs as OpenAI's text completions. Choice `i` of prompt `p` has index `p * n + i`.
+
+    What comes once for each choice (the echo, the prompt's ids and logprobs) comes with its first part,
+    which is all of it where the answer is not streamed.
+    """
 
     def __init__(
         self,
         request: CompletionRequest,
         frame: Frame,
         model: ServedModel,
-        prompts: Sequence[EncodedPrompt],
+        prompts: Sequence[tuple[EncodedPrompt, SamplingParams]],
     ) -> None:
         self.frame = frame
         self._n = request.n or 1
+        self._tokenizer = model.tokenizer
         self._return_ids = request.return_token_ids is True
-        self._prompts = prompts
+        self._return_prompt_logprobs = request.prompt_logprobs is not None
+        self._prompts = [prompt for prompt, _ in prompts]
+        self._effective = effective_params(request, prompts, model)
         self._meter = UsageMeter()
         options = request.stream_options
         self._include_usage = bool(options and options.include_usage)
         self._usage_in_each = bool(options and options.continuous_usage_stats)
         self._shows_tokens = self._return_ids or request.logprobs is not None
         """Whether a token without text (held back, or hidden) still makes a chunk."""
-        self._started: dict[int, int] = {}
-        """Choice index -> characters sent, for those that have begun."""
-        self._echo = _echo_texts(prompts, model) if request.echo else None
-        self._warned = False
+        self._offsets: dict[int, int] = {}
+        """Choice index -> characters so far, for those that have begun."""
+        self._echo = _echo_texts(self._prompts, model) if request.echo else None
+        self._prompt_positions: dict[int, list[Position | None]] = {}
+        self._first_chunk = True
         self._logprobs = (
             LogprobFormatter(
                 model.tokenizer,
                 top=request.logprobs,
                 as_ids=request.return_tokens_as_token_ids is True,
+                always=request.logprob_token_ids or (),
             )
             if request.logprobs is not None
             else None
         )
 
     def chunk(self, prompt_index: int, output: RequestOutput) -> bytes:
-        self._meter.add(prompt_index, output)
-        return b"".join(self._part(prompt_index, part) for part in output.outputs)
-
-    def _part(self, prompt_index: int, part: CompletionOutput) -> bytes:
-        index = prompt_index * self._n + part.index
-        begun = index in self._started
-        shown = part.text or part.finished or (part.token_ids and self._shows_tokens)
-        if begun and not shown:
-            return b""
-        echo = self._echo[prompt_index] if self._echo is not None and not begun else ""
-        offset = self._started.get(index, 0) + len(echo)
-        logprobs, offset = self._shape_logprobs(part, offset)
-        self._started[index] = offset
-        choice = CompletionChoice(
-            index=index,
-            text=echo + part.text,
-            logprobs=logprobs,
-            finish_reason=part.finish_reason,
-            stop_reason=part.stop_reason,
-            token_ids=part.token_ids if self._return_ids else UNSET,
-            prompt_token_ids=self._prompt_ids(prompt_index) if not begun else UNSET,
-        )
-        return self._event([choice], self._chunk_usage())
-
-    def _shape_logprobs(
-        self, part: CompletionOutput, offset: int
-    ) -> tuple[CompletionLogprobs | None, int]:
-        """The logprobs, and the offset after them. Offsets add up token texts, not what is shown:
-        the two differ where text is held back for a stop string."""
-        if self._logprobs is None or not part.logprobs:
-            return None, offset + len(part.text)
-        shaped = self._logprobs.completion(part.token_ids, part.logprobs, offset)
-        end = shaped.text_offset[-1] + len(shaped.tokens[-1]) if shaped.tokens else offset
-        return shaped, end
-
-    def _prompt_ids(self, prompt_index: int) -> list[int] | UnsetType:
-        return self._prompts[prompt_index].token_ids if self._return_ids else UNSET
-
-    def _chunk_usage(self) -> StreamUsage:
-        if not self._include_usage:
-            return UNSET
-        return self._meter.usage() if self._usage_in_each else None
-
-    def _event(self, choices: list[CompletionChoice], usage: StreamUsage) -> bytes:
-        frame = self.frame
-        warnings = frame.warnings if frame.warnings and not self._warned else UNSET
-        self._warned = True
-        return event(
-            encode(
-                CompletionResponse(
-                    id=frame.id,
-                    created=frame.created,
-                    model=frame.model,
-                    choices=choices,
-                    usage=usage,
-                    warnings=warnings,
-                )
-            )
+        self._note(prompt_index, output)
+        return b"".join(
+            self._event([self._choice(prompt_index, part)], self._chunk_usage())
+            for part in output.outputs
+            if part.text
+            or part.finished
+            or (part.token_ids and self._shows_tokens)
+            or prompt_index * self._n + part.index not in self._offsets
         )
 
     def last(self) -> bytes:
@@ -181,29 +139,69 @@ class CompletionEncoder:
     def whole(self, outputs: Sequence[RequestOutput]) -> bytes:
         choices = []
         for prompt_index, output in enumerate(outputs):
-            self._meter.add(prompt_index, output)
-            echo = self._echo[prompt_index] if self._echo is not None else ""
-            for part in sorted(output.outputs, key=lambda part: part.index):
-                logprobs, _ = self._shape_logprobs(part, len(echo))
-                choices.append(
-                    CompletionChoice(
-                        index=prompt_index * self._n + part.index,
-                        text=echo + part.text,
-                        logprobs=logprobs,
-                        finish_reason=part.finish_reason,
-                        stop_reason=part.stop_reason,
-                        token_ids=part.token_ids if self._return_ids else UNSET,
-                        prompt_token_ids=self._prompt_ids(prompt_index),
-                    )
-                )
+            self._note(prompt_index, output)
+            parts = sorted(output.outputs, key=lambda part: part.index)
+            choices += [self._choice(prompt_index, part) for part in parts]
+        return self._response(choices, self._meter.usage())
+
+    def _note(self, prompt_index: int, output: RequestOutput) -> None:
+        self._meter.add(prompt_index, output)
+        if output.prompt_logprobs is not None:
+            self._prompt_positions[prompt_index] = output.prompt_logprobs
+
+    def _choice(self, prompt_index: int, part: CompletionOutput) -> CompletionChoice:
+        index = prompt_index * self._n + part.index
+        first = index not in self._offsets
+        prompt = self._prompts[prompt_index]
+        echo = self._echo[prompt_index] if first and self._echo is not None else None
+        offset = self._offsets.get(index, 0) + len(echo or "")
+        logprobs, self._offsets[index] = None, offset + len(part.text)
+        if self._logprobs is not None and (part.logprobs or echo is not None):
+            logprobs, self._offsets[index] = self._logprobs.completion(
+                part.token_ids, part.logprobs or (), offset
+            )
+            if echo is not None:
+                positions = self._positions(prompt_index)
+                logprobs = joined(self._logprobs.echo(prompt.token_ids, positions, echo), logprobs)
+        return CompletionChoice(
+            index=index,
+            text=(echo or "") + part.text,
+            logprobs=logprobs,
+            finish_reason=part.finish_reason,
+            stop_reason=part.stop_reason,
+            token_ids=part.token_ids if self._return_ids else UNSET,
+            prompt_token_ids=prompt.token_ids if self._return_ids and first else UNSET,
+            prompt_logprobs=(
+                prompt_logprobs(self._positions(prompt_index), self._tokenizer)
+                if self._return_prompt_logprobs
+                else UNSET
+            ),
+        )
+
+    def _positions(self, prompt_index: int) -> Sequence[Position | None]:
+        missing = [None] * len(self._prompts[prompt_index].token_ids)
+        return self._prompt_positions.get(prompt_index, missing)
+
+    def _chunk_usage(self) -> StreamUsage:
+        if not self._include_usage:
+            return UNSET
+        return self._meter.usage() if self._usage_in_each else None
+
+    def _event(self, choices: list[CompletionChoice], usage: StreamUsage) -> bytes:
+        return event(self._response(choices, usage))
+
+    def _response(self, choices: list[CompletionChoice], usage: StreamUsage) -> bytes:
+        frame, first = self.frame, self._first_chunk
+        self._first_chunk = False
         return encode(
             CompletionResponse(
-                id=self.frame.id,
-                created=self.frame.created,
-                model=self.frame.model,
+                id=frame.id,
+                created=frame.created,
+                model=frame.model,
                 choices=choices,
-                usage=self._meter.usage(),
-                warnings=self.frame.warnings or UNSET,
+                usage=usage,
+                effective_params=self._effective if first else UNSET,
+                warnings=frame.warnings if first and frame.warnings else UNSET,
             )
         )
 

@@ -1,4 +1,4 @@
-"""The engine's log-probabilities in OpenAI's two shapes."""
+"""The engine's log-probabilities in OpenAI's two shapes, and prompts' in vLLM's."""
 
 from __future__ import annotations
 
@@ -6,45 +6,77 @@ from collections.abc import Sequence
 
 from quire.outputs import Logprob
 from quire.server.engine_protocol import ServedTokenizer
-from quire.server.responses import ChatLogprobs, CompletionLogprobs, TokenLogprob, TopLogprob
+from quire.server.responses import (
+    ChatLogprobs,
+    CompletionLogprobs,
+    PromptLogprobs,
+    TokenLogprob,
+    TopLogprob,
+    VocabLogprob,
+)
 
 SMALLEST = -9999.0
 """Stands for minus infinity, which JSON cannot carry (vLLM's value)."""
 
 Position = dict[int, Logprob]
-"""Token id -> Logprob at one position: the sampled token's, and the most likely ones'."""
+"""Token id -> Logprob at one position: the token's that is there, the most likely ones', and those of
+`logprob_token_ids`."""
 
 
 class LogprobFormatter:
-    """Shapes one request's logprobs. `top` is how many alternatives the client asked for; -1 all."""
+    """Shapes one request's logprobs. `top` is how many alternatives the client asked for, -1 all; those
+    of `always` are given whatever their rank."""
 
-    def __init__(self, tokenizer: ServedTokenizer, *, top: int, as_ids: bool) -> None:
+    def __init__(
+        self, tokenizer: ServedTokenizer, *, top: int, as_ids: bool, always: Sequence[int] = ()
+    ) -> None:
         self._tokenizer = tokenizer
         self._top = top
         self._as_ids = as_ids
+        self._always = always
 
     def completion(
-        self, token_ids: Sequence[int], positions: Sequence[Position], offset: int
-    ) -> CompletionLogprobs:
-        """`offset`: characters of the text before the first of these tokens.
-
-        As in vLLM, `top_logprobs` has the sampled token's entry as well as the most likely ones'.
+        self, token_ids: Sequence[int], positions: Sequence[Position | None], offset: int
+    ) -> tuple[CompletionLogprobs, int]:
+        """The logprobs, and the offset after them. `offset`: characters of the text before the first of
+        these tokens. Offsets add up token texts, not what is shown: the two differ where text is held
+        back for a stop string.
         """
-        tokens: list[str] = []
-        offsets: list[int] = []
-        own: list[float | None] = []
-        tops: list[dict[str, float] | None] = []
+        shaped = CompletionLogprobs([], [], [], [])
         for token_id, position in zip(token_ids, positions, strict=False):
-            shown = self._token(token_id)
-            tokens.append(shown)
-            offsets.append(offset)
-            offset += len(shown)
-            own.append(_finite(position[token_id].logprob) if token_id in position else None)
-            best = self._best(position)
-            if token_id in position and token_id not in best:
-                best = [token_id, *best]
-            tops.append({self._token(i): _finite(position[i].logprob) for i in best})
-        return CompletionLogprobs(offsets, own, tokens, tops)
+            shaped.text_offset.append(offset)
+            offset += len(self._tokenizer.decode_token(token_id))
+            self._add(shaped, token_id, position)
+        return shaped, offset
+
+    def echo(
+        self, token_ids: Sequence[int], positions: Sequence[Position | None], text: str
+    ) -> CompletionLogprobs:
+        """A prompt's, in front of the answer's. A special token that `text` does not show (a BOS that the
+        tokenizer added) has no width, so that offsets point into what is shown."""
+        shaped, offset = CompletionLogprobs([], [], [], []), 0
+        for token_id, position in zip(token_ids, positions, strict=True):
+            shaped.text_offset.append(min(offset, len(text)))
+            piece = self._tokenizer.decode_token(token_id)
+            if text.startswith(piece, offset) or self._tokenizer.decode([token_id]):
+                offset += len(piece)
+            self._add(shaped, token_id, position)
+        return shaped
+
+    def _add(self, shaped: CompletionLogprobs, token_id: int, position: Position | None) -> None:
+        """As in vLLM, `top_logprobs` has the token's own entry as well as the most likely ones'. Where
+        two ids have one text, its entry is the token's, or else the likelier one's."""
+        shaped.tokens.append(self._token(token_id))
+        if position is None:  # the prompt's first token, or one that nobody asked for
+            shaped.token_logprobs.append(None)
+            shaped.top_logprobs.append(None)
+            return
+        own = position.get(token_id)
+        top = {} if own is None else {self._token(token_id): _finite(own.logprob)}
+        for other in self._best(position):
+            top.setdefault(self._token(other), _finite(position[other].logprob))
+        shaped.token_logprobs.append(None if own is None else _finite(own.logprob))
+        shaped.top_logprobs.append(top)
 
     def chat(self, token_ids: Sequence[int], positions: Sequence[Position]) -> ChatLogprobs:
         content = []
@@ -64,9 +96,10 @@ class LogprobFormatter:
         return ChatLogprobs(content)
 
     def _best(self, position: Position) -> list[int]:
-        """The most likely ids, best first; ties in the engine's order."""
+        """The most likely ids, best first; ties in the engine's order. Then those always given."""
         ranked = sorted(position, key=lambda i: -position[i].logprob)
-        return ranked if self._top < 0 else ranked[: self._top]
+        best = ranked if self._top < 0 else ranked[: self._top]
+        return best + [i for i in self._always if i in position and i not in best]
 
     def _token(self, token_id: int) -> str:
         if self._as_ids:
@@ -75,6 +108,32 @@ class LogprobFormatter:
 
     def _bytes(self, token_id: int) -> list[int]:
         return list(self._tokenizer.token_bytes(token_id))
+
+
+def joined(first: CompletionLogprobs, then: CompletionLogprobs) -> CompletionLogprobs:
+    return CompletionLogprobs(
+        first.text_offset + then.text_offset,
+        first.token_logprobs + then.token_logprobs,
+        first.tokens + then.tokens,
+        first.top_logprobs + then.top_logprobs,
+    )
+
+
+def prompt_logprobs(
+    positions: Sequence[Position | None], tokenizer: ServedTokenizer
+) -> PromptLogprobs:
+    """In vLLM's shape: by token id, with ranks."""
+    return [
+        None
+        if position is None
+        else {
+            token_id: VocabLogprob(
+                _finite(entry.logprob), entry.rank, tokenizer.decode_token(token_id)
+            )
+            for token_id, entry in position.items()
+        }
+        for position in positions
+    ]
 
 
 def _finite(logprob: float) -> float:

@@ -52,7 +52,6 @@ class RequestContext:
             scope["root_path"] = self._root_path
         request_id = _client_request_id(scope) or secrets.token_hex(16)
         scope.setdefault("state", {})["request_id"] = request_id
-        header = (b"x-request-id", request_id.encode("ascii"))
         status = 0
         begun = time.monotonic()
 
@@ -60,7 +59,8 @@ class RequestContext:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", ()), header]
+                header = request_id_of(scope).encode("ascii")
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", header)]
             await send(message)
 
         try:
@@ -68,9 +68,9 @@ class RequestContext:
         except ClientGoneError:
             status = status or STATUS_CLIENT_GONE
         except Exception:
-            logger.exception("request %s: unexpected error", request_id)
+            logger.exception("request %s: unexpected error", request_id_of(scope))
             if status == 0:
-                await send_error(internal_error(request_id), send_with_id)
+                await send_error(internal_error(request_id_of(scope)), send_with_id)
         finally:
             route = scope.get("route")
             self._state.http_metrics.on_response(
@@ -146,9 +146,17 @@ def header_values(scope: Scope, name: bytes) -> list[bytes]:
     return [value for key, value in scope.get("headers", ()) if key == name]
 
 
+def adopt_request_id(scope: Scope, value: object) -> None:
+    """A body's `request_id` stands in for the header that was not sent."""
+    if isinstance(value, str) and _is_plain(value) and _client_request_id(scope) is None:
+        scope["state"]["request_id"] = value
+
+
 def _client_request_id(scope: Scope) -> str | None:
     values = header_values(scope, b"x-request-id")
-    if len(values) != 1 or not 0 < len(values[0]) <= MAX_REQUEST_ID_CHARS:
-        return None
-    text = values[0].decode("latin-1")
-    return text if all(c in _ID_CHARS for c in text) else None
+    text = values[0].decode("latin-1") if len(values) == 1 else ""
+    return text if _is_plain(text) else None
+
+
+def _is_plain(text: str) -> bool:
+    return 0 < len(text) <= MAX_REQUEST_ID_CHARS and _ID_CHARS.issuperset(text)

@@ -12,13 +12,16 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 MAX_IDS = 1 << 20
-MAX_STOPS = 256
 MAX_MESSAGES = 8192
 MAX_CONTENT_PARTS = 1024
 MAX_TEMPLATE_KWARGS = 64
 
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True, max_length=MAX_IDS)]
+Ints = Annotated[list[int], Field(fail_fast=True)]
+Texts = Annotated[list[str], Field(fail_fast=True)]
+Object = dict[str, Any]
+"""Checked by whoever knows its fields: pydantic would report each of a million bad entries."""
 Name = Annotated[str, Field(max_length=256)]
 Prompt = Annotated[
     str
@@ -30,20 +33,27 @@ Prompt = Annotated[
 
 
 class Strict(BaseModel):
-    """Base: JSON types must match, an explicit null counts as absent (see `body`)."""
+    """Base: JSON types must match, an explicit null counts as absent (see `body`).
+
+    docs/api.md is made of these classes: a field's docstring is its text there. One that
+    `SamplingParams` has too is explained, and its value checked, there.
+    """
 
     model_config = ConfigDict(strict=True, extra="ignore", protected_namespaces=())
 
 
 class StreamOptions(Strict):
     include_usage: bool | None = None
+    """A last chunk with no choices and the usage."""
     continuous_usage_stats: bool | None = None
+    """With `include_usage`: the usage so far in every chunk."""
 
 
 class SamplingFields(Strict):
     """Fields that both generation endpoints share. Defaults are the model's, see `sampling`."""
 
     model: Name | None = None
+    """One of the server's names; without it, the model there is."""
     n: int | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
@@ -53,31 +63,63 @@ class SamplingFields(Strict):
     top_k: int | None = None
     min_p: float | None = None
     seed: int | None = None
-    stop: str | Annotated[list[str], Field(fail_fast=True, max_length=MAX_STOPS)] | None = None
-    stop_token_ids: Annotated[list[int], Field(fail_fast=True, max_length=1024)] | None = None
+    stop: str | Texts | None = None
+    stop_token_ids: Ints | None = None
     ignore_eos: bool | None = None
     max_tokens: int | None = None
     min_tokens: int | None = None
+    prompt_logprobs: int | None = None
+    prompt_logprob_start: int | None = None
+    logprob_token_ids: Ints | None = None
+    logit_bias: Object | None = None
+    allowed_token_ids: Ints | None = None
+    bad_words: Texts | None = None
+    structured_outputs: Object | None = None
+    response_format: Object | None = None
+    """OpenAI's way to ask for `structured_outputs`: {"type": "text" | "json_object" | "json_schema"}."""
+    thinking_token_budget: int | None = None
+    repetition_detection: Object | None = None
+    best_of: int | None = None
+    """Only equal to n: nothing is sampled to be thrown away."""
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
 
     stream: bool | None = None
+    """Server-sent events, ending with `[DONE]`."""
     stream_options: StreamOptions | None = None
+    """Needs `stream`."""
+    stream_interval: int | None = None
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
+    """Lower runs sooner, with `--scheduling-policy priority`."""
     cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
+    """Prompts share cached KV only with the same salt."""
+    skip_reading_prefix_cache: bool | None = None
     request_id: Name | None = None
+    """For logs, where the header X-Request-Id was not sent; never a key to anything."""
     return_token_ids: bool | None = None
+    """`token_ids` on each choice, `prompt_token_ids` once."""
     return_tokens_as_token_ids: bool | None = None
+    """Tokens in logprobs as "token_id:7", so that those with the same text can be told apart."""
+    return_effective_params: bool | None = None
+    """`effective_params` in the answer, or a stream's first chunk: every sampling parameter as it is used,
+    the model's defaults included. With several prompts, max_tokens is the least of theirs."""
     truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
+    """Cut a longer prompt to this many tokens; -1: to the context length."""
     truncation_side: Literal["left", "right"] | None = None
+    """What `truncate_prompt_tokens` cuts off."""
     add_special_tokens: bool | None = None
+    """Whether the tokenizer adds its own, such as BOS, to texts; templates write theirs."""
+    vllm_xargs: Object | None = None
+    """For extensions of vLLM; nothing here reads it, and a warning says so."""
 
 
 class CompletionRequest(SamplingFields):
     prompt: Prompt
+    """A text, a list of texts, token ids, or a list of lists of token ids."""
     logprobs: int | None = None
     echo: bool | None = None
+    """The prompt before the answer, and with `logprobs` its tokens' too. `max_tokens` may then be 0."""
 
 
 class ContentPart(Strict):

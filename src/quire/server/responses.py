@@ -25,6 +25,18 @@ StreamUsage = Usage | None | UnsetType
 """In a stream: absent unless asked for, then null until the last chunk (or filled in each)."""
 
 Warnings = list[str] | UnsetType
+EffectiveParams = dict[str, object] | UnsetType
+"""With `return_effective_params`: see `sampling.effective_params`."""
+
+
+class VocabLogprob(Struct, frozen=True):
+    logprob: float
+    rank: int | None
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[int, VocabLogprob] | None]
+"""One entry per prompt token, by token id; the first has none."""
 
 # --- completions ----------------------------------------------------------------------------------
 
@@ -46,6 +58,7 @@ class CompletionChoice(Struct, frozen=True, kw_only=True):
     stop_reason: str | int | None = None
     token_ids: list[int] | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 
 
 class CompletionResponse(Struct, frozen=True, kw_only=True):
@@ -57,6 +70,7 @@ class CompletionResponse(Struct, frozen=True, kw_only=True):
     model: str
     choices: list[CompletionChoice]
     usage: StreamUsage = UNSET
+    effective_params: EffectiveParams = UNSET
     warnings: Warnings = UNSET
 
 
@@ -103,6 +117,8 @@ class ChatResponse(Struct, frozen=True, kw_only=True):
     choices: list[ChatChoice]
     usage: Usage
     prompt_token_ids: list[int] | UnsetType = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
+    effective_params: EffectiveParams = UNSET
     warnings: Warnings = UNSET
 
 
@@ -128,6 +144,7 @@ class ChatChunk(Struct, frozen=True, kw_only=True):
     choices: list[ChatChunkChoice]
     usage: StreamUsage = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
+    effective_params: EffectiveParams = UNSET
     warnings: Warnings = UNSET
 
 

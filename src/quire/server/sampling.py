@@ -3,39 +3,67 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+import msgspec
+from msgspec import UNSET
 
 from quire.config import ServerConfig
-from quire.sampling_params import RequestOutputKind, SamplingParams
+from quire.sampling_params import (
+    RepetitionDetectionParams,
+    RequestOutputKind,
+    SamplingParams,
+    StructuredOutputsParams,
+)
 from quire.server.engine_protocol import ServedModel, ServingEngine
 from quire.server.errors import bad_request
+from quire.server.prompts import EncodedPrompt
 from quire.server.requests import ChatCompletionRequest, CompletionRequest, SamplingFields
+from quire.server.responses import EffectiveParams
 from quire.server.state import ServerState
+from quire.structured import response_format
 
 DIRECT = (
     "n", "presence_penalty", "frequency_penalty", "repetition_penalty", "temperature", "top_p",
-    "top_k", "min_p", "seed", "stop", "stop_token_ids", "ignore_eos", "min_tokens",
-    "skip_special_tokens", "spaces_between_special_tokens", "include_stop_str_in_output",
+    "top_k", "min_p", "seed", "stop", "stop_token_ids", "ignore_eos", "min_tokens", "prompt_logprobs",
+    "prompt_logprob_start", "logprob_token_ids", "allowed_token_ids", "bad_words",
+    "thinking_token_budget", "skip_special_tokens", "spaces_between_special_tokens",
+    "include_stop_str_in_output", "stream_interval", "skip_reading_prefix_cache",
 )  # fmt: skip
-"""Request fields that are `SamplingParams` fields of the same name."""
+"""Request fields that are `SamplingParams` fields of the same name and type."""
 
 FROM_MODEL = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens")
 """What a model's generation_config.json may set (vLLM's list)."""
 
+NOT_SHOWN = ("output_kind", "detokenize", "flat_logprobs", "extra_args")
+"""Fields of `SamplingParams` that no HTTP client sets."""
+
 COMPLETION_MAX_TOKENS = 16
+
+S = TypeVar("S", bound=msgspec.Struct)
 
 
 def completion_params(request: CompletionRequest, model: ServedModel) -> SamplingParams:
     """Raises `InvalidParameterError` (a 400) naming the field."""
-    if request.echo and request.logprobs is not None:
-        raise bad_request(
-            "echo together with logprobs is not supported yet: it needs the prompt's logprobs.",
-            param="echo",
-        )
     max_tokens = request.max_tokens
     if max_tokens is None:
         max_tokens = _model_max_tokens(model) or COMPLETION_MAX_TOKENS
-    return _params(request, model, max_tokens=max_tokens, logprobs=request.logprobs)
+    return _params(
+        request,
+        model,
+        max_tokens=max_tokens,
+        logprobs=request.logprobs,
+        echoed_logprobs=echoed_logprobs(request),
+    )
+
+
+def echoed_logprobs(request: CompletionRequest) -> int | None:
+    """`prompt_logprobs` as far as echo needs them. An echo alone, with max_tokens 0, needs none, but it
+    is by scoring a prompt that the engine ends without a token."""
+    if not request.echo:
+        return None
+    return 0 if request.logprobs is None and request.max_tokens == 0 else request.logprobs
 
 
 def chat_params(request: ChatCompletionRequest, model: ServedModel) -> SamplingParams:
@@ -55,12 +83,14 @@ def chat_params(request: ChatCompletionRequest, model: ServedModel) -> SamplingP
 
 
 def _params(
-    request: SamplingFields, model: ServedModel, *, max_tokens: int | None, logprobs: int | None
+    request: SamplingFields,
+    model: ServedModel,
+    *,
+    max_tokens: int | None,
+    logprobs: int | None,
+    echoed_logprobs: int | None = None,
 ) -> SamplingParams:
-    if request.stream_options is not None and not request.stream:
-        raise bad_request("stream_options needs stream: true.", param="stream_options")
-    if logprobs is not None and model.max_logprobs >= 0:
-        _check_logprobs(logprobs, model)
+    _check_combinations(request, logprobs)
     values: dict[str, object] = {
         name: value for name, value in model.default_sampling.items() if name in FROM_MODEL
     }
@@ -68,6 +98,15 @@ def _params(
         value = getattr(request, name)
         if value is not None:
             values[name] = value
+    if request.prompt_logprobs is None:
+        values["prompt_logprobs"] = echoed_logprobs
+    if request.logit_bias:
+        values["logit_bias"] = {_token_id(key): bias for key, bias in request.logit_bias.items()}
+    if request.repetition_detection:
+        values["repetition_detection"] = _struct(
+            RepetitionDetectionParams, request.repetition_detection, "repetition_detection"
+        )
+    values["structured_outputs"] = _structured_outputs(request)
     values["max_tokens"] = max_tokens
     values["logprobs"] = logprobs
     values["output_kind"] = (
@@ -76,14 +115,60 @@ def _params(
     return SamplingParams(**values)  # type: ignore[arg-type]
 
 
-def _check_logprobs(logprobs: int, model: ServedModel) -> None:
-    asked = model.vocab_size if logprobs == -1 else logprobs
-    if asked > model.max_logprobs:
+def _check_combinations(request: SamplingFields, logprobs: int | None) -> None:
+    """What only HTTP has; rules of the values themselves are `SamplingParams`' and the engine's."""
+    if request.stream_options is not None and not request.stream:
+        raise bad_request("stream_options needs stream: true.", param="stream_options")
+    if request.prompt_logprobs is not None and request.stream:
         raise bad_request(
-            f"logprobs asks for {asked} per token; this server gives at most {model.max_logprobs} "
-            "(--max-logprobs).",
-            param="logprobs",
+            "prompt_logprobs are not streamed. Leave out stream, or use echo with logprobs.",
+            param="prompt_logprobs",
         )
+    if request.logprob_token_ids and logprobs is None:
+        raise bad_request("logprob_token_ids needs logprobs.", param="logprob_token_ids")
+    if request.best_of not in (None, request.n or 1):
+        raise bad_request(
+            f"best_of must equal n, got {request.best_of}: every sequence that is sampled is returned.",
+            param="best_of",
+        )
+
+
+def _structured_outputs(request: SamplingFields) -> StructuredOutputsParams | None:
+    from_format = None
+    if request.response_format is not None:
+        from_format = response_format.parse(request.response_format)
+    if not request.structured_outputs:
+        return from_format
+    if from_format is not None:
+        raise bad_request(
+            "response_format and structured_outputs exclude each other.", param="response_format"
+        )
+    return _struct(StructuredOutputsParams, request.structured_outputs, "structured_outputs")
+
+
+def _struct(kind: type[S], given: Mapping[str, object], param: str) -> S:
+    """`given` as a struct, strictly: a misspelt key is an error here, not a default."""
+    values = {name: value for name, value in given.items() if value is not None}
+    known = kind.__struct_fields__
+    for name in values:
+        if name not in known:
+            raise bad_request(
+                f"{param} has no {name[:64]}; it takes {', '.join(known)}.", param=param
+            )
+    try:
+        return msgspec.convert(values, kind)
+    except msgspec.ValidationError as error:
+        raise bad_request(f"{param}: {error}", param=param) from None
+
+
+def _token_id(key: str) -> int:
+    """JSON has only strings for keys."""
+    if not (key.isascii() and key.isdigit() and len(key) < 11):
+        raise bad_request(
+            f"logit_bias must map token ids to numbers, got the key {key[:32]!r}.",
+            param="logit_bias",
+        )
+    return int(key)
 
 
 def _model_max_tokens(model: ServedModel) -> int | None:
@@ -130,6 +215,26 @@ def check_limits(prompts: int, params: SamplingParams, config: ServerConfig) -> 
                 f"{what} is {size}; this server takes at most {limit} in one request (--{option}).",
                 param=name,
             )
+
+
+def effective_params(
+    request: SamplingFields,
+    prompts: Sequence[tuple[EncodedPrompt, SamplingParams]],
+    model: ServedModel,
+) -> EffectiveParams:
+    """What is sampled with, if the client asked to see it: defaults filled in, max_tokens resolved (the
+    least, of several prompts)."""
+    if not request.return_effective_params:
+        return UNSET
+    params = prompts[0][1]
+    shown = {name: getattr(params, name) for name in params.__struct_fields__}
+    for name in NOT_SHOWN:
+        del shown[name]
+    shown["max_tokens"] = min(
+        model.max_model_len - len(prompt.token_ids) if each.max_tokens is None else each.max_tokens
+        for prompt, each in prompts
+    )
+    return shown
 
 
 def log_values(params: SamplingParams) -> Mapping[str, object]:

@@ -1,8 +1,8 @@
-"""Fields that vLLM or OpenAI know and Quire does not serve (yet).
+"""Fields that vLLM or OpenAI know and Quire does not serve.
 
 Ignoring one would answer a question nobody asked: text that was to follow a schema and does not. So a
 value that would have changed the output is refused by name; the neutral values that clients send by
-habit pass.
+habit pass. A field that a request model declares is served there, and nothing here applies to it.
 """
 
 from __future__ import annotations
@@ -15,9 +15,6 @@ ANY: tuple[object, ...] = ()
 """No neutral value but null."""
 
 _BOTH: dict[str, tuple[object, ...]] = {
-    "logit_bias": ({},),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": ({},),
     "guided_json": ANY,
     "guided_regex": ANY,
     "guided_choice": ([],),
@@ -25,21 +22,12 @@ _BOTH: dict[str, tuple[object, ...]] = {
     "guided_decoding_backend": ANY,
     "guided_whitespace_pattern": ANY,
     "structural_tag": ANY,
-    "prompt_logprobs": ANY,
     "prompt_logprob_token_ids": ([],),
-    "logprob_token_ids": ([],),
-    "prompt_logprob_start": (0,),
-    "allowed_token_ids": ANY,
-    "bad_words": ([],),
-    "best_of": (1,),
     "use_beam_search": (False,),
     "length_penalty": (1, 1.0),
     "logits_processors": ([],),
-    "thinking_token_budget": ANY,
-    "repetition_detection": ({},),
     "kv_transfer_params": ({},),
     "ec_transfer_params": ({},),
-    "vllm_xargs": ({},),
     "mm_processor_kwargs": ({},),
     "media_io_kwargs": ({},),
     "moderation": ANY,
@@ -59,14 +47,33 @@ CHAT = _BOTH | {
     "web_search_options": ANY,
 }
 
+_RENAMED = 'vLLM removed it; use structured_outputs: {{"{}": ...}}.'
+WHY: dict[str, str] = {
+    "guided_json": _RENAMED.format("json"),
+    "guided_regex": _RENAMED.format("regex"),
+    "guided_choice": _RENAMED.format("choice"),
+    "guided_grammar": _RENAMED.format("grammar"),
+    "guided_whitespace_pattern": _RENAMED.format("whitespace_pattern"),
+    "structural_tag": _RENAMED.format("structural_tag"),
+    "guided_decoding_backend": "vLLM removed it; leave it out, there is one backend.",
+    "logits_processors": "vLLM removed it: it would run a client's code. logit_bias may do.",
+    "suffix": "only models trained to fill in the middle can use it, and none is served.",
+    "prompt_embeds": "prompts are text or token ids here; send them as prompt.",
+}
+"""Field -> a better reason than the usual one."""
+
 NO_EFFECT = frozenset(
     {
         "user", "session_id", "metadata", "store", "service_tier", "safety_identifier",
         "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention",
-        "parallel_tool_calls", "include_reasoning", "verbosity",
+        "parallel_tool_calls", "include_reasoning",
     }
 )  # fmt: skip
-"""Fields that are about a provider's accounts, or only matter with others that are refused."""
+"""Fields that are about a provider's accounts, or only matter with others that are refused. They pass
+without a word, also under --strict-requests: clients send them to every server."""
+
+UNREAD = frozenset({"vllm_xargs", "verbosity"})
+"""Fields that would mean something elsewhere. They pass with a warning, or not at all."""
 
 
 def refuse_unsupported(body: Mapping[str, object], table: Mapping[str, tuple[object, ...]]) -> None:
@@ -77,10 +84,8 @@ def refuse_unsupported(body: Mapping[str, object], table: Mapping[str, tuple[obj
 
 
 def refusal(name: str) -> ApiError:
-    return bad_request(
-        f"{name} is not supported yet, and ignoring it would change the answer. Leave it out.",
-        param=name,
-    )
+    reason = WHY.get(name, "ignoring it would change the answer. Leave it out.")
+    return bad_request(f"{name} is not supported: {reason}", param=name)
 
 
 def _same(value: object, neutral: object) -> bool:
