@@ -17,6 +17,7 @@ from quire.errors import QuireError
 from quire.server.admin import admin_router
 from quire.server.auth import ApiKeyAuth
 from quire.server.chat import chat_router
+from quire.server.chat_batch import chat_batch_router
 from quire.server.completions import completions_router
 from quire.server.embeddings import embeddings_router
 from quire.server.errors import ApiError, to_api_error
@@ -50,6 +51,7 @@ def build_app(state: ServerState, *, api_keys: Sequence[str] = ()) -> FastAPI:
     for router in (
         completions_router(state),
         chat_router(state),
+        chat_batch_router(state),
         embeddings_router(state),
         scoring_router(state),
         models_router(state),

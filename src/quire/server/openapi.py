@@ -21,6 +21,7 @@ from quire.server.pooling_schemas import (
 )
 from quire.server.requests import (
     AbortRequest,
+    ChatBatchRequest,
     ChatCompletionRequest,
     CompletionRequest,
     DetokenizeRequest,
@@ -31,6 +32,7 @@ from quire.server.requests import (
 MODELS: tuple[type[BaseModel], ...] = (
     CompletionRequest,
     ChatCompletionRequest,
+    ChatBatchRequest,
     TokenizeCompletionRequest,
     TokenizeChatRequest,
     DetokenizeRequest,

@@ -170,6 +170,11 @@ class ChatCompletionRequest(ChatFields, SamplingFields):
     top_logprobs: int | None = None
 
 
+class ChatBatchRequest(ChatCompletionRequest):
+    messages: Annotated[list[Messages], Field(fail_fast=True, min_length=1)]  # type: ignore[assignment]
+    """Several conversations. The other fields are for all of them."""
+
+
 class TokenizeCompletionRequest(Strict):
     model: Name | None = None
     prompt: str

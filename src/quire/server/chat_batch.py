@@ -1,0 +1,99 @@
+"""POST /v1/chat/completions/batch: vLLM's way to ask several conversations in one request.
+
+Each is answered as /v1/chat/completions would answer it, with the same options; the answer has their choices
+in order. It comes whole: vLLM does not stream it either.
+"""
+
+from __future__ import annotations
+
+import msgspec
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from quire.outputs import RequestOutput
+from quire.sampling_params import SamplingParams
+from quire.server import unsupported
+from quire.server.body import parse, read_json
+from quire.server.chat import ChatEncoder, answer_role, encode_chat
+from quire.server.engine_protocol import ServedModel
+from quire.server.errors import bad_request
+from quire.server.generation import (
+    Frame,
+    check_model,
+    log_request,
+    run_to_end,
+    submit_all,
+    warning_headers,
+)
+from quire.server.openapi import request_body
+from quire.server.prompts import EncodedPrompt, check_count
+from quire.server.requests import ChatBatchRequest
+from quire.server.sampling import admit, chat_params, fit_default_max_tokens
+from quire.server.state import ServerState
+from quire.server.usage import UsageMeter
+
+
+def chat_batch_router(state: ServerState) -> APIRouter:
+    router = APIRouter()
+
+    @router.post("/v1/chat/completions/batch", openapi_extra=request_body(ChatBatchRequest))
+    async def create_chat_batch(request: Request) -> Response:
+        """Answer several conversations; choice i of conversation c has index c * n + i."""
+        model = state.serving_engine().model
+        parsed = parse(ChatBatchRequest, await read_json(request), unsupported=unsupported.CHAT)
+        asked = parsed.request
+        check_model(asked.model, model)
+        if asked.stream:
+            raise bad_request("A batch cannot be streamed; leave stream out.", param="stream")
+        count = len(asked.messages)
+        check_count(count, state.config.max_prompts_per_request, param="messages")
+        params = chat_params(asked, model)
+        frame = Frame.make("chatcmpl", model, parsed.warnings)
+        work, encoders = [], []
+        for conversation in asked.messages:
+            one = asked.model_copy(update={"messages": conversation})
+            prompt, fitted = await _prepare(one, params, model)
+            role = answer_role(one, state.config.response_role)
+            work.append((prompt, fitted))
+            encoders.append(ChatEncoder(one, frame, model, prompt, role))
+        engine = await admit(state, count, params)
+        log_request(state, request, frame, work)
+        streams = submit_all(engine, work, asked, frame)
+        outputs = await run_to_end(state, request, streams, frame)
+        return Response(
+            join(encoders, outputs, n=params.n),
+            media_type="application/json",
+            headers=warning_headers(parsed.warnings),
+        )
+
+    return router
+
+
+async def _prepare(
+    one: ChatBatchRequest, params: SamplingParams, model: ServedModel
+) -> tuple[EncodedPrompt, SamplingParams]:
+    prompt = await encode_chat(one, model)
+    fitted = fit_default_max_tokens(
+        params,
+        asked=one.max_tokens is not None or one.max_completion_tokens is not None,
+        prompt_tokens=len(prompt.token_ids),
+        model=model,
+    )
+    return prompt, fitted
+
+
+def join(encoders: list[ChatEncoder], outputs: list[RequestOutput], *, n: int) -> bytes:
+    """One answer of those that each conversation would have got alone."""
+    meter = UsageMeter()
+    answer, choices = {}, []
+    for index, (encoder, output) in enumerate(zip(encoders, outputs, strict=True)):
+        meter.add(index, output)
+        answer = msgspec.json.decode(encoder.whole([output]))
+        prompt_ids = answer.pop("prompt_token_ids", None)
+        for choice in answer["choices"]:
+            choice["index"] += index * n
+            if prompt_ids is not None:
+                choice["prompt_token_ids"] = prompt_ids
+        choices += answer["choices"]
+    return msgspec.json.encode(answer | {"choices": choices, "usage": meter.usage()})
