@@ -54,8 +54,9 @@ class FaithfulDevice(HostDevice):
     """A GPU in what can go wrong by order. A download reads as late as it may, so that it finds what a later
     step has written there. A replay overwrites the results of all recordings, which share their
     memory, and must launch what was launched the first time: same kernels, grids, numbers and
-    shapes, the same memory wherever that outlives the step; a graph would not notice a difference. While
-    recording there are no copies to or from the host.
+    shapes, the same memory wherever that outlives the step; a graph would not notice a difference. All of
+    it was launched before, so that nothing is compiled while recording. Nor are there copies to or
+    from the host.
     """
 
     def __init__(self) -> None:
@@ -63,9 +64,9 @@ class FaithfulDevice(HostDevice):
         """Results of each recording."""
         self.replays = 0
         self.inside = False
-        self.launches: list[object] = []
+        self.launches: list[str] = []
         """Since the last replay began."""
-        self.outside = 0
+        self.outside: list[str] = []
         """Launches that were no part of a replay."""
         self.lasting: list[Tensor] = []
 
@@ -78,8 +79,8 @@ class FaithfulDevice(HostDevice):
         return LateDownload(tensors)
 
     def launched(self, name: str, grid: object, arguments: dict[str, Any]) -> None:
-        self.outside += not self.inside
-        self.launches.append((name, grid, {k: self._baked(v) for k, v in arguments.items()}))
+        launch = f"{name}{grid} { ({k: self._baked(v) for k, v in arguments.items()}) }"
+        (self.launches if self.inside else self.outside).append(launch)
 
     def _baked(self, argument: object) -> object:
         """What a graph keeps of it."""
@@ -106,6 +107,7 @@ class FaithfulDevice(HostDevice):
             if not first:
                 first.extend((computed, list(self.launches)))
                 results.extend(tensors_of(computed))
+                assert set(self.launches) <= set(self.outside), "not compiled yet"
             assert self.launches == first[1]
             for kept, new in zip(results, tensors_of(computed), strict=True):
                 kept.copy_(new)
@@ -302,10 +304,11 @@ def test_recording_when_idle(checkpoint: Path, expected: Outcome, device: Faithf
     core = core_of(executor)
     runner = executor.runner
     assert runner is not None
+    assert core.prepare() and not runner._batch.token_ids.any(), "a token of nobody's"
     run(executor, [request(9, range(7, 20), greedy(2))], core=core)
     before = [tensor.clone() for tensor in (runner._batch.token_ids, runner._batch.seat_blocks)]
     cache = runner.kv_cache.storage.clone()
-    done = 0
+    done = 1
     while core.prepare():
         done += 1
     assert done == len(device.recorded) == len(runner._recorded)
@@ -314,10 +317,10 @@ def test_recording_when_idle(checkpoint: Path, expected: Outcome, device: Faithf
     assert torch.equal(cache.view(torch.int32), runner.kv_cache.storage.view(torch.int32))
     after = [runner._batch.token_ids, runner._batch.seat_blocks]
     assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
-    device.outside = 0
+    outside = len(device.outside)
     # Tokens 7 to 19 of the first prompt's block are those of request 9, in another block.
     assert run(executor, [REQUESTS[1]], core=core).tokens == {2: expected.tokens[2]}
-    assert device.outside == 0, "launches beside the recordings"
+    assert len(device.outside) == outside, "launches beside the recordings"
     assert len(device.recorded) == done
 
 
