@@ -151,8 +151,8 @@ def _serve(core: EngineCore, link: _Link) -> None:
             may_prepare = True
             if steps % 64 == 0 and link.parent_is_gone:
                 return
-        elif not messages:
-            may_prepare = core.prepare()
+        else:
+            may_prepare = bool(messages) or core.prepare()
 
 
 def _failure(error: Exception) -> CoreFailed:

@@ -32,8 +32,7 @@ class DeviceExecutor:
         return self.runner.launch(plan)
 
     def prepare(self) -> bool:
-        assert self.runner is not None, "the executor is closed"
-        return self.runner.prepare()
+        return self.runner is not None and self.runner.prepare()  # None while asleep
 
     def sleep(self, level: int) -> None:
         assert self.runner is not None and self._restart is not None

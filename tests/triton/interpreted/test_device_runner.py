@@ -296,6 +296,8 @@ def test_eager_is_the_same(checkpoint: Path, expected: Outcome, device: Faithful
     executor = on_device(checkpoint, device, eager=True)
     assert run(executor, REQUESTS[1:2]).tokens == {2: expected.tokens[2]}
     assert not executor.prepare() and not device.recorded
+    executor.close()
+    assert not executor.prepare()
 
 
 def test_recording_when_idle(checkpoint: Path, expected: Outcome, device: FaithfulDevice) -> None:
