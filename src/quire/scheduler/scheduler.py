@@ -327,11 +327,11 @@ class Scheduler:
 
     def _learn(self, request: Request, row: SampledRow) -> RequestUpdate:
         request.num_pending_tokens -= 1
+        prompt_logprobs = _news_of_prompt(request, row)
         if row.error is not None:
             update = self._finish(request, FinishReason.ERROR)
-            update.error = row.error
+            update.error, update.prompt_logprobs = row.error, prompt_logprobs
             return update
-        prompt_logprobs = _news_of_prompt(request, row)
         first = request.num_output_tokens == 0
         accepted: list[int] = []
         for token in row.token_ids:
