@@ -49,6 +49,7 @@ VLLM = {
     "max_bad_words": "`VLLM_MAX_NUM_BAD_WORDS`, 128",
     "max_list_items": "no such flag",
     "strict_requests": "no such flag; unknown fields are ignored in silence",
+    "enable_admin_endpoints": "`VLLM_SERVER_DEV_MODE=1`",
     "log_stats_interval": "`VLLM_LOG_STATS_INTERVAL`, 10",
 }
 

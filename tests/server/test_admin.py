@@ -185,10 +185,13 @@ async def test_sleep_and_wake(make_client, engine):
         return (await client.get("/is_sleeping")).json()["is_sleeping"]
 
     assert not await sleeping()
-    assert (await client.post("/sleep?level=2")).status_code == 200
+    assert (await client.post("/sleep?level=2&mode=wait")).status_code == 200
     assert await sleeping()
+    assert (await client.get("/ready")).json() == {"status": "sleeping"}
+    assert (await client.get("/health")).status_code == 200
     assert (await client.post("/wake_up")).status_code == 200
     assert not await sleeping()
+    assert (await client.get("/ready")).status_code == 200
     assert (await client.post("/sleep")).status_code == 200 and engine.levels == [2, 1]
     for query, param in (("/sleep?level=7", "level"), ("/sleep?mode=keep", "mode"),
                          ("/wake_up?tags=weights", "tags")):  # fmt: skip

@@ -21,7 +21,7 @@ import httpx
 import openai
 import psutil
 import pytest
-from openai.types import Completion, Model
+from openai.types import Completion, CreateEmbeddingResponse, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from openai.types.chat.completion_create_params import (
     CompletionCreateParamsNonStreaming as ChatCreateParams,
@@ -42,7 +42,10 @@ SOURCE = Path(__file__).resolve().parents[2] / "src"
 KEY = "test-key"
 START_SECONDS = 120.0
 QUESTION = [{"role": "user", "content": "What does os.path.join do?"}]
-OURS = {"stop_reason", "token_ids", "prompt_token_ids", "warnings"}
+OURS = {
+    "stop_reason", "token_ids", "prompt_token_ids", "warnings",
+    "id", "created", "completion_tokens", "prompt_tokens_details",  # an embedding's, as in vLLM
+}  # fmt: skip
 """Fields beyond OpenAI's."""
 
 
@@ -232,6 +235,47 @@ def test_errors_are_the_clients_exceptions(client):
     with openai.OpenAI(base_url=client.base_url, api_key="wrong", max_retries=0) as stranger:
         with pytest.raises(openai.AuthenticationError):
             stranger.models.list()
+
+
+# --- vectors, and the operator's side -------------------------------------------------------------
+
+
+def test_embeddings(client):
+    texts = ["os.path.join", "a list of strings", "os.path.join"]
+    raw = client.embeddings.with_raw_response.create(
+        model="quire-builtin", input=texts, encoding_format="float", extra_body={"pooling": "mean"}
+    )
+    answer = conforms(CreateEmbeddingResponse, json.loads(raw.content))
+    vectors = [item.embedding for item in answer.data]
+    assert all(sum(x * x for x in vector) == pytest.approx(1, abs=1e-3) for vector in vectors)
+    assert vectors[0] == pytest.approx(vectors[2], abs=1e-3) and vectors[0] != vectors[1]
+    for text, vector in zip(
+        texts, vectors, strict=True
+    ):  # in base64, which the client asks for itself
+        [alone] = client.embeddings.create(
+            model="quire-builtin", input=text, extra_body={"pooling": "mean"}
+        ).data
+        assert alone.embedding == pytest.approx(vector, abs=1e-3)
+    ranked = client.post(
+        "/rerank", body={"query": texts[0], "documents": texts[1:]}, cast_to=object
+    )
+    assert [result["index"] for result in ranked["results"]] == [1, 0]
+    assert ranked["results"][0]["relevance_score"] == pytest.approx(1, abs=1e-3)
+    with pytest.raises(openai.BadRequestError, match="vectors have"):
+        client.embeddings.create(model="quire-builtin", input="a", dimensions=10**6)
+
+
+def test_a_stream_is_aborted_by_its_id(server, client):
+    body = {"prompt": "The", "stream": True, "max_tokens": 1500, "ignore_eos": True}
+    with server.http.stream("POST", "/v1/completions", json=body) as response:
+        lines = response.iter_lines()
+        answer = json.loads(next(lines).removeprefix("data: "))["id"]
+        asked = server.http.post("/abort_requests", json={"request_ids": [answer, "cmpl-x"]})
+        assert asked.json() == {"aborted": [answer]}
+        chunks = [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
+    assert chunks[-1] == "[DONE]" and len(chunks) < 1500
+    assert json.loads(chunks[-2])["choices"][0]["finish_reason"] == "abort"
+    assert server.http.get("/load").json() == {"server_load": 0}
 
 
 # --- same tokens ----------------------------------------------------------------------------------

@@ -79,8 +79,9 @@ def _add_admin_routes(router: APIRouter, state: ServerState) -> None:
 
     @router.post("/sleep")
     async def sleep(request: Request) -> Response:
-        """Give memory back. level 1 keeps the weights in host memory, 2 drops them."""
-        _take_only(request, "level")
+        """Take no more requests, wait for those that run, and give back the KV cache's memory (level 1) or
+        the weights' too (2)."""
+        _take_only(request, "level", mode="wait")
         level = request.query_params.get("level", "1")
         if level not in ("1", "2"):
             raise bad_request("level must be 1 or 2.", param="level")
@@ -106,10 +107,10 @@ def _sleeper(state: ServerState) -> SleepingEngine:
     return engine
 
 
-def _take_only(request: Request, *known: str) -> None:
+def _take_only(request: Request, *known: str, **neutral: str) -> None:
     """Raises a 400 for a query parameter of vLLM's that would change what happens and does not here."""
     for name, value in request.query_params.items():
-        if name not in known and value.lower() != "false":
+        if name not in known and value.lower() not in ("false", neutral.get(name)):
             raise bad_request("This query parameter is not supported.", param=name[:64])
 
 

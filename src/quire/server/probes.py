@@ -7,6 +7,7 @@ from fastapi import APIRouter
 from starlette.responses import Response
 
 from quire.metrics import render
+from quire.server.engine_protocol import SleepingEngine
 from quire.server.errors import RETRY_AFTER_LOADING
 from quire.server.state import Phase, ServerState
 from quire.util.version import VERSION
@@ -22,9 +23,11 @@ def probes_router(state: ServerState) -> APIRouter:
 
     @router.get("/ready")
     async def ready() -> Response:
-        """Whether to send requests here: loaded, not draining, queue not full."""
+        """Whether to send requests here: loaded, awake, not draining, queue not full."""
         if state.phase is Phase.READY and state.queue_is_full():
             return _answer(False, {"status": "overloaded"})
+        if isinstance(state.engine, SleepingEngine) and state.engine.is_sleeping:
+            return _answer(False, {"status": "sleeping"})
         return _answer(state.phase is Phase.READY, {"status": state.phase.value})
 
     @router.get("/ping")
