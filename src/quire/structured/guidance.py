@@ -79,7 +79,8 @@ class GuidanceGrammar:
         self.num_bytes = num_bytes
         self.eos_token_ids = eos_token_ids
         self.eos_mask = mask_of(eos_token_ids, vocab_size)
-        self.num_words = num_mask_words(tokenizer.vocab_size)
+        self.num_tokens = tokenizer.vocab_size
+        self.num_words = num_mask_words(self.num_tokens)
 
     def matcher(self) -> TokenMatcher:
         with self._lock:
@@ -109,7 +110,7 @@ class GuidanceMatcher:
             row[:] = 0  # llguidance would end the text as if all were well
 
     def accept(self, token_id: int) -> bool:
-        if self._ended:
+        if self._ended or token_id >= self._grammar.num_tokens:
             return False
         if token_id in self._grammar.eos_token_ids and self._matcher.is_accepting():
             self._ended = True
@@ -136,9 +137,9 @@ class _TokenTable:
         size = min(vocabulary.max_token_id + 1, vocab_size)
         self._vocabulary = vocabulary
         self.eos_token_ids = [token for token in eos_token_ids if token < size]
-        self.tokens = [vocabulary.token_bytes(token) for token in range(size)]
         if not self.eos_token_ids:
             raise GrammarError("the model has no end-of-sequence token, so no text could end.")
+        self.tokens = [vocabulary.token_bytes(token) for token in range(size)]
         self.eos_token_id = self.eos_token_ids[0]
         self.special_token_ids = sorted(
             {*(t for t in vocabulary.special_ids if t < size), *self.eos_token_ids}

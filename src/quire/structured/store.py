@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import sys
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 
@@ -26,6 +27,8 @@ from quire.structured.base import (
     GrammarCompiler,
     GrammarError,
 )
+
+logger = logging.getLogger(__name__)
 
 MAX_STORE_BYTES = 256 << 20
 MAX_COMPILE_SECONDS = 10.0
@@ -56,7 +59,7 @@ class GrammarStore:
     ) -> None:
         """make_compiler: called once, with the first grammar: reading a large vocabulary takes a second."""
         self._make_compiler = make_compiler
-        self._compiler: GrammarCompiler | GrammarError | None = None
+        self._compiler: GrammarCompiler | None = None
         self._compiler_lock = threading.Lock()
         self._max_bytes = max_bytes
         self._max_seconds = max_seconds
@@ -143,18 +146,17 @@ class GrammarStore:
             with self._compiler_lock:
                 if self._compiler is None:
                     self._compiler = self._make_compiler()
-            return self._compiler.compile(spec)
+                compiler = self._compiler
+            return compiler.compile(spec)
         except GrammarError as error:
             return error
         except Exception:
-            import logging
-
-            logging.getLogger(__name__).exception("compiling a grammar failed")
+            logger.exception("compiling a grammar failed")
             return GrammarError("it could not be compiled.")
 
 
 @contextlib.contextmanager
-def deep_stacks():
+def deep_stacks() -> Iterator[None]:
     """Threads started here have room for compiling: see `COMPILE_STACK_BYTES`."""
     before = threading.stack_size(COMPILE_STACK_BYTES)
     try:
