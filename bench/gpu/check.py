@@ -26,6 +26,7 @@ from quire.kernels.triton import layers
 from quire.kernels.triton.batch import copy_blocks
 from quire.kernels.triton.logits import edit_logits, history_row
 from quire.kernels.triton.logprobs import logprobs
+from quire.kernels.triton.matmul import matmul
 from quire.kernels.triton.sampling import SampleWorkspace, sample
 from quire.kernels.triton.seats import seat
 from quire.layers.rotary import cos_sin_table
@@ -295,7 +296,8 @@ def graphs(*, small: bool) -> Values:
 
 def invariance(spec: ModelSpec, *, small: bool) -> Values:
     """With --batch-invariant, the bits of one request's twenty best log-probabilities: alone, among others,
-    beside a prompt that arrives. And which of cuBLAS's products depend on the number of rows."""
+    beside a prompt that arrives. And its product: right, and a row's bits for every number of rows before
+    it; beside it those numbers for which cuBLAS's differ."""
     spec = replace(spec, num_layers=2, sliding_windows=(None, None))
     limits = engines.Limits(
         seqs=16, tokens=64 if small else 2048, length=200 if small else 4096, cached=40_000
@@ -310,16 +312,24 @@ def invariance(spec: ModelSpec, *, small: bool) -> Values:
         core = engines.build(spec, limits, invariant=True)
         runs[name] = engines.drive(core, [subject, *beside], later=later)
     same = {name: run.logprobs[0] == runs["alone"].logprobs[0] for name, run in runs.items()}
-    return {"ok": all(same.values()), "same": same, "products": _products(spec)}
+    errors, uneven, cublas = _products(spec)
+    same["products"] = not any(uneven.values())
+    return {**verdict(errors, same), "uneven": uneven, "uneven_cublas": cublas}
 
 
 @torch.inference_mode()
-def _products(spec: ModelSpec) -> dict[str, list[int]]:
-    """Numbers of rows for which the first row's bits are not those it has alone."""
-    found: dict[str, list[int]] = {}
+def _products(
+    spec: ModelSpec,
+) -> tuple[dict[str, float], dict[str, list[int]], dict[str, list[int]]]:
+    """Errors of our product; numbers of rows for which the last row's bits are not those it has alone, of
+    ours and of cuBLAS's."""
+    errors: dict[str, float] = {}
+    uneven: tuple[dict[str, list[int]], dict[str, list[int]]] = ({}, {})
     for name, (n, k) in matrices(spec).items():
-        weight, x = randn(n, k), randn(300, k)
-        alone = F.linear(x[:1], weight)
-        rows = (2, 8, 16, 64, 256, 300)
-        found[name] = [m for m in rows if not torch.equal(F.linear(x[:m], weight)[:1], alone)]
-    return found
+        weight, x = randn(n, k), randn(1100, k)
+        errors[name] = error(matmul(x[:70], weight), x[:70].double() @ weight.double().T)
+        for product, found in zip((matmul, F.linear), uneven, strict=True):
+            alone = product(x[-1:], weight)
+            rows = (2, 8, 16, 64, 65, 128, 129, 256, 300, 1100)
+            found[name] = [m for m in rows if not torch.equal(product(x[-m:], weight)[-1:], alone)]
+    return errors, *uneven

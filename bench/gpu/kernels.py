@@ -1,6 +1,7 @@
 """How fast the kernels are, against the machine's ceilings and PyTorch's own.
 
 Every case gives {label: figures}; a rival's are beside ours, `over_` how many times ours is faster.
+`invariant` is the same with --batch-invariant.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from torch import Tensor
 from quire.kernels.triton import layers
 from quire.kernels.triton.batch import DeviceBatch, append_tokens, build_step
 from quire.kernels.triton.logprobs import logprobs
+from quire.kernels.triton.matmul import matmul
 from quire.kernels.triton.packing import BatchShape, Section, StepPacker
 from quire.kernels.triton.sampling import SampleWorkspace, sample
 from quire.kernels.triton.seats import seat
@@ -100,6 +102,7 @@ def decode(
             cache = Cache.create(spec, room, block_size=block_size, dtype=dtype)
             steps = [Batch.create(spec, cache, [(1, keys)] * requests) for _ in range(sets)]
             ours = rate(seconds([step.attend() for step in steps]), ceilings, moved=moved)
+            against(ours, invariant=[step.attend(invariant=True) for step in steps])
             del cache, steps
             if dtype is BF16 and block_size == 16:
                 against(ours, **_rivals(spec, requests, 1, keys, sets))
@@ -116,7 +119,9 @@ def prefill(spec: ModelSpec, sizes: Sizes, ceilings: Ceilings) -> Values:
         steps = [Batch.create(spec, cache, [(tokens, tokens)]) for _ in range(4)]
         took = seconds([step.attend() for step in steps])
         ours = rate(took, ceilings, flops=2 * spec.q_size * tokens**2)
-        found[str(tokens)] = against(ours, **_rivals(spec, 1, tokens, tokens, 4))
+        invariant: list[Call] = [step.attend(invariant=True) for step in steps]
+        rivals = _rivals(spec, 1, tokens, tokens, 4)
+        found[str(tokens)] = against(ours, invariant=invariant, **rivals)
     return found
 
 
@@ -148,15 +153,17 @@ def _rivals(
 
 @torch.inference_mode()
 def products(spec: ModelSpec, sizes: Sizes, ceilings: Ceilings) -> Values:
-    """cuBLAS, by matrix and rows."""
+    """cuBLAS, by matrix and rows; invariant: what --batch-invariant multiplies by, `over_` its cost."""
     found: Values = {}
     for name, (n, k) in matrices(spec).items():
         weights = [randn(n, k) for _ in range(copies(2 * n * k))]
-        for m in sizes.batches:
+        for m in (*sizes.batches, sizes.longer):
             x = randn(m, k)
             took = seconds([partial(F.linear, x, weight) for weight in weights])
             moved = 2 * (n * k + m * k + m * n)
-            found[f"{name} {m}"] = rate(took, ceilings, moved=moved, flops=2 * m * n * k)
+            theirs = rate(took, ceilings, moved=moved, flops=2 * m * n * k)
+            ours = [partial(matmul, x, weight) for weight in weights]
+            found[f"{name} {m}"] = against(theirs, invariant=ours)
     return found
 
 

@@ -37,7 +37,7 @@ class Tile:
     stages: int
 
 
-HALF = Tile(128, 128, 64, warps=8, stages=4)
+HALF = Tile(128, 128, 64, warps=8, stages=6)
 FLOAT32 = Tile(32, 64, 32, warps=8, stages=2)  # no tensor cores: products in full float32
 GROUP = 8
 """Tiles of rows that go through the weight together: what one reads of it the others find in the L2."""
