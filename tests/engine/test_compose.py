@@ -164,13 +164,9 @@ def test_prompt_logprobs_from_a_start_use_the_cache_before_it(servable: Servable
 
 
 def embed(llm: LLM, prompt: list[int], **fields: Any) -> tuple[list[float], int | None]:
-    """Through the input processor, as the server does."""
-    request = llm._input.process(prompt, PoolingParams(**fields))
-    llm._output.add(request)
-    llm._core.send(request.sequences[0])
-    output = llm._collect(llm._core, 1, use_tqdm=False)[request.request_id]
-    assert output.outputs[0].finish_reason == "length" and not output.outputs[0].token_ids
-    return output.embedding, output.num_cached_tokens
+    params = PoolingParams(**fields)
+    [output] = llm.embed([prompt], pooling_params=params, use_tqdm=False)
+    return output.outputs.embedding, output.num_cached_tokens
 
 
 def test_vectors_are_the_models_hidden_states(servable: Servable) -> None:

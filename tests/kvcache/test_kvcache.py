@@ -187,6 +187,61 @@ def test_reset_forgets_content_but_not_tables():
     assert kv.grow(1, 13) is not None
 
 
+def test_what_a_request_left_in_its_last_block_is_found_and_copied():
+    kv = KVCacheManager(11, 8, enable_prefix_caching=True)
+    run(kv, 1, [1] * 8 + [2, 3, 4, 5, 6])
+    kv.release(1, [1] * 8 + [2, 3, 4, 5, 6], step_id=1)
+    left = [1] * 8 + [2, 3, 4, 5, 6]
+    for rest, found in (
+        ([2, 3, 4, 5, 6, 7], 5),
+        ([2, 3, 4, 5, 6], 4),  # the last token is computed, to have something to sample from
+        ([2, 3, 4, 5, 9, 9, 9, 9, 9], 4),
+        ([2, 3, 4, 9, 9], 0),  # too few to be worth a copy
+        ([9, 3, 4, 5, 6], 0),
+    ):
+        match = kv.match_prefix(100 + len(rest) + found, [1] * 8 + rest, None, 2)
+        assert match.num_tokens == 8 + found and (match.tail is not None) == (found > 0)
+    assert kv.match_prefix(2, [*left, 7], None, 1).num_tokens == 8, (
+        "not in the step that computes it"
+    )
+    assert kv.match_prefix(3, [*left, 7], "salt", 2).num_tokens == 0
+    match = kv.match_prefix(4, [*left, 7], None, 2)
+    growth = kv.admit(4, match, None, len(left) + 1)
+    assert growth.copies == [(match.tail.block_id, kv.block_ids(4)[1])]
+    kv.check_invariants()
+    kv.pool.reset_cache()
+    assert kv.match_prefix(5, [*left, 7], None, 3).num_tokens == 0
+    kv.check_invariants()
+
+
+def test_a_short_requests_tail_is_found_in_its_namespace_alone():
+    kv = KVCacheManager(20, 8, enable_prefix_caching=True)
+    run(kv, 1, [1, 2, 3, 4, 5], salt="a")
+    kv.release(1, [1, 2, 3, 4, 5], step_id=1)
+    assert kv.match_prefix(2, [1, 2, 3, 4, 5, 6], None, 2).num_tokens == 0
+    assert kv.match_prefix(3, [1, 2, 3, 4, 5, 6], "a", 2).num_tokens == 5
+
+
+def test_the_latest_tails_of_a_block_are_kept():
+    kv = KVCacheManager(60, 8, enable_prefix_caching=True)
+    for request_id in range(30):
+        tokens = [request_id + 1] * 5
+        run(kv, request_id, tokens)
+        kv.release(request_id, tokens, step_id=1)
+        kv.check_invariants()
+    found = [kv.match_prefix(100 + i, [i + 1] * 6, None, 2).num_tokens for i in range(30)]
+    assert found == [0] * 14 + [5] * 16
+
+
+def test_a_tail_that_is_handed_out_is_forgotten():
+    kv = KVCacheManager(3, 8, enable_prefix_caching=True)
+    run(kv, 1, [7] * 5)
+    kv.release(1, [7] * 5, step_id=1)
+    run(kv, 2, list(range(10, 26)))  # takes both blocks
+    assert kv.match_prefix(3, [7] * 6, None, 2).num_tokens == 0
+    kv.check_invariants()
+
+
 def test_importing_scheduler_and_kvcache_leaves_torch_out():
     code = "import sys, quire.scheduler, quire.kvcache; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

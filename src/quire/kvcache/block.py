@@ -16,7 +16,8 @@ ROOT_SERIAL = 0
 
 @dataclass(frozen=True, slots=True)
 class BlockContent:
-    """Identity of a full block's KV: its tokens and everything before them.
+    """Identity of a block's KV: its tokens and everything before them. A full block is shared by reference,
+    the partial one that a request left behind (its tail) by copy.
 
     `block_hash` finds a candidate; `parent_serial`, `tokens` and `namespace` prove it. The serial of the
     parent's content was itself proved on the way down the chain, so by induction a hit holds exactly

@@ -6,6 +6,9 @@ from collections.abc import Iterable, Sequence
 
 from quire.kvcache.block import NULL_BLOCK_ID, Block, BlockContent, FreeList
 
+MOST_TAILS = 16
+"""Tails kept of one full block's continuations, the latest ones: looking for one compares them all."""
+
 
 class BlockPool:
     """Reference-counted blocks that double as the prefix cache.
@@ -23,6 +26,8 @@ class BlockPool:
         self.blocks = [Block(i) for i in range(num_blocks)]
         self._free = FreeList()
         self._cached: dict[bytes, Block] = {}
+        self._tails: dict[int, list[Block]] = {}
+        """By the serial of the full block before them."""
         self._next_serial = 1
         self.num_shared = 0
         for block in self.blocks[NULL_BLOCK_ID + 1 :]:
@@ -47,7 +52,7 @@ class BlockPool:
         taken = []
         for _ in range(count):
             block = self._free.popleft()
-            self._evict(block)
+            self._forget(block)
             block.ref_count = 1
             taken.append(block)
         return taken
@@ -96,12 +101,53 @@ class BlockPool:
             found = self._verify(existing, parent_serial, tokens, namespace)
             if found is not None:
                 return found.serial
-            existing.content = None
+            self._forget(existing)
         serial = self._next_serial
         self._next_serial += 1
         block.content = BlockContent(block_hash, parent_serial, tokens, namespace, serial, step_id)
         self._cached[block_hash] = block
         return serial
+
+    def register_tail(
+        self,
+        block: Block,
+        block_hash: bytes,
+        *,
+        parent_serial: int,
+        tokens: tuple[int, ...],
+        namespace: str | None,
+        step_id: int,
+    ) -> None:
+        """Make a partial block findable, which its only owner is about to release."""
+        assert block.ref_count == 1 and block.content is None
+        if block_hash in self._cached:
+            return
+        tails = self._tails.setdefault(parent_serial, [])
+        if len(tails) == MOST_TAILS:
+            self._forget(tails[0])
+        serial = self._next_serial
+        self._next_serial += 1
+        block.content = BlockContent(block_hash, parent_serial, tokens, namespace, serial, step_id)
+        self._cached[block_hash] = block
+        self._tails.setdefault(parent_serial, []).append(block)
+
+    def lookup_tail(
+        self, parent_serial: int, tokens: Sequence[int], namespace: str | None
+    ) -> tuple[Block | None, int]:
+        """The tail after that content which begins with the most of `tokens`, and how many that is."""
+        best, most = None, 0
+        for block in self._tails.get(parent_serial, ()):
+            assert block.content is not None
+            if block.content.namespace != namespace:
+                continue
+            count = 0
+            for ours, theirs in zip(tokens, block.content.tokens, strict=False):
+                if ours != theirs:
+                    break
+                count += 1
+            if count > most:
+                best, most = block, count
+        return best, most
 
     def lookup(
         self,
@@ -124,6 +170,7 @@ class BlockPool:
         for block in self._cached.values():
             block.content = None
         self._cached.clear()
+        self._tails.clear()
 
     @staticmethod
     def _verify(
@@ -138,10 +185,18 @@ class BlockPool:
         )
         return content if same else None
 
-    def _evict(self, block: Block) -> None:
-        if block.content is not None:
-            del self._cached[block.content.block_hash]
-            block.content = None
+    def _forget(self, block: Block) -> None:
+        """Its content cannot be found any more."""
+        content = block.content
+        if content is None:
+            return
+        del self._cached[content.block_hash]
+        block.content = None
+        tails = self._tails.get(content.parent_serial, [])
+        if block in tails:
+            tails.remove(block)
+            if not tails:
+                del self._tails[content.parent_serial]
 
     def check_invariants(self, references: dict[int, int]) -> None:
         """Prove counts, free list and cache consistent with `references` (block id -> how many block
@@ -157,4 +212,8 @@ class BlockPool:
             if block.content is not None:
                 assert self._cached.get(block.content.block_hash) is block, f"{block} unfindable"
         assert sum(1 for b in self.blocks if b.content is not None) == len(self._cached)
+        for serial, tails in self._tails.items():
+            assert tails and len({block.block_id for block in tails}) == len(tails) <= MOST_TAILS
+            for block in tails:
+                assert block.content is not None and block.content.parent_serial == serial
         assert self.num_shared == sum(1 for count in references.values() if count > 1)

@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from quire.kvcache.block import ROOT_SERIAL, Block, hash_block, root_hash
 from quire.kvcache.block_pool import BlockPool
 
+LEAST_COPIED = 4
+"""Tokens in a tail that make its copy worthwhile; fewer are computed in less time."""
+
 
 @dataclass(slots=True)
 class PrefixMatch:
@@ -96,6 +99,12 @@ class KVCacheManager:
         match.num_tokens = len(match.blocks) * size
         if match.num_tokens == len(token_ids) and match.blocks:
             self._leave_last_token(match, step_id)
+        else:
+            rest = token_ids[match.num_tokens : min(match.num_tokens + size, len(token_ids) - 1)]
+            tail, count = self.pool.lookup_tail(serial, rest, namespace)
+            if tail is not None and count >= LEAST_COPIED and _can_be_copied(tail, step_id):
+                match.tail = tail
+                match.num_tokens += count
         return match
 
     def _leave_last_token(self, match: PrefixMatch, step_id: int) -> None:
@@ -189,9 +198,25 @@ class KVCacheManager:
             )
             table.serials.append(serial)
 
-    def release(self, request_id: int) -> None:
-        """Drop the request's references, tail first, so that its head is evicted last."""
+    def release(self, request_id: int, token_ids: Sequence[int] = (), *, step_id: int = 0) -> None:
+        """Drop the request's references, tail first, so that its head is evicted last.
+
+        token_ids: those whose KV is there, if it is good: the last, partial block is then kept as a tail.
+        """
         table = self.tables.pop(request_id)
+        start = len(table.serials) * self.block_size
+        tokens = tuple(token_ids[start : start + self.block_size])
+        if self.enable_prefix_caching and LEAST_COPIED <= len(tokens) < self.block_size:
+            hashes = self._hashes_of(request_id, token_ids, table.namespace)
+            parent = hashes[len(table.serials) - 1] if start else root_hash(table.namespace)
+            self.pool.register_tail(
+                table.blocks[len(table.serials)],
+                hash_block(parent, tokens),
+                parent_serial=table.serials[-1] if start else ROOT_SERIAL,
+                tokens=tokens,
+                namespace=table.namespace,
+                step_id=step_id,
+            )
         self.pool.release(reversed(table.blocks))
 
     def forget(self, request_id: int) -> None:

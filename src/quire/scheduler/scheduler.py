@@ -298,14 +298,19 @@ class Scheduler:
     def _preempt(self, request: Request) -> None:
         """Take the request's blocks. Resuming is a prefix-cache walk, and recompute of the rest. A pending
         token stays good: it depends on the tokens before it, not on where their KV was."""
-        self.running.remove(request)
-        self.kv.release(request.request_id)
-        self._released.append(request.request_id)
+        self._stop(request)
         request.status = RequestStatus.PREEMPTED
         request.num_computed_tokens = 0
         request.num_preemptions += 1
         self._stats.num_preemptions += 1
         self.waiting.add(request)
+
+    def _stop(self, request: Request, *, keep_tail: bool = True) -> None:
+        """Take a running request's blocks. What it computed stays to be found, its partial block too."""
+        self.running.remove(request)
+        known = request.token_ids[: request.num_computed_tokens] if keep_tail else ()
+        self.kv.release(request.request_id, known, step_id=self._step_id)
+        self._released.append(request.request_id)
 
     # --- results ----------------------------------------------------------------------------------
 
@@ -377,9 +382,7 @@ class Scheduler:
 
     def _finish(self, request: Request, reason: FinishReason) -> RequestUpdate:
         if request.status is RequestStatus.RUNNING:
-            self.running.remove(request)
-            self.kv.release(request.request_id)
-            self._released.append(request.request_id)
+            self._stop(request, keep_tail=reason is not FinishReason.ERROR)
         else:
             self.waiting.remove(request)
         self.kv.forget(request.request_id)
