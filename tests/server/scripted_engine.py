@@ -186,7 +186,8 @@ class FakeStream:
         reason = self.engine.finish_reason if finish else None
         logprobs = None
         if self.params.logprobs is not None:
-            logprobs = [_position(i, self.params.logprobs) for i in ids]
+            asked = self.params.logprob_token_ids or ()
+            logprobs = [_position(i, self.params.logprobs, asked) for i in ids]
         return CompletionOutput(
             index=index, text=text, token_ids=ids, logprobs=logprobs, finish_reason=reason
         )
@@ -208,10 +209,10 @@ class FakeStream:
         ]
 
 
-def _position(token: int, top: int) -> dict[int, Logprob]:
+def _position(token: int, top: int, asked: Sequence[int] = ()) -> dict[int, Logprob]:
     """The sampled token ranks second; token 0 first; the third is impossible."""
     best = {0: Logprob(-0.1, 1), token: Logprob(-0.7, 2), 1: Logprob(float("-inf"), 3)}
-    kept = {i: best[i] for i in list(best)[:top]}
+    kept = {i: best[i] for i in [*list(best)[:top], *asked] if i in best}
     return kept | {token: best[token]}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
@@ -113,6 +114,83 @@ async def test_echo_of_ids_is_their_text(client, engine):
     ids = engine.model.tokenizer.encode("x y", add_special_tokens=False)
     body = (await client.post(URL, json={"prompt": ids, "echo": True})).json()
     assert body["choices"][0]["text"] == "x y" + TEXT
+
+
+async def test_echo_with_logprobs_puts_the_prompts_in_front(client, engine):
+    body = {"prompt": "a b", "echo": True, "logprobs": 1, "max_tokens": 1}
+    answer = (await client.post(URL, json=body)).json()
+    [choice] = answer["choices"]
+    assert choice["text"] == "a bHello"
+    assert "prompt_logprobs" not in choice, "nobody asked for them by that name"
+    assert choice["logprobs"] == {
+        "tokens": ["<bos>", "a ", "b", "Hello"],
+        "token_logprobs": [None, -0.7, -0.7, -0.7],
+        "top_logprobs": [None, *({t: -0.7, "<eos>": -0.1} for t in ("a ", "b", "Hello"))],
+        "text_offset": [0, 0, 2, 3],
+    }
+    text, offsets = choice["text"], [*choice["logprobs"]["text_offset"], len(choice["text"])]
+    assert [text[i:j] for i, j in itertools.pairwise(offsets)] == ["", "a ", "b", "Hello"]
+    assert engine.submitted[0].params.prompt_logprobs == 1
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("logprobs", [None, 0, 2])
+async def test_echo_alone_generates_nothing(client, engine, streamed, logprobs):
+    ids = engine.model.tokenizer.encode("x y", add_special_tokens=False)
+    body = {"prompt": ids, "echo": True, "max_tokens": 0, "logprobs": logprobs}
+    if streamed:
+        [answer] = await stream(client, **body)
+    else:
+        answer = (await client.post(URL, json=body)).json()
+        assert answer["usage"]["completion_tokens"] == 0
+    [choice] = answer["choices"]
+    assert (choice["text"], choice["finish_reason"]) == ("x y", "length")
+    if logprobs is None:
+        assert choice["logprobs"] is None
+    else:
+        assert choice["logprobs"]["tokens"] == ["x ", "y"]
+        assert choice["logprobs"]["token_logprobs"] == [None, -0.7]
+
+
+async def test_streamed_echo_adds_up_to_the_whole(client):
+    body = {"prompt": ["a b", "c"], "echo": True, "logprobs": 2, "n": 2}
+    whole = (await client.post(URL, json=body)).json()["choices"]
+    merged: list[dict] = [{} for _ in whole]
+    for chunk in await stream(client, **body):
+        for choice in chunk["choices"]:
+            for key, values in choice["logprobs"].items():
+                merged[choice["index"]].setdefault(key, []).extend(values)
+    assert merged == [choice["logprobs"] for choice in whole]
+
+
+async def test_prompt_logprobs_in_vllms_shape(client, engine):
+    body = {"prompt": ["a b", "c"], "prompt_logprobs": 3}
+    choices = (await client.post(URL, json=body)).json()["choices"]
+    token = str(engine.model.tokenizer.id("a "))
+    first, entry, _ = choices[0]["prompt_logprobs"]
+    assert first is None
+    assert entry[token] == {"logprob": -0.7, "rank": 2, "decoded_token": "a "}
+    assert entry["1"]["logprob"] == -9999.0, "JSON has no infinity"
+    assert [len(choice["prompt_logprobs"]) for choice in choices] == [3, 2]
+
+
+async def test_logprobs_of_tokens_that_were_asked_for(client, engine):
+    body = {"prompt": "a", "logprobs": 0, "logprob_token_ids": [0], "max_tokens": 1}
+    [top] = (await client.post(URL, json=body)).json()["choices"][0]["logprobs"]["top_logprobs"]
+    assert top == {"Hello": -0.7, "<eos>": -0.1}
+
+
+async def test_two_tokens_with_one_text(engine):
+    """The chosen token's value stands under its text, whatever else reads the same."""
+    from quire.outputs import Logprob
+    from quire.server.logprobs import LogprobFormatter
+
+    engine.model.tokenizer.words += ["same", "same"]
+    position = {2: Logprob(-0.1, 1), 3: Logprob(-2.0, 2), 0: Logprob(-3.0, 3)}
+    formatter = LogprobFormatter(engine.model.tokenizer, top=3, as_ids=False)
+    shaped, _ = formatter.completion([3], [position], 0)
+    assert shaped.token_logprobs == [-2.0]
+    assert shaped.top_logprobs == [{"same": -2.0, "<eos>": -3.0}]
 
 
 async def test_logprobs(client, engine):
