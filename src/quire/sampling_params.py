@@ -27,6 +27,7 @@ MAX_SEED = 2**63 - 1
 MAX_LOGPROB_IDS = 128
 MAX_BAD_WORDS = 1024
 MAX_PATTERN_SIZE = 256
+MAX_LENGTH_PENALTY = 16.0
 
 
 class RequestOutputKind(Enum):
@@ -110,6 +111,46 @@ class PoolingParams(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=Tru
     def __post_init__(self) -> None:
         if self.dimensions is not None and self.dimensions < 1:
             _fail("dimensions", self.dimensions, "must be at least 1")
+
+
+class BeamSearchParams(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Search for the likeliest continuations, instead of sampling some. See `quire.engine.beam_search`."""
+
+    beam_width: int
+    """How many continuations are followed, and returned."""
+    max_tokens: int | None = None
+    """Most tokens of one; None is the rest of the context."""
+    ignore_eos: bool = False
+    temperature: float = 0.0
+    """Above 0, a token drawn at this temperature is considered for each beam besides the likeliest ones."""
+    length_penalty: float = 1.0
+    """A continuation is judged by its log-probability / (its length, prompt included) ** length_penalty."""
+    include_stop_str_in_output: bool = False
+    """Whether the text shows the end-of-sequence token."""
+    structured_outputs: StructuredOutputsParams | None = None
+    """Taken to be refused: a beam cannot go on with a grammar yet."""
+    n: int | None = None
+    """How many of the `beam_width` to return; None is all."""
+
+    def __post_init__(self) -> None:
+        for name in ("beam_width", "max_tokens", "n"):
+            value = getattr(self, name)
+            if value is None and name != "beam_width":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                _fail(name, value, "must be an integer of at least 1")
+        if self.n is not None and self.n > self.beam_width:
+            _fail("n", self.n, f"must not exceed beam_width ({self.beam_width})")
+        for name, low, high in (
+            ("temperature", 0.0, 2.0),
+            ("length_penalty", -MAX_LENGTH_PENALTY, MAX_LENGTH_PENALTY),
+        ):
+            value = getattr(self, name)
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not is_number or not low <= value <= high:  # so written, NaN fails too
+                _fail(name, value, f"must be a number in [{low:g}, {high:g}]")
+        if self.structured_outputs is not None:
+            _fail("structured_outputs", self.structured_outputs, "does not go with beam search")
 
 
 class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):

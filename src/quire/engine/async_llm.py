@@ -9,9 +9,11 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
+import msgspec
 import zmq
 
 from quire.config import EngineConfig
+from quire.engine.beam_search import BeamSearch, BeamStream, step_params
 from quire.engine.core_client import CoreProcess, failure_of
 from quire.engine.input_processor import EngineRequest, InputProcessor, PromptInput
 from quire.engine.output_processor import OutputProcessor
@@ -39,7 +41,7 @@ from quire.messages import (
 )
 from quire.metrics import MetricsSink
 from quire.outputs import RequestOutput
-from quire.sampling_params import PoolingParams, SamplingParams
+from quire.sampling_params import BeamSearchParams, PoolingParams, SamplingParams
 from quire.structured.checker import GrammarChecker
 from quire.structured.spec import to_spec
 from quire.text.parsing.base import ThinkingTokens
@@ -124,6 +126,7 @@ class AsyncLLM:
         self._sleep_states: deque[asyncio.Future[int]] = deque()
         self._output = OutputProcessor(model.tokenizer)
         self._streams: dict[str, RequestStream] = {}
+        self._searches: set[BeamStream] = set()
         self._stats_listeners: list[Callable[[StepOutputs], None]] = []
         self._heartbeat = time.monotonic()
         self._dead: EngineDeadError | None = None
@@ -165,14 +168,14 @@ class AsyncLLM:
     def submit(
         self,
         prompt: PromptInput,
-        params: SamplingParams | PoolingParams,
+        params: SamplingParams | PoolingParams | BeamSearchParams,
         *,
         request_id: str | None = None,
         priority: int = 0,
         cache_salt: str | None = None,
         add_special_tokens: bool = True,
         thinking: ThinkingTokens | None = None,
-    ) -> RequestStream:
+    ) -> RequestStream | BeamStream:
         """Validate, tokenize and queue a request. A grammar should have passed `check_grammar`.
 
         Raises `RequestError` for a request that cannot be served, `QueueFullError` when too many wait,
@@ -187,9 +190,12 @@ class AsyncLLM:
             raise InvalidParameterError(
                 f"request_id {request_id!r} is in use.", param="request_id", value=request_id
             )
+        beams = params if isinstance(params, BeamSearchParams) else None
         request = self._input.process(
             prompt,
-            params,
+            SamplingParams(max_tokens=params.max_tokens)
+            if isinstance(params, BeamSearchParams)
+            else params,
             request_id=request_id,
             priority=priority,
             cache_salt=cache_salt,
@@ -197,12 +203,41 @@ class AsyncLLM:
             thinking=thinking,
         )
         self._check_queue(request)
+        return self._launch(request) if beams is None else self._search(request, beams)
+
+    def _launch(self, request: EngineRequest) -> RequestStream:
+        if self._dead is not None:
+            raise self._dead
         stream = RequestStream(self, request)
         self._streams[request.request_id] = stream
         self._output.add(request)
         for sequence in request.sequences:
             self._send(sequence)
         return stream
+
+    def _search(self, request: EngineRequest, params: BeamSearchParams) -> BeamStream:
+        """A search whose beams are requests of their own. They are not turned away by a full queue, and keep
+        the place in it that the search has."""
+        [first] = request.sequences
+        step = step_params(params, self.model.vocab_size)
+
+        def extend(token_ids: list[int]) -> RequestStream:
+            beam = self._input.process(
+                token_ids,
+                step,
+                priority=first.priority,
+                cache_salt=first.cache_salt,
+                max_logprobs=-1,
+            )
+            beam.sequences[0] = msgspec.structs.replace(
+                beam.sequences[0], arrival_time=first.arrival_time
+            )
+            return self._launch(beam)
+
+        search = BeamSearch(
+            request.prompt_token_ids, params, self.model.eos_token_ids, request.max_tokens
+        )
+        return BeamStream(request, search, self.model.tokenizer, extend, self._searches)
 
     async def generate(
         self, prompt: PromptInput, params: SamplingParams, request_id: str | None = None
@@ -236,7 +271,7 @@ class AsyncLLM:
         """Take no more requests, wait for those that run, and give back the KV cache's memory (level 1) or
         the weights' too (2)."""
         self._sleep_level = level
-        while self._streams:
+        while self._streams or self._searches:
             await asyncio.sleep(SLEEP_POLL_SECONDS)
         self._sleep_level = await self._ask(Sleep(level))
 

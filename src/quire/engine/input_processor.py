@@ -54,15 +54,18 @@ class InputProcessor:
         cache_salt: str | None = None,
         add_special_tokens: bool = True,
         thinking: ThinkingTokens | None = None,
+        max_logprobs: int | None = None,
     ) -> EngineRequest:
-        """thinking: of a reasoning model, how it begins and ends to think."""
+        """thinking: of a reasoning model, how it begins and ends to think.
+        max_logprobs: instead of the model's limit, for requests of our own making."""
         text, token_ids, salt = self._read_prompt(prompt, cache_salt, add_special_tokens)
         pooling = params if isinstance(params, PoolingParams) else None
         if pooling is not None:
             self._check_pooling(pooling)
             params = SamplingParams()
         assert not isinstance(params, PoolingParams)
-        self._check_params(params)
+        limit = self._model.max_logprobs if max_logprobs is None else max_logprobs
+        self._check_params(params, max_logprobs=limit)
         scores_only = pooling is not None or params.max_tokens == 0
         self._check_prompt(token_ids, most=self._model.max_model_len - (not scores_only))
         rules = self._rules(params, thinking)
@@ -169,19 +172,18 @@ class InputProcessor:
                     value=token,
                 )
 
-    def _check_params(self, params: SamplingParams) -> None:
+    def _check_params(self, params: SamplingParams, *, max_logprobs: int) -> None:
         if not isinstance(params, SamplingParams):
             raise InvalidParameterError(
                 f"sampling_params must be SamplingParams, got {type(params).__name__}.",
                 param="sampling_params",
             )
-        limit = self._model.max_logprobs
         for name in ("logprobs", "prompt_logprobs"):
             asked = getattr(params, name)
-            if asked is not None and limit >= 0 and (asked == -1 or asked > limit):
+            if asked is not None and max_logprobs >= 0 and not 0 <= asked <= max_logprobs:
                 raise InvalidParameterError(
                     f"{name} asks for {'all' if asked == -1 else asked} alternatives; this server "
-                    f"allows {limit} (--max-logprobs).",
+                    f"allows {max_logprobs} (--max-logprobs).",
                     param=name,
                     value=asked,
                 )

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from operator import mul
 from types import TracebackType
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from quire.config import EngineConfig, from_flat
+from quire.engine.beam_search import BeamSearch, BeamSearchOutput, candidates, step_params
 from quire.engine.core_client import CoreProcess, InlineCore, failure_of
 from quire.engine.input_processor import EngineRequest, InputProcessor, PromptInput
+from quire.engine.llm_options import own_options
 from quire.engine.output_processor import OutputProcessor
 from quire.engine.setup import ServedModel, locate, resolve, serve_model
-from quire.errors import EngineDeadError, InvalidParameterError
+from quire.errors import (
+    ConfigError,
+    EngineDeadError,
+    EngineError,
+    EngineSleepingError,
+    InvalidParameterError,
+)
 from quire.messages import (
     AbortRequests,
     CoreFailed,
@@ -20,22 +29,45 @@ from quire.messages import (
     EngineReady,
     ResetPrefixCache,
     SchedulerStats,
+    Sleep,
+    SleepState,
     StepOutputs,
+    WakeUp,
     describe_ledger,
 )
-from quire.outputs import RequestOutput
-from quire.sampling_params import RequestOutputKind, SamplingParams
+from quire.outputs import (
+    EmbeddingOutput,
+    EmbeddingRequestOutput,
+    PoolingOutput,
+    PoolingRequestOutput,
+    RequestOutput,
+    ScoringOutput,
+    ScoringRequestOutput,
+)
+from quire.sampling_params import (
+    BeamSearchParams,
+    PoolingParams,
+    RequestOutputKind,
+    SamplingParams,
+)
+from quire.structured.checker import GrammarChecker
+from quire.structured.spec import to_spec
+
+if TYPE_CHECKING:
+    from quire.metrics.reader import Metric
 
 logger = logging.getLogger(__name__)
 
 Message = Mapping[str, object]
+Params = SamplingParams | PoolingParams
 
 
 class LLM:
     """A model for offline use, with vLLM's interface.
 
     `LLM("path/or/hub-id", max_model_len=4096, ...)`; without a model, the built-in one. Keywords are the
-    flags of `quire serve` with underscores; an unknown one raises `ConfigError`.
+    flags of `quire serve` with underscores, and vLLM's where they ask for nothing we do not do; an unknown
+    one raises `ConfigError`.
 
     engine: "inline" runs the model in this process; "process" gives it one of its own.
 
@@ -49,7 +81,7 @@ class LLM:
         engine: Literal["inline", "process"] = "inline",
         **options: object,
     ) -> None:
-        config = locate(from_flat({"model": model, **options}))
+        config = locate(from_flat({"model": model, **own_options(options)}))
         self.config: EngineConfig = config
         resolved = resolve(config)
         self._core: InlineCore | CoreProcess | None = None
@@ -77,6 +109,22 @@ class LLM:
         self._input = InputProcessor(self.model)
         self._output = OutputProcessor(self.model.tokenizer)
         self._num_submitted = 0
+        self._enqueued: list[str] = []
+        self._finished: dict[str, RequestOutput] = {}
+        self._sleep_level = 0
+        self._grammars: GrammarChecker | None = None
+        self._metrics = None
+        if not config.runtime.disable_log_stats:
+            from prometheus_client import CollectorRegistry
+
+            from quire.metrics.engine_metrics import EngineMetrics
+
+            self._metrics = CollectorRegistry(auto_describe=True)
+            self._output.metrics = EngineMetrics(
+                self._metrics,
+                model_name=self.model.name,
+                max_model_len=self.model.max_model_len,
+            )
         self.stats = SchedulerStats()
         """The scheduler's state after the last step."""
 
@@ -88,23 +136,44 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
+        lora_request: None = None,
         priority: Sequence[int] | None = None,
+        tokenization_kwargs: Mapping[str, object] | None = None,
     ) -> list[RequestOutput]:
         """Complete each prompt. Outputs come in the order of the prompts.
 
         prompts: one, or a sequence: text, token ids, or a mapping (see `PromptInput`).
         sampling_params: one for all, or one per prompt; None is the model's defaults.
+        lora_request: only None; adapters are not served.
+        tokenization_kwargs: `add_special_tokens` is all it may hold.
         Raises `RequestError` before anything runs if any prompt or parameter is wrong.
         """
-        batch = _as_batch(prompts)
-        params = self._params_for(batch, sampling_params)
-        priorities = list(priority) if priority is not None else [0] * len(batch)
-        if len(priorities) != len(batch):
-            raise InvalidParameterError(
-                f"priority has {len(priorities)} entries for {len(batch)} prompts.",
-                param="priority",
-            )
-        return self._run(batch, params, priorities, add_special_tokens=True, use_tqdm=use_tqdm)
+        ids = self._queue(
+            prompts, sampling_params, priority, lora_request, tokenization_kwargs or {}
+        )
+        return self._wait(ids, use_tqdm=use_tqdm)
+
+    def enqueue(
+        self,
+        prompts: PromptInput | Sequence[PromptInput],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        lora_request: None = None,
+        priority: Sequence[int] | None = None,
+        tokenization_kwargs: Mapping[str, object] | None = None,
+    ) -> list[str]:
+        """As `generate`, without waiting: the requests' ids. `wait_for_completion` has their outputs."""
+        ids = self._queue(
+            prompts, sampling_params, priority, lora_request, tokenization_kwargs or {}
+        )
+        self._enqueued += ids
+        return ids
+
+    def wait_for_completion(self, *, use_tqdm: bool = True) -> list[RequestOutput]:
+        """The outputs of all that was enqueued, in that order."""
+        ids, self._enqueued = self._enqueued, []
+        return self._wait(ids, use_tqdm=use_tqdm)
 
     def chat(
         self,
@@ -114,9 +183,11 @@ class LLM:
         use_tqdm: bool = True,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, object]] | None = None,
         chat_template_kwargs: Mapping[str, object] | None = None,
     ) -> list[RequestOutput]:
-        """Answer one conversation, or several, through the model's chat template."""
+        """Answer one conversation, or several, through the model's chat template, which may show the model
+        `tools`. What it calls is in the text; only the server takes that apart."""
         template = self.model.chat_template
         if template is None:
             raise InvalidParameterError(
@@ -132,14 +203,115 @@ class LLM:
                 conversation,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
+                tools=tools,
                 **dict(chat_template_kwargs or {}),  # type: ignore[arg-type]
             )
             for conversation in conversations
         ]
         params = self._params_for(batch, sampling_params)
-        return self._run(
-            batch, params, [0] * len(batch), add_special_tokens=False, use_tqdm=use_tqdm
+        return self._run(batch, params, add_special_tokens=False, use_tqdm=use_tqdm)
+
+    def beam_search(
+        self,
+        prompts: PromptInput | Sequence[PromptInput],
+        params: BeamSearchParams,
+        *,
+        lora_request: None = None,
+        use_tqdm: bool = False,
+        concurrency_limit: int | None = None,
+    ) -> list[BeamSearchOutput]:
+        """The `beam_width` likeliest continuations of each prompt that a beam search finds, best first.
+
+        concurrency_limit: most prompts that are searched from at once.
+        """
+        _refuse_lora(lora_request)
+        batch = _as_batch(prompts)
+        limit = concurrency_limit or max(1, len(batch))
+        outputs: list[BeamSearchOutput] = []
+        with _Progress(len(batch), enabled=use_tqdm) as progress:
+            for start in range(0, len(batch), limit):
+                outputs += self._search(batch[start : start + limit], params)
+                progress.advance(len(outputs) - start)
+        return outputs
+
+    # --- vectors ----------------------------------------------------------------------------------
+
+    def embed(
+        self,
+        prompts: PromptInput | Sequence[PromptInput],
+        *,
+        pooling_params: PoolingParams | Sequence[PoolingParams] | None = None,
+        use_tqdm: bool = True,
+        lora_request: None = None,
+    ) -> list[EmbeddingRequestOutput]:
+        """One vector per prompt: the last token's hidden state (or the mean of all), of length 1."""
+        return [
+            EmbeddingRequestOutput(
+                output.request_id,
+                EmbeddingOutput(_vector(output)),
+                output.prompt_token_ids,
+                num_cached_tokens=output.num_cached_tokens,
+            )
+            for output in self._pool(prompts, pooling_params, use_tqdm, lora_request)
+        ]
+
+    def encode(
+        self,
+        prompts: PromptInput | Sequence[PromptInput],
+        pooling_params: PoolingParams | Sequence[PoolingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        lora_request: None = None,
+        pooling_task: Literal["embed"] = "embed",
+    ) -> list[PoolingRequestOutput]:
+        """The vectors of `embed`, in the shape of vLLM's `encode`."""
+        if pooling_task != "embed":
+            raise InvalidParameterError(
+                f"pooling_task must be embed, got {pooling_task!r}: there is one vector per prompt.",
+                param="pooling_task", value=pooling_task,
+            )  # fmt: skip
+        return [
+            PoolingRequestOutput(
+                output.request_id,
+                PoolingOutput(_vector(output)),
+                output.prompt_token_ids,
+                num_cached_tokens=output.num_cached_tokens,
+            )
+            for output in self._pool(prompts, pooling_params, use_tqdm, lora_request)
+        ]
+
+    def score(
+        self,
+        data_1: str | Sequence[str],
+        data_2: str | Sequence[str],
+        *,
+        pooling_params: PoolingParams | None = None,
+        use_tqdm: bool = True,
+        lora_request: None = None,
+    ) -> list[ScoringRequestOutput]:
+        """How alike texts are: the cosine of their vectors. 1:1, 1:N or N:N."""
+        lefts = [data_1] if isinstance(data_1, str) else list(data_1)
+        rights = [data_2] if isinstance(data_2, str) else list(data_2)
+        if len(lefts) not in (1, len(rights)):
+            raise InvalidParameterError(
+                f"data_1 and data_2 must be 1:1, 1:N or N:N, got {len(lefts)}:{len(rights)}.",
+                param="data_2",
+            )
+        outputs = self._pool([*lefts, *rights], pooling_params, use_tqdm, lora_request)
+        pairs = zip(
+            outputs[: len(lefts)] * (len(rights) // len(lefts)), outputs[len(lefts) :], strict=True
         )
+        return [
+            ScoringRequestOutput(
+                right.request_id,
+                ScoringOutput(max(-1.0, min(1.0, sum(map(mul, _vector(left), _vector(right)))))),
+                [*left.prompt_token_ids, *right.prompt_token_ids],
+                num_cached_tokens=(left.num_cached_tokens or 0) + (right.num_cached_tokens or 0),
+            )
+            for left, right in pairs
+        ]
+
+    # --- the engine -------------------------------------------------------------------------------
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What requests get that bring no parameters: the model's own, else neutral."""
@@ -148,14 +320,46 @@ class LLM:
     def get_tokenizer(self) -> object:
         return self.model.tokenizer
 
-    def reset_prefix_cache(self) -> None:
+    def get_metrics(self) -> list[Metric]:
+        """Every metric that the server's /metrics has of an engine, as values."""
+        if self._metrics is None:
+            raise ConfigError("get_metrics needs disable_log_stats=False.")
+        from quire.metrics.reader import read_metrics
+
+        return read_metrics(self._metrics)
+
+    def reset_prefix_cache(self) -> bool:
         self._alive().send(ResetPrefixCache())
+        return True
+
+    def sleep(self, level: int = 1) -> None:
+        """Give back the KV cache's memory (1), or the weights' too (2), until `wake_up`."""
+        if level not in (1, 2):
+            raise InvalidParameterError(
+                f"level must be 1 or 2, got {level!r}.", param="level", value=level
+            )
+        if self._output.requests:
+            raise InvalidParameterError(
+                "sleep while requests run: wait_for_completion first.", param="level"
+            )
+        self._ask(Sleep(level))
+
+    def wake_up(self, tags: Sequence[str] | None = None) -> None:
+        """Serve again. tags: vLLM's names of what to wake, "weights" and "kv_cache"; all is woken at once."""
+        for tag in tags or ():
+            if tag not in ("weights", "kv_cache"):
+                raise InvalidParameterError(
+                    f"tags may hold weights and kv_cache, got {tag!r}.", param="tags", value=tag
+                )
+        self._ask(WakeUp())
 
     def close(self) -> None:
         """Free the model and the KV cache. Idempotent."""
         core, self._core = self._core, None
         if core is not None:
             core.close()
+        if self._grammars is not None:
+            self._grammars.close()
 
     def __enter__(self) -> LLM:
         return self
@@ -170,51 +374,164 @@ class LLM:
 
     # --- inside -----------------------------------------------------------------------------------
 
+    def _queue(
+        self,
+        prompts: PromptInput | Sequence[PromptInput],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        priority: Sequence[int] | None,
+        lora_request: None,
+        tokenization: Mapping[str, object],
+    ) -> list[str]:
+        _refuse_lora(lora_request)
+        if tokenization.keys() - {"add_special_tokens"}:
+            raise InvalidParameterError(
+                f"tokenization_kwargs may hold add_special_tokens, got {sorted(tokenization)}.",
+                param="tokenization_kwargs",
+            )
+        batch = _as_batch(prompts)
+        params = self._params_for(batch, sampling_params)
+        if priority is not None and len(priority) != len(batch):
+            raise InvalidParameterError(
+                f"priority has {len(priority)} entries for {len(batch)} prompts.",
+                param="priority",
+            )
+        special = tokenization.get("add_special_tokens", True) is not False
+        return self._submit(batch, params, priority, add_special_tokens=special)
+
     def _run(
         self,
         prompts: Sequence[PromptInput],
-        params: Sequence[SamplingParams],
-        priorities: Sequence[int],
+        params: Sequence[Params],
         *,
-        add_special_tokens: bool,
-        use_tqdm: bool,
+        add_special_tokens: bool = True,
+        use_tqdm: bool = False,
+        max_logprobs: int | None = None,
     ) -> list[RequestOutput]:
+        ids = self._submit(
+            prompts, params, add_special_tokens=add_special_tokens, max_logprobs=max_logprobs
+        )
+        return self._wait(ids, use_tqdm=use_tqdm)
+
+    def _submit(
+        self,
+        prompts: Sequence[PromptInput],
+        params: Sequence[Params],
+        priorities: Sequence[int] | None = None,
+        *,
+        add_special_tokens: bool = True,
+        max_logprobs: int | None = None,
+    ) -> list[str]:
+        """All or none: a request is sent when every one has been checked."""
         core = self._alive()
+        if self._sleep_level:
+            raise EngineSleepingError("The engine sleeps; call wake_up() first.")
         requests: list[EngineRequest] = []
-        for prompt, param, priority in zip(prompts, params, priorities, strict=True):
-            requests.append(
-                self._input.process(
-                    prompt,
-                    param.replace(output_kind=RequestOutputKind.FINAL_ONLY),
-                    request_id=str(self._num_submitted + len(requests)),
-                    priority=priority,
-                    add_special_tokens=add_special_tokens,
-                )
+        for index, (prompt, param) in enumerate(zip(prompts, params, strict=True)):
+            if isinstance(param, SamplingParams):
+                param = param.replace(output_kind=RequestOutputKind.FINAL_ONLY)
+            request = self._input.process(
+                prompt,
+                param,
+                request_id=str(self._num_submitted + index),
+                priority=priorities[index] if priorities is not None else 0,
+                add_special_tokens=add_special_tokens,
+                max_logprobs=max_logprobs,
             )
+            self._check_grammar(request.params)
+            requests.append(request)
         self._num_submitted += len(requests)
         for request in requests:
             self._output.add(request)
             for sequence in request.sequences:
                 core.send(sequence)
+        return [request.request_id for request in requests]
+
+    def _wait(self, ids: Sequence[str], *, use_tqdm: bool) -> list[RequestOutput]:
+        """Outputs of others, which were enqueued, are kept for whoever waits for them."""
+        core = self._alive()
+        missing = set(ids) - self._finished.keys()
         try:
-            finished = self._collect(core, len(requests), use_tqdm)
+            with _Progress(len(ids), enabled=use_tqdm) as progress:
+                progress.advance(len(ids) - len(missing))
+                while missing:
+                    for output in self._process(core, core.receive()):
+                        self._finished[output.request_id] = output
+                        if output.request_id in missing:
+                            missing.discard(output.request_id)
+                            progress.advance(1, output)
         except BaseException:
             self._abort_all(core)
+            self._finished.clear()
+            self._enqueued.clear()
             raise
-        return [finished[request.request_id] for request in requests]
+        return [self._finished.pop(request_id) for request_id in ids]
 
-    def _collect(
-        self, core: InlineCore | CoreProcess, count: int, use_tqdm: bool
-    ) -> dict[str, RequestOutput]:
-        finished: dict[str, RequestOutput] = {}
-        with _Progress(count, enabled=use_tqdm) as progress:
-            while len(finished) < count:
-                message = core.receive()
-                outputs = self._process(core, message)
-                for output in outputs:
-                    finished[output.request_id] = output
-                    progress.advance(output)
-        return finished
+    def _check_grammar(self, params: SamplingParams) -> None:
+        """Raises `InvalidParameterError` for one that cannot be compiled; each is tried once."""
+        if params.structured_outputs is None:
+            return
+        if self._grammars is None:
+            self._grammars = GrammarChecker(
+                self.model.tokenizer,
+                vocab_size=self.model.vocab_size,
+                eos_token_ids=self.model.eos_token_ids,
+            )
+        self._grammars.check(to_spec(params.structured_outputs))
+
+    def _search(
+        self, prompts: Sequence[PromptInput], params: BeamSearchParams
+    ) -> list[BeamSearchOutput]:
+        """One search per prompt, all of them a token further in each round."""
+        checked = SamplingParams(max_tokens=params.max_tokens)
+        searches, salts = [], []
+        for prompt in prompts:
+            request = self._input.process(prompt, checked)
+            searches.append(
+                BeamSearch(
+                    request.prompt_token_ids, params, self.model.eos_token_ids, request.max_tokens
+                )
+            )
+            salt = request.sequences[0].cache_salt
+            salts.append({} if salt is None else {"cache_salt": salt})
+        step = step_params(params, self.model.vocab_size)
+        while active := [(s, salt) for s, salt in zip(searches, salts, strict=True) if not s.done]:
+            beams: list[PromptInput] = [
+                {"prompt_token_ids": beam.tokens, **salt} for s, salt in active for beam in s.live
+            ]
+            outputs = iter(self._run(beams, [step] * len(beams), max_logprobs=-1))
+            for search, _ in active:
+                search.advance([candidates(next(outputs)) for _ in search.live])
+        results = [BeamSearchOutput(search.best()) for search in searches]
+        for result in results:
+            for beam in result.sequences:
+                beam.text = self.model.tokenizer.decode(beam.tokens, skip_special_tokens=False)
+        return results
+
+    def _pool(
+        self,
+        prompts: PromptInput | Sequence[PromptInput],
+        params: PoolingParams | Sequence[PoolingParams] | None,
+        use_tqdm: bool,
+        lora_request: None,
+    ) -> list[RequestOutput]:
+        _refuse_lora(lora_request)
+        batch = _as_batch(prompts)
+        if params is None or isinstance(params, PoolingParams):
+            params = [params or PoolingParams()] * len(batch)
+        elif len(params) != len(batch):
+            raise InvalidParameterError(
+                f"pooling_params has {len(params)} entries for {len(batch)} prompts; "
+                "pass one for all, or one per prompt.",
+                param="pooling_params",
+            )
+        return self._run(batch, params, use_tqdm=use_tqdm)
+
+    def _ask(self, message: Sleep | WakeUp) -> None:
+        core = self._alive()
+        core.send(message)
+        while not isinstance(answer := core.receive(), SleepState):
+            self._process(core, answer)
+        self._sleep_level = answer.level
 
     def _process(
         self, core: InlineCore | CoreProcess, message: CoreOutput | None
@@ -261,6 +578,20 @@ class LLM:
         return params
 
 
+def _refuse_lora(lora_request: object) -> None:
+    if lora_request is not None:
+        raise InvalidParameterError(
+            "lora_request is not supported; merge the adapter into the checkpoint.",
+            param="lora_request",
+        )
+
+
+def _vector(output: RequestOutput) -> list[float]:
+    if output.embedding is None:
+        raise EngineError(output.error or "The request ended without a vector.")
+    return output.embedding
+
+
 def _as_batch(prompts: PromptInput | Sequence[PromptInput]) -> list[PromptInput]:
     """A lone prompt becomes a batch of one. A sequence of ints is a prompt, of anything else a batch."""
     if isinstance(prompts, (str, Mapping)):
@@ -288,11 +619,13 @@ class _Progress:
         if self._bar is not None:
             self._bar.close()
 
-    def advance(self, output: RequestOutput) -> None:
+    def advance(self, count: int, output: RequestOutput | None = None) -> None:
         if self._bar is None:
             return
-        self._tokens += sum(len(sequence.token_ids) for sequence in output.outputs)
-        elapsed = self._bar.format_dict["elapsed"]
-        if elapsed > 0:
-            self._bar.set_postfix_str(f"{self._tokens / elapsed:.1f} output tok/s", refresh=False)
-        self._bar.update(1)
+        if output is not None:
+            self._tokens += sum(len(sequence.token_ids) for sequence in output.outputs)
+            elapsed = self._bar.format_dict["elapsed"]
+            if elapsed > 0:
+                rate = f"{self._tokens / elapsed:.1f} output tok/s"
+                self._bar.set_postfix_str(rate, refresh=False)
+        self._bar.update(count)

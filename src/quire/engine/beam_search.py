@@ -1,0 +1,242 @@
+"""Beam search: the likeliest continuations of a prompt, found by following the best few at each step.
+
+`BeamSearch` is sans-IO: it says which token lists to extend by one, and takes what the model thinks of the
+next token. `LLM` and `AsyncLLM` drive it with ordinary requests of one token. A beam shares its blocks with
+the beams it came from through the prefix cache, so that a step computes what is new of each.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from heapq import nlargest
+from typing import TYPE_CHECKING
+
+from quire.errors import EngineError
+from quire.outputs import CompletionOutput, Logprob, RequestOutput
+from quire.sampling_params import BeamSearchParams, SamplingParams
+from quire.text.detokenizer import IncrementalDetokenizer
+from quire.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from quire.engine.async_llm import RequestStream
+    from quire.engine.input_processor import EngineRequest
+
+
+@dataclass(slots=True)
+class BeamSearchSequence:
+    """One continuation. `tokens` begins with the prompt's, and so does `text`, as in vLLM."""
+
+    tokens: list[int]
+    logprobs: list[dict[int, Logprob]] = field(default_factory=list)
+    """Per generated token: the candidates there."""
+    cum_logprob: float = 0.0
+    text: str | None = None
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+
+
+@dataclass(slots=True)
+class BeamSearchOutput:
+    """What `LLM.beam_search` returns for a prompt."""
+
+    sequences: list[BeamSearchSequence]
+    """The best first."""
+
+
+@dataclass(slots=True)
+class BeamSearch:
+    """The search from one prompt.
+
+    Each live beam proposes its `2 * beam_width` likeliest tokens. A proposal that ends its sequence is
+    completed; the best `beam_width` of the others live on. In the end the completed and the live ones are
+    ranked together. All of it as vLLM does, except that the search ends as soon as no live beam can come to
+    be among the best any more, which vLLM finds out by computing them all.
+    """
+
+    prompt_token_ids: Sequence[int]
+    params: BeamSearchParams
+    eos_token_ids: Collection[int]
+    max_tokens: int
+    live: list[BeamSearchSequence] = field(init=False)
+    """Those to extend next."""
+    _completed: list[BeamSearchSequence] = field(init=False, default_factory=list)
+    _num_steps: int = field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        self.live = [BeamSearchSequence(list(self.prompt_token_ids))]
+
+    @property
+    def done(self) -> bool:
+        return self._num_steps >= self.max_tokens or self._is_settled()
+
+    def advance(self, positions: Sequence[dict[int, Logprob]]) -> None:
+        """Take in the candidates for the next token of each live beam, in their order."""
+        proposals = []
+        for beam, position in zip(self.live, positions, strict=True):
+            for token, candidate in position.items():
+                total = beam.cum_logprob + candidate.logprob
+                if token in self.eos_token_ids and not self.params.ignore_eos:
+                    self._completed.append(_extended(beam, token, position, total, "stop"))
+                else:
+                    proposals.append((total, beam, token, position))
+        # All of these have one length, so that their order by score is that by probability.
+        best = nlargest(self.params.beam_width, proposals, key=lambda proposal: proposal[0])
+        self.live = [
+            _extended(beam, token, position, total, None) for total, beam, token, position in best
+        ]
+        self._completed = self._best_of(self._completed)
+        self._num_steps += 1
+
+    def best(self) -> list[BeamSearchSequence]:
+        """The result, best first."""
+        return self._best_of([*self._completed, *self.live])[: self.params.n]
+
+    def _best_of(self, beams: list[BeamSearchSequence]) -> list[BeamSearchSequence]:
+        return nlargest(self.params.beam_width, beams, key=self.score)
+
+    def score(self, beam: BeamSearchSequence) -> float:
+        """vLLM's: the prompt counts as length, the token that ends the sequence does not."""
+        return self._judge(beam.cum_logprob, len(beam.tokens) - (beam.finish_reason == "stop"))
+
+    def _judge(self, cum_logprob: float, length: int) -> float:
+        return float(cum_logprob / max(1, length) ** self.params.length_penalty)
+
+    def _is_settled(self) -> bool:
+        """Whether no live beam can beat the worst of enough completed ones. A beam only gets less likely;
+        length can help it at most as far as it may still grow, or, with a negative penalty, not at all."""
+        if not self.live or len(self._completed) < self.params.beam_width:
+            return not self.live
+        length = len(self.live[0].tokens)
+        if self.params.length_penalty > 0:
+            length = len(self.prompt_token_ids) + self.max_tokens
+        return self._judge(self.live[0].cum_logprob, length) <= self.score(self._completed[-1])
+
+
+def _extended(
+    beam: BeamSearchSequence,
+    token: int,
+    position: dict[int, Logprob],
+    cum_logprob: float,
+    finish_reason: str | None,
+) -> BeamSearchSequence:
+    return BeamSearchSequence(
+        [*beam.tokens, token],
+        [*beam.logprobs, position],
+        cum_logprob,
+        finish_reason=finish_reason,
+    )
+
+
+def step_params(params: BeamSearchParams, vocab_size: int) -> SamplingParams:
+    """How each beam is extended: one token, and enough candidates that `beam_width` of them do not end it."""
+    return SamplingParams(
+        max_tokens=1,
+        temperature=params.temperature,
+        logprobs=min(2 * params.beam_width, vocab_size),
+        detokenize=False,
+    )
+
+
+class BeamStream:
+    """A search over an `AsyncLLM`, as a stream of one output: the best sequences, when they are found."""
+
+    def __init__(
+        self,
+        request: EngineRequest,
+        search: BeamSearch,
+        tokenizer: Tokenizer,
+        extend: Callable[[list[int]], RequestStream],
+        running: set[BeamStream],
+    ) -> None:
+        """extend: submits a beam for one more token. running: where the search is while it runs."""
+        self.request_id = request.request_id
+        self.prompt_token_ids = request.prompt_token_ids
+        self._request = request
+        self._search = search
+        self._tokenizer = tokenizer
+        self._extend = extend
+        self._running = running
+        self._steps: list[RequestStream] = []
+        self._aborted = False
+
+    def abort(self) -> None:
+        """End the search now, with what it has found; finish_reason is then "abort"."""
+        self._aborted = True
+        for step in self._steps:
+            step.abort()
+
+    def __aiter__(self) -> AsyncIterator[RequestOutput]:
+        return self._iterate()
+
+    async def _iterate(self) -> AsyncIterator[RequestOutput]:
+        search, num_cached_tokens = self._search, None
+        error: str | None = None
+        self._running.add(self)
+        try:
+            while not (search.done or self._aborted or error):
+                self._steps = []
+                for beam in search.live:
+                    self._steps.append(self._extend(beam.tokens))
+                outputs = await asyncio.gather(*map(_last, self._steps))
+                if num_cached_tokens is None:
+                    num_cached_tokens = outputs[0].num_cached_tokens
+                error = next((o.error for o in outputs if o.error is not None), None)
+                if not (self._aborted or error):
+                    search.advance([candidates(output) for output in outputs])
+        finally:
+            self._running.discard(self)
+            for step in self._steps:
+                step.abort()
+        yield self._output(error, num_cached_tokens)
+
+    def _output(self, error: str | None, num_cached_tokens: int | None) -> RequestOutput:
+        reason = "error" if error else "abort" if self._aborted else None
+        return RequestOutput(
+            request_id=self.request_id,
+            prompt=self._request.prompt,
+            prompt_token_ids=self.prompt_token_ids,
+            outputs=[
+                self._completion(index, beam, reason)
+                for index, beam in enumerate(self._search.best())
+            ],
+            finished=True,
+            num_cached_tokens=num_cached_tokens,
+            error=error,
+        )
+
+    def _completion(
+        self, index: int, beam: BeamSearchSequence, reason: str | None
+    ) -> CompletionOutput:
+        token_ids = beam.tokens[len(self.prompt_token_ids) :]
+        hidden = beam.finish_reason == "stop"
+        show_end = self._search.params.include_stop_str_in_output
+        detokenizer = IncrementalDetokenizer(
+            self._tokenizer,
+            prompt_token_ids=self.prompt_token_ids[-32:],
+            skip_special_tokens=not show_end,
+        )
+        visible = token_ids[:-1] if hidden and not show_end else token_ids
+        return CompletionOutput(
+            index=index,
+            text=detokenizer.push(visible, final=True).delta,
+            token_ids=token_ids,
+            cumulative_logprob=beam.cum_logprob,
+            logprobs=beam.logprobs,
+            finish_reason=beam.finish_reason or reason or "length",
+            stop_reason=beam.stop_reason,
+        )
+
+
+async def _last(stream: RequestStream) -> RequestOutput:
+    """What a stream ends with. A beam's request is one token, and so its stream one output."""
+    return [output async for output in stream][-1]
+
+
+def candidates(output: RequestOutput) -> dict[int, Logprob]:
+    """What a beam's request says of its next token. Raises `EngineError` if the engine failed on it."""
+    logprobs = output.outputs[0].logprobs
+    if not logprobs:
+        raise EngineError(output.error or "A beam's request ended without a token.")
+    return logprobs[0]
