@@ -53,7 +53,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class FaithfulDevice(HostDevice):
     """A GPU in what can go wrong by order. A download reads as late as it may, so that it finds what a later
     step has written there. A replay overwrites the results of all recordings, which share their
-    memory, and must launch what was launched the first time: same kernels, grids, numbers and
+    memory, and must launch what was launched when it was recorded: same kernels, grids, numbers and
     shapes, the same memory wherever that outlives the step; a graph would not notice a difference. All of
     it was launched before, so that nothing is compiled while recording. Nor are there copies to or
     from the host.
@@ -63,9 +63,9 @@ class FaithfulDevice(HostDevice):
         self.recorded: list[list[Tensor]] = []
         """Results of each recording."""
         self.replays = 0
-        self.inside = False
+        self.inside = self.only_recording = False
         self.launches: list[str] = []
-        """Since the last replay began."""
+        """Of the last replay."""
         self.outside: list[str] = []
         """Launches that were no part of a replay."""
         self.lasting: list[Tensor] = []
@@ -92,28 +92,29 @@ class FaithfulDevice(HostDevice):
         return (place, argument.dtype, argument.shape, argument.stride())
 
     def record(self, work: Callable[[], Any]) -> Callable[[], Any]:
-        first: list[Any] = []
-        results: list[Tensor] = []
-        self.recorded.append(results)
+        self.only_recording = True
+        kept, recorded = self._launch(work)
+        self.only_recording = False
+        assert set(recorded) <= set(self.outside), "not compiled yet"
+        self.recorded.append(tensors_of(kept))
 
         def replay() -> Any:
             for result in (tensor for results in self.recorded for tensor in results):
                 result.fill_(torch.nan if result.is_floating_point() else 1)
             self.replays += 1
-            self.launches.clear()
-            self.inside = True
-            computed = work()
-            self.inside = False
-            if not first:
-                first.extend((computed, list(self.launches)))
-                results.extend(tensors_of(computed))
-                assert set(self.launches) <= set(self.outside), "not compiled yet"
-            assert self.launches == first[1]
-            for kept, new in zip(results, tensors_of(computed), strict=True):
-                kept.copy_(new)
-            return first[0]
+            computed, launches = self._launch(work)
+            assert launches == recorded
+            for result, new in zip(tensors_of(kept), tensors_of(computed), strict=True):
+                result.copy_(new)
+            return kept
 
         return replay
+
+    def _launch(self, work: Callable[[], Any]) -> tuple[Any, list[str]]:
+        self.launches, self.inside = [], True
+        computed = work()
+        self.inside = False
+        return computed, self.launches
 
 
 def tensors_of(computed: Any) -> list[Tensor]:
@@ -137,7 +138,8 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[FaithfulDevice]:
     def launch(self: Any, *arguments: Any, **named: Any) -> None:
         values = {**dict(zip(self.arg_names, arguments, strict=False)), **named}
         device.launched(self.fn.__name__, self.grid, values)
-        run_kernel(self, *arguments, **named)
+        if not device.only_recording:
+            run_kernel(self, *arguments, **named)
 
     monkeypatch.setattr(GridExecutor, "__call__", launch)
     yield device
@@ -270,6 +272,8 @@ REQUESTS = [
     request(3, range(33), greedy(4)),  # finds the first one's first block
 ]
 
+SHORT = request(2, range(50, 63), greedy(4))  # the second one, cut off
+
 
 @pytest.fixture(scope="module")
 def expected(checkpoint: Path) -> Outcome:
@@ -281,6 +285,9 @@ def test_tokens_are_those_of_the_cpu(
     checkpoint: Path, expected: Outcome, device: FaithfulDevice, overlap: bool
 ) -> None:
     executor = on_device(checkpoint, device, overlap=overlap)
+    if not overlap:
+        assert run(executor, [SHORT]).tokens == {2: expected.tokens[2][:4]}
+        return
     outcome = run(executor, REQUESTS)
     assert outcome.tokens == expected.tokens
     assert {k: len(v) for k, v in outcome.tokens.items()} == {1: 8, 2: 8, 3: 4}
@@ -294,7 +301,7 @@ def test_tokens_are_those_of_the_cpu(
 
 def test_eager_is_the_same(checkpoint: Path, expected: Outcome, device: FaithfulDevice) -> None:
     executor = on_device(checkpoint, device, eager=True)
-    assert run(executor, REQUESTS[1:2]).tokens == {2: expected.tokens[2]}
+    assert run(executor, [SHORT]).tokens == {2: expected.tokens[2][:4]}
     assert not executor.prepare() and not device.recorded
     executor.close()
     assert not executor.prepare()
@@ -320,10 +327,12 @@ def test_recording_when_idle(checkpoint: Path, expected: Outcome, device: Faithf
     after = [runner._batch.token_ids, runner._batch.seat_blocks]
     assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
     outside = len(device.outside)
-    # Tokens 7 to 19 of the first prompt's block are those of request 9, in another block.
-    assert run(executor, [REQUESTS[1]], core=core).tokens == {2: expected.tokens[2]}
+    assert run(executor, [SHORT], core=core).tokens == {2: expected.tokens[2][:4]}
     assert len(device.outside) == outside, "launches beside the recordings"
-    assert len(device.recorded) == done
+    replays = device.replays  # for what is drawn there is no recording, but one that samples harder
+    drawn = SamplingParams(temperature=0.9, max_tokens=3, ignore_eos=True)
+    assert len(run(executor, [request(8, range(9), drawn)], core=core).tokens[8]) == 3
+    assert device.replays == replays + 2 and len(device.recorded) == done
 
 
 def test_without_memory_for_recordings(
@@ -334,7 +343,7 @@ def test_without_memory_for_recordings(
 
     device.record = record  # type: ignore[method-assign, assignment]
     executor = on_device(checkpoint, device)
-    assert run(executor, REQUESTS[1:2]).tokens == {2: expected.tokens[2]}
+    assert run(executor, [SHORT]).tokens == {2: expected.tokens[2][:4]}
     assert not executor.prepare() and len(caplog.messages) == 1
 
 
