@@ -1,5 +1,5 @@
-"""Write docs/options.md and docs/bench-options.md from the dataclasses, so that they cannot disagree with
-the program.
+"""Write docs/options.md, docs/bench-options.md and docs/api.md from the code, so that they cannot disagree
+with the program.
 
 python scripts/gen_docs.py            write
 python scripts/gen_docs.py --check    exit 1 if what is on disk is not what would be written
@@ -10,6 +10,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import api_page
+
 from quire.bench.options import bench_options
 from quire.config import engine_options, server_options
 from quire.config.options import OptionInfo
@@ -17,6 +19,7 @@ from quire.config.options import OptionInfo
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "options.md"
 BENCH_PAGE = ROOT / "docs" / "bench-options.md"
+API_PAGE = ROOT / "docs" / "api.md"
 
 TITLES = {
     "model": "Model",
@@ -144,13 +147,13 @@ def _default(value: object) -> str:
 
 def main() -> int:
     unknown = set(VLLM) - {info.name for info in [*engine_options(), *server_options()]}
+    unknown |= set(api_page.unknown_names())
     if unknown:
-        print(
-            f"scripts/gen_docs.py: VLLM names options that do not exist: {', '.join(sorted(unknown))}"
-        )
+        print(f"scripts: tables of vLLM name what does not exist: {', '.join(sorted(unknown))}")
         return 1
     status = 0
-    for page, text in ((PAGE, render()), (BENCH_PAGE, render_bench())):
+    pages = ((PAGE, render()), (BENCH_PAGE, render_bench()), (API_PAGE, api_page.render()))
+    for page, text in pages:
         if "--check" not in sys.argv:
             page.parent.mkdir(exist_ok=True)
             page.write_text(text, encoding="utf-8")

@@ -38,6 +38,7 @@ def probes_router(state: ServerState) -> APIRouter:
 
     @router.get("/version")
     async def version() -> Response:
+        """Quire's version."""
         return _answer(True, {"version": VERSION})
 
     @router.get("/metrics")

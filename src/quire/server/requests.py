@@ -69,21 +69,27 @@ class SamplingFields(Strict):
     max_tokens: int | None = None
     min_tokens: int | None = None
     prompt_logprobs: int | None = None
+    """The top logprobs of each prompt token but the first, with its own; -1 is all. Not with `stream`."""
     prompt_logprob_start: int | None = None
     logprob_token_ids: Ints | None = None
     logit_bias: Object | None = None
     allowed_token_ids: Ints | None = None
     bad_words: Texts | None = None
     structured_outputs: Object | None = None
+    """What the output must match, see [below](#structured-outputs)."""
     response_format: Object | None = None
     """OpenAI's way to ask for `structured_outputs`: {"type": "text" | "json_object" | "json_schema"}."""
     thinking_token_budget: int | None = None
     repetition_detection: Object | None = None
+    """End a request that repeats itself, see [below](#repetition-detection)."""
     best_of: int | None = None
     """Only equal to n: nothing is sampled to be thrown away."""
     skip_special_tokens: bool | None = None
+    """Leave them out of the text."""
     spaces_between_special_tokens: bool | None = None
+    """false: no spaces around special tokens, where those are shown."""
     include_stop_str_in_output: bool | None = None
+    """End the text with the stop string, or the stop token's text, that was found."""
 
     stream: bool | None = None
     """Server-sent events, ending with `[DONE]`."""

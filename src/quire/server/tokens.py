@@ -95,6 +95,7 @@ def models_router(state: ServerState) -> APIRouter:
 
     @router.get("/v1/models/{model_id:path}")
     async def get_model(model_id: str) -> Response:
+        """One of them, by name."""
         model = state.loaded_engine().model
         check_model(model_id[:256], model)
         return _json(model_card(model, model_id), [])
