@@ -4,11 +4,10 @@ vocabulary are the same bits alone and in company, however its prompt was cut, f
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -31,9 +30,20 @@ from tests.models.variants import build_reference, save
 
 BLOCK_SIZE = 16
 MAX_LEN = 64
-OUTPUT = 5
+OUTPUT = 4
 Build = Callable[[], tuple[DecoderModel, TritonKernels]]
 Results = dict[int, list[TokenLogprobs]]
+
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of rows of padding
+
+
+@pytest.fixture(scope="module", autouse=True)
+def uninitialized_is_nan() -> Iterator[None]:
+    """So that rows of padding spoil whatever listens to them, and the tests do the same every time."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +90,6 @@ class Schedule:
             dtype=torch.float32,
             kernels=kernels,
         )
-        cache.storage.fill_(torch.nan)
         runner = DeviceRunner(model, cache, kernels, HostDevice(), eager=self.eager, **sizes)
         pool = KVCacheManager(self.blocks, BLOCK_SIZE, enable_prefix_caching=True)
         executor = DeviceExecutor(runner, overlap=self.overlap)
@@ -90,9 +99,7 @@ class Schedule:
         for step in range(200):
             while waiting and (step >= self.arrival or len(waiting) == len(requests)):
                 core.handle(waiting.pop(0))
-            with np.errstate(over="ignore", invalid="ignore"):  # rows of padding hold anything
-                result = core.step()
-            for update in result.updates:
+            for update in core.step().updates:
                 updates.setdefault(update.request_id, []).append(update)
             if not waiting and not core.has_work:
                 break
