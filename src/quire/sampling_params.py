@@ -23,7 +23,7 @@ MAX_N = 16384
 MAX_STOP_STRINGS = 256
 MAX_STOP_STRING_CHARS = 4096
 MAX_STOP_TOKEN_IDS = 1024
-MAX_SEED = 2**63 - 1
+MAX_INT = 2**63 - 1
 MAX_LOGPROB_IDS = 128
 MAX_BAD_WORDS = 1024
 MAX_PATTERN_SIZE = 256
@@ -93,7 +93,7 @@ class RepetitionDetectionParams(msgspec.Struct, frozen=True, omit_defaults=True)
                 (self.min_pattern_size, self.max_pattern_size),
                 f"needs 0 <= min_pattern_size <= max_pattern_size <= {MAX_PATTERN_SIZE}",
             )
-        if self.max_pattern_size and self.min_count < 2:
+        if self.max_pattern_size and not 2 <= self.min_count <= MAX_INT:
             _fail("repetition_detection", self.min_count, "needs a min_count of at least 2")
 
 
@@ -238,14 +238,14 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=Tr
                 if value is None and name in _OPTIONAL_INTS:
                     continue
                 _fail(name, value, "must be an integer")
+            if abs(value) > MAX_INT:
+                _fail(name, value, "must fit in 64 bits")
         for name in _BOOL_FIELDS:
             if not isinstance(getattr(self, name), bool):
                 _fail(name, getattr(self, name), "must be true or false")
 
         if self.seed == -1:
             set_("seed", None)
-        if self.seed is not None and not -MAX_SEED <= self.seed <= MAX_SEED:
-            _fail("seed", self.seed, "must fit in 64 bits")
         if isinstance(self.stop, str):
             set_("stop", [self.stop])
         elif self.stop is not None and not self.stop:
@@ -312,7 +312,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=Tr
                 _check_id("logit_bias", token)
                 if isinstance(bias, bool) or not isinstance(bias, (int, float)) or bias != bias:
                     _fail("logit_bias", bias, "must map token ids to numbers")
-                clamped[token] = min(100.0, max(-100.0, float(bias)))
+                clamped[token] = float(min(100, max(-100, bias)))
             msgspec.structs.force_setattr(self, "logit_bias", clamped or None)
         for name, most in (("allowed_token_ids", None), ("logprob_token_ids", MAX_LOGPROB_IDS)):
             ids = getattr(self, name)

@@ -42,7 +42,8 @@ VALUES: dict[str, tuple[object, object]] = {
     "top_k": (40, 40), "min_p": (0.05, 0.05), "seed": (7, 7), "stop": ("x", ["x"]),
     "stop_token_ids": ([3], [3]), "ignore_eos": (True, True), "max_tokens": (9, 9),
     "min_tokens": (2, 2), "prompt_logprobs": (2, 2), "prompt_logprob_start": (1, 1),
-    "logprob_token_ids": ([4, 5], [4, 5]), "logit_bias": ({"5": 1, "6": -200}, {5: 1.0, 6: -100.0}),
+    "logprob_token_ids": ([4, 5], [4, 5]),
+    "logit_bias": ({"5": 1, "6": -200, "7": 10**400}, {5: 1.0, 6: -100.0, 7: 100.0}),
     "allowed_token_ids": ([1, 2], [1, 2]), "bad_words": (["no"], ["no"]),
     "structured_outputs": ({"regex": "a+", "json": None}, StructuredOutputsParams(regex="a+")),
     "thinking_token_budget": (0, 0),
@@ -125,6 +126,13 @@ async def test_best_of_may_equal_n(client, engine, url):
         ),
         ({"thinking_token_budget": -1}, "thinking_token_budget"),
         ({"stream_interval": 0}, "stream_interval"),
+        ({"top_k": 10**30}, "top_k"),
+        ({"prompt_logprob_start": 10**30}, "prompt_logprob_start"),
+        (
+            {"repetition_detection": {"max_pattern_size": 4, "min_count": 10**30}},
+            "repetition_detection",
+        ),
+        ({"structured_outputs": {"json": {"const": 10**30}}}, "structured_outputs"),
     ],
 )
 async def test_bad_values_name_their_field(client, engine, url, fields, param):

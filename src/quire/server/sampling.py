@@ -134,16 +134,23 @@ def _check_combinations(request: SamplingFields, logprobs: int | None) -> None:
 
 
 def _structured_outputs(request: SamplingFields) -> StructuredOutputsParams | None:
-    from_format = None
+    wanted = None
     if request.response_format is not None:
-        from_format = response_format.parse(request.response_format)
-    if not request.structured_outputs:
-        return from_format
-    if from_format is not None:
+        wanted = response_format.parse(request.response_format)
+    if request.structured_outputs:
+        if wanted is not None:
+            raise bad_request(
+                "response_format and structured_outputs exclude each other.",
+                param="response_format",
+            )
+        wanted = _struct(StructuredOutputsParams, request.structured_outputs, "structured_outputs")
+    try:
+        msgspec.msgpack.encode(wanted)
+    except OverflowError:  # in a schema there may be anything
         raise bad_request(
-            "response_format and structured_outputs exclude each other.", param="response_format"
-        )
-    return _struct(StructuredOutputsParams, request.structured_outputs, "structured_outputs")
+            "a schema's numbers must fit in 64 bits.", param="structured_outputs"
+        ) from None
+    return wanted
 
 
 def _struct(kind: type[S], given: Mapping[str, object], param: str) -> S:
