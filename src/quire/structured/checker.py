@@ -81,8 +81,8 @@ class GrammarChecker:
 
     def close(self) -> None:
         """End the helper processes that are idle."""
-        for _ in range(self._idle.qsize()):
-            helper = self._idle.get()
+        idle = [self._idle.get_nowait() for _ in range(self._idle.qsize())]
+        for helper in idle:
             if helper is not None:
                 helper.kill()
             self._idle.put(None)

@@ -143,8 +143,7 @@ def _regex(pattern: str) -> str:
     _check_size(pattern, "the regex")
     from llguidance import regex_to_lark
 
-    # An empty pattern between slashes would begin a comment.
-    return regex_to_lark(pattern, "d") or "()"
+    return regex_to_lark(pattern, "d") or "()"  # two slashes would begin a comment
 
 
 def _grammar(text: str) -> str:

@@ -75,7 +75,7 @@ def tag_grammar(
         }
     writer = _Writer(schema_text, regex_text, special_tokens)
     start = writer.format(root)
-    return "\n".join([f"%llguidance {{}}\nstart: {start.text or EMPTY}", *writer.rules])
+    return "\n".join([f"%llguidance {{}}\nstart: {writer.in_rule(start)}", *writer.rules])
 
 
 def _old_tag(structure: object) -> dict[str, Any]:
@@ -121,7 +121,7 @@ class _Writer:
         if kind == "sequence":
             return self._sequence([self.format(one) for one in _list(fmt["elements"], "elements")])
         if kind == "or":
-            return _either([self.format(one) for one in _list(fmt["elements"], "elements")])
+            return self._either([self.format(one) for one in _list(fmt["elements"], "elements")])
         if kind == "tag":
             return self._tag(self._literal(fmt["begin"], "begin"), fmt)
         if kind == "triggered_tags":
@@ -161,7 +161,7 @@ class _Writer:
     def _tag(self, begin: Part, fmt: Mapping[str, Any]) -> Part:
         content = self.format(fmt["content"])
         ends = fmt["end"] if isinstance(fmt["end"], list) else [fmt["end"]]
-        end = _either([self._literal(one, "end") for one in ends])
+        end = self._either([self._literal(one, "end") for one in ends])
         if content.open and not end.text:
             return self._sequence([begin, content])
         if not content.open:
@@ -188,7 +188,7 @@ class _Writer:
                 self._tag(self._literal(text.removeprefix(trigger), "begin"), tag)
                 for tag, text in mine
             ]
-            body = self._rule(_either(rest).text)
+            body = self._rule(self.in_rule(self._closed(rest)))
             literal = self._literal(trigger, "a trigger")
             free = Part(ANY_TEXT, regular=True, open=True)
             if literal.regular:
@@ -214,12 +214,27 @@ class _Writer:
             self.format({"type": "tag"} | _object(one, "a tag"))
             for one in _list(fmt["tags"], "tags")
         ]
-        if any(tag.open for tag in tags):
-            raise invalid("a tag with free text needs an end.")
-        tag = self._rule(_either(tags).text)
+        tag = self._rule(self.in_rule(self._closed(tags)))
         separator = self._literal(fmt["separator"], "separator").text
         text = tag if fmt.get("stop_after_first") else f"{tag} ({separator} {tag})*"
         return Part(text if fmt.get("at_least_one") else f"({text})?")
+
+    def _either(self, parts: Sequence[Part]) -> Part:
+        if len(parts) == 1:
+            return parts[0]
+        regular = all(part.regular for part in parts)
+        texts = [part.text or EMPTY if regular else self.in_rule(part) for part in parts]
+        return Part(f"({' | '.join(texts)})", regular, any(part.open for part in parts))
+
+    def _closed(self, tags: Sequence[Part]) -> Part:
+        if any(tag.open for tag in tags):
+            raise invalid("a tag with free text needs an end.")
+        return self._either(tags)
+
+    def in_rule(self, part: Part) -> str:
+        """The part as it stands in a rule. What is regular is one token, or its pieces would be matched one
+        by one, each as long as it can."""
+        return self._token([part]) if part.regular and part.text else part.text or EMPTY
 
     def _rule(self, text: str) -> str:
         name = f"r{len(self.rules)}"
@@ -235,18 +250,6 @@ class _Writer:
     def _lazy(self, number: int) -> str:
         self.rules.append(f"r{number}[lazy]: T{number}")
         return f"r{number}"
-
-
-def _either(parts: Sequence[Part]) -> Part:
-    if not parts:
-        raise invalid("a list of formats must not be empty.")
-    if len(parts) == 1:
-        return parts[0]
-    return Part(
-        "(" + " | ".join(part.text or EMPTY for part in parts) + ")",
-        regular=all(part.regular for part in parts),
-        open=any(part.open for part in parts),
-    )
 
 
 def _check_keys(
