@@ -120,11 +120,12 @@ _UNION_TAGS = ("str", "list", "int", "constrained", "function", "dict")
 def _explain(error: ErrorDetails) -> ApiError:
     """vLLM's shape: `param` is the path below "body". Union branches are not part of the path."""
     location = error["loc"]
-    if location and location[0] == "prompt" and error["type"] != "missing":
+    if location and location[0] in ("prompt", "input") and error["type"] != "missing":
+        name = location[0]
         return malformed(
-            "prompt must be a string, a list of strings, a list of token ids (0 or more), or a list "
+            f"{name} must be a string, a list of strings, a list of token ids (0 or more), or a list "
             "of lists of token ids.",
-            param="body.prompt",
+            param=f"body.{name}",
         )
     parts = [
         _printable(str(part)) for part in location
