@@ -52,6 +52,9 @@ VLLM = {
     "max_bad_words": "`VLLM_MAX_NUM_BAD_WORDS`, 128",
     "max_list_items": "no such flag",
     "strict_requests": "no such flag; unknown fields are ignored in silence",
+    "tool_call_parser": "none",
+    "reasoning_parser": "none",
+    "enable_auto_tool_choice": "off",
     "enable_admin_endpoints": "`VLLM_SERVER_DEV_MODE=1`",
     "log_stats_interval": "`VLLM_LOG_STATS_INTERVAL`, 10",
 }

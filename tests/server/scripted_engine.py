@@ -18,6 +18,7 @@ from quire.messages import EngineReady, SchedulerStats, StepOutputs
 from quire.metrics import MetricsSink, NullMetrics
 from quire.outputs import CompletionOutput, Logprob, RequestOutput
 from quire.sampling_params import PoolingParams, RequestOutputKind, SamplingParams
+from quire.text.parsing import ThinkingTokens
 from quire.text.tokenizer_config import TokenizerConfig, TokenSpec
 
 ANSWER = ["Hello", " there", ",", " world", "!"]
@@ -25,6 +26,8 @@ ANSWER = ["Hello", " there", ",", " world", "!"]
 
 class WordTokenizer:
     """Every piece of text up to and including the next space is a token; id 1 is special."""
+
+    special_texts = frozenset({"<eos>", "<bos>"})
 
     def __init__(self) -> None:
         self.words: list[str] = ["<eos>", "<bos>"]
@@ -116,6 +119,7 @@ class Submitted:
     request_id: str | None
     priority: int
     cache_salt: str | None
+    thinking: ThinkingTokens | None = None
 
 
 class FakeStream:
@@ -267,12 +271,14 @@ class ScriptedEngine:
         self.health_now = FakeHealth(alive=False, reason=reason)
         self._open.set()
 
-    def submit(self, prompt, params, *, request_id=None, priority=0, cache_salt=None) -> FakeStream:
+    def submit(
+        self, prompt, params, *, request_id=None, priority=0, cache_salt=None, thinking=None
+    ) -> FakeStream:
         if self.refuse is not None and len(self.submitted) >= self.refuse_after:
             raise self.refuse
         sampled = params if isinstance(params, SamplingParams) else SamplingParams(max_tokens=1)
         self.checks.process(prompt, sampled, priority=priority, cache_salt=cache_salt)
-        self.submitted.append(Submitted(prompt, params, request_id, priority, cache_salt))
+        self.submitted.append(Submitted(prompt, params, request_id, priority, cache_salt, thinking))
         stream = FakeStream(self, request_id or "r", prompt, params)
         self.streams.append(stream)
         return stream

@@ -113,7 +113,7 @@ async def test_known_but_unsupported_is_refused_by_name(client, engine, url, nam
     [
         (COMPLETIONS, "suffix", "x"), (COMPLETIONS, "prompt_embeds", "AAAA"),
         (CHAT, "tools", [{"type": "function"}]), (CHAT, "tool_choice", "required"),
-        (CHAT, "chat_template", "{{ 1 }}"), (CHAT, "documents", [{"a": 1}]),
+        (CHAT, "chat_template", "{{ 1 }}"),
         (CHAT, "echo", True), (CHAT, "audio", {}), (CHAT, "modalities", ["audio"]),
         (CHAT, "functions", [{"name": "f"}]),
     ],

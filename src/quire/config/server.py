@@ -54,6 +54,17 @@ class ServerConfig:
         "requests.",
     )
     response_role: str = option("assistant", "Role of chat answers.")
+    tool_call_parser: str = option(
+        "auto",
+        "How the model writes tool calls: vLLM's name of the format (docs/tools.md lists them). auto: as "
+        "its chat template shows; none: calls stay text.",
+    )
+    reasoning_parser: str = option(
+        "auto", "How the model marks its reasoning, likewise. none: it stays in the content."
+    )
+    enable_auto_tool_choice: bool = option(
+        True, "Taken for compatibility: tool_choice auto works wherever the format is known."
+    )
     shutdown_timeout: float = option(
         30.0,
         "Seconds that running requests get to finish after SIGTERM; 0 aborts them (vLLM's way).",

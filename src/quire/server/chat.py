@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 from fastapi import APIRouter
@@ -10,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from quire.outputs import CompletionOutput, RequestOutput
+from quire.sampling_params import SamplingParams
 from quire.server import unsupported
 from quire.server.body import parse, read_json
 from quire.server.engine_protocol import ServedModel
@@ -20,7 +22,7 @@ from quire.server.generation import (
     respond,
     submit_all,
 )
-from quire.server.logprobs import LogprobFormatter
+from quire.server.logprobs import LogprobFormatter, Position, prompt_logprobs
 from quire.server.openapi import request_body
 from quire.server.prompts import EncodedPrompt, encode_text, render_chat, truncation
 from quire.server.requests import ChatCompletionRequest
@@ -32,13 +34,26 @@ from quire.server.responses import (
     ChatMessage,
     ChatResponse,
     Delta,
+    FunctionCall,
+    FunctionDelta,
     StreamUsage,
+    ToolCall,
+    ToolCallDelta,
+    Usage,
     encode,
 )
-from quire.server.sampling import admit, chat_params, fit_default_max_tokens
+from quire.server.sampling import admit, chat_params, effective_params, fit_default_max_tokens
 from quire.server.sse import event
 from quire.server.state import ServerState
+from quire.server.tools import (
+    AnswerReader,
+    ToolUse,
+    blaming_tools,
+    served_format,
+    tool_use,
+)
 from quire.server.usage import UsageMeter
+from quire.text.parsing import Event, gathered
 
 
 def chat_router(state: ServerState) -> APIRouter:
@@ -53,19 +68,16 @@ def chat_router(state: ServerState) -> APIRouter:
         asked = parsed.request
         check_model(asked.model, model)
         params = chat_params(asked, model)
-        prompt = await encode_chat(asked, model)
-        params = fit_default_max_tokens(
-            params,
-            asked=asked.max_tokens is not None or asked.max_completion_tokens is not None,
-            prompt_tokens=len(prompt.token_ids),
-            model=model,
-        )
-        frame = Frame.make("chatcmpl", model, parsed.warnings)
+        use = tool_use(asked, served_format(state, model), params)
+        prompt, reader = await prepare_chat(asked, use, params, model)
+        params = reader.params
+        frame = Frame.make("chatcmpl", model, [*parsed.warnings, *use.warnings])
         role = answer_role(asked, state.config.response_role)
-        encoder = ChatEncoder(asked, frame, model, prompt, role)
-        engine = await admit(state, 1, params)
-        log_request(state, request, frame, [(prompt, params)])
-        streams = submit_all(engine, [(prompt, params)], asked, frame)
+        encoder = ChatEncoder(asked, frame, model, prompt, reader, role)
+        with blaming_tools(use):
+            engine = await admit(state, 1, params)
+            log_request(state, request, frame, [(prompt, params)])
+            streams = submit_all(engine, [(prompt, params)], asked, frame)
         return await respond(state, request, asked, streams, encoder)
 
     return router
@@ -83,6 +95,29 @@ async def encode_chat(request: ChatCompletionRequest, model: ServedModel) -> Enc
     return EncodedPrompt(ids, text)
 
 
+async def prepare_chat(
+    request: ChatCompletionRequest, use: ToolUse, params: SamplingParams, model: ServedModel
+) -> tuple[EncodedPrompt, AnswerReader]:
+    """The prompt, and what will read its outputs; the reader has the parameters to submit it with."""
+    prompt = await encode_chat(request, model)
+    fitted = fit_default_max_tokens(
+        params,
+        asked=request.max_tokens is not None or request.max_completion_tokens is not None,
+        prompt_tokens=len(prompt.token_ids),
+        model=model,
+    )
+    last = request.messages[-1].content
+    reader = AnswerReader(
+        use,
+        fitted,
+        model,
+        prompt=prompt.text or "",
+        continued=last if request.continue_final_message and isinstance(last, str) else None,
+        reasoning=request.include_reasoning is not False,
+    )
+    return dataclasses.replace(prompt, thinking=reader.thinking), reader
+
+
 def answer_role(request: ChatCompletionRequest, response_role: str) -> str:
     """Who speaks: the last message's role where the answer goes on with it, as in vLLM."""
     if request.continue_final_message or request.add_generation_prompt is False:
@@ -94,7 +129,8 @@ class ChatEncoder:
     """Outputs as OpenAI's chat completions.
 
     A stream has, for each choice: a chunk with the role (sent with the first output, so that the
-    first byte still means the first token), chunks of content, and one with the finish reason.
+    first byte still means the first token), chunks of content, reasoning and calls, and one with the
+    finish reason.
     """
 
     def __init__(
@@ -103,12 +139,17 @@ class ChatEncoder:
         frame: Frame,
         model: ServedModel,
         prompt: EncodedPrompt,
+        reader: AnswerReader,
         role: str,
     ) -> None:
         self.frame = frame
         self._role = role
+        self._tokenizer = model.tokenizer
+        self._effective = effective_params(request, [(prompt, reader.params)], model)
+        self._return_prompt_logprobs = request.prompt_logprobs is not None
         self._return_ids = request.return_token_ids is True
         self._prompt = prompt
+        self._reader = reader
         self._meter = UsageMeter()
         options = request.stream_options
         self._include_usage = bool(options and options.include_usage)
@@ -122,6 +163,7 @@ class ChatEncoder:
                 model.tokenizer,
                 top=request.top_logprobs or 0,
                 as_ids=request.return_tokens_as_token_ids is True,
+                always=request.logprob_token_ids or (),
             )
             if request.logprobs
             else None
@@ -132,29 +174,52 @@ class ChatEncoder:
         return b"".join(self._part(part) for part in output.outputs)
 
     def _part(self, part: CompletionOutput) -> bytes:
-        events = []
+        chunks = []
+        delta = self._delta(self._reader.events(part))
         if part.index not in self._started:
             self._started.add(part.index)
-            events.append(self._event(part.index, Delta(role=self._role, content="")))
-        if part.text or (part.token_ids and self._shows_tokens):
-            events.append(
+            chunks.append(self._event(part.index, Delta(role=self._role, content="")))
+        if delta is None and part.token_ids and self._shows_tokens:
+            delta = Delta(content="")
+        if delta is not None:
+            chunks.append(
                 self._event(
                     part.index,
-                    Delta(content=part.text),
+                    delta,
                     logprobs=self._shape_logprobs(part),
                     token_ids=part.token_ids if self._return_ids else UNSET,
                 )
             )
         if part.finished:
-            events.append(
+            chunks.append(
                 self._event(
                     part.index,
                     Delta(),
-                    finish_reason=part.finish_reason,
+                    finish_reason=self._reader.finish_reason(part),
                     stop_reason=part.stop_reason,
                 )
             )
-        return b"".join(events)
+        return b"".join(chunks)
+
+    def _delta(self, events: Sequence[Event]) -> Delta | None:
+        answer = gathered(events)
+        if not (answer.content or answer.reasoning or answer.calls):
+            return None
+        return Delta(
+            content=answer.content or UNSET,
+            reasoning=answer.reasoning or UNSET,
+            reasoning_content=answer.reasoning or UNSET,
+            tool_calls=[
+                ToolCallDelta(
+                    index=call.index,
+                    id=UNSET if call.name is None else self._reader.call_id(),
+                    type=UNSET if call.name is None else "function",
+                    function=FunctionDelta(name=call.name or UNSET, arguments=call.arguments),
+                )
+                for call in answer.calls
+            ]
+            or UNSET,
+        )
 
     def _event(self, index: int, delta: Delta, **fields: object) -> bytes:
         choice = ChatChunkChoice(index=index, delta=delta, **fields)  # type: ignore[arg-type]
@@ -174,6 +239,7 @@ class ChatEncoder:
                     prompt_token_ids=(
                         self._prompt.token_ids if first and self._return_ids else UNSET
                     ),
+                    effective_params=self._effective if first else UNSET,
                     warnings=frame.warnings if first and frame.warnings else UNSET,
                 )
             )
@@ -182,7 +248,11 @@ class ChatEncoder:
     def _chunk_usage(self) -> StreamUsage:
         if not self._include_usage:
             return UNSET
-        return self._meter.usage() if self._usage_in_each else None
+        return self._usage() if self._usage_in_each else None
+
+    def _usage(self) -> Usage:
+        self._meter.reasoning_tokens = self._reader.reasoning_tokens
+        return self._meter.usage()
 
     def _shape_logprobs(self, part: CompletionOutput) -> ChatLogprobs | None:
         if self._logprobs is None or part.logprobs is None:
@@ -190,18 +260,20 @@ class ChatEncoder:
         return self._logprobs.chat(part.token_ids, part.logprobs)
 
     def last(self) -> bytes:
-        return self._chunk([], self._meter.usage()) if self._include_usage else b""
+        return self._chunk([], self._usage()) if self._include_usage else b""
 
     def whole(self, outputs: Sequence[RequestOutput]) -> bytes:
         choices = []
+        positions: Sequence[Position | None] = [None] * len(self._prompt.token_ids)
         for output in outputs:
+            positions = output.prompt_logprobs or positions
             self._meter.add(0, output)
             choices += [
                 ChatChoice(
                     index=part.index,
-                    message=ChatMessage(self._role, part.text),
+                    message=self._message(self._reader.events(part)),
                     logprobs=self._shape_logprobs(part),
-                    finish_reason=part.finish_reason,
+                    finish_reason=self._reader.finish_reason(part),
                     stop_reason=part.stop_reason,
                     token_ids=part.token_ids if self._return_ids else UNSET,
                 )
@@ -213,8 +285,28 @@ class ChatEncoder:
                 created=self.frame.created,
                 model=self.frame.model,
                 choices=choices,
-                usage=self._meter.usage(),
+                usage=self._usage(),
                 prompt_token_ids=self._prompt.token_ids if self._return_ids else UNSET,
+                prompt_logprobs=(
+                    prompt_logprobs(positions, self._tokenizer)
+                    if self._return_prompt_logprobs
+                    else UNSET
+                ),
+                effective_params=self._effective,
                 warnings=self.frame.warnings or UNSET,
             )
+        )
+
+    def _message(self, events: Sequence[Event]) -> ChatMessage:
+        answer = gathered(events)
+        calls = [
+            ToolCall(self._reader.call_id(), FunctionCall(call.name or "", call.arguments))
+            for call in answer.calls
+        ]
+        return ChatMessage(
+            role=self._role,
+            content=answer.content or (None if calls or answer.reasoning else ""),
+            reasoning=answer.reasoning or UNSET,
+            reasoning_content=answer.reasoning or UNSET,
+            tool_calls=calls or UNSET,
         )

@@ -12,11 +12,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from quire.outputs import RequestOutput
-from quire.sampling_params import SamplingParams
 from quire.server import unsupported
 from quire.server.body import parse, read_json
-from quire.server.chat import ChatEncoder, answer_role, encode_chat
-from quire.server.engine_protocol import ServedModel
+from quire.server.chat import ChatEncoder, answer_role, prepare_chat
 from quire.server.errors import bad_request
 from quire.server.generation import (
     Frame,
@@ -27,10 +25,11 @@ from quire.server.generation import (
     warning_headers,
 )
 from quire.server.openapi import request_body
-from quire.server.prompts import EncodedPrompt, check_count
+from quire.server.prompts import check_count
 from quire.server.requests import ChatBatchRequest
-from quire.server.sampling import admit, chat_params, fit_default_max_tokens
+from quire.server.sampling import admit, chat_params
 from quire.server.state import ServerState
+from quire.server.tools import blaming_tools, served_format, tool_use
 from quire.server.usage import UsageMeter
 
 
@@ -49,38 +48,27 @@ def chat_batch_router(state: ServerState) -> APIRouter:
         count = len(asked.messages)
         check_count(count, state.config.max_prompts_per_request, param="messages")
         params = chat_params(asked, model)
-        frame = Frame.make("chatcmpl", model, parsed.warnings)
+        use = tool_use(asked, served_format(state, model), params)
+        frame = Frame.make("chatcmpl", model, [*parsed.warnings, *use.warnings])
         work, encoders = [], []
         for conversation in asked.messages:
             one = asked.model_copy(update={"messages": conversation})
-            prompt, fitted = await _prepare(one, params, model)
+            prompt, reader = await prepare_chat(one, use, params, model)
             role = answer_role(one, state.config.response_role)
-            work.append((prompt, fitted))
-            encoders.append(ChatEncoder(one, frame, model, prompt, role))
-        engine = await admit(state, count, params)
-        log_request(state, request, frame, work)
-        streams = submit_all(engine, work, asked, frame)
+            work.append((prompt, reader.params))
+            encoders.append(ChatEncoder(one, frame, model, prompt, reader, role))
+        with blaming_tools(use):
+            engine = await admit(state, count, work[0][1])
+            log_request(state, request, frame, work)
+            streams = submit_all(engine, work, asked, frame)
         outputs = await run_to_end(state, request, streams, frame)
         return Response(
             join(encoders, outputs, n=params.n),
             media_type="application/json",
-            headers=warning_headers(parsed.warnings),
+            headers=warning_headers(frame.warnings),
         )
 
     return router
-
-
-async def _prepare(
-    one: ChatBatchRequest, params: SamplingParams, model: ServedModel
-) -> tuple[EncodedPrompt, SamplingParams]:
-    prompt = await encode_chat(one, model)
-    fitted = fit_default_max_tokens(
-        params,
-        asked=one.max_tokens is not None or one.max_completion_tokens is not None,
-        prompt_tokens=len(prompt.token_ids),
-        model=model,
-    )
-    return prompt, fitted
 
 
 def join(encoders: list[ChatEncoder], outputs: list[RequestOutput], *, n: int) -> bytes:

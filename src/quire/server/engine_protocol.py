@@ -9,6 +9,7 @@ from quire.messages import EngineReady, SchedulerStats, StepOutputs
 from quire.metrics import MetricsSink
 from quire.outputs import RequestOutput
 from quire.sampling_params import PoolingParams, SamplingParams
+from quire.text.parsing import ThinkingTokens
 from quire.text.tokenizer_config import TokenizerConfig
 
 
@@ -17,6 +18,9 @@ class ServedTokenizer(Protocol):
 
     @property
     def config(self) -> TokenizerConfig: ...
+
+    @property
+    def special_texts(self) -> frozenset[str]: ...
 
     def encode(
         self,
@@ -113,6 +117,7 @@ class ServingEngine(Protocol):
         request_id: str | None = None,
         priority: int = 0,
         cache_salt: str | None = None,
+        thinking: ThinkingTokens | None = None,
     ) -> RequestStream: ...
 
     def check_grammar(self, params: SamplingParams) -> None:

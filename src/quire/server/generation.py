@@ -99,6 +99,7 @@ def submit_all(
                     request_id=f"{frame.id}-{index}" if len(prompts) > 1 else frame.id,
                     priority=request.priority or 0,
                     cache_salt=request.cache_salt,
+                    thinking=prompt.thinking,
                 )
             )
     except BaseException:

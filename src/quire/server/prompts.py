@@ -10,6 +10,7 @@ from typing import Literal
 from quire.server.engine_protocol import ServedModel, ServedTokenizer
 from quire.server.errors import bad_request, malformed
 from quire.server.requests import ChatFields
+from quire.text.parsing import ThinkingTokens
 
 INLINE_CHARS = 16_384
 """Longer texts are tokenized in a thread (the library releases the GIL), so that one long prompt does
@@ -42,6 +43,8 @@ class EncodedPrompt:
     token_ids: list[int]
     text: str | None
     """As sent; None where the client sent ids."""
+    thinking: ThinkingTokens | None = None
+    """Of a reasoning model's chat: its markers, and whether the prompt ends between them."""
 
 
 def truncation(
@@ -147,8 +150,8 @@ def render_chat(chat: ChatFields, model: ServedModel) -> str:
         [message.model_dump(exclude_none=True) for message in chat.messages],
         add_generation_prompt=add_prompt,
         continue_final_message=continues,
-        tools=None,
-        documents=None,
+        tools=[tool.model_dump(exclude_none=True) for tool in chat.tools] if chat.tools else None,
+        documents=chat.documents or None,
         **_template_kwargs(chat),
     )
 

@@ -15,6 +15,7 @@ MAX_IDS = 1 << 20
 MAX_MESSAGES = 8192
 MAX_CONTENT_PARTS = 1024
 MAX_TEMPLATE_KWARGS = 64
+MAX_TOOLS = 1024
 
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True, max_length=MAX_IDS)]
@@ -157,10 +158,34 @@ class Message(Strict):
 Messages = Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
 
 
+class Function(Strict):
+    """A function that the model may call. Keys that are not here reach the template as well."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.:/-]{1,128}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    """A JSON schema of an object; none means any."""
+    strict: bool | None = None
+    """Arguments follow the schema, by grammar."""
+
+
+class Tool(Strict):
+    model_config = ConfigDict(extra="allow")
+
+    type: Name
+    function: Function | None = None
+
+
 class ChatFields(Strict):
     """How messages become a prompt; the same for answering and for `/tokenize`."""
 
     messages: Messages
+    tools: Annotated[list[Tool], Field(fail_fast=True, max_length=MAX_TOOLS)] | None = None
+    """What the model may call: functions."""
+    documents: Annotated[list[dict[str, Any]], Field(max_length=MAX_TOOLS)] | None = None
+    """For templates that know them."""
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: (
@@ -174,6 +199,12 @@ class ChatCompletionRequest(ChatFields, SamplingFields):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
+    tool_choice: Name | dict[str, Any] | None = None
+    """none, auto, required, {"type": "function", "function": {"name": ...}} or {"type": "allowed_tools"}."""
+    parallel_tool_calls: bool | None = None
+    """false: one call at most."""
+    include_reasoning: bool | None = None
+    """false: reasoning is left out of the answer; it is generated all the same."""
 
 
 class ChatBatchRequest(ChatCompletionRequest):

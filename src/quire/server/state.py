@@ -11,6 +11,7 @@ from quire.metrics import EngineMetrics, HttpMetrics, StatsLogger, new_registry
 from quire.server.engine_protocol import ServingEngine
 from quire.server.errors import RETRY_AFTER_DRAINING, RETRY_AFTER_LOADING, ApiError, unavailable
 from quire.server.live import LiveRequests
+from quire.text.parsing import output_format
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -41,6 +42,8 @@ class ServerState:
 
     def __post_init__(self) -> None:
         self.http_metrics = HttpMetrics(self.registry)
+        # A wrong name should end the start, not the first chat.
+        output_format(self.config.tool_call_parser, self.config.reasoning_parser, "")
 
     def engine_loaded(self, engine: ServingEngine) -> None:
         """Start serving. Metrics begin here: their buckets and labels come from the model."""

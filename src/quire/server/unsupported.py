@@ -34,12 +34,9 @@ _BOTH: dict[str, tuple[object, ...]] = {
 }
 COMPLETION = _BOTH | {"suffix": ("",), "prompt_embeds": ([], "")}
 CHAT = _BOTH | {
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "chat_template": ANY,
-    "documents": ([],),
     "echo": (False,),
     "audio": ANY,
     "modalities": (["text"],),
@@ -66,7 +63,6 @@ NO_EFFECT = frozenset(
     {
         "user", "session_id", "metadata", "store", "service_tier", "safety_identifier",
         "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention",
-        "parallel_tool_calls", "include_reasoning",
     }
 )  # fmt: skip
 """Fields that are about a provider's accounts, or only matter with others that are refused. They pass

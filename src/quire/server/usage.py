@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from msgspec import UNSET
+
 from quire.outputs import RequestOutput
-from quire.server.responses import PromptTokensDetails, Usage
+from quire.server.responses import CompletionTokensDetails, PromptTokensDetails, Usage
 
 
 class UsageMeter:
@@ -13,6 +15,8 @@ class UsageMeter:
         self._prompts: dict[int, int] = {}
         self._cached: dict[int, int] = {}
         self._completion = 0
+        self.reasoning_tokens: int | None = None
+        """Those of the completion that were reasoning, where that is known."""
 
     def add(self, prompt_index: int, output: RequestOutput) -> None:
         """Count an output that holds only what is new."""
@@ -28,4 +32,7 @@ class UsageMeter:
             self._completion,
             prompt + self._completion,
             PromptTokensDetails(sum(self._cached.values())),
+            UNSET
+            if self.reasoning_tokens is None
+            else CompletionTokensDetails(self.reasoning_tokens),
         )

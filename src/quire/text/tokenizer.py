@@ -161,6 +161,11 @@ class Tokenizer:
 
     # --- vocabulary ---
 
+    @cached_property
+    def special_texts(self) -> frozenset[str]:
+        """What special tokens look like where they are shown."""
+        return frozenset(self.decode_token(token_id) for token_id in self.special_ids) - {""}
+
     @property
     def vocab_size(self) -> int:
         """Number of tokens, added ones included. The model may have more logits than this."""

@@ -10,6 +10,8 @@ forcing.py ───── the other direction: a grammar that makes a model cal
 from __future__ import annotations
 
 from quire.text.parsing.base import (
+    Answer,
+    Call,
     Event,
     Parser,
     PlainParser,
@@ -19,11 +21,14 @@ from quire.text.parsing.base import (
     ToolCallArguments,
     ToolCallEnd,
     ToolCallStart,
+    gathered,
     merged,
 )
 from quire.text.parsing.formats import OutputFormat, output_format
 
 __all__ = [
+    "Answer",
+    "Call",
     "Event",
     "OutputFormat",
     "Parser",
@@ -34,6 +39,7 @@ __all__ = [
     "ToolCallArguments",
     "ToolCallEnd",
     "ToolCallStart",
+    "gathered",
     "merged",
     "output_format",
 ]

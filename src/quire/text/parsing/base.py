@@ -9,7 +9,9 @@ For any way of cutting a text into deltas the events, joined, are those of the t
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Protocol
 
 
@@ -75,20 +77,51 @@ class ThinkingTokens:
     """Whether the prompt ends inside the thinking part."""
 
 
-def merged(events: list[Event]) -> list[Event]:
-    """The same, with neighbours of one kind joined: what a whole answer is made of."""
+@dataclass(slots=True)
+class Call:
+    """What some events say of one call. `name` is None where it began before them."""
+
+    index: int
+    name: str | None = None
+    arguments: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    content: str
+    reasoning: str
+    calls: list[Call]
+
+
+def gathered(events: Iterable[Event]) -> Answer:
+    """Some events, or all of an output's, by what they add to. Their order among kinds is lost."""
+    content, reasoning = list[str](), list[str]()
+    calls: dict[int, Call] = {}
+    for event in merged(events):
+        if isinstance(event, TextDelta):
+            content.append(event.text)
+        elif isinstance(event, ReasoningDelta):
+            reasoning.append(event.text)
+        elif isinstance(event, ToolCallStart):
+            calls[event.index] = Call(event.index, event.name)
+        elif isinstance(event, ToolCallArguments):
+            calls.setdefault(event.index, Call(event.index)).arguments += event.text
+    return Answer("".join(content), "".join(reasoning), list(calls.values()))
+
+
+def merged(events: Iterable[Event]) -> list[Event]:
+    """The same, with neighbours that continue each other joined."""
     out: list[Event] = []
-    for event in events:
-        last = out[-1] if out else None
-        if isinstance(event, (TextDelta, ReasoningDelta)) and type(last) is type(event):
-            assert isinstance(last, (TextDelta, ReasoningDelta))
-            out[-1] = type(event)(last.text + event.text)
-        elif (
-            isinstance(event, ToolCallArguments)
-            and isinstance(last, ToolCallArguments)
-            and last.index == event.index
-        ):
-            out[-1] = ToolCallArguments(event.index, last.text + event.text)
+    for (kind, index), same in groupby(
+        events, lambda event: (type(event), getattr(event, "index", 0))
+    ):
+        run = list(same)
+        if kind is ToolCallStart or kind is ToolCallEnd:
+            out += run
+            continue
+        text = "".join(getattr(event, "text", "") for event in run)
+        if kind is ToolCallArguments:
+            out.append(ToolCallArguments(index, text))
         else:
-            out.append(event)
+            out.append(TextDelta(text) if kind is TextDelta else ReasoningDelta(text))
     return out
