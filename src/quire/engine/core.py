@@ -60,7 +60,7 @@ class EngineCore:
         """One iteration of continuous batching: launch a plan, then learn from the oldest one in flight,
         which is the same one unless the executor overlaps. Without rows there is nothing to overlap with,
         so nothing stays in flight."""
-        updates = self._admit_compiled() if self._compiling else []
+        updates = self._admit_compiled()
         plan = self.scheduler.schedule()
         self._in_flight.append((plan, self.executor.execute(plan)))
         may_stay = self.executor.max_in_flight - 1 if plan.rows else 0
@@ -117,6 +117,8 @@ class EngineCore:
 
     def _admit_compiled(self) -> list[RequestUpdate]:
         """Hand over the requests whose grammar is there; with nothing else to do, wait a little for one."""
+        if not self._compiling:
+            return []
         assert self._grammars is not None
         if not self._in_flight and not self.scheduler.has_work:
             self._grammars.wait(COMPILE_WAIT_SECONDS)
