@@ -97,6 +97,7 @@ def _add_admin_routes(router: APIRouter, state: ServerState) -> None:
 
     @router.get("/is_sleeping")
     async def is_sleeping() -> Response:
+        """Whether the engine sleeps, or is about to: it takes no requests."""
         return _json({"is_sleeping": _sleeper(state).is_sleeping})
 
 
