@@ -13,7 +13,13 @@ ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 OFFLINE = {"offline_generate.py": "->", "chat.py": "quire", "parallel_sampling.py": "per token"}
 """File -> a word that its output must have."""
-WITH_SERVER = {"streaming_client.py": "tokens)", "embeddings.py": "0.", "tools.py": "multiply("}
+WITH_SERVER = {
+    "streaming_client.py": "tokens)",
+    "embeddings.py": "0.",
+    "tools.py": "multiply(",
+    "scoring.py": "perplexity",
+    "parameters.py": "400 for top_p",
+}
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT / "src")}
 
 
