@@ -72,6 +72,7 @@ def _split(text: str) -> list[str]:
 
 class PlainTemplate:
     source = "{{ messages }}"
+    prompt_end = "assistant:"
 
     def __init__(self) -> None:
         self.calls: list[dict[str, object]] = []
@@ -81,11 +82,12 @@ class PlainTemplate:
         documents=None, **kwargs,
     ):  # fmt: skip
         self.calls.append(kwargs | {"add_generation_prompt": add_generation_prompt})
+        self.tools = tools
         for message in messages:
             if message["role"] == "villain":
                 raise InvalidParameterError("Roles must alternate.", param="messages")
         text = "".join(f"{m['role']}: {m.get('content') or ''}\n" for m in messages)
-        return text + ("assistant:" if add_generation_prompt else "")
+        return text + (self.prompt_end if add_generation_prompt else "")
 
 
 @dataclass
@@ -297,6 +299,8 @@ class ScriptedEngine:
         self.grammar_threads.append(threading.current_thread().name)
         if params.structured_outputs.regex == "(":
             raise InvalidParameterError("regex is broken.", param="structured_outputs")
+        if "broken" in str(params.structured_outputs.structural_tag):
+            raise InvalidParameterError("a schema is broken.", param="structured_outputs")
 
     def health(self, timeout: float) -> FakeHealth:
         if self.health_now.heartbeat_age > timeout:

@@ -114,7 +114,7 @@ def _printable(name: str) -> str:
     ]
 
 
-_UNION_TAGS = ("str", "list", "int", "constrained", "function", "dict")
+_UNION_TAGS = ("str", "list", "int", "constrained", "dict")
 
 
 def _explain(error: ErrorDetails) -> ApiError:
