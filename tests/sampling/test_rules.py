@@ -8,11 +8,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from quire.kernels.base import create_kernels
 from quire.messages import TokenRules
 from quire.sampling.rules import MAX_FORCED, RequestRules
+from quire.sampling.sampler import Sampler
 from quire.sampling_params import SamplingParams
 from quire.structured.base import GrammarError, Mask, mask_of, tokens_of
-from tests.sampling.test_sampler import VOCAB, logits, row, sample
+from tests.sampling.test_sampler import VOCAB, logits, row, sample, seated
 from tests.sampling.test_sampler import tokens_of as sampled_tokens
 
 EOS = 39
@@ -202,6 +204,28 @@ def test_bias_is_added_before_penalties_and_not_to_logprobs():
     assert sampled.logprobs[0].logprob == pytest.approx(
         float(torch.log_softmax(values[0], -1)[sampled.token_ids[0]])
     )
+
+
+@pytest.mark.parametrize(
+    "mode", ["raw_logprobs", "raw_logits", "processed_logprobs", "processed_logits"]
+)
+def test_logprobs_modes(mode):
+    params = SamplingParams(temperature=0.5, top_k=3, logit_bias={7: 2.0}, logprobs=VOCAB, seed=1)
+    values = logits(seed=2)
+    edited = values[0].clone()
+    edited[7] += 2.0
+    drawn = torch.full_like(edited, -torch.inf)
+    best = edited.topk(3).indices
+    drawn[best] = edited[best] / 0.5
+    expected = {"raw": values[0].clone(), "processed": drawn}[mode.split("_")[0]]
+    if mode.endswith("logprobs"):
+        expected = torch.log_softmax(expected, -1)
+    sampler = Sampler(create_kernels("auto"), logprobs_mode=mode)
+    one = row(params)
+    found = sampler.sample(values, seated([one]), np.array([0]), np.array([0])).logprobs[0]
+    told = torch.empty(VOCAB)
+    told[found.top_ids] = torch.tensor(found.top_logprobs)
+    torch.testing.assert_close(told, expected)
 
 
 def test_logprobs_of_asked_tokens():

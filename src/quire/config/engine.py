@@ -55,6 +55,12 @@ class ModelConfig:
         parse=parse_json_object, metavar="JSON",
     )  # fmt: skip
     max_logprobs: int = option(20, "Most logprobs a request may ask for; -1 is no limit.")
+    logprobs_mode: str = option(
+        "raw_logprobs",
+        "What logprobs are of: the model's logits as they are (raw), or as they are drawn from (processed: "
+        "after penalties, bias, masks, temperature and filters; not on a GPU).",
+        choices=("raw_logprobs", "raw_logits", "processed_logprobs", "processed_logits"),
+    )
     chat_template: str | None = option(
         None, "Jinja file, or the template itself. Default: the tokenizer's."
     )
@@ -141,6 +147,9 @@ class SchedulerConfig:
         "fcfs: by arrival. priority: lower `priority` first, then arrival.",
         choices=("fcfs", "priority"),
     )
+    stream_interval: int = option(
+        1, "Tokens per streamed output, at least; the first comes at once."
+    )
     max_num_queued_reqs: int | None = option(
         1024,
         "Most requests that wait; more are answered 429 with Retry-After. 0 is no limit.",
@@ -160,6 +169,8 @@ class SchedulerConfig:
                 f"max_num_seqs ({self.max_num_seqs}), so that every running request can advance in "
                 "every step. Raise the first or lower the second."
             )
+        if self.stream_interval < 1:
+            raise ConfigError(f"stream_interval must be at least 1, got {self.stream_interval}.")
         if self.long_prefill_token_threshold < 0:
             raise ConfigError(
                 "long_prefill_token_threshold must be at least 0, "

@@ -124,7 +124,9 @@ class AsyncLLM:
         )
         self._sleep_level = 0
         self._sleep_states: deque[asyncio.Future[int]] = deque()
-        self._output = OutputProcessor(model.tokenizer)
+        self._output = OutputProcessor(
+            model.tokenizer, stream_interval=config.scheduler.stream_interval
+        )
         self._streams: dict[str, RequestStream] = {}
         self._searches: set[BeamStream] = set()
         self._stats_listeners: list[Callable[[StepOutputs], None]] = []

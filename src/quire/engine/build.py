@@ -50,6 +50,7 @@ def build_core(config: EngineConfig, resolved: ResolvedModel) -> tuple[EngineCor
             max_num_seqs=config.scheduler.max_num_seqs,
             max_model_len=memory.max_model_len,
             grammars=grammars,
+            logprobs_mode=config.model.logprobs_mode,
         )
 
     executor = InlineExecutor(make_runner(None), restart=make_runner)

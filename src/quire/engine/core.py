@@ -91,6 +91,8 @@ class EngineCore:
         return None
 
     def _sleep(self, level: int) -> SleepState:
+        while self.has_work and not (self.scheduler.requests or self._compiling):
+            self.step()  # it is for nobody: what was in flight, and what the executor may forget
         if level != self._sleep_level and not self.has_work:
             if self._sleep_level:
                 self.executor.wake_up()

@@ -47,6 +47,8 @@ class RequestState:
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     """As far as they are known; None if nobody asked."""
     embedding: list[float] | None = None
+    held: dict[int, str] = field(default_factory=dict)
+    """Text of sequences by index that waits for more, where the stream has an interval."""
 
     @property
     def finished(self) -> bool:
@@ -65,8 +67,16 @@ class Processed:
 class OutputProcessor:
     """Keeps every live request's text and history."""
 
-    def __init__(self, tokenizer: Tokenizer, *, metrics: MetricsSink | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        metrics: MetricsSink | None = None,
+        stream_interval: int = 1,
+    ) -> None:
+        """stream_interval: tokens per output of a request that does not say itself."""
         self._tokenizer = tokenizer
+        self._stream_interval = stream_interval
         self.metrics: MetricsSink = metrics or NullMetrics()
         self._states: dict[int, tuple[RequestState, _Sequence]] = {}
         self.requests: dict[str, RequestState] = {}
@@ -140,10 +150,27 @@ class OutputProcessor:
         for state, deltas in touched.values():
             if state.finished:
                 self._close(state)
+            elif self._waits_for_more(state, deltas):
+                continue
             output = _show(state, deltas)
             if output is not None:
                 processed.outputs.append(output)
         return processed
+
+    def _waits_for_more(self, state: RequestState, deltas: dict[int, str]) -> bool:
+        """Whether the deltas are kept back because there are too few tokens for an output. If not, they are
+        all that was kept back. The first output never waits."""
+        interval = state.request.params.stream_interval or self._stream_interval
+        if interval == 1 or state.request.params.output_kind is not RequestOutputKind.DELTA:
+            return False
+        for index, text in deltas.items():
+            state.held[index] = state.held.get(index, "") + text
+        new = sum(len(s.token_ids) - s.sent for s in state.sequences)
+        if new < interval and any(s.sent for s in state.sequences):
+            return True
+        deltas.update(state.held)
+        state.held.clear()
+        return False
 
     def abort(self, request_id: str) -> tuple[list[int], RequestOutput | None]:
         """End a request from this side: the core's ids to abort, and the last output."""
@@ -301,7 +328,7 @@ class OutputProcessor:
 
 
 def _all_indices(state: RequestState) -> dict[int, str]:
-    return dict.fromkeys(range(len(state.sequences)), "")
+    return {index: state.held.get(index, "") for index in range(len(state.sequences))}
 
 
 def _show(state: RequestState, deltas: dict[int, str]) -> RequestOutput | None:

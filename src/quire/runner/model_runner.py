@@ -85,12 +85,13 @@ class ModelRunner:
         max_num_seqs: int,
         max_model_len: int,
         grammars: GrammarSource | None = None,
+        logprobs_mode: str = "raw_logprobs",
     ) -> None:
         self.model = model
         self.kv_cache = kv_cache
         self._decoder = model.over(kv_cache)
         self._kernels = kernels
-        self._sampler = Sampler(kernels)
+        self._sampler = Sampler(kernels, logprobs_mode=logprobs_mode)
         self.batch = RunningBatch(
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,

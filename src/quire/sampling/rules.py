@@ -25,6 +25,7 @@ from quire.structured.base import (
 def has_rules(params: SamplingParams, rules: TokenRules | None) -> bool:
     return rules is not None or params.allowed_token_ids is not None
 
+
 MAX_FORCED = 64
 """Most tokens that one step adds because a grammar leaves no choice."""
 

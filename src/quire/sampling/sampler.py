@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from quire.kernels.base import Kernels
+from quire.kernels.reference import filtered_scores
 from quire.kernels.sampling import SAMPLE_ROW
 from quire.messages import AdmittedRequest, GrammarSpec, TokenLogprobs
 from quire.sampling.rules import RequestRules, has_rules
@@ -234,8 +235,10 @@ class Sampled:
 class Sampler:
     """Chooses tokens for a batch of rows."""
 
-    def __init__(self, kernels: Kernels) -> None:
+    def __init__(self, kernels: Kernels, *, logprobs_mode: str = "raw_logprobs") -> None:
+        """logprobs_mode: as in `ModelConfig`."""
         self._kernels = kernels
+        self._mode = logprobs_mode
 
     def sample(
         self,
@@ -248,8 +251,9 @@ class Sampler:
         index in its request of the token to be sampled."""
         states = table.states(seats, positions)
         sampled = Sampled(np.empty(0, np.int64), {}, {}, {})
-        raw = _prepare(logits, states, positions, sampled.errors) if states else {}
-        result = self._kernels.sample(logits, table.rows(seats, positions))
+        rows = table.rows(seats, positions)
+        told = self._prepare(logits, states, positions, rows, sampled.errors) if states else {}
+        result = self._kernels.sample(logits, rows)
         if not result.valid.all():
             for index in np.flatnonzero(~result.valid).tolist():
                 sampled.errors.setdefault(index, NAN_ERROR)
@@ -260,34 +264,50 @@ class Sampler:
             state.learn(token)
             if forced := state.forced(table.max_model_len - 1 - int(positions[index])):
                 sampled.forced[index] = forced
-            if index in raw:
+            if index in told:
                 [sampled.logprobs[index]] = top_logprobs(
-                    raw[index][None],
+                    told[index][None],
                     [token],
                     state.params.logprobs or 0,
                     state.params.logprob_token_ids,
                 )
         return dataclasses.replace(sampled, token_ids=result.token_ids)
 
+    @torch.inference_mode()
+    def _prepare(
+        self,
+        logits: Tensor,
+        states: dict[int, SamplingState],
+        positions: NDArray[np.int64],
+        rows: NDArray[np.void] | None,
+        errors: dict[int, str],
+    ) -> dict[int, Tensor]:
+        """Edits the rows that want it, in place. Returns what is told as logprobs of those that ask, by
+        index: [V]."""
+        told: dict[int, Tensor] = {}
+        for index, state in states.items():
+            values = logits[index]
+            if state.wants_logprobs and self._mode.startswith("raw"):
+                told[index] = values.clone()
+            try:
+                state.edit(values, int(positions[index]))
+            except GrammarError as error:
+                errors[index] = str(error)
+                continue
+            if state.wants_logprobs and index not in told:
+                told[index] = processed(values, rows[index] if rows is not None else None)
+            if index in told and self._mode.endswith("logprobs"):
+                told[index] = torch.log_softmax(told[index], dim=-1)
+        return told
 
-@torch.inference_mode()
-def _prepare(
-    logits: Tensor,
-    states: dict[int, SamplingState],
-    positions: NDArray[np.int64],
-    errors: dict[int, str],
-) -> dict[int, Tensor]:
-    """Edits the rows that want it, in place. Returns log-softmax of the rows as they were, for those that
-    ask: index -> [V]."""
-    raw: dict[int, Tensor] = {}
-    for index, state in states.items():
-        if state.wants_logprobs:
-            raw[index] = torch.log_softmax(logits[index], dim=-1)
-        try:
-            state.edit(logits[index], int(positions[index]))
-        except GrammarError as error:
-            errors[index] = str(error)
-    return raw
+
+def processed(logits: Tensor, row: np.void | None) -> Tensor:
+    """Edited logits as they are drawn from: [V], over the temperature, -inf where a filter leaves a token
+    out. row: a `SAMPLE_ROW`; None, or of temperature 0, for greedy."""
+    if row is None or row["temperature"] == 0 or bool(logits.isnan().any()):
+        return logits.clone()
+    kept = filtered_scores(logits, row).isfinite()
+    return torch.where(kept, logits / float(row["temperature"]), -torch.inf)
 
 
 def top_logprobs(

@@ -147,7 +147,7 @@ class Scheduler:
         index = 0
         while index < len(self.running):
             request = self.running[index]
-            if self._is_idle(request):
+            if (request.num_pending_tokens or not request.max_tokens) and self._is_idle(request):
                 index += 1
                 continue
             others = len(self.running) - index - 1
