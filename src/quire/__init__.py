@@ -20,6 +20,7 @@ from quire.util.version import VERSION as __version__
 if TYPE_CHECKING:  # for type checkers and editors; at run time `__getattr__` below
     from quire.config import EngineConfig
     from quire.engine.async_llm import AsyncLLM
+    from quire.engine.beam_search import BeamSearchOutput, BeamSearchSequence
     from quire.engine.llm import LLM
     from quire.errors import (
         CheckpointError,
@@ -37,17 +38,49 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time `__getattr__` be
         RequestError,
         UnsupportedModelError,
     )
-    from quire.outputs import CompletionOutput, RequestOutput
-    from quire.sampling_params import SamplingParams
+    from quire.outputs import (
+        CompletionOutput,
+        EmbeddingRequestOutput,
+        PoolingRequestOutput,
+        RequestOutput,
+        ScoringRequestOutput,
+    )
+    from quire.sampling_params import (
+        BeamSearchParams,
+        PoolingParams,
+        RepetitionDetectionParams,
+        SamplingParams,
+        StructuredOutputsParams,
+    )
 
 _HOMES = {
     "LLM": "quire.engine.llm",
     "AsyncLLM": "quire.engine.async_llm",
-    "SamplingParams": "quire.sampling_params",
-    "RequestOutput": "quire.outputs",
-    "CompletionOutput": "quire.outputs",
     "EngineConfig": "quire.config",
-} | dict.fromkeys(
+    "BeamSearchOutput": "quire.engine.beam_search",
+    "BeamSearchSequence": "quire.engine.beam_search",
+}
+_HOMES |= dict.fromkeys(
+    (
+        "SamplingParams",
+        "BeamSearchParams",
+        "PoolingParams",
+        "StructuredOutputsParams",
+        "RepetitionDetectionParams",
+    ),
+    "quire.sampling_params",
+)
+_HOMES |= dict.fromkeys(
+    (
+        "RequestOutput",
+        "CompletionOutput",
+        "EmbeddingRequestOutput",
+        "PoolingRequestOutput",
+        "ScoringRequestOutput",
+    ),
+    "quire.outputs",
+)
+_HOMES |= dict.fromkeys(
     (
         "QuireError",
         "ConfigError",
@@ -71,8 +104,17 @@ __all__ = [
     "LLM",
     "AsyncLLM",
     "SamplingParams",
+    "BeamSearchParams",
+    "PoolingParams",
+    "StructuredOutputsParams",
+    "RepetitionDetectionParams",
     "RequestOutput",
     "CompletionOutput",
+    "BeamSearchOutput",
+    "BeamSearchSequence",
+    "EmbeddingRequestOutput",
+    "PoolingRequestOutput",
+    "ScoringRequestOutput",
     "EngineConfig",
     "QuireError",
     "ConfigError",

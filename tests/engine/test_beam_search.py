@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quire.config import from_flat
 from quire.engine.async_llm import AsyncLLM
-from quire.engine.beam_search import BeamSearch
+from quire.engine.beam_search import BeamSearch, BeamSearchSequence
 from quire.engine.llm import LLM
 from quire.errors import InvalidParameterError, PromptTooLongError
 from quire.outputs import Logprob
@@ -158,22 +158,25 @@ def test_a_drawn_token_is_considered_at_a_temperature(llm: LLM) -> None:
     assert any(len(position) == 3 for position in output.sequences[0].logprobs)
 
 
-@given(st.integers(0, 10**6), st.floats(-3, 3), st.integers(1, 4), st.booleans())
-def test_ending_early_changes_no_result(
-    seed: int, length_penalty: float, width: int, ignore_eos: bool
-) -> None:
+def test_the_score_is_vllms() -> None:
+    """The prompt counts as length, the token that ends the sequence does not."""
+    search = BeamSearch([1, 2], BeamSearchParams(2, 8, length_penalty=2.0), {0}, 8)
+    assert search.score(BeamSearchSequence([1, 2, 3, 4], cum_logprob=-8.0)) == -0.5
+    ended = BeamSearchSequence([1, 2, 3, 4, 0], cum_logprob=-8.0, finish_reason="stop")
+    assert search.score(ended) == -0.5
+
+
+@settings(max_examples=25)
+@given(st.integers(0, 10**6), st.floats(0.5, 3), st.sampled_from([-1, 0, 1]), st.integers(1, 4))
+def test_ending_early_changes_no_result(seed: int, size: float, sign: int, width: int) -> None:
     """A search that is never settled is the plain one. Random models: logprobs by the tokens so far."""
-    params = BeamSearchParams(width, 8, length_penalty=length_penalty, ignore_eos=ignore_eos)
+    params = BeamSearchParams(width, 8, length_penalty=sign * size)
+    ends = frozenset(range(30))
 
-    def position(tokens: list[int]) -> dict[int, Logprob]:
-        draw = random.Random(f"{seed}{tokens}")
-        best = sorted((-draw.expovariate(1.0), draw.randrange(100)) for _ in range(2 * width))
-        return {token: Logprob(value) for value, token in reversed(best)}
-
-    def run(search: BeamSearch) -> tuple[list[list[int]], int]:
+    def run(search: BeamSearch, seed: int) -> tuple[list[list[int]], int]:
         steps = 0
         while not search.done:
-            search.advance([position(beam.tokens) for beam in search.live])
+            search.advance([random_position(seed, beam.tokens, width) for beam in search.live])
             steps += 1
         return [beam.tokens for beam in search.best()], steps
 
@@ -181,10 +184,16 @@ def test_ending_early_changes_no_result(
         def _is_settled(self) -> bool:
             return not self.live
 
-    ends = frozenset(range(30))
-    quick, few = run(BeamSearch([1, 2], params, ends, 8))
-    slow, many = run(Patient([1, 2], params, ends, 8))
-    assert quick == slow and few <= many
+    for each in range(seed, seed + 4):
+        quick, few = run(BeamSearch([1, 2], params, ends, 8), each)
+        slow, many = run(Patient([1, 2], params, ends, 8), each)
+        assert quick == slow and few <= many
+
+
+def random_position(seed: int, tokens: list[int], width: int) -> dict[int, Logprob]:
+    draw = random.Random(f"{seed}{tokens}")
+    best = sorted((-draw.expovariate(1.0), draw.randrange(100)) for _ in range(2 * width))
+    return {token: Logprob(value) for value, token in reversed(best)}
 
 
 def test_what_cannot_be_is_refused(llm: LLM) -> None:
