@@ -214,13 +214,57 @@ def test_every_request_field_of_the_client_is_known():
         assert theirs <= ours, theirs - ours
 
 
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": name,
+            "parameters": {
+                "type": "object",
+                "properties": {"a": {"type": "integer"}, "kind": {"enum": ["x", "y"]}},
+                "required": ["a", "kind"],
+                "additionalProperties": False,
+            },
+        },
+    }
+    for name in ("add", "remove")
+]
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "add"}}])
+def test_forced_calls_match_their_schema_streamed_and_whole(client, choice):
+    body = {
+        "model": "quire-builtin", "messages": QUESTION, "tools": TOOLS, "tool_choice": choice,
+        "parallel_tool_calls": False, "max_tokens": 200, "n": 3, "seed": 5,
+    }  # fmt: skip
+    raw = client.chat.completions.with_raw_response.create(**body)
+    answer = conforms(ChatCompletion, json.loads(raw.content))
+    calls = {}
+    for choice in answer.choices:
+        [call] = choice.message.tool_calls
+        calls[choice.index] = [call.function.name, call.function.arguments]
+        if choice.finish_reason == "tool_calls":  # and not cut off in a long number
+            arguments = json.loads(call.function.arguments)
+            assert isinstance(arguments.pop("a"), int) and arguments.pop("kind") in ("x", "y")
+            assert arguments == {}
+    assert any(choice.finish_reason == "tool_calls" for choice in answer.choices)
+    streamed = {index: ["", ""] for index in calls}
+    with client.chat.completions.create(**body, stream=True) as chunks:
+        for chunk in chunks:
+            conforms(ChatCompletionChunk, chunk.model_dump(exclude_unset=True))
+            for choice in chunk.choices:
+                for call in choice.delta.tool_calls or []:
+                    streamed[choice.index][0] += call.function.name or ""
+                    streamed[choice.index][1] += call.function.arguments
+    assert streamed == calls
+
+
 def test_errors_are_the_clients_exceptions(client):
     bad = [
         ({"temperature": -1}, openai.BadRequestError, "temperature"),
         ({"max_tokens": 10**6}, openai.BadRequestError, "max_tokens"),
         ({"model": "nope"}, openai.NotFoundError, "model"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, openai.BadRequestError,
-         "tools"),
+        ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, openai.BadRequestError, "tools"),
         ({"messages": [{"role": "user", "content": "word " * 5000}]}, openai.BadRequestError,
          "input_tokens"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url":
