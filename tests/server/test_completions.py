@@ -188,9 +188,9 @@ async def test_two_tokens_with_one_text(engine):
     engine.model.tokenizer.words += ["same", "same"]
     position = {2: Logprob(-0.1, 1), 3: Logprob(-2.0, 2), 0: Logprob(-3.0, 3)}
     formatter = LogprobFormatter(engine.model.tokenizer, top=3, as_ids=False)
-    shaped, _ = formatter.completion([3], [position], 0)
-    assert shaped.token_logprobs == [-2.0]
-    assert shaped.top_logprobs == [{"same": -2.0, "<eos>": -3.0}]
+    shaped, _ = formatter.completion([3, 2], [position, position], 0)
+    assert shaped.token_logprobs == [-2.0, -0.1]
+    assert shaped.top_logprobs == [{"same": -2.0, "<eos>": -3.0}, {"same": -0.1, "<eos>": -3.0}]
 
 
 async def test_logprobs(client, engine):
