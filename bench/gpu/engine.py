@@ -12,7 +12,7 @@ import random
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -23,12 +23,10 @@ from bench.gpu.suite import Case, Entry, Options, Values
 
 from quire.engine.core import EngineCore
 from quire.models.spec import ModelSpec
-from quire.runner.device_runner import graph_sizes
 
 Lengths = Sequence[tuple[int, int]]
 """Prompt and output of each request."""
 
-STEPS_BEFORE_RECORDING = 3
 FULL_LIMITS = engines.Limits(seqs=256, tokens=8192, length=9216, cached=256 * 2112)
 SMOKE_LIMITS = engines.Limits(seqs=4, tokens=64, length=128, cached=4 * 128)
 
@@ -40,6 +38,7 @@ class Subject:
     sizes: Sizes
     limits: engines.Limits
     ceilings: Ceilings
+    invariant: bool = False
 
 
 def cases(options: Options, entries: Sequence[Entry]) -> list[Case]:
@@ -66,6 +65,15 @@ def cases(options: Options, entries: Sequence[Entry]) -> list[Case]:
             found.append(Case(f"{model} beside transformers", same))
             config = config_of(model, options.sizes)
             found.append(Case(f"{model} transformers", partial(transformers, of, config), 180))
+        # Last of the model's own: what the switch costs, beside the same cases without it.
+        even, middle = replace(of, invariant=True), sizes.batches[len(sizes.batches) // 2]
+        found += [
+            Case(f"{model} invariant start", partial(start, even), 150),
+            Case(
+                f"{model} invariant decode {middle} x {sizes.long}", partial(decode, even, middle)
+            ),
+            Case(f"{model} invariant prefill {sizes.long}", partial(prefill, even, sizes.long)),
+        ]
     return found
 
 
@@ -83,16 +91,18 @@ def anchors(model: str, *, small: bool) -> dict[str, Lengths]:
     }
 
 
-_built: dict[str, EngineCore] = {}
+_built: dict[tuple[str, bool], EngineCore] = {}
+"""By model, and whether it is batch-invariant."""
 _seeds = itertools.count(1)
 
 
 def _engine(of: Subject) -> EngineCore:
     """Built at the first call; another model's is given up for it."""
-    if of.model not in _built:
+    key = (of.model, of.invariant)
+    if key not in _built:
         _free()
-        _built[of.model] = engines.build(of.spec, of.limits)
-    return _built[of.model]
+        _built[key] = engines.build(of.spec, of.limits, invariant=of.invariant)
+    return _built[key]
 
 
 def _free() -> None:
@@ -109,13 +119,13 @@ def _drive(of: Subject, lengths: Lengths, *, limit_s: float = 1e9) -> engines.Dr
 
 
 def start(of: Subject) -> Values:
-    """Build, then decode with ever fewer requests, so that every size of a batch is recorded."""
+    """Build, record every size of a batch as an idle engine does, and run the lot once."""
     began = time.perf_counter()
     core = _engine(of)
     built = time.perf_counter()
-    padded = graph_sizes(of.limits.seqs)
-    uses = [sum(size > i for size in padded) for i in range(padded[-1])]
-    _drive(of, [(16, 2 + (STEPS_BEFORE_RECORDING + 1) * count) for count in uses])
+    while core.prepare():
+        pass
+    _drive(of, [(16, 4)] * of.limits.seqs)
     gc.collect()
     gc.freeze()  # as the engine's process does
     kv = core.scheduler.kv
