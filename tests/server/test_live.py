@@ -456,7 +456,10 @@ def test_a_process_obeys_signals_and_keeps_its_guards(flags):
             assert client.post(COMPLETIONS, json=ask(n=0)).status_code == 400
             assert client.post(COMPLETIONS, json=ask(prompt="x" * 2000)).status_code == 413
             assert (
-                client.post(COMPLETIONS, json=ask(tools=1, logit_bias={"1": 1})).status_code == 400
+                client.post(
+                    COMPLETIONS, json=ask(tools=1, guided_json={"type": "object"})
+                ).status_code
+                == 400
             )
             assert (
                 client.get("/v1/models", headers={"authorization": "Bearer x"}).status_code == 401
