@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent / "src" / "quire"
-LINE_BUDGET = 25_000
-"""Lines of Python in the package, blank ones and comments included: a person reads it in two days."""
+LINE_BUDGET = 40_000
+"""Lines of Python in the package, blank ones and comments included; docs/adr/0021 says why so many."""
 
 FORBIDDEN_MODULES = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}
 FORBIDDEN_NAMES = {"eval", "exec"}
