@@ -316,7 +316,7 @@ def top_logprobs(
     """logprobs: [R, V]; tokens: [R]. Each row's chosen token's value and rank, the top ones asked for (-1 for
     all), and those of `also`."""
     count = logprobs.shape[1] if asked == -1 else min(asked, logprobs.shape[1])
-    chosen = logprobs.gather(1, torch.tensor(tokens)[:, None])
+    chosen = logprobs.gather(1, torch.tensor(tokens, device=logprobs.device)[:, None])
     ranks = (logprobs > chosen).sum(1) + 1
     values, ids = logprobs.topk(count)
     others = logprobs[:, list(also)].tolist() if also else [[]] * len(tokens)

@@ -36,7 +36,8 @@ def launch(vocab: int, dtype: torch.dtype, hardest: Literal["greedy", "draw", "f
         banned_ids=meta(SEATS, 16),
     )  # fmt: skip
     sample(edited, table, seats, positions, space, history=history)
-    logprobs(logits, meta(7), meta(ROWS, dtype=torch.int64), MAX_LOGPROBS)
+    tokens, asked = meta(ROWS, dtype=torch.int64), meta(7, 128, dtype=torch.int64)
+    logprobs(logits, meta(7), tokens, MAX_LOGPROBS, asked)
 
 
 def check(reports: list[Report], arch: int, names: list[str]) -> None:

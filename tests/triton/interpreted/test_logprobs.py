@@ -13,8 +13,14 @@ from tests.kernels.cases import generator, randn, seeds
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 
 
-def of_rows(logits: torch.Tensor, rows: list[int], tokens: list[int], k: int) -> DeviceLogprobs:
-    return logprobs(logits, torch.tensor(rows, dtype=torch.int32), torch.tensor(tokens), k)
+def of_rows(
+    logits: torch.Tensor,
+    rows: list[int],
+    tokens: list[int],
+    k: int,
+    asked: torch.Tensor | None = None,
+) -> DeviceLogprobs:
+    return logprobs(logits, torch.tensor(rows, dtype=torch.int32), torch.tensor(tokens), k, asked)
 
 
 @settings(max_examples=25)
@@ -37,7 +43,8 @@ def test_is_log_softmax_and_its_top(
     logits[:, 0] = 0.0
     tokens = torch.randint(vocab, (3,), generator=rng).tolist()
     rows, k = [2, 0], min(k, vocab)
-    result = of_rows(logits, rows, tokens, k)
+    asked = torch.randint(vocab, (2, 70), generator=rng) if k else None
+    result = of_rows(logits, rows, tokens, k, asked)
     for i, r in enumerate(rows):
         x = logits[r].double()
         want = torch.log_softmax(x, dim=0)
@@ -48,6 +55,10 @@ def test_is_log_softmax_and_its_top(
         ids = x.sort(descending=True, stable=True).indices[:k]
         assert torch.equal(result.top_ids[i], ids)
         torch.testing.assert_close(result.top_logprobs[i].double(), want[ids], rtol=2e-6, atol=4e-6)
+        if asked is not None:
+            torch.testing.assert_close(
+                result.asked[i].double(), want[asked[i]], rtol=2e-6, atol=4e-6
+            )
         alone = of_rows(logits[r : r + 1].clone(), [0], [tokens[r]], k)
         assert torch.equal(alone.logprob[0], result.logprob[i])
         assert torch.equal(alone.top_logprobs[0], result.top_logprobs[i])
@@ -70,5 +81,7 @@ def test_wrong_arguments_are_refused() -> None:
     for rows, tokens, k in (([0], [0], 1), ([0], [0, 0], -1), ([0], [0, 0], 11)):
         with pytest.raises(KernelArgumentError):
             of_rows(logits, rows, tokens, k)
+    with pytest.raises(KernelArgumentError):
+        of_rows(logits, [0], [0, 0], 1, torch.zeros(2, 1, dtype=torch.int64))
     with pytest.raises(KernelArgumentError):
         of_rows(torch.zeros(2, 100), [0], [0, 0], MAX_LOGPROBS + 1)

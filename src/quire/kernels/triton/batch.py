@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quire.kernels.checks import require
+from quire.kernels.checks import KernelArgumentError
 from quire.kernels.triton.packing import BatchShape, Section
 
 # --- the seats --------------------------------------------------------------------------------------
@@ -146,10 +146,10 @@ def build_step(batch: DeviceBatch, *, num_rows: int, num_tokens: int) -> None:
     num_rows, num_tokens: the step's, or what a graph pads them to. Padding tokens have id 0, position 0
     and slot -1; of padding rows nothing is written.
     """
-    require(
-        num_rows <= batch.shape.max_seqs and num_tokens <= batch.shape.max_tokens,
-        f"{num_rows} rows and {num_tokens} tokens do not fit {batch.shape}",
-    )
+    if num_rows > batch.shape.max_seqs or num_tokens > batch.shape.max_tokens:
+        raise KernelArgumentError(
+            f"{num_rows} rows and {num_tokens} tokens do not fit {batch.shape}"
+        )
     _build_step[(num_rows + 1,)](
         batch.packed,
         batch.section(Section.QUERY_START_LOC),
@@ -189,7 +189,8 @@ def append_tokens(batch: DeviceBatch, sampled: Tensor) -> None:
     a step planned meanwhile may compute it.
     """
     count, block = sampled.shape[0], 256
-    require(count <= batch.shape.max_seqs, f"{count} samples do not fit {batch.shape}")
+    if count > batch.shape.max_seqs:
+        raise KernelArgumentError(f"{count} samples do not fit {batch.shape}")
     _append_tokens[(triton.cdiv(count, block),)](
         batch.section(Section.SAMPLE_SEATS),
         batch.section(Section.SAMPLE_POSITIONS),
@@ -224,14 +225,14 @@ def copy_blocks(storage: Tensor, sources: Tensor, destinations: Tensor) -> None:
     destinations: [P] int32 or int64; no destination is a source or appears twice; a pair whose source
     is negative is padding.
     """
-    require(
-        storage.dim() == 6 and storage.shape[1] == 2 and storage.is_contiguous(),
-        f"storage is {tuple(storage.shape)}; need [layers, 2, blocks, heads, block_size, D], dense",
-    )
-    require(
-        sources.dim() == 1 and sources.shape == destinations.shape,
-        f"{tuple(sources.shape)} sources and {tuple(destinations.shape)} destinations",
-    )
+    if storage.dim() != 6 or storage.shape[1] != 2 or not storage.is_contiguous():
+        raise KernelArgumentError(
+            f"storage is {tuple(storage.shape)}; need [layers, 2, blocks, heads, block_size, D], dense"
+        )
+    if sources.dim() != 1 or sources.shape != destinations.shape:
+        raise KernelArgumentError(
+            f"{tuple(sources.shape)} sources and {tuple(destinations.shape)} destinations"
+        )
     words = storage.view(torch.int32)  # what the bits mean does not matter
     planes, num_blocks, size = 2 * words.shape[0], words.shape[2], words.shape[3:].numel()
     tile = min(4096, triton.next_power_of_2(size))

@@ -1,7 +1,8 @@
 """Log-probabilities of the chosen and of the likeliest tokens, without a log-softmax in memory.
 
 `_part`, a program for each tile of a row that asks, finds the tile's k likeliest, what it weighs and how
-many of its logits exceed the chosen one. `_merge`, a program for each such row, puts the tiles together.
+many of its logits exceed the chosen one. `_merge`, a program for each such row, puts the tiles together,
+and looks up the tokens that were asked for by id.
 Weights are integers, as in `sampling`, so that sums do not depend on how they are laid out.
 """
 
@@ -29,6 +30,7 @@ from quire.kernels.triton.seats import (
 
 MAX_LOGPROBS = 32
 _TILE = tl.constexpr(TILE)
+_LISTED = tl.constexpr(64)  # ids looked up together
 
 
 @triton.jit
@@ -60,7 +62,8 @@ def _part(logits, stride, vocab, rows, tokens, top_ptr, weight_ptr, above_ptr, e
 @triton.jit
 def _merge(
     logits, stride, rows, tokens, top_ptr, weight_ptr, above_ptr, tiles, entries,
-    chosen_ptr, rank_ptr, ids_ptr, values_ptr, k, TILES: tl.constexpr, ENTRIES: tl.constexpr,
+    chosen_ptr, rank_ptr, ids_ptr, values_ptr, k, asked_ids, asked_ptr, asked,
+    TILES: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
     index = tl.program_id(0).to(tl.int64)
     row = tl.load(rows + index).to(tl.int64)
@@ -85,25 +88,37 @@ def _merge(
         value = -_below(ranked_value(top), best) - log_total
         tl.store(values_ptr + index * k + place, value)
         keys = tl.where(keys == top, LEAST, keys)
+    if asked_ids is not None:
+        for start in range(0, asked, _LISTED):
+            listed = start + tl.arange(0, _LISTED)
+            there = listed < asked
+            token = tl.load(asked_ids + index * asked + listed, mask=there, other=0)
+            x = tl.load(logits + row * stride + token, mask=there, other=0.0).to(tl.float32)
+            tl.store(asked_ptr + index * asked + listed, -_below(x, best) - log_total, mask=there)
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceLogprobs:
     """On the device, for each of N rows. logprob: [N] float32, the chosen token's. rank: [N] int32,
-    from 1. top_ids: [N, k] int64 and top_logprobs: [N, k] float32, best first, ties by id."""
+    from 1. top_ids: [N, k] int64 and top_logprobs: [N, k] float32, best first, ties by id.
+    asked: [N, A] float32, in the order of the ids."""
 
     logprob: Tensor
     rank: Tensor
     top_ids: Tensor
     top_logprobs: Tensor
+    asked: Tensor
 
 
-def logprobs(logits: Tensor, rows: Tensor, token_ids: Tensor, k: int) -> DeviceLogprobs:
-    """Log-softmax of the chosen tokens and the k likeliest, in the rows that ask.
+def logprobs(
+    logits: Tensor, rows: Tensor, token_ids: Tensor, k: int, asked_ids: Tensor | None = None
+) -> DeviceLogprobs:
+    """Log-softmax of the chosen tokens, the k likeliest and those asked for, in the rows that ask.
 
     logits: [R, V], rows dense, any row stride, as the model gave them. rows: [N] int32, those that ask.
-    token_ids: [R] int64, chosen. k: 0 to `MAX_LOGPROBS`, at most V. Logits of +inf share all there is.
-    A row with NaN yields anything. Contents of rows and token_ids are not looked at.
+    token_ids: [R] int64, chosen. k: 0 to `MAX_LOGPROBS`, at most V. asked_ids: [N, A] int64, below V.
+    Logits of +inf share all there is. A row with NaN yields anything. Contents of rows, token_ids and
+    asked_ids are not looked at.
     """
     check_logits("logits", logits)
     vocab, count = logits.shape[1], rows.shape[0]
@@ -111,6 +126,9 @@ def logprobs(logits: Tensor, rows: Tensor, token_ids: Tensor, k: int) -> DeviceL
     check_index("token_ids", token_ids, torch.int64, (logits.shape[0],))
     most = min(MAX_LOGPROBS, vocab)
     require(0 <= k <= most and count <= 65535, f"k={k} of {count} rows; k is 0 to {most}")
+    asked = 0 if asked_ids is None else asked_ids.shape[1]
+    if asked_ids is not None:
+        check_index("asked_ids", asked_ids, torch.int64, (count, asked))
     tiles, entries = triton.cdiv(vocab, TILE), max(k, 1)
 
     def empty(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -124,6 +142,7 @@ def logprobs(logits: Tensor, rows: Tensor, token_ids: Tensor, k: int) -> DeviceL
         rank=empty(count, dtype=torch.int32),
         top_ids=empty(count, k, dtype=torch.int64),
         top_logprobs=empty(count, k, dtype=torch.float32),
+        asked=empty(count, asked, dtype=torch.float32),
     )
     if count:
         stride = logits.stride(0)
@@ -133,6 +152,7 @@ def logprobs(logits: Tensor, rows: Tensor, token_ids: Tensor, k: int) -> DeviceL
         _merge[(count,)](
             logits, stride, rows, token_ids, top, weights, above, tiles, entries,
             result.logprob, result.rank, result.top_ids, result.top_logprobs, k,
+            asked_ids, result.asked, asked,
             TILES=triton.next_power_of_2(tiles), ENTRIES=triton.next_power_of_2(tiles * entries),
             num_warps=4,
         )  # fmt: skip

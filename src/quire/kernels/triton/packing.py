@@ -42,7 +42,7 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
-from quire.kernels.checks import require
+from quire.kernels.checks import KernelArgumentError
 
 
 class Section(IntEnum):
@@ -119,10 +119,10 @@ class StepPacker:
         rows, picked = len(seats), len(sampling)
         ends = np.cumsum(counts)
         tokens = int(ends[-1]) if rows else 0
-        require(
-            rows <= self.shape.max_seqs and tokens <= self.shape.max_tokens,
-            f"a step of {rows} rows and {tokens} tokens does not fit {self.shape}",
-        )
+        if rows > self.shape.max_seqs or tokens > self.shape.max_tokens:
+            raise KernelArgumentError(
+                f"a step of {rows} rows and {tokens} tokens does not fit {self.shape}"
+            )
         of = self.buffer[: self.shape.tail].reshape(len(Section), -1)
         of[Section.QUERY_START_LOC, 0] = 0
         of[Section.QUERY_START_LOC, 1 : rows + 1] = ends
@@ -151,6 +151,7 @@ class StepPacker:
         for row, values in items:
             start[row], count[row] = end, len(values)
             end += len(values)
-            require(end <= len(self.buffer), f"more new ids and blocks than {self.shape} allows")
+            if end > len(self.buffer):
+                raise KernelArgumentError(f"more new ids and blocks than {self.shape} allows")
             self.buffer[end - len(values) : end] = values
         return end
