@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -14,6 +14,7 @@ from starlette.requests import ClientDisconnect, Request
 from quire.server.errors import ApiError, bad_request, malformed
 from quire.server.live import ClientGoneError
 from quire.server.middleware import adopt_request_id
+from quire.server.requests import PROMPT_FORMS
 from quire.server.unsupported import NO_EFFECT, UNREAD, refuse_unsupported
 
 M = TypeVar("M", bound=BaseModel)
@@ -80,22 +81,25 @@ def parse(
     refused = {name: value for name, value in (unsupported or {}).items() if name not in declared}
     refuse_unsupported(body, refused)
     known = (declared | refused.keys() | NO_EFFECT) - UNREAD
-    idle = [name for name in body if name not in known]
-    if idle and isinstance(body, Body) and body.strict:
-        raise bad_request(
-            f"{_complaint(idle[0])}, which this server refuses (--strict-requests). Leave it out.",
-            param=_printable(idle[0]),
-        )
+    warnings = warn_of(body, [(name, _complaint(name)) for name in body if name not in known])
     try:
         request = model.model_validate(body)
     except ValidationError as error:
         details = error.errors(include_url=False, include_input=False, include_context=False)
-        raise _explain(details[0]) from None
-    return Parsed(request, _warnings(idle))
+        raise _explain(details[0], model) from None
+    return Parsed(request, warnings)
 
 
-def _warnings(idle: list[str]) -> list[str]:
-    shown = [_complaint(name) for name in idle[:MAX_WARNINGS]]
+def warn_of(body: Mapping[str, object], idle: Sequence[tuple[str, str]]) -> list[str]:
+    """The warnings for fields that change nothing, each with what to say of it; under --strict-requests a
+    400 for the first."""
+    if idle and isinstance(body, Body) and body.strict:
+        name, complaint = idle[0]
+        raise bad_request(
+            f"{complaint}, which this server refuses (--strict-requests). Leave it out.",
+            param=_printable(name),
+        )
+    shown = [complaint for _, complaint in idle[:MAX_WARNINGS]]
     if len(idle) > MAX_WARNINGS:
         shown.append(f"{len(idle) - MAX_WARNINGS} more unknown fields were ignored")
     return shown
@@ -114,14 +118,18 @@ def _printable(name: str) -> str:
     ]
 
 
+def _is_prompt(model: type[BaseModel], name: str) -> bool:
+    return model.model_fields[name].description == PROMPT_FORMS
+
+
 _UNION_TAGS = ("str", "list", "int", "constrained", "dict")
 
 
-def _explain(error: ErrorDetails) -> ApiError:
+def _explain(error: ErrorDetails, model: type[BaseModel]) -> ApiError:
     """vLLM's shape: `param` is the path below "body". Union branches are not part of the path."""
     location = error["loc"]
-    if location and location[0] in ("prompt", "input") and error["type"] != "missing":
-        name = location[0]
+    name = str(location[0]) if location else ""
+    if name in model.model_fields and error["type"] != "missing" and _is_prompt(model, name):
         return malformed(
             f"{name} must be a string, a list of strings, a list of token ids (0 or more), or a list "
             "of lists of token ids.",

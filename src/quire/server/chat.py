@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from fastapi import APIRouter
 from msgspec import UNSET
@@ -14,7 +15,7 @@ from quire.outputs import CompletionOutput, RequestOutput
 from quire.sampling_params import SamplingParams
 from quire.server import unsupported
 from quire.server.body import parse, read_json
-from quire.server.engine_protocol import ServedModel
+from quire.server.engine_protocol import RequestStream, ServedModel
 from quire.server.generation import (
     Frame,
     check_model,
@@ -67,20 +68,38 @@ def chat_router(state: ServerState) -> APIRouter:
         parsed = parse(ChatCompletionRequest, body, unsupported=unsupported.CHAT)
         asked = parsed.request
         check_model(asked.model, model)
-        params = chat_params(asked, model)
-        use = tool_use(asked, served_format(state, model), params)
-        prompt, reader = await prepare_chat(asked, use, params, model)
-        params = reader.params
-        frame = Frame.make("chatcmpl", model, [*parsed.warnings, *use.warnings])
+        frame = Frame.make("chatcmpl", model, parsed.warnings)
+        chat = await start_chat(state, request, asked, frame)
         role = answer_role(asked, state.config.response_role)
-        encoder = ChatEncoder(asked, frame, model, prompt, reader, role)
-        with blaming_tools(use):
-            engine = await admit(state, 1, params)
-            log_request(state, request, frame, [(prompt, params)])
-            streams = submit_all(engine, [(prompt, params)], asked, frame)
-        return await respond(state, request, asked, streams, encoder)
+        encoder = ChatEncoder(asked, chat.frame, model, chat.prompt, chat.reader, role)
+        return await respond(state, request, asked, chat.streams, encoder)
 
     return router
+
+
+@dataclass(frozen=True, slots=True)
+class StartedChat:
+    frame: Frame
+    """With the warnings that the tools gave cause for."""
+    prompt: EncodedPrompt
+    reader: AnswerReader
+    streams: list[RequestStream]
+
+
+async def start_chat(
+    state: ServerState, request: Request, asked: ChatCompletionRequest, frame: Frame
+) -> StartedChat:
+    """Submit a conversation. Other endpoints' requests come here too, translated."""
+    model = state.serving_engine().model
+    params = chat_params(asked, model)
+    use = tool_use(asked, served_format(state, model), params)
+    prompt, reader = await prepare_chat(asked, use, params, model)
+    frame = dataclasses.replace(frame, warnings=[*frame.warnings, *use.warnings])
+    with blaming_tools(use):
+        engine = await admit(state, 1, reader.params)
+        log_request(state, request, frame, [(prompt, reader.params)])
+        streams = submit_all(engine, [(prompt, reader.params)], asked, frame)
+    return StartedChat(frame, prompt, reader, streams)
 
 
 async def encode_chat(request: ChatCompletionRequest, model: ServedModel) -> EncodedPrompt:

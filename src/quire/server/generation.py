@@ -23,7 +23,7 @@ from quire.server.middleware import owner_of, request_id_of
 from quire.server.prompts import EncodedPrompt
 from quire.server.requests import SamplingFields
 from quire.server.sampling import log_values
-from quire.server.sse import EventStream
+from quire.server.sse import Ending, EventStream
 from quire.server.state import ServerState
 
 logger = logging.getLogger(__name__)
@@ -39,9 +39,13 @@ class Frame:
     warnings: list[str]
 
     @classmethod
-    def make(cls, prefix: str, model: ServedModel, warnings: list[str]) -> Frame:
+    def make(
+        cls, prefix: str, model: ServedModel, warnings: list[str], *, separator: str = "-"
+    ) -> Frame:
         """The id is ours and random: nothing a client sends is ever a key."""
-        return cls(f"{prefix}-{secrets.token_hex(16)}", int(time.time()), model.name, warnings)
+        return cls(
+            f"{prefix}{separator}{secrets.token_hex(16)}", int(time.time()), model.name, warnings
+        )
 
 
 Params = SamplingParams | PoolingParams
@@ -134,17 +138,24 @@ async def respond(
     asked: SamplingFields,
     streams: Sequence[RequestStream],
     encoder: Encoder,
+    *,
+    events: AsyncGenerator[bytes, None] | None = None,
+    ending: Ending | None = None,
 ) -> Response:
-    """Run to the end, or stream. Whatever ends the request early aborts it in the engine."""
+    """Run to the end, or stream. Whatever ends the request early aborts it in the engine.
+
+    events: what to stream instead of `encoded(streams, encoder)`.
+    """
     headers = warning_headers(encoder.frame.warnings)
     if asked.stream:
         live = state.live.open(streams, answer_id=encoder.frame.id, owner=owner_of(request.scope))
         return EventStream(
-            _events(streams, encoder),
+            encoded(streams, encoder) if events is None else events,
             live=live,
             request_id=request_id_of(request.scope),
             keep_alive=state.config.sse_keep_alive_interval,
             headers=headers,
+            ending=ending,
         )
     outputs = await run_to_end(state, request, streams, encoder.frame)
     return Response(encoder.whole(outputs), media_type="application/json", headers=headers)
@@ -188,7 +199,7 @@ def raise_if_failed(output: RequestOutput) -> None:
         raise ApiError(500, output.error or "The engine failed on this request.")
 
 
-async def _events(
+async def encoded(
     streams: Sequence[RequestStream], encoder: Encoder
 ) -> AsyncGenerator[bytes, None]:
     async with aclosing(merge(streams)) as outputs:

@@ -24,12 +24,13 @@ Texts = Annotated[list[str], Field(fail_fast=True)]
 Object = dict[str, Any]
 """Checked by whoever knows its fields: pydantic would report each of a million bad entries."""
 Name = Annotated[str, Field(max_length=256)]
+PROMPT_FORMS = "A text, a list of texts, token ids, or a list of lists of token ids."
 Prompt = Annotated[
     str
     | Annotated[list[str], Field(fail_fast=True)]
     | TokenIds
     | Annotated[list[TokenIds], Field(fail_fast=True)],
-    Field(description="A text, a list of texts, token ids, or a list of lists of token ids."),
+    Field(description=PROMPT_FORMS),
 ]
 
 
@@ -50,12 +51,12 @@ class StreamOptions(Strict):
     """With `include_usage`: the usage so far in every chunk."""
 
 
-class SamplingFields(Strict):
-    """Fields that both generation endpoints share. Defaults are the model's, see `sampling`."""
+class DecodingFields(Strict):
+    """How tokens are chosen and requests treated, for every endpoint that generates. Defaults are the
+    model's, see `sampling`."""
 
     model: Name | None = None
     """One of the server's names; without it, the model there is."""
-    n: int | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
@@ -64,27 +65,17 @@ class SamplingFields(Strict):
     top_k: int | None = None
     min_p: float | None = None
     seed: int | None = None
-    stop: str | Texts | None = None
     stop_token_ids: Ints | None = None
     ignore_eos: bool | None = None
-    max_tokens: int | None = None
     min_tokens: int | None = None
-    prompt_logprobs: int | None = None
-    """The top logprobs of each prompt token but the first, with its own; -1 is all. Not with `stream`."""
-    prompt_logprob_start: int | None = None
-    logprob_token_ids: Ints | None = None
     logit_bias: Object | None = None
     allowed_token_ids: Ints | None = None
     bad_words: Texts | None = None
     structured_outputs: Object | None = None
     """What the output must match, see [below](#structured-outputs)."""
-    response_format: Object | None = None
-    """OpenAI's way to ask for `structured_outputs`: {"type": "text" | "json_object" | "json_schema"}."""
     thinking_token_budget: int | None = None
     repetition_detection: Object | None = None
     """End a request that repeats itself, see [below](#repetition-detection)."""
-    best_of: int | None = None
-    """Only equal to n: nothing is sampled to be thrown away."""
     skip_special_tokens: bool | None = None
     """Leave them out of the text."""
     spaces_between_special_tokens: bool | None = None
@@ -93,9 +84,7 @@ class SamplingFields(Strict):
     """End the text with the stop string, or the stop token's text, that was found."""
 
     stream: bool | None = None
-    """Server-sent events, ending with `[DONE]`."""
-    stream_options: StreamOptions | None = None
-    """Needs `stream`."""
+    """Server-sent events."""
     stream_interval: int | None = None
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
     """Lower runs sooner, with `--scheduling-policy priority`."""
@@ -104,6 +93,26 @@ class SamplingFields(Strict):
     skip_reading_prefix_cache: bool | None = None
     request_id: Name | None = None
     """For logs, where the header X-Request-Id was not sent; never a key to anything."""
+    vllm_xargs: Object | None = None
+    """For extensions of vLLM; nothing here reads it, and a warning says so."""
+
+
+class SamplingFields(DecodingFields):
+    """What completions and chat completions have besides."""
+
+    n: int | None = None
+    stop: str | Texts | None = None
+    max_tokens: int | None = None
+    prompt_logprobs: int | None = None
+    """The top logprobs of each prompt token but the first, with its own; -1 is all. Not with `stream`."""
+    prompt_logprob_start: int | None = None
+    logprob_token_ids: Ints | None = None
+    response_format: Object | None = None
+    """OpenAI's way to ask for `structured_outputs`: {"type": "text" | "json_object" | "json_schema"}."""
+    best_of: int | None = None
+    """Only equal to n: nothing is sampled to be thrown away."""
+    stream_options: StreamOptions | None = None
+    """Needs `stream`."""
     return_token_ids: bool | None = None
     """`token_ids` on each choice, `prompt_token_ids` once."""
     return_tokens_as_token_ids: bool | None = None
@@ -117,8 +126,6 @@ class SamplingFields(Strict):
     """What `truncate_prompt_tokens` cuts off."""
     add_special_tokens: bool | None = None
     """Whether the tokenizer adds its own, such as BOS, to texts; templates write theirs."""
-    vllm_xargs: Object | None = None
-    """For extensions of vLLM; nothing here reads it, and a warning says so."""
 
 
 class CompletionRequest(SamplingFields):
@@ -182,23 +189,31 @@ class ChatFields(Strict):
     """How messages become a prompt; the same for answering and for `/tokenize`."""
 
     messages: Messages
+    """The conversation, oldest first."""
     tools: Annotated[list[Tool], Field(fail_fast=True, max_length=MAX_TOOLS)] | None = None
     """What the model may call: functions."""
     documents: Annotated[list[dict[str, Any]], Field(max_length=MAX_TOOLS)] | None = None
     """For templates that know them."""
     add_generation_prompt: bool | None = None
+    """End the prompt with what begins an answer: the default."""
     continue_final_message: bool | None = None
+    """Go on with the last message instead of beginning one."""
     chat_template_kwargs: (
         Annotated[dict[str, Any], Field(max_length=MAX_TEMPLATE_KWARGS)] | None
     ) = None
+    """Variables for the template."""
     reasoning_effort: Name | None = None
+    """For templates that know it."""
     add_special_tokens: bool | None = None
 
 
 class ChatCompletionRequest(ChatFields, SamplingFields):
     max_completion_tokens: int | None = None
+    """OpenAI's newer name for `max_tokens`; it wins."""
     logprobs: bool | None = None
+    """Whether each token's logprob is returned."""
     top_logprobs: int | None = None
+    """With `logprobs`: this many of the likeliest tokens' too; -1 is all."""
     tool_choice: Name | dict[str, Any] | None = None
     """none, auto, required, {"type": "function", "function": {"name": ...}} or {"type": "allowed_tools"}."""
     parallel_tool_calls: bool | None = None
@@ -215,18 +230,22 @@ class ChatBatchRequest(ChatCompletionRequest):
 class TokenizeCompletionRequest(Strict):
     model: Name | None = None
     prompt: str
+    """A text."""
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
+    """The tokens as the vocabulary writes them, too."""
 
 
 class TokenizeChatRequest(ChatFields):
     model: Name | None = None
     return_token_strs: bool | None = None
+    """The tokens as the vocabulary writes them, too."""
 
 
 class DetokenizeRequest(Strict):
     model: Name | None = None
     tokens: TokenIds
+    """Token ids."""
 
 
 class AbortRequest(Strict):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, MutableMapping
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -29,14 +30,26 @@ def event(payload: bytes) -> bytes:
     return b"data: " + payload + b"\n\n"
 
 
+def named_event(name: str, payload: bytes) -> bytes:
+    return b"event: " + name.encode("ascii") + b"\n" + event(payload)
+
+
 def error_event(error: ApiError) -> bytes:
     return event(msgspec.json.encode({"error": error.payload()}))
 
 
-class EventStream(Response):
-    """Sends `events` (whole events, as bytes), then `[DONE]`.
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a stream says that it is over. The default is chat completions' way."""
 
-    An exception in `events`, or `live.terminate`, becomes an error event before `[DONE]`: the status
+    done: bytes = DONE
+    on_error: Callable[[ApiError], bytes] = error_event
+
+
+class EventStream(Response):
+    """Sends `events` (whole events, as bytes), then `ending.done`.
+
+    An exception in `events`, or `live.terminate`, becomes an error event before that: the status
     line said 200 long ago. A client that leaves ends `events` at once.
     """
 
@@ -50,8 +63,10 @@ class EventStream(Response):
         request_id: str,
         keep_alive: float,
         headers: Mapping[str, str] | None = None,
+        ending: Ending | None = None,
     ) -> None:
         self.status_code = 200
+        self._ending = ending or Ending()
         self.background = None
         self.init_headers(
             {"cache-control": "no-cache", "x-accel-buffering": "no", **(headers or {})}
@@ -83,12 +98,12 @@ class EventStream(Response):
             if self._live.error is None or task is None:
                 raise  # the client left
             task.uncancel()
-            await writer.write(error_event(self._live.error))
+            await writer.write(self._ending.on_error(self._live.error))
         except Exception as error:
-            await writer.write(error_event(to_api_error(error, self._request_id)))
+            await writer.write(self._ending.on_error(to_api_error(error, self._request_id)))
         finally:
             keeper.cancel()
-        await writer.finish(DONE)
+        await writer.finish(self._ending.done)
 
     def init_headers(self, headers: Mapping[str, str] | None = None) -> None:
         """No content-length: the body is not known."""
