@@ -83,8 +83,12 @@ limits are [options](options.md). The last column says what vLLM 0.32 does where
 Besides what is below, `/` is the playground, `/docs` and `/openapi.json` describe the endpoints to programs.
 """
 
+SAMPLING = tuple(
+    cls for cls in reversed(SamplingFields.__mro__) if issubclass(cls, Strict) and cls is not Strict
+)
+"""The classes whose fields `SamplingParams` explains, the most general first."""
 HOW = {
-    SamplingFields: "Each is a field of `SamplingParams` too, unless it is about the answer's form. "
+    SAMPLING[0]: "Each is a field of `SamplingParams` too, unless it is about the answer's form. "
     f"Defaults of {', '.join(f'`{name}`' for name in FROM_MODEL)} are the model's own "
     "(generation_config.json) where it has them.",
 }
@@ -103,10 +107,18 @@ def render() -> str:
     return "\n".join(sections)
 
 
-def unknown_names() -> list[str]:
-    """Names in this file's tables that nothing has: leftovers."""
+def problems() -> list[str]:
+    """Leftovers in this file's tables, and fields that nothing explains."""
     fields = {name for model in MODELS for name in model.model_fields}
-    return sorted((set(VLLM_FIELDS) - fields) | (set(VLLM_ENDPOINTS) - set(_openapi()["paths"])))
+    unknown = (set(VLLM_FIELDS) - fields) | (set(VLLM_ENDPOINTS) - set(_openapi()["paths"]))
+    return [
+        f"scripts/api_page.py names {name}, which does not exist" for name in sorted(unknown)
+    ] + [
+        f"{cls.__name__}.{name} has no docstring"
+        for cls in (*_declaring(list(MODELS)), StreamOptions)
+        for name in _own(cls)
+        if not _text(cls, name)
+    ]
 
 
 def _openapi(**options: bool) -> dict[str, Any]:
@@ -164,7 +176,7 @@ def _fields(cls: type[BaseModel], where: str) -> str:
         text, default = _text(cls, name), "–"
         if info.is_required():
             default = "required"
-        elif cls is SamplingFields and name in SamplingParams.__struct_fields__:
+        elif cls in SAMPLING and name in SamplingParams.__struct_fields__:
             default = DEFAULTS.get(name) or _default(getattr(SamplingParams(), name))
         vllm = "no such field" if text.endswith("Not in vLLM.") else VLLM_FIELDS.get(name, "same")
         rows.append((f"`{name}`", _type(properties[name]), default, text, vllm))
@@ -247,7 +259,7 @@ def _default(value: object) -> str:
 
 def _text(cls: type, name: str) -> str:
     """The field's own docstring, or that of a shared field of the same name."""
-    for source in (cls, SamplingFields, SamplingParams, PoolingParams):
+    for source in (cls, *SAMPLING, SamplingParams, PoolingParams):
         text = _docstrings(source).get(name)
         if text:
             return text

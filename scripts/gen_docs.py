@@ -150,11 +150,15 @@ def _default(value: object) -> str:
 
 def main() -> int:
     unknown = set(VLLM) - {info.name for info in [*engine_options(), *server_options()]}
-    unknown |= set(api_page.unknown_names())
     if unknown:
-        print(f"scripts: tables of vLLM name what does not exist: {', '.join(sorted(unknown))}")
+        print(
+            f"scripts/gen_docs.py: VLLM names options that do not exist: {', '.join(sorted(unknown))}"
+        )
         return 1
     status = 0
+    for problem in api_page.problems():
+        print(problem)
+        status = 1
     pages = ((PAGE, render()), (BENCH_PAGE, render_bench()), (API_PAGE, api_page.render()))
     for page, text in pages:
         if "--check" not in sys.argv:

@@ -91,6 +91,13 @@ async def test_neutral_values_are_the_defaults(client, engine, url):
 
 
 @BOTH
+async def test_all_logprobs_where_the_server_allows_it(client, engine, url):
+    asked = {"logprobs": -1} if url == COMPLETIONS else {"logprobs": True, "top_logprobs": -1}
+    engine.model.max_logprobs = -1
+    assert (await params_of(client, engine, url, **asked)).logprobs == -1
+
+
+@BOTH
 async def test_best_of_may_equal_n(client, engine, url):
     assert (await params_of(client, engine, url, n=3, best_of=3)).n == 3
 

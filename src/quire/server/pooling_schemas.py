@@ -44,6 +44,7 @@ class EncodingFields(PoolingFields):
 
 class EmbeddingRequest(EncodingFields):
     input: Prompt
+    """A text, a list of texts, token ids, or a list of lists of token ids."""
     add_special_tokens: bool | None = None
 
 
@@ -56,12 +57,19 @@ class ScoreRequest(PoolingFields):
     names in vLLM."""
 
     text_1: Texts | None = None
+    """One side, or `data_1`, `queries`."""
     text_2: Texts | None = None
+    """The other, or `data_2`, `documents`, `items`."""
     data_1: Texts | None = None
+    """`text_1`."""
     data_2: Texts | None = None
+    """`text_2`."""
     queries: Texts | None = None
+    """`text_1`."""
     documents: Texts | None = None
+    """`text_2`."""
     items: Texts | None = None
+    """`text_2`."""
 
 
 class Document(Strict):
@@ -70,7 +78,9 @@ class Document(Strict):
 
 class RerankRequest(PoolingFields):
     query: str
+    """What the documents are compared with."""
     documents: Annotated[list[str | Document], Field(fail_fast=True, min_length=1)]
+    """Texts, or objects with a text."""
     top_n: int | None = None
     """0, the default, is all."""
     return_documents: bool | None = None

@@ -71,8 +71,10 @@ def chat_params(request: ChatCompletionRequest, model: ServedModel) -> SamplingP
     if request.top_logprobs is not None and not request.logprobs:
         raise bad_request("top_logprobs needs logprobs: true.", param="top_logprobs")
     top = request.top_logprobs
-    if top is not None and top < 0:
-        raise bad_request(f"top_logprobs must be at least 0, got {top}.", param="top_logprobs")
+    if top is not None and top < -1:
+        raise bad_request(
+            f"top_logprobs must be at least 0, or -1 for all, got {top}.", param="top_logprobs"
+        )
     max_tokens = request.max_completion_tokens
     if max_tokens is None:
         max_tokens = request.max_tokens
