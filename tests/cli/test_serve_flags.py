@@ -121,6 +121,8 @@ def _other_value(info: OptionInfo) -> object:
         return '{"x": 1}'
     if info.name == "block_size":
         return 32
+    if info.name == "max_sequences_per_request":  # its default is the most
+        return 1
     if info.default is None or info.default == () or isinstance(info.default, str | tuple):
         text = info.type is str or "str" in str(info.type)
         return "word" if text else "1" if "float" in str(info.type) else "4096"

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
+from quire.config import foreign_flags, load_yaml, without_foreign
 from quire.config.options import OptionInfo, parse_text
 
 
@@ -64,6 +65,24 @@ def dashed(argv: Sequence[str]) -> list[str]:
     return words
 
 
+def parse_options(
+    parser: Parser, infos: Sequence[OptionInfo], argv: Sequence[str]
+) -> tuple[argparse.Namespace, dict[str, object], list[str]]:
+    """The namespace; the options set by flags and `--config`; a sentence for each of vLLM's options among
+    them that has no effect here. Raises `ConfigError` for those we cannot do without.
+    """
+    parser.add_argument(
+        "--config", metavar="FILE", help="YAML file of these options; flags given here win"
+    )
+    add_options(parser, infos)
+    foreign = foreign_flags()
+    add_options(parser, foreign)
+    args = parser.parse_strictly(argv)
+    values = load_yaml(args.config) if args.config else {}
+    values, notes = without_foreign(values | given(args, [*infos, *foreign]))
+    return args, values, notes
+
+
 def add_options(parser: argparse.ArgumentParser, infos: Iterable[OptionInfo]) -> None:
     """One flag per option. Values land in the namespace under the option's name, only if given."""
     groups: dict[str, argparse._ArgumentGroup] = {}
@@ -101,7 +120,9 @@ def _add_option(group: argparse._ArgumentGroup, info: OptionInfo) -> None:
 
 
 def _help(info: OptionInfo) -> str:
-    """The option's own words and its default, safe from argparse's %-formatting."""
+    """The option's own words and its default, safe from argparse's %-formatting. vLLM's are not shown."""
+    if info.group == "foreign":
+        return argparse.SUPPRESS
     shown = info.default
     text = info.help
     if info.is_bool:

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
+import logging
 
-from quire.cli.parser import Parser, add_options, given
-from quire.config import (
-    EngineConfig,
-    ServerConfig,
-    engine_options,
-    load_yaml,
-    server_options,
-    split_flat,
-)
+from quire.cli.parser import Parser, parse_options
+from quire.config import EngineConfig, ServerConfig, engine_options, server_options, split_flat
 from quire.util.logging import setup_logging
+
+logger = logging.getLogger(__name__)
 
 
 def run(argv: list[str]) -> int:
-    engine, server = configs(argv)
+    values, notes = _given(argv)
+    engine, server = split_flat(values)
     setup_logging(log_format=engine.runtime.log_format)
+    for note in notes:
+        logger.warning(note)
     from quire.engine.core_client import CoreProcess
 
     # First of all: it imports torch while this process imports the HTTP server.
@@ -33,6 +31,11 @@ def run(argv: list[str]) -> int:
 
 def configs(argv: list[str]) -> tuple[EngineConfig, ServerConfig]:
     """Both configs, from the words after `quire serve`."""
+    return split_flat(_given(argv)[0])
+
+
+def _given(argv: list[str]) -> tuple[dict[str, object], list[str]]:
+    """The options that were set, and what is to be said about vLLM's among them."""
     infos = [*engine_options(), *server_options()]
     parser = Parser(
         prog="quire serve",
@@ -45,18 +48,7 @@ def configs(argv: list[str]) -> tuple[EngineConfig, ServerConfig]:
         nargs="?",
         help="local directory or hub id (default: the built-in model)",
     )
-    parser.add_argument(
-        "--config", metavar="FILE", help="YAML file of these options; flags given here win"
-    )
-    add_options(parser, infos)
-    args = parser.parse_strictly(argv)
-    values = load_yaml(args.config) if args.config else {}
-    values |= given(args, infos)
-    return split_flat(with_model(values, args))
-
-
-def with_model(values: dict[str, object], args: argparse.Namespace) -> dict[str, object]:
-    """`values` with the positional MODEL, which wins over `--model`, as in vLLM."""
-    if args.model_positional is not None:
+    args, values, notes = parse_options(parser, infos, argv)
+    if args.model_positional is not None:  # it wins over --model, as in vLLM
         values["model"] = args.model_positional
-    return values
+    return values, notes

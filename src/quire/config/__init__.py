@@ -16,6 +16,7 @@ from quire.config.flat import (
     server_options,
     split_flat,
 )
+from quire.config.foreign import foreign_flags, without_foreign
 from quire.config.server import ServerConfig
 
 __all__ = [
@@ -26,9 +27,11 @@ __all__ = [
     "SchedulerConfig",
     "ServerConfig",
     "engine_options",
+    "foreign_flags",
     "from_flat",
     "load_yaml",
     "server_from_flat",
     "server_options",
     "split_flat",
+    "without_foreign",
 ]

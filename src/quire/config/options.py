@@ -88,6 +88,8 @@ def check_type(info: OptionInfo, value: object) -> object:
         value = tuple(value)
     if info.is_list and isinstance(value, str):
         value = (value,)
+    if info.is_list and isinstance(value, tuple) and len(value) == 1 and str(value[0])[:1] == "[":
+        value = _json_list(value[0])  # vLLM: --allowed-origins '["https://a"]'
     allowed = _allowed(info)
     ok = _is_instance(value, allowed)
     if isinstance(value, tuple):
@@ -159,6 +161,17 @@ def parse_size(text: str) -> int:
 def parse_max_model_len(text: str) -> int:
     """`parse_size`, or "auto" (-1): as long as memory allows."""
     return -1 if text.strip().lower() == "auto" else parse_size(text)
+
+
+def _json_list(text: str) -> object:
+    """A JSON array as a tuple; what is none stays what it is."""
+    import json
+
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return (text,)
+    return tuple(value) if isinstance(value, list) else (text,)
 
 
 def parse_json_object(text: str) -> dict[str, object]:

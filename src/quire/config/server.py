@@ -39,11 +39,19 @@ class ServerConfig:
     allow_credentials: bool = option(False, "CORS: whether browsers may send credentials.")
     ssl_keyfile: str | None = option(None, "TLS key.")
     ssl_certfile: str | None = option(None, "TLS certificate.")
+    ssl_ca_certs: str | None = option(None, "Certificates that clients' are checked against.")
+    ssl_cert_reqs: int = option(
+        0, "Whether clients must show a certificate: 0 no, 1 it is checked if shown, 2 yes."
+    )
     uvicorn_log_level: str = option(
         "info", "Log level of the HTTP server.",
         choices=("debug", "info", "warning", "error", "critical", "trace"),
     )  # fmt: skip
     disable_uvicorn_access_log: bool = option(False, "No line per HTTP request.")
+    disable_access_log_for_endpoints: str | None = option(
+        None, "Paths without such a line, separated by commas. Probes and /metrics never have one."
+    )
+    disable_fastapi_docs: bool = option(False, "No /docs, /redoc and /openapi.json.")
     enable_log_requests: bool = option(False, "Log each request's id, sizes and parameters.")
     enable_tokenizer_info_endpoint: bool = option(
         False, "Serve /tokenizer_info: special tokens and the chat template."
@@ -52,6 +60,12 @@ class ServerConfig:
         False,
         "Serve /server_info, /reset_prefix_cache, /sleep, /wake_up and /is_sleeping, to whoever may send "
         "requests.",
+    )
+    enable_force_include_usage: bool = option(
+        False, "End every stream with the usage, whether or not the client asked for it."
+    )
+    return_tokens_as_token_ids: bool = option(
+        False, "Show tokens beside logprobs as token_id:N, whether or not the client asked for it."
     )
     response_role: str = option("assistant", "Role of chat answers.")
     tool_call_parser: str = option(
@@ -110,5 +124,7 @@ class ServerConfig:
             if not 1 <= value <= most:
                 upper = f" and at most {most}" if most < _UNBOUNDED else ""
                 raise ConfigError(f"{name} must be at least 1{upper}, got {value}.")
+        if self.ssl_cert_reqs not in (0, 1, 2):
+            raise ConfigError(f"ssl_cert_reqs must be 0, 1 or 2, got {self.ssl_cert_reqs}.")
         if (self.ssl_keyfile is None) != (self.ssl_certfile is None):
             raise ConfigError("ssl_keyfile and ssl_certfile go together: give both or neither.")

@@ -8,11 +8,10 @@ from operator import mul
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
-from quire.config import EngineConfig, from_flat
+from quire.config import EngineConfig, from_flat, without_foreign
 from quire.engine.beam_search import BeamSearch, BeamSearchOutput, candidates, step_params
 from quire.engine.core_client import CoreProcess, InlineCore, failure_of
 from quire.engine.input_processor import EngineRequest, InputProcessor, PromptInput
-from quire.engine.llm_options import own_options
 from quire.engine.output_processor import OutputProcessor
 from quire.engine.setup import ServedModel, locate, resolve, serve_model
 from quire.errors import (
@@ -81,7 +80,11 @@ class LLM:
         engine: Literal["inline", "process"] = "inline",
         **options: object,
     ) -> None:
-        config = locate(from_flat({"model": model, **own_options(options)}))
+        own, notes = without_foreign(options)
+        for note in notes:
+            logger.warning(note)
+        given = {name: value for name, value in own.items() if value is not None}
+        config = locate(from_flat({"model": model, **given}))
         self.config: EngineConfig = config
         resolved = resolve(config)
         self._core: InlineCore | CoreProcess | None = None

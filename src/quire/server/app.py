@@ -46,6 +46,7 @@ def build_app(state: ServerState, *, api_keys: Sequence[str] = ()) -> FastAPI:
         title="Quire",
         version=VERSION,
         redirect_slashes=False,
+        openapi_url=None if state.config.disable_fastapi_docs else "/openapi.json",
     )
     app.state.strict_requests = state.config.strict_requests
     for router in (

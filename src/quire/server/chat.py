@@ -18,6 +18,7 @@ from quire.server.body import parse, read_json
 from quire.server.engine_protocol import RequestStream, ServedModel
 from quire.server.generation import (
     Frame,
+    apply_server_flags,
     check_model,
     log_request,
     respond,
@@ -67,6 +68,7 @@ def chat_router(state: ServerState) -> APIRouter:
         body = await read_json(request)
         parsed = parse(ChatCompletionRequest, body, unsupported=unsupported.CHAT)
         asked = parsed.request
+        apply_server_flags(asked, state.config)
         check_model(asked.model, model)
         frame = Frame.make("chatcmpl", model, parsed.warnings)
         chat = await start_chat(state, request, asked, frame)

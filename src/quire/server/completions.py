@@ -16,6 +16,7 @@ from quire.server.body import parse, read_json
 from quire.server.engine_protocol import ServedModel
 from quire.server.generation import (
     Frame,
+    apply_server_flags,
     check_model,
     log_request,
     respond,
@@ -46,6 +47,7 @@ def completions_router(state: ServerState) -> APIRouter:
         model = state.serving_engine().model
         body = await read_json(request)
         parsed = parse(CompletionRequest, body, unsupported=unsupported.COMPLETION)
+        apply_server_flags(parsed.request, state.config)
         check_model(parsed.request.model, model)
         params = completion_params(parsed.request, model)
         prompts = await _prompts(parsed.request, params, model, state)

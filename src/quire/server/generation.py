@@ -14,6 +14,7 @@ from typing import Protocol
 from starlette.requests import Request
 from starlette.responses import Response
 
+from quire.config import ServerConfig
 from quire.errors import ModelNotFoundError
 from quire.outputs import RequestOutput
 from quire.sampling_params import PoolingParams, SamplingParams
@@ -21,7 +22,7 @@ from quire.server.engine_protocol import RequestStream, ServedModel, ServingEngi
 from quire.server.errors import ApiError
 from quire.server.middleware import owner_of, request_id_of
 from quire.server.prompts import EncodedPrompt
-from quire.server.requests import SamplingFields
+from quire.server.requests import SamplingFields, StreamOptions
 from quire.server.sampling import log_values
 from quire.server.sse import Ending, EventStream
 from quire.server.state import ServerState
@@ -74,6 +75,15 @@ class Encoder(Protocol):
 
     def whole(self, outputs: Sequence[RequestOutput]) -> bytes:
         """The JSON of an answer that is not streamed; one finished output per prompt."""
+
+
+def apply_server_flags(request: SamplingFields, config: ServerConfig) -> None:
+    """What the operator asked for on behalf of every client."""
+    if config.return_tokens_as_token_ids:
+        request.return_tokens_as_token_ids = True
+    if config.enable_force_include_usage and request.stream:
+        options = request.stream_options or StreamOptions()
+        request.stream_options = options.model_copy(update={"include_usage": True})
 
 
 def check_model(name: str | None, model: ServedModel) -> None:

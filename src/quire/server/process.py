@@ -28,20 +28,22 @@ CLOSE_SECONDS = 3
 """What connections get to close after the last answer."""
 
 
-class _NoProbes(logging.Filter):
-    """Drops access lines of probes: asked every few seconds, they would bury everything else.
+class _NotAbout(logging.Filter):
+    """Drops access lines of probes, and of other paths: asked every few seconds, they would bury
+    everything else.
 
     uvicorn's record has args (client, method, path with query, version, status).
     """
+
+    def __init__(self, paths: frozenset[str]) -> None:
+        super().__init__()
+        self._paths = paths
 
     def filter(self, record: logging.LogRecord) -> bool:
         args = record.args
         if not isinstance(args, tuple) or len(args) < 3:
             return True
-        return str(args[2]).partition("?")[0] not in OPEN_PATHS
-
-
-_NO_PROBES = _NoProbes()
+        return str(args[2]).partition("?")[0] not in self._paths
 
 
 class HttpServer(uvicorn.Server):
@@ -69,6 +71,8 @@ def http_server(app: FastAPI, config: ServerConfig) -> HttpServer:
         server_header=False,
         ssl_keyfile=config.ssl_keyfile,
         ssl_certfile=config.ssl_certfile,
+        ssl_ca_certs=config.ssl_ca_certs,
+        ssl_cert_reqs=config.ssl_cert_reqs,
         timeout_graceful_shutdown=CLOSE_SECONDS,
         h11_max_incomplete_event_size=MAX_HEAD_BYTES,
     )
@@ -79,7 +83,9 @@ def http_server(app: FastAPI, config: ServerConfig) -> HttpServer:
             f"TLS: {config.ssl_certfile} / {config.ssl_keyfile} cannot be used "
             f"({error.strerror or 'not a certificate and its key'})."
         ) from None
-    logging.getLogger("uvicorn.access").addFilter(_NO_PROBES)  # adding it twice is adding it once
+    paths = (config.disable_access_log_for_endpoints or "").split(",")
+    unlogged = OPEN_PATHS | {path.strip() for path in paths if path.strip()}
+    logging.getLogger("uvicorn.access").filters[:] = [_NotAbout(unlogged)]
     return HttpServer(options)
 
 

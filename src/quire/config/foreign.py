@@ -1,0 +1,194 @@
+"""vLLM's options that are none of ours, so that its users' command lines, YAML files and `LLM(...)` calls
+work here or say in one sentence what to do. Nothing else in Quire knows these names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from quire.config.options import OptionInfo
+from quire.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Foreign:
+    """An option of vLLM's that Quire has not, and what becomes of it."""
+
+    why: str
+    """Why there is none, or what to do instead; ends the sentence that the user gets."""
+    default: object = None
+    """vLLM's, which passes in silence. A bool is a switch, () takes several words."""
+    also: tuple[object, ...] = ()
+    """Other values under which we do the same."""
+    refused: bool = True
+    """Whether any other value is an error, as it would change what the user gets; else it is a warning."""
+    short: tuple[str, ...] = ()
+
+
+def _idle(why: str, default: object = None, *short: str) -> Foreign:
+    """An option without which nothing a user gets is different."""
+    return Foreign(why, default, refused=False, short=short)
+
+
+_ONE_DEVICE = "one device serves a model; start one server per device, behind a balancer"
+_TEXT_ONLY = "models read text only"
+_FLOATS = "give a checkpoint in plain floats"
+_NO_ADAPTERS = "adapters are not served; merge them into the checkpoint"
+_NO_DRAFTS = "there is no speculative decoding yet"
+_KV_STAYS = "KV stays where it is computed"
+_NO_TRACES = "there are no traces yet; see /metrics and --enable-log-requests"
+_PREEMPTED = "preempted requests are computed again"
+_OWN_KERNELS = "nothing is compiled but kernels; see --enforce-eager"
+_ONE_GRAMMAR_BACKEND = "there is one backend, llguidance"
+_NO_CODE = "the server runs nobody else's code; put a proxy in front"
+_DROPPED = "vLLM has dropped it too"
+
+FOREIGN: dict[str, Foreign] = {
+    # What the model is, and how its files are read.
+    "runner": Foreign("one engine generates and embeds", "auto", ("generate", "pooling")),
+    "convert": Foreign("every model can embed; none classifies", "auto", ("none", "embed")),
+    "task": Foreign("no model here classifies", "auto", ("generate", "embed", "embedding")),
+    "tokenizer_mode": Foreign("there is one way to read a tokenizer", "auto", ("hf", "slow")),
+    "skip_tokenizer_init": Foreign(
+        "the tokenizer is needed; send token ids, and detokenize=False to LLM", False
+    ),
+    "trust_remote_code": _idle("no code of a checkpoint is ever run", False),
+    "tokenizer_revision": Foreign("pass tokenizer as a local directory"),
+    "code_revision": _idle("no code of a checkpoint is ever run"),
+    "config_format": Foreign("config.json is read", "auto", ("hf",)),
+    "model_loader_extra_config": Foreign("safetensors need no settings", {}),
+    "ignore_patterns": _idle("only safetensors and what describes them are fetched", ()),
+    "use_tqdm_on_load": _idle("loading shows no bar", True),
+    "quantization": Foreign(_FLOATS + "; quantized ones are not read yet", short=("-q",)),
+    "quantization_config": Foreign(_FLOATS, None, ({},)),
+    "pooler_config": Foreign("say pooling per request, or with PoolingParams", None, ({},)),
+    "logits_processors": Foreign(
+        "see logit_bias, allowed_token_ids and bad_words of SamplingParams", ()
+    ),
+    "disable_sliding_window": _idle("a model's window is never ignored", False),
+    "enable_sleep_mode": _idle(
+        "sleep always works; over HTTP with --enable-admin-endpoints", False
+    ),
+    # Media.
+    "limit_mm_per_prompt": _idle(_TEXT_ONLY, {}),
+    "mm_processor_kwargs": _idle(_TEXT_ONLY),
+    "mm_processor_cache_gb": _idle(_TEXT_ONLY),
+    "media_io_kwargs": _idle(_TEXT_ONLY, {}),
+    "language_model_only": _idle(_TEXT_ONLY, False),
+    "allowed_local_media_path": _idle(_TEXT_ONLY, ""),
+    "allowed_media_domains": _idle(_TEXT_ONLY, ()),
+    # Several devices.
+    "tensor_parallel_size": Foreign(_ONE_DEVICE, 1, short=("-tp",)),
+    "pipeline_parallel_size": Foreign(_ONE_DEVICE, 1, short=("-pp",)),
+    "data_parallel_size": Foreign(_ONE_DEVICE, 1, short=("-dp",)),
+    "enable_expert_parallel": Foreign(_ONE_DEVICE, False, short=("-ep",)),
+    "distributed_executor_backend": Foreign(_ONE_DEVICE, None, ("auto", "uni", "mp")),
+    "disable_custom_all_reduce": _idle(_ONE_DEVICE, False),
+    "api_server_count": Foreign("one process serves HTTP", 1, short=("-asc",)),
+    "max_parallel_loading_workers": _idle("weights are read in one pass"),
+    # Memory and scheduling.
+    "prefix_caching_hash_algo": _idle(
+        "prefixes are found by SHA-256 and compared token by token", "sha256"
+    ),
+    "swap_space": _idle(_PREEMPTED),
+    "preemption_mode": _idle(_PREEMPTED),
+    "cpu_offload_gb": Foreign("weights stay on the device", 0, (0.0,)),
+    "kv_transfer_config": Foreign(_KV_STAYS),
+    "kv_offloading_size": Foreign(_KV_STAYS, None, (0, 0.0)),
+    "kv_offloading_backend": _idle(_KV_STAYS, "native"),
+    "kv_events_config": Foreign(_KV_STAYS),
+    "max_num_partial_prefills": _idle("a step takes as many prompts as its budget holds", 1),
+    "max_long_partial_prefills": _idle("see --long-prefill-token-threshold", 1),
+    "num_scheduler_steps": _idle(_DROPPED),
+    "use_v2_block_manager": _idle(_DROPPED, False),
+    # How the device is used.
+    "compilation_config": _idle(_OWN_KERNELS, {}, "-cc"),
+    "optimization_level": _idle(_OWN_KERNELS, 2, "-O"),
+    "cuda_graph_sizes": _idle("CUDA graphs are recorded for the sizes that occur", ()),
+    "max_seq_len_to_capture": _idle("CUDA graphs do not depend on lengths"),
+    "attention_config": Foreign("see attention_backend", None, ({},)),
+    "profiler_config": Foreign("see quire bench", None, ({},)),
+    # Decoding.
+    "speculative_config": Foreign(_NO_DRAFTS),
+    "spec_method": Foreign(_NO_DRAFTS),
+    "spec_model": Foreign(_NO_DRAFTS),
+    "spec_tokens": Foreign(_NO_DRAFTS),
+    "structured_outputs_config": Foreign(
+        _ONE_GRAMMAR_BACKEND + "; what it allows is said per request",
+        None,
+        ({}, *({"backend": name} for name in ("auto", "guidance"))),
+    ),
+    "guided_decoding_backend": _idle(_ONE_GRAMMAR_BACKEND, "auto"),
+    "enable_reasoning": _idle("see --reasoning-parser", False),
+    "tool_parser_plugin": Foreign(_NO_CODE, ""),
+    "reasoning_parser_plugin": Foreign(_NO_CODE, ""),
+    # Adapters.
+    "enable_lora": Foreign(_NO_ADAPTERS, False),
+    "lora_modules": Foreign(_NO_ADAPTERS, ()),
+    "max_loras": _idle(_NO_ADAPTERS, 1),
+    "max_lora_rank": _idle(_NO_ADAPTERS, 16),
+    "max_cpu_loras": _idle(_NO_ADAPTERS),
+    # The server, and what is seen of it.
+    "middleware": Foreign(_NO_CODE, ()),
+    "enable_prompt_tokens_details": _idle("usage always has them", False),
+    "enable_request_id_headers": _idle("X-Request-Id is always sent", False),
+    "enable_server_load_tracking": _idle("/load always works", False),
+    "enable_per_request_metrics": _idle("see /metrics", False),
+    "max_log_len": _idle("no text of a request is ever logged"),
+    "enable_log_outputs": _idle("no text of an answer is ever logged", False),
+    "enable_log_deltas": _idle("no text of an answer is ever logged", True),
+    "disable_log_requests": _idle("requests are logged only with --enable-log-requests", False),
+    "log_config_file": Foreign("see --log-format and QUIRE_LOG_LEVEL"),
+    "disable_frontend_multiprocessing": _idle(_DROPPED, False),
+    "otlp_traces_endpoint": _idle(_NO_TRACES),
+    "collect_detailed_traces": _idle(_NO_TRACES, ()),
+    "kv_cache_metrics": _idle("blocks are counted in quire:kv_*", False),
+    "show_hidden_metrics_for_version": _idle("old names are always there"),
+}
+
+
+def foreign_flags() -> list[OptionInfo]:
+    """The flags of the command line, which take any value: `without_foreign` judges it."""
+    return [
+        OptionInfo(
+            name, "foreign", bool if isinstance(option.default, bool)
+            else tuple[str, ...] if option.default == () else object,
+            option.default, option.why, option.short, parse=_value,
+        )
+        for name, option in FOREIGN.items()
+    ]  # fmt: skip
+
+
+def without_foreign(values: Mapping[str, object]) -> tuple[dict[str, object], list[str]]:
+    """`values` without vLLM's options, and a sentence for each that has no effect.
+
+    Raises `ConfigError` for one that would have had an effect we cannot give.
+    """
+    rest: dict[str, object] = {}
+    notes = []
+    for name, value in values.items():
+        option = FOREIGN.get(name)
+        if option is None:
+            rest[name] = value
+            continue
+        given = tuple(value) if isinstance(value, list) else value
+        if any(_same(given, neutral) for neutral in (None, option.default, *option.also)):
+            continue
+        if option.refused:
+            raise ConfigError(f"{name}={value!r} is not supported: {option.why}. Leave it out.")
+        notes.append(f"{name} has no effect: {option.why}.")
+    return rest, notes
+
+
+def _same(value: object, neutral: object) -> bool:
+    """Equal, and not True for 1."""
+    return type(value) is type(neutral) and value == neutral
+
+
+def _value(text: str) -> object:
+    """The words of a flag as the value that YAML or Python would give."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
