@@ -1,0 +1,190 @@
+"""`quire run-batch -i in.jsonl -o out.jsonl`: OpenAI's batch files, answered by an engine of this process."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+import msgspec
+
+from quire.cli.parser import Parser, add_options, given
+from quire.config import (
+    EngineConfig,
+    ServerConfig,
+    engine_options,
+    load_yaml,
+    server_options,
+    split_flat,
+)
+from quire.errors import ConfigError
+from quire.util.logging import setup_logging
+
+if TYPE_CHECKING:
+    from quire.server.batch import Result
+
+SERVER_OPTIONS = ("max_", "tool_", "reasoning_", "enable_auto_", "response_role", "strict_")
+"""How the names begin of those server options that matter here; the others are about listening."""
+URL_SCHEMES = ("http://", "https://", "file://", "s3://")
+
+
+def run(argv: list[str]) -> int:
+    infos = engine_options()
+    infos += [info for info in server_options() if info.name.startswith(SERVER_OPTIONS)]
+    parser = Parser(
+        prog="quire run-batch",
+        usage="quire run-batch -i FILE -o FILE [--model MODEL] [flags]",
+        description="Answer a file of requests. What the output file holds already is not asked again, so "
+        "that an interrupted run goes on where it was. The exit code is 1 if a request failed.",
+    )
+    parser.add_argument("-i", "--input-file", metavar="FILE", required=True, help="JSON lines")
+    parser.add_argument("-o", "--output-file", metavar="FILE", required=True, help="appended to")
+    parser.add_argument(
+        "--errors", metavar="FILE", help="where failures go (default: the output file)"
+    )
+    parser.add_argument(
+        "--concurrency", metavar="N", type=int, help="lines at once (default: 2 x max_num_seqs)"
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file of these options")
+    add_options(parser, infos)
+    args = parser.parse_strictly(argv)
+    if args.concurrency is not None and args.concurrency < 1:
+        parser.error(f"--concurrency must be at least 1, got {args.concurrency}")
+    values = load_yaml(args.config) if args.config else {}
+    engine, server = split_flat(values | given(args, infos))
+    setup_logging(
+        log_format=engine.runtime.log_format, level=os.environ.get("QUIRE_LOG_LEVEL", "WARNING")
+    )
+    with ExitStack() as stack:
+        files = BatchFiles.open(
+            stack, input_file=args.input_file, output_file=args.output_file, errors=args.errors
+        )
+        try:
+            asyncio.run(_run(engine, server, files, args.concurrency))
+        finally:
+            print(f"quire run-batch: {files.summary()}", file=sys.stderr)
+    return 1 if files.num_failed else 0
+
+
+async def _run(
+    config: EngineConfig, server: ServerConfig, files: BatchFiles, concurrency: int | None
+) -> None:
+    from tqdm import tqdm
+
+    from quire.engine.async_llm import AsyncLLM
+    from quire.server.app import build_app
+    from quire.server.batch import run_batch
+    from quire.server.state import ServerState
+
+    # Nobody else asks, so that no line is to be turned away because too many wait.
+    scheduler = dataclasses.replace(
+        config.scheduler, max_num_queued_reqs=0, max_num_queued_tokens=None
+    )
+    config = dataclasses.replace(config, scheduler=scheduler)
+    engine = await AsyncLLM.start(config)
+    try:
+        state = ServerState(server, config)
+        state.engine_loaded(engine)
+        with tqdm(total=files.count(), desc="requests", disable=None) as bar:
+
+            def write(result: Result) -> None:
+                files.write(result)
+                bar.update()
+
+            bar.update(len(files.done))
+            await run_batch(
+                build_app(state),
+                engine,
+                files.lines(server.max_body_bytes),
+                write,
+                done=files.done,
+                concurrency=concurrency or 2 * config.scheduler.max_num_seqs,
+            )
+    finally:
+        await engine.shutdown()
+
+
+class BatchFiles:
+    """The files of one run. They are read and written line by line, and never held whole."""
+
+    def __init__(self, lines: IO[bytes], output: IO[bytes], errors: IO[bytes], done: set[str]):
+        self._input, self._output, self._errors = lines, output, errors
+        self.done = done
+        """What earlier runs have answered; see `run_batch`."""
+        self.num_answered = self.num_failed = 0
+
+    @classmethod
+    def open(
+        cls, stack: ExitStack, *, input_file: str, output_file: str, errors: str | None
+    ) -> BatchFiles:
+        """Raises `ConfigError` for files that cannot be used, before a model is loaded."""
+        for name in filter(None, (input_file, output_file, errors)):
+            if name.startswith(URL_SCHEMES):
+                raise ConfigError(f"{name} is a URL; run-batch takes files. Download it first.")
+        paths = [Path(name).resolve() for name in (input_file, output_file, errors) if name]
+        if len(set(paths)) < len(paths):
+            raise ConfigError("input, output and errors must be different files.")
+        try:
+            lines = stack.enter_context(paths[0].open("rb"))
+            output = stack.enter_context(paths[1].open("a+b"))
+            failures = stack.enter_context(paths[2].open("wb")) if errors else output
+        except OSError as error:
+            raise ConfigError(f"{error.filename}: {error.strerror}.") from None
+        return cls(lines, output, failures, _answered(output, output_file))
+
+    def count(self) -> int:
+        """How many lines there are to answer, done ones included."""
+        count = sum(1 for line in self._input if line.strip())
+        self._input.seek(0)
+        return count
+
+    def lines(self, max_body_bytes: int) -> Iterator[bytes]:
+        """A line that is far too long is cut short: what is left of it is no request, and so told."""
+        limit = max_body_bytes + 2**16
+        while line := self._input.readline(limit):
+            yield line
+            while len(line) == limit and not line.endswith(b"\n"):
+                line = self._input.readline(limit)
+
+    def write(self, result: Result) -> None:
+        """One whole line at a time, so that whatever ends the run leaves at most one in part."""
+        file = self._output
+        if result.error is None:
+            self.num_answered += 1
+        else:
+            self.num_failed += 1
+            file = self._errors
+        file.write(msgspec.json.encode(result) + b"\n")
+        file.flush()
+
+    def summary(self) -> str:
+        earlier = f", {len(self.done)} were done before" if self.done else ""
+        return f"{self.num_answered} answered, {self.num_failed} failed{earlier}"
+
+
+def _answered(output: IO[bytes], name: str) -> set[str]:
+    """What is in an output file, which then ends in a whole line: one in part is taken off, to be asked
+    again."""
+    from quire.server.batch import Result
+
+    done: set[str] = set()
+    end = 0
+    output.seek(0)
+    for number, line in enumerate(output, start=1):
+        if not line.endswith(b"\n"):
+            output.truncate(end)
+            break
+        end += len(line)
+        try:
+            result = msgspec.json.decode(line, type=Result)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            raise ConfigError(
+                f"{name}, line {number} is no output of run-batch; name another output file."
+            ) from None
+        done.add(result.custom_id if result.response and result.custom_id else result.id)
+    return done
