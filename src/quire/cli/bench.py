@@ -21,6 +21,7 @@ COMMANDS = {
     "latency": Command("quire.cli.bench_latency", "seconds for one batch, offline"),
     "startup": Command("quire.cli.bench_startup", "import, load, ready, first token"),
     "kernels": Command("quire.cli.bench_kernels", "each CPU kernel against PyTorch"),
+    "grammar": Command("quire.cli.bench_grammar", "compiling grammars, and a mask per token"),
     "dataset": Command("quire.cli.bench_dataset", "write a file with ShareGPT's lengths"),
     "client": Command("quire.cli.bench_client", "what the load client itself can drive"),
     "null-server": Command("quire.cli.bench_null", "a server that computes nothing"),
