@@ -408,7 +408,7 @@ def test_work_is_linear_and_little_is_held(tool, unit):
         parser = make(tool, "none")
         for _ in range(repeat):
             parser.push(unit)
-            assert parser._reader.unread <= 32
+            assert parser._reader.unread <= 32 and len(parser._reader._text) <= 64
         parser.push("", final=True)
 
     small, large = lines_run(lambda: work(100)), lines_run(lambda: work(400))
