@@ -10,11 +10,11 @@ import torch
 from quire.attention.base import AttentionMetadata, AttentionTask, KVCache
 from quire.attention.select import create_attention
 from quire.config import EngineConfig
-from quire.engine.build import build_scheduler, describe
+from quire.engine.build import build_scheduler, describe, grammar_compiler
 from quire.engine.core import EngineCore
 from quire.engine.memory import MachineMemory, MemoryPlan, plan_memory
 from quire.engine.setup import ResolvedModel
-from quire.errors import MemoryFitError
+from quire.errors import ConfigError, MemoryFitError
 from quire.executor.device import DeviceExecutor
 from quire.kernels.triton.backend import TritonKernels
 from quire.messages import EngineReady
@@ -22,6 +22,7 @@ from quire.models.decoder import DecoderModel
 from quire.models.loader import load_model
 from quire.runner.device import Device
 from quire.runner.device_runner import DeviceRunner
+from quire.structured.store import GrammarStore
 
 logger = logging.getLogger(__name__)
 
@@ -34,24 +35,18 @@ def build_on_device(
     Raises `MemoryFitError`, with the options and values that would fit.
     """
     started = time.monotonic()
-    kernels = TritonKernels(device.torch_device, batch_invariant=config.runtime.batch_invariant)
-    dtype = getattr(torch, resolved.dtype)
-    try:
-        model = load_model(
-            resolved.spec,
-            resolved.model_dir,
-            dtype=dtype,
-            kernels=kernels,
-            load_format=config.model.load_format,
-            attention=create_attention(
-                config.runtime.attention_backend, kernels, _attention_task(config, resolved, device)
-            ),
-            max_model_len=resolved.max_model_len,
-            seed=config.model.seed,
+    if config.model.logprobs_mode != "raw_logprobs":
+        raise ConfigError(
+            f"logprobs_mode {config.model.logprobs_mode!r} is not there on a GPU; leave it at raw_logprobs, "
+            "or take --device cpu."
         )
-        memory = _measure(config, resolved, model, kernels)
-        runner = DeviceRunner(
-            model,
+    kernels = TritonKernels(device.torch_device, batch_invariant=config.runtime.batch_invariant)
+    grammars = GrammarStore(lambda: grammar_compiler(config, resolved))
+
+    def make_runner(model: DecoderModel | None) -> DeviceRunner:
+        """As large as measured, whenever that was."""
+        return DeviceRunner(
+            model or _load(config, resolved, kernels, device),
             _cache(resolved, kernels, memory.num_blocks),
             kernels,
             device,
@@ -59,7 +54,13 @@ def build_on_device(
             max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
             max_model_len=memory.max_model_len,
             eager=config.runtime.enforce_eager,
+            grammars=grammars,
         )
+
+    try:
+        model = _load(config, resolved, kernels, device)
+        memory = _measure(config, resolved, model, kernels)
+        runner = make_runner(model)
     except torch.OutOfMemoryError as error:
         raise MemoryFitError(
             f"The GPU's memory did not suffice ({str(error).splitlines()[0]}) Less of any of these gives "
@@ -67,9 +68,26 @@ def build_on_device(
             f"--max-num-batched-tokens ({config.scheduler.max_num_batched_tokens}), --max-num-seqs "
             f"({config.scheduler.max_num_seqs}), --max-model-len ({resolved.max_model_len})."
         ) from None
-    executor = DeviceExecutor(runner, overlap=config.runtime.async_scheduling)
-    core = EngineCore(build_scheduler(config, memory), executor)
+    executor = DeviceExecutor(runner, overlap=config.runtime.async_scheduling, restart=make_runner)
+    core = EngineCore(build_scheduler(config, memory), executor, grammars=grammars)
     return core, describe(resolved, memory, started)
+
+
+def _load(
+    config: EngineConfig, resolved: ResolvedModel, kernels: TritonKernels, device: Device
+) -> DecoderModel:
+    task = _attention_task(config, resolved, device)
+    model: DecoderModel = load_model(
+        resolved.spec,
+        resolved.model_dir,
+        dtype=getattr(torch, resolved.dtype),
+        kernels=kernels,
+        load_format=config.model.load_format,
+        attention=create_attention(config.runtime.attention_backend, kernels, task),
+        max_model_len=resolved.max_model_len,
+        seed=config.model.seed,
+    )
+    return model
 
 
 def _attention_task(config: EngineConfig, resolved: ResolvedModel, device: Device) -> AttentionTask:

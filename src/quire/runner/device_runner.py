@@ -11,6 +11,12 @@ attention's launches depend on is its padded numbers of rows and tokens, nothing
 when the engine is idle (`prepare`), or when one comes for the third time. The rest is launched kernel
 by kernel.
 
+What only some requests want runs behind the recording: edits of logits, logprobs. A request with rules that
+the host alone can follow (`RequestRules`) is never planned before its last token is known
+(`needs_token_before_next`), so its seat has all its tokens on the host, and its mask is made while the
+forward pass runs. A step that has to tell of prompts (`PromptWork`) is not recorded; what it tells is
+computed when the result is fetched, behind the step launched meanwhile.
+
 Padding is without effect: its tokens have slot -1, so no keys are written; its rows have no tokens; what is
 sampled for it has seat -1 and goes nowhere. So recordings can be tried out on no rows at all.
 """
@@ -31,7 +37,6 @@ from torch import Tensor
 from quire.attention.base import AttentionMetadata, KVCache
 from quire.kernels.triton.backend import TritonKernels
 from quire.kernels.triton.batch import DeviceBatch, append_tokens, build_step, copy_blocks
-from quire.kernels.triton.logprobs import MAX_LOGPROBS
 from quire.kernels.triton.packing import BatchShape, Section, StepPacker
 from quire.kernels.triton.sampling import DeviceTokens
 from quire.messages import (
@@ -44,8 +49,9 @@ from quire.messages import (
 )
 from quire.models.decoder import DecoderModel
 from quire.runner.device import Device, Download
-from quire.runner.device_sampling import HARDNESS, DeviceSampling, Hardest, SeatSampling
-from quire.sampling.sampler import NAN_ERROR, top_logprobs
+from quire.runner.device_sampling import HARDNESS, DeviceSampling, Hardest, RowMasks, SeatSampling
+from quire.runner.prompt_work import PromptWork
+from quire.sampling.sampler import NAN_ERROR, GrammarSource, top_logprobs
 
 logger = logging.getLogger(__name__)
 
@@ -92,10 +98,50 @@ def _least(sizes: list[int], number: int) -> int | None:
 class _Seat:
     index: int
     token_ids: list[int]
-    """Those it was admitted with; later ones are on the device."""
+    """Those it was admitted with; later ones are on the device, and here only if it has rules."""
+    num_prompt_tokens: int
+    max_model_len: int
     sampling: SeatSampling
+    prompt: PromptWork | None
     num_blocks: int
     unsent_blocks: list[int] = field(default_factory=list)
+    has_forced: bool = False
+    """Whether the device has not counted its last tokens, since it did not sample them."""
+
+    def learn(self, token: int) -> list[int]:
+        """A token was sampled. Returns it, and those that can only follow it."""
+        rules = self.sampling.rules
+        if rules is None:
+            return [token]
+        rules.learn(token)
+        forced = rules.forced(self.max_model_len - 1 - len(self.token_ids))
+        self.has_forced = self.has_forced or bool(forced)
+        self.token_ids += [token, *forced]
+        return [token, *forced]
+
+
+@dataclass(frozen=True, slots=True)
+class _PromptRow:
+    """What a row wants of its prompt's hidden states."""
+
+    row: PlannedRow
+    work: PromptWork
+    end: int
+    """Where its tokens end among the step's."""
+
+    def read(self, hidden: Tensor | None, model: DecoderModel) -> SampledRow | None:
+        """hidden: of all the step's tokens."""
+        assert hidden is not None
+        start, count = self.row.start, self.row.num_tokens
+        found = self.work.read(start, count, hidden[self.end - count : self.end], model)
+        if found is None:
+            return None
+        return SampledRow(
+            request_id=self.row.request_id,
+            token_ids=[],
+            prompt_logprobs=found.logprobs,
+            embedding=found.embedding,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,13 +157,14 @@ class _Step:
     """Of the rows that sample."""
     hardest: Hardest
     edit: bool
-    most_logprobs: int | None
-    """The largest number that any row wants; None if none wants any."""
+    logprobs: bool
+    """Whether any row wants some."""
+    prompts: list[_PromptRow]
 
     @property
     def samples_apart(self) -> bool:
         """Whether sampling wants the logits themselves, and so is no part of a recording."""
-        return self.edit or self.most_logprobs is not None
+        return self.edit or self.logprobs
 
 
 class _Shape(NamedTuple):
@@ -142,6 +189,20 @@ class _Computed:
     """None if there are none, or the caller samples."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Ran:
+    """What a step leaves on the device."""
+
+    tokens: DeviceTokens | None
+    """Of the rows that sample, padding included; None if there are none."""
+    logits: Tensor | None = None
+    """Of the same, if sampled apart."""
+    hidden: Tensor | None = None
+    """[tokens, hidden_size] of all, if prompts want any."""
+    errors: Mapping[int, str] = field(default_factory=dict)
+    """Of rows in which nothing may be sampled."""
+
+
 class DeviceRunner:
     """A model, its KV cache and the requests admitted to it, on one device."""
 
@@ -156,9 +217,11 @@ class DeviceRunner:
         max_num_batched_tokens: int,
         max_model_len: int,
         eager: bool = False,
+        grammars: GrammarSource | None = None,
     ) -> None:
         """eager: never record."""
         self.model = model
+        self._max_model_len = max_model_len
         self.kv_cache = kv_cache
         self._device = device
         spec = model.spec
@@ -174,7 +237,7 @@ class DeviceRunner:
             block_size=kv_cache.block_size,
             device=device.torch_device,
         )
-        self._sampling = DeviceSampling(max_num_seqs, spec.vocab_size, device)
+        self._sampling = DeviceSampling(max_num_seqs, spec.vocab_size, device, grammars)
         kernels.reserve(
             kv_cache.layers[0].k,
             q_heads=spec.num_heads,
@@ -206,15 +269,17 @@ class DeviceRunner:
         if not plan.rows:
             return LaunchedStep(plan.step_id)
         step = self._send(plan.rows)
-        logits, tokens = self._run(step)
-        return self._fetch(plan, step, logits, tokens)
+        return self._fetch(plan, step, self._run(step))
 
     def _admit(self, request: AdmittedRequest) -> None:
         index = self._free_seats.pop()
         self._seats[request.request_id] = _Seat(
             index=index,
             token_ids=request.token_ids,
+            num_prompt_tokens=request.num_prompt_tokens,
+            max_model_len=self._max_model_len,
             sampling=self._sampling.admit(index, request),
+            prompt=PromptWork.of(request),
             num_blocks=len(request.block_ids),
             unsent_blocks=list(request.block_ids),
         )
@@ -246,6 +311,9 @@ class DeviceRunner:
                 seat.unsent_blocks = []
             if row.start < len(seat.token_ids):
                 new_ids.append((index, seat.token_ids[row.start : row.start + row.num_tokens]))
+            if seat.has_forced and seat.sampling.penalizes:
+                self._sampling.remember(seat.index, seat.token_ids, seat.num_prompt_tokens)
+            seat.has_forced = False
         starts = np.array([row.start for row in rows])
         counts = np.array([row.num_tokens for row in rows])
         sampling = np.array([i for i, row in enumerate(rows) if row.samples], dtype=np.int64)
@@ -261,11 +329,6 @@ class DeviceRunner:
         self._upload(size)
         self._sampling.upload()
         picked = [(rows[i], seats[i]) for i in sampling.tolist()]
-        wanted = [
-            seat.sampling.num_logprobs
-            for _, seat in picked
-            if seat.sampling.num_logprobs is not None
-        ]
         return _Step(
             num_rows=len(rows),
             num_tokens=int(counts.sum()),
@@ -274,7 +337,8 @@ class DeviceRunner:
             seats=[seat for _, seat in picked],
             hardest=HARDNESS[max((seat.sampling.hardness for _, seat in picked), default=0)],
             edit=any(seat.sampling.edits(row.start + row.num_tokens) for row, seat in picked),
-            most_logprobs=max(wanted, default=None),
+            logprobs=any(seat.sampling.num_logprobs is not None for _, seat in picked),
+            prompts=_prompt_rows(rows, seats),
         )
 
     def _upload(self, size: int) -> None:
@@ -346,31 +410,38 @@ class DeviceRunner:
 
     # --- on the device --------------------------------------------------------------------------------
 
-    def _run(self, step: _Step) -> tuple[Tensor | None, DeviceTokens | None]:
-        """Logits if they are wanted, and tokens; of the rows that sample, padding included."""
-        hardest = None if step.samples_apart else step.hardest
-        shape = self._padded(step, hardest)
-        if shape is not None:
-            computed = self._work(shape)()
+    def _run(self, step: _Step) -> _Ran:
+        hardest = None if step.samples_apart or step.prompts else step.hardest
+        exact = _Shape(
+            step.num_rows, step.num_tokens, len(step.sampling), step.most_tokens, hardest
+        )
+        every = None
+        if step.prompts:
+            every = self._forward(exact)
+            hidden = self._sampled_rows(exact, every)
         else:
-            samples = len(step.sampling)
-            computed = self._compute(
-                _Shape(step.num_rows, step.num_tokens, samples, step.most_tokens, hardest)
-            )
-        if not step.samples_apart:
-            return None, computed.tokens
-        logits = self.model.logits(computed.hidden)
-        return logits, self._sample(logits, step.hardest, edit=step.edit)
+            shape = self._padded(step, hardest)
+            computed = self._compute(exact) if shape is None else self._work(shape)()
+            if not step.samples_apart:
+                return _Ran(computed.tokens)
+            hidden = computed.hidden
+        if not step.sampling:
+            return _Ran(None, hidden=every)
+        logits = self.model.logits(hidden)
+        sampling = [seat.sampling for seat in step.seats]
+        masks, errors = self._sampling.masks(sampling, padded=len(hidden))
+        tokens = self._sample(logits, step.hardest, edit=step.edit, masks=masks)
+        return _Ran(tokens, logits, every, errors)
 
     def _compute(self, shape: _Shape) -> _Computed:
-        hidden = self._forward(shape)
+        hidden = self._sampled_rows(shape, self._forward(shape))
         tokens = None
         if shape.hardest is not None and shape.samples:
             tokens = self._sample(self.model.logits(hidden), shape.hardest, edit=False)
         return _Computed(hidden, tokens)
 
     def _forward(self, shape: _Shape) -> Tensor:
-        """[samples, hidden_size]"""
+        """[tokens, hidden_size]"""
         rows, tokens, batch = shape.rows, shape.tokens, self._batch
         build_step(batch, num_rows=rows, num_tokens=tokens)
         positions = batch.positions[:tokens]
@@ -382,12 +453,17 @@ class DeviceRunner:
             block_table=batch.block_table[:rows],
             max_query_len=shape.most_tokens,
         )
-        hidden = self.model.forward(batch.input_ids[:tokens], positions, metadata, self.kv_cache)
-        if shape.samples == tokens and shape.most_tokens == 1:
-            return hidden
-        return hidden.index_select(0, batch.section(Section.LOGIT_ROWS)[: shape.samples])
+        return self.model.forward(batch.input_ids[:tokens], positions, metadata, self.kv_cache)
 
-    def _sample(self, logits: Tensor, hardest: Hardest, *, edit: bool) -> DeviceTokens:
+    def _sampled_rows(self, shape: _Shape, hidden: Tensor) -> Tensor:
+        """[samples, hidden_size] of all the tokens' hidden states."""
+        if shape.samples == shape.tokens and shape.most_tokens == 1:
+            return hidden
+        return hidden.index_select(0, self._batch.section(Section.LOGIT_ROWS)[: shape.samples])
+
+    def _sample(
+        self, logits: Tensor, hardest: Hardest, *, edit: bool, masks: RowMasks | None = None
+    ) -> DeviceTokens:
         count = logits.shape[0]
         tokens = self._sampling.sample(
             logits,
@@ -395,71 +471,99 @@ class DeviceRunner:
             self._batch.section(Section.SAMPLE_POSITIONS)[:count],
             hardest=hardest,
             edit=edit,
+            masks=masks,
         )
         append_tokens(self._batch, tokens.token_ids)
         return tokens
 
     # --- back -----------------------------------------------------------------------------------------
 
-    def _fetch(
-        self, plan: StepPlan, step: _Step, logits: Tensor | None, tokens: DeviceTokens | None
-    ) -> LaunchedStep:
+    def _fetch(self, plan: StepPlan, step: _Step, ran: _Ran) -> LaunchedStep:
         """Start the results on their way to the host, beside the steps launched next. Hence all that is
         downloaded is made here or by `_run`, none by a recording: the next one would overwrite it.
         """
-        count = len(step.sampling)
-        if tokens is None or not count:
-            return LaunchedStep(plan.step_id, self._device.download([]))
-        # A token plus 1, or 0 where the logits held NaN: one new tensor to copy, not two.
-        back = [tokens.token_ids[:count] + tokens.valid[:count]]
+        count, back = len(step.sampling), []
         logprobs: dict[int, _LogprobPlace] = {}
-        if logits is not None and step.most_logprobs is not None:
-            asking = [
-                (row, seat.sampling.num_logprobs)
-                for row, seat in enumerate(step.seats)
-                if seat.sampling.num_logprobs is not None
-            ]
-            few = [row for row, k in asking if 0 <= k <= MAX_LOGPROBS]
-            if few:
-                most = min(max(k for _, k in asking), logits.shape[1])
-                top = self._sampling.logprobs(logits, few, tokens.token_ids, most)
-                back += (top.logprob, top.rank, top.top_ids, top.top_logprobs)
-            for row, k in asking:
-                if 0 <= k <= MAX_LOGPROBS:
-                    logprobs[row] = _LogprobPlace(k, index=few.index(row))
-                else:  # more than the kernel keeps: the host sorts
-                    logprobs[row] = _LogprobPlace(k, logits=len(back))
-                    back.append(logits[row])
-        requests = [row.request_id for row in step.sampling]
-        return LaunchedStep(plan.step_id, self._device.download(back), requests, logprobs)
+        if ran.tokens is not None and count:
+            # A token plus 1, or 0 where the logits held NaN: one new tensor to copy, not two.
+            back.append(ran.tokens.token_ids[:count] + ran.tokens.valid[:count])
+            if ran.logits is not None and step.logprobs:
+                more, logprobs = self._logprobs(step, ran.logits, ran.tokens.token_ids)
+                back += more
+        return LaunchedStep(
+            step_id=plan.step_id,
+            download=self._device.download(back),
+            requests=[row.request_id for row in step.sampling],
+            seats=step.seats,
+            logprobs=logprobs,
+            errors=ran.errors,
+            prompts=[partial(of.read, ran.hidden, self.model) for of in step.prompts],
+        )
+
+    def _logprobs(
+        self, step: _Step, logits: Tensor, token_ids: Tensor
+    ) -> tuple[list[Tensor], dict[int, _LogprobPlace]]:
+        """What is to come back with the tokens, and where a row's logprobs are in it."""
+        back: list[Tensor] = []
+        places: dict[int, _LogprobPlace] = {}
+        asking = {
+            row: seat.sampling
+            for row, seat in enumerate(step.seats)
+            if seat.sampling.num_logprobs is not None
+        }
+        few = {row: of for row, of in asking.items() if of.has_few_logprobs}
+        if few:
+            top = self._sampling.logprobs(logits, few, token_ids)
+            back += (top.logprob, top.rank, top.top_ids, top.top_logprobs, top.asked)
+            places = {row: _LogprobPlace(of, index=i) for i, (row, of) in enumerate(few.items())}
+        for row, of in asking.items():
+            if not of.has_few_logprobs:  # more than the kernel keeps: the host sorts
+                places[row] = _LogprobPlace(of, logits=1 + len(back))
+                back.append(logits[row])
+        return back, places
 
 
 def _decoding(size: int, hardest: Hardest | None) -> _Shape:
     return _Shape(size, size, samples=size, most_tokens=1, hardest=hardest)
 
 
+def _prompt_rows(rows: Sequence[PlannedRow], seats: Sequence[_Seat]) -> list[_PromptRow]:
+    """What the step's rows want of prompts; what is done with them is dropped."""
+    found, end = [], 0
+    for row, seat in zip(rows, seats, strict=True):
+        end += row.num_tokens
+        if seat.prompt is None:
+            continue
+        if seat.prompt.wanted(row.start, row.num_tokens):
+            found.append(_PromptRow(row, seat.prompt, end))
+        if seat.prompt.is_done(row.start + row.num_tokens):
+            seat.prompt = None
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class _LogprobPlace:
     """Where a row's logprobs are among the tensors that come back with a step."""
 
-    count: int
-    """Top ones that it asked for."""
+    wanted: SeatSampling
     index: int = 0
-    """In the four tensors of `DeviceLogprobs`, which follow the tokens,"""
+    """In the five tensors of `DeviceLogprobs`, which follow the tokens,"""
     logits: int | None = None
     """unless all its logits come back: which tensor they are."""
 
     def entry(self, back: Sequence[Tensor], token: int) -> TokenLogprobs:
+        count, asked_ids = self.wanted.num_logprobs or 0, self.wanted.asked_ids
         if self.logits is not None:
             every = torch.log_softmax(back[self.logits].float(), dim=-1)
-            return top_logprobs(every[None], [token], self.count)[0]
-        logprob, rank, ids, values = (tensor[self.index] for tensor in back[1:5])
+            return top_logprobs(every[None], [token], count, asked_ids)[0]
+        logprob, rank, ids, values, asked = (tensor[self.index] for tensor in back[1:6])
         return TokenLogprobs(
             token_id=token,
             logprob=float(logprob),
             rank=int(rank),
-            top_ids=ids[: self.count].tolist(),
-            top_logprobs=values[: self.count].tolist(),
+            top_ids=ids[:count].tolist(),
+            top_logprobs=values[:count].tolist(),
+            asked_logprobs=asked[: len(asked_ids)].tolist(),
         )
 
 
@@ -471,21 +575,25 @@ class LaunchedStep:
     download: Download | None = None
     requests: Sequence[int] = ()
     """Those that sampled; their tokens come back first."""
+    seats: Sequence[_Seat] = ()
+    """Theirs; perhaps given up meanwhile."""
     logprobs: Mapping[int, _LogprobPlace] = field(default_factory=dict)
-    """By row."""
+    """By row, as the next."""
+    errors: Mapping[int, str] = field(default_factory=dict)
+    prompts: Sequence[Callable[[], SampledRow | None]] = ()
 
     def result(self) -> StepResult:
-        result = StepResult(step_id=self.step_id)
         back = () if self.download is None else self.download.wait()
-        if not self.requests:
-            return result
-        for index, (request_id, one_more) in enumerate(
-            zip(self.requests, back[0].tolist(), strict=True)
-        ):
-            row = SampledRow(request_id=request_id, token_ids=[one_more - 1])
-            if not one_more:
-                row.token_ids, row.error = [], NAN_ERROR
-            elif index in self.logprobs:
+        of_prompts = [read() for read in self.prompts]
+        told = {row.request_id: row for row in of_prompts if row is not None}
+        tokens = back[0].tolist() if self.requests else ()
+        for index, one_more in enumerate(tokens):
+            request_id = self.requests[index]
+            row = told.setdefault(request_id, SampledRow(request_id=request_id, token_ids=[]))
+            if index in self.errors or not one_more:
+                row.error = self.errors.get(index, NAN_ERROR)
+                continue
+            row.token_ids = self.seats[index].learn(one_more - 1)
+            if index in self.logprobs:
                 row.logprobs = [self.logprobs[index].entry(back, one_more - 1)]
-            result.sampled.append(row)
-        return result
+        return StepResult(step_id=self.step_id, sampled=list(told.values()))

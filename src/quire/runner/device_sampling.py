@@ -1,12 +1,18 @@
-"""How each seat is sampled, kept on the device; sampling a step there."""
+"""How each seat is sampled, kept on the device; sampling a step there.
+
+What depends on the tokens before (`RequestRules`) stays on the host, which makes a mask of it while the
+device computes the logits.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from quire.kernels.triton import logits as edits
@@ -15,10 +21,14 @@ from quire.kernels.triton.sampling import DeviceTokens, SampleWorkspace, sample
 from quire.kernels.triton.seats import SEAT_WORDS, seat
 from quire.messages import AdmittedRequest
 from quire.runner.device import Device
+from quire.sampling.rules import RequestRules
+from quire.sampling.sampler import NOTHING_ALLOWED, GrammarSource, grammar_of, rules_of
+from quire.structured.base import GrammarError
+from quire.structured.masks import Mask
 
 Hardest = Literal["greedy", "draw", "filter"]
 HARDNESS: tuple[Hardest, ...] = ("greedy", "draw", "filter")
-_LEAST_BANNED = 16
+_LEAST_LISTED = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,21 +38,45 @@ class SeatSampling:
     hardness: int
     """Index in `HARDNESS`."""
     penalizes: bool
+    biased: bool
     banned_until: int
     """Tokens sampled at an index below this may not be final ones."""
     num_logprobs: int | None
-    """As `SamplingParams.logprobs`: -1 is all."""
+    """As `SamplingParams.logprobs`: -1 is all. 0 if only `asked_ids` are wanted."""
+    asked_ids: Sequence[int]
+    rules: RequestRules | None
+
+    @property
+    def has_few_logprobs(self) -> bool:
+        """As many as the kernel can find."""
+        return self.num_logprobs is not None and 0 <= self.num_logprobs <= MAX_LOGPROBS
 
     def edits(self, position: int) -> bool:
         """Whether its logits change before a token is sampled at this index."""
-        return self.penalizes or position < self.banned_until
+        ruled = self.rules is not None
+        return self.penalizes or self.biased or ruled or position < self.banned_until
+
+
+@dataclass(frozen=True, slots=True)
+class RowMasks:
+    """On the device, as `edit_logits` takes them."""
+
+    bits: Tensor
+    rows: Tensor
 
 
 class DeviceSampling:
     """The seats' records, histories and lists on the device."""
 
-    def __init__(self, max_num_seqs: int, vocab_size: int, device: Device) -> None:
+    def __init__(
+        self,
+        max_num_seqs: int,
+        vocab_size: int,
+        device: Device,
+        grammars: GrammarSource | None = None,
+    ) -> None:
         self._device = device
+        self._grammars = grammars
         self._vocab_size = vocab_size
         self._host_table = np.zeros((max_num_seqs, SEAT_WORDS), dtype=np.int32)
         self._table = torch.zeros(
@@ -52,13 +86,16 @@ class DeviceSampling:
         self._workspace = SampleWorkspace.create(max_num_seqs, vocab_size, device.torch_device)
         self._history: Tensor | None = None
         self._banned: Tensor | None = None
+        self._biased: Tensor | None = None
+        self._biases: Tensor | None = None
 
     def admit(self, index: int, request: AdmittedRequest) -> SeatSampling:
-        params = request.params
+        params, bias = request.params, request.params.logit_bias or {}
+        grammar = grammar_of(request, self._grammars)
         final_ids = sorted({*request.eos_token_ids, *(params.stop_token_ids or ())})
         final_ids = [token for token in final_ids if token < self._vocab_size]
         banned_until = request.num_prompt_tokens + params.min_tokens if final_ids else 0
-        if not params.min_tokens:
+        if not params.min_tokens or grammar is not None:  # a grammar says itself when it may end
             banned_until = 0
         self._host_table[index] = seat(
             temperature=params.temperature,
@@ -69,43 +106,51 @@ class DeviceSampling:
             repetition=params.repetition_penalty,
             frequency=params.frequency_penalty,
             presence=params.presence_penalty,
+            num_biased=len(bias),
             num_banned=len(final_ids) if banned_until else 0,
             banned_until=banned_until,
         )
         self._stale = True
         if params.has_penalties:
-            self._remember(index, request)
+            self.remember(index, request.token_ids, request.num_prompt_tokens)
         if banned_until:
-            self._ban(index, final_ids)
+            self._banned = self._listed(self._banned, index, final_ids, torch.int32)
+        if bias:
+            self._biased = self._listed(self._biased, index, list(bias), torch.int32)
+            self._biases = self._listed(self._biases, index, list(bias.values()), torch.float32)
+        asked_ids = params.logprob_token_ids or ()
         filters = params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
         return SeatSampling(
             hardness=0 if params.is_greedy else 2 if filters else 1,
             penalizes=params.has_penalties,
+            biased=bool(bias),
             banned_until=banned_until,
-            num_logprobs=params.logprobs,
+            num_logprobs=0 if params.logprobs is None and asked_ids else params.logprobs,
+            asked_ids=asked_ids,
+            rules=rules_of(request, self._vocab_size, grammar),
         )
 
-    def _remember(self, index: int, request: AdmittedRequest) -> None:
+    def remember(self, index: int, token_ids: Sequence[int], num_prompt_tokens: int) -> None:
+        """These are the tokens that the seat's penalties count."""
         if self._history is None:  # 0.3 MB a seat at 152,000 tokens: only if somebody asks
             shape = (len(self._host_table), self._vocab_size)
             self._history = torch.zeros(shape, dtype=torch.int16, device=self._device.torch_device)
-        row = edits.history_row(request.token_ids, request.num_prompt_tokens, self._vocab_size)
+        row = edits.history_row(token_ids, num_prompt_tokens, self._vocab_size)
         self._device.upload(self._history[index], torch.from_numpy(row))
 
-    def _ban(self, index: int, ids: list[int]) -> None:
-        width = 0 if self._banned is None else self._banned.shape[1]
-        if self._banned is None or len(ids) > width:
-            grown = torch.zeros(
-                len(self._host_table),
-                max(_LEAST_BANNED, 2 * width, len(ids)),
-                dtype=torch.int32,
-                device=self._device.torch_device,
-            )
-            if self._banned is not None:
-                grown[:, :width] = self._banned
-            self._banned = grown
-        row = torch.tensor(ids, dtype=torch.int32)
-        self._device.upload(self._banned[index, : len(ids)], row)
+    def _listed(
+        self, table: Tensor | None, index: int, values: Sequence[float], dtype: torch.dtype
+    ) -> Tensor:
+        """The table of the seats' lists, made or widened as need be, with this seat's in it."""
+        width = 0 if table is None else table.shape[1]
+        if table is None or len(values) > width:
+            size = (len(self._host_table), max(_LEAST_LISTED, 2 * width, len(values)))
+            grown = torch.zeros(size, dtype=dtype, device=self._device.torch_device)
+            if table is not None:
+                grown[:, :width] = table
+            table = grown
+        self._device.upload(table[index, : len(values)], torch.tensor(values, dtype=dtype))
+        return table
 
     def upload(self) -> None:
         """Before a step: what changed since the last one."""
@@ -113,8 +158,46 @@ class DeviceSampling:
             self._device.upload(self._table, torch.from_numpy(self._host_table))
             self._stale = False
 
+    def masks(
+        self, seats: Sequence[SeatSampling], padded: int
+    ) -> tuple[RowMasks | None, dict[int, str]]:
+        """What may be sampled in these rows, and why nothing may in some: made by the host and sent. Call it
+        when the step has been launched, so that the device has something to do meanwhile."""
+        bits: list[Mask] = []
+        errors: dict[int, str] = {}
+        rows = np.full(padded, -1, dtype=np.int32)
+        for row, of in enumerate(seats):
+            if of.rules is None:
+                continue
+            try:
+                mask = of.rules.mask()
+                if mask is not None and not mask.any():
+                    raise GrammarError(NOTHING_ALLOWED)
+            except GrammarError as error:
+                errors[row] = str(error)
+                continue
+            if mask is not None:
+                rows[row] = len(bits)
+                bits.append(mask)
+        if not bits:
+            return None, errors
+        return RowMasks(self._sent(np.stack(bits)), self._sent(rows)), errors
+
+    def _sent(self, array: NDArray[np.int32] | NDArray[np.int64]) -> Tensor:
+        source = torch.from_numpy(array)
+        target = torch.empty(source.shape, dtype=source.dtype, device=self._device.torch_device)
+        self._device.upload(target, source)
+        return target
+
     def sample(
-        self, logits: Tensor, seats: Tensor, positions: Tensor, *, hardest: Hardest, edit: bool
+        self,
+        logits: Tensor,
+        seats: Tensor,
+        positions: Tensor,
+        *,
+        hardest: Hardest,
+        edit: bool,
+        masks: RowMasks | None = None,
     ) -> DeviceTokens:
         """logits: [R, V], as the model gave them. seats: [R] int32; positions: [R] int64; on the
         device."""
@@ -126,6 +209,10 @@ class DeviceSampling:
                 positions,
                 out=torch.empty(logits.shape, dtype=torch.float32, device=logits.device),
                 history=self._history,
+                bitmask=None if masks is None else masks.bits,
+                bitmask_rows=None if masks is None else masks.rows,
+                biased_ids=self._biased,
+                biases=self._biases,
                 banned_ids=self._banned,
             )
         return sample(
@@ -139,9 +226,18 @@ class DeviceSampling:
         )
 
     def logprobs(
-        self, logits: Tensor, rows: list[int], token_ids: Tensor, k: int
+        self, logits: Tensor, rows: Mapping[int, SeatSampling], token_ids: Tensor
     ) -> DeviceLogprobs:
-        """Of those rows of the logits; k at most `MAX_LOGPROBS`."""
-        index = torch.empty(len(rows), dtype=torch.int32, device=logits.device)
-        self._device.upload(index, torch.tensor(rows, dtype=torch.int32))
-        return logprobs(logits, index, token_ids, min(k, MAX_LOGPROBS))
+        """Of those rows of the logits, none of which wants more than `MAX_LOGPROBS`."""
+        wanted = list(rows.values())
+        most = max(len(of.asked_ids) for of in wanted)
+        asked = np.zeros((len(rows), most), dtype=np.int64)
+        for index, of in enumerate(wanted):
+            asked[index, : len(of.asked_ids)] = of.asked_ids
+        return logprobs(
+            logits,
+            self._sent(np.array(list(rows), dtype=np.int32)),
+            token_ids,
+            min(max(of.num_logprobs or 0 for of in wanted), logits.shape[1]),
+            self._sent(asked) if most else None,
+        )

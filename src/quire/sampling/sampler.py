@@ -23,10 +23,12 @@ from quire.kernels.reference import filtered_scores
 from quire.kernels.sampling import SAMPLE_ROW
 from quire.messages import AdmittedRequest, GrammarSpec, TokenLogprobs
 from quire.sampling.rules import RequestRules, has_rules
-from quire.structured.base import Grammar, GrammarError, tokens_of
+from quire.structured.base import Grammar, GrammarError
+from quire.structured.masks import tokens_of
 
 _MOST_TOP_K = 2**31 - 1
 
+NOTHING_ALLOWED = "no token satisfies its constraints."
 NAN_ERROR = "The model produced invalid numbers (NaN) for this request."
 
 
@@ -43,6 +45,21 @@ def grammar_of(request: AdmittedRequest, grammars: GrammarSource | None) -> Gram
         return None
     assert grammars is not None, "the engine prepares grammars only where it has a store"
     return grammars.grammar(request.rules.grammar)
+
+
+def rules_of(
+    request: AdmittedRequest, vocab_size: int, grammar: Grammar | None
+) -> RequestRules | None:
+    if not has_rules(request.params, request.rules):
+        return None
+    return RequestRules(
+        request.params,
+        request.rules,
+        grammar,
+        vocab_size=vocab_size,
+        eos_token_ids=request.eos_token_ids,
+        output=request.token_ids[request.num_prompt_tokens :],
+    )
 
 
 class SamplingState:
@@ -76,16 +93,7 @@ class SamplingState:
             ids, values = zip(*params.logit_bias.items(), strict=True)
             self.bias = torch.tensor(ids), torch.tensor(values, dtype=torch.float32)
         self.has_grammar = grammar is not None
-        self.rules: RequestRules | None = None
-        if has_rules(params, request.rules):
-            self.rules = RequestRules(
-                params,
-                request.rules,
-                grammar,
-                vocab_size=vocab_size,
-                eos_token_ids=request.eos_token_ids,
-                output=request.token_ids[request.num_prompt_tokens :],
-            )
+        self.rules = rules_of(request, vocab_size, grammar)
 
     def learn(self, token_id: int) -> None:
         """A token was sampled."""
@@ -133,7 +141,7 @@ class SamplingState:
         if self.rules is not None and (mask := self.rules.mask()) is not None:
             allowed = tokens_of(mask)
             if not len(allowed):
-                raise GrammarError("no token satisfies its constraints.")
+                raise GrammarError(NOTHING_ALLOWED)
             kept = torch.full_like(logits, -torch.inf)
             index = torch.from_numpy(allowed)
             kept[index] = logits[index]
