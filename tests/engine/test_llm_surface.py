@@ -78,6 +78,12 @@ def test_enqueued_requests_wait_for_who_wants_them(llm: LLM) -> None:
     assert llm.wait_for_completion(use_tqdm=False) == []
 
 
+def sleep_state(llm: LLM) -> str:
+    states = [m for m in llm.get_metrics() if m.name == "vllm:engine_sleep_state"]
+    [name] = [m.labels["sleep_state"] for m in states if isinstance(m, Gauge) and m.value]
+    return name
+
+
 def test_it_sleeps_and_wakes(llm: LLM) -> None:
     [before] = llm.generate("abc", GREEDY, use_tqdm=False)
     for level in (1, 2):
@@ -86,9 +92,11 @@ def test_it_sleeps_and_wakes(llm: LLM) -> None:
             llm.sleep(level)
         llm.wait_for_completion(use_tqdm=False)
         llm.sleep(level)
+        assert sleep_state(llm) == ["weights_offloaded", "discard_all"][level - 1]
         with pytest.raises(EngineSleepingError, match="wake_up"):
             llm.generate("abc", GREEDY, use_tqdm=False)
         llm.wake_up(tags=["weights", "kv_cache"])
+        assert sleep_state(llm) == "awake"
         [after] = llm.generate("abc", GREEDY, use_tqdm=False)
         assert after.outputs[0].token_ids == before.outputs[0].token_ids
         assert after.num_cached_tokens == 0

@@ -20,7 +20,10 @@ time_to_first_token_seconds inter_token_latency_seconds e2e_request_latency_seco
 request_queue_time_seconds request_inference_time_seconds request_prefill_time_seconds
 request_decode_time_seconds request_prompt_tokens request_generation_tokens request_params_n
 request_params_max_tokens iteration_tokens_total request_num_preemptions
-gpu_cache_usage_perc time_per_output_token_seconds
+gpu_cache_usage_perc time_per_output_token_seconds gpu_prefix_cache_queries_total gpu_prefix_cache_hits_total
+engine_sleep_state prompt_tokens_by_source_total prompt_tokens_cached_total
+prompt_tokens_cached_by_source_total admission_rejections_total request_time_per_output_token_seconds
+request_max_num_generation_tokens request_prefill_kv_computed_tokens
 """.split()
 
 
@@ -124,6 +127,7 @@ def test_cached_prompt_tokens_count_as_brought_in():
     assert samples["vllm:iteration_tokens_total_sum"] == 36 + 1
     assert samples["vllm:prompt_tokens_total"] == 36
     assert samples["vllm:prompt_tokens_cached_total"] == 32
+    assert samples["vllm:prompt_tokens_cached_by_source_total{source=device}"] == 32
     assert samples["vllm:prompt_tokens_by_source_total{source=local_compute}"] == 4
     assert samples["vllm:prompt_tokens_by_source_total{source=local_cache_hit}"] == 32
 
@@ -154,6 +158,8 @@ def test_gauges_follow_and_counters_add_up():
     assert samples["vllm:kv_cache_usage_perc"] == samples["vllm:gpu_cache_usage_perc"] == 0
     assert samples["vllm:prefix_cache_queries_total"] == 15
     assert samples["vllm:prefix_cache_hits_total"] == 5
+    assert samples["vllm:gpu_prefix_cache_queries_total"] == 15
+    assert samples["vllm:gpu_prefix_cache_hits_total"] == 5
     assert samples["vllm:num_preemptions_total"] == 1
     assert samples["quire:kv_blocks_copied_total"] == 1
     assert samples["quire:rows_held_total"] == 3
@@ -174,6 +180,22 @@ def test_request_that_never_ran_observes_no_time_it_did_not_have():
     for name in ("queue", "prefill", "decode", "inference"):
         assert samples[f"vllm:request_{name}_time_seconds_count"] == 0
     assert samples["vllm:request_params_max_tokens_count"] == 0
+
+
+def test_the_engine_is_in_one_state_of_sleep():
+    registry, metrics = make_metrics()
+
+    def states() -> dict[str, float]:
+        found = {k: v for k, v in read(registry).items() if "engine_sleep_state" in k}
+        return {key.partition("=")[2].rstrip("}"): value for key, value in found.items()}
+
+    assert states() == {"awake": 1, "weights_offloaded": 0, "discard_all": 0}
+    metrics.on_sleep_state(1)
+    assert states() == {"awake": 0, "weights_offloaded": 1, "discard_all": 0}
+    metrics.on_sleep_state(2)
+    assert states() == {"awake": 0, "weights_offloaded": 0, "discard_all": 1}
+    metrics.on_sleep_state(0)
+    assert states()["awake"] == 1
 
 
 def test_rejections_have_fixed_labels():

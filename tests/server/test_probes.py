@@ -79,6 +79,13 @@ async def test_metrics_are_the_engines(client, engine):
     assert info.labels["kv_cache_max_concurrency"] == "25.00"
 
 
+async def test_metrics_are_text_for_every_scraper(client):
+    for accept in ("text/plain", "application/openmetrics-text; version=1.0.0", "*/*"):
+        response = await client.get("/metrics", headers={"accept": accept})
+        assert response.headers["content-type"].startswith("text/plain; version=")
+        assert list(text_string_to_metric_families(response.text))
+
+
 async def test_models(client):
     body = (await client.get("/v1/models")).json()
     assert [card["id"] for card in body["data"]] == ["tiny", "alias"]

@@ -366,6 +366,7 @@ class AsyncLLM:
         elif isinstance(message, CoreFailed):
             self._die(str(failure_of(message)))
         elif isinstance(message, SleepState):
+            self._output.metrics.on_sleep_state(message.level)
             self._sleep_states.popleft().set_result(message.level)
         else:
             assert isinstance(message, (Pong, EngineReady))

@@ -535,6 +535,7 @@ class LLM:
         while not isinstance(answer := core.receive(), SleepState):
             self._process(core, answer)
         self._sleep_level = answer.level
+        self._output.metrics.on_sleep_state(answer.level)
 
     def _process(
         self, core: InlineCore | CoreProcess, message: CoreOutput | None

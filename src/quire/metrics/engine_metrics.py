@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 FINISH_REASONS = ("stop", "length", "abort", "error", "repetition")
 WAIT_REASONS = ("capacity", "deferred")
+SLEEP_STATES = ("awake", "weights_offloaded", "discard_all")
+"""By level of sleep."""
 REJECT_REASONS = ("max_num_queued_reqs", "max_num_queued_tokens")
 
 
@@ -60,6 +62,11 @@ class EngineMetrics:
             make.gauge("vllm:kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1."),
             make.gauge("vllm:gpu_cache_usage_perc", "Old name of vllm:kv_cache_usage_perc."),
         )
+        self._sleep_state = [
+            make.gauge("vllm:engine_sleep_state", "1 for the state it is in.", sleep_state=state)
+            for state in SLEEP_STATES
+        ]
+        self.on_sleep_state(0)
         self._slots_allocated = make.gauge(
             "quire:kv_slots_allocated", "Token slots in blocks that requests hold."
         )
@@ -69,10 +76,14 @@ class EngineMetrics:
         )
 
     def _make_counters(self, make: _Family) -> None:
-        self._prefix_queries = make.counter(
-            "vllm:prefix_cache_queries", "Tokens looked up in the prefix cache."
+        self._prefix_queries = (
+            make.counter("vllm:prefix_cache_queries", "Tokens looked up in the prefix cache."),
+            make.counter("vllm:gpu_prefix_cache_queries", "Old name of vllm:prefix_cache_queries."),
         )
-        self._prefix_hits = make.counter("vllm:prefix_cache_hits", "Of those, tokens found.")
+        self._prefix_hits = (
+            make.counter("vllm:prefix_cache_hits", "Of those, tokens found."),
+            make.counter("vllm:gpu_prefix_cache_hits", "Old name of vllm:prefix_cache_hits."),
+        )
         self._preemptions = make.counter("vllm:num_preemptions", "Requests sent back to wait.")
         self._blocks_copied = make.counter("quire:kv_blocks_copied", "Copy-on-write block copies.")
         self._rows_held = make.counter(
@@ -84,6 +95,11 @@ class EngineMetrics:
         self._prompt_tokens = make.counter("vllm:prompt_tokens", "Prompt tokens prefilled.")
         self._prompt_cached = make.counter(
             "vllm:prompt_tokens_cached", "Of those, found in the prefix cache."
+        )
+        self._prompt_cached_device = make.counter(
+            "vllm:prompt_tokens_cached_by_source",
+            "Of those, by where the cache was.",
+            source="device",
         )
         sources = "Prompt tokens by where their KV came from."
         self._prompt_computed_source = make.counter(
@@ -196,8 +212,10 @@ class EngineMetrics:
         self._slots_allocated.set(stats.kv_slots_allocated)
         self._slots_used.set(stats.kv_slots_used)
         self._blocks_shared.set(stats.blocks_shared)
-        self._prefix_queries.inc(stats.prefix_queries)
-        self._prefix_hits.inc(stats.prefix_hits)
+        for counter in self._prefix_queries:
+            counter.inc(stats.prefix_queries)
+        for counter in self._prefix_hits:
+            counter.inc(stats.prefix_hits)
         self._preemptions.inc(stats.num_preemptions)
         self._blocks_copied.inc(stats.blocks_copied)
         self._rows_held.inc(stats.rows_held)
@@ -210,6 +228,7 @@ class EngineMetrics:
             self._ttft.observe(ttft_seconds)
         self._prompt_tokens.inc(prompt_tokens)
         self._prompt_cached.inc(cached_tokens)
+        self._prompt_cached_device.inc(cached_tokens)
         self._prompt_cached_source.inc(cached_tokens)
         self._prompt_computed_source.inc(max(0, prompt_tokens - cached_tokens))
 
@@ -240,6 +259,10 @@ class EngineMetrics:
         label values are fixed, so that nothing a client sends can grow the registry."""
         if reason in self._rejections:
             self._rejections[reason].inc()
+
+    def on_sleep_state(self, level: int) -> None:
+        for state, gauge in enumerate(self._sleep_state):
+            gauge.set(state == level)
 
 
 class _Family:

@@ -81,7 +81,8 @@ class MetricsSink(Protocol):
     """What an engine's front end calls. Each call is a fact; none asks anything back.
 
     Order per request: `on_first_token` once per request (without a time if the prompt was all),
-    `on_token_gap` once per later token of each sequence, `on_finished` once. `on_step` once per message of the engine core.
+    `on_token_gap` once per later token of each sequence, `on_finished` once. `on_step` once per message
+    of the engine core.
     """
 
     def on_step(self, outputs: StepOutputs) -> None: ...
@@ -95,6 +96,8 @@ class MetricsSink(Protocol):
     def on_finished(self, request: FinishedRequest) -> None: ...
 
     def on_rejected(self, reason: str) -> None: ...
+
+    def on_sleep_state(self, level: int) -> None: ...
 
 
 class NullMetrics:
@@ -115,4 +118,7 @@ class NullMetrics:
         pass
 
     def on_rejected(self, reason: str) -> None:
+        pass
+
+    def on_sleep_state(self, level: int) -> None:
         pass
