@@ -13,7 +13,8 @@ from quire.messages import TokenRules
 from quire.sampling.rules import MAX_FORCED, RequestRules
 from quire.sampling.sampler import Sampler
 from quire.sampling_params import SamplingParams
-from quire.structured.base import GrammarError, Mask, mask_of, tokens_of
+from quire.structured.base import GrammarError
+from quire.structured.masks import Mask, mask_of, tokens_of
 from tests.sampling.test_sampler import VOCAB, logits, row, sample, seated
 from tests.sampling.test_sampler import tokens_of as sampled_tokens
 

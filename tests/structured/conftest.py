@@ -6,8 +6,9 @@ import pytest
 from quire.builtin import MODEL_DIR
 from quire.messages import GrammarSpec
 from quire.sampling_params import StructuredOutputsParams
-from quire.structured.base import Grammar, TokenMatcher, num_mask_words, tokens_of
+from quire.structured.base import Grammar, TokenMatcher
 from quire.structured.guidance import GuidanceCompiler
+from quire.structured.masks import num_mask_words, tokens_of
 from quire.structured.spec import to_spec
 from quire.text.tokenizer import Tokenizer
 from tests.text import builders

@@ -11,8 +11,9 @@ import pytest
 from quire.builtin import MODEL_DIR
 from quire.messages import GrammarSpec
 from quire.sampling_params import StructuredOutputsParams
-from quire.structured.base import Grammar, GrammarError, NullGrammar
+from quire.structured.base import Grammar, GrammarError
 from quire.structured.checker import GrammarChecker
+from quire.structured.masks import NullGrammar
 from quire.structured.spec import to_spec
 from quire.structured.store import GrammarStore
 from quire.text.tokenizer import Tokenizer

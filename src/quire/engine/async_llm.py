@@ -43,7 +43,6 @@ from quire.metrics import MetricsSink
 from quire.outputs import RequestOutput
 from quire.sampling_params import BeamSearchParams, PoolingParams, SamplingParams
 from quire.structured.checker import GrammarChecker
-from quire.structured.spec import to_spec
 from quire.text.parsing.base import ThinkingTokens
 
 PING_SECONDS = 2.0
@@ -266,8 +265,8 @@ class AsyncLLM:
 
         Raises `InvalidParameterError` with the reason.
         """
-        if params.structured_outputs is not None:
-            self._checker.check(to_spec(params.structured_outputs))
+        if (grammar := self._input.grammar(params)) is not None:
+            self._checker.check(grammar)
 
     async def sleep(self, level: int = 1) -> None:
         """Take no more requests, wait for those that run, and give back the KV cache's memory (level 1) or

@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from quire.errors import EngineSleepingError
+from quire.errors import EngineSleepingError, QuireError
 from quire.executor.base import Executor, StepFuture
 from quire.messages import (
     AbortRequests,
@@ -14,6 +14,7 @@ from quire.messages import (
     CoreInput,
     CoreOutput,
     FinishReason,
+    GrammarSpec,
     Ping,
     Pong,
     RequestUpdate,
@@ -30,6 +31,7 @@ from quire.structured.base import GrammarError
 from quire.structured.store import GrammarStore
 
 COMPILE_WAIT_SECONDS = 0.005
+ANY_JSON = GrammarSpec("json_schema", '{"type":"object"}')
 
 
 class EngineCore:
@@ -71,7 +73,11 @@ class EngineCore:
 
     def prepare(self) -> bool:
         """For a loop that finds nothing to do: see `Executor.prepare`."""
-        return not (self.has_work or self._sleep_level) and self.executor.prepare()
+        if self.has_work or self._sleep_level:
+            return False
+        if self._grammars is not None:
+            self._grammars.prepare(ANY_JSON)  # reads the vocabulary, with the first grammar
+        return self.executor.prepare()
 
     def handle(self, message: CoreInput) -> CoreOutput | None:
         """Take in one message. A request that cannot be taken in fails alone."""
@@ -107,7 +113,7 @@ class EngineCore:
 
     def _add(self, message: AddRequest) -> None:
         if self._sleep_level:
-            raise EngineSleepingError("it sleeps")
+            raise EngineSleepingError("The engine sleeps.")
         grammar = message.rules.grammar if message.rules is not None else None
         if grammar is None:
             self.scheduler.add_request(message)
@@ -150,8 +156,11 @@ class EngineCore:
 
 
 def _failed(message: AddRequest, error: Exception) -> RequestUpdate:
+    known = isinstance(error, QuireError)  # others' texts are not for clients
     return RequestUpdate(
         request_id=message.request_id,
         finish_reason=FinishReason.ERROR,
-        error=f"The engine could not accept the request ({type(error).__name__}).",
+        error=str(error)
+        if known
+        else f"The engine could not accept the request ({type(error).__name__}).",
     )

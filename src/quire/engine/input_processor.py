@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from quire.engine.setup import ServedModel
 from quire.errors import InvalidParameterError, PromptTooLongError
-from quire.messages import AddRequest, TokenRules
+from quire.messages import AddRequest, GrammarSpec, TokenRules
 from quire.sampling_params import PoolingParams, SamplingParams
 from quire.structured.spec import to_spec
 from quire.text.parsing.base import ThinkingTokens
@@ -43,6 +43,12 @@ class InputProcessor:
     def __init__(self, model: ServedModel) -> None:
         self._model = model
         self._ids = itertools.count(1)
+        tokenizer = model.tokenizer
+        self._special = {
+            text: token
+            for token in sorted(tokenizer.special_ids)
+            if (text := tokenizer.token_str(token))
+        }
 
     def process(
         self,
@@ -214,12 +220,18 @@ class InputProcessor:
         self._check_ids([token for ids in bad_words for token in ids], "bad_words")
         return TokenRules(
             bad_words=bad_words,
-            grammar=None if structured is None else to_spec(structured),
+            grammar=self.grammar(params),
             think_start=thinking.start if thinking else [],
             think_end=thinking.end if thinking else [],
             thinking=thinking.inside if thinking else False,
             thinking_budget=params.thinking_token_budget,
         )
+
+    def grammar(self, params: SamplingParams) -> GrammarSpec | None:
+        """Raises `InvalidParameterError` for one that cannot be meant; compiling it is another matter."""
+        if params.structured_outputs is None:
+            return None
+        return to_spec(params.structured_outputs, special_tokens=self._special)
 
     def _spellings(self, word: str) -> list[list[int]]:
         """The tokens of a text as they are at the start of a line, and after a space."""

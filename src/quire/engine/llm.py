@@ -50,7 +50,6 @@ from quire.sampling_params import (
     SamplingParams,
 )
 from quire.structured.checker import GrammarChecker
-from quire.structured.spec import to_spec
 
 if TYPE_CHECKING:
     from quire.metrics.reader import Metric
@@ -471,7 +470,8 @@ class LLM:
 
     def _check_grammar(self, params: SamplingParams) -> None:
         """Raises `InvalidParameterError` for one that cannot be compiled; each is tried once."""
-        if params.structured_outputs is None:
+        grammar = self._input.grammar(params)
+        if grammar is None:
             return
         if self._grammars is None:
             self._grammars = GrammarChecker(
@@ -479,7 +479,7 @@ class LLM:
                 vocab_size=self.model.vocab_size,
                 eos_token_ids=self.model.eos_token_ids,
             )
-        self._grammars.check(to_spec(params.structured_outputs))
+        self._grammars.check(grammar)
 
     def _search(
         self, prompts: Sequence[PromptInput], params: BeamSearchParams

@@ -13,13 +13,8 @@ import numpy as np
 
 from quire.messages import TokenRules
 from quire.sampling_params import SamplingParams
-from quire.structured.base import (
-    Grammar,
-    Mask,
-    mask_of,
-    num_mask_words,
-    tokens_of,
-)
+from quire.structured.base import Grammar
+from quire.structured.masks import Mask, mask_of, num_mask_words, tokens_of
 
 
 def has_rules(params: SamplingParams, rules: TokenRules | None) -> bool:

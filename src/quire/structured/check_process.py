@@ -17,9 +17,10 @@ import msgspec
 import numpy as np
 
 from quire.messages import GrammarSpec
-from quire.structured.base import GrammarError, num_mask_words, tokens_of
+from quire.structured.base import GrammarError
 from quire.structured.checker import TOO_MUCH, Tokens
 from quire.structured.guidance import GuidanceCompiler
+from quire.structured.masks import num_mask_words, tokens_of
 from quire.structured.store import deep_stacks, yield_to_others
 
 MAX_MEMORY = 4 << 30

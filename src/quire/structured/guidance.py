@@ -13,15 +13,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from quire.messages import GrammarSpec
-from quire.structured.base import (
-    Grammar,
-    GrammarError,
-    Mask,
-    TokenMatcher,
-    Vocabulary,
-    mask_of,
-    num_mask_words,
-)
+from quire.structured.base import Grammar, GrammarError, TokenMatcher, Vocabulary
+from quire.structured.masks import Mask, mask_of, num_mask_words
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer

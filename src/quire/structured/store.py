@@ -21,12 +21,7 @@ from dataclasses import dataclass, field
 from queue import SimpleQueue
 
 from quire.messages import GrammarSpec
-from quire.structured.base import (
-    COMPILE_STACK_BYTES,
-    Grammar,
-    GrammarCompiler,
-    GrammarError,
-)
+from quire.structured.base import COMPILE_STACK_BYTES, Grammar, GrammarCompiler, GrammarError
 
 logger = logging.getLogger(__name__)
 
