@@ -1,0 +1,203 @@
+"""Every parameter on the path for accelerators, its device played by the CPU and its kernels interpreted:
+what the CPU's engine answers, in one batch of all kinds, some of them preempted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+
+from quire.engine import build
+from quire.engine.build_device import build_on_device
+from quire.engine.llm import LLM
+from quire.errors import ConfigError
+from quire.executor.device import DeviceExecutor
+from quire.messages import StepResult, TokenLogprobs
+from quire.outputs import RequestOutput
+from quire.runner.device import HostDevice
+from quire.runner.device_runner import DeviceRunner, LaunchedStep
+from quire.sampling_params import PoolingParams, SamplingParams, StructuredOutputsParams
+from quire.text.parsing.base import ThinkingTokens
+from tests.engine.checkpoints import ServableCheckpoint, prompts, write_checkpoint
+
+# What attention leaves of padding is what the memory held: NumPy warns of sums that overflow.
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
+
+MAX_TOKENS = 7
+FORCED = " is a letter of the alphabet"
+OPTIONS: dict[str, Any] = {
+    "dtype": "float32",
+    "max_num_seqs": 8,
+    "max_num_batched_tokens": 96,
+    "max_model_len": 64,
+    "num_gpu_blocks_override": 1 + 8,  # fewer than eight requests need in the end
+    "watermark": 0.0,
+    "max_logprobs": -1,
+}
+
+
+def sampling(**fields: Any) -> SamplingParams:
+    return SamplingParams(
+        **{"temperature": 0.0, "max_tokens": MAX_TOKENS, "ignore_eos": True, "seed": 1, **fields}
+    )
+
+
+def structured(regex: str, **fields: Any) -> SamplingParams:
+    rules = StructuredOutputsParams(regex=regex)
+    return sampling(structured_outputs=rules, max_tokens=40, ignore_eos=False, **fields)
+
+
+MIX: dict[str, SamplingParams | PoolingParams] = {
+    "free": sampling(),
+    "bias": sampling(logit_bias={70: 3.0, 80: 2.0, 90: -100.0}, repetition_penalty=1.5),
+    "more biases": sampling(logit_bias=dict.fromkeys(range(100, 120), 2.0), logprobs=1),
+    "allowed": sampling(
+        allowed_token_ids=[66, 67, 70], presence_penalty=1.0, logprob_token_ids=[7, 66, 9]
+    ),
+    "bad words": sampling(bad_words=[*"abcdefghijklmnop", "th"], temperature=1.5),
+    "forced": structured(
+        f"(alpha|beta){FORCED}[a-z]{{5}}", frequency_penalty=0.7, presence_penalty=0.2
+    ),
+    "stepped": structured("(yes|no)!{3}", logprobs=2, logprob_token_ids=[5]),
+    "drawn": structured("[a-f]{4}[0-9]", temperature=1.0, top_p=0.9, min_tokens=9),
+    "none left": structured("(yes|no)", allowed_token_ids=[66]),
+    "thinking": sampling(thinking_token_budget=3),
+    "all logprobs": sampling(logprobs=-1, max_tokens=2, logprob_token_ids=[1, 2]),
+    "prompt": sampling(prompt_logprobs=2, logprob_token_ids=[11], max_tokens=3),
+    "prompt only": sampling(prompt_logprobs=0, max_tokens=0),
+    "last": PoolingParams(),
+    "mean": PoolingParams(pooling="mean", normalize=False),
+}
+THINKING = ThinkingTokens(start=[], end=[60, 61], inside=True)
+PROMPTS = dict(zip(MIX, prompts(len(MIX), longest=24, seed=5), strict=True))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> ServableCheckpoint:
+    return write_checkpoint(
+        "llama", tmp_path_factory.mktemp("tiny"), hidden_size=32, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1,
+    )  # fmt: skip
+
+
+def answers(llm: LLM, names: list[str]) -> dict[str, RequestOutput]:
+    process = llm._input.process
+
+    def thinking(prompt: Any, params: Any, **options: Any) -> Any:
+        thinks = getattr(params, "thinking_token_budget", None) is not None
+        return process(prompt, params, thinking=THINKING if thinks else None, **options)
+
+    llm._input.process = thinking  # type: ignore[method-assign]
+    outputs = llm._run([PROMPTS[name] for name in names], [MIX[name] for name in names])
+    llm._input.process = process  # type: ignore[method-assign]
+    llm._core._core.scheduler.check_invariants()  # type: ignore[union-attr]
+    return dict(zip(names, outputs, strict=True))
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoint: ServableCheckpoint) -> dict[str, RequestOutput]:
+    with LLM(str(checkpoint.directory), **OPTIONS) as llm:
+        return answers(llm, list(MIX))
+
+
+@pytest.fixture
+def device_llm(checkpoint: ServableCheckpoint, monkeypatch: pytest.MonkeyPatch) -> Iterator[LLM]:
+    monkeypatch.setattr(build, "build_core", partial(build_on_device, device=HostDevice()))
+    with LLM(str(checkpoint.directory), **OPTIONS) as llm:
+        yield llm
+
+
+def runner_of(llm: LLM) -> DeviceRunner | None:
+    executor = llm._core._core.executor  # type: ignore[union-attr]
+    assert isinstance(executor, DeviceExecutor)
+    return executor.runner
+
+
+def close(ours: Any, theirs: Any) -> None:
+    """Equal, but for the last digits of numbers."""
+    if isinstance(theirs, float):
+        assert math.isclose(ours, theirs, rel_tol=1e-4, abs_tol=1e-4)
+    elif isinstance(theirs, TokenLogprobs):
+        close([getattr(ours, name) for name in theirs.__struct_fields__],
+              [getattr(theirs, name) for name in theirs.__struct_fields__])  # fmt: skip
+    elif isinstance(theirs, dict):
+        assert ours.keys() == theirs.keys()
+        for key, value in theirs.items():
+            close(ours[key], value)
+    elif isinstance(theirs, (list, tuple)):
+        assert len(ours) == len(theirs)
+        for one, other in zip(ours, theirs, strict=True):
+            close(one, other)
+    elif hasattr(theirs, "logprob"):
+        close(ours.logprob, theirs.logprob)
+        assert ours.rank == theirs.rank
+    else:
+        assert ours == theirs
+
+
+def test_every_parameter_is_honoured_as_on_the_cpu(
+    device_llm: LLM, expected: dict[str, RequestOutput], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result, lengths = LaunchedStep.result, [0]
+
+    def noted(step: LaunchedStep) -> StepResult:
+        found = result(step)
+        lengths.extend(len(row.token_ids) for row in found.sampled)
+        return found
+
+    monkeypatch.setattr(LaunchedStep, "result", noted)
+    found = answers(device_llm, list(MIX))
+    for name, theirs in expected.items():
+        ours = found[name]
+        assert ours.error == theirs.error, name
+        close(ours.embedding, theirs.embedding)
+        close(ours.prompt_logprobs, theirs.prompt_logprobs)
+        for one, other in zip(ours.outputs, theirs.outputs, strict=True):
+            assert one.token_ids == other.token_ids, name
+            assert one.finish_reason == other.finish_reason, name
+            close(one.logprobs, other.logprobs)
+    runner = runner_of(device_llm)
+    assert runner is not None and runner._recorded, "nothing was recorded beside all this"
+    assert sum(output.metrics.num_preemptions for output in found.values()) > 1
+    # That the parameters did something at all:
+    tokens = {name: output.outputs[0].token_ids for name, output in found.items() if output.outputs}
+    assert set(tokens["allowed"]) <= {66, 67, 70} and len(set(tokens["allowed"])) > 1
+    assert tokens["thinking"][3:5] == THINKING.end != tokens["thinking"][:2]
+    assert FORCED in found["forced"].outputs[0].text
+    assert max(lengths) > 5, "no tokens were forced"
+    assert found["drawn"].outputs[0].finish_reason == "stop"
+    assert found["none left"].outputs[0].finish_reason == "error"
+    assert len(found["all logprobs"].outputs[0].logprobs[0]) == 320
+    assert found["mean"].embedding and found["last"].embedding
+
+
+def test_sleeping_gives_the_memory_back_and_changes_nothing(
+    device_llm: LLM, expected: dict[str, RequestOutput]
+) -> None:
+    names = ["prompt only", "stepped"]
+    for level in (1, 2):
+        runner = runner_of(device_llm)
+        model = None if runner is None else runner.model
+        runner = None
+        device_llm.sleep(level)
+        assert runner_of(device_llm) is None
+        device_llm.wake_up()
+        woken = runner_of(device_llm)
+        assert woken is not None and (woken.model is model) == (level == 1)
+        del woken
+    for name, output in answers(device_llm, names).items():
+        assert [o.token_ids for o in output.outputs] == [
+            o.token_ids for o in expected[name].outputs
+        ]
+        close(output.prompt_logprobs, expected[name].prompt_logprobs)
+
+
+def test_other_logprobs_are_refused(
+    checkpoint: ServableCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "build_core", partial(build_on_device, device=HostDevice()))
+    with pytest.raises(ConfigError, match="logprobs_mode 'processed_logits'"):
+        LLM(str(checkpoint.directory), **OPTIONS, logprobs_mode="processed_logits")
