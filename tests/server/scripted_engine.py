@@ -28,6 +28,8 @@ class WordTokenizer:
     """Every piece of text up to and including the next space is a token; id 1 is special."""
 
     special_texts = frozenset({"<eos>", "<bos>"})
+    special_ids = frozenset({0, 1})
+    special_ids = frozenset({0, 1})
 
     def __init__(self) -> None:
         self.words: list[str] = ["<eos>", "<bos>"]

@@ -92,8 +92,8 @@ async def test_bad_fields(client, engine, body, kind, param, streamed):
     [
         ("guided_json", {"type": "object"}), ("guided_regex", "a"), ("guided_choice", ["a"]),
         ("guided_grammar", "x"), ("guided_decoding_backend", "outlines"),
-        ("guided_whitespace_pattern", " "), ("structural_tag", "{}"), ("use_beam_search", True),
-        ("best_of", 2), ("kv_transfer_params", {"a": 1}), ("length_penalty", 2.0),
+        ("guided_whitespace_pattern", " "), ("structural_tag", "{}"),
+        ("best_of", 2), ("kv_transfer_params", {"a": 1}),
         ("logits_processors", ["x"]), ("prompt_logprob_token_ids", [1]),
         ("ec_transfer_params", {"a": 1}),
     ],

@@ -63,7 +63,7 @@ def chat_batch_router(state: ServerState) -> APIRouter:
             streams = submit_all(engine, work, asked, frame)
         outputs = await run_to_end(state, request, streams, frame)
         return Response(
-            join(encoders, outputs, n=params.n),
+            join(encoders, outputs, n=asked.n or 1),
             media_type="application/json",
             headers=warning_headers(frame.warnings),
         )

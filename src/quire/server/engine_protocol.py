@@ -8,7 +8,7 @@ from typing import Literal, Protocol, runtime_checkable
 from quire.messages import EngineReady, SchedulerStats, StepOutputs
 from quire.metrics import MetricsSink
 from quire.outputs import RequestOutput
-from quire.sampling_params import PoolingParams, SamplingParams
+from quire.sampling_params import BeamSearchParams, PoolingParams, SamplingParams
 from quire.text.parsing import ThinkingTokens
 from quire.text.tokenizer_config import TokenizerConfig
 
@@ -112,7 +112,7 @@ class ServingEngine(Protocol):
     def submit(
         self,
         prompt: str | list[int],
-        params: SamplingParams | PoolingParams,
+        params: SamplingParams | PoolingParams | BeamSearchParams,
         *,
         request_id: str | None = None,
         priority: int = 0,

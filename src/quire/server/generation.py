@@ -18,6 +18,7 @@ from quire.config import ServerConfig
 from quire.errors import ModelNotFoundError
 from quire.outputs import RequestOutput
 from quire.sampling_params import PoolingParams, SamplingParams
+from quire.server.beam import as_asked
 from quire.server.engine_protocol import RequestStream, ServedModel, ServingEngine
 from quire.server.errors import ApiError
 from quire.server.middleware import owner_of, request_id_of
@@ -109,7 +110,7 @@ def submit_all(
             streams.append(
                 engine.submit(
                     prompt.token_ids,
-                    params,
+                    as_asked(request, params, len(prompts)),
                     request_id=f"{frame.id}-{index}" if len(prompts) > 1 else frame.id,
                     priority=request.priority or 0,
                     cache_salt=request.cache_salt,

@@ -110,7 +110,11 @@ class SamplingFields(DecodingFields):
     response_format: Object | None = None
     """OpenAI's way to ask for `structured_outputs`: {"type": "text" | "json_object" | "json_schema"}."""
     best_of: int | None = None
-    """Only equal to n: nothing is sampled to be thrown away."""
+    """Only equal to n: nothing is sampled to be thrown away. With `use_beam_search`, the beam width."""
+    use_beam_search: bool | None = None
+    """Search for the n likeliest continuations, instead of drawing n."""
+    length_penalty: float | None = None
+    """Of a beam search: above 1, longer continuations are preferred. Default: 1."""
     stream_options: StreamOptions | None = None
     """Needs `stream`."""
     return_token_ids: bool | None = None

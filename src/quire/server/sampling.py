@@ -100,6 +100,10 @@ def _params(
         value = getattr(request, name)
         if value is not None:
             values[name] = value
+    if request.use_beam_search:  # see `beam`: nothing is drawn, unless a temperature is asked for
+        values |= {"n": 1, "temperature": request.temperature or 0.0}
+    elif request.length_penalty not in (None, 1.0):
+        raise bad_request("length_penalty needs use_beam_search.", param="length_penalty")
     if request.prompt_logprobs is None:
         values["prompt_logprobs"] = echoed_logprobs
     if request.logit_bias:
@@ -128,7 +132,7 @@ def _check_combinations(request: SamplingFields, logprobs: int | None) -> None:
         )
     if request.logprob_token_ids and logprobs is None:
         raise bad_request("logprob_token_ids needs logprobs.", param="logprob_token_ids")
-    if request.best_of not in (None, request.n or 1):
+    if request.best_of not in (None, request.n or 1) and not request.use_beam_search:
         raise bad_request(
             f"best_of must equal n, got {request.best_of}: every sequence that is sampled is returned.",
             param="best_of",
