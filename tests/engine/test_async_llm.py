@@ -51,8 +51,11 @@ async def idle(engine: AsyncLLM) -> None:
     raise AssertionError(f"not idle: {engine.stats}")
 
 
-async def test_deltas_add_up_to_the_whole(engine: AsyncLLM) -> None:
-    params = LONG.replace(max_tokens=40, n=3, temperature=1.0, seed=4, logprobs=1)
+@pytest.mark.parametrize("interval", [None, 10])
+async def test_deltas_add_up_to_the_whole(engine: AsyncLLM, interval: int | None) -> None:
+    params = LONG.replace(
+        max_tokens=40, n=3, temperature=1.0, seed=4, logprobs=1, stream_interval=interval
+    )
     whole_params = params.replace(output_kind=RequestOutputKind.FINAL_ONLY)
     (whole,) = await collect(engine.submit("The quick", whole_params))
     deltas = await collect(engine.submit("The quick", params))

@@ -381,6 +381,14 @@ async def test_endless_headers_are_cut_off():
         assert (await server.client.get("/health")).status_code == 200
 
 
+@pytest.mark.parametrize("size", [70_000, 200_000])
+async def test_a_body_that_comes_in_one_piece_is_no_head(size):
+    async with running() as server:
+        for _ in range(3):
+            response = await server.client.post(COMPLETIONS, json=ask(user="x" * size))
+            assert response.status_code == 200, response.text
+
+
 async def test_twenty_megabytes_with_and_without_a_length():
     async with running() as server:
         big = b'{"prompt": "' + b"x" * (20 << 20) + b'"}'

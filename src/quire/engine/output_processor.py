@@ -150,7 +150,7 @@ class OutputProcessor:
         for state, deltas in touched.values():
             if state.finished:
                 self._close(state)
-            elif self._waits_for_more(state, deltas):
+            if self._waits_for_more(state, deltas):
                 continue
             output = _show(state, deltas)
             if output is not None:
@@ -159,14 +159,14 @@ class OutputProcessor:
 
     def _waits_for_more(self, state: RequestState, deltas: dict[int, str]) -> bool:
         """Whether the deltas are kept back because there are too few tokens for an output. If not, they are
-        all that was kept back. The first output never waits."""
+        all that was kept back. The first output and the last never wait."""
         interval = state.request.params.stream_interval or self._stream_interval
         if interval == 1 or state.request.params.output_kind is not RequestOutputKind.DELTA:
             return False
         for index, text in deltas.items():
             state.held[index] = state.held.get(index, "") + text
         new = sum(len(s.token_ids) - s.sent for s in state.sequences)
-        if new < interval and any(s.sent for s in state.sequences):
+        if new < interval and any(s.sent for s in state.sequences) and not state.finished:
             return True
         deltas.update(state.held)
         state.held.clear()

@@ -20,13 +20,14 @@ from quire.outputs import RequestOutput
 from quire.sampling_params import PoolingParams, SamplingParams
 from quire.server.beam import as_asked
 from quire.server.engine_protocol import RequestStream, ServedModel, ServingEngine
-from quire.server.errors import ApiError
+from quire.server.errors import ApiError, bad_request
 from quire.server.middleware import owner_of, request_id_of
 from quire.server.prompts import EncodedPrompt
 from quire.server.requests import SamplingFields, StreamOptions
 from quire.server.sampling import log_values
 from quire.server.sse import Ending, EventStream
 from quire.server.state import ServerState
+from quire.structured.base import GrammarError
 
 logger = logging.getLogger(__name__)
 
@@ -205,9 +206,13 @@ async def _final(stream: RequestStream) -> RequestOutput:
 
 
 def raise_if_failed(output: RequestOutput) -> None:
-    """A request that the engine failed on its own is an error, not a short answer."""
+    """A request that the engine failed on its own is an error, not a short answer. That its constraints
+    leave no token is known only as tokens are chosen, and still the client's mistake."""
     if any(part.finish_reason == "error" for part in output.outputs):
-        raise ApiError(500, output.error or "The engine failed on this request.")
+        reason = output.error or "The engine failed on this request."
+        if reason.startswith(GrammarError.BEGINNING):
+            raise bad_request(reason, param="structured_outputs")
+        raise ApiError(500, reason)
 
 
 async def encoded(

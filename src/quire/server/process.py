@@ -100,6 +100,8 @@ def _http_protocol() -> type[asyncio.Protocol] | str:
     class BoundedHttpTools(HttpToolsProtocol):
         _head_bytes = 0
         _in_head = True
+        _ended = False
+        """Whether a message ended in the piece of data at hand: then it was not all of a head."""
 
         def on_message_begin(self) -> None:
             self._head_bytes, self._in_head = 0, True
@@ -110,8 +112,9 @@ def _http_protocol() -> type[asyncio.Protocol] | str:
             super().on_headers_complete()
 
         def data_received(self, data: bytes) -> None:
+            self._ended = False
             super().data_received(data)
-            if self._in_head and not self.transport.is_closing():
+            if self._in_head and not self._ended and not self.transport.is_closing():
                 self._head_bytes += len(data)
                 if self._head_bytes > MAX_HEAD_BYTES:
                     self.logger.warning("Request head too large.")
@@ -119,7 +122,7 @@ def _http_protocol() -> type[asyncio.Protocol] | str:
 
         def on_message_complete(self) -> None:
             super().on_message_complete()
-            self._head_bytes, self._in_head = 0, True
+            self._head_bytes, self._in_head, self._ended = 0, True, True
 
     return BoundedHttpTools
 

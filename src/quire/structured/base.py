@@ -18,11 +18,12 @@ once per rule or `$ref`: a chain of 3,000 rules overflows the usual 8 MiB, which
 class GrammarError(InvalidParameterError):
     """A grammar that cannot be compiled, or not followed any further. It ends one request only."""
 
+    BEGINNING = "The grammar of this request cannot be used: "
+    """Of every such error's text, by which it is known where only that arrives (`RequestOutput.error`)."""
+
     def __init__(self, reason: str) -> None:
         self.reason = reason
-        super().__init__(
-            f"The grammar of this request cannot be used: {reason}", param="structured_outputs"
-        )
+        super().__init__(self.BEGINNING + reason, param="structured_outputs")
 
 
 def invalid(what: str, value: object = None) -> InvalidParameterError:
