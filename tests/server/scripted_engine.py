@@ -29,7 +29,6 @@ class WordTokenizer:
 
     special_texts = frozenset({"<eos>", "<bos>"})
     special_ids = frozenset({0, 1})
-    special_ids = frozenset({0, 1})
 
     def __init__(self) -> None:
         self.words: list[str] = ["<eos>", "<bos>"]
