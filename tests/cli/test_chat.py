@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
+import os
+import signal
 import sys
 
 import pytest
@@ -156,6 +159,57 @@ def test_raw_and_system_exclude_each_other() -> None:
     with pytest.raises(SystemExit) as exit_:
         main(["generate", "x", "--raw", "--system", "y"])
     assert exit_.value.code == 2
+
+
+def test_quick_is_one_exchange_and_says_whether_it_worked(scripted_server, capsys) -> None:
+    """With vLLM's own flags, and its address that ends in /v1."""
+    words = ["--url", scripted_server.url + "/v1", "--model-name", "theirs", "-q", "hi"]
+    scripted_server.answers = [["hello"], CONTEXT_FULL]
+    assert main(["chat", "--system-prompt", "be brief", *words]) == 0
+    assert capsys.readouterr().out == "hello\n"
+    [request] = scripted_server.requests
+    assert request["model"] == "theirs"
+    assert [m["content"] for m in request["messages"]] == ["be brief", "hi"]
+    assert main(["chat", *words]) == 1
+    assert "error: too long" in capsys.readouterr().err
+
+
+def test_complete_sends_lines_as_they_are(scripted_server, say, capsys) -> None:
+    scripted_server.answers = [["bin"], ["\n  x", " = 1"], CONTEXT_FULL, ["end"]]
+    say("/usr/", "def f(): ", "", "too long", "go", "/exit", "never asked")
+    assert main(["complete", "--url", scripted_server.url, "--max-tokens", "9"]) == 0
+    output = capsys.readouterr()
+    assert output.out == "bin\n\n  x = 1\nend\n"
+    assert "error: too long" in output.err
+    asked = [(r["prompt"], r["max_tokens"], r["stream"]) for r in scripted_server.requests]
+    prompts = ("/usr/", "def f(): ", "too long", "go")
+    assert asked == [(prompt, 9, True) for prompt in prompts]
+
+
+def test_complete_quickly(scripted_server, capsys) -> None:
+    scripted_server.answers = [["b"]]
+    assert main(["complete", "-q", "a", "--url", scripted_server.url]) == 0
+    assert capsys.readouterr().out == "b\n"
+    assert scripted_server.requests[0]["max_tokens"] == 256
+
+
+@pytest.mark.parametrize("command", ["chat", "complete"])
+def test_ctrl_c_stops_an_answer_and_nothing_else(command, say, capsys, monkeypatch) -> None:
+    from quire.cli import talk
+
+    class Slow(talk.RemoteModel):
+        async def _stream(self, path, request):
+            said = request.get("prompt") or request["messages"][-1]["content"]
+            yield {"delta": {"content": said}, "text": said}
+            if said == "first":
+                os.kill(os.getpid(), signal.SIGINT)
+                await asyncio.sleep(60)
+
+    monkeypatch.setattr(talk, "RemoteModel", Slow)
+    say("first", "second")
+    assert main([command, "--url", "http://x", "--model", "m"]) == 0
+    assert "first" in (out := capsys.readouterr().out)
+    assert "(stopped)" in out and out.endswith("second\n")
 
 
 def test_forgetting_nothing() -> None:

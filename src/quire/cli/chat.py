@@ -6,10 +6,9 @@ import asyncio
 import sys
 from dataclasses import dataclass, field
 
-from quire.cli.model_flags import ModelChoice, add_model_flags, model_choice
+from quire.cli.model_flags import add_model_flags, model_choice
 from quire.cli.parser import Parser
-from quire.cli.talk import ContextFullError, LocalModel, RemoteModel, Speaker
-from quire.errors import EngineDeadError, QuireError
+from quire.cli.talk import ContextFullError, Speaker, ask, converse, open_speaker
 from quire.util.terminal import printable
 
 HELP = "/reset begins anew, /exit leaves (so does Ctrl-D); Ctrl-C stops an answer."
@@ -22,23 +21,28 @@ def run(argv: list[str]) -> int:
         description=f"Talk with a model. In the conversation: {HELP}",
     )
     parser.add_argument("model_positional", metavar="MODEL", nargs="?")
-    parser.add_argument("--system", metavar="TEXT", help="system message, before everything else")
+    parser.add_argument(
+        "--system", "--system-prompt", metavar="TEXT", help="system message, before everything else"
+    )
+    parser.add_argument("-q", "--quick", metavar="TEXT", help="say this, print the answer, leave")
     add_model_flags(parser)
     args = parser.parse_strictly(argv)
     choice = model_choice(args, model=args.model_positional)
+    conversation = Conversation(args.system)
     with asyncio.Runner() as runner:
-        speaker = runner.run(_speaker(choice))
+        speaker = runner.run(open_speaker(choice))
+
+        async def answer(question: str) -> None:
+            await _answer(speaker, conversation, question, choice.sampling)
+
         try:
-            _converse(runner, speaker, Conversation(args.system), choice.sampling)
+            if args.quick is not None:
+                return 0 if ask(runner, answer, args.quick) else 1
+            commands = {"/reset": conversation.exchanges.clear}
+            converse(runner, answer, commands=commands, about=HELP)
         finally:
             runner.run(speaker.close())
     return 0
-
-
-async def _speaker(choice: ModelChoice) -> Speaker:
-    if choice.url is not None:
-        return await RemoteModel.connect(choice.url, model=choice.model, api_key=choice.api_key)
-    return await LocalModel.start(choice.engine)
 
 
 @dataclass(slots=True)
@@ -63,39 +67,6 @@ class Conversation:
         return bool(self.exchanges) and self.exchanges.pop(0) is not None
 
 
-def _converse(
-    runner: asyncio.Runner,
-    speaker: Speaker,
-    conversation: Conversation,
-    sampling: dict[str, object],
-) -> None:
-    """Read, answer, repeat. The engine outlives a stopped answer and a refused question."""
-    interactive = sys.stdin.isatty()
-    if interactive:
-        print(HELP)
-        _edit_lines()
-    while True:
-        try:
-            question = input("> " if interactive else "").strip()
-        except EOFError:
-            return
-        if question in ("/exit", "/quit"):
-            return
-        if question == "/reset":
-            conversation.exchanges.clear()
-        elif question.startswith("/"):
-            print(HELP)
-        elif question:
-            try:
-                runner.run(_answer(speaker, conversation, question, sampling))
-            except KeyboardInterrupt:
-                print(" (stopped)")
-            except EngineDeadError:
-                raise
-            except QuireError as error:
-                print(f"error: {printable(str(error))}", file=sys.stderr)
-
-
 async def _answer(
     speaker: Speaker, conversation: Conversation, question: str, sampling: dict[str, object]
 ) -> None:
@@ -115,11 +86,3 @@ async def _answer(
             if said:
                 conversation.exchanges.append((question, "".join(said)))
                 print()
-
-
-def _edit_lines() -> None:
-    """Arrow keys and history in `input()`, where this Python has them."""
-    try:
-        import readline  # noqa: F401 - importing it is what changes input()
-    except ImportError:
-        return

@@ -7,7 +7,7 @@ import sys
 
 from quire.cli.model_flags import ModelChoice, add_model_flags, model_choice
 from quire.cli.parser import Parser
-from quire.cli.talk import LocalModel, RemoteModel
+from quire.cli.talk import open_speaker
 from quire.errors import ConfigError
 from quire.util.terminal import printable
 
@@ -49,13 +49,8 @@ async def _generate(
     choice: ModelChoice, prompt: str, messages: list[dict[str, str]], *, chat: bool, raw: bool
 ) -> None:
     """Stream to stdout. Chat where asked for, or where the model has a template and raw was not."""
-    speaker: LocalModel | RemoteModel
-    if choice.url is not None:
-        speaker = await RemoteModel.connect(choice.url, model=choice.model, api_key=choice.api_key)
-        as_chat = not raw
-    else:
-        speaker = await LocalModel.start(choice.engine)
-        as_chat = chat or (not raw and speaker.can_chat)
+    speaker = await open_speaker(choice)
+    as_chat = chat or (not raw and speaker.can_chat)
     try:
         if as_chat:
             deltas = speaker.chat(messages, choice.sampling)

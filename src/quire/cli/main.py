@@ -34,6 +34,7 @@ class Command:
 COMMANDS = {
     "serve": Command("quire.cli.serve", "serve a model over HTTP, in OpenAI's dialect"),
     "chat": Command("quire.cli.chat", "talk with a model here, or with a running server (--url)"),
+    "complete": Command("quire.cli.complete", "let a model continue texts, here or at --url"),
     "generate": Command("quire.cli.generate", "continue or answer one prompt, and leave"),
     "run-batch": Command("quire.cli.run_batch", "answer a file of requests, in OpenAI's format"),
     "demo": Command("quire.cli.demo", "a server, eight conversations at once, and what it did"),

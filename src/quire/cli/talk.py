@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import AsyncIterator, Mapping, Sequence
+import asyncio
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from quire.cli.http import HttpClient, HttpError
-from quire.errors import ConfigError, EngineError, PromptTooLongError, QuireError
+from quire.errors import (
+    ConfigError,
+    EngineDeadError,
+    EngineError,
+    PromptTooLongError,
+    QuireError,
+)
+from quire.util.terminal import printable
 
 if TYPE_CHECKING:
+    from quire.cli.model_flags import ModelChoice
     from quire.config import EngineConfig
     from quire.engine.async_llm import AsyncLLM
     from quire.sampling_params import SamplingParams
@@ -114,6 +124,9 @@ class LocalModel:
 class RemoteModel:
     """A server that runs already: Quire's, or any that speaks OpenAI's dialect."""
 
+    can_chat = True
+    """As far as one can know before asking."""
+
     def __init__(self, client: HttpClient, model: str) -> None:
         self._client = client
         self._model = model
@@ -163,6 +176,70 @@ class RemoteModel:
 
     async def close(self) -> None:
         return None
+
+
+async def open_speaker(choice: ModelChoice) -> LocalModel | RemoteModel:
+    """The server at `choice.url`, or a model started here."""
+    if choice.url is not None:
+        return await RemoteModel.connect(choice.url, model=choice.model, api_key=choice.api_key)
+    return await LocalModel.start(choice.engine)
+
+
+def converse(
+    runner: asyncio.Runner,
+    answer: Callable[[str], Awaitable[None]],
+    *,
+    commands: Mapping[str, Callable[[], object]],
+    about: str,
+) -> None:
+    """Read a line, answer it, repeat. The engine outlives a stopped answer and a refused question.
+
+    commands: what begins with "/" beside /exit. With none, every other line is taken as it is.
+    """
+    interactive = sys.stdin.isatty()
+    if interactive:
+        print(about)
+        _edit_lines()
+    while True:
+        try:
+            line = input("> " if interactive else "")
+        except EOFError:
+            return
+        said = line.strip()
+        if said in ("/exit", "/quit"):
+            return
+        if said in commands:
+            commands[said]()
+        elif commands and said.startswith("/"):
+            print(about)
+        elif said:
+            ask(runner, answer, said if commands else line)
+
+
+def ask(runner: asyncio.Runner, answer: Callable[[str], Awaitable[None]], said: str) -> bool:
+    """Whether it was answered, or stopped; an error is told. Ctrl-C ends the answer alone."""
+
+    async def run() -> None:
+        await answer(said)
+
+    try:
+        runner.run(run())
+    except KeyboardInterrupt:
+        print(" (stopped)")
+    except EngineDeadError:
+        raise
+    except QuireError as error:
+        print(f"error: {printable(str(error))}", file=sys.stderr)
+        return False
+    return True
+
+
+def _edit_lines() -> None:
+    """Arrow keys and history in `input()`, where this Python has them."""
+    try:
+        import readline  # noqa: F401 - importing it is what changes input()
+    except ImportError:
+        return
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
