@@ -11,7 +11,16 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
-OFFLINE = {"offline_generate.py": "->", "chat.py": "quire", "parallel_sampling.py": "per token"}
+OFFLINE = {
+    "offline_generate.py": "->",
+    "chat.py": "quire",
+    "parallel_sampling.py": "per token",
+    "beam_search.py": "A KV cache holds",
+    "prompt_logprobs.py": "rank 1 ",
+    "structured_output.py": '"stars"',
+    "logit_bias.py": "digits only",
+    "run_batch.py": "vector 200",
+}
 """File -> a word that its output must have."""
 WITH_SERVER = {
     "streaming_client.py": "tokens)",
