@@ -27,6 +27,7 @@ from quire.sampling_params import (
 )
 from quire.server import unsupported
 from quire.server.app import build_app
+from quire.server.dialect_schemas import MessagesRequest, ResponsesRequest
 from quire.server.openapi import MODELS
 from quire.server.requests import (
     ChatCompletionRequest,
@@ -46,6 +47,9 @@ VLLM_ENDPOINTS = {
     "/ready": "no such endpoint",
     "/health": "no heartbeat: 200 as long as the engine's process lives",
     "/abort_requests": "only for a prefill instance",
+    "/v1/responses": "stored only with `VLLM_ENABLE_RESPONSES_API_STORE`, without bound",
+    "/v1/responses/input_tokens": "no such endpoint",
+    "/v1/responses/{response_id}/input_items": "no such endpoint",
     "/load": "with `--enable-server-load-tracking`",
     "/server_info": "with `VLLM_SERVER_DEV_MODE`",
     "/reset_prefix_cache": "with `VLLM_SERVER_DEV_MODE`",
@@ -199,6 +203,8 @@ def _refused() -> str:
     for kind, table, model in (
         ("completions", unsupported.COMPLETION, CompletionRequest),
         ("chat", unsupported.CHAT, ChatCompletionRequest),
+        ("responses", unsupported.RESPONSES, ResponsesRequest),
+        ("messages", unsupported.MESSAGES, MessagesRequest),
     ):
         for name in table.keys() - model.model_fields.keys():
             refused.setdefault(name, []).append(kind)

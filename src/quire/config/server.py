@@ -98,6 +98,12 @@ class ServerConfig:
     max_list_items: int = option(
         2**18, "Most entries of a request's stop_token_ids, allowed_token_ids or logit_bias."
     )
+    max_stored_responses: int = option(
+        1024, "Most responses of /v1/responses kept in memory; 0 keeps none."
+    )
+    max_stored_response_bytes: int = option(
+        64 * 2**20, "Most memory for them, counted as JSON.", parse=parse_size
+    )
     strict_requests: bool = option(
         False,
         "Answer 400 to a field that is unknown or has no effect, instead of serving the request with a "
@@ -111,7 +117,10 @@ class ServerConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port must be in [0, 65535], got {self.port}.")
-        for name in ("shutdown_timeout", "sse_keep_alive_interval", "health_timeout"):
+        for name in (
+            "shutdown_timeout", "sse_keep_alive_interval", "health_timeout", "max_stored_responses",
+            "max_stored_response_bytes",
+        ):  # fmt: skip
             if not getattr(self, name) >= 0:  # so written, NaN fails too
                 raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}.")
         if not self.log_stats_interval > 0:

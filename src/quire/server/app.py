@@ -15,6 +15,7 @@ from starlette.responses import Response
 
 from quire.errors import QuireError
 from quire.server.admin import admin_router
+from quire.server.anthropic_api import messages_router
 from quire.server.auth import ApiKeyAuth
 from quire.server.chat import chat_router
 from quire.server.chat_batch import chat_batch_router
@@ -31,6 +32,7 @@ from quire.server.middleware import (
 from quire.server.openapi import install_openapi
 from quire.server.playground import playground_router
 from quire.server.probes import probes_router
+from quire.server.responses_api import responses_router
 from quire.server.scoring import scoring_router
 from quire.server.state import ServerState
 from quire.server.tokens import models_router, tokens_router
@@ -53,6 +55,8 @@ def build_app(state: ServerState, *, api_keys: Sequence[str] = ()) -> FastAPI:
         completions_router(state),
         chat_router(state),
         chat_batch_router(state),
+        responses_router(state),
+        messages_router(state),
         embeddings_router(state),
         scoring_router(state),
         models_router(state),
@@ -89,27 +93,24 @@ def _add_middleware(app: FastAPI, state: ServerState, api_keys: Sequence[str]) -
 
 
 async def _on_error(request: Request, error: Exception) -> Response:
-    return error_response(to_api_error(error, request_id_of(request.scope)))
-
-
-def error_response(error: ApiError) -> Response:
+    answer = to_api_error(error, request_id_of(request.scope))
     return Response(
-        error.body(),
-        status_code=error.status,
+        answer.body(request.scope),
+        status_code=answer.status,
         media_type="application/json",
-        headers=error.headers,
+        headers=answer.headers,
     )
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
-    """Unknown route or method: FastAPI's own body, which scripts look for, beside OpenAI's."""
+    """Unknown route or method: FastAPI's own body, which scripts look for, beside the dialect's."""
     if not isinstance(error, HTTPException):
         raise error
     phrase = HTTPStatus(error.status_code).phrase
     answer = ApiError(error.status_code, phrase)
-    body = {"detail": phrase, "error": answer.payload()}
+    body = msgspec.json.decode(answer.body(request.scope))
     return Response(
-        msgspec.json.encode(body),
+        msgspec.json.encode({"detail": phrase} | body),
         status_code=error.status_code,
         media_type="application/json",
         headers=error.headers,

@@ -12,6 +12,7 @@ from hmac import compare_digest
 
 from quire.config import ServerConfig
 from quire.errors import ConfigError
+from quire.server.errors import ApiError, routed_path, speaks_anthropic
 from quire.server.middleware import App, Receive, Scope, Send, header_values, set_owner
 
 OPEN_PATHS = frozenset({"/", "/health", "/ready", "/ping", "/metrics", "/version"})
@@ -29,7 +30,8 @@ def configured_keys(config: ServerConfig, environ: Mapping[str, str]) -> tuple[s
 
 
 class ApiKeyAuth:
-    """401 unless the request brings `Authorization: Bearer KEY` with one of the keys.
+    """401 unless the request brings one of the keys, as `Authorization: Bearer KEY` or (Anthropic's clients)
+    as `X-Api-Key: KEY`.
 
     Digests are compared, all of them every time, so that the time taken says neither how much of a
     key was right nor which one.
@@ -43,35 +45,44 @@ class ApiKeyAuth:
         if scope["type"] != "http" or is_open(scope) or self._is_known(scope):
             await self._app(scope, receive, send)
             return
+        body = _BODY
+        if speaks_anthropic(scope):
+            body = ApiError(401, "The API key is missing or wrong.").body(scope)
         headers = [
             (b"content-type", b"application/json"),
-            (b"content-length", str(len(_BODY)).encode("ascii")),
+            (b"content-length", str(len(body)).encode("ascii")),
             (b"www-authenticate", b"Bearer"),
         ]
         await send({"type": "http.response.start", "status": 401, "headers": headers})
-        await send({"type": "http.response.body", "body": _BODY, "more_body": False})
+        await send({"type": "http.response.body", "body": body, "more_body": False})
 
     def _is_known(self, scope: Scope) -> bool:
-        values = header_values(scope, b"authorization")
-        if len(values) != 1:
-            return False
-        scheme, _, token = values[0].partition(b" ")
-        given = _digest(token.strip())
         known = False
-        for digest in self._digests:
-            known |= compare_digest(given, digest)
-        known = known and scheme.lower() == b"bearer"
-        if known:
-            set_owner(scope, given)
+        for token in _tokens(scope):
+            given, found = _digest(token), False
+            for digest in self._digests:
+                found |= compare_digest(given, digest)
+            if found and not known:
+                set_owner(scope, given)
+            known |= found
         return known
 
 
 def is_open(scope: Scope) -> bool:
     """Whether the route needs no key: its path as the router sees it, exactly."""
-    path, root = scope["path"], scope.get("root_path", "")
-    if root and path.startswith(root + "/"):
-        path = path[len(root) :]
-    return path in OPEN_PATHS
+    return routed_path(scope) in OPEN_PATHS
+
+
+def _tokens(scope: Scope) -> list[bytes]:
+    """What may be a key; of a header that was sent twice nobody knows which one is meant."""
+    tokens = header_values(scope, b"x-api-key")
+    tokens = tokens if len(tokens) == 1 else []
+    bearer = header_values(scope, b"authorization")
+    if len(bearer) == 1:
+        scheme, _, token = bearer[0].partition(b" ")
+        if scheme.lower() == b"bearer":
+            tokens.append(token)
+    return [token.strip() for token in tokens]
 
 
 def _digest(key: bytes) -> bytes:

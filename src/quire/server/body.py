@@ -81,7 +81,7 @@ def parse(
     refused = {name: value for name, value in (unsupported or {}).items() if name not in declared}
     refuse_unsupported(body, refused)
     known = (declared | refused.keys() | NO_EFFECT) - UNREAD
-    warnings = warn_of(body, [(name, _complaint(name)) for name in body if name not in known])
+    warnings = warn_of(body, [ignored(name) for name in body if name not in known])
     try:
         request = model.model_validate(body)
     except ValidationError as error:
@@ -105,10 +105,11 @@ def warn_of(body: Mapping[str, object], idle: Sequence[tuple[str, str]]) -> list
     return shown
 
 
-def _complaint(name: str) -> str:
+def ignored(name: str) -> tuple[str, str]:
+    """A field that nothing reads, for `warn_of`."""
     if name in UNREAD:
-        return f"field {name} has no effect"
-    return f"unknown field {_printable(name)} was ignored"
+        return name, f"field {name} has no effect"
+    return name, f"unknown field {_printable(name)} was ignored"
 
 
 def _printable(name: str) -> str:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import msgspec
 
@@ -37,6 +39,19 @@ TYPES = {
     501: "NotImplementedError",
     503: "Service Unavailable",
 }
+ANTHROPIC_PATH = "/v1/messages"
+ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    500: "api_error",
+    501: "api_error",
+    503: "overloaded_error",
+}
+"""Other statuses are "invalid_request_error"."""
 MAX_MESSAGE_CHARS = 2000
 RETRY_AFTER_LOADING = 2
 RETRY_AFTER_DRAINING = 10
@@ -61,8 +76,17 @@ class ApiError(QuireError):
         self.kind = kind or TYPES.get(status, "Error")
         self.headers = headers or {}
 
-    def body(self) -> bytes:
+    def body(self, scope: Mapping[str, Any]) -> bytes:
+        """As the dialect of the path that was asked has it."""
+        if speaks_anthropic(scope):
+            return msgspec.json.encode(self.anthropic(scope))
         return msgspec.json.encode({"error": self.payload()})
+
+    def anthropic(self, scope: Mapping[str, Any]) -> dict[str, object]:
+        kind = ANTHROPIC_TYPES.get(self.status, "invalid_request_error")
+        error = {"type": kind, "message": self.message}
+        request_id = scope.get("state", {}).get("request_id")
+        return {"type": "error", "error": error, "request_id": request_id}
 
     def payload(self) -> dict[str, str | int | None]:
         return {
@@ -71,6 +95,17 @@ class ApiError(QuireError):
             "param": self.param,
             "code": self.status,
         }
+
+
+def routed_path(scope: Mapping[str, Any]) -> str:
+    """The path as the router sees it, without what a proxy in front should have stripped."""
+    path, root = str(scope["path"]), str(scope.get("root_path", ""))
+    return path[len(root) :] if root and path.startswith(root + "/") else path
+
+
+def speaks_anthropic(scope: Mapping[str, Any]) -> bool:
+    path = routed_path(scope)
+    return path == ANTHROPIC_PATH or path.startswith(ANTHROPIC_PATH + "/")
 
 
 def bad_request(message: str, *, param: str | None) -> ApiError:

@@ -21,6 +21,7 @@ from quire.sampling_params import PoolingParams, SamplingParams
 from quire.server.beam import as_asked
 from quire.server.engine_protocol import RequestStream, ServedModel, ServingEngine
 from quire.server.errors import ApiError, bad_request
+from quire.server.live import Receive
 from quire.server.middleware import owner_of, request_id_of
 from quire.server.prompts import EncodedPrompt
 from quire.server.requests import SamplingFields, StreamOptions
@@ -174,12 +175,19 @@ async def respond(
 
 
 async def run_to_end(
-    state: ServerState, request: Request, streams: Sequence[RequestStream], frame: Frame
+    state: ServerState,
+    request: Request,
+    streams: Sequence[RequestStream],
+    frame: Frame,
+    receive: Receive | None = None,
 ) -> list[RequestOutput]:
-    """The final output of each stream. Whatever ends the request early aborts all of them."""
+    """The final output of each stream. Whatever ends the request early aborts all of them.
+
+    receive: where a client's leaving is heard of, if not from the request's own.
+    """
     live = state.live.open(streams, answer_id=frame.id, owner=owner_of(request.scope))
     try:
-        return await live.run(_collect(streams), request.receive)
+        return await live.run(_collect(streams), receive or request.receive)
     finally:
         live.close()
 

@@ -70,7 +70,7 @@ class RequestContext:
         except Exception:
             logger.exception("request %s: unexpected error", request_id_of(scope))
             if status == 0:
-                await send_error(internal_error(request_id_of(scope)), send_with_id)
+                await send_error(internal_error(request_id_of(scope)), scope, send_with_id)
         finally:
             route = scope.get("route")
             self._state.http_metrics.on_response(
@@ -94,7 +94,7 @@ class BodyLimit:
             return
         announced = header_values(scope, b"content-length")
         if announced and announced[0].isdigit() and int(announced[0][:19]) > self._limit:
-            await send_error(self._too_large(), send)
+            await send_error(self._too_large(), scope, send)
             return
         received = 0
 
@@ -117,8 +117,8 @@ class BodyLimit:
         )
 
 
-async def send_error(error: ApiError, send: Send) -> None:
-    body = error.body()
+async def send_error(error: ApiError, scope: Scope, send: Send) -> None:
+    body = error.body(scope)
     headers = [
         (b"content-type", b"application/json"),
         (b"content-length", str(len(body)).encode("ascii")),

@@ -13,6 +13,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from quire.server.dialect_schemas import CountTokensRequest, MessagesRequest, ResponsesRequest
 from quire.server.pooling_schemas import (
     EmbeddingChatRequest,
     EmbeddingRequest,
@@ -33,6 +34,9 @@ MODELS: tuple[type[BaseModel], ...] = (
     CompletionRequest,
     ChatCompletionRequest,
     ChatBatchRequest,
+    ResponsesRequest,
+    MessagesRequest,
+    CountTokensRequest,
     TokenizeCompletionRequest,
     TokenizeChatRequest,
     DetokenizeRequest,

@@ -44,6 +44,17 @@ CHAT = _BOTH | {
     "web_search_options": ANY,
 }
 
+RESPONSES = _BOTH | {
+    "conversation": ANY,
+    "prompt": ANY,
+    "context_management": ([],),
+    "n": (1,),
+    "messages": ANY,
+    "max_tokens": ANY,
+    "response_format": ANY,
+}
+MESSAGES = _BOTH | {"n": (1,), "mcp_servers": ([],), "container": ANY, "stop": ANY}
+
 _RENAMED = 'vLLM removed it; use structured_outputs: {{"{}": ...}}.'
 WHY: dict[str, str] = {
     "guided_json": _RENAMED.format("json"),
@@ -55,6 +66,11 @@ WHY: dict[str, str] = {
     "guided_decoding_backend": "vLLM removed it; leave it out, there is one backend.",
     "logits_processors": "vLLM removed it: it would run a client's code. logit_bias may do.",
     "suffix": "only models trained to fill in the middle can use it, and none is served.",
+    "conversation": "conversations are not kept here; previous_response_id goes on with a response.",
+    "messages": "it is input here.",
+    "max_tokens": "it is max_output_tokens here.",
+    "response_format": "it is text.format here.",
+    "stop": "it is stop_sequences here.",
     "prompt_embeds": "prompts are text or token ids here; send them as prompt.",
 }
 """Field -> a better reason than the usual one."""

@@ -1,0 +1,351 @@
+"""Anthropic's Messages: POST /v1/messages and /v1/messages/count_tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import APIRouter
+from msgspec import json
+from pydantic_core import from_json
+from starlette.requests import Request
+from starlette.responses import Response
+
+from quire.outputs import CompletionOutput, RequestOutput
+from quire.server import unsupported
+from quire.server.body import ignored, parse, read_json, warn_of
+from quire.server.chat import StartedChat, encode_chat, start_chat
+from quire.server.dialect_schemas import CountTokensRequest, MessagesRequest
+from quire.server.dialects import (
+    Change,
+    Extended,
+    Opened,
+    Piece,
+    Pieces,
+    Turns,
+    as_object,
+    as_text,
+    renaming,
+    text_of,
+    texts,
+    to_chat,
+    wrong,
+)
+from quire.server.engine_protocol import ServedModel
+from quire.server.errors import ANTHROPIC_PATH, ApiError, bad_request
+from quire.server.generation import Frame, check_model, respond, warning_headers
+from quire.server.openapi import request_body
+from quire.server.requests import ChatCompletionRequest
+from quire.server.responses import encode
+from quire.server.sse import Ending, named_event
+from quire.server.state import ServerState
+from quire.server.tools import served_format
+from quire.server.usage import UsageMeter
+
+Object = dict[str, object]
+
+TEXT_BLOCKS = {"text": "text"}
+NAMES = {
+    "stop": "stop_sequences",
+    "response_format": "output_config.format",
+    "reasoning_effort": "output_config.effort",
+    "parallel_tool_calls": "tool_choice",
+    "thinking_token_budget": "thinking.budget_tokens",
+}
+"""Field of a chat completion -> what it is here."""
+CHOICES = {"auto": "auto", "any": "required", "none": "none"}
+STOP_REASONS = {
+    "stop": "end_turn", "repetition": "end_turn", "tool_calls": "tool_use", "length": "max_tokens",
+}  # fmt: skip
+"""finish_reason -> stop_reason; none for a request that was aborted."""
+
+
+def messages_router(state: ServerState) -> APIRouter:
+    router = APIRouter()
+
+    @router.post(ANTHROPIC_PATH, openapi_extra=request_body(MessagesRequest))
+    async def create_message(request: Request) -> Response:
+        """Answer a conversation, in Anthropic's shape."""
+        asked, chat_request, warnings = await read(request, MessagesRequest)
+        model = state.serving_engine().model
+        frame = Frame.make("msg", model, warnings, separator="_")
+        with renaming(_names(asked)):
+            chat = await start_chat(state, request, chat_request, frame)
+        encoder = MessagesEncoder(chat)
+
+        def on_error(error: ApiError) -> bytes:
+            return named_event("error", encode(error.anthropic(request.scope)))
+
+        ending = Ending(done=b"", on_error=on_error)
+        return await respond(state, request, chat_request, chat.streams, encoder, ending=ending)
+
+    @router.post(f"{ANTHROPIC_PATH}/count_tokens", openapi_extra=request_body(CountTokensRequest))
+    async def count_tokens(request: Request) -> Response:
+        """How many tokens the prompt of such a request has."""
+        asked, chat_request, warnings = await read(request, CountTokensRequest)
+        with renaming(_names(asked)):
+            prompt = await encode_chat(chat_request, state.serving_engine().model)
+        return Response(
+            encode({"input_tokens": len(prompt.token_ids)}),
+            media_type="application/json",
+            headers=warning_headers(warnings),
+        )
+
+    async def read(
+        request: Request, kind: type[CountTokensRequest]
+    ) -> tuple[CountTokensRequest, ChatCompletionRequest, list[str]]:
+        model = state.serving_engine().model
+        body = await read_json(request)
+        parsed = parse(kind, body, unsupported=unsupported.MESSAGES)
+        asked = parsed.request
+        check_model(asked.model, model)
+        thinks = served_format(state, model).reasoning is not None
+        with renaming(_names(asked)):
+            chat_request = _to_chat(asked, model, thinks=thinks)
+        idle = [
+            ignored(f"output_config.{name}")
+            for name in asked.output_config or ()
+            if name not in ("effort", "format")
+        ]
+        if not thinks and (asked.thinking or {}).get("type") == "enabled":
+            idle.append(("thinking", "field thinking has no effect on this model"))
+        return asked, chat_request, [*parsed.warnings, *warn_of(body, idle)]
+
+    return router
+
+
+def _names(asked: CountTokensRequest) -> dict[str, str]:
+    """A grammar that is at fault came with the format, if there was one."""
+    own = {"structured_outputs": "output_config.format"} if _format(asked) else {}
+    return NAMES | own
+
+
+# --- into a chat completion -----------------------------------------------------------------------
+
+
+def _to_chat(
+    asked: CountTokensRequest, model: ServedModel, *, thinks: bool
+) -> ChatCompletionRequest:
+    turns = Turns(model)
+    if asked.system:
+        turns.say("system", texts(asked.system, "system", TEXT_BLOCKS))
+    for index, message in enumerate(asked.messages):
+        _add_message(turns, message, f"messages[{index}]")
+    thinking = asked.thinking or {}
+    kwargs = dict(asked.chat_template_kwargs or {})
+    if thinking.get("type") in ("enabled", "disabled"):
+        kwargs.setdefault("enable_thinking", thinking["type"] == "enabled")
+    fields: Object = {
+        "messages": turns.messages,
+        "continue_final_message": _is_open(turns.messages) or None,
+        "tools": [_tool(tool, f"tools[{i}]") for i, tool in enumerate(asked.tools or ())] or None,
+        **_tool_choice(asked.tool_choice or {}),
+        "chat_template_kwargs": kwargs or None,
+        "include_reasoning": thinking.get("display") != "omitted",
+        "reasoning_effort": (asked.output_config or {}).get("effort"),
+        "response_format": _format(asked),
+    }
+    if thinks and thinking.get("type") == "enabled":
+        fields["thinking_token_budget"] = thinking.get("budget_tokens")
+    if isinstance(asked, MessagesRequest):
+        fields |= {"max_tokens": asked.max_tokens, "stop": asked.stop_sequences}
+    return to_chat(asked, fields)
+
+
+def _add_message(turns: Turns, message: dict[str, Any], where: str) -> None:
+    role, content = message.get("role"), message.get("content")
+    if role not in ("user", "assistant", "system"):
+        raise wrong(f"{where}.role", "must be user, assistant or system")
+    if isinstance(content, str):
+        turns.say(role, [content])
+        return
+    if not isinstance(content, list):
+        raise wrong(f"{where}.content", "must be a string or a list of blocks")
+    said: list[str] = []
+
+    def speak() -> None:
+        """What was said so far, as a message."""
+        if said:
+            turns.say(role, said.copy())
+            said.clear()
+
+    for index, given in enumerate(content):
+        path = f"{where}.content[{index}]"
+        block = as_object(given, path)
+        kind = block.get("type")
+        if role == "assistant" and kind == "thinking":
+            speak()
+            turns.think(as_text(block.get("thinking"), f"{path}.thinking"))
+        elif role == "assistant" and kind == "tool_use":
+            speak()
+            arguments = json.encode(as_object(block.get("input"), f"{path}.input")).decode()
+            name = as_text(block.get("name"), f"{path}.name")
+            turns.call(as_text(block.get("id"), f"{path}.id"), name, arguments)
+        elif role == "user" and kind == "tool_result":
+            speak()
+            call = as_text(block.get("tool_use_id"), f"{path}.tool_use_id")
+            turns.result(call, texts(block.get("content") or "", f"{path}.content", TEXT_BLOCKS))
+        elif role != "assistant" or kind != "redacted_thinking":
+            said.append(text_of(block, path, TEXT_BLOCKS))
+    speak()
+
+
+def _is_open(messages: Sequence[Object]) -> bool:
+    """Whether an assistant's text is last, to be gone on with."""
+    last = messages[-1] if messages else {}
+    return last.get("role") == "assistant" and "content" in last and "tool_calls" not in last
+
+
+def _tool(tool: dict[str, Any], where: str) -> Object:
+    if tool.get("type") not in (None, "custom"):
+        return {"type": tool["type"]}  # refused in the words that all tools are
+    function = {name: tool.get(name) for name in ("name", "description", "strict")}
+    function["parameters"] = as_object(tool.get("input_schema"), f"{where}.input_schema")
+    return {"type": "function", "function": function}
+
+
+def _tool_choice(choice: dict[str, Any]) -> Object:
+    kind = choice.get("type", "auto")
+    one_at_most = choice.get("disable_parallel_tool_use") is True
+    several: Object = {"parallel_tool_calls": False} if one_at_most else {}
+    if kind == "tool":
+        name = as_text(choice.get("name"), "tool_choice.name")
+        return several | {"tool_choice": {"type": "function", "function": {"name": name}}}
+    if not isinstance(kind, str) or kind not in CHOICES:
+        raise bad_request("tool_choice.type must be auto, any, tool or none.", param="tool_choice")
+    return several | ({"tool_choice": CHOICES[kind]} if choice else {})
+
+
+def _format(asked: CountTokensRequest) -> Object | None:
+    form = (asked.output_config or {}).get("format")
+    if form is None:
+        return None
+    given = as_object(form, "output_config.format")
+    schema: Object = {"name": "output", "schema": given.get("schema")}
+    return {"type": given.get("type"), "json_schema": schema}
+
+
+# --- out ------------------------------------------------------------------------------------------
+
+
+class MessagesEncoder:
+    """Outputs as Anthropic's message: content blocks, one after the other.
+
+    A stream begins with the first output, as chat completions' does: message_start says how many tokens
+    were cached.
+    """
+
+    def __init__(self, chat: StartedChat) -> None:
+        self.frame = chat.frame
+        self._reader = chat.reader
+        self._pieces = Pieces(chat.reader)
+        self._meter = UsageMeter()
+        self._stop: Object = {"stop_reason": None, "stop_sequence": None}
+        self._started = False
+
+    def chunk(self, prompt_index: int, output: RequestOutput) -> bytes:
+        if not self._started:
+            self._started = True
+            begun = RequestOutput(
+                output.request_id, None, output.prompt_token_ids, [], False,
+                num_cached_tokens=output.num_cached_tokens,
+            )  # fmt: skip
+            self._meter.add(prompt_index, begun)
+            start = _event("message_start", message=self._message([])) + _event("ping")
+        else:
+            start = b""
+        self._meter.add(prompt_index, output)
+        return start + b"".join(self._part(part) for part in output.outputs)
+
+    def last(self) -> bytes:
+        return _event("message_delta", delta=self._stop, usage=self._usage()) + _event(
+            "message_stop"
+        )
+
+    def whole(self, outputs: Sequence[RequestOutput]) -> bytes:
+        for output in outputs:
+            self._meter.add(0, output)
+            for part in output.outputs:
+                self._part(part)
+        return encode(self._message([_block(piece) for piece in self._pieces.all]))
+
+    def _part(self, part: CompletionOutput) -> bytes:
+        told = b"".join(self._told(change) for change in self._pieces.read(part))
+        if part.finished:
+            stopped = part.finish_reason == "stop" and isinstance(part.stop_reason, str)
+            reason = STOP_REASONS.get(self._reader.finish_reason(part) or "")
+            self._stop = {
+                "stop_reason": "stop_sequence" if stopped else reason,
+                "stop_sequence": part.stop_reason if stopped else None,
+            }
+        return told
+
+    def _message(self, content: list[Object]) -> Object:
+        message: Object = {
+            "id": self.frame.id,
+            "type": "message",
+            "role": "assistant",
+            "model": self.frame.model,
+            "content": content,
+            "usage": self._usage(),
+        }
+        warnings: Object = {"warnings": self.frame.warnings} if self.frame.warnings else {}
+        return message | self._stop | warnings
+
+    def _usage(self) -> Object:
+        """Anthropic counts what was cached apart from the rest of the input."""
+        usage = self._meter.usage()
+        cached = usage.prompt_tokens_details.cached_tokens
+        counted: Object = {
+            "input_tokens": usage.prompt_tokens - cached,
+            "cache_creation_input_tokens": 0,
+            "cache_read_input_tokens": cached,
+            "output_tokens": usage.completion_tokens,
+        }
+        thought = self._reader.reasoning_tokens
+        if thought is not None:
+            counted["output_tokens_details"] = {"thinking_tokens": thought}
+        return counted
+
+    def _told(self, change: Change) -> bytes:
+        piece = change.piece
+        if isinstance(change, Opened):
+            return _event("content_block_start", index=piece.index, content_block=_block(piece))
+        if isinstance(change, Extended):
+            kind, name = DELTAS[piece.kind]
+            delta = {"type": kind, name: change.text}
+            return _event("content_block_delta", index=piece.index, delta=delta)
+        return _event("content_block_stop", index=piece.index)
+
+
+DELTAS = {
+    "text": ("text_delta", "text"),
+    "reasoning": ("thinking_delta", "thinking"),
+    "call": ("input_json_delta", "partial_json"),
+}
+
+
+def _block(piece: Piece) -> Object:
+    if piece.kind == "reasoning":
+        return {"type": "thinking", "thinking": piece.text, "signature": ""}
+    if piece.kind == "text":
+        return {"type": "text", "text": piece.text}
+    return {
+        "type": "tool_use",
+        "id": piece.call_id,
+        "name": piece.name,
+        "input": _as_far_as_it_went(piece.text),
+    }
+
+
+def _as_far_as_it_went(arguments: str) -> Object:
+    """An object, also where the output was cut in the middle of it."""
+    try:
+        value = from_json(arguments, allow_partial=True)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _event(name: str, **fields: object) -> bytes:
+    return named_event(name, encode({"type": name} | fields))

@@ -1,0 +1,98 @@
+"""Requests of /v1/responses and /v1/messages. What is inside of items, blocks and tools is checked where it
+is translated, and after that as a chat completion."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from quire.server.requests import (
+    MAX_MESSAGES,
+    MAX_TEMPLATE_KWARGS,
+    MAX_TOOLS,
+    DecodingFields,
+    Name,
+    Object,
+    Texts,
+)
+
+Items = Annotated[list[Object], Field(fail_fast=True, max_length=MAX_MESSAGES)]
+Tools = Annotated[list[Object], Field(fail_fast=True, max_length=MAX_TOOLS)]
+Metadata = Annotated[
+    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]],
+    Field(max_length=16),
+]
+
+
+class DialectFields(DecodingFields):
+    """What both have besides, and neither OpenAI nor Anthropic."""
+
+    chat_template_kwargs: (
+        Annotated[dict[str, Any], Field(max_length=MAX_TEMPLATE_KWARGS)] | None
+    ) = None
+    """Variables for the template."""
+
+
+class ResponsesRequest(DialectFields):
+    input: str | Items
+    """A text, or items: messages, function_call, function_call_output, reasoning."""
+    instructions: str | None = None
+    """A system text for this request only, in front of all."""
+    previous_response_id: Name | None = None
+    """A stored response whose input and output come before `input`."""
+    max_output_tokens: int | None = None
+    """`max_tokens`."""
+    stop: str | Texts | None = None
+    tools: Tools | None = None
+    """Of type function: {"type": "function", "name", "description", "parameters", "strict"}."""
+    tool_choice: Name | Object | None = None
+    """none, auto, required, {"type": "function", "name": ...} or {"type": "allowed_tools"}."""
+    parallel_tool_calls: bool | None = None
+    """false: one call at most."""
+    text: Object | None = None
+    """`format`: {"type": "text" | "json_object" | "json_schema"}."""
+    reasoning: Object | None = None
+    """`effort`, for templates that know it. Nothing summarises."""
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    """Logprobs of each token of the answer, with this many of the likeliest tokens'."""
+    include: Annotated[list[Name], Field(fail_fast=True, max_length=64)] | None = None
+    """"message.output_text.logprobs"."""
+    truncation: Literal["auto", "disabled"] | None = None
+    """auto: leave out the oldest turns of a conversation that is too long."""
+    store: bool | None = None
+    """Keep the response, to be retrieved or gone on with: the default. Kept in memory, within
+    `--max-stored-responses` and `--max-stored-response-bytes`."""
+    background: bool | None = None
+    """Answer at once with a response that is queued, to be retrieved later."""
+    metadata: Metadata | None = None
+    """Returned as it is."""
+    stream_options: Object | None = None
+    """Taken without effect: nothing is obfuscated."""
+
+
+class CountTokensRequest(DialectFields):
+    messages: Annotated[list[Object], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
+    """Of roles user, assistant and system; a content is a text, or blocks of type text, thinking, tool_use
+    and tool_result. An assistant's text at the end is gone on with."""
+    system: str | Items | None = None
+    """A text, or blocks of type text."""
+    tools: Tools | None = None
+    """{"name", "description", "input_schema", "strict"}."""
+    tool_choice: Object | None = None
+    """{"type": "auto" | "any" | "none"} or {"type": "tool", "name": ...}, and
+    `disable_parallel_tool_use`."""
+    thinking: Object | None = None
+    """{"type": "enabled", "budget_tokens": n}: `thinking_token_budget`; "disabled" and "adaptive" too. The
+    template gets `enable_thinking`."""
+    output_config: Object | None = None
+    """`effort`, for templates that know it; `format`: {"type": "json_schema", "schema": ...}."""
+    cache_control: Object | None = None
+    """Taken without effect: every prompt's beginning is cached. So in blocks."""
+
+
+class MessagesRequest(CountTokensRequest):
+    max_tokens: int
+    """Most tokens to generate."""
+    stop_sequences: Texts | None = None
+    """`stop`."""

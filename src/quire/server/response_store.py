@@ -1,0 +1,98 @@
+"""Responses that clients may come back to, in memory: bounded in number and bytes, the oldest go first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+
+from quire.server.engine_protocol import RequestStream
+from quire.server.errors import ApiError
+
+Item = Mapping[str, object]
+
+
+@dataclass(slots=True)
+class StoredResponse:
+    id: str
+    owner: bytes | None
+    """See `middleware.owner_of`: to anyone else it does not exist."""
+    items: Sequence[Item]
+    """Its input, that of the responses before it included."""
+    response: dict[str, object]
+    """As clients see it now."""
+    streams: Sequence[RequestStream] = ()
+    """While it is in flight: what to abort."""
+    size: int = field(default=0)
+
+    @property
+    def in_flight(self) -> bool:
+        return self.response["status"] in ("queued", "in_progress")
+
+    @property
+    def conversation(self) -> list[Item]:
+        """What a response after this one goes on with."""
+        output = self.response["output"]
+        assert isinstance(output, list)
+        return [*self.items, *output]
+
+
+class ResponseStore:
+    def __init__(self, max_count: int, max_bytes: int) -> None:
+        self._max_count = max_count
+        self._max_bytes = max_bytes
+        self._stored: dict[str, StoredResponse] = {}
+        self._bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+    def add(self, stored: StoredResponse) -> None:
+        self._stored[stored.id] = stored
+        self._measure(stored)
+
+    def update(self, response_id: str, response: dict[str, object]) -> None:
+        """Its next state. One that is gone, or was never stored, stays so; one that was cancelled stays
+        cancelled, with what there is of its output."""
+        stored = self._stored.get(response_id)
+        if stored is None:
+            return
+        if stored.response["status"] == "cancelled":
+            response = response | {"status": "cancelled", "completed_at": None}
+        stored.response = response
+        if not stored.in_flight:
+            stored.streams = ()
+        self._measure(stored)
+
+    def get(self, response_id: str, owner: bytes | None, *, param: str) -> StoredResponse:
+        """Raises a 404 `ApiError`."""
+        stored = self._stored.get(response_id)
+        if stored is None or stored.owner != owner:
+            raise ApiError(
+                404,
+                f"There is no response {response_id[:64]!r}: it never was, was deleted, was not stored, or "
+                "had to make room.",
+                param=param,
+            )
+        return stored
+
+    def remove(self, response_id: str) -> None:
+        """Forget it, and end what is in flight: nobody could ask for it."""
+        stored = self._stored.pop(response_id, None)
+        if stored is not None:
+            self._bytes -= stored.size
+            for stream in stored.streams:
+                stream.abort()
+
+    def _measure(self, stored: StoredResponse) -> None:
+        """Count it anew, and make room. The newest goes too if it alone is too large."""
+        self._bytes -= stored.size
+        stored.size = len(msgspec.json.encode([stored.items, stored.response]))
+        self._bytes += stored.size
+        while len(self._stored) > self._max_count or self._bytes > self._max_bytes:
+            self._forget(next(iter(self._stored)))
+
+    def _forget(self, response_id: str) -> None:
+        """What is in flight goes on: its client may be reading it."""
+        self._bytes -= self._stored.pop(response_id).size

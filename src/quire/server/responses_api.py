@@ -1,0 +1,353 @@
+"""OpenAI's Responses: POST /v1/responses, and what may be asked of a response afterwards."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncGenerator, MutableMapping, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from quire.server import unsupported
+from quire.server.body import ignored, parse, read_json, warn_of
+from quire.server.chat import StartedChat, encode_chat, start_chat
+from quire.server.dialect_schemas import ResponsesRequest
+from quire.server.dialects import Turns, as_object, as_text, renaming, texts, to_chat, wrong
+from quire.server.engine_protocol import ServedModel
+from quire.server.errors import bad_request, to_api_error
+from quire.server.generation import (
+    Frame,
+    check_model,
+    encoded,
+    respond,
+    run_to_end,
+    warning_headers,
+)
+from quire.server.middleware import owner_of
+from quire.server.openapi import request_body
+from quire.server.requests import ChatCompletionRequest
+from quire.server.response_store import Item, ResponseStore, StoredResponse
+from quire.server.responses import encode
+from quire.server.responses_encoder import ResponsesEncoder
+from quire.server.sse import Ending
+from quire.server.state import ServerState
+
+ROLES = ("user", "assistant", "system", "developer")
+TEXT_PARTS = {"input_text": "text", "output_text": "text", "text": "text", "refusal": "refusal"}
+REASONING_PARTS = {"reasoning_text": "text", "summary_text": "text"}
+SHOW_LOGPROBS = "message.output_text.logprobs"
+NAMES = {
+    "messages": "input",
+    "max_tokens": "max_output_tokens",
+    "max_completion_tokens": "max_output_tokens",
+    "response_format": "text.format",
+    "reasoning_effort": "reasoning.effort",
+}
+"""Field of a chat completion -> what it is here."""
+MAX_PAGE = 100
+
+
+def responses_router(state: ServerState) -> APIRouter:
+    router = APIRouter()
+    store = ResponseStore(state.config.max_stored_responses, state.config.max_stored_response_bytes)
+    in_background: set[asyncio.Task[None]] = set()
+
+    @router.post("/v1/responses", openapi_extra=request_body(ResponsesRequest))
+    async def create_response(request: Request) -> Response:
+        """Answer an input, or go on with a response, in OpenAI's newer shape."""
+        asked, items, chat_request, warnings = await read(request)
+        model = state.serving_engine().model
+        frame = Frame.make("resp", model, warnings, separator="_")
+        with renaming(_names(asked)):
+            if asked.truncation == "auto":
+                chat_request = await shortened(chat_request, model)
+            chat = await start_chat(state, request, chat_request, frame)
+        encoder = ResponsesEncoder(
+            asked,
+            chat,
+            model,
+            logprobs=chat_request.logprobs is True,
+            on_change=store.update,
+        )
+        if asked.store is not False:
+            owner = owner_of(request.scope)
+            store.add(
+                StoredResponse(frame.id, owner, items, encoder.response(), tuple(chat.streams))
+            )
+        if asked.background:
+            task = asyncio.ensure_future(_run_alone(state, request, chat, encoder))
+            in_background.add(task)
+            task.add_done_callback(in_background.discard)
+            return _json(encoder.response() | {"status": "queued"}, chat.frame.warnings)
+        if asked.stream:
+            return await respond(
+                state,
+                request,
+                chat_request,
+                chat.streams,
+                encoder,
+                events=_events(chat, encoder),
+                ending=Ending(done=b"", on_error=encoder.failed),
+            )
+        with encoder.settling():
+            return await respond(state, request, chat_request, chat.streams, encoder)
+
+    @router.post("/v1/responses/input_tokens", openapi_extra=request_body(ResponsesRequest))
+    async def count_input_tokens(request: Request) -> Response:
+        """How many tokens the input of such a response has."""
+        asked, _, chat_request, warnings = await read(request)
+        with renaming(_names(asked)):
+            prompt = await encode_chat(chat_request, state.loaded_engine().model)
+        count = len(prompt.token_ids)
+        return _json({"object": "response.input_tokens", "input_tokens": count}, warnings)
+
+    async def read(
+        request: Request,
+    ) -> tuple[ResponsesRequest, Sequence[Item], ChatCompletionRequest, list[str]]:
+        """What is asked, all of its input, that as a chat completion, and warnings."""
+        model = state.serving_engine().model
+        body = await read_json(request)
+        parsed = parse(ResponsesRequest, body, unsupported=unsupported.RESPONSES)
+        asked = parsed.request
+        check_model(asked.model, model)
+        _check_modes(asked)
+        before: list[Item] = []
+        if asked.previous_response_id is not None:
+            previous = store.get(
+                asked.previous_response_id, owner_of(request.scope), param="previous_response_id"
+            )
+            if previous.in_flight:
+                raise bad_request(
+                    "The response is still in progress.", param="previous_response_id"
+                )
+            before = previous.conversation
+        own = _with_ids(asked.input)
+        with renaming(_names(asked)):
+            chat_request = _to_chat(asked, before, own, model)
+        idle = [f"text.{name}" for name in _given(asked.text) if name != "format"]
+        idle += [f"reasoning.{name}" for name in _given(asked.reasoning) if name != "effort"]
+        idle += [f"include.{name}" for name in asked.include or () if name != SHOW_LOGPROBS]
+        warnings = [*parsed.warnings, *warn_of(body, [ignored(name) for name in idle])]
+        return asked, [*before, *own], chat_request, warnings
+
+    def stored(request: Request, response_id: str) -> StoredResponse:
+        return store.get(response_id, owner_of(request.scope), param="response_id")
+
+    @router.get("/v1/responses/{response_id}")
+    async def get_response(request: Request, response_id: str) -> Response:
+        """A stored response, as it is now. Events are not kept, so it cannot be streamed."""
+        if request.query_params.get("stream", "false").lower() not in ("false", "0"):
+            raise bad_request("A stored response cannot be streamed again.", param="stream")
+        return _json(stored(request, response_id).response)
+
+    @router.post("/v1/responses/{response_id}/cancel")
+    async def cancel_response(request: Request, response_id: str) -> Response:
+        """End a response that is in progress. One that has ended stays what it is."""
+        found = stored(request, response_id)
+        if found.in_flight:
+            streams = found.streams
+            store.update(response_id, found.response | {"status": "cancelled"})
+            for stream in streams:
+                stream.abort()
+        return _json(found.response)
+
+    @router.delete("/v1/responses/{response_id}")
+    async def delete_response(request: Request, response_id: str) -> Response:
+        """Forget a stored response, and end it if it is in progress."""
+        store.remove(stored(request, response_id).id)
+        return _json({"id": response_id, "object": "response", "deleted": True})
+
+    @router.get("/v1/responses/{response_id}/input_items")
+    async def list_input_items(request: Request, response_id: str) -> Response:
+        """Its input, that of the responses before it included: `limit`, `after`, `order`."""
+        return _json(_page([_listed(i) for i in stored(request, response_id).items], request))
+
+    return router
+
+
+def _check_modes(asked: ResponsesRequest) -> None:
+    if asked.background and asked.stream:
+        raise bad_request("A response in the background is not streamed.", param="background")
+    if asked.background and asked.store is False:
+        raise bad_request(
+            "A response in the background must be stored, to be retrieved.", param="store"
+        )
+
+
+def _names(asked: ResponsesRequest) -> dict[str, str]:
+    """A grammar that is at fault came with the format, if there was one."""
+    own = {"structured_outputs": "text.format"} if "format" in _given(asked.text) else {}
+    return NAMES | own
+
+
+def _given(fields: dict[str, Any] | None) -> dict[str, Any]:
+    return {name: value for name, value in (fields or {}).items() if value is not None}
+
+
+# --- into a chat completion -----------------------------------------------------------------------
+
+
+def _with_ids(given: str | list[dict[str, Any]]) -> list[Item]:
+    """The input as items, each with an id for whoever lists them."""
+    items = [{"role": "user", "content": given}] if isinstance(given, str) else given
+    return [item | {"id": item.get("id") or f"item_{secrets.token_hex(16)}"} for item in items]
+
+
+def _to_chat(
+    asked: ResponsesRequest, before: Sequence[Item], own: Sequence[Item], model: ServedModel
+) -> ChatCompletionRequest:
+    turns = Turns(model)
+    if asked.instructions:
+        turns.say("system", [asked.instructions])
+    for index, item in enumerate([*before, *own], start=-len(before)):
+        _add_item(turns, item, f"input[{index}]")
+    fields = {
+        "messages": turns.messages,
+        "tools": [_tool(tool) for tool in asked.tools or ()] or None,
+        "response_format": _response_format(asked.text),
+        "reasoning_effort": _given(asked.reasoning).get("effort"),
+        "max_completion_tokens": asked.max_output_tokens,
+        "logprobs": asked.top_logprobs is not None or SHOW_LOGPROBS in (asked.include or ()),
+        **{
+            name: getattr(asked, name)
+            for name in (
+                "stop", "tool_choice", "parallel_tool_calls", "top_logprobs", "chat_template_kwargs",
+            )
+        },
+    }  # fmt: skip
+    return to_chat(asked, fields)
+
+
+def _add_item(turns: Turns, item: Item, where: str) -> None:
+    kind = item.get("type") or ("message" if "role" in item else None)
+    if kind == "message":
+        role = item.get("role")
+        if not isinstance(role, str) or role not in ROLES:
+            raise wrong(f"{where}.role", f"must be one of {', '.join(ROLES)}")
+        turns.say(role, texts(item.get("content"), f"{where}.content", TEXT_PARTS))
+    elif kind == "reasoning":
+        part = "content" if item.get("content") else "summary"
+        thoughts = texts(item.get(part) or [], f"{where}.{part}", REASONING_PARTS)
+        if thoughts:
+            turns.think("\n".join(thoughts))
+    elif kind == "function_call":
+        call_id, name = (as_text(item.get(n), f"{where}.{n}") for n in ("call_id", "name"))
+        turns.call(call_id, name, as_text(item.get("arguments"), f"{where}.arguments"))
+    elif kind == "function_call_output":
+        said = texts(item.get("output"), f"{where}.output", TEXT_PARTS)
+        turns.result(as_text(item.get("call_id"), f"{where}.call_id"), said)
+    else:
+        raise bad_request(
+            f"{where} has type {str(kind)[:40]!r}, which is not supported.", param="input"
+        )
+
+
+def _tool(tool: dict[str, Any]) -> dict[str, object]:
+    if tool.get("type") != "function":
+        return {"type": tool.get("type")}  # refused in the words that all tools are
+    return {"type": "function", "function": {k: v for k, v in tool.items() if k != "type"}}
+
+
+def _response_format(text: dict[str, Any] | None) -> dict[str, object] | None:
+    """Chat completions have the parts of a schema one level down."""
+    form = _given(text).get("format")
+    if form is None:
+        return None
+    given = _given(as_object(form, "text.format"))
+    if given.get("type") != "json_schema":
+        return given
+    return {"type": given.pop("type"), "json_schema": given}
+
+
+async def shortened(chat: ChatCompletionRequest, model: ServedModel) -> ChatCompletionRequest:
+    """Without the oldest turns, as many as do not fit. A turn begins with what a user says; system messages
+    at the beginning stay. Found by bisection: rendering is not cheap."""
+    messages = chat.messages
+    kept = next((i for i, m in enumerate(messages) if m.role != "system"), len(messages))
+    cuts = [kept, *(i for i, m in enumerate(messages) if i > kept and m.role == "user")]
+    room = model.max_model_len - (chat.max_completion_tokens or 1)
+
+    def cut(at: int) -> ChatCompletionRequest:
+        return chat.model_copy(update={"messages": messages[:kept] + messages[at:]})
+
+    low, high = 0, len(cuts) - 1
+    while low < high:
+        middle = (low + high) // 2 if low else 0  # most fit as they are
+        if len((await encode_chat(cut(cuts[middle]), model)).token_ids) <= room:
+            high = middle
+        else:
+            low = middle + 1
+    return cut(cuts[low])
+
+
+# --- out ------------------------------------------------------------------------------------------
+
+
+async def _events(chat: StartedChat, encoder: ResponsesEncoder) -> AsyncGenerator[bytes, None]:
+    with encoder.settling():
+        yield encoder.opening()
+        async with aclosing(encoded(chat.streams, encoder)) as events:
+            async for data in events:
+                yield data
+
+
+async def _run_alone(
+    state: ServerState, request: Request, chat: StartedChat, encoder: ResponsesEncoder
+) -> None:
+    """To the end, whether or not a client is there; `settling` says what became of it."""
+
+    async def nobody() -> MutableMapping[str, Any]:
+        await asyncio.Event().wait()
+        raise AssertionError("unreachable")
+
+    try:
+        with encoder.settling():
+            encoder.whole(await run_to_end(state, request, chat.streams, chat.frame, nobody))
+    except Exception as error:
+        to_api_error(error, chat.frame.id)  # logs it; nobody is there to be told
+
+
+def _listed(item: Item) -> dict[str, object]:
+    """An input item in full: what clients may leave out is there."""
+    content, role = item.get("content"), item.get("role")
+    full: dict[str, object] = {"type": "message", "status": "completed", **item}
+    if isinstance(content, str):
+        part: dict[str, object] = {"type": "input_text", "text": content}
+        if role == "assistant":
+            part = {"type": "output_text", "text": content, "annotations": []}
+        full["content"] = [part]
+    return full
+
+
+def _page(items: list[dict[str, object]], request: Request) -> dict[str, object]:
+    query = request.query_params
+    limit = query.get("limit", "20")
+    if not (limit.isascii() and limit.isdigit() and 1 <= int(limit[:9]) <= MAX_PAGE):
+        raise bad_request(f"limit must be between 1 and {MAX_PAGE}.", param="limit")
+    if query.get("order", "desc") not in ("asc", "desc"):
+        raise bad_request("order must be asc or desc.", param="order")
+    if query.get("order", "desc") == "desc":
+        items = items[::-1]
+    if "after" in query:
+        at = next((i for i, item in enumerate(items) if item["id"] == query["after"]), None)
+        if at is None:
+            raise bad_request("There is no such item in the input.", param="after")
+        items = items[at + 1 :]
+    page = items[: int(limit)]
+    return {
+        "object": "list",
+        "data": page,
+        "first_id": page[0]["id"] if page else "",
+        "last_id": page[-1]["id"] if page else "",
+        "has_more": len(page) < len(items),
+    }
+
+
+def _json(answer: object, warnings: list[str] | None = None) -> Response:
+    return Response(
+        encode(answer), media_type="application/json", headers=warning_headers(warnings or [])
+    )
