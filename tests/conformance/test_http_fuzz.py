@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import time
@@ -14,7 +15,10 @@ import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from openai.types import Completion
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from prometheus_client.parser import text_string_to_metric_families
+from pydantic import BaseModel
 from tests.conformance.live import builtin_engine, live_server
 from tests.server.scripted_engine import data_lines
 
@@ -140,6 +144,7 @@ def compare(path, body, whole, stream) -> None:
             assert stream == whole.json()["error"]
         return
     answer = whole.json()
+    assert_typed(ChatCompletion if "messages" in body else Completion, answer)
     usage = answer["usage"]
     assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
     completed = sum(len(choice["token_ids"]) for choice in answer["choices"])
@@ -154,6 +159,26 @@ def compare(path, body, whole, stream) -> None:
         assert parts(choice) == stream["choices"][choice["index"]], body
         if body.get("echo") is None and not body.get("tools"):
             assert len(choice["token_ids"]) <= body["max_tokens"]
+
+
+def assert_typed(kind: type[BaseModel], answer: dict[str, Any]) -> None:
+    """As the openai client's types have it, strictly. They forgot that a completion's stream has null for
+    finish_reason until the end, and an echo for the first token's logprob, as OpenAI's have; and whose turn
+    is continued they do not know."""
+    answer = copy.deepcopy(answer)
+    for choice in answer["choices"]:
+        message = choice.get("message") or choice.get("delta") or {}
+        if choice["finish_reason"] == "repetition":  # vLLM's, only for who asks for it
+            choice["finish_reason"] = "stop"
+        if message.get("role") == "user":
+            message["role"] = "assistant"
+    for choice in answer["choices"] if kind is Completion else ():
+        choice["finish_reason"] = choice["finish_reason"] or "stop"
+        for name, nothing in (("token_logprobs", 0.0), ("top_logprobs", {})):
+            values = (choice["logprobs"] or {}).get(name)
+            if values and values[0] is None:
+                values[0] = nothing
+    kind.model_validate_json(json.dumps(answer), strict=True)
 
 
 def parts(choice: dict[str, Any]) -> dict[str, Any]:
@@ -217,6 +242,7 @@ def streamed(server: httpx.Client, path: str, body: dict[str, Any]) -> Any:
     for chunk in chunks:
         if "error" in chunk:
             return chunk["error"]
+        assert_typed(ChatCompletionChunk if "messages" in body else Completion, chunk)
         for choice in chunk["choices"]:
             new = parts(choice)
             index = choice["index"]

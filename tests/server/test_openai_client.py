@@ -125,7 +125,7 @@ def client(server) -> openai.OpenAI:
 
 def conforms(kind: type[BaseModel], raw: dict) -> BaseModel:
     """`raw` as the SDK's type, strictly: the client itself accepts nearly anything."""
-    parsed = kind.model_validate(raw, strict=False)
+    parsed = kind.model_validate_json(json.dumps(raw), strict=True)
     unknown = set(_unknown(parsed))
     assert unknown <= OURS, unknown
     return parsed
