@@ -109,10 +109,9 @@ class _Seat:
     """Whether the device has not counted its last tokens, since it did not sample them."""
 
     def learn(self, token: int) -> list[int]:
-        """A token was sampled. Returns it, and those that can only follow it."""
+        """A token was sampled, by the rules. Returns it, and those that can only follow it."""
         rules = self.sampling.rules
-        if rules is None:
-            return [token]
+        assert rules is not None
         rules.learn(token)
         forced = rules.forced(self.max_model_len - 1 - len(self.token_ids))
         self.has_forced = self.has_forced or bool(forced)
@@ -126,14 +125,12 @@ class _PromptRow:
 
     row: PlannedRow
     work: PromptWork
-    end: int
-    """Where its tokens end among the step's."""
+    index: int
+    """In the plan."""
 
-    def read(self, hidden: Tensor | None, model: DecoderModel) -> SampledRow | None:
-        """hidden: of all the step's tokens."""
-        assert hidden is not None
-        start, count = self.row.start, self.row.num_tokens
-        found = self.work.read(start, count, hidden[self.end - count : self.end], model)
+    def read(self, hidden: Tensor, model: DecoderModel) -> SampledRow | None:
+        """hidden: of the row's tokens."""
+        found = self.work.read(self.row.start, self.row.num_tokens, hidden, model)
         if found is None:
             return None
         return SampledRow(
@@ -302,6 +299,7 @@ class DeviceRunner:
         seats = [self._seats[row.request_id] for row in rows]
         new_ids: list[tuple[int, list[int]]] = []
         new_blocks: list[tuple[int, list[int]]] = []
+        prompts: list[_PromptRow] = []
         for index, (row, seat) in enumerate(zip(rows, seats, strict=True)):
             if row.new_block_ids:
                 seat.num_blocks += len(row.new_block_ids)
@@ -311,9 +309,14 @@ class DeviceRunner:
                 seat.unsent_blocks = []
             if row.start < len(seat.token_ids):
                 new_ids.append((index, seat.token_ids[row.start : row.start + row.num_tokens]))
-            if seat.has_forced and seat.sampling.penalizes:
-                self._sampling.remember(seat.index, seat.token_ids, seat.num_prompt_tokens)
-            seat.has_forced = False
+                if seat.has_forced and seat.sampling.penalizes:
+                    self._sampling.remember(seat.index, seat.token_ids, seat.num_prompt_tokens)
+                seat.has_forced = False
+            if seat.prompt is not None:
+                if seat.prompt.wanted(row.start, row.num_tokens):
+                    prompts.append(_PromptRow(row, seat.prompt, index))
+                if seat.prompt.is_done(row.start + row.num_tokens):
+                    seat.prompt = None
         starts = np.array([row.start for row in rows])
         counts = np.array([row.num_tokens for row in rows])
         sampling = np.array([i for i, row in enumerate(rows) if row.samples], dtype=np.int64)
@@ -338,7 +341,7 @@ class DeviceRunner:
             hardest=HARDNESS[max((seat.sampling.hardness for _, seat in picked), default=0)],
             edit=any(seat.sampling.edits(row.start + row.num_tokens) for row, seat in picked),
             logprobs=any(seat.sampling.num_logprobs is not None for _, seat in picked),
-            prompts=_prompt_rows(rows, seats),
+            prompts=prompts,
         )
 
     def _upload(self, size: int) -> None:
@@ -490,14 +493,17 @@ class DeviceRunner:
             if ran.logits is not None and step.logprobs:
                 more, logprobs = self._logprobs(step, ran.logits, ran.tokens.token_ids)
                 back += more
+        ruled = enumerate(step.seats) if step.edit else ()
+        counts = [row.num_tokens for row in plan.rows]
+        hidden = () if ran.hidden is None else ran.hidden.split(counts)
         return LaunchedStep(
             step_id=plan.step_id,
             download=self._device.download(back),
             requests=[row.request_id for row in step.sampling],
-            seats=step.seats,
+            ruled={row: seat for row, seat in ruled if seat.sampling.rules is not None},
             logprobs=logprobs,
             errors=ran.errors,
-            prompts=[partial(of.read, ran.hidden, self.model) for of in step.prompts],
+            prompts=[partial(of.read, hidden[of.index], self.model) for of in step.prompts],
         )
 
     def _logprobs(
@@ -525,20 +531,6 @@ class DeviceRunner:
 
 def _decoding(size: int, hardest: Hardest | None) -> _Shape:
     return _Shape(size, size, samples=size, most_tokens=1, hardest=hardest)
-
-
-def _prompt_rows(rows: Sequence[PlannedRow], seats: Sequence[_Seat]) -> list[_PromptRow]:
-    """What the step's rows want of prompts; what is done with them is dropped."""
-    found, end = [], 0
-    for row, seat in zip(rows, seats, strict=True):
-        end += row.num_tokens
-        if seat.prompt is None:
-            continue
-        if seat.prompt.wanted(row.start, row.num_tokens):
-            found.append(_PromptRow(row, seat.prompt, end))
-        if seat.prompt.is_done(row.start + row.num_tokens):
-            seat.prompt = None
-    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -575,25 +567,25 @@ class LaunchedStep:
     download: Download | None = None
     requests: Sequence[int] = ()
     """Those that sampled; their tokens come back first."""
-    seats: Sequence[_Seat] = ()
-    """Theirs; perhaps given up meanwhile."""
+    ruled: Mapping[int, _Seat] = field(default_factory=dict)
+    """By row, as the next two: the seats of those with rules, perhaps given up meanwhile."""
     logprobs: Mapping[int, _LogprobPlace] = field(default_factory=dict)
-    """By row, as the next."""
     errors: Mapping[int, str] = field(default_factory=dict)
     prompts: Sequence[Callable[[], SampledRow | None]] = ()
 
     def result(self) -> StepResult:
         back = () if self.download is None else self.download.wait()
-        of_prompts = [read() for read in self.prompts]
-        told = {row.request_id: row for row in of_prompts if row is not None}
+        told = {row.request_id: row for read in self.prompts if (row := read()) is not None}
         tokens = back[0].tolist() if self.requests else ()
-        for index, one_more in enumerate(tokens):
-            request_id = self.requests[index]
-            row = told.setdefault(request_id, SampledRow(request_id=request_id, token_ids=[]))
+        for index, (request_id, one_more) in enumerate(zip(self.requests, tokens, strict=True)):
+            row = told.get(request_id)
+            if row is None:
+                row = told[request_id] = SampledRow(request_id=request_id, token_ids=[])
             if index in self.errors or not one_more:
                 row.error = self.errors.get(index, NAN_ERROR)
                 continue
-            row.token_ids = self.seats[index].learn(one_more - 1)
+            token = one_more - 1
+            row.token_ids = self.ruled[index].learn(token) if index in self.ruled else [token]
             if index in self.logprobs:
-                row.logprobs = [self.logprobs[index].entry(back, one_more - 1)]
+                row.logprobs = [self.logprobs[index].entry(back, token)]
         return StepResult(step_id=self.step_id, sampled=list(told.values()))

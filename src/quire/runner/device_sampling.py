@@ -38,7 +38,7 @@ class SeatSampling:
     hardness: int
     """Index in `HARDNESS`."""
     penalizes: bool
-    biased: bool
+    always_edits: bool
     banned_until: int
     """Tokens sampled at an index below this may not be final ones."""
     num_logprobs: int | None
@@ -53,8 +53,7 @@ class SeatSampling:
 
     def edits(self, position: int) -> bool:
         """Whether its logits change before a token is sampled at this index."""
-        ruled = self.rules is not None
-        return self.penalizes or self.biased or ruled or position < self.banned_until
+        return self.always_edits or position < self.banned_until
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +91,7 @@ class DeviceSampling:
     def admit(self, index: int, request: AdmittedRequest) -> SeatSampling:
         params, bias = request.params, request.params.logit_bias or {}
         grammar = grammar_of(request, self._grammars)
+        rules = rules_of(request, self._vocab_size, grammar)
         final_ids = sorted({*request.eos_token_ids, *(params.stop_token_ids or ())})
         final_ids = [token for token in final_ids if token < self._vocab_size]
         banned_until = request.num_prompt_tokens + params.min_tokens if final_ids else 0
@@ -123,11 +123,11 @@ class DeviceSampling:
         return SeatSampling(
             hardness=0 if params.is_greedy else 2 if filters else 1,
             penalizes=params.has_penalties,
-            biased=bool(bias),
+            always_edits=params.has_penalties or bool(bias) or rules is not None,
             banned_until=banned_until,
             num_logprobs=0 if params.logprobs is None and asked_ids else params.logprobs,
             asked_ids=asked_ids,
-            rules=rules_of(request, self._vocab_size, grammar),
+            rules=rules,
         )
 
     def remember(self, index: int, token_ids: Sequence[int], num_prompt_tokens: int) -> None:

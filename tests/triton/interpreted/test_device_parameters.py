@@ -31,7 +31,7 @@ FORCED = " is a letter of the alphabet"
 OPTIONS: dict[str, Any] = {
     "dtype": "float32",
     "max_num_seqs": 8,
-    "max_num_batched_tokens": 96,
+    "max_num_batched_tokens": 24,
     "max_model_len": 64,
     "num_gpu_blocks_override": 1 + 8,  # fewer than eight requests need in the end
     "watermark": 0.0,
@@ -51,6 +51,10 @@ def structured(regex: str, **fields: Any) -> SamplingParams:
 
 
 MIX: dict[str, SamplingParams | PoolingParams] = {
+    # First, since a preempted request computes forced tokens as any others.
+    "forced": structured(
+        f"(alpha|beta){FORCED}[ -~]{{10}}", frequency_penalty=1.0, presence_penalty=1.0
+    ),
     "free": sampling(),
     "bias": sampling(logit_bias={70: 3.0, 80: 2.0, 90: -100.0}, repetition_penalty=1.5),
     "more biases": sampling(logit_bias=dict.fromkeys(range(100, 120), 2.0), logprobs=1),
@@ -58,9 +62,6 @@ MIX: dict[str, SamplingParams | PoolingParams] = {
         allowed_token_ids=[66, 67, 70], presence_penalty=1.0, logprob_token_ids=[7, 66, 9]
     ),
     "bad words": sampling(bad_words=[*"abcdefghijklmnop", "th"], temperature=1.5),
-    "forced": structured(
-        f"(alpha|beta){FORCED}[a-z]{{5}}", frequency_penalty=0.7, presence_penalty=0.2
-    ),
     "stepped": structured("(yes|no)!{3}", logprobs=2, logprob_token_ids=[5]),
     "drawn": structured("[a-f]{4}[0-9]", temperature=1.0, top_p=0.9, min_tokens=9),
     "none left": structured("(yes|no)", allowed_token_ids=[66]),
@@ -161,7 +162,7 @@ def test_every_parameter_is_honoured_as_on_the_cpu(
             close(one.logprobs, other.logprobs)
     runner = runner_of(device_llm)
     assert runner is not None and runner._recorded, "nothing was recorded beside all this"
-    assert sum(output.metrics.num_preemptions for output in found.values()) > 1
+    assert sum(output.metrics.num_preemptions for output in found.values()) > 0
     # That the parameters did something at all:
     tokens = {name: output.outputs[0].token_ids for name, output in found.items() if output.outputs}
     assert set(tokens["allowed"]) <= {66, 67, 70} and len(set(tokens["allowed"])) > 1
