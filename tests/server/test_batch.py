@@ -145,6 +145,20 @@ async def test_an_interrupted_run_keeps_what_was_answered(batch: Batch) -> None:
     assert not len(batch.state.live)
 
 
+async def test_an_answer_that_comes_as_the_run_is_interrupted_is_kept(
+    batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def ask(app, path, body):
+        run.cancel()
+        return 200, "r", b"{}"
+
+    monkeypatch.setattr("quire.server.batch.ask", ask)
+    run = asyncio.ensure_future(batch.run(line("1")))
+    with pytest.raises(asyncio.CancelledError):
+        await run
+    assert [result["custom_id"] for result in batch.results] == ["1"]
+
+
 async def test_a_dead_engine_ends_the_run_and_fails_no_line(batch: Batch) -> None:
     batch.engine.die("core exited")
     with pytest.raises(EngineDeadError, match="core exited"):
