@@ -149,7 +149,9 @@ def test_beams_share_what_is_computed(llm: LLM) -> None:
         llm.beam_search([[9] * 64], BeamSearchParams(4, 8, ignore_eos=True))
     finally:
         del llm._process
-    assert 64 + 7 * 4 <= computed <= 64 + 2 * 7 * 4, "not much more than a token for each beam and step"
+    assert 64 + 7 * 4 <= computed <= 64 + 2 * 7 * 4, (
+        "not much more than a token for each beam and step"
+    )
 
 
 def test_a_drawn_token_is_considered_at_a_temperature(llm: LLM) -> None:
