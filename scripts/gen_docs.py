@@ -1,5 +1,5 @@
-"""Write docs/options.md, docs/bench-options.md and docs/api.md from the code, so that they cannot disagree
-with the program.
+"""Write docs/options.md, docs/bench-options.md, docs/api.md and docs/compat.md from the code, so that they
+cannot disagree with the program.
 
 python scripts/gen_docs.py            write
 python scripts/gen_docs.py --check    exit 1 if what is on disk is not what would be written
@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import api_page
+import compat_page
 
 from quire.bench.options import bench_options
 from quire.config import engine_options, server_options
@@ -20,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "options.md"
 BENCH_PAGE = ROOT / "docs" / "bench-options.md"
 API_PAGE = ROOT / "docs" / "api.md"
+COMPAT_PAGE = ROOT / "docs" / "compat.md"
 
 TITLES = {
     "model": "Model",
@@ -159,7 +161,12 @@ def main() -> int:
     for problem in api_page.problems():
         print(problem)
         status = 1
-    pages = ((PAGE, render()), (BENCH_PAGE, render_bench()), (API_PAGE, api_page.render()))
+    pages = (
+        (PAGE, render()),
+        (BENCH_PAGE, render_bench()),
+        (API_PAGE, api_page.render()),
+        (COMPAT_PAGE, compat_page.render()),
+    )
     for page, text in pages:
         if "--check" not in sys.argv:
             page.parent.mkdir(exist_ok=True)

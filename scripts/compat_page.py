@@ -1,0 +1,98 @@
+"""docs/compat.md: what vLLM 0.32 has and Quire has not, or has otherwise. The flags come from the table that
+the command line uses; `tests/conformance/test_names.py` checks that no other name is missing here."""
+
+# ruff: noqa: E501 - rows of tables are as long as they are
+
+from __future__ import annotations
+
+from quire.config.foreign import FOREIGN, Foreign
+
+HEAD = """\
+# Coming from vLLM
+
+Written by `scripts/gen_docs.py` from `src/quire/config/foreign.py` and `scripts/compat_page.py`; do not edit.
+
+A script for vLLM 0.32's server, or for OpenAI's, should run by changing its URL, one for `vllm.LLM` by changing an
+import. This page is the exceptions. Defaults that differ are in the last column of [options.md](options.md),
+endpoints and request fields in that of [api.md](api.md), with what is refused at its end.
+
+## Flags, and keywords of `LLM`
+
+Every flag of `vllm serve` that is not in options.md or below is an error that suggests the nearest name. What
+follows is accepted with the values in the second column, in silence. Any other value is an error where the
+third column says *refused*, as ignoring it would change what is served; else it only causes a line in the log.
+"""
+
+REST = """\
+## Commands
+
+`serve`, `chat`, `complete`, `run-batch`, `bench` and `collect-env` are there; `bench mm-processor` is not.
+
+## Sampling parameters
+
+Names, defaults and rules are vLLM's. Absent, as they are about what Quire has not: `prompt_logprob_token_ids`,
+`watermarking`, `routed_experts_prompt_start`, `trace_decode_token_ids`, `skip_clone`. `extra_args` is taken and
+read by nobody. `max_tokens` 0 is taken where only the prompt is scored. With `structured_outputs`, `min_tokens`
+gives way: a text that is complete ends.
+
+## Outputs
+
+Absent from `RequestOutput`: `lora_request`, `encoder_prompt`, `encoder_prompt_token_ids`,
+`num_cache_creation_tokens`, `prompt_token_id_logprobs`, `kv_transfer_params`, `ec_transfer_params`; from
+`CompletionOutput`: `routed_experts`, `lora_request`, `sampling_mask`, `spec_decode_metrics`, `weight_versions`; from
+`metrics`: `is_corrupted` (such a request ends with finish_reason `error`), and the names of vLLM's V0. Added:
+`RequestOutput.error`, which says what a finish_reason `error` was.
+
+Absent from `LLM`: `classify`, `collective_rpc`, `apply_model`, `start_profile`, `stop_profile`.
+
+## Metrics
+
+Names, labels, buckets and counts are vLLM's, and `gpu_cache_usage_perc`, `time_per_output_token_seconds`,
+`gpu_prefix_cache_queries` and `gpu_prefix_cache_hits`, which vLLM has removed and dashboards still read, are always
+there. Absent, because there is nothing that they could count: `external_prefix_cache_queries`,
+`external_prefix_cache_hits`, `mm_cache_queries`, `mm_cache_hits`, `lora_requests_info`, `corrupted_requests`,
+`spec_decode_num_drafts`, `spec_decode_num_draft_tokens`, `spec_decode_num_accepted_tokens`,
+`spec_decode_num_accepted_tokens_per_pos`, `estimated_flops_per_gpu`, `estimated_read_bytes_per_gpu`,
+`estimated_write_bytes_per_gpu`, `kv_block_lifetime_seconds`, `kv_block_idle_before_evict_seconds`,
+`kv_block_reuse_gap_seconds`. `/metrics` is always in the text format: OpenMetrics would rewrite the colon. There are
+no traces.
+
+## HTTP
+
+| case | vLLM 0.32 | Quire | why |
+|---|---|---|---|
+| prompt and `max_tokens` exceed the context | clamps, 200 | 400 that names both numbers | an answer cut short without a word |
+| the queue is full | 503 | 429 with Retry-After | clients and balancers know what to do with it |
+| a field that nothing knows | ignored | `warnings` in the answer and a header; `--strict-requests`: 400 | a misspelt name changed nothing, silently |
+| `guided_*` | ignored with one warning | 400 that names `structured_outputs` | text that was to follow a schema, and did not |
+| unknown route or method | `{"detail"}` | `{"detail"}` and `error` | both are looked for |
+| a media part | 422 or served | 400 | models read text |
+| SIGTERM | aborts what runs | lets it finish, `--shutdown-timeout` 30 s | restarts that nobody notices |
+| a grammar that no token satisfies, once tokens are chosen | not tried | 400, in a stream an error event with code 400 | it ends one request |
+"""
+
+
+def render() -> str:
+    rows = [f"| {' | '.join(_row(name, option))} |" for name, option in FOREIGN.items()]
+    table = [
+        "| Flag | Accepted | Otherwise | Why, or what instead |",
+        "|---|---|---|---|",
+        *rows,
+        "",
+    ]
+    return "\n".join([HEAD, *table, REST])
+
+
+def _row(name: str, option: Foreign) -> list[str]:
+    flags = ["--" + name.replace("_", "-"), *option.short]
+    accepted = ", ".join(_value(value) for value in (option.default, *option.also))
+    otherwise = "refused" if option.refused else "no effect"
+    return [", ".join(f"`{flag}`" for flag in flags), accepted, otherwise, option.why]
+
+
+def _value(value: object) -> str:
+    if value is None or value in ((), "", {}):
+        return "–"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return f"`{value}`"
