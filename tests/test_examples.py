@@ -28,6 +28,8 @@ WITH_SERVER = {
     "tools.py": "multiply(",
     "scoring.py": "perplexity",
     "parameters.py": "400 for top_p",
+    "responses.py": "input tokens cached",
+    "anthropic_messages.py": "multiply(",
 }
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT / "src")}
 

@@ -17,6 +17,7 @@ from quire.server.dialect_schemas import ResponsesRequest
 from quire.server.dialects import Change, Extended, Opened, Piece, Pieces
 from quire.server.engine_protocol import ServedModel
 from quire.server.errors import ApiError
+from quire.server.live import ClientGoneError
 from quire.server.logprobs import LogprobFormatter
 from quire.server.responses import TokenLogprob, encode
 from quire.server.sse import named_event
@@ -105,6 +106,8 @@ class ResponsesEncoder:
         """Whatever happens inside, the response does not stay in progress."""
         try:
             yield
+        except ClientGoneError:
+            raise
         except Exception:
             self._settle("failed")
             raise
