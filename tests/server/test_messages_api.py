@@ -193,6 +193,12 @@ async def test_stop_reasons(client, engine, stream, monkeypatch):
     assert engine.submitted[-1].params.stop == ["END"]
 
 
+async def test_a_call_with_any_number(client, engine):
+    engine.answer = [CALL.replace('"Paris"', "1" + "0" * 30)]
+    response = await client.post(URL, json={"messages": HI, "max_tokens": 50, "tools": [TOOL]})
+    assert response.json()["content"][0]["input"] == {"city": 10**30}
+
+
 async def test_a_call_that_is_cut_off_arrives_as_far_as_it_went(client, engine):
     engine.answer = [CALL[:-20]]
     engine.finish_reason = "length"
@@ -224,7 +230,7 @@ async def test_blocks_become_messages(client, engine):
             ]},
         ],
     )  # fmt: skip
-    function = {"name": "weather", "arguments": '{"city":"Paris"}'}
+    function = {"name": "weather", "arguments": {"city": "Paris"}}
     template = engine.model.chat_template
     assert template.messages == [
         {"role": "system", "content": "Kind."},

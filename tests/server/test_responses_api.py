@@ -333,6 +333,7 @@ async def test_counting(sdk, engine):
         ("text.format", {"text": {"format": {"type": "xml"}}}),
         ("text.format", {"text": {"format": {"type": "json_schema", "name": "a"}}}),
         ("structured_outputs", {"structured_outputs": {"regex": "("}}),
+        ("top_logprobs", {"top_logprobs": 20}),
         ("conversation", {"conversation": "c"}),
         ("max_tokens", {"max_tokens": 5}),
         ("n", {"n": 2}),

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter
-from msgspec import json
-from pydantic_core import from_json
+from msgspec import Raw
+from pydantic_core import from_json, to_json
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -178,9 +178,8 @@ def _add_message(turns: Turns, message: dict[str, Any], where: str) -> None:
             turns.think(as_text(block.get("thinking"), f"{path}.thinking"))
         elif role == "assistant" and kind == "tool_use":
             speak()
-            arguments = json.encode(as_object(block.get("input"), f"{path}.input")).decode()
-            name = as_text(block.get("name"), f"{path}.name")
-            turns.call(as_text(block.get("id"), f"{path}.id"), name, arguments)
+            call_id, name = (as_text(block.get(n), f"{path}.{n}") for n in ("id", "name"))
+            turns.call(call_id, name, as_object(block.get("input"), f"{path}.input"))
         elif role == "user" and kind == "tool_result":
             speak()
             call = as_text(block.get("tool_use_id"), f"{path}.tool_use_id")
@@ -338,13 +337,13 @@ def _block(piece: Piece) -> Object:
     }
 
 
-def _as_far_as_it_went(arguments: str) -> Object:
-    """An object, also where the output was cut in the middle of it."""
+def _as_far_as_it_went(arguments: str) -> Raw:
+    """The JSON of an object, also where the output was cut in the middle of it."""
     try:
-        value = from_json(arguments, allow_partial=True)
+        value = from_json(arguments, allow_inf_nan=False, allow_partial=True)
     except ValueError:
-        return {}
-    return value if isinstance(value, dict) else {}
+        return Raw(b"{}")
+    return Raw(to_json(value) if isinstance(value, dict) else b"{}")
 
 
 def _event(name: str, **fields: object) -> bytes:

@@ -42,6 +42,7 @@ REASONING_PARTS = {"reasoning_text": "text", "summary_text": "text"}
 SHOW_LOGPROBS = "message.output_text.logprobs"
 NAMES = {
     "messages": "input",
+    "logprobs": "top_logprobs",
     "max_tokens": "max_output_tokens",
     "max_completion_tokens": "max_output_tokens",
     "response_format": "text.format",
