@@ -123,3 +123,9 @@ def test_the_built_in_model_answers_a_file(
     assert len(texts) == 1 and next(iter(texts))[0] == "mine"
     assert main(words) == 0, "all is done"
     assert "0 answered, 0 failed, 6 were done before" in capsys.readouterr().err
+
+
+def test_vllms_flags_are_known_here_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["run-batch", "-i", str(tmp_path / "none"), "-o", str(tmp_path / "out")]
+    assert main([*words, "-tp", "1", "-tp", "2"]) == 2
+    assert "one device" in capsys.readouterr().err

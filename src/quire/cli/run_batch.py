@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -13,20 +14,15 @@ from typing import IO, TYPE_CHECKING
 
 import msgspec
 
-from quire.cli.parser import Parser, add_options, given
-from quire.config import (
-    EngineConfig,
-    ServerConfig,
-    engine_options,
-    load_yaml,
-    server_options,
-    split_flat,
-)
+from quire.cli.parser import Parser, parse_options
+from quire.config import EngineConfig, ServerConfig, engine_options, server_options, split_flat
 from quire.errors import ConfigError
 from quire.util.logging import setup_logging
 
 if TYPE_CHECKING:
     from quire.server.batch import Result
+
+logger = logging.getLogger(__name__)
 
 SERVER_OPTIONS = ("max_", "tool_", "reasoning_", "enable_auto_", "response_role", "strict_")
 """How the names begin of those server options that matter here; the others are about listening."""
@@ -50,16 +46,15 @@ def run(argv: list[str]) -> int:
     parser.add_argument(
         "--concurrency", metavar="N", type=int, help="lines at once (default: 2 x max_num_seqs)"
     )
-    parser.add_argument("--config", metavar="FILE", help="YAML file of these options")
-    add_options(parser, infos)
-    args = parser.parse_strictly(argv)
+    args, values, notes = parse_options(parser, infos, argv)
     if args.concurrency is not None and args.concurrency < 1:
         parser.error(f"--concurrency must be at least 1, got {args.concurrency}")
-    values = load_yaml(args.config) if args.config else {}
-    engine, server = split_flat(values | given(args, infos))
+    engine, server = split_flat(values)
     setup_logging(
         log_format=engine.runtime.log_format, level=os.environ.get("QUIRE_LOG_LEVEL", "WARNING")
     )
+    for note in notes:
+        logger.warning(note)
     with ExitStack() as stack:
         files = BatchFiles.open(
             stack, input_file=args.input_file, output_file=args.output_file, errors=args.errors
