@@ -10,6 +10,7 @@ from typing import Any, Literal
 import msgspec
 
 from quire.errors import InvalidParameterError
+from quire.limits import MAX_BAD_WORDS, MAX_N, MAX_STOP_STRINGS
 
 logger = logging.getLogger(__name__)
 
@@ -19,13 +20,10 @@ GREEDY_EPSILON = 1e-5
 MIN_TEMPERATURE = 0.01
 """Smaller non-greedy temperatures overflow softmax in half precision; they are raised to this."""
 
-MAX_N = 16384
-MAX_STOP_STRINGS = 256
 MAX_STOP_STRING_CHARS = 4096
 MAX_STOP_TOKEN_IDS = 1024
 MAX_INT = 2**63 - 1
 MAX_LOGPROB_IDS = 128
-MAX_BAD_WORDS = 1024
 MAX_PATTERN_SIZE = 256
 MAX_LENGTH_PENALTY = 16.0
 

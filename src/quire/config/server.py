@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from quire.config.options import option, parse_size
 from quire.errors import ConfigError
-from quire.sampling_params import MAX_BAD_WORDS, MAX_N, MAX_STOP_STRINGS
+from quire.limits import MAX_BAD_WORDS, MAX_N, MAX_STOP_STRINGS
 
 _UNBOUNDED = 2**63
 _LIMITS = {
