@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from quire.sampling_params import StructuredOutputsParams
-from quire.structured.masks import num_mask_words, tokens_of
 from quire.structured.guidance import GuidanceCompiler
+from quire.structured.masks import num_mask_words, tokens_of
 from quire.structured.spec import to_spec
 from quire.text.tokenizer import Tokenizer
 
