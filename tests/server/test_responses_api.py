@@ -189,7 +189,7 @@ async def test_what_is_cut_off_is_incomplete(client, engine, stream):
     assert [item.status for item in found.output] == ["completed", "incomplete"]
 
 
-async def test_logprobs(client):
+async def test_logprobs(client, engine):
     asked = {"include": ["message.output_text.logprobs"], "top_logprobs": 1}
     whole = (await create(client, **asked)).output[0].content[0].logprobs
     assert [entry.token for entry in whole] == ["Hello", " there", ",", " world", "!"]
@@ -200,6 +200,13 @@ async def test_logprobs(client):
     assert found[-1].response.output[0].content[0].logprobs == whole
     plain = await create(client)
     assert plain.output[0].content[0].logprobs == []
+    engine.answer = ["See: ", CALL, " Done", "."]
+    for found in (
+        await create(client, tools=[TOOL], **asked),
+        (await events(client, tools=[TOOL], **asked))[-1].response,
+    ):
+        told = [i.content[0].logprobs for i in found.output if i.type == "message"]
+        assert len(told) == 2 and sum(map(len, told)) == 4
 
 
 async def test_the_clients_own_stream_and_parse(sdk, engine):
@@ -270,6 +277,13 @@ async def test_items_become_messages(client, engine):
         {"role": "assistant", "content": "One."},
         {"role": "assistant", "content": "Two."},
     ]  # fmt: skip
+
+
+async def test_developers_are_heard_where_templates_know_them(client, engine):
+    items = [{"role": "developer", "content": "Short."}]
+    engine.model.chat_template.source = "{% if role == 'developer' %}"
+    await create(client, input=items)
+    assert rendered(engine) == items
 
 
 async def test_tools_are_chat_completions_tools(client, engine):
@@ -464,6 +478,10 @@ def test_the_store_is_bounded():
     store.remove("e")
     store.add(stored("f", 800))
     assert kept(store, "f") == ["f"]
+    store.update("f", {"status": "cancelled", "output": []})
+    store.update("f", {"status": "completed", "output": ["late"]})
+    found = store.get("f", None, param="p").response
+    assert (found["status"], found["output"]) == ("cancelled", ["late"])
     nothing = ResponseStore(0, 1000)
     nothing.add(stored("a"))
     assert len(nothing) == 0
