@@ -9,6 +9,7 @@ from contextlib import aclosing
 from typing import Any
 
 from fastapi import APIRouter
+from pydantic_core import from_json
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -237,7 +238,7 @@ def _add_item(turns: Turns, item: Item, where: str) -> None:
             turns.think("\n".join(thoughts))
     elif kind == "function_call":
         call_id, name = (as_text(item.get(n), f"{where}.{n}") for n in ("call_id", "name"))
-        turns.call(call_id, name, as_text(item.get("arguments"), f"{where}.arguments"))
+        turns.call(call_id, name, _arguments(item, f"{where}.arguments"))
     elif kind == "function_call_output":
         said = texts(item.get("output"), f"{where}.output", TEXT_PARTS)
         turns.result(as_text(item.get("call_id"), f"{where}.call_id"), said)
@@ -245,6 +246,14 @@ def _add_item(turns: Turns, item: Item, where: str) -> None:
         raise bad_request(
             f"{where} has type {str(kind)[:40]!r}, which is not supported.", param="input"
         )
+
+
+def _arguments(item: Item, where: str) -> object:
+    """Of a call; one that was cut off, which a stored response may have, as far as it went."""
+    try:
+        return from_json(as_text(item.get("arguments"), where) or "{}", allow_partial=True)
+    except ValueError:
+        raise wrong(where, "must be JSON text") from None
 
 
 def _tool(tool: dict[str, Any]) -> dict[str, object]:
