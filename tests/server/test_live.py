@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import socket
 import ssl
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from scripted_engine import ScriptedEngine, data_lines
 
 from quire.config import EngineConfig, ServerConfig
 from quire.errors import ConfigError, ModelError
+from quire.server.process import bind
 from quire.server.run import StopSignals, serve_engine
 
 COMPLETIONS = "/v1/completions"
@@ -288,6 +290,22 @@ async def test_port_in_use_is_a_clear_error():
         with pytest.raises(ConfigError, match=f"port {port}"):
             async with running(port=port):
                 pass
+
+
+async def test_what_is_written_is_sent_at_once():
+    """Nagle's algorithm would hold an answer's second piece back until the first is acknowledged: 40 ms."""
+    nodelay: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    async def connected(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connection = writer.get_extra_info("socket")
+        nodelay.set_result(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        writer.close()
+
+    listener = bind(ServerConfig(host="127.0.0.1", port=0))
+    async with await asyncio.start_server(connected, sock=listener):
+        _, writer = await asyncio.open_connection(*listener.getsockname())
+        assert await nodelay
+        writer.close()
 
 
 async def test_unix_socket(tmp_path):
