@@ -32,7 +32,9 @@ def checkpoint(servable: Callable[[str], ServableCheckpoint]) -> ServableCheckpo
 
 @pytest.fixture(scope="module", params=["inline", "process"])
 def llm(request: pytest.FixtureRequest, checkpoint: ServableCheckpoint):
-    with LLM(str(checkpoint.directory), engine=request.param, **OPTIONS) as llm:
+    with LLM(
+        str(checkpoint.directory), engine=request.param, disable_log_stats=False, **OPTIONS
+    ) as llm:
         yield llm
 
 
@@ -117,7 +119,7 @@ def test_the_prefix_cache_can_be_emptied(llm: LLM) -> None:
 
 
 def test_metrics_are_values(checkpoint: ServableCheckpoint) -> None:
-    with LLM(str(checkpoint.directory), **OPTIONS) as llm:
+    with LLM(str(checkpoint.directory), disable_log_stats=False, **OPTIONS) as llm:
         llm.generate([[1, 2, 3], [4, 5, 6]], GREEDY, use_tqdm=False)
         metrics = {m.name: m for m in llm.get_metrics() if m.name.startswith("vllm:")}
     name = {"model_name": str(checkpoint.directory), "engine": "0"}
@@ -129,7 +131,7 @@ def test_metrics_are_values(checkpoint: ServableCheckpoint) -> None:
     assert (sizes.count, sizes.sum, sizes.labels) == (2, 12.0, name)
     assert sizes.buckets["5.0"] == 0 and sizes.buckets["10.0"] == 2 == sizes.buckets["+Inf"]
     with (
-        LLM(str(checkpoint.directory), disable_log_stats=True, **OPTIONS) as quiet,
+        LLM(str(checkpoint.directory), **OPTIONS) as quiet,
         pytest.raises(ConfigError, match="disable_log_stats"),
     ):
         quiet.get_metrics()
