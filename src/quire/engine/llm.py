@@ -325,8 +325,10 @@ class LLM:
         return self.model.tokenizer
 
     def get_metrics(self) -> list[Metric]:
-        """Every metric that the server's /metrics has of an engine, as values, if `disable_log_stats=False` was
-        given (vLLM's default for `LLM` is that it was not)."""
+        """Every metric that the server's /metrics has of an engine, as values.
+
+        Raises `ConfigError` unless `disable_log_stats=False` was given, as in vLLM.
+        """
         if self._metrics is None:
             raise ConfigError("get_metrics needs disable_log_stats=False.")
         from quire.metrics.reader import read_metrics
