@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 
@@ -38,7 +39,7 @@ def make(tool: str, reasoning: str = "none", *, inside: bool = False, tools=TOOL
 def parse(text: str, tool: str, reasoning: str = "none", *, cuts=(), **options):
     parser = make(tool, reasoning, **options)
     bounds = [0, *sorted(c % (len(text) + 1) for c in cuts), len(text)]
-    pieces = [text[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    pieces = [text[a:b] for a, b in itertools.pairwise(bounds)]
     events = []
     for position, piece in enumerate(pieces):
         events += parser.push(piece, final=position == len(pieces) - 1)
@@ -309,7 +310,7 @@ def test_special_tokens_are_hidden_but_for_markers(cuts):
     parser = form.parser(TOOLS, inside=False, hidden=hidden)
     bounds = [0, *[c for c in cuts if c < len(text)], len(text)]
     events = []
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in itertools.pairwise(bounds):
         events += parser.push(text[start:end], final=end == len(text))
     assert merged(events) == [TextDelta("ab<un [1"), *call(0, "f", "{}")]
 
