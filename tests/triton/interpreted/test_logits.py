@@ -13,7 +13,7 @@ from quire.kernels.checks import KernelArgumentError
 from quire.kernels.triton.logits import edit_logits, history_row
 from quire.kernels.triton.seats import seat
 from quire.messages import AdmittedRequest
-from quire.sampling.sampler import SamplingState, _edit
+from quire.sampling.sampler import SamplingState
 from quire.sampling_params import SamplingParams
 from tests.kernels.cases import generator, randn
 
@@ -74,7 +74,7 @@ def test_penalties_and_bans_are_those_of_the_sampler(params: dict[str, Any], pos
     state = SamplingState(request, VOCAB)
     logits = some_logits(2)
     want = logits.clone()
-    _edit(want[1], state, position)
+    state.edit(want[1], position)
     history = torch.zeros(2, VOCAB, dtype=torch.int16)
     history[0] = torch.from_numpy(history_row(prompt + output, len(prompt), VOCAB))
     banned = torch.zeros(2, 70, dtype=torch.int32)
