@@ -186,14 +186,18 @@ class ModelRunner:
         positions = np.array([row.start + row.num_tokens for row in rows])
         sampled = self._sampler.sample(logits, self.batch.sampling, seats, positions)
         token_ids[seats, positions] = sampled.token_ids  # without a token: ends at once
-        of_prompts = {of.request_id: of for of in result.sampled}
         told = [
-            of_prompts.pop(row.request_id, SampledRow(request_id=row.request_id, token_ids=[]))
-            for row in rows
+            SampledRow(request_id=row.request_id, token_ids=[token])
+            for row, token in zip(rows, sampled.token_ids.tolist(), strict=True)
         ]
-        result.sampled = [*told, *of_prompts.values()]
-        for sampled_row, token in zip(told, sampled.token_ids.tolist(), strict=True):
-            sampled_row.token_ids = [token]
+        if result.sampled:  # a row may have told of its prompt already
+            index_of = {row.request_id: index for index, row in enumerate(rows)}
+            for of_prompt in result.sampled:
+                if (index := index_of.get(of_prompt.request_id)) is None:
+                    told.append(of_prompt)
+                else:
+                    told[index].prompt_logprobs = of_prompt.prompt_logprobs
+        result.sampled = told
         for index, entry in sampled.logprobs.items():
             told[index].logprobs = [entry]
         for index, tokens in sampled.forced.items():

@@ -8,7 +8,6 @@ a `SamplingState` and are handled one by one.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -258,15 +257,15 @@ class Sampler:
         """logits: [R, V] float32, row i for seats[i], no seat twice; may be overwritten. positions: [R],
         index in its request of the token to be sampled."""
         states = table.states(seats, positions)
-        sampled = Sampled(np.empty(0, np.int64), {}, {}, {})
-        rows = table.rows(seats, positions)
-        told = self._prepare(logits, states, positions, rows, sampled.errors) if states else {}
+        rows, errors = table.rows(seats, positions), dict[int, str]()
+        told = self._prepare(logits, states, positions, rows, errors) if states else {}
         result = self._kernels.sample(logits, rows)
+        sampled = Sampled(result.token_ids, errors, {}, {})
         if not result.valid.all():
             for index in np.flatnonzero(~result.valid).tolist():
-                sampled.errors.setdefault(index, NAN_ERROR)
+                errors.setdefault(index, NAN_ERROR)
         for index, state in states.items():
-            if index in sampled.errors:
+            if index in errors:
                 continue
             token = int(result.token_ids[index])
             state.learn(token)
@@ -279,7 +278,7 @@ class Sampler:
                     state.params.logprobs or 0,
                     state.params.logprob_token_ids,
                 )
-        return dataclasses.replace(sampled, token_ids=result.token_ids)
+        return sampled
 
     @torch.inference_mode()
     def _prepare(
