@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+import signal
 import sys
 import threading
 from queue import SimpleQueue
@@ -92,8 +93,14 @@ def _answer(inbox: SimpleQueue[bytes]) -> None:
         while inbox.get():
             _write(error.reason)
     _write("")
+    max_seconds = float(sys.argv[1])
     while message := inbox.get():
-        _write(check(compiler, msgspec.msgpack.decode(message, type=GrammarSpec), vocab_size))
+        signal.setitimer(
+            signal.ITIMER_PROF, max_seconds
+        )  # of processor time; then the process ends
+        reason = check(compiler, msgspec.msgpack.decode(message, type=GrammarSpec), vocab_size)
+        signal.setitimer(signal.ITIMER_PROF, 0.0)
+        _write(reason)
 
 
 def _read(stream: BinaryIO) -> bytes | None:
