@@ -9,7 +9,6 @@ be killed (`checker.py`); what gets here has been compiled once, and the time li
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import os
 import sys
@@ -30,13 +29,11 @@ MAX_COMPILE_SECONDS = 60.0
 """By the clock: it runs when nobody else does."""
 NUM_THREADS = 1
 """One takes half a small machine already; grammars take milliseconds, so a queue is short."""
-ERROR_BYTES = 1 << 10
 
 
 @dataclass(slots=True)
 class _Job:
     spec: GrammarSpec
-    key: bytes
     started: float | None = None
     result: Grammar | GrammarError | None = None
     done: threading.Event = field(default_factory=threading.Event)
@@ -60,8 +57,8 @@ class GrammarStore:
         self._max_bytes = max_bytes
         self._max_seconds = max_seconds
         self._clock = clock
-        self._jobs: dict[bytes, _Job] = {}
-        self._ready: OrderedDict[bytes, Grammar | GrammarError] = OrderedDict()
+        self._jobs: dict[GrammarSpec, _Job] = {}
+        self._ready: OrderedDict[GrammarSpec, Grammar | GrammarError] = OrderedDict()
         self.num_bytes = 0
         """Of the grammars kept; at most `max_bytes`, but for one that is larger alone."""
         self._queue: SimpleQueue[_Job] = SimpleQueue()
@@ -70,10 +67,9 @@ class GrammarStore:
 
     def prepare(self, spec: GrammarSpec) -> None:
         """See to it that `ready` has an answer some time."""
-        key = _key(spec)
-        if key in self._jobs or key in self._ready:
+        if spec in self._jobs or spec in self._ready:
             return
-        self._jobs[key] = job = _Job(spec, key)
+        self._jobs[spec] = job = _Job(spec)
         if self._num_threads < NUM_THREADS:
             self._start_thread()
         self._queue.put(job)
@@ -83,13 +79,12 @@ class GrammarStore:
 
         Compiling starts anew if it has been forgotten meanwhile.
         """
-        key = _key(spec)
-        job = self._jobs.get(key)
+        job = self._jobs.get(spec)
         if job is not None:
             self._take(job)
-        if key in self._ready:
-            self._ready.move_to_end(key)
-            return self._ready[key]
+        if spec in self._ready:
+            self._ready.move_to_end(spec)
+            return self._ready[spec]
         self.prepare(spec)
         return None
 
@@ -115,11 +110,11 @@ class GrammarStore:
             self._start_thread()  # that one may never come back
             job.result = GrammarError(f"it takes over {self._max_seconds:g} s to compile.")
         assert job.result is not None
-        del self._jobs[job.key]
-        self._ready[job.key] = job.result
-        self.num_bytes += _bytes(job.result)
+        del self._jobs[job.spec]
+        self._ready[job.spec] = job.result
+        self.num_bytes += _bytes(job.spec, job.result)
         while self.num_bytes > self._max_bytes and len(self._ready) > 1:
-            self.num_bytes -= _bytes(self._ready.popitem(last=False)[1])
+            self.num_bytes -= _bytes(*self._ready.popitem(last=False))
 
     def _start_thread(self) -> None:
         self._num_threads += 1
@@ -170,9 +165,5 @@ def yield_to_others() -> None:
             os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
-def _key(spec: GrammarSpec) -> bytes:
-    return hashlib.sha256(f"{spec.kind}:{spec.text}".encode()).digest()
-
-
-def _bytes(result: Grammar | GrammarError) -> int:
-    return ERROR_BYTES if isinstance(result, GrammarError) else result.num_bytes
+def _bytes(spec: GrammarSpec, result: Grammar | GrammarError) -> int:
+    return len(spec.text) if isinstance(result, GrammarError) else result.num_bytes
