@@ -89,9 +89,9 @@ def said(output: RequestOutput) -> Any:
     return parts, output.prompt_logprobs, output.embedding, output.error
 
 
-@pytest.fixture(scope="module")
-def llms(servable: Servable) -> Iterator[dict[str, LLM]]:
-    checkpoint = servable("llama")
+@pytest.fixture(scope="module", params=["llama", "mistral-window", "qwen2", "qwen3"])
+def llms(request: pytest.FixtureRequest, servable: Servable) -> Iterator[dict[str, LLM]]:
+    checkpoint = servable(request.param)
     options = {"max_logprobs": -1}
     engines = {
         "alone": make_llm(checkpoint, enable_prefix_caching=False, **options),
@@ -106,7 +106,7 @@ REQUESTS = st.lists(st.tuples(st.integers(0, 5), sampling_params()), min_size=1,
 
 
 @settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(REQUESTS, st.sampled_from(sorted(SCHEDULES)))
 def test_any_mix_of_parameters_gives_each_request_its_own_answer(

@@ -4,9 +4,11 @@ are transformers'."""
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -67,3 +69,46 @@ def test_openai_client_gets_transformers_tokens(
         with ThreadPoolExecutor(6) as pool:
             assert list(pool.map(complete, batch)) == expected
             assert list(pool.map(stream, batch)) == expected
+        try_the_surface(client)
+
+
+def try_the_surface(client: openai.OpenAI) -> None:
+    """What each endpoint is for, once: that it holds for every parameter is tested elsewhere."""
+    schema = {
+        "type": "object",
+        "properties": {"n": {"enum": [1, 22]}},
+        "required": ["n"],
+        "additionalProperties": False,
+    }
+    ask: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+    answer = client.chat.completions.create(
+        **ask,
+        response_format={"type": "json_schema", "json_schema": {"name": "s", "schema": schema}},
+        logprobs=True,
+        max_tokens=60,
+    )
+    assert json.loads(answer.choices[0].message.content or "")["n"] in (1, 22)
+    assert answer.choices[0].logprobs is not None
+    called = client.chat.completions.create(
+        **ask,
+        tools=[{"type": "function", "function": {"name": "f", "parameters": schema}}],
+        tool_choice="required",
+        parallel_tool_calls=False,
+        max_tokens=100,
+    )
+    [call] = called.choices[0].message.tool_calls or []
+    assert call.type == "function" and json.loads(call.function.arguments)["n"] in (1, 22)
+    scored = client.completions.create(
+        model="m", prompt=[3, 4, 5, 6], echo=True, logprobs=1, max_tokens=0
+    )
+    logprobs = scored.choices[0].logprobs
+    assert logprobs is not None and logprobs.token_logprobs is not None
+    assert logprobs.token_logprobs[0] is None and len(logprobs.token_logprobs) == 4
+    beams = client.completions.create(
+        model="m", prompt=[3, 4], n=2, max_tokens=4, extra_body={"use_beam_search": True}
+    )
+    assert len(beams.choices) == 2
+    vectors = client.embeddings.create(model="m", input=["a", "b", "a"]).data
+    assert vectors[0].embedding == vectors[2].embedding != vectors[1].embedding
+    response = client.responses.create(model="m", input="hi", max_output_tokens=4)
+    assert response.usage is not None and 1 <= response.usage.output_tokens <= 4
