@@ -118,7 +118,7 @@ class Request:
         if produced >= self.max_tokens:
             self.finish_reason = FinishReason.LENGTH
         elif self.params.repetition_detection is not None and repeats(
-            self.token_ids[self.num_prompt_tokens :], self.params.repetition_detection
+            self.token_ids, produced, self.params.repetition_detection
         ):
             self.finish_reason = FinishReason.REPETITION
 
@@ -129,13 +129,13 @@ class Request:
         )
 
 
-def repeats(tokens: list[int], rule: RepetitionDetectionParams) -> bool:
-    """Whether the tokens end in the same pattern `min_count` times in a row."""
+def repeats(tokens: list[int], produced: int, rule: RepetitionDetectionParams) -> bool:
+    """Whether the last `produced` tokens end in the same pattern `min_count` times in a row. Compares from the
+    end, and so usually one token for each size."""
     for size in range(max(1, rule.min_pattern_size), rule.max_pattern_size + 1):
         length = size * rule.min_count
-        if length > len(tokens):
+        if length > produced:
             return False
-        tail = tokens[-length:]
-        if tail[size:] == tail[:-size]:
+        if all(tokens[-i] == tokens[-i - size] for i in range(1, length - size + 1)):
             return True
     return False
