@@ -130,8 +130,10 @@ class Request:
 
 
 def repeats(tokens: list[int], produced: int, rule: RepetitionDetectionParams) -> bool:
-    """Whether the last `produced` tokens end in the same pattern `min_count` times in a row. Compares from the
-    end, and so usually one token for each size."""
+    """Whether the last `produced` tokens end in the same pattern `min_count` times in a row.
+
+    Compares from the end, and so usually one token for each size.
+    """
     for size in range(max(1, rule.min_pattern_size), rule.max_pattern_size + 1):
         length = size * rule.min_count
         if length > produced:
