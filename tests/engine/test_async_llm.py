@@ -85,6 +85,19 @@ async def test_stop_strings_end_the_request_in_the_core_too(engine: AsyncLLM) ->
     await idle(engine)
 
 
+async def test_an_interval_makes_fewer_outputs_of_the_same_text(engine: AsyncLLM) -> None:
+    params = LONG.replace(max_tokens=23)
+    each = await collect(engine.submit("abc", params))
+    some = await collect(engine.submit("abc", params.replace(stream_interval=5)))
+    assert "".join(o.outputs[0].text for o in some) == "".join(o.outputs[0].text for o in each)
+    assert [t for o in some for t in o.outputs[0].token_ids] == [
+        t for o in each for t in o.outputs[0].token_ids
+    ]
+    sizes = [len(output.outputs[0].token_ids) for output in some]
+    assert sizes[0] == 1 and all(size >= 5 for size in sizes[1:-1]) and sum(sizes) == 23
+    await idle(engine)
+
+
 async def test_abort_in_queue_prefill_and_decode_frees_everything(engine: AsyncLLM) -> None:
     streams = [engine.submit(p, LONG) for p in prompts(12, longest=55)]
     for index, stream in enumerate(streams):

@@ -87,7 +87,10 @@ def sleep_state(llm: LLM) -> str:
 
 
 def test_it_sleeps_and_wakes(llm: LLM) -> None:
-    [before] = llm.generate("abc", GREEDY, use_tqdm=False)
+    prompt = list(
+        range(40, 90)
+    )  # three full blocks: what was cached before must not be found after
+    [before] = llm.generate(prompt, GREEDY, use_tqdm=False)
     for level in (1, 2):
         llm.enqueue("abc", GREEDY)
         with pytest.raises(InvalidParameterError, match="wait_for_completion"):
@@ -99,7 +102,7 @@ def test_it_sleeps_and_wakes(llm: LLM) -> None:
             llm.generate("abc", GREEDY, use_tqdm=False)
         llm.wake_up(tags=["weights", "kv_cache"])
         assert sleep_state(llm) == "awake"
-        [after] = llm.generate("abc", GREEDY, use_tqdm=False)
+        [after] = llm.generate(prompt, GREEDY, use_tqdm=False)
         assert after.outputs[0].token_ids == before.outputs[0].token_ids
         assert after.num_cached_tokens == 0
     with pytest.raises(InvalidParameterError):
