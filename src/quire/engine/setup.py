@@ -176,14 +176,15 @@ def serve_model(config: EngineConfig, resolved: ResolvedModel) -> ServedModel:
     from quire.text.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.from_directory(resolved.tokenizer_dir)
-    source = tokenizer.chat_template
+    source, tool_source = tokenizer.chat_template, tokenizer.tool_chat_template
     if config.model.chat_template is not None:
-        source = read_chat_template(config.model.chat_template)
+        source, tool_source = read_chat_template(config.model.chat_template), None
     template = None
     if source is not None:
         template = ChatTemplate.for_tokenizer(
             source,
             tokenizer,
+            tool_source=tool_source,
             content_format=config.model.chat_template_content_format,  # type: ignore[arg-type]
         )
     eos = resolved.eos_token_ids

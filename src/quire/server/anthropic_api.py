@@ -126,7 +126,7 @@ def _names(asked: CountTokensRequest) -> dict[str, str]:
 def _to_chat(
     asked: CountTokensRequest, model: ServedModel, *, thinks: bool
 ) -> ChatCompletionRequest:
-    turns = Turns(model)
+    turns = Turns()
     if asked.system:
         turns.say("system", texts(asked.system, "system", TEXT_BLOCKS))
     for index, message in enumerate(asked.messages):

@@ -16,7 +16,6 @@ from typing import Literal
 from quire.errors import RequestError
 from quire.outputs import CompletionOutput
 from quire.server.body import Body, parse
-from quire.server.engine_protocol import ServedModel
 from quire.server.errors import ApiError, bad_request, malformed, to_api_error
 from quire.server.requests import ChatCompletionRequest, DecodingFields
 from quire.server.tools import AnswerReader
@@ -29,6 +28,7 @@ from quire.text.parsing import (
 )
 
 Kind = Literal["reasoning", "text", "call"]
+INSTRUCTIONS = ("system", "developer")
 
 
 def to_chat(request: DecodingFields, fields: Mapping[str, object]) -> ChatCompletionRequest:
@@ -103,24 +103,24 @@ def text_of(part: object, where: str, kinds: Mapping[str, str]) -> str:
 class Turns:
     """Messages of a chat completion, from items that say less at a time.
 
-    What the assistant thought, said and called in a row is one message there. So are system texts at the
-    beginning: templates look for one, in the first message only.
+    What the assistant thought, said and called in a row is one message there; so are the instructions at the
+    beginning. What a template does not take is changed where the messages of all endpoints are written
+    (`text/template_facts.py`).
     """
 
-    def __init__(self, model: ServedModel) -> None:
+    def __init__(self) -> None:
         self.messages: list[dict[str, object]] = []
-        template = model.chat_template
-        self._knows_developer = template is not None and "developer" in template.source
 
     def say(self, role: str, said: list[str]) -> None:
-        if role == "developer" and not self._knows_developer:
-            role = "system"
         if role == "assistant":
             answer = self._answer()
             if "content" in answer or "tool_calls" in answer:
                 answer = self._add("assistant")
             answer["content"] = "".join(said)
-        elif role == "system" and [m["role"] for m in self.messages] == ["system"]:
+        elif role in INSTRUCTIONS and [m["role"] for m in self.messages] in (
+            ["system"],
+            ["developer"],
+        ):
             before = self.messages[0]
             before["content"] = "\n\n".join([str(before["content"]), *said])
         elif role == "user" and len(said) != 1:

@@ -9,7 +9,6 @@ from contextlib import aclosing
 from typing import Any
 
 from fastapi import APIRouter
-from pydantic_core import from_json
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -17,7 +16,16 @@ from quire.server import unsupported
 from quire.server.body import ignored, parse, read_json, warn_of
 from quire.server.chat import StartedChat, encode_chat, start_chat
 from quire.server.dialect_schemas import ResponsesRequest
-from quire.server.dialects import Turns, as_object, as_text, renaming, texts, to_chat, wrong
+from quire.server.dialects import (
+    INSTRUCTIONS,
+    Turns,
+    as_object,
+    as_text,
+    renaming,
+    texts,
+    to_chat,
+    wrong,
+)
 from quire.server.engine_protocol import ServedModel
 from quire.server.errors import bad_request, to_api_error
 from quire.server.generation import (
@@ -202,7 +210,7 @@ def _with_ids(given: str | list[dict[str, Any]]) -> list[Item]:
 def _to_chat(
     asked: ResponsesRequest, before: Sequence[Item], own: Sequence[Item], model: ServedModel
 ) -> ChatCompletionRequest:
-    turns = Turns(model)
+    turns = Turns()
     if asked.instructions:
         turns.say("system", [asked.instructions])
     for index, item in enumerate([*before, *own], start=-len(before)):
@@ -237,8 +245,8 @@ def _add_item(turns: Turns, item: Item, where: str) -> None:
         if thoughts:
             turns.think("\n".join(thoughts))
     elif kind == "function_call":
-        call_id, name = (as_text(item.get(n), f"{where}.{n}") for n in ("call_id", "name"))
-        turns.call(call_id, name, _arguments(item, f"{where}.arguments"))
+        names = ("call_id", "name", "arguments")
+        turns.call(*(as_text(item.get(name), f"{where}.{name}") for name in names))
     elif kind == "function_call_output":
         said = texts(item.get("output"), f"{where}.output", TEXT_PARTS)
         turns.result(as_text(item.get("call_id"), f"{where}.call_id"), said)
@@ -246,14 +254,6 @@ def _add_item(turns: Turns, item: Item, where: str) -> None:
         raise bad_request(
             f"{where} has type {str(kind)[:40]!r}, which is not supported.", param="input"
         )
-
-
-def _arguments(item: Item, where: str) -> object:
-    """Of a call; one that was cut off, which a stored response may have, as far as it went."""
-    try:
-        return from_json(as_text(item.get("arguments"), where) or "{}", allow_partial=True)
-    except ValueError:
-        raise wrong(where, "must be JSON text") from None
 
 
 def _tool(tool: dict[str, Any]) -> dict[str, object]:
@@ -277,7 +277,7 @@ async def shortened(chat: ChatCompletionRequest, model: ServedModel) -> ChatComp
     """Without the oldest turns, as many as do not fit. A turn begins with what a user says; system messages
     at the beginning stay. Found by bisection: rendering is not cheap."""
     messages = chat.messages
-    kept = next((i for i, m in enumerate(messages) if m.role != "system"), len(messages))
+    kept = next((i for i, m in enumerate(messages) if m.role not in INSTRUCTIONS), len(messages))
     cuts = [kept, *(i for i, m in enumerate(messages) if i > kept and m.role == "user")]
     room = model.max_model_len - (chat.max_completion_tokens or 1)
 

@@ -1,32 +1,80 @@
-"""Chat messages as requests send them, made into what chat templates expect.
+"""Chat messages as requests send them, read into turns.
 
-Clients speak the OpenAI dialect, templates the Hugging Face one. The differences, each mended here once so
-that no endpoint has to: content as parts or as a string, tool-call arguments as JSON text or as an object,
-fields that are present but null, several names for reasoning. Only plain JSON data gets through, rebuilt:
-a template must never see an object with methods.
+Clients say the same thing in many ways: content as a string or as parts, no content as null, "", [] or an
+absent key, call arguments as JSON text or as an object, several names for reasoning, fields that are null.
+A `Turn` holds what was said and remembers how. `template_facts.py` writes turns in the way that a model's
+template takes. Only plain JSON data gets through, rebuilt: a template must never see an object with methods.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 from quire.errors import InvalidParameterError
 
 Json = bool | int | float | str | list["Json"] | dict[str, "Json"] | None
+Form = Literal["string", "parts", "null", "absent"]
 
 MAX_DEPTH = 64
 TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+REASONING_PARTS = {"thinking": "thinking", "reasoning": "text"}
+ROLE_NAMES = {"function": "tool"}
+"""Older name of a role -> its name."""
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 
 
-@dataclass(frozen=True, slots=True)
-class ContentSupport:
-    """Which forms of message content a template renders properly."""
+@dataclass(slots=True)
+class Turn:
+    """One message.
 
-    strings: bool
-    parts: bool
+    texts: what it says; one string, or several if it was sent as parts. Empty if it has no content.
+    form: how the content was sent.
+    calls: its tool calls as sent; empty for other roles than the assistant's.
+    fields: its other keys (`name`, `tool_call_id`, ...), without those that are null.
+    """
+
+    role: str
+    texts: list[str] = field(default_factory=list)
+    form: Form = "string"
+    calls: list[Json] = field(default_factory=list)
+    reasoning: str | None = None
+    fields: dict[str, Json] = field(default_factory=dict)
+
+    @property
+    def has_text(self) -> bool:
+        return any(self.texts)
+
+    def add_text(self, texts: list[str], form: Form) -> None:
+        """Go on with `texts`, after a blank line."""
+        if not any(texts):
+            return
+        if not self.has_text:
+            self.texts, self.form = texts, form
+        elif "parts" in (self.form, form):
+            self.texts, self.form = [*self.texts, *texts], "parts"
+        else:
+            self.texts = ["\n\n".join([*self.texts, *texts])]
+
+    def add(self, other: Turn) -> None:
+        """Take in what `other`, which follows, says, thinks and calls."""
+        self.add_text(other.texts, other.form)
+        self.calls = [*self.calls, *other.calls]
+        thoughts = [text for text in (self.reasoning, other.reasoning) if text is not None]
+        self.reasoning = "\n\n".join(thoughts) if thoughts else None
+
+
+def read_turns(messages: object) -> list[Turn]:
+    """The messages of a request as turns; the caller's data is left alone.
+
+    Raises `InvalidParameterError(param="messages")` for what is no conversation: a message that is no object
+    or has no role, content that is no text, other types than JSON's, nesting deeper than 64, lone surrogates.
+    """
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        raise InvalidParameterError("messages must be a non-empty list.", param="messages")
+    return [_read(message, f"messages[{index}]") for index, message in enumerate(messages)]
 
 
 def plain_json(value: object, *, param: str, depth: int = 0) -> Json:
@@ -69,102 +117,77 @@ def _plain_text(text: str, param: str) -> str:
     return str(text)
 
 
-def normalize_messages(
-    messages: Sequence[Mapping[str, object]], support: ContentSupport
-) -> list[dict[str, Json]]:
-    """The messages as the template wants them; the caller's are left alone.
-
-    Content: strings stay where the template takes strings, and are wrapped in a text part where it
-    takes only parts; lists stay where it takes parts, and are joined with newlines where it does
-    not. No content is None beside tool calls and "" otherwise.
-    Null fields and empty `tool_calls` are dropped (clients dump whole models), tool-call arguments
-    are parsed, `reasoning_content` is filled from its other names.
-    """
-    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise InvalidParameterError("messages must be a non-empty list.", param="messages")
-    return [_normalize(message, index, support) for index, message in enumerate(messages)]
-
-
-def _normalize(message: object, index: int, support: ContentSupport) -> dict[str, Json]:
-    where = f"messages[{index}]"
+def _read(message: object, where: str) -> Turn:
     plain = plain_json(message, param="messages")
     if not isinstance(plain, dict) or not isinstance(plain.get("role"), str):
         raise InvalidParameterError(
             f"{where} must be an object with a string `role`.", param="messages"
         )
+    role = str(plain.pop("role"))
+    turn = Turn(ROLE_NAMES.get(role, role), form="null" if "content" in plain else "absent")
     content = plain.pop("content", None)
-    result: dict[str, Json] = {key: value for key, value in plain.items() if value is not None}
-    if not result.get("tool_calls"):
-        result.pop("tool_calls", None)
-    has_calls = "tool_calls" in result
-    if has_calls:
-        result["tool_calls"] = _parsed_tool_calls(result["tool_calls"], where)
-    result["content"] = _content(content, support, where=where, has_calls=has_calls)
-    return _with_reasoning(result)
+    calls = plain.pop("tool_calls", None)
+    if calls is not None and not isinstance(calls, list):
+        raise InvalidParameterError(f"{where}.tool_calls must be a list.", param="messages")
+    turn.calls = calls or []
+    for index, call in enumerate(turn.calls):
+        _check_depth(call, f"{where}.tool_calls[{index}].function.arguments")
+    turn.fields = {key: value for key, value in plain.items() if value is not None}
+    for name in REASONING_FIELDS:
+        value = turn.fields.pop(name, None)
+        if turn.reasoning is None and isinstance(value, str):
+            turn.reasoning = value
+    if content is not None:
+        _read_content(turn, content, f"{where}.content")
+    return turn
 
 
-def _content(content: Json, support: ContentSupport, *, where: str, has_calls: bool) -> Json:
-    if content is None:
-        if has_calls:
-            return None
-        content = ""
+def _check_depth(call: Json, where: str) -> None:
+    """Arguments that come as text may not be nested deeper than those that come as an object."""
+    function = call.get("function") if isinstance(call, dict) else None
+    text = function.get("arguments") if isinstance(function, dict) else None
+    if not isinstance(text, str) or text.count("[") + text.count("{") <= MAX_DEPTH:
+        return
+    try:
+        plain_json(json.loads(text), param=where)
+    except ValueError:
+        return  # no JSON
+    except (RecursionError, InvalidParameterError) as error:
+        raise InvalidParameterError(
+            f"{where} is nested deeper than {MAX_DEPTH} levels.", param="messages"
+        ) from error
+
+
+def _read_content(turn: Turn, content: Json, where: str) -> None:
     if isinstance(content, str):
-        if support.strings or not support.parts:
-            return content
-        return [{"type": "text", "text": content}]
+        turn.texts, turn.form = [content], "string"
+        return
     if not isinstance(content, list):
         raise InvalidParameterError(
-            f"{where}.content must be a string, null or a list of parts.", param="messages"
+            f"{where} must be a string, null or a list of parts.", param="messages"
         )
-    texts = [_part_text(part, f"{where}.content[{i}]") for i, part in enumerate(content)]
-    if support.parts:
-        return [{"type": "text", "text": text} for text in texts]
-    return "\n".join(texts)
+    turn.form = "parts" if content else "string"
+    thoughts: list[str] = []
+    for index, part in enumerate(content):
+        kind, text = _read_part(part, f"{where}[{index}]")
+        (thoughts if kind in REASONING_PARTS else turn.texts).append(text)
+    if thoughts and turn.reasoning is None:
+        turn.reasoning = "\n\n".join(thoughts)
 
 
-def _part_text(part: Json, where: str) -> str:
+def _read_part(part: Json, where: str) -> tuple[str, str]:
+    """The type of a content part, and its text."""
     if isinstance(part, str):
-        return part
+        return "text", part
     kind = part.get("type") if isinstance(part, dict) else None
     if not isinstance(part, dict) or not isinstance(kind, str):
         raise InvalidParameterError(f"{where} must be an object with a `type`.", param="messages")
-    if kind not in TEXT_PARTS:
+    name = (TEXT_PARTS | REASONING_PARTS).get(kind)
+    if name is None:
         raise InvalidParameterError(
             f"{where} has type {kind[:40]!r}; this model takes text parts only.", param="messages"
         )
-    text = part.get(TEXT_PARTS[kind])
+    text = part.get(name)
     if not isinstance(text, str):
-        raise InvalidParameterError(
-            f"{where}.{TEXT_PARTS[kind]} must be a string.", param="messages"
-        )
-    return text
-
-
-def _parsed_tool_calls(calls: Json, where: str) -> list[Json]:
-    """`function.arguments` as an object: OpenAI sends JSON text, templates apply `tojson` to it."""
-    if not isinstance(calls, list):
-        raise InvalidParameterError(f"{where}.tool_calls must be a list.", param="messages")
-    for index, call in enumerate(calls):
-        function = call.get("function") if isinstance(call, dict) else None
-        if isinstance(function, dict) and isinstance(function.get("arguments"), str):
-            path = f"{where}.tool_calls[{index}].function.arguments"
-            function["arguments"] = _parsed_arguments(str(function["arguments"]), path)
-    return calls
-
-
-def _parsed_arguments(text: str, where: str) -> Json:
-    try:
-        parsed = json.loads(text) if text.strip() else {}
-    except (ValueError, RecursionError) as error:
-        raise InvalidParameterError(
-            f"{where} must be JSON text, as the model's own tool calls are.", param="messages"
-        ) from error
-    return plain_json(parsed, param="messages")
-
-
-def _with_reasoning(message: dict[str, Json]) -> dict[str, Json]:
-    """Templates read `reasoning_content`, or `thinking` (gpt-oss); clients send any of three."""
-    reasoning = next((message[name] for name in REASONING_FIELDS if name in message), None)
-    if reasoning is None:
-        return message
-    return {"thinking": reasoning, **message, "reasoning_content": reasoning}
+        raise InvalidParameterError(f"{where}.{name} must be a string.", param="messages")
+    return kind, text

@@ -18,15 +18,10 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from quire.errors import ConfigError, InvalidParameterError
-from quire.text.chat_messages import (
-    ContentSupport,
-    Json,
-    normalize_messages,
-    plain_json,
-)
+from quire.text.chat_messages import Json, plain_json, read_turns
 from quire.text.template_engine import (
     MAX_ERROR_CHARS,
     MiniJinjaTemplate,
@@ -36,11 +31,10 @@ from quire.text.template_engine import (
     TemplateRefusedError,
     UnknownDialectError,
 )
+from quire.text.template_facts import ContentFormat, ContentSupport, find_facts
 
 if TYPE_CHECKING:
     from quire.text.tokenizer import Tokenizer
-
-ContentFormat = Literal["auto", "string", "openai"]
 
 DEFAULT_FUEL = 3_000_000  # ~0.3 s; a message costs 10 to 100
 DEFAULT_MAX_OUTPUT_CHARS = 16 << 20
@@ -62,8 +56,10 @@ class ChatTemplate:
     """A compiled chat template. Safe to share; holds no request state.
 
     source: Jinja in transformers' dialect.
+    tool_source: another template for requests with tools, as some checkpoints have.
     content_format: "string" or "openai" (parts) forces one form of message content on the
-        template; "auto" finds out, by rendering probes, which forms it takes.
+        template; "auto" finds out, as for all else it takes, by rendering small conversations
+        (`template_facts.py`).
     fuel: minijinja instructions per render. max_output_chars: longest prompt text accepted.
 
     Raises `InvalidParameterError(param="chat_template")` for a template that does not compile.
@@ -73,6 +69,7 @@ class ChatTemplate:
         self,
         source: str,
         *,
+        tool_source: str | None = None,
         bos_token: str | None = None,
         eos_token: str | None = None,
         special_tokens: Mapping[str, str] | None = None,
@@ -85,22 +82,50 @@ class ChatTemplate:
                 f"The chat template has {len(source)} characters; the limit is {MAX_SOURCE_CHARS}.",
                 param="chat_template",
             )
-        self.source = source
         self._max_output_chars = max_output_chars
         named = {"bos_token": bos_token, "eos_token": eos_token}
         self._constants: dict[str, Json] = dict(special_tokens or {})
         self._constants |= {name: token for name, token in named.items() if token is not None}
         self._source = GENERATION_TAG.sub(_inert_tag, source)
         self._fallback: TemplateEngine | None = None
+        self._needs_jinja2 = False
         self._engine = self._compile(fuel)
-        self.content_support = self._content_support(content_format)
+        self.facts = find_facts(self._probe, content_format)
+        if not self.facts.complete and self._needs_jinja2:
+            self.facts = find_facts(self._probe_in_both, content_format)
+        self._for_tools: ChatTemplate | None = None
+        if tool_source is not None and tool_source != source:
+            self._for_tools = ChatTemplate(
+                tool_source,
+                special_tokens=self._constants,  # type: ignore[arg-type]
+                content_format=content_format,
+                fuel=fuel,
+                max_output_chars=max_output_chars,
+            )
+        self.source = source if tool_source is None else tool_source
+        """The template's text; where there are two, that for tools, which shows how calls are written."""
 
     @classmethod
     def for_tokenizer(
-        cls, source: str, tokenizer: Tokenizer, *, content_format: ContentFormat = "auto"
+        cls,
+        source: str,
+        tokenizer: Tokenizer,
+        *,
+        tool_source: str | None = None,
+        content_format: ContentFormat = "auto",
     ) -> ChatTemplate:
         """A template that sees the tokenizer's special tokens, as transformers passes them."""
-        return cls(source, special_tokens=tokenizer.special_tokens, content_format=content_format)
+        return cls(
+            source,
+            tool_source=tool_source,
+            special_tokens=tokenizer.special_tokens,
+            content_format=content_format,
+        )
+
+    @property
+    def content_support(self) -> ContentSupport:
+        """Which forms of a user message's content the template takes."""
+        return self.facts.support("user")
 
     def render(
         self,
@@ -120,6 +145,15 @@ class ChatTemplate:
         Raises `InvalidParameterError`: with the template's own words where it rejects the messages,
         with fixed words where it fails or exceeds its budget.
         """
+        if tools and self._for_tools is not None:
+            return self._for_tools.render(
+                messages,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                tools=tools,
+                documents=documents,
+                **kwargs,
+            )
         if continue_final_message and add_generation_prompt:
             raise InvalidParameterError(
                 "continue_final_message needs add_generation_prompt=false: the prompt ends either "
@@ -127,13 +161,19 @@ class ChatTemplate:
                 param="continue_final_message",
             )
         extra = _checked_kwargs(kwargs, self._constants)
-        normalized = normalize_messages(messages, self.content_support)
-        final_text = _mark_final(normalized) if continue_final_message else None
+        turns = read_turns(messages)
+        if continue_final_message and not turns[-1].texts:
+            raise InvalidParameterError(
+                "continue_final_message is set, but the final message has no text to continue.",
+                param="continue_final_message",
+            )
+        written = self.facts.write(turns)
+        final_text = _mark_final(written) if continue_final_message else None
         context: dict[str, Json] = {
             **self._constants,
             **extra,
-            "messages": list(normalized),
-            "tools": None if tools is None else plain_json(tools, param="tools"),
+            "messages": list(written),
+            "tools": plain_json(tools, param="tools") if tools else self.facts.no_tools,
             "documents": None if documents is None else plain_json(documents, param="documents"),
             "add_generation_prompt": add_generation_prompt,
         }
@@ -165,7 +205,7 @@ class ChatTemplate:
             )
         return text
 
-    def _run(self, context: Mapping[str, Json], *, retry_failures: bool = True) -> str:
+    def _run(self, context: Mapping[str, Json]) -> str:
         """Render; where minijinja gives up, jinja2 has the last word.
 
         Filters and methods are looked up when they are reached, and minijinja is stricter than
@@ -174,8 +214,6 @@ class ChatTemplate:
         try:
             return self._engine.render(context)
         except (UnknownDialectError, TemplateFailedError) as error:
-            if isinstance(error, TemplateFailedError) and not retry_failures:
-                raise
             fallback = self._jinja2()
             if fallback is None or fallback is self._engine:
                 raise
@@ -212,54 +250,41 @@ class ChatTemplate:
                 return None
         return self._fallback
 
-    def _content_support(self, content_format: ContentFormat) -> ContentSupport:
-        """Render one user message both ways and see which shows its text and nothing of its form.
-
-        Rather than reading the template's syntax tree for loops over `content`, which needs jinja2's
-        parser and guesses wrong where a macro does the looping.
-        """
-        if content_format != "auto":
-            return ContentSupport(
-                strings=content_format == "string", parts=content_format == "openai"
-            )
-        text = "quireprobe"
-        strings = self._probe(text)
-        parts = self._probe([{"type": "text", "text": text}])
-        return ContentSupport(
-            strings=text in strings, parts=text in parts and not _shows_form(parts, text)
-        )
-
-    def _probe(self, content: Json) -> str:
-        context: dict[str, Json] = {
-            **self._constants,
-            "messages": [{"role": "user", "content": content}],
-            "tools": None,
-            "documents": None,
-            "add_generation_prompt": True,
-        }
+    def _probe(self, messages: list[Json], tools: Json) -> str | None:
+        """Most templates fail on some of the probes; that is no reason to load jinja2."""
         try:
-            # Most templates fail on one of the probes; that is no reason to load jinja2.
-            return self._run(context, retry_failures=False)
+            return self._engine.render(self._probe_context(messages, tools))
+        except UnknownDialectError:
+            self._needs_jinja2 = True
+        except (TemplateRefusedError, TemplateBudgetError, TemplateFailedError):
+            pass
+        return None
+
+    def _probe_in_both(self, messages: list[Json], tools: Json) -> str | None:
+        try:
+            return self._run(self._probe_context(messages, tools))
         except (
             TemplateRefusedError,
             TemplateBudgetError,
             TemplateFailedError,
             UnknownDialectError,
         ):
-            return ""
+            return None
+
+    def _probe_context(self, messages: list[Json], tools: Json) -> dict[str, Json]:
+        return {
+            **self._constants,
+            "messages": messages,
+            "tools": tools,
+            "documents": None,
+            "add_generation_prompt": True,
+        }
 
 
 def _inert_tag(tag: re.Match[str]) -> str:
     """`{% generation %}` as an `if true`, which keeps the tag's whitespace control."""
     left, end, right = tag.groups()
     return f"{{%{left} {'endif' if end else 'if true'} {right}%}}"
-
-
-def _shows_form(rendered: str, text: str) -> bool:
-    """Whether a list of parts was printed as such, rather than its text."""
-    return (
-        any(f"{quote}text{quote}" in rendered for quote in ("'", '"')) or rendered.count(text) > 1
-    )
 
 
 def _checked_kwargs(kwargs: Mapping[str, object], constants: Mapping[str, Json]) -> dict[str, Json]:

@@ -7,6 +7,7 @@ library behind it shows.
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Mapping, Sized
 from datetime import datetime
@@ -17,6 +18,10 @@ from quire.text.chat_messages import Json
 MAX_ERROR_CHARS = 500
 MAX_STRFTIME_CHARS = 100
 MAX_INDENT = 1000
+RAW_NEWLINE = re.compile(r"(\{%[-+]?\s{0,80}raw\s{0,80}%\})\n")
+"""Jinja keeps a newline after `{% raw %}` with trim_blocks, minijinja drops one."""
+NO_VALUE = re.compile(r"\b(?:undefined|none) has no method")
+"""A method of a missing value is no unknown method: jinja2 fails likewise."""
 
 
 class TemplateRefusedError(Exception):
@@ -74,7 +79,7 @@ class MiniJinjaTemplate:
         self._env.add_test("sequence", is_sequence)
         self._env.add_test("iterable", is_sequence)
         try:
-            self._env.add_template("chat", source)
+            self._env.add_template("chat", RAW_NEWLINE.sub(r"\1\n\n", source))
         except TemplateError as error:
             raise UnknownDialectError(_first_line(error)) from error
 
@@ -86,7 +91,8 @@ class MiniJinjaTemplate:
             kind = str(getattr(error, "kind", ""))
             if kind == "OutOfFuel":
                 raise TemplateBudgetError(_first_line(error)) from error
-            if kind in ("UnknownFilter", "UnknownTest", "UnknownFunction", "UnknownMethod"):
+            unknown = kind in ("UnknownFilter", "UnknownTest", "UnknownFunction", "UnknownMethod")
+            if unknown and not NO_VALUE.search(str(error)):
                 raise UnknownDialectError(_first_line(error)) from error
             raise TemplateFailedError(_first_line(error)) from error
         except (TemplateRefusedError, TemplateBudgetError):

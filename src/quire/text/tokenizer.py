@@ -213,6 +213,11 @@ class Tokenizer:
         """The source of the default chat template, or None."""
         return self.config.chat_templates.get("default")
 
+    @property
+    def tool_chat_template(self) -> str | None:
+        """The source of the template named "tool_use", for requests with tools, or None."""
+        return self.config.chat_templates.get("tool_use")
+
     @cached_property
     def chat(self) -> ChatTemplate:
         """The default chat template, compiled.
@@ -235,7 +240,7 @@ class Tokenizer:
         """The template for requests with tools: "tool_use" where there is one, else `chat`."""
         from quire.text.chat_template import ChatTemplate
 
-        source = self.config.chat_templates.get("tool_use")
+        source = self.tool_chat_template
         return self.chat if source is None else ChatTemplate.for_tokenizer(source, self)
 
 

@@ -1,0 +1,332 @@
+"""Other ways to say the same conversation, for templates that do not take it as sent.
+
+Each function takes turns and returns turns; it may change the turns in place, for they are one render's own.
+`template_facts.py` decides, once for a template, which of them it needs. None invents a text, call or result;
+none loses one unless its name says so; the order changes only where a template has one place for something.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import string
+from collections.abc import Callable
+
+from quire.text.call_arguments import arguments_text, function_of
+from quire.text.chat_messages import Json, Turn
+
+Rewrite = Callable[[list[Turn]], list[Turn]]
+
+INSTRUCTIONS = ("system", "developer")
+SHORT_ID = re.compile(r"[a-zA-Z0-9]{9}")
+ID_LETTERS = string.digits + string.ascii_letters
+
+
+def as_sent(turns: list[Turn]) -> list[Turn]:
+    return turns
+
+
+def join_answers(turns: list[Turn]) -> list[Turn]:
+    """A call and what the assistant says or calls after it are one message if a result follows.
+
+    Done for every template, since a result must follow its call. Responses' items and Anthropic's blocks
+    come in other orders: call, text, result; call, call, result, result.
+    """
+    joined: list[Turn] = []
+    for turn in turns:
+        if turn.role == "tool":
+            begin = len(joined)
+            while begin > 0 and joined[begin - 1].role == "assistant":
+                begin -= 1
+            while begin < len(joined) and not joined[begin].calls:
+                begin += 1
+            for other in joined[begin + 1 :]:
+                joined[begin].add(other)
+            del joined[begin + 1 :]
+        joined.append(turn)
+    return joined
+
+
+# --- roles ---
+
+
+def developer_as_system(turns: list[Turn]) -> list[Turn]:
+    for turn in turns:
+        if turn.role == "developer":
+            turn.role = "system"
+    return turns
+
+
+def join_first_instructions(turns: list[Turn]) -> list[Turn]:
+    """The system messages at the beginning are one; later ones stay."""
+    return _with_one_instruction(turns, _leading_instructions(turns))
+
+
+def join_later_instructions(turns: list[Turn]) -> list[Turn]:
+    """Where a system message comes after others' messages, all of them are one, the first."""
+    instructions = [turn for turn in turns if turn.role in INSTRUCTIONS]
+    if len(instructions) == _leading_instructions(turns):
+        return turns
+    others = [turn for turn in turns if turn.role not in INSTRUCTIONS]
+    return _with_one_instruction([*instructions, *others], len(instructions))
+
+
+def _leading_instructions(turns: list[Turn]) -> int:
+    return next((i for i, t in enumerate(turns) if t.role not in INSTRUCTIONS), len(turns))
+
+
+def _with_one_instruction(turns: list[Turn], count: int) -> list[Turn]:
+    """The first `count` turns as one."""
+    for turn in turns[1:count]:
+        turns[0].add(turn)
+    return [*turns[:1], *turns[max(count, 1) :]]
+
+
+def instructions_into_user(turns: list[Turn]) -> list[Turn]:
+    """The system messages begin the first message of the user's."""
+    turns = join_first_instructions(join_later_instructions(turns))
+    if turns[0].role not in INSTRUCTIONS:
+        return turns
+    first = turns[0]
+    first.role = "user"
+    user = next((turn for turn in turns[1:] if turn.role == "user"), None)
+    if user is None:
+        return turns
+    first.add_text(user.texts, user.form)
+    user.texts, user.form = first.texts, first.form
+    return turns[1:]
+
+
+def results_as_user(turns: list[Turn]) -> list[Turn]:
+    """Results are the user's messages, marked as the Hermes and Qwen models know it."""
+    for turn in turns:
+        if turn.role == "tool":
+            text = "\n".join(turn.texts)
+            turn.role, turn.fields = "user", {}
+            turn.texts, turn.form = [f"<tool_response>\n{text}\n</tool_response>"], "string"
+    return turns
+
+
+# --- calls ---
+
+
+def calls_as_text(turns: list[Turn]) -> list[Turn]:
+    """Calls stand in the content, written as the Hermes and Qwen models write them."""
+    for turn in turns:
+        if turn.calls:
+            texts = [f"<tool_call>\n{_call_text(call)}\n</tool_call>" for call in turn.calls]
+            turn.calls = []
+            turn.add_text(["\n".join(texts)], "string")
+    return turns
+
+
+def _call_text(call: Json) -> str:
+    function = function_of(call)
+    if function is None:
+        return json.dumps(call, ensure_ascii=False)
+    name = json.dumps(function.get("name"), ensure_ascii=False)
+    return f'{{"name": {name}, "arguments": {arguments_text(function.get("arguments"))}}}'
+
+
+def one_call_each(turns: list[Turn]) -> list[Turn]:
+    """Of several calls in one message, each has its own, followed by its result."""
+    split: list[Turn] = []
+    at = 0
+    while at < len(turns):
+        turn = turns[at]
+        at += 1
+        split.append(turn)
+        if len(turn.calls) < 2:
+            continue
+        results = []
+        while at < len(turns) and turns[at].role == "tool":
+            results.append(turns[at])
+            at += 1
+        calls, turn.calls = turn.calls, turn.calls[:1]
+        for index, call in enumerate(calls):
+            if index > 0:
+                split.append(Turn("assistant", form="null", calls=[call]))
+            own = next((r for r in results if _answers(r, call)), None)
+            if own is None and len(results) == len(calls) - index:
+                own = results[0]  # without ids they come in order
+            if own is not None:
+                results.remove(own)
+                split.append(own)
+        split += results
+    return split
+
+
+def _answers(result: Turn, call: Json) -> bool:
+    answered = result.fields.get("tool_call_id")
+    return answered is not None and isinstance(call, dict) and call.get("id") == answered
+
+
+def text_before_calls(turns: list[Turn]) -> list[Turn]:
+    """What is said beside calls is a message of its own before them."""
+    split = []
+    for turn in turns:
+        if turn.calls and turn.has_text:
+            calls, turn.calls = turn.calls, []
+            split += [turn, Turn("assistant", form="null", calls=calls)]
+        else:
+            split.append(turn)
+    return split
+
+
+def no_text_beside_calls(turns: list[Turn]) -> list[Turn]:
+    for turn in turns:
+        if turn.calls:
+            turn.texts, turn.form = [], "null"
+    return turns
+
+
+def reasoning_with_text(turns: list[Turn]) -> list[Turn]:
+    """What is thought and what is said beside calls are both reasoning."""
+    for turn in turns:
+        if turn.calls and turn.has_text and turn.reasoning is not None:
+            turn.reasoning = "\n\n".join([turn.reasoning, *turn.texts])
+            turn.texts, turn.form = [], "null"
+    return turns
+
+
+def no_reasoning_beside_calls(turns: list[Turn]) -> list[Turn]:
+    for turn in turns:
+        if turn.calls:
+            turn.reasoning = None
+    return turns
+
+
+# --- ids and names ---
+
+
+def fill_ids(turns: list[Turn]) -> list[Turn]:
+    """Calls and results without an id get one, in order."""
+    waiting: list[str] = []
+    count = 0
+    for turn in turns:
+        for call in turn.calls:
+            if isinstance(call, dict):
+                if not isinstance(call.get("id"), str):
+                    call["id"] = f"call{count:05d}"
+                count += 1
+                waiting.append(str(call["id"]))
+        if turn.role == "tool":
+            own = turn.fields.setdefault("tool_call_id", waiting[0] if waiting else "call00000")
+            if own in waiting:
+                waiting.remove(str(own))
+    return turns
+
+
+def short_ids(turns: list[Turn]) -> list[Turn]:
+    """Ids of nine letters or digits. The same id becomes the same, in every request."""
+    for turn in fill_ids(turns):
+        for call in turn.calls:
+            if isinstance(call, dict):
+                call["id"] = _short_id(str(call["id"]))
+        if turn.role == "tool":
+            turn.fields["tool_call_id"] = _short_id(str(turn.fields["tool_call_id"]))
+    return turns
+
+
+def _short_id(own: str) -> str:
+    if SHORT_ID.fullmatch(own):
+        return own
+    number = int.from_bytes(hashlib.sha256(own.encode()).digest()[:8], "big")
+    letters = []
+    for _ in range(9):
+        number, letter = divmod(number, len(ID_LETTERS))
+        letters.append(ID_LETTERS[letter])
+    return "".join(letters)
+
+
+def fill_names(turns: list[Turn]) -> list[Turn]:
+    """Results say which function they are of."""
+    names: dict[Json, Json] = {}
+    last: Json = None
+    for turn in turns:
+        for call in turn.calls:
+            function = function_of(call)
+            if function is not None and isinstance(call, dict):
+                last = function.get("name")
+                if isinstance(call.get("id"), str):
+                    names[call["id"]] = last  # type: ignore[index]
+        if turn.role == "tool" and "name" not in turn.fields:
+            name = names.get(turn.fields.get("tool_call_id"), last)
+            if name is not None:
+                turn.fields["name"] = name
+    return turns
+
+
+# --- order ---
+
+
+def answer_before_user(turns: list[Turn]) -> list[Turn]:
+    """An empty answer stands between a result and what the user says next."""
+    result: list[Turn] = []
+    for turn in turns:
+        if turn.role == "user" and result and result[-1].role == "tool":
+            result.append(Turn("assistant", texts=[""]))
+        result.append(turn)
+    return result
+
+
+def user_into_result(turns: list[Turn]) -> list[Turn]:
+    """What the user says after a result is part of it."""
+    return _joined(turns, lambda last, turn: (last.role, turn.role) == ("tool", "user"))
+
+
+def join_users(turns: list[Turn]) -> list[Turn]:
+    return _joined(turns, lambda last, turn: last.role == turn.role == "user")
+
+
+def join_assistants(turns: list[Turn]) -> list[Turn]:
+    """Messages without calls: templates that want turns to alternate often do not count the others."""
+    return _joined(turns, lambda last, turn: _are_answers(last, turn) and not turn.calls)
+
+
+def join_calls(turns: list[Turn]) -> list[Turn]:
+    """What is said and the calls after it are one message, if the answer to the user is yet to follow.
+
+    For templates that want one answer between the user's messages and do not count calls.
+    """
+    result: list[Turn] = []
+    for index, turn in enumerate(turns):
+        if (
+            result
+            and turn.calls
+            and _are_answers(result[-1], turn)
+            and _answer_follows(turns, index)
+        ):
+            result[-1].add(turn)
+        else:
+            result.append(turn)
+    return result
+
+
+def _answer_follows(turns: list[Turn], index: int) -> bool:
+    for turn in turns[index + 1 :]:
+        if turn.role == "user":
+            return False
+        if turn.role == "assistant" and not turn.calls:
+            return True
+    return False
+
+
+def _are_answers(last: Turn, turn: Turn) -> bool:
+    return last.role == turn.role == "assistant" and not last.calls
+
+
+def drop_silent(turns: list[Turn]) -> list[Turn]:
+    """Without the assistant's messages that neither say nor call anything."""
+    return [turn for turn in turns if turn.role != "assistant" or turn.has_text or turn.calls]
+
+
+def _joined(turns: list[Turn], belong: Callable[[Turn, Turn], bool]) -> list[Turn]:
+    result: list[Turn] = []
+    for turn in turns:
+        if result and belong(result[-1], turn):
+            result[-1].add(turn)
+        else:
+            result.append(turn)
+    return result
