@@ -24,6 +24,7 @@ REASONING_PARTS = {"thinking": "thinking", "reasoning": "text"}
 ROLE_NAMES = {"function": "tool"}
 """Older name of a role -> its name."""
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
+"""What clients send and templates read, each its own (Qwen3, gpt-oss, Solar)."""
 
 
 @dataclass(slots=True)

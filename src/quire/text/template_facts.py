@@ -22,7 +22,7 @@ from typing import Literal
 
 from quire.text import template_rewrites as rewrites
 from quire.text.call_arguments import ArgumentsForm, function_of
-from quire.text.chat_messages import Form, Json, Turn
+from quire.text.chat_messages import REASONING_FIELDS, Form, Json, Turn
 from quire.text.template_rewrites import Rewrite, as_sent
 
 ContentFormat = Literal["auto", "string", "openai"]
@@ -81,8 +81,7 @@ class TemplateFacts:
     def _message(self, turn: Turn) -> dict[str, Json]:
         message: dict[str, Json] = {"role": turn.role, **turn.fields}
         if turn.reasoning is not None:
-            # Templates read `reasoning_content`, or `thinking` (gpt-oss).
-            message |= {"thinking": turn.reasoning, "reasoning_content": turn.reasoning}
+            message |= dict.fromkeys(REASONING_FIELDS, turn.reasoning)
         if turn.calls:
             message["tool_calls"] = [self._call(call) for call in turn.calls]
         form, text = self._content(turn)
@@ -116,15 +115,15 @@ class TemplateFacts:
 
 USER, AGAIN, SYSTEM, LATER = "quireuser", "quireagain", "quiresystem", "quirelater"
 ANSWER, MORE, RESULT, OTHER = "quireanswer", "quiremore", "quireresult", "quireother"
+SECOND_PART = "quirepart"
 FUNCTION, KEY, VALUE = "quirefunction", "quirekey", "quirevalue"
 SHORT_ID, OTHER_ID, LONG_ID = "callquire", "callother", "call_quire0123456789abcdef"
 CALL_WORDS = (USER, FUNCTION, KEY, VALUE, RESULT)
 NO_JSON = f"{{'{KEY}': '{VALUE}'"
 
 ORDER = (
-    "developer", "later instructions", "first instructions", "silence", "calls after text", "reasoning",
-    "text beside calls", "several calls", "calls", "results", "user after result", "user twice",
-    "assistant twice", "ids", "names",
+    "developer", "later instructions", "first instructions", "silence", "reasoning", "text beside calls",
+    "several calls", "calls", "results", "user twice", "assistant twice", "turns", "ids", "names",
 )  # fmt: skip
 """What rewrites are about, in the order in which they are applied."""
 
@@ -206,11 +205,12 @@ class _Asking:
         if self._forced is not None:
             return self._shown(self.facts, make(Turn(role, [text])), [text]) is not None
         found = []
-        for strings in (True, False):
-            support = ContentSupport(strings=strings, parts=not strings)
+        for texts in ([text], [text, SECOND_PART]):  # some take the first part only
+            support = ContentSupport(strings=len(texts) == 1, parts=len(texts) == 2)
             facts = dataclasses.replace(self.facts, content={**self.facts.content, role: support})
-            shown = self._shown(facts, make(Turn(role, [text])), [text])
-            found.append(shown is not None and (strings or not _shows_form(shown, text)))
+            form: Form = "parts" if support.parts else "string"
+            shown = self._shown(facts, make(Turn(role, texts, form)), texts)
+            found.append(shown is not None and not (support.parts and _shows_form(shown, text)))
         if any(found):
             content = {**self.facts.content, role: ContentSupport(*found)}
             self.facts = dataclasses.replace(self.facts, content=content)
@@ -283,7 +283,7 @@ class _Asking:
 
         def shown(role: str) -> str | None:
             text = self._shown(self.facts, [Turn(role, [SYSTEM]), _user()], (SYSTEM, USER))
-            return text and text.replace(role, unknown)
+            return text and re.sub(role, unknown, text, flags=re.IGNORECASE)
 
         known = shown("developer")
         return known is not None and known != shown(unknown)
@@ -307,7 +307,7 @@ class _Asking:
         return False
 
     def _ask_calls_unknown(self) -> None:
-        """Of a template without a notation for calls. It leaves them out; if it refuses them, they are text."""
+        """A template without a notation for calls leaves them out. If it refuses them, they become text."""
         for facts in self._call_forms(self.facts):
             if self._shown(facts, [_user(), _calls(_call()), _result()], ()) is not None:
                 self.facts = facts
@@ -362,10 +362,6 @@ class _Asking:
             turns = [_user(), _calls(_call(), text=ANSWER), _result()]
             return [*turns, *after()], (*words, MORE, AGAIN)
 
-        def said_first() -> Conversation:
-            turns = [_user(), _says(ANSWER), _calls(_call()), _result()]
-            return [*turns, *after()], (*words, MORE, AGAIN)
-
         def thought() -> Conversation:
             turn = _calls(_call(), text=ANSWER)
             turn.reasoning = "quirethought"
@@ -376,20 +372,29 @@ class _Asking:
             turns = [_user(), calls, _result(), _result(OTHER, OTHER_ID), *after()]
             return turns, (*words, "quiresecond", "quireelse", OTHER, MORE, AGAIN)
 
-        def interrupted() -> Conversation:
-            return [_user(), _calls(_call()), _result(), _user(AGAIN)], (*words, AGAIN)
+        def interrupted(*said: str) -> Conversation:
+            turns = [_user(), *map(_says, said), _calls(_call()), _result(), _user(AGAIN)]
+            return turns, (*words, AGAIN)
+
+        def said_first() -> Conversation:
+            turns = [_user(), _says(ANSWER), _calls(_call()), _result()]
+            return [*turns, *after()], (*words, MORE, AGAIN)
 
         def with_id(own: str | None) -> Conversation:
             return [_user(), _calls(_call(own=own)), _result(own=own)], words
 
         texts = [rewrites.text_before_calls, rewrites.no_text_beside_calls]
         self._ask("text beside calls", texts, said)
-        self._ask("calls after text", [rewrites.join_calls], said_first)
         thoughts = [rewrites.reasoning_with_text, rewrites.no_reasoning_beside_calls]
         self._ask("reasoning", thoughts, thought)
         self._ask("several calls", [rewrites.one_call_each], several)
-        users = [rewrites.answer_before_user, rewrites.user_into_result]
-        self._ask("user after result", users, interrupted)
+        turns = [
+            rewrites.one_answer_each,
+            rewrites.answers_alternate,
+            rewrites.one_answer_each_or_join,
+            rewrites.answers_alternate_or_join,
+        ]
+        self._ask("turns", turns, interrupted, lambda: interrupted(ANSWER), said_first)
         ids = [rewrites.fill_ids, rewrites.short_ids]
         self._ask("ids", ids, lambda: with_id(None), lambda: with_id(LONG_ID))
 

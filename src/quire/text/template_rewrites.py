@@ -261,19 +261,80 @@ def fill_names(turns: list[Turn]) -> list[Turn]:
 # --- order ---
 
 
-def answer_before_user(turns: list[Turn]) -> list[Turn]:
-    """An empty answer stands between a result and what the user says next."""
+def one_answer_each(turns: list[Turn]) -> list[Turn]:
+    """One message of text between the user's, where calls and results do not count (Mistral).
+
+    Where there are several, all but the last join the calls that follow. Where there is none, an empty one
+    stands before the user's next message.
+    """
+    return _alternating(turns, calls_count=False, bridge=_empty_answer)
+
+
+def one_answer_each_or_join(turns: list[Turn]) -> list[Turn]:
+    """The same, but where there is none, the user's next message joins the result."""
+    return _alternating(turns, calls_count=False, bridge=_into_result)
+
+
+def answers_alternate(turns: list[Turn]) -> list[Turn]:
+    """The assistant and others take turns, where a call is an answer and a result is the user's (Gemma)."""
+    return _alternating(turns, calls_count=True, bridge=_empty_answer)
+
+
+def answers_alternate_or_join(turns: list[Turn]) -> list[Turn]:
+    """The same, but the user's message after a result joins it."""
+    return _alternating(turns, calls_count=True, bridge=_into_result)
+
+
+def _alternating(
+    turns: list[Turn], *, calls_count: bool, bridge: Callable[[list[Turn], Turn], None]
+) -> list[Turn]:
     result: list[Turn] = []
-    for turn in turns:
-        if turn.role == "user" and result and result[-1].role == "tool":
-            result.append(Turn("assistant", texts=[""]))
-        result.append(turn)
+    begin = 0
+    for end in range(len(turns) + 1):
+        if end < len(turns) and turns[end].role != "user":
+            continue
+        answer = _one_answer(turns[begin:end], calls_count=calls_count)
+        result += answer
+        if end < len(turns):
+            has_answer = any(_is_text(turn) for turn in answer)
+            if result and result[-1].role == "tool" and (calls_count or not has_answer):
+                bridge(result, turns[end])
+            else:
+                result.append(turns[end])
+        begin = end + 1
     return result
 
 
-def user_into_result(turns: list[Turn]) -> list[Turn]:
-    """What the user says after a result is part of it."""
-    return _joined(turns, lambda last, turn: (last.role, turn.role) == ("tool", "user"))
+def _one_answer(turns: list[Turn], *, calls_count: bool) -> list[Turn]:
+    """What comes between two messages of the user's, with text beside calls in one message of text."""
+    last = max(
+        (i for i, turn in enumerate(turns) if _is_text(turn) and turn.has_text), default=None
+    )
+    if last is None:
+        last = max((i for i, turn in enumerate(turns) if _is_text(turn)), default=-1)
+    result: list[Turn] = []
+    for index, turn in enumerate(turns):
+        if _is_text(turn) and not turn.has_text and index != last:
+            continue
+        before = result[-1] if result else None
+        joins = before is not None and _is_text(before) and turn.calls
+        if before is not None and joins and (calls_count or index <= last):
+            before.add(turn)
+        else:
+            result.append(turn)
+    return result
+
+
+def _empty_answer(before: list[Turn], turn: Turn) -> None:
+    before += [Turn("assistant", texts=[""]), turn]
+
+
+def _into_result(before: list[Turn], turn: Turn) -> None:
+    before[-1].add(turn)
+
+
+def _is_text(turn: Turn) -> bool:
+    return turn.role == "assistant" and not turn.calls
 
 
 def join_users(turns: list[Turn]) -> list[Turn]:
@@ -282,39 +343,7 @@ def join_users(turns: list[Turn]) -> list[Turn]:
 
 def join_assistants(turns: list[Turn]) -> list[Turn]:
     """Messages without calls: templates that want turns to alternate often do not count the others."""
-    return _joined(turns, lambda last, turn: _are_answers(last, turn) and not turn.calls)
-
-
-def join_calls(turns: list[Turn]) -> list[Turn]:
-    """What is said and the calls after it are one message, if the answer to the user is yet to follow.
-
-    For templates that want one answer between the user's messages and do not count calls.
-    """
-    result: list[Turn] = []
-    for index, turn in enumerate(turns):
-        if (
-            result
-            and turn.calls
-            and _are_answers(result[-1], turn)
-            and _answer_follows(turns, index)
-        ):
-            result[-1].add(turn)
-        else:
-            result.append(turn)
-    return result
-
-
-def _answer_follows(turns: list[Turn], index: int) -> bool:
-    for turn in turns[index + 1 :]:
-        if turn.role == "user":
-            return False
-        if turn.role == "assistant" and not turn.calls:
-            return True
-    return False
-
-
-def _are_answers(last: Turn, turn: Turn) -> bool:
-    return last.role == turn.role == "assistant" and not last.calls
+    return _joined(turns, lambda last, turn: _is_text(last) and _is_text(turn))
 
 
 def drop_silent(turns: list[Turn]) -> list[Turn]:
