@@ -2,7 +2,7 @@
 
 A prompt must show all that was said, print nothing for no content, and be transformers' prompt where
 transformers takes the conversation as it was sent. The same table over HTTP:
-`tests/server/test_conversations.py`.
+`tests/server/test_template_table.py`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from hypothesis import strategies as st
 
 from quire.errors import InvalidParameterError
 from quire.text import ChatTemplate
+from quire.text import template_rewrites as rewrites
+from quire.text.chat_messages import Turn, read_turns
+from quire.text.template_facts import ContentSupport
 from tests.text import conversations as c
 from tests.text.published import BY_NAME, Published
 
@@ -112,6 +115,211 @@ def is_right(prompt: str, shape: c.Shape) -> bool:
     is_quoted = '\\"quirekey' in prompt or "{'quirekey" in prompt
     shows_form = re.search("""['"]type['"]: ['"]text""", prompt)
     return has_all and not is_quoted and not shows_form and not NOTHING.search(prompt)
+
+
+# --- the facts themselves ---
+
+FACTS = {
+    "qwen2.5": {"developer": "developer_as_system"},
+    "qwen3.5": {
+        "developer": "developer_as_system",
+        "later instructions": "join_later_instructions",
+        "first instructions": "join_first_instructions",
+    },
+    "llama-3.1": {"developer": "developer_as_system", "several calls": "one_call_each"},
+    "mistral-small-3.2": {
+        "developer": "developer_as_system",
+        "later instructions": "join_later_instructions",
+        "first instructions": "join_first_instructions",
+        "user twice": "join_users",
+        "assistant twice": "join_assistants",
+        "turns": "one_answer_each",
+        "ids": "short_ids",
+    },
+    "deepseek-v3": {"developer": "developer_as_system", "arguments": "text"},
+    "r1-distill-qwen": {
+        "developer": "developer_as_system",
+        "later instructions": "join_later_instructions",
+        "first instructions": "join_first_instructions",
+        "text beside calls": "text_before_calls",
+    },
+    "gpt-oss": {
+        "later instructions": "join_later_instructions",
+        "first instructions": "join_first_instructions",
+        "reasoning": "reasoning_with_text",
+        "several calls": "one_call_each",
+    },
+    "gemma-2": {
+        "developer": "developer_as_system",
+        "first instructions": "instructions_into_user",
+        "calls": "calls_as_text",
+        "results": "results_as_user",
+        "user twice": "join_users",
+        "assistant twice": "join_assistants",
+    },
+    "functiongemma": {},
+}
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_no_more_is_rewritten_than_needed(name: str) -> None:
+    assert TEMPLATES[name].facts.describe() == FACTS[name]
+
+
+def test_forms_of_no_content() -> None:
+    """As sent where that is taken. Null breaks some templates; others show calls only beside null."""
+    silent = {name: dict(TEMPLATES[name].facts.silent) for name in BY_NAME}
+    kept = {"string": "string", "null": "null", "absent": "absent"}
+    assert silent["qwen2.5"] == silent["kimi-k2"] == kept
+    assert silent["glm-4.6"] == silent["minimax-m2"] == {**kept, "null": "string"}
+    assert silent["qwen3"] == silent["qwq"] == {**kept, "null": "string", "absent": "string"}
+    assert silent["r1-distill-qwen"] == {**kept, "string": "null", "absent": "null"}
+    assert TEMPLATES["ministral-3"].facts.rewrites["silence"] is rewrites.drop_silent
+
+
+def test_forms_of_content_by_role() -> None:
+    assert TEMPLATES["qwen3"].facts.support("tool") == ContentSupport(strings=True, parts=False)
+    mistral = TEMPLATES["mistral-small-3.2"].facts
+    assert mistral.support("assistant") == ContentSupport(strings=True, parts=True)
+    assert mistral.support("tool") == ContentSupport(strings=True, parts=False)
+    assert TEMPLATES["parts-only"].facts.support("user") == ContentSupport(
+        strings=False, parts=True
+    )
+
+
+def test_no_tools_are_a_list_where_null_fails() -> None:
+    """jinja2 does not iterate null; minijinja does."""
+    source = "{% for t in tools %}{% endfor %}{{ messages[0].content.rsplit('.', 1)[0] }}"
+    assert ChatTemplate(source).facts.no_tools == []
+    assert ChatTemplate(source).render([c.user("a.b")]) == "a"
+    assert TEMPLATES["qwen3"].facts.no_tools is None
+
+
+def test_what_renders_nothing_is_left_alone() -> None:
+    facts = ChatTemplate("{{ 'x' }}").facts
+    assert not facts.complete
+    assert facts.write([Turn("user", ["a"]), Turn("developer", ["b"])]) == [
+        {"role": "user", "content": "a"},
+        {"role": "system", "content": "b"},
+    ]
+
+
+def test_asking_does_not_load_jinja2() -> None:
+    """It takes fifty times as long as the whole of asking."""
+    assert [name for name in BY_NAME if TEMPLATES[name]._fallback] == ["kimi-k2-queue"]
+
+
+# --- arguments ---
+
+TEXTS = ['{"quirekey": "quirevalue"}', '{"quirekey":"quirevalue"}', '{"a": ', "{'a': 1}", "null", "[]",
+         '""', "", "words"]  # fmt: skip
+
+
+def called(name: str, arguments: object) -> str:
+    message = c.assistant(None, tool_calls=[c.call(arguments)])
+    return TEMPLATES[name].render([c.user(), message, c.result()])
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("name", ["deepseek-v3", "r1-distill-llama", "functionary-3.2"])
+def test_arguments_as_sent_where_they_are_text(name: str, text: str) -> None:
+    whole = called(name, c.OBJECT)
+    assert called(name, text) == whole.replace(json.dumps(c.OBJECT), text)
+
+
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        ('{"a": 1, "b": [1, 2', {"a": 1, "b": [1, 2]}),
+        ('{"a": "tw', {"a": "tw"}),
+        ('{"value": ', {}),
+        ('{"a": 1}}', {"a": 1}),
+        ("{'a': 1}", {}),
+        ("null", {}),
+        ("[1]", {}),
+        ('"x"', {}),
+        ("", {}),
+        (None, {}),
+        ('{"a": NaN, "b": ', {}),
+        ('{"a": "\\ud800"}', {}),
+    ],
+)
+@pytest.mark.parametrize("name", ["qwen3-coder", "glm-4.6", "minimax-m2", "qwen3.5"])
+def test_arguments_as_far_as_they_go_where_they_are_an_object(
+    name: str, text: str | None, read: dict[str, object]
+) -> None:
+    assert called(name, text) == called(name, read)
+
+
+@pytest.mark.parametrize("text", ["{'a': 1}", "[1]", "words"])
+def test_text_that_is_no_object_is_shown_where_the_template_takes_text_too(text: str) -> None:
+    assert text in called("qwen3", text)
+
+
+# --- single rewrites, whose result a word in a prompt does not prove ---
+
+
+def test_results_stand_behind_their_own_calls() -> None:
+    """Results come in any order; ids say which is whose."""
+    shape = c.SHAPES["results swapped"]
+    turns = rewrites.one_call_each(read_turns(shape.messages))
+    assert [(t.role, t.texts, len(t.calls)) for t in turns] == [
+        ("user", ["quireuser"], 0),
+        ("assistant", [], 1),
+        ("tool", ["quireresult"], 0),
+        ("assistant", [], 1),
+        ("tool", ["quireother"], 0),
+    ]
+
+
+def test_short_ids_are_the_same_in_every_request() -> None:
+    def ids() -> list[object]:
+        turns = rewrites.short_ids(read_turns(c.SHAPES["long ids"].messages))
+        return [turns[1].calls[0]["id"], turns[2].fields["tool_call_id"]]  # type: ignore[index,call-overload]
+
+    assert ids() == ids()
+    assert len(set(ids())) == 1
+    assert re.fullmatch("[a-zA-Z0-9]{9}", str(ids()[0]))
+
+
+def test_a_prompt_stays_the_same_as_the_conversation_grows() -> None:
+    """Or the prefix cache would not find it: what is rewritten does not depend on what follows."""
+    for name in BY_NAME:
+        messages = list(c.SHAPES["answered"].messages)
+        before = TEMPLATES[name].render(messages[:3], add_generation_prompt=False)
+        after = TEMPLATES[name].render(messages, add_generation_prompt=False)
+        if name not in ("qwen3", "qwen3.5", "mistral-nemo"):  # these write the last turn otherwise
+            assert after.startswith(before.removesuffix("\n")), name
+
+
+def test_a_developer_is_known_where_the_template_says_so() -> None:
+    knows = (
+        "{% for m in messages %}{% if m.role == 'developer' %}D:{% else %}{{ m.role }}{% endif %}"
+        "{{ m.content }}{% endfor %}"
+    )
+    assert ChatTemplate(knows).render([c.system(role="developer")]) == "D:quiresystem"
+    prints = "{% for m in messages %}{{ m.role | upper }}:{{ m.content }}{% endfor %}"
+    assert ChatTemplate(prints).render([c.system(role="developer")]) == "SYSTEM:quiresystem"
+
+
+def test_another_template_for_tools() -> None:
+    both = ChatTemplate(
+        "plain {{ messages[0].content }}", tool_source="tools {{ messages[0].content }}"
+    )
+    assert both.render([c.user("x")]) == "plain x"
+    assert both.render([c.user("x")], tools=[{"type": "function"}]) == "tools x"
+    assert both.source.startswith("tools")
+
+
+def test_an_older_name_of_a_role() -> None:
+    prints = ChatTemplate("{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}")
+    assert "tool:x" in prints.render([c.user(), {"role": "function", "name": "f", "content": "x"}])
+
+
+def test_thoughts_in_parts() -> None:
+    prints = ChatTemplate("{{ messages[0].content }}|{{ messages[0].reasoning_content }}")
+    thought = [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "yes"}]
+    assert prints.render([{"role": "assistant", "content": thought}]) == "yes|hm"
 
 
 # --- any conversation ---
