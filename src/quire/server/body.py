@@ -14,8 +14,9 @@ from starlette.requests import ClientDisconnect, Request
 from quire.server.errors import ApiError, bad_request, malformed
 from quire.server.live import ClientGoneError
 from quire.server.middleware import adopt_request_id
+from quire.server.neutral import Neutral, asks_for_nothing
 from quire.server.requests import PROMPT_FORMS
-from quire.server.unsupported import NO_EFFECT, UNREAD, refuse_unsupported
+from quire.server.unsupported import IDLE, NO_EFFECT, UNREAD, refuse_unsupported
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -74,16 +75,23 @@ def parse(
     model: type[M],
     body: Mapping[str, object],
     *,
-    unsupported: Mapping[str, tuple[object, ...]] | None = None,
+    unsupported: Mapping[str, Neutral] | None = None,
 ) -> Parsed[M]:
-    """`body` as `model`. Raises a 400 `ApiError` naming the first field that is wrong."""
+    """`body` as `model`, without fields that ask for nothing (`neutral`). Raises a 400 `ApiError` naming the
+    first field that is wrong."""
     declared = model.model_fields.keys()
     refused = {name: value for name, value in (unsupported or {}).items() if name not in declared}
-    refuse_unsupported(body, refused)
+    others = IDLE | refused
+    asked = {
+        name: value
+        for name, value in body.items()
+        if not asks_for_nothing(model, others, name, value)
+    }
+    refuse_unsupported(asked, refused)
     known = (declared | refused.keys() | NO_EFFECT) - UNREAD
-    warnings = warn_of(body, [ignored(name) for name in body if name not in known])
+    warnings = warn_of(body, [ignored(name) for name in asked if name not in known])
     try:
-        request = model.model_validate(body)
+        request = model.model_validate(asked)
     except ValidationError as error:
         details = error.errors(include_url=False, include_input=False, include_context=False)
         raise _explain(details[0], model) from None

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from quire.server.neutral import Neutral
 from quire.server.requests import (
     MAX_MESSAGES,
     MAX_TEMPLATE_KWARGS,
@@ -54,7 +55,7 @@ class ResponsesRequest(DialectFields):
     """`format`: {"type": "text" | "json_object" | "json_schema"}."""
     reasoning: Object | None = None
     """`effort`, for templates that know it. Nothing summarises."""
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[Annotated[int, Field(ge=0, le=20)] | None, Neutral(0)] = None
     """Logprobs of each token of the answer, with this many of the likeliest tokens'."""
     include: Annotated[list[Name], Field(fail_fast=True, max_length=64)] | None = None
     """"message.output_text.logprobs"."""

@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from quire.server.neutral import EMPTY_HAS_MEANING, Neutral
+
 MAX_IDS = 1 << 20
 MAX_MESSAGES = 8192
 MAX_CONTENT_PARTS = 1024
@@ -35,7 +37,7 @@ Prompt = Annotated[
 
 
 class Strict(BaseModel):
-    """Base: JSON types must match, an explicit null counts as absent (see `body`).
+    """Base: JSON types must match, a value that asks for nothing counts as absent (see `neutral`).
 
     docs/api.md is made of these classes: a field's docstring is its text there. One that
     `SamplingParams` has too is explained, and its value checked, there.
@@ -69,7 +71,7 @@ class DecodingFields(Strict):
     ignore_eos: bool | None = None
     min_tokens: int | None = None
     logit_bias: Object | None = None
-    allowed_token_ids: Ints | None = None
+    allowed_token_ids: Annotated[Ints | None, EMPTY_HAS_MEANING] = None
     bad_words: Texts | None = None
     structured_outputs: Object | None = None
     """What the output must match, see [below](#structured-outputs)."""
@@ -88,7 +90,9 @@ class DecodingFields(Strict):
     stream_interval: int | None = None
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
     """Lower runs sooner, with `--scheduling-policy priority`."""
-    cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
+    cache_salt: Annotated[
+        Annotated[str, Field(min_length=1, max_length=1024)] | None, EMPTY_HAS_MEANING
+    ] = None
     """Prompts share cached KV only with the same salt."""
     skip_reading_prefix_cache: bool | None = None
     request_id: Name | None = None
@@ -107,7 +111,7 @@ class SamplingFields(DecodingFields):
     """The top logprobs of each prompt token but the first, with its own; -1 is all. Not with `stream`."""
     prompt_logprob_start: int | None = None
     logprob_token_ids: Ints | None = None
-    response_format: Object | None = None
+    response_format: Annotated[Object | None, Neutral({"type": "text"})] = None
     """OpenAI's way to ask for `structured_outputs`: {"type": "text" | "json_object" | "json_schema"}."""
     best_of: int | None = None
     """Only equal to n: nothing is sampled to be thrown away. With `use_beam_search`, the beam width."""
@@ -116,7 +120,7 @@ class SamplingFields(DecodingFields):
     length_penalty: float | None = None
     """Of a beam search: above 1, longer continuations are preferred. Default: 1."""
     stream_options: StreamOptions | None = None
-    """Needs `stream`."""
+    """Needs `stream`, if it asks for anything."""
     return_token_ids: bool | None = None
     """`token_ids` on each choice, `prompt_token_ids` once."""
     return_tokens_as_token_ids: bool | None = None
@@ -135,7 +139,7 @@ class SamplingFields(DecodingFields):
 class CompletionRequest(SamplingFields):
     prompt: Prompt
     """A text, a list of texts, token ids, or a list of lists of token ids."""
-    logprobs: int | None = None
+    logprobs: Annotated[int | None, Neutral(False)] = None
     echo: bool | None = None
     """The prompt before the answer, and with `logprobs` its tokens' too. `max_tokens` may then be 0."""
 
@@ -216,7 +220,7 @@ class ChatCompletionRequest(ChatFields, SamplingFields):
     """OpenAI's newer name for `max_tokens`; it wins."""
     logprobs: bool | None = None
     """Whether each token's logprob is returned."""
-    top_logprobs: int | None = None
+    top_logprobs: Annotated[int | None, Neutral(0)] = None
     """With `logprobs`: this many of the likeliest tokens' too; -1 is all."""
     tool_choice: Name | dict[str, Any] | None = None
     """none, auto, required, {"type": "function", "function": {"name": ...}} or {"type": "allowed_tools"}."""
