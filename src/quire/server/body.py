@@ -105,7 +105,7 @@ def warn_of(body: Mapping[str, object], idle: Sequence[tuple[str, str]]) -> list
         name, complaint = idle[0]
         raise bad_request(
             f"{complaint}, which this server refuses (--strict-requests). Leave it out.",
-            param=_printable(name),
+            param=printable(name),
         )
     shown = [complaint for _, complaint in idle[:MAX_WARNINGS]]
     if len(idle) > MAX_WARNINGS:
@@ -117,10 +117,10 @@ def ignored(name: str) -> tuple[str, str]:
     """A field that nothing reads, for `warn_of`."""
     if name in UNREAD:
         return name, f"field {name} has no effect"
-    return name, f"unknown field {_printable(name)} was ignored"
+    return name, f"unknown field {printable(name)} was ignored"
 
 
-def _printable(name: str) -> str:
+def printable(name: str) -> str:
     """Fit for a header and a log: ASCII without controls, separators or quotes."""
     return "".join(c if c.isascii() and (c.isalnum() or c in "_-.") else "?" for c in name)[
         :MAX_NAME_CHARS
@@ -145,7 +145,7 @@ def _explain(error: ErrorDetails, model: type[BaseModel]) -> ApiError:
             param=f"body.{name}",
         )
     parts = [
-        _printable(str(part)) for part in location
+        printable(str(part)) for part in location
         if not (isinstance(part, str) and part.partition("[")[0] in _UNION_TAGS)
     ]  # fmt: skip
     path = ".".join(["body", *parts])

@@ -1,10 +1,10 @@
 """Values that ask for nothing.
 
-Clients send every field they know, each with the value that changes nothing. A field with such a value is as if
-absent on every endpoint: `body.parse` drops it before any rule about the field applies. Null always asks for
-nothing. So does an empty string, list or object, in an optional field of that type. Other values, and the fields in
-which something empty has a meaning, are declared with `Neutral` beside the field: in its annotation where a request
-model has the field, in a table of `unsupported` where none has.
+Clients send every field they know, each with the value that changes nothing. A field with such a value is as
+if absent on every endpoint: `body.parse` drops it before any rule about the field applies. Null always asks
+for nothing. So does an empty string, list or object, in an optional field of that type. Other values, and the
+fields in which something empty has a meaning, are declared with `Neutral` beside the field: in its annotation
+where a request model has the field, in a table of `unsupported` where none has.
 """
 
 from __future__ import annotations

@@ -18,6 +18,8 @@ MAX_MESSAGES = 8192
 MAX_CONTENT_PARTS = 1024
 MAX_TEMPLATE_KWARGS = 64
 MAX_TOOLS = 1024
+MAX_CALL_ID = 1 << 16
+"""Some gateways keep the signature of a thought in it."""
 
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True, max_length=MAX_IDS)]
@@ -163,7 +165,7 @@ class Message(Strict):
     ) = None
     name: Name | None = None
     tool_calls: Annotated[list[Any], Field(max_length=1024)] | None = None
-    tool_call_id: Name | None = None
+    tool_call_id: Annotated[str, Field(max_length=MAX_CALL_ID)] | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
     thinking: str | None = None
@@ -178,7 +180,8 @@ class Function(Strict):
 
     model_config = ConfigDict(extra="allow")
 
-    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.:/-]{1,128}$")]
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.:/-]{1,256}$")]
+    """MCP allows 128 characters, and clients put the server's name in front."""
     description: str | None = None
     parameters: dict[str, Any] | None = None
     """A JSON schema of an object; none means any."""

@@ -95,7 +95,7 @@ IDLE: dict[str, Neutral] = {
     "context_management": Neutral({}, {"edits": []}),
     "speed": Neutral("standard"),
 }
-"""Fields that would mean something elsewhere, and their neutral values. With others they pass with a warning."""
+"""Field that would mean something elsewhere -> its neutral values. With others it passes with a warning."""
 UNREAD = frozenset(IDLE)
 
 
