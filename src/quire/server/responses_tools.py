@@ -2,9 +2,9 @@
 
 A custom tool takes text instead of arguments. It is offered to the model as a function with one string
 argument, `input`, and a call of it is an item of type custom_tool_call. The members of a namespace are
-offered as functions whose names begin with the namespace's. A call of one has `name` and `namespace` apart again, as
-Codex needs it. Tools of all other types (web_search, image_generation, local_shell, ...) would run elsewhere,
-or need a model that was trained on them: they are left out with a warning, as in vLLM and llama.cpp.
+offered as functions whose names begin with the namespace's. A call of one has `name` and `namespace` apart
+again, as Codex needs it. Tools of all other types (web_search, image_generation, local_shell, ...) would run
+elsewhere, or need a model that was trained on them: they are left out with a warning.
 """
 
 from __future__ import annotations
