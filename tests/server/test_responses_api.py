@@ -189,7 +189,7 @@ async def test_what_is_cut_off_is_incomplete(client, engine, stream):
     assert [item.status for item in found.output] == ["completed", "incomplete"]
     await create(client, previous_response_id=found.id, tools=[TOOL])
     [call] = rendered(engine)[1]["tool_calls"]
-    assert call["function"] == {"name": "weather", "arguments": {}}
+    assert call["function"] == {"name": "weather", "arguments": '{"city"'}
 
 
 async def test_logprobs(client, engine):
@@ -266,7 +266,7 @@ async def test_items_become_messages(client, engine):
     ]  # fmt: skip
     await create(client, input=items, instructions="Kind.", tools=[TOOL])
 
-    def call(number: int, arguments: dict) -> dict:
+    def call(number: int, arguments: str) -> dict:
         function = {"name": "weather", "arguments": arguments}
         return {"id": f"c{number}", "type": "function", "function": function}
 
@@ -274,7 +274,7 @@ async def test_items_become_messages(client, engine):
         {"role": "system", "content": "Kind.\n\nShort."},
         {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
         {"role": "assistant", "content": "Ok", "reasoning_content": "Hm",
-         "tool_calls": [call(1, json.loads(PARIS)), call(2, {})]},
+         "tool_calls": [call(1, PARIS), call(2, "{}")]},
         {"role": "tool", "tool_call_id": "c1", "content": "sun"},
         {"role": "tool", "tool_call_id": "c2", "content": "rain"},
         {"role": "assistant", "content": "One."},

@@ -314,7 +314,7 @@ CALLS = [
     (
         [{"type": "mcp_call", "id": "c", "name": "find", "server_label": "docs", "arguments": '{"q": "a"}',
           "output": "found", "error": None}],
-        "find", {"q": "a"}, "found",
+        "find", '{"q": "a"}', "found",
     ),
     (
         [
@@ -459,8 +459,8 @@ async def test_codex(client, engine):
     ]  # fmt: skip
     calls = [c["function"] for m in messages for c in m.get("tool_calls", ())]
     assert calls == [
-        {"name": "exec_command", "arguments": {"cmd": "ls"}},
-        {"name": "mcp__docs__find", "arguments": {"q": "x"}},
+        {"name": "exec_command", "arguments": '{"cmd": "ls"}'},
+        {"name": "mcp__docs__find", "arguments": '{"q": "x"}'},
         {"name": "apply_patch", "arguments": {"input": TEXT}},
     ]
     assert messages[2]["reasoning_content"] == "Look." and messages[6]["content"] == "Editing."

@@ -152,6 +152,7 @@ class ContentPart(Strict):
     type: Name
     text: str | None = None
     refusal: str | None = None
+    thinking: str | None = None
 
 
 class Message(Strict):
