@@ -323,3 +323,7 @@ def test_an_answer_cut_anywhere_may_be_sent_back(http, limit):
         {"role": "user", "content": answer},
     ]
     ask(http, MESSAGES, **body, messages=messages, max_tokens=2)
+
+    ask(http, CHAT, messages=[question, message], max_tokens=2)
+    ask(http, RESPONSES, input=[question, *output], max_output_tokens=2)
+    ask(http, MESSAGES, messages=messages[:2], max_tokens=2)

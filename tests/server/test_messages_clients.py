@@ -67,6 +67,7 @@ SYSTEMS = [
     [{"type": "text", "text": header(1) + "\n"}, RULES],
     [{"type": "text", "text": header(1), **EPHEMERAL}, RULES],
     [RULES, {"type": "text", "text": header(1)}],
+    [{"type": "text", "text": f"{NAME} 7b4eb6c6"}, RULES],
     f"{header(1)}\nBe kind.",
     f"{header(1)}\n\nBe kind.",
     f"{header(1)}\r\n{header(2)}\r\nBe kind.",
@@ -104,7 +105,7 @@ async def test_a_billing_header_alone_is_no_system_message(client, engine):
 @pytest.mark.parametrize(
     "text",
     [
-        f"{NAME} is what Claude Code sends.", f"The line {header(1)}", NAME, f"{NAME} cc_version", "",
+        f"{NAME} is what Claude Code sends.", f"The line {header(1)}", NAME, f"{NAME} ", "",
         f"{NAME} a=b; and then?", "x-anthropic-billing: a=b;",
     ],
 )  # fmt: skip

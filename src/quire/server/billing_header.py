@@ -13,10 +13,9 @@ import re
 from collections.abc import Sequence
 
 NAME = "x-anthropic-billing-header:"
-_PAIR = r"[\w-]+=[^;\s]*"
-_LINES = re.compile(
-    rf"(?:{NAME}[ \t]*{_PAIR}(?:;[ \t]*{_PAIR})*;?[ \t]*(?:\r?\n|\Z))+(?:[ \t]*\r?\n)*"
-)
+_VALUE = r"[^\s;]+(?:;[ \t]*[^\s;]+)*;?"
+"""Words with semicolons between them: a sentence is no header."""
+_LINES = re.compile(rf"(?:{NAME}[ \t]*{_VALUE}[ \t]*(?:\r?\n|\Z))+(?:[ \t]*\r?\n)*")
 
 
 def without_header(text: str) -> str:

@@ -91,10 +91,11 @@ class ToolSet:
             self.left_out.append(kind)
 
     def _offer(self, function: Object, offer: Offer) -> None:
-        """A function without a name is refused where all functions are."""
-        if "name" in function:
-            function["name"] = function_name(offer.name, offer.namespace)
-            self.offers[str(function["name"])] = offer
+        """A function whose name is no text is refused where all functions are."""
+        if isinstance(function.get("name"), str):
+            name = function_name(offer.name, offer.namespace)
+            function["name"] = name
+            self.offers[name] = offer
         self.functions.append({"type": "function", "function": function})
 
     def _description(self, tool: Mapping[str, Any], name: str) -> str:
