@@ -347,3 +347,27 @@ async def test_an_answer_cut_anywhere_may_be_sent_back(client, engine, before, e
     results = [{"type": "tool_result", "tool_use_id": use["id"], "content": "cut"} for use in uses]
     messages.append({"role": "user", "content": [*results, {"type": "text", "text": "Go on."}]})
     await post(client, tools=[TOOL], messages=json.loads(json.dumps(messages)))
+
+
+@pytest.mark.parametrize("junk", [[], {}, 5, True, [[1]], {"a": []}])
+async def test_blocks_and_tools_of_the_wrong_types_are_refused(client, junk):
+    """None is an error of the server's."""
+    blocks = [
+        {"type": junk}, {"type": "tool_use", "id": junk, "name": junk, "input": junk},
+        {"type": "compaction", "content": junk}, {"type": "document", "title": junk, "source": junk},
+        {"type": "document", "source": {"type": junk, "data": junk}},
+        {"type": "document", "source": {"type": "text", "data": junk}},
+        {"type": "search_result", "title": junk, "content": junk},
+        {"type": "mcp_tool_result", "tool_use_id": "c", "content": junk, "is_error": junk},
+    ]  # fmt: skip
+    bodies = [
+        {"messages": [{"role": role, "content": [block]}]}
+        for block in blocks
+        for role in ("user", "assistant")
+    ]
+    bodies += [{"tools": [tool]} for tool in ({"type": junk}, {"type": "bash_1", "name": junk})]
+    bodies += [{"tools": [TOOL], "tool_choice": {"type": "tool", "name": junk}}]
+    bodies += [{"system": [{"type": "text", "text": junk}]}, {"output_format": {"type": junk}}]
+    for body in bodies:
+        response = await client.post(URL, json={"messages": HI, "max_tokens": 5, **body})
+        assert response.status_code in (200, 400), (body, response.text)

@@ -465,3 +465,27 @@ async def test_codex(client, engine):
     ]
     assert messages[2]["reasoning_content"] == "Look." and messages[6]["content"] == "Editing."
     assert items[-1]["content"][0]["text"] == "Done."
+
+
+@pytest.mark.parametrize("junk", [[], {}, 5, True, [[1]], {"a": []}])
+@pytest.mark.parametrize(
+    "field", ["type", "id", "call_id", "name", "namespace", "output", "action"]
+)
+async def test_items_of_the_wrong_types_are_refused(client, field, junk):
+    """None is an error of the server's."""
+    for items, *_ in CALLS:
+        for index in range(len(items)):
+            damaged = [dict(item) for item in items]
+            damaged[index][field] = junk
+            response = await client.post(URL, json={"input": damaged})
+            assert response.status_code in (200, 400), response.text
+
+
+@pytest.mark.parametrize("junk", [[], {}, 5, True, [[1]], {"a": []}])
+@pytest.mark.parametrize("field", ["type", "name", "description", "format", "tools", "parameters"])
+async def test_tools_of_the_wrong_types_are_refused(client, field, junk):
+    for tool in (FUNCTION, PATCH, SPACE):
+        for choice in ("auto", {"type": junk}, {"type": "custom", "name": junk}):
+            body = {"input": "hi", "tools": [tool | {field: junk}], "tool_choice": choice}
+            response = await client.post(URL, json=body)
+            assert response.status_code in (200, 400), response.text

@@ -69,7 +69,7 @@ def _add_message(turns: Turns, message: dict[str, Any], where: str) -> list[str]
     for index, given in enumerate(content):
         path = f"{where}.content[{index}]"
         block = as_object(given, path)
-        kind = block.get("type")
+        kind = as_text(block.get("type"), f"{path}.type")
         if role == "assistant" and kind == "thinking":
             speak()
             turns.think(as_text(block.get("thinking"), f"{path}.thinking"))
@@ -81,7 +81,7 @@ def _add_message(turns: Turns, message: dict[str, Any], where: str) -> list[str]
             speak()
             call = as_text(block.get("tool_use_id"), f"{path}.tool_use_id")
             turns.result(call, _result(block, path))
-        elif isinstance(kind, str) and (kind in LEFT_OUT or kind.endswith(LEFT_OUT_SUFFIX)):
+        elif kind in LEFT_OUT or kind.endswith(LEFT_OUT_SUFFIX):
             left_out.append(kind)
         elif role != "assistant" or kind not in SEALED:
             said += _texts(block, path)
@@ -129,13 +129,15 @@ class ToolSet:
     def __init__(self, tools: Sequence[dict[str, Any]]) -> None:
         """Raises a 400 `ApiError` for what is no tool."""
         self.functions: list[Object] = []
-        self._left_out: dict[object, str] = {}
+        self._left_out: dict[str, str] = {}
+        """Name of a tool -> its type."""
         for index, tool in enumerate(tools):
             kind = tool.get("type")
             if kind in FUNCTION_TOOLS:
                 self.functions.append(_function(tool, f"tools[{index}]"))
             else:
-                self._left_out[tool.get("name")] = as_text(kind, f"tools[{index}].type")
+                name = str(tool.get("name"))
+                self._left_out[name] = as_text(kind, f"tools[{index}].type")
 
     @property
     def idle(self) -> list[tuple[str, str]]:

@@ -222,7 +222,7 @@ class ChatFields(Strict):
 class ChatCompletionRequest(ChatFields, SamplingFields):
     max_completion_tokens: int | None = None
     """OpenAI's newer name for `max_tokens`; it wins."""
-    logprobs: bool | None = None
+    logprobs: Annotated[bool | None, Neutral(0)] = None
     """Whether each token's logprob is returned."""
     top_logprobs: Annotated[int | None, Neutral(0)] = None
     """With `logprobs`: this many of the likeliest tokens' too; -1 is all."""

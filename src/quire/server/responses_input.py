@@ -82,7 +82,8 @@ def add_items(turns: Turns, items: Sequence[Item], *, start: int = 0) -> list[tu
 
 def _add_item(turns: Turns, item: Item, where: str) -> str | None:
     """Returns what kind of item it is, if it was left out."""
-    kind = item.get("type") or ("message" if "role" in item else None)
+    given = item.get("type") or ("message" if "role" in item else "")
+    kind = as_text(given, f"{where}.type")
     if kind == "message":
         role = item.get("role")
         if not isinstance(role, str) or role not in ROLES:
@@ -96,7 +97,7 @@ def _add_item(turns: Turns, item: Item, where: str) -> str | None:
         elif item.get("encrypted_content"):
             return "reasoning with encrypted_content alone"
     elif kind in ("function_call", "custom_tool_call") or kind in ACTIONS:
-        turns.call(_call_id(item, where), *_call(item, str(kind), where))
+        turns.call(_call_id(item, where), *_call(item, kind, where))
     elif kind in OUTPUTS:
         turns.result(_call_id(item, where), _output(item, f"{where}.output"))
     elif kind == "mcp_call":
@@ -104,11 +105,9 @@ def _add_item(turns: Turns, item: Item, where: str) -> str | None:
         turns.call(call_id, *_call(item, "function_call", where))
         turns.result(call_id, [str(item.get("output") or item.get("error") or "")])
     elif kind in LEFT_OUT:
-        return str(kind)
+        return kind
     else:
-        raise bad_request(
-            f"{where} has type {str(kind)[:40]!r}, which is not supported.", param="input"
-        )
+        raise bad_request(f"{where} has type {kind[:40]!r}, which is not supported.", param="input")
     return None
 
 
