@@ -121,7 +121,8 @@ BODIES = {
             {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "r"}]},
             {"role": "user", "content": "b"},
             {"type": "custom_tool_call", "call_id": "d", "name": "p", "input": "x"},
-            {"type": "custom_tool_call_output", "call_id": "d", "output": [{"type": "input_text", "text": "1"}]},
+            {"type": "custom_tool_call_output", "call_id": "d", "output": [
+                {"type": "input_text", "text": "1"}]},
             {"type": "shell_call", "call_id": "e", "action": {"commands": ["ls"]}},
             {"type": "shell_call_output", "call_id": "e", "output": [
                 {"stdout": "a", "stderr": "", "outcome": {"type": "exit", "exit_code": 0}}]},
