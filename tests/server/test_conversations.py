@@ -327,3 +327,53 @@ def test_an_answer_cut_anywhere_may_be_sent_back(http, limit):
     ask(http, CHAT, messages=[question, message], max_tokens=2)
     ask(http, RESPONSES, input=[question, *output], max_output_tokens=2)
     ask(http, MESSAGES, messages=messages[:2], max_tokens=2)
+
+
+def test_a_session_of_codex(http, sdk):
+    """Streamed, stateless: custom tools, namespaces, hosted tools, and what they left in the conversation."""
+    tools = [
+        {"type": "function", "strict": False, **FUNCTION},
+        {"type": "custom", "name": "apply_patch", "description": "Edit files.",
+         "format": {"type": "grammar", "syntax": "lark", "definition": "start: /x/"}},
+        {"type": "namespace", "name": "mcp__docs", "description": "Docs.",
+         "tools": [{"type": "function", "name": "find", "parameters": SCHEMA}]},
+        {"type": "web_search"}, {"type": "image_generation"}, {"type": "local_shell"},
+    ]  # fmt: skip
+    items: list = [
+        {"type": "message", "role": "developer", "content": [{"type": "input_text", "text": "Terse."}]},
+        {"type": "message", "role": "user", "content": [{"type": "input_text", "text": QUESTION}]},
+        {"type": "reasoning", "id": "rs_1", "summary": [], "encrypted_content": "sealed"},
+        {"type": "web_search_call", "id": "ws_1", "status": "completed",
+         "action": {"type": "search", "query": "a"}},
+        {"type": "local_shell_call", "call_id": "c0", "status": "completed",
+         "action": {"type": "exec", "command": ["ls"], "env": {}}},
+        {"type": "function_call_output", "call_id": "c0", "output": "a.py"},
+    ]  # fmt: skip
+    choices = (
+        {"type": "custom", "name": "apply_patch"},
+        {"type": "function", "name": "find", "namespace": "mcp__docs"},
+        "auto",
+    )
+    for choice in choices:
+        events = sdk.responses.create(
+            model="", instructions="You code.", input=items, tools=tools, tool_choice=choice,
+            parallel_tool_calls=False, reasoning={"effort": "medium", "summary": "auto"}, store=False,
+            stream=True, include=["reasoning.encrypted_content"], prompt_cache_key="k",
+            max_output_tokens=ROOM, temperature=0, extra_body={"client_metadata": {"a": "b"}},
+        )  # fmt: skip
+        done = [e.item for e in events if e.type == "response.output_item.done"]
+        assert done
+        for item in done:
+            items.append(item.model_dump(exclude_none=True))
+            if item.type.endswith("_call"):
+                output = {"type": f"{item.type}_output", "call_id": item.call_id, "output": "ok"}
+                items.append(output)
+        if choice != "auto":
+            [call] = done
+            assert call.type == ("function_call" if "namespace" in choice else "custom_tool_call")
+            assert (call.name, call.namespace) == (choice["name"], choice.get("namespace"))
+    body = {"input": items, "tools": tools}
+    counted = http.post(f"{RESPONSES}/input_tokens", json=body)
+    assert counted.json()["input_tokens"] > 0
+    warnings = counted.headers["x-quire-warnings"].split("; ")
+    assert len(warnings) == 6, warnings
