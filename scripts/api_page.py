@@ -79,10 +79,11 @@ HEADER = """\
 Written by `scripts/gen_docs.py` from the routes, `src/quire/server/requests.py` and
 `src/quire/sampling_params.py`; do not edit.
 
-A field that is null is taken as absent. One that nothing knows, or that has no effect, is reported in
-`warnings` in the answer and in the header `x-quire-warnings`; with `--strict-requests` it is a 400 that names
-it. Errors have OpenAI's body, with the field at fault in `param`. `X-Request-Id` is echoed, or made. The
-limits are [options](options.md). The last column says what vLLM 0.32 does where it is not the same.
+A field whose value asks for nothing is taken as absent: null, an empty string, list or object where the field
+takes one, and values such as `top_logprobs` 0. A field that nothing knows, or that has no effect, is reported
+in `warnings` in the answer and in the header `x-quire-warnings`; with `--strict-requests` it is a 400 that
+names it. Errors have OpenAI's body, with the field at fault in `param`. `X-Request-Id` is echoed, or made.
+The limits are [options](options.md). The last column says what vLLM 0.32 does where it is not the same.
 
 Besides what is below, `/` is the playground, `/docs` and `/openapi.json` describe the endpoints to programs.
 """

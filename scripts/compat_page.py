@@ -66,6 +66,9 @@ no traces.
 | a field that nothing knows | ignored | `warnings` in the answer and a header; `--strict-requests`: 400 | a misspelt name changed nothing, silently |
 | `guided_*` | ignored with one warning | 400 that names `structured_outputs` | text that was to follow a schema, and did not |
 | unknown route or method | `{"detail"}` | `{"detail"}` and `error` | both are looked for |
+| tools and items that need a provider's servers (`web_search`, `image_generation`, `bash_20250124`, ...) | left out | left out with a warning; 400 if `tool_choice` needs one | agents send them in every request |
+| `custom` tools and `namespace`s of `/v1/responses` | left out, or returned as flat names | served as functions; a call has the client's own form; the format of a custom tool is not enforced | Codex edits files with the one, and finds MCP servers by the other |
+| Claude Code's line `x-anthropic-billing-header: ...` in a system text | left out of `/v1/messages` | left out everywhere | gateways pass it on to the other endpoints; it changes at every request, so nothing after it would be cached |
 | a media part | 422 or served | 400 | models read text |
 | SIGTERM | aborts what runs | lets it finish, `--shutdown-timeout` 30 s | restarts that nobody notices |
 | a grammar that no token satisfies, once tokens are chosen | not tried | 400, in a stream an error event with code 400 | it ends one request |

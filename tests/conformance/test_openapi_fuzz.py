@@ -120,8 +120,21 @@ BODIES = {
             {"type": "function_call_output", "call_id": "c", "output": "1"},
             {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "r"}]},
             {"role": "user", "content": "b"},
+            {"type": "custom_tool_call", "call_id": "d", "name": "p", "input": "x"},
+            {"type": "custom_tool_call_output", "call_id": "d", "output": [
+                {"type": "input_text", "text": "1"}]},
+            {"type": "shell_call", "call_id": "e", "action": {"commands": ["ls"]}},
+            {"type": "shell_call_output", "call_id": "e", "output": [
+                {"stdout": "a", "stderr": "", "outcome": {"type": "exit", "exit_code": 0}}]},
+            {"type": "mcp_call", "id": "m", "name": "f", "arguments": "{}", "output": "x", "error": None},
+            {"type": "web_search_call", "id": "w"},
         ],
-        "instructions": "i", "tools": [{"type": "function", **FUNCTION}], "max_output_tokens": 3,
+        "instructions": "i", "tools": [
+            {"type": "function", **FUNCTION}, {"type": "web_search"},
+            {"type": "custom", "name": "p", "description": "d",
+             "format": {"type": "grammar", "syntax": "lark", "definition": "start: /a/"}},
+            {"type": "namespace", "name": "n", "tools": [{"type": "function", **FUNCTION}]},
+        ], "max_output_tokens": 3,
         "tool_choice": {"type": "function", "name": "f"}, "reasoning": {"effort": "low"},
         "text": {"format": {"type": "json_schema", **SCHEMA_FORMAT}}, "metadata": {"a": "b"},
         "include": ["message.output_text.logprobs"], "top_logprobs": 1, "truncation": "auto",
@@ -136,9 +149,22 @@ BODIES = {
             ]},
             {"role": "user", "content": [
                 {"type": "tool_result", "tool_use_id": "c", "content": [{"type": "text", "text": "1"}]},
+                {"type": "tool_result", "tool_use_id": "c", "is_error": True},
+                {"type": "document", "title": "t", "source": {"type": "text", "data": "x"}},
+                {"type": "search_result", "title": "t", "source": "s", "content": [
+                    {"type": "text", "text": "x"}]},
+            ]},
+            {"role": "assistant", "content": [
+                {"type": "redacted_thinking", "data": "x"}, {"type": "server_tool_use", "id": "s"},
+                {"type": "mcp_tool_use", "id": "m", "name": "f", "input": {}},
+                {"type": "mcp_tool_result", "tool_use_id": "m", "content": "x"},
+                {"type": "compaction", "content": "x"},
             ]},
         ],
-        "tools": [{"name": "f", "description": "d", "input_schema": FUNCTION["parameters"]}],
+        "tools": [
+            {"name": "f", "description": "d", "input_schema": FUNCTION["parameters"]},
+            {"type": "bash_20250124", "name": "bash"},
+        ],
         "tool_choice": {"type": "any", "disable_parallel_tool_use": True}, "stream": True,
         "thinking": {"type": "enabled", "budget_tokens": 1024}, "metadata": {"user_id": "u"},
     },

@@ -79,6 +79,9 @@ async def test_logprobs(client, engine):
             }
         ]
     }  # fmt: skip
+    body = (await post(client, logprobs=True, top_logprobs=3, max_tokens=1)).json()
+    [entry] = body["choices"][0]["logprobs"]["content"]
+    assert entry["top_logprobs"][2]["logprob"] == -9999.0, "JSON has no infinity"
     body = (await post(client, logprobs=True)).json()
     assert all(entry["top_logprobs"] == [] for entry in body["choices"][0]["logprobs"]["content"])
 

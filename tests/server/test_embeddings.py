@@ -89,6 +89,15 @@ async def test_how_a_vector_is_made_and_written(client, engine):
     await post(client, input=[4, 5, 6, 7], truncate_prompt_tokens=2, priority=3, cache_salt="s")
     last = engine.submitted[-1]
     assert (last.prompt, last.priority, last.cache_salt) == ([6, 7], 3, "s")
+    for limit, side, kept in ((2, "left", [6, 7]), (2, "right", [4, 5]), (-1, None, [4, 5, 6, 7])):
+        cut = {"truncate_prompt_tokens": limit, "truncation_side": side}
+        await post(client, input=[[4, 5, 6, 7]], **cut)
+        assert engine.submitted[-1].prompt == kept
+    await post(client, input=["a " * 500, "a"], truncate_prompt_tokens=9)
+    assert [len(each.prompt) for each in engine.submitted[-2:]] == [9, 2]
+    messages = [{"role": "user", "content": "a " * 500}]
+    body = await post(client, messages=messages, truncate_prompt_tokens=9)
+    assert body["usage"]["prompt_tokens"] == 9
     await post(client, input="a", add_special_tokens=False)
     assert engine.submitted[-1].prompt[0] != 1
 

@@ -247,6 +247,27 @@ async def test_cors(make_client):
     assert response.headers["access-control-allow-origin"] == "https://a.example"
 
 
+@pytest.mark.parametrize("url", [COMPLETIONS, "/v1/messages", "/v1/responses"])
+async def test_a_browsers_preflight_needs_no_key(make_client, url):
+    """Nor is it asked for one with the headers of either provider's client."""
+    client = make_client(api_keys=("k",))
+    preflight = {
+        "origin": "https://a.example", "access-control-request-method": "POST",
+        "access-control-request-headers": "x-api-key,anthropic-version,authorization,content-type",
+    }  # fmt: skip
+    response = await client.options(url, headers=preflight)
+    assert response.status_code == 200
+    allowed = response.headers["access-control-allow-headers"].lower()
+    assert allowed == "*" or {"x-api-key", "anthropic-version", "authorization"} <= {
+        name.strip() for name in allowed.split(",")
+    }
+    assert "POST" in response.headers["access-control-allow-methods"]
+    found = await client.get(
+        "/v1/models", headers={"origin": "https://a.example", "x-api-key": "k"}
+    )
+    assert found.status_code == 200 and "access-control-allow-origin" in found.headers
+
+
 async def test_http_metrics_by_route_not_by_path(client):
     await client.post(COMPLETIONS, json={"prompt": "a"})
     await client.post(COMPLETIONS, json={})

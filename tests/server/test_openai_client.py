@@ -259,6 +259,64 @@ def test_forced_calls_match_their_schema_streamed_and_whole(client, choice):
     assert streamed == calls
 
 
+POINTERS = {
+    "into properties": {
+        "type": "object",
+        "properties": {"a": {"enum": [1, 2]}, "b": {"$ref": "#/properties/a"}},
+        "required": ["a", "b"],
+        "additionalProperties": False,
+    },
+    "recursive": {
+        "type": "object",
+        "properties": {"a": {"$ref": "#/$defs/node"}},
+        "$defs": {
+            "node": {
+                "type": "object",
+                "properties": {"next": {"$ref": "#/$defs/node"}},
+                "additionalProperties": False,
+            }
+        },
+        "required": ["a"],
+        "additionalProperties": False,
+    },
+}
+
+
+@pytest.mark.parametrize("name", POINTERS)
+@pytest.mark.parametrize("place", ["tool", "strict tool", "format"])
+def test_schemas_that_point_into_themselves(client, name, place):
+    schema = POINTERS[name]
+    body = {"model": "quire-builtin", "messages": QUESTION, "max_tokens": 200, "seed": 5}
+    if place == "format":
+        form = {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}}
+        body["response_format"] = form
+    else:
+        function = {"name": "f", "parameters": schema, "strict": place == "strict tool"}
+        body |= {"tools": [{"type": "function", "function": function}], "tool_choice": "required"}
+        body |= {"parallel_tool_calls": False}
+    choice = client.chat.completions.create(**body).choices[0]
+    calls = choice.message.tool_calls
+    text = calls[0].function.arguments if calls else choice.message.content
+    if choice.finish_reason != "length":
+        found = json.loads(text)
+        assert found.keys() == set(schema["required"])
+        assert name == "recursive" or set(found.values()) <= {1, 2}
+
+
+def test_prompts_that_end_inside_a_character(client, server):
+    """What the prompt began is shown with the prompt, and an answer begins with a character of its own."""
+    ids = server.http.post("/tokenize", json={"prompt": "日本"}).json()["tokens"]
+    assert len(ids) == 6
+    for end in range(1, 7):
+        body = {"model": "quire-builtin", "prompt": ids[:end], "max_tokens": 4, "temperature": 0}
+        whole = client.completions.create(**body, logprobs=1).choices[0]
+        with client.completions.create(**body, stream=True) as chunks:
+            assert "".join(chunk.choices[0].text for chunk in chunks) == whole.text
+        echoed = client.completions.create(**body, echo=True, logprobs=1).choices[0]
+        assert echoed.text.endswith(whole.text) and len(echoed.text) > len(whole.text)
+        assert len(echoed.logprobs.tokens) == end + len(whole.logprobs.tokens)
+
+
 def test_errors_are_the_clients_exceptions(client):
     bad = [
         ({"temperature": -1}, openai.BadRequestError, "temperature"),
@@ -305,6 +363,17 @@ def test_embeddings(client):
     )
     assert [result["index"] for result in ranked["results"]] == [1, 0]
     assert ranked["results"][0]["relevance_score"] == pytest.approx(1, abs=1e-3)
+    for fields in ({"truncate_prompt_tokens": -1}, {"truncate_prompt_tokens": 7}):
+        made = client.embeddings.create(
+            model="quire-builtin", input=["word " * 5000, "a"], extra_body=fields
+        )
+        assert len(made.data) == 2
+        limit = fields["truncate_prompt_tokens"]
+        [model] = client.models.list().data
+        most = model.model_extra["max_model_len"] if limit == -1 else limit
+        assert most < made.usage.prompt_tokens <= most + 2
+    with pytest.raises(openai.BadRequestError, match="context"):
+        client.embeddings.create(model="quire-builtin", input="word " * 5000)
     with pytest.raises(openai.BadRequestError, match="vectors have"):
         client.embeddings.create(model="quire-builtin", input="a", dimensions=10**6)
 

@@ -238,7 +238,11 @@ async def test_strict_requests_on_every_route(make_client, engine):
 @BOTH
 @pytest.mark.parametrize(
     ("fields", "param"),
-    [({"vllm_xargs": {}}, "vllm_xargs"), ({"x\ny": 1}, "x?y"), ({"user": "me", "n": None}, None)],
+    [
+        ({"vllm_xargs": {"a": 1}}, "vllm_xargs"),
+        ({"x\ny": 1}, "x?y"),
+        ({"user": "me", "n": None}, None),
+    ],
 )
 async def test_strict_requests(make_client, engine, url, fields, param):
     client = make_client(strict_requests=True)
@@ -305,8 +309,8 @@ ROWS = [
     ("unknown model", COMPLETIONS, {"prompt": "a", "model": "x"}, 404, "NotFoundError", "model",
      "The model `x` does not exist. Valid aliases: tiny, alias."),
     ("unknown model", CHAT, {"messages": HI, "model": "x"}, 404, "NotFoundError", "model", "`x`"),
-    ("stream_options alone", COMPLETIONS, {"prompt": "a", "stream_options": {}}, 400, "BadRequestError",
-     "stream_options", "stream"),
+    ("stream_options alone", COMPLETIONS, {"prompt": "a", "stream_options": {"include_usage": True}},
+     400, "BadRequestError", "stream_options", "stream"),
     ("prompt_logprobs streamed", CHAT, {"messages": HI, "prompt_logprobs": 1, "stream": True}, 400,
      "BadRequestError", "prompt_logprobs", "stream"),
     ("logprobs > max", COMPLETIONS, {"prompt": "a", "logprobs": 6}, 400, "BadRequestError", "logprobs",

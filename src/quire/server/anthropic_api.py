@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from fastapi import APIRouter
 from msgspec import Raw
@@ -24,16 +23,12 @@ from quire.server.dialects import (
     Pieces,
     Turns,
     as_object,
-    as_text,
     renaming,
-    text_of,
-    texts,
     to_chat,
-    wrong,
 )
-from quire.server.engine_protocol import ServedModel
 from quire.server.errors import ANTHROPIC_PATH, ApiError, bad_request
 from quire.server.generation import Frame, check_model, respond, warning_headers
+from quire.server.messages_input import ToolSet, add_messages, add_system
 from quire.server.openapi import request_body
 from quire.server.requests import ChatCompletionRequest
 from quire.server.responses import encode
@@ -44,7 +39,6 @@ from quire.server.usage import UsageMeter
 
 Object = dict[str, object]
 
-TEXT_BLOCKS = {"text": "text"}
 NAMES = {
     "stop": "stop_sequences",
     "response_format": "output_config.format",
@@ -53,7 +47,7 @@ NAMES = {
     "thinking_token_budget": "thinking.budget_tokens",
 }
 """Field of a chat completion -> what it is here."""
-CHOICES = {"auto": "auto", "any": "required", "none": "none"}
+THINKING = ("enabled", "disabled", "adaptive", "between_tools")
 STOP_REASONS = {
     "stop": "end_turn", "repetition": "end_turn", "tool_calls": "tool_use", "length": "max_tokens",
 }  # fmt: skip
@@ -100,9 +94,12 @@ def messages_router(state: ServerState) -> APIRouter:
         asked = parsed.request
         check_model(asked.model, model)
         thinks = served_format(state, model).reasoning is not None
+        turns, tools = Turns(), ToolSet(asked.tools or ())
+        add_system(turns, asked.system)
+        idle = [*add_messages(turns, asked.messages), *tools.idle]
         with renaming(_names(asked)):
-            chat_request = _to_chat(asked, model, thinks=thinks)
-        idle = [
+            chat_request = _to_chat(asked, turns, tools, thinks=thinks)
+        idle += [
             ignored(f"output_config.{name}")
             for name in asked.output_config or ()
             if name not in ("effort", "format")
@@ -124,22 +121,19 @@ def _names(asked: CountTokensRequest) -> dict[str, str]:
 
 
 def _to_chat(
-    asked: CountTokensRequest, model: ServedModel, *, thinks: bool
+    asked: CountTokensRequest, turns: Turns, tools: ToolSet, *, thinks: bool
 ) -> ChatCompletionRequest:
-    turns = Turns()
-    if asked.system:
-        turns.say("system", texts(asked.system, "system", TEXT_BLOCKS))
-    for index, message in enumerate(asked.messages):
-        _add_message(turns, message, f"messages[{index}]")
     thinking = asked.thinking or {}
+    if thinking and thinking.get("type") not in THINKING:
+        raise bad_request(f"thinking.type must be one of {', '.join(THINKING)}.", param="thinking")
     kwargs = dict(asked.chat_template_kwargs or {})
     if thinking.get("type") in ("enabled", "disabled"):
         kwargs.setdefault("enable_thinking", thinking["type"] == "enabled")
     fields: Object = {
         "messages": turns.messages,
         "continue_final_message": _is_open(turns.messages) or None,
-        "tools": [_tool(tool, f"tools[{i}]") for i, tool in enumerate(asked.tools or ())] or None,
-        **_tool_choice(asked.tool_choice or {}),
+        "tools": tools.functions or None,
+        **tools.choice(asked.tool_choice or {}),
         "chat_template_kwargs": kwargs or None,
         "include_reasoning": thinking.get("display") != "omitted",
         "reasoning_effort": (asked.output_config or {}).get("effort"),
@@ -152,71 +146,14 @@ def _to_chat(
     return to_chat(asked, fields)
 
 
-def _add_message(turns: Turns, message: dict[str, Any], where: str) -> None:
-    role, content = message.get("role"), message.get("content")
-    if role not in ("user", "assistant", "system"):
-        raise wrong(f"{where}.role", "must be user, assistant or system")
-    if isinstance(content, str):
-        turns.say(role, [content])
-        return
-    if not isinstance(content, list):
-        raise wrong(f"{where}.content", "must be a string or a list of blocks")
-    said: list[str] = []
-
-    def speak() -> None:
-        """What was said so far, as a message."""
-        if said:
-            turns.say(role, said.copy())
-            said.clear()
-
-    for index, given in enumerate(content):
-        path = f"{where}.content[{index}]"
-        block = as_object(given, path)
-        kind = block.get("type")
-        if role == "assistant" and kind == "thinking":
-            speak()
-            turns.think(as_text(block.get("thinking"), f"{path}.thinking"))
-        elif role == "assistant" and kind == "tool_use":
-            speak()
-            call_id, name = (as_text(block.get(n), f"{path}.{n}") for n in ("id", "name"))
-            turns.call(call_id, name, as_object(block.get("input"), f"{path}.input"))
-        elif role == "user" and kind == "tool_result":
-            speak()
-            call = as_text(block.get("tool_use_id"), f"{path}.tool_use_id")
-            turns.result(call, texts(block.get("content") or "", f"{path}.content", TEXT_BLOCKS))
-        elif role != "assistant" or kind != "redacted_thinking":
-            said.append(text_of(block, path, TEXT_BLOCKS))
-    speak()
-
-
 def _is_open(messages: Sequence[Object]) -> bool:
     """Whether an assistant's text is last, to be gone on with."""
     last = messages[-1] if messages else {}
     return last.get("role") == "assistant" and "content" in last and "tool_calls" not in last
 
 
-def _tool(tool: dict[str, Any], where: str) -> Object:
-    if tool.get("type") not in (None, "custom"):
-        return {"type": tool["type"]}  # refused in the words that all tools are
-    function = {name: tool.get(name) for name in ("name", "description", "strict")}
-    function["parameters"] = as_object(tool.get("input_schema"), f"{where}.input_schema")
-    return {"type": "function", "function": function}
-
-
-def _tool_choice(choice: dict[str, Any]) -> Object:
-    kind = choice.get("type", "auto")
-    one_at_most = choice.get("disable_parallel_tool_use") is True
-    several: Object = {"parallel_tool_calls": False} if one_at_most else {}
-    if kind == "tool":
-        name = as_text(choice.get("name"), "tool_choice.name")
-        return several | {"tool_choice": {"type": "function", "function": {"name": name}}}
-    if not isinstance(kind, str) or kind not in CHOICES:
-        raise bad_request("tool_choice.type must be auto, any, tool or none.", param="tool_choice")
-    return several | ({"tool_choice": CHOICES[kind]} if choice else {})
-
-
 def _format(asked: CountTokensRequest) -> Object | None:
-    form = (asked.output_config or {}).get("format")
+    form = (asked.output_config or {}).get("format") or asked.output_format
     if form is None:
         return None
     given = as_object(form, "output_config.format")

@@ -14,8 +14,9 @@ from starlette.requests import ClientDisconnect, Request
 from quire.server.errors import ApiError, bad_request, malformed
 from quire.server.live import ClientGoneError
 from quire.server.middleware import adopt_request_id
+from quire.server.neutral import Neutral, asks_for_nothing
 from quire.server.requests import PROMPT_FORMS
-from quire.server.unsupported import NO_EFFECT, UNREAD, refuse_unsupported
+from quire.server.unsupported import IDLE, NO_EFFECT, UNREAD, refuse_unsupported
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -74,16 +75,23 @@ def parse(
     model: type[M],
     body: Mapping[str, object],
     *,
-    unsupported: Mapping[str, tuple[object, ...]] | None = None,
+    unsupported: Mapping[str, Neutral] | None = None,
 ) -> Parsed[M]:
-    """`body` as `model`. Raises a 400 `ApiError` naming the first field that is wrong."""
+    """`body` as `model`, without fields that ask for nothing (`neutral`). Raises a 400 `ApiError` naming the
+    first field that is wrong."""
     declared = model.model_fields.keys()
     refused = {name: value for name, value in (unsupported or {}).items() if name not in declared}
-    refuse_unsupported(body, refused)
+    others = IDLE | refused
+    asked = {
+        name: value
+        for name, value in body.items()
+        if not asks_for_nothing(model, others, name, value)
+    }
+    refuse_unsupported(asked, refused)
     known = (declared | refused.keys() | NO_EFFECT) - UNREAD
-    warnings = warn_of(body, [ignored(name) for name in body if name not in known])
+    warnings = warn_of(body, [ignored(name) for name in asked if name not in known])
     try:
-        request = model.model_validate(body)
+        request = model.model_validate(asked)
     except ValidationError as error:
         details = error.errors(include_url=False, include_input=False, include_context=False)
         raise _explain(details[0], model) from None
@@ -97,7 +105,7 @@ def warn_of(body: Mapping[str, object], idle: Sequence[tuple[str, str]]) -> list
         name, complaint = idle[0]
         raise bad_request(
             f"{complaint}, which this server refuses (--strict-requests). Leave it out.",
-            param=_printable(name),
+            param=printable(name),
         )
     shown = [complaint for _, complaint in idle[:MAX_WARNINGS]]
     if len(idle) > MAX_WARNINGS:
@@ -109,10 +117,10 @@ def ignored(name: str) -> tuple[str, str]:
     """A field that nothing reads, for `warn_of`."""
     if name in UNREAD:
         return name, f"field {name} has no effect"
-    return name, f"unknown field {_printable(name)} was ignored"
+    return name, f"unknown field {printable(name)} was ignored"
 
 
-def _printable(name: str) -> str:
+def printable(name: str) -> str:
     """Fit for a header and a log: ASCII without controls, separators or quotes."""
     return "".join(c if c.isascii() and (c.isalnum() or c in "_-.") else "?" for c in name)[
         :MAX_NAME_CHARS
@@ -137,7 +145,7 @@ def _explain(error: ErrorDetails, model: type[BaseModel]) -> ApiError:
             param=f"body.{name}",
         )
     parts = [
-        _printable(str(part)) for part in location
+        printable(str(part)) for part in location
         if not (isinstance(part, str) and part.partition("[")[0] in _UNION_TAGS)
     ]  # fmt: skip
     path = ".".join(["body", *parts])

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from quire.server.neutral import Neutral
 from quire.server.requests import (
     MAX_MESSAGES,
     MAX_TEMPLATE_KWARGS,
@@ -36,7 +37,9 @@ class DialectFields(DecodingFields):
 
 class ResponsesRequest(DialectFields):
     input: str | Items
-    """A text, or items: messages, function_call, function_call_output, reasoning."""
+    """A text, or items: messages, reasoning, calls and their outputs (of functions, custom tools, shells,
+    patches, MCP servers), item_reference to a stored item. Items about other tools are left out with a
+    warning."""
     instructions: str | None = None
     """A system text for this request only, in front of all."""
     previous_response_id: Name | None = None
@@ -45,16 +48,18 @@ class ResponsesRequest(DialectFields):
     """`max_tokens`."""
     stop: str | Texts | None = None
     tools: Tools | None = None
-    """Of type function: {"type": "function", "name", "description", "parameters", "strict"}."""
+    """Of type function: {"type": "function", "name", "description", "parameters", "strict"}; custom: served
+    as a function with one text, its format is not enforced; namespace: a group of these. Others (web_search,
+    image_generation, local_shell, ...) are left out with a warning."""
     tool_choice: Name | Object | None = None
-    """none, auto, required, {"type": "function", "name": ...} or {"type": "allowed_tools"}."""
+    """none, auto, required, {"type": "function" | "custom", "name": ...} or {"type": "allowed_tools"}."""
     parallel_tool_calls: bool | None = None
     """false: one call at most."""
     text: Object | None = None
     """`format`: {"type": "text" | "json_object" | "json_schema"}."""
     reasoning: Object | None = None
     """`effort`, for templates that know it. Nothing summarises."""
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[Annotated[int, Field(ge=0, le=20)] | None, Neutral(0)] = None
     """Logprobs of each token of the answer, with this many of the likeliest tokens'."""
     include: Annotated[list[Name], Field(fail_fast=True, max_length=64)] | None = None
     """"message.output_text.logprobs"."""
@@ -73,12 +78,15 @@ class ResponsesRequest(DialectFields):
 
 class CountTokensRequest(DialectFields):
     messages: Annotated[list[Object], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
-    """Of roles user, assistant and system; a content is a text, or blocks of type text, thinking, tool_use
-    and tool_result. An assistant's text at the end is gone on with."""
+    """Of roles user, assistant and system; a content is a text, or blocks of type text, thinking, tool_use,
+    tool_result, search_result, and document with a text. What Anthropic's own tools did (server_tool_use,
+    web_search_tool_result, ...) is left out with a warning. An assistant's text at the end is continued."""
     system: str | Items | None = None
-    """A text, or blocks of type text."""
+    """A text, or blocks of type text. Claude Code's x-anthropic-billing-header, which changes at every
+    request, is left out."""
     tools: Tools | None = None
-    """{"name", "description", "input_schema", "strict"}."""
+    """{"name", "description", "input_schema", "strict"}. Tools of other types than custom (bash_20250124,
+    web_search_20250305, ...) are left out with a warning."""
     tool_choice: Object | None = None
     """{"type": "auto" | "any" | "none"} or {"type": "tool", "name": ...}, and
     `disable_parallel_tool_use`."""
@@ -87,6 +95,8 @@ class CountTokensRequest(DialectFields):
     template gets `enable_thinking`."""
     output_config: Object | None = None
     """`effort`, for templates that know it; `format`: {"type": "json_schema", "schema": ...}."""
+    output_format: Object | None = None
+    """An older place of `output_config.format`."""
     cache_control: Object | None = None
     """Taken without effect: every prompt's beginning is cached. So in blocks."""
 

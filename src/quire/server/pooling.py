@@ -23,26 +23,26 @@ from quire.server.generation import (
     warning_headers,
 )
 from quire.server.middleware import STATUS_CLIENT_GONE
+from quire.server.neutral import ONLY_NULL, Neutral
 from quire.server.pooling_schemas import PoolingFields
 from quire.server.prompts import EncodedPrompt, encode_prompt, truncation
 from quire.server.responses import Usage, encode
 from quire.server.state import ServerState
-from quire.server.unsupported import ANY
 from quire.server.usage import UsageMeter
 
 P = TypeVar("P", bound=PoolingFields)
 
-UNSUPPORTED: dict[str, tuple[object, ...]] = {
-    "embed_dtype": ("float32",),
-    "endianness": ("native", "little"),
-    "padding": ("do_not_pad",),
-    "mm_processor_kwargs": ({},),
-    "media_io_kwargs": ({},),
-    "chat_template": ANY,
-    "instruction": ("",),
-    "label_token_ids": ANY,
-    "max_tokens_per_query": (0,),
-    "max_tokens_per_doc": (0,),
+UNSUPPORTED: dict[str, Neutral] = {
+    "embed_dtype": Neutral("float32"),
+    "endianness": Neutral("native", "little"),
+    "padding": Neutral("do_not_pad", False),
+    "mm_processor_kwargs": Neutral({}),
+    "media_io_kwargs": Neutral({}),
+    "chat_template": Neutral(""),
+    "instruction": Neutral(""),
+    "label_token_ids": ONLY_NULL,
+    "max_tokens_per_query": Neutral(0),
+    "max_tokens_per_doc": Neutral(0),
 }
 """Fields of vLLM's pooling endpoints; see `unsupported`."""
 

@@ -7,11 +7,14 @@ from typing import Annotated, Literal
 from msgspec import UNSET, Struct, UnsetType
 from pydantic import Field
 
+from quire.server.neutral import EMPTY_HAS_MEANING
 from quire.server.requests import ChatFields, Name, Prompt, Strict
 from quire.server.responses import Usage, Warnings
 
 Texts = str | Annotated[list[str], Field(fail_fast=True, min_length=1)]
 """How many there may be is the server's limit on prompts."""
+Side = Annotated[Texts | None, EMPTY_HAS_MEANING]
+"""An empty text is a text, with which nothing can be compared."""
 
 
 class PoolingFields(Strict):
@@ -23,7 +26,9 @@ class PoolingFields(Strict):
     truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
     truncation_side: Literal["left", "right"] | None = None
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
-    cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
+    cache_salt: Annotated[
+        Annotated[str, Field(min_length=1, max_length=1024)] | None, EMPTY_HAS_MEANING
+    ] = None
     request_id: Name | None = None
 
 
@@ -56,19 +61,19 @@ class ScoreRequest(PoolingFields):
     """One text against one, one against many, or as many against as many. The two sides have four pairs of
     names in vLLM."""
 
-    text_1: Texts | None = None
+    text_1: Side = None
     """One side, or `data_1`, `queries`."""
-    text_2: Texts | None = None
+    text_2: Side = None
     """The other, or `data_2`, `documents`, `items`."""
-    data_1: Texts | None = None
+    data_1: Side = None
     """`text_1`."""
-    data_2: Texts | None = None
+    data_2: Side = None
     """`text_2`."""
-    queries: Texts | None = None
+    queries: Side = None
     """`text_1`."""
-    documents: Texts | None = None
+    documents: Side = None
     """`text_2`."""
-    items: Texts | None = None
+    items: Side = None
     """`text_2`."""
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from quire.server.billing_header import without_header_messages
 from quire.server.engine_protocol import ServedModel, ServedTokenizer
 from quire.server.errors import bad_request, malformed
 from quire.server.requests import ChatFields
@@ -146,8 +147,9 @@ def render_chat(chat: ChatFields, model: ServedModel) -> str:
             "continue_final_message and add_generation_prompt exclude each other.",
             param="continue_final_message",
         )
+    messages = [message.model_dump(exclude_none=True) for message in chat.messages]
     return template.render(
-        [message.model_dump(exclude_none=True) for message in chat.messages],
+        without_header_messages(messages) or messages,
         add_generation_prompt=add_prompt,
         continue_final_message=continues,
         tools=[tool.model_dump(exclude_none=True) for tool in chat.tools] if chat.tools else None,

@@ -11,11 +11,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from quire.server.neutral import EMPTY_HAS_MEANING, Neutral
+
 MAX_IDS = 1 << 20
 MAX_MESSAGES = 8192
 MAX_CONTENT_PARTS = 1024
 MAX_TEMPLATE_KWARGS = 64
 MAX_TOOLS = 1024
+MAX_CALL_ID = 1 << 16
+"""Some gateways keep the signature of a thought in it."""
 
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True, max_length=MAX_IDS)]
@@ -35,7 +39,7 @@ Prompt = Annotated[
 
 
 class Strict(BaseModel):
-    """Base: JSON types must match, an explicit null counts as absent (see `body`).
+    """Base: JSON types must match, a value that asks for nothing counts as absent (see `neutral`).
 
     docs/api.md is made of these classes: a field's docstring is its text there. One that
     `SamplingParams` has too is explained, and its value checked, there.
@@ -69,7 +73,7 @@ class DecodingFields(Strict):
     ignore_eos: bool | None = None
     min_tokens: int | None = None
     logit_bias: Object | None = None
-    allowed_token_ids: Ints | None = None
+    allowed_token_ids: Annotated[Ints | None, EMPTY_HAS_MEANING] = None
     bad_words: Texts | None = None
     structured_outputs: Object | None = None
     """What the output must match, see [below](#structured-outputs)."""
@@ -88,7 +92,9 @@ class DecodingFields(Strict):
     stream_interval: int | None = None
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
     """Lower runs sooner, with `--scheduling-policy priority`."""
-    cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
+    cache_salt: Annotated[
+        Annotated[str, Field(min_length=1, max_length=1024)] | None, EMPTY_HAS_MEANING
+    ] = None
     """Prompts share cached KV only with the same salt."""
     skip_reading_prefix_cache: bool | None = None
     request_id: Name | None = None
@@ -107,7 +113,7 @@ class SamplingFields(DecodingFields):
     """The top logprobs of each prompt token but the first, with its own; -1 is all. Not with `stream`."""
     prompt_logprob_start: int | None = None
     logprob_token_ids: Ints | None = None
-    response_format: Object | None = None
+    response_format: Annotated[Object | None, Neutral({"type": "text"})] = None
     """OpenAI's way to ask for `structured_outputs`: {"type": "text" | "json_object" | "json_schema"}."""
     best_of: int | None = None
     """Only equal to n: nothing is sampled to be thrown away. With `use_beam_search`, the beam width."""
@@ -116,7 +122,7 @@ class SamplingFields(DecodingFields):
     length_penalty: float | None = None
     """Of a beam search: above 1, longer continuations are preferred. Default: 1."""
     stream_options: StreamOptions | None = None
-    """Needs `stream`."""
+    """Needs `stream`, if it asks for anything."""
     return_token_ids: bool | None = None
     """`token_ids` on each choice, `prompt_token_ids` once."""
     return_tokens_as_token_ids: bool | None = None
@@ -135,7 +141,7 @@ class SamplingFields(DecodingFields):
 class CompletionRequest(SamplingFields):
     prompt: Prompt
     """A text, a list of texts, token ids, or a list of lists of token ids."""
-    logprobs: int | None = None
+    logprobs: Annotated[int | None, Neutral(False)] = None
     echo: bool | None = None
     """The prompt before the answer, and with `logprobs` its tokens' too. `max_tokens` may then be 0."""
 
@@ -146,6 +152,7 @@ class ContentPart(Strict):
     type: Name
     text: str | None = None
     refusal: str | None = None
+    thinking: str | None = None
 
 
 class Message(Strict):
@@ -159,7 +166,7 @@ class Message(Strict):
     ) = None
     name: Name | None = None
     tool_calls: Annotated[list[Any], Field(max_length=1024)] | None = None
-    tool_call_id: Name | None = None
+    tool_call_id: Annotated[str, Field(max_length=MAX_CALL_ID)] | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
     thinking: str | None = None
@@ -174,7 +181,8 @@ class Function(Strict):
 
     model_config = ConfigDict(extra="allow")
 
-    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.:/-]{1,128}$")]
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.:/-]{1,256}$")]
+    """MCP allows 128 characters, and clients put the server's name in front."""
     description: str | None = None
     parameters: dict[str, Any] | None = None
     """A JSON schema of an object; none means any."""
@@ -214,9 +222,9 @@ class ChatFields(Strict):
 class ChatCompletionRequest(ChatFields, SamplingFields):
     max_completion_tokens: int | None = None
     """OpenAI's newer name for `max_tokens`; it wins."""
-    logprobs: bool | None = None
+    logprobs: Annotated[bool | None, Neutral(0)] = None
     """Whether each token's logprob is returned."""
-    top_logprobs: int | None = None
+    top_logprobs: Annotated[int | None, Neutral(0)] = None
     """With `logprobs`: this many of the likeliest tokens' too; -1 is all."""
     tool_choice: Name | dict[str, Any] | None = None
     """none, auto, required, {"type": "function", "function": {"name": ...}} or {"type": "allowed_tools"}."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
 import msgspec
@@ -76,6 +77,27 @@ class ResponseStore:
                 param=param,
             )
         return stored
+
+    def find_items(self, ids: AbstractSet[str], owner: bytes | None) -> dict[str, Item]:
+        """Items of inputs and outputs, by id; of those with the same id the newest. Raises a 404 `ApiError`
+        for one that is not there."""
+        found: dict[str, Item] = {}
+        for stored in reversed(self._stored.values()):
+            if len(found) == len(ids):
+                break
+            if stored.owner == owner:
+                for item in reversed(stored.conversation):
+                    name = item.get("id")
+                    if isinstance(name, str) and name in ids:
+                        found.setdefault(name, item)
+        for name in sorted(ids - found.keys()):
+            raise ApiError(
+                404,
+                f"There is no item {name[:64]!r} in a stored response. Send the item itself, or set store to "
+                "true in the request whose answer it is from.",
+                param="input",
+            )
+        return found
 
     def remove(self, response_id: str) -> None:
         """Forget it, and end what is in flight: nobody could ask for it."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 from collections.abc import AsyncGenerator, MutableMapping, Sequence
 from contextlib import aclosing
 from typing import Any
@@ -16,16 +15,7 @@ from quire.server import unsupported
 from quire.server.body import ignored, parse, read_json, warn_of
 from quire.server.chat import StartedChat, encode_chat, start_chat
 from quire.server.dialect_schemas import ResponsesRequest
-from quire.server.dialects import (
-    INSTRUCTIONS,
-    Turns,
-    as_object,
-    as_text,
-    renaming,
-    texts,
-    to_chat,
-    wrong,
-)
+from quire.server.dialects import INSTRUCTIONS, Turns, as_object, renaming, to_chat
 from quire.server.engine_protocol import ServedModel
 from quire.server.errors import bad_request, to_api_error
 from quire.server.generation import (
@@ -42,12 +32,12 @@ from quire.server.requests import ChatCompletionRequest
 from quire.server.response_store import Item, ResponseStore, StoredResponse
 from quire.server.responses import encode
 from quire.server.responses_encoder import ResponsesEncoder
+from quire.server.responses_input import add_items, read_input
+from quire.server.responses_tools import ToolSet
 from quire.server.sse import Ending
 from quire.server.state import ServerState
+from quire.server.unsupported import IDLE
 
-ROLES = ("user", "assistant", "system", "developer")
-TEXT_PARTS = {"input_text": "text", "output_text": "text", "text": "text", "refusal": "refusal"}
-REASONING_PARTS = {"reasoning_text": "text", "summary_text": "text"}
 SHOW_LOGPROBS = "message.output_text.logprobs"
 NAMES = {
     "messages": "input",
@@ -69,7 +59,7 @@ def responses_router(state: ServerState) -> APIRouter:
     @router.post("/v1/responses", openapi_extra=request_body(ResponsesRequest))
     async def create_response(request: Request) -> Response:
         """Answer an input, or go on with a response, in OpenAI's newer shape."""
-        asked, items, chat_request, warnings = await read(request)
+        asked, items, tools, chat_request, warnings = await read(request)
         model = state.serving_engine().model
         frame = Frame.make("resp", model, warnings, separator="_")
         with renaming(_names(asked)):
@@ -80,6 +70,7 @@ def responses_router(state: ServerState) -> APIRouter:
             asked,
             chat,
             model,
+            offers=tools.offers,
             logprobs=chat_request.logprobs is True,
             on_change=store.update,
         )
@@ -109,7 +100,7 @@ def responses_router(state: ServerState) -> APIRouter:
     @router.post("/v1/responses/input_tokens", openapi_extra=request_body(ResponsesRequest))
     async def count_input_tokens(request: Request) -> Response:
         """How many tokens the input of such a response has."""
-        asked, _, chat_request, warnings = await read(request)
+        asked, _, _, chat_request, warnings = await read(request)
         with renaming(_names(asked)):
             prompt = await encode_chat(chat_request, state.loaded_engine().model)
         count = len(prompt.token_ids)
@@ -117,32 +108,34 @@ def responses_router(state: ServerState) -> APIRouter:
 
     async def read(
         request: Request,
-    ) -> tuple[ResponsesRequest, Sequence[Item], ChatCompletionRequest, list[str]]:
-        """What is asked, all of its input, that as a chat completion, and warnings."""
+    ) -> tuple[ResponsesRequest, Sequence[Item], ToolSet, ChatCompletionRequest, list[str]]:
+        """What is asked, all of its input, its tools, that as a chat completion, and warnings."""
         model = state.serving_engine().model
         body = await read_json(request)
         parsed = parse(ResponsesRequest, body, unsupported=unsupported.RESPONSES)
         asked = parsed.request
         check_model(asked.model, model)
         _check_modes(asked)
+        owner = owner_of(request.scope)
         before: list[Item] = []
         if asked.previous_response_id is not None:
-            previous = store.get(
-                asked.previous_response_id, owner_of(request.scope), param="previous_response_id"
-            )
+            previous = store.get(asked.previous_response_id, owner, param="previous_response_id")
             if previous.in_flight:
                 raise bad_request(
                     "The response is still in progress.", param="previous_response_id"
                 )
             before = previous.conversation
-        own = _with_ids(asked.input)
+        own = read_input(asked.input, store, owner)
+        turns, tools = Turns(), ToolSet.read(asked.tools or ())
+        if asked.instructions:
+            turns.say("system", [asked.instructions])
+        add_items(turns, before, start=-len(before))
+        idle = [*add_items(turns, own), *tools.idle]
         with renaming(_names(asked)):
-            chat_request = _to_chat(asked, before, own, model)
-        idle = [f"text.{name}" for name in _given(asked.text) if name != "format"]
-        idle += [f"reasoning.{name}" for name in _given(asked.reasoning) if name != "effort"]
-        idle += [f"include.{name}" for name in asked.include or () if name != SHOW_LOGPROBS]
-        warnings = [*parsed.warnings, *warn_of(body, [ignored(name) for name in idle])]
-        return asked, [*before, *own], chat_request, warnings
+            chat_request = _to_chat(asked, turns, tools)
+        idle += [ignored(name) for name in _unread(asked)]
+        warnings = [*parsed.warnings, *warn_of(body, idle)]
+        return asked, [*before, *own], tools, chat_request, warnings
 
     def stored(request: Request, response_id: str) -> StoredResponse:
         return store.get(response_id, owner_of(request.scope), param="response_id")
@@ -201,23 +194,23 @@ def _given(fields: dict[str, Any] | None) -> dict[str, Any]:
 # --- into a chat completion -----------------------------------------------------------------------
 
 
-def _with_ids(given: str | list[dict[str, Any]]) -> list[Item]:
-    """The input as items, each with an id for whoever lists them."""
-    items = [{"role": "user", "content": given}] if isinstance(given, str) else given
-    return [item | {"id": item.get("id") or f"item_{secrets.token_hex(16)}"} for item in items]
+def _unread(asked: ResponsesRequest) -> list[str]:
+    """What inside of fields has no effect."""
+    text, reasoning = _given(asked.text), _given(asked.reasoning)
+    told = [
+        f"text.{name}"
+        for name in text
+        if name != "format" and not (name == "verbosity" and IDLE[name].holds(text[name]))
+    ]
+    told += [f"reasoning.{name}" for name in reasoning if name != "effort"]
+    return told + [f"include.{name}" for name in asked.include or () if name != SHOW_LOGPROBS]
 
 
-def _to_chat(
-    asked: ResponsesRequest, before: Sequence[Item], own: Sequence[Item], model: ServedModel
-) -> ChatCompletionRequest:
-    turns = Turns()
-    if asked.instructions:
-        turns.say("system", [asked.instructions])
-    for index, item in enumerate([*before, *own], start=-len(before)):
-        _add_item(turns, item, f"input[{index}]")
+def _to_chat(asked: ResponsesRequest, turns: Turns, tools: ToolSet) -> ChatCompletionRequest:
     fields = {
         "messages": turns.messages,
-        "tools": [_tool(tool) for tool in asked.tools or ()] or None,
+        "tools": tools.functions or None,
+        "tool_choice": tools.choice(asked.tool_choice),
         "response_format": _response_format(asked.text),
         "reasoning_effort": _given(asked.reasoning).get("effort"),
         "max_completion_tokens": asked.max_output_tokens,
@@ -225,41 +218,11 @@ def _to_chat(
         **{
             name: getattr(asked, name)
             for name in (
-                "stop", "tool_choice", "parallel_tool_calls", "top_logprobs", "chat_template_kwargs",
+                "stop", "parallel_tool_calls", "top_logprobs", "chat_template_kwargs",
             )
         },
     }  # fmt: skip
     return to_chat(asked, fields)
-
-
-def _add_item(turns: Turns, item: Item, where: str) -> None:
-    kind = item.get("type") or ("message" if "role" in item else None)
-    if kind == "message":
-        role = item.get("role")
-        if not isinstance(role, str) or role not in ROLES:
-            raise wrong(f"{where}.role", f"must be one of {', '.join(ROLES)}")
-        turns.say(role, texts(item.get("content"), f"{where}.content", TEXT_PARTS))
-    elif kind == "reasoning":
-        part = "content" if item.get("content") else "summary"
-        thoughts = texts(item.get(part) or [], f"{where}.{part}", REASONING_PARTS)
-        if thoughts:
-            turns.think("\n".join(thoughts))
-    elif kind == "function_call":
-        names = ("call_id", "name", "arguments")
-        turns.call(*(as_text(item.get(name), f"{where}.{name}") for name in names))
-    elif kind == "function_call_output":
-        said = texts(item.get("output"), f"{where}.output", TEXT_PARTS)
-        turns.result(as_text(item.get("call_id"), f"{where}.call_id"), said)
-    else:
-        raise bad_request(
-            f"{where} has type {str(kind)[:40]!r}, which is not supported.", param="input"
-        )
-
-
-def _tool(tool: dict[str, Any]) -> dict[str, object]:
-    if tool.get("type") != "function":
-        return {"type": tool.get("type")}  # refused in the words that all tools are
-    return {"type": "function", "function": {k: v for k, v in tool.items() if k != "type"}}
 
 
 def _response_format(text: dict[str, Any] | None) -> dict[str, object] | None:

@@ -8,7 +8,7 @@ output_item.done; in the end response.completed, incomplete or failed, with all 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from quire.outputs import CompletionOutput, RequestOutput
@@ -20,6 +20,7 @@ from quire.server.errors import ApiError
 from quire.server.live import ClientGoneError
 from quire.server.logprobs import LogprobFormatter
 from quire.server.responses import TokenLogprob, encode
+from quire.server.responses_tools import Offer, custom_input
 from quire.server.sse import named_event
 from quire.server.usage import UsageMeter
 
@@ -37,11 +38,14 @@ class ResponsesEncoder:
         chat: StartedChat,
         model: ServedModel,
         *,
+        offers: Mapping[str, Offer],
         logprobs: bool,
         on_change: Callable[[str, Object], None],
     ) -> None:
-        """on_change: told the id and the response whenever its status is another."""
+        """offers: the tools by the names that the model knows. on_change: told the id and the response
+        whenever its status is another."""
         self.frame = chat.frame
+        self._offers = offers
         self._on_change = on_change
         self._pieces = Pieces(chat.reader)
         self._reader = chat.reader
@@ -55,6 +59,8 @@ class ResponsesEncoder:
         """Of tokens that no text has shown yet; as in chat completions, of all tokens."""
         self._told: list[TokenLogprob] = []
         """Of the piece that is open."""
+        self._input = ""
+        """Of the piece that is open, if it is a call of a custom tool."""
         self._items: list[Object] = []
         self._num_events = 0
         self._finish_reason: str | None = None
@@ -160,7 +166,7 @@ class ResponsesEncoder:
         return self._closed(piece, by_end=change.by_end)
 
     def _opened(self, piece: Piece) -> bytes:
-        self._told = []
+        self._told, self._input = [], ""
         item = self._item(piece, "in_progress")
         if piece.kind != "call":
             item["content"] = []
@@ -172,6 +178,8 @@ class ResponsesEncoder:
         )
 
     def _extended(self, piece: Piece, text: str) -> bytes:
+        if self._offer(piece).custom:
+            return self._more_input(piece, custom_input(piece.text))
         if piece.kind == "call":
             return self._piece_event("response.function_call_arguments.delta", piece, delta=text)
         if piece.kind == "reasoning":
@@ -182,44 +190,80 @@ class ResponsesEncoder:
             "response.output_text.delta", piece, delta=text, logprobs=_without_bytes(new)
         )
 
+    def _more_input(self, piece: Piece, text: str | None) -> bytes:
+        """The delta to `text`, which begins with what there was; if it does not, there is none."""
+        if text is None or text == self._input or not text.startswith(self._input):
+            return b""
+        delta, self._input = text[len(self._input) :], text
+        return self._piece_event("response.custom_tool_call_input.delta", piece, delta=delta)
+
     def _closed(self, piece: Piece, *, by_end: bool) -> bytes:
         cut = by_end and self._finish_reason not in ("stop", "repetition")
+        done = self._done(piece, by_end=by_end)
         item = self._item(piece, "incomplete" if cut else "completed")
+        self._items.append(item)
+        return done + self._event("response.output_item.done", output_index=piece.index, item=item)
+
+    def _done(self, piece: Piece, *, by_end: bool) -> bytes:
+        """What comes before the item as a whole."""
+        if self._offer(piece).custom:
+            text = custom_input(piece.text)
+            rest = self._more_input(piece, piece.text if text is None else text)
+            return rest + self._piece_event(
+                "response.custom_tool_call_input.done", piece, input=self._input
+            )
         if piece.kind == "call":
-            done = self._piece_event(
+            return self._piece_event(
                 "response.function_call_arguments.done", piece, arguments=piece.text
             )
-        elif piece.kind == "reasoning":
+        if piece.kind == "reasoning":
             done = self._piece_event("response.reasoning_text.done", piece, text=piece.text)
         else:
             self._told += self._untold if by_end else []
-            item = self._item(piece, str(item["status"]))
             done = self._piece_event(
                 "response.output_text.done",
                 piece,
                 text=piece.text,
                 logprobs=_without_bytes(self._told),
             )
-        if piece.kind != "call":
-            done += self._piece_event(
-                "response.content_part.done", piece, part=self._content(piece)
-            )
-        self._items.append(item)
-        return done + self._event("response.output_item.done", output_index=piece.index, item=item)
+        return done + self._piece_event(
+            "response.content_part.done", piece, part=self._content(piece)
+        )
+
+    def _offer(self, piece: Piece) -> Offer:
+        """The tool that a call is of."""
+        return self._offers.get(piece.name) or Offer(piece.name)
+
+    def _item_id(self, piece: Piece) -> str:
+        return ("ctc_" if self._offer(piece).custom else ID_PREFIXES[piece.kind]) + piece.id
 
     def _item(self, piece: Piece, status: str) -> Object:
-        common: Object = {"id": _id(piece), "status": status}
         if piece.kind == "call":
-            return common | {
-                "type": "function_call",
-                "call_id": piece.call_id,
-                "name": piece.name,
-                "arguments": piece.text,
-            }
+            return self._call(piece, status)
+        common: Object = {"id": self._item_id(piece), "status": status}
         content = [self._content(piece)]
         if piece.kind == "reasoning":
             return common | {"type": "reasoning", "summary": [], "content": content}
         return common | {"type": "message", "role": "assistant", "content": content}
+
+    def _call(self, piece: Piece, status: str) -> Object:
+        """Custom calls have no status."""
+        offer = self._offer(piece)
+        call: Object = {"call_id": piece.call_id, "name": offer.name}
+        if offer.namespace is not None:
+            call["namespace"] = offer.namespace
+        if offer.custom:
+            return call | {
+                "id": self._item_id(piece),
+                "type": "custom_tool_call",
+                "input": self._input,
+            }
+        return call | {
+            "id": self._item_id(piece),
+            "status": status,
+            "type": "function_call",
+            "arguments": piece.text,
+        }
 
     def _content(self, piece: Piece) -> Object:
         if piece.kind == "reasoning":
@@ -234,16 +278,13 @@ class ResponsesEncoder:
     def _piece_event(self, name: str, piece: Piece, **fields: object) -> bytes:
         if piece.kind != "call":
             fields["content_index"] = 0
-        return self._event(name, item_id=_id(piece), output_index=piece.index, **fields)
+        item = self._item_id(piece)
+        return self._event(name, item_id=item, output_index=piece.index, **fields)
 
     def _event(self, name: str, **fields: object) -> bytes:
         number = self._num_events
         self._num_events += 1
         return named_event(name, encode({"type": name, "sequence_number": number} | fields))
-
-
-def _id(piece: Piece) -> str:
-    return ID_PREFIXES[piece.kind] + piece.id
 
 
 def _without_bytes(logprobs: Sequence[TokenLogprob]) -> list[Object]:

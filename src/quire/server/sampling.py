@@ -108,9 +108,10 @@ def _params(
         values["prompt_logprobs"] = echoed_logprobs
     if request.logit_bias:
         values["logit_bias"] = {_token_id(key): bias for key, bias in request.logit_bias.items()}
-    if request.repetition_detection:
+    repetition = _given(request.repetition_detection or {})
+    if repetition:
         values["repetition_detection"] = _struct(
-            RepetitionDetectionParams, request.repetition_detection, "repetition_detection"
+            RepetitionDetectionParams, repetition, "repetition_detection"
         )
     values["structured_outputs"] = _structured_outputs(request)
     values["max_tokens"] = max_tokens
@@ -123,7 +124,8 @@ def _params(
 
 def _check_combinations(request: SamplingFields, logprobs: int | None) -> None:
     """What only HTTP has; rules of the values themselves are `SamplingParams`' and the engine's."""
-    if request.stream_options is not None and not request.stream:
+    options = request.stream_options
+    if options and not request.stream and any(options.model_dump().values()):
         raise bad_request("stream_options needs stream: true.", param="stream_options")
     if request.prompt_logprobs is not None and request.stream:
         raise bad_request(
@@ -141,15 +143,17 @@ def _check_combinations(request: SamplingFields, logprobs: int | None) -> None:
 
 def _structured_outputs(request: SamplingFields) -> StructuredOutputsParams | None:
     wanted = None
-    if request.response_format is not None:
-        wanted = response_format.parse(request.response_format)
-    if request.structured_outputs:
+    form = _given(request.response_format or {})
+    if form:
+        wanted = response_format.parse(form)
+    given = _given(request.structured_outputs or {})
+    if given:
         if wanted is not None:
             raise bad_request(
                 "response_format and structured_outputs exclude each other.",
                 param="response_format",
             )
-        wanted = _struct(StructuredOutputsParams, request.structured_outputs, "structured_outputs")
+        wanted = _struct(StructuredOutputsParams, given, "structured_outputs")
     try:
         msgspec.msgpack.encode(wanted)
     except OverflowError:  # in a schema there may be anything
@@ -160,18 +164,21 @@ def _structured_outputs(request: SamplingFields) -> StructuredOutputsParams | No
 
 
 def _struct(kind: type[S], given: Mapping[str, object], param: str) -> S:
-    """`given` as a struct, strictly: a misspelt key is an error here, not a default."""
-    values = {name: value for name, value in given.items() if value is not None}
+    """`given`, which has no nulls, as a struct, strictly: a misspelt key is an error, not a default."""
     known = kind.__struct_fields__
-    for name in values:
+    for name in given:
         if name not in known:
             raise bad_request(
                 f"{param} has no {name[:64]}; it takes {', '.join(known)}.", param=param
             )
     try:
-        return msgspec.convert(values, kind)
+        return msgspec.convert(given, kind)
     except msgspec.ValidationError as error:
         raise bad_request(f"{param}: {error}", param=param) from None
+
+
+def _given(fields: Mapping[str, object]) -> dict[str, object]:
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def _token_id(key: str) -> int:

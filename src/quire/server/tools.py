@@ -110,13 +110,14 @@ def _functions(tools: Sequence[Tool]) -> dict[str, tuple[dict[str, object], bool
             )
         function = tool.function
         schema = function.parameters or {}
-        if schema.get("type", "object") != "object":
+        kind = schema.get("type") or "object"
+        if kind != "object" and not (isinstance(kind, list) and "object" in kind):
             raise bad_request(
                 f"tools[{index}].function.parameters must be a schema of an object.", param="tools"
             )
         if function.name in found:
             raise bad_request(f"tools has {function.name} twice.", param="tools")
-        found[function.name] = (ANY_ARGUMENTS | schema, function.strict is True)
+        found[function.name] = (schema | ANY_ARGUMENTS, function.strict is True)
     return found
 
 

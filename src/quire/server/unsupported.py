@@ -2,7 +2,7 @@
 
 Ignoring one would answer a question nobody asked: text that was to follow a schema and does not. So a
 value that would have changed the output is refused by name; the neutral values that clients send by
-habit pass. A field that a request model declares is served there, and nothing here applies to it.
+habit pass (`neutral`). A field that a request model declares is served there, and nothing here applies to it.
 """
 
 from __future__ import annotations
@@ -10,50 +10,54 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from quire.server.errors import ApiError, bad_request
+from quire.server.neutral import ONLY_NULL, Neutral
 
-ANY: tuple[object, ...] = ()
-"""No neutral value but null."""
-
-_BOTH: dict[str, tuple[object, ...]] = {
-    "guided_json": ANY,
-    "guided_regex": ANY,
-    "guided_choice": ([],),
-    "guided_grammar": ANY,
-    "guided_decoding_backend": ANY,
-    "guided_whitespace_pattern": ANY,
-    "structural_tag": ANY,
-    "prompt_logprob_token_ids": ([],),
-    "use_beam_search": (False,),
-    "length_penalty": (1, 1.0),
-    "logits_processors": ([],),
-    "kv_transfer_params": ({},),
-    "ec_transfer_params": ({},),
-    "mm_processor_kwargs": ({},),
-    "media_io_kwargs": ({},),
-    "moderation": ANY,
+_BOTH: dict[str, Neutral] = {
+    "guided_json": ONLY_NULL,
+    "guided_regex": Neutral(""),
+    "guided_choice": Neutral([]),
+    "guided_grammar": Neutral(""),
+    "guided_decoding_backend": Neutral("", "auto"),
+    "guided_whitespace_pattern": Neutral(""),
+    "structural_tag": Neutral(""),
+    "prompt_logprob_token_ids": Neutral([]),
+    "use_beam_search": Neutral(False),
+    "length_penalty": Neutral(1, 1.0),
+    "logits_processors": Neutral([]),
+    "kv_transfer_params": Neutral({}),
+    "ec_transfer_params": Neutral({}),
+    "mm_processor_kwargs": Neutral({}),
+    "media_io_kwargs": Neutral({}),
+    "moderation": ONLY_NULL,
 }
-COMPLETION = _BOTH | {"suffix": ("",), "prompt_embeds": ([], "")}
+COMPLETION = _BOTH | {"suffix": Neutral(""), "prompt_embeds": Neutral([], "")}
 CHAT = _BOTH | {
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "chat_template": ANY,
-    "echo": (False,),
-    "audio": ANY,
-    "modalities": (["text"],),
-    "prediction": ANY,
-    "web_search_options": ANY,
+    "functions": Neutral([]),
+    "function_call": Neutral("", "none", "auto"),
+    "chat_template": Neutral(""),
+    "echo": Neutral(False),
+    "audio": ONLY_NULL,
+    "modalities": Neutral([], ["text"]),
+    "prediction": ONLY_NULL,
+    "web_search_options": ONLY_NULL,
 }
 
 RESPONSES = _BOTH | {
-    "conversation": ANY,
-    "prompt": ANY,
-    "context_management": ([],),
-    "n": (1,),
-    "messages": ANY,
-    "max_tokens": ANY,
-    "response_format": ANY,
+    "conversation": Neutral(""),
+    "prompt": ONLY_NULL,
+    "context_management": Neutral([]),
+    "n": Neutral(1),
+    "messages": ONLY_NULL,
+    "max_tokens": ONLY_NULL,
+    "response_format": Neutral({"type": "text"}),
 }
-MESSAGES = _BOTH | {"n": (1,), "mcp_servers": ([],), "container": ANY, "stop": ANY}
+MESSAGES = _BOTH | {
+    "n": Neutral(1),
+    "mcp_servers": Neutral([]),
+    "container": Neutral(""),
+    "stop": Neutral("", []),
+}
+"""Field -> its neutral values. With any other it is refused."""
 
 _RENAMED = 'vLLM removed it; use structured_outputs: {{"{}": ...}}.'
 WHY: dict[str, str] = {
@@ -78,28 +82,30 @@ WHY: dict[str, str] = {
 NO_EFFECT = frozenset(
     {
         "user", "session_id", "metadata", "store", "service_tier", "safety_identifier",
-        "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention",
+        "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "client_metadata",
+        "betas", "diagnostics", "user_profile_id", "workspace_id",
     }
 )  # fmt: skip
 """Fields that are about a provider's accounts, or only matter with others that are refused. They pass
 without a word, also under --strict-requests: clients send them to every server."""
 
-UNREAD = frozenset({"vllm_xargs", "verbosity"})
-"""Fields that would mean something elsewhere. They pass with a warning, or not at all."""
+IDLE: dict[str, Neutral] = {
+    "vllm_xargs": Neutral({}),
+    "verbosity": Neutral("", "medium"),
+    "context_management": Neutral({}, {"edits": []}),
+    "speed": Neutral("standard"),
+}
+"""Field that would mean something elsewhere -> its neutral values. With others it passes with a warning."""
+UNREAD = frozenset(IDLE)
 
 
-def refuse_unsupported(body: Mapping[str, object], table: Mapping[str, tuple[object, ...]]) -> None:
-    """Raise a 400 `ApiError` naming the first field whose value cannot be honoured."""
+def refuse_unsupported(body: Mapping[str, object], table: Mapping[str, Neutral]) -> None:
+    """Raise a 400 `ApiError` naming the first field of `table`. `body` is without neutral values."""
     for name in body:
-        if name in table and not any(_same(body[name], neutral) for neutral in table[name]):
+        if name in table:
             raise refusal(name)
 
 
 def refusal(name: str) -> ApiError:
     reason = WHY.get(name, "ignoring it would change the answer. Leave it out.")
     return bad_request(f"{name} is not supported: {reason}", param=name)
-
-
-def _same(value: object, neutral: object) -> bool:
-    """Equal, and of the same type: True is not 1, but 1 is 1.0 only where the table says so."""
-    return type(value) is type(neutral) and value == neutral
