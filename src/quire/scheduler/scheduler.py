@@ -13,11 +13,13 @@ and a token that is being sampled is in the list as *pending*, its id not known 
 waits until it is known: sharing the block it fills, and ending the request with it. If it turns out to
 have been the last token, the row planned after it was in vain, and its result is discarded.
 
-Three rules keep it fair and free of deadlock:
+Four rules keep it fair and free of deadlock (docs/adr/0002-one-order.md):
 
 * One order (the policy's) decides everything: who is admitted first, who gets budget first, and,
   read backwards, who is preempted. So the first of the running requests always advances.
-* Every running request is sure of one token of budget per step, whatever stands before it.
+* Every running request is sure of a quantum of budget per step, whatever stands before it, and so is the
+  head of the queue. What is left after that goes in order.
+* A waiting request does not compute what one before it is about to compute. It waits and finds it.
 * A waiting request is admitted only if all its known tokens fit beside what the running ones still
   need. Preemption is left for what nobody could know: how long outputs become.
 """
@@ -154,11 +156,11 @@ class Scheduler:
         return self._capped(request.num_tokens - request.num_computed_tokens)
 
     def _quantum(self, wanted: list[int]) -> int:
-        """Tokens that a running request, or the head of the queue, is sure of in this step if it wants as many.
+        """Tokens that a running request, or the head of the queue, is sure of if it wants as many.
 
-        A quarter of the budget, less one token for each request that wants no more, is divided equally. It is
-        shared by the head of the queue and all who want more than one token but one of them: the first gets
-        the other three quarters anyway. What somebody does not want of his share is shared by the others.
+        It is an equal part of a quarter of the budget that single tokens leave. There are as many parts as
+        requests that want more than one token. The first of those needs none, as it gets the other three
+        quarters; its part is the queue's. What a request does not want is divided among the others.
         """
         counts = sorted(wanted)
         prompts = counts[bisect_right(counts, 1) :]
