@@ -52,8 +52,8 @@ def exposure(listener: socket.socket, config: ServerConfig, keys: Sequence[str])
     admin = ", use the admin endpoints" if config.enable_admin_endpoints else ""
     return (
         f"the server listens beyond this machine, on {where}, without an API key: whoever reaches it may send "
-        f"requests{admin} and read /metrics. To serve this machine alone, set --host 127.0.0.1. To require a "
-        f"key, set --api-key or {ENVIRONMENT[0]} (probes and /metrics need none)."
+        f"requests{admin} and read /metrics. To serve this machine alone, set --host 127.0.0.1. To require "
+        f"a key, set --api-key or {ENVIRONMENT[0]} (probes and /metrics need none)."
     )
 
 
