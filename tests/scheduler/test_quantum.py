@@ -226,6 +226,13 @@ def test_what_a_running_prompt_is_computing_is_waited_for_not_computed_twice() -
     assert {engine.admitted[request_id] for request_id in ids[1:]} == {engine.sampled[ids[0]] + 1}
 
 
+def test_nor_is_what_one_admitted_in_the_same_step_is_computing() -> None:
+    engine = Engine(threshold=512)
+    first, _ = (engine.add(prompt)[0] for prompt in document(2))
+    engine.step(2)
+    assert set(engine.admitted) == {first}
+
+
 def test_it_is_waited_for_no_longer_than_what_is_common() -> None:
     engine = Engine()
     engine.add(list(range(LONG)))

@@ -32,6 +32,7 @@ def needs_token_before_next(message: AddRequest) -> bool:
 
 class SchedulerMachine(RuleBasedStateMachine):
     max_in_flight = 1
+    max_model_len = 24
 
     @initialize(
         block_size=st.sampled_from([1, 2, 4]),
@@ -48,7 +49,6 @@ class SchedulerMachine(RuleBasedStateMachine):
         self, block_size, spare_blocks, max_num_seqs, extra_budget, caching, policy, chunked,
         threshold, watermark,
     ):  # fmt: skip
-        self.max_model_len = 24
         num_blocks = 1 + -(-self.max_model_len // block_size) + spare_blocks
         budget = max_num_seqs + extra_budget
         if not chunked:
@@ -82,6 +82,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.prompts: list[list[int]] = []
         self.deferred: set[int] = set()
 
+    def fresh_prompts(self):
+        return st.lists(st.integers(0, 1), min_size=1, max_size=self.max_model_len - 1)
+
     @rule(
         data=st.data(),
         priority=st.integers(-2, 2),
@@ -91,8 +94,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         min_tokens=st.integers(0, 3),
     )
     def add(self, data, priority, n, salt, ignore_eos, min_tokens):
-        fresh = st.lists(st.integers(0, 1), min_size=1, max_size=self.max_model_len - 1)
-        known = [fresh] + ([st.sampled_from(self.prompts)] if self.prompts else [])
+        known = [self.fresh_prompts()] + ([st.sampled_from(self.prompts)] if self.prompts else [])
         prompt = data.draw(st.one_of(known))
         self.prompts.append(prompt)
         max_tokens = data.draw(st.integers(1, self.max_model_len - len(prompt)))
@@ -315,9 +317,21 @@ class DeeperMachine(SchedulerMachine):
     max_in_flight = 3
 
 
+class LongPromptMachine(OverlappedMachine):
+    """Prompts of many steps, most of which have nothing in common."""
+
+    max_model_len = 160
+
+    def fresh_prompts(self):
+        length = st.integers(1, self.max_model_len - 30)
+        return st.builds(lambda token, length: [token] * length, st.integers(0, 50), length)
+
+
 TestScheduler = SchedulerMachine.TestCase
 TestOverlapped = OverlappedMachine.TestCase
 TestDeeper = DeeperMachine.TestCase
+TestLongPrompts = LongPromptMachine.TestCase
 TestScheduler.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
 TestOverlapped.settings = TestScheduler.settings
+TestLongPrompts.settings = settings(TestScheduler.settings, max_examples=50)
 TestDeeper.settings = settings(TestScheduler.settings, max_examples=30)

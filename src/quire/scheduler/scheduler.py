@@ -183,7 +183,8 @@ class Scheduler:
         budget: int,
         quantum: int,
     ) -> None:
-        """Divide the budget, preempting from the end of the order for blocks."""
+        """Divide the budget, preempting from the end of the order for blocks. What was meant for a victim
+        stays unused."""
         spare = budget - sum(wanted) + sum(count - quantum for count in wanted if count > quantum)
         assert spare >= 0
         for request, count in zip(running, wanted, strict=True):
@@ -198,7 +199,6 @@ class Scheduler:
                 self._preempt(victim)
                 if victim is request:
                     break
-                spare += min(wanted[len(self.running)], quantum)
                 growth = self.kv.grow(request.request_id, request.num_computed_tokens + count)
             if growth is not None:
                 self._plan_row(plan, request, count, growth.block_ids)

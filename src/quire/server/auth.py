@@ -51,9 +51,9 @@ def exposure(listener: socket.socket, config: ServerConfig, keys: Sequence[str])
     where = f"{shown}:{port}" + (" (every interface)" if address.is_unspecified else "")
     admin = ", use the admin endpoints" if config.enable_admin_endpoints else ""
     return (
-        f"the server listens beyond this machine, on {where}, without an API key: whoever reaches it may send "
-        f"requests{admin} and read /metrics. To serve this machine alone, set --host 127.0.0.1. To require "
-        f"a key, set --api-key or {ENVIRONMENT[0]} (probes and /metrics need none)."
+        f"the server listens beyond this machine, on {where}, without an API key: whoever reaches it may "
+        f"send requests{admin} and read /metrics. To serve this machine alone, set --host 127.0.0.1. To "
+        f"require a key, set --api-key or {ENVIRONMENT[0]} (probes and /metrics need none)."
     )
 
 
