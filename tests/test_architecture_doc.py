@@ -224,7 +224,7 @@ class Story:
         ]
         result = StepResult(step_id=plan.step_id, sampled=sampled)
         updates = {u.request_id: u for u in scheduler.update(plan, result)}
-        for row in plan.rows:
+        for row in sorted(plan.rows, key=lambda row: row.request_id):
             update = updates.get(row.request_id)
             note = self.note(plan, row.request_id)
             if update is not None:
@@ -288,6 +288,16 @@ def burst() -> Story:
     return story
 
 
+def quantum() -> Story:
+    story = Story(num_blocks=20, budget=32, max_model_len=128)
+    text = list(range(78))
+    story.add("A", text, max_tokens=2)
+    story.step()
+    story.add("B", list(range(900, 906)), max_tokens=2)
+    story.add("C", [*text[:48], 930, 931, 932], max_tokens=2)
+    return story.run()
+
+
 def preemption() -> Story:
     story = Story(num_blocks=6, budget=64)
     story.add("A", list(range(31)), max_tokens=4)
@@ -295,7 +305,9 @@ def preemption() -> Story:
     return story.run()
 
 
-@pytest.mark.parametrize("tell", [life, fork, burst, preemption], ids=lambda tell: tell.__name__)
+@pytest.mark.parametrize(
+    "tell", [life, fork, burst, preemption, quantum], ids=lambda tell: tell.__name__
+)
 def test_the_numbers_are_what_the_scheduler_does(tell: Callable[[], Story]) -> None:
     pattern = rf"^<!-- {tell.__name__} -->\n```text\n(.*?)^```$"
     (shown,) = re.findall(pattern, PAGE.read_text(encoding="utf-8"), re.M | re.S)

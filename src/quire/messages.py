@@ -30,7 +30,7 @@ class WaitReason(str, Enum):
     CAPACITY = "capacity"
     """No free blocks, no sequence slot, or no token budget left for it."""
     DEFERRED = "deferred"
-    """It waits for something on purpose: a sibling that is computing their common prompt, a token that
+    """It waits for something on purpose: a request that is computing the prompt both begin with, a token that
     was being sampled when it was preempted, or its grammar, which is being compiled."""
 
 

@@ -9,9 +9,17 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from quire.engine.core import EngineCore
 from quire.kvcache import KVCacheManager
-from quire.messages import AbortRequests, AddRequest, FinishReason, ResetPrefixCache, StepOutputs
+from quire.messages import (
+    AbortRequests,
+    AddRequest,
+    FinishReason,
+    ResetPrefixCache,
+    StepOutputs,
+    WaitReason,
+)
 from quire.sampling_params import SamplingParams
 from quire.scheduler import Scheduler, SchedulerLimits
+from quire.scheduler.request import RequestStatus
 from tests.scheduler.fake_executor import CheckingExecutor, expected_output
 
 EOS = 7
@@ -24,6 +32,7 @@ def needs_token_before_next(message: AddRequest) -> bool:
 
 class SchedulerMachine(RuleBasedStateMachine):
     max_in_flight = 1
+    max_model_len = 24
 
     @initialize(
         block_size=st.sampled_from([1, 2, 4]),
@@ -40,7 +49,6 @@ class SchedulerMachine(RuleBasedStateMachine):
         self, block_size, spare_blocks, max_num_seqs, extra_budget, caching, policy, chunked,
         threshold, watermark,
     ):  # fmt: skip
-        self.max_model_len = 24
         num_blocks = 1 + -(-self.max_model_len // block_size) + spare_blocks
         budget = max_num_seqs + extra_budget
         if not chunked:
@@ -72,6 +80,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.outputs: dict[int, list[int]] = {}
         self.finished: dict[int, FinishReason] = {}
         self.prompts: list[list[int]] = []
+        self.deferred: set[int] = set()
+
+    def fresh_prompts(self):
+        return st.lists(st.integers(0, 1), min_size=1, max_size=self.max_model_len - 1)
 
     @rule(
         data=st.data(),
@@ -82,8 +94,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         min_tokens=st.integers(0, 3),
     )
     def add(self, data, priority, n, salt, ignore_eos, min_tokens):
-        fresh = st.lists(st.integers(0, 1), min_size=1, max_size=self.max_model_len - 1)
-        known = [fresh] + ([st.sampled_from(self.prompts)] if self.prompts else [])
+        known = [self.fresh_prompts()] + ([st.sampled_from(self.prompts)] if self.prompts else [])
         prompt = data.draw(st.one_of(known))
         self.prompts.append(prompt)
         max_tokens = data.draw(st.integers(1, self.max_model_len - len(prompt)))
@@ -127,6 +138,9 @@ class SchedulerMachine(RuleBasedStateMachine):
     def step_once(self):
         first = self.first_in_order()
         before = first and (first.num_computed_tokens, len(first.token_ids))
+        self.was_running = list(self.scheduler.running)
+        self.wanted = {r.request_id: self.wants(r) for r in self.was_running}
+        self.must_admit = self.head_that_fits()
         self.record(self.core.step())
         self.scheduler.check_invariants()
         if first is not None and self.max_in_flight <= 2:  # deeper, it may wait for two results
@@ -147,6 +161,78 @@ class SchedulerMachine(RuleBasedStateMachine):
                 assert self.has_to_wait(request), "a running request got no token"
             else:
                 self.check_row(row, request)
+        for request in self.scheduler.waiting:
+            if self.scheduler.wait_reason(request) is WaitReason.DEFERRED:
+                self.deferred.add(request.request_id)
+        if any(request.status is RequestStatus.PREEMPTED for request in self.was_running):
+            assert not plan.admitted, "a step that preempts admits nobody"
+        else:
+            self.check_shares(plan, rows)
+
+    def check_shares(self, plan, rows):
+        """Of a step that preempts nobody: who is sure of what, and that nothing is left over."""
+        quantum, wanted = self.least_quantum(), dict(self.wanted)
+        head = self.must_admit
+        assert head is None or head.request_id in rows, "the head of the queue was not admitted"
+        for message in plan.admitted:
+            row = rows[message.request_id]
+            wanted[message.request_id] = self.capped(len(message.token_ids) - row.start)
+        for request_id, most in wanted.items():
+            got = rows[request_id].num_tokens if request_id in rows else 0
+            assert got <= most
+            if request_id in self.wanted or (head and request_id == head.request_id):
+                assert got >= min(most, quantum), "less than a quantum"
+            if plan.num_tokens < self.limits.max_num_batched_tokens:
+                assert got == most, "budget is left"
+        if plan.num_tokens < self.limits.max_num_batched_tokens:
+            assert self.head_that_fits() is None, "budget is left, and a seat and blocks"
+
+    def capped(self, count):
+        return min(count, self.limits.long_prefill_token_threshold or count)
+
+    def wants(self, request):
+        if self.has_to_wait(request):
+            return 0
+        return self.capped(request.num_tokens - request.num_computed_tokens)
+
+    def least_quantum(self):
+        """An equal part of a quarter of the step, in whole blocks: what others leave makes it more."""
+        prompts = sum(wanted > 1 for wanted in self.wanted.values())
+        share = (self.limits.max_num_batched_tokens - (len(self.wanted) - prompts)) // 4
+        part = share // max(1, prompts)
+        return part - part % self.scheduler.kv.block_size or max(1, part)
+
+    def head_that_fits(self):
+        """The head of the queue, if it has to be admitted: there is a seat, its blocks are free even if the
+        cache holds nothing for it, and it has no reason to wait for a prefix."""
+        scheduler = self.scheduler
+        if not scheduler.waiting or len(scheduler.running) >= self.limits.max_num_seqs:
+            return None
+        head = scheduler.waiting[0]
+        if not self.limits.enable_chunked_prefill or self.may_be_deferred(head):
+            return None  # whole, it may be too long for what is left of the budget
+        kv = scheduler.kv
+        promised = sum(
+            kv.blocks_for(request.num_tokens) - kv.num_blocks_of(request.request_id)
+            for request in scheduler.running
+        )
+        keep_free = promised + (self.limits.watermark_blocks if scheduler.running else 0)
+        fits = kv.blocks_for(head.num_tokens) + keep_free <= kv.pool.num_free
+        return head if fits else None
+
+    def may_be_deferred(self, request):
+        if request.num_pending_tokens:
+            return True
+        leader = self.scheduler.requests.get(request.fork_of)
+        if leader is not None and leader.status is RequestStatus.RUNNING:
+            return True
+        size = self.scheduler.kv.block_size
+        return self.scheduler.kv.enable_prefix_caching and any(
+            other.token_ids[:size] == request.token_ids[:size]
+            and other.cache_salt == request.cache_salt
+            and other.sort_key < request.sort_key
+            for other in self.scheduler.running
+        )
 
     def check_row(self, row, request):
         reach = row.start + row.num_tokens
@@ -168,11 +254,11 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def first_in_order(self):
         """The request that must advance: the first in order that runs, and under fcfs the first of
-        all (a newcomer with a better priority may have to wait for a seat). But a sibling that was
-        overtaken while it waited for its leader may have to wait for room."""
+        all (a newcomer with a better priority may have to wait for a seat). But who was overtaken while it
+        waited for a prefix may have to wait for room."""
         running = list(self.scheduler.running)[:1]
         waiting = list(self.scheduler.waiting)[:1] if self.limits.policy == "fcfs" else []
-        if running and waiting and waiting[0].fork_of is not None:
+        if running and waiting and waiting[0].request_id in self.deferred:
             waiting = []
         return min(running + waiting, key=lambda request: request.sort_key, default=None)
 
@@ -231,9 +317,21 @@ class DeeperMachine(SchedulerMachine):
     max_in_flight = 3
 
 
+class LongPromptMachine(OverlappedMachine):
+    """Prompts of many steps, most of which have nothing in common."""
+
+    max_model_len = 160
+
+    def fresh_prompts(self):
+        length = st.integers(1, self.max_model_len - 30)
+        return st.builds(lambda token, length: [token] * length, st.integers(0, 50), length)
+
+
 TestScheduler = SchedulerMachine.TestCase
 TestOverlapped = OverlappedMachine.TestCase
 TestDeeper = DeeperMachine.TestCase
+TestLongPrompts = LongPromptMachine.TestCase
 TestScheduler.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
 TestOverlapped.settings = TestScheduler.settings
+TestLongPrompts.settings = settings(TestScheduler.settings, max_examples=50)
 TestDeeper.settings = settings(TestScheduler.settings, max_examples=30)

@@ -24,12 +24,16 @@ _LIMITS = {
 class ServerConfig:
     """Where the server listens, who may ask, and how much."""
 
-    host: str | None = option(None, "Address to listen on. Default: all, as vLLM does.")
+    host: str | None = option(
+        None,
+        "Address to listen on. Default: all, as vLLM does; without a key, a warning at start says so.",
+    )
     port: int = option(8000, "Port to listen on; 0 picks a free one.")
     uds: str | None = option(None, "Unix socket to listen on, instead of host and port.")
     api_key: tuple[str, ...] = option(
         (),
-        "Keys that clients may use; with none, anyone may ask. Also VLLM_API_KEY, QUIRE_API_KEY.",
+        "Keys that clients may use; with none, anyone who reaches the address may ask. "
+        "Also VLLM_API_KEY, QUIRE_API_KEY.",
     )
     disable_playground: bool = option(False, "No page to chat with the model at /.")
     root_path: str = option("", "Path prefix that a proxy in front strips.")

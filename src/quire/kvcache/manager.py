@@ -70,6 +70,10 @@ class KVCacheManager:
     def num_blocks_of(self, request_id: int) -> int:
         return len(self.tables[request_id].blocks)
 
+    def num_shareable_tokens(self, request_id: int) -> int:
+        """How many of its first tokens others find, those scheduled in this step included."""
+        return len(self.tables[request_id].serials) * self.block_size
+
     def block_ids(self, request_id: int) -> list[int]:
         return [block.block_id for block in self.tables[request_id].blocks]
 

@@ -21,7 +21,7 @@ class Request:
     flight are done. Those plans sample the last `num_pending_tokens`, whose ids are not known yet."""
 
     __slots__ = (
-        "arrival_time", "cache_salt", "eos_token_ids", "finish_reason", "fork_of", "max_tokens",
+        "_common", "arrival_time", "cache_salt", "eos_token_ids", "finish_reason", "fork_of", "max_tokens",
         "needs_token_before_next", "num_cached_tokens", "num_computed_tokens", "num_pending_tokens",
         "num_preemptions", "num_prompt_logprobs", "num_prompt_tokens", "params", "pooling", "priority",
         "queued_time", "request_id", "rules", "scheduled_time", "seed", "sort_key", "status",
@@ -62,6 +62,7 @@ class Request:
         self.scheduled_time = 0.0
         self.sort_key: tuple[float, ...] = ()
         """Its place in the policy's order; smaller is served first."""
+        self._common: dict[int, int] = {}
 
     @property
     def num_tokens(self) -> int:
@@ -98,6 +99,22 @@ class Request:
     def ends_with_pending(self) -> bool:
         """Whether the last pending token is its last one, whatever it is."""
         return self.num_output_tokens + self.num_pending_tokens >= self.max_tokens
+
+    def common_prefix(self, other: Request, block_size: int) -> int:
+        """With how many tokens, in whole blocks, this request and another one begin. Kept, as the scheduler
+        asks in every step."""
+        common = self._common.get(other.request_id)
+        if common is None:
+            mine, theirs = self.token_ids, other.token_ids
+            length = min(len(mine), len(theirs))
+            common = length - length % block_size
+            for start in range(0, common, block_size):
+                end = start + block_size
+                if mine[start:end] != theirs[start:end]:
+                    common = start
+                    break
+            self._common[other.request_id] = common
+        return common
 
     @property
     def times(self) -> RequestTimes:

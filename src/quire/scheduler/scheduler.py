@@ -13,11 +13,13 @@ and a token that is being sampled is in the list as *pending*, its id not known 
 waits until it is known: sharing the block it fills, and ending the request with it. If it turns out to
 have been the last token, the row planned after it was in vain, and its result is discarded.
 
-Three rules keep it fair and free of deadlock:
+Four rules keep it fair and free of deadlock (docs/adr/0002-one-order.md):
 
 * One order (the policy's) decides everything: who is admitted first, who gets budget first, and,
   read backwards, who is preempted. So the first of the running requests always advances.
-* Every running request is sure of one token of budget per step, whatever stands before it.
+* Every running request is sure of a quantum of budget per step, whatever stands before it, and so is the
+  head of the queue. What is left after that goes in order.
+* A waiting request does not compute what one before it is about to compute. It waits and finds it.
 * A waiting request is admitted only if all its known tokens fit beside what the running ones still
   need. Preemption is left for what nobody could know: how long outputs become.
 """
@@ -25,6 +27,7 @@ Three rules keep it fair and free of deadlock:
 from __future__ import annotations
 
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -129,43 +132,76 @@ class Scheduler:
 
     def schedule(self) -> StepPlan:
         """Plan the next step, as if those in flight were done. A plan without rows means nobody can run:
-        nobody is there, or all wait for a pending token."""
+        nobody is there, or all wait for a pending token.
+
+        The queue comes first: it may have what running requests do not want, and at least a quantum. They
+        divide the rest: a quantum for each, and in order what is left after that."""
         self._step_id += 1
         plan = StepPlan(step_id=self._step_id)
         self._wait_reasons.clear()
-        budget, preempted = self._schedule_running(plan, self.limits.max_num_batched_tokens)
-        if not preempted:
-            self._schedule_waiting(plan, budget)
+        budget = self.limits.max_num_batched_tokens
+        running = list(self.running)
+        wanted = [self._wanted(request) for request in running]
+        quantum = self._quantum(wanted)
+        budget -= self._schedule_waiting(plan, max(quantum, budget - sum(wanted)))
+        self._schedule_running(plan, running, wanted, budget, quantum)
         plan.released, self._released = self._released, []
         self._advance(plan)
         return plan
 
-    def _schedule_running(self, plan: StepPlan, budget: int) -> tuple[int, bool]:
-        """Give running requests their tokens, preempting from the end of the order for blocks.
-        Returns the budget left, and whether anyone was preempted."""
-        preempted = False
-        index = 0
-        while index < len(self.running):
-            request = self.running[index]
-            if (request.num_pending_tokens or not request.max_tokens) and self._is_idle(request):
-                index += 1
+    def _wanted(self, request: Request) -> int:
+        """How many tokens a running request would compute in this step if it had the budget alone."""
+        if (request.num_pending_tokens or not request.max_tokens) and self._is_idle(request):
+            return 0
+        return self._capped(request.num_tokens - request.num_computed_tokens)
+
+    def _quantum(self, wanted: list[int]) -> int:
+        """Tokens that a running request, or the head of the queue, is sure of if it wants as many.
+
+        It is an equal part of a quarter of the budget that single tokens leave. There are as many parts as
+        requests that want more than one token. The first of those needs none, as it gets the other three
+        quarters; its part is the queue's. What a request does not want is divided among the others.
+        """
+        counts = sorted(wanted)
+        prompts = counts[bisect_right(counts, 1) :]
+        share = (self.limits.max_num_batched_tokens - (len(counts) - len(prompts))) // 4
+        sharers = len(prompts)
+        for count in prompts:
+            if count * sharers >= share:
+                break
+            share -= count
+            sharers -= 1
+        quantum = share // max(1, sharers)
+        whole_blocks = quantum - quantum % self.kv.block_size
+        return whole_blocks or max(1, quantum)
+
+    def _schedule_running(
+        self,
+        plan: StepPlan,
+        running: list[Request],
+        wanted: list[int],
+        budget: int,
+        quantum: int,
+    ) -> None:
+        """Divide the budget, preempting from the end of the order for blocks. What was meant for a victim
+        stays unused."""
+        spare = budget - sum(wanted) + sum(count - quantum for count in wanted if count > quantum)
+        assert spare >= 0
+        for request, count in zip(running, wanted, strict=True):
+            if not count or request.status is not RequestStatus.RUNNING:
                 continue
-            others = len(self.running) - index - 1
-            count = min(request.num_tokens - request.num_computed_tokens, budget - others)
-            count = self._capped(count)
+            if count > quantum:
+                count = min(count, quantum + spare)
+                spare -= count - quantum
             growth = self.kv.grow(request.request_id, request.num_computed_tokens + count)
             while growth is None:
                 victim = self.running[len(self.running) - 1]
                 self._preempt(victim)
-                preempted = True
                 if victim is request:
                     break
                 growth = self.kv.grow(request.request_id, request.num_computed_tokens + count)
             if growth is not None:
                 self._plan_row(plan, request, count, growth.block_ids)
-                budget -= count
-            index += 1
-        return budget, preempted
 
     def _is_idle(self, request: Request) -> bool:
         """Whether there is nothing to compute before the plans in flight are done."""
@@ -185,18 +221,23 @@ class Scheduler:
             request.num_computed_tokens += row.num_tokens
             request.num_pending_tokens += row.samples
 
-    def _schedule_waiting(self, plan: StepPlan, budget: int) -> None:
-        """Admit waiting requests in order, until one does not fit."""
+    def _schedule_waiting(self, plan: StepPlan, budget: int) -> int:
+        """Admit waiting requests in order, until one does not fit. Returns how much budget they take.
+
+        Who fits does so beside all that running requests will grow by in this step, so a step that admits
+        somebody preempts nobody."""
         if not self.waiting:
-            return
+            return 0
+        left = budget
         promised = sum(
             self.kv.blocks_for(request.num_tokens) - self.kv.num_blocks_of(request.request_id)
             for request in self.running
         )
+        leaders = [request for request in self.running if self._has_prompt_left(request)]
         for request in list(self.waiting):
-            if budget <= 0 or len(self.running) >= self.limits.max_num_seqs:
+            if left <= 0 or len(self.running) >= self.limits.max_num_seqs:
                 break
-            match = self._match(request)
+            match = self._match(request, leaders)
             if match is None:
                 self._wait_reasons[request.request_id] = WaitReason.DEFERRED
                 continue
@@ -204,18 +245,24 @@ class Scheduler:
             if not self._fits(match, request.num_tokens, keep_free):
                 break
             needed = request.num_tokens - match.num_tokens
-            if needed > budget and not self.limits.enable_chunked_prefill:
+            if needed > left and not self.limits.enable_chunked_prefill:
                 break
-            count = self._capped(min(needed, budget))
+            count = self._capped(min(needed, left))
             self._admit(plan, request, match, count)
+            if count < needed:
+                leaders.append(request)
             promised += self.kv.blocks_for(request.num_tokens) - self.kv.num_blocks_of(
                 request.request_id
             )
-            budget -= count
+            left -= count
+        return budget - left
 
-    def _match(self, request: Request) -> PrefixMatch | None:
-        """KV that others have computed for this request; None to wait for a sibling's prompt, or, after a
-        preemption, for a token that is still pending."""
+    def _has_prompt_left(self, request: Request) -> bool:
+        return request.num_tokens - request.num_computed_tokens > self.kv.block_size
+
+    def _match(self, request: Request, leaders: list[Request]) -> PrefixMatch | None:
+        """KV that others have computed for this request; None to wait for what they are about to compute, or,
+        after a preemption, for a token that is still pending."""
         if request.num_pending_tokens:
             return None
         leader = self.requests.get(request.fork_of) if request.fork_of is not None else None
@@ -232,7 +279,20 @@ class Scheduler:
         if most == 0:
             return PrefixMatch()
         tokens = request.token_ids if most is None else request.token_ids[: most + 1]
+        if self.kv.enable_prefix_caching and any(
+            self._computes_prefix_of(request, len(tokens), leader) for leader in leaders
+        ):
+            return None
         return self.kv.match_prefix(request.request_id, tokens, request.cache_salt, self._step_id)
+
+    def _computes_prefix_of(self, request: Request, most: int, leader: Request) -> bool:
+        """Whether a request that runs and stands before this one has still to compute a block that both
+        begin with. Computing it twice would cost more than waiting for it."""
+        if leader.sort_key > request.sort_key or leader.cache_salt != request.cache_salt:
+            return False
+        common = min(request.common_prefix(leader, self.kv.block_size), most)
+        there = self.kv.num_shareable_tokens(leader.request_id)
+        return common - there >= self.kv.block_size
 
     def _fits(self, match: PrefixMatch, num_tokens: int, keep_free: int) -> bool:
         """Whether the request can be admitted, if need be without the match's copied tail (which

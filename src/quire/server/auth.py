@@ -7,8 +7,11 @@ header: a request for `http://x/health?@host/v1/...` is what it is routed as (CV
 from __future__ import annotations
 
 import hashlib
+import socket
+import ssl
 from collections.abc import Mapping, Sequence
 from hmac import compare_digest
+from ipaddress import IPv6Address, ip_address
 
 from quire.config import ServerConfig
 from quire.errors import ConfigError
@@ -27,6 +30,31 @@ def configured_keys(config: ServerConfig, environ: Mapping[str, str]) -> tuple[s
     if any(not key.strip() for key in config.api_key):
         raise ConfigError("api_key must not be empty. Leave it out to serve without keys.")
     return (*config.api_key, *(environ[name] for name in ENVIRONMENT if environ.get(name)))
+
+
+def exposure(listener: socket.socket, config: ServerConfig, keys: Sequence[str]) -> str | None:
+    """What to warn of if other machines can reach `listener`, bound already, and need no key; else None.
+
+    The bound address decides, so a host name counts as what it resolved to. A Unix socket and a server that
+    demands client certificates are not open.
+    """
+    demands_certificates = config.ssl_certfile and config.ssl_cert_reqs == ssl.CERT_REQUIRED
+    if keys or listener.family == socket.AF_UNIX or demands_certificates:
+        return None
+    host, port = listener.getsockname()[:2]
+    address = ip_address(host)
+    if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
+        address = address.ipv4_mapped
+    if address.is_loopback:
+        return None
+    shown = f"[{host}]" if ":" in host else host
+    where = f"{shown}:{port}" + (" (every interface)" if address.is_unspecified else "")
+    admin = ", use the admin endpoints" if config.enable_admin_endpoints else ""
+    return (
+        f"the server listens beyond this machine, on {where}, without an API key: whoever reaches it may "
+        f"send requests{admin} and read /metrics. To serve this machine alone, set --host 127.0.0.1. To "
+        f"require a key, set --api-key or {ENVIRONMENT[0]} (probes and /metrics need none)."
+    )
 
 
 class ApiKeyAuth:

@@ -21,7 +21,7 @@ from quire.config import EngineConfig, ServerConfig
 from quire.engine.core_client import CoreProcess
 from quire.messages import describe_ledger
 from quire.server.app import build_app
-from quire.server.auth import configured_keys
+from quire.server.auth import configured_keys, exposure
 from quire.server.engine_protocol import ServingEngine
 from quire.server.errors import ApiError, unavailable
 from quire.server.process import HttpServer, bind, http_server, url_of
@@ -101,6 +101,8 @@ async def serve_engine(
         try:
             await server.wait_started(http)
             (announce or _announce)(url_of(listener, server_config))
+            if warning := exposure(listener, server_config, keys):
+                logger.warning(warning)
             return await _load_and_serve(engine_factory, state, stop, http)
         finally:
             await _close(server, http, listener, server_config)
