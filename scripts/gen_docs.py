@@ -28,6 +28,7 @@ TITLES = {
     "cache": "KV cache",
     "scheduler": "Scheduler",
     "runtime": "Runtime",
+    "structured": "Structured outputs",
     "server": "Server",
 }
 
@@ -44,6 +45,8 @@ VLLM = {
     "kernels": "no such flag",
     "cpu_threads": "no such flag",
     "log_format": "no such flag",
+    "max_grammar_bytes": "no such flag, no limit",
+    "json_whitespace": "`any`; its `disable_any_whitespace` is `none`",
     "shutdown_timeout": "0",
     "sse_keep_alive_interval": "0",
     "health_timeout": "no such flag",

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import secrets
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,14 +13,16 @@ from dataclasses import dataclass
 from quire.engine.setup import ServedModel
 from quire.errors import InvalidParameterError, PromptTooLongError
 from quire.messages import AddRequest, GrammarSpec, TokenRules
-from quire.sampling_params import PoolingParams, SamplingParams
-from quire.structured.spec import to_spec
+from quire.sampling_params import PoolingParams, SamplingParams, StructuredOutputsParams
+from quire.structured.spec import Wanted, wanted
 from quire.text.parsing.base import ThinkingTokens
 
 PromptInput = str | Sequence[int] | Mapping[str, object]
 """Text, token ids, or a mapping with `prompt` or `prompt_token_ids`, and `cache_salt` if wanted."""
 
 MAX_CACHE_SALT_CHARS = 1024
+NUM_CHECKED = 16
+"""Grammars kept between check and request; one that is not there is made again."""
 _PROMPT_KEYS = frozenset({"prompt", "prompt_token_ids", "cache_salt"})
 
 
@@ -43,6 +46,8 @@ class InputProcessor:
     def __init__(self, model: ServedModel) -> None:
         self._model = model
         self._ids = itertools.count(1)
+        self._lock = threading.Lock()
+        self._checked: dict[int, tuple[StructuredOutputsParams, Wanted]] = {}
         tokenizer = model.tokenizer
         self._special = {
             text: token
@@ -75,6 +80,7 @@ class InputProcessor:
         scores_only = pooling is not None or params.max_tokens == 0
         self._check_prompt(token_ids, most=self._model.max_model_len - (not scores_only))
         rules = self._rules(params, thinking)
+        sent = params.replace(structured_outputs=None)  # the rules have the grammar
         if isinstance(priority, bool) or not isinstance(priority, int) or abs(priority) > 2**31:
             raise InvalidParameterError(
                 f"priority must be a 32-bit integer, got {priority!r}.",
@@ -89,7 +95,7 @@ class InputProcessor:
                 request_id=leader if index == 0 else next(self._ids),
                 prompt_token_ids=token_ids,
                 # Siblings differ by their seed alone; the prompt's logprobs are the first one's.
-                params=params.replace(prompt_logprobs=None) if index else params,
+                params=sent.replace(prompt_logprobs=None) if index else sent,
                 seed=(seed + index) % 2**64,
                 max_tokens=max_tokens,
                 rules=rules,
@@ -220,18 +226,38 @@ class InputProcessor:
         self._check_ids([token for ids in bad_words for token in ids], "bad_words")
         return TokenRules(
             bad_words=bad_words,
-            grammar=self.grammar(params),
+            grammar=self._grammar(params),
             think_start=thinking.start if thinking else [],
             think_end=thinking.end if thinking else [],
             thinking=thinking.inside if thinking else False,
             thinking_budget=params.thinking_token_budget,
         )
 
-    def grammar(self, params: SamplingParams) -> GrammarSpec | None:
-        """Raises `InvalidParameterError` for one that cannot be meant; compiling it is another matter."""
-        if params.structured_outputs is None:
+    def check(self, params: SamplingParams) -> Wanted | None:
+        """The grammar that `params` ask for; kept for the `process` that follows, since a large schema takes
+        a while. From any thread.
+
+        Raises `InvalidParameterError` for one that cannot be meant; compiling it is another matter.
+        """
+        asked = params.structured_outputs
+        if asked is None:
             return None
-        return to_spec(params.structured_outputs, special_tokens=self._special)
+        found = wanted(asked, special_tokens=self._special, limits=self._model.grammars)
+        with self._lock:
+            self._checked[id(asked)] = (asked, found)
+            while len(self._checked) > NUM_CHECKED:
+                del self._checked[next(iter(self._checked))]
+        return found
+
+    def _grammar(self, params: SamplingParams) -> GrammarSpec | None:
+        asked = params.structured_outputs
+        if asked is None:
+            return None
+        with self._lock:
+            known = self._checked.get(id(asked))
+        if known is not None and known[0] is asked:
+            return known[1].spec
+        return wanted(asked, special_tokens=self._special, limits=self._model.grammars).spec
 
     def _spellings(self, word: str) -> list[list[int]]:
         """The tokens of a text as they are at the start of a line, and after a space."""
