@@ -65,6 +65,9 @@ no traces.
 | the queue is full | 503 | 429 with Retry-After | clients and balancers know what to do with it |
 | a field that nothing knows | ignored | `warnings` in the answer and a header; `--strict-requests`: 400 | a misspelt name changed nothing, silently |
 | `guided_*` | ignored with one warning | 400 that names `structured_outputs` | text that was to follow a schema, and did not |
+| white space in JSON that a schema asks for | any amount; `disable_any_whitespace` forbids it | bounded; `--json-whitespace any` or `none` | JSON could go on in blanks to `max_tokens` |
+| a schema with `oneOf` whose branches overlap, `uniqueItems`, ... | depends on the backend; ignored, or 400 | 400 that names keyword and place, see [json-schema.md](json-schema.md) | an answer that breaks its schema |
+| an unknown string `format` | depends on the backend | accepted, with a warning | nobody can check it |
 | unknown route or method | `{"detail"}` | `{"detail"}` and `error` | both are looked for |
 | a media part | 422 or served | 400 | models read text |
 | SIGTERM | aborts what runs | lets it finish, `--shutdown-timeout` 30 s | restarts that nobody notices |

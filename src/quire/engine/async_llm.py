@@ -265,7 +265,7 @@ class AsyncLLM:
 
         Raises `InvalidParameterError` with the reason.
         """
-        wanted = self._input.check(params)
+        wanted = self._input.grammar(params)
         if wanted is None:
             return ()
         self._checker.check(wanted.spec)

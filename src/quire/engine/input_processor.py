@@ -3,6 +3,7 @@ through here, so no route can miss a check."""
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import secrets
 import threading
@@ -10,10 +11,12 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from quire.engine.setup import ServedModel
 from quire.errors import InvalidParameterError, PromptTooLongError
-from quire.messages import AddRequest, GrammarSpec, TokenRules
-from quire.sampling_params import PoolingParams, SamplingParams, StructuredOutputsParams
+from quire.messages import AddRequest, TokenRules
+from quire.sampling_params import PoolingParams, SamplingParams
 from quire.structured.spec import Wanted, wanted
 from quire.text.parsing.base import ThinkingTokens
 
@@ -21,8 +24,8 @@ PromptInput = str | Sequence[int] | Mapping[str, object]
 """Text, token ids, or a mapping with `prompt` or `prompt_token_ids`, and `cache_salt` if wanted."""
 
 MAX_CACHE_SALT_CHARS = 1024
-NUM_CHECKED = 16
-"""Grammars kept between check and request; one that is not there is made again."""
+NUM_GRAMMARS = 32
+"""Grammars kept, least recently used out first."""
 _PROMPT_KEYS = frozenset({"prompt", "prompt_token_ids", "cache_salt"})
 
 
@@ -47,7 +50,7 @@ class InputProcessor:
         self._model = model
         self._ids = itertools.count(1)
         self._lock = threading.Lock()
-        self._checked: dict[int, tuple[StructuredOutputsParams, Wanted]] = {}
+        self._grammars: dict[bytes, Wanted] = {}
         tokenizer = model.tokenizer
         self._special = {
             text: token
@@ -222,42 +225,44 @@ class InputProcessor:
         structured = params.structured_outputs
         if not params.bad_words and structured is None and params.thinking_token_budget is None:
             return None
+        grammar = self.grammar(params)
         bad_words = [ids for word in params.bad_words or () for ids in self._spellings(word)]
         self._check_ids([token for ids in bad_words for token in ids], "bad_words")
         return TokenRules(
             bad_words=bad_words,
-            grammar=self._grammar(params),
+            grammar=grammar.spec if grammar is not None else None,
             think_start=thinking.start if thinking else [],
             think_end=thinking.end if thinking else [],
             thinking=thinking.inside if thinking else False,
             thinking_budget=params.thinking_token_budget,
         )
 
-    def check(self, params: SamplingParams) -> Wanted | None:
-        """The grammar that `params` ask for; kept for the `process` that follows, since a large schema takes
-        a while. From any thread.
+    def grammar(self, params: SamplingParams) -> Wanted | None:
+        """What `params` ask for, as a grammar. From any thread.
+
+        Preparing the schemas of a hundred tools takes 0.1 s and is asked for twice per request (to check it
+        beforehand), and again with every turn of a conversation: so the last ones are kept.
 
         Raises `InvalidParameterError` for one that cannot be meant; compiling it is another matter.
         """
         asked = params.structured_outputs
         if asked is None:
             return None
-        found = wanted(asked, special_tokens=self._special, limits=self._model.grammars)
+        try:
+            key = hashlib.sha256(msgspec.json.encode(asked)).digest()
+        except (TypeError, ValueError, OverflowError, RecursionError):
+            key = None  # in a schema there may be anything
         with self._lock:
-            self._checked[id(asked)] = (asked, found)
-            while len(self._checked) > NUM_CHECKED:
-                del self._checked[next(iter(self._checked))]
+            found = self._grammars.get(key) if key is not None else None
+        if found is None:
+            found = wanted(asked, special_tokens=self._special, limits=self._model.grammars)
+        if key is not None:
+            with self._lock:
+                self._grammars.pop(key, None)
+                self._grammars[key] = found
+                if len(self._grammars) > NUM_GRAMMARS:
+                    del self._grammars[next(iter(self._grammars))]
         return found
-
-    def _grammar(self, params: SamplingParams) -> GrammarSpec | None:
-        asked = params.structured_outputs
-        if asked is None:
-            return None
-        with self._lock:
-            known = self._checked.get(id(asked))
-        if known is not None and known[0] is asked:
-            return known[1].spec
-        return wanted(asked, special_tokens=self._special, limits=self._model.grammars).spec
 
     def _spellings(self, word: str) -> list[list[int]]:
         """The tokens of a text as they are at the start of a line, and after a space."""

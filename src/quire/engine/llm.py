@@ -475,7 +475,7 @@ class LLM:
 
     def _check_grammar(self, params: SamplingParams) -> None:
         """Raises `InvalidParameterError` for one that cannot be compiled; each is tried once."""
-        wanted = self._input.check(params)
+        wanted = self._input.grammar(params)
         if wanted is None:
             return
         if self._grammars is None:

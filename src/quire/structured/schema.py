@@ -37,12 +37,11 @@ from quire.structured.schema_logic import (
 )
 from quire.structured.schema_node import Node, shown
 from quire.structured.schema_objects import read_objects
-from quire.structured.schema_refs import References, Target
+from quire.structured.schema_refs import MAX_SCHEMAS, References, Target
 
 MAX_NESTING = 64
 MAX_DEPTH = 60
 """Levels up to which another schema is prepared in the middle of one, to learn what it means."""
-MAX_SCHEMAS = 100_000
 MAX_SIZE = 2**31
 """Of lengths and numbers of items: no output is longer."""
 MAX_BOUND = 9223372036854774784

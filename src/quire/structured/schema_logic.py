@@ -267,8 +267,9 @@ def _other_values(values: list[Any]) -> Schema | None:
     """All values but these."""
     if any(isinstance(value, (dict, list, tuple)) for value in values):
         return None
-    if any(isinstance(value, str) and len(value) > MAX_COMPLEMENT_TEXT for value in values):
-        return None
+    texts = [value for value in values if isinstance(value, str)]
+    if any(len(text) > MAX_COMPLEMENT_TEXT or '"' in text or "\\" in text for text in texts):
+        return None  # llguidance lets a class that leaves out one of the two have both
     held = {type_of(value) for value in values}
     numeric = bool(held & {"integer", "number"})
     parts = [_typed([t for t in TYPES if t not in held and not (t == "number" and numeric)])]
@@ -283,8 +284,7 @@ def _other_values(values: list[Any]) -> Schema | None:
         ]
         parts.append({"type": "number", "exclusiveMinimum": numbers[-1]})
     if "string" in held:
-        pattern = all_texts_but([v for v in values if isinstance(v, str)])
-        parts.append({"type": "string", "pattern": pattern})
+        parts.append({"type": "string", "pattern": all_texts_but(texts)})
     return any_of(parts)
 
 

@@ -7,15 +7,21 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote, urldefrag, urljoin
 
+from quire.structured.base import invalid
+
 # Where a schema's parts are schemas themselves; elsewhere (enum, const, default) dicts are plain values.
-SCHEMA_KEYS = (
+SCHEMA_KEYS = frozenset((
     "items", "additionalItems", "unevaluatedItems", "contains", "additionalProperties",
     "unevaluatedProperties", "propertyNames", "not", "if", "then", "else",
-)  # fmt: skip
-SCHEMA_LISTS = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
-SCHEMA_MAPS = (
+))  # fmt: skip
+SCHEMA_LISTS = frozenset(("allOf", "anyOf", "oneOf", "prefixItems", "items"))
+SCHEMA_MAPS = frozenset((
     "properties", "patternProperties", "$defs", "definitions", "dependentSchemas", "dependencies",
-)  # fmt: skip
+))  # fmt: skip
+
+
+MAX_SCHEMAS = 100_000
+MAX_POINTER = 100_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +41,7 @@ class References:
         self._dynamic: dict[str, int] = {}
         self._bases: dict[int, str] = {}
         self.has_inner_ids = False
+        self._count = 0
         self._resources[""] = Target(document, "#", "")
         self._read(document, "#", "")
 
@@ -78,13 +85,18 @@ class References:
         return Target(found, at, base)
 
     def _read(self, document: dict[str, Any], at: str, base: str) -> None:
-        todo: list[tuple[object, str, str]] = [(document, at, base)]
+        todo: list[tuple[dict[str, Any], str, str]] = [(document, at, base)]
         while todo:
             schema, at, base = todo.pop()
-            if not isinstance(schema, dict):
-                continue
+            self._count += 1
+            if self._count > MAX_SCHEMAS or len(at) > MAX_POINTER:
+                raise invalid("the schema is too large or nested too deeply; simplify it.")
             base = self._note(schema, at, base)
-            todo += [(part, f"{at}/{where}", base) for where, part in parts_of(schema)]
+            todo += [
+                (part, f"{at}/{where}", base)
+                for where, part in parts_of(schema)
+                if isinstance(part, dict)
+            ]
 
     def _note(self, schema: dict[str, Any], at: str, base: str) -> str:
         """The base of what is inside."""
@@ -111,16 +123,14 @@ class References:
 
 def parts_of(schema: dict[str, Any]) -> Iterator[tuple[str, object]]:
     """The schemas right inside one, each with the pointer to it from there."""
-    for keyword in SCHEMA_KEYS:
-        yield keyword, schema.get(keyword)
-    for keyword in SCHEMA_LISTS:
-        parts = schema.get(keyword)
-        if isinstance(parts, list):
-            yield from ((f"{keyword}/{index}", part) for index, part in enumerate(parts))
-    for keyword in SCHEMA_MAPS:
-        parts = schema.get(keyword)
-        if isinstance(parts, dict):
-            yield from ((f"{keyword}/{escaped(name)}", part) for name, part in parts.items())
+    for keyword, value in schema.items():
+        if isinstance(value, dict):
+            if keyword in SCHEMA_MAPS:
+                yield from ((f"{keyword}/{escaped(name)}", part) for name, part in value.items())
+            elif keyword in SCHEMA_KEYS:
+                yield keyword, value
+        elif isinstance(value, list) and keyword in SCHEMA_LISTS:
+            yield from ((f"{keyword}/{index}", part) for index, part in enumerate(value))
 
 
 def escaped(name: object) -> str:
