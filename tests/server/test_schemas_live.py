@@ -8,7 +8,6 @@ from typing import Any
 import httpx
 import jsonschema_rs
 import pytest
-from tests.structured.mcp_tools import mcp_tools
 
 RECORD = {
     "type": "object", "propertyNames": {"type": "string"}, "maxProperties": 1,
@@ -100,16 +99,6 @@ def test_unknown_formats_are_named_in_warnings(demo_server: Any, name: str) -> N
         answer = post(demo_server, path, forced(path, schema))
         assert answer.status_code == 200, answer.text
         assert name in answer.json()["warnings"][0]
-
-
-@pytest.mark.parametrize("count", [40, 128])
-def test_a_large_set_of_tools(demo_server: Any, count: int) -> None:
-    body = CHAT | {"tools": mcp_tools(count), "tool_choice": "required", "max_tokens": 8}
-    template = {"chat_template": "{{ messages[0].content }}", "chat_template_kwargs": {}}
-    answer = post(demo_server, "/v1/chat/completions", body)
-    if answer.status_code == 400 and "context" in answer.text:  # the tools are text of the prompt
-        answer = post(demo_server, "/v1/chat/completions", body | template)
-    assert answer.status_code == 200 or "context" in answer.text, answer.text
 
 
 def test_what_cannot_be_enforced_is_named(demo_server: Any) -> None:
