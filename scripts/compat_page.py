@@ -65,6 +65,9 @@ no traces.
 | the queue is full | 503 | 429 with Retry-After | clients and balancers know what to do with it |
 | a field that nothing knows | ignored | `warnings` in the answer and a header; `--strict-requests`: 400 | a misspelt name changed nothing, silently |
 | `guided_*` | ignored with one warning | 400 that names `structured_outputs` | text that was to follow a schema, and did not |
+| white space in JSON that a schema asks for | any amount; `disable_any_whitespace` forbids it | bounded; `--json-whitespace any` or `none` | JSON could go on in blanks to `max_tokens` |
+| a schema with `oneOf` whose branches overlap, `uniqueItems`, ... | depends on the backend; ignored, or 400 | 400 that names keyword and place, see [json-schema.md](json-schema.md) | an answer that breaks its schema |
+| an unknown string `format` | depends on the backend | accepted, with a warning | nobody can check it |
 | unknown route or method | `{"detail"}` | `{"detail"}` and `error` | both are looked for |
 | tools and items that need a provider's servers (`web_search`, `image_generation`, `bash_20250124`, ...) | left out | left out with a warning; 400 if `tool_choice` needs one | agents send them in every request |
 | `custom` tools and `namespace`s of `/v1/responses` | left out, or returned as flat names | served as functions; a call has the client's own form; the format of a custom tool is not enforced | Codex edits files with the one, and finds MCP servers by the other |

@@ -1,5 +1,5 @@
-"""Write docs/options.md, docs/bench-options.md, docs/api.md and docs/compat.md from the code, so that they
-cannot disagree with the program.
+"""Write docs/options.md, docs/bench-options.md, docs/api.md, docs/compat.md and docs/json-schema.md from the
+code, so that they cannot disagree with the program.
 
 python scripts/gen_docs.py            write
 python scripts/gen_docs.py --check    exit 1 if what is on disk is not what would be written
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import api_page
 import compat_page
+import json_schema_page
 
 from quire.bench.options import bench_options
 from quire.config import engine_options, server_options
@@ -22,12 +23,14 @@ PAGE = ROOT / "docs" / "options.md"
 BENCH_PAGE = ROOT / "docs" / "bench-options.md"
 API_PAGE = ROOT / "docs" / "api.md"
 COMPAT_PAGE = ROOT / "docs" / "compat.md"
+JSON_SCHEMA_PAGE = ROOT / "docs" / "json-schema.md"
 
 TITLES = {
     "model": "Model",
     "cache": "KV cache",
     "scheduler": "Scheduler",
     "runtime": "Runtime",
+    "structured": "Structured outputs",
     "server": "Server",
 }
 
@@ -44,6 +47,8 @@ VLLM = {
     "kernels": "no such flag",
     "cpu_threads": "no such flag",
     "log_format": "no such flag",
+    "max_grammar_bytes": "no such flag, no limit",
+    "json_whitespace": "`any`; its `disable_any_whitespace` is `none`",
     "shutdown_timeout": "0",
     "sse_keep_alive_interval": "0",
     "health_timeout": "no such flag",
@@ -166,6 +171,7 @@ def main() -> int:
         (BENCH_PAGE, render_bench()),
         (API_PAGE, api_page.render()),
         (COMPAT_PAGE, compat_page.render()),
+        (JSON_SCHEMA_PAGE, json_schema_page.render()),
     )
     for page, text in pages:
         if "--check" not in sys.argv:

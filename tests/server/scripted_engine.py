@@ -18,6 +18,7 @@ from quire.messages import EngineReady, SchedulerStats, StepOutputs
 from quire.metrics import MetricsSink, NullMetrics
 from quire.outputs import CompletionOutput, Logprob, RequestOutput
 from quire.sampling_params import PoolingParams, RequestOutputKind, SamplingParams
+from quire.structured.spec import DEFAULT_LIMITS, Limits
 from quire.text.parsing import ThinkingTokens
 from quire.text.tokenizer_config import TokenizerConfig, TokenSpec
 
@@ -99,6 +100,7 @@ class FakeModel:
     max_logprobs: int = 5
     created: int = 1_700_000_000
     eos_token_ids: tuple[int, ...] = (0,)
+    grammars: Limits = DEFAULT_LIMITS
     default_sampling: dict[str, object] = field(default_factory=dict)
     tokenizer: WordTokenizer = field(default_factory=WordTokenizer)
     chat_template: PlainTemplate | None = field(default_factory=PlainTemplate)
@@ -246,6 +248,7 @@ class ScriptedEngine:
         self.metrics: MetricsSink = NullMetrics()
         self.refuse: QuireError | Exception | None = None
         self.refuse_after = 0
+        self.grammar_warnings: Sequence[str] = ()
         self.grammar_threads: list[str] = []
         self.fail_at: int | None = None
         self.failure: Exception = EngineDeadError("core exited: secret detail")
@@ -296,12 +299,13 @@ class ScriptedEngine:
     def reset_prefix_cache(self) -> None:
         self.resets += 1
 
-    def check_grammar(self, params: SamplingParams) -> None:
+    def check_grammar(self, params: SamplingParams) -> Sequence[str]:
         self.grammar_threads.append(threading.current_thread().name)
         if params.structured_outputs.regex == "(":
             raise InvalidParameterError("regex is broken.", param="structured_outputs")
         if "broken" in str(params.structured_outputs.structural_tag):
             raise InvalidParameterError("a schema is broken.", param="structured_outputs")
+        return self.grammar_warnings
 
     def health(self, timeout: float) -> FakeHealth:
         if self.health_now.heartbeat_age > timeout:

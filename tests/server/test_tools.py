@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import openai
 import pytest
+from tests.structured.mcp_tools import mcp_tools
 
 from quire.errors import ConfigError
 from quire.structured.spec import to_spec
@@ -384,3 +385,13 @@ async def test_what_is_forced_is_what_is_read(name):
     answer = gathered(parser.push(text, final=True))
     assert [(c.name, c.arguments) for c in answer.calls] == [("weather", PARIS), ("news", "{}")]
     assert answer.content == ""
+
+
+@pytest.mark.parametrize("count", [40, 128])
+async def test_a_large_set_of_tools_is_within_the_limits(sdk, engine, count):
+    """Beyond 200 KB with descriptions; the grammar they leave is real, the engine scripted."""
+    engine.answer = list(CALL)
+    answer = await ask(sdk, tools=mcp_tools(count), tool_choice="required", max_tokens=200)
+    assert answer.choices
+    grammar = to_spec(engine.submitted[0].params.structured_outputs)
+    assert f"tool_{count - 1}" in grammar.text and "narrow filters" not in grammar.text

@@ -24,7 +24,10 @@ class Kit:
         self.compiler = GuidanceCompiler(tokenizer, vocab_size=self.vocab_size, eos_token_ids=eos)
 
     def compile(self, **params: object) -> Grammar:
-        return self.compiler.compile(to_spec(StructuredOutputsParams(**params)))
+        return self.compile_params(StructuredOutputsParams(**params))
+
+    def compile_params(self, params: StructuredOutputsParams) -> Grammar:
+        return self.compiler.compile(to_spec(params))
 
     def matcher(self, **params: object) -> TokenMatcher:
         return self.compile(**params).matcher()

@@ -96,3 +96,34 @@ def _array(rng: random.Random, depth: int) -> dict[str, Any]:
 
 def _any_of(rng: random.Random, depth: int) -> dict[str, Any]:
     return {"anyOf": [_any(rng, depth), _any(rng, depth)]}
+
+
+def conditional_schema(seed: int) -> dict[str, Any]:
+    """With keywords that are enforced by others, annotations, and what asks for nothing."""
+    rng = random.Random(seed)
+    names = ["kind", "a", "b", "c"]
+    found: dict[str, Any] = {
+        "$schema": "http://json-schema.org/schema#",
+        "title": "T",
+        "type": "object",
+        "properties": {"kind": {"enum": ["x", "y", "z"]}} | {name: _any(rng, 1) for name in "abc"},
+        "required": rng.sample(names, rng.randrange(3)),
+        "additionalProperties": rng.choice([True, False, {"type": "integer"}]),
+    }
+    is_x = {"properties": {"kind": {"const": "x"}}, "required": ["kind"]}
+    more: list[dict[str, Any]] = [
+        {"if": is_x, "then": {"required": ["a"]}, "else": {"properties": {"b": {"type": "null"}}}},
+        {"not": {"properties": {"kind": {"const": "y"}}, "required": ["kind", "c"]}},
+        {"dependentRequired": {"a": ["b"]}, "dependentSchemas": {"c": {"required": ["kind"]}}},
+        {"oneOf": [{"required": ["a"]}, {"required": ["b", "c"]}]},
+        {"minProperties": rng.randrange(4)},
+        {"maxProperties": rng.randrange(2, 6)},
+        {"propertyNames": {"maxLength": 4}},
+        {"propertyNames": {"enum": ["kind", "a", "b", "c", "d"]}},
+        {"allOf": [{"properties": {"d": {"type": "string"}}}], "unevaluatedProperties": False},
+    ]
+    for one in rng.sample(more, rng.randrange(1, 4)):
+        found |= one
+    if rng.random() < 0.5:  # the order of keywords means nothing
+        found = dict(rng.sample(list(found.items()), len(found)))
+    return found

@@ -7,6 +7,7 @@ from quire.config.engine import (
     ModelConfig,
     RuntimeConfig,
     SchedulerConfig,
+    StructuredOutputsConfig,
 )
 from quire.config.flat import (
     engine_options,
@@ -26,6 +27,7 @@ __all__ = [
     "RuntimeConfig",
     "SchedulerConfig",
     "ServerConfig",
+    "StructuredOutputsConfig",
     "engine_options",
     "foreign_flags",
     "from_flat",

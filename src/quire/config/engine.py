@@ -241,6 +241,31 @@ class RuntimeConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class StructuredOutputsConfig:
+    """What grammars requests may bring."""
+
+    max_grammar_bytes: int = option(
+        512 * 2**10,
+        "Largest grammar of a request; of JSON schemas what is left without descriptions and other "
+        "annotations. More is a 400.",
+        parse=parse_size,
+    )
+    json_whitespace: str = option(
+        "bounded",
+        "White space in JSON that must match a schema, where the request does not say. bounded: a space, or "
+        "one or two line ends and up to 40 characters of indentation; any: as much as the model likes; none: "
+        "compact.",
+        choices=("bounded", "any", "none"),
+    )
+
+    def __post_init__(self) -> None:
+        if self.max_grammar_bytes < 1:
+            raise ConfigError(
+                f"max_grammar_bytes must be at least 1, got {self.max_grammar_bytes}."
+            )
+
+
+@dataclass(frozen=True, slots=True)
 class EngineConfig:
     """Everything an engine needs; `quire.config.from_flat` builds one from flat names."""
 
@@ -248,3 +273,4 @@ class EngineConfig:
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    structured: StructuredOutputsConfig = field(default_factory=StructuredOutputsConfig)

@@ -12,6 +12,7 @@ from quire.config.engine import (
     ModelConfig,
     RuntimeConfig,
     SchedulerConfig,
+    StructuredOutputsConfig,
 )
 from quire.config.options import OptionInfo, check_type, describe
 from quire.config.server import ServerConfig
@@ -22,6 +23,7 @@ ENGINE_GROUPS: dict[str, type] = {
     "cache": CacheConfig,
     "scheduler": SchedulerConfig,
     "runtime": RuntimeConfig,
+    "structured": StructuredOutputsConfig,
 }
 
 

@@ -115,7 +115,7 @@ FOREIGN: dict[str, Foreign] = {
     "spec_model": Foreign(_NO_DRAFTS),
     "spec_tokens": Foreign(_NO_DRAFTS),
     "structured_outputs_config": Foreign(
-        _ONE_GRAMMAR_BACKEND + "; what it allows is said per request",
+        _ONE_GRAMMAR_BACKEND + "; see --json-whitespace none for its disable_any_whitespace",
         None,
         ({}, *({"backend": name} for name in ("auto", "guidance"))),
     ),

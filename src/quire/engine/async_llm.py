@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -259,14 +259,17 @@ class AsyncLLM:
         if self._dead is None:
             self._send(ResetPrefixCache())
 
-    def check_grammar(self, params: SamplingParams) -> None:
+    def check_grammar(self, params: SamplingParams) -> Sequence[str]:
         """Compile the grammar once, in a process that can be killed: blocking, for a thread. The engine core,
-        which compiles it again, is not to meet one that never ends.
+        which compiles it again, is not to meet one that never ends. Returns what to warn the client of.
 
         Raises `InvalidParameterError` with the reason.
         """
-        if (grammar := self._input.grammar(params)) is not None:
-            self._checker.check(grammar)
+        wanted = self._input.grammar(params)
+        if wanted is None:
+            return ()
+        self._checker.check(wanted.spec)
+        return wanted.warnings
 
     async def sleep(self, level: int = 1) -> None:
         """Take no more requests, wait for those that run, and give back the KV cache's memory (level 1) or

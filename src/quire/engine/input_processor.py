@@ -3,23 +3,29 @@ through here, so no route can miss a check."""
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import secrets
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from quire.engine.setup import ServedModel
 from quire.errors import InvalidParameterError, PromptTooLongError
-from quire.messages import AddRequest, GrammarSpec, TokenRules
+from quire.messages import AddRequest, TokenRules
 from quire.sampling_params import PoolingParams, SamplingParams
-from quire.structured.spec import to_spec
+from quire.structured.spec import Wanted, wanted
 from quire.text.parsing.base import ThinkingTokens
 
 PromptInput = str | Sequence[int] | Mapping[str, object]
 """Text, token ids, or a mapping with `prompt` or `prompt_token_ids`, and `cache_salt` if wanted."""
 
 MAX_CACHE_SALT_CHARS = 1024
+NUM_GRAMMARS = 32
+"""Grammars kept, least recently used out first."""
 _PROMPT_KEYS = frozenset({"prompt", "prompt_token_ids", "cache_salt"})
 
 
@@ -43,6 +49,8 @@ class InputProcessor:
     def __init__(self, model: ServedModel) -> None:
         self._model = model
         self._ids = itertools.count(1)
+        self._lock = threading.Lock()
+        self._grammars: dict[bytes, Wanted] = {}
         tokenizer = model.tokenizer
         self._special = {
             text: token
@@ -75,6 +83,7 @@ class InputProcessor:
         scores_only = pooling is not None or params.max_tokens == 0
         self._check_prompt(token_ids, most=self._model.max_model_len - (not scores_only))
         rules = self._rules(params, thinking)
+        sent = params.replace(structured_outputs=None)  # the rules have the grammar
         if isinstance(priority, bool) or not isinstance(priority, int) or abs(priority) > 2**31:
             raise InvalidParameterError(
                 f"priority must be a 32-bit integer, got {priority!r}.",
@@ -89,7 +98,7 @@ class InputProcessor:
                 request_id=leader if index == 0 else next(self._ids),
                 prompt_token_ids=token_ids,
                 # Siblings differ by their seed alone; the prompt's logprobs are the first one's.
-                params=params.replace(prompt_logprobs=None) if index else params,
+                params=sent.replace(prompt_logprobs=None) if index else sent,
                 seed=(seed + index) % 2**64,
                 max_tokens=max_tokens,
                 rules=rules,
@@ -216,22 +225,44 @@ class InputProcessor:
         structured = params.structured_outputs
         if not params.bad_words and structured is None and params.thinking_token_budget is None:
             return None
+        grammar = self.grammar(params)
         bad_words = [ids for word in params.bad_words or () for ids in self._spellings(word)]
         self._check_ids([token for ids in bad_words for token in ids], "bad_words")
         return TokenRules(
             bad_words=bad_words,
-            grammar=self.grammar(params),
+            grammar=grammar.spec if grammar is not None else None,
             think_start=thinking.start if thinking else [],
             think_end=thinking.end if thinking else [],
             thinking=thinking.inside if thinking else False,
             thinking_budget=params.thinking_token_budget,
         )
 
-    def grammar(self, params: SamplingParams) -> GrammarSpec | None:
-        """Raises `InvalidParameterError` for one that cannot be meant; compiling it is another matter."""
-        if params.structured_outputs is None:
+    def grammar(self, params: SamplingParams) -> Wanted | None:
+        """What `params` ask for, as a grammar. From any thread.
+
+        Preparing the schemas of a hundred tools takes 0.1 s and is asked for twice per request (to check it
+        beforehand), and again with every turn of a conversation: so the last ones are kept.
+
+        Raises `InvalidParameterError` for one that cannot be meant; compiling it is another matter.
+        """
+        asked = params.structured_outputs
+        if asked is None:
             return None
-        return to_spec(params.structured_outputs, special_tokens=self._special)
+        try:
+            key = hashlib.sha256(msgspec.json.encode(asked)).digest()
+        except (TypeError, ValueError, OverflowError, RecursionError):
+            key = None  # in a schema there may be anything
+        with self._lock:
+            found = self._grammars.get(key) if key is not None else None
+        if found is None:
+            found = wanted(asked, special_tokens=self._special, limits=self._model.grammars)
+        if key is not None:
+            with self._lock:
+                self._grammars.pop(key, None)
+                self._grammars[key] = found
+                if len(self._grammars) > NUM_GRAMMARS:
+                    del self._grammars[next(iter(self._grammars))]
+        return found
 
     def _spellings(self, word: str) -> list[list[int]]:
         """The tokens of a text as they are at the start of a line, and after a space."""

@@ -475,8 +475,8 @@ class LLM:
 
     def _check_grammar(self, params: SamplingParams) -> None:
         """Raises `InvalidParameterError` for one that cannot be compiled; each is tried once."""
-        grammar = self._input.grammar(params)
-        if grammar is None:
+        wanted = self._input.grammar(params)
+        if wanted is None:
             return
         if self._grammars is None:
             self._grammars = GrammarChecker(
@@ -484,7 +484,9 @@ class LLM:
                 vocab_size=self.model.vocab_size,
                 eos_token_ids=self.model.eos_token_ids,
             )
-        self._grammars.check(grammar)
+        self._grammars.check(wanted.spec)
+        for warning in wanted.warnings:
+            logger.warning("%s", warning)
 
     def _search(
         self, prompts: Sequence[PromptInput], params: BeamSearchParams

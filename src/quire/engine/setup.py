@@ -17,6 +17,7 @@ from quire.engine.memory import MemoryPlan, plan_memory
 from quire.errors import CheckpointError, ConfigError, UnsupportedModelError
 from quire.models.registry import resolve_spec
 from quire.models.spec import ModelSpec
+from quire.structured.spec import DEFAULT_LIMITS, Limits
 from quire.weights.resolve import resolve_model
 
 if TYPE_CHECKING:
@@ -75,6 +76,8 @@ class ServedModel:
     tokenizer: Tokenizer
     chat_template: ChatTemplate | None
     root: str
+    grammars: Limits = DEFAULT_LIMITS
+    """What grammars requests may bring."""
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -200,6 +203,7 @@ def serve_model(config: EngineConfig, resolved: ResolvedModel) -> ServedModel:
         tokenizer=tokenizer,
         chat_template=template,
         root=str(resolved.model_dir),
+        grammars=Limits(config.structured.max_grammar_bytes, config.structured.json_whitespace),
     )
 
 

@@ -98,7 +98,7 @@ async def start_chat(
     prompt, reader = await prepare_chat(asked, use, params, model)
     frame = dataclasses.replace(frame, warnings=[*frame.warnings, *use.warnings])
     with blaming_tools(use):
-        engine = await admit(state, 1, reader.params)
+        engine = await admit(state, 1, reader.params, frame.warnings)
         log_request(state, request, frame, [(prompt, reader.params)])
         streams = submit_all(engine, [(prompt, reader.params)], asked, frame)
     return StartedChat(frame, prompt, reader, streams)

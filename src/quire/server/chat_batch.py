@@ -58,7 +58,7 @@ def chat_batch_router(state: ServerState) -> APIRouter:
             work.append((prompt, reader.params))
             encoders.append(ChatEncoder(one, frame, model, prompt, reader, role))
         with blaming_tools(use):
-            engine = await admit(state, count, work[0][1])
+            engine = await admit(state, count, work[0][1], frame.warnings)
             log_request(state, request, frame, work)
             streams = submit_all(engine, work, asked, frame)
         outputs = await run_to_end(state, request, streams, frame)

@@ -53,7 +53,7 @@ def completions_router(state: ServerState) -> APIRouter:
         prompts = await _prompts(parsed.request, params, model, state)
         frame = Frame.make("cmpl", model, parsed.warnings)
         encoder = CompletionEncoder(parsed.request, frame, model, prompts)
-        engine = await admit(state, len(prompts), params)
+        engine = await admit(state, len(prompts), params, frame.warnings)
         log_request(state, request, frame, prompts)
         streams = submit_all(engine, prompts, parsed.request, frame)
         return await respond(state, request, parsed.request, streams, encoder)

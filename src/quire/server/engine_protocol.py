@@ -120,9 +120,9 @@ class ServingEngine(Protocol):
         thinking: ThinkingTokens | None = None,
     ) -> RequestStream: ...
 
-    def check_grammar(self, params: SamplingParams) -> None:
+    def check_grammar(self, params: SamplingParams) -> Sequence[str]:
         """Compile `params.structured_outputs` once. Raises `InvalidParameterError` where that fails;
-        may take a while, so it is called in a thread."""
+        may take a while, so it is called in a thread. Returns warnings for the client."""
 
     @property
     def is_dead(self) -> bool: ...

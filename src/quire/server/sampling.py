@@ -154,12 +154,6 @@ def _structured_outputs(request: SamplingFields) -> StructuredOutputsParams | No
                 param="response_format",
             )
         wanted = _struct(StructuredOutputsParams, given, "structured_outputs")
-    try:
-        msgspec.msgpack.encode(wanted)
-    except OverflowError:  # in a schema there may be anything
-        raise bad_request(
-            "a schema's numbers must fit in 64 bits.", param="structured_outputs"
-        ) from None
     return wanted
 
 
@@ -207,14 +201,18 @@ def fit_default_max_tokens(
     return params.replace(max_tokens=room, min_tokens=min(params.min_tokens, room))
 
 
-async def admit(state: ServerState, prompts: int, params: SamplingParams) -> ServingEngine:
+async def admit(
+    state: ServerState, prompts: int, params: SamplingParams, warnings: list[str]
+) -> ServingEngine:
     """The engine, for a request within this server's limits, whose grammar (if it has one) is good.
+
+    warnings: of the request; what its grammar gives cause for is added.
 
     Grammars are tried in a thread: compiling one may take a while, and must not hold up others.
     """
     check_limits(prompts, params, state.config)
     if params.structured_outputs is not None:
-        await asyncio.to_thread(state.serving_engine().check_grammar, params)
+        warnings += await asyncio.to_thread(state.serving_engine().check_grammar, params)
     return state.serving_engine()  # it may have gone while the request was being prepared
 
 

@@ -144,5 +144,8 @@ class _TokenTable:
 
 def _first_line(error: str) -> str:
     """The reason without the excerpt and the state that follow it."""
-    line = error.strip().split("\n", 1)[0]
+    lines = error.strip().split("\n")
+    line = lines[0]
+    if line == "regex parse error:":
+        line = f"{line} {lines[-1].removeprefix('error: ')}, in {lines[1].strip()}"
     return (line if len(line) <= MAX_REASON else line[:MAX_REASON] + "...").rstrip(".") + "."

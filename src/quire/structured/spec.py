@@ -1,14 +1,15 @@
 """From what a request asks for to one of two texts: a JSON schema, or a grammar in Lark's syntax.
 
 Everything that can be said without a vocabulary is checked here: sizes, nesting, the shape of structural
-tags. No recursion and no backtracking regex touches what the client wrote. Whether a grammar compiles
-is for `checker.py` to find out.
+tags; schemas go through `schema.py`. No backtracking regex touches what the client wrote. Whether a grammar
+compiles is for `checker.py` to find out.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -16,54 +17,96 @@ import msgspec
 from quire.messages import GrammarSpec
 from quire.sampling_params import StructuredOutputsParams
 from quire.structured.base import invalid
+from quire.structured.schema import MAX_NESTING, prepare
 from quire.structured.structural_tag import tag_grammar
 
-MAX_BYTES = 64 << 10
-MAX_NESTING = 64
+MAX_BYTES = 512 << 10
+MAX_RAW_BYTES = 8 << 20
+"""Of a schema sent as text, descriptions included."""
 
-# Where a schema's parts are schemas themselves; elsewhere (enum, const, default) dicts are plain values.
-SCHEMA_KEYS = ("items", "additionalProperties", "contains", "not", "if", "then", "else")
-SCHEMA_LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
-SCHEMA_MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+MAX_PARTS = 400_000
+"""Values in what a client sent as JSON, before annotations are left out."""
+BOUNDED_WHITESPACE = r" |(?:\r?\n){1,2}[ \t]{0,40}"
+"""Between two parts of JSON: a space, or one or two line ends and an indentation."""
+WHITESPACE: dict[str, dict[str, object]] = {
+    "bounded": {"whitespace_pattern": BOUNDED_WHITESPACE},
+    "any": {"whitespace_flexible": True},
+    "none": {"whitespace_flexible": False},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a server allows."""
+
+    max_bytes: int = MAX_BYTES
+    """Of a grammar's text; of a schema what is left of it without annotations."""
+    whitespace: str = "bounded"
+    """In JSON, where the request does not say: a key of `WHITESPACE`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    spec: GrammarSpec
+    warnings: tuple[str, ...]
+    """What of a schema is not enforced: formats of strings that nobody knows."""
+
+
+DEFAULT_LIMITS = Limits()
 
 
 def to_spec(
-    params: StructuredOutputsParams, *, special_tokens: Mapping[str, int] | None = None
+    params: StructuredOutputsParams,
+    *,
+    special_tokens: Mapping[str, int] | None = None,
+    limits: Limits = DEFAULT_LIMITS,
 ) -> GrammarSpec:
-    """The grammar that `params` describe.
+    """The grammar that `params` describe: see `wanted`."""
+    return wanted(params, special_tokens=special_tokens, limits=limits).spec
+
+
+def wanted(
+    params: StructuredOutputsParams,
+    *,
+    special_tokens: Mapping[str, int] | None = None,
+    limits: Limits = DEFAULT_LIMITS,
+) -> Wanted:
+    """The grammar that `params` describe, and what to tell the client about it.
 
     special_tokens: text -> id of the special tokens that tags may be made of: where a tag's text holds
         one, the token is meant and not its spelling.
 
     Raises `InvalidParameterError` naming `structured_outputs`.
     """
+    schemas = _Schemas(params, limits)
+    size = limits.max_bytes
     if params.regex is not None:
-        spec = GrammarSpec("lark", f"start: /{_regex(params.regex)}/")
+        spec = GrammarSpec("lark", f"start: /{_regex(params.regex, size)}/")
     elif params.choice is not None:
         choices = " | ".join(json.dumps(choice) for choice in params.choice)
         spec = GrammarSpec("lark", f"start: CHOICE\nCHOICE: {choices}")
     elif params.grammar is not None:
-        spec = GrammarSpec("lark", _grammar(params.grammar))
+        spec = GrammarSpec("lark", _grammar(params.grammar, size))
     elif params.structural_tag is not None:
         tag = _checked(params.structural_tag, "structural_tag")
         text = tag_grammar(
             tag,
-            schema_text=lambda schema: _schema_text(schema, params),
-            regex_text=_regex,
+            schema_text=schemas.text,
+            regex_text=lambda regex: _regex(regex, size),
             special_tokens=special_tokens or {},
         )
         spec = GrammarSpec("lark", text)
     else:
         schema = {"type": "object"} if params.json is None else _checked(params.json, "json")
-        spec = GrammarSpec("json_schema", _schema_text(schema, params))
-    _check_size(spec.text, "the grammar")
-    return spec
+        spec = GrammarSpec("json_schema", schemas.text(schema))
+    _check_size(spec.text, "the grammar", size)
+    return Wanted(spec, tuple(dict.fromkeys(schemas.warnings)))
 
 
 def _checked(value: str | dict[str, Any], name: str) -> dict[str, Any]:
     """A JSON object, given as one or as text, of bounded size and nesting."""
     if isinstance(value, str):
-        _check_size(value, name)
+        _check_size(value, name, MAX_RAW_BYTES)
         try:
             value = msgspec.json.decode(value)
         except (msgspec.DecodeError, RecursionError) as error:
@@ -71,10 +114,14 @@ def _checked(value: str | dict[str, Any], name: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise invalid(f"{name} must be a JSON object.", value)
     level: list[object] = [value]
+    num_parts = 0
     for _ in range(MAX_NESTING + 1):
         level = [part for whole in level for part in _parts(whole)]
+        num_parts += len(level)
         if not level:
             return value
+        if num_parts > MAX_PARTS:
+            raise invalid(f"{name} has over {MAX_PARTS} parts; simplify it.")
     raise invalid(f"{name} is nested deeper than {MAX_NESTING} levels; flatten it, or use $defs.")
 
 
@@ -85,70 +132,76 @@ def _parts(whole: object) -> Iterator[object]:
         yield from whole
 
 
-def _check_size(text: str, name: str) -> None:
+def _check_size(text: str, name: str, max_bytes: int) -> None:
     try:
         num_bytes = len(text.encode())
     except UnicodeEncodeError:
         raise invalid(f"{name} is not valid Unicode: it has a lone surrogate.") from None
-    if num_bytes > MAX_BYTES:
-        raise invalid(f"{name} has {num_bytes} bytes; at most {MAX_BYTES} are allowed.")
+    if num_bytes > max_bytes:
+        raise invalid(
+            f"{name} has {num_bytes} bytes; at most {max_bytes} are allowed (--max-grammar-bytes)."
+        )
 
 
-def _schema_text(schema: object, params: StructuredOutputsParams) -> str:
-    """The schema with our options in it, as llguidance reads them."""
-    if isinstance(schema, bool):
-        schema = {} if schema else {"not": {}}
-    if not isinstance(schema, dict):
-        raise invalid("a JSON schema must be an object.", schema)
-    if params.disable_additional_properties:
-        schema = _closed(schema)
-    options: dict[str, object] = {}
-    if params.whitespace_pattern is not None:
-        options["whitespace_pattern"] = _regex(params.whitespace_pattern)
-    elif params.disable_any_whitespace:
-        options["whitespace_flexible"] = False
-    if options:
-        theirs = schema.get("x-guidance")
-        schema = schema | {"x-guidance": (theirs if isinstance(theirs, dict) else {}) | options}
-    try:
-        return msgspec.json.encode(schema).decode()
-    except (TypeError, ValueError, RecursionError) as error:
-        raise invalid(f"the JSON schema cannot be written as JSON ({error}).") from None
+class _Schemas:
+    """The schemas of one request, as llguidance reads them."""
+
+    def __init__(self, params: StructuredOutputsParams, limits: Limits) -> None:
+        self.warnings: list[str] = []
+        self._params = params
+        self._limits = limits
+
+    def text(self, schema: object) -> str:
+        """The schema, prepared (see `schema.py`), with our options in it."""
+        if isinstance(schema, bool):
+            schema = {} if schema else {"not": {}}
+        if not isinstance(schema, dict):
+            raise invalid("a JSON schema must be an object.", schema)
+        theirs = schema.get("x-guidance", {})
+        if not isinstance(theirs, dict):
+            raise invalid("x-guidance must be an object.", theirs)
+        prepared = prepare(
+            schema,
+            lenient=theirs.get("lenient") is True,
+            coerce_one_of=theirs.get("coerce_one_of") is True,
+            close=self._params.disable_additional_properties,
+        )
+        self.warnings += prepared.warnings
+        whole = prepared.schema | {"x-guidance": self._options(theirs)}
+        try:
+            return msgspec.json.encode(whole).decode()
+        except (TypeError, ValueError, OverflowError, RecursionError) as error:
+            raise invalid(f"the JSON schema cannot be written as JSON ({error}).") from None
+
+    def _options(self, theirs: dict[str, Any]) -> dict[str, Any]:
+        """What the request says of white space wins over what its schema says, and that over the server."""
+        params = self._params
+        ours: dict[str, object] = {}
+        if params.whitespace_pattern is not None:
+            ours["whitespace_pattern"] = _regex(params.whitespace_pattern, self._limits.max_bytes)
+        elif params.disable_any_whitespace:
+            ours["whitespace_flexible"] = False
+            theirs = {name: value for name, value in theirs.items() if name != "whitespace_pattern"}
+        elif not {"whitespace_pattern", "whitespace_flexible"} & theirs.keys():
+            ours = WHITESPACE[self._limits.whitespace]
+        return theirs | ours
 
 
-def _closed(schema: dict[str, Any]) -> dict[str, Any]:
-    """A copy in which every schema of objects that does not say allows no other properties."""
-    copy: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(schema))
-    todo: list[Any] = [copy]
-    while todo:
-        part = todo.pop()
-        if not isinstance(part, dict):
-            continue
-        todo += [part.get(key) for key in SCHEMA_KEYS]
-        for key in SCHEMA_LISTS:
-            todo += _parts(part.get(key))
-        for key in SCHEMA_MAPS:
-            todo += _parts(part.get(key))
-        if part.get("type") == "object" or "properties" in part:
-            part.setdefault("additionalProperties", False)
-    return copy
-
-
-def _regex(pattern: str) -> str:
+def _regex(pattern: str, max_bytes: int) -> str:
     """A regex as it may stand between Lark's slashes; `\\d` is 0 to 9."""
     if not isinstance(pattern, str) or "\0" in pattern:
         raise invalid("a regex must be text without NUL characters.", pattern)
     if (len(pattern) - len(pattern.rstrip("\\"))) % 2:
         raise invalid("the regex ends in a lone backslash.", pattern)
-    _check_size(pattern, "the regex")
+    _check_size(pattern, "the regex", max_bytes)
     from llguidance import regex_to_lark
 
     return regex_to_lark(pattern, "d") or "()"  # two slashes would begin a comment
 
 
-def _grammar(text: str) -> str:
+def _grammar(text: str, max_bytes: int) -> str:
     """Lark as it is, GBNF translated."""
-    _check_size(text, "the grammar")
+    _check_size(text, "the grammar", max_bytes)
     if "\0" in text:
         raise invalid("a grammar must not have NUL characters.")
     if not _is_gbnf(text):
