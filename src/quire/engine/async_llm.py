@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
@@ -162,6 +163,8 @@ class AsyncLLM:
                 waiting.exception()
             await asyncio.to_thread(core.close)
             raise
+        # The core sized its cache last: with max_model_len auto, its length is the one that holds.
+        model = dataclasses.replace(model, max_model_len=ready.max_model_len)
         return cls(located, core, model, ready)
 
     # --- requests ---------------------------------------------------------------------------------

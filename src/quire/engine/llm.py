@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from operator import mul
@@ -107,6 +108,7 @@ class LLM:
             raise InvalidParameterError(
                 f"engine must be inline or process, got {engine!r}.", param="engine", value=engine
             )
+        self.model = dataclasses.replace(self.model, max_model_len=self.ready.max_model_len)
         logger.info("memory: %s", describe_ledger(self.ready))
         self._input = InputProcessor(self.model)
         self._output = OutputProcessor(self.model.tokenizer)

@@ -16,10 +16,11 @@ from types import TracebackType
 import torch
 
 from quire.errors import CheckpointError
+from quire.weights.files import INDEX_FILE, SINGLE_FILE, find_files
 from quire.weights.safetensors_header import HeaderError, read_header
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
+OPTIONAL_SUFFIXES = ("lm_head.weight", "rotary_emb.inv_freq")
+"""An index may name these in vain: saving drops a tied head and a buffer, but not always their entries."""
 FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -27,6 +28,8 @@ FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat
 class TensorInfo:
     """What the file's header says of one tensor."""
 
+    name: str
+    """In the file; `Checkpoint.tensors` may know it by another."""
     file: str
     shape: tuple[int, ...]
     dtype: str
@@ -64,9 +67,8 @@ class Checkpoint:
         self.tensors: dict[str, TensorInfo] = {}
         try:
             index = _read_index(model_dir)
-            for file in (
-                sorted(set(index.values())) if index is not None else _find_files(model_dir)
-            ):
+            files = sorted(set(index.values())) if index is not None else find_files(model_dir)
+            for file in files:
                 self._open(file, index)
             if index is not None:
                 self._check_index(index)
@@ -98,12 +100,12 @@ class Checkpoint:
                     f"remove the file that does not belong, or add {INDEX_FILE}"
                 )
             self.tensors[name] = TensorInfo(
-                file, entry.shape, entry.dtype, entry.begin, entry.num_bytes
+                name, file, entry.shape, entry.dtype, entry.begin, entry.num_bytes
             )
 
     def _check_index(self, index: Mapping[str, str]) -> None:
         for name, file in index.items():
-            if name not in self.tensors:
+            if name not in self.tensors and not name.endswith(OPTIONAL_SUFFIXES):
                 raise CheckpointError(
                     f"{INDEX_FILE} places tensor {name} in {file}, which does not hold it; "
                     f"download {self._dir} again"
@@ -202,24 +204,3 @@ def _read_index(model_dir: Path) -> Mapping[str, str] | None:
                 "file beside the index"
             )
     return weight_map
-
-
-def _find_files(model_dir: Path) -> list[str]:
-    if (model_dir / SINGLE_FILE).is_file():
-        return [SINGLE_FILE]
-    # Mistral ships the same weights a second time, in its own names, as consolidated*.safetensors.
-    files = sorted(
-        p.name for p in model_dir.glob("*.safetensors") if not p.name.startswith("consolidated")
-    )
-    if files:
-        return files
-    if any(model_dir.glob("*.bin")) or any(model_dir.glob("*.pt*")):
-        raise CheckpointError(
-            f"{model_dir} has only pickled weights (.bin or .pt), which can run code when "
-            "loaded; convert them with "
-            "transformers: AutoModelForCausalLM.from_pretrained(dir).save_pretrained(new_dir)"
-        )
-    raise CheckpointError(
-        f"{model_dir} has no .safetensors file; point to a directory "
-        "with weights, or use --load-format dummy"
-    )
