@@ -1,9 +1,9 @@
 """Which tokens end a text, from every file that says so. The one place where that is decided.
 
-Fine-tunes often change one file and keep the others of their base model: the tokenizer's `<|im_end|>`, say, beside
-a config.json and a generation_config.json that still name `<|endoftext|>`. None of them is wrong, so a text ends at
-any of them: at the tokenizer's EOS, as in vLLM, and at what the two configs name. `min_tokens`, `ignore_eos`,
-grammars and beam search all read this one list.
+Fine-tunes often change one file and keep the others of their base model: the tokenizer names `<|im_end|>`, while
+config.json and generation_config.json still name `<|endoftext|>`. So a text ends at any of them: at the
+tokenizer's EOS, as in vLLM, and at what the two configs name. `min_tokens`, `ignore_eos`, grammars and beam
+search all read this one list.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def end_tokens(
                 ids[token] = None
             else:
                 warnings.append(
-                    f"{source.file}: eos_token_id {str(value)[:80]!r} is no token of this model, whose "
+                    f"{source.file}: eos_token_id {value!r:.80} is no token of this model, whose "
                     f"vocabulary has {vocab_size} ids; it is ignored."
                 )
     return EndTokens(tuple(ids), tuple(warnings))

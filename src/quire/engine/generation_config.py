@@ -55,8 +55,9 @@ def sampling_defaults(
         if name in override:
             if value is not None and (problem := _problem(name, parameter, value)):
                 raise ConfigError(f"{OVERRIDE}: {problem}")
-        elif model.generation_config != "vllm" and (value := generation.get(name)) is not None:
-            if problem := _problem(name, parameter, value):
+        elif model.generation_config != "vllm":
+            value = generation.get(name)
+            if value is not None and (problem := _problem(name, parameter, value)):
                 warnings.append(f"{FILE}: {problem} It is ignored.")
                 continue
         if value is not None:

@@ -61,8 +61,10 @@ class InputProcessor:
         add_special_tokens: bool = True,
         thinking: ThinkingTokens | None = None,
         max_logprobs: int | None = None,
+        fit_max_tokens: bool = False,
     ) -> EngineRequest:
         """thinking: of a reasoning model, how it begins and ends to think.
+        fit_max_tokens: max_tokens is a default, which is cut to what the context has room for.
         max_logprobs: instead of the model's limit, for requests of our own making."""
         text, token_ids, salt = self._read_prompt(prompt, cache_salt, add_special_tokens)
         pooling = params if isinstance(params, PoolingParams) else None
@@ -80,7 +82,9 @@ class InputProcessor:
                 f"priority must be a 32-bit integer, got {priority!r}.",
                 param="priority", value=priority,
             )  # fmt: skip
-        max_tokens = 0 if scores_only else self._max_tokens(len(token_ids), params)
+        max_tokens = (
+            0 if scores_only else self._max_tokens(len(token_ids), params, fit=fit_max_tokens)
+        )
         now = time.monotonic()
         seed = params.seed if params.seed is not None else secrets.randbits(63)
         leader = next(self._ids)
@@ -239,7 +243,7 @@ class InputProcessor:
         spaced = self._model.tokenizer.encode(" " + word.lstrip(), add_special_tokens=False)
         return [ids for ids in ([bare] if bare == spaced else [bare, spaced]) if ids]
 
-    def _max_tokens(self, prompt_len: int, params: SamplingParams) -> int:
+    def _max_tokens(self, prompt_len: int, params: SamplingParams, *, fit: bool) -> int:
         room = self._model.max_model_len - prompt_len
         if params.max_tokens is None:
             if params.min_tokens > room:
@@ -251,6 +255,8 @@ class InputProcessor:
                 )
             return room
         if params.max_tokens > room:
+            if fit:
+                return room
             raise PromptTooLongError(
                 f"This model's maximum context length is {self._model.max_model_len} tokens. "
                 f"However, you requested {params.max_tokens} output tokens and your prompt contains "

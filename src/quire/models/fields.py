@@ -29,8 +29,8 @@ COSMETIC_FIELDS = frozenset(
     "id2label label2id num_labels problem_type finetuning_task task_specific_params prefix "
     "pruned_heads keys_to_ignore_at_inference use_bfloat16 tf_legacy_loss "
     # Token ids that generation, not the model, uses (`quire.engine.end_tokens` reads eos_token_id).
-    "bos_token_id pad_token_id sep_token_id unk_token_id mask_token_id decoder_start_token_id bos_token eos_token "
-    "eos_token_id pad_token "
+    "bos_token_id eos_token_id pad_token_id sep_token_id unk_token_id mask_token_id "
+    "decoder_start_token_id bos_token eos_token pad_token "
     # Generation settings that old configs carried; generation_config.json is where they are read.
     "max_length max_new_tokens min_length do_sample early_stopping num_beams num_beam_groups "
     "diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty "

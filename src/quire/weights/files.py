@@ -13,8 +13,8 @@ SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)\.safetensors
 EXTRAS = re.compile(
     r"(consolidated|adapter|optimizer|scheduler|training|trainer|random|rng|ema|lora|vae|sampler)"
 )
-"""Names that other files beside the model begin with. Mistral ships the same weights a second time, in its own
-names, as consolidated*.safetensors."""
+"""What the names of files beside the model begin with. Mistral ships the same weights a second time, in its
+own names, as consolidated*.safetensors."""
 
 
 def find_files(model_dir: Path) -> list[str]:

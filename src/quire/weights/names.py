@@ -2,9 +2,9 @@
 
 One architecture is published under several namings: `AutoModel` saves a base model without `model.`, training
 frameworks wrap a model and save the wrapper's name too (`module.`, `_orig_mod.`), and vision-language models
-hold a whole text model inside (`language_model.model.`, `model.language_model.`). transformers decides for each
-tensor; here one prefix is found for the whole file, as the one under which all of the model's tensors are. So
-a file that holds two models, or parts of two, is an error and not a mixture.
+hold a whole text model inside (`language_model.model.`, `model.language_model.`). transformers decides for
+each tensor; here one prefix is found for the whole file, the one under which all of the model's tensors are.
+So a file that holds two models, or parts of two, is an error and not a mixture.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ TOWERS = re.compile(
     r"(^|\.)(vision\w*|visual|image_\w+|multi_modal_\w+|multimodal_\w+|mm_\w+|audio\w*|speech_\w+|"
     r"embed_(vision|audio))(\.|$)"
 )
-"""The parts of a multimodal model that see and hear: its text model does not need them."""
+"""Vision and audio parts of a multimodal model, which its text model does not use."""
 
 
 def map_names(tensors: Mapping[str, TensorInfo], wanted: Collection[str]) -> dict[str, TensorInfo]:
