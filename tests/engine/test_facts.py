@@ -1,5 +1,5 @@
-"""Facts that several files of a checkpoint state: which tokens end a text, what is sampled with by default, how
-long the context is. Each is derived once, and holds for `LLM` as for the server."""
+"""Facts that several files of a checkpoint state: which tokens end a text, what is sampled with by default,
+how long the context is. Each is derived once, and holds for `LLM` as for the server."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from quire import LLM, SamplingParams
 from quire.config import from_flat
@@ -17,7 +18,8 @@ from quire.engine.end_tokens import EosSource, end_tokens
 from quire.engine.setup import ServedModel, locate, resolve, serve_model
 from quire.errors import ConfigError, InvalidParameterError
 from quire.sampling_params import BeamSearchParams, StructuredOutputsParams
-from tests.engine.checkpoints import SPECIAL, VOCAB_SIZE, write_checkpoint
+from tests.engine.checkpoints import SPECIAL, VOCAB_SIZE, write_checkpoint, write_tokenizer
+from tests.models.variants import build_reference, save
 
 OPTIONS = {"dtype": "float32", "max_num_seqs": 4, "kv_cache_memory_bytes": 16 << 20}
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24)
@@ -258,8 +260,9 @@ def test_neutral_values_are_no_mistakes(
 
 
 BAD_DEFAULTS = [
-    ("temperature", -1), ("temperature", 3), ("temperature", "0.7"), ("temperature", [1]), ("temperature", True),
-    ("top_p", 0), ("top_p", 1.5), ("top_p", -0.1), ("top_p", "1"), ("top_k", -5), ("top_k", "50"), ("top_k", 2.5),
+    ("temperature", -1), ("temperature", 3), ("temperature", "0.7"), ("temperature", [1]),
+    ("temperature", True), ("top_p", 0), ("top_p", 1.5), ("top_p", -0.1), ("top_p", "1"),
+    ("top_k", -5), ("top_k", "50"), ("top_k", 2.5),
     ("min_p", 2), ("min_p", -1), ("repetition_penalty", 0), ("repetition_penalty", -1.2),
     ("repetition_penalty", {}), ("max_new_tokens", 0), ("max_new_tokens", -1), ("max_new_tokens", "20"),
     ("max_new_tokens", True), ("max_new_tokens", 10**30),
@@ -287,6 +290,44 @@ def test_a_default_length_is_cut_to_the_context(base: Path, tmp_path: Path) -> N
         assert len(output.outputs[0].token_ids) <= 12
         with pytest.raises(InvalidParameterError, match="maximum context length is 32"):
             llm.generate([[7] * 20], SamplingParams(max_tokens=1000))
+
+
+# --- what the weights' files decide ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
+def test_without_a_dtype_the_weights_decide(tmp_path: Path, stored: str) -> None:
+    reference = build_reference("qwen2", vocab_size=VOCAB_SIZE, dtype=getattr(torch, stored))
+    save(reference, tmp_path)
+    edit(tmp_path / "config.json", dtype=..., torch_dtype=...)
+    config = locate(from_flat({"model": str(tmp_path), **OPTIONS, "dtype": "auto"}))
+    assert resolve(config).dtype == stored
+    edit(tmp_path / "config.json", torch_dtype="bfloat16")
+    assert resolve(config).dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama-mha-tied"])
+def test_a_base_model_gives_embeddings(tmp_path: Path, name: str) -> None:
+    """`AutoModel.save_pretrained`: text only where the embedding is the head too."""
+    checkpoint = write_checkpoint(name, tmp_path / "whole")
+    directory = save(checkpoint.reference.model, tmp_path / "base")
+    write_tokenizer(directory)
+    with LLM(str(directory), **OPTIONS) as llm:
+        [output] = llm.embed([PROMPT], use_tqdm=False)
+        with torch.inference_mode():
+            hidden = checkpoint.reference.model(torch.tensor([PROMPT])).last_hidden_state[0, -1]
+        expected = torch.nn.functional.normalize(hidden, dim=0)
+        assert torch.allclose(torch.tensor(output.outputs.embedding), expected, atol=1e-4)
+        if name == "qwen3":
+            for ask in (
+                lambda: llm.generate([PROMPT], GREEDY),
+                lambda: llm.beam_search([PROMPT], BeamSearchParams(2, 4)),
+            ):
+                with pytest.raises(InvalidParameterError, match="without an output head"):
+                    ask()
+        else:
+            [text] = llm.generate([PROMPT], GREEDY.replace(ignore_eos=True), use_tqdm=False)
+            assert text.outputs[0].token_ids == checkpoint.greedy(PROMPT, 24)
 
 
 # --- context length -------------------------------------------------------------------------------

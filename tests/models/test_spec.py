@@ -72,6 +72,7 @@ def test_every_field_of_a_spec() -> None:
         mlp_bias=False,
         qk_norm=False,
         sliding_windows=(None,) * 32,
+        has_head=True,
         checkpoint_dtype="bfloat16",
         default_eos_token_ids=(2,),
     )
@@ -112,7 +113,7 @@ def test_defaults_are_those_of_transformers_config_classes() -> None:
     lean = without(lean, "torch_dtype", "eos_token_id", "rope_scaling")
     spec = resolve_spec(lean)
     assert (spec.num_kv_heads, spec.rms_norm_eps, spec.rope.theta) == (32, 1e-6, 10000.0)
-    assert (spec.default_eos_token_ids, spec.checkpoint_dtype) == ((2,), "float32")
+    assert (spec.default_eos_token_ids, spec.checkpoint_dtype) == ((2,), None)
     assert resolve_spec({**lean, "eos_token_id": None}).default_eos_token_ids == ()
     assert resolve_spec(QWEN3_06B).default_eos_token_ids == ()
     assert resolve_spec(without(MISTRAL_7B_V01, "num_key_value_heads")).num_kv_heads == 8

@@ -1,5 +1,5 @@
-"""A checkpoint as people publish them, over HTTP: tensors without `model.`, a tokenizer that names another end
-than the configs, end ids beyond the vocabulary, a stretched context, a generation_config.json with mistakes."""
+"""A checkpoint as people publish them, over HTTP: tensors without `model.`, a tokenizer that names another
+end than the configs, end ids beyond the vocabulary, a stretched context, mistakes in generation_config."""
 
 from __future__ import annotations
 

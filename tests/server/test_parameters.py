@@ -357,7 +357,9 @@ async def test_error_contract_of_the_server_itself(make_client, engine):
 # --- a default of the model makes no request fail ---
 
 
-@pytest.mark.parametrize("url, body", [(COMPLETIONS, {"prompt": "a"}), (CHAT, {"messages": HI})])
+@pytest.mark.parametrize(
+    ("url", "body"), [(COMPLETIONS, {"prompt": "a"}), (CHAT, {"messages": HI})]
+)
 async def test_a_default_temperature_of_zero_yields_to_n(make_client, engine, url, body):
     engine.model.default_sampling = {"temperature": 0.0, "top_p": 0.5}
     client = make_client()
@@ -370,7 +372,9 @@ async def test_a_default_temperature_of_zero_yields_to_n(make_client, engine, ur
     assert refused.status_code == 400 and refused.json()["error"]["param"] == "n"
 
 
-@pytest.mark.parametrize("url, body", [(COMPLETIONS, {"prompt": "a"}), (CHAT, {"messages": HI})])
+@pytest.mark.parametrize(
+    ("url", "body"), [(COMPLETIONS, {"prompt": "a"}), (CHAT, {"messages": HI})]
+)
 async def test_a_default_length_yields_to_min_tokens(make_client, engine, url, body):
     engine.model.default_sampling = {"max_tokens": 4}
     client = make_client()

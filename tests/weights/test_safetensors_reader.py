@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from quire.errors import CheckpointError
-from quire.weights.safetensors_reader import INDEX_FILE, SINGLE_FILE, Checkpoint
+from quire.weights.files import INDEX_FILE, SINGLE_FILE
+from quire.weights.safetensors_reader import Checkpoint
 
 A, B = torch.arange(6.0).view(2, 3), torch.arange(4, dtype=torch.bfloat16)
 

@@ -1,7 +1,7 @@
 """Which tokens end a text, from every file that says so. The one place where that is decided.
 
-Fine-tunes often change one file and keep the others of their base model: the tokenizer names `<|im_end|>`, while
-config.json and generation_config.json still name `<|endoftext|>`. So a text ends at any of them: at the
+Fine-tunes often change one file and keep the others of their base model: the tokenizer names `<|im_end|>`,
+while config.json and generation_config.json still name `<|endoftext|>`. So a text ends at any of them: at the
 tokenizer's EOS, as in vLLM, and at what the two configs name. `min_tokens`, `ignore_eos`, grammars and beam
 search all read this one list.
 """

@@ -71,6 +71,12 @@ class InputProcessor:
         if pooling is not None:
             self._check_pooling(pooling)
             params = SamplingParams()
+        elif not self._model.spec.has_head:
+            raise InvalidParameterError(
+                "This checkpoint is a base model without an output head (lm_head.weight): it gives "
+                "embeddings, and generates no text.",
+                param="model",
+            )
         assert not isinstance(params, PoolingParams)
         limit = self._model.max_logprobs if max_logprobs is None else max_logprobs
         self._check_params(params, max_logprobs=limit)

@@ -24,6 +24,7 @@ from quire.engine.memory import MemoryPlan, plan_memory
 from quire.errors import ConfigError
 from quire.models.registry import resolve_spec
 from quire.models.spec import ModelSpec
+from quire.weights.files import read_contents
 from quire.weights.resolve import resolve_model
 
 if TYPE_CHECKING:
@@ -132,8 +133,8 @@ def resolve(config: EngineConfig) -> ResolvedModel:
     hf_config = read_json(directory / "config.json")
     for key, value in model.hf_overrides.items():
         hf_config[key] = value
-    spec = resolve_spec(hf_config)
-    dtype = spec.checkpoint_dtype if model.dtype == "auto" else DTYPE_NAMES[model.dtype]
+    spec, stored_dtype = _as_stored(resolve_spec(hf_config), model, directory)
+    dtype = stored_dtype if model.dtype == "auto" else DTYPE_NAMES[model.dtype]
     generation = read_generation_config(model, directory)
     default_sampling, warnings = sampling_defaults(model, generation)
     device = choose_device(config.runtime.device)
@@ -223,6 +224,22 @@ def serve_model(config: EngineConfig, resolved: ResolvedModel) -> ServedModel:
         chat_template=template,
         root=str(resolved.model_dir),
     )
+
+
+def _as_stored(spec: ModelSpec, model: ModelConfig, directory: Path) -> tuple[ModelSpec, str]:
+    """The spec and dtype with what the config leaves to the weights' files: a dtype, and whether there is a
+    head. Base models (Qwen3-Embedding-8B) are saved without one; their hidden states do not need it."""
+    contents = None if model.load_format == "dummy" else read_contents(directory)
+    if contents is None:
+        return spec, spec.checkpoint_dtype or "float32"
+    has_head = any(name.endswith("lm_head.weight") for name in contents.names)
+    if not spec.tie_word_embeddings and not has_head and "embed_tokens.weight" in contents.names:
+        logger.info(
+            "the checkpoint has no output head: it serves embeddings, and generates no text"
+        )
+        # Tied, so that the head which is never asked takes no memory.
+        spec = dataclasses.replace(spec, tie_word_embeddings=True, has_head=False)
+    return spec, spec.checkpoint_dtype or contents.dtype or "float32"
 
 
 def _wanted_model_len(model: ModelConfig, spec: ModelSpec) -> int | None:

@@ -72,6 +72,7 @@ def read_spec(
         mlp_bias=mlp_bias,
         qk_norm=qk_norm,
         sliding_windows=sliding_windows or (None,) * num_layers,
+        has_head=True,
         checkpoint_dtype=_read_dtype(reader),
         default_eos_token_ids=() if reader.nulled("eos_token_id") else default_eos_token_ids,
     )
@@ -151,11 +152,13 @@ def windows_of_layer_types(
     return tuple(window if kind == SLIDING else None for kind in layer_types)
 
 
-def _read_dtype(reader: ConfigReader) -> str:
-    """transformers 5 writes `dtype`, 4 wrote `torch_dtype`; neither means the library's default, float32."""
+def _read_dtype(reader: ConfigReader) -> str | None:
+    """transformers 5 writes `dtype`, 4 wrote `torch_dtype`; with neither, it is that of the weights."""
     reader.raw("torch_dtype")
     field = "dtype" if reader.has("dtype") else "torch_dtype"
-    name = reader.text(field, default="float32").removeprefix("torch.")
+    if not reader.has(field):
+        return None
+    name = reader.text(field, default="").removeprefix("torch.")
     if name not in DTYPES:
         raise reader.bad(field, f"supported dtypes are {', '.join(DTYPES)}")
     return name

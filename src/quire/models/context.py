@@ -3,7 +3,8 @@
 As vLLM derives it: the smallest of the fields that name a length, times the factor of a rotary embedding
 that stretches it. `max_position_embeddings` counts positions before stretching for the linear and dynamic
 types, and after it for llama3. YaRN's length is its original one times its factor, whatever the field says:
-Qwen's cards tell users to add `rope_scaling` and to leave the field alone, DeepSeek's configs hold the product.
+Qwen's cards tell users to add `rope_scaling` and to leave the field alone, DeepSeek's configs hold the
+product.
 """
 
 from __future__ import annotations

@@ -63,8 +63,10 @@ class ModelSpec:
     qk_norm: bool
     sliding_windows: tuple[int | None, ...]
     """Per layer: how many tokens a query sees, itself included; None sees everything before it."""
-    checkpoint_dtype: str
-    """The config's own dtype: "bfloat16", "float16" or "float32"."""
+    has_head: bool
+    """False: a base model saved alone, which gives hidden states and no logits."""
+    checkpoint_dtype: str | None
+    """The config's own dtype: "bfloat16", "float16" or "float32"; None where it names none."""
     default_eos_token_ids: tuple[int, ...]
     """What transformers' config class assumes to end a text. It counts only where no file names any:
     `quire.engine.end_tokens` joins what the files say."""

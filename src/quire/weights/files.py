@@ -1,11 +1,15 @@
-"""Which of a directory's .safetensors files are the model, where no index says so."""
+"""Which of a directory's .safetensors files are the model, and what their headers say. No torch is needed."""
 
 from __future__ import annotations
 
+import json
 import re
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePath
 
 from quire.errors import CheckpointError
+from quire.weights.safetensors_header import HeaderError, read_header
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -15,6 +19,61 @@ EXTRAS = re.compile(
 )
 """What the names of files beside the model begin with. Mistral ships the same weights a second time, in its
 own names, as consolidated*.safetensors."""
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """names: of all tensors. dtype: of the first that is of floats: "bfloat16", "float16", "float32"."""
+
+    names: frozenset[str]
+    dtype: str | None
+
+
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def read_contents(model_dir: Path) -> Contents | None:
+    """What the files hold; None where they cannot be read, which loading will report."""
+    names: set[str] = set()
+    dtype = None
+    try:
+        index = read_index(model_dir)
+        for file in sorted(set(index.values())) if index is not None else find_files(model_dir):
+            path = model_dir / file
+            with path.open("rb") as handle:
+                header = read_header(handle, path.stat().st_size)
+            names.update(header)
+            found = (DTYPES[e.dtype] for e in header.values() if e.dtype in DTYPES)
+            dtype = dtype or next(found, None)
+    except (CheckpointError, HeaderError, OSError):
+        return None
+    return Contents(frozenset(names), dtype)
+
+
+def read_index(model_dir: Path) -> Mapping[str, str] | None:
+    """Tensor name -> file name, or None where the checkpoint has no index (a single file wins over one)."""
+    path = model_dir / INDEX_FILE
+    if (model_dir / SINGLE_FILE).is_file() or not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON; download it again") from error
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path} has no weight_map object; download it again")
+    for name, file in weight_map.items():
+        # A name, not a path: an index must not reach outside its own directory.
+        if (
+            not isinstance(file, str)
+            or PurePath(file).name != file
+            or not file.endswith(".safetensors")
+        ):
+            raise CheckpointError(
+                f"{path} places tensor {name} in {file!r}; a shard must be a .safetensors "
+                "file beside the index"
+            )
+    return weight_map
 
 
 def find_files(model_dir: Path) -> list[str]:

@@ -5,18 +5,17 @@ safetensors only. A `.bin` file is a pickle, and loading one runs whatever its a
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path
 from types import TracebackType
 
 import torch
 
 from quire.errors import CheckpointError
-from quire.weights.files import INDEX_FILE, SINGLE_FILE, find_files
+from quire.weights.files import INDEX_FILE, find_files, read_index
 from quire.weights.safetensors_header import HeaderError, read_header
 
 OPTIONAL_SUFFIXES = ("lm_head.weight", "rotary_emb.inv_freq")
@@ -66,7 +65,7 @@ class Checkpoint:
         self._files: dict[str, _File] = {}
         self.tensors: dict[str, TensorInfo] = {}
         try:
-            index = _read_index(model_dir)
+            index = read_index(model_dir)
             files = sorted(set(index.values())) if index is not None else find_files(model_dir)
             for file in files:
                 self._open(file, index)
@@ -178,29 +177,3 @@ def _unreadable(path: Path, error: OSError) -> CheckpointError:
     return CheckpointError(
         f"{path} cannot be read: {error.strerror or error}; check its permissions and the disk"
     )
-
-
-def _read_index(model_dir: Path) -> Mapping[str, str] | None:
-    """Tensor name -> file name, or None where the checkpoint has no index (a single file wins over one)."""
-    path = model_dir / INDEX_FILE
-    if (model_dir / SINGLE_FILE).is_file() or not path.is_file():
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON; download it again") from error
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{path} has no weight_map object; download it again")
-    for name, file in weight_map.items():
-        # A name, not a path: an index must not reach outside its own directory.
-        if (
-            not isinstance(file, str)
-            or PurePath(file).name != file
-            or not file.endswith(".safetensors")
-        ):
-            raise CheckpointError(
-                f"{path} places tensor {name} in {file!r}; a shard must be a .safetensors "
-                "file beside the index"
-            )
-    return weight_map
