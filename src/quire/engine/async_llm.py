@@ -118,7 +118,7 @@ class AsyncLLM:
         self.ready = ready
         self.stats = SchedulerStats()
         self._core = core
-        self._input = InputProcessor(model)
+        self._input = InputProcessor(model, has_head=model.spec.has_head)
         self._checker = GrammarChecker(
             model.tokenizer, vocab_size=model.vocab_size, eos_token_ids=model.eos_token_ids
         )

@@ -40,8 +40,10 @@ class EngineRequest:
 class InputProcessor:
     """Tokenizes and validates. Raises `RequestError`s only."""
 
-    def __init__(self, model: ServedModel) -> None:
+    def __init__(self, model: ServedModel, *, has_head: bool = True) -> None:
+        """has_head: False for a model that gives vectors and no text."""
         self._model = model
+        self._has_head = has_head
         self._ids = itertools.count(1)
         tokenizer = model.tokenizer
         self._special = {
@@ -71,7 +73,7 @@ class InputProcessor:
         if pooling is not None:
             self._check_pooling(pooling)
             params = SamplingParams()
-        elif not self._model.spec.has_head:
+        elif not self._has_head:
             raise InvalidParameterError(
                 "This checkpoint is a base model without an output head (lm_head.weight): it gives "
                 "embeddings, and generates no text.",

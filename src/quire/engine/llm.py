@@ -110,7 +110,7 @@ class LLM:
             )
         self.model = dataclasses.replace(self.model, max_model_len=self.ready.max_model_len)
         logger.info("memory: %s", describe_ledger(self.ready))
-        self._input = InputProcessor(self.model)
+        self._input = InputProcessor(self.model, has_head=self.model.spec.has_head)
         self._output = OutputProcessor(self.model.tokenizer)
         self._num_submitted = 0
         self._enqueued: list[str] = []
