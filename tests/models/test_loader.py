@@ -99,6 +99,114 @@ def test_a_tied_model_ignores_a_stored_head(
     assert torch.equal(logits(load(tmp_path, native)), logits(load(directory, native)))
 
 
+def renamed(source: Path, target: Path, prefix: str, head: str, **more: torch.Tensor) -> Path:
+    """A copy of a checkpoint with another prefix for `model.` and another name for the head."""
+    names = {"lm_head.weight": head}
+    tensors = {
+        names.get(name, prefix + name.removeprefix("model.")): tensor
+        for name, tensor in load_file(source / "model.safetensors").items()
+    }
+    target.mkdir(exist_ok=True)
+    save_file(tensors | more, target / "model.safetensors")
+    (target / "config.json").write_text((source / "config.json").read_text())
+    return target
+
+
+NAMINGS = [
+    ("", "lm_head.weight"),
+    ("module.model.", "module.lm_head.weight"),
+    ("_orig_mod.model.", "_orig_mod.lm_head.weight"),
+    ("base_model.model.model.", "base_model.model.lm_head.weight"),
+    ("language_model.model.", "language_model.lm_head.weight"),
+    ("model.language_model.", "lm_head.weight"),
+    ("transformer.", "lm_head.weight"),
+]
+
+
+@pytest.mark.parametrize(("prefix", "head"), NAMINGS)
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral-full"])
+def test_other_namings_give_the_same_model(
+    checkpoint: Checkpoint, native: Kernels, tmp_path: Path, name: str, prefix: str, head: str
+) -> None:
+    _, directory = checkpoint(name)
+    buffers = {
+        f"{prefix}layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
+        f"{prefix}layers.1.attn.masked_bias": torch.tensor(-1e4),
+        f"{prefix}layers.1.attention.bias": torch.ones(1, 1, 4, 4, dtype=torch.bool),
+        f"{prefix}embed_positions.weights": torch.ones(4, 4),
+    }
+    other = renamed(directory, tmp_path, prefix, head, **buffers)
+    assert torch.equal(logits(load(other, native)), logits(load(directory, native)))
+
+
+@pytest.mark.parametrize("name", ["llama-mha-tied", "qwen3"])
+def test_a_base_model_as_auto_model_saves_it(
+    checkpoint: Checkpoint, native: Kernels, tmp_path: Path, name: str
+) -> None:
+    """`AutoModel.save_pretrained`: no `model.`, no head, and an architecture that ends in Model."""
+    reference, _ = checkpoint(name)
+    save(reference.model, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["architectures"] == [type(reference.model).__name__]
+    if config["tie_word_embeddings"]:
+        expected = reference_logits(reference, TOKENS)
+        torch.testing.assert_close(logits(load(tmp_path, native)), expected, rtol=1e-4, atol=1e-4)
+    else:
+        with pytest.raises(CheckpointError, match=r"lacks tensor lm_head\.weight.*tie_word_emb"):
+            load(tmp_path, native)
+
+
+def test_a_tied_model_with_only_a_head(
+    checkpoint: Checkpoint, native: Kernels, tmp_path: Path
+) -> None:
+    """transformers ties both ways: whichever of the two is there is the embedding."""
+    _, directory = checkpoint("qwen2")
+    embedding = load_file(directory / "model.safetensors")["model.embed_tokens.weight"]
+    moved = {"lm_head.weight": embedding, "model.embed_tokens.weight": None}
+    change_weights(directory, tmp_path, **moved)
+    assert torch.equal(logits(load(tmp_path, native)), logits(load(directory, native)))
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(
+        logits(load(tmp_path, native)), reference_logits(reference, TOKENS), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_a_stored_head_that_differs_from_the_tied_embedding_is_named(
+    checkpoint: Checkpoint, native: Kernels, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, directory = checkpoint("qwen2")
+    embedding = load_file(directory / "model.safetensors")["model.embed_tokens.weight"]
+    for head, warned in ((embedding.clone(), False), (embedding + 1, True)):
+        change_weights(directory, tmp_path, **{"lm_head.weight": head})
+        caplog.clear()
+        load(tmp_path, native)
+        assert ("lm_head.weight differ" in caplog.text) is warned
+
+
+def test_the_text_model_of_a_multimodal_checkpoint(
+    checkpoint: Checkpoint, native: Kernels, tmp_path: Path
+) -> None:
+    _, directory = checkpoint("mistral-full")
+    towers = {
+        "vision_tower.encoder.layers.0.input_layernorm.weight": torch.ones(4),
+        "multi_modal_projector.linear_1.weight": torch.ones(4, 4),
+    }
+    other = renamed(
+        directory, tmp_path, "language_model.model.", "language_model.lm_head.weight", **towers
+    )
+    assert torch.equal(logits(load(other, native)), logits(load(directory, native)))
+
+
+def test_a_misfit_is_named_as_the_file_names_it(
+    checkpoint: Checkpoint, native: Kernels, tmp_path: Path
+) -> None:
+    _, directory = checkpoint("llama")
+    bad = {"layers.1.self_attn.q_proj.weight": torch.zeros(64, 32)}
+    renamed(directory, tmp_path, "", "lm_head.weight", **bad)
+    with pytest.raises(CheckpointError, match=r"tensor layers\.1\.self_attn\.q_proj\.weight in"):
+        load(tmp_path, native)
+
+
 def test_nothing_points_into_the_files_once_loaded(
     checkpoint: Checkpoint, native: Kernels, tmp_path: Path
 ) -> None:

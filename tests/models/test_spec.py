@@ -64,16 +64,17 @@ def test_every_field_of_a_spec() -> None:
             low_freq_factor=1.0,
             high_freq_factor=4.0,
         ),
-        max_position_embeddings=131072,
+        context_length=131072,
+        context_source="max_position_embeddings",
         tie_word_embeddings=False,
         qkv_bias=False,
         o_bias=False,
         mlp_bias=False,
         qk_norm=False,
         sliding_windows=(None,) * 32,
+        has_head=True,
         checkpoint_dtype="bfloat16",
-        bos_token_id=128000,
-        eos_token_ids=(128001, 128008, 128009),
+        default_eos_token_ids=(2,),
     )
 
 
@@ -109,11 +110,12 @@ def test_windows_by_layer() -> None:
 
 def test_defaults_are_those_of_transformers_config_classes() -> None:
     lean = without(LLAMA_2_7B, "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings")
-    lean = without(lean, "torch_dtype", "bos_token_id", "eos_token_id", "rope_scaling")
+    lean = without(lean, "torch_dtype", "eos_token_id", "rope_scaling")
     spec = resolve_spec(lean)
     assert (spec.num_kv_heads, spec.rms_norm_eps, spec.rope.theta) == (32, 1e-6, 10000.0)
-    assert (spec.bos_token_id, spec.eos_token_ids, spec.checkpoint_dtype) == (1, (2,), "float32")
-    assert resolve_spec({**lean, "eos_token_id": None}).eos_token_ids == ()
+    assert (spec.default_eos_token_ids, spec.checkpoint_dtype) == ((2,), None)
+    assert resolve_spec({**lean, "eos_token_id": None}).default_eos_token_ids == ()
+    assert resolve_spec(QWEN3_06B).default_eos_token_ids == ()
     assert resolve_spec(without(MISTRAL_7B_V01, "num_key_value_heads")).num_kv_heads == 8
     assert resolve_spec({**MISTRAL_7B_V01, "num_key_value_heads": None}).num_kv_heads == 32
     assert resolve_spec(without(MISTRAL_7B_V01, "sliding_window")).sliding_windows[0] == 4096
@@ -130,6 +132,83 @@ def test_transformers_5_spelling_equals_transformers_4() -> None:
     assert resolve_spec(older) == resolve_spec(old)
 
 
+@pytest.mark.parametrize("config", [LLAMA_2_7B, MISTRAL_7B_V01, QWEN2_5_05B, QWEN3_06B])
+def test_architectures_as_published(config: Mapping[str, object]) -> None:
+    """A base model is the same model; without `architectures` the model_type decides."""
+    [name] = config["architectures"]  # type: ignore[misc]
+    base = name.replace("ForCausalLM", "Model")
+    for architectures in ([base], None, []):
+        assert resolve_spec({**config, "architectures": architectures}) == resolve_spec(config)
+    assert resolve_spec(without(config, "architectures")) == resolve_spec(config)
+
+
+NULLED = [
+    "head_dim", "quantization_config", "rope_scaling", "tie_word_embeddings", "attention_bias",
+    "num_experts", "sliding_window", "pad_token_id", "eos_token_id",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("field", NULLED)
+def test_a_null_field_is_an_absent_one(field: str) -> None:
+    expected = resolve_spec(without(LLAMA_2_7B, field))
+    if field == "eos_token_id":  # here null says that there is none
+        expected = dataclasses.replace(expected, default_eos_token_ids=())
+    assert resolve_spec({**LLAMA_2_7B, field: None}) == expected
+
+
+def test_an_empty_quantization_config_is_none() -> None:
+    assert resolve_spec({**LLAMA_2_7B, "quantization_config": {}}) == resolve_spec(LLAMA_2_7B)
+
+
+def yarn(**fields: object) -> dict[str, object]:
+    return {"rope_type": "yarn", "factor": 4.0, **fields}
+
+
+def llama3(**fields: object) -> dict[str, object]:
+    scaling = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    return {"rope_type": "llama3", "factor": 8.0, **scaling, **fields}
+
+
+CONTEXTS: list[tuple[dict[str, object], int]] = [  # LLAMA_2_7B has 4096 positions
+    ({}, 4096),
+    ({"rope_scaling": {"type": "linear", "factor": 4}}, 16384),
+    ({"rope_scaling": {"rope_type": "linear", "factor": 2.5}}, 10240),
+    ({"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}, 16384),
+    ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, 8192),
+    ({"rope_scaling": {"rope_type": "default"}}, 4096),
+    ({"rope_scaling": llama3(original_max_position_embeddings=512)}, 4096),
+    ({"rope_scaling": yarn(original_max_position_embeddings=1024)}, 4096),
+    ({"rope_scaling": yarn(original_max_position_embeddings=4096)}, 16384),
+    ({"rope_scaling": yarn()}, 16384),
+    ({"rope_scaling": yarn(), "original_max_position_embeddings": 2048}, 8192),
+    ({"rope_scaling": yarn(factor=None, original_max_position_embeddings=1024)}, 4096),
+    ({"max_position_embeddings": 40960,
+      "rope_scaling": yarn(original_max_position_embeddings=32768)}, 131072),
+    ({"max_sequence_length": 2048}, 2048),
+    ({"max_sequence_length": 16384, "rope_scaling": {"type": "linear", "factor": 4.0}}, 16384),
+    ({"seq_length": 1024, "n_positions": 2048}, 1024),
+    ({"model_max_length": 2048}, 2048),
+    ({"model_max_length": 10**30}, 4096),
+    ({"seq_length": None, "max_seq_len": 0, "n_positions": "x", "seq_len": True}, 4096),
+    ({"sliding_window": None}, 4096),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "length"), CONTEXTS, ids=lambda value: str(value)[:60])
+def test_context_length(change: dict[str, object], length: int) -> None:
+    assert resolve_spec({**LLAMA_2_7B, **change}).context_length == length
+
+
+def test_a_window_does_not_shorten_the_context() -> None:
+    assert resolve_spec(MISTRAL_7B_V01).context_length == 32768
+
+
+def test_rope_scaling_added_to_a_file_of_transformers_5_keeps_its_theta() -> None:
+    config = without(LLAMA_2_7B, "rope_scaling", "rope_theta")
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": 5e5}
+    assert resolve_spec({**config, "rope_scaling": yarn()}).rope.theta == 5e5
+
+
 def test_yarn_temperature() -> None:
     def factor(**fields: object) -> float:
         scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
@@ -144,7 +223,9 @@ def test_yarn_temperature() -> None:
 
 BAD_FIELDS: list[tuple[dict[str, object], str]] = [
     ({"architectures": ["GPT2LMHeadModel"]}, "architectures.*GPT2LMHeadModel.*LlamaForCausalLM"),
-    ({"architectures": None}, "architectures"),
+    ({"architectures": None, "model_type": "gpt2"}, "model_type is 'gpt2'.*llama, mistral"),
+    ({"architectures": [], "model_type": None}, "model_type is None.*without architectures"),
+    ({"architectures": ["LlamaForSequenceClassification"]}, "architectures.*SequenceClassification"),
     ({"architectures": "LlamaForCausalLM"}, "architectures.*list"),
     ({"architectures": ["LlamaForCausalLM", "X"]}, "architectures.*exactly one"),
     ({"model_type": "mixtral"}, "model_type.*'mixtral'.*'llama'"),
@@ -170,8 +251,6 @@ BAD_FIELDS: list[tuple[dict[str, object], str]] = [
     ({"rms_norm_eps": 10**400}, "rms_norm_eps"),
     ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false'.*true or false"),
     ({"torch_dtype": "float8_e4m3fn"}, "torch_dtype is 'float8_e4m3fn'.*bfloat16"),
-    ({"eos_token_id": "</s>"}, "eos_token_id is '</s>'"),
-    ({"eos_token_id": [2, -1]}, "eos_token_id"),
     ({"rope_theta": 0}, "rope_theta is 0"),
     ({"rope_scaling": "llama3"}, "rope_scaling is 'llama3'.*object"),
     ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "rope_scaling.type is 'longrope'.*yarn"),

@@ -356,3 +356,33 @@ async def test_error_contract_of_the_server_itself(make_client, engine):
     stream = await client.post(COMPLETIONS, json={"prompt": "a", "stream": True})
     *_, error, done = data_lines(stream.content)
     assert (stream.status_code, json.loads(error)["error"]["code"], done) == (200, 500, "[DONE]")
+
+
+# --- a default of the model makes no request fail ---
+
+
+@pytest.mark.parametrize(
+    ("url", "body"), [(COMPLETIONS, {"prompt": "a"}), (CHAT, {"messages": HI})]
+)
+async def test_a_default_temperature_of_zero_yields_to_n(make_client, engine, url, body):
+    engine.model.default_sampling = {"temperature": 0.0, "top_p": 0.5}
+    client = make_client()
+    assert (await client.post(url, json=body)).status_code == 200
+    assert engine.submitted[-1].params.is_greedy
+    assert (await client.post(url, json=body | {"n": 2})).status_code == 200
+    params = engine.submitted[-1].params
+    assert (params.n, params.temperature, params.top_p) == (2, 1.0, 0.5)
+    refused = await client.post(url, json=body | {"n": 2, "temperature": 0})
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "n"
+
+
+@pytest.mark.parametrize(
+    ("url", "body"), [(COMPLETIONS, {"prompt": "a"}), (CHAT, {"messages": HI})]
+)
+async def test_a_default_length_yields_to_min_tokens(make_client, engine, url, body):
+    engine.model.default_sampling = {"max_tokens": 4}
+    client = make_client()
+    assert (await client.post(url, json=body | {"min_tokens": 8})).status_code == 200
+    assert engine.submitted[-1].params.max_tokens == 8
+    refused = await client.post(url, json=body | {"min_tokens": 8, "max_tokens": 4})
+    assert refused.status_code == 400

@@ -124,3 +124,9 @@ def test_offline_without_a_cache(tmp_path: Path) -> None:
     """The real huggingface_hub, told to stay offline (conftest sets HF_HUB_OFFLINE)."""
     with pytest.raises(CheckpointError, match="not in the local cache"):
         resolve_model("owner/name", download_dir=str(tmp_path))
+
+
+def test_an_adapter_is_named(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"adapter \(adapter_config\.json\).*merge"):
+        resolve_model(str(tmp_path))

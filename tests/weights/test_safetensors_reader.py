@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from quire.errors import CheckpointError
-from quire.weights.safetensors_reader import INDEX_FILE, SINGLE_FILE, Checkpoint
+from quire.weights.files import INDEX_FILE, SINGLE_FILE
+from quire.weights.safetensors_reader import Checkpoint
 
 A, B = torch.arange(6.0).view(2, 3), torch.arange(4, dtype=torch.bfloat16)
 
@@ -123,3 +124,57 @@ def test_pickles_are_not_an_alternative(tmp_path: Path) -> None:
 def test_no_weights_at_all(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no \.safetensors file"):
         Checkpoint(tmp_path)
+
+
+def files(directory: Path) -> set[str]:
+    with Checkpoint(directory) as checkpoint:
+        return {info.file.removesuffix(".safetensors") for info in checkpoint.tensors.values()}
+
+
+def test_what_lies_beside_the_model_is_not_read(tmp_path: Path) -> None:
+    extras: dict[str, dict[str, torch.Tensor]] = {
+        "consolidated": {"a": A}, "consolidated.00": {"a": A}, "adapter_model": {"lora": A},
+        "optimizer": {"a": A}, "random_states_0": {"a": A},
+    }  # fmt: skip
+    shard(
+        tmp_path, **extras, **{"model-00001-of-00002": {"a": A}, "model-00002-of-00002": {"b": B}}
+    )
+    assert files(tmp_path) == {"model-00001-of-00002", "model-00002-of-00002"}
+    shard(tmp_path, other={"a": A})  # complete shards need nothing else
+    assert files(tmp_path) == {"model-00001-of-00002", "model-00002-of-00002"}
+    shard(tmp_path, model={"a": A, "b": B})  # one file wins over shards, as in transformers
+    index(tmp_path, {"a": "other.safetensors"})
+    assert files(tmp_path) == {"model"}
+
+
+def test_shards_without_an_index_must_be_complete(tmp_path: Path) -> None:
+    shard(tmp_path, **{"model-00001-of-00003": {"a": A}, "model-00003-of-00003": {"b": B}})
+    with pytest.raises(
+        CheckpointError, match=r"2 of 00003.*model-00002-of-00003\.safetensors is mi"
+    ):
+        Checkpoint(tmp_path)
+
+
+def test_two_sets_of_shards_are_refused(tmp_path: Path) -> None:
+    shard(tmp_path, **{"x-1-of-1": {"a": A}, "y-1-of-2": {"a": A}, "y-2-of-2": {"b": B}})
+    with pytest.raises(CheckpointError, match=r"several sets of shards.*x-1-of-1"):
+        Checkpoint(tmp_path)
+    shard(tmp_path, **{"model-1-of-1": {"a": A}})
+    assert files(tmp_path) == {"model-1-of-1"}
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [("adapter_model", "adapter.*merge"), ("consolidated", "Mistral's own naming")],
+)
+def test_only_something_else_is_named(tmp_path: Path, file: str, message: str) -> None:
+    shard(tmp_path, **{file: {"a": A}})
+    with pytest.raises(CheckpointError, match=message):
+        Checkpoint(tmp_path)
+
+
+def test_an_index_may_name_a_tied_head_that_was_not_saved(tmp_path: Path) -> None:
+    shard(tmp_path, one={"a": A})
+    index(tmp_path, {"a": "one.safetensors", "lm_head.weight": "one.safetensors"})
+    with Checkpoint(tmp_path) as checkpoint:
+        assert set(checkpoint.tensors) == {"a"}

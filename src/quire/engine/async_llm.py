@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -117,7 +118,7 @@ class AsyncLLM:
         self.ready = ready
         self.stats = SchedulerStats()
         self._core = core
-        self._input = InputProcessor(model)
+        self._input = InputProcessor(model, has_head=model.spec.has_head)
         self._checker = GrammarChecker(
             model.tokenizer, vocab_size=model.vocab_size, eos_token_ids=model.eos_token_ids
         )
@@ -162,6 +163,8 @@ class AsyncLLM:
                 waiting.exception()
             await asyncio.to_thread(core.close)
             raise
+        # The core sized its cache last: with max_model_len auto, its length is the one that holds.
+        model = dataclasses.replace(model, max_model_len=ready.max_model_len)
         return cls(located, core, model, ready)
 
     # --- requests ---------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from quire.attention.base import KVCache
 from quire.config import EngineConfig
 from quire.engine.core import EngineCore
 from quire.engine.memory import MemoryPlan
-from quire.engine.setup import ResolvedModel, serve_model
+from quire.engine.setup import ResolvedModel, read_tokens
 from quire.executor.inline import InlineExecutor
 from quire.kernels.base import Kernels, create_kernels
 from quire.kernels.memory import reserve_in_background
@@ -39,7 +39,7 @@ def build_core(config: EngineConfig, resolved: ResolvedModel) -> tuple[EngineCor
     memory = resolved.memory
     torch.set_num_threads(config.runtime.cpu_threads or physical_cores())
     kernels = create_kernels(config.runtime.kernels)  # type: ignore[arg-type]
-    grammars = GrammarStore(lambda: grammar_compiler(config, resolved))
+    grammars = GrammarStore(lambda: grammar_compiler(resolved))
 
     def make_runner(model: DecoderModel | None) -> ModelRunner:
         cache = _make_cache(config, resolved)
@@ -85,14 +85,12 @@ def _make_cache(config: EngineConfig, resolved: ResolvedModel) -> KVCache:
     return cache
 
 
-def grammar_compiler(config: EngineConfig, resolved: ResolvedModel) -> GrammarCompiler:
+def grammar_compiler(resolved: ResolvedModel) -> GrammarCompiler:
     """For the model's tokens; reads the tokenizer."""
     from quire.structured.guidance import GuidanceCompiler
 
-    model = serve_model(config, resolved)
-    return GuidanceCompiler(
-        model.tokenizer, vocab_size=model.vocab_size, eos_token_ids=model.eos_token_ids
-    )
+    tokenizer, ends = read_tokens(resolved)
+    return GuidanceCompiler(tokenizer, vocab_size=resolved.spec.vocab_size, eos_token_ids=ends.ids)
 
 
 def describe(resolved: ResolvedModel, memory: MemoryPlan, started: float) -> EngineReady:

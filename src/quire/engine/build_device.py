@@ -41,7 +41,7 @@ def build_on_device(
             "or take --device cpu."
         )
     kernels = TritonKernels(device.torch_device, batch_invariant=config.runtime.batch_invariant)
-    grammars = GrammarStore(lambda: grammar_compiler(config, resolved))
+    grammars = GrammarStore(lambda: grammar_compiler(resolved))
 
     def make_runner(model: DecoderModel | None) -> DeviceRunner:
         """As large as measured, whenever that was."""

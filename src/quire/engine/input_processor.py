@@ -46,8 +46,10 @@ class EngineRequest:
 class InputProcessor:
     """Tokenizes and validates. Raises `RequestError`s only."""
 
-    def __init__(self, model: ServedModel) -> None:
+    def __init__(self, model: ServedModel, *, has_head: bool = True) -> None:
+        """has_head: False for a model that gives vectors and no text."""
         self._model = model
+        self._has_head = has_head
         self._ids = itertools.count(1)
         self._lock = threading.Lock()
         self._grammars: dict[bytes, Wanted] = {}
@@ -69,14 +71,22 @@ class InputProcessor:
         add_special_tokens: bool = True,
         thinking: ThinkingTokens | None = None,
         max_logprobs: int | None = None,
+        fit_max_tokens: bool = False,
     ) -> EngineRequest:
         """thinking: of a reasoning model, how it begins and ends to think.
+        fit_max_tokens: max_tokens is a default, which is cut to what the context has room for.
         max_logprobs: instead of the model's limit, for requests of our own making."""
         text, token_ids, salt = self._read_prompt(prompt, cache_salt, add_special_tokens)
         pooling = params if isinstance(params, PoolingParams) else None
         if pooling is not None:
             self._check_pooling(pooling)
             params = SamplingParams()
+        elif not self._has_head:
+            raise InvalidParameterError(
+                "This checkpoint is a base model without an output head (lm_head.weight): it gives "
+                "embeddings, and generates no text.",
+                param="model",
+            )
         assert not isinstance(params, PoolingParams)
         limit = self._model.max_logprobs if max_logprobs is None else max_logprobs
         self._check_params(params, max_logprobs=limit)
@@ -89,7 +99,9 @@ class InputProcessor:
                 f"priority must be a 32-bit integer, got {priority!r}.",
                 param="priority", value=priority,
             )  # fmt: skip
-        max_tokens = 0 if scores_only else self._max_tokens(len(token_ids), params)
+        max_tokens = (
+            0 if scores_only else self._max_tokens(len(token_ids), params, fit=fit_max_tokens)
+        )
         now = time.monotonic()
         seed = params.seed if params.seed is not None else secrets.randbits(63)
         leader = next(self._ids)
@@ -270,7 +282,7 @@ class InputProcessor:
         spaced = self._model.tokenizer.encode(" " + word.lstrip(), add_special_tokens=False)
         return [ids for ids in ([bare] if bare == spaced else [bare, spaced]) if ids]
 
-    def _max_tokens(self, prompt_len: int, params: SamplingParams) -> int:
+    def _max_tokens(self, prompt_len: int, params: SamplingParams, *, fit: bool) -> int:
         room = self._model.max_model_len - prompt_len
         if params.max_tokens is None:
             if params.min_tokens > room:
@@ -282,6 +294,8 @@ class InputProcessor:
                 )
             return room
         if params.max_tokens > room:
+            if fit:
+                return room
             raise PromptTooLongError(
                 f"This model's maximum context length is {self._model.max_model_len} tokens. "
                 f"However, you requested {params.max_tokens} output tokens and your prompt contains "

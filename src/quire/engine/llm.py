@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from operator import mul
@@ -107,8 +108,9 @@ class LLM:
             raise InvalidParameterError(
                 f"engine must be inline or process, got {engine!r}.", param="engine", value=engine
             )
+        self.model = dataclasses.replace(self.model, max_model_len=self.ready.max_model_len)
         logger.info("memory: %s", describe_ledger(self.ready))
-        self._input = InputProcessor(self.model)
+        self._input = InputProcessor(self.model, has_head=self.model.spec.has_head)
         self._output = OutputProcessor(self.model.tokenizer)
         self._num_submitted = 0
         self._enqueued: list[str] = []
@@ -213,7 +215,10 @@ class LLM:
             for conversation in conversations
         ]
         params = self._params_for(batch, sampling_params)
-        return self._run(batch, params, add_special_tokens=False, use_tqdm=use_tqdm)
+        ids = self._submit(
+            batch, params, add_special_tokens=False, fit_max_tokens=sampling_params is None
+        )
+        return self._wait(ids, use_tqdm=use_tqdm)
 
     def beam_search(
         self,
@@ -403,7 +408,10 @@ class LLM:
                 param="priority",
             )
         special = tokenization.get("add_special_tokens", True) is not False
-        return self._submit(batch, params, priority, add_special_tokens=special)
+        return self._submit(
+            batch, params, priority,
+            add_special_tokens=special, fit_max_tokens=sampling_params is None,
+        )  # fmt: skip
 
     def _run(
         self,
@@ -427,6 +435,7 @@ class LLM:
         *,
         add_special_tokens: bool = True,
         max_logprobs: int | None = None,
+        fit_max_tokens: bool = False,
     ) -> list[str]:
         """All or none: a request is sent when every one has been checked."""
         core = self._alive()
@@ -443,6 +452,7 @@ class LLM:
                 priority=priorities[index] if priorities is not None else 0,
                 add_special_tokens=add_special_tokens,
                 max_logprobs=max_logprobs,
+                fit_max_tokens=fit_max_tokens,
             )
             self._check_grammar(request.params)
             requests.append(request)

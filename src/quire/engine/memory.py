@@ -101,7 +101,7 @@ def plan_memory(
     cache, size = config.cache, config.cache.block_size
     activations = _activation_bytes(config, spec, dtype_bytes)
     block_bytes = spec.kv_bytes_per_token(kv_dtype_bytes or dtype_bytes) * size
-    longest = max_model_len or spec.max_position_embeddings
+    longest = max_model_len or spec.context_length
     rotary_table = 4 * longest * spec.head_dim
     weights = spec.weight_bytes(dtype_bytes) + rotary_table
     if measured is not None:

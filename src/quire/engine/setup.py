@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import time
 from collections.abc import Mapping
@@ -12,12 +11,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quire.config import EngineConfig, ModelConfig
+from quire.engine.end_tokens import EndTokens, EosSource, end_tokens
+from quire.engine.generation_config import (
+    OVERRIDE,
+    eos_sources,
+    read_generation_config,
+    read_json,
+    sampling_defaults,
+)
 from quire.engine.gpu import choose_device, gpu_memory
 from quire.engine.memory import MemoryPlan, plan_memory
-from quire.errors import CheckpointError, ConfigError, UnsupportedModelError
+from quire.errors import ConfigError
 from quire.models.registry import resolve_spec
 from quire.models.spec import ModelSpec
 from quire.structured.spec import DEFAULT_LIMITS, Limits
+from quire.weights.files import read_contents
 from quire.weights.resolve import resolve_model
 
 if TYPE_CHECKING:
@@ -35,11 +43,6 @@ DTYPE_NAMES = {
 }
 DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float8_e4m3fn": 1}
 
-SAMPLING_DEFAULTS = (
-    "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens",
-)  # fmt: skip
-"""What generation_config.json may set for requests that do not say."""
-
 
 @dataclass(frozen=True)
 class ResolvedModel:
@@ -56,7 +59,10 @@ class ResolvedModel:
     """As `dtype`, or "float8_e4m3fn"."""
     memory: MemoryPlan
     default_sampling: dict[str, object]
-    eos_token_ids: tuple[int, ...]
+    eos_sources: tuple[EosSource, ...]
+    """What the configs name as ends of a text; `read_tokens` joins them with the tokenizer's."""
+    warnings: tuple[str, ...]
+    """For the operator: what was dropped of the model's files."""
 
     @property
     def max_model_len(self) -> int:
@@ -127,16 +133,13 @@ def resolve(config: EngineConfig) -> ResolvedModel:
     model = config.model
     assert model.model is not None, "locate() first"
     directory = Path(model.model)
-    hf_config = _read_json(directory / "config.json")
+    hf_config = read_json(directory / "config.json")
     for key, value in model.hf_overrides.items():
         hf_config[key] = value
-    spec = resolve_spec(hf_config)
-    dtype = spec.checkpoint_dtype if model.dtype == "auto" else DTYPE_NAMES[model.dtype]
-    generation = _generation_config(model, directory)
-    ends: object = spec.eos_token_ids
-    for source in (generation, model.override_generation_config):
-        if source.get("eos_token_id") is not None:
-            ends = source["eos_token_id"]
+    spec, stored_dtype = _as_stored(resolve_spec(hf_config), model, directory)
+    dtype = stored_dtype if model.dtype == "auto" else DTYPE_NAMES[model.dtype]
+    generation = read_generation_config(model, directory)
+    default_sampling, warnings = sampling_defaults(model, generation)
     device = choose_device(config.runtime.device)
     kv_cache_dtype = dtype if config.cache.kv_cache_dtype == "auto" else "float8_e4m3fn"
     if kv_cache_dtype != dtype and device == "cpu":
@@ -168,17 +171,41 @@ def resolve(config: EngineConfig) -> ResolvedModel:
         device=device,
         kv_cache_dtype=kv_cache_dtype,
         memory=memory,
-        default_sampling=_sampling_defaults(model, generation),
-        eos_token_ids=_token_ids(ends),
+        default_sampling=default_sampling,
+        eos_sources=eos_sources(model, hf_config, generation),
+        warnings=tuple(warnings),
     )
 
 
-def serve_model(config: EngineConfig, resolved: ResolvedModel) -> ServedModel:
-    """Load tokenizer and chat template."""
-    from quire.text.chat_template import ChatTemplate, read_chat_template
+def read_tokens(resolved: ResolvedModel) -> tuple[Tokenizer, EndTokens]:
+    """Load the tokenizer, and settle which tokens end a text."""
     from quire.text.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.from_directory(resolved.tokenizer_dir)
+    overridden = [source.file for source in resolved.eos_sources] == [OVERRIDE]
+    ends = end_tokens(
+        resolved.eos_sources,
+        tokenizer,
+        take_eos=not overridden,
+        vocab_size=resolved.spec.vocab_size,
+        default=resolved.spec.default_eos_token_ids,
+    )
+    return tokenizer, ends
+
+
+def serve_model(config: EngineConfig, resolved: ResolvedModel) -> ServedModel:
+    """Load tokenizer and chat template, and log what was dropped of the model's files."""
+    from quire.text.chat_template import ChatTemplate, read_chat_template
+
+    tokenizer, ends = read_tokens(resolved)
+    for warning in (*resolved.warnings, *ends.warnings):
+        logger.warning(warning)
+    if tokenizer.max_token_id >= resolved.spec.vocab_size:
+        logger.warning(
+            "the tokenizer has token ids up to %d, but config.json's vocab_size is %d: prompts with a "
+            "greater id are refused",
+            tokenizer.max_token_id, resolved.spec.vocab_size,
+        )  # fmt: skip
     source, tool_source = tokenizer.chat_template, tokenizer.tool_chat_template
     if config.model.chat_template is not None:
         source, tool_source = read_chat_template(config.model.chat_template), None
@@ -190,16 +217,13 @@ def serve_model(config: EngineConfig, resolved: ResolvedModel) -> ServedModel:
             tool_source=tool_source,
             content_format=config.model.chat_template_content_format,  # type: ignore[arg-type]
         )
-    eos = resolved.eos_token_ids
-    if not eos and tokenizer.eos_token_id is not None:
-        eos = (tokenizer.eos_token_id,)
     return ServedModel(
         names=config.model.served_model_name,
         spec=resolved.spec,
         max_model_len=resolved.max_model_len,
         max_logprobs=config.model.max_logprobs,
         default_sampling=resolved.default_sampling,
-        eos_token_ids=eos,
+        eos_token_ids=ends.ids,
         tokenizer=tokenizer,
         chat_template=template,
         root=str(resolved.model_dir),
@@ -207,65 +231,34 @@ def serve_model(config: EngineConfig, resolved: ResolvedModel) -> ServedModel:
     )
 
 
+def _as_stored(spec: ModelSpec, model: ModelConfig, directory: Path) -> tuple[ModelSpec, str]:
+    """The spec and dtype with what the config leaves to the weights' files: a dtype, and whether there is a
+    head. Base models (Qwen3-Embedding-8B) are saved without one; their hidden states do not need it."""
+    contents = None if model.load_format == "dummy" else read_contents(directory)
+    if contents is None:
+        return spec, spec.checkpoint_dtype or "float32"
+    has_head = any(name.endswith("lm_head.weight") for name in contents.names)
+    if not spec.tie_word_embeddings and not has_head and "embed_tokens.weight" in contents.names:
+        logger.info(
+            "the checkpoint has no output head: it serves embeddings, and generates no text"
+        )
+        # Tied, so that the head which is never asked takes no memory.
+        spec = dataclasses.replace(spec, tie_word_embeddings=True, has_head=False)
+    return spec, spec.checkpoint_dtype or contents.dtype or "float32"
+
+
 def _wanted_model_len(model: ModelConfig, spec: ModelSpec) -> int | None:
     wanted = model.max_model_len
     if wanted is None:
-        return spec.max_position_embeddings
+        return spec.context_length
     if wanted == -1:
         return None
     if wanted < 1:
         raise ConfigError(f"max_model_len must be positive, -1 or auto, got {wanted}.")
-    if wanted > spec.max_position_embeddings and spec.rope.type != "dynamic":
+    if wanted > spec.context_length and spec.rope.type != "dynamic":
         raise ConfigError(
-            f"max_model_len {wanted} exceeds the {spec.max_position_embeddings} positions the model "
-            "was made for. Lower it, or extend the model with --hf-overrides "
+            f"max_model_len {wanted} exceeds the {spec.context_length} positions the model was made for "
+            f"({spec.context_source} in config.json). Lower it, or extend the model with --hf-overrides "
             '\'{"rope_scaling": {...}, "max_position_embeddings": ...}\'.'
         )
     return wanted
-
-
-def _generation_config(model: ModelConfig, directory: Path) -> dict[str, object]:
-    if model.generation_config not in ("auto", "vllm"):
-        directory = Path(model.generation_config)
-        if not (directory / "generation_config.json").is_file():
-            raise ConfigError(f"generation_config: no generation_config.json in {directory}.")
-    path = directory / "generation_config.json"
-    return _read_json(path) if path.is_file() else {}
-
-
-def _sampling_defaults(model: ModelConfig, generation: Mapping[str, object]) -> dict[str, object]:
-    source = {} if model.generation_config == "vllm" else dict(generation)
-    source |= model.override_generation_config
-    defaults = {name: source[name] for name in SAMPLING_DEFAULTS if source.get(name) is not None}
-    if "max_new_tokens" in defaults:
-        defaults["max_tokens"] = defaults.pop("max_new_tokens")
-    if source.get("do_sample") is False and "temperature" not in model.override_generation_config:
-        # transformers ignores the sampling fields then.
-        defaults = {k: v for k, v in defaults.items() if k in ("repetition_penalty", "max_tokens")}
-        if model.generation_config != "vllm":
-            defaults["temperature"] = 0.0
-    return defaults
-
-
-def _token_ids(value: object) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    if isinstance(value, int):
-        return (value,)
-    if isinstance(value, (list, tuple)) and all(isinstance(item, int) for item in value):
-        return tuple(value)
-    raise UnsupportedModelError(
-        f"generation_config.json: eos_token_id must be a token id or a list of them, got {value!r}"
-    )
-
-
-def _read_json(path: Path) -> dict[str, object]:
-    try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError:
-        raise CheckpointError(f"{path} is not valid JSON; download it again") from None
-    if not isinstance(loaded, dict):
-        raise CheckpointError(f"{path} must hold a JSON object")
-    return loaded

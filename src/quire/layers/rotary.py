@@ -81,8 +81,9 @@ def _dynamic_theta(rope: RopeParameters, head_dim: int, max_model_len: int) -> f
     depends on when it was computed and on its neighbours in the batch. Quire may not: a request's
     output depends on that request alone, and a cached block must mean the same to whoever reuses
     it. So while `max_model_len` is within `max_position_embeddings` the base is the plain one,
-    equal to transformers; beyond it every position, from the first, uses the base transformers
-    would use for a sequence of `max_model_len` tokens.
+    equal to transformers; beyond it (the default: the context is `factor` times as long) every position,
+    from the first, uses the base transformers would use for a sequence of `max_model_len` tokens, as in
+    vLLM.
     """
     trained = rope.original_max_position_embeddings
     if max_model_len <= trained or head_dim == 2:

@@ -6,6 +6,7 @@ checks that the sizes can belong to one model, and rejects whatever nobody under
 
 from __future__ import annotations
 
+from quire.models.context import read_context_length
 from quire.models.fields import (
     MOE_FIELDS,
     QUANTIZATION_FIELDS,
@@ -33,7 +34,6 @@ def read_spec(
     mlp_bias: bool = False,
     qk_norm: bool = False,
     sliding_windows: tuple[int | None, ...] | None = None,
-    default_bos_token_id: int | None = None,
     default_eos_token_ids: tuple[int, ...] = (),
 ) -> ModelSpec:
     """Read the shared fields, then `finish()` the reader.
@@ -49,8 +49,9 @@ def read_spec(
     )
     num_layers = read_num_layers(reader)
     max_position_embeddings = reader.integer("max_position_embeddings")
-    bos = reader.token_ids(
-        "bos_token_id", default=() if default_bos_token_id is None else (default_bos_token_id,)
+    rope = read_rope(reader, max_position_embeddings=max_position_embeddings)
+    context_length, context_source = read_context_length(
+        reader, rope, max_position_embeddings=max_position_embeddings
     )
     spec = ModelSpec(
         architecture=architecture,
@@ -62,17 +63,18 @@ def read_spec(
         head_dim=head_dim,
         intermediate_size=reader.integer("intermediate_size"),
         rms_norm_eps=reader.number("rms_norm_eps", default=1e-6),
-        rope=read_rope(reader, max_position_embeddings=max_position_embeddings),
-        max_position_embeddings=max_position_embeddings,
+        rope=rope,
+        context_length=context_length,
+        context_source=context_source,
         tie_word_embeddings=reader.boolean("tie_word_embeddings", default=False),
         qkv_bias=qkv_bias,
         o_bias=o_bias,
         mlp_bias=mlp_bias,
         qk_norm=qk_norm,
         sliding_windows=sliding_windows or (None,) * num_layers,
+        has_head=True,
         checkpoint_dtype=_read_dtype(reader),
-        bos_token_id=bos[0] if bos else None,
-        eos_token_ids=reader.token_ids("eos_token_id", default=default_eos_token_ids),
+        default_eos_token_ids=() if reader.nulled("eos_token_id") else default_eos_token_ids,
     )
     reader.finish()
     return spec
@@ -150,11 +152,13 @@ def windows_of_layer_types(
     return tuple(window if kind == SLIDING else None for kind in layer_types)
 
 
-def _read_dtype(reader: ConfigReader) -> str:
-    """transformers 5 writes `dtype`, 4 wrote `torch_dtype`; neither means the library's default, float32."""
+def _read_dtype(reader: ConfigReader) -> str | None:
+    """transformers 5 writes `dtype`, 4 wrote `torch_dtype`; with neither, it is that of the weights."""
     reader.raw("torch_dtype")
     field = "dtype" if reader.has("dtype") else "torch_dtype"
-    name = reader.text(field, default="float32").removeprefix("torch.")
+    if not reader.has(field):
+        return None
+    name = reader.text(field, default="").removeprefix("torch.")
     if name not in DTYPES:
         raise reader.bad(field, f"supported dtypes are {', '.join(DTYPES)}")
     return name
@@ -169,7 +173,7 @@ def _reject_other_models(reader: ConfigReader, model_type: str) -> None:
             "model_type", f"this architecture is only known with model_type {model_type!r}"
         )
     for field in QUANTIZATION_FIELDS:
-        if reader.has(field):
+        if reader.raw(field):
             remedy = "use the model's unquantized checkpoint"
             raise unsupported(
                 field, reader.raw(field), rule="quantized weights are not supported", remedy=remedy

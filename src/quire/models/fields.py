@@ -23,14 +23,14 @@ COSMETIC_FIELDS = frozenset(
     "attention_dropout hidden_dropout dropout embd_pdrop resid_pdrop attn_pdrop hidden_dropout_prob "
     "attention_probs_dropout_prob classifier_dropout pretraining_tp gradient_checkpointing "
     "use_flash_attn use_flash_attention use_fused_rms_norm use_fused_cross_entropy use_sdpa "
-    "attn_implementation tokenizer_class processor_class is_llama_config max_sequence_length "
-    "max_seq_len seq_length model_max_length model_name name_or_path license tags finetuned base_model "
+    "attn_implementation tokenizer_class processor_class is_llama_config "
+    "model_name name_or_path license tags finetuned base_model "
     "transformers.js_config output_attentions output_hidden_states return_dict use_return_dict "
     "id2label label2id num_labels problem_type finetuning_task task_specific_params prefix "
     "pruned_heads keys_to_ignore_at_inference use_bfloat16 tf_legacy_loss "
-    # Token ids that generation, not the model, uses (bos and eos are read into the spec).
-    "pad_token_id sep_token_id unk_token_id mask_token_id decoder_start_token_id bos_token eos_token "
-    "pad_token "
+    # Token ids that generation, not the model, uses (`quire.engine.end_tokens` reads eos_token_id).
+    "bos_token_id eos_token_id pad_token_id sep_token_id unk_token_id mask_token_id "
+    "decoder_start_token_id bos_token eos_token pad_token "
     # Generation settings that old configs carried; generation_config.json is where they are read.
     "max_length max_new_tokens min_length do_sample early_stopping num_beams num_beam_groups "
     "diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty "
@@ -178,18 +178,6 @@ class ConfigReader:
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             raise self.bad(field, "it must be a list of strings")
         return tuple(value)
-
-    def token_ids(self, field: str, *, default: tuple[int, ...]) -> tuple[int, ...]:
-        """One id or a list of them. Absent takes the family's default; an explicit null means none."""
-        value = self.raw(field)
-        if value is None:
-            return () if self.nulled(field) else default
-        ids = value if isinstance(value, list) else [value]
-        if not all(
-            isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in ids
-        ):
-            raise self.bad(field, "it must be a non-negative token id or a list of them")
-        return tuple(ids)
 
     def bad(self, field: str, rule: str) -> UnsupportedModelError:
         """The field holds something we refuse; `rule` says what would be accepted."""

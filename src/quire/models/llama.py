@@ -26,6 +26,5 @@ def resolve(config: Mapping[str, object]) -> ModelSpec:
         qkv_bias=attention_bias,
         o_bias=attention_bias,
         mlp_bias=reader.boolean("mlp_bias", default=False),
-        default_bos_token_id=1,
         default_eos_token_ids=(2,),
     )

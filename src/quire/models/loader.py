@@ -18,11 +18,13 @@ from quire.kernels.base import LayerKernels
 from quire.models.decoder import DecoderModel
 from quire.models.spec import ModelSpec
 from quire.weights.load import load_random_weights, load_weights
+from quire.weights.names import HEAD
 from quire.weights.safetensors_reader import Checkpoint
 
 logger = logging.getLogger(__name__)
 
 LoadFormat = Literal["auto", "safetensors", "dummy"]
+EMBEDDING = "model.embed_tokens.weight"
 MODEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -64,10 +66,9 @@ def load_model(
             raise ConfigError(
                 f"load_format {load_format!r} needs a model directory; name one or use dummy"
             )
-        # A tied model's file may still hold the head it does not use.
-        ignored = ("lm_head.weight",) if spec.tie_word_embeddings else ()
+        tied = {EMBEDDING: HEAD} if spec.tie_word_embeddings else {}
         with Checkpoint(model_dir) as checkpoint:
-            load_weights(model.targets(), checkpoint, dtype=dtype, ignored=ignored)
+            load_weights(model.targets(), checkpoint, dtype=dtype, tied=tied)
     model.bind()
     seconds = time.perf_counter() - started
     logger.info(

@@ -23,7 +23,6 @@ def resolve(config: Mapping[str, object]) -> ModelSpec:
         model_type="mistral",
         default_num_kv_heads=8,
         sliding_windows=_windows(reader),
-        default_bos_token_id=1,
         default_eos_token_ids=(2,),
     )
 

@@ -20,6 +20,20 @@ FAMILIES: Mapping[str, str] = {
     "Qwen2ForCausalLM": "quire.models.qwen2",
     "Qwen3ForCausalLM": "quire.models.qwen3",
 }
+BASE_MODELS: Mapping[str, str] = {
+    "LlamaModel": "LlamaForCausalLM",
+    "MistralModel": "MistralForCausalLM",
+    "Qwen2Model": "Qwen2ForCausalLM",
+    "Qwen3Model": "Qwen3ForCausalLM",
+}
+"""What `AutoModel` saves: the same model, named without its head."""
+MODEL_TYPES: Mapping[str, str] = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+"""What decides, as in transformers, where a config names no architecture."""
 
 
 def resolve_spec(hf_config: Mapping[str, object]) -> ModelSpec:
@@ -39,12 +53,21 @@ def _architecture(hf_config: Mapping[str, object]) -> str:
     reader = ConfigReader(hf_config)
     names = reader.names("architectures") or ()
     supported = ", ".join(sorted(FAMILIES))
+    if not names:
+        model_type = reader.text("model_type", default="")
+        if model_type in MODEL_TYPES:
+            return MODEL_TYPES[model_type]
+        raise reader.bad(
+            "model_type",
+            f"without architectures it must be one of {', '.join(sorted(MODEL_TYPES))}",
+        )
     if len(names) != 1:
         rule = f"it must name exactly one architecture, one of {supported}"
         raise reader.bad("architectures", rule)
-    if names[0] not in FAMILIES:
+    name = BASE_MODELS.get(names[0], names[0])
+    if name not in FAMILIES:
         raise UnsupportedModelError(
             f"config.json: architectures names {names[0]!r}, which Quire does not implement; "
             f"supported architectures are {supported}"
         )
-    return names[0]
+    return name

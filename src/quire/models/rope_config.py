@@ -2,7 +2,8 @@
 
 transformers 4 writes `rope_theta` beside an optional `rope_scaling` whose kind is under `rope_type`
 or, older, `type`; transformers 5 writes one `rope_parameters`. Precedence follows transformers
-5.23: `rope_scaling` over `rope_parameters`, and a theta inside the mapping over one outside it.
+5.23: `rope_scaling` over `rope_parameters`, and a theta inside the mapping over one outside it. Where only
+`rope_parameters` has a theta, it counts beside `rope_scaling` too (transformers would take 10,000).
 """
 
 from __future__ import annotations
@@ -33,6 +34,10 @@ def read_rope(reader: ConfigReader, *, max_position_embeddings: int) -> RopeSpec
         )
     rope = ConfigReader(values, prefix=f"{name}.")
     kind = _rope_type(rope)
+    if old and new and not reader.has("rope_theta"):
+        # Somebody added rope_scaling, as model cards say, to a file whose theta is in rope_parameters.
+        beside = ConfigReader(new, prefix="rope_parameters.")
+        outer_theta = beside.number("rope_theta", default=outer_theta, above=1.0)
     theta = rope.number("rope_theta", default=outer_theta, above=1.0)
     for owner in (reader, rope):
         if owner.number("partial_rotary_factor", default=1.0) != 1.0:

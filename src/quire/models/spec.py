@@ -52,7 +52,10 @@ class ModelSpec:
     intermediate_size: int
     rms_norm_eps: float
     rope: RopeSpec
-    max_position_embeddings: int
+    context_length: int
+    """Positions that a request may use; `quire.models.context` derives it."""
+    context_source: str
+    """What in the config says so, for messages."""
     tie_word_embeddings: bool
     qkv_bias: bool
     o_bias: bool
@@ -60,11 +63,13 @@ class ModelSpec:
     qk_norm: bool
     sliding_windows: tuple[int | None, ...]
     """Per layer: how many tokens a query sees, itself included; None sees everything before it."""
-    checkpoint_dtype: str
-    """The config's own dtype: "bfloat16", "float16" or "float32"."""
-    bos_token_id: int | None
-    eos_token_ids: tuple[int, ...]
-    """Every id that ends a sequence by default; empty where the config names none."""
+    has_head: bool
+    """False: a base model saved alone, which gives hidden states and no logits."""
+    checkpoint_dtype: str | None
+    """The config's own dtype: "bfloat16", "float16" or "float32"; None where it names none."""
+    default_eos_token_ids: tuple[int, ...]
+    """What transformers' config class assumes to end a text. It counts only where no file names any:
+    `quire.engine.end_tokens` joins what the files say."""
 
     @property
     def q_size(self) -> int:

@@ -93,7 +93,6 @@ class DeviceSampling:
         grammar = grammar_of(request, self._grammars)
         rules = rules_of(request, self._vocab_size, grammar)
         final_ids = sorted({*request.eos_token_ids, *(params.stop_token_ids or ())})
-        final_ids = [token for token in final_ids if token < self._vocab_size]
         banned_until = request.num_prompt_tokens + params.min_tokens if final_ids else 0
         if not params.min_tokens or grammar is not None:  # a grammar says itself when it may end
             banned_until = 0

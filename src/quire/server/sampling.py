@@ -48,7 +48,7 @@ def completion_params(request: CompletionRequest, model: ServedModel) -> Samplin
     """Raises `InvalidParameterError` (a 400) naming the field."""
     max_tokens = request.max_tokens
     if max_tokens is None:
-        max_tokens = _model_max_tokens(model) or COMPLETION_MAX_TOKENS
+        max_tokens = _model_max_tokens(request, model) or COMPLETION_MAX_TOKENS
     return _params(
         request,
         model,
@@ -79,7 +79,7 @@ def chat_params(request: ChatCompletionRequest, model: ServedModel) -> SamplingP
     if max_tokens is None:
         max_tokens = request.max_tokens
     if max_tokens is None:
-        max_tokens = _model_max_tokens(model)
+        max_tokens = _model_max_tokens(request, model)
     logprobs = (top or 0) if request.logprobs else None
     return _params(request, model, max_tokens=max_tokens, logprobs=logprobs)
 
@@ -96,6 +96,8 @@ def _params(
     values: dict[str, object] = {
         name: value for name, value in model.default_sampling.items() if name in FROM_MODEL
     }
+    if (request.n or 1) > 1 and values.get("temperature") == 0:
+        del values["temperature"]  # a default of 0 must not make this request fail
     for name in DIRECT:
         value = getattr(request, name)
         if value is not None:
@@ -185,9 +187,10 @@ def _token_id(key: str) -> int:
     return int(key)
 
 
-def _model_max_tokens(model: ServedModel) -> int | None:
+def _model_max_tokens(request: SamplingFields, model: ServedModel) -> int | None:
+    """The model's default; where the client asks for more at least, so much."""
     value = model.default_sampling.get("max_tokens")
-    return value if isinstance(value, int) and value > 0 else None
+    return max(value, request.min_tokens or 0) if isinstance(value, int) else None
 
 
 def fit_default_max_tokens(

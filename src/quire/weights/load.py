@@ -7,20 +7,23 @@ milliseconds, before any data is read: a wrong shard is reported at once and not
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 
 from quire.errors import CheckpointError
 from quire.layers.parameter import WeightTarget
+from quire.weights.names import list_names, map_names
 from quire.weights.pieces import load_pieces
 from quire.weights.progress import LoadProgress
 from quire.weights.safetensors_reader import FLOAT_DTYPES, Checkpoint
 
-IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
-"""Buffers that old checkpoints saved and that follow from the config."""
+logger = logging.getLogger(__name__)
+
 DUMMY_STD = 0.02
-MOST_NAMES = 4
+TIED_SAMPLE_BYTES = 1 << 20
 
 
 def load_weights(
@@ -28,20 +31,24 @@ def load_weights(
     checkpoint: Checkpoint,
     *,
     dtype: torch.dtype,
-    ignored: Collection[str] = (),
+    tied: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Stream every wanted tensor to its takers, in pieces of rows, with as many threads as PyTorch has.
 
-    `ignored` names tensors that may be present and unused (the output head of a tied model). Where
-    `dtype`, the model's, is not the files', the takers convert: one thread then, since PyTorch
-    converts with all of its own.
+    Names are the model's; `map_names` finds them in the file. `tied` maps a wanted name to another under
+    which the file may hold the same matrix (the output head of a tied model): it is read where the first
+    is absent, else unused. Where `dtype`, the model's, is not the files', the takers convert: one thread
+    then, since PyTorch converts with all of its own.
 
     Raises:
         CheckpointError: naming the tensor that is missing, unexpected, or of the wrong shape or dtype, or the
             file that cannot be read or was written to meanwhile.
     """
     wanted = _by_name(targets)
-    _check(wanted, checkpoint, ignored)
+    checkpoint.tensors = map_names(checkpoint.tensors, {*wanted, *tied.values()})
+    for name, other in tied.items():
+        _tie(checkpoint, name, other)
+    _check(wanted, checkpoint)
     infos = [checkpoint.tensors[name] for name in wanted]
     as_stored = all(FLOAT_DTYPES[info.dtype] is dtype for info in infos)
     with LoadProgress(sum(info.num_bytes for info in infos)) as progress:
@@ -83,14 +90,34 @@ def _by_name(targets: Iterable[WeightTarget]) -> Mapping[str, list[WeightTarget]
     return wanted
 
 
-def _check(
-    wanted: Mapping[str, list[WeightTarget]], checkpoint: Checkpoint, ignored: Collection[str]
-) -> None:
+def _tie(checkpoint: Checkpoint, name: str, other: str) -> None:
+    """Leave one of two names of the same matrix. Where their values differ, the first counts, as in vLLM
+    and transformers 4; transformers 5 would not tie them."""
+    first, second = checkpoint.tensors.get(name), checkpoint.tensors.get(other)
+    if second is None:
+        return
+    if first is None:
+        checkpoint.tensors[name] = second
+    elif (first.dtype, first.shape) == (second.dtype, second.shape):
+        size = min(first.num_bytes, TIED_SAMPLE_BYTES)
+        samples = bytearray(size), bytearray(size)
+        for key, sample in zip((name, other), samples, strict=True):
+            checkpoint.read(key, 0, memoryview(sample))
+        if samples[0] != samples[1]:
+            logger.warning(
+                "config.json ties the embeddings, but %s and %s differ in the checkpoint; %s is not used. "
+                "If it should be, set --hf-overrides '{\"tie_word_embeddings\": false}'",
+                first.name, second.name, second.name,
+            )  # fmt: skip
+    del checkpoint.tensors[other]
+
+
+def _check(wanted: Mapping[str, list[WeightTarget]], checkpoint: Checkpoint) -> None:
     missing = [name for name in wanted if name not in checkpoint.tensors]
     if missing:
         raise CheckpointError(
-            f"the checkpoint lacks {_list(missing)}; it is incomplete or "
-            "not for this config.json: download it again"
+            f"the checkpoint lacks {list_names(missing)}; it is incomplete or not for this config.json: "
+            + _remedy(missing, checkpoint)
         )
     for name, info in checkpoint.tensors.items():
         takers = wanted.get(name)
@@ -98,27 +125,29 @@ def _check(
             continue
         if info.shape != takers[0].shape:
             raise CheckpointError(
-                f"tensor {name} in {info.file} has shape {list(info.shape)}, but config.json makes it "
+                f"tensor {info.name} in {info.file} has shape {list(info.shape)}, but config.json makes it "
                 f"{list(takers[0].shape)}; the weights and the config are of different models"
             )
         if info.dtype not in FLOAT_DTYPES:
             raise CheckpointError(
-                f"tensor {name} in {info.file} has dtype {info.dtype}, but only "
+                f"tensor {info.name} in {info.file} has dtype {info.dtype}, but only "
                 f"{', '.join(FLOAT_DTYPES)} can be loaded; use an unquantized checkpoint"
             )
-    unexpected = [
-        name
-        for name in checkpoint.tensors
-        if name not in wanted and name not in ignored and not name.endswith(IGNORED_SUFFIXES)
-    ]
+    unexpected = [name for name in checkpoint.tensors if name not in wanted]
     if unexpected:
         raise CheckpointError(
-            f"the checkpoint has {_list(unexpected)}, which this architecture does not use; "
+            f"the checkpoint has {list_names(unexpected)}, which this architecture does not use; "
             "it holds another kind of model (an adapter, a quantized or extended one)"
         )
 
 
-def _list(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:MOST_NAMES])
-    more = len(names) - MOST_NAMES
-    return f"tensor {shown}" + (f" and {more} more" if more > 0 else "")
+def _remedy(missing: Sequence[str], checkpoint: Checkpoint) -> str:
+    if list(missing) == ["lm_head.weight"]:
+        return (
+            "download it again, or, if its output layer is the embedding, set "
+            "--hf-overrides '{\"tie_word_embeddings\": true}'"
+        )
+    others = [info.name for info in checkpoint.tensors.values()]
+    if len(missing) > len(others) or not others:
+        return "download it again"
+    return f"download it again (what it holds is named like {others[0]})"

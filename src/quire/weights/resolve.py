@@ -51,6 +51,11 @@ def resolve_model(
     """
     path = Path(model).expanduser()
     if path.is_dir():
+        if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+            raise CheckpointError(
+                f"{path} holds an adapter (adapter_config.json), not a model; merge it into its base model "
+                "with PeftModel.merge_and_unload() and save the result"
+            )
         if not (path / "config.json").is_file():
             raise CheckpointError(
                 f"{path} has no config.json; point to a directory in Hugging Face's layout"

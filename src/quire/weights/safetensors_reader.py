@@ -5,21 +5,21 @@ safetensors only. A `.bin` file is a pickle, and loading one runs whatever its a
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path
 from types import TracebackType
 
 import torch
 
 from quire.errors import CheckpointError
+from quire.weights.files import INDEX_FILE, find_files, read_index
 from quire.weights.safetensors_header import HeaderError, read_header
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
+OPTIONAL_SUFFIXES = ("lm_head.weight", "rotary_emb.inv_freq")
+"""An index may name these in vain: saving drops a tied head and a buffer, but not always their entries."""
 FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -27,6 +27,8 @@ FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat
 class TensorInfo:
     """What the file's header says of one tensor."""
 
+    name: str
+    """In the file; `Checkpoint.tensors` may know it by another."""
     file: str
     shape: tuple[int, ...]
     dtype: str
@@ -63,10 +65,9 @@ class Checkpoint:
         self._files: dict[str, _File] = {}
         self.tensors: dict[str, TensorInfo] = {}
         try:
-            index = _read_index(model_dir)
-            for file in (
-                sorted(set(index.values())) if index is not None else _find_files(model_dir)
-            ):
+            index = read_index(model_dir)
+            files = sorted(set(index.values())) if index is not None else find_files(model_dir)
+            for file in files:
                 self._open(file, index)
             if index is not None:
                 self._check_index(index)
@@ -98,12 +99,12 @@ class Checkpoint:
                     f"remove the file that does not belong, or add {INDEX_FILE}"
                 )
             self.tensors[name] = TensorInfo(
-                file, entry.shape, entry.dtype, entry.begin, entry.num_bytes
+                name, file, entry.shape, entry.dtype, entry.begin, entry.num_bytes
             )
 
     def _check_index(self, index: Mapping[str, str]) -> None:
         for name, file in index.items():
-            if name not in self.tensors:
+            if name not in self.tensors and not name.endswith(OPTIONAL_SUFFIXES):
                 raise CheckpointError(
                     f"{INDEX_FILE} places tensor {name} in {file}, which does not hold it; "
                     f"download {self._dir} again"
@@ -175,51 +176,4 @@ def _corrupt(path: Path) -> CheckpointError:
 def _unreadable(path: Path, error: OSError) -> CheckpointError:
     return CheckpointError(
         f"{path} cannot be read: {error.strerror or error}; check its permissions and the disk"
-    )
-
-
-def _read_index(model_dir: Path) -> Mapping[str, str] | None:
-    """Tensor name -> file name, or None where the checkpoint has no index (a single file wins over one)."""
-    path = model_dir / INDEX_FILE
-    if (model_dir / SINGLE_FILE).is_file() or not path.is_file():
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON; download it again") from error
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{path} has no weight_map object; download it again")
-    for name, file in weight_map.items():
-        # A name, not a path: an index must not reach outside its own directory.
-        if (
-            not isinstance(file, str)
-            or PurePath(file).name != file
-            or not file.endswith(".safetensors")
-        ):
-            raise CheckpointError(
-                f"{path} places tensor {name} in {file!r}; a shard must be a .safetensors "
-                "file beside the index"
-            )
-    return weight_map
-
-
-def _find_files(model_dir: Path) -> list[str]:
-    if (model_dir / SINGLE_FILE).is_file():
-        return [SINGLE_FILE]
-    # Mistral ships the same weights a second time, in its own names, as consolidated*.safetensors.
-    files = sorted(
-        p.name for p in model_dir.glob("*.safetensors") if not p.name.startswith("consolidated")
-    )
-    if files:
-        return files
-    if any(model_dir.glob("*.bin")) or any(model_dir.glob("*.pt*")):
-        raise CheckpointError(
-            f"{model_dir} has only pickled weights (.bin or .pt), which can run code when "
-            "loaded; convert them with "
-            "transformers: AutoModelForCausalLM.from_pretrained(dir).save_pretrained(new_dir)"
-        )
-    raise CheckpointError(
-        f"{model_dir} has no .safetensors file; point to a directory "
-        "with weights, or use --load-format dummy"
     )

@@ -1,0 +1,105 @@
+"""Default sampling parameters: generation_config.json, and what the operator sets over it.
+
+The fields are vLLM's. `do_sample` is not read, as in vLLM: whether a request samples is its temperature's
+business. A value that no request may have is the file's mistake and not the client's, so it is dropped at
+the start, with a warning; in an option it is an error.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from quire.config import ModelConfig
+from quire.engine.end_tokens import EosSource
+from quire.errors import CheckpointError, ConfigError, InvalidParameterError
+from quire.sampling_params import SamplingParams
+
+OVERRIDE = "override_generation_config"
+FILE = "generation_config.json"
+PARAMETERS: Mapping[str, str] = {
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+    "max_new_tokens": "max_tokens",
+}
+"""Field of the file -> field of `SamplingParams`."""
+INTEGERS = ("top_k", "max_new_tokens")
+
+
+def read_generation_config(model: ModelConfig, directory: Path) -> dict[str, object]:
+    """The file's fields; none where the model has no such file."""
+    if model.generation_config not in ("auto", "vllm"):
+        directory = Path(model.generation_config)
+        if not (directory / FILE).is_file():
+            raise ConfigError(f"generation_config: no {FILE} in {directory}.")
+    path = directory / FILE
+    return read_json(path) if path.is_file() else {}
+
+
+def sampling_defaults(
+    model: ModelConfig, generation: Mapping[str, object]
+) -> tuple[dict[str, object], list[str]]:
+    """Fields of `SamplingParams` for requests that do not set them, and a warning for each that was dropped.
+
+    Raises `ConfigError` for a value of `override_generation_config` that no request may have.
+    """
+    defaults: dict[str, object] = {}
+    warnings = []
+    override = model.override_generation_config
+    for name, parameter in PARAMETERS.items():
+        value = override.get(name)
+        if name in override:
+            if value is not None and (problem := _problem(name, parameter, value)):
+                raise ConfigError(f"{OVERRIDE}: {problem}")
+        elif model.generation_config != "vllm":
+            value = generation.get(name)
+            if value is not None and (problem := _problem(name, parameter, value)):
+                warnings.append(f"{FILE}: {problem} It is ignored.")
+                continue
+        if value is not None:
+            defaults[parameter] = _number(name, value)
+    return defaults, warnings
+
+
+def eos_sources(
+    model: ModelConfig, config: Mapping[str, object], generation: Mapping[str, object]
+) -> tuple[EosSource, ...]:
+    """What each file names as the end of a text. What the operator names counts alone."""
+    wanted = model.override_generation_config.get("eos_token_id")
+    if wanted is not None:
+        return (EosSource(OVERRIDE, wanted),)
+    return (
+        EosSource(FILE, generation.get("eos_token_id")),
+        EosSource("config.json", config.get("eos_token_id")),
+    )
+
+
+def _problem(name: str, parameter: str, value: object) -> str | None:
+    try:
+        SamplingParams(**{parameter: _number(name, value)})  # type: ignore[arg-type]
+    except InvalidParameterError as error:
+        return f"{name} is {value!r:.80}: {error}"
+    return None
+
+
+def _number(name: str, value: object) -> object:
+    """Some files write whole numbers with a point."""
+    if name in INTEGERS and isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
+
+
+def read_json(path: Path) -> dict[str, object]:
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError:
+        raise CheckpointError(f"{path} is not valid JSON; download it again") from None
+    if not isinstance(loaded, dict):
+        raise CheckpointError(f"{path} must hold a JSON object")
+    return loaded

@@ -1,0 +1,153 @@
+"""From the names in a file to the names that a model asks for.
+
+One architecture is published under several namings: `AutoModel` saves a base model without `model.`, training
+frameworks wrap a model and save the wrapper's name too (`module.`, `_orig_mod.`), and vision-language models
+hold a whole text model inside (`language_model.model.`, `model.language_model.`). transformers decides for
+each tensor; here one prefix is found for the whole file, the one under which all of the model's tensors are.
+So a file that holds two models, or parts of two, is an error and not a mixture.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Collection, Mapping
+
+from quire.errors import CheckpointError
+from quire.weights.safetensors_reader import TensorInfo
+
+logger = logging.getLogger(__name__)
+
+TRUNK = "model."
+"""What our models' own names begin with, but for the head's."""
+HEAD = "lm_head.weight"
+MOST_NAMES = 4
+
+BUFFERS = re.compile(
+    r"(^|\.)("
+    r"rotary_(pos_)?emb\.\w+|rotary_emb_\w+|inv_freq|cos_cached|sin_cached|freqs_cis|masked_bias|"
+    r"position_ids|embed_positions(\.\w+)?|causal_mask|attention_mask|token_type_ids|_extra_state|"
+    r"num_batches_tracked"
+    r")$"
+)
+"""Tensors that follow from the config, left in the file by an older library."""
+MASKS = re.compile(r"(^|\.)(attn|attention|self_attn)\.bias$")
+"""A causal mask of GPT-2's kind. It is [1, 1, n, n]; a bias that is learned has one dimension."""
+ADAPTERS = re.compile(
+    r"(^|\.)(lora_\w+|base_layer|modules_to_save|ia3_l|hada_w\w+|lokr_w\w+|oft_[rR]|vera_lambda_\w|"
+    r"prompt_embeddings)(\.|$)"
+)
+QUANTIZED = re.compile(
+    r"\.(qweight|qzeros|scales|biases|g_idx|absmax|quant_map|quant_state\..+|nested_absmax|nested_quant_map|"
+    r"SCB|weight_(scale\w*|zero_point|packed|shape|format|g_idx)|(input|output|activation|[kv]|kv)_scale)$"
+)
+TOWERS = re.compile(
+    r"(^|\.)(vision\w*|visual|image_\w+|multi_modal_\w+|multimodal_\w+|mm_\w+|audio\w*|speech_\w+|"
+    r"embed_(vision|audio))(\.|$)"
+)
+"""Vision and audio parts of a multimodal model, which its text model does not use."""
+
+
+def map_names(tensors: Mapping[str, TensorInfo], wanted: Collection[str]) -> dict[str, TensorInfo]:
+    """The file's tensors under the names of the model; what no model needs is left out.
+
+    A tensor that the model does not ask for keeps its own name. wanted: all names the model asks for.
+
+    Raises:
+        CheckpointError: for an adapter, a quantized checkpoint, or a file that holds the model's tensors
+            under two prefixes; names a tensor of each.
+    """
+    kept = {name: info for name, info in tensors.items() if not _is_buffer(name, info)}
+    _refuse_other_kinds(kept)
+    trunk = {name.removeprefix(TRUNK) for name in wanted if name.startswith(TRUNK)}
+    prefix = _prefix(kept, trunk)
+    if prefix is None:
+        return kept
+    renamed = {
+        name: TRUNK + name[len(prefix) :]
+        for name in kept
+        if name.startswith(prefix) and name[len(prefix) :] in trunk
+    }
+    if (head := _head(kept, prefix)) is not None:
+        renamed[head] = HEAD
+    if prefix != TRUNK:
+        logger.info("the checkpoint's names begin with %r, read as %r", prefix, TRUNK)
+    mapped: dict[str, TensorInfo] = {}
+    origin: dict[str, str] = {}
+    left_out = []
+    for name, info in kept.items():
+        target = renamed.get(name, name)
+        if name not in renamed and TOWERS.search(name):
+            left_out.append(name)
+            continue
+        if target in origin:
+            raise _two_sides(origin[target], name)
+        mapped[target], origin[target] = info, name
+    if left_out:
+        logger.info("left out %s: the text model does not use them", list_names(left_out))
+    return mapped
+
+
+def _is_buffer(name: str, info: TensorInfo) -> bool:
+    if MASKS.search(name):
+        return len(info.shape) != 1
+    return BUFFERS.search(name) is not None
+
+
+def _refuse_other_kinds(tensors: Collection[str]) -> None:
+    if adapter := [name for name in tensors if ADAPTERS.search(name)]:
+        raise CheckpointError(
+            f"the checkpoint has {list_names(adapter)}: it is an adapter, or a model with one that is not "
+            "merged; merge it with PeftModel.merge_and_unload() and save the result"
+        )
+    if quantized := [name for name in tensors if QUANTIZED.search(name)]:
+        raise CheckpointError(
+            f"the checkpoint has {list_names(quantized)}: it is quantized, which is not supported; use "
+            "the model's unquantized checkpoint"
+        )
+
+
+def _prefix(tensors: Collection[str], trunk: Collection[str]) -> str | None:
+    """The one under which all names of the trunk are; where that is none, the one with most of them. None
+    if no name fits."""
+    found: dict[str, set[str]] = {}
+    for name in tensors:
+        start = 0
+        while start >= 0:
+            if name[start:] in trunk:
+                found.setdefault(name[:start], set()).add(name[start:])
+            start = name.find(".", start) + 1 or -1
+    if not found:
+        return None
+    best = max(found, key=lambda prefix: (len(found[prefix]), prefix == TRUNK))
+    missing = set(trunk) - found[best]
+    for other, names in found.items():
+        if other == best or TOWERS.search(other):
+            continue
+        if names == found[best] or names & missing:
+            name = min(names & missing or names)
+            raise _two_sides(best + min(found[best]), other + name)
+    return best
+
+
+def _head(tensors: Collection[str], prefix: str) -> str | None:
+    """The head's name in the file: beside the trunk, or beside what is wrapped around it."""
+    steps = [0, *(match.end() for match in re.finditer(r"\.", prefix))]
+    found = [name for step in steps if (name := prefix[:step] + HEAD) in tensors]
+    if len(found) > 1:
+        raise _two_sides(*found[:2])
+    return found[0] if found else None
+
+
+def _two_sides(one: str, other: str) -> CheckpointError:
+    return CheckpointError(
+        f"the checkpoint holds tensors of this model under two names, like {one} and {other}; it is not "
+        "clear which belong together. Save it again with one naming, or remove the other model's tensors"
+    )
+
+
+def list_names(names: Collection[str]) -> str:
+    """For messages: "tensor a, b, c, d and 5 more"."""
+    shown = ", ".join(list(names)[:MOST_NAMES])
+    more = len(names) - MOST_NAMES
+    return f"tensor {shown}" + (f" and {more} more" if more > 0 else "")
