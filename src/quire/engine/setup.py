@@ -217,6 +217,7 @@ def serve_model(config: EngineConfig, resolved: ResolvedModel) -> ServedModel:
             tool_source=tool_source,
             content_format=config.model.chat_template_content_format,  # type: ignore[arg-type]
         )
+        logger.debug("messages are rewritten for the chat template: %s", template.facts.describe())
     return ServedModel(
         names=config.model.served_model_name,
         spec=resolved.spec,
