@@ -170,14 +170,19 @@ def filtered_scores(logits: Tensor, row: np.void) -> Tensor:
     no NaN and not all -inf. row: a `SAMPLE_ROW`. Returns [V] float32.
     """
     best, temperature = logits.max(), torch.tensor(float(row["temperature"]))
-    scores = torch.where(logits == best, 0.0, (logits - best) / temperature)
+    below = ((logits - best) / temperature).clamp(max=-torch.finfo(torch.float32).tiny)
+    scores = torch.where(logits == best, 0.0, below)
     min_p, top_k, top_p = float(row["min_p"]), int(row["top_k"]), float(row["top_p"])
     if min_p > 0:
         scores[scores < np.float32(math.log(min_p))] = -torch.inf
     if 0 < top_k < len(scores):
-        scores[scores < scores.topk(top_k).values[-1]] = -torch.inf
+        last = scores.topk(top_k).values[-1]
+        ties = (scores == last).nonzero()[:, 0]
+        scores[ties[top_k - int((scores > last).sum()) :]] = -torch.inf
+        scores[scores < last] = -torch.inf
     if top_p < 1:
-        weights, ids = scores.double().exp().sort(descending=True, stable=True)
+        ordered, ids = scores.sort(descending=True, stable=True)
+        weights = ordered.double().exp()
         before = weights.cumsum(0) - weights
         left_out = before >= top_p * weights.sum()
         left_out[0] = False

@@ -325,7 +325,7 @@ def top_logprobs(
     count = logprobs.shape[1] if asked == -1 else min(asked, logprobs.shape[1])
     chosen = logprobs.gather(1, torch.tensor(tokens, device=logprobs.device)[:, None])
     ranks = (logprobs > chosen).sum(1) + 1
-    values, ids = logprobs.topk(count)
+    values, ids = _likeliest(logprobs, count)
     others = logprobs[:, list(also)].tolist() if also else [[]] * len(tokens)
     return [
         TokenLogprobs(*entry)
@@ -339,3 +339,19 @@ def top_logprobs(
             strict=True,
         )
     ]
+
+
+def _likeliest(logprobs: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Values and ids, best first, ties by id: `topk` promises nothing of ties. logprobs: [R, V]. Returns
+    [R, count] twice."""
+    values, ids = logprobs.topk(count)
+    if count == 0:
+        return values, ids
+    last = values[:, -1:]
+    cut_ties = (logprobs >= last).sum(1) > count
+    for row in cut_ties.nonzero()[:, 0].tolist():
+        kept = values[row] == last[row]
+        ids[row, kept] = (logprobs[row] == last[row]).nonzero()[: int(kept.sum()), 0]
+    ids, by_id = ids.sort(dim=1)
+    values, by_value = values.gather(1, by_id).sort(dim=1, descending=True, stable=True)
+    return values, ids.gather(1, by_value)
