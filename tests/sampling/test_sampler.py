@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from quire.kernels.base import create_kernels
 from quire.kernels.reference import filtered_scores
 from quire.messages import AdmittedRequest
-from quire.sampling.sampler import Sampled, Sampler, SamplingSeats, top_logprobs
+from quire.sampling.sampler import Sampled, Sampler, SamplingSeats, log_softmax, top_logprobs
 from quire.sampling_params import SamplingParams
 
 VOCAB = 40
@@ -243,3 +243,12 @@ def test_the_top_logprobs_are_in_the_order_of_value_then_id(vocab, values, count
         expected = order[: vocab if count == -1 else count]
         assert entry.top_ids == expected
         assert entry.top_logprobs == [one[token] for token in expected]
+
+
+def test_a_rows_logprobs_do_not_depend_on_the_rows_beside_it(monkeypatch: pytest.MonkeyPatch):
+    """Whatever PyTorch does for so many rows: it is asked for one at a time."""
+    real, values = torch.log_softmax, logits(rows=9, seed=5)
+    alone = torch.stack([real(row, dim=-1) for row in values])
+    monkeypatch.setattr(torch, "log_softmax", lambda x, dim: real(x, dim) * (1 + x.dim()) / 2)
+    for rows in (1, 4, 9):
+        assert torch.equal(log_softmax(values[:rows]), alone[:rows])

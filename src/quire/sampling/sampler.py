@@ -304,7 +304,7 @@ class Sampler:
             if state.wants_logprobs and index not in told:
                 told[index] = processed(values, rows[index] if rows is not None else None)
             if index in told and self._mode.endswith("logprobs"):
-                told[index] = torch.log_softmax(told[index], dim=-1)
+                [told[index]] = log_softmax(told[index][None])
         return told
 
 
@@ -315,6 +315,16 @@ def processed(logits: Tensor, row: np.void | None) -> Tensor:
         return logits.clone()
     kept = filtered_scores(logits, row).isfinite()
     return torch.where(kept, logits / float(row["temperature"]), -torch.inf)
+
+
+def log_softmax(logits: Tensor) -> Tensor:
+    """logits: [R, V]. Row by row on a CPU: how PyTorch takes the sums of many may depend on how many."""
+    if not logits.is_cpu:
+        return torch.log_softmax(logits, dim=-1)
+    out = torch.empty_like(logits)
+    for row, to in zip(logits, out, strict=True):
+        to.copy_(torch.log_softmax(row.clone(), dim=-1))
+    return out
 
 
 def top_logprobs(
