@@ -171,7 +171,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=Tr
     top_p: float = 1.0
     """Smallest set of tokens whose probability reaches this. (0, 1]"""
     top_k: int = 0
-    """Consider only the k most likely tokens; 0 or -1 is off."""
+    """Consider only the k most likely tokens, ties by lowest id; 0 or -1 is off."""
     min_p: float = 0.0
     """Drop tokens less likely than this times the most likely one. [0, 1]"""
     seed: int | None = None

@@ -168,6 +168,14 @@ def test_the_score_is_vllms() -> None:
     assert search.score(ended) == -0.5
 
 
+def test_ties_go_to_the_better_beam_then_to_the_lowest_id() -> None:
+    search = BeamSearch([1], BeamSearchParams(2, 4), set(), 4)
+    search.advance([{token: Logprob(-1.0) for token in (9, 4, 7)}])
+    assert [beam.tokens for beam in search.live] == [[1, 4], [1, 7]]
+    search.advance([{token: Logprob(-1.0) for token in tokens} for tokens in ((8, 6), (3, 2))])
+    assert [beam.tokens for beam in search.best()] == [[1, 4, 6], [1, 4, 8]]
+
+
 @settings(max_examples=25)
 @given(st.integers(0, 10**6), st.floats(0.5, 3), st.sampled_from([-1, 0, 1]), st.integers(1, 4))
 def test_ending_early_changes_no_result(seed: int, size: float, sign: int, width: int) -> None:

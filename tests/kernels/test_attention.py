@@ -336,16 +336,20 @@ def test_reading_all_heads_of_a_request_together_changes_nothing(
         torch.set_num_threads(1)
 
 
-def test_reference_chunks_are_the_whole(reference: Kernels) -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("kv_heads", "window"), [(1, 0), (2, 0), (1, 9), (2, 9)])
+def test_reference_chunks_are_the_whole(
+    reference: Kernels, dtype: torch.dtype, kv_heads: int, window: int
+) -> None:
     rng = generator(4)
     s = make_sequences(
-        reference, [40], kv_heads=2, head_dim=16, block_size=16, dtype=torch.bfloat16, rng=rng
+        reference, [40], kv_heads=kv_heads, head_dim=18, block_size=16, dtype=dtype, rng=rng
     )
-    q = randn(40, 4, 16, rng=rng, dtype=torch.bfloat16)
-    whole = attend(reference, s, [q], Options(0.25))
-    for end in (1, 17, 40):
+    q, options = randn(40, 4, 18, rng=rng, dtype=dtype), Options(0.25, window)
+    whole = attend(reference, s, [q], options)
+    for end in range(1, 41):
         lens = torch.tensor([end]).int()
-        token = attend(reference, s, [q[end - 1 : end]], Options(0.25), seq_lens=lens)
+        token = attend(reference, s, [q[end - 1 : end]], options, seq_lens=lens)
         assert torch.equal(bits(token[0]), bits(whole[end - 1]))
 
 

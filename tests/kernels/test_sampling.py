@@ -235,17 +235,22 @@ def test_narrower_cpus(native: NativeKernels, march: str) -> None:
         assert same(narrow.sample(logits, None), native.sample(logits, None))
 
 
-def test_ties_with_the_kth_stay_and_the_nucleus_takes_lower_ids(
+def test_where_the_cut_falls_among_ties_lower_ids_stay(
     native: NativeKernels, reference: Kernels
 ) -> None:
     flat = torch.zeros(1, 100)
     ladder = torch.tensor([[3.0, 1.0, 2.0, 1.0, 1.0, 0.0]])
     for kernels in (native, reference):
-        assert support(kernels, flat, draws=2000, top_k=3) == set(range(100))
-        assert support(kernels, ladder, top_k=3) == {0, 1, 2, 3, 4}
+        assert support(kernels, flat, top_k=3) == {0, 1, 2}
+        assert support(kernels, flat, draws=2000, top_k=70) == set(range(70))
+        assert support(kernels, flat, draws=2000, top_k=100) == set(range(100))
+        assert support(kernels, ladder, top_k=1) == {0}
+        assert support(kernels, ladder, top_k=3) == {0, 1, 2}
+        assert support(kernels, ladder, top_k=4) == {0, 1, 2, 3}
         assert support(kernels, flat, draws=800, top_p=0.125) == set(range(13))
         assert support(kernels, flat, draws=800, top_p=0.25) == set(range(25))
-        assert support(kernels, ladder, top_k=3, top_p=0.8) == {0, 1, 2}
+        assert support(kernels, ladder, top_k=4, top_p=0.85) == {0, 1, 2}
+        assert support(kernels, ladder, top_k=4, top_p=0.95) == {0, 1, 2, 3}
         assert support(kernels, flat, top_p=0.0) == {0}
         assert support(kernels, ladder, min_p=1.0) == {0}
 
@@ -257,7 +262,9 @@ def test_flat_distributions_over_large_vocabularies(native: NativeKernels, vocab
     kept = math.ceil(float(np.float32(0.3)) * vocab)
     tokens = sorted(support(native, flat, draws=300, top_p=0.3))
     assert tokens[-1] < kept and tokens[-1] > 0.97 * kept
-    assert max(support(native, flat, draws=300, top_k=1)) > 0.97 * vocab
+    tokens = sorted(support(native, flat, draws=300, top_k=vocab // 2))
+    assert tokens[-1] < vocab // 2 and tokens[-1] > 0.97 * (vocab // 2)
+    assert support(native, flat, draws=300, top_k=1) == {0}
     slope = torch.arange(vocab, dtype=torch.float32).unsqueeze(0) * -1e-7
     tokens = sorted(support(native, slope, draws=300, top_p=0.3))
     assert tokens[-1] < 0.302 * vocab and tokens[-1] > 0.29 * vocab
@@ -287,14 +294,80 @@ def test_infinities(native: NativeKernels, reference: Kernels) -> None:
         assert support(kernels, two, draws=50, top_k=1, top_p=0.5) == {7}
 
 
-def test_scores_that_round_alike_tie(native: NativeKernels, reference: Kernels) -> None:
-    """Logits that differ, with scores that do not: what counts is the score."""
+def test_only_the_best_logit_has_the_best_score(native: NativeKernels, reference: Kernels) -> None:
+    """However small the differences and high the temperature: what draws from one token is greedy."""
     logits = torch.tensor([[3e38, -3e38, -2.9e38, 0.0]])
-    tiny = torch.tensor([[1e-45, 0.0, 1e-45]])
+    tiny = torch.tensor([[0.0, 1e-45, 0.0, 1e-45]])
+    warm = torch.tensor([[1.0, 1.0 + 2**-23, 1.0 + 2**-23]])
     for kernels in (native, reference):
         assert support(kernels, logits, draws=50) == {0}
         assert support(kernels, logits, draws=50, top_k=3) == {0}
-        assert support(kernels, tiny, top_k=1, temperature=2.0) == {0, 1, 2}
+        for fields in ({"top_k": 1}, {"top_p": 0.0}):
+            assert support(kernels, tiny, temperature=2.0, **fields) == {1}
+            assert support(kernels, warm, temperature=3e38, **fields) == {1}
+        assert support(kernels, tiny, temperature=2.0, min_p=1.0) == {1, 3}
+
+
+# Few distinct values, so that ties are everywhere, and some that cannot be drawn at all.
+few_values = st.sampled_from(
+    [(0.0,), (0.0, 1.0), (-math.inf, 2.0), (-math.inf, -90.0, -1.0, 0.0, 0.5), (-0.0, 0.0, -1e-3)]
+)
+
+
+def kept_by_definition(logits: torch.Tensor, top_k: int, top_p: float, min_p: float) -> list[int]:
+    """With a stable sort of everything, in the order of (probability, lowest id)."""
+    values = logits.double().tolist()
+    best = max(values)
+    order = sorted(range(len(values)), key=lambda token: (-values[token], token))
+    order = [t for t in order if values[t] > -math.inf or best == -math.inf]
+    weights = {t: math.exp(values[t] - best) for t in order}
+    order = [t for t in order if weights[t] >= min_p][: top_k or None]
+    total, mass, kept = math.fsum(weights[t] for t in order), 0.0, list[int]()
+    for token in order:
+        if kept and top_p < 1 and mass >= top_p * total * (1 - 1e-12):
+            break
+        kept.append(token)
+        mass += weights[token]
+    return sorted(kept)
+
+
+@given(
+    vocab=vocabs,
+    values=few_values,
+    top_k=st.sampled_from([0, 1, 2, 3, 15, 16, 17, 63, 64, 65, 129, 1000, 2**31 - 1]),
+    top_p=st.sampled_from([0.0, 0.251, 0.777, 1.0]),
+    min_p=st.sampled_from([0.0, 0.4, 1.0]),
+    seed=seeds,
+)
+def test_filters_among_ties_keep_exactly_what_they_say(
+    native: NativeKernels,
+    reference: Kernels,
+    vocab: int,
+    values: tuple[float, ...],
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    seed: int,
+) -> None:
+    rng = np.random.default_rng(seed)
+    logits = torch.tensor(rng.choice(np.float32(values), size=vocab))
+    if bool((logits == -math.inf).all()):
+        logits[-1] = 0.0
+    fields = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
+    rows = sample_rows(8, seed=seed, **fields)
+    rows["position"] = np.arange(8)
+    kept = kept_by_definition(logits, top_k, top_p, min_p)
+    mine = filtered_scores(logits, rows[0])
+    assert mine.isfinite().nonzero()[:, 0].tolist() == kept
+    only = torch.full_like(logits, -math.inf)
+    only[kept] = logits[kept]
+    plain = sample_rows(8, seed=seed)
+    plain["position"] = rows["position"]
+    for kernels in (native, reference):
+        drawn = kernels.sample(logits.repeat(8, 1), rows).token_ids
+        assert drawn.tolist() == kernels.sample(only.repeat(8, 1), plain).token_ids.tolist()
+        if top_k == 1 or top_p == 0:
+            assert set(drawn.tolist()) == set(kernels.sample(logits[None], None).token_ids.tolist())
 
 
 def test_logits_are_left_as_they_are(native: NativeKernels, reference: Kernels) -> None:

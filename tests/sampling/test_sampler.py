@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from quire.kernels.base import create_kernels
 from quire.kernels.reference import filtered_scores
 from quire.messages import AdmittedRequest
-from quire.sampling.sampler import Sampled, Sampler, SamplingSeats
+from quire.sampling.sampler import Sampled, Sampler, SamplingSeats, log_softmax, top_logprobs
 from quire.sampling_params import SamplingParams
 
 VOCAB = 40
@@ -65,10 +65,9 @@ def plain_filter(scores: list[float], top_k: int, top_p: float, min_p: float) ->
     weights = [math.exp(s) for s in scores]
     kept = {i for i in kept if weights[i] >= min_p * max(weights)}
     if top_k > 0:
-        threshold = sorted((scores[i] for i in kept), reverse=True)[:top_k][-1]
-        kept = {i for i in kept if scores[i] >= threshold}
+        kept = set(sorted(kept, key=lambda i: (-scores[i], i))[:top_k])
     total, mass, nucleus = sum(weights[i] for i in kept), 0.0, set()
-    for i in sorted(kept, key=lambda i: -scores[i]):
+    for i in sorted(kept, key=lambda i: (-scores[i], i)):
         if mass >= top_p * total and nucleus:
             break
         nucleus.add(i)
@@ -227,3 +226,29 @@ def test_nan_is_that_rows_error_alone():
     sampled = sample(values, [*plain, asking])
     assert list(sampled.errors) == [1, 3]
     assert sampled.logprobs == {}
+
+
+@given(
+    vocab=st.sampled_from([1, 5, 64, 300]),
+    values=st.sampled_from([(0.0,), (-math.inf, -2.0, -1.0), (-0.0, 0.0, -1.5, -2.5)]),
+    count=st.sampled_from([-1, 0, 1, 2, 7, 64, 1000]),
+    seed=st.integers(0, 10**6),
+)
+def test_the_top_logprobs_are_in_the_order_of_value_then_id(vocab, values, count, seed):
+    """Where the list ends among ties too."""
+    drawn = np.random.default_rng(seed).choice(np.float32(values), size=(3, vocab))
+    entries = top_logprobs(torch.tensor(drawn), [0, vocab - 1, vocab // 2], count)
+    for one, entry in zip(drawn.tolist(), entries, strict=True):
+        order = sorted(range(vocab), key=lambda token: (-one[token], token))
+        expected = order[: vocab if count == -1 else count]
+        assert entry.top_ids == expected
+        assert entry.top_logprobs == [one[token] for token in expected]
+
+
+def test_a_rows_logprobs_do_not_depend_on_the_rows_beside_it(monkeypatch: pytest.MonkeyPatch):
+    """Whatever PyTorch does for so many rows: it is asked for one at a time."""
+    real, values = torch.log_softmax, logits(rows=9, seed=5)
+    alone = torch.stack([real(row, dim=-1) for row in values])
+    monkeypatch.setattr(torch, "log_softmax", lambda x, dim: real(x, dim) * (1 + x.dim()) / 2)
+    for rows in (1, 4, 9):
+        assert torch.equal(log_softmax(values[:rows]), alone[:rows])

@@ -75,8 +75,8 @@ class BeamSearch:
         """Take in the candidates for the next token of each live beam, in their order."""
         proposals = []
         for beam, position in zip(self.live, positions, strict=True):
-            for token, candidate in position.items():
-                total = beam.cum_logprob + candidate.logprob
+            for token in sorted(position):  # ties go to the better beam, then to the lowest id
+                total = beam.cum_logprob + position[token].logprob
                 if token in self.eos_token_ids and not self.params.ignore_eos:
                     self._completed.append(_extended(beam, token, position, total, "stop"))
                 else:

@@ -255,12 +255,13 @@ class Kernels(LayerKernels, Protocol):
         """One token a row: the most likely, or one drawn from the softmax of its filtered scores.
 
         logits: [R, V] float32, any row stride; left as they are. rows: [R] `SAMPLE_ROW`, or None if all
-        are greedy. Scores are (logit - best) / temperature. In vLLM's order: min_p keeps scores that
-        are not below log(min_p); top_k the k best and all that tie with the k-th; top_p, of what is
-        left and in order of score (ties: of id), tokens while the probability before them is below
-        top_p. The best always stays; a logit of -inf never does; those of +inf share all there is. The
-        draw is by the Gumbel-max trick, with `philox_uniform` of the row's seed and position. Ties,
-        the draw's too, go to the lowest id; a row of nothing but -inf gives 0.
+        are greedy. Scores are (logit - best) / temperature, 0 for the best logit alone. Tokens are
+        ordered by score, ties by id. In vLLM's order: min_p keeps scores that are not below
+        log(min_p); top_k the first k; top_p, of what is left, tokens while the probability before them
+        is below top_p. So top_k=1 is greedy. The best always stays; a logit of -inf never does;
+        those of +inf share all there is. The draw is by the Gumbel-max trick, with `philox_uniform` of
+        the row's seed and position; its ties go to the lowest id too. A row of nothing but -inf
+        gives 0.
         """
         ...
 

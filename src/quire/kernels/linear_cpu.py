@@ -3,7 +3,7 @@
 Two backends; `PackedLinear` takes the first that works here:
 
 1. Our own C kernel (cpu/linear.c), invariant by construction, in all three dtypes.
-2. `F.linear` on sixteen padded rows at a time: one shape, so one path. Where no compiler is found.
+2. PyTorch's product of operands whose every sum is exact, in any order. Where no compiler is found.
 
 PyTorch's oneDNN served bfloat16 and float32 before. Measured side by side, our kernel reads weights at
 about twice oneDNN's rate when rows are few and is as fast when they are many, and it needs no
@@ -16,14 +16,13 @@ from ctypes import byref
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from quire.kernels import checks
 from quire.kernels.memory import large_zeros
 
 _PANEL = 64  # output columns packed together; PANEL in cpu/linear.c
-_PLAIN_SIZE = 16  # F.linear gets exactly this many rows, and multiples of it of the rest
+_PLAIN_BLOCK = 1 << 17  # weights made exact at a time, for the L2 cache
 
 
 class _Backend(Protocol):
@@ -191,31 +190,79 @@ def _pair(dtype: torch.dtype) -> int:
 
 
 class PlainLinear:
-    """All three extents are padded to multiples of 16: small odd ones take paths of their own."""
+    """PyTorch's product in float64, of operands rounded so that every sum is exact.
 
-    __slots__ = ("_bias", "_in_features", "_out_features", "_weight")
+    A library may choose another blocking or another order of the sum for other numbers of rows, for a
+    row's place among them, or for another processor: PyTorch's do. Rounding is what lets that be seen. So
+    each row of x and of the weight is rounded to multiples of one power of two, few enough that any
+    sum of products along K is below 2**53 units and float64 holds it exactly. Then every order gives the
+    same bits (docs/adr/0022).
+
+    Of 53 bits the sum's length takes log2(K), the operands share the rest: about 21 each, counted from
+    the largest of the row. x is taken as two such parts, because a few activations can be a thousand times
+    the others; a weight as two in float32. What is lost is below what rounding a sum in float32 loses.
+    """
+
+    __slots__ = ("_bias", "_bits", "_parts", "_to_grid", "_weight")
 
     def __init__(
         self, in_features: int, out_features: int, dtype: torch.dtype, bias: Tensor | None
     ) -> None:
-        self._in_features, self._out_features = in_features, out_features
         self._bias = bias
-        padded = [size + -size % _PLAIN_SIZE for size in (out_features, in_features)]
-        self._weight = torch.zeros(padded, dtype=dtype)
+        self._weight = torch.zeros(out_features, in_features, dtype=dtype)
+        self._to_grid = torch.zeros(out_features, 1, dtype=torch.float64)
+        self._bits = (53 - (in_features - 1).bit_length()) // 2
+        self._parts = 2 if dtype is torch.float32 else 1  # of the weight
 
     def fill(self, first: int, weight: Tensor) -> None:
-        self._weight[first : first + weight.shape[0], : self._in_features] = weight
+        rows = slice(first, first + weight.shape[0])
+        self._weight[rows] = weight
+        self._to_grid[rows] = _to_grid(weight, self._bits)
 
     def multiply(self, x: Tensor) -> Tensor:
         rows, in_features = x.shape
-        padded = F.pad(x, (0, self._weight.shape[1] - in_features, 0, -rows % _PLAIN_SIZE))
-        bias = self._bias
-        if bias is not None:
-            bias = F.pad(bias, (0, self._weight.shape[0] - self._out_features))
-        blocks = [F.linear(part, self._weight, bias) for part in padded.split(_PLAIN_SIZE)]
-        return torch.cat(blocks)[:rows, : self._out_features].contiguous()
+        exact = _split(x, _to_grid(x, self._bits), self._bits, 2)  # [2 * M, K]
+        out_features = self._weight.shape[0]
+        out = torch.empty(rows, out_features, dtype=torch.float64)
+        block = max(1, _PLAIN_BLOCK // in_features)
+        for first in range(0, out_features, block):
+            columns = slice(first, first + block)
+            weight = _split(
+                self._weight[columns], self._to_grid[columns], self._bits, self._parts
+            )  # [parts * n, K]
+            products = torch.matmul(exact, weight.t())
+            n = weight.shape[0] // self._parts
+            lesser = products[rows:, :n]
+            if self._parts == 2:  # what two second parts give is beyond float32
+                lesser = lesser + products[:rows, n:]
+            torch.add(products[:rows, :n], lesser, out=out[:, columns])
+        out += 0.0  # whether a sum of zeros is -0 is the library's choice
+        if self._bias is not None:
+            out += self._bias
+        return out.to(x.dtype)
 
     def rows(self, ids: Tensor) -> Tensor:
-        inside = bool(((ids >= 0) & (ids < self._out_features)).all())
-        checks.require(inside, f"a row id is outside [0, {self._out_features})")
-        return self._weight[ids, : self._in_features].contiguous()
+        inside = bool(((ids >= 0) & (ids < self._weight.shape[0])).all())
+        checks.require(inside, f"a row id is outside [0, {self._weight.shape[0]})")
+        return self._weight[ids]
+
+
+def _to_grid(rows: Tensor, bits: int) -> Tensor:
+    """1.5 * 2**52 times each row's unit: to add it and to take it away rounds to multiples of the unit.
+
+    rows: [R, K]. Returns [R, 1] float64. A row's largest element is below 2**bits units. Made of bits, since an
+    elementary function of a library may differ in the last place.
+    """
+    largest = rows.abs().amax(dim=1, keepdim=True).double()
+    exponent = (largest.view(torch.int64) >> 52).clamp(max=1023 + 128) + 1  # biased; of 2**e > largest
+    return ((exponent - bits + 52 << 52) | (1 << 51)).view(torch.float64)
+
+
+def _split(rows: Tensor, to_grid: Tensor, bits: int, parts: int) -> Tensor:
+    """Multiples of each row's unit, below the others what is left of the rows: [parts * R, K] float64."""
+    whole = rows.double()
+    first = (whole + to_grid).sub_(to_grid)
+    if parts == 1:
+        return first
+    finer = to_grid * 2.0**-bits
+    return torch.cat((first, whole.sub_(first).add_(finer).sub_(finer)))

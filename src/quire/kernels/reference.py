@@ -1,8 +1,10 @@
 """Every operation in plain PyTorch: what the fast kernels are tested against, and what serves where
 no C compiler is found.
 
-Written to be read. Attention takes one query token at a time over its own visible keys, so that a
-token's arithmetic has the same shapes however its request was chunked or batched.
+Written to be read, and to keep the contract of `kernels/base.py` whatever PyTorch does for a shape: see
+docs/adr/0022. Additions, products, quotients and square roots of elements are rounded correctly and may be
+made for all rows at once. A sum, or a function that PyTorch approximates, is made for each row by itself
+from a fresh copy, so that the call is the same whatever other rows there are.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ class ReferenceKernels(OnCPU):
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         checks.check_norm(x, weight)
         x32 = x.float()
-        normed = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
+        normed = x32 / torch.sqrt(_row_sums(x32 * x32) / x.shape[-1] + eps)
         return weight * normed.to(x.dtype)
 
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -139,7 +141,10 @@ class ReferenceKernels(OnCPU):
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:
         checks.check_gate_up(gate_up)
         gate, up = gate_up.chunk(2, dim=-1)
-        return torch.nn.functional.silu(gate.float()).to(gate.dtype) * up
+        activated = torch.empty(gate.shape, dtype=gate.dtype)
+        for row, out in zip(gate, activated, strict=True):
+            out.copy_(torch.nn.functional.silu(row.to(torch.float32, copy=True)))
+        return activated * up
 
     def decoder(self, weights: DecoderWeights) -> None:
         return None
@@ -170,14 +175,19 @@ def filtered_scores(logits: Tensor, row: np.void) -> Tensor:
     no NaN and not all -inf. row: a `SAMPLE_ROW`. Returns [V] float32.
     """
     best, temperature = logits.max(), torch.tensor(float(row["temperature"]))
-    scores = torch.where(logits == best, 0.0, (logits - best) / temperature)
+    below = ((logits - best) / temperature).clamp(max=-torch.finfo(torch.float32).tiny)
+    scores = torch.where(logits == best, 0.0, below)
     min_p, top_k, top_p = float(row["min_p"]), int(row["top_k"]), float(row["top_p"])
     if min_p > 0:
         scores[scores < np.float32(math.log(min_p))] = -torch.inf
     if 0 < top_k < len(scores):
-        scores[scores < scores.topk(top_k).values[-1]] = -torch.inf
+        last = scores.topk(top_k).values[-1]
+        ties = (scores == last).nonzero()[:, 0]
+        scores[ties[top_k - int((scores > last).sum()) :]] = -torch.inf
+        scores[scores < last] = -torch.inf
     if top_p < 1:
-        weights, ids = scores.double().exp().sort(descending=True, stable=True)
+        ordered, ids = scores.sort(descending=True, stable=True)
+        weights = ordered.double().exp()
         before = weights.cumsum(0) - weights
         left_out = before >= top_p * weights.sum()
         left_out[0] = False
@@ -194,6 +204,16 @@ def _check_sample_rows(rows: NDArray[np.void]) -> None:
         checks.fail_sample(4)
 
 
+def _row_sums(x: Tensor) -> Tensor:
+    """Of the last dimension, which stays as 1: halves are added until one element is left."""
+    while (size := x.shape[-1]) > 1:
+        half = (size + 1) // 2
+        folded = x[..., :half].clone()
+        folded[..., : size - half] += x[..., half:]
+        x = folded
+    return x
+
+
 def _rotate(x: Tensor, positions: Tensor, cos_sin: Tensor) -> None:
     """x: [T, heads, D], in place; each product is rounded to float32 before the sum."""
     half = cos_sin.shape[1] // 2
@@ -205,12 +225,17 @@ def _rotate(x: Tensor, positions: Tensor, cos_sin: Tensor) -> None:
 
 def _attend_one(q: Tensor, keys: Tensor, values: Tensor, *, scale: float, softcap: float) -> Tensor:
     """q: [q_heads, D]. keys: [kv_heads, D, n]. values: [kv_heads, n, D]. Returns [q_heads, D]."""
-    grouped = q.float().view(keys.shape[0], -1, q.shape[-1])  # [kv_heads, group, D]
-    scores = torch.bmm(grouped, keys.contiguous()) * scale
+    grouped = _fresh(q).view(keys.shape[0], -1, q.shape[-1])  # [kv_heads, group, D]
+    scores = torch.bmm(grouped, _fresh(keys)) * scale
     if softcap > 0:
         scores = softcap * torch.tanh(scores / softcap)
     weights = torch.softmax(scores, dim=-1)
-    return torch.bmm(weights, values.contiguous()).reshape(q.shape).to(q.dtype)
+    return torch.bmm(weights, _fresh(values)).reshape(q.shape).to(q.dtype)
+
+
+def _fresh(x: Tensor) -> Tensor:
+    """A float32 copy, dense, in memory of its own: aligned alike in every call."""
+    return x.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
 
 def _check_extents(starts: list[int], lengths: list[int], tokens: int, most: int) -> None:

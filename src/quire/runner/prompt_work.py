@@ -12,7 +12,7 @@ from torch import Tensor
 
 from quire.messages import AdmittedRequest, PromptLogprobs, TokenLogprobs
 from quire.models.decoder import DecoderModel
-from quire.sampling.sampler import top_logprobs
+from quire.sampling.sampler import log_softmax, top_logprobs
 from quire.sampling_params import PoolingParams
 
 LOGITS_BYTES = 32 << 20
@@ -87,7 +87,7 @@ class PromptWork:
         size = max(1, LOGITS_BYTES // (4 * model.spec.vocab_size))
         entries: list[TokenLogprobs] = []
         for at in range(0, len(targets), size):
-            logprobs = torch.log_softmax(model.compute_logits(hidden[at : at + size]), dim=-1)
+            logprobs = log_softmax(model.compute_logits(hidden[at : at + size]))
             entries += top_logprobs(logprobs, targets[at : at + size], self.num_logprobs, self.also)
         return entries
 

@@ -304,7 +304,7 @@ class Sampler:
             if state.wants_logprobs and index not in told:
                 told[index] = processed(values, rows[index] if rows is not None else None)
             if index in told and self._mode.endswith("logprobs"):
-                told[index] = torch.log_softmax(told[index], dim=-1)
+                [told[index]] = log_softmax(told[index][None])
         return told
 
 
@@ -317,6 +317,16 @@ def processed(logits: Tensor, row: np.void | None) -> Tensor:
     return torch.where(kept, logits / float(row["temperature"]), -torch.inf)
 
 
+def log_softmax(logits: Tensor) -> Tensor:
+    """logits: [R, V]. Row by row on a CPU: how PyTorch takes the sums of many may depend on how many."""
+    if not logits.is_cpu:
+        return torch.log_softmax(logits, dim=-1)
+    out = torch.empty_like(logits)
+    for row, to in zip(logits, out, strict=True):
+        to.copy_(torch.log_softmax(row.clone(), dim=-1))
+    return out
+
+
 def top_logprobs(
     logprobs: Tensor, tokens: Sequence[int], asked: int, also: Sequence[int] | None = None
 ) -> list[TokenLogprobs]:
@@ -325,7 +335,7 @@ def top_logprobs(
     count = logprobs.shape[1] if asked == -1 else min(asked, logprobs.shape[1])
     chosen = logprobs.gather(1, torch.tensor(tokens, device=logprobs.device)[:, None])
     ranks = (logprobs > chosen).sum(1) + 1
-    values, ids = logprobs.topk(count)
+    values, ids = _likeliest(logprobs, count)
     others = logprobs[:, list(also)].tolist() if also else [[]] * len(tokens)
     return [
         TokenLogprobs(*entry)
@@ -339,3 +349,19 @@ def top_logprobs(
             strict=True,
         )
     ]
+
+
+def _likeliest(logprobs: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Values and ids, best first, ties by id: `topk` promises nothing of ties. logprobs: [R, V]. Returns
+    [R, count] twice."""
+    values, ids = logprobs.topk(count)
+    if count == 0:
+        return values, ids
+    last = values[:, -1:]
+    cut_ties = (logprobs >= last).sum(1) > count
+    for row in cut_ties.nonzero()[:, 0].tolist():
+        kept = values[row] == last[row]
+        ids[row, kept] = (logprobs[row] == last[row]).nonzero()[: int(kept.sum()), 0]
+    ids, by_id = ids.sort(dim=1)
+    values, by_value = values.gather(1, by_id).sort(dim=1, descending=True, stable=True)
+    return values, ids.gather(1, by_value)

@@ -171,18 +171,50 @@ def test_ties_at_the_cut_stay_in_the_order_of_ids() -> None:
     ("distances", "fields", "kept"),
     [
         ([0.02, 0.0, 0.03, 0.01, 0.04], {"top_k": 3}, {0, 1, 3}),
-        ([0.02, 0.0, 0.02, 0.01, 0.04], {"top_k": 3}, {0, 1, 2, 3}),
+        ([0.02, 0.0, 0.02, 0.01, 0.04], {"top_k": 3}, {0, 1, 3}),
+        ([0.02, 0.0, 0.02, 0.0, 0.02], {"top_k": 4}, {0, 1, 2, 3}),
+        ([0.0] * 100, {"top_k": 1}, {0}),
+        ([0.3] * 70 + [0.0, 0.3], {"top_k": 2, "min_p": 0.1}, {0, 70}),
         ([0.0, 1.0, 1.0] + [3.0] * 97, {"min_p": 0.1, "top_p": 0.5}, {0}),
         ([0.0, 1.0, 1.0] + [3.0] * 97, {"min_p": 0.1, "top_p": 0.6}, {0, 1}),
         ([0.0, 0.1, 0.2, 0.2] + [0.3] * 96, {"top_k": 3, "top_p": 0.5}, {0, 1}),
+        ([0.0, 0.1, 0.1, 0.1, 0.1], {"top_k": 3, "top_p": 0.7}, {0, 1, 2}),
+        ([0.0, 0.1, 0.1, 0.1, 0.1], {"top_k": 4, "top_p": 0.5}, {0, 1}),
     ],
 )
 def test_filters_keep_exactly(
     distances: list[float], fields: dict[str, float], kept: set[int]
 ) -> None:
-    """vLLM's order: min_p, then top_k with its ties, then top_p of what is left."""
+    """vLLM's order: min_p, then top_k, then top_p of what is left; ties by id."""
     rows = [{**OFF, **fields, "position": p} for p in range(16)]
     assert set(draw(-torch.tensor([distances] * 16), rows).token_ids.tolist()) == kept
+
+
+@settings(max_examples=30)
+@given(
+    vocab=st.sampled_from([1, 5, 64, 65, 300]),
+    values=st.sampled_from([(0.0,), (-0.0, 0.0, 1.0), (-math.inf, -90.0, -1.0, 0.0, 0.5)]),
+    fields=wants,
+    seed=seeds,
+)
+def test_filters_among_ties_keep_what_the_reference_keeps(
+    vocab: int, values: tuple[float, ...], fields: dict[str, Any], seed: int
+) -> None:
+    """Drawn with the filters, and without them from what the reference keeps: the same tokens."""
+    rng = np.random.default_rng(seed)
+    logits = torch.tensor(rng.choice(np.float32(values), size=vocab))
+    logits[vocab // 2] = 0.0
+    if fields["temperature"] == 0:
+        fields = {**fields, "temperature": 1.0}
+    kept = filtered_scores(logits, sample_row(fields)).isfinite()
+    only = torch.where(kept, logits, -torch.inf)
+    off = {name: OFF[name] for name in ("top_p", "min_p", "top_k")}
+    rows = [{**fields, "position": position} for position in range(3)]
+    unfiltered = [{**row, **off} for row in rows]
+    drawn = draw(logits.repeat(3, 1), rows).token_ids
+    assert torch.equal(drawn, draw(only.repeat(3, 1), unfiltered).token_ids)
+    if fields["top_k"] == 1 or fields["top_p"] == 0:
+        assert set(drawn.tolist()) == {int(logits.argmax())}
 
 
 def test_infinite_logits() -> None:

@@ -110,10 +110,12 @@ static int64_t best_token(const row_view *row) {
   return token;
 }
 
-/* The best token's distance is 0 even where it is infinite. */
+/* The best token's distance is 0 even where it is infinite, and no other's is: under a high temperature a small
+ * difference would round to 0, and the lower id would win. */
 INLINE vf vdistance(const row_view *row, vf logits) {
   const vf best = vset(row->best);
-  return vselect((vi)(logits == best), vset(0.0f), (best - logits) / vset(row->temperature));
+  const vf apart = vmax((best - logits) / vset(row->temperature), vset(FLT_MIN));
+  return vselect((vi)(logits == best), vset(0.0f), apart);
 }
 
 /* From here on groups are known by the distance of their nearest token. */
@@ -448,10 +450,8 @@ static int64_t sample_filtered(row_view *row, const sample_row *wants, float *me
     limit = fminf(limit, (float)log(most));
   }
   collect(row, limit, &list);
-  if (list.n > k) {
-    const cut c = find_cut(list.distance, NULL, list.n, (double)k, spare_distance, spare_weight);
-    shorten(&list, c.limit); /* what ties with the k-th stays */
-  }
+  if (list.n > k)
+    apply(find_cut(list.distance, NULL, list.n, (double)k, spare_distance, spare_weight), &list);
   if (wants->top_p < 1) {
     const double listed = weigh_list(&list);
     const double target = (double)wants->top_p * (k < row->vocab ? listed : total);

@@ -62,12 +62,14 @@ GROUP = 64
 _TILE = tl.constexpr(TILE)
 _GROUP = tl.constexpr(GROUP)
 _CHUNK = tl.constexpr(32)  # groups looked at together, in _finish
+_SMALLEST = tl.constexpr(2.0**-126)  # the smallest normal float
 
 
 @triton.jit
 def _distance(logit, best, temperature):
-    """The negated score, at least 0. The best token's is 0 even where it is infinite."""
-    return tl.where(logit == best, 0.0, tl.div_rn(best - logit, temperature))
+    """The negated score, at least 0. The best token's is 0 even where it is infinite, and no other's is."""
+    apart = tl.maximum(tl.div_rn(best - logit, temperature), _SMALLEST)
+    return tl.where(logit == best, 0.0, apart)
 
 
 @triton.jit
@@ -279,13 +281,18 @@ def _draw_filtered(
     row = (logits, vocab, list_ptr, length, best, temperature)
 
     ties = MOST
+    kept = top_k.to(tl.int64)
     if top_k > 0:
-        mass, last, _beyond = _look(row, limit, False)
-        target = tl.minimum(top_k.to(tl.int64), mass)
-        limit, _before = _cut(row, last, target, False)
+        count, last, _beyond = _look(row, limit, False)
+        kept = tl.minimum(kept, count)
+        limit, before = _cut(row, last, kept, False)
+        ties = (kept - before).to(tl.int32)
     if top_p < 1.0:
         mass, last, _beyond = _look(row, limit, True)
-        total = tl.where(top_k > 0, mass, total)
+        if top_k > 0:
+            count, _last, _beyond = _look(row, limit, False)
+            mass -= (count - kept) * weight(limit)  # ties that top_k leaves out
+            total = mass
         target = tl.ceil(top_p.to(tl.float64) * total.to(tl.float64)).to(tl.int64)
         target = tl.minimum(tl.maximum(target, 1), mass)  # the best always stays
         limit, before = _cut(row, last, target, True)
