@@ -1,0 +1,54 @@
+"""The kernels' self-test in C on this processor; scripts/test-aarch64 runs it for another."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from quire.kernels.cpu.build import FLAGS, SOURCES, BuildError, find_compiler
+
+
+def compiled(
+    directory: Path, source: Path, *, include: Path = SOURCES, native: bool = True
+) -> Path:
+    """native: for this very processor; else for any of its kind."""
+    try:
+        compiler = find_compiler()
+    except BuildError as error:
+        pytest.skip(str(error))
+    flags = [*FLAGS, "-march=native"] if native else FLAGS
+    command = [*compiler, *flags, f"-I{include}", str(source)]
+    program = directory / "self_test"
+    subprocess.run([*command, "-o", str(program), "-lm"], check=True, capture_output=True)
+    return program
+
+
+def test_the_kernels_are_what_plain_loops_say(tmp_path: Path) -> None:
+    program = compiled(tmp_path, Path(__file__).parent / "self_test.c")
+    done = subprocess.run([program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout.endswith("ok\n"), done.stdout
+
+
+@pytest.mark.parametrize(
+    ("file", "right", "wrong"),
+    [
+        ("linear.c", "[r * x_stride + k + half]", "[r * x_stride + k]"),
+        ("sampling.c", "c.ties-- <= 0", "c.ties-- < 0"),
+        ("vec.h", "u + 0x7fffu + ((u >> 16) & 1u)", "u + 0x8000u"),
+        ("kv_cache.c", "offset / 2 * 2 * n + offset % 2", "offset / 2 * 2 * n"),
+        ("elementwise.c", "/ (float)n + eps", "/ (float)n"),
+    ],
+)
+def test_it_notices_a_fault(tmp_path: Path, file: str, right: str, wrong: str) -> None:
+    shutil.copytree(SOURCES, tmp_path / "cpu")
+    source = tmp_path / "cpu" / file
+    text = source.read_text()
+    assert text.count(right) >= 1
+    source.write_text(text.replace(right, wrong))
+    test = shutil.copy(Path(__file__).parent / "self_test.c", tmp_path / "self_test.c")
+    program = compiled(tmp_path, Path(test), include=tmp_path / "cpu", native=False)
+    done = subprocess.run([program], capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0 and "FAILED" in done.stdout, done.stdout
