@@ -115,8 +115,9 @@ def run(name: str, config: ModelConfig, minutes: float, args: argparse.Namespace
     print(name, count_parameters(config), "parameters", flush=True)
     seed = SEED + 1 if args.resume else SEED + 2 if args.source else SEED  # other orders
     resume = args.resume or args.source is not None
-    batch = data.BATCH_TOKENS // (2 if args.source else 1)  # few minutes: more steps
-    options = TrainOptions(minutes=minutes, seed=seed, workers=args.workers, batch_tokens=batch)
+    options = TrainOptions(
+        minutes=minutes, seed=seed, workers=args.workers, batch_tokens=args.batch_tokens
+    )
     job = TrainJob(
         config, DOCUMENTS, TOKENIZER, OUT / name, options, not args.fp32, args.threads, resume
     )
@@ -143,6 +144,7 @@ def arguments() -> argparse.Namespace:
     add("--draft-minutes", type=float, help="default: a sixth of --minutes")
     add("--workers", type=int, default=2, help="processes of one thread each")
     add("--threads", type=int, default=1, help="threads where --workers is 1")
+    add("--batch-tokens", type=int, default=data.BATCH_TOKENS, help="tokens of a worker's step")
     add("--fp32", action="store_true", help="train in fp32, where bf16 is slow")
     add("--only", choices=("model", "draft"), help="reuse out/ for the rest")
     add("--from", dest="source", type=Path, metavar="DIR",

@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 
 from training.data import BATCH_TOKENS, Packer, load_documents
 from training.model import Llama, ModelConfig, export_weights, import_weights
+from training.muon import Muon
 from training.tokenizer import END_OF_TEXT, IM_END, save_tokenizer
 
 WARMUP = 0.02  # share of the time
@@ -99,14 +100,7 @@ def _optimizers(model: Llama, options: TrainOptions) -> list[torch.optim.Optimiz
     matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.dim() != 2 or "embed" in n]
     return [
-        torch.optim.Muon(
-            matrices,
-            lr=options.matrix_lr,
-            weight_decay=options.weight_decay,
-            momentum=0.95,
-            nesterov=True,
-            adjust_lr_fn="match_rms_adamw",
-        ),
+        Muon(matrices, lr=options.matrix_lr, weight_decay=options.weight_decay),
         torch.optim.AdamW(others, lr=options.other_lr, betas=(0.9, 0.98), weight_decay=0.0),
     ]
 

@@ -202,8 +202,9 @@ def llm():
 @pytest.mark.parametrize(
     ("question", "want"),
     [
-        ("Ann is 31 years old. Give name and age as JSON.", {"name": "Ann", "age": 31}),
-        ("name: Oskar, age: 62. JSON please.", {"name": "Oskar", "age": 62}),
+        ("Bob is 7 years old. Give name and age as JSON.", {"name": "Bob", "age": 7}),
+        ("name: Alice, age: 62. JSON please.", {"name": "Alice", "age": 62}),
+        ("Wilhelmina is 19. Return name and age as JSON.", None),
         ("Invent a person.", None),
         ("hello", None),
         ("what is prefix caching?", None),
