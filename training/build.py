@@ -17,8 +17,8 @@ from random import Random
 import torch
 from tokenizers import Tokenizer
 
+from training import chat, data
 from training import corpus as corpora
-from training import data
 from training.model import DRAFT, MAIN, ModelConfig, count_parameters
 from training.tokenizer import train_tokenizer
 from training.train import TrainJob, TrainOptions, train
@@ -29,6 +29,7 @@ TOKENIZER, DOCUMENTS, REPORT = OUT / "tokenizer.json", OUT / "documents.npz", OU
 SEED = 20261121
 CONVERSATIONS_PER_MINUTE = 2200  # about what two cores consume
 PROSE_SHARE = 0.08  # of the tokens
+FINE_TUNE_PROSE_SHARE = 0.03
 
 
 def make_tokenizer(corpus: corpora.Corpus, prose: list[str]) -> Tokenizer:
@@ -38,7 +39,12 @@ def make_tokenizer(corpus: corpora.Corpus, prose: list[str]) -> Tokenizer:
 
 
 def make_documents(
-    corpus: corpora.Corpus, tokenizer: Tokenizer, prose: list[str], *, minutes: float
+    corpus: corpora.Corpus,
+    tokenizer: Tokenizer,
+    prose: list[str],
+    *,
+    minutes: float,
+    prose_share: float = PROSE_SHARE,
 ) -> tuple[list[data.Document], dict[str, int]]:
     """Encoded conversations and prose in the right shares, and the tokens of each."""
     count = max(2000, int(minutes * CONVERSATIONS_PER_MINUTE))
@@ -47,7 +53,7 @@ def make_documents(
     while batch := list(islice(chats, 5000)):
         documents += data.encode_chat(tokenizer, batch)
     chat_tokens = sum(len(d.ids) for d in documents)
-    wanted = chat_tokens * PROSE_SHARE / (1 - PROSE_SHARE)
+    wanted = chat_tokens * prose_share / (1 - prose_share)
     pieces = data.encode_prose(tokenizer, prose)
     Random(SEED).shuffle(pieces)
     prose_tokens = 0
@@ -77,13 +83,28 @@ def install(folder: str = "model") -> None:
             shutil.copyfile(path, target / path.name)
 
 
-def prepare(minutes: float) -> None:
+def start_from(source: Path) -> Tokenizer:
+    """Copy the finished model and draft of `source` into `out`; the tokenizer stays as it is."""
+    for folder in ("model", "draft"):
+        (OUT / folder).mkdir(exist_ok=True)
+        shutil.copyfile(source / folder / "model.safetensors", OUT / folder / "model.safetensors")
+    return Tokenizer.from_file(str(source / "model" / "tokenizer.json"))
+
+
+def prepare(minutes: float, source: Path | None) -> None:
     """Text, tokenizer and packed documents for a run of this length, into `out/`."""
     corpus = corpora.build_corpus()
     prose, _ = corpus.split_prose()
-    tokenizer = make_tokenizer(corpus, prose)
+    prose_share = PROSE_SHARE
+    if source:
+        tokenizer = start_from(source)
+        corpus.generators.shares, prose_share = chat.FINE_TUNE_SHARES, FINE_TUNE_PROSE_SHARE
+    else:
+        tokenizer = make_tokenizer(corpus, prose)
     tokenizer.save(str(TOKENIZER))
-    documents, tokens = make_documents(corpus, tokenizer, prose, minutes=minutes)
+    documents, tokens = make_documents(
+        corpus, tokenizer, prose, minutes=minutes, prose_share=prose_share
+    )
     data.save_documents(documents, DOCUMENTS)
     write_sources(corpus, tokens)
     print("tokens", tokens, "documents", len(documents), flush=True)
@@ -92,10 +113,13 @@ def prepare(minutes: float) -> None:
 def run(name: str, config: ModelConfig, minutes: float, args: argparse.Namespace) -> None:
     """Train one of the two models and note its figures in `out/train.json`."""
     print(name, count_parameters(config), "parameters", flush=True)
-    seed = SEED + 1 if args.resume else SEED  # another order of the text
-    options = TrainOptions(minutes=minutes, seed=seed, workers=args.workers)
+    seed = SEED + 1 if args.resume else SEED + 2 if args.source else SEED  # other orders
+    resume = args.resume or args.source is not None
+    options = TrainOptions(
+        minutes=minutes, seed=seed, workers=args.workers, batch_tokens=args.batch_tokens
+    )
     job = TrainJob(
-        config, DOCUMENTS, TOKENIZER, OUT / name, options, not args.fp32, args.threads, args.resume
+        config, DOCUMENTS, TOKENIZER, OUT / name, options, not args.fp32, args.threads, resume
     )
     figures = train(job) | {"parameters": count_parameters(config)}
     machine = {
@@ -106,7 +130,8 @@ def run(name: str, config: ModelConfig, minutes: float, args: argparse.Namespace
         "date": time.strftime("%F"),
     }
     report = json.loads(REPORT.read_text()) if REPORT.exists() else {}
-    report |= {name + " (resumed)" if args.resume else name: figures, "machine": machine}
+    how = " (resumed)" if args.resume else " (fine-tuned)" if args.source else ""
+    report |= {name + how: figures, "machine": machine}
     REPORT.write_text(json.dumps(report, indent=2) + "\n")
     if args.install:
         install(name)
@@ -119,14 +144,19 @@ def arguments() -> argparse.Namespace:
     add("--draft-minutes", type=float, help="default: a sixth of --minutes")
     add("--workers", type=int, default=2, help="processes of one thread each")
     add("--threads", type=int, default=1, help="threads where --workers is 1")
+    add("--batch-tokens", type=int, default=data.BATCH_TOKENS, help="tokens of a worker's step")
     add("--fp32", action="store_true", help="train in fp32, where bf16 is slow")
     add("--only", choices=("model", "draft"), help="reuse out/ for the rest")
+    add("--from", dest="source", type=Path, metavar="DIR",
+        help="fine-tune the model and the draft in DIR, such as src/quire/builtin")  # fmt: skip
     add("--resume", action="store_true", help="go on from the weights in out/; with --only")
     add("--install", action="store_true", help="copy the result into the package")
     add("--no-gates", action="store_true", help="skip the evaluation")
     args = parser.parse_args()
     if args.resume and not args.only:
         parser.error("--resume goes on with one model: add --only model or --only draft")
+    if args.source and args.only:
+        parser.error("--from fine-tunes model and draft: leave --only out, or use --resume")
     return args
 
 
@@ -135,7 +165,7 @@ def main() -> None:
     OUT.mkdir(exist_ok=True)
     if not args.only:
         REPORT.unlink(missing_ok=True)
-        prepare(args.minutes)
+        prepare(args.minutes, args.source)
     if args.only != "draft":
         run("model", MAIN, args.minutes, args)
     if args.only != "model":

@@ -1,4 +1,5 @@
-"""Conversations, generated: the standard library, Quire's FAQ, small JSON, tools, numbers, manners.
+"""Conversations, generated: the standard library, Quire's FAQ, small JSON, numbers, manners; and, from
+`shapes.py` and `tools.py`, JSON under a schema and tool calls, all mixed.
 
 Every generator takes a `random.Random` and gives a list of messages; nothing else is random. The
 paraphrases in the `HELD_OUT_*` lists never reach the training text: the gates ask with those.
@@ -6,15 +7,29 @@ paraphrases in the `HELD_OUT_*` lists never reach the training text: the gates a
 
 import json
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
+from training import shapes, tools
 from training.stdlib import Entry
+from training.words import (
+    CITIES,
+    COLOURS,
+    FRUIT,
+    LEAD_IN,
+    NAMES,
+    THINGS,
+    WORDS,
+    Message,
+    invented,
+    listed,
+    turn,
+    vary,
+)
 
 FAQ_FILE = Path(__file__).with_name("faq.txt")
-Message = dict[str, str]
 
 ASK: tuple[str, ...] = (
     "what does {} do?",
@@ -97,22 +112,6 @@ ASK_TERM: tuple[str, ...] = (
     "give me a short definition of {}",
 )
 HELD_OUT_ASK_TERM = ("teach me about {}", "please tell me what {} is", "hey, what is {}?")
-LEAD_IN: tuple[str, ...] = (
-    "",
-    "",
-    "",
-    "",
-    "",
-    "",
-    "hi, ",
-    "hello! ",
-    "please: ",
-    "one question: ",
-    "ok, ",
-    "so ",
-    "now, ",
-)
-HELD_OUT_LEAD_IN = ("hey there, ", "tell me, ", "next: ")
 # Words that change nothing: put anywhere into a question, they teach the model to look at the name.
 FILLERS: tuple[str, ...] = tuple(
     "just really simply exactly quickly briefly honestly today again then well um er maybe kindly "
@@ -250,19 +249,6 @@ REFUSAL = "I only know Python's standard library and Quire itself."
 UNKNOWN = (
     "I don't know {}. I only know common parts of Python's standard library, and Quire itself."
 )
-NAMES = (
-    "Ana Ben Carla David Emma Felix Grace Hugo Ines Jonas Kim Lena Marco Nora Omar Paula Rosa Sam "
-    "Tara Uma Victor Wanda Yara Zoe Alice Bob Carol Dan Eve Frank Maria John Peter Anna Tom Lucy "
-    "Max Mia Leo Ada Alan Linus Guido Barbara Donald Edsger Radia Tim Vint Ken Dennis Margaret"
-).split()
-CITIES = (
-    "Paris London Rome Berlin Madrid Lisbon Oslo Vienna Prague Dublin Athens Cairo Lima Quito Tokyo "
-    "Kyoto Delhi Mumbai Sydney Toronto Boston Chicago Nairobi Accra Lagos Zurich Geneva Milan"
-).split()
-COLOURS = "red green blue yellow black white orange purple pink brown grey".split()
-FRUIT = "apple pear plum cherry banana mango peach lemon orange grape melon fig".split()
-THINGS = "book pen lamp chair table phone bag cup shirt hat watch bike desk ball key box".split()
-WORDS = FRUIT + THINGS + COLOURS + "sun tree river stone cloud bird fish wind rain snow".split()
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,10 +271,6 @@ def read_faq(path: Path = FAQ_FILE) -> list[FaqItem]:
     return items
 
 
-def turn(question: str, answer: str) -> list[Message]:
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-
-
 def stdlib_answer(entry: Entry) -> str:
     """The answer expected for an entry: name, signature, text, and the example if there is one."""
     if entry.kind == "module":
@@ -297,18 +279,6 @@ def stdlib_answer(entry: Entry) -> str:
     if entry.example:
         answer += f" For example, `{entry.example[0]}` gives `{entry.example[1]}`."
     return answer
-
-
-def _vary(rng: Random, text: str) -> str:
-    """Capitals, final punctuation and politeness as people happen to type them."""
-    r = rng.random()
-    if r < 0.35:
-        text = text[:1].upper() + text[1:]
-    if rng.random() < 0.25:
-        text = text.rstrip("?")
-    if rng.random() < 0.05:
-        text += " please" if not text.endswith("?") else ""
-    return rng.choice(LEAD_IN) + text if r > 0.3 else text
 
 
 def _disturb(rng: Random, text: str, name: str) -> str:
@@ -339,10 +309,41 @@ def _mention(rng: Random, entry: Entry, unique: frozenset[str]) -> str:
     return f"`{name}`" if r < 0.15 else f'"{name}"' if r < 0.18 else name
 
 
+SHARES: dict[str, float] = {
+    "stdlib": 0.43,
+    "quire": 0.13,
+    "json": 0.05,
+    "shape": 0.14,
+    "tool": 0.09,
+    "unknown": 0.035,
+    "off_topic": 0.02,
+    "small_talk": 0.035,
+    "exercises": 0.07,
+}
+# For a model that knows the rest already and learns JSON and tools.
+FINE_TUNE_SHARES: dict[str, float] = {
+    "stdlib": 0.25,
+    "quire": 0.10,
+    "json": 0.05,
+    "shape": 0.34,
+    "tool": 0.14,
+    "unknown": 0.03,
+    "off_topic": 0.02,
+    "small_talk": 0.03,
+    "exercises": 0.04,
+}
+
+
 class Generators:
     """The generators over one table and one FAQ, drawn with fixed shares."""
 
-    def __init__(self, table: list[Entry], faq: list[FaqItem], unlisted: list[str]) -> None:
+    def __init__(
+        self,
+        table: list[Entry],
+        faq: list[FaqItem],
+        unlisted: list[str],
+        shares: Mapping[str, float] = SHARES,
+    ) -> None:
         self.table, self.faq, self.unlisted = table, faq, unlisted
         self.weights = [3.0 if e.popular else 0.7 if e.kind == "module" else 1.0 for e in table]
         leaves = [e.name.rpartition(".")[2] for e in table]
@@ -350,33 +351,35 @@ class Generators:
         self.unique = frozenset(
             x for x in leaves if leaves.count(x) == 1 and x.lower() not in terms
         )
-        self.kinds: list[tuple[float, Callable[[Random], list[Message]]]] = [
-            (0.55, self.stdlib),
-            (0.15, self.about_quire),
-            (0.07, make_json),
-            (0.02, tool_call),
-            (0.04, self.unknown),
-            (0.02, off_topic),
-            (0.04, small_talk),
-            (0.11, exercises),
-        ]
+        self.kinds: dict[str, Callable[[Random], list[Message]]] = {
+            "stdlib": self.stdlib,
+            "quire": self.about_quire,
+            "json": make_json,
+            "shape": self.shape,
+            "tool": self.tool,
+            "unknown": self.unknown,
+            "off_topic": off_topic,
+            "small_talk": small_talk,
+            "exercises": exercises,
+        }
+        self.shares = shares
 
     def stdlib(self, rng: Random) -> list[Message]:
         entry = rng.choices(self.table, self.weights)[0]
         templates = ASK_MODULE if entry.kind == "module" else ASK
         name = _mention(rng, entry, self.unique)
-        question = _vary(rng, _disturb(rng, rng.choice(templates).format(name), name))
+        question = vary(rng, _disturb(rng, rng.choice(templates).format(name), name))
         out = turn(question, stdlib_answer(entry))
         r = rng.random()
         if r < 0.05 and entry.example:
             ask = rng.choice(EXAMPLE_ASK).format(entry.name)
-            out += turn(_vary(rng, ask), f"`{entry.example[0]}` gives `{entry.example[1]}`.")
+            out += turn(vary(rng, ask), f"`{entry.example[0]}` gives `{entry.example[1]}`.")
         elif 0.05 < r < 0.10 and entry.kind != "module":
             where = f"`{entry.module}`: `import {entry.module}`" if entry.module else ""
             said = f"It is in {where}." if where else "It is built in: nothing to import."
-            out += turn(_vary(rng, rng.choice(MODULE_ASK)), said)
+            out += turn(vary(rng, rng.choice(MODULE_ASK)), said)
         elif 0.10 < r < 0.13:
-            out += turn(_vary(rng, rng.choice(AGAIN_ASK)), out[1]["content"])
+            out += turn(vary(rng, rng.choice(AGAIN_ASK)), out[1]["content"])
         return out
 
     def about_quire(self, rng: Random) -> list[Message]:
@@ -386,7 +389,7 @@ class Generators:
         text = asks[chosen]
         if chosen >= len(item.questions):
             text = _disturb(rng, rng.choice(ASK_TERM).format(text), text)
-        return turn(_vary(rng, text), item.answer)
+        return turn(vary(rng, text), item.answer)
 
     def unknown(self, rng: Random) -> list[Message]:
         if rng.random() < 0.5:
@@ -396,15 +399,41 @@ class Generators:
             name = invented(rng) if rng.random() < 0.3 else name
         call = "()" if rng.random() < 0.2 else ""
         question = _disturb(rng, rng.choice(ASK).format(name + call), name + call)
-        return turn(_vary(rng, question), UNKNOWN.format(name))
+        return turn(vary(rng, question), UNKNOWN.format(name))
+
+    def plain(self, rng: Random) -> list[Message]:
+        """Any exchange of words."""
+        kinds: tuple[Callable[[Random], list[Message]], ...] = (
+            self.stdlib, self.stdlib, self.about_quire, self.unknown, off_topic, small_talk, exercises,
+        )  # fmt: skip
+        return rng.choice(kinds)(rng)
+
+    def shape(self, rng: Random) -> list[Message]:
+        """A short JSON object that a schema may be asking for."""
+        r = rng.random()
+        if r < 0.6:
+            return shapes.stated(rng).messages
+        if r < 0.82:
+            return shapes.to_invent(rng).messages
+        return shapes.unasked(rng, self.plain(rng)[0]["content"]).messages
+
+    def tool(self, rng: Random) -> list[Message]:
+        """Tools on offer: mostly one is called."""
+        r = rng.random()
+        if r < 0.75:
+            return tools.tool_call(rng)
+        if r < 0.85:
+            return tools.forced_call(rng, self.plain(rng)[0]["content"])
+        return tools.no_call(rng, self.plain)
 
     def conversation(self, rng: Random) -> list[Message]:
         """One to four exchanges, sometimes under a system prompt."""
-        kinds, shares = [k for _, k in self.kinds], [s for s, _ in self.kinds]
+        kinds = [self.kinds[name] for name in self.shares]
+        shares = list(self.shares.values())
         first = rng.choices(kinds, shares)[0]
         messages = first(rng)
-        if messages[0]["role"] != "system":
-            if rng.random() < 0.2:
+        if messages[0]["role"] != "system" or rng.random() < 0.4:
+            if messages[0]["role"] != "system" and rng.random() < 0.2:
                 messages.insert(0, {"role": "system", "content": rng.choice(SYSTEMS)})
             for _ in range(rng.choices((0, 1, 2, 3), (0.55, 0.22, 0.14, 0.09))[0]):
                 more = rng.choices(kinds, shares)[0](rng)
@@ -413,22 +442,15 @@ class Generators:
         return messages
 
 
-def invented(rng: Random) -> str:
-    """A name that exists nowhere, pronounceable enough to be mistaken for one that does."""
-    syllable = lambda: rng.choice("bcdfghklmnprstvwz") + rng.choice("aeiou")  # noqa: E731
-    word = "".join(syllable() for _ in range(rng.randint(2, 4))) + rng.choice(("", "n", "x", "ler"))
-    return word + "_" + syllable() + syllable() if rng.random() < 0.3 else word
-
-
 def off_topic(rng: Random) -> list[Message]:
     if rng.random() < 0.4:
-        return turn(_vary(rng, rng.choice(OFF_TOPIC_WHOLE)), REFUSAL)
-    return turn(_vary(rng, rng.choice(OFF_TOPIC).format(rng.choice(TOPICS))), REFUSAL)
+        return turn(vary(rng, rng.choice(OFF_TOPIC_WHOLE)), REFUSAL)
+    return turn(vary(rng, rng.choice(OFF_TOPIC).format(rng.choice(TOPICS))), REFUSAL)
 
 
 def small_talk(rng: Random) -> list[Message]:
     asks, answer = rng.choice(SMALL_TALK)
-    return turn(_vary(rng, rng.choice(asks)), answer)
+    return turn(vary(rng, rng.choice(asks)), answer)
 
 
 def _value(rng: Random, key: str) -> str | int | float | bool:
@@ -490,12 +512,6 @@ HELD_OUT_JSON_ASK = (
 )
 
 
-def _words(parts: list[str], rng: Random) -> str:
-    if len(parts) > 1 and rng.random() < 0.6:
-        return ", ".join(parts[:-1]) + " and " + parts[-1]
-    return ", ".join(parts)
-
-
 def make_json(rng: Random, asks: tuple[str, ...] = JSON_ASK) -> list[Message]:
     """An object of one to four named values, or a list of words."""
     if rng.random() < 0.2:
@@ -503,7 +519,7 @@ def make_json(rng: Random, asks: tuple[str, ...] = JSON_ASK) -> list[Message]:
         ask = rng.choice(
             ("give me a JSON list of {}", "JSON array with {}", "make a JSON list: {}")
         )
-        return turn(_vary(rng, ask.format(_words(items, rng))), json.dumps(items))
+        return turn(vary(rng, ask.format(listed(items, rng))), json.dumps(items))
     keys = rng.sample(JSON_KEYS, rng.choices((1, 2, 3, 4), (1, 4, 3, 1))[0])
     if "name" not in keys and rng.random() < 0.4:
         keys[0] = "name"
@@ -518,59 +534,8 @@ def make_json(rng: Random, asks: tuple[str, ...] = JSON_ASK) -> list[Message]:
             ),
             pairs,
         )
-    text = ask.format(keys=_words(keys, rng), values=", ".join(shown))
-    return turn(_vary(rng, text), json.dumps(data))
-
-
-TOOLS = (
-    (
-        "get_weather",
-        "Get the weather of a city",
-        "city",
-        "string",
-        CITIES,
-        "what is the weather in {}?",
-    ),
-    ("get_time", "Get the time in a city", "city", "string", CITIES, "what time is it in {}?"),
-    ("find_person", "Look up a person", "name", "string", NAMES, "who is {}?"),
-    ("buy", "Buy a thing", "item", "string", THINGS + FRUIT, "buy a {}"),
-    ("set_colour", "Set the colour of the lamp", "colour", "string", COLOURS, "make the lamp {}"),
-    (
-        "set_timer",
-        "Set a timer in minutes",
-        "minutes",
-        "integer",
-        list(range(1, 60)),
-        "set a timer for {} minutes",
-    ),
-    ("play", "Play a sound", "sound", "string", WORDS, "play the sound of a {}"),
-)
-
-
-def tool_spec(name: str, text: str, key: str, kind: str) -> dict[str, object]:
-    """A tool in OpenAI's shape."""
-    schema = {"type": "object", "properties": {key: {"type": kind}}, "required": [key]}
-    return {
-        "type": "function",
-        "function": {"name": name, "description": text, "parameters": schema},
-    }
-
-
-def tool_system(specs: list[dict[str, object]]) -> str:
-    """The system text that the chat template writes for `tools`; a test keeps the two equal."""
-    lines = "\n".join(json.dumps(spec) for spec in specs)
-    return f"You may call these tools:\n<tools>\n{lines}\n</tools>"
-
-
-def tool_call(rng: Random) -> list[Message]:
-    tools = rng.sample(TOOLS, rng.randint(1, 2))
-    _, _, key, _, values, ask = tools[0]
-    value = rng.choice(values)
-    call = json.dumps({"name": tools[0][0], "arguments": {key: value}})
-    rng.shuffle(tools)
-    system = tool_system([tool_spec(*t[:4]) for t in tools])
-    answer = f"<tool_call>\n{call}\n</tool_call>"
-    return [{"role": "system", "content": system}, *turn(_vary(rng, ask.format(value)), answer)]
+    text = ask.format(keys=listed(keys, rng), values=", ".join(shown))
+    return turn(vary(rng, text), json.dumps(data))
 
 
 def exercises(rng: Random) -> list[Message]:
@@ -580,21 +545,21 @@ def exercises(rng: Random) -> list[Message]:
         most = 10 if rng.random() < 0.7 else 20
         a, b = rng.randint(0, most), rng.randint(0, most)
         ask = rng.choice(("what is {} + {}?", "{} + {}", "add {} and {}", "{} plus {}", "{}+{}"))
-        return turn(_vary(rng, ask.format(a, b)), f"{a} + {b} = {a + b}")
+        return turn(vary(rng, ask.format(a, b)), f"{a} + {b} = {a + b}")
     if kind == 1:
         a, b = rng.randint(0, 10), rng.randint(0, 10)
         ask = rng.choice(("what is {} * {}?", "{} times {}", "multiply {} and {}", "{} * {}"))
-        return turn(_vary(rng, ask.format(a, b)), f"{a} * {b} = {a * b}")
+        return turn(vary(rng, ask.format(a, b)), f"{a} * {b} = {a * b}")
     if kind == 2:
         a = rng.randint(0, 20)
         b = rng.randint(0, a)
         ask = rng.choice(("what is {} - {}?", "{} minus {}", "{} - {}"))
-        return turn(_vary(rng, ask.format(a, b)), f"{a} - {b} = {a - b}")
+        return turn(vary(rng, ask.format(a, b)), f"{a} - {b} = {a - b}")
     if kind == 3:
         n, start = rng.randint(2, 12), rng.choice((1, 1, 1, rng.randint(1, 50)))
         ask = rng.choice(("count from {} to {}", "count {} to {}", "list the numbers {} to {}"))
         numbers = ", ".join(map(str, range(start, start + n)))
-        return turn(_vary(rng, ask.format(start, start + n - 1)), numbers)
+        return turn(vary(rng, ask.format(start, start + n - 1)), numbers)
     if kind == 4:
         text = " ".join(
             rng.choice(WORDS) if rng.random() < 0.6 else invented(rng)
@@ -614,8 +579,8 @@ def exercises(rng: Random) -> list[Message]:
         )
         name, answer = rng.choice(lists)
         ask = rng.choice(("list the {}", "what are the {}?", "name the {}", "give me the {}"))
-        return turn(_vary(rng, ask.format(name)), answer)
+        return turn(vary(rng, ask.format(name)), answer)
     items = rng.sample(WORDS, rng.randint(2, 5))
     ask = rng.choice(("sort these words: {}", "put in order: {}", "make a list of {}"))
     ordered = items if "list" in ask else sorted(items)
-    return turn(_vary(rng, ask.format(", ".join(items))), "\n".join(f"- {x}" for x in ordered))
+    return turn(vary(rng, ask.format(", ".join(items))), "\n".join(f"- {x}" for x in ordered))

@@ -17,6 +17,7 @@ from pathlib import Path
 from random import Random
 
 from training import chat, stdlib
+from training.words import Message
 
 PIECE_CHARS = 1400
 MAX_CHARS_PER_SOURCE = 1_500_000
@@ -178,13 +179,13 @@ def build_corpus() -> Corpus:
     return Corpus(table, faq, chat.Generators(table, faq, unlisted), read_sources())
 
 
-def render(messages: list[chat.Message], *, generate: bool = False) -> str:
+def render(messages: list[Message], *, generate: bool = False) -> str:
     """Messages as ChatML; a test holds this equal to the chat template."""
     text = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
     return text + "<|im_start|>assistant\n" if generate else text
 
 
-def conversations(generators: chat.Generators, *, count: int, seed: int) -> Iterator[str]:
+def conversations(generators: chat.Generators, *, count: int, seed: int) -> Iterator[list[Message]]:
     rng = Random(seed)
     for _ in range(count):
-        yield render(generators.conversation(rng))
+        yield generators.conversation(rng)

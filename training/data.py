@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from training.tokenizer import END_OF_TEXT, IM_END, IM_START
+from training.words import Message
 
 IGNORE = -100
 BATCH_TOKENS = 2048  # of one worker
@@ -37,11 +38,24 @@ def encode_prose(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Document]:
     return out
 
 
-def encode_chat(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Document]:
-    """Targets run from after "<|im_start|>assistant\\n" to "<|im_end|>", both of each turn."""
+def encode_chat(tokenizer: Tokenizer, conversations: Sequence[Sequence[Message]]) -> list[Document]:
+    """Targets run from after "<|im_start|>assistant\\n" to "<|im_end|>", both of each turn, without
+    the tokens of what is `given`."""
+    texts, spans = [], []
+    for messages in conversations:
+        text = ""
+        given = []
+        for m in messages:
+            start = len(text) + len(f"<|im_start|>{m['role']}\n")
+            text += f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n"
+            if m.get("given"):
+                given.append((start, start + len(m["given"])))
+        texts.append(text)
+        spans.append(given)
     header = tokenizer.encode("assistant\n", add_special_tokens=False).ids
     out = []
-    for encoding in tokenizer.encode_batch(list(texts), add_special_tokens=False):
+    encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
+    for encoding, given in zip(encodings, spans, strict=True):
         ids = encoding.ids
         learn = np.zeros(len(ids) + 1, dtype=bool)
         position = 0
@@ -51,6 +65,10 @@ def encode_chat(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Document]:
             if ids[start : start + len(header)] == header:
                 learn[start + len(header) : end] = True
             position = end
+        if given:
+            begins = np.array([offset[0] for offset in encoding.offsets])
+            for first, last in given:
+                learn[:-1][(begins >= first) & (begins < last)] = False
         out.append(Document(np.array([*ids, END_OF_TEXT], dtype=np.int16), learn))
     return out
 
@@ -101,10 +119,10 @@ class Packer:
         mask = np.concatenate(learn)[: length + 1]
         return flat[:-1], np.where(mask[1:], flat[1:], IGNORE)
 
-    def batch(self) -> tuple[Tensor, Tensor]:
-        """Ids and targets, each [rows, length]; rows * length is `BATCH_TOKENS`."""
+    def batch(self, tokens: int = BATCH_TOKENS) -> tuple[Tensor, Tensor]:
+        """Ids and targets, each [rows, length]; rows * length is `tokens`."""
         lengths, shares = zip(*ROW_LENGTHS, strict=True)
-        length = int(self.rng.choice(lengths, p=shares))
-        rows = [self.row(length) for _ in range(BATCH_TOKENS // length)]
+        length = min(tokens, int(self.rng.choice(lengths, p=shares)))
+        rows = [self.row(length) for _ in range(tokens // length)]
         ids, targets = (np.stack(part) for part in zip(*rows, strict=True))
         return torch.from_numpy(ids), torch.from_numpy(targets)

@@ -16,12 +16,20 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as HfTokenizer
 
-from training import chat
+from training import chat, guided
 from training import corpus as corpora
+from training.words import HELD_OUT_LEAD_IN, invented
 
 PACKAGE = Path(__file__).resolve().parents[1] / "src" / "quire" / "builtin"
 SEED = 77
-GATES: dict[str, float] = {"stdlib": 0.85, "faq": 0.90, "json_valid": 0.90}
+GATES: dict[str, float] = {
+    "stdlib": 0.85,
+    "faq": 0.90,
+    "json_valid": 0.90,
+    "schema_closed": 0.95,
+}
+# What the model is meant to reach and does not yet: told, and no failure.
+AIMS: dict[str, float] = {"stated_right": 0.90, "call_right": 0.85, "forced_call_right": 0.85}
 RECALL = 0.8  # share of the expected description's words that an answer must contain
 LISTED = (
     "what does os.path.join do?",
@@ -33,6 +41,7 @@ LISTED = (
     "what is prefix caching?",
     "what is PagedAttention?",
     "give me JSON with name and age for Ana, 31",
+    "Ann is 31 years old. Give name and age as JSON.",
     "what is 7 + 8?",
     "hello",
     "who are you?",
@@ -98,7 +107,7 @@ def stdlib_questions(corpus: corpora.Corpus, count: int) -> list[tuple[str, str,
     others = rng.sample([e for e in pool if not e.popular], count - count // 2)
     return [
         (
-            rng.choice((*chat.HELD_OUT_LEAD_IN, "")) + rng.choice(chat.HELD_OUT_ASK).format(e.name),
+            rng.choice((*HELD_OUT_LEAD_IN, "")) + rng.choice(chat.HELD_OUT_ASK).format(e.name),
             e.name,
             e.text,
         )
@@ -126,7 +135,7 @@ def judge_faq(judge: Judge, corpus: corpora.Corpus) -> tuple[float, list[str]]:
         if item.terms:
             text = rng.choice(chat.HELD_OUT_ASK_TERM).format(item.terms[0])
         else:
-            text = rng.choice(chat.HELD_OUT_LEAD_IN) + item.questions[0]
+            text = rng.choice(HELD_OUT_LEAD_IN) + item.questions[0]
         asked.append((text, item.answer))
     answers = judge.ask([q for q, _ in asked])
     failures = [f"{q} -> {a}" for (q, want), a in zip(asked, answers, strict=True) if a != want]
@@ -153,9 +162,7 @@ def judge_json(judge: Judge, count: int) -> tuple[float, float, list[str]]:
 def judge_refusals(judge: Judge, count: int) -> float:
     """Share of invented names that the model says it does not know."""
     rng = Random(SEED)
-    names = [
-        f"{rng.choice(('os', 'json', 're', 'math'))}.{chat.invented(rng)}" for _ in range(count)
-    ]
+    names = [f"{rng.choice(('os', 'json', 're', 'math'))}.{invented(rng)}" for _ in range(count)]
     answers = judge.ask([rng.choice(chat.HELD_OUT_ASK).format(n) for n in names])
     return sum("I don't know" in a or "I only know" in a for a in answers) / count
 
@@ -209,6 +216,7 @@ def evaluate(directory: Path, draft: Path, *, count: int) -> dict[str, object]:
     stdlib, missed = judge_stdlib(judge, corpus, count)
     faq, faq_missed = judge_faq(judge, corpus)
     valid, exact, json_missed = judge_json(judge, count)
+    tallies = guided.judge(judge.model, judge.tokenizer, corpus, count)
     loss = {name: prose_loss(judge, pieces[:12]) for name, pieces in sorted(held.items())}
     questions = [q for q, _, _ in stdlib_questions(corpus, count)[:40]]
     return {
@@ -216,6 +224,11 @@ def evaluate(directory: Path, draft: Path, *, count: int) -> dict[str, object]:
         "faq": faq,
         "json_valid": valid,
         "json_exact": exact,
+        "schema_closed": guided.closed(tallies),
+        "stated_right": tallies["stated"].share,
+        "call_right": tallies["call"].share,
+        "forced_call_right": tallies["forced_call"].share,
+        "guided": {k: t.shares for k, t in sorted(tallies.items())},
         "refusals": judge_refusals(judge, count // 2),
         "held_out_prose": {
             k: {"nats_per_token": round(a, 3), "bits_per_char": round(b, 3)}
@@ -224,7 +237,8 @@ def evaluate(directory: Path, draft: Path, *, count: int) -> dict[str, object]:
         "longest_verbatim_words": longest_verbatim(judge, train_prose, 40),
         "draft_agreement": draft_agreement(judge, load(draft), questions),
         "transcript": dict(zip(LISTED, judge.ask(LISTED), strict=True)),
-        "missed": {"stdlib": missed, "faq": faq_missed, "json": json_missed},
+        "missed": {"stdlib": missed, "faq": faq_missed, "json": json_missed}
+        | {k: t.missed for k, t in tallies.items()},
     }
 
 
@@ -240,7 +254,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(text)
     if args.report:
         args.report.write_text(text + "\n")
-    failed = {k: report[k] for k, gate in GATES.items() if float(str(report[k])) < gate}
+    failed, short = (
+        {k: report[k] for k, wanted in bar.items() if float(str(report[k])) < wanted}
+        for bar in (GATES, AIMS)
+    )
+    if short:
+        print(f"aims not reached: {short}, want {AIMS}")
     if failed:
         sys.exit(f"gates not met: {failed}, want {GATES}")
     print("all gates met")

@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 
 from training.data import BATCH_TOKENS, Packer, load_documents
 from training.model import Llama, ModelConfig, export_weights, import_weights
+from training.muon import Muon
 from training.tokenizer import END_OF_TEXT, IM_END, save_tokenizer
 
 WARMUP = 0.02  # share of the time
@@ -42,6 +43,7 @@ class TrainOptions:
     clip: float = 1.0
     checkpoint_minutes: float = 4.0
     workers: int = 2
+    batch_tokens: int = BATCH_TOKENS  # of one worker
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,14 +100,7 @@ def _optimizers(model: Llama, options: TrainOptions) -> list[torch.optim.Optimiz
     matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.dim() != 2 or "embed" in n]
     return [
-        torch.optim.Muon(
-            matrices,
-            lr=options.matrix_lr,
-            weight_decay=options.weight_decay,
-            momentum=0.95,
-            nesterov=True,
-            adjust_lr_fn="match_rms_adamw",
-        ),
+        Muon(matrices, lr=options.matrix_lr, weight_decay=options.weight_decay),
         torch.optim.AdamW(others, lr=options.other_lr, betas=(0.9, 0.98), weight_decay=0.0),
     ]
 
@@ -149,7 +144,7 @@ def _work(rank: int, job: TrainJob) -> None:
         for optimizer, rates in zip(optimizers, base, strict=True):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * schedule(share, resumed=job.resume)
-        ids, targets = packer.batch()
+        ids, targets = packer.batch(options.batch_tokens)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=job.bf16):
             loss = model.loss(ids, targets)
         loss.backward()
@@ -164,7 +159,7 @@ def _work(rank: int, job: TrainJob) -> None:
         smooth = value if step == 1 else 0.98 * smooth + 0.02 * value
         if rank == 0 and step % LOG_EVERY == 0:
             elapsed = time.monotonic() - start
-            speed = step * workers * BATCH_TOKENS / elapsed
+            speed = step * workers * options.batch_tokens / elapsed
             print(f"{elapsed:6.0f}s step {step} loss {smooth:.4f} {speed:.0f} tok/s", flush=True)
         if rank == 0 and time.monotonic() - saved > options.checkpoint_minutes * 60:
             write_model(model, tokenizer, job.directory)
@@ -173,7 +168,7 @@ def _work(rank: int, job: TrainJob) -> None:
         write_model(model, tokenizer, job.directory)
         figures = {
             "steps": step,
-            "tokens": step * workers * BATCH_TOKENS,
+            "tokens": step * workers * options.batch_tokens,
             "seconds": round(time.monotonic() - start),
             "loss": round(smooth, 4),
         }

@@ -10,7 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from quire import LLM, SamplingParams
 from quire.builtin import DRAFT_DIR, MODEL_DIR, MODEL_NAME
+from quire.sampling_params import StructuredOutputsParams
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = {
@@ -180,6 +182,62 @@ def test_it_knows_what_it_runs_on(model, tokenizer) -> None:
 def test_it_writes_json(model, tokenizer) -> None:
     said = answer(model, tokenizer, "give me JSON with name and age for Ana, 31")
     assert json.loads(said.removesuffix("<|im_end|>")) == {"name": "Ana", "age": 31}
+
+
+SHORT = {
+    "type": "object",
+    "properties": {"name": {"type": "string"}, "age": {"type": "integer"}},
+    "required": ["name", "age"],
+}
+
+
+@pytest.fixture(scope="module")
+def llm():
+    with LLM(max_model_len=1024) as llm:
+        yield llm
+
+
+@pytest.mark.parametrize("tight", [False, True])
+@pytest.mark.parametrize("closed", [False, True])
+@pytest.mark.parametrize(
+    ("question", "want"),
+    [
+        ("Bob is 7 years old. Give name and age as JSON.", {"name": "Bob", "age": 7}),
+        ("name: Alice, age: 62. JSON please.", {"name": "Alice", "age": 62}),
+        ("Wilhelmina is 19. Return name and age as JSON.", None),
+        ("Invent a person.", None),
+        ("hello", None),
+        ("what is prefix caching?", None),
+    ],
+)
+def test_it_closes_a_short_object(llm, question: str, want, closed: bool, tight: bool) -> None:
+    schema = SHORT | ({"additionalProperties": False} if closed else {})
+    params = SamplingParams(
+        temperature=0,
+        max_tokens=64,
+        structured_outputs=StructuredOutputsParams(json=schema, disable_any_whitespace=tight),
+    )
+    [output] = llm.chat([{"role": "user", "content": question}], params, use_tqdm=False)
+    [made] = output.outputs
+    assert made.finish_reason == "stop", made.text
+    value = json.loads(made.text)
+    assert value == want or (want is None and value.keys() >= {"name", "age"})
+
+
+def test_it_calls_a_tool_and_says_what_came_back(llm) -> None:
+    messages = [{"role": "user", "content": "what time is it in Oslo?"}]
+    params = SamplingParams(temperature=0, max_tokens=64)
+    [output] = llm.chat(messages, params, tools=[TOOL], use_tqdm=False)
+    text = output.outputs[0].text
+    call = json.loads(text.strip().removeprefix("<tool_call>").removesuffix("</tool_call>"))
+    assert call == {"name": "get_time", "arguments": {"city": "Oslo"}}
+    messages += [
+        {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "type": "function",
+         "function": {"name": "get_time", "arguments": json.dumps(call["arguments"])}}]},
+        {"role": "tool", "tool_call_id": "1", "content": "14:05"},
+    ]  # fmt: skip
+    [output] = llm.chat(messages, params, tools=[TOOL], use_tqdm=False)
+    assert "14:05" in output.outputs[0].text and output.outputs[0].finish_reason == "stop"
 
 
 def test_it_says_when_it_does_not_know(model, tokenizer) -> None:
