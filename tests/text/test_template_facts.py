@@ -122,6 +122,7 @@ def is_right(prompt: str, shape: c.Shape) -> bool:
 FACTS = {
     "qwen2.5": {"developer": "developer_as_system"},
     "qwen3.5": {
+        "lone instructions": "lone_instructions_as_user",
         "developer": "developer_as_system",
         "later instructions": "join_later_instructions",
         "first instructions": "join_first_instructions",
@@ -440,6 +441,25 @@ def test_calls_without_the_usual_wrapper(name: str, fields: dict[str, object]) -
     sent = [c.user(), c.assistant(None, **fields), c.result(), c.LATER_USER]
     found = [TEMPLATES[name].render(turns) for turns in (sent, usual)]
     assert found[0].replace("call00000", c.ID) == found[1]
+
+
+@pytest.mark.parametrize("name", ["mistral-nemo", "mistral-small-3.2", "qwen3"])
+def test_calls_that_were_never_answered(name: str) -> None:
+    """The user speaks before the result is there."""
+    calls = [c.call(own="callquire"), c.call(name="quireother", own="callother")]
+    turns = [c.user(), c.assistant(None, tool_calls=calls), c.LATER_USER]
+    text = TEMPLATES[name].render(turns)
+    assert [word for word in ("quireuser", "quireother", "quireagain") if word not in text] == []
+
+
+@pytest.mark.parametrize("role", ["system", "developer"])
+@pytest.mark.parametrize("name", ["gemma-2", "llama-2", "mistral-nemo", "qwen3.5", "qwen3"])
+def test_instructions_alone(name: str, role: str) -> None:
+    text = TEMPLATES[name].render([c.system(role=role)])
+    assert "quiresystem" in text
+    both = TEMPLATES[name].render([c.system(role=role), c.system("quirelater")])
+    assert "quiresystem" in both
+    assert "quirelater" in both
 
 
 def test_a_custom_call() -> None:

@@ -136,8 +136,8 @@ CALL_WORDS = (USER, FUNCTION, KEY, VALUE, RESULT)
 NO_JSON = f"{{'{KEY}': '{VALUE}'"
 
 ORDER = (
-    "developer", "later instructions", "first instructions", "silence", "reasoning", "text beside calls",
-    "several calls", "calls", "results", "user twice", "assistant twice", "turns", "ids", "names",
+    "lone instructions", "developer", "later instructions", "first instructions", "silence", "reasoning",
+    "text beside calls", "several calls", "calls", "results", "user twice", "assistant twice", "turns", "ids", "names",
 )  # fmt: skip
 """What rewrites are about, in the order in which they are applied."""
 
@@ -301,6 +301,8 @@ class _Asking:
 
         first = rewrites.join_first_instructions if known else rewrites.instructions_into_user
         self._ask("first instructions", [first], lambda: two("system"), lambda: two("developer"))
+        alone = [rewrites.lone_instructions_as_user]
+        self._ask("lone instructions", alone, lambda: ([Turn("system", [SYSTEM])], (SYSTEM,)))
         if known:
             self._ask("later instructions", [rewrites.join_later_instructions], later)
 
