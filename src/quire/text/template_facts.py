@@ -136,8 +136,9 @@ CALL_WORDS = (USER, FUNCTION, KEY, VALUE, RESULT)
 NO_JSON = f"{{'{KEY}': '{VALUE}'"
 
 ORDER = (
-    "lone instructions", "developer", "later instructions", "first instructions", "silence", "reasoning",
-    "text beside calls", "several calls", "calls", "results", "user twice", "assistant twice", "turns", "ids", "names",
+    "lone instructions", "developer", "later instructions", "first instructions", "silence",
+    "reasoning", "text beside calls", "several calls", "calls", "results", "user twice",
+    "assistant twice", "turns", "ids", "names",
 )  # fmt: skip
 """What rewrites are about, in the order in which they are applied."""
 
