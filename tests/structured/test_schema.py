@@ -367,6 +367,42 @@ def test_lenient_ignores_what_is_refused_and_says_so(kit: Kit) -> None:
     assert kit.accepts(kit.compiler.compile(found.spec).matcher(), "[1,1]")
 
 
+EMAIL = r"^(?!\.)(?!.*\.\.)([A-Za-z0-9_'+\-\.]*)[A-Za-z0-9_+-]@([A-Za-z0-9][A-Za-z0-9\-]*\.)+[A-Za-z]{2,}$"
+
+
+def test_a_pattern_with_look_around_beside_a_format(kit: Kit) -> None:
+    """zod 4 writes both for an email."""
+    schema = {"type": "string", "format": "email", "pattern": EMAIL}
+    found = wanted(StructuredOutputsParams(json=schema))
+    assert found.warnings == ("not enforced by the schema: the keywords pattern",)
+    check(kit, schema, ["a@example.com"], ["a.example.com"])
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"pattern": EMAIL},
+        {"pattern": EMAIL, "format": "unknown"},
+        {"not": {"type": "string", "format": "email", "pattern": EMAIL}},
+    ],
+)
+def test_other_patterns_with_look_around_are_named(schema: dict[str, Any]) -> None:
+    with pytest.raises(InvalidParameterError, match=r"pattern at .* cannot be enforced: \(\?! is"):
+        prepare(schema)
+
+
+@pytest.mark.parametrize("kind", ["integer", "string"])
+def test_a_thousand_optional_properties(kit: Kit, kind: str) -> None:
+    names = [f"some_long_property_{i}" for i in range(1000)]
+    schema = {
+        "type": "object",
+        "properties": {name: {"type": kind} for name in names},
+        "additionalProperties": False,
+    }
+    value = 1 if kind == "integer" else "x"
+    check(kit, schema, [{}, {names[0]: value, names[999]: value}], [{"other": value}])
+
+
 def test_coerce_one_of(kit: Kit) -> None:
     schema = {"oneOf": [{"pattern": "a"}, {"pattern": "b"}], "type": "string"}
     check(kit, schema | {"x-guidance": {"coerce_one_of": True}}, ["ab", "a"], ["c"])

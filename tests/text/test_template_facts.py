@@ -122,6 +122,7 @@ def is_right(prompt: str, shape: c.Shape) -> bool:
 FACTS = {
     "qwen2.5": {"developer": "developer_as_system"},
     "qwen3.5": {
+        "lone instructions": "lone_instructions_as_user",
         "developer": "developer_as_system",
         "later instructions": "join_later_instructions",
         "first instructions": "join_first_instructions",
@@ -272,6 +273,22 @@ def test_results_stand_behind_their_own_calls() -> None:
     ]
 
 
+@pytest.mark.parametrize("own", ["c1", "0", "", "call_1"])
+def test_ids_that_are_too_short(own: str) -> None:
+    """Mistral's templates in vLLM take the last nine characters, and refuse less."""
+    source = (
+        "{% for m in messages %}{% for c in m.tool_calls or [] %}{% if c.id | length < 9 %}"
+        "{{ raise_exception('ids have 9 characters') }}{% endif %}{{ c.id[-9:] ~ c.function.name ~ "
+        "(c.function.arguments | tojson) }}{% endfor %}{% if m.role == 'tool' %}{% if "
+        "m.tool_call_id | length < 9 %}{{ raise_exception('ids have 9 characters') }}{% endif %}"
+        "{{ m.tool_call_id[-9:] }}{% endif %}{{ m.content or '' }}{% endfor %}"
+    )
+    turns = [c.user(), c.assistant(None, tool_calls=[c.call(own=own)]), c.result(own=own)]
+    text = ChatTemplate(source).render(turns)
+    first, second = text.split("quirefunction")
+    assert first[-9:] in second
+
+
 def test_short_ids_are_the_same_in_every_request() -> None:
     def ids() -> list[object]:
         turns = rewrites.short_ids(read_turns(c.SHAPES["long ids"].messages))
@@ -400,3 +417,68 @@ def test_nothing_is_lost(name: str, conversation: tuple[list[c.Message], list[st
     prompt = TEMPLATES[name].render(messages)
     note(prompt)
     assert [word for word in words if word not in prompt] == []
+
+
+# --- calls as older clients and other formats write them ---
+
+FLAT = {"name": "quirefunction", "arguments": c.TEXT}
+
+
+@pytest.mark.parametrize("name", ["qwen3", "deepseek-v3", "mistral-nemo", "glm-4.6", "chatml"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"function_call": FLAT},
+        {"function_call": FLAT, "tool_calls": None},
+        {"function_call": FLAT, "tool_calls": []},
+        {"tool_calls": [FLAT]},
+        {"tool_calls": [{"id": c.ID, "type": "function", **FLAT}]},
+        {"tool_calls": [{"id": c.ID, "type": "function", "function": None, **FLAT}]},
+    ],
+)
+def test_calls_without_the_usual_wrapper(name: str, fields: dict[str, object]) -> None:
+    usual = [c.user(), c.assistant(None, tool_calls=[c.call()]), c.result(), c.LATER_USER]
+    sent = [c.user(), c.assistant(None, **fields), c.result(), c.LATER_USER]
+    found = [TEMPLATES[name].render(turns) for turns in (sent, usual)]
+    assert found[0].replace("call00000", c.ID) == found[1]
+
+
+@pytest.mark.parametrize("name", ["mistral-nemo", "mistral-small-3.2", "qwen3"])
+def test_calls_that_were_never_answered(name: str) -> None:
+    """The user speaks before the result is there."""
+    calls = [c.call(own="callquire"), c.call(name="quireother", own="callother")]
+    turns = [c.user(), c.assistant(None, tool_calls=calls), c.LATER_USER]
+    text = TEMPLATES[name].render(turns)
+    assert [word for word in ("quireuser", "quireother", "quireagain") if word not in text] == []
+
+
+@pytest.mark.parametrize("role", ["system", "developer"])
+@pytest.mark.parametrize("name", ["gemma-2", "llama-2", "mistral-nemo", "qwen3.5", "qwen3"])
+def test_instructions_alone(name: str, role: str) -> None:
+    text = TEMPLATES[name].render([c.system(role=role)])
+    assert "quiresystem" in text
+    both = TEMPLATES[name].render([c.system(role=role), c.system("quirelater")])
+    assert "quiresystem" in both
+    assert "quirelater" in both
+
+
+def test_a_custom_call() -> None:
+    custom = {"id": c.ID, "type": "custom", "custom": {"name": "quirefunction", "input": "x y"}}
+    turns = [c.user(), c.assistant(None, tool_calls=[custom]), c.result()]
+    assert '"arguments": {"input": "x y"}' in TEMPLATES["qwen2.5"].render(turns)
+
+
+@pytest.mark.parametrize(
+    "call", [None, "f()", {}, {"function": None}, {"function": {"arguments": "{}"}}, {"name": 5}]
+)
+def test_what_is_no_call_is_named(call: object) -> None:
+    turns = [c.user(), c.assistant(None, tool_calls=[c.call(), call]), c.result()]
+    with pytest.raises(InvalidParameterError, match=r"messages\[1\]\.tool_calls\[1\]"):
+        TEMPLATES["qwen2.5"].render(turns)
+
+
+@pytest.mark.parametrize("fields", [{}, {"content": None}, {"content": "quireanswer"}])
+def test_a_refusal_is_what_was_said(fields: dict[str, object]) -> None:
+    turns = [c.user(), {"role": "assistant", "refusal": "quirerefusal", **fields}, c.LATER_USER]
+    text = TEMPLATES["qwen3"].render(turns)
+    assert ("quirerefusal" in text) == (fields.get("content") is None)

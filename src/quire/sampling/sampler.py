@@ -27,7 +27,7 @@ from quire.structured.masks import tokens_of
 
 _MOST_TOP_K = 2**31 - 1
 
-NOTHING_ALLOWED = "no token satisfies its constraints."
+NOTHING_ALLOWED = "no token satisfies its constraints, or it is too complex to follow; simplify it."
 NAN_ERROR = "The model produced invalid numbers (NaN) for this request."
 
 

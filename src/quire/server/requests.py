@@ -161,11 +161,12 @@ class Message(Strict):
     role: Annotated[str, Field(min_length=1, max_length=64)]
     content: (
         str
-        | Annotated[list[ContentPart], Field(fail_fast=True, max_length=MAX_CONTENT_PARTS)]
+        | Annotated[list[ContentPart | str], Field(fail_fast=True, max_length=MAX_CONTENT_PARTS)]
         | None
     ) = None
     name: Name | None = None
     tool_calls: Annotated[list[Any], Field(max_length=1024)] | None = None
+    function_call: Object | None = None
     tool_call_id: Annotated[str, Field(max_length=MAX_CALL_ID)] | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None

@@ -23,6 +23,9 @@ BASE_BYTES = 128 << 10
 BYTES_PER_BYTE = 128
 """Memory of a compiled grammar, measured: this much, and this much for each byte of its text."""
 
+MAX_ROW_ITEMS = 16_000
+"""Parser items at one place in the text; llguidance's 2,000 end at 500 optional properties, each of which has
+four. `step_max_items` still bounds a step's work: 1,000 properties take 26 ms at worst."""
 MAX_REASON = 300
 
 
@@ -47,9 +50,8 @@ class GuidanceCompiler:
         text = spec.text
         if spec.kind == "json_schema":
             text = LLMatcher.grammar_from_json_schema(text)
-        root = LLMatcher(
-            self._tokenizer, text, log_level=0, limits=LLParserLimits(verbose_errors=False)
-        )
+        limits = LLParserLimits(verbose_errors=False, max_items_in_row=MAX_ROW_ITEMS)
+        root = LLMatcher(self._tokenizer, text, log_level=0, limits=limits)
         if root.is_error():
             raise GrammarError(_first_line(root.get_error()))
         num_bytes = BASE_BYTES + BYTES_PER_BYTE * len(spec.text)

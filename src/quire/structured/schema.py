@@ -295,7 +295,10 @@ class Pass:
     def _read_pattern(self, node: Node, pattern: str) -> None:
         irregular = _irregular(pattern)
         if irregular is not None:
-            why = f"{irregular} (look-around, back-references) is not regular"
+            if node.given.get("format") in FORMATS and not self.exact:
+                self._ignored["pattern"] = None  # zod 4 writes both for the same texts
+                return
+            why = f"{irregular} is look-around or a back-reference; write the pattern without it"
             self.refuse(node, "pattern", why)
         else:
             node.block["pattern"] = pattern
@@ -501,6 +504,6 @@ def _irregular(pattern: str) -> str | None:
         elif char == "[":
             in_class = True
         elif char == "(" and pattern.startswith(LOOK_AROUND, at):
-            return pattern[at : at + 4]
+            return next(mark for mark in LOOK_AROUND if pattern.startswith(mark, at))
         at += 1
     return None

@@ -216,7 +216,7 @@ KEYWORDS: tuple[Keyword, ...] = (
     _k("minLength", "validation", "enforced", "In characters.",
        schema={"type": "string", "minLength": 2.0}, valid=("ab",), invalid=("a",),
        nothing=({"minLength": 0},), refused=({"minLength": "2"}, {"minLength": 1e12})),
-    _k("pattern", "validation", "enforced", "A regex without look-around and back-references, found anywhere in the text; `\\d` is 0 to 9. A class that excludes one of `\"` and `\\\\`, as `[^\"]` does, still allows it (llguidance); `\\S` allows U+FEFF.",
+    _k("pattern", "validation", "enforced", "A regex without look-around and back-references, found anywhere in the text; `\\d` is 0 to 9. One with them is left out, with a warning, beside a `format` that is enforced (zod 4's email has both). A class that excludes one of `\"` and `\\\\`, as `[^\"]` does, still allows it (llguidance); `\\S` allows U+FEFF.",
        schema={"type": "string", "pattern": "b"}, valid=("abc",), invalid=("xyz",), refused=({"pattern": "(?=a)b"}, {"pattern": 3})),
     _k("maxItems", "validation", "enforced", "",
        schema=_ITEMS | {"maxItems": 2.0}, valid=([1, 1],), invalid=([1, 1, 1],), nothing=({"maxItems": 4294967296},)),

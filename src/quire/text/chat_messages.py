@@ -23,6 +23,7 @@ TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refu
 REASONING_PARTS = {"thinking": "thinking", "reasoning": "text"}
 ROLE_NAMES = {"function": "tool"}
 """Older name of a role -> its name."""
+CALL_FIELDS = ("name", "arguments")
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 """What clients send and templates read, each its own (Qwen3, gpt-oss, Solar)."""
 
@@ -127,12 +128,10 @@ def _read(message: object, where: str) -> Turn:
     role = str(plain.pop("role"))
     turn = Turn(ROLE_NAMES.get(role, role), form="null" if "content" in plain else "absent")
     content = plain.pop("content", None)
-    calls = plain.pop("tool_calls", None)
-    if calls is not None and not isinstance(calls, list):
-        raise InvalidParameterError(f"{where}.tool_calls must be a list.", param="messages")
-    turn.calls = calls or []
-    for index, call in enumerate(turn.calls):
-        _check_depth(call, f"{where}.tool_calls[{index}].function.arguments")
+    turn.calls = _read_calls(plain.pop("tool_calls", None), plain.pop("function_call", None), where)
+    refusal = plain.pop("refusal", None)
+    if content is None and isinstance(refusal, str):
+        content = refusal
     turn.fields = {key: value for key, value in plain.items() if value is not None}
     for name in REASONING_FIELDS:
         value = turn.fields.pop(name, None)
@@ -141,6 +140,41 @@ def _read(message: object, where: str) -> Turn:
     if content is not None:
         _read_content(turn, content, f"{where}.content")
     return turn
+
+
+def _read_calls(calls: Json, older: Json, where: str) -> list[Json]:
+    """calls: `tool_calls`. older: `function_call`, OpenAI's field before there were tools."""
+    if calls is not None and not isinstance(calls, list):
+        raise InvalidParameterError(f"{where}.tool_calls must be a list.", param="messages")
+    if calls:
+        read = [_read_call(call, f"{where}.tool_calls[{i}]") for i, call in enumerate(calls)]
+    else:
+        read = [] if older is None else [_read_call({"function": older}, f"{where}.function_call")]
+    for index, call in enumerate(read):
+        _check_depth(call, f"{where}.tool_calls[{index}].function.arguments")
+    return read
+
+
+def _read_call(call: Json, where: str) -> Json:
+    """A call with its function in `function`, where some clients leave that out or have `custom`."""
+    if isinstance(call, dict) and isinstance(call.get("name"), str) and not call.get("function"):
+        fields = {key: value for key, value in call.items() if key not in CALL_FIELDS}
+        call = fields | {"function": {key: call[key] for key in CALL_FIELDS if key in call}}
+    custom = call.get("custom") if isinstance(call, dict) else None
+    if isinstance(call, dict) and isinstance(custom, dict) and not call.get("function"):
+        fields = {key: value for key, value in call.items() if key != "custom"}
+        arguments: Json = {"input": custom.get("input")}
+        call = fields | {
+            "type": "function",
+            "function": {"name": custom.get("name"), "arguments": arguments},
+        }
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise InvalidParameterError(
+            f"{where} must have a `function` with a `name`; send the call as it was answered.",
+            param="messages",
+        )
+    return call
 
 
 def _check_depth(call: Json, where: str) -> None:

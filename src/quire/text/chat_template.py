@@ -173,7 +173,7 @@ class ChatTemplate:
             **self._constants,
             **extra,
             "messages": list(written),
-            "tools": plain_json(tools, param="tools") if tools else self.facts.no_tools,
+            "tools": self.facts.write_tools(plain_json(tools or [], param="tools")),
             "documents": None if documents is None else plain_json(documents, param="documents"),
             "add_generation_prompt": add_generation_prompt,
         }

@@ -24,6 +24,7 @@ from quire.text import template_rewrites as rewrites
 from quire.text.call_arguments import ArgumentsForm, function_of
 from quire.text.chat_messages import REASONING_FIELDS, Form, Json, Turn
 from quire.text.template_rewrites import Rewrite, as_sent
+from quire.text.tool_forms import REWRITES, ToolRewrite, probe_tool
 
 ContentFormat = Literal["auto", "string", "openai"]
 Render = Callable[[list[Json], Json], str | None]
@@ -50,7 +51,7 @@ class TemplateFacts:
 
     content: role -> the forms of content it shows; roles that are absent are as the user's.
     silent: form of no content beside calls, as sent -> as written. silent_alone: without calls.
-    no_tools: what `tools` is where there are none.
+    no_tools: what `tools` is where there are none. tools: the rewrites that each tool needs.
     complete: whether the user's text, and calls, are shown as such.
     rewrites: what they are about -> the rewrite that is needed, in the order in which they are applied.
     """
@@ -60,6 +61,7 @@ class TemplateFacts:
     silent_alone: Form = "string"
     arguments: ArgumentsForm = field(default_factory=ArgumentsForm)
     no_tools: Json = None
+    tools: tuple[ToolRewrite, ...] = ()
     complete: bool = False
     rewrites: Mapping[str, Rewrite] = field(default_factory=dict)
 
@@ -70,9 +72,19 @@ class TemplateFacts:
             turns = rewrite(turns)
         return [self._message(turn) for turn in turns]
 
+    def write_tools(self, tools: Json) -> Json:
+        """A request's tools, plain JSON, for the template."""
+        if not isinstance(tools, list) or not tools:
+            return self.no_tools
+        for rewrite in self.tools:
+            tools = [rewrite(tool) for tool in tools]
+        return tools
+
     def describe(self) -> dict[str, str]:
         """What is rewritten for this template, for logs and operators."""
         named = {about: r.__name__ for about, r in self.rewrites.items() if r is not as_sent}
+        if self.tools:
+            named["tools"] = ", ".join(rewrite.__name__ for rewrite in self.tools)
         return named | ({"arguments": "text"} if self.arguments.form == "text" else {})
 
     def support(self, role: str) -> ContentSupport:
@@ -118,12 +130,15 @@ ANSWER, MORE, RESULT, OTHER = "quireanswer", "quiremore", "quireresult", "quireo
 SECOND_PART = "quirepart"
 FUNCTION, KEY, VALUE = "quirefunction", "quirekey", "quirevalue"
 SHORT_ID, OTHER_ID, LONG_ID = "callquire", "callother", "call_quire0123456789abcdef"
+IDS = (None, LONG_ID, "c1")
+"""Ids that a template may refuse: none, one longer than Mistral's nine characters, one shorter."""
 CALL_WORDS = (USER, FUNCTION, KEY, VALUE, RESULT)
 NO_JSON = f"{{'{KEY}': '{VALUE}'"
 
 ORDER = (
-    "developer", "later instructions", "first instructions", "silence", "reasoning", "text beside calls",
-    "several calls", "calls", "results", "user twice", "assistant twice", "turns", "ids", "names",
+    "lone instructions", "developer", "later instructions", "first instructions", "silence",
+    "reasoning", "text beside calls", "several calls", "calls", "results", "user twice",
+    "assistant twice", "turns", "ids", "names",
 )  # fmt: skip
 """What rewrites are about, in the order in which they are applied."""
 
@@ -168,6 +183,7 @@ class _Asking:
             rewrites=dict.fromkeys(ORDER, as_sent),
         )
         shows_user = self._ask_user()
+        self._ask_tools()
         self._ask_order()
         self._ask_assistant()
         self._ask_instructions()
@@ -229,6 +245,18 @@ class _Asking:
         self.facts = before
         return False
 
+    def _ask_tools(self) -> None:
+        """What a tool must have, however little the template shows of it."""
+        for rewrite, parameters in REWRITES:
+            tools: Json = [probe_tool(parameters)]
+            rewritten = dataclasses.replace(self.facts, tools=(*self.facts.tools, rewrite))
+            if not self._takes_tools(self.facts, tools) and self._takes_tools(rewritten, tools):
+                self.facts = rewritten
+
+    def _takes_tools(self, facts: TemplateFacts, tools: Json) -> bool:
+        text = self._render(list(facts.write([_user()])), facts.write_tools(tools))
+        return text is not None and USER in text
+
     def _ask_order(self) -> None:
         self._ask(
             "user twice",
@@ -274,6 +302,8 @@ class _Asking:
 
         first = rewrites.join_first_instructions if known else rewrites.instructions_into_user
         self._ask("first instructions", [first], lambda: two("system"), lambda: two("developer"))
+        alone = [rewrites.lone_instructions_as_user]
+        self._ask("lone instructions", alone, lambda: ([Turn("system", [SYSTEM])], (SYSTEM,)))
         if known:
             self._ask("later instructions", [rewrites.join_later_instructions], later)
 
@@ -396,7 +426,7 @@ class _Asking:
         ]
         self._ask("turns", turns, interrupted, lambda: interrupted(ANSWER), said_first)
         ids = [rewrites.fill_ids, rewrites.short_ids]
-        self._ask("ids", ids, lambda: with_id(None), lambda: with_id(LONG_ID))
+        self._ask("ids", ids, *(lambda own=own: with_id(own) for own in IDS))
 
     # Whether no content is printed as something.
 

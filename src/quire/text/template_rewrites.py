@@ -98,6 +98,13 @@ def instructions_into_user(turns: list[Turn]) -> list[Turn]:
     return turns[1:]
 
 
+def lone_instructions_as_user(turns: list[Turn]) -> list[Turn]:
+    """Where there is nothing but instructions, the last of them is the user's message."""
+    if turns and all(turn.role in ("system", "developer") for turn in turns):
+        turns[-1].role = "user"
+    return turns
+
+
 def results_as_user(turns: list[Turn]) -> list[Turn]:
     """Results are the user's messages, marked as the Hermes and Qwen models know it."""
     for turn in turns:
@@ -299,6 +306,8 @@ def _alternating(
             has_answer = any(_is_text(turn) for turn in answer)
             if result and result[-1].role == "tool" and (calls_count or not has_answer):
                 bridge(result, turns[end])
+            elif result and result[-1].calls and not calls_count and not has_answer:
+                _empty_answer(result, turns[end])  # calls that were never answered
             else:
                 result.append(turns[end])
         begin = end + 1
