@@ -25,7 +25,7 @@ BYTES_PER_BYTE = 128
 
 MAX_ROW_ITEMS = 16_000
 """Parser items at one place in the text; llguidance's 2,000 end at 500 optional properties, each of which has
-four. `step_max_items` still bounds a step's work: 1,000 properties take 26 ms at worst."""
+four. `step_max_items` still bounds a step's work: 1,000 integers take 29 ms at worst, 3 on average."""
 MAX_REASON = 300
 
 

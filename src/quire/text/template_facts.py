@@ -6,7 +6,7 @@ template and a client disagree, the template fails, or leaves out an instruction
 
 So each template is asked once, when it is loaded. A conversation of marked words is rendered as sent. If a
 word is missing, it is rendered in the other ways of `template_rewrites.py` until all are shown. What is never
-shown stays as sent: the template says why in its own words. That takes some forty renders, 1 to 4 ms.
+shown stays as sent: the template says why in its own words. That takes some fifty renders, 2 to 6 ms.
 
 Why not read the template's source: it guesses wrong where a macro does the work. Why not a list of models:
 it is never complete. See docs/adr/0023.
