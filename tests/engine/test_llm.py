@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from quire.errors import (
     QuireError,
     UnsupportedModelError,
 )
-from quire.sampling_params import RequestOutputKind, SamplingParams
+from quire.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 from tests.engine.checkpoints import VOCAB_SIZE, ServableCheckpoint, prompts, write_checkpoint
 
 OPTIONS: dict[str, Any] = {
@@ -372,3 +373,60 @@ def test_a_fault_in_one_requests_text_ends_that_request_alone(llm: LLM, monkeypa
     assert bad.outputs[0].finish_reason == "error" and "RuntimeError" not in (bad.error or "")
     assert good.outputs[0].finish_reason == "length" and good.outputs[0].text
     assert not llm._output.requests and not llm._core._core.scheduler.requests
+
+
+@pytest.mark.parametrize("where", ["execute", "handle"])
+def test_ctrl_c_leaves_the_engine_and_its_prefix_cache_right(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    prompt = list(range(20, 80))
+    llm.reset_prefix_cache()
+    [right] = llm.generate(prompt, GREEDY, use_tqdm=False)
+    llm.reset_prefix_cache()
+    core = llm._core._core
+    owner = core.executor if where == "execute" else core
+    original = getattr(owner, where)
+    pressed = []
+
+    def press_first(argument: object) -> object:
+        if not pressed:
+            pressed.append(1)
+            signal.raise_signal(signal.SIGINT)
+        return original(argument)
+
+    monkeypatch.setattr(owner, where, press_first)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate([prompt, [1, 2, 3]], GREEDY, use_tqdm=False)
+    assert not llm._output.requests
+    [again] = llm.generate(prompt, GREEDY, use_tqdm=False)
+    assert again.outputs[0].token_ids == right.outputs[0].token_ids
+    assert not core.scheduler.requests
+
+
+@pytest.mark.parametrize(
+    ("call", "complaint"),
+    [
+        (lambda llm: llm.generate(5), "prompts must be text, token ids.* got int"),
+        (lambda llm: llm.generate("x", {"temperature": 0}), r"SamplingParams\(\.\.\.\).* got dict"),
+        (lambda llm: llm.generate("x", 5), r"SamplingParams\(\.\.\.\).* got int"),
+        (lambda llm: llm.embed(None), "prompts must be text, token ids.* got NoneType"),
+        (
+            lambda llm: SamplingParams(structured_outputs={"schema": {}}),
+            "structured_outputs may hold json, .* got 'schema'",
+        ),
+        (
+            lambda llm: SamplingParams(structured_outputs="json"),
+            "structured_outputs must be .* got 'json'",
+        ),
+    ],
+)
+def test_what_a_notebook_cell_gets_wrong_is_named(
+    llm: LLM, call: Callable[[LLM], object], complaint: str
+) -> None:
+    with pytest.raises(InvalidParameterError, match=complaint):
+        call(llm)
+
+
+def test_structured_outputs_may_be_a_dictionary_as_over_http() -> None:
+    params = SamplingParams(structured_outputs={"choice": ["yes", "no"]})
+    assert params.structured_outputs == StructuredOutputsParams(choice=["yes", "no"])

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from operator import mul
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NoReturn
 
 from quire.config import EngineConfig, from_flat, without_foreign
 from quire.engine.beam_search import BeamSearch, BeamSearchOutput, candidates, step_params
@@ -53,6 +53,8 @@ from quire.sampling_params import (
 from quire.structured.checker import GrammarChecker
 
 if TYPE_CHECKING:
+    from tqdm.auto import tqdm
+
     from quire.metrics.reader import Metric
 
 logger = logging.getLogger(__name__)
@@ -201,7 +203,7 @@ class LLM:
             )
         conversations: list[Sequence[Message]] = (
             [messages]  # type: ignore[list-item]
-            if messages and isinstance(messages[0], Mapping)
+            if isinstance(messages, str) or (messages and isinstance(messages[0], (str, Mapping)))
             else list(messages)  # type: ignore[arg-type]
         )
         batch: list[PromptInput] = [
@@ -457,10 +459,14 @@ class LLM:
             self._check_grammar(request.params)
             requests.append(request)
         self._num_submitted += len(requests)
-        for request in requests:
-            self._output.add(request)
-            for sequence in request.sequences:
-                core.send(sequence)
+        try:
+            for request in requests:
+                self._output.add(request)
+                for sequence in request.sequences:
+                    core.send(sequence)
+        except BaseException:  # Ctrl-C: nobody would wait for those that were sent
+            self._abort(core, [request.request_id for request in requests])
+            raise
         return [request.request_id for request in requests]
 
     def _wait(self, ids: Sequence[str], *, use_tqdm: bool) -> list[RequestOutput]:
@@ -477,7 +483,7 @@ class LLM:
                             missing.discard(output.request_id)
                             progress.advance(1, output)
         except BaseException:
-            self._abort_all(core)
+            self._abort(core, list(self._output.requests))
             self._finished.clear()
             self._enqueued.clear()
             raise
@@ -568,8 +574,10 @@ class LLM:
             core.send(AbortRequests(processed.aborts))
         return processed.outputs
 
-    def _abort_all(self, core: InlineCore | CoreProcess) -> None:
-        for request_id in list(self._output.requests):
+    def _abort(self, core: InlineCore | CoreProcess, request_ids: Sequence[str]) -> None:
+        for request_id in request_ids:
+            if request_id not in self._output.requests:
+                continue
             ids, _ = self._output.abort(request_id)
             try:
                 core.send(AbortRequests(ids))
@@ -590,6 +598,12 @@ class LLM:
             params = self.get_default_sampling_params()
         if isinstance(params, SamplingParams):
             return [params] * len(batch)
+        if isinstance(params, (str, Mapping)) or not isinstance(params, Sequence):
+            raise InvalidParameterError(
+                "sampling_params must be SamplingParams(...) or a list of them, "
+                f"got {type(params).__name__}.",
+                param="sampling_params",
+            )
         if len(params) != len(batch):
             raise InvalidParameterError(
                 f"sampling_params has {len(params)} entries for {len(batch)} prompts; "
@@ -617,6 +631,12 @@ def _as_batch(prompts: PromptInput | Sequence[PromptInput]) -> list[PromptInput]
     """A lone prompt becomes a batch of one. A sequence of ints is a prompt, of anything else a batch."""
     if isinstance(prompts, (str, Mapping)):
         return [prompts]
+    if not isinstance(prompts, Iterable):
+        raise InvalidParameterError(
+            "prompts must be text, token ids, a mapping with one of these, or a list of such prompts, "
+            f"got {type(prompts).__name__}.",
+            param="prompts",
+        )
     if prompts and all(isinstance(item, int) for item in prompts):
         return [prompts]  # type: ignore[list-item]
     return list(prompts)  # type: ignore[arg-type]
@@ -629,9 +649,7 @@ class _Progress:
         self._bar = None
         self._tokens = 0
         if enabled:
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=count, desc="Processed prompts", dynamic_ncols=True)
+            self._bar = _tqdm()(total=count, desc="Processed prompts", dynamic_ncols=True)
 
     def __enter__(self) -> _Progress:
         return self
@@ -646,7 +664,17 @@ class _Progress:
         if output is not None:
             self._tokens += sum(len(sequence.token_ids) for sequence in output.outputs)
             elapsed = self._bar.format_dict["elapsed"]
-            if elapsed > 0:
+            if elapsed > 0 and self._tokens:
                 rate = f"{self._tokens / elapsed:.1f} output tok/s"
                 self._bar.set_postfix_str(rate, refresh=False)
         self._bar.update(count)
+
+
+def _tqdm() -> type[tqdm[NoReturn]]:
+    """A widget in a notebook that can show one, a line of text elsewhere. Having no widgets is no fault."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from tqdm.auto import tqdm
+    return tqdm
