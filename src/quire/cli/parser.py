@@ -15,6 +15,9 @@ from typing import NoReturn
 from quire.config import foreign_flags, load_yaml, without_foreign
 from quire.config.options import OptionInfo, parse_text
 
+SIMILAR = 0.66
+"""How alike names must be, without their dashes, for one to be suggested; 1 is equal."""
+
 
 class Parser(argparse.ArgumentParser):
     """`ArgumentParser` that rejects what it does not know and says what was probably meant."""
@@ -45,10 +48,25 @@ class Parser(argparse.ArgumentParser):
         if not word.startswith("-") or word in ("-", "--"):
             return f"unexpected argument {word!r}"
         flag = word.partition("=")[0]
-        known = [name for name in self._option_string_actions if name.startswith("--")]
-        close = difflib.get_close_matches(flag, known, n=1)
-        hint = f" Did you mean {close[0]}?" if close else ""
-        return f"unknown flag {flag}.{hint}"
+        return f"unknown flag {flag}.{self._hint(flag.removeprefix('--'))}"
+
+    def _hint(self, name: str) -> str:
+        known = [flag[2:] for flag in self._option_string_actions if flag.startswith("--")]
+        if "override-generation-config" in known and (key := _generation_config_key(name)):
+            return (
+                f" Each request says its {name.replace('-', '_')}; "
+                f"--override-generation-config '{{\"{key}\": ...}}' sets the default."
+            )
+        close = difflib.get_close_matches(name, known, n=1, cutoff=SIMILAR)
+        return f" Did you mean --{close[0]}?" if close else ""
+
+
+def _generation_config_key(name: str) -> str | None:
+    """What generation_config.json calls a sampling parameter; None for one it does not have."""
+    from quire.engine.generation_config import PARAMETERS
+
+    field = name.replace("-", "_")
+    return next((key for key, parameter in PARAMETERS.items() if parameter == field), None)
 
 
 def dashed(argv: Sequence[str]) -> list[str]:
