@@ -100,7 +100,10 @@ def test_a_mistake_is_one_clean_line_and_exit_2(words: list[str], line: str) -> 
         (["chat", "--max_modl_len=4096"], "Did you mean --max-model-len?"),
         (["serve", "--gpus", "2"], "unknown flag --gpus. ("),  # not --uds
         (["serve", "--temperature", "0"], "--override-generation-config '{\"temperature\": ...}'"),
-        (["serve", "--max-tokens", "9"], "--override-generation-config '{\"max_new_tokens\": ...}'"),
+        (
+            ["serve", "--max-tokens", "9"],
+            "--override-generation-config '{\"max_new_tokens\": ...}'",
+        ),
         (["chat", "--top-q", "1"], "Did you mean --top-"),
     ],
 )

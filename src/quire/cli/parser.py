@@ -10,10 +10,13 @@ import argparse
 import difflib
 import sys
 from collections.abc import Iterable, Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from quire.config import foreign_flags, load_yaml, without_foreign
 from quire.config.options import OptionInfo, parse_text
+
+if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
 
 SIMILAR = 0.66
 """How alike names must be, without their dashes, for one to be suggested; 1 is equal."""
@@ -37,6 +40,10 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             self.error(self._complaint(unknown[0]))
         return args
+
+    def print_help(self, file: SupportsWrite[str] | None = None) -> None:
+        """As argparse's, which would hide that the text cannot be written."""
+        (file or sys.stdout).write(self.format_help())
 
     def error(self, message: str) -> NoReturn:
         print(
