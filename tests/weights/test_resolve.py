@@ -57,7 +57,7 @@ def test_what_cannot_be_a_hub_id_never_asks_the_hub(model: str) -> None:
 def test_wrong_directories(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"is empty"):
         resolve_model(str(tmp_path))
-    file = tmp_path / "model.gguf"
+    file = tmp_path / "model.safetensors"
     file.touch()
     with pytest.raises(CheckpointError, match="is a file"):
         resolve_model(str(file))
