@@ -1,4 +1,5 @@
-"""The model calls a function of ours, and answers with what it returned.
+"""The model calls a function of ours, and answers with what it returned. A grammar gives the call its form; that
+its numbers are those of the question takes a larger model than the built-in one.
 
 quire serve &
 python examples/tools.py [http://127.0.0.1:8000/v1]

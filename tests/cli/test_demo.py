@@ -150,6 +150,7 @@ def test_a_port_in_use_is_one_line(spawn) -> None:
         (["/no/such/model"], "neither a directory here nor a hub id"),
         (["--max-model-len", "99999999"], "max_model_len 99999999 exceeds"),
         (["--num-gpu-blocks-override", "2"], "--max-model-len 16"),
+        (["--chat-template", "/no/such.jinja"], "'/no/such.jinja' is neither"),
     ],
 )
 def test_a_model_that_cannot_be_served_is_one_line(spawn, words: list[str], reason: str) -> None:

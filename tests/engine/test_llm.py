@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import math
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -430,3 +432,32 @@ def test_what_a_notebook_cell_gets_wrong_is_named(
 def test_structured_outputs_may_be_a_dictionary_as_over_http() -> None:
     params = SamplingParams(structured_outputs={"choice": ["yes", "no"]})
     assert params.structured_outputs == StructuredOutputsParams(choice=["yes", "no"])
+
+
+def test_a_notebook_without_widgets_gets_a_bar_of_text_and_no_warning(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    kernel = SimpleNamespace(config={"IPKernelApp": {}})
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: kernel))
+    for name in ("ipywidgets", "tqdm.auto", "tqdm.autonotebook", "tqdm.notebook"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "ipywidgets", None)
+    llm.generate(["x", "y"], GREEDY)
+    llm.embed(["x"])
+    told = capfd.readouterr().err
+    assert "2/2" in told and "output tok/s" in told
+    assert "0.0 output tok/s" not in told  # vectors have no output tokens
+    assert "IProgress" not in told
+
+
+def test_the_processes_of_a_forgotten_llm_end(
+    servable: Callable[[str], ServableCheckpoint],
+) -> None:
+    before = set(psutil.Process().children())
+    llm = LLM(str(servable("llama").directory), engine="process", **OPTIONS)
+    choice = SamplingParams(structured_outputs={"choice": ["yes"]}, max_tokens=2)
+    llm.generate("x", choice, use_tqdm=False)
+    assert len(set(psutil.Process().children()) - before) == 2  # the core, and who tries grammars
+    del llm
+    gc.collect()
+    assert set(psutil.Process().children()) == before

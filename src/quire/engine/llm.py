@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from operator import mul
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, NoReturn
+from typing import TYPE_CHECKING, Literal
 
 from quire.config import EngineConfig, from_flat, without_foreign
 from quire.engine.beam_search import BeamSearch, BeamSearchOutput, candidates, step_params
@@ -53,8 +54,6 @@ from quire.sampling_params import (
 from quire.structured.checker import GrammarChecker
 
 if TYPE_CHECKING:
-    from tqdm.auto import tqdm
-
     from quire.metrics.reader import Metric
 
 logger = logging.getLogger(__name__)
@@ -72,7 +71,8 @@ class LLM:
 
     engine: "inline" runs the model in this process; "process" gives it one of its own.
 
-    Not thread-safe. Close it, or use it as a context manager, to give its memory back.
+    Not thread-safe. Close it, or use it as a context manager, to give its memory back at once; it is given back
+    too when the last name for it goes. Ctrl-C ends a call between two steps, and the next call works.
     """
 
     def __init__(
@@ -93,6 +93,7 @@ class LLM:
         if engine == "process":
             process = CoreProcess(kernels=config.runtime.kernels)
             self._core = process
+            weakref.finalize(self, process.close)  # a name bound anew must not leave it running
             try:
                 process.configure(config)
                 self.model: ServedModel = serve_model(config, resolved)
@@ -500,6 +501,7 @@ class LLM:
                 vocab_size=self.model.vocab_size,
                 eos_token_ids=self.model.eos_token_ids,
             )
+            weakref.finalize(self, self._grammars.close)
         self._grammars.check(wanted.spec)
         for warning in wanted.warnings:
             logger.warning("%s", warning)
@@ -649,7 +651,14 @@ class _Progress:
         self._bar = None
         self._tokens = 0
         if enabled:
-            self._bar = _tqdm()(total=count, desc="Processed prompts", dynamic_ncols=True)
+            import warnings
+
+            # A widget in a notebook that can show one; having none is nothing to warn of.
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                from tqdm.auto import tqdm
+
+            self._bar = tqdm(total=count, desc="Processed prompts", dynamic_ncols=True)
 
     def __enter__(self) -> _Progress:
         return self
@@ -668,13 +677,3 @@ class _Progress:
                 rate = f"{self._tokens / elapsed:.1f} output tok/s"
                 self._bar.set_postfix_str(rate, refresh=False)
         self._bar.update(count)
-
-
-def _tqdm() -> type[tqdm[NoReturn]]:
-    """A widget in a notebook that can show one, a line of text elsewhere. Having no widgets is no fault."""
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from tqdm.auto import tqdm
-    return tqdm

@@ -125,6 +125,10 @@ def locate(config: EngineConfig) -> EngineConfig:
 def check_local(config: EngineConfig) -> None:
     """Raise at once what `locate` and `resolve` would raise, as far as no network is needed to know it."""
     model = config.model
+    if model.chat_template is not None:
+        from quire.text.chat_template import read_chat_template
+
+        read_chat_template(model.chat_template)
     if model.model is not None and find_local(model.model) is None:
         return
     if model.tokenizer is None or Path(model.tokenizer).expanduser().is_dir():
