@@ -1,5 +1,6 @@
-"""The model calls a function of ours, and answers with what it returned. A grammar gives the call its form; that
-its numbers are those of the question takes a larger model than the built-in one.
+"""The model calls a function of ours, and answers with what it returned.
+
+A grammar gives the call its form. That its numbers are the question's takes a larger model than the built-in.
 
 quire serve &
 python examples/tools.py [http://127.0.0.1:8000/v1]

@@ -71,8 +71,8 @@ class LLM:
 
     engine: "inline" runs the model in this process; "process" gives it one of its own.
 
-    Not thread-safe. Close it, or use it as a context manager, to give its memory back at once; it is given back
-    too when the last name for it goes. Ctrl-C ends a call between two steps, and the next call works.
+    Not thread-safe. Close it, or use it as a context manager, to give its memory back; without, that happens
+    when it is garbage-collected. Ctrl-C ends a call between two steps, and the next call works.
     """
 
     def __init__(

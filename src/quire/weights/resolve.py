@@ -100,7 +100,9 @@ def _no_model(path: Path) -> str:
     if inside:
         return f"{path} has no config.json; did you mean {inside[0]}?"
     what = "has no config.json" if any(path.iterdir()) else "is empty"
-    return f"{path} {what}; point to a directory in Hugging Face's layout"
+    return (
+        f"{path} {what}; point to a directory in Hugging Face's layout (config.json, .safetensors)"
+    )
 
 
 def resolve_tokenizer(name: str) -> Path:
