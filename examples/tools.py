@@ -1,5 +1,7 @@
 """The model calls a function of ours, and answers with what it returned.
 
+A grammar gives the call its form. That its numbers are the question's takes a larger model than the built-in.
+
 quire serve &
 python examples/tools.py [http://127.0.0.1:8000/v1]
 """

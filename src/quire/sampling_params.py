@@ -71,6 +71,15 @@ class StructuredOutputsParams(msgspec.Struct, kw_only=True, frozen=True, omit_de
             _fail("structured_outputs", self.choice, "must have non-empty strings as choice")
 
 
+def _structured(asked: dict[str, Any]) -> StructuredOutputsParams:
+    """The same from a dictionary, which is how it is written over HTTP."""
+    known = StructuredOutputsParams.__struct_fields__
+    for name in asked:
+        if name not in known:
+            _fail("structured_outputs", name, f"may hold {', '.join(known)}")
+    return StructuredOutputsParams(**asked)
+
+
 STRUCTURED_KINDS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
 
 
@@ -248,6 +257,11 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=Tr
             set_("stop", [self.stop])
         elif self.stop is not None and not self.stop:
             set_("stop", None)
+        if isinstance(self.structured_outputs, dict):
+            set_("structured_outputs", _structured(self.structured_outputs))
+        elif not isinstance(self.structured_outputs, (StructuredOutputsParams, type(None))):
+            kind = "must be a StructuredOutputsParams or a dictionary of its fields"
+            _fail("structured_outputs", self.structured_outputs, kind)
         self._check_stops()
         self._check_ranges()
         if self.temperature < GREEDY_EPSILON:

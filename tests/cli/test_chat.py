@@ -214,3 +214,41 @@ def test_ctrl_c_stops_an_answer_and_nothing_else(command, say, capsys, monkeypat
 
 def test_forgetting_nothing() -> None:
     assert Conversation().forget_oldest() is False
+
+
+@pytest.mark.parametrize("presses", [1, 2])
+def test_ctrl_c_at_an_empty_prompt_leaves_only_the_second_time(
+    scripted_server, capsys, monkeypatch, presses: int
+) -> None:
+    """The first was probably meant for an answer that had just ended."""
+    typed = iter([*[KeyboardInterrupt] * presses, "hello", EOFError])
+
+    def type_next(prompt: str) -> str:
+        word = next(typed)
+        if isinstance(word, str):
+            return word
+        raise word
+
+    monkeypatch.setattr("builtins.input", type_next)
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    scripted_server.answers = [["a"]]
+    assert main(["chat", "--url", scripted_server.url]) == (0 if presses == 1 else 130)
+    out = capsys.readouterr().out
+    assert out.count("(Ctrl-C again leaves)") == 1
+    assert ("\na\n" in out) == (presses == 1)
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["complete", "os.path.join is a"], "'os.path.join is a' is no model; to say it, put -q"),
+        (["chat", "what is a block?"], "'what is a block?' is no model; to say it, put -q"),
+        (["generate", ""], "give a prompt: quire generate"),
+        (["generate"], "give a prompt: quire generate"),
+    ],
+)
+def test_a_prompt_in_the_wrong_place_or_none(words, complaint, say, capsys) -> None:
+    say()
+    assert main(words) == 2
+    assert complaint in capsys.readouterr().err

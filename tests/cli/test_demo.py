@@ -142,3 +142,21 @@ def test_a_port_in_use_is_one_line(spawn) -> None:
     assert process.returncode == 2
     assert f"port {port}" in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["/no/such/model"], "neither a directory here nor a hub id"),
+        (["--max-model-len", "99999999"], "max_model_len 99999999 exceeds"),
+        (["--num-gpu-blocks-override", "2"], "--max-model-len 16"),
+        (["--chat-template", "/no/such.jinja"], "'/no/such.jinja' is neither"),
+    ],
+)
+def test_a_model_that_cannot_be_served_is_one_line(spawn, words: list[str], reason: str) -> None:
+    """And not one below `listening on` and a warning about who may connect."""
+    process = spawn("serve", "--port", "0", *words)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert reason in err
+    assert err.count("\n") == 1

@@ -91,3 +91,62 @@ def test_a_mistake_is_one_clean_line_and_exit_2(words: list[str], line: str) -> 
     assert done.stdout == ""
     assert done.stderr.startswith(line)
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["serve", "--max-model-length", "4096"], "Did you mean --max-model-len?"),
+        (["chat", "--max_modl_len=4096"], "Did you mean --max-model-len?"),
+        (["serve", "--gpus", "2"], "unknown flag --gpus. ("),  # not --uds
+        (["serve", "--temperature", "0"], "--override-generation-config '{\"temperature\": ...}'"),
+        (
+            ["serve", "--max-tokens", "9"],
+            "--override-generation-config '{\"max_new_tokens\": ...}'",
+        ),
+        (["chat", "--top-q", "1"], "Did you mean --top-"),
+    ],
+)
+def test_an_unknown_flag_is_answered_with_a_hint_that_helps_or_none(
+    words: list[str], hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(words)
+    assert hint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["version"], ["-V"], ["--version"]])
+def test_words_for_the_version(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(words)
+    assert left.value.code == 0
+    assert capsys.readouterr().out == f"quire {quire.__version__}\n"
+
+
+def test_help_may_be_a_word(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["help", "chat"])
+    assert left.value.code == 0
+    assert "quire chat" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as left:
+        main(["help"])
+    assert left.value.code == 0
+    assert "quire COMMAND" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux")
+@pytest.mark.parametrize("words", [["--version"], ["serve", "--help"], ["collect-env"]])
+def test_a_full_disk_under_the_output_is_one_line(words: list[str]) -> None:
+    # Unbuffered, argparse itself swallows what cannot be written.
+    env = os.environ | {"PYTHONPATH": str(SOURCE), "PYTHONUNBUFFERED": ""}
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "quire", *words],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+            env=env,
+        )
+    assert done.returncode == 1
+    assert done.stderr == "quire: error: cannot write: No space left on device.\n"

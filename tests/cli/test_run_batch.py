@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import resource
+import signal
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 from msgspec import Raw
 
 from quire.cli.main import main
-from quire.cli.run_batch import BatchFiles
+from quire.cli.run_batch import BatchFiles, OutputError
 from quire.errors import ConfigError
 from quire.server.batch import Reply, Result
 
@@ -33,7 +35,7 @@ def test_answers_are_appended_and_known_the_next_time(paths: dict[str, str]) -> 
         assert len(list(files.lines(1000))) == 4
         files.write(answered("1"))
         files.write(Result("batch_req_2", "1", error={"code": 400, "param": None}))
-        assert files.summary() == "1 answered, 1 failed"
+        assert files.summary() == f"1 answered, 1 failed (see {paths['output_file']})"
     with ExitStack() as stack:
         files = BatchFiles.open(stack, errors=None, **paths)
         assert files.done == {"1", "batch_req_2"}
@@ -129,3 +131,44 @@ def test_vllms_flags_are_known_here_too(tmp_path: Path, capsys: pytest.CaptureFi
     words = ["run-batch", "-i", str(tmp_path / "none"), "-o", str(tmp_path / "out")]
     assert main([*words, "-tp", "1", "-tp", "2"]) == 2
     assert "one device" in capsys.readouterr().err
+
+
+def test_a_full_disk_ends_the_run_with_one_line_and_the_next_run_goes_on(
+    paths: dict[str, str],
+) -> None:
+    """The limit on a file's size stands in for a full disk: both fail in the middle of a line."""
+    with ExitStack() as stack:
+        files = BatchFiles.open(stack, errors=None, **paths)
+        files.write(answered("1"))
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        size = Path(paths["output_file"]).stat().st_size
+        ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, limits[1]))
+        try:
+            for name in ("2", "3"):
+                with pytest.raises(OutputError, match=r"out cannot be written: .*goes on"):
+                    files.write(answered(name))
+            files.close()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            signal.signal(signal.SIGXFSZ, ignored)
+        assert files.summary() == "1 answered, 0 failed"
+    with ExitStack() as stack:
+        files = BatchFiles.open(stack, errors=None, **paths)
+        assert files.done == {"1"}
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux")
+def test_a_full_disk_is_told_once_by_the_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "in"
+    source.write_text("no request\nnor this\n")
+    words = ["run-batch", "-i", str(source), "-o", str(tmp_path / "out"), "--errors", "/dev/full"]
+    assert main(words) == 1
+    told = capsys.readouterr().err.splitlines()
+    assert told[-2:] == [
+        "quire run-batch: 0 answered, 0 failed",
+        "quire: error: /dev/full cannot be written: No space left on device. What it holds is kept; "
+        "the same command goes on where it stopped.",
+    ]

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import gc
 import math
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -23,7 +26,7 @@ from quire.errors import (
     QuireError,
     UnsupportedModelError,
 )
-from quire.sampling_params import RequestOutputKind, SamplingParams
+from quire.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 from tests.engine.checkpoints import VOCAB_SIZE, ServableCheckpoint, prompts, write_checkpoint
 
 OPTIONS: dict[str, Any] = {
@@ -391,3 +394,89 @@ def test_a_fault_in_one_requests_text_ends_that_request_alone(llm: LLM, monkeypa
     assert bad.outputs[0].finish_reason == "error" and "RuntimeError" not in (bad.error or "")
     assert good.outputs[0].finish_reason == "length" and good.outputs[0].text
     assert not llm._output.requests and not llm._core._core.scheduler.requests
+
+
+@pytest.mark.parametrize("where", ["execute", "handle"])
+def test_ctrl_c_leaves_the_engine_and_its_prefix_cache_right(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    prompt = list(range(20, 80))
+    llm.reset_prefix_cache()
+    [right] = llm.generate(prompt, GREEDY, use_tqdm=False)
+    llm.reset_prefix_cache()
+    core = llm._core._core
+    owner = core.executor if where == "execute" else core
+    original = getattr(owner, where)
+    pressed = []
+
+    def press_first(argument: object) -> object:
+        if not pressed:
+            pressed.append(1)
+            signal.raise_signal(signal.SIGINT)
+        return original(argument)
+
+    monkeypatch.setattr(owner, where, press_first)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate([prompt, [1, 2, 3]], GREEDY, use_tqdm=False)
+    assert not llm._output.requests
+    [again] = llm.generate(prompt, GREEDY, use_tqdm=False)
+    assert again.outputs[0].token_ids == right.outputs[0].token_ids
+    assert not core.scheduler.requests
+
+
+@pytest.mark.parametrize(
+    ("call", "complaint"),
+    [
+        (lambda llm: llm.generate(5), "prompts must be text, token ids.* got int"),
+        (lambda llm: llm.generate("x", {"temperature": 0}), r"SamplingParams\(\.\.\.\).* got dict"),
+        (lambda llm: llm.generate("x", 5), r"SamplingParams\(\.\.\.\).* got int"),
+        (lambda llm: llm.embed(None), "prompts must be text, token ids.* got NoneType"),
+        (
+            lambda llm: SamplingParams(structured_outputs={"schema": {}}),
+            "structured_outputs may hold json, .* got 'schema'",
+        ),
+        (
+            lambda llm: SamplingParams(structured_outputs="json"),
+            "structured_outputs must be .* got 'json'",
+        ),
+    ],
+)
+def test_what_a_notebook_cell_gets_wrong_is_named(
+    llm: LLM, call: Callable[[LLM], object], complaint: str
+) -> None:
+    with pytest.raises(InvalidParameterError, match=complaint):
+        call(llm)
+
+
+def test_structured_outputs_may_be_a_dictionary_as_over_http() -> None:
+    params = SamplingParams(structured_outputs={"choice": ["yes", "no"]})
+    assert params.structured_outputs == StructuredOutputsParams(choice=["yes", "no"])
+
+
+def test_a_notebook_without_widgets_gets_a_bar_of_text_and_no_warning(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    kernel = SimpleNamespace(config={"IPKernelApp": {}})
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: kernel))
+    for name in ("ipywidgets", "tqdm.auto", "tqdm.autonotebook", "tqdm.notebook"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "ipywidgets", None)
+    llm.generate(["x", "y"], GREEDY)
+    llm.embed(["x"])
+    told = capfd.readouterr().err
+    assert "2/2" in told and "output tok/s" in told
+    assert "0.0 output tok/s" not in told  # vectors have no output tokens
+    assert "IProgress" not in told
+
+
+def test_the_processes_of_a_forgotten_llm_end(
+    servable: Callable[[str], ServableCheckpoint],
+) -> None:
+    before = set(psutil.Process().children())
+    llm = LLM(str(servable("llama").directory), engine="process", **OPTIONS)
+    choice = SamplingParams(structured_outputs={"choice": ["yes"]}, max_tokens=2)
+    llm.generate("x", choice, use_tqdm=False)
+    assert len(set(psutil.Process().children()) - before) == 2  # the core, and who tries grammars
+    del llm
+    gc.collect()
+    assert set(psutil.Process().children()) == before

@@ -160,3 +160,40 @@ def test_names() -> None:
     assert create_kernels("reference").name == "reference"
     with pytest.raises(ConfigError, match="fast"):
         create_kernels("fast")  # type: ignore[arg-type]
+
+
+def test_a_full_disk_is_named_and_not_a_line_of_the_compiler(
+    fresh_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = tmp_path / "cc"
+    compiler.write_text(
+        "#!/bin/sh\n"
+        'case "$*" in *--version*) exit 0;; esac\n'
+        'echo "x.c:1: fatal error: error writing to x.s: No space left on device" >&2; exit 1\n'
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    with pytest.raises(BuildError, match=rf"no space left .* in {fresh_cache}/kernels .* or "):
+        build()
+
+
+def test_no_compiler_says_how_to_get_one(
+    fresh_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(fresh_cache))
+    with pytest.raises(BuildError, match="apt install gcc"):
+        build()
+
+
+@pytest.mark.usefixtures("native")
+def test_the_wait_of_a_first_start_is_announced_even_if_it_began_before_the_log(
+    fresh_cache: Path,
+) -> None:
+    del fresh_cache  # the environment variable is what counts: the child compiles
+    code = "from quire.engine.llm import LLM\nLLM(engine='process').close()"
+    setup = "from quire.util.logging import setup_logging\nsetup_logging(level='INFO')\n"
+    process = python(setup + code)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert err.count("compiling the CPU kernels") == 1

@@ -48,16 +48,16 @@ def test_a_directory_needs_no_hub_and_no_torch(local: Path) -> None:
 def test_what_cannot_be_a_hub_id_never_asks_the_hub(model: str) -> None:
     with (
         mock.patch.object(huggingface_hub, "snapshot_download") as download,
-        pytest.raises(CheckpointError, match=r"neither a directory|no config.json"),
+        pytest.raises(CheckpointError, match=r"neither a directory|no config.json|is empty"),
     ):
         resolve_model(model)
     download.assert_not_called()
 
 
 def test_wrong_directories(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"has no config\.json"):
+    with pytest.raises(CheckpointError, match=r"is empty"):
         resolve_model(str(tmp_path))
-    file = tmp_path / "model.gguf"
+    file = tmp_path / "model.safetensors"
     file.touch()
     with pytest.raises(CheckpointError, match="is a file"):
         resolve_model(str(file))
@@ -122,7 +122,7 @@ def test_hub_failures_are_typed(failure: Callable[[], Exception], message: str) 
 
 def test_offline_without_a_cache(tmp_path: Path) -> None:
     """The real huggingface_hub, told to stay offline (conftest sets HF_HUB_OFFLINE)."""
-    with pytest.raises(CheckpointError, match="not in the local cache"):
+    with pytest.raises(CheckpointError, match="no directory here and not in the hub's cache"):
         resolve_model("owner/name", download_dir=str(tmp_path))
 
 
@@ -130,3 +130,32 @@ def test_an_adapter_is_named(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"adapter \(adapter_config\.json\).*merge"):
         resolve_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["notes.txt"], r"has no config\.json; point to"),
+        (["model.gguf"], r"GGUF.*not read.*safetensors"),
+        (["params.json", "consolidated.safetensors"], r"params\.json.*Hugging Face's layout"),
+        (["inner/config.json"], r"did you mean .*/inner\?"),
+        (
+            ["refs/main", f"snapshots/{COMMIT}/config.json"],
+            rf"did you mean .*/snapshots/{COMMIT}\?",
+        ),
+    ],
+)
+def test_a_directory_without_a_model_says_what_is_there(
+    tmp_path: Path, files: list[str], message: str
+) -> None:
+    for file in files:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    with pytest.raises(CheckpointError, match=message):
+        resolve_model(str(tmp_path))
+
+
+def test_a_gguf_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(CheckpointError, match="GGUF file, which is not read"):
+        resolve_model(str(tmp_path / "model.gguf"))

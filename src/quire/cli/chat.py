@@ -6,7 +6,7 @@ import asyncio
 import sys
 from dataclasses import dataclass, field
 
-from quire.cli.model_flags import add_model_flags, model_choice
+from quire.cli.model_flags import add_model_flags, model_choice, refuse_text_for_model
 from quire.cli.parser import Parser
 from quire.cli.talk import ContextFullError, Speaker, ask, converse, open_speaker
 from quire.util.terminal import printable
@@ -20,13 +20,19 @@ def run(argv: list[str]) -> int:
         usage="quire chat [MODEL] [flags]",
         description=f"Talk with a model. In the conversation: {HELP}",
     )
-    parser.add_argument("model_positional", metavar="MODEL", nargs="?")
+    parser.add_argument(
+        "model_positional",
+        metavar="MODEL",
+        nargs="?",
+        help="local directory or hub id (default: the built-in model)",
+    )
     parser.add_argument(
         "--system", "--system-prompt", metavar="TEXT", help="system message, before everything else"
     )
     parser.add_argument("-q", "--quick", metavar="TEXT", help="say this, print the answer, leave")
     add_model_flags(parser)
     args = parser.parse_strictly(argv)
+    refuse_text_for_model(args.model_positional)
     choice = model_choice(args, model=args.model_positional)
     conversation = Conversation(args.system)
     with asyncio.Runner() as runner:

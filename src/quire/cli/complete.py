@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from quire.cli.model_flags import add_model_flags, model_choice
+from quire.cli.model_flags import add_model_flags, model_choice, refuse_text_for_model
 from quire.cli.parser import Parser
 from quire.cli.talk import ask, converse, open_speaker
 from quire.util.terminal import printable
@@ -20,12 +20,18 @@ def run(argv: list[str]) -> int:
         usage="quire complete [MODEL] [flags]",
         description=f"Let a model continue texts, with no chat template. {HELP}",
     )
-    parser.add_argument("model_positional", metavar="MODEL", nargs="?")
+    parser.add_argument(
+        "model_positional",
+        metavar="MODEL",
+        nargs="?",
+        help="local directory or hub id (default: the built-in model)",
+    )
     parser.add_argument(
         "-q", "--quick", metavar="TEXT", help="continue this, print what follows, leave"
     )
     add_model_flags(parser)
     args = parser.parse_strictly(argv)
+    refuse_text_for_model(args.model_positional)
     choice = model_choice(args, model=args.model_positional)
     sampling = {"max_tokens": MAX_TOKENS, **choice.sampling}
     with asyncio.Runner() as runner:

@@ -38,11 +38,12 @@ def run(argv: list[str]) -> int:
 
 
 def _prompt(word: str) -> str:
-    if word != "-":
-        return word
-    if sys.stdin.isatty():
+    text = word
+    if word == "-" and not sys.stdin.isatty():
+        text = sys.stdin.read()
+    if not text.strip() or (word == "-" and sys.stdin.isatty()):
         raise ConfigError('give a prompt: quire generate "what does os.path.join do?"')
-    return sys.stdin.read()
+    return text
 
 
 async def _generate(

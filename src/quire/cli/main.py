@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
@@ -42,12 +43,17 @@ COMMANDS = {
     "collect-env": Command("quire.cli.collect_env", "versions and machine, for a bug report"),
 }
 
+CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The console script. Never shows a traceback for a mistake of the user's."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _dispatch(words)
+        try:
+            return _dispatch(words)
+        finally:
+            sys.stdout.flush()  # here, so that what cannot be written is reported
     except (ConfigError, ModelError, InvalidParameterError) as error:
         print(f"quire: error: {error}", file=sys.stderr)
         return 2
@@ -58,19 +64,35 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(file=sys.stderr)
         return 130
     except BrokenPipeError:  # `quire generate ... | head`: the reader has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return 0
+    except OSError as error:  # a full disk, a read-only file system
+        if error.errno not in CANNOT_WRITE:
+            raise
+        _discard_output()
+        name = f"{error.filename}: " if error.filename else ""
+        print(f"quire: error: cannot write: {name}{error.strerror}.", file=sys.stderr)
+        return 1
+
+
+def _discard_output() -> None:
+    """What is still in stdout's buffer would fail again when Python exits."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _dispatch(words: list[str]) -> int:
+    if words[:1] == ["help"]:  # `quire help serve`
+        words = [*words[1:2], "--help"]
     name = words[0].replace("_", "-") if words else "--help"
     command = COMMANDS.get(name)
     if command is not None:
         module = cast(CommandModule, importlib.import_module(command.module))
         return module.run(words[1:])
     parser = Parser(prog="quire", usage="quire COMMAND [flags]", description=_description())
-    parser.add_argument("--version", action="version", version=f"quire {VERSION}")
-    if not name.startswith("-"):
+    parser.add_argument("-V", "--version", action="version", version=f"quire {VERSION}")
+    if name == "version":
+        words = ["--version"]
+    elif not name.startswith("-"):
         parser.error(_unknown_command(name))
     parser.parse_strictly(dashed(words))
     parser.print_help()

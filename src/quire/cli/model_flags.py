@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quire.cli.parser import Parser, add_options, given
@@ -68,3 +69,9 @@ def model_choice(args: argparse.Namespace, *, model: str | None = None) -> Model
     setup_logging(log_format=engine.runtime.log_format, level=level)
     key = args.api_key or os.environ.get("QUIRE_API_KEY") or os.environ.get("OPENAI_API_KEY")
     return ModelChoice(engine, sampling, args.url, name, key)
+
+
+def refuse_text_for_model(word: str | None) -> None:
+    """Raises `ConfigError` for a prompt in the place of a model: `quire chat "what is a block?"`."""
+    if word is not None and len(word.split()) > 1 and not Path(word).exists():
+        raise ConfigError(f"{word!r} is no model; to say it, put -q before it.")

@@ -10,10 +10,16 @@ import argparse
 import difflib
 import sys
 from collections.abc import Iterable, Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from quire.config import foreign_flags, load_yaml, without_foreign
 from quire.config.options import OptionInfo, parse_text
+
+if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
+
+SIMILAR = 0.66
+"""How alike names must be, without their dashes, for one to be suggested; 1 is equal."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -35,6 +41,10 @@ class Parser(argparse.ArgumentParser):
             self.error(self._complaint(unknown[0]))
         return args
 
+    def print_help(self, file: SupportsWrite[str] | None = None) -> None:
+        """As argparse's, which would hide that the text cannot be written."""
+        (file or sys.stdout).write(self.format_help())
+
     def error(self, message: str) -> NoReturn:
         print(
             f"{self.prog}: error: {message} (`{self.prog} --help` lists the flags)", file=sys.stderr
@@ -45,10 +55,25 @@ class Parser(argparse.ArgumentParser):
         if not word.startswith("-") or word in ("-", "--"):
             return f"unexpected argument {word!r}"
         flag = word.partition("=")[0]
-        known = [name for name in self._option_string_actions if name.startswith("--")]
-        close = difflib.get_close_matches(flag, known, n=1)
-        hint = f" Did you mean {close[0]}?" if close else ""
-        return f"unknown flag {flag}.{hint}"
+        return f"unknown flag {flag}.{self._hint(flag.removeprefix('--'))}"
+
+    def _hint(self, name: str) -> str:
+        known = [flag[2:] for flag in self._option_string_actions if flag.startswith("--")]
+        if "override-generation-config" in known and (key := _generation_config_key(name)):
+            return (
+                f" Each request says its {name.replace('-', '_')}; "
+                f"--override-generation-config '{{\"{key}\": ...}}' sets the default."
+            )
+        close = difflib.get_close_matches(name, known, n=1, cutoff=SIMILAR)
+        return f" Did you mean --{close[0]}?" if close else ""
+
+
+def _generation_config_key(name: str) -> str | None:
+    """What generation_config.json calls a sampling parameter; None for one it does not have."""
+    from quire.engine.generation_config import PARAMETERS
+
+    field = name.replace("-", "_")
+    return next((key for key, parameter in PARAMETERS.items() if parameter == field), None)
 
 
 def dashed(argv: Sequence[str]) -> list[str]:

@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -16,7 +16,7 @@ import msgspec
 
 from quire.cli.parser import Parser, parse_options
 from quire.config import EngineConfig, ServerConfig, engine_options, server_options, split_flat
-from quire.errors import ConfigError
+from quire.errors import ConfigError, QuireError
 from quire.util.logging import setup_logging
 
 if TYPE_CHECKING:
@@ -104,6 +104,10 @@ async def _run(
         await engine.shutdown()
 
 
+class OutputError(QuireError):
+    """A file of results cannot be written: a full disk, a quota, a file system gone."""
+
+
 class BatchFiles:
     """The files of one run. They are read and written line by line, and never held whole."""
 
@@ -112,6 +116,7 @@ class BatchFiles:
         self.done = done
         """What earlier runs have answered; see `run_batch`."""
         self.num_answered = self.num_failed = 0
+        self._broken: OutputError | None = None
 
     @classmethod
     def open(
@@ -130,7 +135,9 @@ class BatchFiles:
             failures = stack.enter_context(paths[2].open("wb")) if errors else output
         except OSError as error:
             raise ConfigError(f"{error.filename}: {error.strerror}.") from None
-        return cls(lines, output, failures, _answered(output, output_file))
+        files = cls(lines, output, failures, _answered(output, output_file))
+        stack.callback(files.close)
+        return files
 
     def count(self) -> int:
         """How many lines there are to answer, done ones included."""
@@ -147,19 +154,36 @@ class BatchFiles:
                 line = self._input.readline(limit)
 
     def write(self, result: Result) -> None:
-        """One whole line at a time, so that whatever ends the run leaves at most one in part."""
-        file = self._output
+        """One whole line at a time, so that whatever ends the run leaves at most one in part.
+
+        Raises `OutputError`, and for every later line too: it may follow one in part.
+        """
+        if self._broken is not None:
+            raise self._broken
+        file = self._output if result.error is None else self._errors
+        try:
+            file.write(msgspec.json.encode(result) + b"\n")
+            file.flush()
+        except OSError as error:
+            self._broken = OutputError(
+                f"{file.name} cannot be written: {error.strerror}. What it holds is kept; the same "
+                "command goes on where it stopped."
+            )
+            raise self._broken from None
         if result.error is None:
             self.num_answered += 1
         else:
             self.num_failed += 1
-            file = self._errors
-        file.write(msgspec.json.encode(result) + b"\n")
-        file.flush()
+
+    def close(self) -> None:
+        for file in (self._input, self._output, self._errors):
+            with suppress(OSError):  # what could not be written above cannot be now
+                file.close()
 
     def summary(self) -> str:
         earlier = f", {len(self.done)} were done before" if self.done else ""
-        return f"{self.num_answered} answered, {self.num_failed} failed{earlier}"
+        where = f" (see {self._errors.name})" if self.num_failed else ""
+        return f"{self.num_answered} answered, {self.num_failed} failed{where}{earlier}"
 
 
 def _answered(output: IO[bytes], name: str) -> set[str]:

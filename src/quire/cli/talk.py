@@ -179,9 +179,11 @@ class RemoteModel:
 
 
 async def open_speaker(choice: ModelChoice) -> LocalModel | RemoteModel:
-    """The server at `choice.url`, or a model started here."""
+    """The server at `choice.url`, or a model started here, which takes seconds: a terminal is told so."""
     if choice.url is not None:
         return await RemoteModel.connect(choice.url, model=choice.model, api_key=choice.api_key)
+    if sys.stdin.isatty() and sys.stderr.isatty():
+        print("loading the model ...", file=sys.stderr)
     return await LocalModel.start(choice.engine)
 
 
@@ -197,6 +199,7 @@ def converse(
     commands: what begins with "/" beside /exit. With none, every other line is taken as it is.
     """
     interactive = sys.stdin.isatty()
+    leaving = False
     if interactive:
         print(about)
         _edit_lines()
@@ -204,7 +207,16 @@ def converse(
         try:
             line = input("> " if interactive else "")
         except EOFError:
+            if interactive:
+                print()  # the shell's prompt gets a line of its own
             return
+        except KeyboardInterrupt:  # likely meant for an answer that had just ended
+            if leaving or not interactive:
+                raise
+            leaving = True
+            print("\n(Ctrl-C again leaves)")
+            continue
+        leaving = False
         said = line.strip()
         if said in ("/exit", "/quit"):
             return

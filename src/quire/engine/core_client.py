@@ -21,6 +21,7 @@ from quire.config import EngineConfig
 from quire.engine.core import EngineCore
 from quire.errors import EngineDeadError, EngineError, QuireError
 from quire.messages import CoreFailed, CoreInput, CoreOutput, EngineReady, Shutdown
+from quire.util.interrupts import interrupts_deferred
 from quire.util.logging import LEVELS
 
 START_POLL_SECONDS = 0.1
@@ -29,14 +30,19 @@ EXIT_GRACE_SECONDS = 5.0
 
 
 class InlineCore:
-    """The core in this process: `receive` runs a step."""
+    """The core in this process: `receive` runs a step.
+
+    Ctrl-C waits for the end of a step or a message. A step that stops between planning and computing would
+    leave blocks in the prefix cache whose keys and values were never written.
+    """
 
     def __init__(self, core: EngineCore) -> None:
         self._core = core
         self._answers: deque[CoreOutput] = deque()
 
     def send(self, message: CoreInput) -> None:
-        answer = self._core.handle(message)
+        with interrupts_deferred():
+            answer = self._core.handle(message)
         if answer is not None:
             self._answers.append(answer)
 
@@ -44,7 +50,8 @@ class InlineCore:
         """The next output. Call only when something was sent that has one coming."""
         if self._answers:
             return self._answers.popleft()
-        return self._core.step()
+        with interrupts_deferred():
+            return self._core.step()
 
     def close(self) -> None:
         self._core.close()

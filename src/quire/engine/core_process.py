@@ -23,6 +23,7 @@ import zmq
 from quire.config import EngineConfig
 from quire.engine.core import EngineCore
 from quire.errors import QuireError
+from quire.kernels.cpu.build import report_compiling
 from quire.messages import CoreFailed, CoreInput, CoreOutput, Shutdown
 from quire.util.logging import setup_logging
 
@@ -101,6 +102,7 @@ def _run(link: _Link, kernels: str) -> int:
         if config is None:
             return 0
         setup_logging(log_format=config.runtime.log_format)
+        report_compiling()
         compiling.join()
         core, ready = build_core(config, resolve(config))
     except Exception as error:

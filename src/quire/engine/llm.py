@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
 from operator import mul
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal
@@ -70,7 +71,8 @@ class LLM:
 
     engine: "inline" runs the model in this process; "process" gives it one of its own.
 
-    Not thread-safe. Close it, or use it as a context manager, to give its memory back.
+    Not thread-safe. Close it, or use it as a context manager, to give its memory back; without, that happens
+    when it is garbage-collected. Ctrl-C ends a call between two steps, and the next call works.
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class LLM:
         if engine == "process":
             process = CoreProcess(kernels=config.runtime.kernels)
             self._core = process
+            weakref.finalize(self, process.close)  # a name bound anew must not leave it running
             try:
                 process.configure(config)
                 self.model: ServedModel = serve_model(config, resolved)
@@ -201,7 +204,7 @@ class LLM:
             )
         conversations: list[Sequence[Message]] = (
             [messages]  # type: ignore[list-item]
-            if messages and isinstance(messages[0], Mapping)
+            if isinstance(messages, str) or (messages and isinstance(messages[0], (str, Mapping)))
             else list(messages)  # type: ignore[arg-type]
         )
         batch: list[PromptInput] = [
@@ -457,10 +460,14 @@ class LLM:
             self._check_grammar(request.params)
             requests.append(request)
         self._num_submitted += len(requests)
-        for request in requests:
-            self._output.add(request)
-            for sequence in request.sequences:
-                core.send(sequence)
+        try:
+            for request in requests:
+                self._output.add(request)
+                for sequence in request.sequences:
+                    core.send(sequence)
+        except BaseException:  # Ctrl-C: nobody would wait for those that were sent
+            self._abort(core, [request.request_id for request in requests])
+            raise
         return [request.request_id for request in requests]
 
     def _wait(self, ids: Sequence[str], *, use_tqdm: bool) -> list[RequestOutput]:
@@ -477,7 +484,7 @@ class LLM:
                             missing.discard(output.request_id)
                             progress.advance(1, output)
         except BaseException:
-            self._abort_all(core)
+            self._abort(core, list(self._output.requests))
             self._finished.clear()
             self._enqueued.clear()
             raise
@@ -494,6 +501,7 @@ class LLM:
                 vocab_size=self.model.vocab_size,
                 eos_token_ids=self.model.eos_token_ids,
             )
+            weakref.finalize(self, self._grammars.close)
         self._grammars.check(wanted.spec)
         for warning in wanted.warnings:
             logger.warning("%s", warning)
@@ -568,8 +576,10 @@ class LLM:
             core.send(AbortRequests(processed.aborts))
         return processed.outputs
 
-    def _abort_all(self, core: InlineCore | CoreProcess) -> None:
-        for request_id in list(self._output.requests):
+    def _abort(self, core: InlineCore | CoreProcess, request_ids: Sequence[str]) -> None:
+        for request_id in request_ids:
+            if request_id not in self._output.requests:
+                continue
             ids, _ = self._output.abort(request_id)
             try:
                 core.send(AbortRequests(ids))
@@ -590,6 +600,12 @@ class LLM:
             params = self.get_default_sampling_params()
         if isinstance(params, SamplingParams):
             return [params] * len(batch)
+        if isinstance(params, (str, Mapping)) or not isinstance(params, Sequence):
+            raise InvalidParameterError(
+                "sampling_params must be SamplingParams(...) or a list of them, "
+                f"got {type(params).__name__}.",
+                param="sampling_params",
+            )
         if len(params) != len(batch):
             raise InvalidParameterError(
                 f"sampling_params has {len(params)} entries for {len(batch)} prompts; "
@@ -617,6 +633,12 @@ def _as_batch(prompts: PromptInput | Sequence[PromptInput]) -> list[PromptInput]
     """A lone prompt becomes a batch of one. A sequence of ints is a prompt, of anything else a batch."""
     if isinstance(prompts, (str, Mapping)):
         return [prompts]
+    if not isinstance(prompts, Iterable):
+        raise InvalidParameterError(
+            "prompts must be text, token ids, a mapping with one of these, or a list of such prompts, "
+            f"got {type(prompts).__name__}.",
+            param="prompts",
+        )
     if prompts and all(isinstance(item, int) for item in prompts):
         return [prompts]  # type: ignore[list-item]
     return list(prompts)  # type: ignore[arg-type]
@@ -629,7 +651,12 @@ class _Progress:
         self._bar = None
         self._tokens = 0
         if enabled:
-            from tqdm import tqdm
+            import warnings
+
+            # A widget in a notebook that can show one; having none is nothing to warn of.
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                from tqdm.auto import tqdm
 
             self._bar = tqdm(total=count, desc="Processed prompts", dynamic_ncols=True)
 
@@ -646,7 +673,7 @@ class _Progress:
         if output is not None:
             self._tokens += sum(len(sequence.token_ids) for sequence in output.outputs)
             elapsed = self._bar.format_dict["elapsed"]
-            if elapsed > 0:
+            if elapsed > 0 and self._tokens:
                 rate = f"{self._tokens / elapsed:.1f} output tok/s"
                 self._bar.set_postfix_str(rate, refresh=False)
         self._bar.update(count)

@@ -26,7 +26,7 @@ from quire.models.registry import resolve_spec
 from quire.models.spec import ModelSpec
 from quire.structured.spec import DEFAULT_LIMITS, Limits
 from quire.weights.files import read_contents
-from quire.weights.resolve import resolve_model
+from quire.weights.resolve import find_local, resolve_model
 
 if TYPE_CHECKING:
     from quire.text.chat_template import ChatTemplate
@@ -120,6 +120,19 @@ def locate(config: EngineConfig) -> EngineConfig:
             served_model_name=model.served_model_name or (model.model,),
         )
     return dataclasses.replace(config, model=located)
+
+
+def check_local(config: EngineConfig) -> None:
+    """Raise at once what `locate` and `resolve` would raise, as far as no network is needed to know it."""
+    model = config.model
+    if model.chat_template is not None:
+        from quire.text.chat_template import read_chat_template
+
+        read_chat_template(model.chat_template)
+    if model.model is not None and find_local(model.model) is None:
+        return
+    if model.tokenizer is None or Path(model.tokenizer).expanduser().is_dir():
+        resolve(locate(config))
 
 
 def resolve_model_files(name: str, **options: str | None) -> Path:

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 from quire.config import EngineConfig, ServerConfig
 from quire.engine.core_client import CoreProcess
+from quire.engine.setup import check_local
 from quire.messages import describe_ledger
 from quire.server.app import build_app
 from quire.server.auth import configured_keys, exposure
@@ -66,7 +67,10 @@ class StopSignals:
 
 
 def serve(engine_config: EngineConfig, server_config: ServerConfig, core: CoreProcess) -> int:
-    """Run the server on `core`, not configured yet, until a signal; returns the exit status."""
+    """Run the server on `core`, not configured yet, until a signal; returns the exit status.
+
+    Raises what keeps it from starting; what a local model's files say, before the port is taken.
+    """
 
     async def engine() -> ServingEngine:
         from quire.engine.async_llm import AsyncLLM
@@ -75,6 +79,7 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig, core: CorePr
         gc.freeze()  # what is here now stays, and need not be looked through between tokens
         return started
 
+    check_local(engine_config)  # a wrong path should not be reported under "listening on"
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         return runner.run(serve_engine(engine, engine_config, server_config))
 

@@ -75,7 +75,16 @@ def read_turns(messages: object) -> list[Turn]:
     or has no role, content that is no text, other types than JSON's, nesting deeper than 64, lone surrogates.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise InvalidParameterError("messages must be a non-empty list.", param="messages")
+        got = (
+            "an empty one"
+            if isinstance(messages, Sequence) and not messages
+            else type(messages).__name__
+        )
+        raise InvalidParameterError(
+            'messages must be a non-empty list of {"role": ..., "content": ...} objects, '
+            f"got {got}.",
+            param="messages",
+        )
     return [_read(message, f"messages[{index}]") for index, message in enumerate(messages)]
 
 

@@ -49,27 +49,60 @@ def resolve_model(
     Raises:
         CheckpointError: no such directory, or the hub could not give the files; says which and what to do.
     """
+    return find_local(model) or _download(
+        model, revision=revision, download_dir=download_dir, hf_token=hf_token
+    )
+
+
+def find_local(model: str) -> Path | None:
+    """The model's directory here; None for what can only be a hub id. Uses no network.
+
+    Raises `CheckpointError` for what is neither, and for a directory or file that holds no model.
+    """
     path = Path(model).expanduser()
     if path.is_dir():
-        if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
-            raise CheckpointError(
-                f"{path} holds an adapter (adapter_config.json), not a model; merge it into its base model "
-                "with PeftModel.merge_and_unload() and save the result"
-            )
         if not (path / "config.json").is_file():
-            raise CheckpointError(
-                f"{path} has no config.json; point to a directory in Hugging Face's layout"
-            )
+            raise CheckpointError(_no_model(path))
         return path
     if path.is_file():
+        what = "a file"
+        if path.suffix == ".gguf":
+            what = "a GGUF file, which is not read: only safetensors are"
         raise CheckpointError(
-            f"{path} is a file; point to the directory that holds config.json and the weights"
+            f"{path} is {what}; point to the directory that holds config.json and the weights"
         )
     if model.startswith(("/", ".", "~")) or HUB_ID.fullmatch(model) is None:
         raise CheckpointError(
             f"model {model!r} is neither a directory here nor a hub id (owner/name); check the path"
         )
-    return _download(model, revision=revision, download_dir=download_dir, hf_token=hf_token)
+    return None
+
+
+def _no_model(path: Path) -> str:
+    """What a directory without config.json holds instead."""
+    if (path / "adapter_config.json").is_file():
+        return (
+            f"{path} holds an adapter (adapter_config.json), not a model; merge it into its base model "
+            "with PeftModel.merge_and_unload() and save the result"
+        )
+    if any(path.glob("*.gguf")):
+        return (
+            f"{path} holds a GGUF file, which is not read; "
+            "download the original model, with config.json and .safetensors files"
+        )
+    if (path / "params.json").is_file():
+        return (
+            f"{path} has params.json and no config.json: it is in the layout of its makers; "
+            "download the model in Hugging Face's layout"
+        )
+    inside = sorted(child.parent for child in path.glob("*/config.json"))
+    inside += sorted(child.parent for child in path.glob("snapshots/*/config.json"))
+    if inside:
+        return f"{path} has no config.json; did you mean {inside[0]}?"
+    what = "has no config.json" if any(path.iterdir()) else "is empty"
+    return (
+        f"{path} {what}; point to a directory in Hugging Face's layout (config.json, .safetensors)"
+    )
 
 
 def resolve_tokenizer(name: str) -> Path:
@@ -119,8 +152,8 @@ def _download(
         ) from error
     except errors.LocalEntryNotFoundError as error:
         raise CheckpointError(
-            f"{where} is not in the local cache and the hub cannot be reached (or HF_HUB_OFFLINE is set); "
-            "download it where there is a network, or give the path of a local directory"
+            f"{where} is no directory here and not in the hub's cache, and the hub cannot be reached (or "
+            "HF_HUB_OFFLINE is set); check the path, or download it where there is a network"
         ) from error
     except (
         Exception

@@ -8,14 +8,22 @@ beside its final name and renamed, so two processes that race both end with a wh
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import platform
 import shlex
 import shutil
 import subprocess
 import tempfile
+import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+
+logger = logging.getLogger("quire.kernels")
+compiling = threading.Event()
+"""Set while this process compiles."""
 
 SOURCES = Path(__file__).parent
 UNITS = ("attention.c", "quire_kernels.c")
@@ -59,7 +67,9 @@ def find_compiler() -> list[str]:
     for name in ("cc", "gcc", "clang"):
         if found := shutil.which(name):
             return [found]
-    raise BuildError("no C compiler (cc, gcc or clang) on the path")
+    raise BuildError(
+        "no C compiler (cc, gcc or clang) on the path; Debian: apt install gcc libc6-dev"
+    )
 
 
 def build(march: str = "native") -> Path:
@@ -73,13 +83,30 @@ def build(march: str = "native") -> Path:
         _require_private(directory)
         if library.exists():
             return library
-        with tempfile.TemporaryDirectory(dir=directory, prefix="build-") as scratch:
+        with _announced(), tempfile.TemporaryDirectory(dir=directory, prefix="build-") as scratch:
             built = Path(scratch) / library.name
             _compile(compiler, built)
             os.replace(built, library)
     except OSError as error:
         raise BuildError(f"cannot write {directory}: {error.strerror}") from error
     return library
+
+
+@contextmanager
+def _announced() -> Iterator[None]:
+    """The only long wait of a first start is said to be one."""
+    compiling.set()
+    report_compiling()
+    try:
+        yield
+    finally:
+        compiling.clear()
+
+
+def report_compiling() -> None:
+    """Log that kernels are being compiled, if they are: for a process that began before it could log."""
+    if compiling.is_set():
+        logger.info("compiling the CPU kernels, once for this machine: about ten seconds")
 
 
 def _require_private(directory: Path) -> None:
@@ -108,6 +135,11 @@ def _run(command: list[str]) -> None:
         raise BuildError(f"{command[0]} did not run: {error}") from error
     if result.returncode != 0:
         lines = [line for line in result.stderr.splitlines() if "error" in line.lower()]
+        if "No space left on device" in result.stderr:
+            raise BuildError(
+                f"no space left to compile them in {cache_dir()} (QUIRE_CACHE_DIR) or "
+                f"{tempfile.gettempdir()} (TMPDIR)"
+            )
         raise BuildError(f"{command[0]} failed: {(lines or ['no message'])[0]}")
 
 
