@@ -248,13 +248,14 @@ class PlainLinear:
 
 
 def _to_grid(rows: Tensor, bits: int) -> Tensor:
-    """1.5 * 2**52 times each row's unit: to add it and to take it away rounds to multiples of the unit.
+    """1.5 * 2**52 times each row's unit: to add it and take it away rounds to multiples of the unit.
 
-    rows: [R, K]. Returns [R, 1] float64. A row's largest element is below 2**bits units. Made of bits, since an
+    rows: [R, K]. Returns [R, 1] float64. A row is below 2**bits units. Made of bits, since an
     elementary function of a library may differ in the last place.
     """
     largest = rows.abs().amax(dim=1, keepdim=True).double()
-    exponent = (largest.view(torch.int64) >> 52).clamp(max=1023 + 128) + 1  # biased; of 2**e > largest
+    exponent = (largest.view(torch.int64) >> 52).clamp(max=1023 + 128)  # biased
+    exponent += 1  # of the power of two above `largest`
     return ((exponent - bits + 52 << 52) | (1 << 51)).view(torch.float64)
 
 

@@ -65,7 +65,7 @@ def find_compiler() -> list[str]:
 def build(march: str = "native") -> Path:
     """The compiled library's path, compiling it if this machine has not yet. Raises BuildError."""
     extra = shlex.split(os.environ.get(EXTRA_FLAGS_VARIABLE, ""))
-    compiler = [*find_compiler(), *FLAGS, f"-march={march}", *extra]
+    compiler = [*find_compiler(), *FLAGS, machine_flag(march), *extra]
     directory = cache_dir()
     library = directory / f"quire-kernels-{_fingerprint(compiler)}.so"
     try:
@@ -80,6 +80,12 @@ def build(march: str = "native") -> Path:
     except OSError as error:
         raise BuildError(f"cannot write {directory}: {error.strerror}") from error
     return library
+
+
+def machine_flag(march: str) -> str:
+    """On Arm a processor is asked for by -mcpu: clang has no -march=native there."""
+    arm = platform.machine() in ("aarch64", "arm64")
+    return "-mcpu=native" if march == "native" and arm else f"-march={march}"
 
 
 def _require_private(directory: Path) -> None:

@@ -1,0 +1,318 @@
+/* The C kernels against plain scalar loops in double, on data that every machine makes alike: what scripts/test-aarch64
+ * runs under an emulator, where there is no PyTorch. Also that a row alone has the bits it has in a batch, and that
+ * threads change none. Prints a line for each operation, "ok" at the end; the status is the number of failures. */
+#define _GNU_SOURCE
+#include <stdio.h>
+
+#include "quire_kernels.c"
+
+static int failures;
+static const char *const names[] = {"float32", "bfloat16", "float16"};
+
+static void expect(int holds, const char *what, int dt, int64_t a, int64_t b) {
+  if (holds) return;
+  failures++;
+  printf("FAILED %s %s [%lld, %lld]\n", what, names[dt], (long long)a, (long long)b);
+}
+
+/* ---- data ---- */
+
+static uint64_t random_bits;
+
+static float uniform(void) { /* in [-1, 1) */
+  random_bits = random_bits * 6364136223846793005u + 1442695040888963407u;
+  return (float)(int32_t)(random_bits >> 32) * 0x1p-31f;
+}
+
+static float get(const void *x, int64_t i, int dt) {
+  if (dt == F32) return ((const float *)x)[i];
+  uint16_t h;
+  memcpy(&h, (const char *)x + 2 * i, 2);
+  if (dt == BF16) {
+    const uint32_t u = (uint32_t)h << 16;
+    float f;
+    memcpy(&f, &u, 4);
+    return f;
+  }
+  const int exponent = h >> 10 & 31, mantissa = h & 1023;
+  const float f = exponent ? ldexpf((float)(mantissa + 1024), exponent - 25) : ldexpf((float)mantissa, -24);
+  return h & 0x8000 ? -f : f;
+}
+
+static void put_value(void *x, int64_t i, float f, int dt) { /* f is small: no infinities here */
+  if (dt == F32) {
+    ((float *)x)[i] = f;
+    return;
+  }
+  uint32_t u;
+  memcpy(&u, &f, 4);
+  const uint16_t h = dt == BF16 ? (uint16_t)((u + 0x7fffu + (u >> 16 & 1)) >> 16) : half_from_float(f);
+  memcpy((char *)x + 2 * i, &h, 2);
+}
+
+static void *make(int64_t n, int dt, float scale) { /* off any alignment but the element's */
+  char *x = malloc((size_t)n * 4 + 256);
+  x += dt == F32 ? 4 : 2;
+  for (int64_t i = 0; i < n; i++) put_value(x, i, scale * uniform(), dt);
+  return x;
+}
+
+static double ulp(int dt) { return dt == F32 ? 0x1p-23 : dt == BF16 ? 0x1p-8 : 0x1p-11; }
+
+static int close_to(double actual, double expected, double size, int dt) {
+  return fabs(actual - expected) <= 1.5 * ulp(dt) * fabs(expected) + 8 * 0x1p-23 * size;
+}
+
+static double rounded(double x, int dt) {
+  float buffer;
+  put_value(&buffer, 0, (float)x, dt);
+  return get(&buffer, 0, dt);
+}
+
+/* ---- operations ---- */
+
+static void test_conversions(void) {
+  for (uint32_t h = 0; h < 0x10000; h += VW) { /* every half precision value, there and back */
+    uint16_t in[VW], out[VW];
+    float wide[VW];
+    for (int i = 0; i < VW; i++) in[i] = (uint16_t)(h + (uint32_t)i);
+    if ((h & 0x7c00) != 0x7c00) { /* finite */
+      vstore(wide, vload(in, F16), F32);
+      for (int i = 0; i < VW; i++) expect(wide[i] == get(in, i, F16), "widen", F16, h, i);
+      vstore(out, vload(wide, F32), F16);
+      expect(!memcmp(in, out, sizeof in), "narrow", F16, h, 0);
+    }
+    if ((h & 0x7f80) != 0x7f80) {
+      vstore(wide, vload(in, BF16), F32);
+      for (int i = 0; i < VW; i++) expect(wide[i] == get(in, i, BF16), "widen", BF16, h, i);
+      vstore(out, vload(wide, F32), BF16);
+      expect(!memcmp(in, out, sizeof in), "narrow", BF16, h, 0);
+    }
+  }
+  for (int i = 0; i < 20000; i++) { /* ties and what is beside them */
+    float x[VW];
+    for (int j = 0; j < VW; j++) {
+      const float f = ldexpf(uniform(), i % 60 - 40);
+      uint32_t u;
+      memcpy(&u, &f, 4);
+      u = (u & ~0x1fffu) | (i % 3 == 0 ? 0x1000u : i % 3 == 1 ? 0x0fffu : 0x1001u);
+      if (i & 1) u = (u & ~0xffffu) | 0x8000u;
+      memcpy(x + j, &u, 4);
+      if (fabsf(x[j]) > 60000) x[j] = 1;
+    }
+    for (int dt = BF16; dt <= F16; dt++) {
+      uint16_t out[VW];
+      vstore(out, vload(x, F32), dt);
+      for (int j = 0; j < VW; j++)
+        expect(get(out, j, dt) == (float)rounded(x[j], dt), "round to nearest even", dt, i, j);
+    }
+  }
+}
+
+static void test_linear(int dt, int64_t m, int64_t k, int64_t n) {
+  const int64_t step = pair_of(dt), size = (int64_t)elem_size(dt), padded = (k + step - 1) / step * step;
+  void *x = make(m * k, dt, 1), *w = make(n * k, dt, 0.1f), *bias = make(n, dt, 1);
+  void *panels = aligned_alloc(64, (size_t)((n + PANEL - 1) / PANEL * PANEL * padded * 4));
+  memset(panels, 0, (size_t)((n + PANEL - 1) / PANEL * PANEL * padded * 4));
+  quire_pack_linear(w, 0, n, k, size, step, panels, 2);
+  const linear_weight weight = {panels, bias, n, k, dt, LINEAR_DENSE};
+  char *out = malloc((size_t)(m * n * 4)), *alone = malloc((size_t)(n * 4));
+  expect(quire_linear(&weight, x, k, out, n, m, LINEAR_STORE, 2) == 0, "linear", dt, m, n);
+  for (int64_t i = 0; i < m; i++) {
+    for (int64_t j = 0; j < n; j++) {
+      double sum = get(bias, j, dt), magnitude = fabs(sum);
+      for (int64_t l = 0; l < k; l++) {
+        const double product = (double)get(x, i * k + l, dt) * get(w, j * k + l, dt);
+        sum += product;
+        magnitude += fabs(product);
+      }
+      expect(close_to(get(out, i * n + j, dt), sum, magnitude, dt), "linear", dt, i, j);
+    }
+    quire_linear(&weight, at(x, i * k, dt), k, alone, n, 1, LINEAR_STORE, 1);
+    expect(!memcmp(alone, out + i * n * size, (size_t)(n * size)), "linear, row alone", dt, i, n);
+  }
+  char *row = malloc((size_t)(k * 4));
+  for (int64_t j = 0; j < n; j += 7) {
+    expect(quire_gather_rows(&weight, &j, 1, row) == 0, "gather", dt, j, n);
+    expect(!memcmp(row, at(w, j * k, dt), (size_t)(k * size)), "gather", dt, j, n);
+  }
+}
+
+static void test_norm_and_silu(int dt, int64_t rows, int64_t n) {
+  void *x = make(rows * 2 * n, dt, 3), *residual = make(rows * n, dt, 3), *weight = make(n, dt, 1);
+  char *out = malloc((size_t)(rows * n * 4)), *sum = malloc((size_t)(rows * n * 4));
+  memcpy(sum, residual, (size_t)rows * (size_t)n * elem_size(dt));
+  quire_rms_norm(x, 2 * n, 1, sum, weight, out, rows, n, 1e-5f, dt, 3);
+  for (int64_t i = 0; i < rows; i++) {
+    double squares = 0;
+    for (int64_t j = 0; j < n; j++) {
+      const double s = rounded((float)(get(x, i * 2 * n + j, dt) + get(residual, i * n + j, dt)), dt);
+      expect(get(sum, i * n + j, dt) == s, "residual", dt, i, j);
+      squares += s * s;
+    }
+    const double scale = 1 / sqrt(squares / (double)n + 1e-5);
+    for (int64_t j = 0; j < n; j++) {
+      const double normed = get(sum, i * n + j, dt) * scale, expected = normed * get(weight, j, dt);
+      /* rounded before the weight and after it */
+      expect(fabs(get(out, i * n + j, dt) - expected) <= 3 * ulp(dt) * fabs(expected) + 1e-6, "norm", dt, i, j);
+    }
+  }
+  quire_silu_and_mul(x, out, rows, n, dt, 3);
+  for (int64_t i = 0; i < rows; i++)
+    for (int64_t j = 0; j < n; j++) {
+      const double gate = get(x, i * 2 * n + j, dt), up = get(x, i * 2 * n + n + j, dt);
+      const double expected = gate / (1 + exp(-gate)) * up;
+      expect(fabs(get(out, i * n + j, dt) - expected) <= 3 * ulp(dt) * fabs(expected) + 1e-6, "silu", dt, i, j);
+    }
+}
+
+enum { BLOCK = 16, Q_HEADS = 4, KV_HEADS = 2, HALF = 8 };
+
+/* Two requests through rotation, cache and attention: one all at once, then token by token. */
+static void test_attention(int dt, int64_t d, int64_t tokens, int64_t window, float softcap) {
+  const int64_t width = (Q_HEADS + 2 * KV_HEADS) * d, blocks = (tokens + BLOCK - 1) / BLOCK, size = (int64_t)elem_size(dt);
+  void *qkv = make(tokens * width, dt, 1), *norm = make(d, dt, 1);
+  char *plain = malloc((size_t)(tokens * width * size));
+  memcpy(plain, qkv, (size_t)(tokens * width * size));
+  float *cos_sin = malloc(sizeof(float) * (size_t)tokens * 2 * HALF);
+  int64_t *positions = malloc(8 * (size_t)tokens), *slots = malloc(8 * (size_t)tokens);
+  int32_t *table = malloc(4 * (size_t)blocks);
+  for (int64_t b = 0; b < blocks; b++) table[b] = (int32_t)(blocks - b); /* block 0 is nobody's */
+  for (int64_t t = 0; t < tokens; t++) {
+    positions[t] = t;
+    slots[t] = table[t / BLOCK] * BLOCK + t % BLOCK;
+    for (int i = 0; i < HALF; i++) {
+      cos_sin[t * 2 * HALF + i] = (float)cos((double)t * pow(100, -i / (double)HALF));
+      cos_sin[t * 2 * HALF + HALF + i] = (float)sin((double)t * pow(100, -i / (double)HALF));
+    }
+  }
+  const size_t bytes = (size_t)((blocks + 1) * KV_HEADS * d * BLOCK * size);
+  void *k_cache = aligned_alloc(64, bytes), *v_cache = aligned_alloc(64, bytes);
+  memset(k_cache, 0xff, bytes), memset(v_cache, 0xff, bytes); /* NaN wherever nothing is written */
+  const qkv_args write = {.qkv = qkv, .positions = positions, .slots = slots, .cos_sin = cos_sin,
+                          .q_norm = norm, .k_norm = norm, .k_cache = k_cache, .v_cache = v_cache,
+                          .qkv_stride = width, .tokens = tokens, .q_heads = Q_HEADS, .kv_heads = KV_HEADS,
+                          .head_dim = d, .half = HALF, .max_position = tokens, .block_size = BLOCK,
+                          .num_blocks = blocks + 1, .eps = 1e-6f, .dtype = dt, .threads = 2};
+  expect(quire_rope_write_kv(&write) == 0, "rope", dt, tokens, d);
+  /* What queries and keys should be: [tokens, heads, d], in double. */
+  const int heads = Q_HEADS + KV_HEADS;
+  double *rotated = malloc(sizeof(double) * (size_t)(tokens * heads * d));
+  for (int64_t t = 0; t < tokens; t++)
+    for (int h = 0; h < heads; h++) {
+      double *to = rotated + (t * heads + h) * d, squares = 0;
+      for (int64_t i = 0; i < d; i++) {
+        to[i] = get(plain, t * width + h * d + i, dt);
+        squares += to[i] * to[i];
+      }
+      const double scale = 1 / sqrt(squares / (double)d + 1e-6);
+      for (int64_t i = 0; i < d; i++) to[i] = rounded(rounded(to[i] * scale, dt) * get(norm, i, dt), dt);
+      for (int i = 0; i < HALF; i++) {
+        const double c = cos_sin[t * 2 * HALF + i], s = cos_sin[t * 2 * HALF + HALF + i], a = to[i], b = to[i + HALF];
+        to[i] = a * c - b * s;
+        to[i + HALF] = b * c + a * s;
+      }
+      for (int64_t i = 0; i < d && h < Q_HEADS; i++)
+        expect(fabs(get(qkv, t * width + h * d + i, dt) - to[i]) <= 4 * ulp(dt), "rope", dt, t, i);
+    }
+  char *out = malloc((size_t)(tokens * Q_HEADS * d * size)), *one = malloc((size_t)(Q_HEADS * d * size));
+  int32_t starts[] = {0, (int32_t)tokens}, length = (int32_t)tokens;
+  attention_args a = {.q = qkv, .k_cache = k_cache, .v_cache = v_cache, .block_table = table,
+                      .query_start_loc = starts, .seq_lens = &length, .out = out, .q_stride = width,
+                      .table_stride = blocks, .requests = 1, .tokens = tokens, .q_heads = Q_HEADS,
+                      .kv_heads = KV_HEADS, .head_dim = d, .block_size = BLOCK, .num_blocks = blocks + 1,
+                      .window = window, .scale = 0.25f, .softcap = softcap, .dtype = dt, .threads = 2};
+  expect(quire_paged_attention(&a) == 0, "attention", dt, tokens, d);
+  double *scores = malloc(sizeof(double) * (size_t)tokens);
+  for (int64_t t = 0; t < tokens; t++) {
+    const int64_t first = window && t >= window ? t - window + 1 : 0;
+    for (int h = 0; h < Q_HEADS; h++) {
+      const int g = h / (Q_HEADS / KV_HEADS);
+      double total = 0;
+      for (int64_t j = first; j <= t; j++) {
+        double s = 0;
+        for (int64_t i = 0; i < d; i++)
+          s += get(qkv, t * width + h * d + i, dt) * rounded(rotated[(j * heads + Q_HEADS + g) * d + i], dt);
+        s *= 0.25;
+        total += scores[j] = exp(softcap > 0 ? softcap * tanh(s / softcap) : s);
+      }
+      for (int64_t i = 0; i < d; i++) {
+        double expected = 0;
+        for (int64_t j = first; j <= t; j++)
+          expected += scores[j] / total * get(plain, j * width + (Q_HEADS + KV_HEADS + g) * d + i, dt);
+        const double actual = get(out, (t * Q_HEADS + h) * d + i, dt);
+        expect(fabs(actual - expected) <= (dt == F32 ? 2e-5 : 4 * ulp(dt)), "attention", dt, t, i);
+      }
+    }
+    starts[1] = 1, length = (int32_t)t + 1; /* as it is decoded */
+    a.q = at(qkv, t * width, dt), a.tokens = 1, a.out = one;
+    expect(quire_paged_attention(&a) == 0, "attention, one token", dt, t, d);
+    expect(!memcmp(one, out + t * Q_HEADS * d * size, (size_t)(Q_HEADS * d * size)), "attention, one token", dt, t, d);
+  }
+}
+
+static void test_sampling(int64_t vocab, int values) {
+  float *logits = malloc(sizeof(float) * (size_t)vocab);
+  for (int64_t i = 0; i < vocab; i++) /* few values: ties everywhere */
+    logits[i] = values ? floorf(uniform() * (float)values) / (float)values : 4 * uniform();
+  float *noise = malloc(sizeof(float) * (size_t)vocab);
+  char *taken = malloc((size_t)vocab);
+  for (int c = 0; c < 40; c++) {
+    const int ks[] = {0, 1, 3, 17, 64, 200};
+    const float ps[] = {1, 0.6f, 0.93f};
+    sample_row row = {.temperature = c == 39 ? 0.0f : 0.8f, .top_p = ps[c % 3], .min_p = c % 5 == 4 ? 0.2f : 0.0f,
+                      .top_k = ks[c % 6], .seed = c * 0x123456789abcll, .position = 77 + ((int64_t)c << 32)};
+    int64_t token = -1;
+    uint8_t valid = 0;
+    const sample_args args = {logits, &row, &token, &valid, vocab, 1, vocab, 2};
+    expect(quire_sample(&args) == 0 && valid, "sample", F32, vocab, c);
+    quire_philox_uniform((uint64_t)row.seed, (uint64_t)row.position, noise, vocab);
+    float best = -INFINITY;
+    for (int64_t i = 0; i < vocab; i++) best = fmaxf(best, logits[i]);
+    int64_t winner = -1;
+    double winning = -INFINITY, runner_up = -INFINITY, total = 0, before = 0;
+    memset(taken, 0, (size_t)vocab);
+    const int64_t k = row.temperature == 0 ? 1 : row.top_k ? min64(row.top_k, vocab) : vocab;
+    for (int pass = 0; pass < 2; pass++, before = 0, memset(taken, 0, (size_t)vocab))
+      for (int64_t n = 0; n < k; n++) { /* the next in the order of (logit, lowest id) */
+        int64_t next = -1;
+        for (int64_t i = 0; i < vocab; i++)
+          if (!taken[i] && (next < 0 || logits[i] > logits[next])) next = i;
+        taken[next] = 1;
+        const double score = row.temperature > 0 ? ((double)logits[next] - best) / row.temperature : 0;
+        if (n > 0 && row.min_p > 0 && score < log(row.min_p)) break;
+        if (pass == 0) {
+          total += exp(score);
+          continue;
+        }
+        if (n > 0 && row.top_p < 1 && row.temperature > 0 && before >= row.top_p * total) break;
+        before += exp(score);
+        const double noisy = score - log(-log1p(-(double)noise[next]));
+        if (noisy > winning) runner_up = winning, winning = noisy, winner = next;
+        else if (noisy > runner_up) runner_up = noisy;
+      }
+    expect(token == winner || winning - runner_up < 1e-5, "sample", F32, vocab, c);
+  }
+}
+
+int main(void) {
+  printf("vectors of %d floats%s\n", VW, HAVE_DOT ? ", bfloat16 dot products" : "");
+  random_bits = 1;
+  test_conversions();
+  puts("conversions");
+  for (int dt = F32; dt <= F16; dt++) {
+    const int64_t shapes[][3] = {{1, 1, 1}, {3, 7, 5}, {1, 300, 65}, {7, 64, 128}, {20, 129, 70}, {2, 4101, 9}};
+    for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++)
+      test_linear(dt, shapes[i][0], shapes[i][1], shapes[i][2]);
+    test_norm_and_silu(dt, 5, 1), test_norm_and_silu(dt, 9, 37), test_norm_and_silu(dt, 40, 512);
+    test_attention(dt, 16, 40, 0, 0), test_attention(dt, 64, 150, 33, 0), test_attention(dt, 72, 70, 0, 5);
+    printf("linear, norm, silu, rope, attention: %s\n", names[dt]);
+  }
+  test_attention(F32, 16, 1100, 0, 0); /* more than two segments of keys */
+  for (int64_t vocab = 1; vocab < 2000; vocab = vocab * 3 + 2)
+    for (int values = 0; values < 3; values++) test_sampling(vocab, values);
+  puts("sampling");
+  if (failures) return printf("%d failures\n", failures), failures > 100 ? 100 : failures;
+  puts("ok");
+  return 0;
+}
