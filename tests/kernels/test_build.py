@@ -145,6 +145,13 @@ def test_a_cache_that_others_may_write_is_refused(
         build()
 
 
+def test_the_processor_is_named_as_its_compilers_want(monkeypatch: pytest.MonkeyPatch) -> None:
+    for machine, flag in (("x86_64", "-march=native"), ("aarch64", "-mcpu=native")):
+        monkeypatch.setattr(build_module.platform, "machine", lambda machine=machine: machine)
+        assert build_module.machine_flag("native") == flag
+        assert build_module.machine_flag("armv8-a") == "-march=armv8-a"
+
+
 def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("QUIRE_CACHE_DIR", "/a")
     monkeypatch.setenv("XDG_CACHE_HOME", "/b")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from quire.kernels.cpu.build import SOURCES, BuildError, find_compiler
+from quire.kernels.cpu.build import SOURCES, BuildError, find_compiler, machine_flag
 from quire.kernels.cpu.native import NativeKernels
 from tests.kernels.cases import bits, generator, randn
 
@@ -24,7 +24,7 @@ def stress(tmp_path_factory: pytest.TempPathFactory) -> Path:
         compiler = find_compiler()
     except BuildError as error:
         pytest.skip(str(error))
-    flags = ["-O1", "-g", "-march=native", "-Wno-psabi", "-pthread", "-fsanitize=thread"]
+    flags = ["-O1", "-g", machine_flag("native"), "-Wno-psabi", "-pthread", "-fsanitize=thread"]
     command = [*compiler, *flags, f"-I{SOURCES}", str(STRESS), "-o", str(binary), "-lm"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     if done.returncode != 0 and "tsan" in done.stderr:

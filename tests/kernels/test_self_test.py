@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from quire.kernels.cpu.build import FLAGS, SOURCES, BuildError, find_compiler
+from quire.kernels.cpu.build import FLAGS, SOURCES, BuildError, find_compiler, machine_flag
 
 
 def compiled(
@@ -19,7 +19,7 @@ def compiled(
         compiler = find_compiler()
     except BuildError as error:
         pytest.skip(str(error))
-    flags = [*FLAGS, "-march=native"] if native else FLAGS
+    flags = [*FLAGS, machine_flag("native")] if native else FLAGS
     command = [*compiler, *flags, f"-I{include}", str(source)]
     program = directory / "self_test"
     subprocess.run([*command, "-o", str(program), "-lm"], check=True, capture_output=True)
