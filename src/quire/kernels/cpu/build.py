@@ -92,7 +92,6 @@ def build(march: str = "native") -> Path:
     return library
 
 
-<<<<<<< HEAD
 @contextmanager
 def _announced() -> Iterator[None]:
     """The only long wait of a first start is said to be one."""
@@ -108,12 +107,12 @@ def report_compiling() -> None:
     """Log that kernels are being compiled, if they are: for a process that began before it could log."""
     if compiling.is_set():
         logger.info("compiling the CPU kernels, once for this machine: about ten seconds")
-=======
+
+
 def machine_flag(march: str) -> str:
     """On Arm a processor is asked for by -mcpu: clang has no -march=native there."""
     arm = platform.machine() in ("aarch64", "arm64")
     return "-mcpu=native" if march == "native" and arm else f"-march={march}"
->>>>>>> machines
 
 
 def _require_private(directory: Path) -> None:
