@@ -378,6 +378,7 @@ def test_narrower_cpus(native: NativeKernels, reference: Kernels, march: str) ->
     assert torch.equal(narrow.philox_uniform(5, 6, 99), reference.philox_uniform(5, 6, 99))
 
 
+@pytest.mark.usefixtures("native")
 @pytest.mark.parametrize("march", ["native", "x86-64-v3", "x86-64"])
 def test_every_half_precision_value_rounds_as_torch(march: str) -> None:
     """Loads and stores of all 65,536 patterns, and of the floats halfway between them."""

@@ -335,7 +335,9 @@ def kept_by_definition(logits: torch.Tensor, top_k: int, top_p: float, min_p: fl
     vocab=vocabs,
     values=few_values,
     top_k=st.sampled_from([0, 1, 2, 3, 15, 16, 17, 63, 64, 65, 129, 1000, 2**31 - 1]),
-    top_p=st.sampled_from([0.0, 0.251, 0.777, 1.0]),
+    top_p=st.sampled_from(
+        [0.0, float(np.float32(1 / math.pi)), float(np.float32(3**0.5 - 1)), 1.0]
+    ),
     min_p=st.sampled_from([0.0, 0.4, 1.0]),
     seed=seeds,
 )
