@@ -16,7 +16,7 @@ from tests.text.test_template_facts import NO_NOTATION, TEMPLATES
 
 from quire.text import ChatTemplate
 
-ORDER_KEPT = [name for name in c.SHAPES if name not in ("no ids", "object", "arguments None")]
+SAYABLE = [name for name in c.SHAPES if name not in ("no ids", "object", "arguments None")]
 """Those that /v1/responses can say."""
 
 
@@ -59,7 +59,7 @@ async def test_chat_completions(client, template) -> None:
 
 
 async def test_responses(client, template) -> None:
-    for name in ORDER_KEPT:
+    for name in SAYABLE:
         shape = c.SHAPES[name]
         items = [item for message in shape.messages for item in as_items(message)]
         body = {"input": items}

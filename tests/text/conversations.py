@@ -49,10 +49,7 @@ def parts(*texts: str) -> list[dict[str, str]]:
 
 @dataclass(frozen=True)
 class Shape:
-    """messages: as sent. optional: words that a template may leave out, as its author decided.
-
-    invites_text: arguments are sent as text. plain: neither calls nor results.
-    """
+    """messages: as sent. optional: words that a template may leave out, as its author decided."""
 
     messages: Sequence[Message]
     optional: frozenset[str] = frozenset()
@@ -76,7 +73,7 @@ def loop(message: Message, *after: Message, **shape: object) -> Shape:
     return Shape([user(), message, *(after or [result()])], **shape)  # type: ignore[arg-type]
 
 
-def arguments(value: object, *, shown: bool = False) -> Shape:
+def arguments(value: object) -> Shape:
     """A call whose arguments are no object: the conversation goes on, whatever is shown of them."""
     return loop(assistant(None, tool_calls=[call(value)]))
 

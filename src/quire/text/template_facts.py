@@ -192,7 +192,7 @@ class _Asking:
             self._ask_beside_calls()
         self.facts = dataclasses.replace(self.facts, complete=shows_user and shows_calls)
 
-    # What was found, as sent where nothing else is needed.
+    # Trying one answer to a question.
 
     def _with(self, **chosen: Rewrite) -> TemplateFacts:
         return dataclasses.replace(self.facts, rewrites={**self.facts.rewrites, **chosen})
