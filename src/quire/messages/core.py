@@ -1,8 +1,4 @@
-"""The structs that cross a boundary: front end <-> engine core, and scheduler <-> executor.
-
-All of it is data: no tensors, no callbacks, no shared objects, so each boundary may become a process
-boundary. Encoded with msgspec's msgpack (typed on decoding, never pickle).
-"""
+"""Front end <-> engine core: requests in, outputs out."""
 
 from __future__ import annotations
 
@@ -247,74 +243,3 @@ class CoreFailed(msgspec.Struct, tag="failed", frozen=True):
 
 
 CoreOutput = StepOutputs | EngineReady | Pong | SleepState | CoreFailed
-
-# --- scheduler -> executor -> scheduler -----------------------------------------------------------
-
-
-class AdmittedRequest(msgspec.Struct, kw_only=True):
-    """A request the executor does not know yet (new, or resumed after preemption)."""
-
-    request_id: int
-    token_ids: list[int]
-    """All known tokens: the prompt, and what was generated before a preemption."""
-    num_prompt_tokens: int
-    block_ids: list[int]
-    params: SamplingParams
-    seed: int
-    eos_token_ids: list[int] = []
-    rules: TokenRules | None = None
-    pooling: PoolingParams | None = None
-    num_prompt_logprobs: int = 0
-    """How many of its prompt's tokens have their logprobs already, from before a preemption."""
-
-
-class PlannedRow(msgspec.Struct, kw_only=True):
-    """One request's share of a step: compute tokens [start, start + num_tokens)."""
-
-    request_id: int
-    start: int
-    """Its num_computed_tokens before the step."""
-    num_tokens: int
-    new_block_ids: list[int]
-    """Appended to its block table (for an admitted request: already in `AdmittedRequest`)."""
-    samples: bool
-    """Whether the row reaches the request's last token, so that a token is sampled after it."""
-    pending: bool = False
-    """Whether that last token is still pending: a plan launched before this one samples it, so only the
-    executor knows its id. The row has no other token."""
-
-
-class StepPlan(msgspec.Struct, kw_only=True):
-    """Who computes which tokens into which blocks. Applied in the order: released, admitted,
-    copies, rows. Plans may be launched before the results of earlier ones are there, but they are
-    carried out one after the other."""
-
-    step_id: int
-    released: list[int] = []
-    """Requests the executor may forget (finished, aborted or preempted)."""
-    admitted: list[AdmittedRequest] = []
-    copies: list[tuple[int, int]] = []
-    """Copy-on-write: whole blocks to copy (source, destination) before the forward pass."""
-    rows: list[PlannedRow] = []
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(row.num_tokens for row in self.rows)
-
-
-class SampledRow(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """Result of a row that samples, or has something to tell of its prompt. Token ids in order: one, or
-    more where a grammar left no choice for those that follow."""
-
-    request_id: int
-    token_ids: list[int]
-    logprobs: list[TokenLogprobs] | None = None
-    prompt_logprobs: PromptLogprobs | None = None
-    embedding: list[float] | None = None
-    error: str | None = None
-    """The row alone failed (for example NaN logits); the request ends, the engine does not."""
-
-
-class StepResult(msgspec.Struct, kw_only=True):
-    step_id: int
-    sampled: list[SampledRow] = []
