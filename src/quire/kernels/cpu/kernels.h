@@ -19,7 +19,7 @@ INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
  * long and 64-byte aligned; NULL if there is none. */
 enum scratch_use {
   SCRATCH_LINEAR,
-  SCRATCH_DECODER,
+  SCRATCH_PROGRAM,
   SCRATCH_STEP,
   SCRATCH_ATTENTION,
   SCRATCH_ATTENTION_PLAN,

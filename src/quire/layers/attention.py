@@ -1,0 +1,105 @@
+"""Attention with grouped queries (Ainslie et al. 2023) as a part of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from quire.kernels.base import LayerKernels
+from quire.kernels.ops import AttentionLayer, Buf, Ops
+from quire.layers.linear import Linear, LinearMethod, LinearPart
+from quire.layers.norm import RMSNorm
+from quire.layers.parameter import WeightTarget
+from quire.layers.rotary import query_temperatures
+from quire.layers.spec import AttentionSpec, NormSpec
+
+
+class Attention:
+    """One layer's. Usable once every target has been loaded and `bind()` called."""
+
+    def __init__(
+        self,
+        spec: AttentionSpec,
+        prefix: str,
+        *,
+        index: int,
+        hidden_size: int,
+        norm: NormSpec,
+        cos_sin: torch.Tensor,
+        dtype: torch.dtype,
+        kernels: LayerKernels,
+        method: LinearMethod,
+    ) -> None:
+        """cos_sin: [max_position, R], as in `AttentionLayer`; index: which of the cache's layers is its own."""
+        q_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+        parts = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
+        if spec.fused_qkv:
+            parts = {"qkv_proj": q_size + 2 * kv_size}
+        self._qkv = Linear(
+            [LinearPart(f"{prefix}.{name}", size) for name, size in parts.items()],
+            in_features=hidden_size,
+            bias=spec.qkv_bias,
+            dtype=dtype,
+            method=method,
+        )
+        self._o = Linear(
+            [LinearPart(f"{prefix}.o_proj", hidden_size)],
+            in_features=q_size,
+            bias=spec.o_bias,
+            dtype=dtype,
+            method=method,
+        )
+        self._norms: dict[str, RMSNorm] = {}
+        if spec.qk_norm != "none":
+            sizes = (q_size, kv_size) if spec.qk_norm == "whole" else (spec.head_dim,) * 2
+            for name, size in zip(("q_norm", "k_norm"), sizes, strict=True):
+                self._norms[name] = RMSNorm(
+                    f"{prefix}.{name}", size=size, spec=norm, dtype=dtype, device=kernels.device
+                )
+        q_norm, k_norm = (self._norms[name].weight for name in self._norms) or (None, None)
+        self._whole_norms = (q_norm, k_norm) if spec.qk_norm == "whole" else None
+        by_head = spec.qk_norm == "head"
+        self._layer = AttentionLayer(
+            index=index,
+            num_heads=spec.num_heads,
+            num_kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_dim,
+            cos_sin=cos_sin,
+            q_norm=q_norm if by_head else None,
+            k_norm=k_norm if by_head else None,
+            window=spec.window or 0,
+            scale=spec.scale,
+            softcap=spec.softcap,
+        )
+        self._temperatures: torch.Tensor | None = None
+        if spec.query_temperature is not None:
+            self._temperatures = query_temperatures(
+                *spec.query_temperature, max_model_len=cos_sin.shape[0], dtype=dtype
+            ).to(kernels.device)
+
+    def targets(self) -> Iterator[WeightTarget]:
+        yield from self._qkv.targets()
+        yield from self._o.targets()
+        for norm in self._norms.values():
+            yield from norm.targets()
+
+    def bind(self) -> None:
+        self._qkv_product, self._o_product = self._qkv.bind(), self._o.bind()
+
+    def mix(self, ops: Ops[Buf], x: Buf) -> Buf:
+        """What each token takes from those before it: [T, q_size]. x: [T, hidden_size]"""
+        layer = self._layer
+        qkv = ops.linear(x, self._qkv_product, "qkv")
+        if self._whole_norms is not None:
+            q_norm, k_norm = self._whole_norms
+            ops.norm_columns(qkv, q_norm, 0)
+            ops.norm_columns(qkv, k_norm, layer.q_size)
+        ops.rope_write_kv(qkv, layer)
+        if self._temperatures is not None:
+            ops.scale_by_position(qkv, layer.q_size, self._temperatures)
+        return ops.attend(qkv, layer)
+
+    def project(self, ops: Ops[Buf], mixed: Buf) -> Buf:
+        """[T, q_size] -> [T, hidden_size], token by token."""
+        return ops.linear(mixed, self._o_product, "o")
