@@ -14,8 +14,9 @@ from quire.engine.core import EngineCore
 from quire.engine.memory import MemoryPlan
 from quire.engine.setup import ResolvedModel, read_tokens
 from quire.executor.inline import InlineExecutor
-from quire.kernels.base import Kernels, create_kernels
+from quire.kernels.base import Kernels
 from quire.kernels.memory import reserve_in_background
+from quire.kernels.select import create_kernels
 from quire.kvcache import KVCacheManager
 from quire.messages import EngineReady
 from quire.models.decoder import DecoderModel

@@ -19,7 +19,7 @@ from quire.engine.core import EngineCore
 from quire.executor.base import Executor
 from quire.executor.device import DeviceExecutor
 from quire.executor.inline import InlineExecutor
-from quire.kernels.base import create_kernels
+from quire.kernels.select import create_kernels
 from quire.kernels.triton.backend import TritonKernels
 from quire.kvcache import KVCacheManager
 from quire.messages import AddRequest, FinishReason, RequestUpdate
