@@ -76,8 +76,8 @@ def _make_cache(config: EngineConfig, resolved: ResolvedModel) -> KVCache:
     cache = KVCache(
         num_layers=resolved.spec.num_layers,
         num_blocks=resolved.memory.num_blocks,
-        num_kv_heads=resolved.spec.num_kv_heads,
-        head_dim=resolved.spec.head_dim,
+        num_kv_heads=resolved.spec.heads.num_kv_heads,
+        head_dim=resolved.spec.heads.head_dim,
         block_size=resolved.memory.block_size,
         dtype=getattr(torch, resolved.dtype),
     )

@@ -168,8 +168,8 @@ def cache_of(model: object, kernels: object) -> KVCache:
     cache = KVCache(
         num_layers=spec.num_layers,
         num_blocks=NUM_BLOCKS,
-        num_kv_heads=spec.num_kv_heads,
-        head_dim=spec.head_dim,
+        num_kv_heads=spec.heads.num_kv_heads,
+        head_dim=spec.heads.head_dim,
         block_size=BLOCK_SIZE,
         dtype=torch.float32,
         kernels=kernels,  # type: ignore[arg-type]
