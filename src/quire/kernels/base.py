@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from quire.errors import ConfigError
+from quire.kernels.cpu.linear import CPUProduct, dense_product
 from quire.kernels.decoder import DecoderPass, DecoderWeights
-from quire.kernels.linear_cpu import PackedLinear
 from quire.kernels.sampling import SampledTokens
 
 KernelsName = Literal["auto", "native", "reference"]
@@ -65,16 +65,9 @@ def kv_cache_shapes(
     )
 
 
-@runtime_checkable
-class DenseLinear(Protocol):
-    """`x @ weight.T + bias`; row i of the result is the same bits for every number of rows."""
-
-    def fill(self, first: int, weight: Tensor) -> None:
-        """Rows [first, first + len(weight)) of the matrix, [rows, in_features] on the CPU; copied. Called
-        from several threads for different rows."""
-        ...
-
-    def fill_bias(self, first: int, bias: Tensor) -> None: ...
+class LinearProduct(Protocol):
+    """`x @ weight.T + bias`, the weight in any format; row i of the result is the same bits for every number
+    of rows. One that C code can compute on its own is also a `kernels.cpu.linear.CProduct`."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: [M, in_features]. Returns [M, out_features]."""
@@ -85,6 +78,17 @@ class DenseLinear(Protocol):
         ...
 
 
+class DenseProduct(LinearProduct, Protocol):
+    """A product over a matrix of floats, to be filled."""
+
+    def fill(self, first: int, weight: Tensor) -> None:
+        """Rows [first, first + len(weight)) of the matrix, [rows, in_features] on the CPU; copied. Called
+        from several threads for different rows."""
+        ...
+
+    def fill_bias(self, first: int, bias: Tensor) -> None: ...
+
+
 class OnCPU:
     """How implementations for the CPU hold weights and cache."""
 
@@ -92,8 +96,8 @@ class OnCPU:
 
     def linear(
         self, *, in_features: int, out_features: int, dtype: torch.dtype, bias: bool
-    ) -> PackedLinear:
-        return PackedLinear(
+    ) -> CPUProduct:
+        return dense_product(
             in_features=in_features, out_features=out_features, dtype=dtype, bias=bias
         )
 
@@ -130,7 +134,7 @@ class LayerKernels(Protocol):
 
     def linear(
         self, *, in_features: int, out_features: int, dtype: torch.dtype, bias: bool
-    ) -> DenseLinear:
+    ) -> DenseProduct:
         """A matrix to be filled, in the form that this implementation multiplies with."""
         ...
 
