@@ -7,9 +7,9 @@ import tracemalloc
 from collections.abc import Callable, Iterator
 
 import pytest
+from quire.kernels.cpu.decoder import NativeDecoder
 
 from quire.engine.llm import LLM
-from quire.kernels.cpu.decoder import NativeDecoder
 from quire.sampling_params import SamplingParams
 
 SHORT, LONG = 100, 1900

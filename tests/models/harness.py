@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from quire.kernels.decoder import StepRows
 
 from quire.attention.base import AttentionMetadata, KVCache
-from quire.kernels.decoder import StepRows
 from quire.models.decoder import DecoderModel, gather
 
 

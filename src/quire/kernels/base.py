@@ -13,14 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from quire.kernels.decoder import DecoderPass, DecoderWeights
+from quire.kernels.ops import LinearProduct
+from quire.kernels.program import ForwardPass, Program
 from quire.kernels.sampling import SampledTokens
 
 
@@ -37,9 +38,8 @@ class KVCacheShapes:
     end of a sequence by 0. That is NaN where the memory happened to hold NaN."""
 
 
-@runtime_checkable
-class DenseLinear(Protocol):
-    """`x @ weight.T + bias`; row i of the result is the same bits for every number of rows."""
+class DenseProduct(LinearProduct, Protocol):
+    """A product over a matrix of floats, to be filled."""
 
     def fill(self, first: int, weight: Tensor) -> None:
         """Rows [first, first + len(weight)) of the matrix, [rows, in_features] on the CPU; copied. Called
@@ -47,14 +47,6 @@ class DenseLinear(Protocol):
         ...
 
     def fill_bias(self, first: int, bias: Tensor) -> None: ...
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """x: [M, in_features]. Returns [M, out_features]."""
-        ...
-
-    def rows(self, ids: Tensor) -> Tensor:
-        """Rows of the matrix, as an embedding looks them up. ids: [T]. Returns [T, in_features]."""
-        ...
 
 
 class LayerKernels(Protocol):
@@ -72,7 +64,7 @@ class LayerKernels(Protocol):
 
     def linear(
         self, *, in_features: int, out_features: int, dtype: torch.dtype, bias: bool
-    ) -> DenseLinear:
+    ) -> DenseProduct:
         """A matrix to be filled, in the form that this implementation multiplies with."""
         ...
 
@@ -167,9 +159,11 @@ class LayerKernels(Protocol):
         """`round(silu(gate)) * up`. gate_up: [T, 2F], gate first. Returns [T, F]."""
         ...
 
-    def decoder(self, weights: DecoderWeights) -> DecoderPass | None:
-        """A whole forward pass as one call, bit-equal to these operations one by one; None if this
-        implementation has none.
+    def compile(
+        self, program: Program, caches: Sequence[tuple[Tensor, Tensor]]
+    ) -> ForwardPass | None:
+        """A recorded forward pass as one call, bit-equal to its operations one by one; None if this
+        implementation cannot. caches: keys and values of each layer.
         """
         ...
 

@@ -1,11 +1,11 @@
 """The operations that a model's forward pass is made of.
 
 A model is written once, as calls of these. `EagerOps` (quire.layers.eager) computes each call at once, on
-tensors. `ProgramOps` (quire.kernels.program) computes nothing: it records the calls, on numbered buffers, as a
-program that one C function carries out. Both give the same bits.
+tensors. `ProgramOps` (quire.kernels.program) computes nothing: it records the calls, on numbered buffers,
+as a program that one C function carries out. Both give the same bits.
 
-A buffer holds one row for each token of the step (after `keep_wanted`: for each wanted token). An operation that
-changes a buffer in place says so; all others give a new one.
+A buffer holds one row for each token of the step (after `keep_wanted`: for each wanted token). An operation
+that changes a buffer in place says so; all others give a new one.
 """
 
 from __future__ import annotations
@@ -20,14 +20,19 @@ Buf = TypeVar("Buf")
 Activation = Literal["silu", "gelu_tanh"]
 
 
-class Product(Protocol):
-    """A matrix in the form that the device multiplies with, whatever its format in the checkpoint."""
+class LinearProduct(Protocol):
+    """`x @ weight.T + bias`, the weight in any format; row i of the result is the same bits for every number
+    of rows. One that C code can compute on its own is also a `kernels.cpu.linear.CProduct`."""
 
     in_features: int
     out_features: int
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x: [M, in_features]. Returns [M, out_features], in x's dtype; row i is the same bits for every M."""
+        """x: [M, in_features]. Returns [M, out_features]."""
+        ...
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows of the matrix, as an embedding looks them up. ids: [T]. Returns [T, in_features]."""
         ...
 
 
@@ -68,10 +73,10 @@ class AttentionLayer:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """From a hidden state to logits: the product, rounded; divided by `divisor`; and with c = softcap > 0 made
-    c * tanh(logits / c). Each operation rounds to the model's dtype."""
+    """From a hidden state to logits: the product, rounded; divided by `divisor`; and with c = softcap > 0
+    made c * tanh(logits / c). Each operation rounds to the model's dtype."""
 
-    product: Product
+    product: LinearProduct
     divisor: float = 1.0
     softcap: float = 0.0
 
@@ -79,9 +84,9 @@ class Head:
 class Ops(Protocol[Buf]):
     """The operations. H: hidden size; T: rows; `round` is to the model's dtype."""
 
-    def embed(self, embedding: Product | Tensor) -> Buf:
-        """Rows of the matrix for the step's token ids: [T, H]. A product's rows serve where head and embedding
-        are one matrix."""
+    def embed(self, embedding: LinearProduct | Tensor) -> Buf:
+        """Rows of the matrix for the step's token ids: [T, H]. A product's rows serve where head and
+        embedding are one matrix."""
         ...
 
     def norm(self, x: Buf, norm: NormWeight) -> Buf:
@@ -89,16 +94,18 @@ class Ops(Protocol[Buf]):
         ...
 
     def norm_columns(self, x: Buf, norm: NormWeight, first: int) -> None:
-        """In place, columns [first, first + N) of each row as one vector (OLMo 2's norm of all query heads)."""
+        """In place, columns [first, first + N) of each row as one vector (OLMo 2's norm of all query
+        heads)."""
         ...
 
-    def linear(self, x: Buf, product: Product, label: str) -> Buf:
+    def linear(self, x: Buf, product: LinearProduct, label: str) -> Buf:
         """x: [T, in_features] -> [T, out_features]. label: for profiles."""
         ...
 
     def rope_write_kv(self, qkv: Buf, layer: AttentionLayer) -> None:
-        """Norm and rotate the queries of a fused projection in place; norm and rotate its keys, and write keys
-        and values to the layer's cache. Before anyone attends: a token sees those before it in the same step."""
+        """Norm and rotate the queries of a fused projection in place; norm and rotate its keys, and write
+        keys and values to the layer's cache. Before anyone attends: a token sees those before it in the
+        same step."""
         ...
 
     def scale_by_position(self, x: Buf, width: int, table: Tensor) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from quire.kernels.checks import require
-from quire.kernels.ops import Activation, AttentionLayer, Head, NormWeight, Product
+from quire.kernels.ops import Activation, AttentionLayer, Head, LinearProduct, NormWeight
 
 ALIGNMENT = 64
 """Bytes: a buffer's memory begins at a multiple of this many bytes per token, so at a cache line."""
@@ -55,7 +55,7 @@ class Buffer:
     width: int
 
 
-Argument = Product | Tensor | NormWeight | AttentionLayer | None
+Argument: TypeAlias = LinearProduct | Tensor | NormWeight | AttentionLayer | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,9 +97,9 @@ class Program:
 class StepRows:
     """A step's rows: who computes which tokens.
 
-    The arrays stay where they are from step to step, and a pass may keep their addresses. The weights of a large
-    model evict Python's objects from the processor's cache at each step, and each one touched after that costs
-    a microsecond: so there are few.
+    The arrays stay where they are from step to step, and a pass may keep their addresses. The weights of a
+    large model evict Python's objects from the processor's cache at each step, and each one touched after
+    that costs a microsecond: so there are few.
     """
 
     token_ids: NDArray[np.int64]
@@ -140,7 +140,7 @@ class ProgramOps:
     _ops: list[Op] = field(default_factory=list)
     _widths: list[int] = field(default_factory=list)
 
-    def embed(self, embedding: Product | Tensor) -> Buffer:
+    def embed(self, embedding: LinearProduct | Tensor) -> Buffer:
         width = embedding.shape[1] if isinstance(embedding, Tensor) else embedding.in_features
         return self._record(Code.EMBED, "embed", None, self._buffer(width), argument=embedding)
 
@@ -154,7 +154,7 @@ class ProgramOps:
         width = norm.weight.shape[0]
         self._record(Code.NORM, "norm", x, x, argument=norm, first=first, width=width)
 
-    def linear(self, x: Buffer, product: Product, label: str) -> Buffer:
+    def linear(self, x: Buffer, product: LinearProduct, label: str) -> Buffer:
         self._check_product(x, product, label)
         out = self._buffer(product.out_features)
         return self._record(Code.LINEAR, label, x, out, argument=product)
@@ -180,7 +180,9 @@ class ProgramOps:
     def add(self, residual: Buffer, x: Buffer, *, scale: float = 1.0) -> Buffer:
         require(residual.width == x.width, f"{x.width} columns added to {residual.width}")
         last = self._ops[-1]
-        if last.code is Code.LINEAR and last.target == x and scale == 1.0:  # one pass over memory less
+        if (
+            last.code is Code.LINEAR and last.target == x and scale == 1.0
+        ):  # one pass over memory less
             self._ops[-1] = replace(last, code=Code.LINEAR_ADD, target=residual)
             return residual
         return self._record(Code.ADD, "add", x, residual, factor=scale)
@@ -240,7 +242,7 @@ class ProgramOps:
         fits = first + width <= x.width if first or width != x.width else True
         require(fits, f"a norm of {width} columns from {first}, of {x.width}")
 
-    def _check_product(self, x: Buffer, product: Product, label: str) -> None:
+    def _check_product(self, x: Buffer, product: LinearProduct, label: str) -> None:
         require(
             product.in_features == x.width,
             f"{label} takes {product.in_features} columns, and is given {x.width}",

@@ -20,8 +20,8 @@ from torch import Tensor
 from quire.kernels import checks
 from quire.kernels.checks import require
 from quire.kernels.cpu import layout
-from quire.kernels.decoder import DecoderWeights
 from quire.kernels.philox import gumbel_from_uniform, philox_words, uniform_from_words
+from quire.kernels.program import Program
 from quire.kernels.sampling import SampledTokens
 
 
@@ -149,7 +149,7 @@ class ReferenceKernels:
             out.copy_(torch.nn.functional.silu(row.to(torch.float32, copy=True)))
         return activated * up
 
-    def decoder(self, weights: DecoderWeights) -> None:
+    def compile(self, program: Program, caches: Sequence[tuple[Tensor, Tensor]]) -> None:
         return None
 
     def philox_uniform(self, seed: int, position: int, n: int) -> Tensor:

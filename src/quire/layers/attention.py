@@ -31,7 +31,8 @@ class Attention:
         kernels: LayerKernels,
         method: LinearMethod,
     ) -> None:
-        """cos_sin: [max_position, R], as in `AttentionLayer`; index: which of the cache's layers is its own."""
+        """cos_sin: [max_position, R], as in `AttentionLayer`; index: which of the cache's layers is its
+        own."""
         q_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
         parts = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
         if spec.fused_qkv:
@@ -57,17 +58,18 @@ class Attention:
                 self._norms[name] = RMSNorm(
                     f"{prefix}.{name}", size=size, spec=norm, dtype=dtype, device=kernels.device
                 )
-        q_norm, k_norm = (self._norms[name].weight for name in self._norms) or (None, None)
-        self._whole_norms = (q_norm, k_norm) if spec.qk_norm == "whole" else None
-        by_head = spec.qk_norm == "head"
+        norms = [norm.weight for norm in self._norms.values()]
+        self._whole_norms = norms if spec.qk_norm == "whole" else []
+        """Of all query heads together, and of all key heads."""
+        q_norm, k_norm = norms if spec.qk_norm == "head" else (None, None)
         self._layer = AttentionLayer(
             index=index,
             num_heads=spec.num_heads,
             num_kv_heads=spec.num_kv_heads,
             head_dim=spec.head_dim,
             cos_sin=cos_sin,
-            q_norm=q_norm if by_head else None,
-            k_norm=k_norm if by_head else None,
+            q_norm=q_norm,
+            k_norm=k_norm,
             window=spec.window or 0,
             scale=spec.scale,
             softcap=spec.softcap,
@@ -75,7 +77,7 @@ class Attention:
         self._temperatures: torch.Tensor | None = None
         if spec.query_temperature is not None:
             self._temperatures = query_temperatures(
-                *spec.query_temperature, max_model_len=cos_sin.shape[0], dtype=dtype
+                spec.query_temperature, max_model_len=cos_sin.shape[0], dtype=dtype
             ).to(kernels.device)
 
     def targets(self) -> Iterator[WeightTarget]:
@@ -91,10 +93,8 @@ class Attention:
         """What each token takes from those before it: [T, q_size]. x: [T, hidden_size]"""
         layer = self._layer
         qkv = ops.linear(x, self._qkv_product, "qkv")
-        if self._whole_norms is not None:
-            q_norm, k_norm = self._whole_norms
-            ops.norm_columns(qkv, q_norm, 0)
-            ops.norm_columns(qkv, k_norm, layer.q_size)
+        for norm, first in zip(self._whole_norms, (0, layer.q_size), strict=False):
+            ops.norm_columns(qkv, norm, first)
         ops.rope_write_kv(qkv, layer)
         if self._temperatures is not None:
             ops.scale_by_position(qkv, layer.q_size, self._temperatures)

@@ -10,15 +10,15 @@ from torch import Tensor
 
 from quire.attention.base import AttentionBackend, AttentionMetadata, KVCache
 from quire.kernels.base import LayerKernels
-from quire.kernels.ops import Activation, AttentionLayer, Head, NormWeight, Product
+from quire.kernels.ops import Activation, AttentionLayer, Head, LinearProduct, NormWeight
 
 
 @dataclass(slots=True)
 class EagerOps:
     """One forward pass over one step.
 
-    An addition waits until its sum is read: most sums are normed next, and the kernels add and norm in one pass
-    over memory.
+    An addition waits until its sum is read: most sums are normed next, and the kernels add and norm in one
+    pass over memory.
     """
 
     kernels: LayerKernels
@@ -32,7 +32,7 @@ class EagerOps:
     _sum: tuple[Tensor, Tensor] | None = None
     """(residual, what is still to be added to it)"""
 
-    def embed(self, embedding: Product | Tensor) -> Tensor:
+    def embed(self, embedding: LinearProduct | Tensor) -> Tensor:
         if isinstance(embedding, Tensor):
             return torch.index_select(embedding, 0, self.input_ids)
         return embedding.rows(self.input_ids)
@@ -47,7 +47,7 @@ class EagerOps:
         columns = x[:, first : first + norm.weight.shape[0]]
         self.kernels.rms_norm(columns, norm.weight, norm.eps, out=columns)
 
-    def linear(self, x: Tensor, product: Product, label: str) -> Tensor:
+    def linear(self, x: Tensor, product: LinearProduct, label: str) -> Tensor:
         return product(self._whole(x))
 
     def rope_write_kv(self, qkv: Tensor, layer: AttentionLayer) -> None:
@@ -109,8 +109,8 @@ class EagerOps:
 
 
 def compute_logits(kernels: LayerKernels, head: Head, hidden: Tensor) -> Tensor:
-    """hidden: [R, H]. Returns [R, vocab_size], rounded to the model's dtype: as float32 on a CPU, as it is on a
-    GPU."""
+    """hidden: [R, H]. Returns [R, vocab_size], rounded to the model's dtype: as float32 on a CPU, as it is
+    on a GPU."""
     dtype, logits = hidden.dtype, head.product(hidden)
     if logits.is_cpu:
         logits = logits.float()

@@ -1,9 +1,9 @@
 """The decoder that every family is: attention and an MLP in each layer, over a flat batch of tokens.
 
-There is no batch dimension and no padding. A step's tokens lie end to end, `[T, hidden_size]`, and only attention
-knows whose they are. Every operation is row-invariant bit for bit: a token's result is the same whether it is
-computed alone, in a prompt's chunk or beside others, which is what makes Quire's output independent of load.
-Roundings fall where transformers rounds.
+There is no batch dimension and no padding. A step's tokens lie end to end, `[T, hidden_size]`, and only
+attention knows whose they are. Every operation is row-invariant bit for bit: a token's result is the same
+whether it is computed alone, in a prompt's chunk or beside others, which is what makes Quire's output
+independent of load. Roundings fall where transformers rounds.
 
 `DecoderModel.forward` is the only place that says in which order a model computes. It is run on tensors by
 `EagerOps`, and recorded once as a program for the CPU by `ProgramOps`.
@@ -228,9 +228,9 @@ class DecoderModel:
         kv_cache: KVCache,
         wanted: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """`forward` on tensors. input_ids: [T] int64, below vocab_size, and positions below max_model_len (not
-        checked here). wanted: [R] int64 or int32, indices of tokens; None for all. Returns
-        [R or T, hidden_size] in the model's dtype.
+        """`forward` on tensors. input_ids: [T] int64, below vocab_size, and positions below max_model_len
+        (not checked here). wanted: [R] int64 or int32, indices of tokens; None for all. Returns [R or T,
+        hidden_size] in the model's dtype.
         """
         return self.forward(
             EagerOps(self._kernels, self._attention, kv_cache, input_ids, metadata, wanted)

@@ -19,9 +19,9 @@ from torch import Tensor
 from quire.kernels import checks
 from quire.kernels.checks import KernelArgumentError
 from quire.kernels.cpu import layout
-from quire.kernels.cpu.decoder import NativeDecoder
 from quire.kernels.cpu.library import DTYPES, AttentionArgs, QKVArgs, SampleArgs, load_library
-from quire.kernels.decoder import DecoderWeights
+from quire.kernels.cpu.program import NativeProgram, can_run
+from quire.kernels.program import Program
 from quire.kernels.sampling import SampledTokens
 
 
@@ -198,8 +198,10 @@ class NativeKernels:
         )
         return out
 
-    def decoder(self, weights: DecoderWeights) -> NativeDecoder:
-        return NativeDecoder(weights)
+    def compile(
+        self, program: Program, caches: Sequence[tuple[Tensor, Tensor]]
+    ) -> NativeProgram | None:
+        return NativeProgram(program, caches) if can_run(program) else None
 
     def philox_uniform(self, seed: int, position: int, n: int) -> Tensor:
         out = torch.empty(n, dtype=torch.float32)

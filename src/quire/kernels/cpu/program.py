@@ -1,13 +1,13 @@
 """A recorded forward pass in one C call, for models whose every product is in a form that C multiplies with.
 
-Between two kernels called from Python lie a dozen Python calls and a checked tensor each: 190 us a layer, more
-than a model of 4 M parameters needs for all its arithmetic. Here Python fills in one struct a step.
+Between two kernels called from Python lie a dozen Python calls and a checked tensor each: 190 us a layer,
+more than a model of 4 M parameters needs for all its arithmetic. Here Python fills in one struct a step.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from ctypes import Array, byref, c_double, c_float, c_int32, c_int64, c_void_p
 
 import numpy as np
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from quire.kernels import checks
 from quire.kernels.checks import require
-from quire.kernels.cpu.library import DTYPES, LinearWeight, load_library
-from quire.kernels.linear_cpu import NativeLinear, PackedLinear
+from quire.kernels.cpu.library import DTYPES, load_library
+from quire.kernels.cpu.linear import CProduct
 from quire.kernels.ops import AttentionLayer, NormWeight
 from quire.kernels.program import Code, Op, Program, StepRows
 
@@ -85,8 +85,8 @@ class NativeProgram:
     """A program over one model's weights and one cache. Holds their tensors, so that addresses stay good."""
 
     def __init__(self, program: Program, caches: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """caches: keys and values of each layer. Raises `KernelArgumentError` if a tensor is not what the C code
-        would read."""
+        """caches: keys and values of each layer. Raises `KernelArgumentError` if a tensor is not what the C
+        code would read."""
         self._lib = load_library()
         self._program = program
         self._caches = tuple(caches)
@@ -96,7 +96,7 @@ class NativeProgram:
         layers = [op.argument for op in program.ops if isinstance(op.argument, AttentionLayer)]
         geometry = self._check_layers(layers)
         head = program.ops[-1].argument
-        assert isinstance(head, PackedLinear)
+        assert isinstance(head, CProduct)
         widths = {b.number: b.width for op in program.ops for b in (op.source, op.target) if b}
         numbers = range(len(program.offsets))
         self._ops = (_Op * len(program.ops))(*map(self._op, program.ops))
@@ -127,8 +127,8 @@ class NativeProgram:
         )
 
     def profile(self) -> Mapping[str, float]:
-        """Seconds spent in operations of each label since the first call of this method, which turns the clock
-        on."""
+        """Seconds spent in operations of each label since the first call of this method, which turns the
+        clock on."""
         ops = self._program.ops
         if self._seconds is None:
             self._seconds = (c_double * len(ops))()
@@ -145,9 +145,7 @@ class NativeProgram:
         return self._logits
 
     def hidden(self, rows: StepRows) -> Tensor:
-        out = torch.empty(
-            rows.num_wanted, self._program.hidden.width, dtype=self._program.dtype
-        )
+        out = torch.empty(rows.num_wanted, self._program.hidden.width, dtype=self._program.dtype)
         self._step.hidden = out.data_ptr() if rows.num_wanted else None
         try:
             self._run(rows)
@@ -210,9 +208,9 @@ class NativeProgram:
             softcap=op.softcap,
         )
         argument = op.argument
-        if isinstance(argument, PackedLinear):
+        if isinstance(argument, CProduct):
             require(argument.dtype is self._program.dtype, f"{op.label} is {argument.dtype}")
-            struct.argument = self._keep(linear_weight(argument))
+            struct.argument = self._keep(argument.c_weight)
             struct.flag = int(op.code is Code.EMBED)  # of a product's rows
         elif isinstance(argument, NormWeight):
             struct.argument = argument.weight.data_ptr()
@@ -270,19 +268,7 @@ class NativeProgram:
         return geometry
 
 
-def linear_weight(product: PackedLinear) -> LinearWeight:
-    assert isinstance(product.backend, NativeLinear)
-    return product.backend.struct
-
-
 def can_run(program: Program) -> bool:
-    """Whether C has a form of every product."""
-    return all(
-        isinstance(op.argument, PackedLinear) and isinstance(op.argument.backend, NativeLinear)
-        for op in _with_products(program.ops)
-    )
-
-
-def _with_products(ops: Iterable[Op]) -> Iterable[Op]:
+    """Whether C can compute every product."""
     products = (Code.LINEAR, Code.LINEAR_ADD, Code.LOGITS)
-    return (op for op in ops if op.code in products)
+    return all(isinstance(op.argument, CProduct) for op in program.ops if op.code in products)

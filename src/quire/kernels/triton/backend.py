@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from quire.kernels.base import KVCacheShapes
-from quire.kernels.decoder import DecoderPass, DecoderWeights
+from quire.kernels.program import Program
 from quire.kernels.triton import attention, layers
 from quire.kernels.triton.matmul import matmul
 
@@ -30,9 +30,9 @@ class TritonKernels:
 
     def linear(
         self, *, in_features: int, out_features: int, dtype: torch.dtype, bias: bool
-    ) -> DeviceLinear:
+    ) -> RowMajorProduct:
         product = matmul if self.batch_invariant else F.linear
-        return DeviceLinear(
+        return RowMajorProduct(
             in_features, out_features, dtype, bias=bias, device=self.device, product=product
         )
 
@@ -150,11 +150,11 @@ class TritonKernels:
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:
         return layers.silu_and_mul(gate_up)
 
-    def decoder(self, weights: DecoderWeights) -> DecoderPass | None:
+    def compile(self, program: Program, caches: Sequence[tuple[Tensor, Tensor]]) -> None:
         return None
 
 
-class DeviceLinear:
+class RowMajorProduct:
     """A matrix as it is, [out_features, in_features]. product: of x, weight and bias, as `F.linear`."""
 
     __slots__ = ("bias", "product", "weight")
