@@ -171,7 +171,7 @@ class DecoderLayer:
         )
         x = self._o(step.attention_rows)
         x = kernels.add_rms_norm(x, residual, self._post_attention_norm.weight, self._eps)
-        return self._down(kernels.silu_and_mul(self._gate_up(x)))
+        return self._down(kernels.gated(self._gate_up(x), "silu"))
 
 
 class DecoderModel:

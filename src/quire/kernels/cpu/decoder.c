@@ -166,7 +166,7 @@ static qkv_args qkv_of(const decoder_model *m, const decoder_step *s, const deco
                     .tokens = in->tokens, .q_heads = m->q_heads, .kv_heads = m->kv_heads,
                     .head_dim = m->head_dim, .half = m->half, .max_position = m->max_position,
                     .block_size = m->block_size, .num_blocks = m->num_blocks, .eps = m->eps,
-                    .dtype = m->dtype, .threads = s->threads};
+                    .dtype = m->dtype, .norm_dtype = m->dtype, .threads = s->threads};
 }
 
 static int embed(const decoder_model *m, const int64_t *ids, int64_t tokens, char *out) {
@@ -211,8 +211,8 @@ int quire_decoder_forward(const decoder_model *m, const decoder_step *s) {
   const int dt = m->dtype, threads = s->threads;
   const int64_t size = (int64_t)elem_size(dt);
   int64_t rows = in.tokens;
-  int failed = quire_rms_norm(b.residual, h, 1, NULL, m->layers[0].input_norm, b.x, rows, h,
-                              m->eps, dt, threads);
+  int failed = quire_rms_norm(b.residual, h, 1, NULL, m->layers[0].input_norm, b.x, h, rows, h,
+                              m->eps, dt, dt, threads);
   lap(&watch, NORM);
   for (int64_t i = 0; i < m->num_layers; i++) {
     const decoder_layer *l = &m->layers[i];
@@ -235,16 +235,16 @@ int quire_decoder_forward(const decoder_model *m, const decoder_step *s) {
     }
     failed |= quire_linear(&l->o, b.attention, q_size, b.residual, h, rows, LINEAR_ADD, threads);
     lap(&watch, O);
-    quire_rms_norm(b.residual, h, 1, NULL, l->post_norm, b.x, rows, h, m->eps, dt, threads);
+    quire_rms_norm(b.residual, h, 1, NULL, l->post_norm, b.x, h, rows, h, m->eps, dt, dt, threads);
     lap(&watch, NORM);
     failed |= quire_linear(&l->gate_up, b.x, h, b.gate_up, 2 * m->inner, rows, LINEAR_STORE, threads);
     lap(&watch, GATE_UP);
-    quire_silu_and_mul(b.gate_up, b.inner, rows, m->inner, dt, threads);
+    quire_gated(b.gate_up, b.inner, rows, m->inner, SILU, dt, threads);
     lap(&watch, SILU_MUL);
     failed |= quire_linear(&l->down, b.inner, m->inner, b.residual, h, rows, LINEAR_ADD, threads);
     lap(&watch, DOWN);
     const void *next = last ? m->final_norm : m->layers[i + 1].input_norm;
-    quire_rms_norm(b.residual, h, 1, NULL, next, b.x, rows, h, m->eps, dt, threads);
+    quire_rms_norm(b.residual, h, 1, NULL, next, b.x, h, rows, h, m->eps, dt, dt, threads);
     lap(&watch, NORM);
   }
   if (s->hidden)

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quire.kernels.base import KVCacheShapes
+from quire.kernels.base import Activation, KVCacheShapes
+from quire.kernels.checks import require
 from quire.kernels.decoder import DecoderPass, DecoderWeights
 from quire.kernels.triton import attention, layers
 from quire.kernels.triton.matmul import matmul
@@ -74,8 +75,10 @@ class TritonKernels:
         if need > self._workspace.numel():
             self._workspace = torch.empty(need, dtype=torch.float32, device=self.device)
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return layers.rms_norm(x, weight, eps)
+    def rms_norm(
+        self, x: Tensor, weight: Tensor, eps: float, *, out: Tensor | None = None
+    ) -> Tensor:
+        return layers.rms_norm(x, weight, eps, out)
 
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
         return layers.add_rms_norm(x, residual, weight, eps)
@@ -145,8 +148,23 @@ class TritonKernels:
         )
         return out
 
-    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
-        return layers.silu_and_mul(gate_up)
+    def gated(self, gate_up: Tensor, activation: Activation) -> Tensor:
+        return layers.gated(gate_up, activation)
+
+    def add(self, x: Tensor, residual: Tensor, *, scale: float = 1.0) -> None:
+        layers.add(x, residual, scale=scale)
+
+    def scale(self, x: Tensor, factor: float) -> None:
+        layers.scale(x, factor)
+
+    def scale_by_position(self, x: Tensor, positions: Tensor, table: Tensor) -> None:
+        layers.scale_by_position(x, positions, table)
+
+    def finish_logits(
+        self, logits: Tensor, dtype: torch.dtype, *, divisor: float = 1.0, cap: float = 0.0
+    ) -> None:
+        require(logits.dtype is dtype, f"logits are {logits.dtype}, the model's dtype is {dtype}")
+        layers.finish_logits(logits, divisor=divisor, cap=cap)
 
     def decoder(self, weights: DecoderWeights) -> DecoderPass | None:
         return None
