@@ -142,7 +142,7 @@ static void test_norm_and_silu(int dt, int64_t rows, int64_t n) {
   void *x = make(rows * 2 * n, dt, 3), *residual = make(rows * n, dt, 3), *weight = make(n, dt, 1);
   char *out = malloc((size_t)(rows * n * 4)), *sum = malloc((size_t)(rows * n * 4));
   memcpy(sum, residual, (size_t)rows * (size_t)n * elem_size(dt));
-  quire_rms_norm(x, 2 * n, 1, sum, weight, out, rows, n, 1e-5f, dt, 3);
+  quire_rms_norm(x, 2 * n, 1, sum, weight, out, n, rows, n, 1e-5f, dt, dt, 3);
   for (int64_t i = 0; i < rows; i++) {
     double squares = 0;
     for (int64_t j = 0; j < n; j++) {
@@ -157,7 +157,7 @@ static void test_norm_and_silu(int dt, int64_t rows, int64_t n) {
       expect(fabs(get(out, i * n + j, dt) - expected) <= 3 * ulp(dt) * fabs(expected) + 1e-6, "norm", dt, i, j);
     }
   }
-  quire_silu_and_mul(x, out, rows, n, dt, 3);
+  quire_gated(x, out, rows, n, SILU, dt, 3);
   for (int64_t i = 0; i < rows; i++)
     for (int64_t j = 0; j < n; j++) {
       const double gate = get(x, i * 2 * n + j, dt), up = get(x, i * 2 * n + n + j, dt);
@@ -193,7 +193,7 @@ static void test_attention(int dt, int64_t d, int64_t tokens, int64_t window, fl
                           .q_norm = norm, .k_norm = norm, .k_cache = k_cache, .v_cache = v_cache,
                           .qkv_stride = width, .tokens = tokens, .q_heads = Q_HEADS, .kv_heads = KV_HEADS,
                           .head_dim = d, .half = HALF, .max_position = tokens, .block_size = BLOCK,
-                          .num_blocks = blocks + 1, .eps = 1e-6f, .dtype = dt, .threads = 2};
+                          .num_blocks = blocks + 1, .eps = 1e-6f, .dtype = dt, .norm_dtype = dt, .threads = 2};
   expect(quire_rope_write_kv(&write) == 0, "rope", dt, tokens, d);
   /* What queries and keys should be: [tokens, heads, d], in double. */
   const int heads = Q_HEADS + KV_HEADS;

@@ -1,26 +1,36 @@
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quire.kernels.base import Kernels
+from quire.kernels.base import Activation, Kernels
 from quire.kernels.checks import KernelArgumentError
 from quire.kernels.cpu.native import NativeKernels
 from tests.kernels.cases import DTYPES, assert_close, bits, dtypes, generator, randn, seeds
 
 widths = st.one_of(st.integers(1, 300), st.sampled_from([512, 768, 1024, 2048, 3072]))
 rows = st.integers(0, 9)
+ACTIVATIONS = get_args(Activation)
+activations = st.sampled_from(ACTIVATIONS)
 
 
-@given(rows=rows, width=widths, dtype=dtypes, seed=seeds)
+@given(rows=rows, width=widths, dtype=dtypes, in_float=st.booleans(), seed=seeds)
 def test_rms_norm(
-    native: NativeKernels, reference: Kernels, rows: int, width: int, dtype: torch.dtype, seed: int
+    native: NativeKernels,
+    reference: Kernels,
+    rows: int,
+    width: int,
+    dtype: torch.dtype,
+    in_float: bool,
+    seed: int,
 ) -> None:
     rng = generator(seed)
     x = randn(rows, width, rng=rng, dtype=dtype) * 3
-    weight = randn(width, rng=rng, dtype=dtype)
+    weight = randn(width, rng=rng, dtype=torch.float32 if in_float else dtype)
     # A unit in the last place before the weight, and one more after it.
     actual, plain = native.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5)
     assert_close(actual, plain, ulps=3)
@@ -35,14 +45,36 @@ def test_rms_norm_is_the_formula(native: NativeKernels, reference: Kernels) -> N
         assert_close(kernels.rms_norm(x, torch.tensor([1.0, 2.0]), 1e-6), expected, ulps=2)
 
 
-@given(rows=rows, width=widths, dtype=dtypes, seed=seeds)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_float32_weight_moves_the_rounding(
+    native: NativeKernels, reference: Kernels, dtype: torch.dtype
+) -> None:
+    """Against the two modules of transformers, written out: Llama's and Gemma's."""
+    x, weight = randn(8, 500, rng=generator(0), dtype=dtype), randn(500, rng=generator(1)).to(dtype)
+    normed = x.double() / (x.double().pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
+    after, before = weight * normed.to(dtype), (weight.double() * normed).to(dtype)
+    assert (after != before).float().mean() > 0.2
+    for kernels in (native, reference):
+        same = kernels.rms_norm(x, weight, 1e-6) == after
+        assert same.float().mean() > 0.999
+        same = kernels.rms_norm(x, weight.float(), 1e-6) == before
+        assert same.float().mean() > 0.999
+
+
+@given(rows=rows, width=widths, dtype=dtypes, in_float=st.booleans(), seed=seeds)
 def test_add_rms_norm(
-    native: NativeKernels, reference: Kernels, rows: int, width: int, dtype: torch.dtype, seed: int
+    native: NativeKernels,
+    reference: Kernels,
+    rows: int,
+    width: int,
+    dtype: torch.dtype,
+    in_float: bool,
+    seed: int,
 ) -> None:
     rng = generator(seed)
     x = randn(rows, width, rng=rng, dtype=dtype)
     residual = randn(rows, width, rng=rng, dtype=dtype) * 5
-    weight = randn(width, rng=rng, dtype=dtype)
+    weight = randn(width, rng=rng, dtype=torch.float32 if in_float else dtype)
     mine, theirs, summed = residual.clone(), residual.clone(), residual + x
     actual = native.add_rms_norm(x, mine, weight, 1e-5)
     assert_close(actual, reference.add_rms_norm(x, theirs, weight, 1e-5), ulps=3)
@@ -63,28 +95,70 @@ def test_norm_of_heads_in_a_fused_projection(
     assert_close(actual, reference.rms_norm(heads, weight, 1e-6), ulps=3)
 
 
-@given(rows=rows, width=widths, dtype=dtypes, seed=seeds)
-def test_silu_and_mul(
-    native: NativeKernels, reference: Kernels, rows: int, width: int, dtype: torch.dtype, seed: int
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("in_float", [False, True])
+def test_norm_into_a_fused_projection(
+    native: NativeKernels, reference: Kernels, dtype: torch.dtype, in_float: bool
+) -> None:
+    """OLMo 2's norm of all query heads together, in place; and into another tensor with a stride."""
+    fused = randn(5, 8 * 24, rng=generator(0), dtype=dtype)
+    weight = randn(96, rng=generator(1), dtype=torch.float32 if in_float else dtype)
+    for kernels in (native, reference):
+        qkv, wide = fused.clone(), torch.full_like(fused, 7.0)
+        normed = kernels.rms_norm(fused[:, 24:120].contiguous(), weight, 1e-6)
+        q, into = qkv[:, 24:120], wide[:, 8:104].view(5, 4, 24)
+        assert kernels.rms_norm(q, weight, 1e-6, out=q) is q
+        assert torch.equal(bits(q), bits(normed))
+        assert torch.equal(qkv[:, :24], fused[:, :24]) and torch.equal(qkv[:, 120:], fused[:, 120:])
+        heads = fused[:, 24:120].view(5, 4, 24)
+        kernels.rms_norm(heads, weight[:24].clone(), 1e-6, out=into)
+        assert torch.equal(bits(into), bits(kernels.rms_norm(heads, weight[:24].clone(), 1e-6)))
+        assert bool((wide[:, :8] == 7).all()) and bool((wide[:, 104:] == 7).all())
+
+
+@given(rows=rows, width=widths, dtype=dtypes, activation=activations, seed=seeds)
+def test_gated(
+    native: NativeKernels,
+    reference: Kernels,
+    rows: int,
+    width: int,
+    dtype: torch.dtype,
+    activation: Activation,
+    seed: int,
 ) -> None:
     gate_up = randn(rows, 2 * width, rng=generator(seed)).mul(8).to(dtype)
-    actual, plain = native.silu_and_mul(gate_up), reference.silu_and_mul(gate_up)
+    actual, plain = native.gated(gate_up, activation), reference.gated(gate_up, activation)
     assert_close(actual, plain, ulps=4)
-    assert_rows_alone(native.silu_and_mul, gate_up, actual)
-    assert_rows_alone(reference.silu_and_mul, gate_up, plain)
+    assert_rows_alone(lambda part: native.gated(part, activation), gate_up, actual)
+    assert_rows_alone(lambda part: reference.gated(part, activation), gate_up, plain)
 
 
-def test_the_references_silu_does_not_depend_on_where_a_vector_ends(reference: Kernels) -> None:
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_the_references_gate_does_not_depend_on_where_a_vector_ends(
+    reference: Kernels, activation: Activation
+) -> None:
     """PyTorch's differs in the last place between the elements that fill a vector and those left over."""
     gate_up = randn(200, 2 * 37, rng=generator(0)) * 4
-    assert_rows_alone(reference.silu_and_mul, gate_up, reference.silu_and_mul(gate_up))
+    whole = reference.gated(gate_up, activation)
+    assert_rows_alone(lambda part: reference.gated(part, activation), gate_up, whole)
 
 
-def test_silu_at_the_ends(native: NativeKernels) -> None:
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gates_at_the_ends(native: NativeKernels, activation: Activation) -> None:
     gate = torch.tensor([[0.0, -200.0, 200.0, -torch.inf, torch.inf, torch.nan, -1e-30, 88.0]])
-    actual = native.silu_and_mul(torch.cat((gate, torch.ones_like(gate)), dim=-1))
+    actual = native.gated(torch.cat((gate, torch.ones_like(gate)), dim=-1), activation)
     expected = torch.tensor([[0.0, 0.0, 200.0, torch.nan, torch.inf, torch.nan, -5e-31, 88.0]])
     torch.testing.assert_close(actual, expected, equal_nan=True, rtol=1e-6, atol=1e-40)
+
+
+def test_gelu_tanh_against_float64(native: NativeKernels) -> None:
+    """A relative error of 2**-24 in the exponent z is one of z * 2**-24 in the result."""
+    gate = torch.cat((torch.linspace(-8, 8, 20001), randn(2000, rng=generator(0)) * 1e-3))[None]
+    actual = native.gated(torch.cat((gate, torch.ones_like(gate)), dim=1), "gelu_tanh").double()
+    z = (8 / torch.pi) ** 0.5 * (gate.double() + 0.044715 * gate.double() ** 3)
+    expected = gate.double() * torch.sigmoid(z)
+    error = (actual - expected).abs() / expected.abs().clamp(min=1e-300)
+    assert bool((error <= (4 + z.clamp(max=0).abs()) * 2.0**-23).all()), error.max()
 
 
 def test_wrong_tensors_raise(native: NativeKernels, reference: Kernels) -> None:
@@ -103,7 +177,14 @@ def test_wrong_tensors_raise(native: NativeKernels, reference: Kernels) -> None:
         with pytest.raises(KernelArgumentError):
             kernels.add_rms_norm(x, torch.ones(3, 8), weight, 1e-5)
         with pytest.raises(KernelArgumentError):
-            kernels.silu_and_mul(torch.ones(2, 7))
+            kernels.gated(torch.ones(2, 7), "silu")
+        with pytest.raises(KernelArgumentError, match="relu"):
+            kernels.gated(torch.ones(2, 8), "relu")
+        for out in (torch.ones(4, 7), torch.ones(4, 8).half(), torch.ones(8, 4).t()):
+            with pytest.raises(KernelArgumentError):
+                kernels.rms_norm(x, weight, 1e-5, out=out)
+        with pytest.raises(KernelArgumentError):
+            kernels.rms_norm(x.half(), weight.bfloat16(), 1e-5)
 
 
 def assert_rows_alone(operation, x: torch.Tensor, whole: torch.Tensor) -> None:
@@ -114,6 +195,10 @@ def assert_rows_alone(operation, x: torch.Tensor, whole: torch.Tensor) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_threads_do_not_matter(native: NativeKernels, dtype: torch.dtype, with_threads) -> None:
     x, weight = randn(64, 1000, rng=generator(0), dtype=dtype), torch.ones(1000, dtype=dtype)
-    for operation in (lambda: native.rms_norm(x, weight, 1e-5), lambda: native.silu_and_mul(x)):
+    for operation in (
+        lambda: native.rms_norm(x, weight, 1e-5),
+        lambda: native.gated(x, "silu"),
+        lambda: native.gated(x, "gelu_tanh"),
+    ):
         results = [with_threads(threads, operation) for threads in (1, 2, 3)]
         assert all(torch.equal(bits(results[0]), bits(other)) for other in results[1:])

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from quire.kernels.decoder import StepRows
 
 from quire.attention.base import KVCache
 from quire.kernels.base import Kernels
 from quire.kernels.checks import KernelArgumentError
+from quire.kernels.program import StepRows
 from tests.models.conftest import Pair
 
 ROWS = StepRows(

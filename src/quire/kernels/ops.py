@@ -18,14 +18,18 @@ from torch import Tensor
 
 Buf = TypeVar("Buf")
 Activation = Literal["silu", "gelu_tanh"]
+"""Of an MLP's gate. gelu_tanh is the tanh form of GELU (Hendrycks and Gimpel 2016, section 2):
+`0.5 * x * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x**3)))`."""
 
 
 class LinearProduct(Protocol):
     """`x @ weight.T + bias`, the weight in any format; row i of the result is the same bits for every number
     of rows. One that C code can compute on its own is also a `kernels.cpu.linear.CProduct`."""
 
-    in_features: int
-    out_features: int
+    @property
+    def in_features(self) -> int: ...
+    @property
+    def out_features(self) -> int: ...
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: [M, in_features]. Returns [M, out_features]."""
@@ -58,7 +62,7 @@ class AttentionLayer:
     cos_sin: Tensor
     """[max_position, R] float32: R/2 cosines, then R/2 sines; R = 0 rotates nothing."""
     q_norm: NormWeight | None
-    """[head_dim]: of each head, before it rotates."""
+    """[head_dim]: of each head, before it rotates. Both or none, of one dtype and eps."""
     k_norm: NormWeight | None
     window: int
     """Keys a query sees, its own included; 0 for all."""
@@ -69,6 +73,11 @@ class AttentionLayer:
     @property
     def q_size(self) -> int:
         return self.num_heads * self.head_dim
+
+    @property
+    def norm_eps(self) -> float:
+        """Of both norms; 0 where there are none."""
+        return 0.0 if self.q_norm is None else self.q_norm.eps
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,7 +52,6 @@ class EagerOps:
 
     def rope_write_kv(self, qkv: Tensor, layer: AttentionLayer) -> None:
         cache = self.cache.layers[layer.index]
-        norms = (layer.q_norm, layer.k_norm)
         self.kernels.rope_write_kv(
             qkv,
             self.metadata.positions,
@@ -62,7 +61,7 @@ class EagerOps:
             self.metadata.slot_mapping,
             q_norm=None if layer.q_norm is None else layer.q_norm.weight,
             k_norm=None if layer.k_norm is None else layer.k_norm.weight,
-            eps=next((norm.eps for norm in norms if norm is not None), 0.0),
+            eps=layer.norm_eps,
             kv_scales=cache.scales,
         )
 

@@ -22,9 +22,14 @@ class RMSNorm:
         self.weight = NormWeight(weight, spec.eps)
 
     def targets(self) -> list[WeightTarget]:
-        shape = (self.weight.weight.shape[0],)
-        kind = "bias" if self._plus_one else "norm"  # what random weights are: zero, or one
-        return [WeightTarget(name=f"{self._name}.weight", shape=shape, load=self._load, kind=kind)]
+        return [
+            WeightTarget(
+                name=f"{self._name}.weight",
+                shape=(self.weight.weight.shape[0],),
+                load=self._load,
+                kind="bias" if self._plus_one else "norm",  # random weights are then 0, or 1
+            )
+        ]
 
     def _load(self, first: int, values: torch.Tensor) -> None:
         if self._plus_one:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from quire.kernels.base import Activation
 from quire.kernels.checks import KernelArgumentError
 from quire.kernels.reference import ReferenceKernels
 from quire.kernels.triton import layers
@@ -107,22 +110,23 @@ def test_gated_activations(rows: int, width: int, dtype: torch.dtype, seed: int)
     gate, up = gate_up.chunk(2, dim=1)
     # PyTorch's tanh form cancels: in float32 it is its error that would show.
     gelu = torch.nn.functional.gelu(gate.double(), approximate="tanh").to(dtype) * up
-    for operation, expected in (
-        (layers.silu_and_mul, reference.silu_and_mul(gate_up)),
-        (layers.gelu_tanh_and_mul, gelu),
-    ):
-        actual = operation(gate_up)
+    cases: list[tuple[Activation, Tensor]] = [
+        ("silu", reference.gated(gate_up, "silu")),
+        ("gelu_tanh", gelu),
+    ]
+    for activation, expected in cases:
+        actual = layers.gated(gate_up, activation)
         assert_close(actual, expected, ulps=4)
-        assert_rows_alone(operation, gate_up, actual)
-        assert operation(gate_up, out=torch.empty_like(actual)).equal(actual)
+        assert_rows_alone(partial(layers.gated, activation=activation), gate_up, actual)
+        assert layers.gated(gate_up, activation, out=torch.empty_like(actual)).equal(actual)
 
 
 @as_on_a_gpu
 def test_gated_activations_at_the_ends() -> None:
     gate = torch.tensor([[0.0, -200.0, 200.0, torch.inf, torch.nan, -1e-30, 88.0]])
     expected = torch.tensor([[0.0, 0.0, 200.0, torch.inf, torch.nan, -5e-31, 88.0]])
-    for operation in (layers.silu_and_mul, layers.gelu_tanh_and_mul):
-        actual = operation(torch.cat((gate, torch.ones_like(gate)), dim=1))
+    for activation in get_args(Activation):
+        actual = layers.gated(torch.cat((gate, torch.ones_like(gate)), dim=1), activation)
         torch.testing.assert_close(actual, expected, equal_nan=True, rtol=1e-6, atol=1e-40)
 
 
@@ -258,7 +262,9 @@ def test_wrong_tensors_raise() -> None:
     with pytest.raises(KernelArgumentError):
         layers.add_rms_norm(x, torch.ones(3, 8), weight, EPS)
     with pytest.raises(KernelArgumentError):
-        layers.silu_and_mul(torch.ones(2, 7))
+        layers.gated(torch.ones(2, 7), "silu")
+    with pytest.raises(KernelArgumentError, match="relu"):
+        layers.gated(torch.ones(2, 8), "relu")
     with pytest.raises(KernelArgumentError):
         layers.embedding(torch.ones(2), x)
 

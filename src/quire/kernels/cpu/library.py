@@ -12,6 +12,8 @@ from quire.kernels.cpu.build import BuildError, build
 
 # The numbers of enum dtype in vec.h.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# Those of enum activation in kernels.h.
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 
 
 class LinearWeight(ctypes.Structure):
@@ -48,7 +50,7 @@ class QKVArgs(ctypes.Structure):
         *((name, c_int64) for name in ("head_dim", "half", "max_position")),
         *((name, c_int64) for name in ("block_size", "num_blocks")),
         ("eps", c_float),
-        *((name, c_int32) for name in ("dtype", "threads")),
+        *((name, c_int32) for name in ("dtype", "norm_dtype", "threads")),
     ]
 
 
@@ -64,8 +66,11 @@ class SampleArgs(ctypes.Structure):
 
 _P, _N, _I = c_void_p, c_int64, c_int32
 _SIGNATURES = {
-    "quire_rms_norm": [_P, _N, _N, _P, _P, _P, _N, _N, c_float, _I, _I],
-    "quire_silu_and_mul": [_P, _P, _N, _N, _I, _I],
+    "quire_rms_norm": [_P, _N, _N, _P, _P, _P, _N, _N, _N, c_float, _I, _I, _I],
+    "quire_gated": [_P, _P, _N, _N, _I, _I, _I],
+    "quire_add": [_P, _P, _N, c_float, _I, _I],
+    "quire_scale": [_P, _N, _P, _P, _N, c_float, _N, _N, _I, _I],
+    "quire_finish_logits": [_P, _N, c_float, c_float, _I, _I],
     "quire_rope_write_kv": [POINTER(QKVArgs)],
     "quire_copy_blocks": [_P, _P, _N, _N, _N],
     "quire_philox_uniform": [c_uint64, c_uint64, _P, _N],

@@ -40,6 +40,7 @@ typedef struct { /* mirrored by _Layer in program.py */
   const float *cos_sin;        /* [max_position, 2 * half] */
   int64_t q_heads, kv_heads, head_dim, half, window;
   float scale, softcap, eps;
+  int32_t norm_dtype;
 } attention_layer;
 
 typedef struct { /* mirrored by _Program in program.py */
@@ -180,15 +181,30 @@ static int embed(const run *r, const program_op *op) {
 
 static int norm(const run *r, const program_op *op) {
   const int dt = r->p->dtype;
-  char *x = at_mut(buffer(r, op->source), op->first, dt);
-  char *out = at_mut(buffer(r, op->target), op->first, dt);
-  return quire_rms_norm(x, r->p->widths[op->source], 1, NULL, op->argument, out, r->rows, op->width,
-                        op->factor, dt, r->s->threads);
+  const void *x = at(buffer(r, op->source), op->first, dt);
+  void *out = at_mut(buffer(r, op->target), op->first, dt);
+  return quire_rms_norm(x, r->p->widths[op->source], 1, NULL, op->argument, out,
+                        r->p->widths[op->target], r->rows, op->width, op->factor, dt, op->flag,
+                        r->s->threads);
 }
 
 static int linear(const run *r, const program_op *op, void *out, int epilogue) {
   const linear_weight *w = op->argument;
   return quire_linear(w, buffer(r, op->source), w->k, out, w->n, r->rows, epilogue, r->s->threads);
+}
+
+/* By one factor, or by a table at the tokens' positions. */
+static int scale(const run *r, const program_op *op, int64_t width) {
+  const program *p = r->p;
+  return quire_scale(buffer(r, op->target), p->widths[op->target], r->in.positions, op->argument,
+                     p->max_position, op->factor, r->rows, width, p->dtype, r->s->threads);
+}
+
+static int logits(const run *r, const program_op *op) {
+  if (linear(r, op, r->s->logits, LINEAR_FLOAT)) return 7;
+  if (op->factor == 1.0f && op->softcap == 0.0f) return 0;
+  return quire_finish_logits(r->s->logits, r->rows * r->p->vocab, op->factor, op->softcap,
+                             r->p->dtype, r->s->threads);
 }
 
 static int rope_write(const run *r, const program_op *op) {
@@ -197,6 +213,7 @@ static int rope_write(const run *r, const program_op *op) {
   a.qkv = buffer(r, op->target), a.qkv_stride = r->p->widths[op->target];
   a.cos_sin = l->cos_sin, a.half = l->half;
   a.q_norm = l->q_norm, a.k_norm = l->k_norm, a.eps = l->eps;
+  a.norm_dtype = l->norm_dtype;
   a.k_cache = l->k_cache, a.v_cache = l->v_cache;
   a.q_heads = l->q_heads, a.kv_heads = l->kv_heads, a.head_dim = l->head_dim;
   return quire_rope_write_kv_unchecked(&a);
@@ -231,11 +248,16 @@ static int perform(run *r, const program_op *op) {
     case OP_ROPE_WRITE: return rope_write(r, op);
     case OP_ATTEND: return attend(r, op);
     case OP_GATED:
-      return quire_silu_and_mul(buffer(r, op->source), buffer(r, op->target), r->rows,
-                                r->p->widths[op->target], r->p->dtype, r->s->threads);
+      return quire_gated(buffer(r, op->source), buffer(r, op->target), r->rows,
+                         r->p->widths[op->target], op->flag, r->p->dtype, r->s->threads);
+    case OP_ADD:
+      return quire_add(buffer(r, op->source), buffer(r, op->target),
+                       r->rows * r->p->widths[op->target], op->factor, r->p->dtype, r->s->threads);
+    case OP_SCALE: return scale(r, op, r->p->widths[op->target]);
+    case OP_SCALE_BY_POSITION: return scale(r, op, op->width);
     case OP_KEEP: return keep(r, op);
     case OP_NARROW: r->rows = r->s->num_wanted; return 0;
-    case OP_LOGITS: return linear(r, op, r->s->logits, LINEAR_FLOAT);
+    case OP_LOGITS: return logits(r, op);
   }
   return 1;
 }

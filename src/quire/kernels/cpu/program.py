@@ -16,13 +16,10 @@ from torch import Tensor
 
 from quire.kernels import checks
 from quire.kernels.checks import require
-from quire.kernels.cpu.library import DTYPES, load_library
+from quire.kernels.cpu.library import ACTIVATIONS, DTYPES, load_library
 from quire.kernels.cpu.linear import CProduct
 from quire.kernels.ops import AttentionLayer, NormWeight
 from quire.kernels.program import Code, Op, Program, StepRows
-
-ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
-"""The numbers of enum activation in kernels.h."""
 
 
 class _Op(ctypes.Structure):
@@ -43,6 +40,7 @@ class _Layer(ctypes.Structure):
         *((name, c_void_p) for name in ("k_cache", "v_cache", "q_norm", "k_norm", "cos_sin")),
         *((name, c_int64) for name in ("q_heads", "kv_heads", "head_dim", "half", "window")),
         *((name, c_float) for name in ("scale", "softcap", "eps")),
+        ("norm_dtype", c_int32),
     ]
 
 
@@ -227,7 +225,6 @@ class NativeProgram:
 
     def _layer(self, layer: AttentionLayer) -> _Layer:
         k_cache, v_cache = self._caches[layer.index]
-        norms = (layer.q_norm, layer.k_norm)
         return _Layer(
             k_cache=k_cache.data_ptr(),
             v_cache=v_cache.data_ptr(),
@@ -241,7 +238,8 @@ class NativeProgram:
             window=layer.window,
             scale=layer.scale,
             softcap=layer.softcap,
-            eps=next((norm.eps for norm in norms if norm is not None), 0.0),
+            eps=layer.norm_eps,
+            norm_dtype=DTYPES[layer.q_norm.weight.dtype] if layer.q_norm is not None else 0,
         )
 
     def _keep(self, struct: ctypes.Structure | Array[c_int64]) -> int:
