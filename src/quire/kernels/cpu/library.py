@@ -84,11 +84,7 @@ _SIGNATURES = {
 
 
 def load_library(march: str = "native") -> ctypes.CDLL:
-    """Raises `BuildError`, each time, without trying a second time.
-
-    torch is imported above, so its libgomp.so.1 is mapped and ours resolves to it by soname: one
-    thread pool for both.
-    """
+    """Raises `BuildError`, every time, without compiling a second time."""
     loaded = _load_once(march)
     if isinstance(loaded, str):
         raise BuildError(loaded)
@@ -97,7 +93,7 @@ def load_library(march: str = "native") -> ctypes.CDLL:
 
 @functools.cache
 def _load_once(march: str) -> ctypes.CDLL | str:
-    """The library, or why there is none: a model asks once a layer, and compilers fail slowly."""
+    """The library, or the error's text, cached: a model asks once a layer, and a failing compiler is slow."""
     try:
         path = build(march)
     except BuildError as error:
