@@ -17,9 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quire.kernels.base import Kernels, create_kernels, kv_cache_shapes
+from quire.kernels.base import Kernels
+from quire.kernels.cpu.layout import kv_cache_shapes
 from quire.kernels.linear_cpu import PackedLinear
 from quire.kernels.sampling import SAMPLE_ROW
+from quire.kernels.select import create_kernels
 
 COLD_BYTES = 96 << 20
 """More than the last-level caches of the machines this is for."""

@@ -45,8 +45,10 @@ class TritonKernels:
         block_size: int,
         dtype: torch.dtype,
     ) -> KVCacheShapes:
+        """[num_blocks, num_kv_heads, block_size, head_dim] for both: a tile of one head's keys is one
+        contiguous piece. Zeroed, because FlashAttention-4 documents that it loads whole tiles."""
         shape = (num_blocks, num_kv_heads, block_size, head_dim)
-        return KVCacheShapes(k=shape, v=shape)
+        return KVCacheShapes(k=shape, v=shape, zeroed=True)
 
     def reserve(
         self,
