@@ -12,6 +12,7 @@ from quire.kvcache import KVCacheManager
 from quire.messages import (
     AbortRequests,
     AddRequest,
+    Control,
     FinishReason,
     ResetPrefixCache,
     StepOutputs,
@@ -128,7 +129,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule()
     def reset_cache(self):
-        self.core.handle(ResetPrefixCache())
+        self.core.handle(Control(0, ResetPrefixCache()))
 
     @rule(steps=st.integers(1, 6))
     def step(self, steps):

@@ -123,6 +123,10 @@ class Scheduler:
                 updates.append(self._finish(request, FinishReason.ABORT))
         return updates
 
+    def reset_prefix_cache(self) -> None:
+        """Forget all cached content. Requests keep their blocks, but no other request finds them."""
+        self.kv.pool.reset_cache()
+
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything (including telling the executor what to forget)."""
