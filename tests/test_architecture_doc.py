@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from quire.kvcache import KVCacheManager
-from quire.messages import AddRequest, SampledRow, StepPlan, StepResult
-from quire.sampling_params import SamplingParams
+from quire.messages import SampledRow, StepPlan, StepResult
 from quire.scheduler import Scheduler, SchedulerLimits
+from tests.scheduler.requests import add_request
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -200,11 +200,9 @@ class Story:
 
     def add(self, name: str, prompt: list[int], *, max_tokens: int, fork_of: str = "") -> None:
         self.scheduler.add_request(
-            AddRequest(
-                request_id=ord(name),
-                prompt_token_ids=prompt,
-                params=SamplingParams(max_tokens=max_tokens),
-                seed=0,
+            add_request(
+                ord(name),
+                prompt,
                 max_tokens=max_tokens,
                 arrival_time=float(ord(name)),
                 fork_of=ord(fork_of) if fork_of else None,
