@@ -130,8 +130,9 @@ def test_the_layer_table_is_the_contract() -> None:
     layers = [
         {name for name in re.findall(r"\w+", layer) if exists(name)} for layer in contract["layers"]
     ]
-    lowest = layers.pop()  # errors: the same level in words, one lower for the linter
-    layers[-1] |= lowest
+    while "decoding" not in layers[-1]:  # the same level in words, some lines of the linter's
+        lowest = layers.pop()
+        layers[-1] |= lowest
     rows = re.findall(r"^\| \d \| (.*?) \|", PAGE.read_text(encoding="utf-8"), re.M)
     shown = [{re.sub(r"/$|\.py$", "", word) for word in CODE.findall(row)} for row in rows]
     assert shown == layers

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quire.decoding import Decoding, TokenRules
-from quire.kernels.base import create_kernels
+from quire.kernels.select import create_kernels
 from quire.sampling.rules import MAX_FORCED, RequestRules
 from quire.sampling.sampler import Sampler
 from quire.structured.base import GrammarError

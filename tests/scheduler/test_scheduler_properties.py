@@ -226,7 +226,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         size = self.scheduler.kv.block_size
         return self.scheduler.kv.enable_prefix_caching and any(
             other.token_ids[:size] == request.token_ids[:size]
-            and other.placement.cache_salt == request.placement.cache_salt
+            and other.cache_key == request.cache_key
             and other.sort_key < request.sort_key
             for other in self.scheduler.running
         )

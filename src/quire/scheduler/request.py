@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 
+from quire.kvcache import CacheKey
 from quire.messages import AddRequest, FinishReason, RequestTimes
 from quire.sampling_params import RepetitionDetectionParams
 
@@ -21,7 +22,7 @@ class Request:
     flight are done. Those plans sample the last `num_pending_tokens`, whose ids are not known yet."""
 
     __slots__ = (
-        "_common", "arrival_time", "decoding", "finish_reason", "fork_of", "generates",
+        "_common", "arrival_time", "cache_key", "decoding", "finish_reason", "fork_of", "generates",
         "needs_token_before_next", "num_cached_tokens", "num_computed_tokens", "num_pending_tokens",
         "num_preemptions", "num_prompt_logprobs", "num_prompt_tokens", "placement", "queued_time",
         "request_id", "scheduled_time", "sort_key", "status", "stop_token", "token_ids",
@@ -45,6 +46,7 @@ class Request:
         self.num_prompt_logprobs = message.decoding.first_prompt_logprob
         """The first prompt token whose logprobs are wanted and not known yet, where any are wanted."""
         self.arrival_time = message.arrival_time
+        self.cache_key = CacheKey(message.placement.cache_salt, message.placement.adapter)
         self.fork_of = message.fork_of
         self.status = RequestStatus.WAITING
         self.finish_reason: FinishReason | None = None
