@@ -23,10 +23,9 @@ from quire.messages import (
     SleepState,
     StepOutputs,
     StepPlan,
-    WaitReason,
     WakeUp,
 )
-from quire.scheduler import Scheduler
+from quire.scheduler import Scheduler, Wait, WaitReason
 from quire.structured.base import GrammarError
 from quire.structured.store import GrammarStore
 
@@ -91,7 +90,7 @@ class EngineCore:
         elif isinstance(message, Ping):
             return Pong(message.nonce, self._clock())
         elif isinstance(message, ResetPrefixCache):
-            self.scheduler.kv.pool.reset_cache()
+            self.scheduler.reset_cache()
         elif isinstance(message, (Sleep, WakeUp)):
             return self._sleep(message.level if isinstance(message, Sleep) else 0)
         return None
@@ -103,7 +102,7 @@ class EngineCore:
             if self._sleep_level:
                 self.executor.wake_up()
             if level:
-                self.scheduler.kv.pool.reset_cache()
+                self.scheduler.reset_cache()
                 self.executor.sleep(level)
             self._sleep_level = level
         return SleepState(self._sleep_level)
@@ -122,6 +121,7 @@ class EngineCore:
             raise ValueError("this engine has no grammars")
         self._grammars.prepare(grammar)
         self._compiling[message.request_id] = message
+        self.scheduler.report.waits(message.request_id, Wait(WaitReason.GRAMMAR))
 
     def _admit_compiled(self) -> list[RequestUpdate]:
         """Hand over the requests whose grammar is there; with nothing else to do, wait a little for one."""
@@ -151,7 +151,7 @@ class EngineCore:
     def _outputs(self, updates: list[RequestUpdate]) -> StepOutputs:
         stats = self.scheduler.take_stats()
         stats.num_waiting += len(self._compiling)
-        stats.waiting_by_reason[WaitReason.DEFERRED.value] += len(self._compiling)
+        stats.waiting_by_reason[WaitReason.GRAMMAR.label] += len(self._compiling)
         return StepOutputs(updates=updates, stats=stats, timestamp=self._clock())
 
 

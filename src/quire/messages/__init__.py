@@ -26,7 +26,6 @@ from quire.messages.core import (
     StepOutputs,
     TokenLogprobs,
     TokenRules,
-    WaitReason,
     WakeUp,
     describe_ledger,
 )
@@ -65,7 +64,6 @@ __all__ = [
     "StepResult",
     "TokenLogprobs",
     "TokenRules",
-    "WaitReason",
     "WakeUp",
     "describe_ledger",
 ]
