@@ -69,8 +69,8 @@ def build(
         free, _ = torch.cuda.mem_get_info()
         num_blocks = min(num_blocks, int(CACHE_SHARE * free) // block_bytes)
     cache = KVCache(
-        num_layers=spec.num_layers, num_blocks=num_blocks, num_kv_heads=spec.num_kv_heads,
-        head_dim=spec.head_dim, block_size=BLOCK_SIZE, dtype=dtype, kernels=kernels,
+        num_layers=spec.num_layers, num_blocks=num_blocks, num_kv_heads=spec.heads.num_kv_heads,
+        head_dim=spec.heads.head_dim, block_size=BLOCK_SIZE, dtype=dtype, kernels=kernels,
     )  # fmt: skip
     sizes: dict[str, Any] = {
         "max_num_seqs": limits.seqs,

@@ -14,8 +14,9 @@ from quire.engine.core import EngineCore
 from quire.engine.memory import MemoryPlan
 from quire.engine.setup import ResolvedModel, read_tokens
 from quire.executor.inline import InlineExecutor
-from quire.kernels.base import Kernels, create_kernels
+from quire.kernels.base import Kernels
 from quire.kernels.memory import reserve_in_background
+from quire.kernels.select import create_kernels
 from quire.kvcache import KVCacheManager
 from quire.messages import EngineReady
 from quire.models.decoder import DecoderModel
@@ -75,8 +76,8 @@ def _make_cache(config: EngineConfig, resolved: ResolvedModel) -> KVCache:
     cache = KVCache(
         num_layers=resolved.spec.num_layers,
         num_blocks=resolved.memory.num_blocks,
-        num_kv_heads=resolved.spec.num_kv_heads,
-        head_dim=resolved.spec.head_dim,
+        num_kv_heads=resolved.spec.heads.num_kv_heads,
+        head_dim=resolved.spec.heads.head_dim,
         block_size=resolved.memory.block_size,
         dtype=getattr(torch, resolved.dtype),
     )

@@ -93,8 +93,8 @@ def _load(
 def _attention_task(config: EngineConfig, resolved: ResolvedModel, device: Device) -> AttentionTask:
     on_gpu = device.torch_device.type == "cuda"
     return AttentionTask(
-        scale=resolved.spec.head_dim**-0.5,
-        head_dim=resolved.spec.head_dim,
+        scale=resolved.spec.layers[0].attention.scale,
+        head_dim=resolved.spec.heads.head_dim,
         dtype=getattr(torch, resolved.dtype),
         kv_dtype=getattr(torch, resolved.kv_cache_dtype),
         block_size=resolved.memory.block_size,
@@ -107,8 +107,8 @@ def _cache(resolved: ResolvedModel, kernels: TritonKernels, num_blocks: int) -> 
     return KVCache(
         num_layers=resolved.spec.num_layers,
         num_blocks=num_blocks,
-        num_kv_heads=resolved.spec.num_kv_heads,
-        head_dim=resolved.spec.head_dim,
+        num_kv_heads=resolved.spec.heads.num_kv_heads,
+        head_dim=resolved.spec.heads.head_dim,
         block_size=resolved.memory.block_size,
         dtype=getattr(torch, resolved.kv_cache_dtype),
         kernels=kernels,
@@ -125,10 +125,10 @@ def _measure(
     cache = _cache(resolved, kernels, 1)
     kernels.reserve(
         cache.layers[0].k,
-        q_heads=resolved.spec.num_heads,
+        q_heads=resolved.spec.heads.num_heads,
         max_requests=config.scheduler.max_num_seqs,
         max_len=resolved.max_model_len,
-        windows={window or 0 for window in resolved.spec.sliding_windows},
+        windows={window or 0 for window in resolved.spec.windows},
     )
     cuda.synchronize()
     weights = cuda.memory_allocated()

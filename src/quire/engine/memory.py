@@ -102,8 +102,8 @@ def plan_memory(
     activations = _activation_bytes(config, spec, dtype_bytes)
     block_bytes = spec.kv_bytes_per_token(kv_dtype_bytes or dtype_bytes) * size
     longest = max_model_len or spec.context_length
-    rotary_table = 4 * longest * spec.head_dim
-    weights = spec.weight_bytes(dtype_bytes) + rotary_table
+    rotary_tables = 4 * longest * sum(rope.rotary_dim for rope in spec.ropes)
+    weights = spec.weight_bytes(dtype_bytes) + rotary_tables
     if measured is not None:
         weights, activations = measured
     budget = _kv_budget(cache, machine, weights + activations, gpu=gpu)
@@ -143,7 +143,11 @@ def _kv_budget(cache: CacheConfig, machine: MachineMemory, others: int, *, gpu: 
 def _activation_bytes(config: EngineConfig, spec: ModelSpec, dtype_bytes: int) -> int:
     """The largest step's temporaries: one layer's widest tensors, and the logits in float32."""
     scheduler = config.scheduler
-    width = 3 * spec.hidden_size + 2 * (spec.q_size + 2 * spec.kv_size) + 3 * spec.intermediate_size
+    widest = max(
+        2 * (layer.attention.q_size + 2 * layer.attention.kv_size) + 3 * layer.mlp.intermediate_size
+        for layer in spec.layers
+    )
+    width = 3 * spec.hidden_size + widest
     logits = 3 * 4 * scheduler.max_num_seqs * spec.vocab_size
     return scheduler.max_num_batched_tokens * width * dtype_bytes + logits
 

@@ -19,7 +19,7 @@ from quire.engine.core import EngineCore
 from quire.executor.base import Executor
 from quire.executor.device import DeviceExecutor
 from quire.executor.inline import InlineExecutor
-from quire.kernels.base import create_kernels
+from quire.kernels.select import create_kernels
 from quire.kernels.triton.backend import TritonKernels
 from quire.kvcache import KVCacheManager
 from quire.messages import AddRequest, FinishReason, RequestUpdate
@@ -168,8 +168,8 @@ def cache_of(model: object, kernels: object) -> KVCache:
     cache = KVCache(
         num_layers=spec.num_layers,
         num_blocks=NUM_BLOCKS,
-        num_kv_heads=spec.num_kv_heads,
-        head_dim=spec.head_dim,
+        num_kv_heads=spec.heads.num_kv_heads,
+        head_dim=spec.heads.head_dim,
         block_size=BLOCK_SIZE,
         dtype=torch.float32,
         kernels=kernels,  # type: ignore[arg-type]

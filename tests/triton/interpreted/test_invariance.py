@@ -84,8 +84,8 @@ class Schedule:
         cache = KVCache(
             num_layers=spec.num_layers,
             num_blocks=self.blocks,
-            num_kv_heads=spec.num_kv_heads,
-            head_dim=spec.head_dim,
+            num_kv_heads=spec.heads.num_kv_heads,
+            head_dim=spec.heads.head_dim,
             block_size=BLOCK_SIZE,
             dtype=torch.float32,
             kernels=kernels,
