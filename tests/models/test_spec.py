@@ -23,6 +23,7 @@ from quire.models.spec import (
     NormSpec,
     RopeSpec,
 )
+from quire.quantization.unquantized import UNQUANTIZED
 from tests.models.published import (
     LLAMA_2_7B,
     LLAMA_3_1_8B,
@@ -100,7 +101,7 @@ def test_every_field_of_a_spec() -> None:
         residual_scale=1.0,
         logits_divisor=1.0,
         logits_softcap=0.0,
-        quantization=None,
+        quantization=UNQUANTIZED,
     )
 
 

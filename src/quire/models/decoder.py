@@ -12,7 +12,6 @@ objects that hold bound products and make nine kernel calls each.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -24,8 +23,8 @@ from quire.attention.paged import PagedAttention
 from quire.kernels.base import LayerKernels
 from quire.kernels.cpu.linear import CProduct
 from quire.kernels.decoder import DecoderPass, DecoderWeights, LayerWeights, StepRows
-from quire.layers.embedding import Embedding, create_lm_head
-from quire.layers.linear import Linear, LinearMethod, LinearPart, UnquantizedLinearMethod
+from quire.layers.embedding import Embedding
+from quire.layers.linear import Linear
 from quire.layers.norm import RMSNorm
 from quire.layers.parameter import WeightTarget
 from quire.layers.rotary import cos_sin_table
@@ -56,7 +55,6 @@ class DecoderLayer:
         kernels: LayerKernels,
         attention: AttentionBackend,
         cos_sin: torch.Tensor,
-        method: LinearMethod,
     ) -> None:
         prefix = f"model.layers.{index}"
         self._kernels = kernels
@@ -68,12 +66,15 @@ class DecoderLayer:
         self._window = heads.window
         self._eps = spec.norm.eps
 
-        def linear(parts: dict[str, int], *, in_features: int, bias: bool) -> Linear:
-            stacked = [
-                LinearPart(name=f"{prefix}.{name}", out_features=size)
-                for name, size in parts.items()
-            ]
-            return Linear(stacked, in_features=in_features, bias=bias, dtype=dtype, method=method)
+        hidden = spec.hidden_size
+        shapes = (
+            *heads.linears(f"{prefix}.self_attn", hidden),
+            *mlp.linears(f"{prefix}.mlp", hidden),
+        )
+        self._linears = {
+            name: Linear(shape, dtype=dtype, method=spec.quantization, kernels=kernels)
+            for name, shape in zip(("qkv", "o", "gate_up", "down"), shapes, strict=True)
+        }
 
         def norm(name: str, size: int) -> RMSNorm:
             return RMSNorm(
@@ -84,22 +85,6 @@ class DecoderLayer:
                 device=kernels.device,
             )
 
-        hidden, inner = spec.hidden_size, mlp.intermediate_size
-        qkv = {
-            "self_attn.q_proj": heads.q_size,
-            "self_attn.k_proj": heads.kv_size,
-            "self_attn.v_proj": heads.kv_size,
-        }
-        self._linears = {
-            "qkv": linear(qkv, in_features=hidden, bias=heads.qkv_bias),
-            "o": linear({"self_attn.o_proj": hidden}, in_features=heads.q_size, bias=heads.o_bias),
-            "gate_up": linear(
-                {"mlp.gate_proj": inner, "mlp.up_proj": inner},
-                in_features=hidden,
-                bias=mlp.bias,
-            ),
-            "down": linear({"mlp.down_proj": hidden}, in_features=inner, bias=mlp.bias),
-        }
         self.input_norm = norm("input_layernorm", hidden)
         self._post_attention_norm = norm("post_attention_layernorm", hidden)
         qk_norm = heads.qk_norm == "head"
@@ -190,13 +175,11 @@ class DecoderModel:
         dtype: torch.dtype,
         kernels: LayerKernels,
         max_model_len: int,
-        linear_method: LinearMethod | None = None,
         attention: AttentionBackend | None = None,
     ) -> None:
         """`max_model_len` is the number of positions a request may reach; the rotary table has that
         many rows. attention: if not by `kernels`.
         """
-        method = linear_method or UnquantizedLinearMethod(kernels)
         self.spec = spec
         self.dtype = dtype
         self.max_model_len = max_model_len
@@ -205,7 +188,6 @@ class DecoderModel:
             kernels.device
         )
         attention = attention or PagedAttention(kernels, scale=spec.layers[0].attention.scale)
-        sizes = {"vocab_size": spec.vocab_size, "hidden_size": spec.hidden_size}
         self._layers = [
             DecoderLayer(
                 spec,
@@ -214,7 +196,6 @@ class DecoderModel:
                 kernels=kernels,
                 attention=attention,
                 cos_sin=self._cos_sin,
-                method=method,
             )
             for index in range(spec.num_layers)
         ]
@@ -225,14 +206,16 @@ class DecoderModel:
             dtype=dtype,
             device=kernels.device,
         )
-        name = "model.embed_tokens"
-        self._embedding: Embedding | None = None
-        if spec.tie_word_embeddings:  # one copy, packed, serves both ends
-            method = UnquantizedLinearMethod(kernels)
-        else:
-            self._embedding = Embedding(name, **sizes, dtype=dtype, device=kernels.device)
-            name = "lm_head"
-        self._lm_head = create_lm_head(name, **sizes, dtype=dtype, method=method)
+        self._embedding: Embedding | None = None  # a tied head's rows serve instead
+        if not spec.tie_word_embeddings:
+            self._embedding = Embedding(
+                "model.embed_tokens",
+                vocab_size=spec.vocab_size,
+                hidden_size=spec.hidden_size,
+                dtype=dtype,
+                device=kernels.device,
+            )
+        self._lm_head = Linear(spec.head, dtype=dtype, method=spec.quantization, kernels=kernels)
 
     def targets(self) -> Iterator[WeightTarget]:
         """Every tensor the model takes from a checkpoint."""
@@ -254,11 +237,6 @@ class DecoderModel:
             self._embed = head.rows
         norms = [layer.input_norm.weight for layer in self._layers] + [self._norm.weight]
         self._first_norm, self._next_norms = norms[0], norms[1:]
-
-    @property
-    def weight_bytes(self) -> int:
-        """What the weights hold in memory, but for the zeros around packed matrices' edges."""
-        return sum(math.prod(target.shape) for target in self.targets()) * self.dtype.itemsize
 
     @torch.inference_mode()
     def forward(
