@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from quire.dtypes import FLOATS
 from quire.layers.spec import AttentionSpec, MlpSpec, NormSpec
 from quire.models.context import read_context_length
 from quire.models.fields import (
@@ -23,7 +24,6 @@ from quire.quantization import read_method
 from quire.quantization.base import LinearMethod
 from quire.quantization.unquantized import UNQUANTIZED
 
-DTYPES = ("bfloat16", "float16", "float32")
 MAX_LAYERS = 4096
 MAX_HEAD_DIM = 512
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -210,8 +210,8 @@ def _read_dtype(reader: ConfigReader) -> str | None:
     if not reader.has(field):
         return None
     name = reader.text(field, default="").removeprefix("torch.")
-    if name not in DTYPES:
-        raise reader.bad(field, f"supported dtypes are {', '.join(DTYPES)}")
+    if name not in FLOATS:
+        raise reader.bad(field, f"supported dtypes are {', '.join(FLOATS)}")
     return name
 
 
