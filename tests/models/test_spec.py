@@ -16,6 +16,7 @@ from quire.errors import UnsupportedModelError
 from quire.layers.spec import AttentionSpec, HeadShape, MlpSpec, NormSpec, RopeSpec
 from quire.models.registry import FAMILIES, resolve_spec
 from quire.models.spec import LayerSpec, ModelSpec
+from quire.quantization.unquantized import UNQUANTIZED
 from tests.models.published import (
     LLAMA_2_7B,
     LLAMA_3_1_8B,
@@ -93,7 +94,7 @@ def test_every_field_of_a_spec() -> None:
         residual_scale=1.0,
         logits_divisor=1.0,
         logits_softcap=0.0,
-        quantization=None,
+        quantization=UNQUANTIZED,
     )
 
 

@@ -8,11 +8,12 @@ import torch
 
 from quire.kernels.base import LayerKernels
 from quire.kernels.ops import AttentionLayer, Buf, Ops
-from quire.layers.linear import Linear, LinearMethod, LinearPart
+from quire.layers.linear import Linear
 from quire.layers.norm import RMSNorm
 from quire.layers.parameter import WeightTarget
 from quire.layers.rotary import query_temperatures
 from quire.layers.spec import AttentionSpec, NormSpec
+from quire.quantization.base import LinearMethod
 
 
 class Attention:
@@ -33,27 +34,13 @@ class Attention:
     ) -> None:
         """cos_sin: [max_position, R], as in `AttentionLayer`; index: which of the cache's layers is its
         own."""
-        q_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-        parts = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
-        if spec.fused_qkv:
-            parts = {"qkv_proj": q_size + 2 * kv_size}
-        self._qkv = Linear(
-            [LinearPart(f"{prefix}.{name}", size) for name, size in parts.items()],
-            in_features=hidden_size,
-            bias=spec.qkv_bias,
-            dtype=dtype,
-            method=method,
-        )
-        self._o = Linear(
-            [LinearPart(f"{prefix}.o_proj", hidden_size)],
-            in_features=q_size,
-            bias=spec.o_bias,
-            dtype=dtype,
-            method=method,
+        self._qkv, self._o = (
+            Linear(shape, dtype=dtype, method=method, kernels=kernels)
+            for shape in spec.linears(prefix, hidden_size)
         )
         self._norms: dict[str, RMSNorm] = {}
         if spec.qk_norm != "none":
-            sizes = (q_size, kv_size) if spec.qk_norm == "whole" else (spec.head_dim,) * 2
+            sizes = (spec.q_size, spec.kv_size) if spec.qk_norm == "whole" else (spec.head_dim,) * 2
             for name, size in zip(("q_norm", "k_norm"), sizes, strict=True):
                 self._norms[name] = RMSNorm(
                     f"{prefix}.{name}", size=size, spec=norm, dtype=dtype, device=kernels.device

@@ -6,10 +6,12 @@ from collections.abc import Iterator
 
 import torch
 
+from quire.kernels.base import LayerKernels
 from quire.kernels.ops import Buf, Ops
-from quire.layers.linear import Linear, LinearMethod, LinearPart
+from quire.layers.linear import Linear
 from quire.layers.parameter import WeightTarget
 from quire.layers.spec import MlpSpec
+from quire.quantization.base import LinearMethod
 
 
 class Mlp:
@@ -22,26 +24,13 @@ class Mlp:
         *,
         hidden_size: int,
         dtype: torch.dtype,
+        kernels: LayerKernels,
         method: LinearMethod,
     ) -> None:
-        inner = spec.intermediate_size
-        parts = {"gate_proj": inner, "up_proj": inner}
-        if spec.fused_gate_up:
-            parts = {"gate_up_proj": 2 * inner}
         self._activation = spec.activation
-        self._gate_up = Linear(
-            [LinearPart(f"{prefix}.{name}", size) for name, size in parts.items()],
-            in_features=hidden_size,
-            bias=spec.bias,
-            dtype=dtype,
-            method=method,
-        )
-        self._down = Linear(
-            [LinearPart(f"{prefix}.down_proj", hidden_size)],
-            in_features=inner,
-            bias=spec.bias,
-            dtype=dtype,
-            method=method,
+        self._gate_up, self._down = (
+            Linear(shape, dtype=dtype, method=method, kernels=kernels)
+            for shape in spec.linears(prefix, hidden_size)
         )
 
     def targets(self) -> Iterator[WeightTarget]:

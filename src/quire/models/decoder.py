@@ -11,7 +11,6 @@ independent of load. Roundings fall where transformers rounds.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import torch
@@ -23,8 +22,8 @@ from quire.kernels.ops import Buf, Head, Ops
 from quire.kernels.program import ForwardPass, ProgramOps
 from quire.layers.attention import Attention
 from quire.layers.eager import EagerOps, compute_logits
-from quire.layers.embedding import Embedding, create_lm_head
-from quire.layers.linear import LinearMethod, UnquantizedLinearMethod
+from quire.layers.embedding import Embedding
+from quire.layers.linear import Linear
 from quire.layers.mlp import Mlp
 from quire.layers.norm import RMSNorm
 from quire.layers.parameter import WeightTarget
@@ -56,7 +55,6 @@ class DecoderLayer:
         dtype: torch.dtype,
         kernels: LayerKernels,
         cos_sin: torch.Tensor,
-        method: LinearMethod,
     ) -> None:
         prefix = f"model.layers.{index}"
         spec: LayerSpec = model.layers[index]
@@ -82,10 +80,15 @@ class DecoderLayer:
             cos_sin=cos_sin,
             dtype=dtype,
             kernels=kernels,
-            method=method,
+            method=model.quantization,
         )
         self._mlp = Mlp(
-            spec.mlp, f"{prefix}.mlp", hidden_size=model.hidden_size, dtype=dtype, method=method
+            spec.mlp,
+            f"{prefix}.mlp",
+            hidden_size=model.hidden_size,
+            dtype=dtype,
+            kernels=kernels,
+            method=model.quantization,
         )
         names = NORM_NAMES[spec.placement]
         self._before_attention, self._after_attention = norm(names[0]), norm(names[1])
@@ -137,13 +140,11 @@ class DecoderModel:
         dtype: torch.dtype,
         kernels: LayerKernels,
         max_model_len: int,
-        linear_method: LinearMethod | None = None,
         attention: AttentionBackend | None = None,
     ) -> None:
         """`max_model_len` is the number of positions a request may reach; rotary tables have that many rows.
         attention: if not by `kernels`.
         """
-        method = linear_method or UnquantizedLinearMethod(kernels)
         self.spec = spec
         self.dtype = dtype
         self.max_model_len = max_model_len
@@ -161,7 +162,6 @@ class DecoderModel:
                 dtype=dtype,
                 kernels=kernels,
                 cos_sin=no_rope if layer.attention.rope is None else tables[layer.attention.rope],
-                method=method,
             )
             for index, layer in enumerate(spec.layers)
         ]
@@ -175,15 +175,16 @@ class DecoderModel:
         self._embed_scale = spec.embed_scale
         if spec.embed_scale_rounded:
             self._embed_scale = float(torch.tensor(spec.embed_scale).to(dtype))
-        sizes = {"vocab_size": spec.vocab_size, "hidden_size": spec.hidden_size}
-        name = "model.embed_tokens"
-        self._embedding: Embedding | None = None
-        if spec.tie_word_embeddings:  # one copy, packed, serves both ends
-            method = UnquantizedLinearMethod(kernels)
-        else:
-            self._embedding = Embedding(name, **sizes, dtype=dtype, device=kernels.device)
-            name = "lm_head"
-        self._lm_head = create_lm_head(name, **sizes, dtype=dtype, method=method)
+        self._embedding: Embedding | None = None  # a tied head's rows serve instead
+        if not spec.tie_word_embeddings:
+            self._embedding = Embedding(
+                "model.embed_tokens",
+                vocab_size=spec.vocab_size,
+                hidden_size=spec.hidden_size,
+                dtype=dtype,
+                device=kernels.device,
+            )
+        self._lm_head = Linear(spec.head, dtype=dtype, method=spec.quantization, kernels=kernels)
 
     def targets(self) -> Iterator[WeightTarget]:
         """Every tensor the model takes from a checkpoint."""
@@ -203,11 +204,6 @@ class DecoderModel:
             divisor=self.spec.logits_divisor,
             softcap=self.spec.logits_softcap,
         )
-
-    @property
-    def weight_bytes(self) -> int:
-        """What the weights hold in memory, but for the zeros around packed matrices' edges."""
-        return sum(math.prod(target.shape) for target in self.targets()) * self.dtype.itemsize
 
     def forward(self, ops: Ops[Buf]) -> Buf:
         """Hidden states after the final norm, of the wanted tokens; and this step's keys and values in the

@@ -248,8 +248,7 @@ class DeviceRunner:
         self._may_record = not eager
         self._decode_rows = graph_sizes(max_num_seqs)
         self._mixed_rows = mixed_rows(max_num_seqs)
-        num_weights = model.weight_bytes // model.dtype.itemsize
-        self._mixed_tokens = mixed_tokens(num_weights, max_num_batched_tokens)
+        self._mixed_tokens = mixed_tokens(spec.num_parameters(), max_num_batched_tokens)
         self._uses: dict[_Shape, int] = {}
         self._recorded: dict[_Shape, Callable[[], _Computed]] = {}
 

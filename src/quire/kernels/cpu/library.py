@@ -8,12 +8,13 @@ from ctypes import POINTER, c_float, c_int32, c_int64, c_uint64, c_void_p
 
 import torch
 
+from quire import dtypes
 from quire.kernels.cpu.build import BuildError, build
 
-# The numbers of enum dtype in vec.h.
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-# Those of enum activation in kernels.h.
+DTYPES = {getattr(torch, name): dtypes.DTYPES[name].c_code for name in dtypes.FLOATS}
+"""The numbers of enum dtype in vec.h."""
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
+"""Those of enum activation in kernels.h."""
 
 
 class LinearWeight(ctypes.Structure):
