@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from quire.layers.spec import Activation, AttentionSpec, MlpSpec, NormSpec, RopeSpec
 from quire.models.context import read_context_length
 from quire.models.fields import (
     MOE_FIELDS,
@@ -17,16 +18,7 @@ from quire.models.fields import (
     unsupported,
 )
 from quire.models.rope_config import DEFAULT_THETA, FULL, SLIDING, RopeDefaults, read_rope
-from quire.models.spec import (
-    Activation,
-    AttentionSpec,
-    LayerSpec,
-    MlpSpec,
-    ModelSpec,
-    NormSpec,
-    Placement,
-    RopeSpec,
-)
+from quire.models.spec import LayerSpec, ModelSpec, Placement
 
 DTYPES = ("bfloat16", "float16", "float32")
 LLAMA_NORM = NormSpec(eps=1e-6)

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from quire.layers.spec import RopeSpec
 from quire.models.fields import MAX_SIZE, ConfigReader
-from quire.models.spec import RopeSpec
 
 OTHER_FIELDS = (
     "n_positions", "max_seq_len", "seq_length", "max_sequence_length", "max_seq_length", "seq_len",

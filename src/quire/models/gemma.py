@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from quire.layers.spec import NormSpec, RopeSpec
 from quire.models.common import (
     FULL,
     SLIDING,
@@ -24,7 +25,7 @@ from quire.models.common import (
 )
 from quire.models.fields import ConfigReader
 from quire.models.rope_config import read_rope, read_ropes
-from quire.models.spec import ModelSpec, NormSpec, RopeSpec
+from quire.models.spec import ModelSpec
 
 DEFAULTS: Mapping[str, object] = {
     "num_attention_heads": 8,

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from quire.layers.spec import NormSpec, QueryTemperature
 from quire.models.common import read_sizes, read_spec, read_window, stack
 from quire.models.fields import ConfigReader
 from quire.models.rope_config import read_rope
-from quire.models.spec import ModelSpec, NormSpec, QueryTemperature
+from quire.models.spec import ModelSpec
 
 BETA = "llama_4_scaling_beta"
 DEFAULT_ROPE: Mapping[str, object] = {

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from quire.layers.spec import NormSpec, RopeSpec
 from quire.models.common import (
     FULL,
     SLIDING,
@@ -22,7 +23,7 @@ from quire.models.common import (
 )
 from quire.models.fields import ConfigReader
 from quire.models.rope_config import read_rope, read_ropes
-from quire.models.spec import ModelSpec, NormSpec, RopeSpec
+from quire.models.spec import ModelSpec
 
 OLMO3_THETA = 500000.0
 

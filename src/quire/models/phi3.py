@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from quire.layers.spec import NormSpec
 from quire.models.common import read_sizes, read_spec, read_window, stack
 from quire.models.fields import ConfigReader
 from quire.models.rope_config import read_rope
-from quire.models.spec import ModelSpec, NormSpec
+from quire.models.spec import ModelSpec
 
 
 def resolve(config: Mapping[str, object], architecture: str) -> ModelSpec:

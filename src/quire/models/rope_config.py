@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import get_args
 
+from quire.layers.spec import RopeSpec, RopeType
 from quire.models.fields import ConfigReader
-from quire.models.spec import RopeSpec, RopeType
 
 SUPPORTED_TYPES: tuple[RopeType, ...] = get_args(RopeType)
 FULL, SLIDING = "full_attention", "sliding_attention"
