@@ -1,4 +1,5 @@
-"""config.json of well-known models, as published, with the parameter counts their cards give."""
+"""config.json of well-known models, as published, with the parameter counts their cards give. Of multimodal
+models, the count of the text part."""
 
 from __future__ import annotations
 
@@ -541,4 +542,16 @@ PARAMETER_COUNTS: Mapping[str, tuple[Mapping[str, object], int]] = {
     "Mistral-Nemo": (MISTRAL_NEMO, 12_247_782_400),
     "Qwen2.5-0.5B": (QWEN2_5_05B, 494_032_768),
     "Qwen3-0.6B": (QWEN3_06B, 596_049_920),
+    "Gemma-2-2b": (GEMMA_2_2B, 2_614_341_888),
+    "Gemma-3-1b": (GEMMA_3_1B, 999_885_952),
+    "Gemma-3-4b": (GEMMA_3_4B, 3_880_263_168),
+    "OLMo-2-7B": (OLMO_2_7B, 7_298_617_344),
+    "OLMo-3-7B": (OLMO_3_7B, 7_298_011_136),
+    "Phi-3-mini-4k": (PHI_3_MINI_4K, 3_821_079_552),
+    "Phi-4": (PHI_4, 14_659_507_200),
+    "Phi-4-mini": (PHI_4_MINI, 3_836_021_760),
+    "Granite-3.1-2b": (GRANITE_3_1_2B, 2_533_531_648),
+    "SmolLM3-3B": (SMOLLM3_3B, 3_075_098_624),
+    "Mistral-Small-3.1": (MISTRAL_SMALL_3_1, 23_572_403_200),
+    "Ministral-3-3B": (MINISTRAL_3_3B, 3_429_006_336),
 }

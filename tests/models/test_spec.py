@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -14,16 +15,21 @@ from hypothesis import strategies as st
 
 from quire.errors import UnsupportedModelError
 from quire.layers.spec import AttentionSpec, HeadShape, MlpSpec, NormSpec, RopeSpec
-from quire.models.registry import FAMILIES, resolve_spec
+from quire.models.registry import FAMILIES, MULTIMODAL, resolve_spec
 from quire.models.spec import LayerSpec, ModelSpec
 from tests.models.published import (
+    GEMMA_2_2B,
+    GEMMA_3_1B,
+    GRANITE_3_1_2B,
     LLAMA_2_7B,
     LLAMA_3_1_8B,
     MISTRAL_7B_V01,
     MISTRAL_NEMO,
     PARAMETER_COUNTS,
+    PHI_4_MINI,
     QWEN2_5_05B,
     QWEN3_06B,
+    SMOLLM3_3B,
 )
 
 
@@ -329,17 +335,31 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=5,
 )  # fmt: skip
-EXTRA_FIELDS = {"layer_types", "rope_parameters", "dtype", "original_max_position_embeddings"}
-FIELDS = st.sampled_from(sorted({*LLAMA_3_1_8B, *QWEN3_06B, *EXTRA_FIELDS}))
-ROPE_NAMES = [field.name for field in dataclasses.fields(RopeSpec)] + ["rope_type", "mscale"]
+CONFIGS = (LLAMA_3_1_8B, QWEN3_06B, GEMMA_2_2B, GEMMA_3_1B, PHI_4_MINI, GRANITE_3_1_2B, SMOLLM3_3B)
+FIELDS = st.sampled_from(
+    sorted(
+        {
+            *itertools.chain(*CONFIGS),
+            "rope_parameters",
+            "dtype",
+            "sliding_window_size",
+            "text_config",
+        }
+    )
+)
+ROPE_NAMES = [field.name for field in dataclasses.fields(RopeSpec)] + [
+    "rope_type",
+    "mscale",
+    "short_factor",
+]
 ROPES = st.dictionaries(
-    st.sampled_from(ROPE_NAMES), JSON | st.sampled_from(["yarn", "llama3"]), max_size=4
+    st.sampled_from(ROPE_NAMES), JSON | st.sampled_from(["yarn", "llama3", "longrope"]), max_size=4
 )
 
 
 @settings(max_examples=400)
 @given(
-    architecture=st.sampled_from(sorted(FAMILIES)),
+    architecture=st.sampled_from(sorted({*FAMILIES, *MULTIMODAL})),
     changes=st.dictionaries(FIELDS, JSON, max_size=3),
     rope=st.none() | ROPES,
 )

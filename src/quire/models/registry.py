@@ -63,8 +63,8 @@ def text_config(hf_config: Mapping[str, object]) -> Mapping[str, object]:
     the one inside.
     """
     reader = ConfigReader(hf_config)
-    names = reader.raw("architectures")
-    if not (isinstance(names, list) and len(names) == 1 and names[0] in MULTIMODAL):
+    names = reader.names("architectures") or ()
+    if len(names) != 1 or names[0] not in MULTIMODAL:
         return hf_config
     inner = reader.mapping("text_config") or {}
     outer = {k: value for k, value in hf_config.items() if k not in MULTIMODAL_FIELDS}
