@@ -198,7 +198,9 @@ def _regex(pattern: str, max_bytes: int) -> str:
     _check_size(pattern, "the regex", max_bytes)
     from llguidance import regex_to_lark
 
-    return regex_to_lark(pattern, "d") or "()"  # an empty regex would be two slashes, which begin a comment
+    return (
+        regex_to_lark(pattern, "d") or "()"
+    )  # an empty regex would be two slashes, which begin a comment
 
 
 def _grammar(text: str, max_bytes: int) -> str:

@@ -99,7 +99,9 @@ class StopStringScanner:
             if stop is not None:
                 if armed:
                     return self._match(stop, text[: index + 1])
-                while state and not goto[state]:  # completed while not armed, and cannot become a longer one
+                while (
+                    state and not goto[state]
+                ):  # completed while not armed, and cannot become a longer one
                     state = fail[state]
         self._state = state
         seen = self._held + text
