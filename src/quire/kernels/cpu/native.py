@@ -29,6 +29,7 @@ from quire.kernels.cpu.library import (
     SampleArgs,
     load_library,
 )
+from quire.kernels.cpu.linear import dense_product
 from quire.kernels.decoder import DecoderWeights
 from quire.kernels.sampling import SampledTokens
 
@@ -45,7 +46,7 @@ class NativeKernels:
 
     name = "native"
     device = layout.device
-    linear = staticmethod(layout.linear)
+    linear = staticmethod(dense_product)
     kv_cache_shapes = staticmethod(layout.kv_cache_shapes)
 
     def __init__(self, *, march: str = "native") -> None:
