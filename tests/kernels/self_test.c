@@ -115,7 +115,7 @@ static void test_linear(int dt, int64_t m, int64_t k, int64_t n) {
   void *panels = aligned_alloc(64, (size_t)((n + PANEL - 1) / PANEL * PANEL * padded * 4));
   memset(panels, 0, (size_t)((n + PANEL - 1) / PANEL * PANEL * padded * 4));
   quire_pack_linear(w, 0, n, k, size, step, panels, 2);
-  const linear_weight weight = {panels, bias, n, k, dt, LINEAR_DENSE};
+  const linear_weight weight = {panels, bias, n, k, dt};
   char *out = malloc((size_t)(m * n * 4)), *alone = malloc((size_t)(n * 4));
   expect(quire_linear(&weight, x, k, out, n, m, LINEAR_STORE, 2) == 0, "linear", dt, m, n);
   for (int64_t i = 0; i < m; i++) {
