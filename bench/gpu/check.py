@@ -96,11 +96,14 @@ def attention(spec: ModelSpec, dtype: torch.dtype, block_size: int, *, small: bo
 @torch.inference_mode()
 def layer_kernels(spec: ModelSpec) -> Values:
     """What stands between the products, and the copy of blocks."""
-    rows, hidden, eps = 70, spec.hidden_size, spec.rms_norm_eps
+    rows, hidden, eps = 70, spec.hidden_size, spec.norm.eps
     x, residual, weight = randn(rows, hidden), randn(rows, hidden), randn(hidden)
-    gate_up, table = randn(rows, 2 * spec.intermediate_size), randn(spec.vocab_size, hidden)
+    gate_up, table = (
+        randn(rows, 2 * spec.layers[0].mlp.intermediate_size),
+        randn(spec.vocab_size, hidden),
+    )
     ids = torch.randint(0, spec.vocab_size, (rows,), device=DEVICE)
-    storage = randn(2, 2, 9, spec.num_kv_heads, 16, spec.head_dim)
+    storage = randn(2, 2, 9, spec.heads.num_kv_heads, 16, spec.heads.head_dim)
 
     normed = layers.rms_norm(x, weight, eps, out=torch.full_like(x, math.nan))
     total = residual.clone()
@@ -133,30 +136,36 @@ def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def _rope(spec: ModelSpec, dtype: torch.dtype, label: str) -> dict[str, float]:
     """Errors of queries, keys and values. Slots are scattered; the last token is padding."""
-    rows, d, slot_count = 33, spec.head_dim, 41 * 16
+    rows, d, slot_count = 33, spec.heads.head_dim, 41 * 16
     cache = Cache.create(spec, slot_count - 16, dtype=dtype)
-    qkv = randn(rows, spec.q_size + 2 * spec.kv_size)
+    qkv = randn(rows, spec.heads.q_size + 2 * spec.heads.kv_size)
     before = qkv.double().unflatten(1, (-1, d))
-    q, k, v = before.split([spec.num_heads, spec.num_kv_heads, spec.num_kv_heads], 1)
+    q, k, v = before.split(
+        [spec.heads.num_heads, spec.heads.num_kv_heads, spec.heads.num_kv_heads], 1
+    )
     positions = torch.randint(0, 4000, (rows,), device=DEVICE)
     slots = torch.randperm(slot_count, device=DEVICE)[:rows]
     slots[-1] = -1
-    cos_sin = cos_sin_table(spec.rope, head_dim=d, max_model_len=4000, dtype=BF16).to(DEVICE)
+    cos_sin = cos_sin_table(spec.ropes[0], max_model_len=4000, dtype=BF16).to(DEVICE)
     cos, sin = cos_sin[positions][:, None].double().chunk(2, -1)
-    q_norm, k_norm = (randn(d), randn(d)) if spec.qk_norm else (None, None)
+    q_norm, k_norm = (
+        (randn(d), randn(d)) if spec.layers[0].attention.qk_norm == "head" else (None, None)
+    )
 
     def rotated(x: Tensor, weight: Tensor | None) -> Tensor:
-        left, right = (x if weight is None else _normed(x, weight, spec.rms_norm_eps)).chunk(2, -1)
+        left, right = (x if weight is None else _normed(x, weight, spec.norm.eps)).chunk(2, -1)
         return torch.cat([left * cos - right * sin, right * cos + left * sin], -1)
 
     layers.rope_write_kv(
         qkv, positions, cos_sin, cache.k, cache.v, slots, q_norm=q_norm, k_norm=k_norm,
-        eps=spec.rms_norm_eps, k_scale=cache.scales[0], v_scale=cache.scales[1],
+        eps=spec.norm.eps, k_scale=cache.scales[0], v_scale=cache.scales[1],
     )  # fmt: skip
     blocks = torch.arange(len(cache.k), device=DEVICE)
     keys, values = (cache.dense(which, blocks)[slots[:-1]] for which in (0, 1))
     return {
-        f"{label} queries": error(qkv[:, : spec.q_size].unflatten(1, (-1, d)), rotated(q, q_norm)),
+        f"{label} queries": error(
+            qkv[:, : spec.heads.q_size].unflatten(1, (-1, d)), rotated(q, q_norm)
+        ),
         f"{label} keys": error(keys, rotated(k, k_norm)[:-1]),
         f"{label} values": error(values, v[:-1]),
     }
@@ -298,7 +307,7 @@ def invariance(spec: ModelSpec, *, small: bool) -> Values:
     """With --batch-invariant, the bits of one request's twenty best log-probabilities: alone, among others,
     beside a prompt that arrives. And its product: right, and a row's bits for every number of rows before
     it; beside it those numbers for which cuBLAS's differ."""
-    spec = replace(spec, num_layers=2, sliding_windows=(None, None))
+    spec = replace(spec, layers=spec.layers[:2])
     limits = engines.Limits(
         seqs=16, tokens=64 if small else 2048, length=200 if small else 4096, cached=40_000
     )

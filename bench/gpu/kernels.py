@@ -96,7 +96,7 @@ def decode(
     found: Values = {}
     for keys in (sizes.long, sizes.longer):
         for requests in sizes.batches:
-            moved = 2 * requests * keys * spec.kv_size * dtype.itemsize
+            moved = 2 * requests * keys * spec.heads.kv_size * dtype.itemsize
             sets = copies(moved)
             room = sets * requests * (keys + block_size)
             cache = Cache.create(spec, room, block_size=block_size, dtype=dtype)
@@ -118,7 +118,7 @@ def prefill(spec: ModelSpec, sizes: Sizes, ceilings: Ceilings) -> Values:
         cache = Cache.create(spec, 4 * tokens)
         steps = [Batch.create(spec, cache, [(tokens, tokens)]) for _ in range(4)]
         took = seconds([step.attend() for step in steps])
-        ours = rate(took, ceilings, flops=2 * spec.q_size * tokens**2)
+        ours = rate(took, ceilings, flops=2 * spec.heads.q_size * tokens**2)
         invariant: list[Call] = [step.attend(invariant=True) for step in steps]
         rivals = _rivals(spec, 1, tokens, tokens, 4)
         found[str(tokens)] = against(ours, invariant=invariant, **rivals)
@@ -133,8 +133,10 @@ def _rivals(
     sdpa: list[Call] = []
     fa3: list[Call] = []
     for _ in range(sets):
-        q = randn(requests, spec.num_heads, queries, spec.head_dim)
-        k, v = (randn(requests, spec.num_kv_heads, keys, spec.head_dim) for _ in range(2))
+        q = randn(requests, spec.heads.num_heads, queries, spec.heads.head_dim)
+        k, v = (
+            randn(requests, spec.heads.num_kv_heads, keys, spec.heads.head_dim) for _ in range(2)
+        )
         attend = F.scaled_dot_product_attention
         sdpa.append(partial(attend, q, k, v, is_causal=causal, enable_gqa=True))
     try:
@@ -182,14 +184,22 @@ def _elementwise(spec: ModelSpec, rows: int) -> dict[str, tuple[int, Callable[[]
     """Elements read and written for a row, and what makes a call with inputs of its own."""
     hidden, inner, eps, d = (
         spec.hidden_size,
-        spec.intermediate_size,
-        spec.rms_norm_eps,
-        spec.head_dim,
+        spec.layers[0].mlp.intermediate_size,
+        spec.norm.eps,
+        spec.heads.head_dim,
     )
-    width, weight, cache = spec.q_size + 2 * spec.kv_size, randn(hidden), Cache.create(spec, rows)
+    width, weight, cache = (
+        spec.heads.q_size + 2 * spec.heads.kv_size,
+        randn(hidden),
+        Cache.create(spec, rows),
+    )
     slots = torch.arange(rows, device=DEVICE)
-    cos_sin = cos_sin_table(spec.rope, head_dim=d, max_model_len=rows, dtype=BF16).to(DEVICE)
-    norms = {"q_norm": randn(d), "k_norm": randn(d), "eps": eps} if spec.qk_norm else {}
+    cos_sin = cos_sin_table(spec.ropes[0], max_model_len=rows, dtype=BF16).to(DEVICE)
+    norms = (
+        {"q_norm": randn(d), "k_norm": randn(d), "eps": eps}
+        if spec.layers[0].attention.qk_norm == "head"
+        else {}
+    )
     return {
         "rms_norm": (2 * hidden, lambda: partial(layers.rms_norm, randn(rows, hidden), weight, eps)),
         "add_rms_norm": (4 * hidden, lambda: partial(

@@ -75,11 +75,12 @@ def spec_of(model: str, sizes: str) -> ModelSpec:
 
 def matrices(spec: ModelSpec) -> dict[str, tuple[int, int]]:
     """[out, in] features of a layer's matrices, and of the head."""
+    inner = spec.layers[0].mlp.intermediate_size
     return {
-        "qkv": (spec.q_size + 2 * spec.kv_size, spec.hidden_size),
-        "o": (spec.hidden_size, spec.q_size),
-        "gate_up": (2 * spec.intermediate_size, spec.hidden_size),
-        "down": (spec.hidden_size, spec.intermediate_size),
+        "qkv": (spec.heads.q_size + 2 * spec.heads.kv_size, spec.hidden_size),
+        "o": (spec.hidden_size, spec.heads.q_size),
+        "gate_up": (2 * inner, spec.hidden_size),
+        "down": (spec.hidden_size, inner),
         "head": (spec.vocab_size, spec.hidden_size),
     }
 
@@ -150,8 +151,15 @@ class Cache:
         cls, spec: ModelSpec, tokens: int, *, block_size: int = 16, dtype: torch.dtype = BF16
     ) -> Cache:
         """For at least so many tokens beside the null block."""
-        shape = (1 + -(-tokens // block_size), spec.num_kv_heads, block_size, spec.head_dim)
-        k_scale, v_scale = (torch.rand(spec.num_kv_heads, device=DEVICE) + 0.5 for _ in range(2))
+        shape = (
+            1 + -(-tokens // block_size),
+            spec.heads.num_kv_heads,
+            block_size,
+            spec.heads.head_dim,
+        )
+        k_scale, v_scale = (
+            torch.rand(spec.heads.num_kv_heads, device=DEVICE) + 0.5 for _ in range(2)
+        )
         scales = (k_scale, v_scale) if dtype is FP8 else (None, None)
         return cls(randn(*shape, dtype=dtype), randn(*shape, dtype=dtype), scales)
 
@@ -180,7 +188,7 @@ class Batch:
         queries, keys = zip(*requests, strict=True)
         width = -(-max(keys) // cache.k.shape[2])
         blocks = torch.randperm(cache.k.shape[0] - 1, device=DEVICE)[: width * len(requests)] + 1
-        q = randn(sum(queries), spec.num_heads, spec.head_dim)
+        q = randn(sum(queries), spec.heads.num_heads, spec.heads.head_dim)
         return cls._of(cache, q, blocks.view(-1, width).int(), queries, int32(keys))
 
     @classmethod

@@ -39,7 +39,8 @@ def measured(entries: Iterable[dict[str, Any]]) -> Ceilings:
 
 def layer_weights(spec: ModelSpec) -> int:
     """Elements of the layers' matrices."""
-    width = 2 * spec.q_size + 2 * spec.kv_size + 3 * spec.intermediate_size
+    heads, inner = spec.heads, spec.layers[0].mlp.intermediate_size
+    width = 2 * heads.q_size + 2 * heads.kv_size + 3 * inner
     return spec.num_layers * spec.hidden_size * width
 
 
@@ -62,7 +63,7 @@ def prefill_s(spec: ModelSpec, prompts: Sequence[int], ceilings: Ceilings) -> fl
     weights = layer_weights(spec)
     products = ceilings.seconds(moved=2 * weights, flops=2 * sum(prompts) * weights)
     squares = sum(tokens**2 for tokens in prompts)
-    attention = 2 * spec.num_layers * spec.q_size * squares  # half of each square is masked
+    attention = 2 * spec.num_layers * spec.heads.q_size * squares  # half of each square is masked
     return products + attention / ceilings.flops_per_s
 
 

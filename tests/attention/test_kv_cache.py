@@ -7,7 +7,7 @@ import torch
 
 from quire.attention.base import AttentionMetadata, KVCache
 from quire.attention.paged import PagedAttention
-from quire.kernels.base import create_kernels
+from quire.kernels.select import create_kernels
 
 
 def make_cache(**changes: int) -> KVCache:

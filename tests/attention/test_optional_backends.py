@@ -20,7 +20,8 @@ from quire.attention.paged import PagedAttention
 from quire.attention.select import BACKENDS, create_attention
 from quire.config.engine import RuntimeConfig
 from quire.errors import ConfigError
-from quire.kernels.base import KVCacheShapes, create_kernels
+from quire.kernels.base import KVCacheShapes
+from quire.kernels.select import create_kernels
 from tests.kernels.cases import assert_close, generator, make_sequences, randn, starts
 
 HEADS, KV_HEADS, DIM, BLOCK = 4, 2, 64, 16
@@ -359,7 +360,8 @@ def test_a_devices_cache_begins_as_zeros(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(torch, "empty", lambda *size, **how: empty(*size, **how).fill_(torch.nan))
     shape = (3, 1, 16, 8)
     holder = SimpleNamespace(
-        device=torch.device("cpu"), kv_cache_shapes=lambda **sizes: KVCacheShapes(k=shape, v=shape)
+        device=torch.device("cpu"),
+        kv_cache_shapes=lambda **sizes: KVCacheShapes(k=shape, v=shape, zeroed=True),
     )
     cache = KVCache(
         num_layers=2, num_blocks=3, num_kv_heads=1, head_dim=8, block_size=16,

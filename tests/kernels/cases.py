@@ -8,7 +8,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quire.kernels.base import Kernels, kv_cache_shapes
+from quire.kernels.base import Kernels
+from quire.kernels.cpu.layout import kv_cache_shapes
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Where one implementation rounds up and the other down, they differ by one unit in the last place.

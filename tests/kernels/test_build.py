@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from quire.errors import ConfigError
-from quire.kernels.base import create_kernels
 from quire.kernels.cpu import build as build_module
 from quire.kernels.cpu import library
 from quire.kernels.cpu.build import BuildError, build
 from quire.kernels.cpu.native import NativeKernels
+from quire.kernels.select import create_kernels
 
 
 @pytest.fixture

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quire.errors import ConfigError
-from quire.kernels.base import Kernels, kv_cache_shapes
+from quire.kernels.base import Kernels
 from quire.kernels.checks import KernelArgumentError
+from quire.kernels.cpu.layout import kv_cache_shapes
 from quire.kernels.cpu.native import NativeKernels
 from tests.kernels.cases import DTYPES, assert_close, bits, dtypes, generator, randn, seeds
 

@@ -7,20 +7,21 @@ import sys
 
 import pytest
 
-from quire.kvcache import BlockPool, KVCacheManager, manager
+from quire.kvcache import BlockPool, CacheKey, KVCacheManager, manager
 
 BS = 4
+PLAIN = CacheKey()
 
 
 def make(num_blocks: int = 20, *, caching: bool = True) -> KVCacheManager:
     return KVCacheManager(num_blocks, BS, enable_prefix_caching=caching)
 
 
-def run(kv: KVCacheManager, request_id: int, tokens: list[int], *, salt=None, step: int = 1) -> int:
+def run(kv: KVCacheManager, request_id: int, tokens: list[int], *, key=PLAIN, step: int = 1) -> int:
     """Admit a request with all its tokens; returns how many were cached."""
-    match = kv.match_prefix(request_id, tokens, salt, step)
+    match = kv.match_prefix(request_id, tokens, key, step)
     assert kv.can_admit(match, len(tokens), keep_free=0)
-    kv.admit(request_id, match, salt, len(tokens))
+    kv.admit(request_id, match, key, len(tokens))
     kv.register(request_id, tokens, len(tokens), step)
     kv.check_invariants()
     return match.num_tokens
@@ -48,9 +49,9 @@ def test_sharing_counts_references():
 def test_a_wholly_cached_prompt_recomputes_one_token_in_a_copied_block():
     kv = make()
     run(kv, 1, [1, 2, 3, 4, 5, 6, 7, 8], step=1)
-    match = kv.match_prefix(2, [1, 2, 3, 4, 5, 6, 7, 8], None, 2)
+    match = kv.match_prefix(2, [1, 2, 3, 4, 5, 6, 7, 8], PLAIN, 2)
     assert match.num_tokens == 7 and match.tail is not None
-    growth = kv.admit(2, match, None, 8)
+    growth = kv.admit(2, match, PLAIN, 8)
     assert growth.copies == [(kv.block_ids(1)[1], kv.block_ids(2)[1])]
     assert kv.block_ids(1)[1] != kv.block_ids(2)[1]
     kv.check_invariants()
@@ -59,16 +60,31 @@ def test_a_wholly_cached_prompt_recomputes_one_token_in_a_copied_block():
 def test_a_block_of_this_very_step_is_shared_but_not_copied():
     kv = make()
     run(kv, 1, [1, 2, 3, 4, 5, 6, 7, 8], step=5)
-    match = kv.match_prefix(2, [1, 2, 3, 4, 5, 6, 7, 8], None, 5)
+    match = kv.match_prefix(2, [1, 2, 3, 4, 5, 6, 7, 8], PLAIN, 5)
     assert match.num_tokens == 4 and match.tail is None
 
 
 def test_salts_share_nothing():
     kv = make()
-    run(kv, 1, list(range(8)), salt="a")
-    assert run(kv, 2, list(range(9)), salt="b") == 0
+    run(kv, 1, list(range(8)), key=CacheKey("a"))
+    assert run(kv, 2, list(range(9)), key=CacheKey("b")) == 0
     assert run(kv, 3, list(range(9))) == 0
-    assert run(kv, 4, list(range(9)), salt="a", step=2) == 8
+    assert run(kv, 4, list(range(9)), key=CacheKey("a"), step=2) == 8
+
+
+def test_adapters_share_nothing_and_are_not_salts():
+    keys = [
+        CacheKey(),
+        CacheKey("a"),
+        CacheKey(None, "a"),
+        CacheKey("a", "a"),
+        CacheKey("", "aa"),
+        CacheKey("aa"),
+    ]
+    assert len({key.root_hash for key in keys}) == len(keys)
+    kv = make(num_blocks=40)
+    for request_id, key in enumerate(keys):
+        assert run(kv, request_id, list(range(9)), key=key) == 0
 
 
 def test_a_hash_collision_never_serves_foreign_kv(monkeypatch):
@@ -93,7 +109,7 @@ def test_the_head_of_a_prefix_outlives_its_tail():
     run(kv, 1, list(range(12)))
     kv.release(1)
     run(kv, 2, [50, 51, 52, 53, 54])  # takes the empty block and evicts one: the tail
-    assert kv.match_prefix(3, list(range(13)), None, 2).num_tokens == 8
+    assert kv.match_prefix(3, list(range(13)), PLAIN, 2).num_tokens == 8
 
 
 def test_blocks_without_cached_content_are_reused_first():
@@ -103,7 +119,7 @@ def test_blocks_without_cached_content_are_reused_first():
     run(kv, 2, [90, 91])  # a partial block: never cached
     kv.release(2)
     run(kv, 3, [80, 81, 82, 83, 84])
-    assert kv.match_prefix(4, list(range(9)), None, 2).num_tokens == 8
+    assert kv.match_prefix(4, list(range(9)), PLAIN, 2).num_tokens == 8
 
 
 def test_least_recently_used_prefix_is_evicted_first():
@@ -113,7 +129,7 @@ def test_least_recently_used_prefix_is_evicted_first():
         kv.release(request_id)
     run(kv, 4, [10] * 4 + [11], step=2)  # touches the first, evicts the second
     kv.release(4)
-    found = {t: kv.match_prefix(100 + t, [t] * 5, None, 3).num_tokens for t in (10, 20, 30)}
+    found = {t: kv.match_prefix(100 + t, [t] * 5, PLAIN, 3).num_tokens for t in (10, 20, 30)}
     assert found == {10: 4, 20: 0, 30: 4}
 
 
@@ -121,12 +137,12 @@ def test_an_orphan_gives_way_to_new_content():
     pool = BlockPool(4)
     (first,) = pool.allocate(1)
     (second,) = pool.allocate(1)
-    common = {"tokens": (1,), "namespace": None, "step_id": 1}
+    common = {"tokens": (1,), "key": PLAIN, "step_id": 1}
     old = pool.register(first, b"h", parent_serial=7, **common)
     new = pool.register(second, b"h", parent_serial=8, **common)
     assert old != new
-    assert pool.lookup(b"h", parent_serial=7, tokens=(1,), namespace=None) is None
-    assert pool.lookup(b"h", parent_serial=8, tokens=(1,), namespace=None) is second
+    assert pool.lookup(b"h", parent_serial=7, tokens=(1,), key=PLAIN) is None
+    assert pool.lookup(b"h", parent_serial=8, tokens=(1,), key=PLAIN) is second
     pool.check_invariants({first.block_id: 1, second.block_id: 1})
 
 
@@ -135,7 +151,7 @@ def test_fork_shares_full_blocks_and_copies_the_partial_one():
     tokens = list(range(10))
     run(kv, 1, tokens)
     match = kv.match_fork(1, 9, 2)
-    growth = kv.admit(2, match, None, 10)
+    growth = kv.admit(2, match, PLAIN, 10)
     kv.register(2, tokens, 10, 2)
     assert kv.block_ids(1)[:2] == kv.block_ids(2)[:2]
     assert growth.copies == [(kv.block_ids(1)[2], kv.block_ids(2)[2])]
@@ -156,7 +172,7 @@ def test_without_caching_nothing_is_found_and_forks_still_share():
     run(kv, 1, list(range(9)))
     assert run(kv, 2, list(range(9)), step=2) == 0
     match = kv.match_fork(1, 8, 2)
-    kv.admit(3, match, None, 9)
+    kv.admit(3, match, PLAIN, 9)
     assert kv.block_ids(3)[:2] == kv.block_ids(1)[:2]
     kv.check_invariants()
 
@@ -183,7 +199,7 @@ def test_reset_forgets_content_but_not_tables():
     kv.pool.reset_cache()
     kv.check_invariants()
     assert kv.pool.num_cached == 0
-    assert kv.match_prefix(2, list(range(9)), None, 2).num_tokens == 0
+    assert kv.match_prefix(2, list(range(9)), PLAIN, 2).num_tokens == 0
     assert kv.grow(1, 13) is not None
 
 
@@ -199,27 +215,27 @@ def test_what_a_request_left_in_its_last_block_is_found_and_copied():
         ([2, 3, 4, 9, 9], 0),  # too few to be worth a copy
         ([9, 3, 4, 5, 6], 0),
     ):
-        match = kv.match_prefix(100 + len(rest) + found, [1] * 8 + rest, None, 2)
+        match = kv.match_prefix(100 + len(rest) + found, [1] * 8 + rest, PLAIN, 2)
         assert match.num_tokens == 8 + found and (match.tail is not None) == (found > 0)
-    assert kv.match_prefix(2, [*left, 7], None, 1).num_tokens == 8, (
+    assert kv.match_prefix(2, [*left, 7], PLAIN, 1).num_tokens == 8, (
         "not in the step that computes it"
     )
-    assert kv.match_prefix(3, [*left, 7], "salt", 2).num_tokens == 0
-    match = kv.match_prefix(4, [*left, 7], None, 2)
-    growth = kv.admit(4, match, None, len(left) + 1)
+    assert kv.match_prefix(3, [*left, 7], CacheKey("salt"), 2).num_tokens == 0
+    match = kv.match_prefix(4, [*left, 7], PLAIN, 2)
+    growth = kv.admit(4, match, PLAIN, len(left) + 1)
     assert growth.copies == [(match.tail.block_id, kv.block_ids(4)[1])]
     kv.check_invariants()
     kv.pool.reset_cache()
-    assert kv.match_prefix(5, [*left, 7], None, 3).num_tokens == 0
+    assert kv.match_prefix(5, [*left, 7], PLAIN, 3).num_tokens == 0
     kv.check_invariants()
 
 
-def test_a_short_requests_tail_is_found_in_its_namespace_alone():
+def test_a_short_requests_tail_is_found_under_its_key_alone():
     kv = KVCacheManager(20, 8, enable_prefix_caching=True)
-    run(kv, 1, [1, 2, 3, 4, 5], salt="a")
+    run(kv, 1, [1, 2, 3, 4, 5], key=CacheKey("a"))
     kv.release(1, [1, 2, 3, 4, 5], step_id=1)
-    assert kv.match_prefix(2, [1, 2, 3, 4, 5, 6], None, 2).num_tokens == 0
-    assert kv.match_prefix(3, [1, 2, 3, 4, 5, 6], "a", 2).num_tokens == 5
+    assert kv.match_prefix(2, [1, 2, 3, 4, 5, 6], PLAIN, 2).num_tokens == 0
+    assert kv.match_prefix(3, [1, 2, 3, 4, 5, 6], CacheKey("a"), 2).num_tokens == 5
 
 
 def test_the_latest_tails_of_a_block_are_kept():
@@ -229,7 +245,7 @@ def test_the_latest_tails_of_a_block_are_kept():
         run(kv, request_id, tokens)
         kv.release(request_id, tokens, step_id=1)
         kv.check_invariants()
-    found = [kv.match_prefix(100 + i, [i + 1] * 6, None, 2).num_tokens for i in range(30)]
+    found = [kv.match_prefix(100 + i, [i + 1] * 6, PLAIN, 2).num_tokens for i in range(30)]
     assert found == [0] * 14 + [5] * 16
 
 
@@ -238,7 +254,7 @@ def test_a_tail_that_is_handed_out_is_forgotten():
     run(kv, 1, [7] * 5)
     kv.release(1, [7] * 5, step_id=1)
     run(kv, 2, list(range(10, 26)))  # takes both blocks
-    assert kv.match_prefix(3, [7] * 6, None, 2).num_tokens == 0
+    assert kv.match_prefix(3, [7] * 6, PLAIN, 2).num_tokens == 0
     kv.check_invariants()
 
 

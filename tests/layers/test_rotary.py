@@ -68,9 +68,7 @@ def tables(
     half = cos.shape[-1] // 2
     theirs = torch.cat((cos[0, :, :half], sin[0, :, :half]), dim=-1).float()
     spec = resolve_spec({**SHAPE, "architectures": ["LlamaForCausalLM"], "rope_scaling": rope})
-    ours = cos_sin_table(
-        spec.rope, head_dim=spec.head_dim, max_model_len=max_model_len, dtype=dtype
-    )
+    ours = cos_sin_table(spec.ropes[0], max_model_len=max_model_len, dtype=dtype)
     return ours, theirs
 
 

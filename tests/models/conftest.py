@@ -9,7 +9,8 @@ import pytest
 import torch
 import transformers
 
-from quire.kernels.base import Kernels, create_kernels
+from quire.kernels.base import Kernels
+from quire.kernels.select import create_kernels
 from quire.models.decoder import DecoderModel
 from quire.models.loader import load_model
 from quire.models.registry import resolve_spec

@@ -42,8 +42,8 @@ class PagedHarness:
         self.cache = KVCache(
             num_layers=spec.num_layers,
             num_blocks=num_blocks,
-            num_kv_heads=spec.num_kv_heads,
-            head_dim=spec.head_dim,
+            num_kv_heads=spec.heads.num_kv_heads,
+            head_dim=spec.heads.head_dim,
             block_size=block_size,
             dtype=model.dtype,
         )

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from quire.kernels.base import create_kernels
+from quire.kernels.select import create_kernels
 from quire.models.decoder import DecoderModel
 from quire.models.registry import resolve_spec
 from tests.models.published import SMOLLM2_135M
@@ -42,7 +42,7 @@ def test_the_peak_of_loading_is_the_model(tmp_path: Path, stored: torch.dtype) -
     code = textwrap.dedent(
         f"""
         import json, pathlib, torch
-        from quire.kernels.base import create_kernels
+        from quire.kernels.select import create_kernels
         from quire.models.loader import load_model
         from quire.models.registry import resolve_spec
 

@@ -13,7 +13,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from quire.errors import CheckpointError, ConfigError
-from quire.kernels.base import Kernels, create_kernels
+from quire.kernels.base import Kernels
+from quire.kernels.select import create_kernels
 from quire.models.decoder import DecoderModel
 from quire.models.loader import load_model
 from quire.models.registry import resolve_spec

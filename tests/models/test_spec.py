@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quire.errors import UnsupportedModelError
+from quire.layers.spec import AttentionSpec, HeadShape, MlpSpec, NormSpec, RopeSpec
 from quire.models.registry import FAMILIES, resolve_spec
-from quire.models.spec import ModelSpec, RopeSpec
+from quire.models.spec import LayerSpec, ModelSpec
 from tests.models.published import (
     LLAMA_2_7B,
     LLAMA_3_1_8B,
@@ -46,35 +47,53 @@ def test_resolving_a_spec_does_not_import_torch() -> None:
 
 
 def test_every_field_of_a_spec() -> None:
+    layer = LayerSpec(
+        placement="pre",
+        attention=AttentionSpec(
+            num_heads=32,
+            num_kv_heads=8,
+            head_dim=128,
+            scale=128**-0.5,
+            window=None,
+            rope=0,
+            softcap=0.0,
+            qk_norm="none",
+            qkv_bias=False,
+            o_bias=False,
+            fused_qkv=False,
+            query_temperature=None,
+        ),
+        mlp=MlpSpec(intermediate_size=14336, activation="silu", bias=False, fused_gate_up=False),
+    )
     assert resolve_spec(LLAMA_3_1_8B) == ModelSpec(
         architecture="LlamaForCausalLM",
         vocab_size=128256,
         hidden_size=4096,
-        num_layers=32,
-        num_heads=32,
-        num_kv_heads=8,
-        head_dim=128,
-        intermediate_size=14336,
-        rms_norm_eps=1e-5,
-        rope=RopeSpec(
-            type="llama3",
-            theta=500000.0,
-            factor=8.0,
-            original_max_position_embeddings=8192,
-            low_freq_factor=1.0,
-            high_freq_factor=4.0,
+        layers=(layer,) * 32,
+        norm=NormSpec(eps=1e-5, order="round_then_scale", plus_one=False),
+        ropes=(
+            RopeSpec(
+                rotary_dim=128,
+                type="llama3",
+                theta=500000.0,
+                factor=8.0,
+                original_max_position_embeddings=8192,
+                low_freq_factor=1.0,
+                high_freq_factor=4.0,
+            ),
         ),
         context_length=131072,
         context_source="max_position_embeddings",
         tie_word_embeddings=False,
-        qkv_bias=False,
-        o_bias=False,
-        mlp_bias=False,
-        qk_norm=False,
-        sliding_windows=(None,) * 32,
         has_head=True,
         checkpoint_dtype="bfloat16",
         default_eos_token_ids=(2,),
+        embed_scale=1.0,
+        embed_scale_rounded=False,
+        residual_scale=1.0,
+        logits_divisor=1.0,
+        logits_softcap=0.0,
+        quantization=None,
     )
 
 
@@ -87,22 +106,22 @@ def test_memory_figures() -> None:
 
 def test_families_differ_where_they_should() -> None:
     mistral, nemo = resolve_spec(MISTRAL_7B_V01), resolve_spec(MISTRAL_NEMO)
-    assert mistral.sliding_windows == (4096,) * 32 and nemo.sliding_windows == (None,) * 40
-    assert nemo.head_dim == 128 and nemo.q_size == 4096 != nemo.hidden_size
-    qwen2, qwen3 = resolve_spec(QWEN2_5_05B), resolve_spec(QWEN3_06B)
-    assert qwen2.qkv_bias and not qwen2.o_bias and not qwen2.qk_norm
-    assert qwen3.qk_norm and not qwen3.qkv_bias
-    biased = resolve_spec({**LLAMA_2_7B, "attention_bias": True, "mlp_bias": True})
-    assert biased.qkv_bias and biased.o_bias and biased.mlp_bias
+    assert mistral.windows == (4096,) * 32 and nemo.windows == (None,) * 40
+    assert nemo.heads == HeadShape(32, 8, 128) and nemo.heads.q_size == 4096 != nemo.hidden_size
+    qwen2, qwen3 = (resolve_spec(c).layers[0].attention for c in (QWEN2_5_05B, QWEN3_06B))
+    assert qwen2.qkv_bias and not qwen2.o_bias and qwen2.qk_norm == "none"
+    assert qwen3.qk_norm == "head" and not qwen3.qkv_bias
+    biased = resolve_spec({**LLAMA_2_7B, "attention_bias": True, "mlp_bias": True}).layers[0]
+    assert biased.attention.qkv_bias and biased.attention.o_bias and biased.mlp.bias
 
 
 def test_windows_by_layer() -> None:
     config = {**QWEN2_5_05B, "num_hidden_layers": 4, "max_window_layers": 2, "sliding_window": 64}
-    assert resolve_spec(config).sliding_windows == (None,) * 4
+    assert resolve_spec(config).windows == (None,) * 4
     config["use_sliding_window"] = True
-    assert resolve_spec(config).sliding_windows == (None, None, 64, 64)
+    assert resolve_spec(config).windows == (None, None, 64, 64)
     config["layer_types"] = ["full_attention", "sliding_attention"] * 2
-    assert resolve_spec(config).sliding_windows == (None, 64, None, 64)
+    assert resolve_spec(config).windows == (None, 64, None, 64)
     config["sliding_window"] = None
     with pytest.raises(UnsupportedModelError, match=r"layer_types.*needs sliding_window"):
         resolve_spec(config)
@@ -112,14 +131,14 @@ def test_defaults_are_those_of_transformers_config_classes() -> None:
     lean = without(LLAMA_2_7B, "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings")
     lean = without(lean, "torch_dtype", "eos_token_id", "rope_scaling")
     spec = resolve_spec(lean)
-    assert (spec.num_kv_heads, spec.rms_norm_eps, spec.rope.theta) == (32, 1e-6, 10000.0)
+    assert (spec.heads.num_kv_heads, spec.norm.eps, spec.ropes[0].theta) == (32, 1e-6, 10000.0)
     assert (spec.default_eos_token_ids, spec.checkpoint_dtype) == ((2,), None)
     assert resolve_spec({**lean, "eos_token_id": None}).default_eos_token_ids == ()
     assert resolve_spec(QWEN3_06B).default_eos_token_ids == ()
-    assert resolve_spec(without(MISTRAL_7B_V01, "num_key_value_heads")).num_kv_heads == 8
-    assert resolve_spec({**MISTRAL_7B_V01, "num_key_value_heads": None}).num_kv_heads == 32
-    assert resolve_spec(without(MISTRAL_7B_V01, "sliding_window")).sliding_windows[0] == 4096
-    assert resolve_spec(without(QWEN3_06B, "head_dim")).head_dim == 128
+    assert resolve_spec(without(MISTRAL_7B_V01, "num_key_value_heads")).heads.num_kv_heads == 8
+    assert resolve_spec({**MISTRAL_7B_V01, "num_key_value_heads": None}).heads.num_kv_heads == 32
+    assert resolve_spec(without(MISTRAL_7B_V01, "sliding_window")).windows[0] == 4096
+    assert resolve_spec(without(QWEN3_06B, "head_dim")).heads.head_dim == 128
 
 
 def test_transformers_5_spelling_equals_transformers_4() -> None:
@@ -206,13 +225,14 @@ def test_a_window_does_not_shorten_the_context() -> None:
 def test_rope_scaling_added_to_a_file_of_transformers_5_keeps_its_theta() -> None:
     config = without(LLAMA_2_7B, "rope_scaling", "rope_theta")
     config["rope_parameters"] = {"rope_type": "default", "rope_theta": 5e5}
-    assert resolve_spec({**config, "rope_scaling": yarn()}).rope.theta == 5e5
+    assert resolve_spec({**config, "rope_scaling": yarn()}).ropes[0].theta == 5e5
 
 
 def test_yarn_temperature() -> None:
     def factor(**fields: object) -> float:
         scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
-        return resolve_spec({**LLAMA_2_7B, "rope_scaling": scaling | fields}).rope.attention_factor
+        spec = resolve_spec({**LLAMA_2_7B, "rope_scaling": scaling | fields})
+        return spec.ropes[0].attention_factor
 
     assert factor() == pytest.approx(1.1386294)  # 0.1 ln 4 + 1
     assert factor(attention_factor=1.5) == 1.5
@@ -334,4 +354,4 @@ def test_any_json_gives_a_spec_or_a_typed_error(
     }
     with contextlib.suppress(UnsupportedModelError):
         spec = resolve_spec(config | changes)
-        assert spec.num_parameters() > 0 and len(spec.sliding_windows) == spec.num_layers
+        assert spec.num_parameters() > 0 and len(spec.windows) == spec.num_layers

@@ -38,8 +38,8 @@ def test_rows_outside_are_refused(pair: Callable[..., Pair], kernels: Kernels) -
     cache = KVCache(
         num_layers=model.spec.num_layers,
         num_blocks=3,
-        num_kv_heads=model.spec.num_kv_heads,
-        head_dim=model.spec.head_dim,
+        num_kv_heads=model.spec.heads.num_kv_heads,
+        head_dim=model.spec.heads.head_dim,
         block_size=16,
         dtype=model.dtype,
     )

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quire.kernels.base import create_kernels
+from quire.kernels.select import create_kernels
 from quire.messages import TokenRules
 from quire.sampling.rules import MAX_FORCED, RequestRules
 from quire.sampling.sampler import Sampler

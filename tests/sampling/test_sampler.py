@@ -11,8 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quire.kernels.base import create_kernels
 from quire.kernels.reference import filtered_scores
+from quire.kernels.select import create_kernels
 from quire.messages import AdmittedRequest
 from quire.sampling.sampler import Sampled, Sampler, SamplingSeats, log_softmax, top_logprobs
 from quire.sampling_params import SamplingParams

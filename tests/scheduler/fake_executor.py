@@ -1,6 +1,6 @@
 """An executor with no model that checks, token by token, what a real one would rely on.
 
-Every slot of its "KV cache" holds the (namespace, whole prefix) that was written there. Reading a row's
+Every slot of its "KV cache" holds the whole prefix that was written there. Reading a row's
 context through its block table must find exactly the row's own prefix, so any sharing of the wrong
 block, missing copy or reuse of a live block fails at once. The sampled token is a hash of the prefix and
 the seed: what a request produces cannot depend on how it was scheduled. A plan is carried out when it is

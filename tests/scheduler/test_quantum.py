@@ -7,7 +7,7 @@ import pytest
 
 from quire.engine.core import EngineCore
 from quire.executor.mock import MockExecutor
-from quire.kvcache import KVCacheManager
+from quire.kvcache import CacheKey, KVCacheManager
 from quire.messages import AbortRequests, AddRequest, StepOutputs, StepPlan
 from quire.sampling_params import SamplingParams
 from quire.scheduler import Scheduler, SchedulerLimits
@@ -265,6 +265,6 @@ def test_a_prefix_that_would_not_be_found_or_comes_later_is_not_waited_for(alike
     engine.step(2)
     (other,) = engine.add(second, priority=-1 if alike == "more urgent" else 0)
     if alike == "other salt":
-        engine.scheduler.requests[other].cache_salt = "a"
+        engine.scheduler.requests[other].cache_key = CacheKey("a")
     engine.step()
     assert engine.admitted[other] == 3

@@ -229,7 +229,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         size = self.scheduler.kv.block_size
         return self.scheduler.kv.enable_prefix_caching and any(
             other.token_ids[:size] == request.token_ids[:size]
-            and other.cache_salt == request.cache_salt
+            and other.cache_key == request.cache_key
             and other.sort_key < request.sort_key
             for other in self.scheduler.running
         )

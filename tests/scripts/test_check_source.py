@@ -67,3 +67,27 @@ def test_allowed(checker: ModuleType, tmp_path: Path, monkeypatch, source: str) 
 def test_the_package_keeps_the_rules(checker: ModuleType) -> None:
     problems = [p for path in checker.PACKAGE.rglob("*.py") for p in checker.violations(path)]
     assert problems == []
+
+
+def test_sizes_are_of_python_and_c_by_area(checker: ModuleType, tmp_path: Path) -> None:
+    for name in ["engine/core.py", "kernels/cpu/pool.c", "kernels/cpu/pool.h", "server/app.py"]:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("a\n\n# b\n")
+    (tmp_path / "builtin.json").write_text("{\n}\n")
+    assert checker.sizes(tmp_path) == {"engine": 9, "package": 12}
+
+
+@pytest.mark.parametrize(("area", "limit"), [("engine", 2), ("package", 3)])
+def test_a_size_over_its_limit(
+    checker: ModuleType, tmp_path: Path, monkeypatch, area: str, limit: int
+) -> None:
+    (tmp_path / "server").mkdir()
+    (tmp_path / "server" / "app.py").write_text("x\n")
+    (tmp_path / "core.py").write_text("x\ny\n")
+    assert checker.too_large(tmp_path) == []
+    monkeypatch.setitem(checker.SIZE_LIMITS, area, limit)
+    assert checker.too_large(tmp_path) == []
+    monkeypatch.setitem(checker.SIZE_LIMITS, area, limit - 1)
+    [problem] = checker.too_large(tmp_path)
+    assert area in problem

@@ -13,7 +13,7 @@ from quire.messages import GrammarSpec
 from quire.sampling_params import StructuredOutputsParams
 from quire.structured.base import Grammar, GrammarError
 from quire.structured.checker import GrammarChecker
-from quire.structured.masks import NullGrammar
+from quire.structured.null import NullGrammar
 from quire.structured.spec import to_spec
 from quire.structured.store import GrammarStore
 from quire.text.tokenizer import Tokenizer

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quire.errors import CheckpointError, InvalidParameterError
-from quire.text import Tokenizer
+from quire.text import ChatTemplate, Tokenizer
 from tests.text import builders
 
 BACKENDS: dict[str, Callable[[], object]] = {
@@ -183,10 +183,8 @@ def test_chat_templates_from_config_and_files(tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_directory(listed)
     assert tokenizer.chat_template == "D"
     assert tokenizer.config.chat_templates == {"tool_use": "T", "default": "D"}
-    messages = [{"role": "user", "content": "x"}]
-    assert (tokenizer.chat.render(messages), tokenizer.tool_chat.render(messages)) == ("D", "T")
-    without = Tokenizer.from_directory(plain)
-    assert without.tool_chat is without.chat
+    assert tokenizer.tool_chat_template == "T"
+    assert Tokenizer.from_directory(plain).tool_chat_template is None
     (listed / "chat_template.jinja").write_text("F {{ messages[0].content }}{{ eos_token }}")
     assert Tokenizer.from_directory(listed).chat_template == reference(listed).chat_template
     (listed / "additional_chat_templates").mkdir()
@@ -200,13 +198,9 @@ def test_chat_uses_the_tokenizers_special_tokens(tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_directory(
         builders.save(builders.sentencepiece(), tmp_path, config=config)
     )
-    assert tokenizer.chat.render([{"role": "user", "content": "x"}]) == "<s>x</s>"
-
-
-def test_no_chat_template_is_an_error_that_says_what_to_do(byte_level: Tokenizer) -> None:
-    assert byte_level.chat_template is None
-    with pytest.raises(InvalidParameterError, match="--chat-template"):
-        _ = byte_level.chat
+    assert tokenizer.chat_template is not None
+    chat = ChatTemplate.for_tokenizer(tokenizer.chat_template, tokenizer)
+    assert chat.render([{"role": "user", "content": "x"}]) == "<s>x</s>"
 
 
 def test_missing_and_damaged_files(tmp_path: Path) -> None:
@@ -257,7 +251,8 @@ heavy = ("torch", "transformers", "tokenizers", "minijinja", "jinja2")
 assert not [name for name in heavy if name in sys.modules], "at import"
 from pathlib import Path
 tokenizer = quire.text.Tokenizer.from_directory(Path({str(directory)!r}))
-prompt = tokenizer.chat.render([{{"role": "user", "content": "hi"}}])
+template = quire.text.ChatTemplate.for_tokenizer(tokenizer.chat_template, tokenizer)
+prompt = template.render([{{"role": "user", "content": "hi"}}])
 out = quire.text.IncrementalDetokenizer(tokenizer).push(tokenizer.encode(prompt), final=True)
 assert out.delta == "hi"
 assert not [name for name in ("torch", "transformers", "jinja2") if name in sys.modules], "in use"

@@ -15,7 +15,8 @@ from typing import Protocol
 import torch
 
 from quire.errors import ConfigError
-from quire.kernels.base import LayerKernels, OnCPU
+from quire.kernels.base import LayerKernels
+from quire.kernels.cpu import layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,7 @@ class AttentionMetadata:
 
 @dataclass(frozen=True, slots=True)
 class LayerCache:
-    """One layer's slice of the cache; the shapes, and why they are so, are in `KVCacheShapes`."""
+    """One layer's slice of the cache; the shapes are those of `kernels.kv_cache_shapes`."""
 
     k: torch.Tensor
     v: torch.Tensor
@@ -67,7 +68,7 @@ class KVCache:
         kernels: LayerKernels | None = None,
     ) -> None:
         """kernels: whose layout and device; the CPU's if None."""
-        holder = kernels or OnCPU()
+        holder = kernels or layout
         self.num_blocks = num_blocks
         self.block_size = block_size
         shapes = holder.kv_cache_shapes(
@@ -80,9 +81,7 @@ class KVCache:
         size = num_blocks * num_kv_heads * head_dim * block_size
         # Not on huge pages: three interleaved runs showed no gain in attention, rather a loss.
         self.storage = torch.empty(num_layers, 2, size, dtype=dtype, device=holder.device)
-        if not isinstance(holder, OnCPU):
-            # Whole tiles of a block may be loaded and what is past the end weighted with 0: FlashAttention-4
-            # documents it. 0 times what an allocation happens to hold is NaN where that is NaN.
+        if shapes.zeroed:
             self.storage.view(torch.uint8).zero_()
         scales = None
         if (

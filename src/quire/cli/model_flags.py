@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quire.cli.parser import Parser, add_options, given
-from quire.cli.talk import add_sampling_flags, given_sampling
 from quire.config import engine_options, from_flat, load_yaml
 from quire.errors import ConfigError
 from quire.sampling_params import SamplingParams
@@ -20,6 +19,17 @@ if TYPE_CHECKING:
 
 # `--seed` is a sampling flag of these commands; `model` has a place of its own.
 _OPTIONS = [info for info in engine_options() if info.name not in ("seed", "model")]
+
+# Flag -> (type, help). The names are those of SamplingParams and of the HTTP API.
+_SAMPLING: dict[str, tuple[type, str]] = {
+    "max_tokens": (int, "most tokens to generate"),
+    "temperature": (float, "0 always takes the likeliest token (default: the model's)"),
+    "top_p": (float, "smallest set of tokens whose probability reaches this"),
+    "top_k": (int, "only the k likeliest tokens"),
+    "min_p": (float, "drop tokens less likely than this times the likeliest"),
+    "repetition_penalty": (float, "above 1 discourages tokens that were there before"),
+    "seed": (int, "the same seed gives the same text; also seeds dummy weights"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,14 +55,14 @@ def add_model_flags(parser: Parser) -> None:
         "--api-key", metavar="KEY", help="its key (default: QUIRE_API_KEY, OPENAI_API_KEY)"
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of engine options")
-    add_sampling_flags(parser)
+    _add_sampling_flags(parser)
     add_options(parser, _OPTIONS)
 
 
 def model_choice(args: argparse.Namespace, *, model: str | None = None) -> ModelChoice:
     """What the flags say; `model` is the positional one, which wins. Sets up quiet logging."""
-    sampling = given_sampling(args)
-    SamplingParams(**sampling)  # type: ignore[arg-type]  # a mistake is told before a model is loaded
+    sampling = _given_sampling(args)
+    SamplingParams(**sampling)  # type: ignore[arg-type]  # reports a mistake before a model is loaded
     name = model or args.model
     values = load_yaml(args.config) if args.config else {}
     values |= given(args, _OPTIONS)
@@ -75,3 +85,19 @@ def refuse_text_for_model(word: str | None) -> None:
     """Raises `ConfigError` for a prompt in the place of a model: `quire chat "what is a block?"`."""
     if word is not None and len(word.split()) > 1 and not Path(word).exists():
         raise ConfigError(f"{word!r} is no model; to say it, put -q before it.")
+
+
+def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("sampling")
+    for name, (kind, about) in _SAMPLING.items():
+        flag = "--" + name.replace("_", "-")
+        group.add_argument(flag, dest=f"sampling_{name}", type=kind, metavar="N", help=about)
+    group.add_argument(
+        "--stop", dest="sampling_stop", nargs="+", metavar="TEXT", help="texts that end the answer"
+    )
+
+
+def _given_sampling(args: argparse.Namespace) -> dict[str, object]:
+    """The sampling flags that were set, under their names in `SamplingParams`."""
+    values = {name: getattr(args, f"sampling_{name}") for name in (*_SAMPLING, "stop")}
+    return {name: value for name, value in values.items() if value is not None}

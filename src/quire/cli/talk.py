@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -25,17 +24,6 @@ if TYPE_CHECKING:
     from quire.sampling_params import SamplingParams
 
 Message = Mapping[str, str]
-
-# Flag -> (type, help). The names are those of SamplingParams and of the HTTP API.
-SAMPLING: dict[str, tuple[type, str]] = {
-    "max_tokens": (int, "most tokens to generate"),
-    "temperature": (float, "0 always takes the likeliest token (default: the model's)"),
-    "top_p": (float, "smallest set of tokens whose probability reaches this"),
-    "top_k": (int, "only the k likeliest tokens"),
-    "min_p": (float, "drop tokens less likely than this times the likeliest"),
-    "repetition_penalty": (float, "above 1 discourages tokens that were there before"),
-    "seed": (int, "the same seed gives the same text; also seeds dummy weights"),
-}
 
 
 class ContextFullError(QuireError):
@@ -252,19 +240,3 @@ def _edit_lines() -> None:
         import readline  # noqa: F401 - importing it is what changes input()
     except ImportError:
         return
-
-
-def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("sampling")
-    for name, (kind, about) in SAMPLING.items():
-        flag = "--" + name.replace("_", "-")
-        group.add_argument(flag, dest=f"sampling_{name}", type=kind, metavar="N", help=about)
-    group.add_argument(
-        "--stop", dest="sampling_stop", nargs="+", metavar="TEXT", help="texts that end the answer"
-    )
-
-
-def given_sampling(args: argparse.Namespace) -> dict[str, object]:
-    """The sampling flags that were set, under their names in `SamplingParams`."""
-    values = {name: getattr(args, f"sampling_{name}") for name in (*SAMPLING, "stop")}
-    return {name: value for name, value in values.items() if value is not None}

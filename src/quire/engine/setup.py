@@ -245,7 +245,8 @@ def _wanted_model_len(model: ModelConfig, spec: ModelSpec) -> int:
         return spec.context_length
     if wanted < 1:
         raise ConfigError(f"max_model_len must be positive, -1 or auto, got {wanted}.")
-    if wanted > spec.context_length and spec.rope.type != "dynamic":
+    stretches = any(rope.type == "dynamic" for rope in spec.ropes)
+    if wanted > spec.context_length and not stretches:
         raise ConfigError(
             f"max_model_len {wanted} exceeds the {spec.context_length} positions the model was made for "
             f"({spec.context_source} in config.json). Lower it, or extend the model with --hf-overrides "

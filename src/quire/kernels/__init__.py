@@ -1,5 +1,5 @@
 """Every operation the model needs, as plain PyTorch and as C for the CPU.
 
-`quire.kernels.base` holds the `Kernels` protocol and `create_kernels`. This file imports nothing, so
-that naming the package does not load torch.
+`quire.kernels.base` holds the `Kernels` protocol, `quire.kernels.select` the choice. This file imports
+nothing, so that naming the package does not load torch.
 """

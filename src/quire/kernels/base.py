@@ -1,4 +1,4 @@
-"""The operations a forward pass is made of, and the choice of who computes them.
+"""The operations that a forward pass is made of.
 
 Invariance is the contract: what an operation writes for one row (a token, a head, a request) is the
 same bits whatever other rows are in the call, however a request's tokens were cut into calls, and
@@ -13,68 +13,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from quire.errors import ConfigError
 from quire.kernels.decoder import DecoderPass, DecoderWeights
-from quire.kernels.linear_cpu import PackedLinear
 from quire.kernels.sampling import SampledTokens
-
-KernelsName = Literal["auto", "native", "reference"]
 
 
 @dataclass(frozen=True, slots=True)
 class KVCacheShapes:
-    """The shapes of one layer's cache tensors, blocks first. On a CPU, with p = 2 in bfloat16, else 1:
-
-    k: [num_blocks, num_kv_heads, head_dim / p, block_size, p]
-    v: [num_blocks, num_kv_heads, block_size / p, head_dim, p]
-
-    Keys are transposed inside a block: sixteen keys of one dimension lie side by side, so that a
-    score needs a broadcast and a multiply-add, and no horizontal sum. In bfloat16 what is summed over
-    (dimensions of a key, values of a dimension) lies in pairs, because processors multiply and add
-    pairs of bfloat16 in one instruction (AVX512_BF16 VDPBF16PS, Arm BFDOT). The layout depends on
-    the dtype alone, so that every CPU implementation on every machine reads the same.
-
-    On a GPU both are [num_blocks, num_kv_heads, block_size, head_dim]: a tile of one head's keys is one
-    contiguous piece.
+    """The shapes of one layer's cache tensors, the first dimension being num_blocks. An implementation
+    chooses what a block looks like: `kernels/cpu/layout.py`, `kernels/triton/backend.py`.
     """
 
     k: tuple[int, ...]
     v: tuple[int, ...]
+    zeroed: bool = False
+    """Whether the memory must be zeros at first: kernels load whole blocks and multiply the slots past the
+    end of a sequence by 0. That is NaN where the memory happened to hold NaN."""
 
 
-def kv_cache_shapes(
-    *, num_blocks: int, num_kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype
-) -> KVCacheShapes:
-    """Raises `ConfigError` for an odd head_dim in bfloat16. block_size is even."""
-    pack = 2 if dtype is torch.bfloat16 else 1
-    if head_dim % pack:
-        raise ConfigError(
-            f"head_dim={head_dim} is odd, which the bfloat16 KV cache cannot hold; "
-            "use dtype='float32' or 'float16'"
-        )
-    return KVCacheShapes(
-        k=(num_blocks, num_kv_heads, head_dim // pack, block_size, pack),
-        v=(num_blocks, num_kv_heads, block_size // pack, head_dim, pack),
-    )
-
-
-@runtime_checkable
-class DenseLinear(Protocol):
-    """`x @ weight.T + bias`; row i of the result is the same bits for every number of rows."""
-
-    def fill(self, first: int, weight: Tensor) -> None:
-        """Rows [first, first + len(weight)) of the matrix, [rows, in_features] on the CPU; copied. Called
-        from several threads for different rows."""
-        ...
-
-    def fill_bias(self, first: int, bias: Tensor) -> None: ...
+class LinearProduct(Protocol):
+    """`x @ weight.T + bias`, the weight in any format; row i of the result is the same bits for every number
+    of rows. One that C code can compute on its own is also a `kernels.cpu.linear.CProduct`."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: [M, in_features]. Returns [M, out_features]."""
@@ -85,34 +50,15 @@ class DenseLinear(Protocol):
         ...
 
 
-class OnCPU:
-    """How implementations for the CPU hold weights and cache."""
+class DenseProduct(LinearProduct, Protocol):
+    """A product over a matrix of floats, to be filled."""
 
-    device = torch.device("cpu")
+    def fill(self, first: int, weight: Tensor) -> None:
+        """Rows [first, first + len(weight)) of the matrix, [rows, in_features] on the CPU; copied. Called
+        from several threads for different rows."""
+        ...
 
-    def linear(
-        self, *, in_features: int, out_features: int, dtype: torch.dtype, bias: bool
-    ) -> PackedLinear:
-        return PackedLinear(
-            in_features=in_features, out_features=out_features, dtype=dtype, bias=bias
-        )
-
-    def kv_cache_shapes(
-        self,
-        *,
-        num_blocks: int,
-        num_kv_heads: int,
-        head_dim: int,
-        block_size: int,
-        dtype: torch.dtype,
-    ) -> KVCacheShapes:
-        return kv_cache_shapes(
-            num_blocks=num_blocks,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            block_size=block_size,
-            dtype=dtype,
-        )
+    def fill_bias(self, first: int, bias: Tensor) -> None: ...
 
 
 class LayerKernels(Protocol):
@@ -130,7 +76,7 @@ class LayerKernels(Protocol):
 
     def linear(
         self, *, in_features: int, out_features: int, dtype: torch.dtype, bias: bool
-    ) -> DenseLinear:
+    ) -> DenseProduct:
         """A matrix to be filled, in the form that this implementation multiplies with."""
         ...
 
@@ -264,35 +210,3 @@ class Kernels(LayerKernels, Protocol):
         gives 0.
         """
         ...
-
-
-def create_kernels(name: KernelsName = "auto") -> Kernels:
-    """The kernels by that name; `auto` is native where a C compiler works, else the reference.
-
-    Raises `ConfigError` for `native` when it cannot be built, and for an unknown name.
-    """
-    import logging
-
-    if name == "reference":
-        from quire.kernels.reference import ReferenceKernels
-
-        return ReferenceKernels()
-    if name not in ("auto", "native"):
-        raise ConfigError(f"kernels={name!r} is not known; use 'auto', 'native' or 'reference'")
-    from quire.kernels.cpu.build import BuildError
-    from quire.kernels.cpu.native import NativeKernels
-
-    try:
-        return NativeKernels()
-    except BuildError as error:
-        if name == "native":
-            raise ConfigError(
-                f"kernels='native' cannot be built: {error}; install a C compiler, set CC to one, "
-                "or use kernels='reference'"
-            ) from error
-        logging.getLogger("quire.kernels").warning(
-            "no native CPU kernels (%s); the slower reference serves", error
-        )
-        from quire.kernels.reference import ReferenceKernels
-
-        return ReferenceKernels()

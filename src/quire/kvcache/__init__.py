@@ -1,6 +1,6 @@
 """The paged KV cache's bookkeeping, in pure Python (never imports torch)."""
 
-from quire.kvcache.block import NULL_BLOCK_ID, Block, BlockContent, FreeList, hash_block, root_hash
+from quire.kvcache.block import NULL_BLOCK_ID, Block, BlockContent, CacheKey, FreeList, hash_block
 from quire.kvcache.block_pool import BlockPool
 from quire.kvcache.manager import Growth, KVCacheManager, PrefixMatch
 
@@ -9,10 +9,10 @@ __all__ = [
     "Block",
     "BlockContent",
     "BlockPool",
+    "CacheKey",
     "FreeList",
     "Growth",
     "KVCacheManager",
     "PrefixMatch",
     "hash_block",
-    "root_hash",
 ]

@@ -15,11 +15,29 @@ ROOT_SERIAL = 0
 
 
 @dataclass(frozen=True, slots=True)
+class CacheKey:
+    """Namespace of a chain of blocks. Requests with different keys share no cached KV."""
+
+    salt: str | None = None
+    """Chosen by the client or tenant, to share with nobody else."""
+    adapter: str | None = None
+    """The LoRA adapter whose weights computed the KV."""
+
+    @property
+    def root_hash(self) -> bytes:
+        """Parent hash of a first block."""
+        parts = (self.salt, self.adapter)
+        encoded = [b"" if part is None else part.encode("utf-8", "surrogatepass") for part in parts]
+        lengths = array("q", (-1 if part is None else len(part) for part in parts))
+        return hashlib.sha256(b"quire" + lengths.tobytes() + b"".join(encoded)).digest()
+
+
+@dataclass(frozen=True, slots=True)
 class BlockContent:
     """Identity of a block's KV: its tokens and everything before them. A full block is shared by reference,
     the partial one that a request left behind (its tail) by copy.
 
-    `block_hash` finds a candidate; `parent_serial`, `tokens` and `namespace` prove it. The serial of the
+    `block_hash` finds a candidate; `parent_serial`, `tokens` and `key` prove it. The serial of the
     parent's content was itself proved on the way down the chain, so by induction a hit holds exactly
     the wanted prefix, even if the hash were weak.
     """
@@ -27,7 +45,7 @@ class BlockContent:
     block_hash: bytes
     parent_serial: int
     tokens: tuple[int, ...]
-    namespace: str | None
+    key: CacheKey
     serial: int
     """Unique to this content for the life of the pool."""
     step_id: int
@@ -106,9 +124,3 @@ class FreeList:
 def hash_block(parent: bytes, tokens: Sequence[int]) -> bytes:
     """SHA-256 over the parent's hash and the tokens as int32: about 1 us for 16 tokens."""
     return hashlib.sha256(parent + array("i", tokens).tobytes()).digest()
-
-
-def root_hash(namespace: str | None) -> bytes:
-    """Parent hash of a first block. Requests of different namespaces (tenant salt, later adapter)
-    share nothing."""
-    return hashlib.sha256(b"quire" + (namespace or "").encode("utf-8", "surrogatepass")).digest()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from quire.kvcache.block import NULL_BLOCK_ID, Block, BlockContent, FreeList
+from quire.kvcache.block import NULL_BLOCK_ID, Block, BlockContent, CacheKey, FreeList
 
 MOST_TAILS = 16
 """Tails kept of one full block's continuations, the latest ones: looking for one compares them all."""
@@ -86,7 +86,7 @@ class BlockPool:
         *,
         parent_serial: int,
         tokens: tuple[int, ...],
-        namespace: str | None,
+        key: CacheKey,
         step_id: int,
     ) -> int:
         """Make a full block findable; returns the serial of its content.
@@ -98,13 +98,13 @@ class BlockPool:
         assert block.ref_count > 0 and block.content is None
         existing = self._cached.get(block_hash)
         if existing is not None:
-            found = self._verify(existing, parent_serial, tokens, namespace)
+            found = self._verify(existing, parent_serial, tokens, key)
             if found is not None:
                 return found.serial
             self._forget(existing)
         serial = self._next_serial
         self._next_serial += 1
-        block.content = BlockContent(block_hash, parent_serial, tokens, namespace, serial, step_id)
+        block.content = BlockContent(block_hash, parent_serial, tokens, key, serial, step_id)
         self._cached[block_hash] = block
         return serial
 
@@ -115,7 +115,7 @@ class BlockPool:
         *,
         parent_serial: int,
         tokens: tuple[int, ...],
-        namespace: str | None,
+        key: CacheKey,
         step_id: int,
     ) -> None:
         """Make a partial block findable, which its only owner is about to release."""
@@ -127,18 +127,18 @@ class BlockPool:
             self._forget(tails[0])
         serial = self._next_serial
         self._next_serial += 1
-        block.content = BlockContent(block_hash, parent_serial, tokens, namespace, serial, step_id)
+        block.content = BlockContent(block_hash, parent_serial, tokens, key, serial, step_id)
         self._cached[block_hash] = block
         self._tails.setdefault(parent_serial, []).append(block)
 
     def lookup_tail(
-        self, parent_serial: int, tokens: Sequence[int], namespace: str | None
+        self, parent_serial: int, tokens: Sequence[int], key: CacheKey
     ) -> tuple[Block | None, int]:
         """The tail after that content which begins with the most of `tokens`, and how many that is."""
         best, most = None, 0
         for block in self._tails.get(parent_serial, ()):
             assert block.content is not None
-            if block.content.namespace != namespace:
+            if block.content.key != key:
                 continue
             count = 0
             for ours, theirs in zip(tokens, block.content.tokens, strict=False):
@@ -155,13 +155,13 @@ class BlockPool:
         *,
         parent_serial: int,
         tokens: Sequence[int],
-        namespace: str | None,
+        key: CacheKey,
     ) -> Block | None:
         """The block that provably holds this content, or None."""
         block = self._cached.get(block_hash)
         if block is None:
             return None
-        if self._verify(block, parent_serial, tuple(tokens), namespace) is None:
+        if self._verify(block, parent_serial, tuple(tokens), key) is None:
             return None
         return block
 
@@ -174,14 +174,14 @@ class BlockPool:
 
     @staticmethod
     def _verify(
-        block: Block, parent_serial: int, tokens: tuple[int, ...], namespace: str | None
+        block: Block, parent_serial: int, tokens: tuple[int, ...], key: CacheKey
     ) -> BlockContent | None:
         content = block.content
         assert content is not None
         same = (
             content.parent_serial == parent_serial
             and content.tokens == tokens
-            and content.namespace == namespace
+            and content.key == key
         )
         return content if same else None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from quire.kvcache.block import ROOT_SERIAL, Block, hash_block, root_hash
+from quire.kvcache.block import ROOT_SERIAL, Block, CacheKey, hash_block
 from quire.kvcache.block_pool import BlockPool
 
 LEAST_COPIED = 4
@@ -35,7 +35,7 @@ class PrefixMatch:
 class _Table:
     """One request's blocks. The first `len(serials)` are full, and their content is known."""
 
-    namespace: str | None
+    key: CacheKey
     blocks: list[Block]
     serials: list[int]
 
@@ -80,7 +80,7 @@ class KVCacheManager:
     # --- before admission -------------------------------------------------------------------------
 
     def match_prefix(
-        self, request_id: int, token_ids: Sequence[int], namespace: str | None, step_id: int
+        self, request_id: int, token_ids: Sequence[int], key: CacheKey, step_id: int
     ) -> PrefixMatch:
         """The longest cached prefix, at most all tokens but the last: that one must be computed, to
         have something to sample from. Takes no references."""
@@ -89,12 +89,10 @@ class KVCacheManager:
             return match
         size = self.block_size
         serial = ROOT_SERIAL
-        hashes = self._hashes_of(request_id, token_ids, namespace)
+        hashes = self._hashes_of(request_id, token_ids, key)
         for index in range(len(token_ids) // size):
             tokens = tuple(token_ids[index * size : (index + 1) * size])
-            block = self.pool.lookup(
-                hashes[index], parent_serial=serial, tokens=tokens, namespace=namespace
-            )
+            block = self.pool.lookup(hashes[index], parent_serial=serial, tokens=tokens, key=key)
             if block is None or block.content is None:
                 break
             serial = block.content.serial
@@ -105,7 +103,7 @@ class KVCacheManager:
             self._leave_last_token(match, step_id)
         else:
             rest = token_ids[match.num_tokens : min(match.num_tokens + size, len(token_ids) - 1)]
-            tail, count = self.pool.lookup_tail(serial, rest, namespace)
+            tail, count = self.pool.lookup_tail(serial, rest, key)
             if tail is not None and count >= LEAST_COPIED and _can_be_copied(tail, step_id):
                 match.tail = tail
                 match.num_tokens += count
@@ -148,13 +146,11 @@ class KVCacheManager:
 
     # --- while running ----------------------------------------------------------------------------
 
-    def admit(
-        self, request_id: int, match: PrefixMatch, namespace: str | None, num_tokens: int
-    ) -> Growth:
+    def admit(self, request_id: int, match: PrefixMatch, key: CacheKey, num_tokens: int) -> Growth:
         """Open a block table that starts with `match` and reaches to `num_tokens` tokens."""
         assert request_id not in self.tables
         self.pool.acquire(match.blocks)
-        self.tables[request_id] = _Table(namespace, list(match.blocks), list(match.serials))
+        self.tables[request_id] = _Table(key, list(match.blocks), list(match.serials))
         if match.tail is None:
             growth = self.grow(request_id, num_tokens)
             assert growth is not None, "can_admit was not asked"
@@ -190,14 +186,14 @@ class KVCacheManager:
         full = num_tokens // size
         if full <= len(table.serials):
             return
-        hashes = self._hashes_of(request_id, token_ids, table.namespace)
+        hashes = self._hashes_of(request_id, token_ids, table.key)
         for index in range(len(table.serials), full):
             serial = self.pool.register(
                 table.blocks[index],
                 hashes[index],
                 parent_serial=table.serials[-1] if table.serials else ROOT_SERIAL,
                 tokens=tuple(token_ids[index * size : (index + 1) * size]),
-                namespace=table.namespace,
+                key=table.key,
                 step_id=step_id,
             )
             table.serials.append(serial)
@@ -211,14 +207,14 @@ class KVCacheManager:
         start = len(table.serials) * self.block_size
         tokens = tuple(token_ids[start : start + self.block_size])
         if self.enable_prefix_caching and LEAST_COPIED <= len(tokens) < self.block_size:
-            hashes = self._hashes_of(request_id, token_ids, table.namespace)
-            parent = hashes[len(table.serials) - 1] if start else root_hash(table.namespace)
+            hashes = self._hashes_of(request_id, token_ids, table.key)
+            parent = hashes[len(table.serials) - 1] if start else table.key.root_hash
             self.pool.register_tail(
                 table.blocks[len(table.serials)],
                 hash_block(parent, tokens),
                 parent_serial=table.serials[-1] if start else ROOT_SERIAL,
                 tokens=tokens,
-                namespace=table.namespace,
+                key=table.key,
                 step_id=step_id,
             )
         self.pool.release(reversed(table.blocks))
@@ -227,13 +223,11 @@ class KVCacheManager:
         """The request is over for good: drop its hashes too."""
         self._hashes.pop(request_id, None)
 
-    def _hashes_of(
-        self, request_id: int, token_ids: Sequence[int], namespace: str | None
-    ) -> list[bytes]:
+    def _hashes_of(self, request_id: int, token_ids: Sequence[int], key: CacheKey) -> list[bytes]:
         hashes = self._hashes.setdefault(request_id, [])
         size = self.block_size
         for index in range(len(hashes), len(token_ids) // size):
-            parent = hashes[-1] if hashes else root_hash(namespace)
+            parent = hashes[-1] if hashes else key.root_hash
             hashes.append(hash_block(parent, token_ids[index * size : (index + 1) * size]))
         return hashes
 

@@ -1,47 +1,21 @@
 """Rotary position embedding (Su et al. 2021) as one table, for every way of stretching it we support.
 
 The frequencies are computed as transformers 5.23 computes them, operation for operation, so that the table
-is equal to its cos and sin to the last bit. A table costs 4 * head_dim bytes per position and saves two
+is equal to its cos and sin to the last bit. A table costs 4 * rotary_dim bytes per position and saves two
 transcendental functions per element per step.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Protocol
 
 import torch
 
-
-class RopeParameters(Protocol):
-    """What the table needs to know; `quire.models.spec.RopeSpec` documents each field."""
-
-    @property
-    def type(self) -> str: ...
-    @property
-    def theta(self) -> float: ...
-    @property
-    def factor(self) -> float: ...
-    @property
-    def original_max_position_embeddings(self) -> int: ...
-    @property
-    def low_freq_factor(self) -> float: ...
-    @property
-    def high_freq_factor(self) -> float: ...
-    @property
-    def attention_factor(self) -> float: ...
-    @property
-    def beta_fast(self) -> float: ...
-    @property
-    def beta_slow(self) -> float: ...
-    @property
-    def truncate(self) -> bool: ...
+from quire.layers.spec import RopeSpec
 
 
-def cos_sin_table(
-    rope: RopeParameters, *, head_dim: int, max_model_len: int, dtype: torch.dtype
-) -> torch.Tensor:
-    """cos and sin for each position: [max_model_len, head_dim] float32, the cos half then the sin half.
+def cos_sin_table(rope: RopeSpec, *, max_model_len: int, dtype: torch.dtype) -> torch.Tensor:
+    """cos and sin for each position: [max_model_len, rotary_dim] float32, the cos half then the sin half.
 
     Values are rounded to `dtype`, the model's, before they are stored: transformers multiplies by
     cos and sin in the model's dtype, and a bf16 model that rotates with more precise angles answers
@@ -49,19 +23,19 @@ def cos_sin_table(
     """
     freqs = torch.outer(
         torch.arange(max_model_len, dtype=torch.float32),
-        inverse_frequencies(rope, head_dim=head_dim, max_model_len=max_model_len),
+        inverse_frequencies(rope, max_model_len=max_model_len),
     )
-    # freqs: [max_model_len, head_dim / 2]
+    # freqs: [max_model_len, rotary_dim / 2]
     table = torch.cat((freqs.cos(), freqs.sin()), dim=-1).mul_(rope.attention_factor)
     return table.to(dtype).to(torch.float32)
 
 
-def inverse_frequencies(rope: RopeParameters, *, head_dim: int, max_model_len: int) -> torch.Tensor:
-    """Radians per position of each pair of dimensions: [head_dim / 2] float32."""
+def inverse_frequencies(rope: RopeSpec, *, max_model_len: int) -> torch.Tensor:
+    """Radians per position of each pair of dimensions: [rotary_dim / 2] float32."""
     if rope.type == "yarn":
-        return _yarn(rope, head_dim)
-    theta = _dynamic_theta(rope, head_dim, max_model_len) if rope.type == "dynamic" else rope.theta
-    inv_freq = 1.0 / _powers(theta, head_dim)
+        return _yarn(rope)
+    theta = _dynamic_theta(rope, max_model_len) if rope.type == "dynamic" else rope.theta
+    inv_freq = 1.0 / _powers(theta, rope.rotary_dim)
     if rope.type == "linear":
         return inv_freq / rope.factor
     if rope.type == "llama3":
@@ -69,12 +43,12 @@ def inverse_frequencies(rope: RopeParameters, *, head_dim: int, max_model_len: i
     return inv_freq
 
 
-def _powers(theta: float, head_dim: int) -> torch.Tensor:
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).to(torch.float32) / head_dim
+def _powers(theta: float, rotary_dim: int) -> torch.Tensor:
+    exponents = torch.arange(0, rotary_dim, 2, dtype=torch.int64).to(torch.float32) / rotary_dim
     return torch.as_tensor(theta**exponents)
 
 
-def _dynamic_theta(rope: RopeParameters, head_dim: int, max_model_len: int) -> float:
+def _dynamic_theta(rope: RopeSpec, max_model_len: int) -> float:
     """NTK-aware scaling with one base for the life of the engine.
 
     transformers grows the base with the longest sequence it has in hand, so a token's rotation
@@ -86,13 +60,14 @@ def _dynamic_theta(rope: RopeParameters, head_dim: int, max_model_len: int) -> f
     vLLM.
     """
     trained = rope.original_max_position_embeddings
-    if max_model_len <= trained or head_dim == 2:
+    dim = rope.rotary_dim
+    if max_model_len <= trained or dim == 2:
         return rope.theta
     stretch = rope.factor * max_model_len / trained - (rope.factor - 1)
-    return float(rope.theta * stretch ** (head_dim / (head_dim - 2)))
+    return float(rope.theta * stretch ** (dim / (dim - 2)))
 
 
-def _llama3(rope: RopeParameters, inv_freq: torch.Tensor) -> torch.Tensor:
+def _llama3(rope: RopeSpec, inv_freq: torch.Tensor) -> torch.Tensor:
     """Llama 3.1: keep short wavelengths, divide long ones by the factor, blend between."""
     trained = rope.original_max_position_embeddings
     wavelength = 2 * math.pi / inv_freq
@@ -106,22 +81,22 @@ def _llama3(rope: RopeParameters, inv_freq: torch.Tensor) -> torch.Tensor:
     return torch.where(is_long | is_short, scaled, blended)
 
 
-def _yarn(rope: RopeParameters, head_dim: int) -> torch.Tensor:
+def _yarn(rope: RopeSpec) -> torch.Tensor:
     """YaRN (Peng et al. 2023, section 3.2): interpolate the dimensions that never completed a turn
     in training.
     """
-    powers = _powers(rope.theta, head_dim)
+    dim, powers = rope.rotary_dim, _powers(rope.theta, rope.rotary_dim)
 
     def dimension_turning(rotations: float) -> float:
         trained = rope.original_max_position_embeddings
-        return head_dim * math.log(trained / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
+        return dim * math.log(trained / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
 
     low, high = dimension_turning(rope.beta_fast), dimension_turning(rope.beta_slow)
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, head_dim - 1)
+    low, high = max(low, 0), min(high, dim - 1)
     if low == high:
         high += 0.001
-    ramp = ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
     keep = 1 - ramp
     return 1.0 / (rope.factor * powers) * (1 - keep) + 1.0 / powers * keep

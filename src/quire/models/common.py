@@ -1,11 +1,15 @@
 """What the families' configs share, so that a family's file holds only what is its own.
 
-Each family passes in what differs (biases, q/k norms, windows, defaults); this reads the rest,
-checks that the sizes can belong to one model, and rejects whatever nobody understood.
+A family reads the sizes, says what its layers are, and lets `read_spec` read the rest, which rejects whatever
+nobody understood.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from quire.layers.spec import AttentionSpec, MlpSpec, NormSpec
 from quire.models.context import read_context_length
 from quire.models.fields import (
     MOE_FIELDS,
@@ -14,7 +18,7 @@ from quire.models.fields import (
     unsupported,
 )
 from quire.models.rope_config import read_rope
-from quire.models.spec import ModelSpec
+from quire.models.spec import LayerSpec, ModelSpec, Placement
 
 DTYPES = ("bfloat16", "float16", "float32")
 MAX_LAYERS = 4096
@@ -22,21 +26,42 @@ MAX_HEAD_DIM = 512
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
-def read_spec(
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """The sizes every config gives, checked to belong to one model."""
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    max_position_embeddings: int
+
+    @property
+    def attention(self) -> AttentionSpec:
+        """A plain layer's."""
+        return AttentionSpec(
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            scale=self.head_dim**-0.5,
+        )
+
+    @property
+    def mlp(self) -> MlpSpec:
+        return MlpSpec(intermediate_size=self.intermediate_size)
+
+
+def read_sizes(
     reader: ConfigReader,
     *,
-    architecture: str,
     model_type: str,
     default_num_kv_heads: int | None,
     default_head_dim: int | None = None,
-    qkv_bias: bool = False,
-    o_bias: bool = False,
-    mlp_bias: bool = False,
-    qk_norm: bool = False,
-    sliding_windows: tuple[int | None, ...] | None = None,
-    default_eos_token_ids: tuple[int, ...] = (),
-) -> ModelSpec:
-    """Read the shared fields, then `finish()` the reader.
+) -> Sizes:
+    """Refuse another family's config, then read the sizes.
 
     The `default_*` arguments are what transformers' own config class assumes when a field is left out: a file
     written by it may rely on them.
@@ -47,41 +72,64 @@ def read_spec(
     head_dim = read_head_dim(
         reader, hidden_size=hidden_size, num_heads=num_heads, default=default_head_dim
     )
-    num_layers = read_num_layers(reader)
-    max_position_embeddings = reader.integer("max_position_embeddings")
-    rope = read_rope(reader, max_position_embeddings=max_position_embeddings)
-    context_length, context_source = read_context_length(
-        reader, rope, max_position_embeddings=max_position_embeddings
-    )
-    spec = ModelSpec(
-        architecture=architecture,
+    return Sizes(
         vocab_size=reader.integer("vocab_size"),
         hidden_size=hidden_size,
-        num_layers=num_layers,
+        num_layers=reader.integer("num_hidden_layers", at_most=MAX_LAYERS),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         intermediate_size=reader.integer("intermediate_size"),
-        rms_norm_eps=reader.number("rms_norm_eps", default=1e-6),
-        rope=rope,
+        max_position_embeddings=reader.integer("max_position_embeddings"),
+    )
+
+
+def stack(
+    attention: AttentionSpec,
+    mlp: MlpSpec,
+    *,
+    windows: Sequence[int | None],
+    placement: Placement = "pre",
+) -> tuple[LayerSpec, ...]:
+    """One layer for each window, otherwise alike."""
+    return tuple(
+        LayerSpec(placement=placement, attention=replace(attention, window=window), mlp=mlp)
+        for window in windows
+    )
+
+
+def read_spec(
+    reader: ConfigReader,
+    sizes: Sizes,
+    *,
+    architecture: str,
+    layers: tuple[LayerSpec, ...],
+    default_eos_token_ids: tuple[int, ...] = (),
+) -> ModelSpec:
+    """Read what remains: norm, rotary embedding, context and ends; then `finish()` the reader."""
+    rope = read_rope(
+        reader,
+        head_dim=sizes.head_dim,
+        max_position_embeddings=sizes.max_position_embeddings,
+    )
+    context_length, context_source = read_context_length(
+        reader, rope, max_position_embeddings=sizes.max_position_embeddings
+    )
+    spec = ModelSpec(
+        architecture=architecture,
+        vocab_size=sizes.vocab_size,
+        hidden_size=sizes.hidden_size,
+        layers=layers,
+        norm=NormSpec(eps=reader.number("rms_norm_eps", default=1e-6)),
+        ropes=(rope,),
         context_length=context_length,
         context_source=context_source,
         tie_word_embeddings=reader.boolean("tie_word_embeddings", default=False),
-        qkv_bias=qkv_bias,
-        o_bias=o_bias,
-        mlp_bias=mlp_bias,
-        qk_norm=qk_norm,
-        sliding_windows=sliding_windows or (None,) * num_layers,
-        has_head=True,
         checkpoint_dtype=_read_dtype(reader),
         default_eos_token_ids=() if reader.nulled("eos_token_id") else default_eos_token_ids,
     )
     reader.finish()
     return spec
-
-
-def read_num_layers(reader: ConfigReader) -> int:
-    return reader.integer("num_hidden_layers", at_most=MAX_LAYERS)
 
 
 def read_num_kv_heads(reader: ConfigReader, *, num_heads: int, default: int | None) -> int:
@@ -115,13 +163,12 @@ def read_head_dim(
     return head_dim
 
 
-def read_layer_windows(reader: ConfigReader) -> tuple[int | None, ...]:
+def read_layer_windows(reader: ConfigReader, *, num_layers: int) -> tuple[int | None, ...]:
     """Qwen's layer-wise windows: `layer_types` if given, else every layer from `max_window_layers` on.
 
     transformers turns the window off altogether unless `use_sliding_window` is set, whatever the
     other fields say.
     """
-    num_layers = read_num_layers(reader)
     use_window = reader.boolean("use_sliding_window", default=False)
     window = (
         None if reader.nulled("sliding_window") else reader.integer("sliding_window", default=4096)

@@ -21,9 +21,9 @@ import torch
 
 from quire.attention.base import AttentionBackend, AttentionMetadata, KVCache, LayerCache
 from quire.attention.paged import PagedAttention
-from quire.kernels.base import DenseLinear, LayerKernels
+from quire.kernels.base import LayerKernels
+from quire.kernels.cpu.linear import CProduct
 from quire.kernels.decoder import DecoderPass, DecoderWeights, LayerWeights, StepRows
-from quire.kernels.linear_cpu import PackedLinear
 from quire.layers.embedding import Embedding, create_lm_head
 from quire.layers.linear import Linear, LinearMethod, LinearPart, UnquantizedLinearMethod
 from quire.layers.norm import RMSNorm
@@ -59,12 +59,14 @@ class DecoderLayer:
         method: LinearMethod,
     ) -> None:
         prefix = f"model.layers.{index}"
-        self._spec = spec
         self._kernels = kernels
         self._attention = attention
         self._cos_sin = cos_sin
-        self._window = spec.sliding_windows[index]
-        self._eps = spec.rms_norm_eps
+        layer = spec.layers[index]
+        heads, mlp = layer.attention, layer.mlp
+        self._heads = heads
+        self._window = heads.window
+        self._eps = spec.norm.eps
 
         def linear(parts: dict[str, int], *, in_features: int, bias: bool) -> Linear:
             stacked = [
@@ -77,31 +79,32 @@ class DecoderLayer:
             return RMSNorm(
                 f"{prefix}.{name}",
                 size=size,
-                eps=spec.rms_norm_eps,
+                eps=spec.norm.eps,
                 dtype=dtype,
                 device=kernels.device,
             )
 
-        hidden, inner = spec.hidden_size, spec.intermediate_size
+        hidden, inner = spec.hidden_size, mlp.intermediate_size
         qkv = {
-            "self_attn.q_proj": spec.q_size,
-            "self_attn.k_proj": spec.kv_size,
-            "self_attn.v_proj": spec.kv_size,
+            "self_attn.q_proj": heads.q_size,
+            "self_attn.k_proj": heads.kv_size,
+            "self_attn.v_proj": heads.kv_size,
         }
         self._linears = {
-            "qkv": linear(qkv, in_features=hidden, bias=spec.qkv_bias),
-            "o": linear({"self_attn.o_proj": hidden}, in_features=spec.q_size, bias=spec.o_bias),
+            "qkv": linear(qkv, in_features=hidden, bias=heads.qkv_bias),
+            "o": linear({"self_attn.o_proj": hidden}, in_features=heads.q_size, bias=heads.o_bias),
             "gate_up": linear(
                 {"mlp.gate_proj": inner, "mlp.up_proj": inner},
                 in_features=hidden,
-                bias=spec.mlp_bias,
+                bias=mlp.bias,
             ),
-            "down": linear({"mlp.down_proj": hidden}, in_features=inner, bias=spec.mlp_bias),
+            "down": linear({"mlp.down_proj": hidden}, in_features=inner, bias=mlp.bias),
         }
         self.input_norm = norm("input_layernorm", hidden)
         self._post_attention_norm = norm("post_attention_layernorm", hidden)
-        self._q_norm = norm("self_attn.q_norm", spec.head_dim) if spec.qk_norm else None
-        self._k_norm = norm("self_attn.k_norm", spec.head_dim) if spec.qk_norm else None
+        qk_norm = heads.qk_norm == "head"
+        self._q_norm = norm("self_attn.q_norm", heads.head_dim) if qk_norm else None
+        self._k_norm = norm("self_attn.k_norm", heads.head_dim) if qk_norm else None
 
     def targets(self) -> Iterator[WeightTarget]:
         for linear in self._linears.values():
@@ -116,13 +119,13 @@ class DecoderLayer:
         self._gate_up, self._down = self._linears["gate_up"].bind(), self._linears["down"].bind()
 
     def weights(self, cache: LayerCache) -> LayerWeights | None:
-        """What a fused pass needs of this layer; None if some product is not a packed matrix."""
+        """What a fused pass needs of this layer; None if some product cannot be computed by C."""
         qkv, o, gate_up, down = self._qkv, self._o, self._gate_up, self._down
         if not (
-            isinstance(qkv, PackedLinear)
-            and isinstance(o, PackedLinear)
-            and isinstance(gate_up, PackedLinear)
-            and isinstance(down, PackedLinear)
+            isinstance(qkv, CProduct)
+            and isinstance(o, CProduct)
+            and isinstance(gate_up, CProduct)
+            and isinstance(down, CProduct)
         ):
             return None
         return LayerWeights(
@@ -161,9 +164,9 @@ class DecoderLayer:
             eps=self._eps,
             kv_scales=cache.scales,
         )
-        heads = qkv.view(qkv.shape[0], -1, self._spec.head_dim)
+        heads = qkv.view(qkv.shape[0], -1, self._heads.head_dim)
         self._attention.forward(
-            heads[:, : self._spec.num_heads],
+            heads[:, : self._heads.num_heads],
             cache=cache,
             metadata=step.metadata,
             window=self._window,
@@ -198,10 +201,10 @@ class DecoderModel:
         self.dtype = dtype
         self.max_model_len = max_model_len
         self._kernels = kernels
-        self._cos_sin = cos_sin_table(
-            spec.rope, head_dim=spec.head_dim, max_model_len=max_model_len, dtype=dtype
-        ).to(kernels.device)
-        attention = attention or PagedAttention(kernels, scale=spec.head_dim**-0.5)
+        self._cos_sin = cos_sin_table(spec.ropes[0], max_model_len=max_model_len, dtype=dtype).to(
+            kernels.device
+        )
+        attention = attention or PagedAttention(kernels, scale=spec.layers[0].attention.scale)
         sizes = {"vocab_size": spec.vocab_size, "hidden_size": spec.hidden_size}
         self._layers = [
             DecoderLayer(
@@ -218,7 +221,7 @@ class DecoderModel:
         self._norm = RMSNorm(
             "model.norm",
             size=spec.hidden_size,
-            eps=spec.rms_norm_eps,
+            eps=spec.norm.eps,
             dtype=dtype,
             device=kernels.device,
         )
@@ -248,7 +251,6 @@ class DecoderModel:
         if self._embedding is not None:
             self._embed: Callable[[torch.Tensor], torch.Tensor] = self._embedding
         else:
-            assert isinstance(head, DenseLinear)
             self._embed = head.rows
         norms = [layer.input_norm.weight for layer in self._layers] + [self._norm.weight]
         self._first_norm, self._next_norms = norms[0], norms[1:]
@@ -271,14 +273,15 @@ class DecoderModel:
         input_ids, positions: [T] int64, ids below vocab_size and positions below max_model_len (not
         checked here). Returns [T, hidden_size] in the model's dtype.
         """
-        kernels, eps = self._kernels, self.spec.rms_norm_eps
+        kernels, eps = self._kernels, self.spec.norm.eps
+        heads = self.spec.layers[0].attention
         out = torch.empty(
-            input_ids.shape[0], self.spec.q_size, dtype=self.dtype, device=input_ids.device
+            input_ids.shape[0], heads.q_size, dtype=self.dtype, device=input_ids.device
         )
         step = _Step(
             positions=positions,
             metadata=attn,
-            attention_out=out.view(-1, self.spec.num_heads, self.spec.head_dim),
+            attention_out=out.view(-1, heads.num_heads, heads.head_dim),
             attention_rows=out,
         )
         residual = self._embed(input_ids)
@@ -306,7 +309,7 @@ class DecoderModel:
         layers = zip(self._layers, kv_cache.layers, strict=True)
         weights = [layer.weights(cache) for layer, cache in layers]
         complete = tuple(layer for layer in weights if layer is not None)
-        if len(complete) == len(weights) and isinstance(self._logits, PackedLinear):
+        if len(complete) == len(weights) and isinstance(self._logits, CProduct):
             fused = self._kernels.decoder(
                 DecoderWeights(
                     layers=complete,
@@ -314,8 +317,8 @@ class DecoderModel:
                     final_norm=self._norm.weight,
                     head=self._logits,
                     cos_sin=self._cos_sin,
-                    eps=self.spec.rms_norm_eps,
-                    scale=self.spec.head_dim**-0.5,
+                    eps=self.spec.norm.eps,
+                    scale=self.spec.layers[0].attention.scale,
                 )
             )
             if fused is not None:

@@ -6,8 +6,9 @@ Source: Touvron et al. 2023 (Llama 2); Grattafiori et al. 2024 (Llama 3); `Llama
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
-from quire.models.common import read_spec
+from quire.models.common import read_sizes, read_spec, stack
 from quire.models.fields import ConfigReader
 from quire.models.spec import ModelSpec
 
@@ -17,14 +18,11 @@ ARCHITECTURE = "LlamaForCausalLM"
 def resolve(config: Mapping[str, object]) -> ModelSpec:
     """`attention_bias` covers q, k, v and o alike; `mlp_bias` the three MLP projections."""
     reader = ConfigReader(config)
-    attention_bias = reader.boolean("attention_bias", default=False)
+    sizes = read_sizes(reader, model_type="llama", default_num_kv_heads=None)
+    bias = reader.boolean("attention_bias", default=False)
+    attention = replace(sizes.attention, qkv_bias=bias, o_bias=bias)
+    mlp = replace(sizes.mlp, bias=reader.boolean("mlp_bias", default=False))
+    layers = stack(attention, mlp, windows=[None] * sizes.num_layers)
     return read_spec(
-        reader,
-        architecture=ARCHITECTURE,
-        model_type="llama",
-        default_num_kv_heads=None,
-        qkv_bias=attention_bias,
-        o_bias=attention_bias,
-        mlp_bias=reader.boolean("mlp_bias", default=False),
-        default_eos_token_ids=(2,),
+        reader, sizes, architecture=ARCHITECTURE, layers=layers, default_eos_token_ids=(2,)
     )

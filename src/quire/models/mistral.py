@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from quire.models.common import read_num_layers, read_spec, windows_of_layer_types
+from quire.models.common import read_sizes, read_spec, stack, windows_of_layer_types
 from quire.models.fields import ConfigReader
 from quire.models.spec import ModelSpec
 
@@ -17,22 +17,22 @@ ARCHITECTURE = "MistralForCausalLM"
 def resolve(config: Mapping[str, object]) -> ModelSpec:
     """`sliding_window` null (v0.2 onward) means full attention; absent means the family's default, 4096."""
     reader = ConfigReader(config)
+    sizes = read_sizes(reader, model_type="mistral", default_num_kv_heads=8)
+    windows = _windows(reader, num_layers=sizes.num_layers)
     return read_spec(
         reader,
+        sizes,
         architecture=ARCHITECTURE,
-        model_type="mistral",
-        default_num_kv_heads=8,
-        sliding_windows=_windows(reader),
+        layers=stack(sizes.attention, sizes.mlp, windows=windows),
         default_eos_token_ids=(2,),
     )
 
 
-def _windows(reader: ConfigReader) -> tuple[int | None, ...]:
+def _windows(reader: ConfigReader, *, num_layers: int) -> tuple[int | None, ...]:
     """One window for all layers.
 
     transformers ignores `layer_types` here, so we accept it only where it agrees.
     """
-    num_layers = read_num_layers(reader)
     window = (
         None if reader.nulled("sliding_window") else reader.integer("sliding_window", default=4096)
     )

@@ -6,8 +6,9 @@ Source: Yang et al. 2024 (Qwen2 technical report); `Qwen2Config` in transformers
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
-from quire.models.common import read_layer_windows, read_spec
+from quire.models.common import read_layer_windows, read_sizes, read_spec, stack
 from quire.models.fields import ConfigReader
 from quire.models.spec import ModelSpec
 
@@ -17,11 +18,7 @@ ARCHITECTURE = "Qwen2ForCausalLM"
 def resolve(config: Mapping[str, object]) -> ModelSpec:
     """The q, k, v bias is part of the architecture, not of the config."""
     reader = ConfigReader(config)
-    return read_spec(
-        reader,
-        architecture=ARCHITECTURE,
-        model_type="qwen2",
-        default_num_kv_heads=32,
-        qkv_bias=True,
-        sliding_windows=read_layer_windows(reader),
-    )
+    sizes = read_sizes(reader, model_type="qwen2", default_num_kv_heads=32)
+    windows = read_layer_windows(reader, num_layers=sizes.num_layers)
+    layers = stack(replace(sizes.attention, qkv_bias=True), sizes.mlp, windows=windows)
+    return read_spec(reader, sizes, architecture=ARCHITECTURE, layers=layers)

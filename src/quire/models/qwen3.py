@@ -6,8 +6,9 @@ Source: Yang et al. 2025 (Qwen3 technical report); `Qwen3Config` in transformers
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
-from quire.models.common import read_layer_windows, read_spec
+from quire.models.common import read_layer_windows, read_sizes, read_spec, stack
 from quire.models.fields import ConfigReader
 from quire.models.spec import ModelSpec
 
@@ -17,15 +18,9 @@ ARCHITECTURE = "Qwen3ForCausalLM"
 def resolve(config: Mapping[str, object]) -> ModelSpec:
     """`attention_bias` covers q, k, v and o alike; `head_dim` is 128 where the file leaves it out."""
     reader = ConfigReader(config)
-    attention_bias = reader.boolean("attention_bias", default=False)
-    return read_spec(
-        reader,
-        architecture=ARCHITECTURE,
-        model_type="qwen3",
-        default_num_kv_heads=32,
-        default_head_dim=128,
-        qkv_bias=attention_bias,
-        o_bias=attention_bias,
-        qk_norm=True,
-        sliding_windows=read_layer_windows(reader),
-    )
+    sizes = read_sizes(reader, model_type="qwen3", default_num_kv_heads=32, default_head_dim=128)
+    bias = reader.boolean("attention_bias", default=False)
+    attention = replace(sizes.attention, qk_norm="head", qkv_bias=bias, o_bias=bias)
+    windows = read_layer_windows(reader, num_layers=sizes.num_layers)
+    layers = stack(attention, sizes.mlp, windows=windows)
+    return read_spec(reader, sizes, architecture=ARCHITECTURE, layers=layers)

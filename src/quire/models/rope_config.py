@@ -11,8 +11,8 @@ from __future__ import annotations
 import math
 from typing import get_args
 
+from quire.layers.spec import RopeSpec, RopeType
 from quire.models.fields import ConfigReader
-from quire.models.spec import RopeSpec, RopeType
 
 SUPPORTED_TYPES: tuple[RopeType, ...] = get_args(RopeType)
 DEFAULT_THETA = 10000.0
@@ -23,7 +23,7 @@ HARMLESS_KEYS = (
 """Keys some type uses; transformers ignores them on the others, and so do we."""
 
 
-def read_rope(reader: ConfigReader, *, max_position_embeddings: int) -> RopeSpec:
+def read_rope(reader: ConfigReader, *, head_dim: int, max_position_embeddings: int) -> RopeSpec:
     """Read and check every rotary field of a config."""
     outer_theta = reader.number("rope_theta", default=DEFAULT_THETA, above=1.0)
     old, new = reader.mapping("rope_scaling"), reader.mapping("rope_parameters")
@@ -51,18 +51,23 @@ def read_rope(reader: ConfigReader, *, max_position_embeddings: int) -> RopeSpec
     original = reader.integer("original_max_position_embeddings", default=inner_original)
     rope.finish(ignored=HARMLESS_KEYS)
     if kind == "default":
-        return RopeSpec(type="default", theta=theta)
+        return RopeSpec(rotary_dim=head_dim, theta=theta)
     if kind == "yarn":
         return _yarn(
-            rope, theta=theta, original=original, max_position_embeddings=max_position_embeddings
+            rope,
+            rotary_dim=head_dim,
+            theta=theta,
+            original=original,
+            max_position_embeddings=max_position_embeddings,
         )
     factor = rope.number("factor")
     if factor < 1.0:
         raise rope.bad("factor", "it must be at least 1")
     if kind == "linear":
-        return RopeSpec(type="linear", theta=theta, factor=factor)
+        return RopeSpec(rotary_dim=head_dim, type="linear", theta=theta, factor=factor)
     if kind == "dynamic":
         return RopeSpec(
+            rotary_dim=head_dim,
             type="dynamic",
             theta=theta,
             factor=factor,
@@ -72,6 +77,7 @@ def read_rope(reader: ConfigReader, *, max_position_embeddings: int) -> RopeSpec
     if high <= low:
         raise rope.bad("high_freq_factor", f"it must be greater than low_freq_factor ({low:g})")
     return RopeSpec(
+        rotary_dim=head_dim,
         type="llama3",
         theta=theta,
         factor=factor,
@@ -92,7 +98,12 @@ def _rope_type(rope: ConfigReader) -> RopeType:
 
 
 def _yarn(
-    rope: ConfigReader, *, theta: float, original: int, max_position_embeddings: int
+    rope: ConfigReader,
+    *,
+    rotary_dim: int,
+    theta: float,
+    original: int,
+    max_position_embeddings: int,
 ) -> RopeSpec:
     factor = rope.number("factor", default=max(1.0, max_position_embeddings / original))
     if factor < 1.0:
@@ -104,6 +115,7 @@ def _yarn(
     if beta_fast < beta_slow:
         raise rope.bad("beta_fast", f"it must not be less than beta_slow ({beta_slow:g})")
     return RopeSpec(
+        rotary_dim=rotary_dim,
         type="yarn",
         theta=theta,
         factor=factor,

@@ -3,6 +3,9 @@
 The HTTP front end, the scheduler's memory ledger and the simulator all need a model's sizes and none
 of them may pay for importing torch, so a `ModelSpec` holds plain Python values only. Everything a family's
 config can say has been decided by the time one exists: no field is optional "because the config left it out".
+
+A model is a stack of `LayerSpec`, each with its own attention and MLP. A default in these classes is the
+neutral value: what a plain Llama layer has. Sizes are counts of elements, never bytes.
 """
 
 from __future__ import annotations
@@ -10,86 +13,79 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn"]
+from quire.layers.spec import AttentionSpec, HeadShape, MlpSpec, NormSpec, RopeSpec
+
+Placement = Literal["pre", "post", "sandwich"]
 
 
 @dataclass(frozen=True, slots=True)
-class RopeSpec:
-    """Rotary position embedding, with every default of its type already filled in.
+class LayerSpec:
+    """Attention, then MLP, each added to the residual stream."""
 
-    A field that a type does not use keeps its neutral default, so two specs that rotate alike compare equal.
-    The formulas are in `quire.layers.rotary`.
-    """
-
-    type: RopeType = "default"
-    theta: float = 10000.0
-    factor: float = 1.0
-    """How much longer the context is than the one trained on (linear, dynamic, llama3, yarn)."""
-    original_max_position_embeddings: int = 0
-    """Context length before scaling (llama3, yarn); for dynamic, where scaling begins. In tokens."""
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 1.0
-    attention_factor: float = 1.0
-    """Multiplies cos and sin (yarn's temperature, already derived from mscale where the config
-    gives that).
-    """
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    truncate: bool = True
+    placement: Placement
+    """Where the norms are: on the inputs of attention and MLP (Llama), on their outputs (OLMo 2 and 3), or on
+    both (Gemma 2 and 3)."""
+    attention: AttentionSpec
+    mlp: MlpSpec
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """One decoder-only transformer. Sizes are counts of elements, never bytes."""
+    """One decoder-only transformer."""
 
     architecture: str
     vocab_size: int
     hidden_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    intermediate_size: int
-    rms_norm_eps: float
-    rope: RopeSpec
+    layers: tuple[LayerSpec, ...]
+    norm: NormSpec
+    """Of every norm in the model."""
+    ropes: tuple[RopeSpec, ...]
     context_length: int
     """Positions that a request may use; `quire.models.context` derives it."""
     context_source: str
     """What in the config says so, for messages."""
     tie_word_embeddings: bool
-    qkv_bias: bool
-    o_bias: bool
-    mlp_bias: bool
-    qk_norm: bool
-    sliding_windows: tuple[int | None, ...]
-    """Per layer: how many tokens a query sees, itself included; None sees everything before it."""
-    has_head: bool
-    """False: a base model saved alone, which gives hidden states and no logits."""
     checkpoint_dtype: str | None
     """The config's own dtype: "bfloat16", "float16" or "float32"; None where it names none."""
     default_eos_token_ids: tuple[int, ...]
     """What transformers' config class assumes to end a text. It counts only where no file names any:
     `quire.engine.end_tokens` joins what the files say."""
+    has_head: bool = True
+    """False: a base model saved alone, which gives hidden states and no logits."""
+    embed_scale: float = 1.0
+    """Multiplies the embeddings (Gemma: the square root of the hidden size; Granite)."""
+    embed_scale_rounded: bool = False
+    """Whether `embed_scale` is rounded to the model's dtype first (Gemma)."""
+    residual_scale: float = 1.0
+    """Multiplies what attention and MLP add to the residual stream (Granite)."""
+    logits_divisor: float = 1.0
+    """Divides the logits (Granite)."""
+    logits_softcap: float = 0.0
+    """Logits become softcap * tanh(logit / softcap); 0 leaves them (Gemma 2)."""
+    quantization: None = None
+    """The weights' format; None: as in the checkpoint's own dtype."""
 
     @property
-    def q_size(self) -> int:
-        return self.num_heads * self.head_dim
+    def num_layers(self) -> int:
+        return len(self.layers)
 
     @property
-    def kv_size(self) -> int:
-        return self.num_kv_heads * self.head_dim
+    def heads(self) -> HeadShape:
+        """Of every layer: the KV cache has one shape, and so has every family so far."""
+        shapes = {layer.attention.heads for layer in self.layers}
+        assert len(shapes) == 1, shapes
+        return shapes.pop()
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Each layer's attention window."""
+        return tuple(layer.attention.window for layer in self.layers)
 
     def num_parameters(self) -> int:
         """Trained values, counting a tied embedding once."""
-        qkv_out = self.q_size + 2 * self.kv_size
-        layer = self.hidden_size * (qkv_out + self.q_size + 3 * self.intermediate_size)
-        layer += 2 * self.hidden_size
-        layer += qkv_out if self.qkv_bias else 0
-        layer += self.hidden_size if self.o_bias else 0
-        layer += 2 * self.intermediate_size + self.hidden_size if self.mlp_bias else 0
-        layer += 2 * self.head_dim if self.qk_norm else 0
         embeddings = (1 if self.tie_word_embeddings else 2) * self.vocab_size * self.hidden_size
-        return embeddings + self.num_layers * layer + self.hidden_size
+        layers = sum(_layer_parameters(layer, self.hidden_size) for layer in self.layers)
+        return embeddings + layers + self.hidden_size
 
     def weight_bytes(self, dtype_bytes: int) -> int:
         """Memory the loaded model holds: every parameter once, a tied embedding too."""
@@ -100,4 +96,20 @@ class ModelSpec:
 
         A sliding window does not shrink this: blocks hold every layer.
         """
-        return 2 * self.num_layers * self.kv_size * dtype_bytes
+        return 2 * sum(layer.attention.kv_size for layer in self.layers) * dtype_bytes
+
+
+def _layer_parameters(layer: LayerSpec, hidden_size: int) -> int:
+    attention, mlp = layer.attention, layer.mlp
+    qkv_out = attention.q_size + 2 * attention.kv_size
+    count = hidden_size * (qkv_out + attention.q_size + 3 * mlp.intermediate_size)
+    count += (4 if layer.placement == "sandwich" else 2) * hidden_size
+    count += qkv_out if attention.qkv_bias else 0
+    count += hidden_size if attention.o_bias else 0
+    count += 2 * mlp.intermediate_size + hidden_size if mlp.bias else 0
+    qk_norms = {
+        "none": 0,
+        "head": 2 * attention.head_dim,
+        "whole": attention.q_size + attention.kv_size,
+    }
+    return count + qk_norms[attention.qk_norm]

@@ -9,8 +9,8 @@ import torch
 
 from quire.attention.base import AttentionBackend, KVCache
 from quire.config import EngineConfig
-from quire.kernels.base import create_kernels
 from quire.kernels.memory import reserve_in_background
+from quire.kernels.select import create_kernels
 from quire.models.decoder import DecoderModel
 from quire.runner.footprint import Footprint, WorkerSpec, estimate, host_memory
 from quire.runner.model_runner import ModelRunner

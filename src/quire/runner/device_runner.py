@@ -252,10 +252,10 @@ class DeviceRunner:
         self._blocks = kv_cache.storage.view(len(kv_cache.layers), 2, *kv_cache.layers[0].k.shape)
         self._kernels.reserve(
             kv_cache.layers[0].k,
-            q_heads=spec.num_heads,
+            q_heads=spec.heads.num_heads,
             max_requests=self._max_num_seqs,
             max_len=max_model_len,
-            windows={window or 0 for window in spec.sliding_windows},
+            windows={window or 0 for window in spec.windows},
         )
 
     # --- a plan ---------------------------------------------------------------------------------------

@@ -52,9 +52,9 @@ def estimate(
     max_model_len: int,
 ) -> Footprint:
     """From the model's shape, before anything is loaded."""
-    rotary_table = 4 * max_model_len * spec.head_dim
+    rotary_tables = 4 * max_model_len * sum(rope.rotary_dim for rope in spec.ropes)
     return Footprint(
-        weight_bytes=spec.weight_bytes(dtype_bytes) + rotary_table,
+        weight_bytes=spec.weight_bytes(dtype_bytes) + rotary_tables,
         step_bytes=_step_bytes(config, spec, dtype_bytes),
         memory=memory,
     )
@@ -63,7 +63,11 @@ def estimate(
 def _step_bytes(config: EngineConfig, spec: ModelSpec, dtype_bytes: int) -> int:
     """The largest step's temporaries: one layer's widest tensors, and the logits in float32."""
     scheduler = config.scheduler
-    width = 3 * spec.hidden_size + 2 * (spec.q_size + 2 * spec.kv_size) + 3 * spec.intermediate_size
+    widest = max(
+        2 * (layer.attention.q_size + 2 * layer.attention.kv_size) + 3 * layer.mlp.intermediate_size
+        for layer in spec.layers
+    )
+    width = 3 * spec.hidden_size + widest
     logits = 3 * 4 * scheduler.max_num_seqs * spec.vocab_size
     return scheduler.max_num_batched_tokens * width * dtype_bytes + logits
 

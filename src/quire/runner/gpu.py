@@ -78,8 +78,8 @@ class GPU:
     def attention(self) -> AttentionBackend:
         spec, device = self._spec, self.device.torch_device
         task = AttentionTask(
-            scale=spec.model.head_dim**-0.5,
-            head_dim=spec.model.head_dim,
+            scale=spec.model.layers[0].attention.scale,
+            head_dim=spec.model.heads.head_dim,
             dtype=getattr(torch, spec.dtype),
             kv_dtype=getattr(torch, spec.kv_cache_dtype),
             block_size=self._config.cache.block_size,

@@ -73,8 +73,8 @@ def make_cache(
     return KVCache(
         num_layers=spec.model.num_layers,
         num_blocks=num_blocks,
-        num_kv_heads=spec.model.num_kv_heads,
-        head_dim=spec.model.head_dim,
+        num_kv_heads=spec.model.heads.num_kv_heads,
+        head_dim=spec.model.heads.head_dim,
         block_size=config.cache.block_size,
         dtype=getattr(torch, spec.kv_cache_dtype),
         kernels=kernels,

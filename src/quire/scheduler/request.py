@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 
+from quire.kvcache import CacheKey
 from quire.messages import AddRequest, FinishReason, RequestTimes
 from quire.sampling_params import RepetitionDetectionParams
 
@@ -21,7 +22,7 @@ class Request:
     flight are done. Those plans sample the last `num_pending_tokens`, whose ids are not known yet."""
 
     __slots__ = (
-        "_common", "arrival_time", "cache_salt", "eos_token_ids", "finish_reason", "fork_of", "max_tokens",
+        "_common", "arrival_time", "cache_key", "eos_token_ids", "finish_reason", "fork_of", "max_tokens",
         "needs_token_before_next", "num_cached_tokens", "num_computed_tokens", "num_pending_tokens",
         "num_preemptions", "num_prompt_logprobs", "num_prompt_tokens", "params", "pooling", "priority",
         "queued_time", "request_id", "rules", "scheduled_time", "seed", "sort_key", "status",
@@ -52,7 +53,7 @@ class Request:
         """The first prompt token whose logprobs are wanted and not known yet, where any are wanted."""
         self.arrival_time = message.arrival_time
         self.priority = message.priority
-        self.cache_salt = message.cache_salt
+        self.cache_key = CacheKey(message.cache_salt)
         self.fork_of = message.fork_of
         self.status = RequestStatus.WAITING
         self.finish_reason: FinishReason | None = None

@@ -283,12 +283,12 @@ class Scheduler:
             self._computes_prefix_of(request, len(tokens), leader) for leader in leaders
         ):
             return None
-        return self.kv.match_prefix(request.request_id, tokens, request.cache_salt, self._step_id)
+        return self.kv.match_prefix(request.request_id, tokens, request.cache_key, self._step_id)
 
     def _computes_prefix_of(self, request: Request, most: int, leader: Request) -> bool:
         """Whether a request that runs and stands before this one has still to compute a block that both
         begin with. Computing it twice would cost more than waiting for it."""
-        if leader.sort_key > request.sort_key or leader.cache_salt != request.cache_salt:
+        if leader.sort_key > request.sort_key or leader.cache_key != request.cache_key:
             return False
         common = min(request.common_prefix(leader, self.kv.block_size), most)
         there = self.kv.num_shareable_tokens(leader.request_id)
@@ -309,7 +309,7 @@ class Scheduler:
 
     def _admit(self, plan: StepPlan, request: Request, match: PrefixMatch, count: int) -> None:
         reach = match.num_tokens + count
-        growth = self.kv.admit(request.request_id, match, request.cache_salt, reach)
+        growth = self.kv.admit(request.request_id, match, request.cache_key, reach)
         self.waiting.remove(request)
         self.running.add(request)
         request.status = RequestStatus.RUNNING

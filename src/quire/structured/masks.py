@@ -1,4 +1,4 @@
-"""Sets of tokens as rows of bits, and the grammar that allows them all."""
+"""Sets of tokens as rows of bits."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-
-from quire.structured.base import TokenMatcher
 
 Mask = NDArray[np.int32]
 """[ceil(vocab_size / 32)]: bit t % 32 of word t // 32 is set where token t is allowed."""
@@ -27,30 +25,3 @@ def tokens_of(mask: Mask) -> NDArray[np.int64]:
 
 def num_mask_words(vocab_size: int) -> int:
     return -(-vocab_size // 32)
-
-
-class NullGrammar:
-    """Allows every token of the model, everywhere: for tests, and as the simplest member."""
-
-    num_bytes = 0
-
-    def __init__(self, vocab_size: int) -> None:
-        self._mask = mask_of(range(vocab_size), vocab_size)
-
-    def matcher(self) -> TokenMatcher:
-        return NullMatcher(self._mask)
-
-
-class NullMatcher:
-    """See `NullGrammar`."""
-
-    is_finished = False
-
-    def __init__(self, mask: Mask) -> None:
-        self._mask = mask
-
-    def fill_mask(self, row: Mask) -> None:
-        row[:] = self._mask
-
-    def accept(self, token_id: int) -> bool:
-        return bool(self._mask[token_id // 32] >> (token_id % 32) & 1)

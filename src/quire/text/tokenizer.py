@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from tokenizers import AddedToken, Encoding
     from tokenizers import Tokenizer as Backend
 
-    from quire.text.chat_template import ChatTemplate
-
 
 class Tokenizer:
     """Encodes and decodes with one checkpoint's tokenizer. Safe to share between threads."""
@@ -217,31 +215,6 @@ class Tokenizer:
     def tool_chat_template(self) -> str | None:
         """The source of the template named "tool_use", for requests with tools, or None."""
         return self.config.chat_templates.get("tool_use")
-
-    @cached_property
-    def chat(self) -> ChatTemplate:
-        """The default chat template, compiled.
-
-        There is no built-in default: a model that was not trained on a format answers it badly,
-        and quietly. Raises `InvalidParameterError` where the checkpoint brings none.
-        """
-        from quire.text.chat_template import ChatTemplate
-
-        if self.chat_template is None:
-            raise InvalidParameterError(
-                "This model's tokenizer has no chat template, so it has no chat format. Pass one "
-                "with --chat-template, or use the completions endpoint.",
-                param="messages",
-            )
-        return ChatTemplate.for_tokenizer(self.chat_template, self)
-
-    @cached_property
-    def tool_chat(self) -> ChatTemplate:
-        """The template for requests with tools: "tool_use" where there is one, else `chat`."""
-        from quire.text.chat_template import ChatTemplate
-
-        source = self.tool_chat_template
-        return self.chat if source is None else ChatTemplate.for_tokenizer(source, self)
 
 
 def _load_backend(directory: Path) -> Backend:

@@ -1,5 +1,5 @@
 /* From a fused projection to the paged cache: norm and rotate queries and keys, store keys and
- * values; and copying blocks. The cache's layout is drawn in `kv_cache_shapes` (base.py).
+ * values; and copying blocks. The cache's layout is drawn in `kv_cache_shapes` (layout.py).
  */
 #include "kernels.h"
 

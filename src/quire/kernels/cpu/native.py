@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from quire.kernels import checks
-from quire.kernels.base import OnCPU
 from quire.kernels.checks import KernelArgumentError
+from quire.kernels.cpu import layout
 from quire.kernels.cpu.decoder import NativeDecoder
 from quire.kernels.cpu.library import DTYPES, AttentionArgs, QKVArgs, SampleArgs, load_library
+from quire.kernels.cpu.linear import dense_product
 from quire.kernels.decoder import DecoderWeights
 from quire.kernels.sampling import SampledTokens
 
@@ -29,13 +30,16 @@ def _fail(message: str) -> NoReturn:
     raise KernelArgumentError(message)
 
 
-class NativeKernels(OnCPU):
+class NativeKernels:
     """Raises `BuildError` from the constructor if the library cannot be compiled or loaded.
 
     `march` is the compiler's -march, other than "native" only to test the code of other CPUs.
     """
 
     name = "native"
+    device = layout.device
+    linear = staticmethod(dense_product)
+    kv_cache_shapes = staticmethod(layout.kv_cache_shapes)
 
     def __init__(self, *, march: str = "native") -> None:
         self._lib = load_library(march)

@@ -30,9 +30,9 @@ class TritonKernels:
 
     def linear(
         self, *, in_features: int, out_features: int, dtype: torch.dtype, bias: bool
-    ) -> DeviceLinear:
+    ) -> RowMajorProduct:
         product = matmul if self.batch_invariant else F.linear
-        return DeviceLinear(
+        return RowMajorProduct(
             in_features, out_features, dtype, bias=bias, device=self.device, product=product
         )
 
@@ -45,8 +45,10 @@ class TritonKernels:
         block_size: int,
         dtype: torch.dtype,
     ) -> KVCacheShapes:
+        """[num_blocks, num_kv_heads, block_size, head_dim] for both: a tile of one head's keys is one
+        contiguous piece. Zeroed, because FlashAttention-4 documents that it loads whole tiles."""
         shape = (num_blocks, num_kv_heads, block_size, head_dim)
-        return KVCacheShapes(k=shape, v=shape)
+        return KVCacheShapes(k=shape, v=shape, zeroed=True)
 
     def reserve(
         self,
@@ -152,7 +154,7 @@ class TritonKernels:
         return None
 
 
-class DeviceLinear:
+class RowMajorProduct:
     """A matrix as it is, [out_features, in_features]. product: of x, weight and bias, as `F.linear`."""
 
     __slots__ = ("bias", "product", "weight")

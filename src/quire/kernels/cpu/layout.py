@@ -1,0 +1,38 @@
+"""How every implementation for the CPU holds the KV cache."""
+
+from __future__ import annotations
+
+import torch
+
+from quire.errors import ConfigError
+from quire.kernels.base import KVCacheShapes
+
+device = torch.device("cpu")
+
+
+def kv_cache_shapes(
+    *, num_blocks: int, num_kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype
+) -> KVCacheShapes:
+    """With p = 2 in bfloat16, else 1:
+
+    k: [num_blocks, num_kv_heads, head_dim / p, block_size, p]
+    v: [num_blocks, num_kv_heads, block_size / p, head_dim, p]
+
+    Keys are transposed inside a block: sixteen keys of one dimension lie side by side, so that a
+    score needs a broadcast and a multiply-add, and no horizontal sum. In bfloat16 what is summed over
+    (dimensions of a key, values of a dimension) lies in pairs, because processors multiply and add
+    pairs of bfloat16 in one instruction (AVX512_BF16 VDPBF16PS, Arm BFDOT). The layout depends on
+    the dtype alone, so that every CPU implementation on every machine reads the same.
+
+    Raises `ConfigError` for an odd head_dim in bfloat16. block_size is even.
+    """
+    pack = 2 if dtype is torch.bfloat16 else 1
+    if head_dim % pack:
+        raise ConfigError(
+            f"head_dim={head_dim} is odd, which the bfloat16 KV cache cannot hold; "
+            "use dtype='float32' or 'float16'"
+        )
+    return KVCacheShapes(
+        k=(num_blocks, num_kv_heads, head_dim // pack, block_size, pack),
+        v=(num_blocks, num_kv_heads, block_size // pack, head_dim, pack),
+    )

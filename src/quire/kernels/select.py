@@ -1,0 +1,37 @@
+"""Which implementation of the operations serves on a CPU."""
+
+from __future__ import annotations
+
+import logging
+from typing import Literal
+
+from quire.errors import ConfigError
+from quire.kernels.base import Kernels
+from quire.kernels.cpu.build import BuildError
+from quire.kernels.cpu.native import NativeKernels
+from quire.kernels.reference import ReferenceKernels
+
+KernelsName = Literal["auto", "native", "reference"]
+
+
+def create_kernels(name: KernelsName = "auto") -> Kernels:
+    """The kernels by that name; `auto` is native where a C compiler works, else the reference.
+
+    Raises `ConfigError` for `native` when it cannot be built, and for an unknown name.
+    """
+    if name == "reference":
+        return ReferenceKernels()
+    if name not in ("auto", "native"):
+        raise ConfigError(f"kernels={name!r} is not known; use 'auto', 'native' or 'reference'")
+    try:
+        return NativeKernels()
+    except BuildError as error:
+        if name == "native":
+            raise ConfigError(
+                f"kernels='native' cannot be built: {error}; install a C compiler, set CC to one, "
+                "or use kernels='reference'"
+            ) from error
+        logging.getLogger("quire.kernels").warning(
+            "no native CPU kernels (%s); the slower reference serves", error
+        )
+        return ReferenceKernels()
