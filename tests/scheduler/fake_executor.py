@@ -82,7 +82,7 @@ class CheckingExecutor:
                 break
         self.num_drafts += len(row.draft_token_ids)
         self.num_accepted += len(tokens) - 1
-        drafts = self.drafter(tuple(state.tokens), state.seed)
+        drafts = tuple(self.drafter(tuple(state.tokens), state.seed))
         return SampledRow(request_id=row.request_id, token_ids=tokens, draft_token_ids=drafts)
 
     def close(self) -> None:

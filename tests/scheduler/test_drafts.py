@@ -160,7 +160,7 @@ def test_blocks_are_shared_when_their_tokens_are_known() -> None:
     engine.step(2)
     known = PROMPT + expected_output(PROMPT, 1, 2)
     row = engine.rows(1)[-1]
-    assert row.draft_token_ids == [1000, 1001, 1002, 1003, 1004]
+    assert row.draft_token_ids == (1000, 1001, 1002, 1003, 1004)
     guess = [*known[:7], *row.draft_token_ids]
     engine.add(2, [*guess, 7], max_tokens=1)
     engine.step()

@@ -41,7 +41,7 @@ class PlannedRow(msgspec.Struct, kw_only=True):
     pending: bool = False
     """Whether that last token is still pending: a plan launched before this one samples it, so only the
     executor knows its id. The row has no other token."""
-    draft_token_ids: list[int] = []
+    draft_token_ids: tuple[int, ...] = ()
     """Guesses at what follows the last token. One is accepted if it equals the token sampled before it and
     all drafts before it were. What is sampled after the first that was not is meaningless."""
 
@@ -70,7 +70,7 @@ class SampledRow(msgspec.Struct, kw_only=True, omit_defaults=True):
 
     request_id: int
     token_ids: list[int]
-    draft_token_ids: list[int] = []
+    draft_token_ids: tuple[int, ...] = ()
     """Guesses at what follows these tokens, to verify in the next step."""
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: PromptLogprobs | None = None

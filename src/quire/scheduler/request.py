@@ -37,7 +37,7 @@ class Request:
         self.num_prompt_tokens = len(message.prompt_token_ids)
         self.num_computed_tokens = 0
         self.num_pending_tokens = 0
-        self.draft_token_ids: list[int] = []
+        self.draft_token_ids: tuple[int, ...] = ()
         """Guesses at what follows its tokens, for the next plan to verify if it can."""
         self.num_drafts_in_flight = 0
         """How many a plan in flight verifies. Until its result is there, they count as computed, and the most

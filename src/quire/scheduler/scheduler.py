@@ -250,7 +250,7 @@ class Scheduler:
         left = self.limits.max_num_batched_tokens - plan.num_tokens
         for row in plan.rows:
             request = self.requests[row.request_id]
-            drafts, request.draft_token_ids = request.draft_token_ids, []
+            drafts, request.draft_token_ids = request.draft_token_ids, ()
             if not drafts or not row.samples:
                 continue
             reach = row.start + row.num_tokens
@@ -267,6 +267,7 @@ class Scheduler:
             row.draft_token_ids = drafts[:count]
             row.num_tokens += count
             row.samples += count
+            request.num_drafts_in_flight += count
             left -= count
 
     def _advance(self, plan: StepPlan) -> None:
@@ -275,9 +276,9 @@ class Scheduler:
             request = self.requests[row.request_id]
             request.num_computed_tokens += row.num_tokens
             request.num_pending_tokens += row.samples
-            request.num_drafts_in_flight += len(row.draft_token_ids)
-            if self.policy.moves:
-                self.policy.served(request, row.num_tokens)
+        if self.policy.moves:
+            for row in plan.rows:
+                self.policy.served(self.requests[row.request_id], row.num_tokens)
 
     def _schedule_waiting(self, plan: StepPlan, budget: int) -> int:
         """Admit waiting requests in order, until one does not fit. Returns how much budget they take.
@@ -420,7 +421,7 @@ class Scheduler:
                 start=request.num_computed_tokens,
                 num_tokens=count,
                 new_block_ids=new_block_ids,
-                samples=int(reach == request.num_tokens and request.max_tokens > 0),
+                samples=1 if reach == request.num_tokens and request.max_tokens else 0,
                 pending=reach > known,
             )
         )
@@ -437,7 +438,7 @@ class Scheduler:
         self._stop(request)
         request.status = RequestStatus.PREEMPTED
         request.num_computed_tokens = 0
-        request.draft_token_ids = []
+        request.draft_token_ids = ()
         request.num_preemptions += 1
         self._stats.num_preemptions += 1
         self.waiting.add(request)
@@ -475,27 +476,28 @@ class Scheduler:
             update.error, update.prompt_logprobs = row.error, prompt_logprobs
             return update
         first = request.num_output_tokens == 0
-        if planned.draft_token_ids:
-            self._reject_drafts(request, planned.draft_token_ids, row.token_ids)
+        drafts = planned.draft_token_ids
+        if drafts:
+            self._reject_drafts(request, drafts, row.token_ids)
         accepted: list[int] = []
         for token in row.token_ids:
             request.append_token(token)
             accepted.append(token)
             if request.finish_reason is not None:
                 break
-        known, computed = len(request.token_ids), request.num_computed_tokens
-        running = request.status is RequestStatus.RUNNING
-        in_flight = computed >= known and request.finish_reason is None
-        if running and (planned.draft_token_ids or in_flight):  # else registered when planned
-            reach = min(computed, known)
+        if drafts and request.status is RequestStatus.RUNNING:
+            reach = min(request.num_computed_tokens, len(request.token_ids))
             self.kv.register(request.request_id, request.token_ids, reach, self._step_id)
         if request.finish_reason is not None:
             update = self._finish(request, request.finish_reason)
             update.stop_token = request.stop_token
         else:
             update = RequestUpdate(request_id=request.request_id)
-            if row.draft_token_ids and running and not request.num_pending_tokens:
-                request.draft_token_ids, self._has_drafts = row.draft_token_ids, True
+            known = len(request.token_ids)
+            if request.num_computed_tokens >= known:  # in a plan in flight
+                self.kv.register(request.request_id, request.token_ids, known, self._step_id)
+            if row.draft_token_ids:
+                self._keep_drafts(request, row.draft_token_ids)
         update.new_token_ids = accepted
         update.logprobs = row.logprobs[: len(accepted)] if row.logprobs is not None else None
         update.prompt_logprobs = prompt_logprobs
@@ -504,13 +506,20 @@ class Scheduler:
             update.times = request.times
         return update
 
-    def _reject_drafts(self, request: Request, drafts: list[int], token_ids: list[int]) -> None:
+    def _reject_drafts(
+        self, request: Request, drafts: tuple[int, ...], token_ids: list[int]
+    ) -> None:
         """Count only those drafts as computed that were sampled too, one after the other."""
         request.num_drafts_in_flight -= len(drafts)
         if request.status is RequestStatus.RUNNING:
             pairs = zip(drafts, token_ids, strict=False)
             accepted = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
             request.num_computed_tokens -= len(drafts) - accepted
+
+    def _keep_drafts(self, request: Request, drafts: tuple[int, ...]) -> None:
+        """For the next plan, unless the one that it would be is in flight already."""
+        if request.status is RequestStatus.RUNNING and not request.num_pending_tokens:
+            request.draft_token_ids, self._has_drafts = drafts, True
 
     def _learn_of_prompt(
         self, request: Request, row: PlannedRow, found: SampledRow | None
