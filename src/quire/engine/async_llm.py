@@ -42,6 +42,7 @@ from quire.messages import (
 )
 from quire.metrics import MetricsSink
 from quire.outputs import RequestOutput
+from quire.placement import Placement
 from quire.sampling_params import BeamSearchParams, PoolingParams, SamplingParams
 from quire.structured.checker import GrammarChecker
 from quire.text.parsing.base import ThinkingTokens
@@ -175,8 +176,7 @@ class AsyncLLM:
         params: SamplingParams | PoolingParams | BeamSearchParams,
         *,
         request_id: str | None = None,
-        priority: int = 0,
-        cache_salt: str | None = None,
+        placement: Placement = Placement(),
         add_special_tokens: bool = True,
         thinking: ThinkingTokens | None = None,
     ) -> RequestStream | BeamStream:
@@ -194,20 +194,18 @@ class AsyncLLM:
             raise InvalidParameterError(
                 f"request_id {request_id!r} is in use.", param="request_id", value=request_id
             )
-        beams = params if isinstance(params, BeamSearchParams) else None
         request = self._input.process(
             prompt,
-            SamplingParams(max_tokens=params.max_tokens)
-            if isinstance(params, BeamSearchParams)
-            else params,
+            params,
             request_id=request_id,
-            priority=priority,
-            cache_salt=cache_salt,
+            placement=placement,
             add_special_tokens=add_special_tokens,
             thinking=thinking,
         )
         self._check_queue(request)
-        return self._launch(request) if beams is None else self._search(request, beams)
+        if isinstance(params, BeamSearchParams):
+            return self._search(request, params)
+        return self._launch(request)
 
     def _launch(self, request: EngineRequest) -> RequestStream:
         if self._dead is not None:
@@ -222,19 +220,14 @@ class AsyncLLM:
     def _search(self, request: EngineRequest, params: BeamSearchParams) -> BeamStream:
         """A search whose beams are requests of their own. They are not turned away by a full queue, and keep
         the place in it that the search has."""
-        [first] = request.sequences
         step = step_params(params, self.model.vocab_size)
 
         def extend(token_ids: list[int]) -> RequestStream:
             beam = self._input.process(
-                token_ids,
-                step,
-                priority=first.priority,
-                cache_salt=first.cache_salt,
-                max_logprobs=-1,
+                token_ids, step, placement=request.placement, max_logprobs=-1
             )
             beam.sequences[0] = msgspec.structs.replace(
-                beam.sequences[0], arrival_time=first.arrival_time
+                beam.sequences[0], arrival_time=request.arrival_ts
             )
             return self._launch(beam)
 
@@ -305,13 +298,13 @@ class AsyncLLM:
 
     def _check_queue(self, request: EngineRequest) -> None:
         scheduler = self.config.scheduler
-        live = self._output.num_sequences
+        live, more = self._output.num_sequences, max(1, len(request.sequences))
         if scheduler.max_num_queued_reqs:
             limit = scheduler.max_num_seqs + scheduler.max_num_queued_reqs
-            if live + len(request.sequences) > limit:
+            if live + more > limit:
                 self._reject(
                     "max_num_queued_reqs",
-                    f"{live} sequences run or wait and this request adds {len(request.sequences)}; "
+                    f"{live} sequences run or wait and this request adds {more}; "
                     f"the server takes {limit} (--max-num-seqs plus --max-num-queued-reqs).",
                 )
         if scheduler.max_num_queued_tokens and live >= scheduler.max_num_seqs:

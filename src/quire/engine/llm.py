@@ -45,10 +45,10 @@ from quire.outputs import (
     ScoringOutput,
     ScoringRequestOutput,
 )
+from quire.placement import Placement
 from quire.sampling_params import (
     BeamSearchParams,
     PoolingParams,
-    RequestOutputKind,
     SamplingParams,
 )
 from quire.structured.checker import GrammarChecker
@@ -114,7 +114,7 @@ class LLM:
         self.model = dataclasses.replace(self.model, max_model_len=self.ready.max_model_len)
         logger.info("memory: %s", describe_ledger(self.ready))
         self._input = InputProcessor(self.model, has_head=self.model.spec.has_head)
-        self._output = OutputProcessor(self.model.tokenizer)
+        self._output = OutputProcessor(self.model.tokenizer, final_only=True)
         self._num_submitted = 0
         self._enqueued: list[str] = []
         self._finished: dict[str, RequestOutput] = {}
@@ -446,18 +446,17 @@ class LLM:
             raise EngineSleepingError("The engine sleeps; call wake_up() first.")
         requests: list[EngineRequest] = []
         for index, (prompt, param) in enumerate(zip(prompts, params, strict=True)):
-            if isinstance(param, SamplingParams):
-                param = param.replace(output_kind=RequestOutputKind.FINAL_ONLY)
             request = self._input.process(
                 prompt,
                 param,
                 request_id=str(self._num_submitted + index),
-                priority=priorities[index] if priorities is not None else 0,
+                placement=Placement(priority=priorities[index] if priorities is not None else 0),
                 add_special_tokens=add_special_tokens,
                 max_logprobs=max_logprobs,
                 fit_max_tokens=fit_max_tokens,
             )
-            self._check_grammar(request.params)
+            if isinstance(param, SamplingParams):
+                self._check_grammar(param)
             requests.append(request)
         self._num_submitted += len(requests)
         try:
@@ -510,16 +509,15 @@ class LLM:
         self, prompts: Sequence[PromptInput], params: BeamSearchParams
     ) -> list[BeamSearchOutput]:
         """One search per prompt, all of them a token further in each round."""
-        checked = SamplingParams(max_tokens=params.max_tokens)
         searches, salts = [], []
         for prompt in prompts:
-            request = self._input.process(prompt, checked)
+            request = self._input.process(prompt, params)
             searches.append(
                 BeamSearch(
                     request.prompt_token_ids, params, self.model.eos_token_ids, request.max_tokens
                 )
             )
-            salt = request.sequences[0].cache_salt
+            salt = request.placement.cache_salt
             salts.append({} if salt is None else {"cache_salt": salt})
         step = step_params(params, self.model.vocab_size)
         while active := [(s, salt) for s, salt in zip(searches, salts, strict=True) if not s.done]:
