@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from quire.engine.core import EngineCore
 from quire.executor.mock import MockExecutor
 from quire.kvcache import KVCacheManager
-from quire.messages import AbortRequests, AddRequest, FinishReason
-from quire.sampling_params import SamplingParams
+from quire.messages import AbortRequests, FinishReason
 from quire.scheduler import (
     Decision,
     DecisionKind,
@@ -16,6 +17,7 @@ from quire.scheduler import (
     Wait,
     WaitReason,
 )
+from tests.scheduler.requests import add_request
 
 
 class Engine:
@@ -32,17 +34,10 @@ class Engine:
         executor = MockExecutor(lambda request_id, index: 7)
         self.core = EngineCore(self.scheduler, executor, clock=lambda: 0.0)
 
-    def add(self, request_id: int, length: int, *, first: int | None = None, **fields: object):
-        self.core.handle(
-            AddRequest(
-                request_id=request_id,
-                prompt_token_ids=[request_id if first is None else first] * length,
-                params=SamplingParams(),
-                seed=0,
-                arrival_time=float(request_id),
-                **{"max_tokens": 4, **fields},
-            )
-        )
+    def add(self, request_id: int, length: int, *, first: int | None = None, **fields: Any) -> None:
+        prompt = [request_id if first is None else first] * length
+        fields = {"max_tokens": 4, "arrival_time": float(request_id), **fields}
+        self.core.handle(add_request(request_id, prompt, **fields))
 
     def step(self, count: int = 1) -> None:
         """Keeps the decisions of the last one."""

@@ -7,16 +7,15 @@ import pytest
 from quire.engine.core import EngineCore
 from quire.kvcache import KVCacheManager
 from quire.messages import (
-    AddRequest,
     FinishReason,
     PlannedRow,
     RequestUpdate,
     StepOutputs,
     StepPlan,
 )
-from quire.sampling_params import SamplingParams
 from quire.scheduler import Scheduler, SchedulerLimits
 from tests.scheduler.fake_executor import CheckingExecutor, Drafter, expected_output
+from tests.scheduler.requests import add_request
 
 PROMPT = list(range(6))
 
@@ -67,17 +66,15 @@ class Engine:
         eos: int | None = None,
     ) -> None:
         self.updates[request_id] = []
-        self.core.handle(
-            AddRequest(
-                request_id=request_id,
-                prompt_token_ids=prompt,
-                params=SamplingParams(max_tokens=max_tokens),
-                seed=request_id,
-                max_tokens=max_tokens,
-                eos_token_ids=[] if eos is None else [eos],
-                arrival_time=float(request_id),
-            )
+        message = add_request(
+            request_id,
+            prompt,
+            max_tokens=max_tokens,
+            seed=request_id,
+            end_token_ids=frozenset() if eos is None else frozenset({eos}),
+            arrival_time=float(request_id),
         )
+        assert self.core.handle(message) is None
 
     def step(self, count: int = 1) -> None:
         for _ in range(count):

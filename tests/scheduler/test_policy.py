@@ -10,25 +10,25 @@ from hypothesis import settings
 from quire.engine.core import EngineCore
 from quire.executor.mock import MockExecutor
 from quire.kvcache import KVCacheManager
-from quire.messages import AddRequest
-from quire.sampling_params import SamplingParams
+from quire.placement import Placement
 from quire.scheduler import POLICIES, Request, Scheduler, SchedulerLimits
+from tests.scheduler.requests import add_request
 from tests.scheduler.test_scheduler_properties import OverlappedMachine
 
 
 class LeastServed:
-    """The tenant that was served least goes first. A request's `priority` stands for its tenant."""
+    """The tenant that was served least goes first."""
 
     moves = True
 
     def __init__(self) -> None:
-        self.tokens: Counter[int] = Counter()
+        self.tokens: Counter[str] = Counter()
 
     def waiting_key(self, request: Request) -> tuple[float, ...]:
-        return (self.tokens[request.priority], request.arrival_time, request.request_id)
+        return (self.tokens[request.placement.tenant], request.arrival_time, request.request_id)
 
     def served(self, request: Request, num_tokens: int) -> None:
-        self.tokens[request.priority] += num_tokens
+        self.tokens[request.placement.tenant] += num_tokens
 
 
 @pytest.fixture(autouse=True)
@@ -69,14 +69,12 @@ def run(policy: str, tenants: list[int], *, num_blocks: int = 400, length: int =
     core = EngineCore(scheduler, executor)
     for request_id, tenant in enumerate(tenants):
         core.handle(
-            AddRequest(
-                request_id=request_id,
-                prompt_token_ids=[request_id] * length,
-                params=SamplingParams(),
-                seed=0,
+            add_request(
+                request_id,
+                [request_id] * length,
                 max_tokens=16,
                 arrival_time=float(request_id),
-                priority=tenant,
+                placement=Placement(tenant=str(tenant)),
             )
         )
     for _ in range(1000):
