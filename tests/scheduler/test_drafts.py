@@ -66,16 +66,15 @@ class Engine:
         eos: int | None = None,
     ) -> None:
         self.updates[request_id] = []
-        self.core.handle(
-            add_request(
-                request_id,
-                prompt,
-                seed=request_id,
-                max_tokens=max_tokens,
-                end_token_ids=frozenset(() if eos is None else (eos,)),
-                arrival_time=float(request_id),
-            )
+        message = add_request(
+            request_id,
+            prompt,
+            max_tokens=max_tokens,
+            seed=request_id,
+            end_token_ids=frozenset() if eos is None else frozenset({eos}),
+            arrival_time=float(request_id),
         )
+        assert self.core.handle(message) is None
 
     def step(self, count: int = 1) -> None:
         for _ in range(count):

@@ -295,9 +295,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert self.max_in_flight > 1 and row.num_tokens == 1 and row.samples
             assert not needs_token_before_next(self.messages[row.request_id])
         if row.draft_token_ids:
-            assert (
-                not row.pending
-                and request.num_output_tokens + row.samples <= request.decoding.max_tokens
+            assert not row.pending and (
+                request.num_output_tokens + row.samples <= request.decoding.max_tokens
             )
         if self.limits.long_prefill_token_threshold:
             assert known_tokens(row) <= self.limits.long_prefill_token_threshold

@@ -22,8 +22,8 @@ class Request:
     flight are done. Those plans sample the last `num_pending_tokens`, whose ids are not known yet."""
 
     __slots__ = (
-        "_common", "arrival_time", "cache_key", "decoding", "draft_token_ids", "finish_reason", "fork_of",
-        "generates", "needs_token_before_next", "num_cached_tokens", "num_computed_tokens",
+        "_common", "arrival_time", "cache_key", "decoding", "draft_token_ids", "finish_reason",
+        "fork_of", "generates", "needs_token_before_next", "num_cached_tokens", "num_computed_tokens",
         "num_drafts_in_flight", "num_pending_tokens", "num_preemptions", "num_prompt_logprobs",
         "num_prompt_tokens", "placement", "queued_time", "request_id", "scheduled_time", "sort_key",
         "status", "stop_token", "token_ids",
