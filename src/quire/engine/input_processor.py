@@ -16,7 +16,7 @@ import msgspec
 from quire.engine.setup import ServedModel
 from quire.errors import InvalidParameterError, PromptTooLongError
 from quire.messages import AddRequest, TokenRules
-from quire.sampling_params import PoolingParams, SamplingParams
+from quire.sampling_params import BeamSearchParams, PoolingParams, SamplingParams
 from quire.structured.spec import Wanted, wanted
 from quire.text.parsing.base import ThinkingTokens
 
@@ -41,6 +41,8 @@ class EngineRequest:
     max_tokens: int
     arrival_ts: float
     sequences: list[AddRequest]
+    search: BeamSearchParams | None = None
+    """Set by the front end for a beam search, whose sequences are not sent."""
 
 
 class InputProcessor:
