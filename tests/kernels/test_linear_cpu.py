@@ -12,29 +12,41 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quire.kernels.checks import KernelArgumentError
+from quire.kernels.cpu.build import BuildError
 from quire.kernels.cpu.library import load_library
+from quire.kernels.cpu.linear import (
+    CProduct,
+    CPUProduct,
+    ExactSumProduct,
+    PanelProduct,
+)
 from quire.kernels.cpu.native import NativeKernels
-from quire.kernels.linear_cpu import NativeLinear, PackedLinear, PlainLinear
 from tests.kernels.cases import DTYPES, ULP, bits, dtypes, generator, randn, seeds
 
 ROWS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 15, 16, 17, 24, 31, 32, 33, 48, 63, 64, 100]
 
 
-def native_linear(weight: Tensor, bias: Tensor | None) -> PackedLinear:
-    linear = PackedLinear.pack(weight, bias)
-    if not isinstance(linear.backend, NativeLinear):
-        pytest.skip("no native kernels here")
-    return linear
-
-
-def plain_linear(weight: Tensor, bias: Tensor | None) -> PackedLinear:
-    linear = PackedLinear.pack(weight, bias)
-    linear.backend = PlainLinear(weight.shape[1], weight.shape[0], weight.dtype, linear.bias)
+def filled(kind: type[CPUProduct], weight: Tensor, bias: Tensor | None) -> CPUProduct:
+    n, k = weight.shape
+    linear = kind(in_features=k, out_features=n, dtype=weight.dtype, bias=bias is not None)
     linear.fill(0, weight)
+    if bias is not None:
+        linear.fill_bias(0, bias)
     return linear
 
 
-BACKENDS = {"native": native_linear, "plain": plain_linear}
+def panels(weight: Tensor, bias: Tensor | None) -> CPUProduct:
+    try:
+        return filled(PanelProduct, weight, bias)
+    except BuildError:
+        pytest.skip("no native kernels here")
+
+
+def exact_sums(weight: Tensor, bias: Tensor | None) -> CPUProduct:
+    return filled(ExactSumProduct, weight, bias)
+
+
+PRODUCTS = {"panels": panels, "exact-sums": exact_sums}
 
 
 def assert_invariant(linear: Callable[[Tensor], Tensor], x: Tensor, rows: list[int]) -> None:
@@ -45,28 +57,28 @@ def assert_invariant(linear: Callable[[Tensor], Tensor], x: Tensor, rows: list[i
         assert torch.equal(bits(pieces), whole), f"{m} rows at a time differ"
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("product", PRODUCTS)
 @settings(max_examples=25)
 @given(k=st.integers(1, 130), n=st.integers(1, 130), bias=st.booleans(), dtype=dtypes, seed=seeds)
 def test_small_and_odd_shapes(
-    backend: str, k: int, n: int, bias: bool, dtype: torch.dtype, seed: int
+    product: str, k: int, n: int, bias: bool, dtype: torch.dtype, seed: int
 ) -> None:
     rng = generator(seed)
     weight, x = randn(n, k, rng=rng, dtype=dtype), randn(37, k, rng=rng, dtype=dtype)
     b = randn(n, rng=rng, dtype=dtype) if bias else None
     expected = x.double() @ weight.double().t() + (b.double() if b is not None else 0.0)
-    linear = BACKENDS[backend](weight.clone(), b)
+    linear = PRODUCTS[product](weight.clone(), b)
     actual = linear(x)
     assert actual.dtype == dtype and actual.shape == (37, n)
     torch.testing.assert_close(actual.double(), expected, rtol=2 * ULP[dtype], atol=1e-4)
     assert_invariant(linear, x, [1, 2, 3, 5, 8, 16, 19])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("product", PRODUCTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("k", "n"), [(768, 256), (2048, 192), (3072, 96), (4095, 33)])
 def test_model_shapes(
-    backend: str,
+    product: str,
     dtype: torch.dtype,
     k: int,
     n: int,
@@ -74,11 +86,11 @@ def test_model_shapes(
 ) -> None:
     rng = generator(k)
     weight, x = randn(n, k, rng=rng).mul(0.05).to(dtype), randn(200, k, rng=rng, dtype=dtype)
-    linear = BACKENDS[backend](weight, None)
+    linear = PRODUCTS[product](weight, None)
     one = with_threads(1, lambda: linear(x))
     two = with_threads(2, lambda: linear(x))
     assert torch.equal(bits(one), bits(two))
-    if backend == "plain":  # slow, and proven below
+    if product == "exact-sums":  # slow, and proven below
         assert_invariant(linear, x[:40], [1, 2, 3, 16, 17])
     else:
         with_threads(1, lambda: assert_invariant(linear, x, ROWS))
@@ -99,7 +111,7 @@ def moody_matmul(left: Tensor, right: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("k", "n"), [(48, 21), (4095, 3)])
-def test_plain_does_not_depend_on_how_a_library_adds(
+def test_exact_sums_does_not_depend_on_how_a_library_adds(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, k: int, n: int
 ) -> None:
     rng = generator(k)
@@ -110,7 +122,7 @@ def test_plain_does_not_depend_on_how_a_library_adds(
     x[7, :-1] = 0.0
     weight[2] = -0.0
     weight[0, :9] *= 1e-6
-    linear = plain_linear(weight, randn(n, rng=rng, dtype=dtype))
+    linear = exact_sums(weight, randn(n, rng=rng, dtype=dtype))
     whole = bits(linear(x))
     a, b = x.double() / 3, weight.double().t() / 3
     assert not torch.equal(moody_matmul(a, b)[:4], moody_matmul(a[:4], b)), "not moody enough"
@@ -122,24 +134,24 @@ def test_plain_does_not_depend_on_how_a_library_adds(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("k", [1, 7, 512, 9000])
-def test_plain_is_as_exact_as_the_dtype(dtype: torch.dtype, k: int) -> None:
+def test_exact_sums_is_as_exact_as_the_dtype(dtype: torch.dtype, k: int) -> None:
     """Also where one element of a row is a thousand times the others, as activations of models are."""
     rng = generator(k)
     weight, x = randn(40, k, rng=rng).mul(0.05).to(dtype), randn(6, k, rng=rng, dtype=dtype)
     x[::2, 0] = 1000.0
     expected = x.double() @ weight.double().t()
     size = x.double().abs() @ weight.double().abs().t()  # what a sum in float32 is as exact as
-    error = (plain_linear(weight, None)(x).double() - expected).abs()
+    error = (exact_sums(weight, None)(x).double() - expected).abs()
     assert bool((error <= ULP[dtype] * expected.abs() + ULP[torch.float32] * size).all())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_plain_keeps_what_is_not_finite_in_its_row(dtype: torch.dtype) -> None:
+def test_exact_sums_keeps_what_is_not_finite_in_its_row(dtype: torch.dtype) -> None:
     rng = generator(3)
     weight, x = randn(9, 40, rng=rng, dtype=dtype), randn(4, 40, rng=rng, dtype=dtype)
-    expected = plain_linear(weight, None)(x)
+    expected = exact_sums(weight, None)(x)
     x[1, 3], x[2, 39] = torch.nan, torch.inf
-    actual = plain_linear(weight, None)(x)
+    actual = exact_sums(weight, None)(x)
     assert torch.equal(bits(actual[[0, 3]]), bits(expected[[0, 3]]))
     assert not bool(actual[1:3].isfinite().any())
 
@@ -149,27 +161,27 @@ def test_a_slice_of_rows_and_no_rows(native: NativeKernels) -> None:
     for dtype in DTYPES:
         weight = randn(24, 40, rng=rng, dtype=dtype)
         fused = randn(9, 100, rng=rng, dtype=dtype)
-        linear = PackedLinear.pack(weight)
+        linear = panels(weight, None)
         strided = fused[:, 30:70]
         assert torch.equal(bits(linear(strided)), bits(linear(strided.contiguous())))
         assert linear(strided[:0]).shape == (0, 24)
         assert linear(strided[:1]).is_contiguous()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("product", PRODUCTS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_parts_that_arrive_one_by_one_make_the_whole(backend: str, dtype: torch.dtype) -> None:
+def test_parts_that_arrive_one_by_one_make_the_whole(product: str, dtype: torch.dtype) -> None:
     """Parts end inside a panel of 64 columns, and come in any order."""
     rng = generator(1)
     sizes, k = (70, 10, 3, 64), 37
     weight, bias = randn(147, k, rng=rng, dtype=dtype), randn(147, rng=rng, dtype=dtype)
     x = randn(5, k, rng=rng, dtype=dtype)
-    linear = BACKENDS[backend](torch.zeros_like(weight), torch.zeros_like(bias))
+    linear = PRODUCTS[product](torch.zeros_like(weight), torch.zeros_like(bias))
     first = [sum(sizes[:i]) for i in range(len(sizes))]
     for i in (2, 0, 3, 1):
         linear.fill(first[i], weight[first[i] : first[i] + sizes[i]])
         linear.fill_bias(first[i], bias[first[i] : first[i] + sizes[i]])
-    assert torch.equal(bits(linear(x)), bits(BACKENDS[backend](weight, bias)(x)))
+    assert torch.equal(bits(linear(x)), bits(PRODUCTS[product](weight, bias)(x)))
     ids = torch.tensor([146, 0, 63, 64, 69, 70, 70])
     assert torch.equal(linear.rows(ids), weight[ids])
 
@@ -180,7 +192,7 @@ def test_sums_cut_along_k_are_one_chain(native: NativeKernels, dtype: torch.dtyp
     """A panel too long for the L2 cache is passed in pieces; the sums go on where they stopped."""
     rng = generator(k)
     x, weight = randn(9, k, rng=rng, dtype=dtype), randn(70, k, rng=rng, dtype=dtype)
-    linear = native_linear(weight, None)
+    linear = panels(weight, None)
     expected = x.double() @ weight.double().t()
     scale = float(expected.abs().max())
     bound = 4 * ULP[dtype] + k**0.5 * ULP[torch.float32]  # the store, and k roundings at random
@@ -203,7 +215,7 @@ def test_processors_with_narrower_vectors_and_no_bfloat16(
         for n, k in ((130, 77), (64, 256)):
             weight, x = randn(n, k, rng=rng, dtype=dtype), randn(23, k, rng=rng, dtype=dtype)
             bias = randn(n, rng=rng, dtype=dtype)
-            linear = native_linear(weight, bias)
+            linear = panels(weight, bias)
             expected = x.double() @ weight.double().t() + bias.double()
             torch.testing.assert_close(linear(x).double(), expected, rtol=2 * ULP[dtype], atol=1e-4)
             assert_invariant(linear, x, [1, 2, 3, 5, 8, 16])
@@ -211,9 +223,9 @@ def test_processors_with_narrower_vectors_and_no_bfloat16(
             assert torch.equal(linear.rows(ids), weight[ids])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_invalid_rows_are_refused_before_anything_is_read(backend: str) -> None:
-    linear = BACKENDS[backend](torch.ones(5, 6), None)
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_invalid_rows_are_refused_before_anything_is_read(product: str) -> None:
+    linear = PRODUCTS[product](torch.ones(5, 6), None)
     for bad in (-1, 5, 2**62, -(2**62)):
         with pytest.raises(KernelArgumentError):
             linear.rows(torch.tensor([0, bad]))
@@ -222,16 +234,22 @@ def test_invalid_rows_are_refused_before_anything_is_read(backend: str) -> None:
             linear.fill(first, torch.ones(rows, 6))
 
 
+def test_a_product_that_c_can_compute_is_known_by_its_struct() -> None:
+    weight = torch.ones(5, 6)
+    assert isinstance(panels(weight, None), CProduct)
+    assert not isinstance(exact_sums(weight, None), CProduct)
+
+
 def test_what_it_refuses(native: NativeKernels) -> None:
     with pytest.raises(KernelArgumentError):
-        PackedLinear.pack(torch.ones(4, 4, dtype=torch.float64))
+        panels(torch.ones(4, 4, dtype=torch.float64), None)
     with pytest.raises(KernelArgumentError):
-        PackedLinear.pack(torch.ones(4, 6).t())
+        panels(torch.ones(4, 6).t(), None)
     with pytest.raises(KernelArgumentError):
-        PackedLinear.pack(torch.ones(4, 6), torch.ones(6))
+        panels(torch.ones(4, 6), torch.ones(6))
     with pytest.raises(KernelArgumentError):
-        PackedLinear.pack(torch.ones(4, 0))
-    linear = PackedLinear.pack(torch.ones(4, 6))
+        panels(torch.ones(4, 0), None)
+    linear = panels(torch.ones(4, 6), None)
     for x in (torch.ones(2, 5), torch.ones(6), torch.ones(2, 6).half(), torch.ones(6, 2).t()):
         with pytest.raises(KernelArgumentError):
             linear(x)

@@ -13,16 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quire.errors import UnsupportedModelError
+from quire.layers.spec import AttentionSpec, HeadShape, MlpSpec, NormSpec, RopeSpec
 from quire.models.registry import FAMILIES, resolve_spec
-from quire.models.spec import (
-    AttentionSpec,
-    HeadShape,
-    LayerSpec,
-    MlpSpec,
-    ModelSpec,
-    NormSpec,
-    RopeSpec,
-)
+from quire.models.spec import LayerSpec, ModelSpec
 from tests.models.published import (
     LLAMA_2_7B,
     LLAMA_3_1_8B,

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from quire.kernels.base import Kernels
 from quire.kernels.cpu.layout import kv_cache_shapes
-from quire.kernels.linear_cpu import PackedLinear
+from quire.kernels.cpu.linear import CPUProduct, dense_product
 from quire.kernels.sampling import SAMPLE_ROW
 from quire.kernels.select import create_kernels
 
@@ -104,7 +104,7 @@ def _linear_case(name: str, k: int, n: int, rows: int, dtype: torch.dtype) -> Ca
     size = k * n * dtype.itemsize
     copies = _copies(size)
     weights = [torch.randn(n, k).to(dtype) for _ in range(copies)]
-    packed = [PackedLinear.pack(weight) for weight in weights]
+    packed = [_packed(weight) for weight in weights]
     x = torch.randn(rows, k).to(dtype)
     return Case(
         f"{name} {rows}x{k}x{n}",
@@ -113,6 +113,13 @@ def _linear_case(name: str, k: int, n: int, rows: int, dtype: torch.dtype) -> Ca
         size + rows * (k + n) * dtype.itemsize,
         2 * rows * k * n,
     )
+
+
+def _packed(weight: torch.Tensor) -> CPUProduct:
+    n, k = weight.shape
+    product = dense_product(in_features=k, out_features=n, dtype=weight.dtype, bias=False)
+    product.fill(0, weight)
+    return product
 
 
 def _row_cases(ours: Kernels, ref: Kernels, s: Shapes, dtype: torch.dtype) -> list[Case]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -37,16 +37,9 @@ class KVCacheShapes:
     end of a sequence by 0. That is NaN where the memory happened to hold NaN."""
 
 
-@runtime_checkable
-class DenseLinear(Protocol):
-    """`x @ weight.T + bias`; row i of the result is the same bits for every number of rows."""
-
-    def fill(self, first: int, weight: Tensor) -> None:
-        """Rows [first, first + len(weight)) of the matrix, [rows, in_features] on the CPU; copied. Called
-        from several threads for different rows."""
-        ...
-
-    def fill_bias(self, first: int, bias: Tensor) -> None: ...
+class LinearProduct(Protocol):
+    """`x @ weight.T + bias`, the weight in any format; row i of the result is the same bits for every number
+    of rows. One that C code can compute on its own is also a `kernels.cpu.linear.CProduct`."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: [M, in_features]. Returns [M, out_features]."""
@@ -55,6 +48,17 @@ class DenseLinear(Protocol):
     def rows(self, ids: Tensor) -> Tensor:
         """Rows of the matrix, as an embedding looks them up. ids: [T]. Returns [T, in_features]."""
         ...
+
+
+class DenseProduct(LinearProduct, Protocol):
+    """A product over a matrix of floats, to be filled."""
+
+    def fill(self, first: int, weight: Tensor) -> None:
+        """Rows [first, first + len(weight)) of the matrix, [rows, in_features] on the CPU; copied. Called
+        from several threads for different rows."""
+        ...
+
+    def fill_bias(self, first: int, bias: Tensor) -> None: ...
 
 
 class LayerKernels(Protocol):
@@ -72,7 +76,7 @@ class LayerKernels(Protocol):
 
     def linear(
         self, *, in_features: int, out_features: int, dtype: torch.dtype, bias: bool
-    ) -> DenseLinear:
+    ) -> DenseProduct:
         """A matrix to be filled, in the form that this implementation multiplies with."""
         ...
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from quire.kernels.linear_cpu import PackedLinear
+from quire.kernels.cpu.linear import CProduct
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,14 +18,14 @@ class LayerWeights:
 
     input_norm: Tensor
     """[hidden]"""
-    qkv: PackedLinear
+    qkv: CProduct
     q_norm: Tensor | None
     """[head_dim]"""
     k_norm: Tensor | None
-    o: PackedLinear
+    o: CProduct
     post_norm: Tensor
-    gate_up: PackedLinear
-    down: PackedLinear
+    gate_up: CProduct
+    down: CProduct
     k_cache: Tensor
     """As `kv_cache_shapes`; all layers' alike."""
     v_cache: Tensor
@@ -39,7 +39,7 @@ class DecoderWeights:
     embedding: Tensor | None
     """[vocab_size, hidden], or None where the head's rows serve."""
     final_norm: Tensor
-    head: PackedLinear
+    head: CProduct
     cos_sin: Tensor
     """[max_position, rotary_dim] float32: cosines, then sines."""
     eps: float

@@ -20,6 +20,7 @@ from torch import Tensor
 from quire.kernels import checks
 from quire.kernels.checks import require
 from quire.kernels.cpu import layout
+from quire.kernels.cpu.linear import dense_product
 from quire.kernels.decoder import DecoderWeights
 from quire.kernels.philox import gumbel_from_uniform, philox_words, uniform_from_words
 from quire.kernels.sampling import SampledTokens
@@ -28,7 +29,7 @@ from quire.kernels.sampling import SampledTokens
 class ReferenceKernels:
     name = "reference"
     device = layout.device
-    linear = staticmethod(layout.linear)
+    linear = staticmethod(dense_product)
     kv_cache_shapes = staticmethod(layout.kv_cache_shapes)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:

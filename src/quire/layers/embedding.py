@@ -13,7 +13,7 @@ class Embedding:
     """[num_tokens] ids -> [num_tokens, hidden_size] rows, of a matrix of its own.
 
     A gather copies, so it is exact whatever the batch. A model whose head shares the matrix looks
-    rows up in the head's copy (`DenseLinear.rows`) and has no `Embedding`.
+    rows up in the head's copy (`LinearProduct.rows`) and has no `Embedding`.
     """
 
     def __init__(

@@ -9,20 +9,15 @@ matrix.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
 import torch
 
-from quire.kernels.base import LayerKernels
+from quire.kernels.base import LayerKernels, LinearProduct
 from quire.layers.parameter import WeightTarget
-
-Multiply = Callable[[torch.Tensor], torch.Tensor]
-"""[num_tokens, in_features] -> [num_tokens, sum of the parts' out_features]; each row independent
-of the others.
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +53,7 @@ class LinearState(Protocol):
         `WeightTarget.load`.
         """
 
-    def apply(self) -> Multiply:
+    def apply(self) -> LinearProduct:
         """The product, once every tensor has been loaded."""
 
 
@@ -109,7 +104,7 @@ class _UnquantizedState:
         fill(first, rows.to(self._shape.dtype).contiguous())
         self._waiting.discard((index, suffix))
 
-    def apply(self) -> Multiply:
+    def apply(self) -> LinearProduct:
         assert not self._waiting, f"not loaded: {sorted(self._waiting)} of {self._shape.parts}"
         return self._matrix
 
@@ -148,7 +143,7 @@ class Linear:
             for suffix, shape in self._state.tensors(part).items()
         ]
 
-    def bind(self) -> Multiply:
+    def bind(self) -> LinearProduct:
         return self._state.apply()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:

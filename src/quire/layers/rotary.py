@@ -8,39 +8,13 @@ transcendental functions per element per step.
 from __future__ import annotations
 
 import math
-from typing import Protocol
 
 import torch
 
-
-class RopeParameters(Protocol):
-    """What the table needs to know; `quire.models.spec.RopeSpec` documents each field."""
-
-    @property
-    def rotary_dim(self) -> int: ...
-    @property
-    def type(self) -> str: ...
-    @property
-    def theta(self) -> float: ...
-    @property
-    def factor(self) -> float: ...
-    @property
-    def original_max_position_embeddings(self) -> int: ...
-    @property
-    def low_freq_factor(self) -> float: ...
-    @property
-    def high_freq_factor(self) -> float: ...
-    @property
-    def attention_factor(self) -> float: ...
-    @property
-    def beta_fast(self) -> float: ...
-    @property
-    def beta_slow(self) -> float: ...
-    @property
-    def truncate(self) -> bool: ...
+from quire.layers.spec import RopeSpec
 
 
-def cos_sin_table(rope: RopeParameters, *, max_model_len: int, dtype: torch.dtype) -> torch.Tensor:
+def cos_sin_table(rope: RopeSpec, *, max_model_len: int, dtype: torch.dtype) -> torch.Tensor:
     """cos and sin for each position: [max_model_len, rotary_dim] float32, the cos half then the sin half.
 
     Values are rounded to `dtype`, the model's, before they are stored: transformers multiplies by
@@ -56,7 +30,7 @@ def cos_sin_table(rope: RopeParameters, *, max_model_len: int, dtype: torch.dtyp
     return table.to(dtype).to(torch.float32)
 
 
-def inverse_frequencies(rope: RopeParameters, *, max_model_len: int) -> torch.Tensor:
+def inverse_frequencies(rope: RopeSpec, *, max_model_len: int) -> torch.Tensor:
     """Radians per position of each pair of dimensions: [rotary_dim / 2] float32."""
     if rope.type == "yarn":
         return _yarn(rope)
@@ -74,7 +48,7 @@ def _powers(theta: float, rotary_dim: int) -> torch.Tensor:
     return torch.as_tensor(theta**exponents)
 
 
-def _dynamic_theta(rope: RopeParameters, max_model_len: int) -> float:
+def _dynamic_theta(rope: RopeSpec, max_model_len: int) -> float:
     """NTK-aware scaling with one base for the life of the engine.
 
     transformers grows the base with the longest sequence it has in hand, so a token's rotation
@@ -93,7 +67,7 @@ def _dynamic_theta(rope: RopeParameters, max_model_len: int) -> float:
     return float(rope.theta * stretch ** (dim / (dim - 2)))
 
 
-def _llama3(rope: RopeParameters, inv_freq: torch.Tensor) -> torch.Tensor:
+def _llama3(rope: RopeSpec, inv_freq: torch.Tensor) -> torch.Tensor:
     """Llama 3.1: keep short wavelengths, divide long ones by the factor, blend between."""
     trained = rope.original_max_position_embeddings
     wavelength = 2 * math.pi / inv_freq
@@ -107,7 +81,7 @@ def _llama3(rope: RopeParameters, inv_freq: torch.Tensor) -> torch.Tensor:
     return torch.where(is_long | is_short, scaled, blended)
 
 
-def _yarn(rope: RopeParameters) -> torch.Tensor:
+def _yarn(rope: RopeSpec) -> torch.Tensor:
     """YaRN (Peng et al. 2023, section 3.2): interpolate the dimensions that never completed a turn
     in training.
     """

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from quire.layers.spec import AttentionSpec, MlpSpec, NormSpec
 from quire.models.context import read_context_length
 from quire.models.fields import (
     MOE_FIELDS,
@@ -17,14 +18,7 @@ from quire.models.fields import (
     unsupported,
 )
 from quire.models.rope_config import read_rope
-from quire.models.spec import (
-    AttentionSpec,
-    LayerSpec,
-    MlpSpec,
-    ModelSpec,
-    NormSpec,
-    Placement,
-)
+from quire.models.spec import LayerSpec, ModelSpec, Placement
 
 DTYPES = ("bfloat16", "float16", "float32")
 MAX_LAYERS = 4096

@@ -9,8 +9,8 @@ product.
 
 from __future__ import annotations
 
+from quire.layers.spec import RopeSpec
 from quire.models.fields import MAX_SIZE, ConfigReader
-from quire.models.spec import RopeSpec
 
 OTHER_FIELDS = (
     "n_positions", "max_seq_len", "seq_length", "max_sequence_length", "max_seq_length", "seq_len",

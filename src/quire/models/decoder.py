@@ -21,9 +21,9 @@ import torch
 
 from quire.attention.base import AttentionBackend, AttentionMetadata, KVCache, LayerCache
 from quire.attention.paged import PagedAttention
-from quire.kernels.base import DenseLinear, LayerKernels
+from quire.kernels.base import LayerKernels
+from quire.kernels.cpu.linear import CProduct
 from quire.kernels.decoder import DecoderPass, DecoderWeights, LayerWeights, StepRows
-from quire.kernels.linear_cpu import PackedLinear
 from quire.layers.embedding import Embedding, create_lm_head
 from quire.layers.linear import Linear, LinearMethod, LinearPart, UnquantizedLinearMethod
 from quire.layers.norm import RMSNorm
@@ -119,13 +119,13 @@ class DecoderLayer:
         self._gate_up, self._down = self._linears["gate_up"].bind(), self._linears["down"].bind()
 
     def weights(self, cache: LayerCache) -> LayerWeights | None:
-        """What a fused pass needs of this layer; None if some product is not a packed matrix."""
+        """What a fused pass needs of this layer; None if some product cannot be computed by C."""
         qkv, o, gate_up, down = self._qkv, self._o, self._gate_up, self._down
         if not (
-            isinstance(qkv, PackedLinear)
-            and isinstance(o, PackedLinear)
-            and isinstance(gate_up, PackedLinear)
-            and isinstance(down, PackedLinear)
+            isinstance(qkv, CProduct)
+            and isinstance(o, CProduct)
+            and isinstance(gate_up, CProduct)
+            and isinstance(down, CProduct)
         ):
             return None
         return LayerWeights(
@@ -251,7 +251,6 @@ class DecoderModel:
         if self._embedding is not None:
             self._embed: Callable[[torch.Tensor], torch.Tensor] = self._embedding
         else:
-            assert isinstance(head, DenseLinear)
             self._embed = head.rows
         norms = [layer.input_norm.weight for layer in self._layers] + [self._norm.weight]
         self._first_norm, self._next_norms = norms[0], norms[1:]
@@ -310,7 +309,7 @@ class DecoderModel:
         layers = zip(self._layers, kv_cache.layers, strict=True)
         weights = [layer.weights(cache) for layer, cache in layers]
         complete = tuple(layer for layer in weights if layer is not None)
-        if len(complete) == len(weights) and isinstance(self._logits, PackedLinear):
+        if len(complete) == len(weights) and isinstance(self._logits, CProduct):
             fused = self._kernels.decoder(
                 DecoderWeights(
                     layers=complete,

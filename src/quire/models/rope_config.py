@@ -11,8 +11,8 @@ from __future__ import annotations
 import math
 from typing import get_args
 
+from quire.layers.spec import RopeSpec, RopeType
 from quire.models.fields import ConfigReader
-from quire.models.spec import RopeSpec, RopeType
 
 SUPPORTED_TYPES: tuple[RopeType, ...] = get_args(RopeType)
 DEFAULT_THETA = 10000.0

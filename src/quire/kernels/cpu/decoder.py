@@ -18,7 +18,6 @@ from torch import Tensor
 from quire.kernels import checks
 from quire.kernels.cpu.library import DTYPES, LinearWeight, load_library
 from quire.kernels.decoder import DecoderWeights, LayerWeights, StepRows
-from quire.kernels.linear_cpu import NativeLinear, PackedLinear
 
 
 class _Layer(ctypes.Structure):
@@ -88,8 +87,6 @@ class NativeDecoder:
         layers = weights.layers
         geometry = checks.check_caches(layers[0].k_cache, layers[0].v_cache)
         self._layers = (_Layer * len(layers))(*(_layer(layer) for layer in layers))
-        head = weights.head.backend
-        assert isinstance(head, NativeLinear)
         self._vocab_size = weights.head.out_features
         self._step = _Step()
         self._rows: StepRows | None = None
@@ -100,7 +97,7 @@ class NativeDecoder:
             layers=ctypes.addressof(self._layers),
             embedding=None if weights.embedding is None else weights.embedding.data_ptr(),
             final_norm=weights.final_norm.data_ptr(),
-            head=head.struct,
+            head=weights.head.c_weight,
             cos_sin=weights.cos_sin.data_ptr(),
             num_layers=len(layers),
             hidden=weights.head.in_features,
@@ -186,10 +183,10 @@ class NativeDecoder:
 
 def _layer(layer: LayerWeights) -> _Layer:
     return _Layer(
-        qkv=_struct(layer.qkv),
-        o=_struct(layer.o),
-        gate_up=_struct(layer.gate_up),
-        down=_struct(layer.down),
+        qkv=layer.qkv.c_weight,
+        o=layer.o.c_weight,
+        gate_up=layer.gate_up.c_weight,
+        down=layer.down.c_weight,
         input_norm=layer.input_norm.data_ptr(),
         post_norm=layer.post_norm.data_ptr(),
         q_norm=None if layer.q_norm is None else layer.q_norm.data_ptr(),
@@ -198,11 +195,6 @@ def _layer(layer: LayerWeights) -> _Layer:
         v_cache=layer.v_cache.data_ptr(),
         window=layer.window,
     )
-
-
-def _struct(linear: PackedLinear) -> LinearWeight:
-    assert isinstance(linear.backend, NativeLinear), "a compiler made the other kernels"
-    return linear.backend.struct
 
 
 def _check(weights: DecoderWeights) -> None:

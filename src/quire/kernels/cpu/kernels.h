@@ -40,11 +40,8 @@ typedef struct {            /* mirrored by LinearWeight in library.py */
   const void *panels;       /* as quire_pack_linear leaves them */
   const void *bias;         /* [n], or NULL */
   int64_t n, k;             /* outputs, inputs */
-  int32_t dtype;            /* of x, bias and out */
-  int32_t format;           /* of the panels: LINEAR_DENSE, in `dtype` */
+  int32_t dtype;            /* of x, panels, bias and out */
 } linear_weight;
-
-enum linear_format { LINEAR_DENSE = 0 };
 
 /* What becomes of y, rounded to dtype: stored; added to out (and rounded again); stored as float. */
 enum linear_epilogue { LINEAR_STORE = 0, LINEAR_ADD = 1, LINEAR_FLOAT = 2 };

@@ -1,4 +1,4 @@
-"""How every implementation for the CPU holds weights and cache."""
+"""How every implementation for the CPU holds the KV cache."""
 
 from __future__ import annotations
 
@@ -6,13 +6,8 @@ import torch
 
 from quire.errors import ConfigError
 from quire.kernels.base import KVCacheShapes
-from quire.kernels.linear_cpu import PackedLinear
 
 device = torch.device("cpu")
-
-
-def linear(*, in_features: int, out_features: int, dtype: torch.dtype, bias: bool) -> PackedLinear:
-    return PackedLinear(in_features=in_features, out_features=out_features, dtype=dtype, bias=bias)
 
 
 def kv_cache_shapes(

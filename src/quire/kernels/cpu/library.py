@@ -20,7 +20,7 @@ class LinearWeight(ctypes.Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("panels", "bias")),
         *((name, c_int64) for name in ("n", "k")),
-        *((name, c_int32) for name in ("dtype", "format")),
+        ("dtype", c_int32),
     ]
 
 

@@ -21,6 +21,7 @@ from quire.kernels.checks import KernelArgumentError
 from quire.kernels.cpu import layout
 from quire.kernels.cpu.decoder import NativeDecoder
 from quire.kernels.cpu.library import DTYPES, AttentionArgs, QKVArgs, SampleArgs, load_library
+from quire.kernels.cpu.linear import dense_product
 from quire.kernels.decoder import DecoderWeights
 from quire.kernels.sampling import SampledTokens
 
@@ -37,7 +38,7 @@ class NativeKernels:
 
     name = "native"
     device = layout.device
-    linear = staticmethod(layout.linear)
+    linear = staticmethod(dense_product)
     kv_cache_shapes = staticmethod(layout.kv_cache_shapes)
 
     def __init__(self, *, march: str = "native") -> None:

@@ -30,9 +30,9 @@ class TritonKernels:
 
     def linear(
         self, *, in_features: int, out_features: int, dtype: torch.dtype, bias: bool
-    ) -> DeviceLinear:
+    ) -> RowMajorProduct:
         product = matmul if self.batch_invariant else F.linear
-        return DeviceLinear(
+        return RowMajorProduct(
             in_features, out_features, dtype, bias=bias, device=self.device, product=product
         )
 
@@ -154,7 +154,7 @@ class TritonKernels:
         return None
 
 
-class DeviceLinear:
+class RowMajorProduct:
     """A matrix as it is, [out_features, in_features]. product: of x, weight and bias, as `F.linear`."""
 
     __slots__ = ("bias", "product", "weight")

@@ -1,9 +1,10 @@
-"""Linear layers on the CPU: weights packed once, and the same bits for a row whatever the batch.
+"""Matrix products on the CPU: weights packed once, and the same bits for a row whatever the batch.
 
-Two backends; `PackedLinear` takes the first that works here:
+Two products over a matrix of floats; `dense_product` takes the first that works here:
 
-1. Our own C kernel (cpu/linear.c), invariant by construction, in all three dtypes.
-2. PyTorch's product of operands whose every sum is exact, in any order. Where no compiler is found.
+1. `PanelProduct`: our own C kernel (linear.c), invariant by construction, in all three dtypes.
+2. `ExactSumProduct`: PyTorch's product of operands whose every sum is exact, in any order. Where no compiler
+   is found.
 
 PyTorch's oneDNN served bfloat16 and float32 before. Measured side by side, our kernel reads weights at
 about twice oneDNN's rate when rows are few and is as fast when they are many, and it needs no
@@ -12,39 +13,49 @@ measurement to promise that a row's bits stay the same (docs/adr/0013).
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from ctypes import byref
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from quire.kernels import checks
+from quire.kernels.cpu import library
+from quire.kernels.cpu.build import BuildError
 from quire.kernels.memory import large_zeros
 
-_PANEL = 64  # output columns packed together; PANEL in cpu/linear.c
-_PLAIN_BLOCK = 1 << 17  # weights made exact at a time, for the L2 cache
+_PANEL = 64  # output columns packed together; PANEL in linear.c
+_EXACT_BLOCK = 1 << 17  # weights made exact at a time, for the L2 cache
 
 
-class _Backend(Protocol):
-    def fill(self, first: int, weight: Tensor) -> None: ...
+@runtime_checkable
+class CProduct(Protocol):
+    """A product that C code can compute on its own: it has a filled `linear_weight`, in any format.
 
-    def multiply(self, x: Tensor) -> Tensor: ...
-
-    def rows(self, ids: Tensor) -> Tensor: ...
-
-
-class PackedLinear:
-    """`x @ weight.T + bias`, the weight held only in packed form.
-
-    Row i of the result is the same bits for every number of rows and every thread count.
+    A recorded program takes every product that has one. It must keep the product too: the struct holds
+    addresses of the product's memory.
     """
 
-    __slots__ = ("backend", "bias", "dtype", "in_features", "out_features")
+    in_features: int
+    out_features: int
+    dtype: torch.dtype
+    """Of inputs and results."""
+    c_weight: library.LinearWeight
+
+
+class CPUProduct(ABC):
+    """`x @ weight.T + bias` over a matrix of floats. All zeros until filled.
+
+    Row i of the result is the same bits for every number of rows and every thread count. A tensor of the
+    wrong dtype, shape or stride raises `KernelArgumentError` before anything is read.
+    """
+
+    __slots__ = ("bias", "dtype", "in_features", "out_features")
 
     def __init__(
-        self, *, in_features: int, out_features: int, dtype: torch.dtype, bias: bool = False
+        self, *, in_features: int, out_features: int, dtype: torch.dtype, bias: bool
     ) -> None:
-        """All zeros until `fill`ed."""
         checks.require(dtype in checks.FLOATS, f"dtype {dtype} is not one of {checks.FLOATS}")
         checks.require(
             in_features > 0 and out_features > 0, f"empty: [{out_features}, {in_features}]"
@@ -53,25 +64,9 @@ class PackedLinear:
         self.out_features = out_features
         self.dtype = dtype
         self.bias = torch.zeros(out_features, dtype=dtype) if bias else None
-        self.backend = _create_backend(in_features, out_features, dtype, self.bias)
-
-    @classmethod
-    def pack(cls, weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
-        """weight: [out_features, in_features]; bias: [out_features]. Copies both."""
-        checks.check_dims("weight", weight, 2)
-        packed = cls(
-            in_features=weight.shape[1],
-            out_features=weight.shape[0],
-            dtype=weight.dtype,
-            bias=bias is not None,
-        )
-        packed.fill(0, weight)
-        if bias is not None:
-            packed.fill_bias(0, bias)
-        return packed
 
     def fill(self, first: int, weight: Tensor) -> None:
-        """Rows [first, first + len(weight)) of the matrix. weight: [rows, in_features], dense.
+        """Rows [first, first + len(weight)) of the matrix. weight: [rows, in_features], dense; copied.
 
         In this thread alone: a loader calls it from several, each with rows of its own.
         """
@@ -82,7 +77,7 @@ class PackedLinear:
             first >= 0 and first + rows <= self.out_features,
             f"rows {first} to {first + rows} are outside [0, {self.out_features})",
         )
-        self.backend.fill(first, weight.detach())
+        self._fill(first, weight.detach())
 
     def fill_bias(self, first: int, bias: Tensor) -> None:
         assert self.bias is not None, "made without bias"
@@ -99,7 +94,7 @@ class PackedLinear:
         checks.check_rows("x", x, self.dtype, (rows, self.in_features))
         if rows == 0:
             return x.new_empty((0, self.out_features))
-        return self.backend.multiply(x)
+        return self._multiply(x)
 
     def rows(self, ids: Tensor) -> Tensor:
         """Rows of the matrix, as an embedding looks them up. ids: [T] int64. [T, in_features]
@@ -107,63 +102,71 @@ class PackedLinear:
         Raises `KernelArgumentError` for an id outside [0, out_features).
         """
         checks.check_dense("ids", ids, torch.int64, (ids.numel(),))
-        return self.backend.rows(ids)
+        return self._rows(ids)
+
+    @abstractmethod
+    def _fill(self, first: int, weight: Tensor) -> None: ...
+
+    @abstractmethod
+    def _multiply(self, x: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def _rows(self, ids: Tensor) -> Tensor: ...
 
 
-def _create_backend(
-    in_features: int, out_features: int, dtype: torch.dtype, bias: Tensor | None
-) -> _Backend:
-    from quire.kernels.cpu.build import BuildError
-
+def dense_product(
+    *, in_features: int, out_features: int, dtype: torch.dtype, bias: bool
+) -> CPUProduct:
+    """`PanelProduct`, or `ExactSumProduct` where there is no compiler."""
+    sizes = {"in_features": in_features, "out_features": out_features}
     try:
-        return NativeLinear(in_features, out_features, dtype, bias)
+        return PanelProduct(**sizes, dtype=dtype, bias=bias)
     except BuildError:
-        return PlainLinear(in_features, out_features, dtype, bias)
+        return ExactSumProduct(**sizes, dtype=dtype, bias=bias)
 
 
-class NativeLinear:
-    """Panels of 64 output columns: [ceil(N / 64), ceil(K / pair), 64, pair], zeros around the edges.
+class PanelProduct(CPUProduct):
+    """Computed by linear.c, from panels of 64 output columns: [ceil(N / 64), ceil(K / pair), 64, pair], zeros
+    around the edges.
 
     A pair is two elements along K in bfloat16 (what the processor's dot product eats), else one.
-    Raises `BuildError` with no compiler.
     """
 
-    __slots__ = ("_bias", "_lib", "panels", "struct")
+    __slots__ = ("_lib", "_panels", "c_weight")
 
     def __init__(
-        self, in_features: int, out_features: int, dtype: torch.dtype, bias: Tensor | None
+        self, *, in_features: int, out_features: int, dtype: torch.dtype, bias: bool
     ) -> None:
-        from quire.kernels.cpu.library import DTYPES, LinearWeight, load_library
-
-        self._lib = load_library()
+        """Raises `BuildError` with no compiler."""
+        self._lib = library.load_library()
+        super().__init__(in_features=in_features, out_features=out_features, dtype=dtype, bias=bias)
         pair = _pair(dtype)
         shape = (-(-out_features // _PANEL), -(-in_features // pair), _PANEL, pair)
-        self.panels = large_zeros(shape, dtype)
-        self._bias = bias  # the struct has only its address
-        self.struct = LinearWeight(
-            panels=self.panels.data_ptr(),
-            bias=None if bias is None else bias.data_ptr(),
+        self._panels = large_zeros(shape, dtype)
+        self.c_weight = library.LinearWeight(
+            panels=self._panels.data_ptr(),
+            bias=None if self.bias is None else self.bias.data_ptr(),
             n=out_features,
             k=in_features,
-            dtype=DTYPES[dtype],
+            dtype=library.DTYPES[dtype],
         )
 
-    def fill(self, first: int, weight: Tensor) -> None:
+    def _fill(self, first: int, weight: Tensor) -> None:
         self._lib.quire_pack_linear(
             weight.data_ptr(),
             first,
             weight.shape[0],
-            self.struct.k,
+            self.in_features,
             weight.element_size(),
             _pair(weight.dtype),
-            self.panels.data_ptr(),
+            self._panels.data_ptr(),
             1,
         )
 
-    def multiply(self, x: Tensor) -> Tensor:
-        out = x.new_empty((x.shape[0], self.struct.n))
+    def _multiply(self, x: Tensor) -> Tensor:
+        out = x.new_empty((x.shape[0], self.out_features))
         code = self._lib.quire_linear(
-            byref(self.struct),
+            byref(self.c_weight),
             x.data_ptr(),
             x.stride(0),
             out.data_ptr(),
@@ -176,12 +179,12 @@ class NativeLinear:
             raise MemoryError("linear could not allocate its scratch memory")
         return out
 
-    def rows(self, ids: Tensor) -> Tensor:
-        out = self.panels.new_empty((ids.shape[0], self.struct.k))
+    def _rows(self, ids: Tensor) -> Tensor:
+        out = self._panels.new_empty((ids.shape[0], self.in_features))
         code = self._lib.quire_gather_rows(
-            byref(self.struct), ids.data_ptr(), ids.shape[0], out.data_ptr()
+            byref(self.c_weight), ids.data_ptr(), ids.shape[0], out.data_ptr()
         )
-        checks.require(code == 0, f"a row id is outside [0, {self.struct.n})")
+        checks.require(code == 0, f"a row id is outside [0, {self.out_features})")
         return out
 
 
@@ -189,7 +192,7 @@ def _pair(dtype: torch.dtype) -> int:
     return 2 if dtype is torch.bfloat16 else 1
 
 
-class PlainLinear:
+class ExactSumProduct(CPUProduct):
     """PyTorch's product in float64, of operands rounded so that every sum is exact.
 
     A library may choose another blocking or another order of the sum for other numbers of rows, for a
@@ -203,28 +206,28 @@ class PlainLinear:
     the others; a weight as two in float32. What is lost is below what rounding a sum in float32 loses.
     """
 
-    __slots__ = ("_bias", "_bits", "_parts", "_to_grid", "_weight")
+    __slots__ = ("_bits", "_parts", "_to_grid", "_weight")
 
     def __init__(
-        self, in_features: int, out_features: int, dtype: torch.dtype, bias: Tensor | None
+        self, *, in_features: int, out_features: int, dtype: torch.dtype, bias: bool
     ) -> None:
-        self._bias = bias
+        super().__init__(in_features=in_features, out_features=out_features, dtype=dtype, bias=bias)
         self._weight = torch.zeros(out_features, in_features, dtype=dtype)
         self._to_grid = torch.zeros(out_features, 1, dtype=torch.float64)
         self._bits = (53 - (in_features - 1).bit_length()) // 2
         self._parts = 2 if dtype is torch.float32 else 1  # of the weight
 
-    def fill(self, first: int, weight: Tensor) -> None:
+    def _fill(self, first: int, weight: Tensor) -> None:
         rows = slice(first, first + weight.shape[0])
         self._weight[rows] = weight
         self._to_grid[rows] = _to_grid(weight, self._bits)
 
-    def multiply(self, x: Tensor) -> Tensor:
+    def _multiply(self, x: Tensor) -> Tensor:
         rows, in_features = x.shape
         exact = _split(x, _to_grid(x, self._bits), self._bits, 2)  # [2 * M, K]
         out_features = self._weight.shape[0]
         out = torch.empty(rows, out_features, dtype=torch.float64)
-        block = max(1, _PLAIN_BLOCK // in_features)
+        block = max(1, _EXACT_BLOCK // in_features)
         for first in range(0, out_features, block):
             columns = slice(first, first + block)
             weight = _split(
@@ -237,11 +240,11 @@ class PlainLinear:
                 lesser = lesser + products[:rows, n:]
             torch.add(products[:rows, :n], lesser, out=out[:, columns])
         out += 0.0  # whether a sum of zeros is -0 is the library's choice
-        if self._bias is not None:
-            out += self._bias
+        if self.bias is not None:
+            out += self.bias
         return out.to(x.dtype)
 
-    def rows(self, ids: Tensor) -> Tensor:
+    def _rows(self, ids: Tensor) -> Tensor:
         inside = bool(((ids >= 0) & (ids < self._weight.shape[0])).all())
         checks.require(inside, f"a row id is outside [0, {self._weight.shape[0]})")
         return self._weight[ids]

@@ -1,0 +1,129 @@
+"""What a part of a model is, in numbers; torch-free. `quire.models.spec` puts parts together.
+
+A default is the neutral value: what a plain Llama layer has. Sizes are counts of elements, never bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn"]
+
+
+@dataclass(frozen=True, slots=True)
+class RopeSpec:
+    """Rotary position embedding, with every default of its type already filled in.
+
+    A field that a type does not use keeps its neutral default, so two specs that rotate alike compare equal.
+    The formulas are in `quire.layers.rotary`.
+    """
+
+    rotary_dim: int
+    """How many dimensions of a head rotate: the first ones. Even; the others keep their values."""
+    type: RopeType = "default"
+    theta: float = 10000.0
+    factor: float = 1.0
+    """How much longer the context is than the one trained on (linear, dynamic, llama3, yarn)."""
+    original_max_position_embeddings: int = 0
+    """Context length before scaling (llama3, yarn); for dynamic, where scaling begins. In tokens."""
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 1.0
+    attention_factor: float = 1.0
+    """Multiplies cos and sin (yarn's temperature, already derived from mscale where the config
+    gives that).
+    """
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+
+
+NormOrder = Literal["round_then_scale", "scale_then_round"]
+
+
+@dataclass(frozen=True, slots=True)
+class NormSpec:
+    """RMSNorm: normalized in float32, then scaled by the weight and rounded to the model's dtype."""
+
+    eps: float
+    order: NormOrder = "round_then_scale"
+    """Llama rounds the normalized value and multiplies in the model's dtype; Gemma and OLMo multiply in
+    float32 and round once."""
+    plus_one: bool = False
+    """The checkpoint stores the weight minus one, and 1 + w is computed in float32 (Gemma)."""
+
+
+class QueryTemperature(NamedTuple):
+    """Queries are multiplied by 1 + beta * ln(1 + floor(position / original_length)), after they rotate
+    (Llama 4, Ministral 3)."""
+
+    beta: float
+    original_length: int
+
+
+class HeadShape(NamedTuple):
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+    @property
+    def q_size(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        return self.num_kv_heads * self.head_dim
+
+
+QKNorm = Literal["none", "head", "whole"]
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSpec:
+    """Causal softmax attention with grouped queries."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    """Multiplies the scores, before `softcap`."""
+    window: int | None = None
+    """How many tokens a query sees, itself included; None sees everything before it."""
+    rope: int | None = 0
+    """Which of `ModelSpec.ropes`; None rotates nothing (NoPE)."""
+    softcap: float = 0.0
+    """Scores become softcap * tanh(score / softcap); 0 leaves them."""
+    qk_norm: QKNorm = "none"
+    """An RMSNorm of queries and keys before they rotate: over each head, or over all heads together."""
+    qkv_bias: bool = False
+    o_bias: bool = False
+    fused_qkv: bool = False
+    """The checkpoint holds q, k and v as one matrix, `qkv_proj`."""
+    query_temperature: QueryTemperature | None = None
+
+    @property
+    def heads(self) -> HeadShape:
+        return HeadShape(self.num_heads, self.num_kv_heads, self.head_dim)
+
+    @property
+    def q_size(self) -> int:
+        return self.heads.q_size
+
+    @property
+    def kv_size(self) -> int:
+        return self.heads.kv_size
+
+
+Activation = Literal["silu", "gelu_tanh"]
+
+
+@dataclass(frozen=True, slots=True)
+class MlpSpec:
+    """down(activation(gate(x)) * up(x))."""
+
+    intermediate_size: int
+    activation: Activation = "silu"
+    bias: bool = False
+    """Of all three projections."""
+    fused_gate_up: bool = False
+    """The checkpoint holds gate and up as one matrix, `gate_up_proj`."""
