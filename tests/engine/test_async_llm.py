@@ -22,6 +22,7 @@ from quire.errors import (
     QueueFullError,
 )
 from quire.outputs import RequestOutput
+from quire.placement import Placement
 from quire.sampling_params import RequestOutputKind, SamplingParams
 from tests.engine.checkpoints import ServableCheckpoint, prompts
 
@@ -171,7 +172,9 @@ async def test_salts_keep_tenants_apart(engine: AsyncLLM) -> None:
     prompt = list(range(64))
 
     async def cached(salt: str | None) -> int | None:
-        return (await collect(engine.submit(prompt, params, cache_salt=salt)))[-1].num_cached_tokens
+        return (await collect(engine.submit(prompt, params, placement=Placement(cache_salt=salt))))[
+            -1
+        ].num_cached_tokens
 
     assert await cached("a") == 0
     assert await cached("a") == 63

@@ -29,8 +29,8 @@ from quire.messages import (
     StepPlan,
     WakeUp,
 )
-from quire.sampling_params import SamplingParams
 from quire.scheduler import Scheduler, SchedulerLimits
+from tests.scheduler.requests import add_request
 
 
 def make_core(max_in_flight: int = 1) -> tuple[EngineCore, MockExecutor]:
@@ -43,10 +43,7 @@ def make_core(max_in_flight: int = 1) -> tuple[EngineCore, MockExecutor]:
 
 
 def add(request_id: int, prompt: list[int], max_tokens: int = 2) -> AddRequest:
-    params = SamplingParams(max_tokens=max_tokens)
-    return AddRequest(
-        request_id=request_id, prompt_token_ids=prompt, params=params, seed=0, max_tokens=max_tokens
-    )
+    return add_request(request_id, prompt, max_tokens=max_tokens)
 
 
 def test_steps_carry_a_request_from_chunks_to_its_end() -> None:

@@ -31,6 +31,7 @@ from quire.messages import (
     WakeUp,
 )
 from quire.outputs import RequestOutput
+from quire.placement import Placement
 from quire.sampling_params import BeamSearchParams, PoolingParams, SamplingParams
 from tests.engine.checkpoints import ServableCheckpoint
 
@@ -156,7 +157,9 @@ def candidates(*logprobs: float) -> list[TokenLogprobs]:
 
 def test_a_search_is_rounds_of_requests_and_one_output(make) -> None:
     front = make()
-    [first] = submit(front, BEAMS, request_id="mine", priority=3, cache_salt="salt")
+    [first] = submit(
+        front, BEAMS, request_id="mine", placement=Placement(priority=3, cache_salt="salt")
+    )
     with pytest.raises(InvalidParameterError, match="in use"):
         front.read([1], PARAMS, request_id="mine")
     sleep, _ = start(front, Sleep(1))
@@ -165,6 +168,7 @@ def test_a_search_is_rounds_of_requests_and_one_output(make) -> None:
     beams = effects.send
     assert [beam.prompt_token_ids for beam in beams] == [[1, 2, 3, 10], [1, 2, 3, 11]]
     assert {beam.arrival_time for beam in beams} == {first.arrival_time}
+    assert {beam.placement for beam in beams} == {Placement(priority=3, cache_salt="salt")}
     # The second beam's answer comes first; a round is over when both are there.
     assert finish(front, beams[1], logprobs=candidates(-0.1, -0.2, -5.0, -6.0)) == Effects()
     effects = finish(front, beams[0], logprobs=candidates(-0.3, -4.0, -5.0, -6.0))

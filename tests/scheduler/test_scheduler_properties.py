@@ -18,17 +18,18 @@ from quire.messages import (
     StepOutputs,
     WaitReason,
 )
-from quire.sampling_params import SamplingParams
+from quire.placement import Placement
 from quire.scheduler import Scheduler, SchedulerLimits
 from quire.scheduler.request import RequestStatus
 from tests.scheduler.fake_executor import CheckingExecutor, expected_output
+from tests.scheduler.requests import add_request
 
 EOS = 7
 VOCAB = 9  # small, so that prompts share prefixes and EOS is common
 
 
 def needs_token_before_next(message: AddRequest) -> bool:
-    return message.priority == 2
+    return message.placement.priority == 2
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -99,21 +100,17 @@ class SchedulerMachine(RuleBasedStateMachine):
         prompt = data.draw(st.one_of(known))
         self.prompts.append(prompt)
         max_tokens = data.draw(st.integers(1, self.max_model_len - len(prompt)))
-        params = SamplingParams(
-            ignore_eos=ignore_eos, min_tokens=min(min_tokens, max_tokens), max_tokens=max_tokens
-        )
         leader = self.next_id
         for index in range(n):
-            message = AddRequest(
-                request_id=self.next_id,
-                prompt_token_ids=prompt,
-                params=params,
+            message = add_request(
+                self.next_id,
+                prompt,
                 seed=index,
                 max_tokens=max_tokens,
-                eos_token_ids=[EOS],
+                min_tokens=min(min_tokens, max_tokens),
+                end_token_ids=frozenset(() if ignore_eos else (EOS,)),
                 arrival_time=float(leader),
-                priority=priority,
-                cache_salt=salt,
+                placement=Placement(priority=priority, cache_salt=salt),
                 fork_of=leader if index else None,
             )
             self.messages[self.next_id] = message
@@ -249,7 +246,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def has_to_wait(self, request):
         """Whether nothing can be computed before a result in flight is there."""
         message = self.messages[request.request_id]
-        last = len(message.prompt_token_ids) + message.max_tokens
+        last = len(message.prompt_token_ids) + message.decoding.max_tokens
         ends = request.num_tokens == last
         return request.num_pending_tokens and (ends or needs_token_before_next(message))
 
@@ -294,12 +291,12 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.check_output(request_id, message)
 
     def check_output(self, request_id, message):
-        params = message.params
+        decoding = message.decoding
         tokens = list(message.prompt_token_ids)
-        full = expected_output(tokens, message.seed, message.max_tokens, vocab_size=VOCAB)
+        full = expected_output(tokens, decoding.seed, decoding.max_tokens, vocab_size=VOCAB)
         expected, reason = full, FinishReason.LENGTH
         for index, token in enumerate(full):
-            if token == EOS and not params.ignore_eos and index + 1 >= params.min_tokens:
+            if token in decoding.end_token_ids and index + 1 >= decoding.min_tokens:
                 expected, reason = full[: index + 1], FinishReason.STOP
                 break
         output = self.outputs[request_id]

@@ -35,6 +35,7 @@ from quire.messages import (
 )
 from quire.metrics import MetricsSink
 from quire.outputs import RequestOutput
+from quire.placement import Placement
 from quire.sampling_params import BeamSearchParams, PoolingParams, SamplingParams
 from quire.text.parsing.base import ThinkingTokens
 
@@ -111,8 +112,7 @@ class AsyncLLM:
         params: SamplingParams | PoolingParams | BeamSearchParams,
         *,
         request_id: str | None = None,
-        priority: int = 0,
-        cache_salt: str | None = None,
+        placement: Placement = Placement(),
         add_special_tokens: bool = True,
         thinking: ThinkingTokens | None = None,
     ) -> RequestStream:
@@ -126,8 +126,7 @@ class AsyncLLM:
             prompt,
             params,
             request_id=request_id,
-            priority=priority,
-            cache_salt=cache_salt,
+            placement=placement,
             add_special_tokens=add_special_tokens,
             thinking=thinking,
         )

@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+from quire.decoding import GrammarSpec
 from quire.engine.failures import failure_of
 from quire.errors import EngineError, EngineSleepingError
 from quire.executor.base import Executor, StepFuture
@@ -19,7 +20,6 @@ from quire.messages import (
     CoreInput,
     CoreOutput,
     FinishReason,
-    GrammarSpec,
     Ping,
     Pong,
     RequestUpdate,
@@ -143,7 +143,7 @@ class EngineCore:
     def _add(self, message: AddRequest) -> None:
         if self._sleep_level:
             raise EngineSleepingError("The engine sleeps.")
-        grammar = message.rules.grammar if message.rules is not None else None
+        grammar = message.decoding.grammar
         if grammar is None:
             self.scheduler.add_request(message)
             return
@@ -161,8 +161,9 @@ class EngineCore:
             self._grammars.wait(COMPILE_WAIT_SECONDS)
         updates = []
         for message in list(self._compiling.values()):
-            assert message.rules is not None and message.rules.grammar is not None
-            grammar = self._grammars.ready(message.rules.grammar)
+            spec = message.decoding.grammar
+            assert spec is not None
+            grammar = self._grammars.ready(spec)
             if grammar is None:
                 continue
             del self._compiling[message.request_id]

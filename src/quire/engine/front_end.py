@@ -7,7 +7,6 @@ returns; whatever a request is, may be and leads to is decided here.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import time
 from collections import deque
@@ -41,6 +40,7 @@ from quire.messages import (
 )
 from quire.metrics import MetricsSink
 from quire.outputs import RequestOutput
+from quire.placement import Placement
 from quire.sampling_params import BeamSearchParams, PoolingParams, SamplingParams
 from quire.structured.checker import GrammarChecker
 from quire.text.parsing.base import ThinkingTokens
@@ -70,8 +70,10 @@ class FrontEnd:
         model: ServedModel,
         limits: SchedulerConfig,
         *,
+        final_only: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """final_only: one output per request, whatever its `output_kind`."""
         self.model = model
         self.stats = SchedulerStats()
         """The scheduler's state after the last step."""
@@ -83,7 +85,9 @@ class FrontEnd:
         self._limits = limits
         self._clock = clock
         self._input = InputProcessor(model, has_head=model.spec.has_head)
-        self._output = OutputProcessor(model.tokenizer, stream_interval=limits.stream_interval)
+        self._output = OutputProcessor(
+            model.tokenizer, stream_interval=limits.stream_interval, final_only=final_only
+        )
         self._controls = Controls()
         self._searches: dict[str, SearchRequest] = {}
         self._search_of_beam: dict[str, SearchRequest] = {}
@@ -107,8 +111,7 @@ class FrontEnd:
         params: SamplingParams | PoolingParams | BeamSearchParams,
         *,
         request_id: str | None = None,
-        priority: int = 0,
-        cache_salt: str | None = None,
+        placement: Placement = Placement(),
         add_special_tokens: bool = True,
         thinking: ThinkingTokens | None = None,
         fit_max_tokens: bool = False,
@@ -126,20 +129,15 @@ class FrontEnd:
             raise InvalidParameterError(
                 f"request_id {request_id!r} is in use.", param="request_id", value=request_id
             )
-        search = params if isinstance(params, BeamSearchParams) else None
-        request = self._input.process(
+        return self._input.process(
             prompt,
-            SamplingParams(max_tokens=params.max_tokens)
-            if isinstance(params, BeamSearchParams)
-            else params,
+            params,
             request_id=request_id,
-            priority=priority,
-            cache_salt=cache_salt,
+            placement=placement,
             add_special_tokens=add_special_tokens,
             thinking=thinking,
             fit_max_tokens=fit_max_tokens,
         )
-        return request if search is None else dataclasses.replace(request, search=search)
 
     def check_grammar(self, params: SamplingParams) -> Sequence[str]:
         """Compile the grammar once, in a process that can be killed: the engine core, which compiles it
@@ -157,12 +155,13 @@ class FrontEnd:
     def check_queue(self, request: EngineRequest) -> None:
         """Raises `QueueFullError` if too much would wait with `request`."""
         limits, live = self._limits, self._output.num_sequences
+        more = max(1, len(request.sequences))
         if limits.max_num_queued_reqs:
             most = limits.max_num_seqs + limits.max_num_queued_reqs
-            if live + len(request.sequences) > most:
+            if live + more > most:
                 self._reject(
                     "max_num_queued_reqs",
-                    f"{live} sequences run or wait and this request adds {len(request.sequences)}; "
+                    f"{live} sequences run or wait and this request adds {more}; "
                     f"the server takes {most} (--max-num-seqs plus --max-num-queued-reqs).",
                 )
         if limits.max_num_queued_tokens and live >= limits.max_num_seqs:
@@ -191,8 +190,8 @@ class FrontEnd:
         """Queue a request. From now on it ends in exactly one finished output, unless the engine dies."""
         self._check_alive()
         effects = Effects()
-        if request.search is not None:
-            search = SearchRequest(request, request.search, self.model)
+        if isinstance(request.params, BeamSearchParams):
+            search = SearchRequest(request, request.params, self.model)
             self._searches[request.request_id] = search
             self._extend(search, effects)
         else:
@@ -203,20 +202,19 @@ class FrontEnd:
     def _extend(self, search: SearchRequest, effects: Effects) -> None:
         """Ask for one more token of each beam. Beams are not turned away by a full queue or a coming sleep,
         and keep the place in the queue that the search has."""
-        [first] = search.request.sequences
+        request = search.request
         beams = []
         for token_ids in search.beams():
             beam = self._input.process(
                 token_ids,
                 search.step_params,
-                priority=first.priority,
-                cache_salt=first.cache_salt,
+                placement=request.placement,
                 max_logprobs=-1,
             )
             self._output.add(beam)
             self._search_of_beam[beam.request_id] = search
             effects.send += [
-                msgspec.structs.replace(sequence, arrival_time=first.arrival_time)
+                msgspec.structs.replace(sequence, arrival_time=request.arrival_ts)
                 for sequence in beam.sequences
             ]
             beams.append(beam.request_id)

@@ -48,10 +48,10 @@ from quire.outputs import (
     RequestOutput,
     ScoringRequestOutput,
 )
+from quire.placement import Placement
 from quire.sampling_params import (
     BeamSearchParams,
     PoolingParams,
-    RequestOutputKind,
     SamplingParams,
 )
 
@@ -112,7 +112,7 @@ class LLM:
             )
         self.model = dataclasses.replace(self.model, max_model_len=self.ready.max_model_len)
         logger.info("memory: %s", describe_ledger(self.ready))
-        self._front = FrontEnd(self.model, config.scheduler)
+        self._front = FrontEnd(self.model, config.scheduler, final_only=True)
         weakref.finalize(self, self._front.close)
         self._num_submitted = 0
         self._enqueued: list[str] = []
@@ -412,13 +412,11 @@ class LLM:
         self._alive()
         requests: list[EngineRequest] = []
         for index, (prompt, param) in enumerate(zip(prompts, params, strict=True)):
-            if isinstance(param, SamplingParams):
-                param = param.replace(output_kind=RequestOutputKind.FINAL_ONLY)
             request = self._front.read(
                 prompt,
                 param,
                 request_id=str(self._num_submitted + index),
-                priority=priorities[index] if priorities is not None else 0,
+                placement=Placement(priority=priorities[index] if priorities is not None else 0),
                 add_special_tokens=add_special_tokens,
                 fit_max_tokens=fit_max_tokens,
             )

@@ -6,7 +6,8 @@ from enum import Enum
 
 import msgspec
 
-from quire.sampling_params import PoolingParams, SamplingParams
+from quire.decoding import Decoding
+from quire.placement import Placement
 
 
 class FinishReason(str, Enum):
@@ -33,29 +34,6 @@ class WaitReason(str, Enum):
 # --- front end -> engine core ---------------------------------------------------------------------
 
 
-class GrammarSpec(msgspec.Struct, frozen=True):
-    """A grammar that the front end has compiled once, so that it is known to be good."""
-
-    kind: str
-    """What the text is: "json_schema" or "lark" (everything else is turned into one of them)."""
-    text: str
-
-
-class TokenRules(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
-    """What may be generated, as far as it depends on the tokens before: resolved to token ids."""
-
-    bad_words: list[list[int]] = []
-    """Sequences that must not occur."""
-    grammar: GrammarSpec | None = None
-    think_end: list[int] = []
-    """Tokens that close a reasoning model's thinking part. The grammar applies after them, if the output
-    begins inside one (`thinking`)."""
-    think_start: list[int] = []
-    thinking: bool = False
-    """Whether the prompt ends inside the thinking part."""
-    thinking_budget: int | None = None
-
-
 class AddRequest(msgspec.Struct, tag="add", kw_only=True, frozen=True):
     """One sequence to generate. A request with n > 1 becomes n of these, all but the first naming
     the first as `fork_of`, so that they take over its prompt blocks."""
@@ -63,20 +41,10 @@ class AddRequest(msgspec.Struct, tag="add", kw_only=True, frozen=True):
     request_id: int
     """Internal, unique in the life of the engine. Never what a client sent."""
     prompt_token_ids: list[int]
-    params: SamplingParams
-    seed: int
-    """Key of the request's random stream, always set."""
-    max_tokens: int
-    """Resolved: never beyond the context. 0: the prompt is computed, for its logprobs or its vector."""
-    rules: TokenRules | None = None
-    pooling: PoolingParams | None = None
-    eos_token_ids: list[int] = []
+    decoding: Decoding
+    placement: Placement = Placement()
     arrival_time: float = 0.0
     """Seconds of `time.monotonic()` in the front end (one machine, one clock)."""
-    priority: int = 0
-    """Lower runs sooner under the priority policy."""
-    cache_salt: str | None = None
-    """Requests share cached blocks only with the same salt."""
     fork_of: int | None = None
 
 

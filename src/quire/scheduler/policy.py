@@ -22,7 +22,7 @@ def fcfs(request: Request) -> tuple[float, ...]:
 
 def priority(request: Request) -> tuple[float, ...]:
     """Lower `priority` first, then first come."""
-    return (request.priority, request.arrival_time, request.request_id)
+    return (request.placement.priority, request.arrival_time, request.request_id)
 
 
 POLICIES: dict[str, SortKey] = {"fcfs": fcfs, "priority": priority}

@@ -99,11 +99,11 @@ class Scheduler:
         that can never fit would wait for ever."""
         if message.request_id in self.requests:
             raise ValueError(f"request id {message.request_id} is in use")
-        if not message.prompt_token_ids or message.max_tokens < 0:
+        if not message.prompt_token_ids or message.decoding.max_tokens < 0:
             raise ValueError(
                 "a request needs at least one prompt token, and max_tokens of 0 or more"
             )
-        if len(message.prompt_token_ids) + message.max_tokens > self.limits.max_model_len:
+        if len(message.prompt_token_ids) + message.decoding.max_tokens > self.limits.max_model_len:
             raise ValueError("prompt and max_tokens exceed max_model_len")
         request = Request(
             message,
@@ -155,7 +155,7 @@ class Scheduler:
 
     def _wanted(self, request: Request) -> int:
         """How many tokens a running request would compute in this step if it had the budget alone."""
-        if (request.num_pending_tokens or not request.max_tokens) and self._is_idle(request):
+        if (request.num_pending_tokens or not request.generates) and self._is_idle(request):
             return 0
         return self._capped(request.num_tokens - request.num_computed_tokens)
 
@@ -332,11 +332,7 @@ class Scheduler:
                 token_ids=list(request.token_ids),
                 num_prompt_tokens=request.num_prompt_tokens,
                 block_ids=growth.block_ids,
-                params=request.params,
-                seed=request.seed,
-                eos_token_ids=sorted(request.eos_token_ids),
-                rules=request.rules,
-                pooling=request.pooling,
+                decoding=request.decoding,
                 num_prompt_logprobs=request.num_prompt_logprobs,
             )
         )
@@ -354,7 +350,7 @@ class Scheduler:
                 start=request.num_computed_tokens,
                 num_tokens=count,
                 new_block_ids=new_block_ids,
-                samples=reach == request.num_tokens and request.max_tokens > 0,
+                samples=reach == request.num_tokens and request.generates,
                 pending=reach > known,
             )
         )
@@ -389,7 +385,7 @@ class Scheduler:
             elif row.samples:
                 assert found is not None
                 updates.append(self._learn(request, found))
-            elif found is not None or request.max_tokens == 0:
+            elif found is not None or not request.generates:
                 updates += self._learn_of_prompt(request, row, found)
         self._stats.step_tokens += plan.num_tokens
         return updates
@@ -428,7 +424,7 @@ class Scheduler:
         self, request: Request, row: PlannedRow, found: SampledRow | None
     ) -> list[RequestUpdate]:
         """Of a row that did not sample: logprobs, a vector, or only that a prompt is done that was all."""
-        done = request.max_tokens == 0 and row.start + row.num_tokens == request.num_prompt_tokens
+        done = not request.generates and row.start + row.num_tokens == request.num_prompt_tokens
         if found is not None and found.error is not None:
             update = self._finish(request, FinishReason.ERROR)
             update.error = found.error
@@ -494,7 +490,7 @@ class Scheduler:
         assert len(self.running) <= self.limits.max_num_seqs
         for request in self.running:
             assert request.status is RequestStatus.RUNNING
-            assert request.num_computed_tokens < request.num_tokens or request.max_tokens == 0
+            assert request.num_computed_tokens < request.num_tokens or not request.generates
             held = self.kv.num_blocks_of(request.request_id) * self.kv.block_size
             assert held >= request.num_computed_tokens
         for request in self.waiting:

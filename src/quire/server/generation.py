@@ -17,6 +17,7 @@ from starlette.responses import Response
 from quire.config import ServerConfig
 from quire.errors import ModelNotFoundError
 from quire.outputs import RequestOutput
+from quire.placement import Placement
 from quire.sampling_params import PoolingParams, SamplingParams
 from quire.server.beam import as_asked
 from quire.server.engine_protocol import RequestStream, ServedModel, ServingEngine
@@ -106,6 +107,7 @@ def submit_all(
     frame: Frame,
 ) -> list[RequestStream]:
     """All prompts or none: if the last does not fit, those before it are taken back."""
+    placement = Placement(priority=request.priority or 0, cache_salt=request.cache_salt)
     streams: list[RequestStream] = []
     try:
         for index, (prompt, params) in enumerate(prompts):
@@ -114,8 +116,7 @@ def submit_all(
                     prompt.token_ids,
                     as_asked(request, params, len(prompts)),
                     request_id=f"{frame.id}-{index}" if len(prompts) > 1 else frame.id,
-                    priority=request.priority or 0,
-                    cache_salt=request.cache_salt,
+                    placement=placement,
                     thinking=prompt.thinking,
                 )
             )
