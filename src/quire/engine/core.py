@@ -27,9 +27,8 @@ from quire.messages import (
     Sleep,
     StepOutputs,
     StepPlan,
-    WaitReason,
 )
-from quire.scheduler import Scheduler
+from quire.scheduler import Scheduler, Wait, WaitReason
 from quire.structured.base import GrammarError
 from quire.structured.store import GrammarStore
 
@@ -151,6 +150,7 @@ class EngineCore:
             raise ValueError("this engine has no grammars")
         self._grammars.prepare(grammar)
         self._compiling[message.request_id] = message
+        self.scheduler.report.waits(message.request_id, Wait(WaitReason.GRAMMAR))
 
     def _admit_compiled(self) -> list[RequestUpdate]:
         """Hand over the requests whose grammar is there; with nothing else to do, wait a little for one."""
@@ -181,7 +181,7 @@ class EngineCore:
     def _outputs(self, updates: list[RequestUpdate]) -> StepOutputs:
         stats = self.scheduler.take_stats()
         stats.num_waiting += len(self._compiling)
-        stats.waiting_by_reason[WaitReason.DEFERRED.value] += len(self._compiling)
+        stats.waiting_by_reason[WaitReason.GRAMMAR.label] += len(self._compiling)
         return StepOutputs(updates=updates, stats=stats, timestamp=self._clock())
 
 

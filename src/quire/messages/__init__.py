@@ -27,7 +27,6 @@ from quire.messages.core import (
     Sleep,
     StepOutputs,
     TokenLogprobs,
-    WaitReason,
     WakeUp,
     describe_ledger,
 )
@@ -67,7 +66,6 @@ __all__ = [
     "StepPlan",
     "StepResult",
     "TokenLogprobs",
-    "WaitReason",
     "WakeUp",
     "describe_ledger",
 ]

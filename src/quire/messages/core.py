@@ -21,16 +21,6 @@ class FinishReason(str, Enum):
     """It repeated itself, and its parameters asked to end then."""
 
 
-class WaitReason(str, Enum):
-    """Why a waiting request did not run in a step."""
-
-    CAPACITY = "capacity"
-    """No free blocks, no sequence slot, or no token budget left for it."""
-    DEFERRED = "deferred"
-    """It waits for something on purpose: a request that is computing the prompt both begin with, a token that
-    was being sampled when it was preempted, or its grammar, which is being compiled."""
-
-
 # --- front end -> engine core ---------------------------------------------------------------------
 
 
@@ -152,6 +142,8 @@ class SchedulerStats(msgspec.Struct, kw_only=True, omit_defaults=True):
     num_running: int = 0
     num_waiting: int = 0
     waiting_by_reason: dict[str, int] = {}
+    """`capacity`: no free blocks, no sequence slot or no token budget, for it or for one before it.
+    `deferred`: a prompt that another request computes, a pending token, or its grammar is awaited."""
     kv_usage: float = 0.0
     """Share of blocks referenced by requests, 0-1."""
     kv_slots_allocated: int = 0
