@@ -155,7 +155,7 @@ def test_the_layers_contract_counts_every_import(tmp_path: Path, upward: str) ->
     write(tmp_path / "quire", {"engine/core.py": "", "kernels/base.py": ""})
     for name in ("config", "messages", "scheduler", "kvcache", "sampling_params", "util"):
         write(tmp_path / "quire", {f"{name}/x.py": ""})
-    for name in ("errors", "limits", "dtypes", "outputs"):
+    for name in ("errors", "limits", "dtypes", "outputs", "decoding", "placement"):
         write(tmp_path / "quire", {f"{name}.py": ""})
     assert lint(tmp_path).returncode == 0
     write(tmp_path / "quire", {"kernels/base.py": upward})
