@@ -26,6 +26,7 @@ from quire.runner.device import CudaDevice, HostDevice
 from quire.runner.device_runner import DeviceRunner
 from quire.sampling_params import SamplingParams
 from quire.scheduler import Scheduler, SchedulerLimits
+from quire.weights.source import open_source
 
 BLOCK_SIZE = 16
 CACHE_SHARE = 0.85
@@ -62,7 +63,9 @@ def build(
             target.load(0, weights if target.kind == "norm" else weights.normal_(0, 0.02))
         model.bind()
     else:
-        model = load_model(spec, folder, dtype=dtype, kernels=kernels, max_model_len=length)
+        model = load_model(
+            spec, open_source(folder), dtype=dtype, kernels=kernels, max_model_len=length
+        )
     num_blocks = 1 + -(-limits.cached // BLOCK_SIZE)
     if DEVICE.type == "cuda":
         block_bytes = spec.kv_bytes_per_token(dtype.itemsize) * BLOCK_SIZE

@@ -25,6 +25,7 @@ from quire.runner.model_runner import ModelRunner
 from quire.scheduler import Scheduler, SchedulerLimits
 from quire.structured.base import GrammarCompiler
 from quire.structured.store import GrammarStore
+from quire.weights.source import open_source
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ def build_core(config: EngineConfig, resolved: ResolvedModel) -> tuple[EngineCor
 def _load(config: EngineConfig, resolved: ResolvedModel, kernels: Kernels) -> DecoderModel:
     model: DecoderModel = load_model(
         resolved.spec,
-        resolved.model_dir,
+        open_source(resolved.model_dir),
         dtype=getattr(torch, resolved.dtype),
         kernels=kernels,
         load_format=config.model.load_format,

@@ -23,6 +23,7 @@ from quire.models.loader import load_model
 from quire.runner.device import Device
 from quire.runner.device_runner import DeviceRunner
 from quire.structured.store import GrammarStore
+from quire.weights.source import open_source
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ def _load(
     task = _attention_task(config, resolved, device)
     model: DecoderModel = load_model(
         resolved.spec,
-        resolved.model_dir,
+        open_source(resolved.model_dir),
         dtype=getattr(torch, resolved.dtype),
         kernels=kernels,
         load_format=config.model.load_format,

@@ -30,6 +30,7 @@ from quire.runner.device_runner import DeviceRunner, graph_sizes, mixed_rows, mi
 from quire.runner.model_runner import ModelRunner
 from quire.sampling_params import SamplingParams
 from quire.scheduler import Scheduler, SchedulerLimits
+from quire.weights.source import open_source
 from tests.models.variants import build_reference, save
 
 MAX_LEN = 48
@@ -156,7 +157,7 @@ def model_of(checkpoint: Path, kernels: object) -> object:
     spec = resolve_spec(json.loads((checkpoint / "config.json").read_text()))
     return load_model(
         spec,
-        checkpoint,
+        open_source(checkpoint),
         dtype=torch.float32,
         kernels=kernels,
         max_model_len=MAX_LEN,  # type: ignore[arg-type]

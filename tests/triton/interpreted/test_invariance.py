@@ -26,6 +26,7 @@ from quire.runner.device import HostDevice
 from quire.runner.device_runner import DeviceRunner
 from quire.sampling_params import SamplingParams
 from quire.scheduler import Scheduler, SchedulerLimits
+from quire.weights.source import open_source
 from tests.models.variants import build_reference, save
 
 BLOCK_SIZE = 16
@@ -57,7 +58,7 @@ def load(folder: Path) -> tuple[DecoderModel, TritonKernels]:
     spec = resolve_spec(json.loads((folder / "config.json").read_text()))
     kernels = TritonKernels(torch.device("cpu"), batch_invariant=True)
     options = {"dtype": torch.float32, "kernels": kernels, "max_model_len": MAX_LEN}
-    return load_model(spec, folder, **options), kernels
+    return load_model(spec, open_source(folder), **options), kernels
 
 
 @dataclass(frozen=True)
