@@ -133,7 +133,9 @@ def build_scheduler(config: EngineConfig, memory: MemoryPlan) -> Scheduler:
         enable_chunked_prefill=options.enable_chunked_prefill,
         policy=options.scheduling_policy,
     )
-    return Scheduler(limits, kv, needs_token_before_next=lambda message: message.rules is not None)
+    return Scheduler(
+        limits, kv, needs_token_before_next=lambda message: message.decoding.rules is not None
+    )
 
 
 def physical_cores() -> int:

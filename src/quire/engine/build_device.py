@@ -94,7 +94,7 @@ def _load(
 def _attention_task(config: EngineConfig, resolved: ResolvedModel, device: Device) -> AttentionTask:
     on_gpu = device.torch_device.type == "cuda"
     return AttentionTask(
-        scale=resolved.spec.layers[0].attention.scale,
+        softcap=max(layer.attention.softcap for layer in resolved.spec.layers),
         head_dim=resolved.spec.heads.head_dim,
         dtype=getattr(torch, resolved.dtype),
         kv_dtype=getattr(torch, resolved.kv_cache_dtype),
@@ -181,4 +181,4 @@ def _run_step(model: DecoderModel, cache: KVCache, *, requests: int, tokens: int
         block_table=torch.zeros(requests, -(-tokens // size), dtype=torch.int32, device=device),
         max_query_len=tokens,
     )
-    return model.forward(torch.zeros_like(positions), positions, metadata, cache)
+    return model.compute(torch.zeros_like(positions), metadata, cache)

@@ -22,7 +22,7 @@ from quire.engine.generation_config import (
 from quire.engine.gpu import choose_device, gpu_memory
 from quire.engine.memory import MemoryPlan, plan_memory
 from quire.errors import CheckpointError, ConfigError
-from quire.models.registry import resolve_spec
+from quire.models.registry import resolve_spec, text_config
 from quire.models.spec import ModelSpec
 from quire.structured.spec import DEFAULT_LIMITS, Limits
 from quire.weights.resolve import find_local, resolve_model
@@ -138,9 +138,7 @@ def resolve(config: EngineConfig) -> ResolvedModel:
     assert model.model is not None, "locate() first"
     directory = Path(model.model)
     source = open_source(directory)
-    hf_config = source.config()
-    for key, value in model.hf_overrides.items():
-        hf_config[key] = value
+    hf_config = text_config(source.config() | model.hf_overrides)
     spec, stored_dtype = _as_stored(resolve_spec(hf_config), model, source)
     dtype = stored_dtype if model.dtype == "auto" else FLOAT_SPELLINGS[model.dtype]
     generation = read_generation_config(model, source)

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 from quire.quantization.base import LinearPart, LinearShape
 
-RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn"]
+RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,16 +28,20 @@ class RopeSpec:
     factor: float = 1.0
     """How much longer the context is than the one trained on (linear, dynamic, llama3, yarn)."""
     original_max_position_embeddings: int = 0
-    """Context length before scaling (llama3, yarn); for dynamic, where scaling begins. In tokens."""
+    """Tokens of context before scaling (llama3, yarn, longrope); for dynamic, where scaling begins."""
     low_freq_factor: float = 1.0
     high_freq_factor: float = 1.0
     attention_factor: float = 1.0
-    """Multiplies cos and sin (yarn's temperature, already derived from mscale where the config
-    gives that).
-    """
+    """Multiplies cos and sin (yarn and longrope; already derived where the config does not give it)."""
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     truncate: bool = True
+    short_factors: tuple[float, ...] = ()
+    """What longrope divides each frequency by within `original_max_position_embeddings`: rotary_dim / 2."""
+    long_factors: tuple[float, ...] = ()
+    """The same beyond it."""
+    rounded: bool = True
+    """Whether cos and sin are rounded to the model's dtype (all but OLMo 2 and 3)."""
 
 
 NormOrder = Literal["round_then_scale", "scale_then_round"]

@@ -28,10 +28,10 @@ from quire.models.registry import resolve_spec
 from quire.runner.device import HostDevice
 from quire.runner.device_runner import DeviceRunner, graph_sizes, mixed_rows, mixed_tokens
 from quire.runner.model_runner import ModelRunner
-from quire.sampling_params import SamplingParams
 from quire.scheduler import Scheduler, SchedulerLimits
 from quire.weights.source import open_source
 from tests.models.variants import build_reference, save
+from tests.scheduler.requests import add_request
 
 MAX_LEN = 48
 BLOCK_SIZE = 16
@@ -250,30 +250,23 @@ def run(
     return outcome
 
 
-def request(
-    request_id: int, prompt: range, params: SamplingParams, *, eos: tuple[int, ...] = ()
-) -> AddRequest:
-    return AddRequest(
-        request_id=request_id,
-        prompt_token_ids=[3 + i % 190 for i in prompt],
-        params=params,
+def request(request_id: int, prompt: range, max_tokens: int, **decoding: Any) -> AddRequest:
+    return add_request(
+        request_id,
+        [3 + i % 190 for i in prompt],
+        max_tokens=max_tokens,
         seed=100 + request_id,
-        max_tokens=params.max_tokens or 1,
-        eos_token_ids=list(eos),
+        **decoding,
     )
 
 
-def greedy(max_tokens: int) -> SamplingParams:
-    return SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
-
-
 REQUESTS = [
-    request(1, range(30), greedy(8)),  # in two chunks
-    request(2, range(50, 63), greedy(8)),
-    request(3, range(33), greedy(4)),  # finds the first one's first block
+    request(1, range(30), 8),  # in two chunks
+    request(2, range(50, 63), 8),
+    request(3, range(33), 4),  # finds the first one's first block
 ]
 
-SHORT = request(2, range(50, 63), greedy(4))  # the second one, cut off
+SHORT = request(2, range(50, 63), 4)  # the second one, cut off
 
 
 @pytest.fixture(scope="module")
@@ -315,7 +308,7 @@ def test_recording_when_idle(checkpoint: Path, expected: Outcome, device: Faithf
     runner = executor.runner
     assert runner is not None
     assert core.prepare() and not runner._batch.token_ids.any(), "a token of nobody's"
-    run(executor, [request(9, range(7, 20), greedy(2))], core=core)
+    run(executor, [request(9, range(7, 20), 2)], core=core)
     before = [tensor.clone() for tensor in (runner._batch.token_ids, runner._batch.seat_blocks)]
     cache = runner.kv_cache.storage.clone()
     done = 1
@@ -331,8 +324,8 @@ def test_recording_when_idle(checkpoint: Path, expected: Outcome, device: Faithf
     assert run(executor, [SHORT], core=core).tokens == {2: expected.tokens[2][:4]}
     assert len(device.outside) == outside, "launches beside the recordings"
     replays = device.replays  # for what is drawn there is no recording, but one that samples harder
-    drawn = SamplingParams(temperature=0.9, max_tokens=3, ignore_eos=True)
-    assert len(run(executor, [request(8, range(9), drawn)], core=core).tokens[8]) == 3
+    drawn = request(8, range(9), 3, temperature=0.9)
+    assert len(run(executor, [drawn], core=core).tokens[8]) == 3
     assert device.replays == replays + 2 and len(device.recorded) == done
 
 
@@ -353,31 +346,26 @@ def test_logits_that_are_no_numbers(checkpoint: Path, device: FaithfulDevice) ->
     assert executor.runner is not None
     with torch.inference_mode():
         executor.runner.model._norm.weight.fill_(torch.nan)
-    (update,) = run(executor, [request(1, range(3), greedy(2))]).updates
+    (update,) = run(executor, [request(1, range(3), 2)]).updates
     assert update.finish_reason is FinishReason.ERROR and not update.new_token_ids
 
 
 def test_sampling_penalties_logprobs_and_ends(checkpoint: Path, device: FaithfulDevice) -> None:
-    kinds = [
-        SamplingParams(temperature=0.9, top_p=0.8, top_k=20, max_tokens=4, ignore_eos=True),
-        SamplingParams(temperature=1.3, max_tokens=4, logprobs=2, ignore_eos=True),
-        SamplingParams(
-            temperature=0.0,
-            repetition_penalty=1.4,
-            presence_penalty=0.6,
-            frequency_penalty=0.3,
-            max_tokens=5,
-            ignore_eos=True,
-        ),
-        SamplingParams(temperature=0.0, max_tokens=8, min_tokens=3, logprobs=-1),
-    ]
-    every_token = tuple(
+    every_token = frozenset(
         range(0, 199, 2)
     )  # so that a request ends early, in a step already overlapped
-    requests = [
-        request(i, range(20 * i, 20 * i + 9), params, eos=every_token if params.min_tokens else ())
-        for i, params in enumerate(kinds)
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 0.9, "top_p": 0.8, "top_k": 20, "max_tokens": 4},
+        {"temperature": 1.3, "max_tokens": 4, "logprobs": 2},
+        {
+            "repetition_penalty": 1.4,
+            "presence_penalty": 0.6,
+            "frequency_penalty": 0.3,
+            "max_tokens": 5,
+        },
+        {"max_tokens": 8, "min_tokens": 3, "logprobs": -1, "end_token_ids": every_token},
     ]
+    requests = [request(i, range(20 * i, 20 * i + 9), **kind) for i, kind in enumerate(kinds)]
     theirs = run(on_cpu(checkpoint), requests)
     ours = run(on_device(checkpoint, device), requests)
     assert ours.tokens == theirs.tokens

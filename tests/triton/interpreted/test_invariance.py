@@ -24,10 +24,10 @@ from quire.models.loader import load_model
 from quire.models.registry import resolve_spec
 from quire.runner.device import HostDevice
 from quire.runner.device_runner import DeviceRunner
-from quire.sampling_params import SamplingParams
 from quire.scheduler import Scheduler, SchedulerLimits
 from quire.weights.source import open_source
 from tests.models.variants import build_reference, save
+from tests.scheduler.requests import add_request
 
 BLOCK_SIZE = 16
 MAX_LEN = 64
@@ -112,13 +112,13 @@ class Schedule:
         return found, updates
 
 
-def request(request_id: int, prompt: range, **params: float) -> AddRequest:
-    return AddRequest(
-        request_id=request_id,
-        prompt_token_ids=[3 + 7 * i % 190 for i in prompt],
-        params=SamplingParams(max_tokens=OUTPUT, ignore_eos=True, **{"logprobs": -1, **params}),  # type: ignore[arg-type]
+def request(request_id: int, prompt: range, **decoding: float) -> AddRequest:
+    return add_request(
+        request_id,
+        [3 + 7 * i % 190 for i in prompt],
         seed=100 + request_id,
         max_tokens=OUTPUT,
+        **{"logprobs": -1, **decoding},
     )
 
 
