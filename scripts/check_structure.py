@@ -20,7 +20,6 @@ PACKAGE = Path(__file__).resolve().parent.parent / "src" / "quire"
 
 KNOWN_CIRCLES = {
     frozenset({"quire.engine.async_llm", "quire.engine.beam_search"}),  # goes with R8
-    frozenset({"quire.engine.build", "quire.engine.build_device"}),  # goes with R1
 }
 STAND_INS = {"MockExecutor", "ScriptedFuture", "SimulatedExecutor"}
 """Executors without a model."""

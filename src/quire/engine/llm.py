@@ -105,7 +105,7 @@ class LLM:
                 process.close()
                 raise
         elif engine == "inline":
-            from quire.engine.build import build_core
+            from quire.engine.assemble import build_core
 
             self.model = serve_model(config, resolved)
             core, self.ready = build_core(config, resolved)
