@@ -116,6 +116,8 @@ def assert_nothing_is_overwritten(program: Program) -> None:
                 read(op, target.number)
             written.add(target.number)
             owner.update(dict.fromkeys(places(target.number), target.number))
+        if source is not None:  # an operation may write before it has read everything
+            read(op, source.number)
 
 
 @given(
