@@ -141,9 +141,9 @@ def _row_cases(ours: Kernels, ref: Kernels, s: Shapes, dtype: torch.dtype) -> li
             4 * row * s.hidden,
         ),
         Case(
-            "silu_and_mul",
-            lambda i: ours.silu_and_mul(gate_up),
-            lambda i: ref.silu_and_mul(gate_up),
+            "gated",
+            lambda i: ours.gated(gate_up, "silu"),
+            lambda i: ref.gated(gate_up, "silu"),
             3 * row * s.ffn,
         ),
         _rope_case(ours, ref, s, dtype),

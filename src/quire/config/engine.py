@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from quire.config.options import option, parse_json_object, parse_max_model_len, parse_size
+from quire.dtypes import FLOAT_SPELLINGS
 from quire.errors import ConfigError
 
 
@@ -25,7 +26,7 @@ class ModelConfig:
     dtype: str = option(
         "auto",
         "Type of weights and activations. auto: the checkpoint's own; float32 stays float32.",
-        choices=("auto", "half", "float16", "bfloat16", "float", "float32"),
+        choices=("auto", *FLOAT_SPELLINGS),
     )
     max_model_len: int | None = option(
         None,

@@ -74,8 +74,7 @@ def _add_admin_routes(router: APIRouter, state: ServerState) -> None:
     async def reset_prefix_cache(request: Request) -> Response:
         """Drop all cached prefixes; running requests keep theirs."""
         _take_only(request)
-        state.serving_engine().reset_prefix_cache()
-        return _json({"success": True})
+        return _json({"success": await state.serving_engine().reset_prefix_cache()})
 
     @router.post("/sleep")
     async def sleep(request: Request) -> Response:

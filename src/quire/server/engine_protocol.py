@@ -9,6 +9,7 @@ from typing import Literal, Protocol, runtime_checkable
 from quire.messages import EngineReady, SchedulerStats, StepOutputs
 from quire.metrics import MetricsSink
 from quire.outputs import RequestOutput
+from quire.placement import Placement
 from quire.sampling_params import BeamSearchParams, PoolingParams, SamplingParams
 from quire.text.parsing import ThinkingTokens
 from quire.text.tokenizer_config import TokenizerConfig
@@ -116,8 +117,7 @@ class ServingEngine(Protocol):
         params: SamplingParams | PoolingParams | BeamSearchParams,
         *,
         request_id: str | None = None,
-        priority: int = 0,
-        cache_salt: str | None = None,
+        placement: Placement = Placement(),
         thinking: ThinkingTokens | None = None,
     ) -> RequestStream: ...
 
@@ -134,7 +134,7 @@ class ServingEngine(Protocol):
 
     def attach_metrics(self, metrics: MetricsSink) -> None: ...
 
-    def reset_prefix_cache(self) -> None: ...
+    async def reset_prefix_cache(self) -> bool: ...
 
     async def shutdown(self) -> None: ...
 

@@ -18,6 +18,7 @@ from starlette.responses import Response
 from quire.config import ServerConfig
 from quire.errors import ModelNotFoundError
 from quire.outputs import RequestOutput
+from quire.placement import Placement
 from quire.sampling_params import PoolingParams, SamplingParams
 from quire.server.beam import as_asked
 from quire.server.engine_protocol import RequestStream, ServedModel, ServingEngine
@@ -107,6 +108,7 @@ def submit_all(
     frame: Frame,
 ) -> list[RequestStream]:
     """Submit all prompts or none: if one is refused, those before it are aborted."""
+    placement = Placement(priority=request.priority or 0, cache_salt=request.cache_salt)
     streams: list[RequestStream] = []
     try:
         for index, (prompt, params) in enumerate(prompts):
@@ -115,8 +117,7 @@ def submit_all(
                     prompt.token_ids,
                     as_asked(request, params, len(prompts)),
                     request_id=f"{frame.id}-{index}" if len(prompts) > 1 else frame.id,
-                    priority=request.priority or 0,
-                    cache_salt=request.cache_salt,
+                    placement=placement,
                     thinking=prompt.thinking,
                 )
             )

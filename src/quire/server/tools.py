@@ -196,12 +196,11 @@ class AnswerReader:
         self._inside = use.format.inside(prompt, continued=continued)
         special = model.tokenizer.special_texts
         shows = params.skip_special_tokens and not special.isdisjoint(use.format.markers)
-        self.params = params
-        """`params`, changed so that the outputs can be parsed."""
-        if shows:
-            self.params = self.params.replace(skip_special_tokens=False)
+        changes: dict[str, object] = {"skip_special_tokens": False} if shows else {}
         if use.grammar is not None:
-            self.params = self.params.replace(structured_outputs=use.grammar)
+            changes["structured_outputs"] = use.grammar
+        self.params = params.replace(**changes) if changes else params
+        """`params`, changed so that the outputs can be parsed."""
         self._hidden = special if shows else frozenset()
         self.thinking: ThinkingTokens | None = use.format.thinking(
             lambda text: model.tokenizer.encode(text, add_special_tokens=False),

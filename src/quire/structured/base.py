@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
+from quire.decoding import GrammarSpec
 from quire.errors import InvalidParameterError
-from quire.messages import GrammarSpec
 
 if TYPE_CHECKING:  # the front end imports this file, but not NumPy
     from quire.structured.masks import Mask

@@ -17,7 +17,7 @@ from typing import BinaryIO
 import msgspec
 import numpy as np
 
-from quire.messages import GrammarSpec
+from quire.decoding import GrammarSpec
 from quire.structured.base import GrammarError
 from quire.structured.checker import TOO_MUCH, Tokens
 from quire.structured.guidance import GuidanceCompiler

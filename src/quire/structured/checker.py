@@ -20,7 +20,7 @@ from queue import LifoQueue
 
 import msgspec
 
-from quire.messages import GrammarSpec
+from quire.decoding import GrammarSpec
 from quire.structured.base import GrammarError, Vocabulary
 
 MAX_CHECK_SECONDS = 5.0

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from quire.messages import GrammarSpec
+from quire.decoding import GrammarSpec
 from quire.structured.base import Grammar, GrammarError, TokenMatcher, Vocabulary
 from quire.structured.masks import Mask, mask_of, num_mask_words
 

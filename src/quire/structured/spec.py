@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from quire.messages import GrammarSpec
+from quire.decoding import GrammarSpec
 from quire.sampling_params import StructuredOutputsParams
 from quire.structured.base import invalid
 from quire.structured.schema import MAX_NESTING, prepare

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 
-from quire.messages import GrammarSpec
+from quire.decoding import GrammarSpec
 from quire.structured.base import COMPILE_STACK_BYTES, Grammar, GrammarCompiler, GrammarError
 
 logger = logging.getLogger(__name__)

@@ -106,19 +106,6 @@ INLINE void score(const tile *t, int first, const float *q, int64_t words, float
 
 /* ---- weights ---- */
 
-INLINE vf vtanh(vf x) {
-  const vf magnitude = (vf)((vu)x & 0x7fffffffu);
-  const vf e = vexp(magnitude * -2.0f);
-  const vf big = (vf)((vu)((1.0f - e) / (1.0f + e)) | ((vu)x & 0x80000000u));
-  const vf x2 = x * x;
-  vf p = vset(62.0f / 2835.0f);
-  p = vfma(p, x2, vset(-17.0f / 315.0f));
-  p = vfma(p, x2, vset(2.0f / 15.0f));
-  p = vfma(p, x2, vset(-1.0f / 3.0f));
-  const vf small = vfma(p * x2, x, x);
-  return vselect((vi)(magnitude < 0.25f), small, big);
-}
-
 /* The factor by which sums relative to maximum `from` become relative to `to` >= from. */
 static float rescaling(float from, float to) {
   return to == -INFINITY ? 1.0f : vexp2(vset(from - to))[0];

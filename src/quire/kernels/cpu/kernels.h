@@ -15,11 +15,26 @@
 INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
+/* Runs `call` with `dt` a constant of that value. */
+#define FOR_DTYPE(value, call) \
+  do {                         \
+    if ((value) == F32) {      \
+      const int dt = F32;      \
+      call;                    \
+    } else if ((value) == BF16) { \
+      const int dt = BF16;     \
+      call;                    \
+    } else {                   \
+      const int dt = F16;      \
+      call;                    \
+    }                          \
+  } while (0)
+
 /* Memory of the calling thread's that lasts until it asks for the same use again, at least `bytes`
  * long and 64-byte aligned; NULL if there is none. */
 enum scratch_use {
   SCRATCH_LINEAR,
-  SCRATCH_DECODER,
+  SCRATCH_PROGRAM,
   SCRATCH_STEP,
   SCRATCH_ATTENTION,
   SCRATCH_ATTENTION_PLAN,
@@ -52,11 +67,19 @@ int quire_gather_rows(const linear_weight *w, const int64_t *ids, int64_t tokens
 
 /* ---- rows (elementwise.c) ---- */
 
+/* The numbers are the Python side's too (library.py). */
+enum activation { SILU = 0, GELU_TANH = 1 };
+
 int quire_rms_norm(const void *x, int64_t x_stride, int64_t inner, void *residual,
-                   const void *weight, void *out, int64_t rows, int64_t n, float eps, int dt,
-                   int threads);
-int quire_silu_and_mul(const void *gate_up, void *out, int64_t rows, int64_t n, int dt,
-                       int threads);
+                   const void *weight, void *out, int64_t out_stride, int64_t rows, int64_t n,
+                   float eps, int dt, int wt, int threads);
+int quire_gated(const void *gate_up, void *out, int64_t rows, int64_t n, int activation, int dt,
+                int threads);
+int quire_add(const void *x, void *residual, int64_t count, float scale, int dt, int threads);
+int quire_scale(void *x, int64_t x_stride, const int64_t *positions, const float *table,
+                int64_t max_position, float factor, int64_t rows, int64_t n, int dt, int threads);
+int quire_finish_logits(float *logits, int64_t count, float divisor, float cap, int dt,
+                        int threads);
 
 /* ---- attention (attention.c) ---- */
 
@@ -89,7 +112,7 @@ typedef struct { /* mirrored by QKVArgs in library.py; strides in elements */
   int64_t qkv_stride, tokens, q_heads, kv_heads, head_dim, half, max_position;
   int64_t block_size, num_blocks;
   float eps;
-  int32_t dtype, threads;
+  int32_t dtype, norm_dtype, threads; /* norm_dtype: of q_norm and k_norm */
 } qkv_args;
 
 /* 0; 1 if a position is outside [0, max_position); 2 if a slot is past the cache (a negative slot is
