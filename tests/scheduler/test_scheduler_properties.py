@@ -12,27 +12,43 @@ from quire.kvcache import KVCacheManager
 from quire.messages import (
     AbortRequests,
     AddRequest,
+    Control,
     FinishReason,
     ResetPrefixCache,
     StepOutputs,
-    WaitReason,
 )
-from quire.sampling_params import SamplingParams
-from quire.scheduler import Scheduler, SchedulerLimits
+from quire.placement import Placement
+from quire.scheduler import Scheduler, SchedulerLimits, WaitReason
 from quire.scheduler.request import RequestStatus
 from tests.scheduler.fake_executor import CheckingExecutor, expected_output
+from tests.scheduler.requests import add_request
 
 EOS = 7
 VOCAB = 9  # small, so that prompts share prefixes and EOS is common
 
 
 def needs_token_before_next(message: AddRequest) -> bool:
-    return message.priority == 2
+    return message.placement.priority == 2
+
+
+def draft(tokens, seed):
+    """None to five tokens, the first of which are often right."""
+    right = expected_output(list(tokens), seed, 5, vocab_size=VOCAB)
+    number = sum(tokens) + 7 * len(tokens)
+    good = right[: number % 6]
+    return (good + [number % VOCAB] * 2)[: number * 5 % 6]
+
+
+def known_tokens(row):
+    return row.num_tokens - len(row.draft_token_ids)
 
 
 class SchedulerMachine(RuleBasedStateMachine):
     max_in_flight = 1
     max_model_len = 24
+    policy: str | None = None
+    """None: one of those that there are."""
+    drafts = False
 
     @initialize(
         block_size=st.sampled_from([1, 2, 4]),
@@ -60,7 +76,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             watermark_blocks=watermark,
             long_prefill_token_threshold=threshold if chunked else 0,
             enable_chunked_prefill=chunked,
-            policy=policy,
+            policy=self.policy or policy,
         )
         kv = KVCacheManager(num_blocks, block_size, enable_prefix_caching=caching)
         self.scheduler = Scheduler(
@@ -72,6 +88,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             vocab_size=VOCAB,
             max_in_flight=self.max_in_flight,
             on_plan=self.check_plan,
+            drafter=draft if self.drafts else lambda tokens, seed: [],
         )
         self.core = EngineCore(self.scheduler, executor, clock=lambda: 0.0)
         self.limits = limits
@@ -98,21 +115,17 @@ class SchedulerMachine(RuleBasedStateMachine):
         prompt = data.draw(st.one_of(known))
         self.prompts.append(prompt)
         max_tokens = data.draw(st.integers(1, self.max_model_len - len(prompt)))
-        params = SamplingParams(
-            ignore_eos=ignore_eos, min_tokens=min(min_tokens, max_tokens), max_tokens=max_tokens
-        )
         leader = self.next_id
         for index in range(n):
-            message = AddRequest(
-                request_id=self.next_id,
-                prompt_token_ids=prompt,
-                params=params,
+            message = add_request(
+                self.next_id,
+                prompt,
                 seed=index,
                 max_tokens=max_tokens,
-                eos_token_ids=[EOS],
+                min_tokens=min(min_tokens, max_tokens),
+                end_token_ids=frozenset(() if ignore_eos else (EOS,)),
                 arrival_time=float(leader),
-                priority=priority,
-                cache_salt=salt,
+                placement=Placement(priority=priority, tenant=str(priority), cache_salt=salt),
                 fork_of=leader if index else None,
             )
             self.messages[self.next_id] = message
@@ -128,7 +141,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule()
     def reset_cache(self):
-        self.core.handle(ResetPrefixCache())
+        self.core.handle(Control(0, ResetPrefixCache()))
 
     @rule(steps=st.integers(1, 6))
     def step(self, steps):
@@ -137,14 +150,14 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def step_once(self):
         first = self.first_in_order()
-        before = first and (first.num_computed_tokens, len(first.token_ids))
+        before = first and (len(first.token_ids), first.num_computed_tokens)
         self.was_running = list(self.scheduler.running)
         self.wanted = {r.request_id: self.wants(r) for r in self.was_running}
         self.must_admit = self.head_that_fits()
         self.record(self.core.step())
         self.scheduler.check_invariants()
         if first is not None and self.max_in_flight <= 2:  # deeper, it may wait for two results
-            after = (first.num_computed_tokens, len(first.token_ids))
+            after = (len(first.token_ids), first.num_computed_tokens)
             assert after > before or first.request_id in self.finished, "the first did not advance"
 
     def check_plan(self, plan):
@@ -162,8 +175,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             else:
                 self.check_row(row, request)
         for request in self.scheduler.waiting:
-            if self.scheduler.wait_reason(request) is WaitReason.DEFERRED:
+            if self.scheduler.why_waits(request).reason.label == "deferred":
                 self.deferred.add(request.request_id)
+            self.check_reason(plan, request)
         if any(request.status is RequestStatus.PREEMPTED for request in self.was_running):
             assert not plan.admitted, "a step that preempts admits nobody"
         else:
@@ -178,7 +192,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             row = rows[message.request_id]
             wanted[message.request_id] = self.capped(len(message.token_ids) - row.start)
         for request_id, most in wanted.items():
-            got = rows[request_id].num_tokens if request_id in rows else 0
+            got = known_tokens(rows[request_id]) if request_id in rows else 0
             assert got <= most
             if request_id in self.wanted or (head and request_id == head.request_id):
                 assert got >= min(most, quantum), "less than a quantum"
@@ -186,6 +200,42 @@ class SchedulerMachine(RuleBasedStateMachine):
                 assert got == most, "budget is left"
         if plan.num_tokens < self.limits.max_num_batched_tokens:
             assert self.head_that_fits() is None, "budget is left, and a seat and blocks"
+
+    def check_reason(self, plan, request):
+        """Why it waits is true, as far as that can still be seen after planning."""
+        scheduler = self.scheduler
+        wait = scheduler.why_waits(request)
+        other = scheduler.requests.get(wait.because_of)
+        preempts = any(r.status is RequestStatus.PREEMPTED for r in self.was_running)
+        match wait.reason:
+            case WaitReason.SEAT:
+                assert preempts or len(scheduler.running) == self.limits.max_num_seqs
+            case WaitReason.BLOCKS:
+                assert wait.needed > wait.free
+                size = self.limits.max_model_len // scheduler.kv.block_size + 1
+                assert scheduler.running and wait.needed <= size + 1
+            case WaitReason.BUDGET if wait.needed > 1:
+                assert wait.needed > wait.budget and not self.limits.enable_chunked_prefill
+            case WaitReason.BUDGET:
+                assert preempts or plan.num_tokens == self.limits.max_num_batched_tokens
+            case WaitReason.BEHIND:
+                stopped = scheduler.why_waits(other).reason
+                assert stopped in (WaitReason.SEAT, WaitReason.BLOCKS, WaitReason.BUDGET)
+                assert other.sort_key < request.sort_key
+            case WaitReason.PREEMPTED:
+                assert request.status is RequestStatus.PREEMPTED and wait.needed > wait.free
+                assert other is request or other.sort_key < request.sort_key
+            case WaitReason.PREFIX:
+                size = scheduler.kv.block_size
+                assert preempts or other in scheduler.running
+                assert other.token_ids[:size] == request.token_ids[:size]
+            case WaitReason.FORK:
+                assert preempts or other in scheduler.running
+                assert wait.because_of == request.fork_of
+            case WaitReason.TOKEN:
+                assert request.num_pending_tokens
+            case _:
+                raise AssertionError(wait)
 
     def capped(self, count):
         return min(count, self.limits.long_prefill_token_threshold or count)
@@ -213,7 +263,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             return None  # whole, it may be too long for what is left of the budget
         kv = scheduler.kv
         promised = sum(
-            kv.blocks_for(request.num_tokens) - kv.num_blocks_of(request.request_id)
+            max(0, kv.blocks_for(request.num_tokens) - kv.num_blocks_of(request.request_id))
             for request in scheduler.running
         )
         keep_free = promised + (self.limits.watermark_blocks if scheduler.running else 0)
@@ -237,20 +287,27 @@ class SchedulerMachine(RuleBasedStateMachine):
     def check_row(self, row, request):
         reach = row.start + row.num_tokens
         assert row.num_tokens >= 1 and request.num_computed_tokens == reach
-        assert row.samples == (reach == request.num_tokens - row.samples)
-        assert row.pending == (reach > len(request.token_ids))
+        known = row.start + known_tokens(row)
+        assert row.samples in (0, 1 + len(row.draft_token_ids))
+        assert (row.samples > 0) == (known == request.num_tokens - row.samples)
+        assert row.pending == (known > len(request.token_ids))
         if row.pending:
             assert self.max_in_flight > 1 and row.num_tokens == 1 and row.samples
             assert not needs_token_before_next(self.messages[row.request_id])
+        if row.draft_token_ids:
+            assert not row.pending and (
+                request.num_output_tokens + row.samples <= request.decoding.max_tokens
+            )
         if self.limits.long_prefill_token_threshold:
-            assert row.num_tokens <= self.limits.long_prefill_token_threshold
+            assert known_tokens(row) <= self.limits.long_prefill_token_threshold
 
     def has_to_wait(self, request):
         """Whether nothing can be computed before a result in flight is there."""
         message = self.messages[request.request_id]
-        last = len(message.prompt_token_ids) + message.max_tokens
+        last = len(message.prompt_token_ids) + message.decoding.max_tokens
         ends = request.num_tokens == last
-        return request.num_pending_tokens and (ends or needs_token_before_next(message))
+        held = needs_token_before_next(message) or request.num_drafts_in_flight
+        return request.num_pending_tokens and (ends or held)
 
     def first_in_order(self):
         """The request that must advance: the first in order that runs, and under fcfs the first of
@@ -293,12 +350,12 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.check_output(request_id, message)
 
     def check_output(self, request_id, message):
-        params = message.params
+        decoding = message.decoding
         tokens = list(message.prompt_token_ids)
-        full = expected_output(tokens, message.seed, message.max_tokens, vocab_size=VOCAB)
+        full = expected_output(tokens, decoding.seed, decoding.max_tokens, vocab_size=VOCAB)
         expected, reason = full, FinishReason.LENGTH
         for index, token in enumerate(full):
-            if token == EOS and not params.ignore_eos and index + 1 >= params.min_tokens:
+            if token in decoding.end_token_ids and index + 1 >= decoding.min_tokens:
                 expected, reason = full[: index + 1], FinishReason.STOP
                 break
         output = self.outputs[request_id]
@@ -327,11 +384,23 @@ class LongPromptMachine(OverlappedMachine):
         return st.builds(lambda token, length: [token] * length, st.integers(0, 50), length)
 
 
+class DraftMachine(SchedulerMachine):
+    drafts = True
+
+
+class OverlappedDraftMachine(OverlappedMachine):
+    drafts = True
+
+
 TestScheduler = SchedulerMachine.TestCase
+TestDrafts = DraftMachine.TestCase
+TestOverlappedDrafts = OverlappedDraftMachine.TestCase
 TestOverlapped = OverlappedMachine.TestCase
 TestDeeper = DeeperMachine.TestCase
 TestLongPrompts = LongPromptMachine.TestCase
 TestScheduler.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
 TestOverlapped.settings = TestScheduler.settings
+TestDrafts.settings = settings(TestScheduler.settings, max_examples=80)
+TestOverlappedDrafts.settings = settings(TestScheduler.settings, max_examples=50)
 TestLongPrompts.settings = settings(TestScheduler.settings, max_examples=50)
 TestDeeper.settings = settings(TestScheduler.settings, max_examples=30)

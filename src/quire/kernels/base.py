@@ -13,19 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from quire.kernels.decoder import DecoderPass, DecoderWeights
+from quire.kernels.ops import Activation, LinearProduct
+from quire.kernels.program import ForwardPass, Program
 from quire.kernels.sampling import SampledTokens
-
-Activation = Literal["silu", "gelu_tanh"]
-"""Of an MLP's gate. gelu_tanh is the tanh form of GELU (Hendrycks and Gimpel 2016, section 2):
-`0.5 * x * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x**3)))`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,19 +36,6 @@ class KVCacheShapes:
     zeroed: bool = False
     """Whether the memory must be zeros at first: kernels load whole blocks and multiply the slots past the
     end of a sequence by 0. That is NaN where the memory happened to hold NaN."""
-
-
-class LinearProduct(Protocol):
-    """`x @ weight.T + bias`, the weight in any format; row i of the result is the same bits for every number
-    of rows. One that C code can compute on its own is also a `kernels.cpu.linear.CProduct`."""
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """x: [M, in_features]. Returns [M, out_features]."""
-        ...
-
-    def rows(self, ids: Tensor) -> Tensor:
-        """Rows of the matrix, as an embedding looks them up. ids: [T]. Returns [T, in_features]."""
-        ...
 
 
 class DenseProduct(LinearProduct, Protocol):
@@ -211,9 +195,11 @@ class LayerKernels(Protocol):
         """
         ...
 
-    def decoder(self, weights: DecoderWeights) -> DecoderPass | None:
-        """A whole forward pass as one call, bit-equal to these operations one by one; None if this
-        implementation has none.
+    def compile(
+        self, program: Program, caches: Sequence[tuple[Tensor, Tensor]]
+    ) -> ForwardPass | None:
+        """A recorded forward pass as one call, bit-equal to its operations one by one; None if this
+        implementation cannot. caches: keys and values of each layer.
         """
         ...
 

@@ -12,10 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from quire import dtypes
 from quire.errors import EngineError
 from quire.kernels.sampling import SAMPLE_ROW
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+FLOATS = tuple(getattr(torch, name) for name in dtypes.FLOATS)
 MAX_HEAD_DIM = 512
 BLOCK_UNIT = 16  # SUB in attention_tile.h: keys that must lie side by side
 

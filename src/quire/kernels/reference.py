@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from quire.kernels import checks
-from quire.kernels.base import Activation
 from quire.kernels.checks import require
 from quire.kernels.cpu import layout
 from quire.kernels.cpu.linear import dense_product
-from quire.kernels.decoder import DecoderWeights
+from quire.kernels.ops import Activation
 from quire.kernels.philox import gumbel_from_uniform, philox_words, uniform_from_words
+from quire.kernels.program import Program
 from quire.kernels.sampling import SampledTokens
 
 
@@ -178,7 +178,7 @@ class ReferenceKernels:
                 bent = torch.tanh(_fresh((row / cap).to(dtype))).to(dtype)
                 row.copy_(bent * cap)
 
-    def decoder(self, weights: DecoderWeights) -> None:
+    def compile(self, program: Program, caches: Sequence[tuple[Tensor, Tensor]]) -> None:
         return None
 
     def philox_uniform(self, seed: int, position: int, n: int) -> Tensor:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
-from quire.messages.core import PromptLogprobs, TokenLogprobs, TokenRules
-from quire.sampling_params import PoolingParams, SamplingParams
+from quire.decoding import Decoding
+from quire.messages.core import PromptLogprobs, TokenLogprobs
 
 
 class AdmittedRequest(msgspec.Struct, kw_only=True):
@@ -16,17 +16,14 @@ class AdmittedRequest(msgspec.Struct, kw_only=True):
     """All known tokens: the prompt, and what was generated before a preemption."""
     num_prompt_tokens: int
     block_ids: list[int]
-    params: SamplingParams
-    seed: int
-    eos_token_ids: list[int] = []
-    rules: TokenRules | None = None
-    pooling: PoolingParams | None = None
+    decoding: Decoding
     num_prompt_logprobs: int = 0
     """How many of its prompt's tokens have their logprobs already, from before a preemption."""
 
 
 class PlannedRow(msgspec.Struct, kw_only=True):
-    """One request's share of a step: compute tokens [start, start + num_tokens)."""
+    """One request's share of a step: compute tokens [start, start + num_tokens), of which the last may be
+    drafts."""
 
     request_id: int
     start: int
@@ -34,11 +31,15 @@ class PlannedRow(msgspec.Struct, kw_only=True):
     num_tokens: int
     new_block_ids: list[int]
     """Appended to its block table (for an admitted request: already in `AdmittedRequest`)."""
-    samples: bool
-    """Whether the row reaches the request's last token, so that a token is sampled after it."""
+    samples: int
+    """How many tokens may be sampled. 0 if the row does not reach the request's last token; else 1, and one
+    more for each draft."""
     pending: bool = False
     """Whether that last token is still pending: a plan launched before this one samples it, so only the
     executor knows its id. The row has no other token."""
+    draft_token_ids: tuple[int, ...] = ()
+    """Guesses at what follows the last token. One is accepted if it equals the token sampled before it and
+    all drafts before it were. What is sampled after the first that was not is meaningless."""
 
 
 class StepPlan(msgspec.Struct, kw_only=True):
@@ -60,11 +61,13 @@ class StepPlan(msgspec.Struct, kw_only=True):
 
 
 class SampledRow(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """Result of a row that samples, or has something to tell of its prompt. Token ids in order: one, or
-    more where a grammar left no choice for those that follow."""
+    """Result of a row that samples, or has something to tell of its prompt. Token ids in order: the accepted
+    drafts, the token sampled after them, and those that follow because a grammar left no choice."""
 
     request_id: int
     token_ids: list[int]
+    draft_token_ids: tuple[int, ...] = ()
+    """Guesses at what follows these tokens, to verify in the next step."""
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: PromptLogprobs | None = None
     embedding: list[float] | None = None

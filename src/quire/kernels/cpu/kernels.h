@@ -1,5 +1,5 @@
-/* What the kernel files share. Every exported function returns 0, or a positive code that library.py
- * turns into an error; none writes outside the tensors it was given. */
+/* What the kernel files share. An exported function returns 0 or a positive code, for which Python raises an
+ * error (kernels/checks.py has the texts). None writes outside the tensors it was given. */
 #ifndef QUIRE_KERNELS_H
 #define QUIRE_KERNELS_H
 
@@ -7,7 +7,7 @@
 
 #include "vec.h"
 
-/* Elements below which waking the other threads costs more than it brings. */
+/* Below this number of elements, waking other threads costs more than it saves. */
 #define SMALL_WORK 16384
 
 #define MAX_HEAD_DIM 512 /* checks.py refuses more */
@@ -34,7 +34,7 @@ INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
  * long and 64-byte aligned; NULL if there is none. */
 enum scratch_use {
   SCRATCH_LINEAR,
-  SCRATCH_DECODER,
+  SCRATCH_PROGRAM,
   SCRATCH_STEP,
   SCRATCH_ATTENTION,
   SCRATCH_ATTENTION_PLAN,
@@ -94,7 +94,7 @@ typedef struct { /* mirrored by AttentionArgs in library.py; strides in elements
 } attention_args;
 
 /* Looks at the contents of block_table, query_start_loc and seq_lens, never at q, the caches or out:
- * 0, or 2, 3, 4 as library.py says. Valid for every layer of a step if `window` is the widest any
+ * 0, or 2, 3 or 4 (kernels/checks.py: fail_attention). Valid for every layer of a step if `window` is the widest any
  * layer has (0 if one is unbounded). */
 int quire_check_attention(const attention_args *a);
 /* Contents must have been checked. 0, or 5 (no memory for scratch; out may be partly written). */

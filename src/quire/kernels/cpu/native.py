@@ -17,10 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from quire.kernels import checks
-from quire.kernels.base import Activation
 from quire.kernels.checks import KernelArgumentError
 from quire.kernels.cpu import layout
-from quire.kernels.cpu.decoder import NativeDecoder
 from quire.kernels.cpu.library import (
     ACTIVATIONS,
     DTYPES,
@@ -30,7 +28,9 @@ from quire.kernels.cpu.library import (
     load_library,
 )
 from quire.kernels.cpu.linear import dense_product
-from quire.kernels.decoder import DecoderWeights
+from quire.kernels.cpu.program import NativeProgram, can_run
+from quire.kernels.ops import Activation
+from quire.kernels.program import Program
 from quire.kernels.sampling import SampledTokens
 
 
@@ -215,6 +215,11 @@ class NativeKernels:
         )
         return out
 
+    def compile(
+        self, program: Program, caches: Sequence[tuple[Tensor, Tensor]]
+    ) -> NativeProgram | None:
+        return NativeProgram(program, caches) if can_run(program) else None
+
     def add(self, x: Tensor, residual: Tensor, *, scale: float = 1.0) -> None:
         checks.check_add(x, residual)
         dtype, threads = DTYPES[x.dtype], torch.get_num_threads()
@@ -257,9 +262,6 @@ class NativeKernels:
             DTYPES[dtype],
             torch.get_num_threads(),
         )
-
-    def decoder(self, weights: DecoderWeights) -> NativeDecoder:
-        return NativeDecoder(weights)
 
     def philox_uniform(self, seed: int, position: int, n: int) -> Tensor:
         out = torch.empty(n, dtype=torch.float32)

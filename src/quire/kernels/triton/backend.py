@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quire.kernels.base import Activation, KVCacheShapes
+from quire.kernels.base import KVCacheShapes
 from quire.kernels.checks import require
-from quire.kernels.decoder import DecoderPass, DecoderWeights
+from quire.kernels.ops import Activation
+from quire.kernels.program import Program
 from quire.kernels.triton import attention, layers
 from quire.kernels.triton.matmul import matmul
 
@@ -168,14 +169,14 @@ class TritonKernels:
         require(logits.dtype is dtype, f"logits are {logits.dtype}, the model's dtype is {dtype}")
         layers.finish_logits(logits, divisor=divisor, cap=cap)
 
-    def decoder(self, weights: DecoderWeights) -> DecoderPass | None:
+    def compile(self, program: Program, caches: Sequence[tuple[Tensor, Tensor]]) -> None:
         return None
 
 
 class RowMajorProduct:
     """A matrix as it is, [out_features, in_features]. product: of x, weight and bias, as `F.linear`."""
 
-    __slots__ = ("bias", "product", "weight")
+    __slots__ = ("bias", "in_features", "out_features", "product", "weight")
 
     def __init__(
         self,
@@ -187,6 +188,7 @@ class RowMajorProduct:
         device: torch.device,
         product: Callable[[Tensor, Tensor, Tensor | None], Tensor],
     ) -> None:
+        self.in_features, self.out_features = in_features, out_features
         self.product = product
         self.weight = torch.empty(out_features, in_features, dtype=dtype, device=device)
         self.bias = torch.empty(out_features, dtype=dtype, device=device) if bias else None
