@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from quire.kvcache import KVCacheManager
-from quire.messages import AddRequest, SampledRow, StepPlan, StepResult
-from quire.sampling_params import SamplingParams
+from quire.messages import SampledRow, StepPlan, StepResult
 from quire.scheduler import Scheduler, SchedulerLimits
+from tests.scheduler.requests import add_request
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -130,8 +130,9 @@ def test_the_layer_table_is_the_contract() -> None:
     layers = [
         {name for name in re.findall(r"\w+", layer) if exists(name)} for layer in contract["layers"]
     ]
-    lowest = layers.pop()  # errors: the same level in words, one lower for the linter
-    layers[-1] |= lowest
+    while "decoding" not in layers[-1]:  # the same level in words, some lines of the linter's
+        lowest = layers.pop()
+        layers[-1] |= lowest
     rows = re.findall(r"^\| \d \| (.*?) \|", PAGE.read_text(encoding="utf-8"), re.M)
     shown = [{re.sub(r"/$|\.py$", "", word) for word in CODE.findall(row)} for row in rows]
     assert shown == layers
@@ -200,11 +201,9 @@ class Story:
 
     def add(self, name: str, prompt: list[int], *, max_tokens: int, fork_of: str = "") -> None:
         self.scheduler.add_request(
-            AddRequest(
-                request_id=ord(name),
-                prompt_token_ids=prompt,
-                params=SamplingParams(max_tokens=max_tokens),
-                seed=0,
+            add_request(
+                ord(name),
+                prompt,
                 max_tokens=max_tokens,
                 arrival_time=float(ord(name)),
                 fork_of=ord(fork_of) if fork_of else None,
@@ -240,7 +239,7 @@ class Story:
                 f"{known[row.request_id]:<11} {', '.join(note)}".rstrip()
             )
         for request in scheduler.waiting:
-            why = scheduler.wait_reason(request).value
+            why = scheduler.why_waits(request).reason.value
             self.lines.append(
                 f"{plan.step_id:>3}   {chr(request.request_id):<7}  -         -            "
                 f"{request.num_computed_tokens:<20} {request.num_tokens:<11} "

@@ -299,6 +299,8 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=Tr
         least = 1 if self.prompt_logprobs is None else 0  # 0: only score the prompt
         if self.max_tokens is not None and self.max_tokens < least:
             _fail("max_tokens", self.max_tokens, "must be at least 1")
+        if self.max_tokens == 0 and self.n > 1:
+            _fail("n", self.n, "must be 1 where a prompt is only scored (max_tokens 0)")
         if self.min_tokens < 0:
             _fail("min_tokens", self.min_tokens, "must be at least 0")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:

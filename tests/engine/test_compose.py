@@ -221,6 +221,19 @@ def test_forced_tokens_skip_the_model_and_change_nothing(servable: Servable) -> 
     assert few < len(steps)
 
 
+def test_no_token_is_forced_past_its_asked_logprobs(servable: Servable) -> None:
+    structured = StructuredOutputsParams(regex="(alpha|beta) is a letter!")
+    params = SamplingParams(
+        temperature=0.0, max_tokens=40, structured_outputs=structured, logprob_token_ids=[5]
+    )
+    with make_llm(servable("llama")) as llm:
+        [output] = llm.generate([[7, 8]], params, use_tqdm=False)
+    [completion] = output.outputs
+    assert completion.logprobs is not None
+    assert len(completion.logprobs) == len(completion.token_ids) > 5
+    assert all(5 in position for position in completion.logprobs)
+
+
 def test_a_request_that_waits_for_its_grammar_can_be_aborted(servable: Servable) -> None:
     params = SamplingParams(structured_outputs=STRUCTURED[2])
     with make_llm(servable("llama")) as llm:

@@ -18,8 +18,8 @@ from quire.engine.core_client import CoreProcess
 from quire.engine.setup import locate
 from quire.errors import CheckpointError
 from quire.messages import AddRequest, FinishReason, Ping, Pong, StepOutputs
-from quire.sampling_params import SamplingParams
 from tests.engine.checkpoints import ServableCheckpoint
+from tests.scheduler.requests import add_request
 
 OPTIONS = {"max_num_seqs": 2, "max_model_len": 64, "num_gpu_blocks_override": 20}
 
@@ -32,10 +32,7 @@ def start(checkpoint: ServableCheckpoint) -> CoreProcess:
 
 
 def add(request_id: int, prompt: list[int]) -> AddRequest:
-    params = SamplingParams(max_tokens=3, temperature=0.0)
-    return AddRequest(
-        request_id=request_id, prompt_token_ids=prompt, params=params, seed=0, max_tokens=3
-    )
+    return add_request(request_id, prompt, max_tokens=3)
 
 
 def test_a_request_the_scheduler_refuses_fails_alone(

@@ -17,6 +17,7 @@ from quire.errors import UnsupportedModelError
 from quire.layers.spec import AttentionSpec, HeadShape, MlpSpec, NormSpec, RopeSpec
 from quire.models.registry import FAMILIES, MULTIMODAL, resolve_spec
 from quire.models.spec import LayerSpec, ModelSpec
+from quire.quantization.unquantized import UNQUANTIZED
 from tests.models.published import (
     GEMMA_2_2B,
     GEMMA_3_1B,
@@ -99,7 +100,7 @@ def test_every_field_of_a_spec() -> None:
         residual_scale=1.0,
         logits_divisor=1.0,
         logits_softcap=0.0,
-        quantization=None,
+        quantization=UNQUANTIZED,
     )
 
 

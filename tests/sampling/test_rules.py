@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from quire.decoding import Decoding, TokenRules
 from quire.kernels.select import create_kernels
-from quire.messages import TokenRules
 from quire.sampling.rules import MAX_FORCED, RequestRules
 from quire.sampling.sampler import Sampler
-from quire.sampling_params import SamplingParams
 from quire.structured.base import GrammarError
 from quire.structured.masks import Mask, mask_of, tokens_of
 from tests.sampling.test_sampler import VOCAB, logits, row, sample, seated
@@ -60,13 +60,15 @@ class Sequence:
             raise AssertionError
 
 
-def rules(params=None, *, output=(), grammar=None, **fields) -> RequestRules:
+def rules(decoding=None, *, output=(), grammar=None, **fields) -> RequestRules:
     return RequestRules(
-        params or SamplingParams(),
-        TokenRules(**fields),
+        msgspec.structs.replace(
+            decoding or Decoding(),
+            rules=TokenRules(**fields),
+            end_token_ids=frozenset({EOS}),
+        ),
         grammar,
         vocab_size=VOCAB,
-        eos_token_ids=[EOS],
         output=list(output),
     )
 
@@ -77,7 +79,7 @@ def allowed(of: RequestRules) -> set[int]:
 
 
 def test_only_allowed_tokens():
-    assert allowed(rules(SamplingParams(allowed_token_ids=[3, 0, 31, 32]))) == {0, 3, 31, 32}
+    assert allowed(rules(Decoding(allowed_token_ids=[3, 0, 31, 32]))) == {0, 3, 31, 32}
 
 
 def test_bad_words_are_banned_where_they_would_be_completed():
@@ -138,7 +140,7 @@ def test_a_grammar_waits_for_the_end_of_thinking():
 
 def test_a_grammar_with_other_rules():
     one = rules(
-        SamplingParams(allowed_token_ids=[1, 2, 3]),
+        Decoding(allowed_token_ids=[1, 2, 3]),
         bad_words=[[1, 2]],
         grammar=Sequence([1, 2], [1, 3], [1, 4]),
     )
@@ -164,7 +166,7 @@ def test_forced_tokens_are_those_that_would_be_sampled():
 
 def test_nothing_is_forced_where_logprobs_are_wanted_or_in_thought():
     grammar = Sequence([1, 2, 3])
-    assert rules(SamplingParams(logprobs=0), grammar=grammar).forced(9) == []
+    assert rules(Decoding(logprobs=0), grammar=grammar).forced(9) == []
     assert rules(thinking=True, think_end=[9], grammar=grammar).forced(9) == []
     assert rules().forced(9) == []
 
@@ -180,18 +182,16 @@ class Grammars:
 def test_masked_tokens_are_never_sampled_and_an_empty_mask_ends_that_row_alone():
     values = torch.zeros(2, VOCAB)
     values[:, 5] = 50.0
-    only = row(SamplingParams(temperature=1.0, allowed_token_ids=[6, 7]))
-    assert sampled_tokens(values.clone(), [only, row(SamplingParams(temperature=0.0))])[0] in (6, 7)
-    word = SamplingParams(temperature=0.0, allowed_token_ids=[6])
-    stuck = row(word)
-    stuck.request.rules = TokenRules(bad_words=[[6]])
-    result = sample(values.clone(), [stuck, row(SamplingParams(temperature=0.0))])
+    only = row(Decoding(temperature=1.0, allowed_token_ids=[6, 7]))
+    assert sampled_tokens(values.clone(), [only, row(Decoding(temperature=0.0))])[0] in (6, 7)
+    stuck = row(Decoding(allowed_token_ids=[6], rules=TokenRules(bad_words=[[6]])))
+    result = sample(values.clone(), [stuck, row(Decoding(temperature=0.0))])
     assert list(result.errors) == [0] and "constraints" in result.errors[0]
     assert result.token_ids[1] == 5
 
 
 def test_bias_is_added_before_penalties_and_not_to_logprobs():
-    params = SamplingParams(
+    params = Decoding(
         temperature=0.0, logit_bias={3: 7.0, 4: -100.0}, repetition_penalty=2.0, logprobs=1
     )
     values = logits(seed=5)
@@ -211,7 +211,7 @@ def test_bias_is_added_before_penalties_and_not_to_logprobs():
     "mode", ["raw_logprobs", "raw_logits", "processed_logprobs", "processed_logits"]
 )
 def test_logprobs_modes(mode):
-    params = SamplingParams(temperature=0.5, top_k=3, logit_bias={7: 2.0}, logprobs=VOCAB, seed=1)
+    params = Decoding(temperature=0.5, top_k=3, logit_bias={7: 2.0}, logprobs=VOCAB, seed=1)
     values = logits(seed=2)
     edited = values[0].clone()
     edited[7] += 2.0
@@ -230,7 +230,7 @@ def test_logprobs_modes(mode):
 
 
 def test_logprobs_of_asked_tokens():
-    params = SamplingParams(temperature=0.0, logprob_token_ids=[9, 2])
+    params = Decoding(logprobs=0, logprob_token_ids=[9, 2])
     values = logits(seed=1)
     raw = torch.log_softmax(values[0], -1)
     entry = sample(values, [row(params)]).logprobs[0]

@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from quire.decoding import Decoding
 from quire.kernels.reference import filtered_scores
 from quire.kernels.select import create_kernels
 from quire.messages import AdmittedRequest
 from quire.sampling.sampler import Sampled, Sampler, SamplingSeats, log_softmax, top_logprobs
-from quire.sampling_params import SamplingParams
 
 VOCAB = 40
 SAMPLER = Sampler(create_kernels("auto"))
@@ -27,11 +28,11 @@ class Row:
     position: int
 
 
-def row(params: SamplingParams, *, seed=0, prompt=(), output=(), eos=(), position=None):
+def row(decoding: Decoding, *, seed=0, prompt=(), output=(), eos=(), position=None):
     tokens = [*prompt, *output]
     request = AdmittedRequest(
         request_id=1, token_ids=tokens, num_prompt_tokens=len(prompt), block_ids=[],
-        params=params, seed=seed, eos_token_ids=list(eos),
+        decoding=msgspec.structs.replace(decoding, seed=seed, end_token_ids=frozenset(eos)),
     )  # fmt: skip
     return Row(request, len(tokens) if position is None else position)
 
@@ -86,7 +87,7 @@ def test_filters_keep_what_the_definitions_keep(seed, top_k, top_p, min_p):
     values = logits(seed=seed)
     scores = (values[0] - values[0].max()).double().tolist()
     expected = plain_filter(scores, top_k, top_p, min_p)
-    params = SamplingParams(top_k=top_k, top_p=top_p, min_p=min_p)
+    params = Decoding(temperature=1.0, top_k=top_k, top_p=top_p, min_p=min_p)
     table = seated([row(params)])
     (wants,) = table.rows(np.array([0]), np.array([0]))
     kept = filtered_scores(values[0], wants)
@@ -96,7 +97,7 @@ def test_filters_keep_what_the_definitions_keep(seed, top_k, top_p, min_p):
 
 
 def test_samples_follow_the_softmax():
-    params = SamplingParams(temperature=0.7)
+    params = Decoding(temperature=0.7)
     values = logits(seed=3, spread=1.0)
     expected = torch.softmax(values[0] / 0.7, -1)
     draws = 20_000
@@ -109,7 +110,7 @@ def test_samples_follow_the_softmax():
 
 
 def test_a_rows_token_depends_on_seed_and_position_alone():
-    params = SamplingParams(temperature=1.0, top_p=0.9, min_p=0.01, top_k=30)
+    params = Decoding(temperature=1.0, top_p=0.9, min_p=0.01, top_k=30)
     values = logits(rows=64)
     rows = [row(params, seed=i, position=100 + i) for i in range(64)]
     together = tokens_of(values.clone(), rows)
@@ -121,23 +122,17 @@ def test_a_rows_token_depends_on_seed_and_position_alone():
     assert tokens_of(values.clone(), other_place) != together
 
 
-def test_the_largest_seeds_and_top_k_fit():
-    params = SamplingParams(temperature=1.0, top_k=2**40)
-    wrapped = tokens_of(logits(), [row(params, seed=2**64 - 5)])
-    assert wrapped == tokens_of(logits(), [row(params, seed=-5)])
-
-
 def test_greedy_and_random_rows_mix():
     values = logits(rows=4)
-    greedy, random = SamplingParams(temperature=0.0), SamplingParams(temperature=2.0)
+    greedy, random = Decoding(temperature=0.0), Decoding(temperature=2.0)
     tokens = tokens_of(values.clone(), [row(p, seed=1) for p in (greedy, random, greedy, random)])
     assert tokens[0] == int(values[0].argmax())
     assert tokens[2] == int(values[2].argmax())
 
 
 def test_a_seat_is_sampled_as_its_present_request_wants():
-    greedy, random = SamplingParams(temperature=0.0), SamplingParams(temperature=1.0, top_k=3)
-    penalized = SamplingParams(temperature=0.0, presence_penalty=2.0, logprobs=1)
+    greedy, random = Decoding(temperature=0.0), Decoding(temperature=1.0, top_k=3)
+    penalized = Decoding(temperature=0.0, presence_penalty=2.0, logprobs=1)
     table, seats, position = (
         SamplingSeats(2, VOCAB, max_model_len=10**6),
         np.array([1]),
@@ -155,7 +150,7 @@ def test_a_seat_is_sampled_as_its_present_request_wants():
 
 
 def test_penalties_are_vllms_formulas():
-    params = SamplingParams(
+    params = Decoding(
         temperature=0.0, repetition_penalty=1.5, frequency_penalty=0.3, presence_penalty=0.2,
         logprobs=VOCAB,
     )  # fmt: skip
@@ -181,8 +176,8 @@ def test_penalties_are_vllms_formulas():
 
 
 def test_only_rows_that_ask_are_edited_and_told():
-    plain, wanting = SamplingParams(temperature=0.0), SamplingParams(temperature=0.0, logprobs=2)
-    edited = SamplingParams(temperature=0.0, presence_penalty=1.0)
+    plain, wanting = Decoding(temperature=0.0), Decoding(temperature=0.0, logprobs=2)
+    edited = Decoding(temperature=0.0, presence_penalty=1.0)
     values = logits(rows=3)
     before = values.clone()
     rows = [row(plain, output=[1]), row(wanting, output=[1]), row(edited, output=[1])]
@@ -192,7 +187,7 @@ def test_only_rows_that_ask_are_edited_and_told():
 
 
 def test_history_grows_with_what_is_sampled():
-    params = SamplingParams(temperature=0.0, frequency_penalty=2.0)
+    params = Decoding(temperature=0.0, frequency_penalty=2.0)
     values = torch.zeros(1, VOCAB)
     values[0, :3] = torch.tensor([5.0, 4.0, 3.5])
     table, seat = seated([row(params)]), np.array([0])
@@ -204,7 +199,7 @@ def test_history_grows_with_what_is_sampled():
 
 
 def test_no_end_token_before_min_tokens():
-    params = SamplingParams(temperature=0.0, min_tokens=2, stop_token_ids=[5])
+    params = Decoding(temperature=0.0, min_tokens=2, stop_token_ids=frozenset({5}))
     values = torch.zeros(1, VOCAB)
     values[0, 2], values[0, 5], values[0, 6] = 9.0, 8.0, 7.0
     early = row(params, output=[1], eos=[2])
@@ -221,8 +216,8 @@ def test_no_end_token_before_min_tokens():
 def test_nan_is_that_rows_error_alone():
     values = logits(rows=4)
     values[1, 7] = values[3, 0] = math.nan
-    plain = [row(SamplingParams(temperature=t)) for t in (0.0, 1.0, 1.0)]
-    asking = row(SamplingParams(temperature=1.0, logprobs=1, presence_penalty=1.0))
+    plain = [row(Decoding(temperature=t)) for t in (0.0, 1.0, 1.0)]
+    asking = row(Decoding(temperature=1.0, logprobs=1, presence_penalty=1.0))
     sampled = sample(values, [*plain, asking])
     assert list(sampled.errors) == [1, 3]
     assert sampled.logprobs == {}

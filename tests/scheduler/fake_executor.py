@@ -80,7 +80,7 @@ class CheckingExecutor:
         assert admitted.request_id not in self.states
         assert 0 not in admitted.block_ids, "the null block was handed out"
         self.states[admitted.request_id] = _State(
-            list(admitted.token_ids), list(admitted.block_ids), admitted.seed
+            list(admitted.token_ids), list(admitted.block_ids), admitted.decoding.seed
         )
 
     def _copy(self, source: int, destination: int) -> None:

@@ -16,9 +16,9 @@ from quire.messages import (
     StepOutputs,
     StepPlan,
 )
-from quire.sampling_params import SamplingParams
 from quire.scheduler import Scheduler, SchedulerLimits
 from tests.scheduler.fake_executor import CheckingExecutor, expected_output
+from tests.scheduler.requests import add_request
 
 PROMPT = list(range(6))
 
@@ -55,13 +55,12 @@ class Overlapped:
     ) -> None:
         self.updates[request_id] = []
         self.core.handle(
-            AddRequest(
-                request_id=request_id,
-                prompt_token_ids=prompt,
-                params=SamplingParams(max_tokens=max_tokens),
+            add_request(
+                request_id,
+                prompt,
                 seed=request_id,
                 max_tokens=max_tokens,
-                eos_token_ids=[] if eos is None else [eos],
+                end_token_ids=frozenset(() if eos is None else (eos,)),
                 arrival_time=float(request_id),
                 fork_of=fork_of,
             )

@@ -8,9 +8,10 @@ import pytest
 from quire.engine.core import EngineCore
 from quire.executor.mock import MockExecutor
 from quire.kvcache import CacheKey, KVCacheManager
-from quire.messages import AbortRequests, AddRequest, StepOutputs, StepPlan
-from quire.sampling_params import SamplingParams
+from quire.messages import AbortRequests, StepOutputs, StepPlan
+from quire.placement import Placement
 from quire.scheduler import Scheduler, SchedulerLimits
+from tests.scheduler.requests import add_request
 
 BUDGET = 2048
 LONG = 32_000
@@ -56,14 +57,12 @@ class Engine:
         for _ in range(count):
             request_id = len(self.arrived)
             tokens = prompt if isinstance(prompt, list) else [1000 + request_id] * prompt
-            message = AddRequest(
-                request_id=request_id,
-                prompt_token_ids=tokens,
-                params=SamplingParams(max_tokens=max_tokens),
-                seed=0,
+            message = add_request(
+                request_id,
+                tokens,
                 max_tokens=max_tokens,
                 arrival_time=float(request_id),
-                priority=priority,
+                placement=Placement(priority=priority),
             )
             assert self.core.handle(message) is None
             self.arrived[request_id] = len(self.plans)

@@ -12,27 +12,30 @@ from quire.kvcache import KVCacheManager
 from quire.messages import (
     AbortRequests,
     AddRequest,
+    Control,
     FinishReason,
     ResetPrefixCache,
     StepOutputs,
-    WaitReason,
 )
-from quire.sampling_params import SamplingParams
-from quire.scheduler import Scheduler, SchedulerLimits
+from quire.placement import Placement
+from quire.scheduler import Scheduler, SchedulerLimits, WaitReason
 from quire.scheduler.request import RequestStatus
 from tests.scheduler.fake_executor import CheckingExecutor, expected_output
+from tests.scheduler.requests import add_request
 
 EOS = 7
 VOCAB = 9  # small, so that prompts share prefixes and EOS is common
 
 
 def needs_token_before_next(message: AddRequest) -> bool:
-    return message.priority == 2
+    return message.placement.priority == 2
 
 
 class SchedulerMachine(RuleBasedStateMachine):
     max_in_flight = 1
     max_model_len = 24
+    policy: str | None = None
+    """None: one of those that there are."""
 
     @initialize(
         block_size=st.sampled_from([1, 2, 4]),
@@ -60,7 +63,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             watermark_blocks=watermark,
             long_prefill_token_threshold=threshold if chunked else 0,
             enable_chunked_prefill=chunked,
-            policy=policy,
+            policy=self.policy or policy,
         )
         kv = KVCacheManager(num_blocks, block_size, enable_prefix_caching=caching)
         self.scheduler = Scheduler(
@@ -98,21 +101,17 @@ class SchedulerMachine(RuleBasedStateMachine):
         prompt = data.draw(st.one_of(known))
         self.prompts.append(prompt)
         max_tokens = data.draw(st.integers(1, self.max_model_len - len(prompt)))
-        params = SamplingParams(
-            ignore_eos=ignore_eos, min_tokens=min(min_tokens, max_tokens), max_tokens=max_tokens
-        )
         leader = self.next_id
         for index in range(n):
-            message = AddRequest(
-                request_id=self.next_id,
-                prompt_token_ids=prompt,
-                params=params,
+            message = add_request(
+                self.next_id,
+                prompt,
                 seed=index,
                 max_tokens=max_tokens,
-                eos_token_ids=[EOS],
+                min_tokens=min(min_tokens, max_tokens),
+                end_token_ids=frozenset(() if ignore_eos else (EOS,)),
                 arrival_time=float(leader),
-                priority=priority,
-                cache_salt=salt,
+                placement=Placement(priority=priority, tenant=str(priority), cache_salt=salt),
                 fork_of=leader if index else None,
             )
             self.messages[self.next_id] = message
@@ -128,7 +127,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule()
     def reset_cache(self):
-        self.core.handle(ResetPrefixCache())
+        self.core.handle(Control(0, ResetPrefixCache()))
 
     @rule(steps=st.integers(1, 6))
     def step(self, steps):
@@ -162,8 +161,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             else:
                 self.check_row(row, request)
         for request in self.scheduler.waiting:
-            if self.scheduler.wait_reason(request) is WaitReason.DEFERRED:
+            if self.scheduler.why_waits(request).reason.label == "deferred":
                 self.deferred.add(request.request_id)
+            self.check_reason(plan, request)
         if any(request.status is RequestStatus.PREEMPTED for request in self.was_running):
             assert not plan.admitted, "a step that preempts admits nobody"
         else:
@@ -186,6 +186,42 @@ class SchedulerMachine(RuleBasedStateMachine):
                 assert got == most, "budget is left"
         if plan.num_tokens < self.limits.max_num_batched_tokens:
             assert self.head_that_fits() is None, "budget is left, and a seat and blocks"
+
+    def check_reason(self, plan, request):
+        """Why it waits is true, as far as that can still be seen after planning."""
+        scheduler = self.scheduler
+        wait = scheduler.why_waits(request)
+        other = scheduler.requests.get(wait.because_of)
+        preempts = any(r.status is RequestStatus.PREEMPTED for r in self.was_running)
+        match wait.reason:
+            case WaitReason.SEAT:
+                assert preempts or len(scheduler.running) == self.limits.max_num_seqs
+            case WaitReason.BLOCKS:
+                assert wait.needed > wait.free
+                size = self.limits.max_model_len // scheduler.kv.block_size + 1
+                assert scheduler.running and wait.needed <= size + 1
+            case WaitReason.BUDGET if wait.needed > 1:
+                assert wait.needed > wait.budget and not self.limits.enable_chunked_prefill
+            case WaitReason.BUDGET:
+                assert preempts or plan.num_tokens == self.limits.max_num_batched_tokens
+            case WaitReason.BEHIND:
+                stopped = scheduler.why_waits(other).reason
+                assert stopped in (WaitReason.SEAT, WaitReason.BLOCKS, WaitReason.BUDGET)
+                assert other.sort_key < request.sort_key
+            case WaitReason.PREEMPTED:
+                assert request.status is RequestStatus.PREEMPTED and wait.needed > wait.free
+                assert other is request or other.sort_key < request.sort_key
+            case WaitReason.PREFIX:
+                size = scheduler.kv.block_size
+                assert preempts or other in scheduler.running
+                assert other.token_ids[:size] == request.token_ids[:size]
+            case WaitReason.FORK:
+                assert preempts or other in scheduler.running
+                assert wait.because_of == request.fork_of
+            case WaitReason.TOKEN:
+                assert request.num_pending_tokens
+            case _:
+                raise AssertionError(wait)
 
     def capped(self, count):
         return min(count, self.limits.long_prefill_token_threshold or count)
@@ -248,7 +284,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def has_to_wait(self, request):
         """Whether nothing can be computed before a result in flight is there."""
         message = self.messages[request.request_id]
-        last = len(message.prompt_token_ids) + message.max_tokens
+        last = len(message.prompt_token_ids) + message.decoding.max_tokens
         ends = request.num_tokens == last
         return request.num_pending_tokens and (ends or needs_token_before_next(message))
 
@@ -293,12 +329,12 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.check_output(request_id, message)
 
     def check_output(self, request_id, message):
-        params = message.params
+        decoding = message.decoding
         tokens = list(message.prompt_token_ids)
-        full = expected_output(tokens, message.seed, message.max_tokens, vocab_size=VOCAB)
+        full = expected_output(tokens, decoding.seed, decoding.max_tokens, vocab_size=VOCAB)
         expected, reason = full, FinishReason.LENGTH
         for index, token in enumerate(full):
-            if token == EOS and not params.ignore_eos and index + 1 >= params.min_tokens:
+            if token in decoding.end_token_ids and index + 1 >= decoding.min_tokens:
                 expected, reason = full[: index + 1], FinishReason.STOP
                 break
         output = self.outputs[request_id]

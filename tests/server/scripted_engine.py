@@ -17,6 +17,7 @@ from quire.errors import (
 from quire.messages import EngineReady, SchedulerStats, StepOutputs
 from quire.metrics import MetricsSink, NullMetrics
 from quire.outputs import CompletionOutput, Logprob, RequestOutput
+from quire.placement import Placement
 from quire.sampling_params import PoolingParams, RequestOutputKind, SamplingParams
 from quire.structured.spec import DEFAULT_LIMITS, Limits
 from quire.text.parsing import ThinkingTokens
@@ -122,8 +123,7 @@ class Submitted:
     prompt: list[int]
     params: SamplingParams | PoolingParams
     request_id: str | None
-    priority: int
-    cache_salt: str | None
+    placement: Placement
     thinking: ThinkingTokens | None = None
 
 
@@ -278,13 +278,13 @@ class ScriptedEngine:
         self._open.set()
 
     def submit(
-        self, prompt, params, *, request_id=None, priority=0, cache_salt=None, thinking=None
+        self, prompt, params, *, request_id=None, placement=Placement(), thinking=None
     ) -> FakeStream:
         if self.refuse is not None and len(self.submitted) >= self.refuse_after:
             raise self.refuse
         sampled = params if isinstance(params, SamplingParams) else SamplingParams(max_tokens=1)
-        self.checks.process(prompt, sampled, priority=priority, cache_salt=cache_salt)
-        self.submitted.append(Submitted(prompt, params, request_id, priority, cache_salt, thinking))
+        self.checks.process(prompt, sampled, placement=placement)
+        self.submitted.append(Submitted(prompt, params, request_id, placement, thinking))
         stream = FakeStream(self, request_id or "r", prompt, params)
         self.streams.append(stream)
         return stream
@@ -296,8 +296,9 @@ class ScriptedEngine:
         length = sum(x * x for x in vector) ** 0.5 if params.normalize else 1.0
         return [x / (length or 1.0) for x in vector]
 
-    def reset_prefix_cache(self) -> None:
+    async def reset_prefix_cache(self) -> bool:
         self.resets += 1
+        return True
 
     def check_grammar(self, params: SamplingParams) -> Sequence[str]:
         self.grammar_threads.append(threading.current_thread().name)

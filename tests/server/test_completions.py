@@ -8,6 +8,7 @@ import json
 import pytest
 from scripted_engine import ANSWER, ScriptedEngine, data_lines, texts
 
+from quire.placement import Placement
 from quire.sampling_params import RequestOutputKind
 
 URL = "/v1/completions"
@@ -269,7 +270,7 @@ async def test_fields_reach_the_engine(client, engine):
     assert response.status_code == 200, response.text
     [submitted] = engine.submitted
     assert {name: getattr(submitted.params, name) for name in sent} == sent
-    assert (submitted.priority, submitted.cache_salt) == (-3, "tenant")
+    assert submitted.placement == Placement(priority=-3, cache_salt="tenant")
 
 
 async def test_truncation(client, engine):

@@ -12,6 +12,7 @@ from openai.types import CreateEmbeddingResponse, Embedding
 from openai.types.embedding_create_params import EmbeddingCreateParams
 from scripted_engine import queue_full
 
+from quire.placement import Placement
 from quire.sampling_params import PoolingParams
 from quire.server import unsupported
 from quire.server.pooling_schemas import EmbeddingRequest
@@ -88,7 +89,7 @@ async def test_how_a_vector_is_made_and_written(client, engine):
     assert list(struct.unpack("<3f", written)) == plain == [0.0, 0.0, 1.0]
     await post(client, input=[4, 5, 6, 7], truncate_prompt_tokens=2, priority=3, cache_salt="s")
     last = engine.submitted[-1]
-    assert (last.prompt, last.priority, last.cache_salt) == ([6, 7], 3, "s")
+    assert (last.prompt, last.placement) == ([6, 7], Placement(priority=3, cache_salt="s"))
     for limit, side, kept in ((2, "left", [6, 7]), (2, "right", [4, 5]), (-1, None, [4, 5, 6, 7])):
         cut = {"truncate_prompt_tokens": limit, "truncation_side": side}
         await post(client, input=[[4, 5, 6, 7]], **cut)

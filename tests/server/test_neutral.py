@@ -171,7 +171,7 @@ async def ask(client, engine, url: str, body: dict) -> tuple[object, list]:
     for name in ("id", "created", "created_at", "completed_at", "metadata", "tool_choice", "text",
                  "parallel_tool_calls", "instructions", "output"):  # fmt: skip
         answer.pop(name, None)
-    sent = [(each.prompt, each.params, each.priority) for each in engine.submitted]
+    sent = [(each.prompt, each.params, each.placement) for each in engine.submitted]
     return answer, sent
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from quire.builtin import MODEL_DIR
-from quire.messages import GrammarSpec
+from quire.decoding import GrammarSpec
 from quire.sampling_params import StructuredOutputsParams
 from quire.structured.base import Grammar, TokenMatcher
 from quire.structured.guidance import GuidanceCompiler

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from quire.builtin import MODEL_DIR
-from quire.messages import GrammarSpec
+from quire.decoding import GrammarSpec
 from quire.sampling_params import StructuredOutputsParams
 from quire.structured.base import Grammar, GrammarError
 from quire.structured.checker import GrammarChecker

@@ -15,7 +15,9 @@ import zmq
 
 from quire.config import EngineConfig
 from quire.engine.beam_search import BeamSearch, BeamStream, step_params
-from quire.engine.core_client import CoreProcess, failure_of
+from quire.engine.controls import Controls
+from quire.engine.core_client import CoreProcess
+from quire.engine.failures import error_of
 from quire.engine.input_processor import EngineRequest, InputProcessor, PromptInput
 from quire.engine.output_processor import OutputProcessor
 from quire.engine.setup import ServedModel, locate, resolve, serve_model
@@ -27,6 +29,8 @@ from quire.errors import (
 )
 from quire.messages import (
     AbortRequests,
+    Answer,
+    ControlAction,
     CoreFailed,
     CoreInput,
     CoreOutput,
@@ -36,18 +40,17 @@ from quire.messages import (
     ResetPrefixCache,
     SchedulerStats,
     Sleep,
-    SleepState,
     StepOutputs,
     WakeUp,
 )
 from quire.metrics import MetricsSink
 from quire.outputs import RequestOutput
+from quire.placement import Placement
 from quire.sampling_params import BeamSearchParams, PoolingParams, SamplingParams
 from quire.structured.checker import GrammarChecker
 from quire.text.parsing.base import ThinkingTokens
 
 PING_SECONDS = 2.0
-SLEEP_POLL_SECONDS = 0.02
 DRAIN_BATCH = 16
 """Messages taken in before other tasks get a turn."""
 DEFAULT_HEALTH_TIMEOUT = 60.0
@@ -122,8 +125,8 @@ class AsyncLLM:
         self._checker = GrammarChecker(
             model.tokenizer, vocab_size=model.vocab_size, eos_token_ids=model.eos_token_ids
         )
-        self._sleep_level = 0
-        self._sleep_states: deque[asyncio.Future[int]] = deque()
+        self._controls = Controls()
+        self._calls: dict[int, asyncio.Future[Answer]] = {}
         self._output = OutputProcessor(
             model.tokenizer, stream_interval=config.scheduler.stream_interval
         )
@@ -175,8 +178,7 @@ class AsyncLLM:
         params: SamplingParams | PoolingParams | BeamSearchParams,
         *,
         request_id: str | None = None,
-        priority: int = 0,
-        cache_salt: str | None = None,
+        placement: Placement = Placement(),
         add_special_tokens: bool = True,
         thinking: ThinkingTokens | None = None,
     ) -> RequestStream | BeamStream:
@@ -188,26 +190,24 @@ class AsyncLLM:
         """
         if self._dead is not None:
             raise self._dead
-        if self._sleep_level:
+        if self._controls.is_sleeping:
             raise EngineSleepingError("The engine sleeps; wake it up first (POST /wake_up).")
         if request_id is not None and request_id in self._streams:
             raise InvalidParameterError(
                 f"request_id {request_id!r} is in use.", param="request_id", value=request_id
             )
-        beams = params if isinstance(params, BeamSearchParams) else None
         request = self._input.process(
             prompt,
-            SamplingParams(max_tokens=params.max_tokens)
-            if isinstance(params, BeamSearchParams)
-            else params,
+            params,
             request_id=request_id,
-            priority=priority,
-            cache_salt=cache_salt,
+            placement=placement,
             add_special_tokens=add_special_tokens,
             thinking=thinking,
         )
         self._check_queue(request)
-        return self._launch(request) if beams is None else self._search(request, beams)
+        if isinstance(params, BeamSearchParams):
+            return self._search(request, params)
+        return self._launch(request)
 
     def _launch(self, request: EngineRequest) -> RequestStream:
         if self._dead is not None:
@@ -222,26 +222,23 @@ class AsyncLLM:
     def _search(self, request: EngineRequest, params: BeamSearchParams) -> BeamStream:
         """A search whose beams are requests of their own. They are not turned away by a full queue, and keep
         the place in it that the search has."""
-        [first] = request.sequences
         step = step_params(params, self.model.vocab_size)
 
         def extend(token_ids: list[int]) -> RequestStream:
             beam = self._input.process(
-                token_ids,
-                step,
-                priority=first.priority,
-                cache_salt=first.cache_salt,
-                max_logprobs=-1,
+                token_ids, step, placement=request.placement, max_logprobs=-1
             )
             beam.sequences[0] = msgspec.structs.replace(
-                beam.sequences[0], arrival_time=first.arrival_time
+                beam.sequences[0], arrival_time=request.arrival_ts
             )
             return self._launch(beam)
 
         search = BeamSearch(
             request.prompt_token_ids, params, self.model.eos_token_ids, request.max_tokens
         )
-        return BeamStream(request, search, self.model.tokenizer, extend, self._searches)
+        return BeamStream(
+            request, search, self.model.tokenizer, extend, self._searches, self._release_sleeps
+        )
 
     async def generate(
         self, prompt: PromptInput, params: SamplingParams, request_id: str | None = None
@@ -258,10 +255,6 @@ class AsyncLLM:
         if output is not None:
             self._deliver(output)
 
-    def reset_prefix_cache(self) -> None:
-        if self._dead is None:
-            self._send(ResetPrefixCache())
-
     def check_grammar(self, params: SamplingParams) -> Sequence[str]:
         """Compile the grammar once, in a process that can be killed: blocking, for a thread. The engine core,
         which compiles it again, is not to meet one that never ends. Returns what to warn the client of.
@@ -274,44 +267,67 @@ class AsyncLLM:
         self._checker.check(wanted.spec)
         return wanted.warnings
 
+    async def reset_prefix_cache(self) -> bool:
+        """Forget all cached prefixes. Returns True when it is done."""
+        await self._control(ResetPrefixCache())
+        return True
+
     async def sleep(self, level: int = 1) -> None:
         """Take no more requests, wait for those that run, and give back the KV cache's memory (level 1) or
-        the weights' too (2)."""
-        self._sleep_level = level
-        while self._streams or self._searches:
-            await asyncio.sleep(SLEEP_POLL_SECONDS)
-        self._sleep_level = await self._ask(Sleep(level))
+        the weights' too (2).
+
+        Cancelled while it waits for requests, it is off. `wake_up` calls it off too: then it raises
+        `EngineError`."""
+        await self._control(Sleep(level))
 
     async def wake_up(self) -> None:
-        """Serve again. Raises what keeps the engine from it."""
-        self._sleep_level = await self._ask(WakeUp())
+        """Serve again. Raises what keeps the engine from it; it then still sleeps."""
+        for answer in self._controls.call_off():
+            self._resolve(answer)
+        await self._control(WakeUp())
 
     @property
     def is_sleeping(self) -> bool:
-        return self._sleep_level > 0
+        """Whether it sleeps, or is about to: it takes no requests."""
+        return self._controls.is_sleeping
 
-    async def _ask(self, message: Sleep | WakeUp) -> int:
+    async def _control(self, action: ControlAction) -> None:
+        """Carry out a control call. Raises what it raised."""
         if self._dead is not None:
             raise self._dead
-        answer: asyncio.Future[int] = self._loop.create_future()
-        self._sleep_states.append(answer)
-        self._send(message)
-        return await answer
+        control = self._controls.new(action)
+        call = self._calls[control.id] = self._loop.create_future()
+        try:
+            busy = bool(self._streams or self._searches)
+            for message in self._controls.start(control, busy=busy):
+                self._send(message)
+            answer = await call
+        finally:
+            self._controls.cancel(control.id)
+            self._calls.pop(control.id, None)
+        if answer.failure is not None:
+            raise error_of(answer.failure)
 
-    @property
-    def num_unfinished(self) -> int:
-        """Requests submitted and not ended."""
-        return len(self._streams)
+    def _resolve(self, answer: Answer) -> None:
+        """Tell the caller, unless it no longer waits."""
+        call = self._calls.pop(answer.id, None)
+        if call is not None and not call.done():
+            call.set_result(answer)
+
+    def _release_sleeps(self) -> None:
+        if not (self._streams or self._searches):
+            for message in self._controls.release():
+                self._send(message)
 
     def _check_queue(self, request: EngineRequest) -> None:
         scheduler = self.config.scheduler
-        live = self._output.num_sequences
+        live, more = self._output.num_sequences, max(1, len(request.sequences))
         if scheduler.max_num_queued_reqs:
             limit = scheduler.max_num_seqs + scheduler.max_num_queued_reqs
-            if live + len(request.sequences) > limit:
+            if live + more > limit:
                 self._reject(
                     "max_num_queued_reqs",
-                    f"{live} sequences run or wait and this request adds {len(request.sequences)}; "
+                    f"{live} sequences run or wait and this request adds {more}; "
                     f"the server takes {limit} (--max-num-seqs plus --max-num-queued-reqs).",
                 )
         if scheduler.max_num_queued_tokens and live >= scheduler.max_num_seqs:
@@ -369,10 +385,11 @@ class AsyncLLM:
             for listener in self._stats_listeners:
                 listener(message)
         elif isinstance(message, CoreFailed):
-            self._die(str(failure_of(message)))
-        elif isinstance(message, SleepState):
-            self._output.metrics.on_sleep_state(message.level)
-            self._sleep_states.popleft().set_result(message.level)
+            self._die(message.failure.message)
+        elif isinstance(message, Answer):
+            self._controls.take(message)
+            self._output.metrics.on_sleep_state(message.sleep_level)
+            self._resolve(message)
         else:
             assert isinstance(message, (Pong, EngineReady))
 
@@ -383,6 +400,7 @@ class AsyncLLM:
         if output.finished:
             del self._streams[output.request_id]
             self._finish_times.append(time.monotonic())
+            self._release_sleeps()
         stream.put(output)
 
     def _die(self, message: str) -> None:
@@ -395,9 +413,13 @@ class AsyncLLM:
         streams, self._streams = self._streams, {}
         for stream in streams.values():
             stream.put(EngineDeadError(message))
-        for answer in self._sleep_states:
-            answer.set_exception(EngineDeadError(message))
-        self._sleep_states.clear()
+        self._fail_calls(self._dead)
+
+    def _fail_calls(self, error: EngineDeadError) -> None:
+        calls, self._calls = self._calls, {}
+        for call in calls.values():
+            if not call.done():
+                call.set_exception(error)
 
     async def _ping(self) -> None:
         """Ask for a sign of life when there is none, and notice a core that has died."""
@@ -446,5 +468,6 @@ class AsyncLLM:
             await self._pinger
         self._loop.remove_reader(self._descriptor)
         self._dead = self._dead or EngineDeadError("The engine has been shut down.")
+        self._fail_calls(self._dead)
         self._checker.close()
         await asyncio.to_thread(self._core.close)

@@ -13,13 +13,16 @@ from dataclasses import dataclass
 
 import msgspec
 
+from quire.decoding import MAX_TOP_K, Decoding, Task, TokenRules, signed_64
 from quire.engine.setup import ServedModel
 from quire.errors import InvalidParameterError, PromptTooLongError
-from quire.messages import AddRequest, TokenRules
-from quire.sampling_params import PoolingParams, SamplingParams
+from quire.messages import AddRequest
+from quire.placement import Placement
+from quire.sampling_params import BeamSearchParams, PoolingParams, SamplingParams
 from quire.structured.spec import Wanted, wanted
 from quire.text.parsing.base import ThinkingTokens
 
+Params = SamplingParams | PoolingParams | BeamSearchParams
 PromptInput = str | Sequence[int] | Mapping[str, object]
 """Text, token ids, or a mapping with `prompt` or `prompt_token_ids`, and `cache_salt` if wanted."""
 
@@ -31,16 +34,19 @@ _PROMPT_KEYS = frozenset({"prompt", "prompt_token_ids", "cache_salt"})
 
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
-    """One request of a caller: `n` sequences over one prompt."""
+    """One request of a caller: sequences over one prompt."""
 
     request_id: str
     prompt: str | None
     prompt_token_ids: list[int]
-    params: SamplingParams
-    """Of a request that is pooled, only a placeholder."""
+    params: Params
+    task: Task
+    placement: Placement
     max_tokens: int
+    """Within the context; 0 if the task is not to generate."""
     arrival_ts: float
     sequences: list[AddRequest]
+    """For the engine core. Empty for a beam search, whose beams are requests of their own."""
 
 
 class InputProcessor:
@@ -63,11 +69,10 @@ class InputProcessor:
     def process(
         self,
         prompt: PromptInput,
-        params: SamplingParams | PoolingParams,
+        params: Params,
         *,
         request_id: str | None = None,
-        priority: int = 0,
-        cache_salt: str | None = None,
+        placement: Placement = Placement(),
         add_special_tokens: bool = True,
         thinking: ThinkingTokens | None = None,
         max_logprobs: int | None = None,
@@ -76,69 +81,72 @@ class InputProcessor:
         """thinking: of a reasoning model, how it begins and ends to think.
         fit_max_tokens: max_tokens is a default, which is cut to what the context has room for.
         max_logprobs: instead of the model's limit, for requests of our own making."""
-        text, token_ids, salt = self._read_prompt(prompt, cache_salt, add_special_tokens)
-        pooling = params if isinstance(params, PoolingParams) else None
-        if pooling is not None:
-            self._check_pooling(pooling)
-            params = SamplingParams()
-        elif not self._has_head:
-            raise InvalidParameterError(
-                "This checkpoint is a base model without an output head (lm_head.weight): it gives "
-                "embeddings, and generates no text.",
-                param="model",
-            )
-        assert not isinstance(params, PoolingParams)
+        text, token_ids, placement = self._read_prompt(prompt, placement, add_special_tokens)
         limit = self._model.max_logprobs if max_logprobs is None else max_logprobs
-        self._check_params(params, max_logprobs=limit)
-        scores_only = pooling is not None or params.max_tokens == 0
-        self._check_prompt(token_ids, most=self._model.max_model_len - (not scores_only))
-        rules = self._rules(params, thinking)
-        sent = params.replace(structured_outputs=None)  # the rules have the grammar
-        if isinstance(priority, bool) or not isinstance(priority, int) or abs(priority) > 2**31:
-            raise InvalidParameterError(
-                f"priority must be a 32-bit integer, got {priority!r}.",
-                param="priority", value=priority,
-            )  # fmt: skip
-        max_tokens = (
-            0 if scores_only else self._max_tokens(len(token_ids), params, fit=fit_max_tokens)
-        )
-        now = time.monotonic()
-        seed = params.seed if params.seed is not None else secrets.randbits(63)
-        leader = next(self._ids)
-        sequences = [
-            AddRequest(
-                request_id=leader if index == 0 else next(self._ids),
-                prompt_token_ids=token_ids,
-                # Siblings differ by their seed alone; the prompt's logprobs are the first one's.
-                params=sent.replace(prompt_logprobs=None) if index else sent,
-                seed=(seed + index) % 2**64,
-                max_tokens=max_tokens,
-                rules=rules,
-                pooling=pooling,
-                eos_token_ids=list(self._model.eos_token_ids),
-                arrival_time=now,
-                priority=priority,
-                cache_salt=salt,
-                fork_of=leader if index else None,
-            )
-            for index in range(params.n)
-        ]
+        task = self._check_params(params, max_logprobs=limit)
+        generates = task is Task.GENERATE
+        self._check_prompt(token_ids, most=self._model.max_model_len - generates)
+        rules = self._rules(params, thinking) if isinstance(params, SamplingParams) else None
+        _check_priority(placement.priority)
+        max_tokens = 0
+        if not isinstance(params, PoolingParams) and generates:
+            max_tokens = self._max_tokens(len(token_ids), params, fit=fit_max_tokens)
+        now, leader = time.monotonic(), next(self._ids)
+        decodings = []
+        if isinstance(params, PoolingParams):
+            decodings = [_pooling_decoding(params)]
+        elif isinstance(params, SamplingParams):
+            decodings = self._decodings(params, task, max_tokens, rules)
         return EngineRequest(
             request_id=request_id if request_id is not None else f"req-{leader}",
             prompt=text,
             prompt_token_ids=token_ids,
             params=params,
+            task=task,
+            placement=placement,
             max_tokens=max_tokens,
             arrival_ts=now,
-            sequences=sequences,
+            sequences=[
+                AddRequest(
+                    request_id=next(self._ids) if index else leader,
+                    prompt_token_ids=token_ids,
+                    decoding=decoding,
+                    placement=placement,
+                    arrival_time=now,
+                    fork_of=leader if index else None,
+                )
+                for index, decoding in enumerate(decodings)
+            ],
         )
 
+    def _decodings(
+        self, params: SamplingParams, task: Task, max_tokens: int, rules: TokenRules | None
+    ) -> list[Decoding]:
+        """Of each of the n sequences. They differ by their seed alone; the prompt's logprobs are the first
+        one's."""
+        seed = params.seed if params.seed is not None else secrets.randbits(63)
+        first = resolve_decoding(
+            params,
+            task=task,
+            max_tokens=max_tokens,
+            end_token_ids=self._model.eos_token_ids,
+            rules=rules,
+            seed=seed,
+        )
+        others = (
+            msgspec.structs.replace(
+                first, seed=signed_64((seed + index) % 2**64), prompt_logprobs=None
+            )
+            for index in range(1, params.n)
+        )
+        return [first, *others]
+
     def _read_prompt(
-        self, prompt: PromptInput, cache_salt: str | None, add_special_tokens: bool
-    ) -> tuple[str | None, list[int], str | None]:
+        self, prompt: PromptInput, placement: Placement, add_special_tokens: bool
+    ) -> tuple[str | None, list[int], Placement]:
         text: object = None
         token_ids: object = None
-        salt: object = cache_salt
+        salt: object = placement.cache_salt
         if isinstance(prompt, str):
             text = prompt
         elif isinstance(prompt, Mapping):
@@ -150,7 +158,7 @@ class InputProcessor:
                     param="prompt",
                 )
             text, token_ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
-            salt = prompt.get("cache_salt", cache_salt)
+            salt = prompt.get("cache_salt", salt)
         else:
             token_ids = prompt
         if text is not None and not isinstance(text, str):
@@ -170,7 +178,9 @@ class InputProcessor:
                 f"prompt_token_ids must be a list of token ids, got {type(token_ids).__name__}.",
                 param="prompt",
             )
-        return text, list(token_ids), salt
+        if salt != placement.cache_salt:
+            placement = msgspec.structs.replace(placement, cache_salt=salt)
+        return text, list(token_ids), placement
 
     def _check_prompt(self, token_ids: list[int], *, most: int) -> None:
         if not token_ids:
@@ -199,7 +209,19 @@ class InputProcessor:
                     value=token,
                 )
 
-    def _check_params(self, params: SamplingParams, *, max_logprobs: int) -> None:
+    def _check_params(self, params: Params, *, max_logprobs: int) -> Task:
+        """What is checked against the model. Returns what the request is for."""
+        if isinstance(params, PoolingParams):
+            self._check_pooling(params)
+            return Task.EMBED
+        if not self._has_head:
+            raise InvalidParameterError(
+                "This checkpoint is a base model without an output head (lm_head.weight): it gives "
+                "embeddings, and generates no text.",
+                param="model",
+            )
+        if isinstance(params, BeamSearchParams):
+            return Task.GENERATE
         if not isinstance(params, SamplingParams):
             raise InvalidParameterError(
                 f"sampling_params must be SamplingParams, got {type(params).__name__}.",
@@ -216,10 +238,13 @@ class InputProcessor:
                 )
         for name in ("stop_token_ids", "allowed_token_ids", "logprob_token_ids", "logit_bias"):
             self._check_ids(getattr(params, name) or (), name)
+        return Task.SCORE if params.max_tokens == 0 else Task.GENERATE
 
     def _check_pooling(self, pooling: PoolingParams) -> None:
+        if pooling.dimensions is None:
+            return
         size = self._model.spec.hidden_size
-        if pooling.dimensions is not None and pooling.dimensions > size:
+        if pooling.dimensions > size:
             raise InvalidParameterError(
                 f"dimensions is {pooling.dimensions}; this model's vectors have {size}.",
                 param="dimensions",
@@ -282,10 +307,12 @@ class InputProcessor:
         spaced = self._model.tokenizer.encode(" " + word.lstrip(), add_special_tokens=False)
         return [ids for ids in ([bare] if bare == spaced else [bare, spaced]) if ids]
 
-    def _max_tokens(self, prompt_len: int, params: SamplingParams, *, fit: bool) -> int:
+    def _max_tokens(
+        self, prompt_len: int, params: SamplingParams | BeamSearchParams, *, fit: bool
+    ) -> int:
         room = self._model.max_model_len - prompt_len
         if params.max_tokens is None:
-            if params.min_tokens > room:
+            if isinstance(params, SamplingParams) and params.min_tokens > room:
                 raise InvalidParameterError(
                     f"min_tokens is {params.min_tokens}, but only {room} tokens of context are left "
                     "after the prompt.",
@@ -305,3 +332,60 @@ class InputProcessor:
                 value=params.max_tokens,
             )
         return params.max_tokens
+
+
+def _check_priority(priority: object) -> None:
+    if isinstance(priority, bool) or not isinstance(priority, int) or abs(priority) > 2**31:
+        raise InvalidParameterError(
+            f"priority must be a 32-bit integer, got {priority!r}.",
+            param="priority",
+            value=priority,
+        )
+
+
+def resolve_decoding(
+    params: SamplingParams,
+    *,
+    task: Task,
+    max_tokens: int,
+    end_token_ids: Sequence[int],
+    rules: TokenRules | None,
+    seed: int,
+) -> Decoding:
+    """The one place where it is decided what parameters mean together. Ids and lengths are checked already.
+
+    end_token_ids: the model's. seed: 64 bits, signed or not.
+    """
+    has_grammar = rules is not None and rules.grammar is not None
+    asked_ids = params.logprob_token_ids or []
+    return Decoding(
+        task=task,
+        max_tokens=max_tokens,
+        # A grammar says itself when the text may end.
+        min_tokens=0 if has_grammar else params.min_tokens,
+        end_token_ids=frozenset(() if params.ignore_eos and not has_grammar else end_token_ids),
+        stop_token_ids=frozenset(params.stop_token_ids or ()),
+        repetition_detection=params.repetition_detection,
+        seed=signed_64(seed),
+        temperature=params.temperature,
+        top_p=params.top_p,
+        top_k=min(params.top_k, MAX_TOP_K),
+        min_p=params.min_p,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        repetition_penalty=params.repetition_penalty,
+        logit_bias=params.logit_bias or {},
+        allowed_token_ids=params.allowed_token_ids,
+        rules=rules,
+        logprobs=0 if params.logprobs is None and asked_ids else params.logprobs,
+        logprob_token_ids=asked_ids,
+        prompt_logprobs=params.prompt_logprobs,
+        first_prompt_logprob=max(1, params.prompt_logprob_start or 0),
+        reads_prefix_cache=not params.skip_reading_prefix_cache,
+    )
+
+
+def _pooling_decoding(params: PoolingParams) -> Decoding:
+    # What is cached has no hidden states, which a mean is made of.
+    skips = params.pooling == "mean" or params.skip_reading_prefix_cache
+    return Decoding(task=Task.EMBED, max_tokens=0, pooling=params, reads_prefix_cache=not skips)

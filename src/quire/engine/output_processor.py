@@ -7,11 +7,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from quire.decoding import Task
 from quire.engine.input_processor import EngineRequest
 from quire.messages import FinishReason, RequestUpdate, StepOutputs, TokenLogprobs
 from quire.metrics import FinishedRequest, MetricsSink, NullMetrics
 from quire.outputs import CompletionOutput, Logprob, RequestOutput, RequestStateStats
-from quire.sampling_params import RequestOutputKind
+from quire.sampling_params import RequestOutputKind, SamplingParams
 from quire.text.detokenizer import IncrementalDetokenizer
 from quire.text.tokenizer import Tokenizer
 
@@ -40,6 +41,9 @@ class RequestState:
     """One request of a caller, while it lives."""
 
     request: EngineRequest
+    params: SamplingParams | None
+    """None of a request for a vector."""
+    kind: RequestOutputKind
     sequences: list[_Sequence]
     metrics: RequestStateStats
     num_cached_tokens: int | None = None
@@ -73,10 +77,13 @@ class OutputProcessor:
         *,
         metrics: MetricsSink | None = None,
         stream_interval: int = 1,
+        final_only: bool = False,
     ) -> None:
-        """stream_interval: tokens per output of a request that does not say itself."""
+        """stream_interval: tokens per output of a request that does not say itself.
+        final_only: one output per request, whatever its `output_kind`."""
         self._tokenizer = tokenizer
         self._stream_interval = stream_interval
+        self._final_only = final_only
         self.metrics: MetricsSink = metrics or NullMetrics()
         self._states: dict[int, tuple[RequestState, _Sequence]] = {}
         self.requests: dict[str, RequestState] = {}
@@ -96,11 +103,14 @@ class OutputProcessor:
 
     def add(self, request: EngineRequest) -> RequestState:
         """Follow a request. Its id must be unique among live ones."""
-        params = request.params
+        params = request.params if isinstance(request.params, SamplingParams) else None
+        kind = RequestOutputKind.FINAL_ONLY
+        if params is not None and not self._final_only:
+            kind = params.output_kind
         sequences = []
         for index, message in enumerate(request.sequences):
             detokenizer = None
-            if params.detokenize:
+            if params is not None and params.detokenize:
                 detokenizer = IncrementalDetokenizer(
                     self._tokenizer,
                     prompt_token_ids=request.prompt_token_ids[-32:],
@@ -111,13 +121,14 @@ class OutputProcessor:
                     min_tokens=params.min_tokens,
                 )
             sequence = _Sequence(message.request_id, index, detokenizer)
-            if params.logprobs is not None or params.logprob_token_ids is not None:
+            if message.decoding.logprobs is not None:
                 sequence.logprobs, sequence.cumulative_logprob = [], 0.0
             sequences.append(sequence)
         stats = RequestStateStats(arrival_time=time.time(), arrival_ts=request.arrival_ts)
-        state = RequestState(request, sequences, stats)
-        if params.prompt_logprobs is not None:
-            first = max(1, params.prompt_logprob_start or 0)
+        state = RequestState(request, params, kind, sequences, stats)
+        asked = request.sequences[0].decoding
+        if asked.prompt_logprobs is not None:
+            first = asked.first_prompt_logprob
             state.prompt_logprobs = [None] * min(first, len(request.prompt_token_ids))
         self.requests[request.request_id] = state
         for sequence in sequences:
@@ -160,8 +171,10 @@ class OutputProcessor:
     def _waits_for_more(self, state: RequestState, deltas: dict[int, str]) -> bool:
         """Whether the deltas are kept back because there are too few tokens for an output. If not, they are
         all that was kept back. The first output and the last never wait."""
-        interval = state.request.params.stream_interval or self._stream_interval
-        if interval == 1 or state.request.params.output_kind is not RequestOutputKind.DELTA:
+        if state.params is None or state.kind is not RequestOutputKind.DELTA:
+            return False
+        interval = state.params.stream_interval or self._stream_interval
+        if interval == 1:
             return False
         for index, text in deltas.items():
             state.held[index] = state.held.get(index, "") + text
@@ -215,9 +228,9 @@ class OutputProcessor:
         if update.error is not None:
             state.error = update.error
         delta = ""
-        if sequence.detokenizer is not None:
+        if sequence.detokenizer is not None and state.params is not None:
             by_token = finish is FinishReason.STOP
-            hidden = by_token and not state.request.params.include_stop_str_in_output
+            hidden = by_token and not state.params.include_stop_str_in_output
             visible = token_ids[:-1] if hidden else token_ids
             result = sequence.detokenizer.push(visible, final=finish is not None)
             delta = result.delta
@@ -247,7 +260,7 @@ class OutputProcessor:
         if update.num_cached_tokens is not None and state.num_cached_tokens is None:
             state.num_cached_tokens = update.num_cached_tokens
         if not update.new_token_ids:
-            if state.request.max_tokens == 0 and update.num_cached_tokens is not None:
+            if state.request.task is not Task.GENERATE and update.num_cached_tokens is not None:
                 self._count_prompt(state, None)
             return
         if stats.first_token_ts == 0.0:
@@ -271,7 +284,7 @@ class OutputProcessor:
         if update.embedding is not None:
             state.embedding = update.embedding
         if update.prompt_logprobs is not None and state.prompt_logprobs is not None:
-            also = state.request.params.logprob_token_ids
+            also = state.request.sequences[0].decoding.logprob_token_ids
             state.prompt_logprobs += [
                 self._position(entry, also) for entry in update.prompt_logprobs.entries
             ]
@@ -281,12 +294,12 @@ class OutputProcessor:
     ) -> None:
         if sequence.logprobs is None or sequence.cumulative_logprob is None:
             return
-        also = state.request.params.logprob_token_ids
+        also = state.request.sequences[0].decoding.logprob_token_ids
         for entry in entries:
             sequence.cumulative_logprob += entry.logprob
             sequence.logprobs.append(self._position(entry, also))
 
-    def _position(self, entry: TokenLogprobs, also: list[int] | None) -> dict[int, Logprob]:
+    def _position(self, entry: TokenLogprobs, also: list[int]) -> dict[int, Logprob]:
         """also: the tokens of `asked_logprobs`."""
         name = self._tokenizer.decode_token
         position = {
@@ -297,7 +310,7 @@ class OutputProcessor:
         }
         if entry.token_id not in position:
             position[entry.token_id] = Logprob(entry.logprob, entry.rank, name(entry.token_id))
-        for token, value in zip(also or (), entry.asked_logprobs, strict=False):
+        for token, value in zip(also, entry.asked_logprobs, strict=False):
             position.setdefault(token, Logprob(value, None, name(token)))
         return position
 
@@ -320,8 +333,8 @@ class OutputProcessor:
                 last_token_ts=stats.last_token_ts,
                 finished_ts=time.monotonic(),
                 num_preemptions=stats.num_preemptions,
-                n=request.params.n,
-                max_tokens=request.params.max_tokens,
+                n=len(state.sequences),
+                max_tokens=None if state.params is None else state.params.max_tokens,
                 max_generation_tokens=max(len(s.token_ids) for s in state.sequences),
             )
         )
@@ -333,11 +346,10 @@ def _all_indices(state: RequestState) -> dict[int, str]:
 
 def _show(state: RequestState, deltas: dict[int, str]) -> RequestOutput | None:
     """What the caller sees now, or None. deltas: text released by each sequence that changed."""
-    kind = state.request.params.output_kind
     finished = state.finished
-    if kind is RequestOutputKind.FINAL_ONLY and not finished:
+    if state.kind is RequestOutputKind.FINAL_ONLY and not finished:
         return None
-    if kind is RequestOutputKind.DELTA:
+    if state.kind is RequestOutputKind.DELTA:
         outputs = [_delta(state.sequences[index], text) for index, text in sorted(deltas.items())]
     else:
         outputs = [_cumulative(sequence) for sequence in state.sequences]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quire.config import EngineConfig, ModelConfig
+from quire.dtypes import FLOAT_SPELLINGS
 from quire.engine.end_tokens import EndTokens, EosSource, end_tokens
 from quire.engine.generation_config import (
     OVERRIDE,
@@ -19,8 +20,7 @@ from quire.engine.generation_config import (
     read_json,
     sampling_defaults,
 )
-from quire.engine.gpu import choose_device, gpu_memory
-from quire.engine.memory import MemoryPlan, plan_memory
+from quire.engine.gpu import choose_device
 from quire.errors import ConfigError
 from quire.models.registry import resolve_spec, text_config
 from quire.models.spec import ModelSpec
@@ -33,15 +33,6 @@ if TYPE_CHECKING:
     from quire.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
-
-DTYPE_NAMES = {
-    "half": "float16",
-    "float16": "float16",
-    "bfloat16": "bfloat16",
-    "float": "float32",
-    "float32": "float32",
-}
-DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float8_e4m3fn": 1}
 
 
 @dataclass(frozen=True)
@@ -57,16 +48,14 @@ class ResolvedModel:
     """"cpu" or "cuda"."""
     kv_cache_dtype: str
     """As `dtype`, or "float8_e4m3fn"."""
-    memory: MemoryPlan
+    max_model_len: int
+    """The most tokens of a request: as asked for, or the model's context. With -1 the engine core settles on
+    what its memory holds, if that is less (`EngineReady.max_model_len`)."""
     default_sampling: dict[str, object]
     eos_sources: tuple[EosSource, ...]
     """What the configs name as ends of a text; `read_tokens` joins them with the tokenizer's."""
     warnings: tuple[str, ...]
     """For the operator: what was dropped of the model's files."""
-
-    @property
-    def max_model_len(self) -> int:
-        return self.memory.max_model_len
 
 
 @dataclass(frozen=True)
@@ -148,32 +137,13 @@ def resolve(config: EngineConfig) -> ResolvedModel:
     directory = Path(model.model)
     hf_config = text_config(read_json(directory / "config.json") | model.hf_overrides)
     spec, stored_dtype = _as_stored(resolve_spec(hf_config), model, directory)
-    dtype = stored_dtype if model.dtype == "auto" else DTYPE_NAMES[model.dtype]
+    dtype = stored_dtype if model.dtype == "auto" else FLOAT_SPELLINGS[model.dtype]
     generation = read_generation_config(model, directory)
     default_sampling, warnings = sampling_defaults(model, generation)
     device = choose_device(config.runtime.device)
     kv_cache_dtype = dtype if config.cache.kv_cache_dtype == "auto" else "float8_e4m3fn"
     if kv_cache_dtype != dtype and device == "cpu":
         raise ConfigError("kv_cache_dtype 'fp8' needs a GPU; on the CPU leave it at auto.")
-    memory = plan_memory(
-        config,
-        spec,
-        dtype_bytes=DTYPE_BYTES[dtype],
-        kv_dtype_bytes=DTYPE_BYTES[kv_cache_dtype],
-        max_model_len=_wanted_model_len(model, spec),
-        machine=gpu_memory() if device == "cuda" else None,
-        gpu=device == "cuda",
-    )
-    scheduler = config.scheduler
-    if (
-        not scheduler.enable_chunked_prefill
-        and scheduler.max_num_batched_tokens < memory.max_model_len
-    ):
-        raise ConfigError(
-            f"without chunked prefill a whole prompt must fit a step: max_num_batched_tokens "
-            f"({scheduler.max_num_batched_tokens}) is less than max_model_len "
-            f"({memory.max_model_len}). Raise the first, lower the second, or leave chunking on."
-        )
     return ResolvedModel(
         model_dir=directory,
         tokenizer_dir=Path(model.tokenizer) if model.tokenizer else directory,
@@ -181,7 +151,7 @@ def resolve(config: EngineConfig) -> ResolvedModel:
         dtype=dtype,
         device=device,
         kv_cache_dtype=kv_cache_dtype,
-        memory=memory,
+        max_model_len=_wanted_model_len(model, spec),
         default_sampling=default_sampling,
         eos_sources=eos_sources(model, hf_config, generation),
         warnings=tuple(warnings),
@@ -259,12 +229,10 @@ def _as_stored(spec: ModelSpec, model: ModelConfig, directory: Path) -> tuple[Mo
     return spec, spec.checkpoint_dtype or contents.dtype or "float32"
 
 
-def _wanted_model_len(model: ModelConfig, spec: ModelSpec) -> int | None:
+def _wanted_model_len(model: ModelConfig, spec: ModelSpec) -> int:
     wanted = model.max_model_len
-    if wanted is None:
+    if wanted is None or wanted == -1:
         return spec.context_length
-    if wanted == -1:
-        return None
     if wanted < 1:
         raise ConfigError(f"max_model_len must be positive, -1 or auto, got {wanted}.")
     stretches = any(rope.type == "dynamic" for rope in spec.ropes)

@@ -11,7 +11,7 @@ import math
 
 import torch
 
-from quire.layers.spec import RopeSpec
+from quire.layers.spec import QueryTemperature, RopeSpec
 
 
 def cos_sin_table(rope: RopeSpec, *, max_model_len: int, dtype: torch.dtype) -> torch.Tensor:
@@ -115,3 +115,13 @@ def _yarn(rope: RopeSpec) -> torch.Tensor:
     ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
     keep = 1 - ramp
     return 1.0 / (rope.factor * powers) * (1 - keep) + 1.0 / powers * keep
+
+
+def query_temperatures(
+    temperature: QueryTemperature, *, max_model_len: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """What the queries at each position are multiplied by: [max_model_len] float32, rounded to `dtype`, as
+    transformers' `get_llama_4_attn_scale` has it."""
+    positions = torch.arange(max_model_len, dtype=torch.float32)
+    turns = torch.floor(positions / temperature.original_length)
+    return (1 + temperature.beta * torch.log(1 + turns)).to(dtype).to(torch.float32)

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from quire.quantization.base import LinearPart, LinearShape
+
 RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 
 
@@ -117,6 +119,18 @@ class AttentionSpec:
     def kv_size(self) -> int:
         return self.heads.kv_size
 
+    def linears(self, prefix: str, hidden_size: int) -> tuple[LinearShape, LinearShape]:
+        """What makes queries, keys and values; and the output projection. prefix: of their names."""
+        sizes = {"q_proj": self.q_size, "k_proj": self.kv_size, "v_proj": self.kv_size}
+        if self.fused_qkv:
+            sizes = {"qkv_proj": self.q_size + 2 * self.kv_size}
+        qkv = tuple(LinearPart(f"{prefix}.{name}", size) for name, size in sizes.items())
+        o = (LinearPart(f"{prefix}.o_proj", hidden_size),)
+        return (
+            LinearShape(hidden_size, qkv, bias=self.qkv_bias),
+            LinearShape(self.q_size, o, bias=self.o_bias),
+        )
+
 
 Activation = Literal["silu", "gelu_tanh"]
 
@@ -131,3 +145,16 @@ class MlpSpec:
     """Of all three projections."""
     fused_gate_up: bool = False
     """The checkpoint holds gate and up as one matrix, `gate_up_proj`."""
+
+    def linears(self, prefix: str, hidden_size: int) -> tuple[LinearShape, LinearShape]:
+        """Gate and up; and down. prefix: of their names."""
+        inner = self.intermediate_size
+        sizes = {"gate_proj": inner, "up_proj": inner}
+        if self.fused_gate_up:
+            sizes = {"gate_up_proj": 2 * inner}
+        gate_up = tuple(LinearPart(f"{prefix}.{name}", size) for name, size in sizes.items())
+        down = (LinearPart(f"{prefix}.down_proj", hidden_size),)
+        return (
+            LinearShape(hidden_size, gate_up, bias=self.bias),
+            LinearShape(inner, down, bias=self.bias),
+        )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
-from quire.messages.core import PromptLogprobs, TokenLogprobs, TokenRules
-from quire.sampling_params import PoolingParams, SamplingParams
+from quire.decoding import Decoding
+from quire.messages.core import PromptLogprobs, TokenLogprobs
 
 
 class AdmittedRequest(msgspec.Struct, kw_only=True):
@@ -16,11 +16,7 @@ class AdmittedRequest(msgspec.Struct, kw_only=True):
     """All known tokens: the prompt, and what was generated before a preemption."""
     num_prompt_tokens: int
     block_ids: list[int]
-    params: SamplingParams
-    seed: int
-    eos_token_ids: list[int] = []
-    rules: TokenRules | None = None
-    pooling: PoolingParams | None = None
+    decoding: Decoding
     num_prompt_logprobs: int = 0
     """How many of its prompt's tokens have their logprobs already, from before a preemption."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from quire.dtypes import FLOATS
 from quire.layers.spec import Activation, AttentionSpec, MlpSpec, NormSpec, RopeSpec
 from quire.models.context import read_context_length
 from quire.models.fields import (
@@ -19,8 +20,10 @@ from quire.models.fields import (
 )
 from quire.models.rope_config import DEFAULT_THETA, FULL, SLIDING, RopeDefaults, read_rope
 from quire.models.spec import LayerSpec, ModelSpec, Placement
+from quire.quantization import read_method
+from quire.quantization.base import LinearMethod
+from quire.quantization.unquantized import UNQUANTIZED
 
-DTYPES = ("bfloat16", "float16", "float32")
 LLAMA_NORM = NormSpec(eps=1e-6)
 MAX_LAYERS = 4096
 MAX_HEAD_DIM = 512
@@ -136,6 +139,7 @@ def read_spec(
         tie_word_embeddings=reader.boolean("tie_word_embeddings", default=default_tied),
         checkpoint_dtype=_read_dtype(reader),
         default_eos_token_ids=() if reader.nulled("eos_token_id") else default_eos_token_ids,
+        quantization=_read_quantization(reader),
     )
     reader.finish()
     return spec
@@ -228,25 +232,36 @@ def _read_dtype(reader: ConfigReader) -> str | None:
     if not reader.has(field):
         return None
     name = reader.text(field, default="").removeprefix("torch.")
-    if name not in DTYPES:
-        raise reader.bad(field, f"supported dtypes are {', '.join(DTYPES)}")
+    if name not in FLOATS:
+        raise reader.bad(field, f"supported dtypes are {', '.join(FLOATS)}")
     return name
 
 
+def _read_quantization(reader: ConfigReader) -> LinearMethod:
+    for field in QUANTIZATION_FIELDS:
+        config = reader.mapping(field)
+        if not config:
+            continue
+        method = read_method(config)
+        if method is None:
+            raise unsupported(
+                field,
+                config,
+                rule="weights of this quant_method are not supported",
+                remedy="use the model's unquantized checkpoint",
+            )
+        return method
+    return UNQUANTIZED
+
+
 def _reject_other_models(reader: ConfigReader, model_type: str, activation: Activation) -> None:
-    """The mistakes worth their own words: another family's config, quantized weights, experts,
+    """The mistakes worth their own words: another family's config, experts,
     another activation.
     """
     if reader.text("model_type", default=model_type) != model_type:
         raise reader.bad(
             "model_type", f"this architecture is only known with model_type {model_type!r}"
         )
-    for field in QUANTIZATION_FIELDS:
-        if reader.raw(field):
-            remedy = "use the model's unquantized checkpoint"
-            raise unsupported(
-                field, reader.raw(field), rule="quantized weights are not supported", remedy=remedy
-            )
     for field in MOE_FIELDS:
         if reader.raw(field):
             remedy = "use a dense model of this family"

@@ -22,7 +22,7 @@ from quire.kernels.triton.seats import SEAT_WORDS, seat
 from quire.messages import AdmittedRequest
 from quire.runner.device import Device
 from quire.sampling.rules import RequestRules
-from quire.sampling.sampler import NOTHING_ALLOWED, GrammarSource, grammar_of, rules_of
+from quire.sampling.sampler import NOTHING_ALLOWED, GrammarSource, rules_of
 from quire.structured.base import GrammarError
 from quire.structured.masks import Mask
 
@@ -42,7 +42,7 @@ class SeatSampling:
     banned_until: int
     """Tokens sampled at an index below this may not be final ones."""
     num_logprobs: int | None
-    """As `SamplingParams.logprobs`: -1 is all. 0 if only `asked_ids` are wanted."""
+    """As `Decoding.logprobs`."""
     asked_ids: Sequence[int]
     rules: RequestRules | None
 
@@ -89,44 +89,38 @@ class DeviceSampling:
         self._biases: Tensor | None = None
 
     def admit(self, index: int, request: AdmittedRequest) -> SeatSampling:
-        params, bias = request.params, request.params.logit_bias or {}
-        grammar = grammar_of(request, self._grammars)
-        rules = rules_of(request, self._vocab_size, grammar)
-        final_ids = sorted({*request.eos_token_ids, *(params.stop_token_ids or ())})
-        banned_until = request.num_prompt_tokens + params.min_tokens if final_ids else 0
-        if not params.min_tokens or grammar is not None:  # a grammar says itself when it may end
-            banned_until = 0
+        decoding, bias = request.decoding, request.decoding.logit_bias
+        banned_until = decoding.banned_until(request.num_prompt_tokens)
+        banned = decoding.final_ids if banned_until else []
         self._host_table[index] = seat(
-            temperature=params.temperature,
-            top_p=params.top_p,
-            min_p=params.min_p,
-            top_k=params.top_k,
-            seed=request.seed,
-            repetition=params.repetition_penalty,
-            frequency=params.frequency_penalty,
-            presence=params.presence_penalty,
+            temperature=decoding.temperature,
+            top_p=decoding.top_p,
+            min_p=decoding.min_p,
+            top_k=decoding.top_k,
+            seed=decoding.seed,
+            repetition=decoding.repetition_penalty,
+            frequency=decoding.frequency_penalty,
+            presence=decoding.presence_penalty,
             num_biased=len(bias),
-            num_banned=len(final_ids) if banned_until else 0,
+            num_banned=len(banned),
             banned_until=banned_until,
         )
         self._stale = True
-        if params.has_penalties:
+        if decoding.has_penalties:
             self.remember(index, request.token_ids, request.num_prompt_tokens)
-        if banned_until:
-            self._banned = self._listed(self._banned, index, final_ids, torch.int32)
+        if banned:
+            self._banned = self._listed(self._banned, index, banned, torch.int32)
         if bias:
             self._biased = self._listed(self._biased, index, list(bias), torch.int32)
             self._biases = self._listed(self._biases, index, list(bias.values()), torch.float32)
-        asked_ids = params.logprob_token_ids or ()
-        filters = params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
         return SeatSampling(
-            hardness=0 if params.is_greedy else 2 if filters else 1,
-            penalizes=params.has_penalties,
-            always_edits=params.has_penalties or bool(bias) or rules is not None,
+            hardness=0 if decoding.is_greedy else 2 if decoding.filters else 1,
+            penalizes=decoding.has_penalties,
+            always_edits=decoding.edits_logits,
             banned_until=banned_until,
-            num_logprobs=0 if params.logprobs is None and asked_ids else params.logprobs,
-            asked_ids=asked_ids,
-            rules=rules,
+            num_logprobs=decoding.logprobs,
+            asked_ids=decoding.logprob_token_ids,
+            rules=rules_of(request, self._vocab_size, self._grammars),
         )
 
     def remember(self, index: int, token_ids: Sequence[int], num_prompt_tokens: int) -> None:

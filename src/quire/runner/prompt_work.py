@@ -34,22 +34,22 @@ class PromptWork:
     first: int
     """The first prompt token whose logprobs are wanted; the prompt's length if none are."""
     num_logprobs: int
-    also: list[int] | None
+    also: list[int]
     sum: NDArray[np.float64] | None = None
     """[hidden_size]: of the hidden states so far, for a mean."""
 
     @classmethod
     def of(cls, request: AdmittedRequest) -> PromptWork | None:
-        prompt, params = request.token_ids[: request.num_prompt_tokens], request.params
-        scores = params.prompt_logprobs is not None and request.num_prompt_logprobs < len(prompt)
-        if request.pooling is None and not scores:
+        prompt, decoding = request.token_ids[: request.num_prompt_tokens], request.decoding
+        scores = decoding.prompt_logprobs is not None and request.num_prompt_logprobs < len(prompt)
+        if decoding.pooling is None and not scores:
             return None
         return cls(
             prompt=prompt,
-            pooling=request.pooling,
+            pooling=decoding.pooling,
             first=request.num_prompt_logprobs if scores else len(prompt),
-            num_logprobs=params.prompt_logprobs or 0,
-            also=params.logprob_token_ids,
+            num_logprobs=decoding.prompt_logprobs or 0,
+            also=decoding.logprob_token_ids,
         )
 
     def wanted(self, start: int, count: int) -> int:

@@ -11,15 +11,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from quire.messages import TokenRules
-from quire.sampling_params import SamplingParams
+from quire.decoding import Decoding, TokenRules
 from quire.structured.base import Grammar
 from quire.structured.masks import Mask, mask_of, num_mask_words, tokens_of
-
-
-def has_rules(params: SamplingParams, rules: TokenRules | None) -> bool:
-    return rules is not None or params.allowed_token_ids is not None
-
 
 MAX_FORCED = 64
 """Most tokens that one step adds because a grammar leaves no choice."""
@@ -30,27 +24,25 @@ class RequestRules:
 
     def __init__(
         self,
-        params: SamplingParams,
-        rules: TokenRules | None,
+        decoding: Decoding,
         grammar: Grammar | None,
         *,
         vocab_size: int,
-        eos_token_ids: Sequence[int],
         output: Sequence[int],
     ) -> None:
-        """output: tokens generated so far."""
-        rules = rules or TokenRules()
+        """grammar: `decoding.grammar`, compiled. output: tokens generated so far."""
+        rules = decoding.rules or TokenRules()
         self._vocab_size = vocab_size
-        self._eos = list(eos_token_ids)
+        self._ends = sorted(decoding.end_token_ids)
         self._bad = [tuple(word) for word in rules.bad_words]
         self._allowed: Mask | None = None
-        if params.allowed_token_ids is not None:
-            self._allowed = mask_of(params.allowed_token_ids, vocab_size)
+        if decoding.allowed_token_ids is not None:
+            self._allowed = mask_of(decoding.allowed_token_ids, vocab_size)
         elif self._bad:
             self._allowed = mask_of(range(vocab_size), vocab_size)
         self._longest_bad = max(map(len, self._bad), default=0)
         self._matcher = None if grammar is None else grammar.matcher()
-        self._may_force = grammar is not None and params.logprobs is None
+        self._may_force = grammar is not None and decoding.logprobs is None
         self._start, self._end = tuple(rules.think_start), tuple(rules.think_end)
         self._budget = rules.thinking_budget
         self._thinking = rules.thinking
@@ -69,7 +61,7 @@ class RequestRules:
             return True
         if self._ends_with(self._start):
             self._thinking, self._num_thought = True, 0
-        if self._matcher is None or token in self._eos:
+        if self._matcher is None or token in self._ends:
             return True
         return self._matcher.accept(token)
 
@@ -88,7 +80,7 @@ class RequestRules:
         mask = np.zeros(num_mask_words(self._vocab_size), dtype=np.int32)
         self._matcher.fill_mask(mask)
         plain = self._plain()
-        return mask if plain is None else mask & (plain | mask_of(self._eos, self._vocab_size))
+        return mask if plain is None else mask & (plain | mask_of(self._ends, self._vocab_size))
 
     def _next_of_end(self) -> int:
         """Of the marker that closes the thinking part, the token after those that are there."""
@@ -115,7 +107,7 @@ class RequestRules:
             if mask is None:
                 break
             tokens = tokens_of(mask).tolist()
-            if len(tokens) != 1 or tokens[0] in self._eos or not self.learn(tokens[0]):
+            if len(tokens) != 1 or tokens[0] in self._ends or not self.learn(tokens[0]):
                 break
             found.append(tokens[0])
         return found

@@ -17,15 +17,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from quire.decoding import GrammarSpec
 from quire.kernels.base import Kernels
 from quire.kernels.reference import filtered_scores
 from quire.kernels.sampling import SAMPLE_ROW
-from quire.messages import AdmittedRequest, GrammarSpec, TokenLogprobs
-from quire.sampling.rules import RequestRules, has_rules
+from quire.messages import AdmittedRequest, TokenLogprobs
+from quire.sampling.rules import RequestRules
 from quire.structured.base import Grammar, GrammarError
 from quire.structured.masks import tokens_of
-
-_MOST_TOP_K = 2**31 - 1
 
 NOTHING_ALLOWED = "no token satisfies its constraints, or it is too complex to follow; simplify it."
 NAN_ERROR = "The model produced invalid numbers (NaN) for this request."
@@ -39,24 +38,19 @@ class GrammarSource(Protocol):
         ...
 
 
-def grammar_of(request: AdmittedRequest, grammars: GrammarSource | None) -> Grammar | None:
-    if request.rules is None or request.rules.grammar is None:
-        return None
-    assert grammars is not None, "the engine prepares grammars only where it has a store"
-    return grammars.grammar(request.rules.grammar)
-
-
 def rules_of(
-    request: AdmittedRequest, vocab_size: int, grammar: Grammar | None
+    request: AdmittedRequest, vocab_size: int, grammars: GrammarSource | None
 ) -> RequestRules | None:
-    if not has_rules(request.params, request.rules):
+    decoding, grammar = request.decoding, None
+    if not decoding.restricts_tokens:
         return None
+    if decoding.grammar is not None:
+        assert grammars is not None, "the engine prepares grammars only where it has a store"
+        grammar = grammars.grammar(decoding.grammar)
     return RequestRules(
-        request.params,
-        request.rules,
+        decoding,
         grammar,
         vocab_size=vocab_size,
-        eos_token_ids=request.eos_token_ids,
         output=request.token_ids[request.num_prompt_tokens :],
     )
 
@@ -65,22 +59,21 @@ class SamplingState:
     """What a request needs beyond `SAMPLE_ROW`: its parameters and history."""
 
     __slots__ = (
-        "_vocab_size", "bias", "counts", "final_ids", "has_grammar", "num_prompt_tokens", "params",
-        "rules", "seen",
+        "_always", "banned_until", "bias", "counts", "decoding", "final_ids", "rules", "seen",
     )  # fmt: skip
 
     def __init__(
-        self, request: AdmittedRequest, vocab_size: int, grammar: Grammar | None = None
+        self, request: AdmittedRequest, vocab_size: int, grammars: GrammarSource | None = None
     ) -> None:
-        self._vocab_size = vocab_size
-        self.params = params = request.params
-        self.num_prompt_tokens = request.num_prompt_tokens
-        self.final_ids = sorted({*request.eos_token_ids, *(params.stop_token_ids or ())})
+        self.decoding = decoding = request.decoding
+        self.banned_until = decoding.banned_until(request.num_prompt_tokens)
+        self.final_ids = decoding.final_ids if self.banned_until else []
+        self._always = decoding.edits_logits or decoding.logprobs is not None
         self.counts: Tensor | None = None
         """[vocab_size] float32: occurrences of each token in the output, where penalties need it."""
         self.seen: Tensor | None = None
         """[vocab_size] bool: tokens in prompt or output."""
-        if params.has_penalties:
+        if decoding.has_penalties:
             ids = torch.tensor(request.token_ids, dtype=torch.int64)
             output = ids[request.num_prompt_tokens :]
             self.counts = torch.bincount(output, minlength=vocab_size).float()
@@ -88,11 +81,10 @@ class SamplingState:
             self.seen[ids] = True
         self.bias: tuple[Tensor, Tensor] | None = None
         """Token ids, and what is added to their logits."""
-        if params.logit_bias:
-            ids, values = zip(*params.logit_bias.items(), strict=True)
+        if decoding.logit_bias:
+            ids, values = zip(*decoding.logit_bias.items(), strict=True)
             self.bias = torch.tensor(ids), torch.tensor(values, dtype=torch.float32)
-        self.has_grammar = grammar is not None
-        self.rules = rules_of(request, vocab_size, grammar)
+        self.rules = rules_of(request, vocab_size, grammars)
 
     def learn(self, token_id: int) -> None:
         """A token was sampled."""
@@ -114,29 +106,18 @@ class SamplingState:
             self._count(token)
         return tokens
 
-    def bans_final_ids(self, position: int) -> bool:
-        """For the token to be sampled at this index in the request."""
-        few = position - self.num_prompt_tokens < self.params.min_tokens
-        return few and bool(self.final_ids) and not self.has_grammar
-
     def is_needed(self, position: int) -> bool:
-        """For that token, or any later one."""
-        return (
-            self.counts is not None
-            or self.bias is not None
-            or self.rules is not None
-            or self.wants_logprobs
-            or self.bans_final_ids(position)
-        )
+        """For the token to be sampled at this index in the request, or any later one."""
+        return self._always or position < self.banned_until
 
     @property
     def wants_logprobs(self) -> bool:
-        return self.params.logprobs is not None or self.params.logprob_token_ids is not None
+        return self.decoding.logprobs is not None
 
     def edit(self, logits: Tensor, position: int) -> None:
         """Everything but temperature and filters, in place. logits: [V]. Raises `GrammarError` if no token
         may follow."""
-        params = self.params
+        decoding = self.decoding
         if self.rules is not None and (mask := self.rules.mask()) is not None:
             allowed = tokens_of(mask)
             if not len(allowed):
@@ -145,22 +126,20 @@ class SamplingState:
             index = torch.from_numpy(allowed)
             kept[index] = logits[index]
             logits.copy_(kept)
-        if self.bans_final_ids(position):
+        if position < self.banned_until:
             logits[torch.tensor(self.final_ids)] = -torch.inf
         if self.bias is not None:
             ids, values = self.bias
             logits[ids] += values
         if self.counts is None or self.seen is None:
             return
-        if params.repetition_penalty != 1.0:
-            repeated = torch.where(
-                logits > 0, logits / params.repetition_penalty, logits * params.repetition_penalty
-            )
+        if (penalty := decoding.repetition_penalty) != 1.0:
+            repeated = torch.where(logits > 0, logits / penalty, logits * penalty)
             logits.copy_(torch.where(self.seen, repeated, logits))
-        if params.frequency_penalty != 0.0:
-            logits.sub_(self.counts, alpha=params.frequency_penalty)
-        if params.presence_penalty != 0.0:
-            logits.sub_((self.counts > 0).float(), alpha=params.presence_penalty)
+        if decoding.frequency_penalty != 0.0:
+            logits.sub_(self.counts, alpha=decoding.frequency_penalty)
+        if decoding.presence_penalty != 0.0:
+            logits.sub_((self.counts > 0).float(), alpha=decoding.presence_penalty)
 
 
 class SamplingSeats:
@@ -183,15 +162,12 @@ class SamplingSeats:
         self._states: dict[int, SamplingState] = {}
 
     def admit(self, seat: int, request: AdmittedRequest) -> None:
-        params, seed = request.params, request.seed
+        decoding = request.decoding
         row = self._rows[seat]
-        row["temperature"] = params.temperature
-        row["top_p"] = params.top_p
-        row["min_p"] = params.min_p
-        row["top_k"] = min(params.top_k, _MOST_TOP_K)
-        row["seed"] = seed if seed < 2**63 else seed - 2**64
-        self._num_random += not params.is_greedy
-        state = SamplingState(request, self._vocab_size, grammar_of(request, self._grammars))
+        for name in ("temperature", "top_p", "min_p", "top_k", "seed"):
+            row[name] = getattr(decoding, name)
+        self._num_random += not decoding.is_greedy
+        state = SamplingState(request, self._vocab_size, self._grammars)
         if state.is_needed(len(request.token_ids)):
             self._states[seat] = state
 
@@ -275,8 +251,8 @@ class Sampler:
                 [sampled.logprobs[index]] = top_logprobs(
                     told[index][None],
                     [token],
-                    state.params.logprobs or 0,
-                    state.params.logprob_token_ids,
+                    state.decoding.logprobs or 0,
+                    state.decoding.logprob_token_ids,
                 )
         return sampled
 

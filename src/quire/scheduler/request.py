@@ -22,11 +22,10 @@ class Request:
     flight are done. Those plans sample the last `num_pending_tokens`, whose ids are not known yet."""
 
     __slots__ = (
-        "_common", "arrival_time", "cache_key", "eos_token_ids", "finish_reason", "fork_of", "max_tokens",
+        "_common", "arrival_time", "cache_key", "decoding", "finish_reason", "fork_of", "generates",
         "needs_token_before_next", "num_cached_tokens", "num_computed_tokens", "num_pending_tokens",
-        "num_preemptions", "num_prompt_logprobs", "num_prompt_tokens", "params", "pooling", "priority",
-        "queued_time", "request_id", "rules", "scheduled_time", "seed", "sort_key", "status",
-        "stop_token", "stop_token_ids", "token_ids",
+        "num_preemptions", "num_prompt_logprobs", "num_prompt_tokens", "placement", "queued_time",
+        "request_id", "scheduled_time", "sort_key", "status", "stop_token", "token_ids",
     )  # fmt: skip
 
     def __init__(
@@ -41,19 +40,13 @@ class Request:
         """Whether a pending token must become known before the next one is computed."""
         self.num_cached_tokens: int | None = None
         """Set when first admitted: prompt tokens found computed by others."""
-        self.params = message.params
-        self.seed = message.seed
-        self.max_tokens = message.max_tokens
-        self.rules = message.rules
-        self.pooling = message.pooling
-        ignores_eos = message.params.ignore_eos and not self.has_grammar
-        self.eos_token_ids = frozenset(() if ignores_eos else message.eos_token_ids)
-        self.stop_token_ids = frozenset(message.params.stop_token_ids or ())
-        self.num_prompt_logprobs = max(1, message.params.prompt_logprob_start or 0)
+        self.decoding = message.decoding
+        self.generates = message.decoding.generates
+        self.placement = message.placement
+        self.num_prompt_logprobs = message.decoding.first_prompt_logprob
         """The first prompt token whose logprobs are wanted and not known yet, where any are wanted."""
         self.arrival_time = message.arrival_time
-        self.priority = message.priority
-        self.cache_key = CacheKey(message.cache_salt)
+        self.cache_key = CacheKey(message.placement.cache_salt, message.placement.adapter)
         self.fork_of = message.fork_of
         self.status = RequestStatus.WAITING
         self.finish_reason: FinishReason | None = None
@@ -62,8 +55,13 @@ class Request:
         self.queued_time = queued_time
         self.scheduled_time = 0.0
         self.sort_key: tuple[float, ...] = ()
-        """Its place in the policy's order; smaller is served first."""
+        """Its place in the policy's order; smaller is served first. Fixed once it was admitted."""
         self._common: dict[int, int] = {}
+
+    @property
+    def was_admitted(self) -> bool:
+        """Now or before a preemption."""
+        return self.num_cached_tokens is not None
 
     @property
     def num_tokens(self) -> int:
@@ -76,21 +74,13 @@ class Request:
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
-    def has_grammar(self) -> bool:
-        """Then it ends where the grammar does, whatever min_tokens or ignore_eos say."""
-        return self.rules is not None and self.rules.grammar is not None
-
-    @property
     def most_cached(self) -> int | None:
         """How many of its tokens may come from the prefix cache; None for all. What is cached has no hidden
         states, which logprobs and a mean are made of."""
-        if self.pooling is not None:
-            whole = self.pooling.pooling == "mean" or self.pooling.skip_reading_prefix_cache
-            return 0 if whole else None
-        if self.params.skip_reading_prefix_cache:
+        if not self.decoding.reads_prefix_cache:
             return 0
         if (
-            self.params.prompt_logprobs is None
+            self.decoding.prompt_logprobs is None
             or self.num_prompt_logprobs >= self.num_prompt_tokens
         ):
             return None
@@ -99,7 +89,7 @@ class Request:
     @property
     def ends_with_pending(self) -> bool:
         """Whether the last pending token is its last one, whatever it is."""
-        return self.num_output_tokens + self.num_pending_tokens >= self.max_tokens
+        return self.num_output_tokens + self.num_pending_tokens >= self.decoding.max_tokens
 
     def common_prefix(self, other: Request, block_size: int) -> int:
         """With how many tokens, in whole blocks, this request and another one begin. Kept, as the scheduler
@@ -124,19 +114,19 @@ class Request:
     def append_token(self, token: int) -> None:
         """Add a sampled token and decide whether it is the last one."""
         self.token_ids.append(token)
-        produced = self.num_output_tokens
-        if produced >= self.params.min_tokens or self.has_grammar:
-            if token in self.eos_token_ids:
+        produced, decoding = self.num_output_tokens, self.decoding
+        if produced >= decoding.min_tokens:
+            if token in decoding.end_token_ids:
                 self.finish_reason = FinishReason.STOP
                 return
-            if token in self.stop_token_ids:
+            if token in decoding.stop_token_ids:
                 self.finish_reason = FinishReason.STOP
                 self.stop_token = token
                 return
-        if produced >= self.max_tokens:
+        if produced >= decoding.max_tokens:
             self.finish_reason = FinishReason.LENGTH
-        elif self.params.repetition_detection is not None and repeats(
-            self.token_ids, produced, self.params.repetition_detection
+        elif decoding.repetition_detection is not None and repeats(
+            self.token_ids, produced, decoding.repetition_detection
         ):
             self.finish_reason = FinishReason.REPETITION
 

@@ -14,23 +14,21 @@ import torch
 from torch import Tensor
 from triton.runtime.interpreter import GridExecutor
 
-from quire.attention.base import KVCache
+from quire.config import EngineConfig, from_flat
 from quire.engine.core import EngineCore
 from quire.executor.base import Executor
-from quire.executor.device import DeviceExecutor
-from quire.executor.inline import InlineExecutor
-from quire.kernels.select import create_kernels
-from quire.kernels.triton.backend import TritonKernels
 from quire.kvcache import KVCacheManager
 from quire.messages import AddRequest, FinishReason, RequestUpdate
-from quire.models.loader import load_model
 from quire.models.registry import resolve_spec
-from quire.runner.device import HostDevice
+from quire.runner.cpu import CPU
+from quire.runner.device import CannotRecordError, HostDevice
 from quire.runner.device_runner import DeviceRunner, graph_sizes, mixed_rows, mixed_tokens
-from quire.runner.model_runner import ModelRunner
-from quire.sampling_params import SamplingParams
+from quire.runner.footprint import WorkerSpec
+from quire.runner.gpu import GPU
+from quire.runner.worker import Worker
 from quire.scheduler import Scheduler, SchedulerLimits
 from tests.models.variants import build_reference, save
+from tests.scheduler.requests import add_request
 
 MAX_LEN = 48
 BLOCK_SIZE = 16
@@ -39,6 +37,7 @@ BUDGET = 24
 # What attention leaves of padding is what the memory held: NumPy warns of sums that overflow.
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
 
+SIZES = {"max_num_seqs": SEQS, "max_num_batched_tokens": BUDGET, "block_size": BLOCK_SIZE}
 NUM_BLOCKS = 5  # not enough for all who run at once: some are preempted
 
 
@@ -152,69 +151,46 @@ class Outcome:
     updates: list[RequestUpdate] = field(default_factory=list)
 
 
-def model_of(checkpoint: Path, kernels: object) -> object:
-    spec = resolve_spec(json.loads((checkpoint / "config.json").read_text()))
-    return load_model(
-        spec,
-        checkpoint,
-        dtype=torch.float32,
-        kernels=kernels,
-        max_model_len=MAX_LEN,  # type: ignore[arg-type]
+def spec_of(checkpoint: Path) -> WorkerSpec:
+    return WorkerSpec(
+        model=resolve_spec(json.loads((checkpoint / "config.json").read_text())),
+        directory=checkpoint,
+        dtype="float32",
+        kv_cache_dtype="float32",
+        device="cpu",
+        max_model_len=MAX_LEN,
     )
 
 
-def cache_of(model: object, kernels: object) -> KVCache:
-    spec = model.spec  # type: ignore[attr-defined]
-    cache = KVCache(
-        num_layers=spec.num_layers,
-        num_blocks=NUM_BLOCKS,
-        num_kv_heads=spec.heads.num_kv_heads,
-        head_dim=spec.heads.head_dim,
-        block_size=BLOCK_SIZE,
-        dtype=torch.float32,
-        kernels=kernels,  # type: ignore[arg-type]
-    )
-    cache.storage.fill_(float("nan"))  # who reads what nobody wrote is found out
-    return cache
+def opened(config: EngineConfig, spec: WorkerSpec, platform: CPU | GPU) -> Worker:
+    worker = Worker(config, spec, platform=platform)
+    worker.load()
+    worker.open_cache(NUM_BLOCKS, MAX_LEN)
+    # Who reads what nobody wrote is found out.
+    worker.runner.kv_cache.storage.fill_(float("nan"))  # type: ignore[union-attr]
+    return worker
 
 
 def on_cpu(checkpoint: Path) -> Executor:
-    kernels = create_kernels()
-    model = model_of(checkpoint, kernels)
-    return InlineExecutor(
-        ModelRunner(
-            model,  # type: ignore[arg-type]
-            cache_of(model, kernels),
-            kernels,
-            max_num_seqs=SEQS,
-            max_model_len=MAX_LEN,
-        )
-    )
+    config = from_flat(SIZES)
+    return opened(config, spec_of(checkpoint), CPU(config, spec_of(checkpoint)))
 
 
 def on_device(
     checkpoint: Path, device: FaithfulDevice, *, overlap: bool = True, eager: bool = False
-) -> DeviceExecutor:
-    kernels = TritonKernels(torch.device("cpu"))
-    model = model_of(checkpoint, kernels)
-    cache = cache_of(model, kernels)
-    runner = DeviceRunner(
-        model,  # type: ignore[arg-type]
-        cache,
-        kernels,
-        device,
-        max_num_seqs=SEQS,
-        max_num_batched_tokens=BUDGET,
-        max_model_len=MAX_LEN,
-        eager=eager,
-    )
+) -> Worker:
+    config = from_flat({**SIZES, "async_scheduling": overlap, "enforce_eager": eager})
+    gpu = GPU(config, spec_of(checkpoint), device)
+    worker = opened(config, spec_of(checkpoint), gpu)
+    runner = worker.runner
+    assert isinstance(runner, DeviceRunner)
     batch = runner._batch
     device.lasting = [
-        *(cache.storage, kernels._workspace, batch.packed, batch.token_ids, batch.seat_blocks),
+        *(runner.kv_cache.storage, gpu.kernels._workspace, batch.packed, batch.token_ids),
         *(batch.input_ids, batch.positions, batch.slot_mapping, batch.block_table),
-        runner._sampling._table,
+        *(batch.seat_blocks, runner._sampling._table),
     ]
-    return DeviceExecutor(runner, overlap=overlap)
+    return worker
 
 
 def core_of(executor: Executor) -> EngineCore:
@@ -249,30 +225,23 @@ def run(
     return outcome
 
 
-def request(
-    request_id: int, prompt: range, params: SamplingParams, *, eos: tuple[int, ...] = ()
-) -> AddRequest:
-    return AddRequest(
-        request_id=request_id,
-        prompt_token_ids=[3 + i % 190 for i in prompt],
-        params=params,
+def request(request_id: int, prompt: range, max_tokens: int, **decoding: Any) -> AddRequest:
+    return add_request(
+        request_id,
+        [3 + i % 190 for i in prompt],
+        max_tokens=max_tokens,
         seed=100 + request_id,
-        max_tokens=params.max_tokens or 1,
-        eos_token_ids=list(eos),
+        **decoding,
     )
 
 
-def greedy(max_tokens: int) -> SamplingParams:
-    return SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
-
-
 REQUESTS = [
-    request(1, range(30), greedy(8)),  # in two chunks
-    request(2, range(50, 63), greedy(8)),
-    request(3, range(33), greedy(4)),  # finds the first one's first block
+    request(1, range(30), 8),  # in two chunks
+    request(2, range(50, 63), 8),
+    request(3, range(33), 4),  # finds the first one's first block
 ]
 
-SHORT = request(2, range(50, 63), greedy(4))  # the second one, cut off
+SHORT = request(2, range(50, 63), 4)  # the second one, cut off
 
 
 @pytest.fixture(scope="module")
@@ -314,7 +283,7 @@ def test_recording_when_idle(checkpoint: Path, expected: Outcome, device: Faithf
     runner = executor.runner
     assert runner is not None
     assert core.prepare() and not runner._batch.token_ids.any(), "a token of nobody's"
-    run(executor, [request(9, range(7, 20), greedy(2))], core=core)
+    run(executor, [request(9, range(7, 20), 2)], core=core)
     before = [tensor.clone() for tensor in (runner._batch.token_ids, runner._batch.seat_blocks)]
     cache = runner.kv_cache.storage.clone()
     done = 1
@@ -330,8 +299,8 @@ def test_recording_when_idle(checkpoint: Path, expected: Outcome, device: Faithf
     assert run(executor, [SHORT], core=core).tokens == {2: expected.tokens[2][:4]}
     assert len(device.outside) == outside, "launches beside the recordings"
     replays = device.replays  # for what is drawn there is no recording, but one that samples harder
-    drawn = SamplingParams(temperature=0.9, max_tokens=3, ignore_eos=True)
-    assert len(run(executor, [request(8, range(9), drawn)], core=core).tokens[8]) == 3
+    drawn = request(8, range(9), 3, temperature=0.9)
+    assert len(run(executor, [drawn], core=core).tokens[8]) == 3
     assert device.replays == replays + 2 and len(device.recorded) == done
 
 
@@ -339,7 +308,7 @@ def test_without_memory_for_recordings(
     checkpoint: Path, expected: Outcome, device: FaithfulDevice, caplog: pytest.LogCaptureFixture
 ) -> None:
     def record(work: object) -> object:
-        raise torch.OutOfMemoryError
+        raise CannotRecordError("3 MiB are free")
 
     device.record = record  # type: ignore[method-assign, assignment]
     executor = on_device(checkpoint, device)
@@ -352,31 +321,26 @@ def test_logits_that_are_no_numbers(checkpoint: Path, device: FaithfulDevice) ->
     assert executor.runner is not None
     with torch.inference_mode():
         executor.runner.model._norm.weight.fill_(torch.nan)
-    (update,) = run(executor, [request(1, range(3), greedy(2))]).updates
+    (update,) = run(executor, [request(1, range(3), 2)]).updates
     assert update.finish_reason is FinishReason.ERROR and not update.new_token_ids
 
 
 def test_sampling_penalties_logprobs_and_ends(checkpoint: Path, device: FaithfulDevice) -> None:
-    kinds = [
-        SamplingParams(temperature=0.9, top_p=0.8, top_k=20, max_tokens=4, ignore_eos=True),
-        SamplingParams(temperature=1.3, max_tokens=4, logprobs=2, ignore_eos=True),
-        SamplingParams(
-            temperature=0.0,
-            repetition_penalty=1.4,
-            presence_penalty=0.6,
-            frequency_penalty=0.3,
-            max_tokens=5,
-            ignore_eos=True,
-        ),
-        SamplingParams(temperature=0.0, max_tokens=8, min_tokens=3, logprobs=-1),
-    ]
-    every_token = tuple(
+    every_token = frozenset(
         range(0, 199, 2)
     )  # so that a request ends early, in a step already overlapped
-    requests = [
-        request(i, range(20 * i, 20 * i + 9), params, eos=every_token if params.min_tokens else ())
-        for i, params in enumerate(kinds)
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 0.9, "top_p": 0.8, "top_k": 20, "max_tokens": 4},
+        {"temperature": 1.3, "max_tokens": 4, "logprobs": 2},
+        {
+            "repetition_penalty": 1.4,
+            "presence_penalty": 0.6,
+            "frequency_penalty": 0.3,
+            "max_tokens": 5,
+        },
+        {"max_tokens": 8, "min_tokens": 3, "logprobs": -1, "end_token_ids": every_token},
     ]
+    requests = [request(i, range(20 * i, 20 * i + 9), **kind) for i, kind in enumerate(kinds)]
     theirs = run(on_cpu(checkpoint), requests)
     ours = run(on_device(checkpoint, device), requests)
     assert ours.tokens == theirs.tokens

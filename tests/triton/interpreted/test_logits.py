@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from quire.decoding import Decoding
 from quire.kernels.checks import KernelArgumentError
 from quire.kernels.triton.logits import edit_logits, history_row
 from quire.kernels.triton.seats import seat
 from quire.messages import AdmittedRequest
 from quire.sampling.sampler import SamplingState
-from quire.sampling_params import SamplingParams
 from tests.kernels.cases import generator, randn
 
 VOCAB = 4133  # two tiles, the second of 37; 130 words of mask, the last of 5 bits
@@ -55,21 +55,19 @@ def test_a_row_that_wants_nothing_is_copied(dtype: torch.dtype) -> None:
         {"frequency_penalty": 0.4},
         {"presence_penalty": -0.7},
         {"repetition_penalty": 0.8, "frequency_penalty": -1.1, "presence_penalty": 2.0},
-        {"repetition_penalty": 1.1, "min_tokens": 6, "stop_token_ids": [4132, 0, 7]},
+        {"repetition_penalty": 1.1, "min_tokens": 6, "stop_token_ids": frozenset({4132, 0, 7})},
     ],
 )
 @pytest.mark.parametrize("position", [14, 15])
 def test_penalties_and_bans_are_those_of_the_sampler(params: dict[str, Any], position: int) -> None:
     prompt, output = [1, 2, 3, 4130, 4130, 7, 0, 9, 9], [7, 7, 7, 4131, 2]
-    given = SamplingParams(**params)
+    given = Decoding(end_token_ids=frozenset({11}), **params)
     request = AdmittedRequest(
         request_id=0,
         token_ids=prompt + output,
         num_prompt_tokens=len(prompt),
         block_ids=[],
-        params=given,
-        seed=0,
-        eos_token_ids=[11],
+        decoding=given,
     )
     state = SamplingState(request, VOCAB)
     logits = some_logits(2)
@@ -84,7 +82,7 @@ def test_penalties_and_bans_are_those_of_the_sampler(params: dict[str, Any], pos
         "frequency": given.frequency_penalty,
         "presence": given.presence_penalty,
         "num_banned": len(state.final_ids),
-        "banned_until": len(prompt) + given.min_tokens,
+        "banned_until": state.banned_until,
     }
     out = edit(logits, [{}, fields], positions=[3, position], history=history, banned_ids=banned)
     torch.testing.assert_close(out, want, rtol=1e-6, atol=1e-6)
