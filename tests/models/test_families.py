@@ -15,7 +15,10 @@ from tests.models.harness import PagedHarness, Request
 from tests.models.variants import VARIANTS, prompt_tokens, reference_logits
 
 NEW_TOKENS = 64
-DISTINCT = ["llama", "mistral-window", "qwen2-windows", "qwen3"]
+DISTINCT = [
+    "llama", "mistral-window", "qwen2-windows", "qwen3", "gemma2", "gemma3", "olmo3",
+    "phi3-longrope-long", "granite", "smollm3", "ministral3",
+]  # fmt: skip
 """One variant for each path through a layer; the slow reference kernels prove invariance on these."""
 
 
