@@ -90,6 +90,11 @@ VISION = {
     "image_size": 16,
     "patch_size": 8,
 }
+LOGITS_ONLY = {
+    "gemma2-untied-bias", "gemma3", "gemma3-untied-pattern", "olmo2-mha-tied", "phi3-partial-tied",
+    "phi3-longrope-short", "granite-bias", "smollm3", "ministral3",
+}  # fmt: skip
+"""Variants whose family is also there with all that a schedule could touch: one pass suffices for these."""
 VARIANTS: Mapping[str, tuple[Config, Mapping[str, Any]]] = {
     "llama": (transformers.LlamaConfig, {}),
     "llama-mha-tied": (
