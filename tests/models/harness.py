@@ -50,7 +50,7 @@ class PagedHarness:
         )
         self.cache.storage.fill_(float("nan"))
         self._mirror = copy.deepcopy(self.cache)  # of the pass in one call
-        self._one_call = model.over(self._mirror)
+        self.one_call = model.over(self._mirror)
         self._steps = 0
         self.free = list(range(1, num_blocks))
         random.Random(seed).shuffle(self.free)
@@ -117,9 +117,9 @@ class PagedHarness:
         expected = torch.cat(
             [part[len(part) - some :] for part, some in zip(parts, wanted, strict=True)]
         )
-        actual = self._one_call.forward(rows)
+        actual = self.one_call.forward(rows)
         assert torch.equal(actual.view(torch.int32), expected.view(torch.int32))
-        again = self.model.compute_logits(self._one_call.hidden(rows))
+        again = self.model.compute_logits(self.one_call.hidden(rows))
         assert torch.equal(again.view(torch.int32), expected.view(torch.int32))
         ours, theirs = (c.storage.view(torch.uint8) for c in (self.cache, self._mirror))
         assert torch.equal(ours, theirs)
