@@ -13,18 +13,17 @@ from typing import Any
 import torch
 from bench.gpu.lab import BF16, DEVICE
 
-from quire.attention.base import KVCache
+from quire.config import from_flat
+from quire.decoding import Decoding
 from quire.engine.core import EngineCore
-from quire.executor.device import DeviceExecutor
-from quire.kernels.triton.backend import TritonKernels
 from quire.kvcache import KVCacheManager
 from quire.messages import AbortRequests, AddRequest, FinishReason, TokenLogprobs
 from quire.models.decoder import DecoderModel
-from quire.models.loader import load_model
 from quire.models.spec import ModelSpec
 from quire.runner.device import CudaDevice, HostDevice
-from quire.runner.device_runner import DeviceRunner
-from quire.sampling_params import SamplingParams
+from quire.runner.footprint import WorkerSpec
+from quire.runner.gpu import GPU
+from quire.runner.worker import Worker
 from quire.scheduler import Scheduler, SchedulerLimits
 
 BLOCK_SIZE = 16
@@ -53,45 +52,50 @@ def build(
     invariant: bool = False,
 ) -> EngineCore:
     """folder: of a checkpoint; without one, weights are random, and the same each time."""
-    kernels, length = TritonKernels(DEVICE, batch_invariant=invariant), limits.length
-    if folder is None:
-        model = DecoderModel(spec, dtype=dtype, kernels=kernels, max_model_len=length)
-        torch.manual_seed(0)
-        for target in model.targets():
-            weights = torch.ones(target.shape, dtype=dtype, device=DEVICE)
-            target.load(0, weights if target.kind == "norm" else weights.normal_(0, 0.02))
-        model.bind()
-    else:
-        model = load_model(spec, folder, dtype=dtype, kernels=kernels, max_model_len=length)
+    sizes: dict[str, Any] = {
+        "max_num_seqs": limits.seqs,
+        "max_num_batched_tokens": limits.tokens,
+        "max_model_len": limits.length,
+    }
+    config = from_flat({
+        **sizes, "block_size": BLOCK_SIZE, "enforce_eager": eager, "batch_invariant": invariant,
+    })  # fmt: skip
+    name = str(dtype).removeprefix("torch.")
+    share = WorkerSpec(
+        model=spec, directory=folder or Path(), dtype=name, kv_cache_dtype=name,
+        device=DEVICE.type, max_model_len=limits.length,
+    )  # fmt: skip
+    gpu = GPU(config, share, CudaDevice() if DEVICE.type == "cuda" else HostDevice())
+    worker = Worker(config, share, platform=gpu)
+    worker.load(None if folder is not None else _random_model(spec, gpu, limits.length, dtype))
     num_blocks = 1 + -(-limits.cached // BLOCK_SIZE)
     if DEVICE.type == "cuda":
         block_bytes = spec.kv_bytes_per_token(dtype.itemsize) * BLOCK_SIZE
         free, _ = torch.cuda.mem_get_info()
         num_blocks = min(num_blocks, int(CACHE_SHARE * free) // block_bytes)
-    cache = KVCache(
-        num_layers=spec.num_layers, num_blocks=num_blocks, num_kv_heads=spec.heads.num_kv_heads,
-        head_dim=spec.heads.head_dim, block_size=BLOCK_SIZE, dtype=dtype, kernels=kernels,
-    )  # fmt: skip
-    sizes: dict[str, Any] = {
-        "max_num_seqs": limits.seqs,
-        "max_num_batched_tokens": limits.tokens,
-        "max_model_len": length,
-    }
-    device = CudaDevice() if DEVICE.type == "cuda" else HostDevice()
-    runner = DeviceRunner(model, cache, kernels, device, eager=eager, **sizes)
+    worker.open_cache(num_blocks, limits.length)
     kv = KVCacheManager(num_blocks, BLOCK_SIZE, enable_prefix_caching=True)
-    return EngineCore(Scheduler(SchedulerLimits(**sizes), kv), DeviceExecutor(runner))
+    return EngineCore(Scheduler(SchedulerLimits(**sizes), kv), worker)
+
+
+def _random_model(spec: ModelSpec, gpu: GPU, length: int, dtype: torch.dtype) -> DecoderModel:
+    """Made on the device: the weights that are loaded at random come from the host, slowly."""
+    with gpu.active():
+        model = DecoderModel(spec, dtype=dtype, kernels=gpu.kernels, max_model_len=length)
+        torch.manual_seed(0)
+        for target in model.targets():
+            weights = torch.ones(target.shape, dtype=dtype, device=DEVICE)
+            target.load(0, weights if target.kind == "norm" else weights.normal_(0, 0.02))
+        model.bind()
+    return model
 
 
 def request(
     request_id: int, prompt: Sequence[int], output: int, *, logprobs: int | None = None
 ) -> AddRequest:
     """Greedy, to the end."""
-    params = SamplingParams(temperature=0.0, max_tokens=output, ignore_eos=True, logprobs=logprobs)
-    return AddRequest(
-        request_id=request_id, prompt_token_ids=list(prompt), params=params, seed=request_id,
-        max_tokens=output,
-    )  # fmt: skip
+    decoding = Decoding(max_tokens=output, logprobs=logprobs, seed=request_id)
+    return AddRequest(request_id=request_id, prompt_token_ids=list(prompt), decoding=decoding)
 
 
 def requests(

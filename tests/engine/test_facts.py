@@ -16,7 +16,7 @@ from quire.config import from_flat
 from quire.engine.async_llm import AsyncLLM
 from quire.engine.end_tokens import EosSource, end_tokens
 from quire.engine.setup import ServedModel, locate, resolve, serve_model
-from quire.errors import ConfigError, InvalidParameterError
+from quire.errors import ConfigError, InvalidParameterError, PromptTooLongError
 from quire.sampling_params import BeamSearchParams, StructuredOutputsParams
 from tests.engine.checkpoints import SPECIAL, VOCAB_SIZE, write_checkpoint, write_tokenizer
 from tests.models.variants import build_reference, save
@@ -360,22 +360,22 @@ def test_yarn_added_as_model_cards_say(base: Path) -> None:
 
 
 @pytest.mark.asyncio
-async def test_the_front_end_takes_the_cores_length(
+async def test_memory_is_planned_by_the_core_alone(
     base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With `auto` each side sizes memory when it looks; only the core's size is real."""
-    config = from_flat({"model": str(base), **OPTIONS, "max_model_len": -1})
-    monkeypatch.setattr("quire.engine.async_llm.resolve", _resolve_longer)
+    """Two processes that looked at memory would see two amounts, and with `auto` admit two lengths."""
+
+    def fails(*arguments: object, **named: object) -> None:
+        raise AssertionError("the front end planned memory")
+
+    monkeypatch.setattr("quire.engine.memory.plan_memory", fails)
+    monkeypatch.setattr("quire.engine.assemble.plan_memory", fails)
+    config = from_flat({"model": str(base), **OPTIONS, "max_model_len": -1,
+                        "kv_cache_memory_bytes": None, "num_gpu_blocks_override": 1 + 5})  # fmt: skip
     llm = await AsyncLLM.start(config)
     try:
-        assert llm.model.max_model_len == llm.ready.max_model_len == 256
+        assert llm.model.max_model_len == llm.ready.max_model_len == 80
+        with pytest.raises(PromptTooLongError):
+            llm.submit(list(range(20, 101)), GREEDY)
     finally:
         await llm.shutdown()
-
-
-def _resolve_longer(config):  # type: ignore[no-untyped-def]
-    import dataclasses
-
-    resolved = resolve(config)
-    memory = dataclasses.replace(resolved.memory, max_model_len=4096)
-    return dataclasses.replace(resolved, memory=memory)

@@ -9,8 +9,8 @@ from collections.abc import Callable
 import pytest
 
 from quire.engine import gpu
-from quire.engine.memory import MachineMemory
 from quire.errors import ConfigError
+from quire.runner.footprint import DeviceMemory
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,7 @@ from quire.errors import ConfigError
 def test_the_device(
     found: bool, built: bool, wanted: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    memory = MachineMemory(total=80 << 30, available=79 << 30)
+    memory = DeviceMemory(total=80 << 30, available=79 << 30)
     monkeypatch.setattr(gpu, "gpu_memory", lambda: memory if found else None)
     monkeypatch.setattr(gpu, "torch_is_built_for_gpus", lambda: built)
     assert gpu.choose_device(wanted) == device
@@ -38,7 +38,7 @@ def test_the_device(
 def test_a_gpu_that_cannot_be_had(
     found: bool, built: bool, says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu, "gpu_memory", lambda: MachineMemory(1, 1) if found else None)
+    monkeypatch.setattr(gpu, "gpu_memory", lambda: DeviceMemory(1, 1) if found else None)
     monkeypatch.setattr(gpu, "torch_is_built_for_gpus", lambda: built)
     with pytest.raises(ConfigError, match=says):
         gpu.choose_device("cuda")
@@ -93,7 +93,7 @@ def test_the_driver_is_asked_for_the_visible_gpu(
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     else:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert gpu.gpu_memory() == (None if total is None else MachineMemory(total, 7))
+    assert gpu.gpu_memory() == (None if total is None else DeviceMemory(total, 7))
     assert driver.open == 0
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from quire.config import from_flat
-from quire.engine.memory import MachineMemory, format_bytes, machine_memory, plan_memory
+from quire.engine.memory import GPU_RESERVE, MemoryPlan, format_bytes, plan_memory
 from quire.errors import MemoryFitError
 from quire.models.registry import resolve_spec
+from quire.runner.footprint import DeviceMemory, Footprint, estimate, host_memory
 
 SPEC = resolve_spec(
     {
@@ -18,28 +19,31 @@ SPEC = resolve_spec(
     }
 )  # fmt: skip
 GIB = 2**30
-MACHINE = MachineMemory(total=16 * GIB, available=12 * GIB)
+MACHINE = DeviceMemory(total=16 * GIB, available=12 * GIB)
 BLOCK = SPEC.kv_bytes_per_token(2) * 16
 
 
 def plan(
     max_model_len: int | None = 4096,
-    machine: MachineMemory = MACHINE,
+    machine: DeviceMemory = MACHINE,
     *,
     gpu: bool = False,
     measured: tuple[int, int] | None = None,
-    kv_dtype_bytes: int | None = None,
+    kv_dtype_bytes: int = 2,
     **options: object,
-):
+) -> MemoryPlan:
+    """max_model_len: None for what fits."""
+    config = from_flat(options)
+    longest = max_model_len or SPEC.context_length
+    footprint = estimate(config, SPEC, machine, dtype_bytes=2, max_model_len=longest)
     return plan_memory(
-        from_flat(options),
+        config,
         SPEC,
-        dtype_bytes=2,
+        footprint if measured is None else Footprint(*measured, machine),
         kv_dtype_bytes=kv_dtype_bytes,
-        max_model_len=max_model_len,
-        machine=machine,
+        max_model_len=longest,
+        may_shrink=max_model_len is None,
         gpu=gpu,
-        measured=measured,
     )
 
 
@@ -85,7 +89,7 @@ def test_an_override_that_is_too_small_is_named() -> None:
 
 
 def test_weights_alone_may_be_too_much() -> None:
-    tiny = MachineMemory(total=GIB // 4, available=GIB // 8)
+    tiny = DeviceMemory(total=GIB // 4, available=GIB // 8)
     with pytest.raises(MemoryFitError, match="weights"):
         plan(machine=tiny)
 
@@ -96,7 +100,7 @@ def test_auto_length_is_what_fits() -> None:
 
 
 def test_this_machine_has_memory() -> None:
-    machine = machine_memory()
+    machine = host_memory()
     assert 0 < machine.available <= machine.total
 
 
@@ -106,23 +110,28 @@ def test_bytes_for_people() -> None:
     assert format_bytes(3 * GIB // 2) == "1.50 GiB"
 
 
-def test_on_a_gpu_nine_tenths_of_all_there_is_but_no_more_than_is_free() -> None:
-    empty = MachineMemory(total=8 * GIB, available=8 * GIB)
+def test_on_a_gpu_nine_tenths_of_all_there_is_but_no_more_than_is_free_and_a_reserve() -> None:
+    empty = DeviceMemory(total=8 * GIB, available=8 * GIB)
     others = (GIB, GIB // 2)
     options = {"max_num_seqs": 2000, "max_num_batched_tokens": 4096}
     memory = plan(machine=empty, gpu=True, measured=others, **options)
     assert (memory.weight_bytes, memory.activation_bytes) == others
     room = int(0.9 * 8 * GIB) - sum(others)
     assert room - BLOCK < memory.kv_bytes <= room
-    shared = MachineMemory(total=8 * GIB, available=3 * GIB)
+    shared = DeviceMemory(total=8 * GIB, available=3 * GIB)
     less = plan(machine=shared, gpu=True, measured=others, **options)
-    assert 3 * GIB - sum(others) - BLOCK < less.kv_bytes <= 3 * GIB - sum(others)
+    room = 3 * GIB - GPU_RESERVE - sum(others)
+    assert room - BLOCK < less.kv_bytes <= room
+    nearly_all = plan(
+        machine=empty, gpu=True, measured=others, gpu_memory_utilization=0.99, **options
+    )
+    assert nearly_all.kv_bytes <= 8 * GIB - GPU_RESERVE - sum(others)
 
 
 def test_an_fp8_cache_has_twice_the_blocks() -> None:
     plain, half = (
         plan(kv_cache_memory_bytes=GIB, kv_dtype_bytes=size, max_num_seqs=2000,
              max_num_batched_tokens=4096)
-        for size in (None, 1)
+        for size in (2, 1)
     )  # fmt: skip
     assert abs(half.num_blocks - 2 * plain.num_blocks) <= 1

@@ -1,4 +1,4 @@
-"""`quire bench kernels`: our CPU kernels and PyTorch's, one operation at a time."""
+"""`quire bench kernels`: Quire's CPU kernels against PyTorch's, one operation at a time."""
 
 from __future__ import annotations
 

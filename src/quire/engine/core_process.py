@@ -96,7 +96,8 @@ def _run(link: _Link, kernels: str) -> int:
     try:
         compiling = threading.Thread(target=_compile_kernels, args=(kernels,))
         compiling.start()
-        from quire.engine.build import build_core
+        import quire.executor.inline  # noqa: F401 (torch, while the configuration is on its way)
+        from quire.engine.assemble import build_core
         from quire.engine.setup import resolve
 
         config = link.receive_config()

@@ -9,8 +9,8 @@ import re
 from ctypes import byref, c_uint, c_ulonglong, c_void_p
 from pathlib import Path
 
-from quire.engine.memory import MachineMemory
 from quire.errors import ConfigError
+from quire.runner.footprint import DeviceMemory
 
 
 def choose_device(wanted: str) -> str:
@@ -53,7 +53,7 @@ class _Memory(ctypes.Structure):
     _fields_ = [("total", c_ulonglong), ("free", c_ulonglong), ("used", c_ulonglong)]
 
 
-def gpu_memory() -> MachineMemory | None:
+def gpu_memory() -> DeviceMemory | None:
     """Of the first GPU that CUDA_VISIBLE_DEVICES leaves; None without one. From the driver's NVML."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
     if visible in ("", "-1"):
@@ -72,6 +72,6 @@ def gpu_memory() -> MachineMemory | None:
             code = nvml.nvmlDeviceGetHandleByUUID(visible.encode(), byref(handle))
         if code != 0 or nvml.nvmlDeviceGetMemoryInfo(handle, byref(memory)) != 0:
             return None
-        return MachineMemory(total=memory.total, available=memory.free)
+        return DeviceMemory(total=memory.total, available=memory.free)
     finally:
         nvml.nvmlShutdown()

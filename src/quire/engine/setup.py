@@ -11,23 +11,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quire.config import EngineConfig, ModelConfig
-from quire.dtypes import FLOAT_SPELLINGS, element_bytes
+from quire.dtypes import FLOAT_SPELLINGS, FLOATS
 from quire.engine.end_tokens import EndTokens, EosSource, end_tokens
 from quire.engine.generation_config import (
     OVERRIDE,
     eos_sources,
     read_generation_config,
-    read_json,
     sampling_defaults,
 )
-from quire.engine.gpu import choose_device, gpu_memory
-from quire.engine.memory import MemoryPlan, plan_memory
-from quire.errors import ConfigError
+from quire.engine.gpu import choose_device
+from quire.errors import CheckpointError, ConfigError
 from quire.models.registry import resolve_spec, text_config
 from quire.models.spec import ModelSpec
 from quire.structured.spec import DEFAULT_LIMITS, Limits
-from quire.weights.files import read_contents
 from quire.weights.resolve import find_local, resolve_model
+from quire.weights.source import ModelSource, TensorInfo, open_source
 
 if TYPE_CHECKING:
     from quire.text.chat_template import ChatTemplate
@@ -49,16 +47,14 @@ class ResolvedModel:
     """"cpu" or "cuda"."""
     kv_cache_dtype: str
     """As `dtype`, or "float8_e4m3fn"."""
-    memory: MemoryPlan
+    max_model_len: int
+    """The most tokens of a request: as asked for, or the model's context. With -1 the engine core settles on
+    what its memory holds, if that is less (`EngineReady.max_model_len`)."""
     default_sampling: dict[str, object]
     eos_sources: tuple[EosSource, ...]
     """What the configs name as ends of a text; `read_tokens` joins them with the tokenizer's."""
     warnings: tuple[str, ...]
     """For the operator: what was dropped of the model's files."""
-
-    @property
-    def max_model_len(self) -> int:
-        return self.memory.max_model_len
 
 
 @dataclass(frozen=True)
@@ -138,34 +134,16 @@ def resolve(config: EngineConfig) -> ResolvedModel:
     model = config.model
     assert model.model is not None, "locate() first"
     directory = Path(model.model)
-    hf_config = text_config(read_json(directory / "config.json") | model.hf_overrides)
-    spec, stored_dtype = _as_stored(resolve_spec(hf_config), model, directory)
+    source = open_source(directory)
+    hf_config = text_config(source.config() | model.hf_overrides)
+    spec, stored_dtype = _as_stored(resolve_spec(hf_config), model, source)
     dtype = stored_dtype if model.dtype == "auto" else FLOAT_SPELLINGS[model.dtype]
-    generation = read_generation_config(model, directory)
+    generation = read_generation_config(model, source)
     default_sampling, warnings = sampling_defaults(model, generation)
     device = choose_device(config.runtime.device)
     kv_cache_dtype = dtype if config.cache.kv_cache_dtype == "auto" else "float8_e4m3fn"
     if kv_cache_dtype != dtype and device == "cpu":
         raise ConfigError("kv_cache_dtype 'fp8' needs a GPU; on the CPU leave it at auto.")
-    memory = plan_memory(
-        config,
-        spec,
-        dtype_bytes=element_bytes(dtype),
-        kv_dtype_bytes=element_bytes(kv_cache_dtype),
-        max_model_len=_wanted_model_len(model, spec),
-        machine=gpu_memory() if device == "cuda" else None,
-        gpu=device == "cuda",
-    )
-    scheduler = config.scheduler
-    if (
-        not scheduler.enable_chunked_prefill
-        and scheduler.max_num_batched_tokens < memory.max_model_len
-    ):
-        raise ConfigError(
-            f"without chunked prefill a whole prompt must fit a step: max_num_batched_tokens "
-            f"({scheduler.max_num_batched_tokens}) is less than max_model_len "
-            f"({memory.max_model_len}). Raise the first, lower the second, or leave chunking on."
-        )
     return ResolvedModel(
         model_dir=directory,
         tokenizer_dir=Path(model.tokenizer) if model.tokenizer else directory,
@@ -173,7 +151,7 @@ def resolve(config: EngineConfig) -> ResolvedModel:
         dtype=dtype,
         device=device,
         kv_cache_dtype=kv_cache_dtype,
-        memory=memory,
+        max_model_len=_wanted_model_len(model, spec),
         default_sampling=default_sampling,
         eos_sources=eos_sources(model, hf_config, generation),
         warnings=tuple(warnings),
@@ -182,9 +160,7 @@ def resolve(config: EngineConfig) -> ResolvedModel:
 
 def read_tokens(resolved: ResolvedModel) -> tuple[Tokenizer, EndTokens]:
     """Load the tokenizer, and settle which tokens end a text."""
-    from quire.text.tokenizer import Tokenizer
-
-    tokenizer = Tokenizer.from_directory(resolved.tokenizer_dir)
+    tokenizer = open_source(resolved.tokenizer_dir).tokenizer()
     overridden = [source.file for source in resolved.eos_sources] == [OVERRIDE]
     ends = end_tokens(
         resolved.eos_sources,
@@ -235,28 +211,34 @@ def serve_model(config: EngineConfig, resolved: ResolvedModel) -> ServedModel:
     )
 
 
-def _as_stored(spec: ModelSpec, model: ModelConfig, directory: Path) -> tuple[ModelSpec, str]:
+def _as_stored(spec: ModelSpec, model: ModelConfig, source: ModelSource) -> tuple[ModelSpec, str]:
     """The spec and dtype with what the config leaves to the weights' files: a dtype, and whether there is a
     head. Base models (Qwen3-Embedding-8B) are saved without one; their hidden states do not need it."""
-    contents = None if model.load_format == "dummy" else read_contents(directory)
-    if contents is None:
-        return spec, spec.checkpoint_dtype or "float32"
-    has_head = any(name.endswith("lm_head.weight") for name in contents.names)
-    if not spec.tie_word_embeddings and not has_head and "embed_tokens.weight" in contents.names:
+    tensors = {} if model.load_format == "dummy" else _headers(source)
+    has_head = any(name.endswith("lm_head.weight") for name in tensors)
+    if not spec.tie_word_embeddings and not has_head and "embed_tokens.weight" in tensors:
         logger.info(
             "the checkpoint has no output head: it serves embeddings, and generates no text"
         )
         # Tied, so that the head which is never asked takes no memory.
         spec = dataclasses.replace(spec, tie_word_embeddings=True, has_head=False)
-    return spec, spec.checkpoint_dtype or contents.dtype or "float32"
+    stored = (info.dtype for info in tensors.values() if info.dtype in FLOATS)
+    return spec, spec.checkpoint_dtype or next(stored, "float32")
 
 
-def _wanted_model_len(model: ModelConfig, spec: ModelSpec) -> int | None:
+def _headers(source: ModelSource) -> Mapping[str, TensorInfo]:
+    """Empty where they cannot be read, which loading will report."""
+    try:
+        with source.open() as checkpoint:
+            return checkpoint.tensors
+    except CheckpointError:
+        return {}
+
+
+def _wanted_model_len(model: ModelConfig, spec: ModelSpec) -> int:
     wanted = model.max_model_len
-    if wanted is None:
+    if wanted is None or wanted == -1:
         return spec.context_length
-    if wanted == -1:
-        return None
     if wanted < 1:
         raise ConfigError(f"max_model_len must be positive, -1 or auto, got {wanted}.")
     stretches = any(rope.type == "dynamic" for rope in spec.ropes)

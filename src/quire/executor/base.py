@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from quire.messages import StepPlan, StepResult
+from quire.runner.footprint import Footprint
 
 
 class StepFuture(Protocol):
@@ -25,6 +26,18 @@ class Executor(Protocol):
         made. 2: the next one is made, and launched, while one runs."""
         ...
 
+    def load(self) -> Footprint:
+        """Load the model; of several devices the tightest footprint. Before anything else.
+
+        Raises `ModelError`, `ConfigError` or `MemoryFitError`.
+        """
+        ...
+
+    def open_cache(self, num_blocks: int, max_model_len: int) -> None:
+        """Make the KV cache, of so many blocks with the null block; no request is longer than
+        max_model_len. Before the first plan. Raises `MemoryFitError`."""
+        ...
+
     def execute(self, plan: StepPlan) -> StepFuture:
         """Launch a plan. Without rows it has no tokens, but may have requests to forget."""
         ...
@@ -40,7 +53,7 @@ class Executor(Protocol):
         ...
 
     def wake_up(self) -> None:
-        """Be as after the start again."""
+        """Be as after the start again. Raises `MemoryFitError`, and sleeps on, if the memory is gone."""
         ...
 
     def close(self) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from quire.messages import SampledRow, StepPlan, StepResult
+from quire.runner.footprint import Footprint, host_memory
 
 TokenScript = Callable[[int, int], int]
 """(request_id, index of the token in the request) -> token id."""
@@ -20,6 +21,12 @@ class MockExecutor:
         self.plans: list[StepPlan] = []
         self.events: list[tuple[str, int]] = []
         """("launched" or "taken", step_id), in the order in which it happened."""
+
+    def load(self) -> Footprint:
+        return Footprint(weight_bytes=0, step_bytes=0, memory=host_memory())
+
+    def open_cache(self, num_blocks: int, max_model_len: int) -> None:
+        pass
 
     def execute(self, plan: StepPlan) -> ScriptedFuture:
         self.plans.append(plan)

@@ -48,7 +48,7 @@ from quire.messages import (
     TokenLogprobs,
 )
 from quire.models.decoder import DecoderModel
-from quire.runner.device import Device, Download
+from quire.runner.device import CannotRecordError, Device, Download
 from quire.runner.device_sampling import HARDNESS, DeviceSampling, Hardest, RowMasks, SeatSampling
 from quire.runner.prompt_work import PromptWork
 from quire.sampling.sampler import NAN_ERROR, GrammarSource, top_logprobs
@@ -206,64 +206,73 @@ class DeviceRunner:
     def __init__(
         self,
         model: DecoderModel,
-        kv_cache: KVCache,
         kernels: TritonKernels,
         device: Device,
         *,
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_model_len: int,
+        block_size: int,
         eager: bool = False,
         grammars: GrammarSource | None = None,
     ) -> None:
-        """eager: never record."""
+        """max_model_len: the cache may be opened for less. eager: never record."""
         self.model = model
-        self._max_model_len = max_model_len
-        self.kv_cache = kv_cache
+        self._kernels = kernels
         self._device = device
-        spec = model.spec
+        self._max_num_seqs = max_num_seqs
         shape = BatchShape(
             max_seqs=max_num_seqs,
             max_tokens=max_num_batched_tokens,
-            max_blocks=-(-max_model_len // kv_cache.block_size),
+            max_blocks=-(-max_model_len // block_size),
         )
         self._packer = StepPacker(shape, np.zeros(shape.packed_size, dtype=np.int32))
         self._batch = DeviceBatch.create(
             shape,
             max_model_len=max_model_len,
-            block_size=kv_cache.block_size,
+            block_size=block_size,
             device=device.torch_device,
         )
-        self._sampling = DeviceSampling(max_num_seqs, spec.vocab_size, device, grammars)
-        kernels.reserve(
-            kv_cache.layers[0].k,
-            q_heads=spec.heads.num_heads,
-            max_requests=max_num_seqs,
-            max_len=max_model_len,
-            windows={window or 0 for window in spec.windows},
-        )
-        self._blocks = kv_cache.storage.view(len(kv_cache.layers), 2, *kv_cache.layers[0].k.shape)
+        self._sampling = DeviceSampling(max_num_seqs, model.spec.vocab_size, device, grammars)
         self._seats: dict[int, _Seat] = {}
         self._free_seats = list(range(max_num_seqs - 1, -1, -1))
         self._may_record = not eager
         self._decode_rows = graph_sizes(max_num_seqs)
         self._mixed_rows = mixed_rows(max_num_seqs)
-        self._mixed_tokens = mixed_tokens(spec.num_parameters(), max_num_batched_tokens)
+        self._mixed_tokens = mixed_tokens(model.spec.num_parameters(), max_num_batched_tokens)
         self._uses: dict[_Shape, int] = {}
         self._recorded: dict[_Shape, Callable[[], _Computed]] = {}
 
+    def open_cache(self, kv_cache: KVCache, max_model_len: int) -> None:
+        """Again, before the first plan, when its size has been measured."""
+        spec = self.model.spec
+        self._max_model_len = max_model_len
+        self.kv_cache = kv_cache
+        self._blocks = kv_cache.storage.view(len(kv_cache.layers), 2, *kv_cache.layers[0].k.shape)
+        self._kernels.reserve(
+            kv_cache.layers[0].k,
+            q_heads=spec.heads.num_heads,
+            max_requests=self._max_num_seqs,
+            max_len=max_model_len,
+            windows={window or 0 for window in spec.windows},
+        )
+
     # --- a plan ---------------------------------------------------------------------------------------
 
-    @torch.inference_mode()
     def launch(self, plan: StepPlan) -> LaunchedStep:
         """Apply the plan: forget, admit, copy, compute, sample."""
+        with self._device.active():
+            return self._launch(plan)
+
+    @torch.inference_mode()
+    def _launch(self, plan: StepPlan) -> LaunchedStep:
         for request_id in plan.released:
             self._free_seats.append(self._seats.pop(request_id).index)
         for request in plan.admitted:
             self._admit(request)
         self._copy(plan.copies)
         if not plan.rows:
-            return LaunchedStep(plan.step_id)
+            return LaunchedStep(plan.step_id, self._device)
         step = self._send(plan.rows)
         return self._fetch(plan, step, self._run(step))
 
@@ -349,9 +358,13 @@ class DeviceRunner:
 
     # --- recordings -----------------------------------------------------------------------------------
 
-    @torch.inference_mode()
     def prepare(self) -> bool:
         """Record one more shape, if any is left that may come. Call when nothing is in flight."""
+        with self._device.active():
+            return self._prepare()
+
+    @torch.inference_mode()
+    def _prepare(self) -> bool:
         wanted = sorted(self._uses, key=self._uses.__getitem__, reverse=True)
         # "filter" does for all; downwards, since smaller recordings fit into the memory of larger ones.
         wanted += [_decoding(size, "filter") for size in reversed(self._decode_rows)]
@@ -378,8 +391,8 @@ class DeviceRunner:
         work = partial(self._compute, shape)
         try:
             self._recorded[shape] = self._device.record(work)
-        except torch.OutOfMemoryError:
-            logger.warning("no memory for more than %d recorded steps", len(self._recorded))
+        except CannotRecordError as error:
+            logger.warning("no more than %d steps are recorded: %s", len(self._recorded), error)
             self._may_record = False
         return self._recorded.get(shape, work)
 
@@ -455,7 +468,7 @@ class DeviceRunner:
             block_table=batch.block_table[:rows],
             max_query_len=shape.most_tokens,
         )
-        return self.model.compute(batch.input_ids[:tokens], metadata, self.kv_cache)
+        return self.model.compute(batch.input_ids[:tokens], [metadata], self.kv_cache)
 
     def _sampled_rows(self, shape: _Shape, hidden: Tensor) -> Tensor:
         """[samples, hidden_size] of all the tokens' hidden states."""
@@ -497,6 +510,7 @@ class DeviceRunner:
         hidden = () if ran.hidden is None else ran.hidden.split(counts)
         return LaunchedStep(
             step_id=plan.step_id,
+            device=self._device,
             download=self._device.download(back),
             requests=[row.request_id for row in step.sampling],
             ruled={row: seat for row, seat in ruled if seat.sampling.rules is not None},
@@ -563,6 +577,7 @@ class LaunchedStep:
     """A `StepFuture`."""
 
     step_id: int
+    device: Device
     download: Download | None = None
     requests: Sequence[int] = ()
     """Those that sampled; their tokens come back first."""
@@ -574,7 +589,8 @@ class LaunchedStep:
 
     def result(self) -> StepResult:
         back = () if self.download is None else self.download.wait()
-        told = {row.request_id: row for read in self.prompts if (row := read()) is not None}
+        with self.device.active():
+            told = {row.request_id: row for read in self.prompts if (row := read()) is not None}
         tokens = back[0].tolist() if self.requests else ()
         for index, (request_id, one_more) in enumerate(zip(self.requests, tokens, strict=True)):
             row = told.get(request_id)

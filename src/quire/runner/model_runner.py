@@ -16,6 +16,16 @@ from quire.runner.prompt_work import PromptWork
 from quire.sampling.sampler import GrammarSource, Sampler, SamplingSeats
 
 
+class FinishedStep:
+    __slots__ = ("_result",)
+
+    def __init__(self, result: StepResult) -> None:
+        self._result = result
+
+    def result(self) -> StepResult:
+        return self._result
+
+
 class RunningBatch:
     """Token ids, block tables and sampling of the admitted requests, each in a seat of its own.
 
@@ -38,7 +48,7 @@ class RunningBatch:
         self.token_ids = np.empty((max_num_seqs, max_model_len + 1), dtype=np.int64)
         self.block_ids = np.zeros((max_num_seqs, max_blocks), dtype=np.int32)
         rows = np.zeros((max_num_seqs, 4), dtype=np.int64)
-        self.step = StepRows(self.token_ids, self.block_ids, rows)
+        self.step = StepRows(self.token_ids, self.block_ids[None], rows)
         self.num_blocks = np.zeros(max_num_seqs, dtype=np.int64)
         self.num_prompt_tokens = [0] * max_num_seqs
         self.sampling = SamplingSeats(
@@ -79,26 +89,34 @@ class ModelRunner:
     def __init__(
         self,
         model: DecoderModel,
-        kv_cache: KVCache,
         kernels: Kernels,
         *,
         max_num_seqs: int,
-        max_model_len: int,
         grammars: GrammarSource | None = None,
         logprobs_mode: str = "raw_logprobs",
     ) -> None:
         self.model = model
-        self.kv_cache = kv_cache
-        self._decoder = model.over(kv_cache)
         self._kernels = kernels
         self._sampler = Sampler(kernels, logprobs_mode=logprobs_mode)
+        self._max_num_seqs = max_num_seqs
+        self._grammars = grammars
+
+    def open_cache(self, kv_cache: KVCache, max_model_len: int) -> None:
+        self.kv_cache = kv_cache
+        self._decoder = self.model.over(kv_cache)
         self.batch = RunningBatch(
-            max_num_seqs=max_num_seqs,
+            max_num_seqs=self._max_num_seqs,
             max_model_len=max_model_len,
             block_size=kv_cache.block_size,
-            vocab_size=model.spec.vocab_size,
-            grammars=grammars,
+            vocab_size=self.model.spec.vocab_size,
+            grammars=self._grammars,
         )
+
+    def launch(self, plan: StepPlan) -> FinishedStep:
+        return FinishedStep(self.execute(plan))
+
+    def prepare(self) -> bool:
+        return False
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Apply the plan: forget, admit, copy, compute, sample."""

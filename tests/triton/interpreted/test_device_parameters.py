@@ -5,20 +5,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import pytest
 
-from quire.engine import build
-from quire.engine.build_device import build_on_device
+from quire.config import EngineConfig
 from quire.engine.llm import LLM
 from quire.errors import ConfigError
-from quire.executor.device import DeviceExecutor
+from quire.executor import inline
 from quire.messages import StepResult, TokenLogprobs
 from quire.outputs import RequestOutput
 from quire.runner.device import HostDevice
 from quire.runner.device_runner import DeviceRunner, LaunchedStep
+from quire.runner.footprint import WorkerSpec
+from quire.runner.gpu import GPU
+from quire.runner.worker import Worker
 from quire.sampling_params import PoolingParams, SamplingParams, StructuredOutputsParams
 from quire.text.parsing.base import ThinkingTokens
 from tests.engine.checkpoints import ServableCheckpoint, prompts, write_checkpoint
@@ -104,17 +105,21 @@ def expected(checkpoint: ServableCheckpoint) -> dict[str, RequestOutput]:
         return answers(llm, list(MIX))
 
 
+def on_device(config: EngineConfig, spec: WorkerSpec, grammars: Any) -> Worker:
+    return Worker(config, spec, grammars=grammars, platform=GPU(config, spec, HostDevice()))
+
+
 @pytest.fixture
 def device_llm(checkpoint: ServableCheckpoint, monkeypatch: pytest.MonkeyPatch) -> Iterator[LLM]:
-    monkeypatch.setattr(build, "build_core", partial(build_on_device, device=HostDevice()))
+    monkeypatch.setattr(inline, "inline_executor", on_device)
     with LLM(str(checkpoint.directory), **OPTIONS) as llm:
         yield llm
 
 
 def runner_of(llm: LLM) -> DeviceRunner | None:
-    executor = llm._core._core.executor  # type: ignore[union-attr]
-    assert isinstance(executor, DeviceExecutor)
-    return executor.runner
+    runner = llm._core._core.executor.runner  # type: ignore[union-attr]
+    assert runner is None or isinstance(runner, DeviceRunner)
+    return runner
 
 
 def close(ours: Any, theirs: Any) -> None:
@@ -199,6 +204,6 @@ def test_sleeping_gives_the_memory_back_and_changes_nothing(
 def test_other_logprobs_are_refused(
     checkpoint: ServableCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build, "build_core", partial(build_on_device, device=HostDevice()))
+    monkeypatch.setattr(inline, "inline_executor", on_device)
     with pytest.raises(ConfigError, match="logprobs_mode 'processed_logits'"):
         LLM(str(checkpoint.directory), **OPTIONS, logprobs_mode="processed_logits")

@@ -14,20 +14,18 @@ import torch
 from torch import Tensor
 from triton.runtime.interpreter import GridExecutor
 
-from quire.attention.base import KVCache
+from quire.config import EngineConfig, from_flat
 from quire.engine.core import EngineCore
 from quire.executor.base import Executor
-from quire.executor.device import DeviceExecutor
-from quire.executor.inline import InlineExecutor
-from quire.kernels.select import create_kernels
-from quire.kernels.triton.backend import TritonKernels
 from quire.kvcache import KVCacheManager
 from quire.messages import AddRequest, FinishReason, RequestUpdate
-from quire.models.loader import load_model
 from quire.models.registry import resolve_spec
-from quire.runner.device import HostDevice
+from quire.runner.cpu import CPU
+from quire.runner.device import CannotRecordError, HostDevice
 from quire.runner.device_runner import DeviceRunner, graph_sizes, mixed_rows, mixed_tokens
-from quire.runner.model_runner import ModelRunner
+from quire.runner.footprint import WorkerSpec
+from quire.runner.gpu import GPU
+from quire.runner.worker import Worker
 from quire.scheduler import Scheduler, SchedulerLimits
 from tests.models.variants import build_reference, save
 from tests.scheduler.requests import add_request
@@ -39,6 +37,7 @@ BUDGET = 24
 # What attention leaves of padding is what the memory held: NumPy warns of sums that overflow.
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
 
+SIZES = {"max_num_seqs": SEQS, "max_num_batched_tokens": BUDGET, "block_size": BLOCK_SIZE}
 NUM_BLOCKS = 5  # not enough for all who run at once: some are preempted
 
 
@@ -152,69 +151,46 @@ class Outcome:
     updates: list[RequestUpdate] = field(default_factory=list)
 
 
-def model_of(checkpoint: Path, kernels: object) -> object:
-    spec = resolve_spec(json.loads((checkpoint / "config.json").read_text()))
-    return load_model(
-        spec,
-        checkpoint,
-        dtype=torch.float32,
-        kernels=kernels,
-        max_model_len=MAX_LEN,  # type: ignore[arg-type]
+def spec_of(checkpoint: Path) -> WorkerSpec:
+    return WorkerSpec(
+        model=resolve_spec(json.loads((checkpoint / "config.json").read_text())),
+        directory=checkpoint,
+        dtype="float32",
+        kv_cache_dtype="float32",
+        device="cpu",
+        max_model_len=MAX_LEN,
     )
 
 
-def cache_of(model: object, kernels: object) -> KVCache:
-    spec = model.spec  # type: ignore[attr-defined]
-    cache = KVCache(
-        num_layers=spec.num_layers,
-        num_blocks=NUM_BLOCKS,
-        num_kv_heads=spec.heads.num_kv_heads,
-        head_dim=spec.heads.head_dim,
-        block_size=BLOCK_SIZE,
-        dtype=torch.float32,
-        kernels=kernels,  # type: ignore[arg-type]
-    )
-    cache.storage.fill_(float("nan"))  # who reads what nobody wrote is found out
-    return cache
+def opened(config: EngineConfig, spec: WorkerSpec, platform: CPU | GPU) -> Worker:
+    worker = Worker(config, spec, platform=platform)
+    worker.load()
+    worker.open_cache(NUM_BLOCKS, MAX_LEN)
+    # Who reads what nobody wrote is found out.
+    worker.runner.kv_cache.storage.fill_(float("nan"))  # type: ignore[union-attr]
+    return worker
 
 
 def on_cpu(checkpoint: Path) -> Executor:
-    kernels = create_kernels()
-    model = model_of(checkpoint, kernels)
-    return InlineExecutor(
-        ModelRunner(
-            model,  # type: ignore[arg-type]
-            cache_of(model, kernels),
-            kernels,
-            max_num_seqs=SEQS,
-            max_model_len=MAX_LEN,
-        )
-    )
+    config = from_flat(SIZES)
+    return opened(config, spec_of(checkpoint), CPU(config, spec_of(checkpoint)))
 
 
 def on_device(
     checkpoint: Path, device: FaithfulDevice, *, overlap: bool = True, eager: bool = False
-) -> DeviceExecutor:
-    kernels = TritonKernels(torch.device("cpu"))
-    model = model_of(checkpoint, kernels)
-    cache = cache_of(model, kernels)
-    runner = DeviceRunner(
-        model,  # type: ignore[arg-type]
-        cache,
-        kernels,
-        device,
-        max_num_seqs=SEQS,
-        max_num_batched_tokens=BUDGET,
-        max_model_len=MAX_LEN,
-        eager=eager,
-    )
+) -> Worker:
+    config = from_flat({**SIZES, "async_scheduling": overlap, "enforce_eager": eager})
+    gpu = GPU(config, spec_of(checkpoint), device)
+    worker = opened(config, spec_of(checkpoint), gpu)
+    runner = worker.runner
+    assert isinstance(runner, DeviceRunner)
     batch = runner._batch
     device.lasting = [
-        *(cache.storage, kernels._workspace, batch.packed, batch.token_ids, batch.seat_blocks),
+        *(runner.kv_cache.storage, gpu.kernels._workspace, batch.packed, batch.token_ids),
         *(batch.input_ids, batch.positions, batch.slot_mapping, batch.block_table),
-        runner._sampling._table,
+        *(batch.seat_blocks, runner._sampling._table),
     ]
-    return DeviceExecutor(runner, overlap=overlap)
+    return worker
 
 
 def core_of(executor: Executor) -> EngineCore:
@@ -332,7 +308,7 @@ def test_without_memory_for_recordings(
     checkpoint: Path, expected: Outcome, device: FaithfulDevice, caplog: pytest.LogCaptureFixture
 ) -> None:
     def record(work: object) -> object:
-        raise torch.OutOfMemoryError
+        raise CannotRecordError("3 MiB are free")
 
     device.record = record  # type: ignore[method-assign, assignment]
     executor = on_device(checkpoint, device)

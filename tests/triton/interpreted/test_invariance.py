@@ -4,26 +4,23 @@ vocabulary are the same bits alone and in company, however its prompt was cut, f
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from quire.attention.base import KVCache
+from quire.config import from_flat
 from quire.engine.core import EngineCore
-from quire.executor.device import DeviceExecutor
 from quire.kernels.triton import backend
-from quire.kernels.triton.backend import TritonKernels
 from quire.kvcache import KVCacheManager
 from quire.messages import AddRequest, RequestUpdate, TokenLogprobs
-from quire.models.decoder import DecoderModel
-from quire.models.loader import load_model
 from quire.models.registry import resolve_spec
 from quire.runner.device import HostDevice
-from quire.runner.device_runner import DeviceRunner
+from quire.runner.footprint import WorkerSpec
+from quire.runner.gpu import GPU
+from quire.runner.worker import Worker
 from quire.scheduler import Scheduler, SchedulerLimits
 from tests.models.variants import build_reference, save
 from tests.scheduler.requests import add_request
@@ -31,7 +28,6 @@ from tests.scheduler.requests import add_request
 BLOCK_SIZE = 16
 MAX_LEN = 64
 OUTPUT = 4
-Build = Callable[[], tuple[DecoderModel, TritonKernels]]
 Results = dict[int, list[TokenLogprobs]]
 
 
@@ -47,17 +43,17 @@ def uninitialized_is_nan() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
+def spec(tmp_path_factory: pytest.TempPathFactory) -> WorkerSpec:
     model = build_reference("llama-attention-bias", num_attention_heads=2, num_key_value_heads=1)
     folder = save(model, tmp_path_factory.mktemp("tiny"))
-    return lambda: load(folder)
-
-
-def load(folder: Path) -> tuple[DecoderModel, TritonKernels]:
-    spec = resolve_spec(json.loads((folder / "config.json").read_text()))
-    kernels = TritonKernels(torch.device("cpu"), batch_invariant=True)
-    options = {"dtype": torch.float32, "kernels": kernels, "max_model_len": MAX_LEN}
-    return load_model(spec, folder, **options), kernels
+    return WorkerSpec(
+        model=resolve_spec(json.loads((folder / "config.json").read_text())),
+        directory=folder,
+        dtype="float32",
+        kv_cache_dtype="float32",
+        device="cpu",
+        max_model_len=MAX_LEN,
+    )
 
 
 @dataclass(frozen=True)
@@ -72,28 +68,22 @@ class Schedule:
     eager: bool = False
 
     def run(
-        self, build: Build, requests: Sequence[AddRequest]
+        self, spec: WorkerSpec, requests: Sequence[AddRequest]
     ) -> tuple[Results, dict[int, list[RequestUpdate]]]:
-        model, kernels = build()
         sizes = {
             "max_num_seqs": self.seqs,
             "max_num_batched_tokens": self.budget,
-            "max_model_len": MAX_LEN,
         }
-        spec = model.spec
-        cache = KVCache(
-            num_layers=spec.num_layers,
-            num_blocks=self.blocks,
-            num_kv_heads=spec.heads.num_kv_heads,
-            head_dim=spec.heads.head_dim,
-            block_size=BLOCK_SIZE,
-            dtype=torch.float32,
-            kernels=kernels,
-        )
-        runner = DeviceRunner(model, cache, kernels, HostDevice(), eager=self.eager, **sizes)
+        config = from_flat({
+            **sizes, "block_size": BLOCK_SIZE, "batch_invariant": True,
+            "async_scheduling": self.overlap, "enforce_eager": self.eager,
+        })  # fmt: skip
+        executor = Worker(config, spec, platform=GPU(config, spec, HostDevice()))
+        executor.load()
+        executor.open_cache(self.blocks, MAX_LEN)
         pool = KVCacheManager(self.blocks, BLOCK_SIZE, enable_prefix_caching=True)
-        executor = DeviceExecutor(runner, overlap=self.overlap)
-        core = EngineCore(Scheduler(SchedulerLimits(**sizes), pool), executor, clock=lambda: 0.0)
+        limits = SchedulerLimits(max_model_len=MAX_LEN, **sizes)
+        core = EngineCore(Scheduler(limits, pool), executor, clock=lambda: 0.0)
         updates: dict[int, list[RequestUpdate]] = {}
         waiting = list(requests)
         for step in range(200):
@@ -130,8 +120,8 @@ BATCH = [OTHERS[0], GREEDY, SAMPLED]
 
 
 @pytest.fixture(scope="module")
-def alone(build: Build) -> Results:
-    return {r.request_id: Schedule().run(build, [r])[0][r.request_id] for r in (GREEDY, SAMPLED)}
+def alone(spec: WorkerSpec) -> Results:
+    return {r.request_id: Schedule().run(spec, [r])[0][r.request_id] for r in (GREEDY, SAMPLED)}
 
 
 CASES = {
@@ -146,9 +136,11 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_bits_are_those_of_the_request_alone(build: Build, alone: Results, name: str) -> None:
+def test_the_bits_are_those_of_the_request_alone(
+    spec: WorkerSpec, alone: Results, name: str
+) -> None:
     schedule, requests = CASES[name]
-    found, updates = schedule.run(build, requests)
+    found, updates = schedule.run(spec, requests)
     for request_id in alone.keys() & found.keys():
         assert len(alone[request_id]) == OUTPUT
         assert found[request_id] == alone[request_id]
@@ -157,8 +149,10 @@ def test_the_bits_are_those_of_the_request_alone(build: Build, alone: Results, n
     assert (updates[GREEDY.request_id][-1].num_preemptions > 0) == (name == "preempted")
 
 
-def test_products_by_pytorch_would_be_seen(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_by_pytorch_would_be_seen(
+    spec: WorkerSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All else is as with the switch on."""
     monkeypatch.setattr(backend, "matmul", F.linear)
-    (one, _), (batch, _) = (Schedule().run(build, requests) for requests in ([GREEDY], BATCH))
+    (one, _), (batch, _) = (Schedule().run(spec, requests) for requests in ([GREEDY], BATCH))
     assert one[GREEDY.request_id] != batch[GREEDY.request_id]

@@ -1,0 +1,136 @@
+"""Assemble an `EngineCore`: load, plan the memory, open the cache, schedule. Without torch, which comes with
+the executor."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+from quire.config import EngineConfig
+from quire.dtypes import element_bytes
+from quire.engine.core import EngineCore
+from quire.engine.gpu import gpu_memory
+from quire.engine.memory import MemoryPlan, plan_memory
+from quire.engine.setup import ResolvedModel, read_tokens
+from quire.errors import ConfigError
+from quire.executor.base import Executor
+from quire.kvcache import KVCacheManager
+from quire.messages import EngineReady
+from quire.runner.footprint import Footprint, WorkerSpec, estimate, host_memory
+from quire.scheduler import Scheduler, SchedulerLimits
+from quire.structured.base import GrammarCompiler
+from quire.structured.store import GrammarStore
+
+logger = logging.getLogger(__name__)
+
+CreateExecutor = Callable[[EngineConfig, WorkerSpec, GrammarStore], Executor]
+
+
+def build_core(
+    config: EngineConfig,
+    resolved: ResolvedModel,
+    create_executor: CreateExecutor | None = None,
+) -> tuple[EngineCore, EngineReady]:
+    """Load the model, allocate the KV cache, and join them with a scheduler.
+
+    create_executor: if None, of a worker in this process. Raises `ModelError`, `ConfigError` or
+    `MemoryFitError`.
+    """
+    started = time.monotonic()
+    longest = _longest_by_estimate(config, resolved)
+    spec = WorkerSpec(
+        model=resolved.spec,
+        directory=resolved.model_dir,
+        dtype=resolved.dtype,
+        kv_cache_dtype=resolved.kv_cache_dtype,
+        device=resolved.device,
+        max_model_len=longest,
+    )
+    grammars = GrammarStore(lambda: grammar_compiler(resolved))
+    executor = (create_executor or _in_this_process)(config, spec, grammars)
+    memory = _plan(config, resolved, executor.load(), longest)
+    executor.open_cache(memory.num_blocks, memory.max_model_len)
+    core = EngineCore(build_scheduler(config, memory), executor, grammars=grammars)
+    ready = EngineReady(
+        num_blocks=memory.num_blocks,
+        block_size=memory.block_size,
+        max_model_len=memory.max_model_len,
+        vocab_size=resolved.spec.vocab_size,
+        ledger=memory.rows(),
+        weight_bytes=memory.weight_bytes,
+        kv_bytes=memory.kv_bytes,
+        load_seconds=time.monotonic() - started,
+    )
+    return core, ready
+
+
+def _in_this_process(config: EngineConfig, spec: WorkerSpec, grammars: GrammarStore) -> Executor:
+    from quire.executor.inline import inline_executor
+
+    return inline_executor(config, spec, grammars)
+
+
+def _longest_by_estimate(config: EngineConfig, resolved: ResolvedModel) -> int:
+    """The length to load for. What cannot fit is refused here, before its weights are read."""
+    memory = (gpu_memory() if resolved.device == "cuda" else None) or host_memory()
+    footprint = estimate(
+        config,
+        resolved.spec,
+        memory,
+        dtype_bytes=element_bytes(resolved.dtype),
+        max_model_len=resolved.max_model_len,
+    )
+    longest = _plan(config, resolved, footprint, resolved.max_model_len).max_model_len
+    scheduler = config.scheduler
+    if not scheduler.enable_chunked_prefill and scheduler.max_num_batched_tokens < longest:
+        raise ConfigError(
+            f"without chunked prefill a whole prompt must fit a step: max_num_batched_tokens "
+            f"({scheduler.max_num_batched_tokens}) is less than max_model_len ({longest}). "
+            "Raise the first, lower the second, or leave chunking on."
+        )
+    return longest
+
+
+def _plan(
+    config: EngineConfig, resolved: ResolvedModel, footprint: Footprint, longest: int
+) -> MemoryPlan:
+    return plan_memory(
+        config,
+        resolved.spec,
+        footprint,
+        kv_dtype_bytes=element_bytes(resolved.kv_cache_dtype),
+        max_model_len=longest,
+        may_shrink=config.model.max_model_len == -1,
+        gpu=resolved.device == "cuda",
+    )
+
+
+def build_scheduler(config: EngineConfig, memory: MemoryPlan) -> Scheduler:
+    """The scheduler alone, as the engine would run it. The simulator's entry too."""
+    options = config.scheduler
+    kv = KVCacheManager(
+        memory.num_blocks,
+        memory.block_size,
+        enable_prefix_caching=config.cache.enable_prefix_caching,
+    )
+    limits = SchedulerLimits(
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        max_model_len=memory.max_model_len,
+        watermark_blocks=int(config.cache.watermark * memory.num_blocks),
+        long_prefill_token_threshold=options.long_prefill_token_threshold,
+        enable_chunked_prefill=options.enable_chunked_prefill,
+        policy=options.scheduling_policy,
+    )
+    return Scheduler(
+        limits, kv, needs_token_before_next=lambda message: message.decoding.rules is not None
+    )
+
+
+def grammar_compiler(resolved: ResolvedModel) -> GrammarCompiler:
+    """For the model's tokens; reads the tokenizer."""
+    from quire.structured.guidance import GuidanceCompiler
+
+    tokenizer, ends = read_tokens(resolved)
+    return GuidanceCompiler(tokenizer, vocab_size=resolved.spec.vocab_size, eos_token_ids=ends.ids)

@@ -1,0 +1,89 @@
+"""What a worker is to load, and how much of its device's memory that takes. Without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from quire.config import EngineConfig
+from quire.models.spec import ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSpec:
+    """One device's share of the model."""
+
+    model: ModelSpec
+    directory: Path
+    dtype: str
+    """Of weights and activations, as torch names it."""
+    kv_cache_dtype: str
+    device: str
+    """"cpu" or "cuda"."""
+    max_model_len: int
+    """The most tokens of a request. The cache may turn out to hold fewer."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceMemory:
+    """Bytes, as this process sees them (a container's limit counts)."""
+
+    total: int
+    available: int
+    """Free, or this worker's own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """What a model takes of a device without its KV cache, in bytes: measured, or estimated."""
+
+    weight_bytes: int
+    step_bytes: int
+    """Temporaries of the largest step."""
+    memory: DeviceMemory
+
+
+def estimate(
+    config: EngineConfig,
+    spec: ModelSpec,
+    memory: DeviceMemory,
+    *,
+    dtype_bytes: int,
+    max_model_len: int,
+) -> Footprint:
+    """From the model's shape, before anything is loaded."""
+    rotary_tables = 4 * max_model_len * sum(rope.rotary_dim for rope in spec.ropes)
+    return Footprint(
+        weight_bytes=spec.weight_bytes(dtype_bytes) + rotary_tables,
+        step_bytes=_step_bytes(config, spec, dtype_bytes),
+        memory=memory,
+    )
+
+
+def _step_bytes(config: EngineConfig, spec: ModelSpec, dtype_bytes: int) -> int:
+    """The largest step's temporaries: one layer's widest tensors, and the logits in float32."""
+    scheduler = config.scheduler
+    widest = max(
+        2 * (layer.attention.q_size + 2 * layer.attention.kv_size) + 3 * layer.mlp.intermediate_size
+        for layer in spec.layers
+    )
+    width = 3 * spec.hidden_size + widest
+    logits = 3 * 4 * scheduler.max_num_seqs * spec.vocab_size
+    return scheduler.max_num_batched_tokens * width * dtype_bytes + logits
+
+
+def host_memory() -> DeviceMemory:
+    """From /proc/meminfo, bounded by the control group's limit."""
+    fields: dict[str, int] = {}
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        name, _, rest = line.partition(":")
+        fields[name] = int(rest.split()[0]) * 1024
+    total = fields["MemTotal"]
+    available = fields.get("MemAvailable", fields["MemFree"])
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            limit = int(Path(path).read_text())
+        except (OSError, ValueError):  # absent, or "max"
+            continue
+        total, available = min(total, limit), min(available, limit)
+    return DeviceMemory(total, available)

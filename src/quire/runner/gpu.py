@@ -1,0 +1,184 @@
+"""A GPU as a worker's device: kernels, attention, how much memory a step takes, what its errors mean."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+from torch import Tensor
+
+from quire.attention.base import AttentionBackend, AttentionMetadata, AttentionTask, KVCache
+from quire.attention.select import create_attention
+from quire.config import EngineConfig
+from quire.errors import ConfigError, MemoryFitError
+from quire.kernels.triton.backend import TritonKernels
+from quire.models.decoder import DecoderModel
+from quire.runner.device import CudaDevice, Device
+from quire.runner.device_runner import DeviceRunner
+from quire.runner.footprint import Footprint, WorkerSpec, estimate
+from quire.runner.platform import StepRunner, make_cache
+from quire.sampling.sampler import GrammarSource
+
+logger = logging.getLogger(__name__)
+
+STEP_MARGIN = 128 << 20
+"""Bytes beside the largest step's that stay free when CUDA graphs are recorded."""
+
+
+class GPU:
+    """A `Platform`. A step is launched, and the next one while it runs."""
+
+    def __init__(
+        self, config: EngineConfig, spec: WorkerSpec, device: Device | None = None
+    ) -> None:
+        """device: the first GPU if None. Raises `ConfigError` if it cannot be used."""
+        if config.model.logprobs_mode != "raw_logprobs":
+            raise ConfigError(
+                f"logprobs_mode {config.model.logprobs_mode!r} is not there on a GPU; leave it at "
+                "raw_logprobs, or take --device cpu."
+            )
+        self._config = config
+        self._spec = spec
+        self.max_in_flight = 2 if config.runtime.async_scheduling else 1
+        with self._explained():
+            self.device = device or CudaDevice()
+        self.kernels = TritonKernels(
+            self.device.torch_device, batch_invariant=config.runtime.batch_invariant
+        )
+
+    def active(self) -> AbstractContextManager[object]:
+        return self._active()
+
+    @contextmanager
+    def _active(self) -> Iterator[None]:
+        with self.device.active(), self._explained():
+            yield
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Errors of PyTorch, Triton and the driver as those that name a remedy."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            options = self._config.scheduler
+            raise MemoryFitError(
+                f"The GPU's memory did not suffice ({_first_line(error)}) Less of any of these gives room: "
+                f"--gpu-memory-utilization, --max-num-batched-tokens ({options.max_num_batched_tokens}), "
+                f"--max-num-seqs ({options.max_num_seqs}), --max-model-len ({self._spec.max_model_len})."
+            ) from None
+        except (RuntimeError, subprocess.CalledProcessError) as error:
+            remedy = _remedy(error)
+            if remedy is None:
+                raise
+            raise ConfigError(f"{remedy} ({_first_line(error)})") from None
+
+    def attention(self) -> AttentionBackend:
+        spec, device = self._spec, self.device.torch_device
+        task = AttentionTask(
+            softcap=max(layer.attention.softcap for layer in spec.model.layers),
+            head_dim=spec.model.heads.head_dim,
+            dtype=getattr(torch, spec.dtype),
+            kv_dtype=getattr(torch, spec.kv_cache_dtype),
+            block_size=self._config.cache.block_size,
+            capability=torch.cuda.get_device_capability(device)
+            if device.type == "cuda"
+            else (0, 0),
+            batch_invariant=self._config.runtime.batch_invariant,
+        )
+        return create_attention(self._config.runtime.attention_backend, self.kernels, task)
+
+    def runner(self, model: DecoderModel, grammars: GrammarSource | None) -> DeviceRunner:
+        options = self._config.scheduler
+        return DeviceRunner(
+            model,
+            self.kernels,
+            self.device,
+            max_num_seqs=options.max_num_seqs,
+            max_num_batched_tokens=options.max_num_batched_tokens,
+            max_model_len=self._spec.max_model_len,
+            block_size=self._config.cache.block_size,
+            eager=self._config.runtime.enforce_eager,
+            grammars=grammars,
+        )
+
+    def footprint(self, runner: StepRunner) -> Footprint:
+        """Measured, by a step as large as may be: beside all that the runner keeps."""
+        cache = self.cache(1)
+        runner.open_cache(cache, self._spec.max_model_len)
+        measured = self.device.measure(lambda: self._try_out(runner.model, cache))
+        if measured is None:
+            return estimate(
+                self._config,
+                self._spec.model,
+                self.device.memory(),
+                dtype_bytes=runner.model.dtype.itemsize,
+                max_model_len=self._spec.max_model_len,
+            )
+        weights, step = measured
+        logger.info("measured: weights %d MiB, largest step %d MiB", weights >> 20, step >> 20)
+        self.device.keep_free(step + STEP_MARGIN)
+        return Footprint(weights, step, self.device.memory())
+
+    @torch.inference_mode()
+    def _try_out(self, model: DecoderModel, cache: KVCache) -> None:
+        """Prompts of the whole token budget, as many rows of logits as there may be."""
+        options = self._config.scheduler
+        tokens = min(options.max_num_batched_tokens, model.max_model_len)
+        requests = -(-options.max_num_batched_tokens // tokens)
+        hidden = _run_step(model, cache, requests=requests, tokens=tokens)
+        # As the runner does: logits, and what edits of them are written to, in float32.
+        model.compute_logits(hidden[: options.max_num_seqs])
+        # Compiles what decoding needs (FlashInfer's takes minutes) before anyone waits for it.
+        _run_step(model, cache, requests=1, tokens=1)
+
+    def cache(self, num_blocks: int) -> KVCache:
+        return make_cache(self._config, self._spec, self.kernels, num_blocks)
+
+    def release(self) -> None:
+        self.device.release()
+
+
+def _run_step(model: DecoderModel, cache: KVCache, *, requests: int, tokens: int) -> Tensor:
+    """Hidden states of new requests of so many tokens each; every key is read from one block."""
+    device, size = cache.storage.device, cache.block_size
+    starts = torch.arange(requests + 1, dtype=torch.int32, device=device) * tokens
+    positions = torch.arange(requests * tokens, device=device) % tokens
+    metadata = AttentionMetadata(
+        positions=positions,
+        slot_mapping=torch.full_like(positions, -1),
+        query_start_loc=starts,
+        seq_lens=torch.full((requests,), tokens, dtype=torch.int32, device=device),
+        block_table=torch.zeros(requests, -(-tokens // size), dtype=torch.int32, device=device),
+        max_query_len=tokens,
+    )
+    return model.compute(torch.zeros_like(positions), [metadata], cache)
+
+
+def _remedy(error: Exception) -> str | None:
+    """What to do about an error's cause, where it is one of the installation's."""
+    lower = str(error).lower()
+    if "c compiler" in lower or isinstance(error, subprocess.CalledProcessError):
+        return (
+            "Triton compiles its launchers with a C compiler and Python's headers: install them "
+            "(apt-get install gcc python3-dev), or use --device cpu."
+        )
+    if "driver" in lower and ("old" in lower or "version" in lower or "not found" in lower):
+        return (
+            "The NVIDIA driver does not fit the installed PyTorch: update the driver (580 or later for "
+            "CUDA 13), or install a PyTorch built for an older CUDA (https://pytorch.org)."
+        )
+    if any(part in lower for part in ("no cuda gpus are", "invalid device", "0 active drivers")):
+        return "PyTorch finds no GPU: see nvidia-smi and CUDA_VISIBLE_DEVICES, or use --device cpu."
+    if "cuda error" in lower or "cuda_error" in lower:
+        return (
+            "The GPU could not be used: see nvidia-smi, whether another process holds it exclusively, and "
+            "the driver's log; or use --device cpu."
+        )
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,81 @@
+"""What of a worker depends on the kind of its device."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+import torch
+
+from quire.attention.base import AttentionBackend, KVCache
+from quire.config import EngineConfig
+from quire.kernels.base import LayerKernels
+from quire.messages import StepPlan, StepResult
+from quire.models.decoder import DecoderModel
+from quire.runner.footprint import Footprint, WorkerSpec
+from quire.sampling.sampler import GrammarSource
+
+
+class LaunchedStep(Protocol):
+    """A step under way."""
+
+    def result(self) -> StepResult:
+        """Wait for the step. Raises what the step raised."""
+        ...
+
+
+class StepRunner(Protocol):
+    """Carries out plans, in order."""
+
+    model: DecoderModel
+
+    def open_cache(self, kv_cache: KVCache, max_model_len: int) -> None:
+        """Once, before any plan."""
+        ...
+
+    def launch(self, plan: StepPlan) -> LaunchedStep: ...
+
+    def prepare(self) -> bool:
+        """See `Executor.prepare`."""
+        ...
+
+
+class Platform(Protocol):
+    max_in_flight: int
+
+    @property
+    def kernels(self) -> LayerKernels: ...
+
+    def active(self) -> AbstractContextManager[object]:
+        """Inside, work goes to this device, and its errors are explained."""
+        ...
+
+    def attention(self) -> AttentionBackend | None:
+        """None: the kernels' own."""
+        ...
+
+    def runner(self, model: DecoderModel, grammars: GrammarSource | None) -> StepRunner: ...
+
+    def footprint(self, runner: StepRunner) -> Footprint:
+        """Of a runner whose cache is not opened yet."""
+        ...
+
+    def cache(self, num_blocks: int) -> KVCache: ...
+
+    def release(self) -> None:
+        """Give the memory of what was dropped back to the system."""
+        ...
+
+
+def make_cache(
+    config: EngineConfig, spec: WorkerSpec, kernels: LayerKernels, num_blocks: int
+) -> KVCache:
+    return KVCache(
+        num_layers=spec.model.num_layers,
+        num_blocks=num_blocks,
+        num_kv_heads=spec.model.heads.num_kv_heads,
+        head_dim=spec.model.heads.head_dim,
+        block_size=config.cache.block_size,
+        dtype=getattr(torch, spec.kv_cache_dtype),
+        kernels=kernels,
+    )

@@ -1,0 +1,108 @@
+"""One device's share of the engine: the model, its KV cache, and the runner over both."""
+
+from __future__ import annotations
+
+import torch
+
+from quire.config import EngineConfig
+from quire.messages import StepPlan
+from quire.models.decoder import DecoderModel
+from quire.models.loader import load_model
+from quire.runner.footprint import Footprint, WorkerSpec
+from quire.runner.platform import LaunchedStep, Platform, StepRunner
+from quire.sampling.sampler import GrammarSource
+from quire.weights.source import open_source
+
+
+class Worker:
+    """The part of an `Executor`'s methods that one device does; their contracts are there."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        spec: WorkerSpec,
+        *,
+        grammars: GrammarSource | None = None,
+        platform: Platform | None = None,
+    ) -> None:
+        """platform: if None, that of the spec's device. Raises `ConfigError` if it cannot be used."""
+        self._config = config
+        self._spec = spec
+        self._grammars = grammars
+        self.platform = platform or _create_platform(config, spec)
+        self.max_in_flight = self.platform.max_in_flight
+        self.runner: StepRunner | None = None
+        """None before loading, asleep and when closed."""
+        self._cache_size = (0, 0)
+        self._kept: DecoderModel | None = None
+
+    def load(self, model: DecoderModel | None = None) -> Footprint:
+        """model: one that is loaded already, over the platform's kernels."""
+        with self.platform.active():
+            self.runner = self._start(model)
+            return self.platform.footprint(self.runner)
+
+    def open_cache(self, num_blocks: int, max_model_len: int) -> None:
+        assert self.runner is not None, "load() first"
+        self._cache_size = (num_blocks, max_model_len)
+        with self.platform.active():
+            self.runner.open_cache(self.platform.cache(num_blocks), max_model_len)
+
+    def execute(self, plan: StepPlan) -> LaunchedStep:
+        assert self.runner is not None, "the worker is closed"
+        return self.runner.launch(plan)
+
+    def prepare(self) -> bool:
+        return self.runner is not None and self.runner.prepare()
+
+    def sleep(self, level: int) -> None:
+        assert self.runner is not None, "it sleeps already"
+        self._kept = self.runner.model if level < 2 else None
+        self.runner = None
+        self.platform.release()
+
+    def wake_up(self) -> None:
+        assert self.runner is None, "it is awake"
+        failure = None
+        try:
+            with self.platform.active():
+                self.runner = self._start(self._kept)
+            self.open_cache(*self._cache_size)
+        except Exception as error:
+            failure = error.with_traceback(None)  # whose frames hold tensors
+            failure.__context__ = None
+        if failure is not None:
+            self.runner = None
+            self.platform.release()
+            raise failure
+        self._kept = None
+
+    def close(self) -> None:
+        self.runner = self._kept = None
+
+    def _start(self, model: DecoderModel | None) -> StepRunner:
+        return self.platform.runner(model or self._load_model(), self._grammars)
+
+    def _load_model(self) -> DecoderModel:
+        spec, options = self._spec, self._config.model
+        model: DecoderModel = load_model(
+            spec.model,
+            open_source(spec.directory),
+            dtype=getattr(torch, spec.dtype),
+            kernels=self.platform.kernels,
+            load_format=options.load_format,  # type: ignore[arg-type]
+            attention=self.platform.attention(),
+            max_model_len=spec.max_model_len,
+            seed=options.seed,
+        )
+        return model
+
+
+def _create_platform(config: EngineConfig, spec: WorkerSpec) -> Platform:
+    if spec.device == "cuda":
+        from quire.runner.gpu import GPU
+
+        return GPU(config, spec)
+    from quire.runner.cpu import CPU
+
+    return CPU(config, spec)
