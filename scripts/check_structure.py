@@ -24,8 +24,6 @@ KNOWN_RUNNERS = {"ModelRunner", "DeviceRunner"}
 """Both until R3 makes them one."""
 OPEN_TO_MODELS = {"quire.kernels.base", "quire.kernels.ops", "quire.kernels.program"}
 """The modules of kernels/ that models may import: the protocols they are written against."""
-KNOWN_IN_MODELS: set[str] = set()
-"""What `models/decoder.py` imports until R4."""
 C_LIBRARIES = {"ctypes", "cffi"}
 FAMILY_LINES = 120
 
@@ -112,9 +110,7 @@ def kernels_in_models(folder: Path) -> Iterator[str]:
         for node in ast.walk(_parse(path)):
             for module in _imported(node):
                 closed = f"{module}.".startswith("quire.kernels.") and module not in OPEN_TO_MODELS
-                if module.split(".")[0] in C_LIBRARIES or (
-                    closed and module not in KNOWN_IN_MODELS
-                ):
+                if module.split(".")[0] in C_LIBRARIES or closed:
                     place = f"{path.relative_to(folder)}:{node.lineno}"  # type: ignore[attr-defined]
                     yield f"{place}: {module}: a model is written in operations, not in kernels"
 

@@ -15,10 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from quire.kernels.sampling import SAMPLE_ROW, sample_row
 from quire.kernels.triton import logits as edits
 from quire.kernels.triton.logprobs import MAX_LOGPROBS, DeviceLogprobs, logprobs
 from quire.kernels.triton.sampling import DeviceTokens, SampleWorkspace, sample
-from quire.kernels.triton.seats import SEAT_WORDS, seat
+from quire.kernels.triton.seats import SEAT_WORDS, as_words
 from quire.messages import AdmittedRequest
 from quire.runner.device import Device
 from quire.sampling.rules import RequestRules
@@ -77,7 +78,7 @@ class DeviceSampling:
         self._device = device
         self._grammars = grammars
         self._vocab_size = vocab_size
-        self._host_table = np.zeros((max_num_seqs, SEAT_WORDS), dtype=np.int32)
+        self._rows = np.zeros(max_num_seqs, dtype=SAMPLE_ROW)
         self._table = torch.zeros(
             max_num_seqs, SEAT_WORDS, dtype=torch.int32, device=device.torch_device
         )
@@ -91,25 +92,12 @@ class DeviceSampling:
     def admit(self, index: int, request: AdmittedRequest) -> SeatSampling:
         decoding, bias = request.decoding, request.decoding.logit_bias
         banned_until = decoding.banned_until(request.num_prompt_tokens)
-        banned = decoding.final_ids if banned_until else []
-        self._host_table[index] = seat(
-            temperature=decoding.temperature,
-            top_p=decoding.top_p,
-            min_p=decoding.min_p,
-            top_k=decoding.top_k,
-            seed=decoding.seed,
-            repetition=decoding.repetition_penalty,
-            frequency=decoding.frequency_penalty,
-            presence=decoding.presence_penalty,
-            num_biased=len(bias),
-            num_banned=len(banned),
-            banned_until=banned_until,
-        )
+        self._rows[index] = sample_row(decoding, request.num_prompt_tokens)
         self._stale = True
         if decoding.has_penalties:
             self.remember(index, request.token_ids, request.num_prompt_tokens)
-        if banned:
-            self._banned = self._listed(self._banned, index, banned, torch.int32)
+        if banned_until:
+            self._banned = self._listed(self._banned, index, decoding.final_ids, torch.int32)
         if bias:
             self._biased = self._listed(self._biased, index, list(bias), torch.int32)
             self._biases = self._listed(self._biases, index, list(bias.values()), torch.float32)
@@ -126,7 +114,7 @@ class DeviceSampling:
     def remember(self, index: int, token_ids: Sequence[int], num_prompt_tokens: int) -> None:
         """These are the tokens that the seat's penalties count."""
         if self._history is None:  # 0.3 MB a seat at 152,000 tokens: only if somebody asks
-            shape = (len(self._host_table), self._vocab_size)
+            shape = (len(self._rows), self._vocab_size)
             self._history = torch.zeros(shape, dtype=torch.int16, device=self._device.torch_device)
         row = edits.history_row(token_ids, num_prompt_tokens, self._vocab_size)
         self._device.upload(self._history[index], torch.from_numpy(row))
@@ -137,7 +125,7 @@ class DeviceSampling:
         """The table of the seats' lists, made or widened as need be, with this seat's in it."""
         width = 0 if table is None else table.shape[1]
         if table is None or len(values) > width:
-            size = (len(self._host_table), max(_LEAST_LISTED, 2 * width, len(values)))
+            size = (len(self._rows), max(_LEAST_LISTED, 2 * width, len(values)))
             grown = torch.zeros(size, dtype=dtype, device=self._device.torch_device)
             if table is not None:
                 grown[:, :width] = table
@@ -148,7 +136,7 @@ class DeviceSampling:
     def upload(self) -> None:
         """Before a step: what changed since the last one."""
         if self._stale:
-            self._device.upload(self._table, torch.from_numpy(self._host_table))
+            self._device.upload(self._table, torch.from_numpy(as_words(self._rows)))
             self._stale = False
 
     def masks(

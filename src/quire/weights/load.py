@@ -19,7 +19,7 @@ from quire.layers.parameter import WeightTarget
 from quire.weights.names import list_names, map_names
 from quire.weights.pieces import load_pieces
 from quire.weights.progress import LoadProgress
-from quire.weights.safetensors_reader import Checkpoint
+from quire.weights.source import Checkpoint, TensorInfo
 
 logger = logging.getLogger(__name__)
 
@@ -46,17 +46,17 @@ def load_weights(
             file that cannot be read or was written to meanwhile.
     """
     wanted = _by_name(targets)
-    checkpoint.tensors = map_names(checkpoint.tensors, {*wanted, *tied.values()})
+    tensors = map_names(checkpoint.tensors, {*wanted, *tied.values()})
     for name, other in tied.items():
-        _tie(checkpoint, name, other)
-    _check(wanted, checkpoint)
-    infos = [checkpoint.tensors[name] for name in wanted]
+        _tie(checkpoint, tensors, name, other)
+    _check(wanted, tensors)
+    infos = [tensors[name] for name in wanted]
     total = sum(info.num_bytes for info in infos)
     others = set(FLOATS) - {str(dtype).removeprefix("torch.")}
     converted = sum(info.num_bytes for info in infos if info.dtype in others)
     with LoadProgress(total) as progress:
         load_pieces(
-            wanted,
+            zip(infos, wanted.values(), strict=True),
             checkpoint,
             threads=torch.get_num_threads() if 2 * converted <= total else 1,
             progress=progress.add,
@@ -98,36 +98,36 @@ def _by_name(targets: Iterable[WeightTarget]) -> Mapping[str, list[WeightTarget]
     return wanted
 
 
-def _tie(checkpoint: Checkpoint, name: str, other: str) -> None:
+def _tie(checkpoint: Checkpoint, tensors: dict[str, TensorInfo], name: str, other: str) -> None:
     """Leave one of two names of the same matrix. Where their values differ, the first counts, as in vLLM
     and transformers 4; transformers 5 would not tie them."""
-    first, second = checkpoint.tensors.get(name), checkpoint.tensors.get(other)
+    first, second = tensors.get(name), tensors.get(other)
     if second is None:
         return
     if first is None:
-        checkpoint.tensors[name] = second
+        tensors[name] = second
     elif (first.dtype, first.shape) == (second.dtype, second.shape):
         size = min(first.num_bytes, TIED_SAMPLE_BYTES)
         samples = bytearray(size), bytearray(size)
-        for key, sample in zip((name, other), samples, strict=True):
-            checkpoint.read(key, 0, memoryview(sample))
+        for info, sample in zip((first, second), samples, strict=True):
+            checkpoint.read(info, 0, memoryview(sample))
         if samples[0] != samples[1]:
             logger.warning(
                 "config.json ties the embeddings, but %s and %s differ in the checkpoint; %s is not used. "
                 "If it should be, set --hf-overrides '{\"tie_word_embeddings\": false}'",
                 first.name, second.name, second.name,
             )  # fmt: skip
-    del checkpoint.tensors[other]
+    del tensors[other]
 
 
-def _check(wanted: Mapping[str, list[WeightTarget]], checkpoint: Checkpoint) -> None:
-    missing = [name for name in wanted if name not in checkpoint.tensors]
+def _check(wanted: Mapping[str, list[WeightTarget]], tensors: Mapping[str, TensorInfo]) -> None:
+    missing = [name for name in wanted if name not in tensors]
     if missing:
         raise CheckpointError(
             f"the checkpoint lacks {list_names(missing)}; it is incomplete or not for this config.json: "
-            + _remedy(missing, checkpoint)
+            + _remedy(missing, tensors)
         )
-    for name, info in checkpoint.tensors.items():
+    for name, info in tensors.items():
         takers = wanted.get(name)
         if takers is None:
             continue
@@ -142,7 +142,7 @@ def _check(wanted: Mapping[str, list[WeightTarget]], checkpoint: Checkpoint) -> 
                 f"{' or '.join(takers[0].dtypes)}; use an unquantized checkpoint, or one that is quantized "
                 "as its config says"
             )
-    unexpected = [name for name in checkpoint.tensors if name not in wanted]
+    unexpected = [name for name in tensors if name not in wanted]
     if unexpected:
         raise CheckpointError(
             f"the checkpoint has {list_names(unexpected)}, which this architecture does not use; "
@@ -150,13 +150,13 @@ def _check(wanted: Mapping[str, list[WeightTarget]], checkpoint: Checkpoint) -> 
         )
 
 
-def _remedy(missing: Sequence[str], checkpoint: Checkpoint) -> str:
+def _remedy(missing: Sequence[str], tensors: Mapping[str, TensorInfo]) -> str:
     if list(missing) == ["lm_head.weight"]:
         return (
             "download it again, or, if its output layer is the embedding, set "
             "--hf-overrides '{\"tie_word_embeddings\": true}'"
         )
-    others = [info.name for info in checkpoint.tensors.values()]
+    others = [info.name for info in tensors.values()]
     if len(missing) > len(others) or not others:
         return "download it again"
     return f"download it again (what it holds is named like {others[0]})"

@@ -9,14 +9,14 @@ weights' fresh pages, and packing.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 
 from quire.layers.parameter import WeightTarget
-from quire.weights.safetensors_reader import Checkpoint, TensorInfo
+from quire.weights.source import Checkpoint, TensorInfo
 
 PIECE_BYTES = 1 << 20
 """Half of this fits a core's cache and is little slower; less costs calls, more misses the cache."""
@@ -31,10 +31,10 @@ Progress = Callable[[int], object]
 class _Piece:
     """Some rows of one tensor. A row is all that one index of the first dimension selects."""
 
-    name: str
-    dtype: torch.dtype
+    info: TensorInfo
     shape: tuple[int, ...]
-    """Of this piece."""
+    """Of this piece, in `dtype`."""
+    dtype: torch.dtype
     row: int
     """The first one."""
     begin: int
@@ -44,17 +44,16 @@ class _Piece:
 
 
 def load_pieces(
-    wanted: Mapping[str, Sequence[WeightTarget]],
+    wanted: Iterable[tuple[TensorInfo, Sequence[WeightTarget]]],
     checkpoint: Checkpoint,
     *,
     threads: int,
     progress: Progress,
 ) -> None:
-    """Give every taker all rows of its tensor, in any order. Raises what the first failure raised."""
-    infos = sorted(  # in the order of the disk
-        ((name, checkpoint.tensors[name]) for name in wanted), key=lambda item: item[1].position
-    )
-    pieces = [piece for name, info in infos for piece in _cut(name, info, wanted[name])]
+    """Give every taker the rows of its tensor that it wants, in any order. Raises what the first failure
+    raised."""
+    in_order = sorted(wanted, key=lambda item: item[0].position)  # of the disk
+    pieces = [piece for info, takers in in_order for piece in _cut(info, takers)]
     threads = max(1, min(threads, len(pieces)))
     queue = _Queue(iter(pieces), progress)
     largest = max((piece.num_bytes for piece in pieces), default=0)
@@ -70,20 +69,24 @@ def load_pieces(
             queue.close()  # whoever still works stops after the piece in hand
 
 
-def _cut(name: str, info: TensorInfo, takers: Sequence[WeightTarget]) -> Iterator[_Piece]:
+def _cut(info: TensorInfo, takers: Sequence[WeightTarget]) -> Iterator[_Piece]:
     if info.num_bytes == 0:
         return
     count = info.shape[0] if info.shape else 1
     row_bytes = info.num_bytes // count
     step = max(ROW_STEP, PIECE_BYTES // row_bytes // ROW_STEP * ROW_STEP)
-    wanted = [range(count) if taker.taken is None else taker.taken[0] for taker in takers]
-    end = max(rows.stop for rows in wanted)
-    for row in range(min(rows.start for rows in wanted), end, step):
+    dtype, row_shape = getattr(torch, info.dtype, None), info.shape[1:]
+    if dtype is None:
+        dtype, row_shape = torch.uint8, (row_bytes,)
+    taken = [range(count) if taker.taken is None else taker.taken[0] for taker in takers]
+    first = min((rows.start for rows in taken if rows), default=0)
+    end = max((rows.stop for rows in taken if rows), default=0)
+    for row in range(first, end, step):
         rows = min(step, end - row)
         yield _Piece(
-            name=name,
-            dtype=getattr(torch, info.dtype),
-            shape=(rows, *info.shape[1:]),
+            info=info,
+            shape=(rows, *row_shape),
+            dtype=dtype,
             row=row,
             begin=row * row_bytes,
             num_bytes=rows * row_bytes,
@@ -119,7 +122,7 @@ def _work(checkpoint: Checkpoint, queue: _Queue, buffer_bytes: int) -> None:
     piece = queue.take(None)
     try:
         while piece is not None:
-            checkpoint.read(piece.name, piece.begin, view[: piece.num_bytes])
+            checkpoint.read(piece.info, piece.begin, view[: piece.num_bytes])
             rows = buffer[: piece.num_bytes].view(piece.dtype).view(piece.shape)
             for taker in piece.takers:
                 taker.give(piece.row, rows)

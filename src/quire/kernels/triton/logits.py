@@ -8,7 +8,7 @@ which no row wants any of this need not call it.
 A request with penalties has a row of counts, a 16-bit number for each token: the sign bit says that the
 token is in the prompt, the rest how often it was generated, up to 32,767. At V = 152,000 that is 0.3 MB
 a seat, 78 MB for 256, to be allocated when the first such request comes; nothing of a seat is read until
-`SEAT` says that it penalizes. `sampling.sample` counts the tokens it samples.
+`SAMPLE_ROW` says that it penalizes. `sampling.sample` counts the tokens it samples.
 """
 
 from __future__ import annotations
