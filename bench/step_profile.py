@@ -3,7 +3,7 @@
     python bench/step_profile.py [--models DIR] [--json FILE] [--picture FILE]
 
 The engine's parts are timed by wrapping them (about 0.3 us a call), the phases of the forward pass by
-its own clock (`NativeDecoder.profile`). M1 and M2 are checkpoints of bench/peers, in DIR; without it only the
+its own clock (`NativeProgram.profile`). M1 and M2 are checkpoints of bench/peers, in DIR; without it only the
 built-in model is measured. A figure is the fastest of five runs' mean over its steps, in microseconds: what
 the machine does beside us can only add.
 """
@@ -48,7 +48,7 @@ CASES = (
 GROUPS = {
     "products": ("qkv", "o", "gate_up", "down", "head"),
     "attention": ("attention",),
-    "norm, rope, SiLU, embed": ("norm", "rope_write", "silu_mul", "embed"),
+    "norm, rope, SiLU, embed": ("norm", "rope_write", "gated", "embed"),
     "scheduler": ("schedule", "update"),
     "batch and call": ("build batch", "call"),
     "sampling": ("sample",),

@@ -239,7 +239,7 @@ class Story:
                 f"{known[row.request_id]:<11} {', '.join(note)}".rstrip()
             )
         for request in scheduler.waiting:
-            why = scheduler.wait_reason(request).value
+            why = scheduler.why_waits(request).reason.value
             self.lines.append(
                 f"{plan.step_id:>3}   {chr(request.request_id):<7}  -         -            "
                 f"{request.num_computed_tokens:<20} {request.num_tokens:<11} "

@@ -108,7 +108,7 @@ def layer_kernels(spec: ModelSpec) -> Values:
     normed = layers.rms_norm(x, weight, eps, out=torch.full_like(x, math.nan))
     total = residual.clone()
     added = layers.add_rms_norm(x, total, weight, eps, out=torch.full_like(x, math.nan))
-    gated = layers.silu_and_mul(gate_up, out=torch.full_like(gate_up.chunk(2, -1)[0], math.nan))
+    gated = layers.gated(gate_up, "silu", out=torch.full_like(gate_up.chunk(2, -1)[0], math.nan))
     copied = storage.clone()
     copy_blocks(copied, int32([3, -1, 5]), int32([7, 1, 2]))
     storage[:, :, [7, 2]] = storage[:, :, [3, 5]]
@@ -117,7 +117,7 @@ def layer_kernels(spec: ModelSpec) -> Values:
     errors = {
         "rms_norm": error(normed, _normed(x.double(), weight, eps)),
         "add_rms_norm": error(added, _normed((x + residual).double(), weight, eps)),
-        "silu_and_mul": error(gated, F.silu(gate) * up),
+        "gated": error(gated, F.silu(gate) * up),
         **_rope(spec, BF16, "bf16"),
         **_rope(spec, FP8, "fp8"),
     }

@@ -208,7 +208,7 @@ def _elementwise(spec: ModelSpec, rows: int) -> dict[str, tuple[int, Callable[[]
         "rope_write_kv": (2 * width, lambda: partial(
             layers.rope_write_kv, randn(rows, width), slots, cos_sin, cache.k, cache.v, slots, **norms,
         )),
-        "silu_and_mul": (3 * inner, lambda: partial(layers.silu_and_mul, randn(rows, 2 * inner))),
+        "gated": (3 * inner, lambda: partial(layers.gated, randn(rows, 2 * inner), "silu")),
     }  # fmt: skip
 
 

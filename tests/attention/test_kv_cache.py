@@ -7,6 +7,7 @@ import torch
 
 from quire.attention.base import AttentionMetadata, KVCache
 from quire.attention.paged import PagedAttention
+from quire.kernels.ops import AttentionLayer
 from quire.kernels.select import create_kernels
 
 
@@ -59,8 +60,20 @@ def test_paged_attention_equals_plain_attention(name: str, window: int | None) -
     kernels.rope_write_kv(
         qkv, metadata.positions, no_rotation, layer.k, layer.v, metadata.slot_mapping
     )
-    backend = PagedAttention(kernels, scale=0.3)
-    backend.forward(q, cache=layer, metadata=metadata, window=window, out=out)
+    attention = AttentionLayer(
+        index=1,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        cos_sin=no_rotation,
+        q_norm=None,
+        k_norm=None,
+        window=window or 0,
+        scale=0.3,
+        softcap=0.0,
+    )
+    backend = PagedAttention(kernels)
+    backend.forward(q, layer=attention, cache=layer, metadata=metadata, out=out)
 
     distance = torch.arange(length)[:, None] - torch.arange(length)
     hidden = (distance < 0) | (distance >= (window or length))

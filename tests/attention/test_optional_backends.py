@@ -21,12 +21,13 @@ from quire.attention.select import BACKENDS, create_attention
 from quire.config.engine import RuntimeConfig
 from quire.errors import ConfigError
 from quire.kernels.base import KVCacheShapes
+from quire.kernels.ops import AttentionLayer
 from quire.kernels.select import create_kernels
 from tests.kernels.cases import assert_close, generator, make_sequences, randn, starts
 
 HEADS, KV_HEADS, DIM, BLOCK = 4, 2, 64, 16
+SCALE = 0.2
 TASK = AttentionTask(
-    scale=0.2,
     head_dim=DIM,
     dtype=torch.bfloat16,
     kv_dtype=torch.bfloat16,
@@ -215,7 +216,7 @@ def make_step(queries: list[int], lengths: list[int], *, window: int | None, pad
     q = qkv[:, :HEADS]
     expected = kernels.paged_attention(
         q[:tokens], s.k_cache, s.v_cache, s.block_table, starts(queries), s.seq_lens,
-        scale=TASK.scale, window=window or 0,
+        scale=SCALE, window=window or 0,
     )  # fmt: skip
     empty = torch.zeros(padding, dtype=torch.int32)
     metadata = AttentionMetadata(
@@ -227,6 +228,21 @@ def make_step(queries: list[int], lengths: list[int], *, window: int | None, pad
         max_query_len=max(queries),
     )
     return Step(q, cache, metadata, expected)
+
+
+def make_layer(window: int | None) -> AttentionLayer:
+    return AttentionLayer(
+        index=0,
+        num_heads=HEADS,
+        num_kv_heads=KV_HEADS,
+        head_dim=DIM,
+        cos_sin=torch.empty(1, 0),
+        q_norm=None,
+        k_norm=None,
+        window=window or 0,
+        scale=SCALE,
+        softcap=0.0,
+    )
 
 
 CASES = [
@@ -259,7 +275,9 @@ def test_it_attends(
     ):
         step = make_step(queries, lengths, window=window, padding=padding)
         out = torch.zeros(step.q.shape, dtype=step.q.dtype)
-        backend.forward(step.q, cache=step.cache, metadata=step.metadata, window=window, out=out)
+        backend.forward(
+            step.q, layer=make_layer(window), cache=step.cache, metadata=step.metadata, out=out
+        )
         if kernels.calls:  # FlashInfer has no function for it
             assert kernels.calls == [20] and package == "flashinfer" and capability[0] != 10
         else:
@@ -278,12 +296,16 @@ def test_hopper_takes_the_third_and_splits_nothing_in_the_fourth(
         task = replace(TASK, capability=capability)
         backend = create_attention("flash_attn", OwnKernels(), task)  # type: ignore[arg-type]
         out = torch.zeros(step.q.shape, dtype=step.q.dtype)
-        backend.forward(step.q, cache=step.cache, metadata=step.metadata, window=None, out=out)
+        backend.forward(
+            step.q, layer=make_layer(None), cache=step.cache, metadata=step.metadata, out=out
+        )
         seen[type(backend).__name__] = list(splits)
     assert seen == {"FlashAttention3": [], "FlashAttention4": [0]}
     install(monkeypatch, "flash_attn")
     backend = create_attention("flash_attn", OwnKernels(), TASK)  # type: ignore[arg-type]
-    backend.forward(step.q, cache=step.cache, metadata=step.metadata, window=None, out=out)
+    backend.forward(
+        step.q, layer=make_layer(None), cache=step.cache, metadata=step.metadata, out=out
+    )
     assert splits == [0, 1]
 
 

@@ -155,7 +155,7 @@ def test_help_does_not_list_them(capsys) -> None:
         configs(["--help"])
     shown = capsys.readouterr().out
     assert "--port" in shown
-    assert "tensor-parallel" not in shown and "foreign" not in shown
+    assert "tensor-parallel" not in shown and "vLLM's options" not in shown
 
 
 KEYWORDS = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import psutil
@@ -13,7 +13,13 @@ import pytest
 
 from quire.config import from_flat
 from quire.engine.async_llm import AsyncLLM, RequestStream
-from quire.errors import EngineDeadError, InvalidParameterError, QueueFullError
+from quire.errors import (
+    EngineDeadError,
+    EngineError,
+    EngineSleepingError,
+    InvalidParameterError,
+    QueueFullError,
+)
 from quire.outputs import RequestOutput
 from quire.placement import Placement
 from quire.sampling_params import RequestOutputKind, SamplingParams
@@ -115,7 +121,7 @@ async def test_abort_in_queue_prefill_and_decode_frees_everything(engine: AsyncL
             assert sum(len(output.outputs[0].token_ids) for output in outputs) == LONG.max_tokens
     assert reasons[:4] == ["abort"] * 4
     assert set(reasons) <= {"abort", "length"}
-    assert engine.num_unfinished == 0
+    assert not engine._streams
     await idle(engine)
 
 
@@ -123,7 +129,7 @@ async def test_leaving_a_stream_early_aborts_it(engine: AsyncLLM) -> None:
     iterator = aiter(engine.submit("abc", LONG))
     await anext(iterator)
     await iterator.aclose()  # type: ignore[attr-defined]
-    assert engine.num_unfinished == 0
+    assert not engine._streams
     await idle(engine)
 
 
@@ -216,3 +222,81 @@ async def test_a_cancelled_start_leaves_no_process(
     with pytest.raises(asyncio.CancelledError):
         await asyncio.wait_for(starting, 20)
     assert set(psutil.Process().children(recursive=True)) <= before
+
+
+async def start_and_cancel(call: Coroutine[Any, Any, object]) -> None:
+    """Cancel a call that has sent its message and waits for the answer."""
+    task = asyncio.create_task(call)  # type: ignore[arg-type]
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_a_cancelled_wake_up_leaves_the_engine_alive(engine: AsyncLLM) -> None:
+    await start_and_cancel(engine.wake_up())
+    await engine.wake_up()
+    assert not engine.is_dead and not engine.is_sleeping
+    await collect(engine.submit("abc", LONG.replace(max_tokens=2)))
+
+
+async def test_a_sleep_cancelled_while_requests_run_leaves_the_engine_awake(
+    engine: AsyncLLM,
+) -> None:
+    stream = engine.submit("abc", LONG)
+    await start_and_cancel(engine.sleep())
+    assert not engine.is_sleeping
+    await collect(engine.submit("abc", LONG.replace(max_tokens=2)))
+    stream.abort()
+
+
+async def test_a_sleep_cancelled_after_it_was_sent_takes_place(engine: AsyncLLM) -> None:
+    await start_and_cancel(engine.sleep(2))
+    assert engine.is_sleeping, "the core has been told"
+    with pytest.raises(EngineSleepingError):
+        engine.submit("abc", LONG)
+    await engine.wake_up()
+    await collect(engine.submit("abc", LONG.replace(max_tokens=2)))
+
+
+async def test_control_calls_at_once_are_carried_out_in_order(engine: AsyncLLM) -> None:
+    await asyncio.gather(engine.sleep(1), engine.sleep(2), engine.wake_up(), engine.sleep(1))
+    assert engine.is_sleeping
+    await asyncio.gather(engine.sleep(2), engine.reset_prefix_cache(), engine.wake_up())
+    assert not engine.is_sleeping
+    await collect(engine.submit("abc", LONG.replace(max_tokens=2)))
+
+
+async def test_wake_up_calls_off_a_sleep_that_waits_for_requests(engine: AsyncLLM) -> None:
+    stream = engine.submit("abc", LONG)
+    sleeping = asyncio.create_task(engine.sleep())
+    await asyncio.sleep(0)
+    assert engine.is_sleeping
+    await engine.wake_up()
+    with pytest.raises(EngineError, match="wake_up"):
+        await sleeping
+    assert not engine.is_sleeping
+    assert (await collect(stream))[-1].outputs[0].finish_reason == "length"
+
+
+async def test_a_prefix_cache_that_is_emptied_is_found_empty(engine: AsyncLLM) -> None:
+    params = LONG.replace(max_tokens=2)
+    await collect(engine.submit([5] * 40, params))
+    assert await engine.reset_prefix_cache() is True
+    assert (await collect(engine.submit([5] * 40, params)))[-1].num_cached_tokens == 0
+
+
+async def test_control_calls_of_an_engine_that_dies_raise(engine: AsyncLLM) -> None:
+    os.kill(engine._core.process.pid, signal.SIGSTOP)  # nothing is answered
+    calls = [
+        asyncio.create_task(call)
+        for call in (engine.sleep(), engine.wake_up(), engine.reset_prefix_cache())
+    ]
+    await asyncio.sleep(0)
+    await start_and_cancel(engine.wake_up())
+    engine._core.process.kill()
+    for call in calls:
+        with pytest.raises(EngineDeadError):
+            await asyncio.wait_for(call, 20)
+    with pytest.raises(EngineDeadError):
+        await engine.wake_up()

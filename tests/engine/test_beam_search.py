@@ -258,7 +258,7 @@ async def test_streams_give_what_llm_gives_and_can_be_ended(
         asyncio.get_running_loop().call_soon(stream.abort)
         [ended] = [o async for o in stream]
         assert {part.finish_reason for part in ended.outputs} == {"abort"}
-        assert engine.num_unfinished == 0
+        assert not engine._streams
 
         task = asyncio.ensure_future(anext(aiter(engine.submit(PROMPTS[0], params))))
         await asyncio.sleep(0)

@@ -8,20 +8,26 @@ from typing import cast
 
 from quire.engine.core import EngineCore
 from quire.engine.core_process import QUIET_MS, _Link, _serve
+from quire.errors import MemoryFitError
 from quire.executor.mock import MockExecutor, ScriptedFuture
 from quire.kvcache import KVCacheManager
 from quire.messages import (
     AbortRequests,
     AddRequest,
+    Answer,
+    Control,
     CoreInput,
     CoreOutput,
+    Failure,
     FinishReason,
     Ping,
     Pong,
     ResetPrefixCache,
     Shutdown,
+    Sleep,
     StepOutputs,
     StepPlan,
+    WakeUp,
 )
 from quire.scheduler import Scheduler, SchedulerLimits
 from tests.scheduler.requests import add_request
@@ -90,13 +96,52 @@ def test_messages_with_a_plan_in_flight() -> None:
     core.handle(add(1, [1, 2], max_tokens=9))
     assert core.step().updates == [] and core.has_work
     assert core.handle(Ping(4)) == Pong(4, 5.0)
-    assert core.handle(ResetPrefixCache()) is None
+    assert core.handle(Control(7, ResetPrefixCache())) == Answer(7, 0)
     aborted = core.handle(AbortRequests([1]))
     assert isinstance(aborted, StepOutputs)
     assert [u.finish_reason for u in aborted.updates] == [FinishReason.ABORT]
     assert core.has_work, "a plan is in flight"
     assert core.step().updates == [] and not core.has_work
     assert executor.plans[-1].released == [1]
+
+
+class FailingExecutor(MockExecutor):
+    """Has no memory to wake up with, at first."""
+
+    failures: tuple[Exception, ...] = ()
+
+    def wake_up(self) -> None:
+        if self.failures:
+            error, *rest = self.failures
+            self.failures = tuple(rest)
+            raise error
+
+
+def test_a_control_call_that_fails_is_answered_and_the_engine_goes_on() -> None:
+    core, _ = make_core()
+    core.executor = executor = FailingExecutor(lambda request_id, index: index)
+    executor.failures = (MemoryFitError("Free 2 GB."), RuntimeError("secret"))
+    assert core.handle(Control(1, Sleep(1))) == Answer(1, 1)
+    assert core.handle(Control(2, WakeUp())) == Answer(
+        2, 1, Failure("Free 2 GB.", "MemoryFitError")
+    )
+    failed = Failure("The engine failed on WakeUp (RuntimeError).", "EngineError")
+    assert core.handle(Control(3, WakeUp())) == Answer(3, 1, failed)
+    assert core.handle(Control(4, WakeUp())) == Answer(4, 0)
+    core.handle(add(1, [1, 2], max_tokens=1))
+    assert core.step().updates[0].new_token_ids == [2]
+
+
+def test_sleep_is_refused_while_requests_run() -> None:
+    core, _ = make_core(max_in_flight=2)
+    core.handle(add(1, [1, 2], max_tokens=9))
+    core.step()
+    refused = core.handle(Control(1, Sleep(1)))
+    assert isinstance(refused, Answer) and refused.sleep_level == 0
+    assert refused.failure is not None and "while requests run" in refused.failure.message
+    core.handle(AbortRequests([1]))
+    assert core.handle(Control(2, Sleep(2))) == Answer(2, 2)
+    assert not core.has_work, "what was in flight has been taken"
 
 
 def test_closing_does_not_ask_for_what_is_in_flight() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from quire.engine.core_client import CoreProcess
 from quire.engine.llm import LLM
 from quire.errors import ConfigError, EngineSleepingError, InvalidParameterError
 from quire.metrics.reader import Counter, Gauge, Histogram
@@ -109,6 +110,22 @@ def test_it_sleeps_and_wakes(llm: LLM) -> None:
         llm.sleep(3)
     with pytest.raises(InvalidParameterError):
         llm.wake_up(tags=["gpu"])
+
+
+def test_control_calls_keep_the_outputs_of_queued_requests(llm: LLM) -> None:
+    """Those that come in before the answer."""
+    one_token = SamplingParams(max_tokens=1)
+    core = llm._core
+    assert core is not None
+    llm.enqueue([1, 2, 3], one_token)
+    if isinstance(core, CoreProcess):
+        assert core.socket.poll(10_000), "the output is there"
+    else:
+        core._answers.append(core._core.step())
+    llm.wake_up()
+    llm.reset_prefix_cache()
+    [output] = llm.wait_for_completion(use_tqdm=False)
+    assert len(output.outputs[0].token_ids) == 1
 
 
 def test_the_prefix_cache_can_be_emptied(llm: LLM) -> None:

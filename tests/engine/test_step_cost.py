@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from quire.engine.llm import LLM
-from quire.kernels.cpu.decoder import NativeDecoder
+from quire.kernels.cpu.program import NativeProgram
 from quire.sampling_params import SamplingParams
 
 SHORT, LONG = 100, 1900
@@ -42,7 +42,7 @@ def during_decode_steps(llm: LLM, context: int, step: Callable[[Callable[[], obj
 
 
 def test_the_compiled_pass_is_in_use(llm: LLM) -> None:
-    assert isinstance(llm._core._core.executor.runner._decoder, NativeDecoder)
+    assert isinstance(llm._core._core.executor.runner._decoder, NativeProgram)
 
 
 def test_python_work_does_not_grow_with_the_context(llm: LLM) -> None:

@@ -115,7 +115,7 @@ static void test_linear(int dt, int64_t m, int64_t k, int64_t n) {
   void *panels = aligned_alloc(64, (size_t)((n + PANEL - 1) / PANEL * PANEL * padded * 4));
   memset(panels, 0, (size_t)((n + PANEL - 1) / PANEL * PANEL * padded * 4));
   quire_pack_linear(w, 0, n, k, size, step, panels, 2);
-  const linear_weight weight = {panels, bias, n, k, dt, LINEAR_DENSE};
+  const linear_weight weight = {panels, bias, n, k, dt};
   char *out = malloc((size_t)(m * n * 4)), *alone = malloc((size_t)(n * 4));
   expect(quire_linear(&weight, x, k, out, n, m, LINEAR_STORE, 2) == 0, "linear", dt, m, n);
   for (int64_t i = 0; i < m; i++) {
@@ -138,32 +138,74 @@ static void test_linear(int dt, int64_t m, int64_t k, int64_t n) {
   }
 }
 
-static void test_norm_and_silu(int dt, int64_t rows, int64_t n) {
-  void *x = make(rows * 2 * n, dt, 3), *residual = make(rows * n, dt, 3), *weight = make(n, dt, 1);
-  char *out = malloc((size_t)(rows * n * 4)), *sum = malloc((size_t)(rows * n * 4));
-  memcpy(sum, residual, (size_t)rows * (size_t)n * elem_size(dt));
-  quire_rms_norm(x, 2 * n, 1, sum, weight, out, rows, n, 1e-5f, dt, 3);
+/* With residual: added first. The norm in place, of the left half of each row; wt: of the weight. */
+static void test_norm(int dt, int wt, int64_t rows, int64_t n) {
+  void *x = make(rows * 2 * n, dt, 3), *residual = make(rows * n, dt, 3), *weight = make(n, wt, 1);
+  const size_t bytes = (size_t)rows * (size_t)n * elem_size(dt);
+  char *out = malloc(bytes), *sum = malloc(bytes), *before = malloc(2 * bytes);
+  memcpy(sum, residual, bytes), memcpy(before, x, 2 * bytes);
+  quire_rms_norm(x, 2 * n, 1, sum, weight, out, n, rows, n, 1e-5f, dt, wt, 3);
+  quire_rms_norm(x, 2 * n, 1, NULL, weight, x, 2 * n, rows, n, 1e-5f, dt, wt, 3);
   for (int64_t i = 0; i < rows; i++) {
-    double squares = 0;
+    double squares[2] = {0, 0};
     for (int64_t j = 0; j < n; j++) {
-      const double s = rounded((float)(get(x, i * 2 * n + j, dt) + get(residual, i * n + j, dt)), dt);
+      const double f = get(before, i * 2 * n + j, dt), s = rounded((float)f + get(residual, i * n + j, dt), dt);
       expect(get(sum, i * n + j, dt) == s, "residual", dt, i, j);
-      squares += s * s;
+      squares[0] += s * s, squares[1] += f * f;
     }
-    const double scale = 1 / sqrt(squares / (double)n + 1e-5);
     for (int64_t j = 0; j < n; j++) {
-      const double normed = get(sum, i * n + j, dt) * scale, expected = normed * get(weight, j, dt);
-      /* rounded before the weight and after it */
-      expect(fabs(get(out, i * n + j, dt) - expected) <= 3 * ulp(dt) * fabs(expected) + 1e-6, "norm", dt, i, j);
+      const double of[] = {get(sum, i * n + j, dt), get(before, i * 2 * n + j, dt)};
+      const double found[] = {get(out, i * n + j, dt), get(x, i * 2 * n + j, dt)};
+      for (int k = 0; k < 2; k++) { /* a weight in dt: rounded before it and after it */
+        const double expected = of[k] / sqrt(squares[k] / (double)n + 1e-5) * get(weight, j, wt);
+        const double ulps = wt == dt ? 3 : 1.1;
+        expect(fabs(found[k] - expected) <= ulps * ulp(dt) * fabs(expected) + 1e-6, "norm", dt, i, j);
+      }
     }
+    expect(!memcmp(at(x, i * 2 * n + n, dt), at(before, i * 2 * n + n, dt), (size_t)n * elem_size(dt)),
+           "norm, beside it", dt, i, n);
   }
-  quire_silu_and_mul(x, out, rows, n, dt, 3);
+}
+
+static void test_gated(int dt, int64_t rows, int64_t n) {
+  void *x = make(rows * 2 * n, dt, 3);
+  char *silu = malloc((size_t)(rows * n * 4)), *gelu = malloc((size_t)(rows * n * 4));
+  quire_gated(x, silu, rows, n, SILU, dt, 3);
+  quire_gated(x, gelu, rows, n, GELU_TANH, dt, 3);
   for (int64_t i = 0; i < rows; i++)
     for (int64_t j = 0; j < n; j++) {
       const double gate = get(x, i * 2 * n + j, dt), up = get(x, i * 2 * n + n + j, dt);
-      const double expected = gate / (1 + exp(-gate)) * up;
-      expect(fabs(get(out, i * n + j, dt) - expected) <= 3 * ulp(dt) * fabs(expected) + 1e-6, "silu", dt, i, j);
+      const double silu_up = gate / (1 + exp(-gate)) * up, y = sqrt(2 / acos(-1)) * (gate + 0.044715 * gate * gate * gate);
+      const double gelu_up = 0.5 * gate * (1 + tanh(y)) * up;
+      expect(fabs(get(silu, i * n + j, dt) - silu_up) <= 3 * ulp(dt) * fabs(silu_up) + 1e-6, "silu", dt, i, j);
+      expect(fabs(get(gelu, i * n + j, dt) - gelu_up) <= 3 * ulp(dt) * fabs(gelu_up) + 1e-6, "gelu", dt, i, j);
     }
+}
+
+static void test_scaled(int dt, int64_t rows, int64_t n) {
+  const int64_t count = rows * n, size = (int64_t)elem_size(dt);
+  void *x = make(count, dt, 3), *residual = make(count, dt, 3);
+  char *sum = malloc((size_t)(count * size)), *scaled = malloc((size_t)(count * size));
+  float *table = make(7, F32, 2), *logits = make(count, F32, 9), *done = malloc((size_t)count * 4);
+  int64_t *positions = malloc((size_t)rows * 8);
+  for (int64_t i = 0; i < rows; i++) positions[i] = i * 3 % 7;
+  for (int64_t i = 0; i < count; i++) done[i] = logits[i] = (float)rounded(logits[i], dt);
+  memcpy(sum, residual, (size_t)(count * size)), memcpy(scaled, x, (size_t)(count * size));
+  quire_add(x, sum, count, 0.22f, dt, 3);
+  const int64_t width = n / 2; /* the rest of a row stays */
+  expect(quire_scale(scaled, n, positions, table, 6, 1, rows, width, dt, 3) == (rows > 2), "position", dt, rows, n);
+  expect(quire_scale(scaled, n, positions, table, 7, 1, rows, width, dt, 3) == 0, "scale", dt, rows, n);
+  quire_finish_logits(done, count, 3.0f, 2.0f, dt, 3);
+  for (int64_t i = 0; i < count; i++) {
+    const float f = get(x, i, dt);
+    const float with = get(residual, i, dt) + (float)rounded(f * 0.22f, dt);
+    expect(get(sum, i, dt) == rounded(with, dt), "add", dt, i, count);
+    const float times = i % n < width ? table[positions[i / n]] : 1;
+    expect(get(scaled, i, dt) == rounded(f * times, dt), "scale", dt, i, n);
+    const double bent = 2 * tanh(rounded(rounded(logits[i] / 3.0f, dt) / 2, dt));
+    expect(fabs(done[i] - bent) <= 4 * ulp(dt) * fabs(bent), "logits", dt, i, count);
+    expect(done[i] == rounded(done[i], dt), "logits, rounded", dt, i, count);
+  }
 }
 
 enum { BLOCK = 16, Q_HEADS = 4, KV_HEADS = 2, HALF = 8 };
@@ -193,7 +235,7 @@ static void test_attention(int dt, int64_t d, int64_t tokens, int64_t window, fl
                           .q_norm = norm, .k_norm = norm, .k_cache = k_cache, .v_cache = v_cache,
                           .qkv_stride = width, .tokens = tokens, .q_heads = Q_HEADS, .kv_heads = KV_HEADS,
                           .head_dim = d, .half = HALF, .max_position = tokens, .block_size = BLOCK,
-                          .num_blocks = blocks + 1, .eps = 1e-6f, .dtype = dt, .threads = 2};
+                          .num_blocks = blocks + 1, .eps = 1e-6f, .dtype = dt, .norm_dtype = dt, .threads = 2};
   expect(quire_rope_write_kv(&write) == 0, "rope", dt, tokens, d);
   /* What queries and keys should be: [tokens, heads, d], in double. */
   const int heads = Q_HEADS + KV_HEADS;
@@ -304,9 +346,13 @@ int main(void) {
     const int64_t shapes[][3] = {{1, 1, 1}, {3, 7, 5}, {1, 300, 65}, {7, 64, 128}, {20, 129, 70}, {2, 4101, 9}};
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++)
       test_linear(dt, shapes[i][0], shapes[i][1], shapes[i][2]);
-    test_norm_and_silu(dt, 5, 1), test_norm_and_silu(dt, 9, 37), test_norm_and_silu(dt, 40, 512);
+    const int64_t sizes[][2] = {{5, 1}, {9, 37}, {40, 512}};
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
+      const int64_t rows = sizes[i][0], n = sizes[i][1];
+      test_norm(dt, dt, rows, n), test_norm(dt, F32, rows, n), test_gated(dt, rows, n), test_scaled(dt, rows, n);
+    }
     test_attention(dt, 16, 40, 0, 0), test_attention(dt, 64, 150, 33, 0), test_attention(dt, 72, 70, 0, 5);
-    printf("linear, norm, silu, rope, attention: %s\n", names[dt]);
+    printf("linear, norm, gates, scales, rope, attention: %s\n", names[dt]);
   }
   test_attention(F32, 16, 1100, 0, 0); /* more than two segments of keys */
   for (int64_t vocab = 1; vocab < 2000; vocab = vocab * 3 + 2)

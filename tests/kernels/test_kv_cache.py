@@ -44,7 +44,8 @@ def rotated(x: Tensor, positions: Tensor, cos_sin: Tensor) -> Tensor:
     heads=st.tuples(st.integers(1, 3), st.integers(1, 4)),
     half=st.sampled_from([0, 1, 4, 17, 32, 64]),
     unrotated=st.sampled_from([0, 0, 1, 2, 16]),
-    normed=st.booleans(),
+    normed=st.sampled_from(["", "q", "k", "qk"]),
+    in_float=st.booleans(),
     block_size=st.sampled_from([16, 48, 128]),
     dtype=dtypes,
     seed=seeds,
@@ -56,7 +57,8 @@ def test_one_call_is_norm_then_rotation_then_slots(
     heads: tuple[int, int],
     half: int,
     unrotated: int,
-    normed: bool,
+    normed: str,
+    in_float: bool,
     block_size: int,
     dtype: torch.dtype,
     seed: int,
@@ -69,17 +71,20 @@ def test_one_call_is_norm_then_rotation_then_slots(
     positions = torch.randint(0, 50, (tokens,), generator=rng)
     slots = torch.randperm(4 * block_size, generator=rng)[:tokens]
     slots[::5] = -1
-    weights = [randn(head_dim, rng=rng, dtype=dtype) for _ in range(2)] if normed else [None, None]
+    weight_dtype = torch.float32 if in_float else dtype
+    q_norm, k_norm = (
+        randn(head_dim, rng=rng, dtype=weight_dtype) if name in normed else None for name in "qk"
+    )
     for kernels in (native, reference):
         qkv = fused.clone(memory_format=torch.preserve_format)
         k_cache, v_cache = empty_caches(4, kv_heads, head_dim, block_size, dtype)
         kernels.rope_write_kv(
             qkv, positions, cos_sin, k_cache, v_cache, slots,
-            q_norm=weights[0], k_norm=weights[1], eps=1e-5,
+            q_norm=q_norm, k_norm=k_norm, eps=1e-5,
         )  # fmt: skip
         q, k, v = fused.unflatten(1, (-1, head_dim)).split([q_heads, kv_heads, kv_heads], dim=1)
-        if normed:
-            q, k = (kernels.rms_norm(x, w, 1e-5) for x, w in zip((q, k), weights, strict=True))
+        q = q if q_norm is None else kernels.rms_norm(q, q_norm, 1e-5)
+        k = k if k_norm is None else kernels.rms_norm(k, k_norm, 1e-5)
         q, k = rotated(q, positions, cos_sin), rotated(k, positions, cos_sin)
         assert torch.equal(bits(qkv[:, : q_heads * head_dim]), bits(q.flatten(1)))
         rest = slice(q_heads * head_dim, None)
@@ -190,6 +195,10 @@ def test_wrong_tensors_are_refused(native: NativeKernels, reference: Kernels) ->
         for change in bad:
             with pytest.raises(KernelArgumentError):
                 kernels.rope_write_kv(**{**good, **change})
+        halves = empty_caches(3, 1, 8, 16, torch.float16)
+        mixed = {"qkv": good["qkv"].half(), "k_cache": halves[0], "v_cache": halves[1]}
+        with pytest.raises(KernelArgumentError, match="q_norm and k_norm"):
+            kernels.rope_write_kv(**{**good, **mixed, "q_norm": torch.ones(8).half()})
 
 
 def test_an_odd_head_dim_does_not_fit_bfloat16() -> None:

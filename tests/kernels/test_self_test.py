@@ -40,6 +40,7 @@ def test_the_kernels_are_what_plain_loops_say(tmp_path: Path) -> None:
         ("vec.h", "u + 0x7fffu + ((u >> 16) & 1u)", "u + 0x8000u"),
         ("kv_cache.c", "offset / 2 * 2 * n + offset % 2", "offset / 2 * 2 * n"),
         ("elementwise.c", "/ (float)n + eps", "/ (float)n"),
+        ("elementwise.c", "* scale, wt)", "* scale, dt)"),
     ],
 )
 def test_it_notices_a_fault(tmp_path: Path, file: str, right: str, wrong: str) -> None:

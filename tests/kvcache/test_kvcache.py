@@ -20,7 +20,7 @@ def make(num_blocks: int = 20, *, caching: bool = True) -> KVCacheManager:
 def run(kv: KVCacheManager, request_id: int, tokens: list[int], *, key=PLAIN, step: int = 1) -> int:
     """Admit a request with all its tokens; returns how many were cached."""
     match = kv.match_prefix(request_id, tokens, key, step)
-    assert kv.can_admit(match, len(tokens), keep_free=0)
+    assert kv.blocks_needed(match, len(tokens)) <= kv.num_free
     kv.admit(request_id, match, key, len(tokens))
     kv.register(request_id, tokens, len(tokens), step)
     kv.check_invariants()

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 
 from quire.attention.base import AttentionMetadata, KVCache
-from quire.kernels.decoder import StepRows
-from quire.models.decoder import DecoderModel, gather
+from quire.kernels.program import StepRows
+from quire.models.decoder import DecoderModel
+from quire.models.eager_pass import gather
 
 
 @dataclass
@@ -81,9 +82,7 @@ class PagedHarness:
             seq_lens=torch.tensor(lens, dtype=torch.int32),
             block_table=torch.tensor(table, dtype=torch.int32),
         )
-        hidden = self.model.forward(
-            torch.tensor(input_ids), metadata.positions, metadata, self.cache
-        )
+        hidden = self.model.compute(torch.tensor(input_ids), metadata, self.cache)
         logits = self.model.compute_logits(hidden)
         assert logits.dtype == torch.float32
         self._assert_one_call_is_the_same(work, torch.tensor(input_ids), metadata, logits)

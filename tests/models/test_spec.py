@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -14,16 +15,22 @@ from hypothesis import strategies as st
 
 from quire.errors import UnsupportedModelError
 from quire.layers.spec import AttentionSpec, HeadShape, MlpSpec, NormSpec, RopeSpec
-from quire.models.registry import FAMILIES, resolve_spec
+from quire.models.registry import FAMILIES, MULTIMODAL, resolve_spec
 from quire.models.spec import LayerSpec, ModelSpec
+from quire.quantization.unquantized import UNQUANTIZED
 from tests.models.published import (
+    GEMMA_2_2B,
+    GEMMA_3_1B,
+    GRANITE_3_1_2B,
     LLAMA_2_7B,
     LLAMA_3_1_8B,
     MISTRAL_7B_V01,
     MISTRAL_NEMO,
     PARAMETER_COUNTS,
+    PHI_4_MINI,
     QWEN2_5_05B,
     QWEN3_06B,
+    SMOLLM3_3B,
 )
 
 
@@ -93,7 +100,7 @@ def test_every_field_of_a_spec() -> None:
         residual_scale=1.0,
         logits_divisor=1.0,
         logits_softcap=0.0,
-        quantization=None,
+        quantization=UNQUANTIZED,
     )
 
 
@@ -243,7 +250,7 @@ def test_yarn_temperature() -> None:
 
 BAD_FIELDS: list[tuple[dict[str, object], str]] = [
     ({"architectures": ["GPT2LMHeadModel"]}, "architectures.*GPT2LMHeadModel.*LlamaForCausalLM"),
-    ({"architectures": None, "model_type": "gpt2"}, "model_type is 'gpt2'.*llama, mistral"),
+    ({"architectures": None, "model_type": "gpt2"}, "model_type is 'gpt2'.*llama.*mistral"),
     ({"architectures": [], "model_type": None}, "model_type is None.*without architectures"),
     ({"architectures": ["LlamaForSequenceClassification"]}, "architectures.*SequenceClassification"),
     ({"architectures": "LlamaForCausalLM"}, "architectures.*list"),
@@ -273,7 +280,7 @@ BAD_FIELDS: list[tuple[dict[str, object], str]] = [
     ({"torch_dtype": "float8_e4m3fn"}, "torch_dtype is 'float8_e4m3fn'.*bfloat16"),
     ({"rope_theta": 0}, "rope_theta is 0"),
     ({"rope_scaling": "llama3"}, "rope_scaling is 'llama3'.*object"),
-    ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "rope_scaling.type is 'longrope'.*yarn"),
+    ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "rope_scaling.short_factor is missing"),
     ({"rope_scaling": {"rope_type": "mrope"}}, "rope_scaling.rope_type is 'mrope'"),
     ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor is missing"),
     ({"rope_scaling": {"type": "linear", "factor": "2"}}, "rope_scaling.factor is '2'"),
@@ -329,17 +336,31 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=5,
 )  # fmt: skip
-EXTRA_FIELDS = {"layer_types", "rope_parameters", "dtype", "original_max_position_embeddings"}
-FIELDS = st.sampled_from(sorted({*LLAMA_3_1_8B, *QWEN3_06B, *EXTRA_FIELDS}))
-ROPE_NAMES = [field.name for field in dataclasses.fields(RopeSpec)] + ["rope_type", "mscale"]
+CONFIGS = (LLAMA_3_1_8B, QWEN3_06B, GEMMA_2_2B, GEMMA_3_1B, PHI_4_MINI, GRANITE_3_1_2B, SMOLLM3_3B)
+FIELDS = st.sampled_from(
+    sorted(
+        {
+            *itertools.chain(*CONFIGS),
+            "rope_parameters",
+            "dtype",
+            "sliding_window_size",
+            "text_config",
+        }
+    )
+)
+ROPE_NAMES = [field.name for field in dataclasses.fields(RopeSpec)] + [
+    "rope_type",
+    "mscale",
+    "short_factor",
+]
 ROPES = st.dictionaries(
-    st.sampled_from(ROPE_NAMES), JSON | st.sampled_from(["yarn", "llama3"]), max_size=4
+    st.sampled_from(ROPE_NAMES), JSON | st.sampled_from(["yarn", "llama3", "longrope"]), max_size=4
 )
 
 
 @settings(max_examples=400)
 @given(
-    architecture=st.sampled_from(sorted(FAMILIES)),
+    architecture=st.sampled_from(sorted({*FAMILIES, *MULTIMODAL})),
     changes=st.dictionaries(FIELDS, JSON, max_size=3),
     rope=st.none() | ROPES,
 )

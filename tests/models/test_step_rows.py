@@ -13,7 +13,7 @@ import torch
 from quire.attention.base import KVCache
 from quire.kernels.base import Kernels
 from quire.kernels.checks import KernelArgumentError
-from quire.kernels.decoder import StepRows
+from quire.kernels.program import StepRows
 from tests.models.conftest import Pair
 
 ROWS = StepRows(

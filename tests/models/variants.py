@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,149 @@ VARIANTS: Mapping[str, tuple[Config, Mapping[str, Any]]] = {
 }
 
 
+BY_TYPE = {
+    "full_attention": rope("linear", factor=2.0),
+    "sliding_attention": {"rope_type": "default", "rope_theta": 20.0},
+}
+ALTERNATING = {
+    "num_hidden_layers": 3,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "sliding_window": 24,
+}
+GEMMA2 = {"head_dim": 24, "query_pre_attn_scalar": 20, "sliding_window": 24}
+GEMMA3 = {**GEMMA2, **ALTERNATING, "rope_parameters": BY_TYPE}
+LONGROPE = {  # 12 of a head's 16 dimensions rotate
+    "rope_type": "longrope",
+    "rope_theta": 500.0,
+    "partial_rotary_factor": 0.75,
+    "short_factor": [1.0, 1.1, 1.3, 1.7, 2.1, 2.9],
+    "long_factor": [1.2, 1.9, 3.1, 4.7, 8.3, 14.1],
+}
+PAD = {"pad_token_id": 0}  # the default is beyond so small a vocabulary
+MINISTRAL3 = {
+    "head_dim": 24,
+    "rope_parameters": rope(
+        "yarn", factor=8.0, original_max_position_embeddings=32, llama_4_scaling_beta=0.4
+    ),
+}
+
+
+def multimodal(
+    config: Config, text: type[transformers.PreTrainedConfig], vision: Mapping[str, Any]
+) -> Config:
+    """What makes a multimodal config from the text model's fields."""
+
+    def make(**fields: Any) -> transformers.PreTrainedConfig:
+        return config(
+            text_config=text(**fields).to_dict(),
+            vision_config=dict(vision),
+            tie_word_embeddings=fields.get("tie_word_embeddings", False),
+        )
+
+    return make
+
+
+VISION = {
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 8,
+}
+NEW_VARIANTS: Mapping[str, tuple[Config, Mapping[str, Any]]] = {
+    "gemma2": (
+        transformers.Gemma2Config,
+        {**GEMMA2, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    ),
+    "gemma2-untied-bias": (
+        transformers.Gemma2Config,
+        {**GEMMA2, "tie_word_embeddings": False, "attention_bias": True},
+    ),
+    "gemma3": (transformers.Gemma3TextConfig, GEMMA3),
+    "gemma3-untied-pattern": (
+        transformers.Gemma3TextConfig,
+        {**GEMMA2, "sliding_window_pattern": 2, "tie_word_embeddings": False},
+    ),
+    "gemma3-multimodal": (
+        multimodal(
+            transformers.Gemma3Config,
+            transformers.Gemma3TextConfig,
+            {**VISION, "model_type": "siglip_vision_model"},
+        ),
+        {**GEMMA3, "tie_word_embeddings": True},
+    ),
+    "olmo2": (transformers.Olmo2Config, {}),
+    "olmo2-mha-tied": (
+        transformers.Olmo2Config,
+        {"num_key_value_heads": 4, "tie_word_embeddings": True, "rope_parameters": YARN},
+    ),
+    "olmo3": (
+        transformers.Olmo3Config,
+        {**ALTERNATING, "rope_parameters": {**BY_TYPE, "full_attention": YARN}},
+    ),
+    "phi3": (transformers.Phi3Config, {**PAD, "sliding_window": 24}),
+    "phi3-partial-tied": (
+        transformers.Phi3Config,
+        {
+            **PAD,
+            "rope_parameters": rope("default", partial_rotary_factor=0.5),
+            "tie_word_embeddings": True,
+        },
+    ),
+    "phi3-longrope-short": (
+        transformers.Phi3Config,
+        {
+            **PAD,
+            "rope_parameters": LONGROPE,
+            "max_position_embeddings": 512,
+            "original_max_position_embeddings": 256,
+        },
+    ),
+    "phi3-longrope-long": (
+        transformers.Phi3Config,
+        {**PAD, "rope_parameters": LONGROPE, "original_max_position_embeddings": 8},
+    ),
+    "granite": (
+        transformers.GraniteConfig,
+        {
+            "attention_multiplier": 0.11,
+            "embedding_multiplier": 6.3,
+            "residual_multiplier": 0.37,
+            "logits_scaling": 1.7,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "granite-bias": (
+        transformers.GraniteConfig,
+        {"attention_multiplier": 0.3, "attention_bias": True, "mlp_bias": True},
+    ),
+    "smollm3": (
+        transformers.SmolLM3Config,
+        {"num_hidden_layers": 3, "no_rope_layers": [1, 0, 1], **PAD},
+    ),
+    "smollm3-windows-untied": (
+        transformers.SmolLM3Config,
+        {
+            "no_rope_layer_interval": 2,
+            "use_sliding_window": True,
+            "sliding_window": 24,
+            "tie_word_embeddings": False,
+            **PAD,
+        },
+    ),
+    "ministral3": (transformers.Ministral3Config, MINISTRAL3),
+    "ministral3-multimodal-tied": (
+        multimodal(
+            transformers.Mistral3Config,
+            transformers.Ministral3Config,
+            {**VISION, "model_type": "pixtral", "head_dim": 4},
+        ),
+        {**MINISTRAL3, "tie_word_embeddings": True},
+    ),
+}
+
+
 def build_reference(
     name: str, *, dtype: torch.dtype = torch.float32, **overrides: Any
 ) -> transformers.PreTrainedModel:
@@ -90,17 +234,19 @@ def build_reference(
 
     transformers starts biases at zero and norms at one, which would hide a bias that is never added.
     """
-    config_class, fields = VARIANTS[name]
+    config_class, fields = {**VARIANTS, **NEW_VARIANTS}[name]
     torch.manual_seed(sum(map(ord, name)))
-    model = transformers.AutoModelForCausalLM.from_config(
-        config_class(**{**SHAPE, **fields, **overrides}), attn_implementation="eager", dtype=dtype
-    )
+    auto = transformers.AutoModelForCausalLM
+    if "multimodal" in name:
+        auto = transformers.AutoModelForImageTextToText
+    fields = copy.deepcopy({**SHAPE, **fields, **overrides})  # configs change what they are given
+    model = auto.from_config(config_class(**fields), attn_implementation="eager", dtype=dtype)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if parameter_name.endswith("bias"):
                 parameter.normal_(0.0, 0.2)
             elif "norm" in parameter_name:
-                parameter.normal_(1.0, 0.2)
+                parameter.normal_(0.0 if "gemma" in name else 1.0, 0.2)  # Gemma's are minus one
     return model.eval()
 
 

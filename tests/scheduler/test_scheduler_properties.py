@@ -12,13 +12,13 @@ from quire.kvcache import KVCacheManager
 from quire.messages import (
     AbortRequests,
     AddRequest,
+    Control,
     FinishReason,
     ResetPrefixCache,
     StepOutputs,
-    WaitReason,
 )
 from quire.placement import Placement
-from quire.scheduler import Scheduler, SchedulerLimits
+from quire.scheduler import Scheduler, SchedulerLimits, WaitReason
 from quire.scheduler.request import RequestStatus
 from tests.scheduler.fake_executor import CheckingExecutor, expected_output
 from tests.scheduler.requests import add_request
@@ -34,6 +34,8 @@ def needs_token_before_next(message: AddRequest) -> bool:
 class SchedulerMachine(RuleBasedStateMachine):
     max_in_flight = 1
     max_model_len = 24
+    policy: str | None = None
+    """None: one of those that there are."""
 
     @initialize(
         block_size=st.sampled_from([1, 2, 4]),
@@ -61,7 +63,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             watermark_blocks=watermark,
             long_prefill_token_threshold=threshold if chunked else 0,
             enable_chunked_prefill=chunked,
-            policy=policy,
+            policy=self.policy or policy,
         )
         kv = KVCacheManager(num_blocks, block_size, enable_prefix_caching=caching)
         self.scheduler = Scheduler(
@@ -109,7 +111,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 min_tokens=min(min_tokens, max_tokens),
                 end_token_ids=frozenset(() if ignore_eos else (EOS,)),
                 arrival_time=float(leader),
-                placement=Placement(priority=priority, cache_salt=salt),
+                placement=Placement(priority=priority, tenant=str(priority), cache_salt=salt),
                 fork_of=leader if index else None,
             )
             self.messages[self.next_id] = message
@@ -125,7 +127,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule()
     def reset_cache(self):
-        self.core.handle(ResetPrefixCache())
+        self.core.handle(Control(0, ResetPrefixCache()))
 
     @rule(steps=st.integers(1, 6))
     def step(self, steps):
@@ -159,8 +161,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             else:
                 self.check_row(row, request)
         for request in self.scheduler.waiting:
-            if self.scheduler.wait_reason(request) is WaitReason.DEFERRED:
+            if self.scheduler.why_waits(request).reason.label == "deferred":
                 self.deferred.add(request.request_id)
+            self.check_reason(plan, request)
         if any(request.status is RequestStatus.PREEMPTED for request in self.was_running):
             assert not plan.admitted, "a step that preempts admits nobody"
         else:
@@ -183,6 +186,42 @@ class SchedulerMachine(RuleBasedStateMachine):
                 assert got == most, "budget is left"
         if plan.num_tokens < self.limits.max_num_batched_tokens:
             assert self.head_that_fits() is None, "budget is left, and a seat and blocks"
+
+    def check_reason(self, plan, request):
+        """Why it waits is true, as far as that can still be seen after planning."""
+        scheduler = self.scheduler
+        wait = scheduler.why_waits(request)
+        other = scheduler.requests.get(wait.because_of)
+        preempts = any(r.status is RequestStatus.PREEMPTED for r in self.was_running)
+        match wait.reason:
+            case WaitReason.SEAT:
+                assert preempts or len(scheduler.running) == self.limits.max_num_seqs
+            case WaitReason.BLOCKS:
+                assert wait.needed > wait.free
+                size = self.limits.max_model_len // scheduler.kv.block_size + 1
+                assert scheduler.running and wait.needed <= size + 1
+            case WaitReason.BUDGET if wait.needed > 1:
+                assert wait.needed > wait.budget and not self.limits.enable_chunked_prefill
+            case WaitReason.BUDGET:
+                assert preempts or plan.num_tokens == self.limits.max_num_batched_tokens
+            case WaitReason.BEHIND:
+                stopped = scheduler.why_waits(other).reason
+                assert stopped in (WaitReason.SEAT, WaitReason.BLOCKS, WaitReason.BUDGET)
+                assert other.sort_key < request.sort_key
+            case WaitReason.PREEMPTED:
+                assert request.status is RequestStatus.PREEMPTED and wait.needed > wait.free
+                assert other is request or other.sort_key < request.sort_key
+            case WaitReason.PREFIX:
+                size = scheduler.kv.block_size
+                assert preempts or other in scheduler.running
+                assert other.token_ids[:size] == request.token_ids[:size]
+            case WaitReason.FORK:
+                assert preempts or other in scheduler.running
+                assert wait.because_of == request.fork_of
+            case WaitReason.TOKEN:
+                assert request.num_pending_tokens
+            case _:
+                raise AssertionError(wait)
 
     def capped(self, count):
         return min(count, self.limits.long_prefill_token_threshold or count)

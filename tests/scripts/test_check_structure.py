@@ -155,7 +155,8 @@ def test_the_layers_contract_counts_every_import(tmp_path: Path, upward: str) ->
     write(tmp_path / "quire", {"engine/core.py": "", "kernels/base.py": ""})
     for name in ("config", "messages", "scheduler", "kvcache", "sampling_params", "util"):
         write(tmp_path / "quire", {f"{name}/x.py": ""})
-    write(tmp_path / "quire", {"errors.py": "", "limits.py": "", "outputs.py": ""})
+    for name in ("errors", "limits", "dtypes", "outputs"):
+        write(tmp_path / "quire", {f"{name}.py": ""})
     assert lint(tmp_path).returncode == 0
     write(tmp_path / "quire", {"kernels/base.py": upward})
     done = lint(tmp_path)

@@ -296,8 +296,9 @@ class ScriptedEngine:
         length = sum(x * x for x in vector) ** 0.5 if params.normalize else 1.0
         return [x / (length or 1.0) for x in vector]
 
-    def reset_prefix_cache(self) -> None:
+    async def reset_prefix_cache(self) -> bool:
         self.resets += 1
+        return True
 
     def check_grammar(self, params: SamplingParams) -> Sequence[str]:
         self.grammar_threads.append(threading.current_thread().name)

@@ -76,7 +76,7 @@ def test_a_tensor_with_two_takers_reaches_both(tmp_path: Path) -> None:
         ({"a": torch.ones(2, 3)}, "lacks tensor b"),
         ({"a": torch.ones(3, 2), "b": torch.ones(4)}, r"tensor a .*\[3, 2\].*\[2, 3\]"),
         ({"a": torch.ones(6), "b": torch.ones(4)}, r"tensor a .*\[6\].*\[2, 3\]"),
-        ({"a": torch.ones(2, 3), "b": torch.ones(4, dtype=torch.int8)}, "tensor b .*I8.*unquantized"),
+        ({"a": torch.ones(2, 3), "b": torch.ones(4, dtype=torch.int8)}, "tensor b .*int8.*unquantized"),
         ({"a": torch.ones(2, 3), "b": torch.ones(4), "lora": torch.ones(1)}, "has tensor lora"),
     ],
 )  # fmt: skip

@@ -17,7 +17,7 @@ WANTED = {"lm_head.weight", *(f"model.{name}" for name in TRUNK)}
 
 
 def info(name: str, shape: tuple[int, ...] = (4,)) -> TensorInfo:
-    return TensorInfo(name, "model.safetensors", shape, "F32", 0, 16)
+    return TensorInfo(name, "model.safetensors", shape, "float32", 0, 16)
 
 
 def mapped(*names: str, **shapes: tuple[int, ...]) -> dict[str, str]:

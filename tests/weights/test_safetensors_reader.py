@@ -29,7 +29,7 @@ def test_single_file(tmp_path: Path) -> None:
     shard(tmp_path, model={"a": A, "b": B})
     with Checkpoint(tmp_path) as checkpoint:
         assert checkpoint.tensors["a"].shape == (2, 3)
-        assert checkpoint.tensors["b"].dtype == "BF16"
+        assert checkpoint.tensors["b"].dtype == "bfloat16"
         assert torch.equal(checkpoint.tensor("a"), A)
         assert torch.equal(checkpoint.tensor("b"), B)
 

@@ -17,6 +17,7 @@ import torch
 from quire.errors import ConfigError
 from quire.kernels.base import LayerKernels
 from quire.kernels.cpu import layout
+from quire.kernels.ops import AttentionLayer
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +109,6 @@ class KVCache:
 class AttentionTask:
     """What a model, its cache and the device ask of a backend: known before anything is loaded."""
 
-    scale: float
     head_dim: int
     dtype: torch.dtype
     kv_dtype: torch.dtype
@@ -116,6 +116,8 @@ class AttentionTask:
     capability: tuple[int, int]
     """The device's compute capability, (9, 0) for Hopper."""
     batch_invariant: bool = False
+    softcap: float = 0.0
+    """The largest of any layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +146,7 @@ class TaskLimits:
             ("kv_cache_dtype", task.kv_dtype, kv_dtypes, "use --kv-cache-dtype auto"),
             ("compute capability", task.capability[0], self.capabilities, ""),
             ("head_dim", task.head_dim, self.head_dims, ""),
+            ("soft-cap", task.softcap, (0.0,), ""),
             ("block_size", task.block_size, self.block_sizes, "use --block-size 64"),
         ):
             if value not in taken:
@@ -165,13 +168,13 @@ class AttentionBackend(Protocol):
         self,
         q: torch.Tensor,
         *,
+        layer: AttentionLayer,
         cache: LayerCache,
         metadata: AttentionMetadata,
-        window: int | None,
         out: torch.Tensor,
     ) -> None:
         """Write the attention of `q` to `out`; the step's keys and values are in the cache.
 
-        q, out: [T, num_heads, head_dim]; q's heads dense, any token stride. With a window a query
-        sees that many keys, its own included.
+        q, out: [T, num_heads, head_dim]; q's heads dense, any token stride. layer: its window, scale and
+        soft-cap.
         """

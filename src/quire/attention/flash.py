@@ -18,6 +18,7 @@ from quire.attention.base import (
     TaskLimits,
 )
 from quire.errors import ConfigError
+from quire.kernels.ops import AttentionLayer
 
 
 def create_flash_attention(task: AttentionTask) -> AttentionBackend:
@@ -49,15 +50,14 @@ class FlashAttention3:
         from flash_attn_interface import flash_attn_with_kvcache
 
         self._attend = flash_attn_with_kvcache
-        self._scale = task.scale
 
     def forward(
         self,
         q: torch.Tensor,
         *,
+        layer: AttentionLayer,
         cache: LayerCache,
         metadata: AttentionMetadata,
-        window: int | None,
         out: torch.Tensor,
     ) -> None:
         attended = self._attend(
@@ -68,9 +68,9 @@ class FlashAttention3:
             page_table=metadata.block_table,
             cu_seqlens_q=metadata.query_start_loc,
             max_seqlen_q=metadata.max_query_len or q.shape[0],
-            softmax_scale=self._scale,
+            softmax_scale=layer.scale,
             causal=True,
-            window_size=(window - 1, 0) if window else (-1, -1),
+            window_size=(layer.window - 1, 0) if layer.window else (-1, -1),
         )
         out.copy_(attended)
 
@@ -81,7 +81,6 @@ class FlashAttention4:
         from flash_attn.cute import flash_attn_varlen_func
 
         self._attend = flash_attn_varlen_func
-        self._scale = task.scale
         # 0: as many pieces of a long sequence as fill the device, which on Hopper it cannot.
         self._num_splits = 1 if task.capability[0] == 9 else 0
 
@@ -89,9 +88,9 @@ class FlashAttention4:
         self,
         q: torch.Tensor,
         *,
+        layer: AttentionLayer,
         cache: LayerCache,
         metadata: AttentionMetadata,
-        window: int | None,
         out: torch.Tensor,
     ) -> None:
         attended = self._attend(
@@ -102,9 +101,9 @@ class FlashAttention4:
             max_seqlen_q=metadata.max_query_len or q.shape[0],
             seqused_k=metadata.seq_lens,
             page_table=metadata.block_table,
-            softmax_scale=self._scale,
+            softmax_scale=layer.scale,
             causal=True,
-            window_size=(window - 1, 0) if window else (None, None),
+            window_size=(layer.window - 1, 0) if layer.window else (None, None),
             num_splits=self._num_splits,
         )
         # 4.0's betas return (out, lse) also where no lse is asked for; a change of that is under way.

@@ -15,6 +15,7 @@ from quire.attention.base import AttentionMetadata, AttentionTask, LayerCache, T
 from quire.attention.paged import PagedAttention
 from quire.errors import ConfigError
 from quire.kernels.base import LayerKernels
+from quire.kernels.ops import AttentionLayer
 
 WORKSPACE_BYTES = 256 << 20
 """Partial results of split sequences; its documentation's examples have 128 MiB, its own tests 256."""
@@ -38,8 +39,7 @@ class FlashInferAttention:
         blackwell = task.capability[0] == 10
         self._prefill = trtllm_batch_context_with_kv_cache if blackwell else None
         self.division = "all steps" if blackwell else "decoding; steps with prompts by Quire's own"
-        self._own = PagedAttention(kernels, scale=task.scale)
-        self._scale = task.scale
+        self._own = PagedAttention(kernels)
         # Zeros: it counts in there which parts of a sequence are done, and leaves zeros behind.
         self._workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=kernels.device)
 
@@ -47,19 +47,19 @@ class FlashInferAttention:
         self,
         q: torch.Tensor,
         *,
+        layer: AttentionLayer,
         cache: LayerCache,
         metadata: AttentionMetadata,
-        window: int | None,
         out: torch.Tensor,
     ) -> None:
         # Tokens as many as requests, padding included: row i of q is request i's.
         decoding = metadata.max_query_len == 1 and q.shape[0] == metadata.seq_lens.shape[0]
         if not decoding and self._prefill is None:
-            self._own.forward(q, cache=cache, metadata=metadata, window=window, out=out)
+            self._own.forward(q, layer=layer, cache=cache, metadata=metadata, out=out)
             return
         # A bound for any step, since a recorded launch is replayed when sequences have grown.
         longest = metadata.block_table.shape[1] * cache.k.shape[2]
-        window_left = window - 1 if window else -1
+        window_left = layer.window - 1 if layer.window else -1
         if decoding:
             self._decode(
                 q.contiguous(),  # XQA reads no strides
@@ -68,7 +68,7 @@ class FlashInferAttention:
                 metadata.block_table,
                 metadata.seq_lens,
                 longest,
-                bmm1_scale=self._scale,
+                bmm1_scale=layer.scale,
                 bmm2_scale=1.0,
                 window_left=window_left,
                 out=out,
@@ -85,7 +85,7 @@ class FlashInferAttention:
             metadata.seq_lens,
             metadata.max_query_len or q.shape[0],
             longest,
-            bmm1_scale=self._scale,
+            bmm1_scale=layer.scale,
             bmm2_scale=1.0,
             batch_size=metadata.seq_lens.shape[0],
             cum_seq_lens_q=metadata.query_start_loc,

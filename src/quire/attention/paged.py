@@ -6,22 +6,22 @@ import torch
 
 from quire.attention.base import AttentionMetadata, LayerCache
 from quire.kernels.base import LayerKernels
+from quire.kernels.ops import AttentionLayer
 
 
 class PagedAttention:
     """The backend over `Kernels`: one call, whatever mix of requests is in the step."""
 
-    def __init__(self, kernels: LayerKernels, *, scale: float) -> None:
+    def __init__(self, kernels: LayerKernels) -> None:
         self._kernels = kernels
-        self._scale = scale
 
     def forward(
         self,
         q: torch.Tensor,
         *,
+        layer: AttentionLayer,
         cache: LayerCache,
         metadata: AttentionMetadata,
-        window: int | None,
         out: torch.Tensor,
     ) -> None:
         self._kernels.paged_attention(
@@ -31,8 +31,9 @@ class PagedAttention:
             metadata.block_table,
             metadata.query_start_loc,
             metadata.seq_lens,
-            scale=self._scale,
-            window=window or 0,
+            scale=layer.scale,
+            window=layer.window,
+            softcap=layer.softcap,
             max_query_len=metadata.max_query_len,
             kv_scales=cache.scales,
             out=out,

@@ -37,7 +37,7 @@ def create_attention(name: str, kernels: LayerKernels, task: AttentionTask) -> A
         return flashinfer
     why = "as asked for" if name == "triton" else _why_ours()
     logger.info("attention: Quire's Triton kernels (%s)", why)
-    return PagedAttention(kernels, scale=task.scale)
+    return PagedAttention(kernels)
 
 
 def _why_ours() -> str:

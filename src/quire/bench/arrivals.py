@@ -1,7 +1,7 @@
-"""When each request is due: fixed before the run, from the seed alone.
+"""When each request is due: fixed before the run, and a function of the seed.
 
-The load is open-loop: a slow server does not slow the arrivals down, as users do not either. A generator
-that waits for answers before it sends hides exactly the delays one wants to see (coordinated omission).
+The load is open-loop: as with real users, a slow server does not slow the arrivals down. A generator that
+waits for answers before it sends hides the very delays that it should measure (coordinated omission).
 `--max-concurrency` closes the loop, so latencies are reported from the due time as well.
 """
 
@@ -17,7 +17,7 @@ def arrival_times(options: LoadOptions, count: int, *, seed: int) -> list[float]
 
     Gaps are drawn from a gamma distribution with shape `burstiness` and mean `1 / rate`: coefficient of
     variation `1 / sqrt(burstiness)`. With a constant rate they are then scaled so that the last request
-    is due at `(count - 1) / rate`: the rate offered is the rate asked for, for every seed.
+    is due at `(count - 1) / rate`: for every seed, the mean rate is exactly `rate`.
     """
     import numpy as np
 
@@ -35,7 +35,7 @@ def arrival_times(options: LoadOptions, count: int, *, seed: int) -> list[float]
 
 
 def gap_rates(options: LoadOptions, count: int) -> list[float]:
-    """The rate for each of the `count - 1` gaps; none if all requests are due at once.
+    """The rate of each of the `count - 1` gaps; empty if all requests are due at once.
 
     A ramp goes from start to end with the request's number: linearly, or by a constant factor.
     """

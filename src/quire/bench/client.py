@@ -1,10 +1,10 @@
-"""The load client's own HTTP/1.1: one connection is one asyncio protocol, and a chunk costs microseconds.
+"""The load client's own HTTP/1.1: a connection is one asyncio protocol, and a chunk takes microseconds.
 
-A general HTTP library spends its time on what a benchmark does not need (redirects, cookies, content
-codings, a task and several queues per response), and that time lands in the latencies it measures;
+A general HTTP library spends time on things that a benchmark does not need (redirects, cookies, content
+codings, a task and several queues per response), and that time becomes part of the measured latencies;
 docs/benchmarking.md has figures. Here bytes go from the socket through llhttp (`httptools`) and
-`SseParser` to a time stamp in one call of `data_received`. Chunks that one read brings get the same stamp:
-they did arrive together.
+`SseParser` to a time stamp in one call of `data_received`. Chunks that arrive in one read get the same
+time stamp.
 """
 
 from __future__ import annotations
@@ -28,34 +28,34 @@ from quire.util.version import VERSION
 
 CONNECT_SECONDS = 30.0
 LINGER_SECONDS = 1.0
-"""How long after `[DONE]` the end of the response may take before the connection is given up."""
+"""Seconds after `[DONE]` for the end of the response; then the connection is closed."""
 MAX_BODY_BYTES = 1 << 20
 MAX_ERROR_CHARS = 300
 
 
 @dataclass(slots=True)
 class Exchange:
-    """What became of one request. Times are `perf_counter` seconds.
+    """One request and its answer. Times are `perf_counter` seconds.
 
-    A chunk counts as output if it brings text (content, reasoning or a tool call), whatever number of tokens
-    that is; one with a role, a finish reason or usage alone does not.
+    A chunk counts as output if it has text (content, reasoning or a tool call), however many tokens that
+    is. A chunk with only a role, a finish reason or usage does not count.
     """
 
     sent: float = 0.0
-    """When the request began: a new connection is part of what the user waits for."""
+    """The start of the request, before a new connection is opened: users wait for that too."""
     chunk_times: list[float] = field(default_factory=list)
     finished: float = 0.0
-    """The last chunk with a choice in it: the last text, or the finish reason."""
+    """The last chunk with a choice: the last text, or the finish reason."""
     texts: list[str] = field(default_factory=list)
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     cached_tokens: int | None = None
     finish_reason: str | None = None
     status: int = 0
-    """0 if nothing came back."""
+    """0 if there was no answer."""
     error: str = ""
     body: bytearray = field(default_factory=bytearray)
-    """Only of what is not an event stream."""
+    """Only for an answer that is not an event stream."""
     done: bool = False
 
     @property
@@ -64,7 +64,7 @@ class Exchange:
 
     @property
     def unfinished(self) -> bool:
-        """Neither an end of the stream was seen, nor an answer that is none."""
+        """Whether the stream has not ended, and the answer is a stream."""
         if self.status not in (0, 200) or self.body:
             return False
         return not self.done and self.finish_reason is None
@@ -73,7 +73,7 @@ class Exchange:
         self.error = self.error or message[:MAX_ERROR_CHARS]
 
     def event(self, data: bytes, now: float) -> None:
-        """Take in one event's payload."""
+        """Handle one event's payload."""
         if data == b"[DONE]":
             self.done = True
             return
@@ -145,7 +145,7 @@ _decode = msgspec.json.Decoder(_Chunk).decode
 
 
 def error_text(body: bytes) -> str:
-    """What an error says, in OpenAI's shape or any other, on one line."""
+    """The message of an error, in OpenAI's format or any other, on one line."""
     text = body.decode("utf-8", "replace")
     with suppress(msgspec.DecodeError):
         content = msgspec.json.decode(body)
@@ -170,9 +170,9 @@ class _Connection(asyncio.Protocol):
         self._answered = False
         self.open = False
         self.reusable = False
-        """The last answer was read to its end, and another may follow."""
+        """The last answer was read to its end, so that another request may follow."""
         self.stale = False
-        """The server closed it before a byte of an answer to the last request came."""
+        """The server closed the connection before the first byte of its answer."""
 
     # --- the pool's side ---
 
@@ -218,7 +218,7 @@ class _Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self._now = perf_counter()
         if self._exchange is None:
-            return self.close()  # it speaks unasked
+            return self.close()  # data without a request
         self._answered = True
         try:
             self._parser.feed_data(data)
@@ -271,7 +271,7 @@ class _Connection(asyncio.Protocol):
 
 
 class HttpPool:
-    """Connections to one server, kept for the next request. Not more are opened than are in use at once."""
+    """Connections to one server, reused for later requests. A new one is opened only if all are in use."""
 
     def __init__(
         self,
@@ -312,7 +312,8 @@ class HttpPool:
         return head.encode() + b"\r\n" + (body or b"")
 
     async def ask(self, request: bytes) -> Exchange:
-        """Send what `prepare` made. Never raises for what the server does: see `Exchange.error`."""
+        """Send a request made by `prepare`. Errors of the server are in `Exchange.error` and are not
+        raised."""
         exchange = Exchange(sent=perf_counter())
         while self._idle:
             connection = self._idle.pop()
@@ -321,7 +322,7 @@ class HttpPool:
             await self._send(connection, request, exchange)
             if not connection.stale:
                 return _judged(exchange)
-            # Closed as we wrote: how idle connections end, and not an answer. Start afresh.
+            # The server closed an idle connection while we wrote: send again on a new one.
             exchange = Exchange(sent=exchange.sent)
         try:
             connection = await self._connect()
@@ -344,7 +345,7 @@ class HttpPool:
     async def _connect(self) -> _Connection:
         loop = asyncio.get_running_loop()
         async with asyncio.timeout(CONNECT_SECONDS):
-            if self._address is None:  # looked up once, not for every connection
+            if self._address is None:  # resolved once, not for every connection
                 found = await loop.getaddrinfo(
                     self._host, self._port, type=socket.SOCK_STREAM, family=socket.AF_UNSPEC
                 )
@@ -369,7 +370,7 @@ def _ssl_context(insecure: bool) -> ssl.SSLContext:
 
 
 def _judged(exchange: Exchange) -> Exchange:
-    """Note what went wrong, if the transport has not."""
+    """Note an error in the answer, unless there is one already."""
     if exchange.error or exchange.status == 0:
         exchange.fail("no answer")
     elif exchange.status != 200:

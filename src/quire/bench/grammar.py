@@ -1,7 +1,7 @@
-"""What grammars cost: compiling, and a mask per token, for a handful of schemas and one vocabulary.
+"""Measures the cost of grammars: compiling, and a mask per token, for a few schemas and one vocabulary.
 
-Texts are random walks of the mask, which is harder than what models write: they are in strings most of the
-time and rarely at a place where there is no choice.
+Texts are random walks through the masks. They cost more than texts of models: most of the time they are
+inside strings, and there is rarely only one allowed token.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ CASES: dict[str, dict[str, Any]] = {
 def measure(
     tokenizer: Tokenizer, *, eos_token_ids: Sequence[int], num_tokens: int, repeats: int
 ) -> list[dict[str, object]]:
-    """A row per case, the vocabulary's first."""
+    """A row per case; the first row is the vocabulary."""
     vocab_size = tokenizer.max_token_id + 1
     started = perf_counter()
     compiler = GuidanceCompiler(tokenizer, vocab_size=vocab_size, eos_token_ids=eos_token_ids)

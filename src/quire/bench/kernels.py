@@ -1,8 +1,8 @@
 """Each CPU kernel against the PyTorch reference, at a model's shapes.
 
-Seconds are medians of interleaved repetitions; weights and caches take turns over enough copies that they
-come from memory and not from the processor's cache, as they do in a model. GB/s counts what must be read
-and written once, GFLOP/s the multiplications and additions of the products.
+Seconds are medians of interleaved repetitions. Repetitions use several copies of weights and caches in
+turn, so that these are read from memory and not from the processor's cache, as in a model. GB/s counts
+the bytes that must be read and written once, GFLOP/s the multiplications and additions of the products.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from quire.kernels.sampling import SAMPLE_ROW
 from quire.kernels.select import create_kernels
 
 COLD_BYTES = 96 << 20
-"""More than the last-level caches of the machines this is for."""
+"""More than the last-level caches of the machines that this is for."""
 BLOCK_SIZE = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Shapes:
-    """A model's sizes, and how much of it at once."""
+    """A model's sizes, and the batch."""
 
     hidden: int = 1024
     ffn: int = 3072
@@ -44,8 +44,8 @@ class Shapes:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One operation: what to run, and what it must move and compute. Runs take a number that picks among the
-    copies of what they read."""
+    """One operation: the functions to run, and the bytes and operations of a run. A run takes a number
+    that selects one of the copies of its inputs."""
 
     name: str
     ours: Callable[[int], object]
@@ -55,7 +55,7 @@ class Case:
 
 
 def compare(shapes: Shapes, *, dtype: torch.dtype, repeats: int) -> list[dict[str, object]]:
-    """A row per kernel: median seconds of ours and of the reference, ratio, GB/s, GFLOP/s."""
+    """A row per kernel: median seconds of the kernel and of the reference, ratio, GB/s, GFLOP/s."""
     kernels, reference = create_kernels(), create_kernels("reference")
     torch.manual_seed(0)
     cases = [
@@ -141,9 +141,9 @@ def _row_cases(ours: Kernels, ref: Kernels, s: Shapes, dtype: torch.dtype) -> li
             4 * row * s.hidden,
         ),
         Case(
-            "silu_and_mul",
-            lambda i: ours.silu_and_mul(gate_up),
-            lambda i: ref.silu_and_mul(gate_up),
+            "gated",
+            lambda i: ours.gated(gate_up, "silu"),
+            lambda i: ref.gated(gate_up, "silu"),
             3 * row * s.ffn,
         ),
         _rope_case(ours, ref, s, dtype),
@@ -166,7 +166,7 @@ def _rope_case(ours: Kernels, ref: Kernels, s: Shapes, dtype: torch.dtype) -> Ca
 
 
 def _attention_case(ours: Kernels, ref: Kernels, s: Shapes, dtype: torch.dtype) -> Case:
-    """Decode: each row is a request with `context` keys in blocks of its own."""
+    """Decode: each row is a request with `context` keys in its own blocks."""
     blocks = -(-s.context // BLOCK_SIZE)
     kv_bytes = 2 * s.rows * s.context * s.kv_heads * s.head_dim * dtype.itemsize
     caches = [_caches(s, s.rows * blocks + 1, dtype) for _ in range(_copies(kv_bytes))]

@@ -1,4 +1,4 @@
-"""Sends requests when they are due, and keeps what became of each."""
+"""Sends requests when they are due, and collects their exchanges."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from quire.bench.client import Exchange, HttpPool
 T = TypeVar("T")
 
 START_MARGIN = 0.05
-"""Seconds between making the schedule and its zero, so that request 0 is not late already."""
+"""Seconds between making the schedule and its zero, so that request 0 is not already late."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ def quiet_collector() -> Iterator[None]:
 
 
 def allow_many_sockets() -> None:
-    """As many open files as the system lets us have: a request at a rate of inf is a socket."""
+    """Raise the limit on open files as far as possible: at a rate of inf, each request is a socket."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < hard:
         with suppress(ValueError, OSError):
@@ -93,7 +93,7 @@ def allow_many_sockets() -> None:
 
 
 def run_async(main: Coroutine[object, object, T]) -> T:
-    """`asyncio.run`, on uvloop where it is installed: a third more requests per second."""
+    """`asyncio.run`, with uvloop if it is installed: a third more requests per second."""
     try:
         import uvloop
     except ImportError:

@@ -1,17 +1,17 @@
-"""From what the client saw to the figures people compare. Definitions, in seconds:
+"""From the client's exchanges to the usual figures. Definitions, in seconds:
 
     TTFT   first chunk with output - sent (or the finish reason, if no text came)
     E2EL   last chunk with a choice - sent
     ITL    gaps between successive chunks with output; a chunk of several tokens is one gap, as in vLLM
     TPOT   (E2EL - TTFT) / (output tokens - 1), for requests with more than one
 
-Output tokens are the server's count (usage); where it gives none, the text is tokenized again. Failed
-requests count in no latency and no throughput, but in `failed`. Standard deviations divide by n, and
-percentiles interpolate linearly, as NumPy's defaults do. `goodput` counts a completed request that meets
+Output tokens are the server's count (usage); if it sends none, the text is tokenized again. Failed
+requests are in `failed` only, not in latencies or throughput. Standard deviations divide by n, and
+percentiles interpolate linearly, as NumPy's defaults do. `goodput` counts completed requests that meet
 every objective; a request of one token has a TPOT of 0.
 
-`*_from_due` latencies start when the request was due, not when the client got to send it: with
-`max_concurrency`, or a client that lags, they hold the wait that the others leave out.
+`*_from_due` latencies start when the request was due and not when it was sent: with `max_concurrency`, or
+a client that lags, they include the wait before sending.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ class RequestTimes:
 def request_times(
     exchange: Exchange, *, due: float, zero: float, prompt_len: int, count: Count
 ) -> RequestTimes:
-    """due, zero: `perf_counter` seconds. prompt_len: as the dataset counts it, where the server does
-    not say. count: tokens of a text, asked only if usage is missing."""
+    """due, zero: `perf_counter` seconds. prompt_len: the dataset's count, used if the server sends none.
+    count: the function that counts a text's tokens, called only if usage is missing."""
     sent = exchange.sent - zero
     if exchange.error:
         return RequestTimes(due - zero, sent, None, None, [], prompt_len, 0, exchange.error)
@@ -143,11 +143,11 @@ def statistics_ms(
 
 
 def peak_concurrency(requests: Sequence[RequestTimes]) -> int:
-    """Most requests between their sending and their end at one moment."""
+    """The largest number of requests in flight at one moment."""
     edges = [(times.sent, 1) for times in requests]
     edges += [(times.end or times.sent, -1) for times in requests]
     running = most = 0
-    for _, step in sorted(edges):  # of one moment, ends come first: -1 sorts before 1
+    for _, step in sorted(edges):  # at the same moment, ends come first: -1 sorts before 1
         running += step
         most = max(most, running)
     return most

@@ -1,9 +1,9 @@
-"""A server that answers at once and computes nothing: what a load client measures against it is itself.
+"""A server that answers at once and computes nothing: with it, a load client measures its own overhead.
 
-It speaks just enough of OpenAI's streaming: chunks of text go out on a schedule that is fixed when the
-request has been read, and with `stamp` each chunk's text is the server's own clock at the write, in
-nanoseconds (`perf_counter_ns`, the same clock in every process of one machine). What the client saw
-minus that is the client's error, the kernel's share included.
+It implements a small part of OpenAI's streaming. Chunks of text are sent on a schedule that is fixed when
+the request has been read. With `stamp`, a chunk's text is the server's time at the write in nanoseconds
+(`perf_counter_ns`, the same clock in all processes of a machine). The client's time minus this is the
+client's error, which includes the operating system's part.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import httptools
 
 @dataclass(frozen=True, slots=True)
 class NullOptions:
-    """chunks: how many a request gets (None: its max_tokens). interval: seconds between them; 0 sends
-    all in one write each, as fast as the socket takes them. first: seconds before the first.
-    tokens_per_chunk: what usage claims."""
+    """chunks: the number of chunks of an answer (None: its max_tokens). interval: seconds between them; 0
+    sends them as fast as the socket takes them, one write each. first: seconds before the first.
+    tokens_per_chunk: for usage."""
 
     chunks: int | None = None
     interval: float = 0.0
@@ -98,7 +98,7 @@ class _NullProtocol(asyncio.Protocol):
         self._transport.write(self._tail(count))
 
     async def _paced(self, count: int) -> None:
-        """Chunk i is due at `first + i * interval`; a late one does not move the next."""
+        """Chunk i is due at `first + i * interval`; a late one does not delay the next."""
         zero = perf_counter() + self._options.first
         if self._transport is not None:
             self._transport.write(HEAD)
@@ -138,7 +138,7 @@ async def serve_null(
     port: int = 0,
     on_ready: Callable[[int], None] = lambda port: None,
 ) -> None:
-    """Serve until cancelled. `on_ready` is told the port."""
+    """Serve until cancelled. `on_ready` is called with the port."""
     loop = asyncio.get_running_loop()
     server = await loop.create_server(lambda: _NullProtocol(options), host, port, backlog=4096)
     on_ready(server.sockets[0].getsockname()[1])

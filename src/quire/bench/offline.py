@@ -1,4 +1,4 @@
-"""This engine without a server: `throughput` of many requests, `latency` of one batch."""
+"""Measures the engine without a server: `throughput` of many requests, `latency` of one batch."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def throughput(
     temperature: float = 1.0,
     show_progress: bool = False,
 ) -> dict[str, object]:
-    """All requests at once, EOS ignored. vLLM's keys, then ours. A pass over a few short requests comes
-    first, so that lazily made things are made."""
+    """Submits all requests at once and ignores EOS. vLLM's keys, then ours. A few short requests run
+    first, so that everything that is created on first use exists."""
     warm = [request.token_ids[:16] for request in requests[:4]]
     llm.generate(warm, SamplingParams(max_tokens=2, ignore_eos=True), use_tqdm=False)
     prompts = [request.token_ids for request in requests]
@@ -60,8 +60,8 @@ def latency(
     n: int = 1,
     seed: int = 0,
 ) -> dict[str, object]:
-    """Seconds from submitting a batch to its last token, `num_iters` times. Prompts are new each time:
-    a prefix cache must not turn the second iteration into another workload."""
+    """Seconds from submitting a batch to its last token, `num_iters` times. Each iteration has new
+    prompts, so that the prefix cache does not change the work."""
     import numpy as np
 
     rng = np.random.default_rng(seed)

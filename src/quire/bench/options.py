@@ -1,6 +1,6 @@
-"""What `quire bench` may be told: a field is a flag and a row of docs/bench-options.md.
+"""The options of `quire bench`: a field is a flag and a row of docs/bench-options.md.
 
-Names and defaults are those of vLLM 0.32's `vllm bench`, so that scripts carry over.
+Names and defaults are those of vLLM 0.32's `vllm bench`, so that scripts work unchanged.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _percentiles(text: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class TargetOptions:
-    """Which server is asked, and in which dialect."""
+    """The server, and its API."""
 
     base_url: str | None = option(
         None, "Server, such as http://host:8000, instead of host and port."
@@ -122,7 +122,7 @@ class TargetOptions:
 
 @dataclass(frozen=True, slots=True)
 class DatasetOptions:
-    """What is asked: how many prompts, how long, with what in common."""
+    """The prompts: their number, lengths and shared prefixes."""
 
     dataset_name: str = option(
         "random",
@@ -243,7 +243,7 @@ class LoadOptions:
 
 @dataclass(frozen=True, slots=True)
 class ReportOptions:
-    """What is shown, and what is kept."""
+    """What is printed, and what is saved."""
 
     percentile_metrics: str = option(
         "ttft,tpot,itl", "Metrics in the table: some of ttft, tpot, itl, e2el.", parse=_metrics
@@ -308,7 +308,7 @@ GROUPS: dict[str, type] = {
 
 
 def bench_options(*groups: str) -> list[OptionInfo]:
-    """The options of these groups (all, if none is named), in the order of the docs."""
+    """The options of these groups (all if none is given), in the order of the docs."""
     return [info for name in groups or GROUPS for info in describe(GROUPS[name], name)]
 
 

@@ -1,4 +1,4 @@
-"""Pictures of a run: where the latencies lie, and what each request lived through.
+"""Pictures of a run: the distributions of latencies, and a timeline of the requests.
 
 matplotlib is the extra `bench`, and is imported only here.
 """
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 ENDINGS = (".png", ".svg", ".pdf")
 MAX_BARS = 400
-"""Requests drawn; of more, an even selection."""
+"""Most requests that are drawn; of more, an even selection is drawn."""
 WAIT, PREFILL, DECODE, FAILED, RATE = "#c9c9c9", "#e3a857", "#4878a8", "#c0392b", "#2d6a4f"
 
 
 def require_matplotlib(path: str) -> None:
-    """`ConfigError` now, rather than after the run, if the picture could not be drawn."""
+    """Raises `ConfigError` before the run if the picture could not be drawn after it."""
     if Path(path).suffix.lower() not in ENDINGS:
         raise ConfigError(f"plot must end in one of {', '.join(ENDINGS)}, got {path!r}.")
     try:
@@ -53,7 +53,7 @@ def plot_run(run: ServeRun, path: str, *, title: str) -> None:
 
 
 def plot_sweep(points: Sequence[dict[str, object]], path: str, *, title: str, axis: str) -> None:
-    """points: figures of each run, with their `load` ("8" or "inf"); axis: what that is."""
+    """points: figures of each run, with their `load` ("8" or "inf"); axis: the name of the load."""
     figure = _figure(12, 4.2)
     names = [str(point["load"]) for point in points]
     x = list(range(len(points)))
@@ -79,7 +79,7 @@ def plot_sweep(points: Sequence[dict[str, object]], path: str, *, title: str, ax
 
 
 def _cdf(axes: Any, title: str, seconds: Sequence[float]) -> None:
-    """Share of values up to x, with the quantiles people quote."""
+    """Share of values up to x, with the usual quantiles."""
     axes.set_title(title, loc="left", fontsize=10)
     axes.set_ylim(0, 1.02)
     axes.set_yticks([0, 0.5, 0.9, 1])
@@ -167,7 +167,7 @@ def _rates(axes: Any, requests: Sequence[RequestTimes]) -> None:
 
 
 def _figure(width: float, height: float) -> Any:
-    """Without pyplot: no global state, no display."""
+    """A figure without pyplot, which has global state and may need a display."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")

@@ -1,7 +1,7 @@
-"""What every benchmark's JSON says of itself: commit, machine, versions, command, date.
+"""The facts in every benchmark's JSON: commit, machine, versions, command, date.
 
-A figure without these cannot be compared with tomorrow's. Standard library only, and nothing is
-imported to learn its version, so that a rival's environment can use it as well.
+Without them, figures cannot be compared later. It uses only the standard library and imports no package
+to learn its version, so that it also works in another engine's environment.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from pathlib import Path
 from quire.util.version import VERSION
 
 SECRET_FLAGS = ("--api-key", "--hf-token", "--header")
-"""Flags whose values do not belong in a file that people share."""
+"""Flags whose values are secret."""
 
 PACKAGES = ("torch", "numpy", "tokenizers", "uvicorn", "uvloop", "httptools")
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OMP_PROC_BIND", "OMP_WAIT_POLICY", "LD_PRELOAD")
-"""Environment variables that change CPU figures."""
+"""Environment variables that affect CPU figures."""
 
 
 def run_record(
@@ -49,7 +49,7 @@ def run_record(
 
 
 def command_line(argv: Sequence[str] | None = None) -> str:
-    """The command as one could paste it, without its secrets."""
+    """The command as it can be pasted into a shell, without secrets."""
     words = list(sys.argv if argv is None else argv)
     if words and argv is None:
         name = Path(words[0]).name
@@ -98,11 +98,11 @@ def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str | None]:
 
 
 def _commit() -> tuple[str | None, bool | None]:
-    """The checkout that this file lies in, and whether it has been edited since."""
+    """The commit of the checkout with this file, and whether the checkout has changes."""
     here = Path(__file__).resolve().parent
     commit = _git(here, "rev-parse", "HEAD")
     if not commit or _git(here, "ls-files", "--error-unmatch", Path(__file__).name) is None:
-        return None, None  # installed, perhaps below somebody else's checkout
+        return None, None  # installed, perhaps inside another project's checkout
     status = _git(here, "status", "--porcelain", "--untracked-files=no")
     return commit, bool(status)
 
@@ -119,7 +119,7 @@ def _git(folder: Path, *words: str) -> str | None:
 
 
 def _cpuinfo() -> list[dict[str, str]]:
-    """One mapping per logical processor; empty where there is no /proc/cpuinfo."""
+    """One mapping per logical processor; empty if there is no /proc/cpuinfo."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -141,7 +141,7 @@ def _memory_gib() -> float | None:
 
 
 def _load_average() -> list[float] | None:
-    """What else the machine was doing: a figure taken at a load above 1 per core is doubtful."""
+    """The load average: figures that were taken with a load above 1 per core are doubtful."""
     try:
         return [round(value, 2) for value in os.getloadavg()]
     except OSError:

@@ -1,4 +1,4 @@
-"""The table people know from vLLM, and the JSON with its keys."""
+"""The table in vLLM's format, and the JSON with vLLM's keys."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def backend_name(target: Target) -> str:
 
 
 def result_path(target: Target, load: LoadOptions, report: ReportOptions) -> Path:
-    """Where the JSON goes; the default name is made as vLLM makes it."""
+    """The path of the JSON file; the default name is as in vLLM."""
     name = report.result_filename
     if name is None:
         rate = f"{load.request_rate:g}" if load.request_rate == math.inf else load.request_rate
@@ -144,7 +144,7 @@ def result_path(target: Target, load: LoadOptions, report: ReportOptions) -> Pat
 
 
 def write_json(path: Path, content: dict[str, object]) -> None:
-    """`ConfigError` if it cannot be written: an hour's result must not end in a traceback."""
+    """Raises `ConfigError` if it cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")

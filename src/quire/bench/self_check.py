@@ -1,8 +1,8 @@
-"""What the load client itself can drive, and how far its stamps are off: against the null server.
+"""Measures the load client against the null server: the highest rate, and the error of its time stamps.
 
-The server runs in a process of its own on the same machine and writes its clock into every chunk, so the
-error is measured, not inferred: received minus written, which includes the kernel's loopback and both
-processes' scheduling.
+The server runs in its own process on the same machine and writes its time into every chunk, so the error
+is measured: the time of receiving minus the time of writing. It includes the loopback interface and the
+scheduling of both processes.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def _pace(options: NullOptions, count: int, rate: float) -> dict[str, object]:
 async def _drive(
     url: str, count: int, times: Sequence[float], concurrency: int | None
 ) -> tuple[LoadResult, float]:
-    """The load, and the processor seconds that the client took for it."""
+    """Runs the load; returns its result and the client's processor seconds."""
     allow_many_sockets()
     pool = HttpPool(url)
     request = pool.prepare("/v1/completions", BODY)
@@ -106,7 +106,7 @@ def _failed(result: LoadResult) -> int:
 
 @contextmanager
 def null_server(options: NullOptions) -> Iterator[str]:
-    """Its address. It runs in a process of its own, as a server would, and is gone afterwards."""
+    """The address of a null server in its own process, which ends with the block."""
     import multiprocessing
 
     context = multiprocessing.get_context("spawn")

@@ -1,4 +1,4 @@
-"""`quire bench serve`: one run of load against a server, from options to figures."""
+"""`quire bench serve`: one run against a server, from options to figures."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ WARMUP_CONCURRENCY = 8
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A server, its model's name there, and the tokenizer that makes and counts its prompts."""
+    """A server, the name of its model, and the tokenizer that makes and counts prompts."""
 
     options: TargetOptions
     model: str
@@ -41,7 +41,7 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class ServeRun:
-    """What a run gave: `figures` by key, and for each request its times and its text."""
+    """The result of a run: `figures` by key, and the times and the text of each request."""
 
     figures: dict[str, object]
     times: list[RequestTimes]
@@ -49,7 +49,7 @@ class ServeRun:
 
 
 def find_target(options: TargetOptions) -> Target:
-    """Ask the server for its model if none is named, and load the tokenizer.
+    """Ask the server for its model if none is given, and load the tokenizer.
 
     Raises `EngineError` if the server does not answer, `ConfigError` if there is no tokenizer.
     """
@@ -62,7 +62,7 @@ def find_target(options: TargetOptions) -> Target:
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """By directory, hub id, or the built-in model's name. `ConfigError` if there is none."""
+    """The tokenizer of a directory, a hub id, or the built-in model's name. Raises `ConfigError`."""
     from quire.text import Tokenizer
     from quire.weights.resolve import resolve_tokenizer
 
@@ -88,7 +88,8 @@ def run_serve(
     send_ids: bool = False,
     on_done: Callable[[Exchange], None] = lambda exchange: None,
 ) -> ServeRun:
-    """Send `requests` as `load` says, and work out the figures. What fails is counted, not raised."""
+    """Send `requests` with the schedule of `load`, and compute the figures. Failures are counted, not
+    raised."""
     if send_ids and target.options.chat:
         raise ConfigError("prompt_token_ids needs a completions endpoint; chat takes only text.")
     times = _due_times(requests, load, seed)
@@ -114,7 +115,7 @@ def run_serve(
 
 
 def request_body(target: Target, request: BenchRequest, *, send_ids: bool = False) -> bytes:
-    """What is posted, as JSON. Fields that were not asked for are left to the server."""
+    """The body of a request. Options that were not set are not sent."""
     options = target.options
     body: dict[str, object] = {"model": options.served_model_name or target.model}
     if options.chat:
@@ -145,7 +146,7 @@ def make_pool(options: TargetOptions) -> HttpPool:
 
 
 async def _first_model(options: TargetOptions) -> str:
-    """The first of /v1/models, waiting up to the ready check's timeout for an answer."""
+    """The first model of /v1/models. Waits for an answer up to the timeout of the ready check."""
     pool = make_pool(options)
     deadline = perf_counter() + options.ready_check_timeout_sec
     while True:
@@ -185,7 +186,8 @@ def _due_times(requests: Sequence[BenchRequest], load: LoadOptions, seed: int) -
 
 
 def _warmups(target: Target, requests: Sequence[BenchRequest], count: int) -> list[BenchRequest]:
-    """Other words in prompts of the same lengths: a warm-up must not fill the server's prefix cache."""
+    """Warm-up requests: prompts of the same lengths with other words, so that the prefix cache has no
+    hits."""
     if not count:
         return []
     from quire.bench.datasets.prompts import PromptMaker

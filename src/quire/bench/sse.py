@@ -10,7 +10,7 @@ MAX_PENDING_BYTES = 16 << 20
 
 
 class SseParser:
-    """`feed` gives the payloads of the events that `data` completes."""
+    """Parses server-sent events; `feed` returns the payloads of the events that `data` completes."""
 
     __slots__ = ("_data", "_first", "_pending")
 
@@ -20,7 +20,7 @@ class SseParser:
         self._first = True
 
     def feed(self, data: bytes) -> list[bytes]:
-        """Raises `ValueError` for a line that has no end."""
+        """Raises `ValueError` for a line that is too long."""
         fresh = not (self._pending or self._data or self._first)
         if (
             fresh
@@ -29,7 +29,7 @@ class SseParser:
             and data.find(b"\n") == len(data) - 2
             and b"\r" not in data
         ):
-            return [data[6:-2]]  # what servers nearly always send: one event, whole
+            return [data[6:-2]]  # the usual case: exactly one whole event
         return self._feed_lines(data)
 
     def _feed_lines(self, data: bytes) -> list[bytes]:
@@ -40,10 +40,10 @@ class SseParser:
                 return []
             self._first = False
             data = data.removeprefix(b"\xef\xbb\xbf")
-        lines = data.splitlines(keepends=True)  # of bytes: LF, CRLF and CR, nothing else
+        lines = data.splitlines(keepends=True)  # for bytes, it splits at LF, CRLF and CR only
         self._pending = b""
         if lines and (lines[-1][-1] != 0x0A):
-            # Unfinished; or ended by a CR that may be half a CRLF.
+            # Incomplete, or ended by a CR whose LF may follow.
             self._pending = lines.pop()
             if len(self._pending) > MAX_PENDING_BYTES:
                 raise ValueError("an event's line is too long")

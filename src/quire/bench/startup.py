@@ -1,7 +1,7 @@
-"""How long until something can be done, measured in fresh processes: nothing is warm but the page cache.
+"""Measures the start in new processes: only the page cache is warm.
 
-Each stage is a command of its own; figures are medians of the runs, which take turns so that a busy
-minute falls on all stages alike.
+Each stage is a command of its own. Figures are medians of several runs. The stages take turns, so that
+load from other programs affects all of them.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ print(json.dumps({"engine_import": imported - start, "engine_load": loaded - imp
 def measure_startup(
     engine: Mapping[str, object], *, runs: int, cold_kernels: bool = False
 ) -> dict[str, list[float]]:
-    """Seconds of each stage, one per run, in the order in which a user meets them.
+    """Seconds of each stage, one per run, in the order of a start.
 
-    engine: flat engine options. cold_kernels: compile the C kernels anew in each run, as on a new machine.
-    Raises `EngineError` with the process's own words if one fails.
+    engine: flat engine options. cold_kernels: compile the C kernels in each run, as on a new machine.
+    Raises `EngineError` with the output of the process that fails.
     """
     seconds: dict[str, list[float]] = {}
     for _ in range(runs):
@@ -55,7 +55,7 @@ def measure_startup(
             environment = _environment(folder if cold_kernels else None)
             stages = _commands(environment)
             stages |= _engine(engine, environment)
-            if cold_kernels:  # the engine has filled the cache just now
+            if cold_kernels:  # the run before has filled the cache
                 environment = _environment(str(Path(folder) / "server"))
             stages |= _server(engine, environment, Path(folder))
         for name, value in stages.items():
@@ -154,7 +154,8 @@ def _seconds(command: list[str], environment: dict[str, str]) -> tuple[float, st
 
 
 def _environment(kernel_cache: str | None) -> dict[str, str]:
-    """This package, installed or not; its kernel cache elsewhere if asked."""
+    """The environment of a process that runs this package, installed or not; with another kernel cache if
+    asked."""
     roots = [str(Path(quire.__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(root for root in roots if root)}
     return environment | ({"QUIRE_CACHE_DIR": kernel_cache} if kernel_cache else {})

@@ -56,7 +56,7 @@ def add_bench_options(parser: Parser, *groups: str, without: tuple[str, ...] = (
 
 
 def options_of(args: argparse.Namespace, group: str, **more: object) -> Any:
-    """The group's options from the flags given; `more` where no flag says otherwise. `ConfigError`."""
+    """The group's options from the given flags, with `more` as defaults. Raises `ConfigError`."""
     infos = bench_options(group)
     values = more | given(args, infos)
     checked = {
@@ -65,14 +65,8 @@ def options_of(args: argparse.Namespace, group: str, **more: object) -> Any:
     return GROUPS[group](**checked)
 
 
-def seconds_flag(parser: argparse.ArgumentParser, name: str, default: float, text: str) -> None:
-    parser.add_argument(
-        name, type=number_at_least(name, 0.0), default=default, metavar="S", help=text
-    )
-
-
 def number_at_least(name: str, least: float, kind: type = float) -> Any:
-    """An argparse type whose mistakes are `ConfigError`s that name the flag."""
+    """An argparse type that raises `ConfigError` with the flag's name."""
 
     def parse(text: str) -> float:
         try:

@@ -1,4 +1,4 @@
-"""`quire bench client`: whether the load generator is the bottleneck, on this machine."""
+"""`quire bench client`: measures whether the load generator is the bottleneck on this machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Engine flags for the benchmarks that run the model here, and the model made from them."""
+"""Engine flags for the benchmarks that run the model in this process, and the model made from them."""
 
 from __future__ import annotations
 

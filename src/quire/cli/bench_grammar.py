@@ -1,4 +1,4 @@
-"""`quire bench grammar`: what structured output costs, per grammar and per token."""
+"""`quire bench grammar`: the cost of structured output, per grammar and per token."""
 
 from __future__ import annotations
 

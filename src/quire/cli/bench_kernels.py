@@ -1,4 +1,4 @@
-"""`quire bench kernels`: our CPU kernels and PyTorch's, one operation at a time."""
+"""`quire bench kernels`: Quire's CPU kernels against PyTorch's, one operation at a time."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 from quire.cli.bench import number_at_least
 from quire.cli.parser import Parser
+from quire.dtypes import FLOATS
 
 SHAPES = {
     "hidden": (1024, "hidden size"),
@@ -42,7 +43,7 @@ def run(argv: list[str]) -> int:
         "--repeats", type=count("--repeats", 1, int), default=20, metavar="N", help="(default: 20)"
     )
     parser.add_argument(
-        "--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16",
+        "--dtype", choices=FLOATS, default="bfloat16",
         help="(default: bfloat16)",
     )  # fmt: skip
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""`quire bench latency`: how long one batch of a fixed size takes this engine."""
+"""`quire bench latency`: the time that the engine takes for one batch of a fixed size."""
 
 from __future__ import annotations
 

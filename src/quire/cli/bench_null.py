@@ -1,4 +1,5 @@
-"""`quire bench null-server`: chunks on a schedule and no model, to measure a load generator with."""
+"""`quire bench null-server`: a server without a model that sends chunks on a schedule, to measure load
+generators."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`quire bench serve`: load on a server, the table on stdout, the JSON and the picture where asked."""
+"""`quire bench serve`: puts load on a server; prints a table, and writes JSON and a picture if asked for."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def run(argv: list[str]) -> int:
     add_bench_options(parser)
     args = parser.parse_strictly(argv)
     dataset = options_of(args, "dataset")
-    # As vLLM: random words make models stop early, and then no two servers do the same work.
+    # As in vLLM: random words make models stop early, so that servers would do different amounts of work.
     target_options = options_of(args, "server", ignore_eos=dataset.dataset_name == "random")
     load = options_of(args, "load")
     report = options_of(args, "report")
     if report.plot is not None:
         from quire.bench.plot import require_matplotlib
 
-        require_matplotlib(report.plot)  # an hour before it is needed
+        require_matplotlib(report.plot)  # fail now, not after an hour of measuring
 
     from quire.bench.datasets import load_requests
     from quire.bench.report import result_json, result_path, table, write_json
@@ -67,7 +67,7 @@ def run(argv: list[str]) -> int:
 
 @contextmanager
 def progress(total: int, *, enabled: bool = True) -> Iterator[Callable[[Exchange], None]]:
-    """A bar on stderr if that is a terminal; what is given counts one request."""
+    """A progress bar on stderr if that is a terminal. The function that it gives counts one request."""
     if not enabled or not sys.stderr.isatty():
         yield lambda exchange: None
         return

@@ -1,4 +1,5 @@
-"""`quire bench startup`: how long until quire helps, loads, is ready, and says its first token."""
+"""`quire bench startup`: the time until `quire --help`, until the model is loaded, until ready, and to
+the first token."""
 
 from __future__ import annotations
 
@@ -47,7 +48,7 @@ def run(argv: list[str]) -> int:
     from quire.config import from_flat
 
     engine = engine_values(args)
-    from_flat(engine)  # a mistake is told before anything is started
+    from_flat(engine)  # reports a mistake before anything is started
     seconds = measure_startup(engine, runs=args.runs, cold_kernels=args.cold_kernels)
     middle = medians(seconds)
     print(f"{'seconds, median of ' + str(args.runs):<36}{'median':>9}{'least':>9}{'most':>9}")

@@ -1,4 +1,4 @@
-"""`quire bench sweep`: `serve` at rising load, to see where a server saturates."""
+"""`quire bench sweep`: runs `serve` at rising load, to find where a server saturates."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def run(argv: list[str]) -> int:
     points: list[dict[str, object]] = []
     print(f"{axis:>12} " + " ".join(f"{title:>10}" for title in COLUMNS.values()))
     for number, (value, load) in enumerate(zip(values, loads, strict=True)):
-        # Other prompts in each run: the last run's must not be in the server's prefix cache.
+        # Each run has other prompts, so that none is in the server's prefix cache.
         seed = dataset.seed + number
         requests = load_requests(dataclasses.replace(dataset, seed=seed), target.tokenizer)
         with progress(len(requests), enabled=not report.disable_tqdm) as on_done:

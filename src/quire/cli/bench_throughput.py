@@ -1,4 +1,4 @@
-"""`quire bench throughput`: tokens per second of this engine on a dataset, all requests at once."""
+"""`quire bench throughput`: tokens per second on a dataset, with all requests submitted at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`quire chat`: a conversation in the terminal, with a model here or with a running server."""
+"""`quire chat`: a conversation in the terminal, with a model started here or with a running server."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def run(argv: list[str]) -> int:
 
 @dataclass(slots=True)
 class Conversation:
-    """What was said. Answers that failed or were stopped before a word leave no trace."""
+    """The conversation so far, without answers that failed or were stopped before their first word."""
 
     system: str | None = None
     exchanges: list[tuple[str, str]] = field(default_factory=list)
@@ -69,14 +69,14 @@ class Conversation:
         return [*system, *said, {"role": "user", "content": question}]
 
     def forget_oldest(self) -> bool:
-        """Make room. False when there is nothing left to forget."""
+        """Drop the oldest exchange. Returns False if there is none."""
         return bool(self.exchanges) and self.exchanges.pop(0) is not None
 
 
 async def _answer(
     speaker: Speaker, conversation: Conversation, question: str, sampling: dict[str, object]
 ) -> None:
-    """Print the answer as it comes and remember it, forgetting old exchanges where they do not fit."""
+    """Print the answer as it comes and keep it. Drops old exchanges if the conversation does not fit."""
     said: list[str] = []
     while True:
         try:

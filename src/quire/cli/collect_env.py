@@ -1,4 +1,4 @@
-"""`quire collect-env`: what a bug report needs, and nothing that identifies anyone."""
+"""`quire collect-env`: facts for a bug report, without anything that identifies a person or machine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PACKAGES = (
     "prometheus_client", "transformers", "openai",
 )  # fmt: skip
 VARIABLES = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "QUIRE_LOG_LEVEL", "HF_HUB_OFFLINE", "CC")
-"""Environment variables that change what Quire does and hold no secret."""
+"""Environment variables that affect Quire and are not secret."""
 
 
 def run(argv: list[str]) -> int:
@@ -81,7 +81,7 @@ def _memory() -> str:
 
 
 def _first_line(command: list[str]) -> str:
-    """What a tool says of itself, or that it is not there."""
+    """The first line that a tool prints about itself, or that it is not installed."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):

@@ -1,4 +1,4 @@
-"""`quire complete`: texts continued in the terminal, by a model here or a running server."""
+"""`quire complete`: continues texts in the terminal, with a model started here or a running server."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from quire.util.terminal import printable
 
 HELP = "A line is a prompt; /exit leaves (so does Ctrl-D); Ctrl-C stops a text."
 MAX_TOKENS = 256
-"""Where --max-tokens does not say: most models continue without end."""
+"""The default of --max-tokens: most models continue without end."""
 
 
 def run(argv: list[str]) -> int:

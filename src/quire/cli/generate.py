@@ -1,4 +1,4 @@
-"""`quire generate "..."`: one prompt, its answer as it comes, and out."""
+"""`quire generate "..."`: prints the answer to one prompt as it comes, and exits."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _prompt(word: str) -> str:
 async def _generate(
     choice: ModelChoice, prompt: str, messages: list[dict[str, str]], *, chat: bool, raw: bool
 ) -> None:
-    """Stream to stdout. Chat where asked for, or where the model has a template and raw was not."""
+    """Stream to stdout. Uses the chat template if `chat`, or if the model has one and not `raw`."""
     speaker = await open_speaker(choice)
     as_chat = chat or (not raw and speaker.can_chat)
     try:
@@ -57,7 +57,7 @@ async def _generate(
             deltas = speaker.chat(messages, choice.sampling)
         else:
             deltas = speaker.complete(prompt, {"max_tokens": 256, **choice.sampling})
-        plain = not sys.stdout.isatty()  # a file gets exactly what the model wrote
+        plain = not sys.stdout.isatty()  # a file gets exactly the model's text
         async for text in deltas:
             sys.stdout.write(text if plain else printable(text, keep_newlines=True))
             sys.stdout.flush()

@@ -1,7 +1,7 @@
-"""A small HTTP/1.1 client over asyncio: enough to talk with a Quire server, with no dependency.
+"""A small HTTP/1.1 client over asyncio for `quire chat --url` and `quire demo`.
 
-`quire chat --url` and `quire demo` use it, so that a client's view of the server is part of what the
-demo shows and nothing but the standard library is imported to get it.
+It has no dependency, so that these commands start fast, and the times that the demo measures are those of
+an HTTP client.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from quire.errors import ConfigError, QuireError
 
 CONNECT_SECONDS = 10.0
 SILENCE_SECONDS = 120.0
-"""A stream that says nothing for so long is given up; servers send a comment line far more often."""
+"""Timeout for a stream without data; servers send a comment line far more often."""
 MAX_HEADER_LINES = 100
 MAX_LINE_BYTES = 1 << 20
 MAX_BODY_BYTES = 64 << 20
 
 
 class HttpError(QuireError):
-    """The server cannot be reached, refused, or broke off. `status` is 0 where it did not answer."""
+    """The server cannot be reached, refused, or broke off. `status` is 0 if it did not answer."""
 
     def __init__(self, message: str, *, status: int = 0, param: str | None = None) -> None:
         super().__init__(message)
@@ -35,7 +35,7 @@ class HttpError(QuireError):
 
 @dataclass(frozen=True, slots=True)
 class HttpClient:
-    """Requests to one server. A connection each: they are few, and long."""
+    """Requests to one server. Each has its own connection: they are few and long."""
 
     url: str
     api_key: str | None = None
@@ -61,7 +61,7 @@ class HttpClient:
 
     @asynccontextmanager
     async def _exchange(self, method: str, path: str, body: bytes) -> AsyncIterator[_Answer]:
-        """Send one request, read the head of its answer; close the connection in the end."""
+        """Send one request and read the head of the answer; close the connection at the end."""
         place = urlsplit(self.url)
         if place.scheme not in ("http", "https") or not place.hostname:
             raise ConfigError(
@@ -109,7 +109,7 @@ class HttpClient:
 
 @dataclass(slots=True)
 class _Answer:
-    """A response whose head has been read and whose body has not."""
+    """A response whose head has been read, but not its body."""
 
     status: int
     headers: dict[str, str]
@@ -177,7 +177,7 @@ async def _events(pieces: AsyncIterator[bytes]) -> AsyncIterator[str]:
 
 
 def _refusal(answer: bytes | dict[str, object], status: int) -> HttpError:
-    """What an error answer says, in OpenAI's shape or any other."""
+    """The message of an error answer, in OpenAI's format or any other."""
     try:
         content = json.loads(answer) if isinstance(answer, bytes) else answer
         error = content["error"] if isinstance(content, dict) else None

@@ -1,4 +1,4 @@
-"""`quire COMMAND ...`: picks the command's file, and turns what can go wrong into exit codes.
+"""`quire COMMAND ...`: picks the command's file, and turns errors into exit codes.
 
 0 is success, 1 a failure while working, 2 a mistake on the command line or in the config, 130 Ctrl-C.
 """
@@ -19,10 +19,10 @@ from quire.util.version import VERSION
 
 
 class CommandModule(Protocol):
-    """What a command's file defines."""
+    """The contents of a command's file."""
 
     def run(self, argv: list[str]) -> int:
-        """Parse what follows the command's name, do it, and return the exit code."""
+        """Parse the words after the command's name, run the command, and return the exit code."""
         ...
 
 
@@ -47,13 +47,13 @@ CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The console script. Never shows a traceback for a mistake of the user's."""
+    """The console script. Never shows a traceback for a user's mistake."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         try:
             return _dispatch(words)
         finally:
-            sys.stdout.flush()  # here, so that what cannot be written is reported
+            sys.stdout.flush()  # flush here, so that a failure is reported
     except (ConfigError, ModelError, InvalidParameterError) as error:
         print(f"quire: error: {error}", file=sys.stderr)
         return 2
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
-    except BrokenPipeError:  # `quire generate ... | head`: the reader has had enough
+    except BrokenPipeError:  # `quire generate ... | head`: the reader has closed the pipe
         _discard_output()
         return 0
     except OSError as error:  # a full disk, a read-only file system
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _discard_output() -> None:
-    """What is still in stdout's buffer would fail again when Python exits."""
+    """Drop the buffer of stdout: writing it would fail again when Python exits."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

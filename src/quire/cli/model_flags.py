@@ -1,4 +1,4 @@
-"""Which model a command talks with: every engine flag, or a server's address."""
+"""The flags that choose a command's model: every engine flag, or a server's address."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from quire.util.logging import setup_logging
 if TYPE_CHECKING:
     from quire.config import EngineConfig
 
-# `--seed` is a sampling flag of these commands; `model` has a place of its own.
+# In these commands `--seed` is a sampling flag, and `--model` is added below.
 _OPTIONS = [info for info in engine_options() if info.name not in ("seed", "model")]
 
 # Flag -> (type, help). The names are those of SamplingParams and of the HTTP API.
@@ -34,7 +34,7 @@ _SAMPLING: dict[str, tuple[type, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class ModelChoice:
-    """A model to start here (`engine`), or a server that runs already (`url`)."""
+    """A model to start here (`engine`), or a running server (`url`)."""
 
     engine: EngineConfig
     sampling: dict[str, object]
@@ -60,7 +60,8 @@ def add_model_flags(parser: Parser) -> None:
 
 
 def model_choice(args: argparse.Namespace, *, model: str | None = None) -> ModelChoice:
-    """What the flags say; `model` is the positional one, which wins. Sets up quiet logging."""
+    """The choice of the flags; `model` is the positional argument, which takes precedence. Sets up
+    logging."""
     sampling = _given_sampling(args)
     SamplingParams(**sampling)  # type: ignore[arg-type]  # reports a mistake before a model is loaded
     name = model or args.model

@@ -1,7 +1,7 @@
-"""argparse, made strict: no abbreviations, one clean line per error, a hint for a mistyped flag.
+"""A strict argparse: no abbreviations, one line per error, a suggestion for a mistyped flag.
 
-Flags are not written down here: they are generated from the config dataclasses (`OptionInfo`), so that
-the command line, YAML files and docs cannot drift apart.
+Flags are generated from the config dataclasses (`OptionInfo`), so that the command line, YAML files and
+docs always agree.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from _typeshed import SupportsWrite
 
 SIMILAR = 0.66
-"""How alike names must be, without their dashes, for one to be suggested; 1 is equal."""
+"""How similar names must be, without their dashes, for a suggestion; 1 is equal."""
 
 
 class Parser(argparse.ArgumentParser):
-    """`ArgumentParser` that rejects what it does not know and says what was probably meant."""
+    """`ArgumentParser` that rejects unknown flags and suggests a similar one."""
 
     def __init__(self, *, prog: str, usage: str, description: str) -> None:
         super().__init__(
@@ -42,7 +42,7 @@ class Parser(argparse.ArgumentParser):
         return args
 
     def print_help(self, file: SupportsWrite[str] | None = None) -> None:
-        """As argparse's, which would hide that the text cannot be written."""
+        """As in argparse, but errors while writing are raised."""
         (file or sys.stdout).write(self.format_help())
 
     def error(self, message: str) -> NoReturn:
@@ -69,7 +69,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def _generation_config_key(name: str) -> str | None:
-    """What generation_config.json calls a sampling parameter; None for one it does not have."""
+    """The name of a sampling parameter in generation_config.json; None if it has none."""
     from quire.engine.generation_config import PARAMETERS
 
     field = name.replace("-", "_")
@@ -77,9 +77,9 @@ def _generation_config_key(name: str) -> str | None:
 
 
 def dashed(argv: Sequence[str]) -> list[str]:
-    """`argv` with `--max_model_len` spelled `--max-model-len`: vLLM accepts both, scripts use both.
+    """`argv` with `--max_model_len` spelled `--max-model-len`: vLLM accepts both, and scripts use both.
 
-    Only the name is touched, never a value, and nothing after a bare `--`.
+    Only names are changed, not values, and nothing after a bare `--`.
     """
     words: list[str] = []
     for position, word in enumerate(argv):
@@ -93,8 +93,9 @@ def dashed(argv: Sequence[str]) -> list[str]:
 def parse_options(
     parser: Parser, infos: Sequence[OptionInfo], argv: Sequence[str]
 ) -> tuple[argparse.Namespace, dict[str, object], list[str]]:
-    """The namespace; the options set by flags and `--config`; a sentence for each of vLLM's options among
-    them that has no effect here. Raises `ConfigError` for those we cannot do without.
+    """Returns the namespace, the options set by flags and `--config`, and a warning for each of vLLM's
+    options among them that has no effect here. Raises `ConfigError` for an option whose effect Quire does
+    not have.
     """
     parser.add_argument(
         "--config", metavar="FILE", help="YAML file of these options; flags given here win"
@@ -109,7 +110,7 @@ def parse_options(
 
 
 def add_options(parser: argparse.ArgumentParser, infos: Iterable[OptionInfo]) -> None:
-    """One flag per option. Values land in the namespace under the option's name, only if given."""
+    """One flag per option. The namespace has an option's name only if its flag was given."""
     groups: dict[str, argparse._ArgumentGroup] = {}
     for info in infos:
         if info.group not in groups:
@@ -145,8 +146,8 @@ def _add_option(group: argparse._ArgumentGroup, info: OptionInfo) -> None:
 
 
 def _help(info: OptionInfo) -> str:
-    """The option's own words and its default, safe from argparse's %-formatting. vLLM's are not shown."""
-    if info.group == "foreign":
+    """The option's help and its default, with % escaped for argparse."""
+    if info.hidden:
         return argparse.SUPPRESS
     shown = info.default
     text = info.help
@@ -160,6 +161,6 @@ def _help(info: OptionInfo) -> str:
 
 
 def given(args: argparse.Namespace, infos: Iterable[OptionInfo]) -> dict[str, object]:
-    """The options that the command line did set, by name."""
+    """The options that the command line set, by name."""
     values = vars(args)
     return {info.name: values[info.name] for info in infos if info.name in values}

@@ -1,4 +1,4 @@
-"""`quire run-batch -i in.jsonl -o out.jsonl`: OpenAI's batch files, answered by an engine of this process."""
+"""`quire run-batch -i in.jsonl -o out.jsonl`: answers OpenAI's batch files with an engine in this process."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SERVER_OPTIONS = ("max_", "tool_", "reasoning_", "enable_auto_", "response_role", "strict_")
-"""How the names begin of those server options that matter here; the others are about listening."""
+"""Prefixes of the server options that have an effect here; the others are about listening."""
 URL_SCHEMES = ("http://", "https://", "file://", "s3://")
 
 
@@ -76,7 +76,7 @@ async def _run(
     from quire.server.batch import run_batch
     from quire.server.state import ServerState
 
-    # Nobody else asks, so that no line is to be turned away because too many wait.
+    # There are no other clients, so no line is refused because of a full queue.
     scheduler = dataclasses.replace(
         config.scheduler, max_num_queued_reqs=0, max_num_queued_tokens=None
     )
@@ -105,16 +105,16 @@ async def _run(
 
 
 class OutputError(QuireError):
-    """A file of results cannot be written: a full disk, a quota, a file system gone."""
+    """A file of results cannot be written: a full disk, a quota, an unmounted file system."""
 
 
 class BatchFiles:
-    """The files of one run. They are read and written line by line, and never held whole."""
+    """The files of one run. They are read and written line by line."""
 
     def __init__(self, lines: IO[bytes], output: IO[bytes], errors: IO[bytes], done: set[str]):
         self._input, self._output, self._errors = lines, output, errors
         self.done = done
-        """What earlier runs have answered; see `run_batch`."""
+        """The lines that earlier runs have answered; see `run_batch`."""
         self.num_answered = self.num_failed = 0
         self._broken: OutputError | None = None
 
@@ -140,13 +140,14 @@ class BatchFiles:
         return files
 
     def count(self) -> int:
-        """How many lines there are to answer, done ones included."""
+        """The number of lines, done ones included."""
         count = sum(1 for line in self._input if line.strip())
         self._input.seek(0)
         return count
 
     def lines(self, max_body_bytes: int) -> Iterator[bytes]:
-        """A line that is far too long is cut short: what is left of it is no request, and so told."""
+        """The lines of the input. A line far over the limit is cut, so that it is reported as an invalid
+        request."""
         limit = max_body_bytes + 2**16
         while line := self._input.readline(limit):
             yield line
@@ -154,9 +155,9 @@ class BatchFiles:
                 line = self._input.readline(limit)
 
     def write(self, result: Result) -> None:
-        """One whole line at a time, so that whatever ends the run leaves at most one in part.
+        """Write one whole line at a time, so that at most one is incomplete when the run ends for any reason.
 
-        Raises `OutputError`, and for every later line too: it may follow one in part.
+        Raises `OutputError`, then also for every later line, because it might follow an incomplete one.
         """
         if self._broken is not None:
             raise self._broken
@@ -177,7 +178,7 @@ class BatchFiles:
 
     def close(self) -> None:
         for file in (self._input, self._output, self._errors):
-            with suppress(OSError):  # what could not be written above cannot be now
+            with suppress(OSError):  # the error has been reported already
                 file.close()
 
     def summary(self) -> str:
@@ -187,8 +188,8 @@ class BatchFiles:
 
 
 def _answered(output: IO[bytes], name: str) -> set[str]:
-    """What is in an output file, which then ends in a whole line: one in part is taken off, to be asked
-    again."""
+    """The answers in an output file. An incomplete last line is removed from the file, so that its
+    request runs again."""
     from quire.server.batch import Result
 
     done: set[str] = set()

@@ -1,4 +1,4 @@
-"""`quire serve [MODEL]`: the HTTP server, configured from flags over a YAML file over defaults."""
+"""`quire serve [MODEL]`: the HTTP server. Flags take precedence over a YAML file, and that over defaults."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def run(argv: list[str]) -> int:
         logger.warning(note)
     from quire.engine.core_client import CoreProcess
 
-    # First of all: it imports torch while this process imports the HTTP server.
+    # Start it first: it imports torch while this process imports the HTTP server.
     core = CoreProcess(kernels=engine.runtime.kernels)
     try:
         from quire.server.run import serve
@@ -30,12 +30,12 @@ def run(argv: list[str]) -> int:
 
 
 def configs(argv: list[str]) -> tuple[EngineConfig, ServerConfig]:
-    """Both configs, from the words after `quire serve`."""
+    """The engine's and the server's config, from the words after `quire serve`."""
     return split_flat(_given(argv)[0])
 
 
 def _given(argv: list[str]) -> tuple[dict[str, object], list[str]]:
-    """The options that were set, and what is to be said about vLLM's among them."""
+    """The options that were set, and the warnings about vLLM's among them."""
     infos = [*engine_options(), *server_options()]
     parser = Parser(
         prog="quire serve",
@@ -49,6 +49,6 @@ def _given(argv: list[str]) -> tuple[dict[str, object], list[str]]:
         help="local directory or hub id (default: the built-in model)",
     )
     args, values, notes = parse_options(parser, infos, argv)
-    if args.model_positional is not None:  # it wins over --model, as in vLLM
+    if args.model_positional is not None:  # it takes precedence over --model, as in vLLM
         values["model"] = args.model_positional
     return values, notes

@@ -1,4 +1,4 @@
-"""Someone to talk with: a model in this program, or a server over HTTP. Commands see only `Speaker`."""
+"""The model that a command uses: an engine in this process, or a server over HTTP, behind `Speaker`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class ContextFullError(QuireError):
 
 
 class Speaker(Protocol):
-    """Answers to prompts, as deltas of text."""
+    """Answers prompts with deltas of text."""
 
     def chat(
         self, messages: Sequence[Message], sampling: Mapping[str, object]
@@ -40,14 +40,14 @@ class Speaker(Protocol):
         ...
 
     def complete(self, prompt: str, sampling: Mapping[str, object]) -> AsyncIterator[str]:
-        """The continuation of `prompt`, with no template around it."""
+        """The continuation of `prompt`, without a template."""
         ...
 
     async def close(self) -> None: ...
 
 
 class LocalModel:
-    """An engine started for this command alone."""
+    """An engine started for this command."""
 
     def __init__(self, engine: AsyncLLM) -> None:
         self._engine = engine
@@ -96,7 +96,7 @@ class LocalModel:
         except PromptTooLongError as error:
             raise ContextFullError(str(error)) from None
         finally:
-            if stream is not None:  # left early: Ctrl-C, or an error while printing
+            if stream is not None:  # ended early: Ctrl-C, or an error while printing
                 stream.abort()
 
     def _params(self, sampling: Mapping[str, object]) -> SamplingParams:
@@ -110,10 +110,10 @@ class LocalModel:
 
 
 class RemoteModel:
-    """A server that runs already: Quire's, or any that speaks OpenAI's dialect."""
+    """A running server: Quire's, or any with OpenAI's API."""
 
     can_chat = True
-    """As far as one can know before asking."""
+    """Not known before the first request."""
 
     def __init__(self, client: HttpClient, model: str) -> None:
         self._client = client
@@ -121,7 +121,7 @@ class RemoteModel:
 
     @classmethod
     async def connect(cls, url: str, *, model: str | None, api_key: str | None) -> RemoteModel:
-        """Talk with `model`, or with the first one the server lists."""
+        """Use `model`, or the first one that the server lists."""
         import json
 
         client = HttpClient(url.rstrip("/").removesuffix("/v1"), api_key)
@@ -167,7 +167,8 @@ class RemoteModel:
 
 
 async def open_speaker(choice: ModelChoice) -> LocalModel | RemoteModel:
-    """The server at `choice.url`, or a model started here, which takes seconds: a terminal is told so."""
+    """The server at `choice.url`, or a model started here. That takes seconds, so it prints a line on a
+    terminal."""
     if choice.url is not None:
         return await RemoteModel.connect(choice.url, model=choice.model, api_key=choice.api_key)
     if sys.stdin.isatty() and sys.stderr.isatty():
@@ -182,9 +183,9 @@ def converse(
     commands: Mapping[str, Callable[[], object]],
     about: str,
 ) -> None:
-    """Read a line, answer it, repeat. The engine outlives a stopped answer and a refused question.
+    """Read a line, answer it, repeat. A stopped answer or a refused question does not end the conversation.
 
-    commands: what begins with "/" beside /exit. With none, every other line is taken as it is.
+    commands: words that begin with "/", besides /exit. Without any, all other lines are questions.
     """
     interactive = sys.stdin.isatty()
     leaving = False
@@ -196,9 +197,9 @@ def converse(
             line = input("> " if interactive else "")
         except EOFError:
             if interactive:
-                print()  # the shell's prompt gets a line of its own
+                print()  # so that the shell's prompt begins on a new line
             return
-        except KeyboardInterrupt:  # likely meant for an answer that had just ended
+        except KeyboardInterrupt:  # probably meant to stop an answer that had just ended
             if leaving or not interactive:
                 raise
             leaving = True
@@ -217,7 +218,7 @@ def converse(
 
 
 def ask(runner: asyncio.Runner, answer: Callable[[str], Awaitable[None]], said: str) -> bool:
-    """Whether it was answered, or stopped; an error is told. Ctrl-C ends the answer alone."""
+    """Answer one question; Ctrl-C stops only the answer. Returns False after an error, which is printed."""
 
     async def run() -> None:
         await answer(said)
@@ -235,7 +236,7 @@ def ask(runner: asyncio.Runner, answer: Callable[[str], Awaitable[None]], said: 
 
 
 def _edit_lines() -> None:
-    """Arrow keys and history in `input()`, where this Python has them."""
+    """Enable arrow keys and history in `input()`, if this Python has readline."""
     try:
         import readline  # noqa: F401 - importing it is what changes input()
     except ImportError:

@@ -1,10 +1,11 @@
-"""What a person may set. Frozen; nothing here is computed from the model (see `quire.engine.setup`)."""
+"""The engine's options. Frozen; nothing here is computed from the model (see `quire.engine.setup`)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 from quire.config.options import option, parse_json_object, parse_max_model_len, parse_size
+from quire.dtypes import FLOAT_SPELLINGS
 from quire.errors import ConfigError
 
 
@@ -25,7 +26,7 @@ class ModelConfig:
     dtype: str = option(
         "auto",
         "Type of weights and activations. auto: the checkpoint's own; float32 stays float32.",
-        choices=("auto", "half", "float16", "bfloat16", "float", "float32"),
+        choices=("auto", *FLOAT_SPELLINGS),
     )
     max_model_len: int | None = option(
         None,
@@ -129,7 +130,7 @@ class CacheConfig:
 
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
-    """How each step's batch is formed."""
+    """How the batch of each step is formed."""
 
     max_num_seqs: int = option(128, "Most requests that run at once.", parse=parse_size)
     max_num_batched_tokens: int = option(
@@ -189,7 +190,7 @@ class SchedulerConfig:
 
 @dataclass(frozen=True, slots=True)
 class RuntimeConfig:
-    """Where and with what the model runs."""
+    """The device and the implementations that run the model."""
 
     device: str = option(
         "auto",
@@ -242,7 +243,7 @@ class RuntimeConfig:
 
 @dataclass(frozen=True, slots=True)
 class StructuredOutputsConfig:
-    """What grammars requests may bring."""
+    """Limits for the grammars of requests."""
 
     max_grammar_bytes: int = option(
         512 * 2**10,
@@ -267,7 +268,7 @@ class StructuredOutputsConfig:
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """Everything an engine needs; `quire.config.from_flat` builds one from flat names."""
+    """All options of an engine; `quire.config.from_flat` builds one from flat names."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)

@@ -47,7 +47,7 @@ def from_flat(values: Mapping[str, object]) -> EngineConfig:
 
 
 def server_from_flat(values: Mapping[str, object]) -> ServerConfig:
-    """Build a `ServerConfig`, as strictly."""
+    """Build a `ServerConfig`, with the same checks."""
     infos = {info.name: info for info in server_options()}
     return ServerConfig(**_checked(values, infos))  # type: ignore[arg-type]
 

@@ -1,5 +1,5 @@
-"""vLLM's options that are none of ours, so that its users' command lines, YAML files and `LLM(...)` calls
-work here or say in one sentence what to do. Nothing else in Quire knows these names."""
+"""vLLM's options that Quire does not have, so that command lines, YAML files and `LLM(...)` calls written
+for vLLM work, or fail with one sentence that says what to do. No other file has these names."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from quire.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Foreign:
-    """An option of vLLM's that Quire has not, and what becomes of it."""
+    """An option of vLLM that Quire does not have, and how it is handled."""
 
     why: str
-    """Why there is none, or what to do instead; ends the sentence that the user gets."""
+    """The reason, or what to do instead: the end of the sentence that the user gets."""
     default: object = None
-    """vLLM's, which passes in silence. A bool is a switch, () takes several words."""
+    """vLLM's default, which is accepted silently. A bool is a switch, () takes several words."""
     also: tuple[object, ...] = ()
-    """Other values under which we do the same."""
+    """Other values that are accepted silently, because Quire already does the same."""
     refused: bool = True
-    """Whether any other value is an error, as it would change what the user gets; else it is a warning."""
+    """Whether any other value is an error, because it would change the result; else it is a warning."""
     short: tuple[str, ...] = ()
 
 
 def _idle(why: str, default: object = None, *short: str) -> Foreign:
-    """An option without which nothing a user gets is different."""
+    """An option that does not change the result."""
     return Foreign(why, default, refused=False, short=short)
 
 
@@ -129,7 +129,7 @@ FOREIGN: dict[str, Foreign] = {
     "max_loras": _idle(_NO_ADAPTERS, 1),
     "max_lora_rank": _idle(_NO_ADAPTERS, 16),
     "max_cpu_loras": _idle(_NO_ADAPTERS),
-    # The server, and what is seen of it.
+    # The server and its logs and metrics.
     "middleware": Foreign(_NO_CODE, ()),
     "enable_prompt_tokens_details": _idle("usage always has them", False),
     "enable_request_id_headers": _idle("X-Request-Id is always sent", False),
@@ -149,21 +149,21 @@ FOREIGN: dict[str, Foreign] = {
 
 
 def foreign_flags() -> list[OptionInfo]:
-    """The flags of the command line, which take any value: `without_foreign` judges it."""
+    """Command line flags that accept any value; `without_foreign` checks it."""
     return [
         OptionInfo(
-            name, "foreign", bool if isinstance(option.default, bool)
+            name, "vLLM's options", bool if isinstance(option.default, bool)
             else tuple[str, ...] if option.default == () else object,
-            option.default, option.why, option.short, parse=_value,
+            option.default, option.why, option.short, parse=_value, hidden=True,
         )
         for name, option in FOREIGN.items()
     ]  # fmt: skip
 
 
 def without_foreign(values: Mapping[str, object]) -> tuple[dict[str, object], list[str]]:
-    """`values` without vLLM's options, and a sentence for each that has no effect.
+    """`values` without vLLM's options, and a warning for each that has no effect.
 
-    Raises `ConfigError` for one that would have had an effect we cannot give.
+    Raises `ConfigError` for an option whose effect Quire does not have.
     """
     rest: dict[str, object] = {}
     notes = []
@@ -187,7 +187,7 @@ def _same(value: object, neutral: object) -> bool:
 
 
 def _value(text: str) -> object:
-    """The words of a flag as the value that YAML or Python would give."""
+    """The words of a flag, converted to the value that YAML or Python would have."""
     try:
         return json.loads(text)
     except ValueError:

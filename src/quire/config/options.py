@@ -14,7 +14,7 @@ from quire.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class OptionInfo:
-    """What a command line and a docs table need to know about one field."""
+    """The facts about one field for the command line and the docs."""
 
     name: str
     group: str
@@ -25,9 +25,11 @@ class OptionInfo:
     """Other flag spellings, such as "-q"."""
     choices: tuple[str, ...] = ()
     parse: Any = None
-    """Turns the text of a flag into the value, where the type alone does not say how."""
+    """Converts the text of a flag to the value, if the type alone does not determine how."""
     metavar: str | None = None
     positional: bool = False
+    hidden: bool = False
+    """Not shown by --help."""
 
     @property
     def flag(self) -> str:
@@ -44,7 +46,7 @@ class OptionInfo:
 
 def option(
     default: object,
-    help: str,  # noqa: A002 - argparse's own word
+    help: str,  # noqa: A002 - argparse's name for it
     *,
     aliases: tuple[str, ...] = (),
     choices: tuple[str, ...] = (),
@@ -81,7 +83,7 @@ def describe(config_class: type, group: str) -> list[OptionInfo]:
 
 
 def check_type(info: OptionInfo, value: object) -> object:
-    """`value` as the field's type, or `ConfigError`. Strings are parsed as a flag would be."""
+    """`value` as the field's type. Strings are parsed like a flag's text. Raises `ConfigError`."""
     if isinstance(value, str) and info.parse is not None:
         return parse_text(info, value)
     if info.is_list and isinstance(value, list):
@@ -104,7 +106,7 @@ def check_type(info: OptionInfo, value: object) -> object:
 
 
 def parse_text(info: OptionInfo, text: str) -> object:
-    """What a flag's text means, or `ConfigError` naming the option. Not for on/off options and lists."""
+    """The value of a flag's text; not for switches and lists. Raises `ConfigError` naming the option."""
     allowed = _allowed(info)
     try:
         if info.parse is not None:
@@ -146,7 +148,7 @@ _SIZES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G"
 def parse_size(text: str) -> int:
     """An integer with an optional suffix: k, m, g are powers of 1000; K, M, G of 1024.
 
-    The number before a suffix may be decimal: "25.6k" is 25600. As vLLM reads such flags.
+    The number before a suffix may be decimal: "25.6k" is 25600. As in vLLM.
     """
     match = re.fullmatch(r"(-?[0-9]{1,18}(?:\.[0-9]{1,6})?)([kKmMgG]?)", text.strip())
     if match is None:
@@ -164,7 +166,7 @@ def parse_max_model_len(text: str) -> int:
 
 
 def _json_list(text: str) -> object:
-    """A JSON array as a tuple; what is none stays what it is."""
+    """A JSON array as a tuple; other values unchanged."""
     import json
 
     try:

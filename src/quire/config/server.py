@@ -1,4 +1,4 @@
-"""Options of the HTTP server alone."""
+"""Options of the HTTP server."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _LIMITS = {
     "max_bad_words": MAX_BAD_WORDS,
     "max_list_items": _UNBOUNDED,
 }
-"""Option -> what `SamplingParams` takes at most, whatever the option says."""
+"""Option -> the limit of `SamplingParams`, which the option cannot raise."""
 
 
 @dataclass(frozen=True, slots=True)
 class ServerConfig:
-    """Where the server listens, who may ask, and how much."""
+    """Where the server listens, which clients it accepts, and its limits."""
 
     host: str | None = option(
         None,

@@ -8,10 +8,11 @@ import time
 from collections.abc import Callable
 
 from quire.config import EngineConfig
+from quire.dtypes import element_bytes
 from quire.engine.core import EngineCore
 from quire.engine.gpu import gpu_memory
 from quire.engine.memory import MemoryPlan, plan_memory
-from quire.engine.setup import DTYPE_BYTES, ResolvedModel, read_tokens
+from quire.engine.setup import ResolvedModel, read_tokens
 from quire.errors import ConfigError
 from quire.executor.base import Executor
 from quire.kvcache import KVCacheManager
@@ -77,7 +78,7 @@ def _longest_by_estimate(config: EngineConfig, resolved: ResolvedModel) -> int:
         config,
         resolved.spec,
         memory,
-        dtype_bytes=DTYPE_BYTES[resolved.dtype],
+        dtype_bytes=element_bytes(resolved.dtype),
         max_model_len=resolved.max_model_len,
     )
     longest = _plan(config, resolved, footprint, resolved.max_model_len).max_model_len
@@ -98,7 +99,7 @@ def _plan(
         config,
         resolved.spec,
         footprint,
-        kv_dtype_bytes=DTYPE_BYTES[resolved.kv_cache_dtype],
+        kv_dtype_bytes=element_bytes(resolved.kv_cache_dtype),
         max_model_len=longest,
         may_shrink=config.model.max_model_len == -1,
         gpu=resolved.device == "cuda",

@@ -15,7 +15,9 @@ import zmq
 
 from quire.config import EngineConfig
 from quire.engine.beam_search import BeamSearch, BeamStream, step_params
-from quire.engine.core_client import CoreProcess, failure_of
+from quire.engine.controls import Controls
+from quire.engine.core_client import CoreProcess
+from quire.engine.failures import error_of
 from quire.engine.input_processor import EngineRequest, InputProcessor, PromptInput
 from quire.engine.output_processor import OutputProcessor
 from quire.engine.setup import ServedModel, locate, resolve, serve_model
@@ -27,6 +29,8 @@ from quire.errors import (
 )
 from quire.messages import (
     AbortRequests,
+    Answer,
+    ControlAction,
     CoreFailed,
     CoreInput,
     CoreOutput,
@@ -36,7 +40,6 @@ from quire.messages import (
     ResetPrefixCache,
     SchedulerStats,
     Sleep,
-    SleepState,
     StepOutputs,
     WakeUp,
 )
@@ -48,7 +51,6 @@ from quire.structured.checker import GrammarChecker
 from quire.text.parsing.base import ThinkingTokens
 
 PING_SECONDS = 2.0
-SLEEP_POLL_SECONDS = 0.02
 DRAIN_BATCH = 16
 """Messages taken in before other tasks get a turn."""
 DEFAULT_HEALTH_TIMEOUT = 60.0
@@ -123,8 +125,8 @@ class AsyncLLM:
         self._checker = GrammarChecker(
             model.tokenizer, vocab_size=model.vocab_size, eos_token_ids=model.eos_token_ids
         )
-        self._sleep_level = 0
-        self._sleep_states: deque[asyncio.Future[int]] = deque()
+        self._controls = Controls()
+        self._calls: dict[int, asyncio.Future[Answer]] = {}
         self._output = OutputProcessor(
             model.tokenizer, stream_interval=config.scheduler.stream_interval
         )
@@ -188,7 +190,7 @@ class AsyncLLM:
         """
         if self._dead is not None:
             raise self._dead
-        if self._sleep_level:
+        if self._controls.is_sleeping:
             raise EngineSleepingError("The engine sleeps; wake it up first (POST /wake_up).")
         if request_id is not None and request_id in self._streams:
             raise InvalidParameterError(
@@ -234,7 +236,9 @@ class AsyncLLM:
         search = BeamSearch(
             request.prompt_token_ids, params, self.model.eos_token_ids, request.max_tokens
         )
-        return BeamStream(request, search, self.model.tokenizer, extend, self._searches)
+        return BeamStream(
+            request, search, self.model.tokenizer, extend, self._searches, self._release_sleeps
+        )
 
     async def generate(
         self, prompt: PromptInput, params: SamplingParams, request_id: str | None = None
@@ -251,10 +255,6 @@ class AsyncLLM:
         if output is not None:
             self._deliver(output)
 
-    def reset_prefix_cache(self) -> None:
-        if self._dead is None:
-            self._send(ResetPrefixCache())
-
     def check_grammar(self, params: SamplingParams) -> Sequence[str]:
         """Compile the grammar once, in a process that can be killed: blocking, for a thread. The engine core,
         which compiles it again, is not to meet one that never ends. Returns what to warn the client of.
@@ -267,34 +267,57 @@ class AsyncLLM:
         self._checker.check(wanted.spec)
         return wanted.warnings
 
+    async def reset_prefix_cache(self) -> bool:
+        """Forget all cached prefixes. Returns True when it is done."""
+        await self._control(ResetPrefixCache())
+        return True
+
     async def sleep(self, level: int = 1) -> None:
         """Take no more requests, wait for those that run, and give back the KV cache's memory (level 1) or
-        the weights' too (2)."""
-        self._sleep_level = level
-        while self._streams or self._searches:
-            await asyncio.sleep(SLEEP_POLL_SECONDS)
-        self._sleep_level = await self._ask(Sleep(level))
+        the weights' too (2).
+
+        Cancelled while it waits for requests, it is off. `wake_up` calls it off too: then it raises
+        `EngineError`."""
+        await self._control(Sleep(level))
 
     async def wake_up(self) -> None:
-        """Serve again. Raises what keeps the engine from it."""
-        self._sleep_level = await self._ask(WakeUp())
+        """Serve again. Raises what keeps the engine from it; it then still sleeps."""
+        for answer in self._controls.call_off():
+            self._resolve(answer)
+        await self._control(WakeUp())
 
     @property
     def is_sleeping(self) -> bool:
-        return self._sleep_level > 0
+        """Whether it sleeps, or is about to: it takes no requests."""
+        return self._controls.is_sleeping
 
-    async def _ask(self, message: Sleep | WakeUp) -> int:
+    async def _control(self, action: ControlAction) -> None:
+        """Carry out a control call. Raises what it raised."""
         if self._dead is not None:
             raise self._dead
-        answer: asyncio.Future[int] = self._loop.create_future()
-        self._sleep_states.append(answer)
-        self._send(message)
-        return await answer
+        control = self._controls.new(action)
+        call = self._calls[control.id] = self._loop.create_future()
+        try:
+            busy = bool(self._streams or self._searches)
+            for message in self._controls.start(control, busy=busy):
+                self._send(message)
+            answer = await call
+        finally:
+            self._controls.cancel(control.id)
+            self._calls.pop(control.id, None)
+        if answer.failure is not None:
+            raise error_of(answer.failure)
 
-    @property
-    def num_unfinished(self) -> int:
-        """Requests submitted and not ended."""
-        return len(self._streams)
+    def _resolve(self, answer: Answer) -> None:
+        """Tell the caller, unless it no longer waits."""
+        call = self._calls.pop(answer.id, None)
+        if call is not None and not call.done():
+            call.set_result(answer)
+
+    def _release_sleeps(self) -> None:
+        if not (self._streams or self._searches):
+            for message in self._controls.release():
+                self._send(message)
 
     def _check_queue(self, request: EngineRequest) -> None:
         scheduler = self.config.scheduler
@@ -362,10 +385,11 @@ class AsyncLLM:
             for listener in self._stats_listeners:
                 listener(message)
         elif isinstance(message, CoreFailed):
-            self._die(str(failure_of(message)))
-        elif isinstance(message, SleepState):
-            self._output.metrics.on_sleep_state(message.level)
-            self._sleep_states.popleft().set_result(message.level)
+            self._die(message.failure.message)
+        elif isinstance(message, Answer):
+            self._controls.take(message)
+            self._output.metrics.on_sleep_state(message.sleep_level)
+            self._resolve(message)
         else:
             assert isinstance(message, (Pong, EngineReady))
 
@@ -376,6 +400,7 @@ class AsyncLLM:
         if output.finished:
             del self._streams[output.request_id]
             self._finish_times.append(time.monotonic())
+            self._release_sleeps()
         stream.put(output)
 
     def _die(self, message: str) -> None:
@@ -388,9 +413,13 @@ class AsyncLLM:
         streams, self._streams = self._streams, {}
         for stream in streams.values():
             stream.put(EngineDeadError(message))
-        for answer in self._sleep_states:
-            answer.set_exception(EngineDeadError(message))
-        self._sleep_states.clear()
+        self._fail_calls(self._dead)
+
+    def _fail_calls(self, error: EngineDeadError) -> None:
+        calls, self._calls = self._calls, {}
+        for call in calls.values():
+            if not call.done():
+                call.set_exception(error)
 
     async def _ping(self) -> None:
         """Ask for a sign of life when there is none, and notice a core that has died."""
@@ -439,5 +468,6 @@ class AsyncLLM:
             await self._pinger
         self._loop.remove_reader(self._descriptor)
         self._dead = self._dead or EngineDeadError("The engine has been shut down.")
+        self._fail_calls(self._dead)
         self._checker.close()
         await asyncio.to_thread(self._core.close)

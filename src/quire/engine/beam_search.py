@@ -149,6 +149,7 @@ class BeamStream:
         tokenizer: Tokenizer,
         extend: Callable[[list[int]], RequestStream],
         running: set[BeamStream],
+        on_end: Callable[[], None],
     ) -> None:
         """extend: submits a beam for one more token. running: where the search is while it runs."""
         self.request_id = request.request_id
@@ -158,6 +159,7 @@ class BeamStream:
         self._tokenizer = tokenizer
         self._extend = extend
         self._running = running
+        self._on_end = on_end
         self._steps: list[RequestStream] = []
         self._aborted = False
 
@@ -189,6 +191,7 @@ class BeamStream:
             self._running.discard(self)
             for step in self._steps:
                 step.abort()
+            self._on_end()
         yield self._output(error, num_cached_tokens)
 
     def _output(self, error: str | None, num_cached_tokens: int | None) -> RequestOutput:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable
 
 from quire.decoding import GrammarSpec
-from quire.errors import EngineSleepingError, QuireError
+from quire.engine.failures import failure_of
+from quire.errors import EngineError, EngineSleepingError
 from quire.executor.base import Executor, StepFuture
 from quire.messages import (
     AbortRequests,
     AddRequest,
+    Answer,
+    Control,
+    ControlAction,
     CoreInput,
     CoreOutput,
     FinishReason,
@@ -20,15 +25,14 @@ from quire.messages import (
     RequestUpdate,
     ResetPrefixCache,
     Sleep,
-    SleepState,
     StepOutputs,
     StepPlan,
-    WaitReason,
-    WakeUp,
 )
-from quire.scheduler import Scheduler
+from quire.scheduler import Scheduler, Wait, WaitReason
 from quire.structured.base import GrammarError
 from quire.structured.store import GrammarStore
+
+logger = logging.getLogger(__name__)
 
 COMPILE_WAIT_SECONDS = 0.005
 ANY_JSON = GrammarSpec("json_schema", '{"type":"object"}')
@@ -90,23 +94,47 @@ class EngineCore:
             return self._outputs(self._abort(message.request_ids))
         elif isinstance(message, Ping):
             return Pong(message.nonce, self._clock())
-        elif isinstance(message, ResetPrefixCache):
-            self.scheduler.kv.pool.reset_cache()
-        elif isinstance(message, (Sleep, WakeUp)):
-            return self._sleep(message.level if isinstance(message, Sleep) else 0)
+        elif isinstance(message, Control):
+            return self._control(message)
         return None
 
-    def _sleep(self, level: int) -> SleepState:
+    def _control(self, message: Control) -> Answer:
+        """Carry out one call. What it raises is its caller's; the engine goes on."""
+        if isinstance(message.action, Sleep):
+            self._drain()  # a step that fails ends the engine, so not below
+        failure = None
+        try:
+            self._carry_out(message.action)
+        except Exception as error:
+            what = f"The engine failed on {type(message.action).__name__}"
+            logger.exception("%s", what)
+            failure = failure_of(error, what)
+        return Answer(message.id, self._sleep_level, failure)
+
+    def _drain(self) -> None:
+        """Without requests, take the results of steps in flight, and have the executor release what ended."""
         while self.has_work and not (self.scheduler.requests or self._compiling):
-            self.step()  # it is for nobody: what was in flight, and what the executor may forget
-        if level != self._sleep_level and not self.has_work:
-            if self._sleep_level:
-                self.executor.wake_up()
-            if level:
-                self.scheduler.kv.pool.reset_cache()
-                self.executor.sleep(level)
+            self.step()
+
+    def _carry_out(self, action: ControlAction) -> None:
+        if isinstance(action, ResetPrefixCache):
+            self.scheduler.reset_prefix_cache()
+        else:
+            self._set_sleep_level(action.level if isinstance(action, Sleep) else 0)
+
+    def _set_sleep_level(self, level: int) -> None:
+        """0: awake. An executor that raises has kept its state."""
+        if level == self._sleep_level:
+            return
+        if self.has_work:
+            raise EngineError("The engine cannot sleep while requests run.")
+        if self._sleep_level:
+            self.executor.wake_up()
+            self._sleep_level = 0
+        if level:
+            self.scheduler.reset_prefix_cache()
+            self.executor.sleep(level)
             self._sleep_level = level
-        return SleepState(self._sleep_level)
 
     def close(self) -> None:
         self.executor.close()
@@ -122,6 +150,7 @@ class EngineCore:
             raise ValueError("this engine has no grammars")
         self._grammars.prepare(grammar)
         self._compiling[message.request_id] = message
+        self.scheduler.report.waits(message.request_id, Wait(WaitReason.GRAMMAR))
 
     def _admit_compiled(self) -> list[RequestUpdate]:
         """Hand over the requests whose grammar is there; with nothing else to do, wait a little for one."""
@@ -152,16 +181,13 @@ class EngineCore:
     def _outputs(self, updates: list[RequestUpdate]) -> StepOutputs:
         stats = self.scheduler.take_stats()
         stats.num_waiting += len(self._compiling)
-        stats.waiting_by_reason[WaitReason.DEFERRED.value] += len(self._compiling)
+        stats.waiting_by_reason[WaitReason.GRAMMAR.label] += len(self._compiling)
         return StepOutputs(updates=updates, stats=stats, timestamp=self._clock())
 
 
 def _failed(message: AddRequest, error: Exception) -> RequestUpdate:
-    known = isinstance(error, QuireError)  # others' texts are not for clients
     return RequestUpdate(
         request_id=message.request_id,
         finish_reason=FinishReason.ERROR,
-        error=str(error)
-        if known
-        else f"The engine could not accept the request ({type(error).__name__}).",
+        error=failure_of(error, "The engine could not accept the request").message,
     )

@@ -16,10 +16,10 @@ from pathlib import Path
 import msgspec
 import zmq
 
-from quire import errors
 from quire.config import EngineConfig
 from quire.engine.core import EngineCore
-from quire.errors import EngineDeadError, EngineError, QuireError
+from quire.engine.failures import error_of
+from quire.errors import EngineDeadError
 from quire.messages import CoreFailed, CoreInput, CoreOutput, EngineReady, Shutdown
 from quire.util.interrupts import interrupts_deferred
 from quire.util.logging import LEVELS
@@ -105,7 +105,7 @@ class CoreProcess:
             if isinstance(message, EngineReady):
                 return message
             if isinstance(message, CoreFailed):
-                raise failure_of(message)
+                raise error_of(message.failure)
         raise EngineDeadError("The start of the engine core was given up.")
 
     def stop_waiting(self) -> None:
@@ -159,17 +159,6 @@ class CoreProcess:
         self.socket.close()
         self._context.term()
         shutil.rmtree(self._directory, ignore_errors=True)
-
-
-def failure_of(message: CoreFailed) -> QuireError:
-    """The exception that a `CoreFailed` stands for."""
-    kind = getattr(errors, message.kind, EngineError)
-    if isinstance(kind, type) and issubclass(kind, QuireError):
-        try:
-            return kind(message.message)
-        except TypeError:
-            pass
-    return EngineError(message.message)
 
 
 def _child_environment() -> dict[str, str]:

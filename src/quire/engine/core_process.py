@@ -22,6 +22,7 @@ import zmq
 
 from quire.config import EngineConfig
 from quire.engine.core import EngineCore
+from quire.engine.failures import failure_of
 from quire.errors import QuireError
 from quire.kernels.cpu.build import report_compiling
 from quire.messages import CoreFailed, CoreInput, CoreOutput, Shutdown
@@ -107,7 +108,7 @@ def _run(link: _Link, kernels: str) -> int:
         compiling.join()
         core, ready = build_core(config, resolve(config))
     except Exception as error:
-        link.send(_failure(error))
+        link.send(CoreFailed(failure_of(error, "The engine core failed")))
         if not isinstance(error, QuireError):
             logger.exception("the engine core failed to start")
         return 1
@@ -118,7 +119,7 @@ def _run(link: _Link, kernels: str) -> int:
         _serve(core, link)
     except Exception as error:
         logger.exception("the engine core failed")
-        link.send(_failure(error))
+        link.send(CoreFailed(failure_of(error, "The engine core failed")))
         return 1
     finally:
         core.close()
@@ -156,12 +157,6 @@ def _serve(core: EngineCore, link: _Link) -> None:
                 return
         else:
             may_prepare = bool(messages) or core.prepare()
-
-
-def _failure(error: Exception) -> CoreFailed:
-    if isinstance(error, QuireError):
-        return CoreFailed(str(error), type(error).__name__)
-    return CoreFailed(f"The engine core failed ({type(error).__name__}).", "EngineError")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Literal
 
 from quire.config import EngineConfig, from_flat, without_foreign
 from quire.engine.beam_search import BeamSearch, BeamSearchOutput, candidates, step_params
-from quire.engine.core_client import CoreProcess, InlineCore, failure_of
+from quire.engine.controls import Controls
+from quire.engine.core_client import CoreProcess, InlineCore
+from quire.engine.failures import error_of
 from quire.engine.input_processor import EngineRequest, InputProcessor, PromptInput
 from quire.engine.output_processor import OutputProcessor
 from quire.engine.setup import ServedModel, locate, resolve, serve_model
@@ -25,13 +27,14 @@ from quire.errors import (
 )
 from quire.messages import (
     AbortRequests,
+    Answer,
+    ControlAction,
     CoreFailed,
     CoreOutput,
     EngineReady,
     ResetPrefixCache,
     SchedulerStats,
     Sleep,
-    SleepState,
     StepOutputs,
     WakeUp,
     describe_ledger,
@@ -118,7 +121,7 @@ class LLM:
         self._num_submitted = 0
         self._enqueued: list[str] = []
         self._finished: dict[str, RequestOutput] = {}
-        self._sleep_level = 0
+        self._controls = Controls()
         self._grammars: GrammarChecker | None = None
         self._metrics = None
         if (
@@ -344,7 +347,8 @@ class LLM:
         return read_metrics(self._metrics)
 
     def reset_prefix_cache(self) -> bool:
-        self._alive().send(ResetPrefixCache())
+        """Forget all cached prefixes. Returns True."""
+        self._control(ResetPrefixCache())
         return True
 
     def sleep(self, level: int = 1) -> None:
@@ -357,7 +361,7 @@ class LLM:
             raise InvalidParameterError(
                 "sleep while requests run: wait_for_completion first.", param="level"
             )
-        self._ask(Sleep(level))
+        self._control(Sleep(level))
 
     def wake_up(self, tags: Sequence[str] | None = None) -> None:
         """Serve again. tags: vLLM's names of what to wake, "weights" and "kv_cache"; all is woken at once."""
@@ -366,7 +370,7 @@ class LLM:
                 raise InvalidParameterError(
                     f"tags may hold weights and kv_cache, got {tag!r}.", param="tags", value=tag
                 )
-        self._ask(WakeUp())
+        self._control(WakeUp())
 
     def close(self) -> None:
         """Free the model and the KV cache. Idempotent."""
@@ -442,7 +446,7 @@ class LLM:
     ) -> list[str]:
         """All or none: a request is sent when every one has been checked."""
         core = self._alive()
-        if self._sleep_level:
+        if self._controls.is_sleeping:
             raise EngineSleepingError("The engine sleeps; call wake_up() first.")
         requests: list[EngineRequest] = []
         for index, (prompt, param) in enumerate(zip(prompts, params, strict=True)):
@@ -552,20 +556,31 @@ class LLM:
             )
         return self._run(batch, params, use_tqdm=use_tqdm)
 
-    def _ask(self, message: Sleep | WakeUp) -> None:
+    def _control(self, action: ControlAction) -> None:
+        """Carry out a control call. Raises what it raised."""
         core = self._alive()
-        core.send(message)
-        while not isinstance(answer := core.receive(), SleepState):
-            self._process(core, answer)
-        self._sleep_level = answer.level
-        self._output.metrics.on_sleep_state(answer.level)
+        control = self._controls.new(action)
+        for call in self._controls.start(control, busy=False):
+            core.send(call)
+        while True:
+            message = core.receive()
+            for output in self._process(core, message):
+                self._finished[output.request_id] = output
+            # The answer of another id is to a call that Ctrl-C ended.
+            if isinstance(message, Answer) and message.id == control.id:
+                break
+        if message.failure is not None:
+            raise error_of(message.failure)
 
     def _process(
         self, core: InlineCore | CoreProcess, message: CoreOutput | None
     ) -> list[RequestOutput]:
         if isinstance(message, CoreFailed):
-            self._output.fail_all(message.message)
-            raise failure_of(message)
+            self._output.fail_all(message.failure.message)
+            raise error_of(message.failure)
+        if isinstance(message, Answer):
+            self._controls.take(message)
+            self._output.metrics.on_sleep_state(message.sleep_level)
         if not isinstance(message, StepOutputs):
             return []
         self.stats = message.stats or self.stats

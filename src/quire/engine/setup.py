@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quire.config import EngineConfig, ModelConfig
+from quire.dtypes import FLOAT_SPELLINGS
 from quire.engine.end_tokens import EndTokens, EosSource, end_tokens
 from quire.engine.generation_config import (
     OVERRIDE,
@@ -21,7 +22,7 @@ from quire.engine.generation_config import (
 )
 from quire.engine.gpu import choose_device
 from quire.errors import ConfigError
-from quire.models.registry import resolve_spec
+from quire.models.registry import resolve_spec, text_config
 from quire.models.spec import ModelSpec
 from quire.structured.spec import DEFAULT_LIMITS, Limits
 from quire.weights.files import read_contents
@@ -32,15 +33,6 @@ if TYPE_CHECKING:
     from quire.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
-
-DTYPE_NAMES = {
-    "half": "float16",
-    "float16": "float16",
-    "bfloat16": "bfloat16",
-    "float": "float32",
-    "float32": "float32",
-}
-DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float8_e4m3fn": 1}
 
 
 @dataclass(frozen=True)
@@ -143,11 +135,9 @@ def resolve(config: EngineConfig) -> ResolvedModel:
     model = config.model
     assert model.model is not None, "locate() first"
     directory = Path(model.model)
-    hf_config = read_json(directory / "config.json")
-    for key, value in model.hf_overrides.items():
-        hf_config[key] = value
+    hf_config = text_config(read_json(directory / "config.json") | model.hf_overrides)
     spec, stored_dtype = _as_stored(resolve_spec(hf_config), model, directory)
-    dtype = stored_dtype if model.dtype == "auto" else DTYPE_NAMES[model.dtype]
+    dtype = stored_dtype if model.dtype == "auto" else FLOAT_SPELLINGS[model.dtype]
     generation = read_generation_config(model, directory)
     default_sampling, warnings = sampling_defaults(model, generation)
     device = choose_device(config.runtime.device)

@@ -20,7 +20,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from quire.kernels.decoder import DecoderPass, DecoderWeights
+from quire.kernels.ops import Activation, LinearProduct
+from quire.kernels.program import ForwardPass, Program
 from quire.kernels.sampling import SampledTokens
 
 
@@ -35,19 +36,6 @@ class KVCacheShapes:
     zeroed: bool = False
     """Whether the memory must be zeros at first: kernels load whole blocks and multiply the slots past the
     end of a sequence by 0. That is NaN where the memory happened to hold NaN."""
-
-
-class LinearProduct(Protocol):
-    """`x @ weight.T + bias`, the weight in any format; row i of the result is the same bits for every number
-    of rows. One that C code can compute on its own is also a `kernels.cpu.linear.CProduct`."""
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """x: [M, in_features]. Returns [M, out_features]."""
-        ...
-
-    def rows(self, ids: Tensor) -> Tensor:
-        """Rows of the matrix, as an embedding looks them up. ids: [T]. Returns [T, in_features]."""
-        ...
 
 
 class DenseProduct(LinearProduct, Protocol):
@@ -90,18 +78,23 @@ class LayerKernels(Protocol):
         dtype: torch.dtype,
     ) -> KVCacheShapes: ...
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """RMSNorm with the rounding points of Hugging Face's Llama: `weight * round(x / rms(x))`.
+    def rms_norm(
+        self, x: Tensor, weight: Tensor, eps: float, *, out: Tensor | None = None
+    ) -> Tensor:
+        """RMSNorm (Zhang and Sennrich 2019). The weight's dtype says where Hugging Face's module rounds.
 
+        weight: [H]. In x's dtype: `round(weight * round(x / rms(x)))`, as in Llama. In float32 with x
+        in 16 bits: `round(weight * (x / rms(x)))`, as in Gemma (with 1 already added) and OLMo 2.
         x: [T, H], or [T, heads, H] to norm each head; any token stride, so a view into a fused
-        projection serves. weight: [H], same dtype. Returns a new contiguous tensor of x's shape.
+        projection serves. out: of x's shape and dtype, any token stride; may be x itself. Else a new
+        contiguous tensor. Returns out.
         """
         ...
 
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """`residual += x` in place (rounded to dtype), then `rms_norm(residual)`.
+        """`add(x, residual)`, then `rms_norm(residual)`.
 
-        x, residual: [T, H]. weight: [H]. Returns [T, H].
+        x, residual: [T, H]. weight: [H], as in `rms_norm`. Returns [T, H].
         """
         ...
 
@@ -126,12 +119,11 @@ class LayerKernels(Protocol):
         dense, any token stride; keys and values are left as they are. positions: [T] int64.
         cos_sin: [max_position, R] float32, R/2 cosines then R/2 sines; dimension i < R/2 is paired
         with i + R/2 ("neox", HF's rotate_half), dimensions from R on are not rotated; R is even and may
-        be 0. Caches as
-        `kv_cache_shapes`, same dtype as qkv. slot_mapping: [T] int64, `block_id * block_size +
-        offset`; a negative slot is padding and stores nothing. q_norm, k_norm: [D], same dtype: each
-        head is first `rms_norm`ed with them and eps, as in Qwen3. kv_scales: for caches in float8_e4m3fn,
-        which GPUs have: [num_kv_heads] float32 for keys and for values; a stored number times its head's
-        scale is the number meant.
+        be 0. Caches as `kv_cache_shapes`, same dtype as qkv. slot_mapping: [T] int64,
+        `block_id * block_size + offset`; a negative slot is padding and stores nothing. q_norm, k_norm:
+        [D], both in qkv's dtype or both in float32: each head is first `rms_norm`ed with them and eps, as
+        in Qwen3 or in Gemma 3. kv_scales: for caches in float8_e4m3fn, which GPUs have: [num_kv_heads]
+        float32 for keys and for values; a stored number times its head's scale is the number meant.
         """
         ...
 
@@ -167,13 +159,47 @@ class LayerKernels(Protocol):
         """
         ...
 
-    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
-        """`round(silu(gate)) * up`. gate_up: [T, 2F], gate first. Returns [T, F]."""
+    def gated(self, gate_up: Tensor, activation: Activation) -> Tensor:
+        """`round(round(activation(gate)) * up)`. gate_up: [T, 2F], gate first. Returns [T, F]."""
         ...
 
-    def decoder(self, weights: DecoderWeights) -> DecoderPass | None:
-        """A whole forward pass as one call, bit-equal to these operations one by one; None if this
-        implementation has none.
+    def add(self, x: Tensor, residual: Tensor, *, scale: float = 1.0) -> None:
+        """`residual = round(residual + round(x * scale))` in place. x, residual: [T, H].
+
+        scale: Granite's `residual_multiplier`, a float32.
+        """
+        ...
+
+    def scale(self, x: Tensor, factor: float) -> None:
+        """`x = round(x * factor)` in place. x: [T, N], any token stride. factor: a float32, of embeddings:
+        Granite's `embedding_multiplier`; Gemma's is rounded to the model's dtype by the caller.
+        """
+        ...
+
+    def scale_by_position(self, x: Tensor, positions: Tensor, table: Tensor) -> None:
+        """`x[t] = round(x[t] * table[positions[t]])` in place: Ministral 3's query temperature.
+
+        x: [T, N], any token stride: the query columns of a fused projection. positions: [T] int64.
+        table: [max_position] float32, rounded to x's dtype by the caller.
+        """
+        ...
+
+    def finish_logits(
+        self, logits: Tensor, dtype: torch.dtype, *, divisor: float = 1.0, cap: float = 0.0
+    ) -> None:
+        """`x = round(x / divisor)`, then with cap c > 0 `x = round(round(tanh(round(x / c))) * c)`, in
+        place. Granite's `logits_scaling` is a divisor, Gemma 2's `final_logit_softcapping` a cap.
+
+        logits: [R, V] contiguous: float32 on a CPU, in dtype on a GPU. dtype: the model's, which the
+        values are rounded to before, between and after.
+        """
+        ...
+
+    def compile(
+        self, program: Program, caches: Sequence[tuple[Tensor, Tensor]]
+    ) -> ForwardPass | None:
+        """A recorded forward pass as one call, bit-equal to its operations one by one; None if this
+        implementation cannot. caches: keys and values of each layer.
         """
         ...
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -11,10 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from quire import dtypes
 from quire.errors import EngineError
 from quire.kernels.sampling import SAMPLE_ROW
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+FLOATS = tuple(getattr(torch, name) for name in dtypes.FLOATS)
 MAX_HEAD_DIM = 512
 BLOCK_UNIT = 16  # SUB in attention_tile.h: keys that must lie side by side
 
@@ -138,13 +140,20 @@ def check_pairs(pairs: Sequence[tuple[int, int]]) -> None:
     )
 
 
-def check_norm(x: Tensor, weight: Tensor) -> None:
+def check_norm(x: Tensor, weight: Tensor, out: Tensor | None = None) -> None:
     check_float("x", x)
     check_dims("x", x, 3 if x.dim() == 3 else 2)
     shape = x.shape
     check_rows("x", x, x.dtype, shape)
-    check_dense("weight", weight, x.dtype, shape[-1:])
+    check_norm_weight("weight", weight, x.dtype, shape[-1])
     require(shape[-1] > 0, "x has no columns")
+    if out is not None:
+        check_rows("out", out, x.dtype, shape)
+
+
+def check_norm_weight(name: str, weight: Tensor, dtype: torch.dtype, width: int) -> None:
+    """In float32 or in the dtype of what is normed: see `LayerKernels.rms_norm`."""
+    check_dense(name, weight, torch.float32 if weight.dtype is torch.float32 else dtype, (width,))
 
 
 def check_cos_sin(cos_sin: Tensor, head_dim: int) -> None:
@@ -182,7 +191,11 @@ def check_rope_write_kv(
     check_cos_sin(cos_sin, geometry.head_dim)
     for name, norm in zip(("q_norm", "k_norm"), norms, strict=True):
         if norm is not None:
-            check_dense(name, norm, dtype, (geometry.head_dim,))
+            check_norm_weight(name, norm, dtype, geometry.head_dim)
+    require(
+        len({norm.dtype for norm in norms if norm is not None}) < 2,
+        "q_norm and k_norm differ in dtype",
+    )
     return q_heads
 
 
@@ -193,11 +206,55 @@ def fail_rope_write_kv(code: int) -> NoReturn:
     raise KernelArgumentError("a slot is past the cache's num_blocks * block_size")
 
 
-def check_gate_up(gate_up: Tensor) -> None:
+def check_gated(gate_up: Tensor, activation: str, known: Iterable[str]) -> None:
     check_float("gate_up", gate_up)
     check_dims("gate_up", gate_up, 2)
     check_dense("gate_up", gate_up, gate_up.dtype, gate_up.shape)
     require(gate_up.shape[1] % 2 == 0, f"gate_up is {gate_up.shape[1]} wide; need an even width")
+    check_activation(activation, known)
+
+
+def check_activation(activation: str, known: Iterable[str]) -> None:
+    require(activation in known, f"activation={activation!r} is not one of {sorted(known)}")
+
+
+def check_add(x: Tensor, residual: Tensor) -> None:
+    check_float("x", x)
+    check_dims("x", x, 2)
+    check_dense("x", x, x.dtype, x.shape)
+    check_dense("residual", residual, x.dtype, x.shape)
+
+
+def check_scale(x: Tensor) -> None:
+    check_float("x", x)
+    check_dims("x", x, 2)
+    check_rows("x", x, x.dtype, x.shape)
+
+
+def check_scale_by_position(x: Tensor, positions: Tensor, table: Tensor) -> None:
+    """All but the contents of positions."""
+    check_scale(x)
+    check_dense("positions", positions, torch.int64, (x.shape[0],))
+    check_dims("table", table, 1)
+    check_dense("table", table, torch.float32, table.shape)
+
+
+def fail_scale_by_position() -> NoReturn:
+    raise KernelArgumentError("a position is outside the table")
+
+
+def check_finish_logits(logits: Tensor, dtype: torch.dtype, divisor: float, cap: float) -> None:
+    check_dims("logits", logits, 2)
+    check_dense("logits", logits, torch.float32, logits.shape)
+    require(dtype in FLOATS, f"dtype is {dtype}; need float32, bfloat16 or float16")
+    check_divisor_and_cap(divisor, cap)
+
+
+def check_divisor_and_cap(divisor: float, cap: float) -> None:
+    require(
+        0 < divisor < math.inf and 0 <= cap < math.inf,
+        f"divisor={divisor}, cap={cap}: need a finite divisor > 0 and a finite cap >= 0",
+    )
 
 
 _ATTENTION_FAILURES = {

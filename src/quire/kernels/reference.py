@@ -10,7 +10,7 @@ from a fresh copy, so that the call is the same whatever other rows there are.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -21,8 +21,9 @@ from quire.kernels import checks
 from quire.kernels.checks import require
 from quire.kernels.cpu import layout
 from quire.kernels.cpu.linear import dense_product
-from quire.kernels.decoder import DecoderWeights
+from quire.kernels.ops import Activation
 from quire.kernels.philox import gumbel_from_uniform, philox_words, uniform_from_words
+from quire.kernels.program import Program
 from quire.kernels.sampling import SampledTokens
 
 
@@ -32,11 +33,14 @@ class ReferenceKernels:
     linear = staticmethod(dense_product)
     kv_cache_shapes = staticmethod(layout.kv_cache_shapes)
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        checks.check_norm(x, weight)
+    def rms_norm(
+        self, x: Tensor, weight: Tensor, eps: float, *, out: Tensor | None = None
+    ) -> Tensor:
+        checks.check_norm(x, weight, out)
         x32 = x.float()
         normed = x32 / torch.sqrt(_row_sums(x32 * x32) / x.shape[-1] + eps)
-        return weight * normed.to(x.dtype)
+        result = (weight * normed.to(weight.dtype)).to(x.dtype)
+        return result if out is None else out.copy_(result)
 
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
         checks.check_norm(x, weight)
@@ -70,7 +74,7 @@ class ReferenceKernels:
         q, k, v = heads.split([q_heads, geometry.num_kv_heads, geometry.num_kv_heads], dim=1)
         k = k.clone() if k_norm is None else self.rms_norm(k, k_norm, eps)
         if q_norm is not None:
-            q.copy_(self.rms_norm(q, q_norm, eps))
+            self.rms_norm(q, q_norm, eps, out=q)
         _rotate(q, positions, cos_sin)
         _rotate(k, positions, cos_sin)
         written = slot_mapping >= 0
@@ -142,15 +146,39 @@ class ReferenceKernels:
                 )
         return out
 
-    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
-        checks.check_gate_up(gate_up)
+    def gated(self, gate_up: Tensor, activation: Activation) -> Tensor:
+        checks.check_gated(gate_up, activation, _ACTIVATIONS)
         gate, up = gate_up.chunk(2, dim=-1)
         activated = torch.empty(gate.shape, dtype=gate.dtype)
         for row, out in zip(gate, activated, strict=True):
-            out.copy_(torch.nn.functional.silu(row.to(torch.float32, copy=True)))
+            out.copy_(_ACTIVATIONS[activation](row.to(torch.float32, copy=True)))
         return activated * up
 
-    def decoder(self, weights: DecoderWeights) -> None:
+    def add(self, x: Tensor, residual: Tensor, *, scale: float = 1.0) -> None:
+        checks.check_add(x, residual)
+        residual += x if scale == 1.0 else x * scale
+
+    def scale(self, x: Tensor, factor: float) -> None:
+        checks.check_scale(x)
+        x *= factor
+
+    def scale_by_position(self, x: Tensor, positions: Tensor, table: Tensor) -> None:
+        checks.check_scale_by_position(x, positions, table)
+        if not bool(((positions >= 0) & (positions < len(table))).all()):
+            checks.fail_scale_by_position()
+        x.copy_(x.float() * table[positions, None])
+
+    def finish_logits(
+        self, logits: Tensor, dtype: torch.dtype, *, divisor: float = 1.0, cap: float = 0.0
+    ) -> None:
+        checks.check_finish_logits(logits, dtype, divisor, cap)
+        logits.copy_((logits / divisor).to(dtype))
+        if cap > 0:
+            for row in logits:
+                bent = torch.tanh(_fresh((row / cap).to(dtype))).to(dtype)
+                row.copy_(bent * cap)
+
+    def compile(self, program: Program, caches: Sequence[tuple[Tensor, Tensor]]) -> None:
         return None
 
     def philox_uniform(self, seed: int, position: int, n: int) -> Tensor:
@@ -172,6 +200,17 @@ class ReferenceKernels:
                 scores = filtered_scores(x, row)
                 token_ids[index] = int(torch.argmax(scores + gumbel_from_uniform(u)))
         return SampledTokens(token_ids, valid)
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    """In float64, for 1 + tanh loses its digits where tanh is near -1."""
+    return torch.nn.functional.gelu(x.double(), approximate="tanh")
+
+
+_ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "silu": torch.nn.functional.silu,
+    "gelu_tanh": _gelu_tanh,
+}
 
 
 def filtered_scores(logits: Tensor, row: np.void) -> Tensor:

@@ -136,13 +136,13 @@ class KVCacheManager:
             match.drop_tail(self.block_size)
         return match
 
-    def can_admit(self, match: PrefixMatch, num_tokens: int, *, keep_free: int) -> bool:
-        """Whether all of `num_tokens` would fit beside the match with `keep_free` blocks left."""
+    def blocks_needed(self, match: PrefixMatch, num_tokens: int) -> int:
+        """Free blocks that it takes to admit a request with this match and `num_tokens` tokens."""
         revived = sum(1 for block in match.blocks if block.ref_count == 0)
         new = self.blocks_for(num_tokens) - len(match.blocks)
         if match.tail is not None and match.tail.ref_count == 0:
             new += 1  # held for a moment while it is copied
-        return new + revived + keep_free <= self.pool.num_free
+        return new + revived
 
     # --- while running ----------------------------------------------------------------------------
 
@@ -153,12 +153,12 @@ class KVCacheManager:
         self.tables[request_id] = _Table(key, list(match.blocks), list(match.serials))
         if match.tail is None:
             growth = self.grow(request_id, num_tokens)
-            assert growth is not None, "can_admit was not asked"
+            assert growth is not None, "blocks_needed was not asked"
             return Growth(self.block_ids(request_id), [])
         # The tail must not be handed out as its own copy's destination.
         self.pool.acquire([match.tail])
         growth = self.grow(request_id, max(num_tokens, match.num_tokens))
-        assert growth is not None, "can_admit was not asked"
+        assert growth is not None, "blocks_needed was not asked"
         copy = (match.tail.block_id, growth.block_ids[0])
         self.pool.release([match.tail])
         return Growth(self.block_ids(request_id), [copy])
@@ -239,8 +239,26 @@ class KVCacheManager:
         return 1.0 - self.pool.num_free / self.pool.num_usable
 
     @property
+    def num_usable(self) -> int:
+        """Blocks that requests can hold."""
+        return self.pool.num_usable
+
+    @property
+    def num_free(self) -> int:
+        return self.pool.num_free
+
+    @property
     def num_referenced(self) -> int:
         return self.pool.num_usable - self.pool.num_free
+
+    @property
+    def num_shared(self) -> int:
+        """Blocks that more than one request holds."""
+        return self.pool.num_shared
+
+    def reset_cache(self) -> None:
+        """Forget all cached content. Requests keep their blocks."""
+        self.pool.reset_cache()
 
     def check_invariants(self) -> None:
         """Prove block tables, reference counts, free list and cache consistent."""

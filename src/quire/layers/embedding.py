@@ -1,11 +1,10 @@
-"""Token embedding, and the output head that may share its matrix."""
+"""Token embedding."""
 
 from __future__ import annotations
 
 import torch
 
 from quire.kernels.memory import copy_rows
-from quire.layers.linear import Linear, LinearMethod, LinearPart
 from quire.layers.parameter import WeightTarget
 
 
@@ -41,11 +40,3 @@ class Embedding:
 
     def __call__(self, input_ids: torch.Tensor) -> torch.Tensor:
         return torch.index_select(self.weight, 0, input_ids)
-
-
-def create_lm_head(
-    name: str, *, vocab_size: int, hidden_size: int, dtype: torch.dtype, method: LinearMethod
-) -> Linear:
-    """The product that turns a hidden state into logits."""
-    part = LinearPart(name=name, out_features=vocab_size)
-    return Linear([part], in_features=hidden_size, bias=False, dtype=dtype, method=method)

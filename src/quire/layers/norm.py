@@ -1,25 +1,37 @@
-"""RMSNorm (Zhang and Sennrich 2019), alone or fused with the residual addition before it."""
+"""RMSNorm (Zhang and Sennrich 2019): the weight of one norm."""
 
 from __future__ import annotations
 
 import torch
 
+from quire.kernels.ops import NormWeight
 from quire.layers.parameter import WeightTarget
+from quire.layers.spec import NormSpec
 
 
 class RMSNorm:
-    """The weight of one norm. The arithmetic is `Kernels.rms_norm` and `Kernels.add_rms_norm`."""
+    """The weight; the arithmetic is `Ops.norm`."""
 
     def __init__(
-        self, name: str, *, size: int, eps: float, dtype: torch.dtype, device: torch.device
+        self, name: str, *, size: int, spec: NormSpec, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.name = name
-        self.eps = eps
-        self.weight = torch.empty(size, dtype=dtype, device=device)
+        self._name = name
+        self._plus_one = spec.plus_one
+        kept = torch.float32 if spec.order == "scale_then_round" else dtype
+        weight = torch.empty(size, dtype=kept, device=device)
+        self.weight = NormWeight(weight, spec.eps)
 
     def targets(self) -> list[WeightTarget]:
-        shape = (self.weight.shape[0],)
-        return [WeightTarget(name=f"{self.name}.weight", shape=shape, load=self._load, kind="norm")]
+        return [
+            WeightTarget(
+                name=f"{self._name}.weight",
+                shape=(self.weight.weight.shape[0],),
+                load=self._load,
+                kind="bias" if self._plus_one else "norm",  # random weights are then 0, or 1
+            )
+        ]
 
     def _load(self, first: int, values: torch.Tensor) -> None:
-        self.weight[first : first + len(values)] = values
+        if self._plus_one:
+            values = 1.0 + values.float()
+        self.weight.weight[first : first + len(values)] = values

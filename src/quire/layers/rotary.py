@@ -11,15 +11,15 @@ import math
 
 import torch
 
-from quire.layers.spec import RopeSpec
+from quire.layers.spec import QueryTemperature, RopeSpec
 
 
 def cos_sin_table(rope: RopeSpec, *, max_model_len: int, dtype: torch.dtype) -> torch.Tensor:
     """cos and sin for each position: [max_model_len, rotary_dim] float32, the cos half then the sin half.
 
-    Values are rounded to `dtype`, the model's, before they are stored: transformers multiplies by
-    cos and sin in the model's dtype, and a bf16 model that rotates with more precise angles answers
-    differently from the reference.
+    Values are rounded to `dtype`, the model's, before they are stored: in most families transformers
+    multiplies by cos and sin in the model's dtype, and a bf16 model that rotates with more precise angles
+    answers differently from the reference.
     """
     freqs = torch.outer(
         torch.arange(max_model_len, dtype=torch.float32),
@@ -27,7 +27,7 @@ def cos_sin_table(rope: RopeSpec, *, max_model_len: int, dtype: torch.dtype) -> 
     )
     # freqs: [max_model_len, rotary_dim / 2]
     table = torch.cat((freqs.cos(), freqs.sin()), dim=-1).mul_(rope.attention_factor)
-    return table.to(dtype).to(torch.float32)
+    return table.to(dtype).to(torch.float32) if rope.rounded else table
 
 
 def inverse_frequencies(rope: RopeSpec, *, max_model_len: int) -> torch.Tensor:
@@ -35,7 +35,10 @@ def inverse_frequencies(rope: RopeSpec, *, max_model_len: int) -> torch.Tensor:
     if rope.type == "yarn":
         return _yarn(rope)
     theta = _dynamic_theta(rope, max_model_len) if rope.type == "dynamic" else rope.theta
-    inv_freq = 1.0 / _powers(theta, rope.rotary_dim)
+    powers = _powers(theta, rope.rotary_dim)
+    if rope.type == "longrope":
+        return 1.0 / (_longrope_factors(rope, max_model_len) * powers)
+    inv_freq = 1.0 / powers
     if rope.type == "linear":
         return inv_freq / rope.factor
     if rope.type == "llama3":
@@ -65,6 +68,18 @@ def _dynamic_theta(rope: RopeSpec, max_model_len: int) -> float:
         return rope.theta
     stretch = rope.factor * max_model_len / trained - (rope.factor - 1)
     return float(rope.theta * stretch ** (dim / (dim - 2)))
+
+
+def _longrope_factors(rope: RopeSpec, max_model_len: int) -> torch.Tensor:
+    """LongRoPE (Ding et al. 2024): one set of divisors for the life of the engine, [rotary_dim / 2].
+
+    transformers takes the short ones until a sequence passes the original context. As with
+    `_dynamic_theta`, a token's rotation may not depend on how long its request becomes: `max_model_len`
+    decides, as in vLLM. Answers equal transformers' where the sequence and `max_model_len` are on the same
+    side of the original context.
+    """
+    beyond = max_model_len > rope.original_max_position_embeddings
+    return torch.tensor(rope.long_factors if beyond else rope.short_factors, dtype=torch.float32)
 
 
 def _llama3(rope: RopeSpec, inv_freq: torch.Tensor) -> torch.Tensor:
@@ -100,3 +115,13 @@ def _yarn(rope: RopeSpec) -> torch.Tensor:
     ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
     keep = 1 - ramp
     return 1.0 / (rope.factor * powers) * (1 - keep) + 1.0 / powers * keep
+
+
+def query_temperatures(
+    temperature: QueryTemperature, *, max_model_len: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """What the queries at each position are multiplied by: [max_model_len] float32, rounded to `dtype`, as
+    transformers' `get_llama_4_attn_scale` has it."""
+    positions = torch.arange(max_model_len, dtype=torch.float32)
+    turns = torch.floor(positions / temperature.original_length)
+    return (1 + temperature.beta * torch.log(1 + turns)).to(dtype).to(torch.float32)

@@ -8,7 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn"]
+from quire.quantization.base import LinearPart, LinearShape
+
+RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,16 +28,20 @@ class RopeSpec:
     factor: float = 1.0
     """How much longer the context is than the one trained on (linear, dynamic, llama3, yarn)."""
     original_max_position_embeddings: int = 0
-    """Context length before scaling (llama3, yarn); for dynamic, where scaling begins. In tokens."""
+    """Tokens of context before scaling (llama3, yarn, longrope); for dynamic, where scaling begins."""
     low_freq_factor: float = 1.0
     high_freq_factor: float = 1.0
     attention_factor: float = 1.0
-    """Multiplies cos and sin (yarn's temperature, already derived from mscale where the config
-    gives that).
-    """
+    """Multiplies cos and sin (yarn and longrope; already derived where the config does not give it)."""
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     truncate: bool = True
+    short_factors: tuple[float, ...] = ()
+    """What longrope divides each frequency by within `original_max_position_embeddings`: rotary_dim / 2."""
+    long_factors: tuple[float, ...] = ()
+    """The same beyond it."""
+    rounded: bool = True
+    """Whether cos and sin are rounded to the model's dtype (all but OLMo 2 and 3)."""
 
 
 NormOrder = Literal["round_then_scale", "scale_then_round"]
@@ -113,6 +119,18 @@ class AttentionSpec:
     def kv_size(self) -> int:
         return self.heads.kv_size
 
+    def linears(self, prefix: str, hidden_size: int) -> tuple[LinearShape, LinearShape]:
+        """What makes queries, keys and values; and the output projection. prefix: of their names."""
+        sizes = {"q_proj": self.q_size, "k_proj": self.kv_size, "v_proj": self.kv_size}
+        if self.fused_qkv:
+            sizes = {"qkv_proj": self.q_size + 2 * self.kv_size}
+        qkv = tuple(LinearPart(f"{prefix}.{name}", size) for name, size in sizes.items())
+        o = (LinearPart(f"{prefix}.o_proj", hidden_size),)
+        return (
+            LinearShape(hidden_size, qkv, bias=self.qkv_bias),
+            LinearShape(self.q_size, o, bias=self.o_bias),
+        )
+
 
 Activation = Literal["silu", "gelu_tanh"]
 
@@ -127,3 +145,16 @@ class MlpSpec:
     """Of all three projections."""
     fused_gate_up: bool = False
     """The checkpoint holds gate and up as one matrix, `gate_up_proj`."""
+
+    def linears(self, prefix: str, hidden_size: int) -> tuple[LinearShape, LinearShape]:
+        """Gate and up; and down. prefix: of their names."""
+        inner = self.intermediate_size
+        sizes = {"gate_proj": inner, "up_proj": inner}
+        if self.fused_gate_up:
+            sizes = {"gate_up_proj": 2 * inner}
+        gate_up = tuple(LinearPart(f"{prefix}.{name}", size) for name, size in sizes.items())
+        down = (LinearPart(f"{prefix}.down_proj", hidden_size),)
+        return (
+            LinearShape(hidden_size, gate_up, bias=self.bias),
+            LinearShape(inner, down, bias=self.bias),
+        )

@@ -21,16 +21,6 @@ class FinishReason(str, Enum):
     """It repeated itself, and its parameters asked to end then."""
 
 
-class WaitReason(str, Enum):
-    """Why a waiting request did not run in a step."""
-
-    CAPACITY = "capacity"
-    """No free blocks, no sequence slot, or no token budget left for it."""
-    DEFERRED = "deferred"
-    """It waits for something on purpose: a request that is computing the prompt both begin with, a token that
-    was being sampled when it was preempted, or its grammar, which is being compiled."""
-
-
 # --- front end -> engine core ---------------------------------------------------------------------
 
 
@@ -53,17 +43,28 @@ class AbortRequests(msgspec.Struct, tag="abort", frozen=True):
 
 
 class ResetPrefixCache(msgspec.Struct, tag="reset_prefix_cache", frozen=True):
-    """Forget all cached content. Running requests keep their blocks, which nobody can find any more."""
+    """Forget all cached content. Running requests keep their blocks, but no other request finds them."""
 
 
 class Sleep(msgspec.Struct, tag="sleep", frozen=True):
-    """Give memory back: level 1 the KV cache's, 2 the weights' too. Only while there is no work."""
+    """Give memory back: level 1 the KV cache's, 2 the weights' too. An error while requests run."""
 
     level: int
 
 
 class WakeUp(msgspec.Struct, tag="wake_up", frozen=True):
     """Take the memory again; weights that were dropped are loaded again."""
+
+
+ControlAction = ResetPrefixCache | Sleep | WakeUp
+
+
+class Control(msgspec.Struct, tag="control", frozen=True):
+    """Something to do for the engine as a whole, between two steps. Answered by an `Answer` with its id;
+    calls are carried out, and answered, in the order sent."""
+
+    id: int
+    action: ControlAction
 
 
 class Ping(msgspec.Struct, tag="ping", frozen=True):
@@ -76,7 +77,7 @@ class Shutdown(msgspec.Struct, tag="shutdown", frozen=True):
     """Abort what is left and leave."""
 
 
-CoreInput = AddRequest | AbortRequests | ResetPrefixCache | Sleep | WakeUp | Ping | Shutdown
+CoreInput = AddRequest | AbortRequests | Control | Ping | Shutdown
 
 # --- engine core -> front end ---------------------------------------------------------------------
 
@@ -141,6 +142,8 @@ class SchedulerStats(msgspec.Struct, kw_only=True, omit_defaults=True):
     num_running: int = 0
     num_waiting: int = 0
     waiting_by_reason: dict[str, int] = {}
+    """`capacity`: no free blocks, no sequence slot or no token budget, for it or for one before it.
+    `deferred`: a prompt that another request computes, a pending token, or its grammar is awaited."""
     kv_usage: float = 0.0
     """Share of blocks referenced by requests, 0-1."""
     kv_slots_allocated: int = 0
@@ -195,19 +198,27 @@ class Pong(msgspec.Struct, tag="pong", frozen=True):
     timestamp: float
 
 
-class SleepState(msgspec.Struct, tag="sleep_state", frozen=True):
-    """The answer to `Sleep` and `WakeUp`."""
-
-    level: int
-    """0: awake."""
-
-
-class CoreFailed(msgspec.Struct, tag="failed", frozen=True):
-    """The core cannot start or go on; it exits after sending this."""
+class Failure(msgspec.Struct, frozen=True):
+    """An exception, as data."""
 
     message: str
     kind: str
     """Name of the `QuireError` subclass to raise in the front end."""
 
 
-CoreOutput = StepOutputs | EngineReady | Pong | SleepState | CoreFailed
+class Answer(msgspec.Struct, tag="answer", frozen=True):
+    """The `Control` of this id was carried out, or failed and the engine goes on."""
+
+    id: int
+    sleep_level: int
+    """The engine's now, also after a failure. 0: awake."""
+    failure: Failure | None = None
+
+
+class CoreFailed(msgspec.Struct, tag="failed", frozen=True):
+    """The core cannot start or go on; it exits after sending this."""
+
+    failure: Failure
+
+
+CoreOutput = StepOutputs | EngineReady | Pong | Answer | CoreFailed

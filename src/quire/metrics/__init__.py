@@ -1,4 +1,4 @@
-"""Counters: what the engine did, told to it in plain numbers, shown under vLLM's Prometheus names.
+"""Metrics: the engine reports numbers, which are exported under vLLM's Prometheus names.
 
 `request_stats` is data and a Protocol (nothing imported); `engine_metrics`, `http_metrics` and
 `exposition` need prometheus_client and are therefore loaded on first use, so that `import quire`

@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 FINISH_REASONS = ("stop", "length", "abort", "error", "repetition")
 WAIT_REASONS = ("capacity", "deferred")
 SLEEP_STATES = ("awake", "weights_offloaded", "discard_all")
-"""By level of sleep."""
+"""Name by level of sleep."""
 REJECT_REASONS = ("max_num_queued_reqs", "max_num_queued_tokens")
 
 
 class EngineMetrics:
-    """A `MetricsSink` over one registry; pure functions of what it is told."""
+    """A `MetricsSink` over one registry."""
 
     def __init__(
         self,
@@ -182,7 +182,7 @@ class EngineMetrics:
             buckets.ITERATION_TOKENS,
         )
 
-    # --- what happened ----------------------------------------------------------------------------
+    # --- events -----------------------------------------------------------------------------------
 
     def on_step(self, outputs: StepOutputs) -> None:
         """A message of the engine core: tokens of one step, and the scheduler's state after it."""
@@ -255,8 +255,8 @@ class EngineMetrics:
             self._request_max_tokens.observe(request.max_tokens)
 
     def on_rejected(self, reason: str) -> None:
-        """A request was refused because a queue limit was reached. Unknown reasons are not counted:
-        label values are fixed, so that nothing a client sends can grow the registry."""
+        """A request was refused because of a queue limit. Unknown reasons are not counted: label values are
+        fixed, so that clients cannot make the registry grow."""
         if reason in self._rejections:
             self._rejections[reason].inc()
 
@@ -266,7 +266,7 @@ class EngineMetrics:
 
 
 class _Family:
-    """Makes metrics of one registry with the labels `model_name, engine` already bound."""
+    """Makes metrics of one registry, with the labels `model_name, engine` set."""
 
     def __init__(self, registry: CollectorRegistry, model_name: str, engine: str) -> None:
         self._registry = registry

@@ -13,7 +13,7 @@ from prometheus_client import (
 
 
 def new_registry() -> CollectorRegistry:
-    """A registry with `process_*`, `python_info` and `python_gc_*`, shared with nobody."""
+    """A new registry with `process_*`, `python_info` and `python_gc_*`."""
     registry = CollectorRegistry(auto_describe=True)
     ProcessCollector(registry=registry)
     PlatformCollector(registry=registry)
@@ -24,8 +24,8 @@ def new_registry() -> CollectorRegistry:
 def render(registry: CollectorRegistry) -> tuple[bytes, str]:
     """(body, content type), always in the text format 0.0.4 that every scraper reads.
 
-    No content negotiation: prometheus_client's OpenMetrics writer (0.26) rewrites the colon of a
-    sample's name to an underscore unless the scraper asks otherwise, and `vllm:` names would vanish
-    from the dashboards of everyone with Prometheus 2.
+    No content negotiation: prometheus_client's OpenMetrics writer (0.26) replaces the colon in a sample's
+    name by an underscore unless the scraper asks otherwise, and dashboards on Prometheus 2 would lose the
+    `vllm:` names.
     """
     return generate_latest(registry), CONTENT_TYPE_LATEST

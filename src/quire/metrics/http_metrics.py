@@ -1,4 +1,4 @@
-"""HTTP counters under the names of prometheus-fastapi-instrumentator, which vLLM's boards read."""
+"""HTTP counters under the names of prometheus-fastapi-instrumentator, which vLLM's dashboards use."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from quire.metrics import buckets
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
-"""Others are counted together: a client must not be able to make label values."""
+"""Other methods are counted together: clients must not be able to add label values."""
 
 UNMATCHED = "none"
 
@@ -15,7 +15,7 @@ UNMATCHED = "none"
 class HttpMetrics:
     """`http_requests_total` and `http_request_duration_seconds`.
 
-    `handler` is the route's template, never the requested path; both are bounded.
+    `handler` is the route's template, never the requested path, so the number of label values is limited.
     """
 
     def __init__(self, registry: CollectorRegistry) -> None:

@@ -1,4 +1,4 @@
-"""The throughput line in the log, in vLLM's words, so that log scrapers keep working."""
+"""The throughput line in the log, with vLLM's text, so that log scrapers keep working."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 class StatsLogger:
-    """Adds up what steps report and says it once per interval; silent while nothing happens."""
+    """Adds up the reports of steps and logs one line per interval; none while the engine is idle."""
 
     def __init__(self, *, engine: str = "000") -> None:
         self._engine = engine
@@ -42,7 +42,7 @@ class StatsLogger:
     def line(self, now: float) -> str | None:
         """The line for the interval that ends `now` (monotonic seconds), or None when idle.
 
-        The first idle interval after work is still reported, so that a log ends on zeros.
+        The first idle interval after work is still reported, so that the last line of a log has zeros.
         """
         since, self._since = self._since, now
         stats = self._stats

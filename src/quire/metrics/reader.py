@@ -1,4 +1,4 @@
-"""Metrics as plain values, for programs that hold the engine themselves: vLLM's `LLM.get_metrics()`."""
+"""Metrics as plain values, for programs that use the engine as a library: vLLM's `LLM.get_metrics()`."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class Histogram(Metric):
     count: int
     sum: float
     buckets: dict[str, int]
-    """Upper bound as text, "+Inf" the last -> how many were at most that."""
+    """Upper bound as text, "+Inf" last -> number of values that were at most that."""
 
 
 def read_metrics(registry: CollectorRegistry) -> list[Metric]:
-    """Every metric of the engine as it is now."""
+    """The current value of every metric of the engine."""
     return [metric for family in registry.collect() for metric in _read(family)]
 
 
@@ -47,7 +47,8 @@ def _read(family: Family) -> list[Metric]:
 
 
 def _histograms(family: Family) -> list[Metric]:
-    """One per set of labels: its samples come as name_bucket with a bound `le`, name_count and name_sum."""
+    """One histogram per set of labels; its samples are name_bucket with a bound `le`, name_count,
+    name_sum."""
     parts: dict[tuple[tuple[str, str], ...], dict[str, float]] = {}
     for sample in family.samples:
         labels = dict(sample.labels)

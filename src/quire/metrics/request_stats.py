@@ -1,4 +1,4 @@
-"""What the engine tells about a finished request, and the interface it tells it through."""
+"""The record of a finished request, and the interface through which the engine reports."""
 
 from __future__ import annotations
 
@@ -13,30 +13,29 @@ if TYPE_CHECKING:
 class FinishedRequest:
     """One request, all its `n` sequences together, when the last of them has ended.
 
-    Every `*_ts` is `time.monotonic()` seconds, 0.0 where it never happened (a request aborted in
-    the queue was never scheduled). Derived spans are None where an end is missing, so that a
-    histogram never sees a time that is not one.
+    Every `*_ts` is `time.monotonic()` seconds, or 0.0 if the event never happened (a request aborted in
+    the queue was never scheduled). A derived interval is None if one of its ends is missing.
     """
 
     prompt_tokens: int
     generation_tokens: int
-    """Over all sequences."""
+    """Sum over all sequences."""
     cached_tokens: int
     finish_reason: str
-    """stop | length | abort | error; the first sequence's, when they differ."""
+    """stop | length | abort | error; that of the first sequence."""
     arrival_ts: float
     queued_ts: float = 0.0
     scheduled_ts: float = 0.0
     first_token_ts: float = 0.0
     last_token_ts: float = 0.0
     finished_ts: float = 0.0
-    """When the front end learned of the end; without it the last token stands in."""
+    """When the front end got the end; if not set, the last token's time is used."""
     num_preemptions: int = 0
     n: int = 1
     max_tokens: int | None = None
-    """As the client asked; None was "the rest of the context"."""
+    """As the client sent it; None: the rest of the context."""
     max_generation_tokens: int = 0
-    """The longest sequence's; 0 means "as `generation_tokens`" (n = 1)."""
+    """The longest sequence's; 0 means the same as `generation_tokens` (n = 1)."""
 
     @property
     def e2e_seconds(self) -> float | None:
@@ -78,7 +77,7 @@ def _span(start: float, end: float) -> float | None:
 
 
 class MetricsSink(Protocol):
-    """What an engine's front end calls. Each call is a fact; none asks anything back.
+    """What an engine's front end reports to. No call returns anything.
 
     Order per request: `on_first_token` once per request (without a time if the prompt was all),
     `on_token_gap` once per later token of each sequence, `on_finished` once. `on_step` once per message
@@ -101,7 +100,7 @@ class MetricsSink(Protocol):
 
 
 class NullMetrics:
-    """Counts nothing; what `LLM` uses."""
+    """Counts nothing; used by `LLM`."""
 
     def on_step(self, outputs: StepOutputs) -> None:
         pass

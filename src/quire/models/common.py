@@ -6,10 +6,11 @@ nobody understood.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from quire.layers.spec import AttentionSpec, MlpSpec, NormSpec
+from quire.dtypes import FLOATS
+from quire.layers.spec import Activation, AttentionSpec, MlpSpec, NormSpec, RopeSpec
 from quire.models.context import read_context_length
 from quire.models.fields import (
     MOE_FIELDS,
@@ -17,13 +18,19 @@ from quire.models.fields import (
     ConfigReader,
     unsupported,
 )
-from quire.models.rope_config import read_rope
+from quire.models.rope_config import DEFAULT_THETA, FULL, SLIDING, RopeDefaults, read_rope
 from quire.models.spec import LayerSpec, ModelSpec, Placement
+from quire.quantization import read_method
+from quire.quantization.base import LinearMethod
+from quire.quantization.unquantized import UNQUANTIZED
 
-DTYPES = ("bfloat16", "float16", "float32")
+LLAMA_NORM = NormSpec(eps=1e-6)
 MAX_LAYERS = 4096
 MAX_HEAD_DIM = 512
-FULL, SLIDING = "full_attention", "sliding_attention"
+ACTIVATION_NAMES: Mapping[Activation, tuple[str, ...]] = {
+    "silu": ("silu", "swish"),
+    "gelu_tanh": ("gelu_pytorch_tanh",),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +44,12 @@ class Sizes:
     num_kv_heads: int
     head_dim: int
     intermediate_size: int
+    activation: Activation
     max_position_embeddings: int
 
     @property
     def attention(self) -> AttentionSpec:
-        """A plain layer's."""
+        """That of a plain layer."""
         return AttentionSpec(
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
@@ -51,7 +59,14 @@ class Sizes:
 
     @property
     def mlp(self) -> MlpSpec:
-        return MlpSpec(intermediate_size=self.intermediate_size)
+        return MlpSpec(intermediate_size=self.intermediate_size, activation=self.activation)
+
+    def rope_defaults(self, *, theta: float = DEFAULT_THETA) -> RopeDefaults:
+        return RopeDefaults(
+            head_dim=self.head_dim,
+            max_position_embeddings=self.max_position_embeddings,
+            theta=theta,
+        )
 
 
 def read_sizes(
@@ -60,13 +75,14 @@ def read_sizes(
     model_type: str,
     default_num_kv_heads: int | None,
     default_head_dim: int | None = None,
+    activation: Activation = "silu",
 ) -> Sizes:
     """Refuse another family's config, then read the sizes.
 
     The `default_*` arguments are what transformers' own config class assumes when a field is left out: a file
     written by it may rely on them.
     """
-    _reject_other_models(reader, model_type)
+    _reject_other_models(reader, model_type, activation)
     hidden_size, num_heads = reader.integer("hidden_size"), reader.integer("num_attention_heads")
     num_kv_heads = read_num_kv_heads(reader, num_heads=num_heads, default=default_num_kv_heads)
     head_dim = read_head_dim(
@@ -80,22 +96,16 @@ def read_sizes(
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         intermediate_size=reader.integer("intermediate_size"),
+        activation=activation,
         max_position_embeddings=reader.integer("max_position_embeddings"),
     )
 
 
 def stack(
-    attention: AttentionSpec,
-    mlp: MlpSpec,
-    *,
-    windows: Sequence[int | None],
-    placement: Placement = "pre",
+    attention: Iterable[AttentionSpec], mlp: MlpSpec, *, placement: Placement = "pre"
 ) -> tuple[LayerSpec, ...]:
-    """One layer for each window, otherwise alike."""
-    return tuple(
-        LayerSpec(placement=placement, attention=replace(attention, window=window), mlp=mlp)
-        for window in windows
-    )
+    """Layers that differ in their attention only."""
+    return tuple(LayerSpec(placement=placement, attention=each, mlp=mlp) for each in attention)
 
 
 def read_spec(
@@ -104,29 +114,32 @@ def read_spec(
     *,
     architecture: str,
     layers: tuple[LayerSpec, ...],
+    norm: NormSpec = LLAMA_NORM,
+    ropes: tuple[RopeSpec, ...] | None = None,
+    default_tied: bool = False,
     default_eos_token_ids: tuple[int, ...] = (),
 ) -> ModelSpec:
-    """Read what remains: norm, rotary embedding, context and ends; then `finish()` the reader."""
-    rope = read_rope(
-        reader,
-        head_dim=sizes.head_dim,
-        max_position_embeddings=sizes.max_position_embeddings,
-    )
+    """Read what remains (context, ends and dtype), then `finish()` the reader.
+
+    norm: its eps counts where the config gives none. ropes: None: one, with transformers' usual defaults.
+    """
+    ropes = ropes or (read_rope(reader, sizes.rope_defaults()),)
     context_length, context_source = read_context_length(
-        reader, rope, max_position_embeddings=sizes.max_position_embeddings
+        reader, ropes, max_position_embeddings=sizes.max_position_embeddings
     )
     spec = ModelSpec(
         architecture=architecture,
         vocab_size=sizes.vocab_size,
         hidden_size=sizes.hidden_size,
         layers=layers,
-        norm=NormSpec(eps=reader.number("rms_norm_eps", default=1e-6)),
-        ropes=(rope,),
+        norm=replace(norm, eps=reader.number("rms_norm_eps", default=norm.eps)),
+        ropes=ropes,
         context_length=context_length,
         context_source=context_source,
-        tie_word_embeddings=reader.boolean("tie_word_embeddings", default=False),
+        tie_word_embeddings=reader.boolean("tie_word_embeddings", default=default_tied),
         checkpoint_dtype=_read_dtype(reader),
         default_eos_token_ids=() if reader.nulled("eos_token_id") else default_eos_token_ids,
+        quantization=_read_quantization(reader),
     )
     reader.finish()
     return spec
@@ -170,28 +183,41 @@ def read_layer_windows(reader: ConfigReader, *, num_layers: int) -> tuple[int | 
     other fields say.
     """
     use_window = reader.boolean("use_sliding_window", default=False)
-    window = (
-        None if reader.nulled("sliding_window") else reader.integer("sliding_window", default=4096)
-    )
+    window = read_window(reader, default=4096)
     first = reader.integer("max_window_layers", default=28, at_least=0)
-    layer_types = reader.names("layer_types")
+    layer_types = read_layer_types(reader, num_layers=num_layers)
     if not use_window:
         window = None
     if layer_types is None:
         return tuple(window if i >= first else None for i in range(num_layers))
-    return windows_of_layer_types(reader, layer_types, num_layers=num_layers, window=window)
+    return windows_of_layer_types(reader, layer_types, window=window)
 
 
-def windows_of_layer_types(
-    reader: ConfigReader, layer_types: tuple[str, ...], *, num_layers: int, window: int | None
-) -> tuple[int | None, ...]:
-    """One window per layer from the config's `layer_types` list."""
+def read_window(reader: ConfigReader, *, default: int | None) -> int | None:
+    """Tokens that a query sees in a layer with a window; null means that there is none."""
+    if default is None or reader.nulled("sliding_window"):
+        return reader.integer("sliding_window") if reader.has("sliding_window") else None
+    return reader.integer("sliding_window", default=default)
+
+
+def read_layer_types(reader: ConfigReader, *, num_layers: int) -> tuple[str, ...] | None:
+    """What kind of attention each layer has, or None where the config does not say it."""
+    layer_types = reader.names("layer_types")
+    if layer_types is None:
+        return None
     unknown = sorted(set(layer_types) - {FULL, SLIDING})
     if unknown:
         raise reader.bad("layer_types", f"{unknown[0]!r} is not one of {FULL}, {SLIDING}")
     if len(layer_types) != num_layers:
         rule = f"it has {len(layer_types)} entries for num_hidden_layers {num_layers}"
         raise reader.bad("layer_types", rule)
+    return layer_types
+
+
+def windows_of_layer_types(
+    reader: ConfigReader, layer_types: Sequence[str], *, window: int | None
+) -> tuple[int | None, ...]:
+    """One window per layer."""
     if SLIDING in layer_types and window is None:
         raise reader.bad(
             "layer_types", f"{SLIDING} needs sliding_window (and use_sliding_window true)"
@@ -206,31 +232,43 @@ def _read_dtype(reader: ConfigReader) -> str | None:
     if not reader.has(field):
         return None
     name = reader.text(field, default="").removeprefix("torch.")
-    if name not in DTYPES:
-        raise reader.bad(field, f"supported dtypes are {', '.join(DTYPES)}")
+    if name not in FLOATS:
+        raise reader.bad(field, f"supported dtypes are {', '.join(FLOATS)}")
     return name
 
 
-def _reject_other_models(reader: ConfigReader, model_type: str) -> None:
-    """The mistakes worth their own words: another family's config, quantized weights, experts,
+def _read_quantization(reader: ConfigReader) -> LinearMethod:
+    for field in QUANTIZATION_FIELDS:
+        config = reader.mapping(field)
+        if not config:
+            continue
+        method = read_method(config)
+        if method is None:
+            raise unsupported(
+                field,
+                config,
+                rule="weights of this quant_method are not supported",
+                remedy="use the model's unquantized checkpoint",
+            )
+        return method
+    return UNQUANTIZED
+
+
+def _reject_other_models(reader: ConfigReader, model_type: str, activation: Activation) -> None:
+    """The mistakes worth their own words: another family's config, experts,
     another activation.
     """
     if reader.text("model_type", default=model_type) != model_type:
         raise reader.bad(
             "model_type", f"this architecture is only known with model_type {model_type!r}"
         )
-    for field in QUANTIZATION_FIELDS:
-        if reader.raw(field):
-            remedy = "use the model's unquantized checkpoint"
-            raise unsupported(
-                field, reader.raw(field), rule="quantized weights are not supported", remedy=remedy
-            )
     for field in MOE_FIELDS:
         if reader.raw(field):
             remedy = "use a dense model of this family"
             raise unsupported(
                 field, reader.raw(field), rule="mixture of experts is not supported", remedy=remedy
             )
+    names = ACTIVATION_NAMES[activation]
     for field in ("hidden_act", "hidden_activation"):
-        if reader.text(field, default="silu") not in ("silu", "swish"):
-            raise reader.bad(field, "only 'silu' is supported")
+        if reader.text(field, default=names[0]) not in names:
+            raise reader.bad(field, f"only {names[0]!r} is supported")

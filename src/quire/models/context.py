@@ -2,12 +2,14 @@
 
 As vLLM derives it: the smallest of the fields that name a length, times the factor of a rotary embedding
 that stretches it. `max_position_embeddings` counts positions before stretching for the linear and dynamic
-types, and after it for llama3. YaRN's length is its original one times its factor, whatever the field says:
-Qwen's cards tell users to add `rope_scaling` and to leave the field alone, DeepSeek's configs hold the
-product.
+types, and after it for llama3 and longrope, and where layers differ in their embedding (Gemma 3, OLMo 3).
+YaRN's length is its original one times its factor, whatever the field says: Qwen's cards tell users to add
+`rope_scaling` and to leave the field alone, DeepSeek's configs hold the product.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from quire.layers.spec import RopeSpec
 from quire.models.fields import MAX_SIZE, ConfigReader
@@ -20,7 +22,7 @@ OTHER_FIELDS = (
 
 
 def read_context_length(
-    reader: ConfigReader, rope: RopeSpec, *, max_position_embeddings: int
+    reader: ConfigReader, ropes: Sequence[RopeSpec], *, max_position_embeddings: int
 ) -> tuple[int, str]:
     """Positions a request may use, and what in the config says so (for messages)."""
     lengths = {"max_position_embeddings": max_position_embeddings}
@@ -29,6 +31,9 @@ def read_context_length(
         if type(value) is int and 1 <= value <= MAX_SIZE:
             lengths[name] = value
     field = min(lengths, key=lambda name: lengths[name])
+    rope = ropes[0]
+    if len(ropes) > 1:
+        return lengths[field], field
     if rope.type == "yarn":
         length = rope.original_max_position_embeddings * rope.factor
         return _bounded(length), "YaRN's original_max_position_embeddings times its factor"

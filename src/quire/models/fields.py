@@ -22,8 +22,8 @@ COSMETIC_FIELDS = frozenset(
     "architectures model_type auto_map transformers_version torchscript use_cache initializer_range "
     "attention_dropout hidden_dropout dropout embd_pdrop resid_pdrop attn_pdrop hidden_dropout_prob "
     "attention_probs_dropout_prob classifier_dropout pretraining_tp gradient_checkpointing "
-    "use_flash_attn use_flash_attention use_fused_rms_norm use_fused_cross_entropy use_sdpa "
-    "attn_implementation tokenizer_class processor_class is_llama_config "
+    "cache_implementation use_flash_attn use_flash_attention use_fused_rms_norm use_fused_cross_entropy "
+    "use_sdpa attn_implementation tokenizer_class processor_class is_llama_config "
     "model_name name_or_path license tags finetuned base_model "
     "transformers.js_config output_attentions output_hidden_states return_dict use_return_dict "
     "id2label label2id num_labels problem_type finetuning_task task_specific_params prefix "
@@ -46,6 +46,10 @@ NEUTRAL_VALUES: Mapping[str, object] = {
     "mlp_bias": False,
     "use_bias": False,
     "use_mrope": False,
+    "use_bidirectional_attention": False,
+    "lm_head_bias": False,
+    "full_attn_mod": 1,
+    "interpolate_factor": 1,
     "rope_interleaved": False,
     "partial_rotary_factor": 1.0,
     "is_decoder": False,
@@ -178,6 +182,18 @@ class ConfigReader:
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             raise self.bad(field, "it must be a list of strings")
         return tuple(value)
+
+    def numbers(self, field: str, *, count: int) -> tuple[float, ...]:
+        """A list of `count` positive numbers."""
+        value = self.raw(field)
+        if value is None:
+            raise self._missing(field)
+        if not isinstance(value, list) or len(value) != count:
+            raise self.bad(field, f"it must be a list of {count} numbers")
+        items = ConfigReader(
+            {f"{field}[{i}]": item for i, item in enumerate(value)}, prefix=self._prefix
+        )
+        return tuple(items.number(f"{field}[{i}]") for i in range(count))
 
     def bad(self, field: str, rule: str) -> UnsupportedModelError:
         """The field holds something we refuse; `rule` says what would be accepted."""

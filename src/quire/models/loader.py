@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 
 from quire.attention.base import AttentionBackend
+from quire.dtypes import FLOATS
 from quire.errors import ConfigError
 from quire.kernels.base import LayerKernels
 from quire.models.decoder import DecoderModel
@@ -25,7 +26,6 @@ logger = logging.getLogger(__name__)
 
 LoadFormat = Literal["auto", "safetensors", "dummy"]
 EMBEDDING = "model.embed_tokens.weight"
-MODEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @torch.inference_mode()
@@ -49,7 +49,7 @@ def load_model(
         CheckpointError: a tensor or file is missing, unexpected, truncated, or of the wrong shape or dtype.
         ConfigError: a dtype or load format that does not exist.
     """
-    if dtype not in MODEL_DTYPES:
+    if str(dtype).removeprefix("torch.") not in FLOATS:
         raise ConfigError(
             f"dtype is {dtype}, but models run in bfloat16, float16 or float32; set --dtype"
         )

@@ -12,13 +12,11 @@ from quire.models.common import read_layer_windows, read_sizes, read_spec, stack
 from quire.models.fields import ConfigReader
 from quire.models.spec import ModelSpec
 
-ARCHITECTURE = "Qwen2ForCausalLM"
 
-
-def resolve(config: Mapping[str, object]) -> ModelSpec:
+def resolve(config: Mapping[str, object], architecture: str) -> ModelSpec:
     """The q, k, v bias is part of the architecture, not of the config."""
     reader = ConfigReader(config)
     sizes = read_sizes(reader, model_type="qwen2", default_num_kv_heads=32)
     windows = read_layer_windows(reader, num_layers=sizes.num_layers)
-    layers = stack(replace(sizes.attention, qkv_bias=True), sizes.mlp, windows=windows)
-    return read_spec(reader, sizes, architecture=ARCHITECTURE, layers=layers)
+    attention = (replace(sizes.attention, qkv_bias=True, window=window) for window in windows)
+    return read_spec(reader, sizes, architecture=architecture, layers=stack(attention, sizes.mlp))

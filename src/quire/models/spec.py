@@ -10,10 +10,13 @@ neutral value: what a plain Llama layer has. Sizes are counts of elements, never
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 from quire.layers.spec import AttentionSpec, HeadShape, MlpSpec, NormSpec, RopeSpec
+from quire.quantization.base import LinearMethod, LinearPart, LinearShape
+from quire.quantization.unquantized import UNQUANTIZED
 
 Placement = Literal["pre", "post", "sandwich"]
 
@@ -62,8 +65,8 @@ class ModelSpec:
     """Divides the logits (Granite)."""
     logits_softcap: float = 0.0
     """Logits become softcap * tanh(logit / softcap); 0 leaves them (Gemma 2)."""
-    quantization: None = None
-    """The weights' format; None: as in the checkpoint's own dtype."""
+    quantization: LinearMethod = UNQUANTIZED
+    """How the checkpoint stores the matrices of linear layers."""
 
     @property
     def num_layers(self) -> int:
@@ -83,13 +86,39 @@ class ModelSpec:
 
     def num_parameters(self) -> int:
         """Trained values, counting a tied embedding once."""
-        embeddings = (1 if self.tie_word_embeddings else 2) * self.vocab_size * self.hidden_size
-        layers = sum(_layer_parameters(layer, self.hidden_size) for layer in self.layers)
-        return embeddings + layers + self.hidden_size
+        linears = sum(linear.num_parameters for linear in self.linears())
+        return linears + self._other_parameters()
 
     def weight_bytes(self, dtype_bytes: int) -> int:
-        """Memory the loaded model holds: every parameter once, a tied embedding too."""
-        return self.num_parameters() * dtype_bytes
+        """Memory the loaded model holds: every parameter once, a tied embedding too.
+
+        dtype_bytes: of an element of the model's dtype; matrices are as large as their format makes them.
+        """
+        linears = sum(
+            self.quantization.weight_bytes(linear, dtype_bytes) for linear in self.linears()
+        )
+        return linears + self._other_parameters() * dtype_bytes
+
+    def linears(self) -> Iterator[LinearShape]:
+        """Every product of the model."""
+        for index, layer in enumerate(self.layers):
+            prefix = f"model.layers.{index}"
+            yield from layer.attention.linears(f"{prefix}.self_attn", self.hidden_size)
+            yield from layer.mlp.linears(f"{prefix}.mlp", self.hidden_size)
+        yield self.head
+
+    @property
+    def head(self) -> LinearShape:
+        """The product that turns a hidden state into logits. A tied one is also where tokens' embeddings are
+        looked up."""
+        name = "model.embed_tokens" if self.tie_word_embeddings else "lm_head"
+        return LinearShape(self.hidden_size, (LinearPart(name, self.vocab_size),), bias=False)
+
+    def _other_parameters(self) -> int:
+        """Of norms, and of an embedding that is not the head."""
+        embedding = 0 if self.tie_word_embeddings else self.vocab_size * self.hidden_size
+        norms = sum(_norm_parameters(layer, self.hidden_size) for layer in self.layers)
+        return embedding + norms + self.hidden_size
 
     def kv_bytes_per_token(self, dtype_bytes: int) -> int:
         """Keys and values of one token in all layers.
@@ -99,17 +128,11 @@ class ModelSpec:
         return 2 * sum(layer.attention.kv_size for layer in self.layers) * dtype_bytes
 
 
-def _layer_parameters(layer: LayerSpec, hidden_size: int) -> int:
-    attention, mlp = layer.attention, layer.mlp
-    qkv_out = attention.q_size + 2 * attention.kv_size
-    count = hidden_size * (qkv_out + attention.q_size + 3 * mlp.intermediate_size)
-    count += (4 if layer.placement == "sandwich" else 2) * hidden_size
-    count += qkv_out if attention.qkv_bias else 0
-    count += hidden_size if attention.o_bias else 0
-    count += 2 * mlp.intermediate_size + hidden_size if mlp.bias else 0
+def _norm_parameters(layer: LayerSpec, hidden_size: int) -> int:
+    attention = layer.attention
     qk_norms = {
         "none": 0,
         "head": 2 * attention.head_dim,
         "whole": attention.q_size + attention.kv_size,
     }
-    return count + qk_norms[attention.qk_norm]
+    return (4 if layer.placement == "sandwich" else 2) * hidden_size + qk_norms[attention.qk_norm]

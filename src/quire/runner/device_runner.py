@@ -239,8 +239,7 @@ class DeviceRunner:
         self._may_record = not eager
         self._decode_rows = graph_sizes(max_num_seqs)
         self._mixed_rows = mixed_rows(max_num_seqs)
-        num_weights = model.weight_bytes // model.dtype.itemsize
-        self._mixed_tokens = mixed_tokens(num_weights, max_num_batched_tokens)
+        self._mixed_tokens = mixed_tokens(model.spec.num_parameters(), max_num_batched_tokens)
         self._uses: dict[_Shape, int] = {}
         self._recorded: dict[_Shape, Callable[[], _Computed]] = {}
 
@@ -469,7 +468,7 @@ class DeviceRunner:
             block_table=batch.block_table[:rows],
             max_query_len=shape.most_tokens,
         )
-        return self.model.forward(batch.input_ids[:tokens], positions, metadata, self.kv_cache)
+        return self.model.compute(batch.input_ids[:tokens], metadata, self.kv_cache)
 
     def _sampled_rows(self, shape: _Shape, hidden: Tensor) -> Tensor:
         """[samples, hidden_size] of all the tokens' hidden states."""

@@ -78,7 +78,7 @@ class GPU:
     def attention(self) -> AttentionBackend:
         spec, device = self._spec, self.device.torch_device
         task = AttentionTask(
-            scale=spec.model.layers[0].attention.scale,
+            softcap=max(layer.attention.softcap for layer in spec.model.layers),
             head_dim=spec.model.heads.head_dim,
             dtype=getattr(torch, spec.dtype),
             kv_dtype=getattr(torch, spec.kv_cache_dtype),
@@ -154,7 +154,7 @@ def _run_step(model: DecoderModel, cache: KVCache, *, requests: int, tokens: int
         block_table=torch.zeros(requests, -(-tokens // size), dtype=torch.int32, device=device),
         max_query_len=tokens,
     )
-    return model.forward(torch.zeros_like(positions), positions, metadata, cache)
+    return model.compute(torch.zeros_like(positions), metadata, cache)
 
 
 def _remedy(error: Exception) -> str | None:

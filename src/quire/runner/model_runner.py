@@ -9,7 +9,7 @@ import torch
 
 from quire.attention.base import KVCache
 from quire.kernels.base import Kernels
-from quire.kernels.decoder import StepRows
+from quire.kernels.program import StepRows
 from quire.messages import AdmittedRequest, PlannedRow, SampledRow, StepPlan, StepResult
 from quire.models.decoder import DecoderModel
 from quire.runner.prompt_work import PromptWork

@@ -1,18 +1,46 @@
 """In which order requests are served, and the queue that keeps them so.
 
-A policy is one function, request -> sort key. The scheduler serves in ascending order and preempts in
-descending order, so one function decides admission, budget and victims alike.
+A policy gives each waiting request a sort key. The scheduler admits in ascending order. The key that a
+request is first admitted with stays its own: running requests get budget in ascending order of it, and are
+preempted in descending order. So one order decides admission, budget and victims, and no counter that moves
+while requests run can make two of them preempt each other in turn.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
 
 from quire.errors import ConfigError
 from quire.scheduler.request import Request
 
 SortKey = Callable[[Request], tuple[float, ...]]
+
+
+class Policy(Protocol):
+    @property
+    def moves(self) -> bool:
+        """Whether keys of waiting requests change from step to step. Then they are asked for, and the queue
+        sorted, once a step."""
+
+    def waiting_key(self, request: Request) -> tuple[float, ...]:
+        """The place in the queue of a request that was never admitted; no two keys are equal."""
+
+    def served(self, request: Request, num_tokens: int) -> None:
+        """So many tokens of the request are computed in this step. Told only to a policy that moves."""
+
+
+@dataclass(frozen=True, slots=True)
+class FixedOrder:
+    """A policy whose keys depend on the request alone."""
+
+    waiting_key: SortKey
+    moves: bool = False
+
+    def served(self, request: Request, num_tokens: int) -> None:
+        pass
 
 
 def fcfs(request: Request) -> tuple[float, ...]:
@@ -25,17 +53,20 @@ def priority(request: Request) -> tuple[float, ...]:
     return (request.placement.priority, request.arrival_time, request.request_id)
 
 
-POLICIES: dict[str, SortKey] = {"fcfs": fcfs, "priority": priority}
+POLICIES: dict[str, Callable[[], Policy]] = {
+    "fcfs": lambda: FixedOrder(fcfs),
+    "priority": lambda: FixedOrder(priority),
+}
 
 
-def get_policy(name: str) -> SortKey:
+def create_policy(name: str) -> Policy:
     if name not in POLICIES:
         raise ConfigError(f"scheduling_policy must be one of {', '.join(POLICIES)}, got {name!r}.")
-    return POLICIES[name]
+    return POLICIES[name]()
 
 
 class RequestQueue:
-    """Requests in ascending `sort_key`, which must not change while they are in it."""
+    """Requests in ascending `sort_key`, which changes only by `sort`."""
 
     def __init__(self) -> None:
         self._items: list[Request] = []
@@ -56,6 +87,13 @@ class RequestQueue:
         index = bisect_left(self._items, request.sort_key, key=_sort_key)
         assert self._items[index] is request, f"{request} is not queued"
         del self._items[index]
+
+    def sort(self, key: SortKey) -> None:
+        """Give new keys to those that were never admitted."""
+        for request in self._items:
+            if not request.was_admitted:
+                request.sort_key = key(request)
+        self._items.sort(key=_sort_key)
 
 
 def _sort_key(request: Request) -> tuple[float, ...]:

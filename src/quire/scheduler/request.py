@@ -55,8 +55,13 @@ class Request:
         self.queued_time = queued_time
         self.scheduled_time = 0.0
         self.sort_key: tuple[float, ...] = ()
-        """Its place in the policy's order; smaller is served first."""
+        """Its place in the policy's order; smaller is served first. Fixed once it was admitted."""
         self._common: dict[int, int] = {}
+
+    @property
+    def was_admitted(self) -> bool:
+        """Now or before a preemption."""
+        return self.num_cached_tokens is not None
 
     @property
     def num_tokens(self) -> int:

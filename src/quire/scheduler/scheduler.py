@@ -29,7 +29,7 @@ from __future__ import annotations
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from quire.kvcache import KVCacheManager, PrefixMatch
 from quire.messages import (
@@ -43,9 +43,9 @@ from quire.messages import (
     SchedulerStats,
     StepPlan,
     StepResult,
-    WaitReason,
 )
-from quire.scheduler.policy import RequestQueue, get_policy
+from quire.scheduler.decisions import DecisionKind, Observer, Reporter, Wait, WaitReason
+from quire.scheduler.policy import RequestQueue, create_policy
 from quire.scheduler.request import Request, RequestStatus
 
 
@@ -73,23 +73,29 @@ class Scheduler:
         *,
         clock: Callable[[], float] = time.monotonic,
         needs_token_before_next: Callable[[AddRequest], bool] = lambda message: False,
+        observe: Observer | None = None,
     ) -> None:
         """needs_token_before_next: says of a request that it cannot be overlapped, because its next token
-        cannot be sampled before this side has seen the last one."""
+        cannot be sampled before this side has seen the last one.
+        observe: called with every decision. Without it none are recorded."""
         # A lone request can always grow to full length: that is what guarantees progress.
-        assert kv.blocks_for(limits.max_model_len) <= kv.pool.num_usable
+        assert kv.blocks_for(limits.max_model_len) <= kv.num_usable
         assert limits.max_num_batched_tokens >= limits.max_num_seqs
         self.limits = limits
         self.kv = kv
         self.running = RequestQueue()
         self.waiting = RequestQueue()
         self.requests: dict[int, Request] = {}
-        self._sort_key = get_policy(limits.policy)
+        self.policy = create_policy(limits.policy)
+        self.report = Reporter(observe)
         self._clock = clock
         self._needs_token_before_next = needs_token_before_next
         self._step_id = 0
         self._released: list[int] = []
-        self._wait_reasons: dict[int, WaitReason] = {}
+        self._waits: dict[int, Wait] = {}
+        """By request id, of those the last step looked at; the others wait behind `_stopped_at`."""
+        self._num_deferred = 0
+        self._stopped_at: int | None = None
         self._stats = SchedulerStats()
 
     # --- requests come and go ---------------------------------------------------------------------
@@ -110,9 +116,11 @@ class Scheduler:
             queued_time=self._clock(),
             needs_token_before_next=self._needs_token_before_next(message),
         )
-        request.sort_key = self._sort_key(request)
+        request.sort_key = self.policy.waiting_key(request)
         self.requests[request.request_id] = request
         self.waiting.add(request)
+        wait = self._waits[request.request_id] = Wait(WaitReason.ARRIVED)
+        self.report.waits(request.request_id, wait)
 
     def abort(self, request_ids: Iterable[int]) -> list[RequestUpdate]:
         """End requests now, wherever they are. Unknown ids (already finished) are ignored."""
@@ -122,6 +130,10 @@ class Scheduler:
             if request is not None:
                 updates.append(self._finish(request, FinishReason.ABORT))
         return updates
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all cached content. Requests keep their blocks, but no other request finds them."""
+        self.kv.reset_cache()
 
     @property
     def has_work(self) -> bool:
@@ -138,14 +150,21 @@ class Scheduler:
         divide the rest: a quantum for each, and in order what is left after that."""
         self._step_id += 1
         plan = StepPlan(step_id=self._step_id)
-        self._wait_reasons.clear()
+        self._waits.clear()
+        self._num_deferred, self._stopped_at = 0, None
+        if self.policy.moves:
+            self.waiting.sort(self.policy.waiting_key)
         budget = self.limits.max_num_batched_tokens
         running = list(self.running)
         wanted = [self._wanted(request) for request in running]
         quantum = self._quantum(wanted)
+        self.report.step(self._step_id, quantum, self.kv.num_free, budget)
         budget -= self._schedule_waiting(plan, max(quantum, budget - sum(wanted)))
         self._schedule_running(plan, running, wanted, budget, quantum)
         plan.released, self._released = self._released, []
+        if self.report.is_observed:
+            ids = (request.request_id for request in running)
+            self.report.rows(self._waits, zip(ids, wanted, strict=True), plan)
         self._advance(plan)
         return plan
 
@@ -196,7 +215,7 @@ class Scheduler:
             growth = self.kv.grow(request.request_id, request.num_computed_tokens + count)
             while growth is None:
                 victim = self.running[len(self.running) - 1]
-                self._preempt(victim)
+                self._preempt(victim, request, count)
                 if victim is request:
                     break
                 growth = self.kv.grow(request.request_id, request.num_computed_tokens + count)
@@ -220,6 +239,8 @@ class Scheduler:
             request = self.requests[row.request_id]
             request.num_computed_tokens += row.num_tokens
             request.num_pending_tokens += row.samples
+            if self.policy.moves:
+                self.policy.served(request, row.num_tokens)
 
     def _schedule_waiting(self, plan: StepPlan, budget: int) -> int:
         """Admit waiting requests in order, until one does not fit. Returns how much budget they take.
@@ -235,17 +256,25 @@ class Scheduler:
         )
         leaders = [request for request in self.running if self._has_prompt_left(request)]
         for request in list(self.waiting):
-            if left <= 0 or len(self.running) >= self.limits.max_num_seqs:
+            if left <= 0:
+                self._stop_at(request, Wait(WaitReason.BUDGET, needed=1))
+                break
+            if len(self.running) >= self.limits.max_num_seqs:
+                self._stop_at(request, Wait(WaitReason.SEAT, budget=left))
                 break
             match = self._match(request, leaders)
-            if match is None:
-                self._wait_reasons[request.request_id] = WaitReason.DEFERRED
+            if isinstance(match, Wait):
+                self._waits[request.request_id] = match
+                self._num_deferred += 1
                 continue
             keep_free = promised + (self.limits.watermark_blocks if self.running else 0)
-            if not self._fits(match, request.num_tokens, keep_free):
+            lacking = self._fit(match, request.num_tokens, self.kv.num_free - keep_free)
+            if lacking is not None:
+                self._stop_at(request, replace(lacking, budget=left))
                 break
             needed = request.num_tokens - match.num_tokens
             if needed > left and not self.limits.enable_chunked_prefill:
+                self._stop_at(request, Wait(WaitReason.BUDGET, needed=needed, budget=left))
                 break
             count = self._capped(min(needed, left))
             self._admit(plan, request, match, count)
@@ -260,11 +289,16 @@ class Scheduler:
     def _has_prompt_left(self, request: Request) -> bool:
         return request.num_tokens - request.num_computed_tokens > self.kv.block_size
 
-    def _match(self, request: Request, leaders: list[Request]) -> PrefixMatch | None:
-        """KV that others have computed for this request; None to wait for what they are about to compute, or,
-        after a preemption, for a token that is still pending."""
+    def _stop_at(self, request: Request, wait: Wait) -> None:
+        """Admit nobody from here on."""
+        self._waits[request.request_id] = wait
+        self._stopped_at = request.request_id
+
+    def _match(self, request: Request, leaders: list[Request]) -> PrefixMatch | Wait:
+        """KV that others have computed for this request. Or why it waits: they are about to compute more, or,
+        after a preemption, a token is still pending."""
         if request.num_pending_tokens:
-            return None
+            return Wait(WaitReason.TOKEN)
         leader = self.requests.get(request.fork_of) if request.fork_of is not None else None
         if leader is not None and leader.status is RequestStatus.RUNNING:
             # The last prompt token is computed again, so that each sibling samples on its own.
@@ -273,16 +307,16 @@ class Scheduler:
                 shared = min(shared, request.most_cached)
             if request.num_output_tokens == 0 and shared > 0:
                 if leader.num_computed_tokens < shared:
-                    return None
+                    return Wait(WaitReason.FORK, leader.request_id)
                 return self.kv.match_fork(leader.request_id, shared, self._step_id)
         most = request.most_cached
         if most == 0:
             return PrefixMatch()
         tokens = request.token_ids if most is None else request.token_ids[: most + 1]
-        if self.kv.enable_prefix_caching and any(
-            self._computes_prefix_of(request, len(tokens), leader) for leader in leaders
-        ):
-            return None
+        if self.kv.enable_prefix_caching:
+            for leader in leaders:
+                if self._computes_prefix_of(request, len(tokens), leader):
+                    return Wait(WaitReason.PREFIX, leader.request_id)
         return self.kv.match_prefix(request.request_id, tokens, request.cache_key, self._step_id)
 
     def _computes_prefix_of(self, request: Request, most: int, leader: Request) -> bool:
@@ -294,14 +328,14 @@ class Scheduler:
         there = self.kv.num_shareable_tokens(leader.request_id)
         return common - there >= self.kv.block_size
 
-    def _fits(self, match: PrefixMatch, num_tokens: int, keep_free: int) -> bool:
-        """Whether the request can be admitted, if need be without the match's copied tail (which
+    def _fit(self, match: PrefixMatch, num_tokens: int, free: int) -> Wait | None:
+        """None if the request can be admitted, if need be without the match's copied tail (which
         for a moment holds one block more)."""
-        if not self.kv.can_admit(match, num_tokens, keep_free=keep_free):
-            if match.tail is None:
-                return False
+        needed = self.kv.blocks_needed(match, num_tokens)
+        if needed > free and match.tail is not None:
             match.drop_tail(self.kv.block_size)
-        return self.kv.can_admit(match, num_tokens, keep_free=keep_free)
+            needed = self.kv.blocks_needed(match, num_tokens)
+        return Wait(WaitReason.BLOCKS, needed=needed, free=free) if needed > free else None
 
     def _capped(self, count: int) -> int:
         threshold = self.limits.long_prefill_token_threshold
@@ -333,6 +367,8 @@ class Scheduler:
             )
         )
         self._plan_row(plan, request, count, [])
+        needed = request.num_tokens - match.num_tokens
+        self.report.admitted(request.request_id, needed, self.kv.num_free, count)
 
     def _plan_row(
         self, plan: StepPlan, request: Request, count: int, new_block_ids: list[int]
@@ -351,9 +387,15 @@ class Scheduler:
             )
         )
 
-    def _preempt(self, request: Request) -> None:
-        """Take the request's blocks. Resuming is a prefix-cache walk, and recompute of the rest. A pending
-        token stays good: it depends on the tokens before it, not on where their KV was."""
+    def _preempt(self, request: Request, for_whom: Request, count: int) -> None:
+        """Take the request's blocks, since `for_whom` (perhaps itself) lacks some for `count` more tokens.
+        Resuming is a prefix-cache walk, and recompute of the rest. A pending token stays good: it depends on
+        the tokens before it, not on where their KV was."""
+        reach = for_whom.num_computed_tokens + count
+        needed = self.kv.blocks_for(reach) - self.kv.num_blocks_of(for_whom.request_id)
+        wait = Wait(WaitReason.PREEMPTED, for_whom.request_id, needed, self.kv.num_free)
+        self._waits[request.request_id] = wait
+        self.report.waits(request.request_id, wait, DecisionKind.PREEMPTED)
         self._stop(request)
         request.status = RequestStatus.PREEMPTED
         request.num_computed_tokens = 0
@@ -441,6 +483,9 @@ class Scheduler:
             self._stop(request, keep_tail=reason is not FinishReason.ERROR)
         else:
             self.waiting.remove(request)
+            wait = self._waits.pop(request.request_id, None)
+            self._num_deferred -= wait is not None and wait.reason.label == "deferred"
+        self.report.finished(request.request_id, reason)
         self.kv.forget(request.request_id)
         del self.requests[request.request_id]
         request.status = RequestStatus.FINISHED
@@ -458,11 +503,12 @@ class Scheduler:
         stats, self._stats = self._stats, SchedulerStats()
         stats.num_running = len(self.running)
         stats.num_waiting = len(self.waiting)
-        stats.waiting_by_reason = dict.fromkeys((reason.value for reason in WaitReason), 0)
-        for request in self.waiting:
-            stats.waiting_by_reason[self.wait_reason(request).value] += 1
+        stats.waiting_by_reason = {
+            "capacity": stats.num_waiting - self._num_deferred,
+            "deferred": self._num_deferred,
+        }
         stats.kv_usage = self.kv.usage
-        stats.blocks_shared = self.kv.pool.num_shared
+        stats.blocks_shared = self.kv.num_shared
         size = self.kv.block_size
         stats.kv_slots_allocated = self.kv.num_referenced * size
         unused = sum(
@@ -472,9 +518,10 @@ class Scheduler:
         stats.kv_slots_used = stats.kv_slots_allocated - unused
         return stats
 
-    def wait_reason(self, request: Request) -> WaitReason:
+    def why_waits(self, request: Request) -> Wait:
         """Why a waiting request did not run in the last step."""
-        return self._wait_reasons.get(request.request_id, WaitReason.CAPACITY)
+        behind = Wait(WaitReason.BEHIND, self._stopped_at)
+        return self._waits.get(request.request_id, behind)
 
     def check_invariants(self) -> None:
         """Prove queues, requests and blocks consistent. Raises AssertionError."""

@@ -1,9 +1,9 @@
-"""What operators ask of a running server beyond the probes.
+"""Endpoints for operators, beyond the probes.
 
-Anyone who may send requests may read /load, and abort what their own key started. The rest shows how the
-server is set up or changes how it serves everyone, so those routes exist only with --enable-admin-endpoints
-(vLLM: only with VLLM_SERVER_DEV_MODE), and whoever holds an API key may then use them; /tokenizer_info has
-vLLM's own flag.
+Every client that may send requests may read /load and abort its own key's requests. The other routes show
+the server's configuration or affect all clients. So they exist only with --enable-admin-endpoints (vLLM:
+only with VLLM_SERVER_DEV_MODE), and every API key may then use them. /tokenizer_info has its own flag, as
+in vLLM.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def admin_router(state: ServerState) -> APIRouter:
 
     @router.post("/abort_requests", openapi_extra=request_body(AbortRequest))
     async def abort_requests(request: Request) -> Response:
-        """End requests by the ids of their answers; their clients get what there is, with finish_reason
-        "abort". Says which were there: those of another API key are not."""
+        """End requests by the ids of their answers; their clients get the output so far, with finish_reason
+        "abort". Returns the ids that were found; requests of another API key are not found."""
         asked = parse(AbortRequest, await read_json(request)).request
         aborted = state.live.abort(set(asked.request_ids), owner_of(request.scope))
         return _json({"aborted": aborted})
@@ -72,15 +72,14 @@ def _add_admin_routes(router: APIRouter, state: ServerState) -> None:
 
     @router.post("/reset_prefix_cache")
     async def reset_prefix_cache(request: Request) -> Response:
-        """Forget cached prefixes; requests that run keep theirs."""
+        """Drop all cached prefixes; running requests keep theirs."""
         _take_only(request)
-        state.serving_engine().reset_prefix_cache()
-        return _json({"success": True})
+        return _json({"success": await state.serving_engine().reset_prefix_cache()})
 
     @router.post("/sleep")
     async def sleep(request: Request) -> Response:
-        """Take no more requests, wait for those that run, and give back the KV cache's memory (level 1) or
-        the weights' too (2)."""
+        """Refuse new requests, wait for running ones, and free the memory of the KV cache (level 1) or
+        also of the weights (2)."""
         _take_only(request, "level", mode="wait")
         level = request.query_params.get("level", "1")
         if level not in ("1", "2"):
@@ -90,14 +89,14 @@ def _add_admin_routes(router: APIRouter, state: ServerState) -> None:
 
     @router.post("/wake_up")
     async def wake_up(request: Request) -> Response:
-        """Take the memory again and serve."""
+        """Allocate the memory again and accept requests."""
         _take_only(request)
         await _sleeper(state).wake_up()
         return _json({"is_sleeping": False})
 
     @router.get("/is_sleeping")
     async def is_sleeping() -> Response:
-        """Whether the engine sleeps, or is about to: it takes no requests."""
+        """Whether the engine sleeps or is about to: it refuses requests."""
         return _json({"is_sleeping": _sleeper(state).is_sleeping})
 
 
@@ -109,14 +108,14 @@ def _sleeper(state: ServerState) -> SleepingEngine:
 
 
 def _take_only(request: Request, *known: str, **neutral: str) -> None:
-    """Raises a 400 for a query parameter of vLLM's that would change what happens and does not here."""
+    """Raises a 400 for a query parameter of vLLM that has an effect there and none here."""
     for name, value in request.query_params.items():
         if name not in known and value.lower() not in ("false", neutral.get(name)):
             raise bad_request("This query parameter is not supported.", param=name[:64])
 
 
 def describe_tokenizer(model: ServedModel) -> dict[str, object]:
-    """In the form of tokenizer_config.json. Only what is listed here, so never a path."""
+    """In the form of tokenizer_config.json. Only the fields listed here, so never a path."""
     config, template = model.tokenizer.config, model.chat_template
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -131,8 +130,8 @@ def describe_tokenizer(model: ServedModel) -> dict[str, object]:
 
 
 def _visible(config: object) -> dict[str, object]:
-    """Fields of a config dataclass. Texts whose name says that they are secret are hidden, so that a new
-    option need not be remembered here."""
+    """Fields of a config dataclass. Texts whose name says that they are secret are hidden, so that this
+    code need not change for a new secret option."""
     shown: dict[str, object] = {}
     for field in dataclasses.fields(config):  # type: ignore[arg-type]
         value = getattr(config, field.name)

@@ -1,4 +1,4 @@
-"""Anthropic's Messages: POST /v1/messages and /v1/messages/count_tokens."""
+"""Anthropic's Messages API: POST /v1/messages and /v1/messages/count_tokens."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ NAMES = {
     "parallel_tool_calls": "tool_choice",
     "thinking_token_budget": "thinking.budget_tokens",
 }
-"""Field of a chat completion -> what it is here."""
+"""Field of a chat completion -> its name here."""
 THINKING = ("enabled", "disabled", "adaptive", "between_tools")
 STOP_REASONS = {
     "stop": "end_turn", "repetition": "end_turn", "tool_calls": "tool_use", "length": "max_tokens",
 }  # fmt: skip
-"""finish_reason -> stop_reason; none for a request that was aborted."""
+"""finish_reason -> stop_reason; an aborted request has none."""
 
 
 def messages_router(state: ServerState) -> APIRouter:
@@ -59,7 +59,7 @@ def messages_router(state: ServerState) -> APIRouter:
 
     @router.post(ANTHROPIC_PATH, openapi_extra=request_body(MessagesRequest))
     async def create_message(request: Request) -> Response:
-        """Answer a conversation, in Anthropic's shape."""
+        """Answer a conversation, in Anthropic's format."""
         asked, chat_request, warnings = await read(request, MessagesRequest)
         model = state.serving_engine().model
         frame = Frame.make("msg", model, warnings, separator="_")
@@ -75,7 +75,7 @@ def messages_router(state: ServerState) -> APIRouter:
 
     @router.post(f"{ANTHROPIC_PATH}/count_tokens", openapi_extra=request_body(CountTokensRequest))
     async def count_tokens(request: Request) -> Response:
-        """How many tokens the prompt of such a request has."""
+        """The number of tokens in the prompt of such a request."""
         asked, chat_request, warnings = await read(request, CountTokensRequest)
         with renaming(_names(asked)):
             prompt = await encode_chat(chat_request, state.serving_engine().model)
@@ -112,12 +112,12 @@ def messages_router(state: ServerState) -> APIRouter:
 
 
 def _names(asked: CountTokensRequest) -> dict[str, str]:
-    """A grammar that is at fault came with the format, if there was one."""
+    """Names for errors of the grammar: it comes from `output_config.format`, if that is set."""
     own = {"structured_outputs": "output_config.format"} if _format(asked) else {}
     return NAMES | own
 
 
-# --- into a chat completion -----------------------------------------------------------------------
+# --- request to chat completion -------------------------------------------------------------------
 
 
 def _to_chat(
@@ -147,7 +147,7 @@ def _to_chat(
 
 
 def _is_open(messages: Sequence[Object]) -> bool:
-    """Whether an assistant's text is last, to be gone on with."""
+    """Whether the last message is an assistant's text, which the model is to continue."""
     last = messages[-1] if messages else {}
     return last.get("role") == "assistant" and "content" in last and "tool_calls" not in last
 
@@ -161,14 +161,14 @@ def _format(asked: CountTokensRequest) -> Object | None:
     return {"type": given.get("type"), "json_schema": schema}
 
 
-# --- out ------------------------------------------------------------------------------------------
+# --- outputs to answer ----------------------------------------------------------------------------
 
 
 class MessagesEncoder:
-    """Outputs as Anthropic's message: content blocks, one after the other.
+    """Writes outputs as Anthropic's message: content blocks, one after the other.
 
-    A stream begins with the first output, as chat completions' does: message_start says how many tokens
-    were cached.
+    A stream begins with the first output, as for chat completions, because message_start has the number of
+    cached tokens.
     """
 
     def __init__(self, chat: StartedChat) -> None:
@@ -229,7 +229,7 @@ class MessagesEncoder:
         return message | self._stop | warnings
 
     def _usage(self) -> Object:
-        """Anthropic counts what was cached apart from the rest of the input."""
+        """Anthropic's counts: input_tokens does not include the cached tokens."""
         usage = self._meter.usage()
         cached = usage.prompt_tokens_details.cached_tokens
         counted: Object = {
@@ -275,7 +275,7 @@ def _block(piece: Piece) -> Object:
 
 
 def _as_far_as_it_went(arguments: str) -> Raw:
-    """The JSON of an object, also where the output was cut in the middle of it."""
+    """A JSON object, completed if the output was cut inside it."""
     try:
         value = from_json(arguments, allow_inf_nan=False, allow_partial=True)
     except ValueError:

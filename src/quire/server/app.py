@@ -1,5 +1,5 @@
-"""The FastAPI application. Built before the engine is loaded, so that probes are answered from the
-first moment; endpoints ask `ServerState` for the engine and get a 503 until there is one."""
+"""The FastAPI application. It is built before the engine is loaded, so that probes are answered at once.
+Endpoints ask `ServerState` for the engine, which raises a 503 until it is loaded."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ EXPOSED_HEADERS = ("x-request-id", "x-quire-warnings", "retry-after")
 
 
 def build_app(state: ServerState, *, api_keys: Sequence[str] = ()) -> FastAPI:
-    """An app over `state`. With `api_keys`, every path but the probes and the playground's page needs
+    """An app over `state`. With `api_keys`, every path except the probes and the playground's page needs
     one of them."""
     app = FastAPI(
         title="Quire",
@@ -76,7 +76,7 @@ def build_app(state: ServerState, *, api_keys: Sequence[str] = ()) -> FastAPI:
 
 
 def _add_middleware(app: FastAPI, state: ServerState, api_keys: Sequence[str]) -> None:
-    """Innermost first: the last one added is the first to see a request."""
+    """Innermost first: the last one added sees a request first."""
     config = state.config
     app.add_middleware(BodyLimit, limit=config.max_body_bytes)
     if api_keys:
@@ -103,7 +103,7 @@ async def _on_error(request: Request, error: Exception) -> Response:
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
-    """Unknown route or method: FastAPI's own body, which scripts look for, beside the dialect's."""
+    """Unknown route or method: FastAPI's own body, which scripts expect, merged with the dialect's."""
     if not isinstance(error, HTTPException):
         raise error
     phrase = HTTPStatus(error.status_code).phrase
@@ -118,5 +118,5 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
 
 
 async def _on_client_gone(request: Request, error: Exception) -> Response:
-    """Nobody reads this; it only gives the request a status in logs and metrics."""
+    """The client has gone and does not read this. The status is for logs and metrics."""
     return Response(status_code=STATUS_CLIENT_GONE)

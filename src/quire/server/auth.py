@@ -1,7 +1,7 @@
-"""API keys: every path needs one, except a short list of probes and the page that asks for it.
+"""API keys: every path needs one, except the probes and the playground's page, which asks for the key.
 
-The decision reads `scope["path"]`, which the router reads too, and nothing that is rebuilt from the Host
-header: a request for `http://x/health?@host/v1/...` is what it is routed as (CVE-2026-48746).
+The check reads `scope["path"]`, as the router does, and not a URL rebuilt from the Host header. So the
+check and the router always see the same path, also for `http://x/health?@host/v1/...` (CVE-2026-48746).
 """
 
 from __future__ import annotations
@@ -25,18 +25,17 @@ _BODY = b'{"error":"Unauthorized"}'
 
 
 def configured_keys(config: ServerConfig, environ: Mapping[str, str]) -> tuple[str, ...]:
-    """Keys from flags and environment. Raises `ConfigError` for an empty one: it would look like
-    protection and be none."""
+    """Keys from flags and environment. Raises `ConfigError` for an empty key, which would not protect."""
     if any(not key.strip() for key in config.api_key):
         raise ConfigError("api_key must not be empty. Leave it out to serve without keys.")
     return (*config.api_key, *(environ[name] for name in ENVIRONMENT if environ.get(name)))
 
 
 def exposure(listener: socket.socket, config: ServerConfig, keys: Sequence[str]) -> str | None:
-    """What to warn of if other machines can reach `listener`, bound already, and need no key; else None.
+    """A warning if other machines can reach `listener`, which is bound, and need no key; else None.
 
-    The bound address decides, so a host name counts as what it resolved to. A Unix socket and a server that
-    demands client certificates are not open.
+    The bound address decides, so a host name counts as the address that it resolved to. A Unix socket and
+    a server that requires client certificates are not exposed.
     """
     demands_certificates = config.ssl_certfile and config.ssl_cert_reqs == ssl.CERT_REQUIRED
     if keys or listener.family == socket.AF_UNIX or demands_certificates:
@@ -61,8 +60,8 @@ class ApiKeyAuth:
     """401 unless the request brings one of the keys, as `Authorization: Bearer KEY` or (Anthropic's clients)
     as `X-Api-Key: KEY`.
 
-    Digests are compared, all of them every time, so that the time taken says neither how much of a
-    key was right nor which one.
+    Digests are compared, and always all of them, so that the time depends neither on how many characters
+    were right nor on which key matched.
     """
 
     def __init__(self, app: App, keys: Sequence[str]) -> None:
@@ -97,12 +96,12 @@ class ApiKeyAuth:
 
 
 def is_open(scope: Scope) -> bool:
-    """Whether the route needs no key: its path as the router sees it, exactly."""
+    """Whether the route needs no key. Compares the exact path that the router sees."""
     return routed_path(scope) in OPEN_PATHS
 
 
 def _tokens(scope: Scope) -> list[bytes]:
-    """What may be a key; of a header that was sent twice nobody knows which one is meant."""
+    """The keys in the headers. A header that was sent twice is ambiguous and gives none."""
     tokens = header_values(scope, b"x-api-key")
     tokens = tokens if len(tokens) == 1 else []
     bearer = header_values(scope, b"authorization")

@@ -1,6 +1,6 @@
-"""OpenAI's batch files over the server's own app: one request a line, asked in this process without HTTP.
+"""OpenAI's batch files: one request a line, sent to the server's app in this process, without HTTP.
 
-The app is the very one that `quire serve` runs, so that each endpoint, check and error is the server's.
+The app is the same as that of `quire serve`, and so are endpoints, checks and errors.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ class Result(Struct):
     """A line of the output file."""
 
     id: str
-    """Of the input's line: the same whenever the batch is run."""
+    """Depends only on the input's line: it is the same in every run of the batch."""
     custom_id: str | None = None
     response: Reply | None = None
-    """None where the line was no request."""
+    """None if the line was not a request."""
     error: dict[str, object] | None = None
-    """What was wrong, if anything was: also in the response's body, if there is one."""
+    """The error, if there was one. It is also in the response's body, if there is a response."""
 
 
 class _ErrorBody(Struct):
@@ -58,7 +58,7 @@ class _ErrorBody(Struct):
 
 
 class BadLineError(Exception):
-    """A line that is no request of a batch."""
+    """A line that is not a request of a batch."""
 
     def __init__(self, message: str, custom_id: str | None = None) -> None:
         super().__init__(message)
@@ -74,10 +74,10 @@ async def run_batch(
     done: Container[str] = (),
     concurrency: int,
 ) -> None:
-    """Answer every line but those in `done`, `concurrency` at a time; `write` gets results as they come.
+    """Answer every line except those in `done`, `concurrency` at a time; `write` gets results as they come.
 
-    done: custom ids, and the `Result.id`s of lines that were no requests.
-    However it ends, what has been answered has been written. Raises `EngineDeadError`.
+    done: custom ids, and the `Result.id`s of lines that were not requests.
+    However it ends, all finished results have been written. Raises `EngineDeadError`.
     """
     seen: set[str] = set()
     running: set[asyncio.Task[Result]] = set()
@@ -143,7 +143,7 @@ def _streams(body: Raw) -> bool:
     try:
         return bool(msgspec.json.decode(body, type=_Streams).stream)
     except msgspec.DecodeError:
-        return False  # what is wrong with it, its endpoint says
+        return False  # the endpoint reports what is wrong
 
 
 async def _answer(app: App, engine: ServingEngine, name: str, line: Line) -> Result:
@@ -171,7 +171,7 @@ async def ask(app: App, path: str, body: bytes) -> tuple[int, str, bytes]:
 
     async def receive() -> Message:
         nonlocal asked
-        if asked:  # who asks now waits for the client to hang up, which it never does
+        if asked:  # a second call waits for the client to disconnect, which it never does
             await asyncio.get_running_loop().create_future()
         asked = True
         return {"type": "http.request", "body": body, "more_body": False}

@@ -1,8 +1,8 @@
-"""`use_beam_search` over HTTP: n continuations, found by a search instead of drawn.
+"""`use_beam_search` over HTTP: n continuations that are found by a search instead of sampled.
 
-It applies where every generation request is submitted, so that every endpoint has it. What only makes sense
-where tokens are drawn (top_p, seed, ...) has no effect, as in vLLM; what would have to change the search is
-refused, where vLLM ignores it.
+It is applied where all generation requests are submitted, so every endpoint has it. Parameters that only
+make sense for sampling (top_p, seed, ...) have no effect, as in vLLM. Parameters that would have to
+change the search are refused; vLLM ignores them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from quire.server.errors import bad_request
 from quire.server.requests import SamplingFields
 
 MAX_BEAMS = 128
-"""In one request. Each proposes twice as many candidates as there are beams, at every token."""
+"""Limit in one request. For every token, each beam proposes twice as many candidates as there are beams."""
 
 _SHAPING = (
     "presence_penalty", "frequency_penalty", "repetition_penalty", "stop", "stop_token_ids", "min_tokens",
@@ -25,7 +25,7 @@ _NEUTRAL = SamplingParams()
 def as_asked(
     request: object, params: SamplingParams | PoolingParams, num_prompts: int
 ) -> SamplingParams | PoolingParams | BeamSearchParams:
-    """`params`, or the search that `request` wants instead of drawing by them.
+    """`params`, or the parameters of a beam search if `request` asks for one.
 
     Raises a 400 `ApiError` or `InvalidParameterError`.
     """

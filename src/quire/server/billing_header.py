@@ -1,10 +1,10 @@
-"""The line with which Claude Code begins its system prompt, for the provider's accounts:
+"""Removes the line with which Claude Code begins its system prompt, for the provider's billing:
 
     x-anthropic-billing-header: cc_version=2.1.100.7b4; cc_entrypoint=cli; cch=eb6c6;
 
-It says nothing to a model, and `cch` is another at every request: with it in front, nearly nothing of the
-prompt would be found in the prefix cache. Gateways pass it on in the system message of a chat completion, so
-it is left out there too. Text that only mentions the header stays.
+It has no meaning for a model, and `cch` differs in every request: with this line at the beginning, almost
+nothing of the prompt would be found in the prefix cache. Gateways pass it on in the system message of a
+chat completion, so it is removed there too. Text that only mentions the header is kept.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 NAME = "x-anthropic-billing-header:"
 _VALUE = r"[^\s;]+(?:;[ \t]*[^\s;]+)*;?"
-"""Words with semicolons between them: a sentence is no header."""
+"""Words with semicolons between them, so that a sentence does not match."""
 _LINES = re.compile(rf"(?:{NAME}[ \t]*{_VALUE}[ \t]*(?:\r?\n|\Z))+(?:[ \t]*\r?\n)*")
 
 
@@ -27,13 +27,13 @@ def without_header(text: str) -> str:
 
 
 def without_headers(texts: Sequence[str]) -> list[str]:
-    """`texts` without header lines at their beginnings; a text that is nothing else is left out."""
+    """`texts` without header lines at their beginnings; texts that become empty are left out."""
     kept = ((text, without_header(text)) for text in texts)
     return [rest for text, rest in kept if rest or not text]
 
 
 def without_header_messages(messages: Sequence[dict[str, object]]) -> list[dict[str, object]]:
-    """Messages of a chat completion, without the header in system messages."""
+    """The messages of a chat completion, without the header in system messages."""
     kept = []
     for message in messages:
         if message["role"] in ("system", "developer"):

@@ -21,13 +21,13 @@ from quire.server.unsupported import IDLE, NO_EFFECT, UNREAD, refuse_unsupported
 M = TypeVar("M", bound=BaseModel)
 
 BODY_TIMEOUT = 60.0
-"""Seconds that a client has to send its body; a slow one holds a connection, nothing more."""
+"""Seconds within which a client must send its body."""
 MAX_WARNINGS = 16
 MAX_NAME_CHARS = 64
 
 
 class Body(dict[str, object]):
-    """A request's JSON object, and how to take what is in it: so no route can forget --strict-requests."""
+    """A request's JSON object. Routes take fields through its methods, so all follow --strict-requests."""
 
     strict = False
 
@@ -36,14 +36,14 @@ class Body(dict[str, object]):
 class Parsed(Generic[M]):
     request: M
     warnings: list[str]
-    """One sentence per field that nothing here knows, or that has no effect."""
+    """One sentence for each field that is unknown or has no effect."""
 
 
 async def read_json(request: Request) -> Body:
     """The body as a JSON object without nulls.
 
-    Dropping explicit nulls makes them mean what clients mean: "as if I had not said it". The parser
-    is strict: UTF-8 only, no NaN or Infinity, no lone surrogates, nesting at most 200.
+    A null field is dropped, so it means the same as an absent one. The parser is strict: UTF-8 only, no NaN
+    or Infinity, no lone surrogates, nesting at most 200.
     """
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != "application/json" and not content_type.endswith("+json"):
@@ -77,8 +77,8 @@ def parse(
     *,
     unsupported: Mapping[str, Neutral] | None = None,
 ) -> Parsed[M]:
-    """`body` as `model`, without fields that ask for nothing (`neutral`). Raises a 400 `ApiError` naming the
-    first field that is wrong."""
+    """`body` as `model`, without fields that have a neutral value (see `neutral`). Raises a 400
+    `ApiError` that names the first wrong field."""
     declared = model.model_fields.keys()
     refused = {name: value for name, value in (unsupported or {}).items() if name not in declared}
     others = IDLE | refused
@@ -99,7 +99,7 @@ def parse(
 
 
 def warn_of(body: Mapping[str, object], idle: Sequence[tuple[str, str]]) -> list[str]:
-    """The warnings for fields that change nothing, each with what to say of it; under --strict-requests a
+    """Add warnings for fields without effect, given as (field, reason). With --strict-requests, raise a
     400 for the first."""
     if idle and isinstance(body, Body) and body.strict:
         name, complaint = idle[0]
@@ -114,14 +114,14 @@ def warn_of(body: Mapping[str, object], idle: Sequence[tuple[str, str]]) -> list
 
 
 def ignored(name: str) -> tuple[str, str]:
-    """A field that nothing reads, for `warn_of`."""
+    """An unknown field, for `warn_of`."""
     if name in UNREAD:
         return name, f"field {name} has no effect"
     return name, f"unknown field {printable(name)} was ignored"
 
 
 def printable(name: str) -> str:
-    """Fit for a header and a log: ASCII without controls, separators or quotes."""
+    """Text that is safe in a header and a log: ASCII without control characters, separators or quotes."""
     return "".join(c if c.isascii() and (c.isalnum() or c in "_-.") else "?" for c in name)[
         :MAX_NAME_CHARS
     ]
@@ -135,7 +135,7 @@ _UNION_TAGS = ("str", "list", "int", "constrained", "dict")
 
 
 def _explain(error: ErrorDetails, model: type[BaseModel]) -> ApiError:
-    """vLLM's shape: `param` is the path below "body". Union branches are not part of the path."""
+    """In vLLM's form: `param` is the path below "body", without the branches of unions."""
     location = error["loc"]
     name = str(location[0]) if location else ""
     if name in model.model_fields and error["type"] != "missing" and _is_prompt(model, name):

@@ -82,7 +82,7 @@ def chat_router(state: ServerState) -> APIRouter:
 @dataclass(frozen=True, slots=True)
 class StartedChat:
     frame: Frame
-    """With the warnings that the tools gave cause for."""
+    """Includes the warnings about tools."""
     prompt: EncodedPrompt
     reader: AnswerReader
     streams: list[RequestStream]
@@ -91,7 +91,7 @@ class StartedChat:
 async def start_chat(
     state: ServerState, request: Request, asked: ChatCompletionRequest, frame: Frame
 ) -> StartedChat:
-    """Submit a conversation. Other endpoints' requests come here too, translated."""
+    """Submit a conversation. Requests of other endpoints are translated and submitted here too."""
     model = state.serving_engine().model
     params = chat_params(asked, model)
     use = tool_use(asked, served_format(state, model), params)
@@ -105,7 +105,7 @@ async def start_chat(
 
 
 async def encode_chat(request: ChatCompletionRequest, model: ServedModel) -> EncodedPrompt:
-    """Templates write their own special tokens, so none are added unless the client insists."""
+    """Tokenize the prompt. Templates write their own special tokens, so none are added unless asked for."""
     text = render_chat(request, model)
     ids = await encode_text(
         model.tokenizer,
@@ -119,7 +119,7 @@ async def encode_chat(request: ChatCompletionRequest, model: ServedModel) -> Enc
 async def prepare_chat(
     request: ChatCompletionRequest, use: ToolUse, params: SamplingParams, model: ServedModel
 ) -> tuple[EncodedPrompt, AnswerReader]:
-    """The prompt, and what will read its outputs; the reader has the parameters to submit it with."""
+    """The prompt, and the reader of its outputs, which has the parameters to submit the prompt with."""
     prompt = await encode_chat(request, model)
     fitted = fit_default_max_tokens(
         params,
@@ -140,17 +140,17 @@ async def prepare_chat(
 
 
 def answer_role(request: ChatCompletionRequest, response_role: str) -> str:
-    """Who speaks: the last message's role where the answer goes on with it, as in vLLM."""
+    """The role of the answer: that of the last message if the answer continues it, as in vLLM."""
     if request.continue_final_message or request.add_generation_prompt is False:
         return request.messages[-1].role
     return response_role
 
 
 class ChatEncoder:
-    """Outputs as OpenAI's chat completions.
+    """Writes outputs as OpenAI's chat completions.
 
-    A stream has, for each choice: a chunk with the role (sent with the first output, so that the
-    first byte still means the first token), chunks of content, reasoning and calls, and one with the
+    A stream has, for each choice: a chunk with the role (sent with the first output, so that the time to
+    the first byte is the time to the first token), chunks of content, reasoning and calls, and one with the
     finish reason.
     """
 
@@ -176,7 +176,7 @@ class ChatEncoder:
         self._include_usage = bool(options and options.include_usage)
         self._usage_in_each = bool(options and options.continuous_usage_stats)
         self._shows_tokens = self._return_ids or bool(request.logprobs)
-        """Whether a token without text (held back, or hidden) still makes a chunk."""
+        """Whether there is a chunk even for a token whose text is held or hidden."""
         self._started: set[int] = set()
         self._first_chunk = True
         self._logprobs = (

@@ -1,7 +1,7 @@
-"""POST /v1/chat/completions/batch: vLLM's way to ask several conversations in one request.
+"""POST /v1/chat/completions/batch: several conversations in one request, as in vLLM.
 
-Each is answered as /v1/chat/completions would answer it, with the same options; the answer has their choices
-in order. It comes whole: vLLM does not stream it either.
+Each is answered as by /v1/chat/completions, with the same options. The answer has the choices of all
+conversations in order. It is not streamed, as in vLLM.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def chat_batch_router(state: ServerState) -> APIRouter:
 
 
 def join(encoders: list[ChatEncoder], outputs: list[RequestOutput], *, n: int) -> bytes:
-    """One answer of those that each conversation would have got alone."""
+    """Join the answers of the conversations into one."""
     meter = UsageMeter()
     answer, choices = {}, []
     for index, (encoder, output) in enumerate(zip(encoders, outputs, strict=True)):

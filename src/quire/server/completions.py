@@ -82,10 +82,10 @@ async def _prompts(
 
 
 class CompletionEncoder:
-    """Outputs as OpenAI's text completions. Choice `i` of prompt `p` has index `p * n + i`.
+    """Writes outputs as OpenAI's text completions. Choice `i` of prompt `p` has index `p * n + i`.
 
-    What comes once for each choice (the echo, the prompt's ids and logprobs) comes with its first part,
-    which is all of it where the answer is not streamed.
+    The parts that each choice has once (the echo, the prompt's ids and logprobs) are in its first chunk,
+    or in the whole answer if that is not streamed.
     """
 
     def __init__(
@@ -107,9 +107,9 @@ class CompletionEncoder:
         self._include_usage = bool(options and options.include_usage)
         self._usage_in_each = bool(options and options.continuous_usage_stats)
         self._shows_tokens = self._return_ids or request.logprobs is not None
-        """Whether a token without text (held back, or hidden) still makes a chunk."""
+        """Whether there is a chunk even for a token whose text is held or hidden."""
         self._offsets: dict[int, int] = {}
-        """Choice index -> characters so far, for those that have begun."""
+        """Choice index -> number of characters so far, for choices that have begun."""
         self._echo = _echo_texts(self._prompts, model) if request.echo else None
         self._prompt_positions: dict[int, list[Position | None]] = {}
         self._first_chunk = True

@@ -1,5 +1,5 @@
-"""Requests of /v1/responses and /v1/messages. What is inside of items, blocks and tools is checked where it
-is translated, and after that as a chat completion."""
+"""Requests of /v1/responses and /v1/messages. The contents of items, blocks and tools are checked where
+they are translated, and then again as a chat completion."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Metadata = Annotated[
 
 
 class DialectFields(DecodingFields):
-    """What both have besides, and neither OpenAI nor Anthropic."""
+    """Fields that both have here, and that neither OpenAI nor Anthropic has."""
 
     chat_template_kwargs: (
         Annotated[dict[str, Any], Field(max_length=MAX_TEMPLATE_KWARGS)] | None
@@ -41,7 +41,7 @@ class ResponsesRequest(DialectFields):
     patches, MCP servers), item_reference to a stored item. Items about other tools are left out with a
     warning."""
     instructions: str | None = None
-    """A system text for this request only, in front of all."""
+    """A system text for this request only, before the input."""
     previous_response_id: Name | None = None
     """A stored response whose input and output come before `input`."""
     max_output_tokens: int | None = None
@@ -66,14 +66,14 @@ class ResponsesRequest(DialectFields):
     truncation: Literal["auto", "disabled"] | None = None
     """auto: leave out the oldest turns of a conversation that is too long."""
     store: bool | None = None
-    """Keep the response, to be retrieved or gone on with: the default. Kept in memory, within
+    """Keep the response, to be retrieved or continued: the default. Kept in memory, within
     `--max-stored-responses` and `--max-stored-response-bytes`."""
     background: bool | None = None
-    """Answer at once with a response that is queued, to be retrieved later."""
+    """Answer at once with a queued response, to be retrieved later."""
     metadata: Metadata | None = None
-    """Returned as it is."""
+    """Returned unchanged."""
     stream_options: Object | None = None
-    """Taken without effect: nothing is obfuscated."""
+    """Accepted without effect: nothing is obfuscated."""
 
 
 class CountTokensRequest(DialectFields):
@@ -98,7 +98,7 @@ class CountTokensRequest(DialectFields):
     output_format: Object | None = None
     """An older place of `output_config.format`."""
     cache_control: Object | None = None
-    """Taken without effect: every prompt's beginning is cached. So in blocks."""
+    """Accepted without effect, also in blocks: every prompt is cached."""
 
 
 class MessagesRequest(CountTokensRequest):

@@ -1,8 +1,8 @@
-"""What /v1/responses and /v1/messages share: other ways to say what a chat completion says.
+"""Shared code of /v1/responses and /v1/messages, which are translated to chat completions.
 
-Their requests are translated into a `ChatCompletionRequest`, which is checked and served as any other;
-errors are translated back, so that they name what the client sent. Their answers are made of pieces, one
-after the other (some reasoning, some text, a call), where chat completions has one message of three fields.
+Their requests become a `ChatCompletionRequest`, which is checked and served as any other. Errors are
+translated back, so that they name the client's own fields. Their answers are pieces, one after the other
+(reasoning, text, a call), where a chat completion has one message with three fields.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ INSTRUCTIONS = ("system", "developer")
 
 
 def to_chat(request: DecodingFields, fields: Mapping[str, object]) -> ChatCompletionRequest:
-    """A chat completion with what `request` says about decoding, and `fields`."""
+    """A chat completion with the decoding fields of `request`, and `fields`."""
     shared = {name: getattr(request, name) for name in DecodingFields.model_fields}
     given = {name: value for name, value in (shared | dict(fields)).items() if value is not None}
     return parse(ChatCompletionRequest, Body(given)).request
@@ -40,7 +40,7 @@ def to_chat(request: DecodingFields, fields: Mapping[str, object]) -> ChatComple
 
 @contextmanager
 def renaming(names: Mapping[str, str]) -> Iterator[None]:
-    """Errors of a chat completion's fields, under the `names` that the client knows them by."""
+    """Renames the fields in errors of a chat completion to the client's fields, by `names`."""
     try:
         yield
     except (ApiError, RequestError) as error:
@@ -81,7 +81,7 @@ def as_text(value: object, where: str) -> str:
 
 
 def texts(content: object, where: str, kinds: Mapping[str, str]) -> list[str]:
-    """The texts of a content: a string, or parts. kinds: type of a part -> the field that its text is in."""
+    """The texts of a content, which is a string or parts. kinds: type of a part -> the field of its text."""
     if isinstance(content, str):
         return [content]
     if not isinstance(content, list):
@@ -101,11 +101,10 @@ def text_of(part: object, where: str, kinds: Mapping[str, str]) -> str:
 
 
 class Turns:
-    """Messages of a chat completion, from items that say less at a time.
+    """Builds the messages of a chat completion from smaller items.
 
-    What the assistant thought, said and called in a row is one message there; so are the instructions at the
-    beginning. What a template does not take is changed where the messages of all endpoints are written
-    (`text/template_facts.py`).
+    Reasoning, text and calls of the assistant in a row become one message, and so do the instructions at the
+    beginning. Rewriting for the template is done later, for all endpoints (`text/template_facts.py`).
     """
 
     def __init__(self) -> None:
@@ -150,7 +149,7 @@ class Turns:
         message["content"] = "\n".join(said)
 
     def _answer(self) -> dict[str, object]:
-        """The message of the turn that is the assistant's now."""
+        """The assistant's current message."""
         if self.messages and self.messages[-1]["role"] == "assistant":
             return self.messages[-1]
         return self._add("assistant")
@@ -162,20 +161,20 @@ class Turns:
 
 @dataclass(slots=True)
 class Piece:
-    """A part of an answer, of one kind from begin to end."""
+    """A part of an answer: reasoning, text or one call."""
 
     kind: Kind
     index: int
     id: str
-    """Random; for whoever wants one."""
+    """A random id."""
     name: str = ""
-    """Of a call."""
+    """The function's name, for a call."""
     call_id: str = ""
     deltas: list[str] = field(default_factory=list)
 
     @property
     def text(self) -> str:
-        """So far: of a call, its arguments."""
+        """The text so far; for a call, its arguments."""
         return "".join(self.deltas)
 
 
@@ -194,14 +193,14 @@ class Extended:
 class Closed:
     piece: Piece
     by_end: bool
-    """Not by itself or by what follows, but because the output ended."""
+    """Whether the piece ended only because the output ended."""
 
 
 Change = Opened | Extended | Closed
 
 
 class Pieces:
-    """One answer, in pieces. At most one is open, the last."""
+    """The pieces of one answer. Only the last one can be open."""
 
     def __init__(self, reader: AnswerReader) -> None:
         self._reader = reader
@@ -209,8 +208,8 @@ class Pieces:
         self.all: list[Piece] = []
 
     def read(self, part: CompletionOutput) -> Iterator[Change]:
-        """What an output adds: each change as it is made, with its piece as it is then. An answer that says
-        nothing is one empty text."""
+        """The changes that an output makes, one at a time; each has its piece in the state after that
+        change. An empty answer is one empty text."""
         for event in merged(self._reader.events(part)):
             if isinstance(event, ToolCallEnd):
                 yield from self.close()
@@ -228,7 +227,7 @@ class Pieces:
             yield from self.close(by_end=True)
 
     def close(self, *, by_end: bool = False) -> Iterator[Change]:
-        """Close what is open, if anything is."""
+        """Close the open piece, if there is one."""
         if self._is_open:
             self._is_open = False
             yield Closed(self.all[-1], by_end)

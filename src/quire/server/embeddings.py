@@ -1,4 +1,4 @@
-"""POST /v1/embeddings in OpenAI's shape, and /pooling in vLLM's."""
+"""POST /v1/embeddings in OpenAI's format, and /pooling in vLLM's."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def embeddings_router(state: ServerState) -> APIRouter:
 
     @router.post("/v1/embeddings", openapi_extra=BODY)
     async def create_embedding(request: Request) -> Response:
-        """A vector per text: of a decoder, the hidden state of the last token (or the mean of all), after
-        the final norm and scaled to length 1."""
+        """A vector for each text: the hidden state of the last token after the final norm (or the mean
+        over all tokens), scaled to length 1."""
         made, asked = await _vectors(state, request, "embd")
         frame = made.frame
         data = [Embedding(i, write(vector, asked)) for i, vector in enumerate(made.vectors)]
@@ -56,7 +56,7 @@ def embeddings_router(state: ServerState) -> APIRouter:
 
     @router.post("/pooling", openapi_extra=BODY)
     async def pool(request: Request) -> Response:
-        """The same vectors, in the shape of vLLM's /pooling."""
+        """The same vectors, in the format of vLLM's /pooling."""
         made, asked = await _vectors(state, request, "pool")
         frame = made.frame
         data = [Pooled(i, write(vector, asked)) for i, vector in enumerate(made.vectors)]
@@ -100,7 +100,8 @@ async def _vectors(
 
 
 async def _encode_chat(asked: EmbeddingChatRequest, model: ServedModel) -> list[EncodedPrompt]:
-    """Nobody is to answer, so the template adds no opening of an answer unless asked to."""
+    """Tokenize a conversation. No answer follows, so the template adds no beginning of one unless asked
+    to."""
     if asked.add_generation_prompt is None:
         asked = asked.model_copy(update={"add_generation_prompt": False})
     text = render_chat(asked, model)
@@ -124,7 +125,7 @@ def encoding_params(asked: EncodingFields) -> PoolingParams:
 
 
 def write(vector: Sequence[float], asked: EncodingFields) -> list[float] | str:
-    """base64 is of little-endian float32, as OpenAI's client reads it."""
+    """base64 encodes little-endian float32, as OpenAI's client expects."""
     if asked.encoding_format != "base64":
         return list(vector)
     return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode("ascii")

@@ -1,4 +1,5 @@
-"""What the server needs of an engine. `quire.engine.async_llm.AsyncLLM` is one; tests script another."""
+"""The methods of an engine that the server uses. `quire.engine.async_llm.AsyncLLM` has them; so have
+fakes in tests."""
 
 from __future__ import annotations
 
@@ -92,7 +93,7 @@ class RequestStream(Protocol):
 
 
 class Health(Protocol):
-    """`alive` is False once the engine is dead, or silent for longer than the timeout asked."""
+    """`alive` is False if the engine is dead, or has not answered within the given timeout."""
 
     @property
     def alive(self) -> bool: ...
@@ -121,8 +122,8 @@ class ServingEngine(Protocol):
     ) -> RequestStream: ...
 
     def check_grammar(self, params: SamplingParams) -> Sequence[str]:
-        """Compile `params.structured_outputs` once. Raises `InvalidParameterError` where that fails;
-        may take a while, so it is called in a thread. Returns warnings for the client."""
+        """Compile `params.structured_outputs` once, and return warnings for the client. Raises
+        `InvalidParameterError` if that fails. It may take seconds, so call it in a thread."""
 
     @property
     def is_dead(self) -> bool: ...
@@ -133,14 +134,14 @@ class ServingEngine(Protocol):
 
     def attach_metrics(self, metrics: MetricsSink) -> None: ...
 
-    def reset_prefix_cache(self) -> None: ...
+    async def reset_prefix_cache(self) -> bool: ...
 
     async def shutdown(self) -> None: ...
 
 
 @runtime_checkable
 class SleepingEngine(Protocol):
-    """An engine that can give its memory back and take it again."""
+    """An engine that can free its memory and allocate it again."""
 
     async def sleep(self, level: int = 1) -> None: ...
 

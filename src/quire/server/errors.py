@@ -1,7 +1,7 @@
-"""From exceptions to answers: one table for every endpoint, streamed or not.
+"""Turns exceptions into answers, for every endpoint, streamed or not.
 
-What a client sees is either the message of an error that we wrote, or a fixed sentence with the
-request's id. The text of other libraries' exceptions stays in the log.
+A client sees either the message of one of our own errors, or a fixed sentence with the request's id. The
+texts of other libraries' exceptions are only logged.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ RETRY_AFTER_DRAINING = 10
 
 
 class ApiError(QuireError):
-    """An answer other than success, complete: status, OpenAI body, headers."""
+    """A complete error answer: status, body in OpenAI's format, headers."""
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class ApiError(QuireError):
         self.headers = headers or {}
 
     def body(self, scope: Mapping[str, Any]) -> bytes:
-        """As the dialect of the path that was asked has it."""
+        """The body in the dialect of the request's path."""
         if speaks_anthropic(scope):
             return msgspec.json.encode(self.anthropic(scope))
         return msgspec.json.encode({"error": self.payload()})
@@ -98,7 +98,7 @@ class ApiError(QuireError):
 
 
 def routed_path(scope: Mapping[str, Any]) -> str:
-    """The path as the router sees it, without what a proxy in front should have stripped."""
+    """The path that the router sees, without the prefix that a proxy should have removed."""
     path, root = str(scope["path"]), str(scope.get("root_path", ""))
     return path[len(root) :] if root and path.startswith(root + "/") else path
 
@@ -109,12 +109,12 @@ def speaks_anthropic(scope: Mapping[str, Any]) -> bool:
 
 
 def bad_request(message: str, *, param: str | None) -> ApiError:
-    """A field of the right type whose value cannot be served."""
+    """The error for a field of the right type whose value cannot be served."""
     return ApiError(400, message, param=param)
 
 
 def malformed(message: str, *, param: str | None = None) -> ApiError:
-    """A body, or a field, of the wrong form. vLLM's type for it is the status phrase."""
+    """The error for a body or field of the wrong form. Its type is the status phrase, as in vLLM."""
     return ApiError(400, message, param=param, kind="Bad Request")
 
 
@@ -123,7 +123,7 @@ def unavailable(message: str, *, retry_after: int) -> ApiError:
 
 
 def to_api_error(error: BaseException, request_id: str) -> ApiError:
-    """The answer for any exception. Logs those that are no client's fault."""
+    """The answer for any exception. Logs those that are not the client's fault."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, ModelNotFoundError):

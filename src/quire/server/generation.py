@@ -1,4 +1,5 @@
-"""What completions and chat have in common: submitting, merging, collecting, and the answer's frame."""
+"""Shared code of all generating endpoints: submitting, merging and collecting outputs, and the answer's
+frame."""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """What every chunk of one answer repeats."""
+    """The fields that every chunk of one answer repeats."""
 
     id: str
     created: int
@@ -47,7 +48,7 @@ class Frame:
     def make(
         cls, prefix: str, model: ServedModel, warnings: list[str], *, separator: str = "-"
     ) -> Frame:
-        """The id is ours and random: nothing a client sends is ever a key."""
+        """The id is random and made here: text from a client is never used as a key."""
         return cls(
             f"{prefix}{separator}{secrets.token_hex(16)}", int(time.time()), model.name, warnings
         )
@@ -66,13 +67,13 @@ class Queued(Protocol):
 
 
 class Encoder(Protocol):
-    """Shapes outputs: sans-IO, so that its tests need no server."""
+    """Turns outputs into JSON. Sans-IO, so that its tests need no server."""
 
     @property
     def frame(self) -> Frame: ...
 
     def chunk(self, prompt_index: int, output: RequestOutput) -> bytes:
-        """Events for an output that holds what is new; may be empty."""
+        """Events for an output that holds only what is new; may be empty."""
 
     def last(self) -> bytes:
         """Events after all outputs: usage, if asked for."""
@@ -82,7 +83,7 @@ class Encoder(Protocol):
 
 
 def apply_server_flags(request: SamplingFields, config: ServerConfig) -> None:
-    """What the operator asked for on behalf of every client."""
+    """Apply the server's flags that affect all requests."""
     if config.return_tokens_as_token_ids:
         request.return_tokens_as_token_ids = True
     if config.enable_force_include_usage and request.stream:
@@ -91,7 +92,7 @@ def apply_server_flags(request: SamplingFields, config: ServerConfig) -> None:
 
 
 def check_model(name: str | None, model: ServedModel) -> None:
-    """Raises `ModelNotFoundError` (a 404). No name means the model there is."""
+    """Raises `ModelNotFoundError` (a 404). No name means the server's model."""
     if name is not None and name not in model.names:
         raise ModelNotFoundError(
             f"The model `{name}` does not exist. Valid aliases: {', '.join(model.names)}.",
@@ -106,7 +107,7 @@ def submit_all(
     request: Queued,
     frame: Frame,
 ) -> list[RequestStream]:
-    """All prompts or none: if the last does not fit, those before it are taken back."""
+    """Submit all prompts or none: if one is refused, those before it are aborted."""
     placement = Placement(priority=request.priority or 0, cache_salt=request.cache_salt)
     streams: list[RequestStream] = []
     try:
@@ -156,7 +157,7 @@ async def respond(
     events: AsyncGenerator[bytes, None] | None = None,
     ending: Ending | None = None,
 ) -> Response:
-    """Run to the end, or stream. Whatever ends the request early aborts it in the engine.
+    """Run to the end, or stream. If the request ends early for any reason, it is aborted in the engine.
 
     events: what to stream instead of `encoded(streams, encoder)`.
     """
@@ -182,9 +183,9 @@ async def run_to_end(
     frame: Frame,
     receive: Receive | None = None,
 ) -> list[RequestOutput]:
-    """The final output of each stream. Whatever ends the request early aborts all of them.
+    """The final output of each stream. If the request ends early for any reason, all are aborted.
 
-    receive: where a client's leaving is heard of, if not from the request's own.
+    receive: reports that the client has disconnected; the request's own if None.
     """
     live = state.live.open(streams, answer_id=frame.id, owner=owner_of(request.scope))
     try:
@@ -215,8 +216,8 @@ async def _final(stream: RequestStream) -> RequestOutput:
 
 
 def raise_if_failed(output: RequestOutput) -> None:
-    """A request that the engine failed on its own is an error, not a short answer. That its constraints
-    leave no token is known only as tokens are chosen, and still the client's mistake."""
+    """Raise an error for a request that failed in the engine. An unsatisfiable grammar shows up only during
+    sampling; that is the client's mistake, so it is a 400 and not a 500."""
     if any(part.finish_reason == "error" for part in output.outputs):
         reason = output.error or "The engine failed on this request."
         if reason.startswith(GrammarError.BEGINNING):
@@ -241,7 +242,7 @@ async def encoded(
 async def merge(
     streams: Sequence[RequestStream],
 ) -> AsyncGenerator[tuple[int, RequestOutput], None]:
-    """Outputs of all streams as they come, with the stream's index."""
+    """Outputs of all streams as they come, each with its stream's index."""
     if len(streams) == 1:  # the usual case needs no queue
         async for output in streams[0]:
             yield 0, output

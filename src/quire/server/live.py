@@ -1,8 +1,9 @@
-"""Requests in flight: each ends when its work does, when its client leaves, or when the server says so.
+"""Requests in flight: each ends with its work, when its client disconnects, or when the server ends it.
 
-Three things can end a request early, and each must reach the engine at once: the client hangs up,
-the server drains past its deadline, the engine dies. So the work runs as its own task, raced once
-per request (not once per token) against `receive()`; ending it early is cancelling that task.
+Three events can end a request early, and each must reach the engine at once: the client disconnects, a
+drain reaches its deadline, the engine dies. So the work runs as its own task beside one that waits for
+the client's disconnect (one task per request, not per token). To end a request early, its task is
+cancelled.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
 
 class ClientGoneError(Exception):
-    """The client hung up; nobody reads the answer."""
+    """The client has disconnected."""
 
 
 class LiveRequest:
-    """One request in flight. `close()` aborts whatever the engine still does for it."""
+    """One request in flight. `close()` aborts what is left of it in the engine."""
 
     def __init__(
         self,
@@ -39,7 +40,7 @@ class LiveRequest:
         self._streams = tuple(streams)
         self._task: asyncio.Task[Any] | None = None
         self.error: ApiError | None = None
-        """Why the server ended it, if it did."""
+        """The error with which the server ended it, if it did."""
 
     async def run(self, work: Coroutine[Any, Any, T], receive: Receive) -> T:
         """The result of `work`. Raises `ClientGoneError`, or the error given to `terminate`.
@@ -63,14 +64,14 @@ class LiveRequest:
         raise self.error or ClientGoneError()
 
     def terminate(self, error: ApiError) -> None:
-        """End it with `error`; a stream still gets to say so."""
+        """End it with `error`; a stream still sends the error event."""
         if self.error is None:
             self.error = error
             if self._task is not None:
                 self._task.cancel()
 
     def abort(self) -> None:
-        """End it where it is: its client gets what there is, with finish_reason "abort"."""
+        """End it now: its client gets the output so far, with finish_reason "abort"."""
         for stream in self._streams:
             stream.abort()
 
@@ -81,7 +82,7 @@ class LiveRequest:
 
 
 class LiveRequests:
-    """All of them, so that a drain can wait for the last and cut off the rest."""
+    """All requests in flight, so that a drain can wait for them and end those that remain."""
 
     def __init__(self) -> None:
         self._live: set[LiveRequest] = set()
@@ -94,7 +95,8 @@ class LiveRequests:
     def open(
         self, streams: Iterable[RequestStream], *, answer_id: str = "", owner: bytes | None = None
     ) -> LiveRequest:
-        """answer_id: what the client is told, by which `owner` (see `middleware.owner_of`) may abort it."""
+        """answer_id: the id in the answer, with which its `owner` (see `middleware.owner_of`) may abort
+        it."""
         request = LiveRequest(self, streams, answer_id=answer_id, owner=owner)
         self._live.add(request)
         self._idle.clear()
@@ -106,14 +108,14 @@ class LiveRequests:
             self._idle.set()
 
     def abort(self, ids: Collection[str], owner: bytes | None) -> list[str]:
-        """The ids that were there and are ended. Another owner's are as unknown as any."""
+        """Abort requests; returns the ids that were found. Requests of another owner are not found."""
         found = [live for live in self._live if live.answer_id in ids and live.owner == owner]
         for live in found:
             live.abort()
         return [live.answer_id for live in found]
 
     async def wait_idle(self, timeout: float) -> bool:
-        """Whether all ended within `timeout` seconds."""
+        """Wait until all have ended. Returns whether they did within `timeout` seconds."""
         try:
             await asyncio.wait_for(self._idle.wait(), timeout)
         except TimeoutError:
@@ -129,5 +131,5 @@ async def _disconnected(receive: Receive) -> None:
     try:
         while (await receive())["type"] != "http.disconnect":
             pass
-    except ApiError:  # it still sends, and too much: it is not waiting for an answer
+    except ApiError:  # it sends more than the limit: treat it as disconnected
         pass

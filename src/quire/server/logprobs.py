@@ -1,4 +1,4 @@
-"""The engine's log-probabilities in OpenAI's two shapes, and prompts' in vLLM's."""
+"""The engine's log-probabilities in OpenAI's two formats, and those of prompts in vLLM's."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from quire.server.responses import (
 )
 
 SMALLEST = -9999.0
-"""Stands for minus infinity, which JSON cannot carry (vLLM's value)."""
+"""Replaces minus infinity, which JSON cannot express (vLLM's value)."""
 
 Position = dict[int, Logprob]
-"""Token id -> Logprob at one position: the token's that is there, the most likely ones', and those of
+"""Token id -> Logprob at one position: for the token at this position, the most likely tokens, and
 `logprob_token_ids`."""
 
 
 class LogprobFormatter:
-    """Shapes one request's logprobs. `top` is how many alternatives the client asked for, -1 all; those
-    of `always` are given whatever their rank."""
+    """Writes one request's logprobs. `top`: the number of alternatives that the client asked for, -1 for all.
+    `always`: tokens that are included whatever their rank."""
 
     def __init__(
         self, tokenizer: ServedTokenizer, *, top: int, as_ids: bool, always: Sequence[int] = ()
@@ -38,9 +38,9 @@ class LogprobFormatter:
     def completion(
         self, token_ids: Sequence[int], positions: Sequence[Position | None], offset: int
     ) -> tuple[CompletionLogprobs, int]:
-        """The logprobs, and the offset after them. `offset`: characters of the text before the first of
-        these tokens. Offsets add up token texts, not what is shown: the two differ where text is held
-        back for a stop string.
+        """The logprobs, and the offset after them. `offset`: the number of characters before the first of
+        these tokens. Offsets are sums of the lengths of token texts. They differ from the text sent so
+        far while text is held for a stop string.
         """
         shaped = CompletionLogprobs([], [], [], [])
         for token_id, position in zip(token_ids, positions, strict=False):
@@ -52,8 +52,8 @@ class LogprobFormatter:
     def echo(
         self, token_ids: Sequence[int], positions: Sequence[Position | None], text: str
     ) -> CompletionLogprobs:
-        """A prompt's, in front of the answer's. A special token that `text` does not show (a BOS that the
-        tokenizer added) has no width, so that offsets point into what is shown."""
+        """Logprobs of the prompt, before those of the answer. A special token that is not in `text` (a
+        BOS that the tokenizer added) has length 0, so that offsets point into the text."""
         shaped, offset = CompletionLogprobs([], [], [], []), 0
         for token_id, position in zip(token_ids, positions, strict=True):
             shaped.text_offset.append(min(offset, len(text)))
@@ -64,10 +64,10 @@ class LogprobFormatter:
         return shaped
 
     def _add(self, shaped: CompletionLogprobs, token_id: int, position: Position | None) -> None:
-        """As in vLLM, `top_logprobs` has the token's own entry as well as the most likely ones'. Where
-        two ids have one text, its entry is the token's, or else the likelier one's."""
+        """As in vLLM, `top_logprobs` has the most likely tokens and the token itself. If two ids have the
+        same text, the entry is the token's own, or else the likelier one's."""
         shaped.tokens.append(self._token(token_id))
-        if position is None:  # the prompt's first token, or one that nobody asked for
+        if position is None:  # the prompt's first token, or one without logprobs
             shaped.token_logprobs.append(None)
             shaped.top_logprobs.append(None)
             return
@@ -96,7 +96,7 @@ class LogprobFormatter:
         return ChatLogprobs(content)
 
     def _best(self, position: Position) -> list[int]:
-        """The most likely ids, best first; ties in the engine's order. Then those always given."""
+        """The most likely ids, best first, ties in the engine's order; then `always`."""
         ranked = sorted(position, key=lambda i: -position[i].logprob)
         best = ranked if self._top < 0 else ranked[: self._top]
         return best + [i for i in self._always if i in position and i not in best]
@@ -122,7 +122,7 @@ def joined(first: CompletionLogprobs, then: CompletionLogprobs) -> CompletionLog
 def prompt_logprobs(
     positions: Sequence[Position | None], tokenizer: ServedTokenizer
 ) -> PromptLogprobs:
-    """In vLLM's shape: by token id, with ranks."""
+    """In vLLM's format: by token id, with ranks."""
     return [
         None
         if position is None

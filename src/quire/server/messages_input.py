@@ -1,7 +1,7 @@
-"""The messages and tools of /v1/messages as those of a chat completion, block by block.
+"""Translates the messages and tools of /v1/messages to a chat completion, block by block.
 
-Blocks and tools that only Anthropic's servers can serve are left out with a warning: clients send them also
-after a change of the server in the middle of a conversation.
+Blocks and tools that only Anthropic's servers can serve are left out with a warning: a client that
+changes to this server in the middle of a conversation still sends them.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from quire.server.errors import bad_request
 Object = dict[str, object]
 
 TEXT_BLOCKS = {"text": "text", "tool_reference": "tool_name"}
-"""Type of a block -> the field that is its text."""
+"""Type of a block -> the field of its text."""
 ROLES = ("user", "assistant", "system")
 SEALED = frozenset({"redacted_thinking", "fallback"})
-"""Blocks of an assistant that say nothing, or nothing that can be read."""
+"""Blocks of an assistant without readable text."""
 LEFT_OUT = frozenset({"server_tool_use", "container_upload", "mcp_tool_listing"})
 LEFT_OUT_SUFFIX = "_tool_result"
-"""Of blocks with what a tool on Anthropic's side found: web_search_tool_result, ..."""
+"""Suffix of the types of blocks with results of Anthropic's own tools: web_search_tool_result, ..."""
 CALLS = ("tool_use", "mcp_tool_use")
 RESULTS = ("tool_result", "mcp_tool_result")
 FUNCTION_TOOLS = (None, "custom")
@@ -37,7 +37,7 @@ def add_system(turns: Turns, system: str | list[dict[str, Any]] | None) -> None:
 
 
 def add_messages(turns: Turns, messages: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
-    """Say all in `messages`. Returns what was left out, for `body.warn_of`."""
+    """Add `messages` to `turns`. Returns what was left out, for `body.warn_of`."""
     left_out: list[str] = []
     for index, message in enumerate(messages):
         left_out += _add_message(turns, message, f"messages[{index}]")
@@ -61,7 +61,7 @@ def _add_message(turns: Turns, message: dict[str, Any], where: str) -> list[str]
     left_out = []
 
     def speak() -> None:
-        """What was said so far, as a message."""
+        """Add the texts so far as a message."""
         if said:
             turns.say(role, said.copy())
             said.clear()
@@ -90,7 +90,7 @@ def _add_message(turns: Turns, message: dict[str, Any], where: str) -> list[str]
 
 
 def _result(block: Object, where: str) -> list[str]:
-    """What a tool said. An error without a word must not look like an answer that is empty."""
+    """A tool's result. An error without text gets one, so that it differs from an empty result."""
     content, path = block.get("content") or "", f"{where}.content"
     if isinstance(content, list):
         said = [
@@ -104,7 +104,7 @@ def _result(block: Object, where: str) -> list[str]:
 
 
 def _texts(block: Object, where: str) -> list[str]:
-    """The texts of a block that is read as text."""
+    """The texts of a block."""
     kind = block.get("type")
     if kind == "compaction":
         return [as_text(block.get("content") or "", f"{where}.content")]
@@ -124,10 +124,10 @@ def _texts(block: Object, where: str) -> list[str]:
 
 
 class ToolSet:
-    """A request's tools, as a chat completion has them."""
+    """A request's tools, in the form of a chat completion."""
 
     def __init__(self, tools: Sequence[dict[str, Any]]) -> None:
-        """Raises a 400 `ApiError` for what is no tool."""
+        """Raises a 400 `ApiError` for anything that is not a tool."""
         self.functions: list[Object] = []
         self._left_out: dict[str, str] = {}
         """Name of a tool -> its type."""
@@ -141,14 +141,14 @@ class ToolSet:
 
     @property
     def idle(self) -> list[tuple[str, str]]:
-        """What was left out, for `body.warn_of`."""
+        """The tools that were left out, for `body.warn_of`."""
         return [
             ("tools", f"tools of type {printable(kind)} are not served and were left out")
             for kind in dict.fromkeys(self._left_out.values())
         ]
 
     def choice(self, choice: dict[str, Any]) -> Object:
-        """Fields of a chat completion. Raises a 400 `ApiError` where a tool is needed that was left out."""
+        """Fields of a chat completion. Raises a 400 `ApiError` if it needs a tool that was left out."""
         kind = choice.get("type", "auto")
         one_at_most = choice.get("disable_parallel_tool_use") is True
         several: Object = {"parallel_tool_calls": False} if one_at_most else {}

@@ -1,7 +1,7 @@
-"""What every request passes through, outermost first: id and metrics, CORS, API key, body limit.
+"""The middleware, outermost first: id and metrics, CORS, API key, body limit.
 
-Plain ASGI throughout. Starlette's BaseHTTPMiddleware runs the app in a task group of its own, which
-delays each streamed chunk and hides the client's disconnect from the endpoint.
+All of it is plain ASGI. Starlette's BaseHTTPMiddleware runs the app in its own task group, which delays
+each streamed chunk and hides the client's disconnect from the endpoint.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ STATUS_CLIENT_GONE = 499
 
 
 class RequestContext:
-    """Gives each request an id, counts it, and turns what nobody caught into a fixed 500.
+    """Gives each request an id, counts it, and answers uncaught exceptions with a fixed 500.
 
-    A client's X-Request-Id is echoed if it is short and plain, for its logs and ours; it is never a
-    key to anything (PYSEC-2026-4198).
+    A client's X-Request-Id is returned if it is short and plain, for the client's logs and ours. It is
+    never used as a key (PYSEC-2026-4198).
     """
 
     def __init__(self, app: App, state: ServerState) -> None:
@@ -42,13 +42,13 @@ class RequestContext:
         self._root_path = state.config.root_path.rstrip("/")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "websocket":  # nothing here speaks it; never let one past the key check
+        if scope["type"] == "websocket":  # not supported, and it must not pass the key check
             await send({"type": "websocket.close", "code": 1008})
             return
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        if self._root_path:  # the router, and the key check, take it off paths that have it
+        if self._root_path:  # the router and the key check remove it from paths that have it
             scope["root_path"] = self._root_path
         request_id = _client_request_id(scope) or secrets.token_hex(16)
         scope.setdefault("state", {})["request_id"] = request_id
@@ -82,7 +82,7 @@ class RequestContext:
 
 
 class BodyLimit:
-    """Bounds the body while it arrives, whether or not its length was announced."""
+    """Limits the body while it arrives, even if its length was not announced."""
 
     def __init__(self, app: App, limit: int) -> None:
         self._app = app
@@ -137,7 +137,7 @@ def set_owner(scope: Scope, key_digest: bytes) -> None:
 
 
 def owner_of(scope: Scope) -> bytes | None:
-    """Whose request it is: the digest of its API key, None where no keys are in force."""
+    """The owner of a request: the digest of its API key, or None if the server has no keys."""
     owner = scope.get("state", {}).get("owner")
     return owner if isinstance(owner, bytes) else None
 
@@ -147,7 +147,7 @@ def header_values(scope: Scope, name: bytes) -> list[bytes]:
 
 
 def adopt_request_id(scope: Scope, value: object) -> None:
-    """A body's `request_id` stands in for the header that was not sent."""
+    """Use the body's `request_id` as the request's id if the header was not sent."""
     if isinstance(value, str) and _is_plain(value) and _client_request_id(scope) is None:
         scope["state"]["request_id"] = value
 

@@ -1,10 +1,10 @@
-"""Values that ask for nothing.
+"""Neutral values of fields: those that change nothing.
 
-Clients send every field they know, each with the value that changes nothing. A field with such a value is as
-if absent on every endpoint: `body.parse` drops it before any rule about the field applies. Null always asks
-for nothing. So does an empty string, list or object, in an optional field of that type. Other values, and the
-fields in which something empty has a meaning, are declared with `Neutral` beside the field: in its annotation
-where a request model has the field, in a table of `unsupported` where none has.
+Clients often send every field that they know, with its neutral value. On every endpoint such a field
+counts as absent: `body.parse` drops it before any rule about the field applies. Null is always neutral.
+An empty string, list or object is neutral in an optional field of that type. Other neutral values, and
+fields in which an empty value has a meaning, are declared with `Neutral`: in the field's annotation if a
+request model has the field, else in a table of `unsupported`.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from pydantic import BaseModel
 
 
 class Neutral:
-    """Which values of a field ask for nothing.
+    """The neutral values of a field.
 
     As a part of a model's annotation it must be outermost: `Annotated[int | None, Neutral(0)]`.
     """
 
     def __init__(self, *values: object, empty: bool = True) -> None:
-        """empty: whether an empty value asks for nothing, in a field of a request model."""
+        """empty: whether an empty value is neutral, in a field of a request model."""
         self.values = values
         self.empty = empty
 
@@ -33,7 +33,7 @@ class Neutral:
 
 
 ONLY_NULL = Neutral()
-"""Of a field that no request model has: every value but null would have changed the answer."""
+"""For a field that no request model has: every value except null would have changed the answer."""
 EMPTY_HAS_MEANING = Neutral(empty=False)
 
 
@@ -42,7 +42,7 @@ def asks_for_nothing(
 ) -> bool:
     """Whether the field `name` may be dropped from a request of `model`.
 
-    others: what is known of fields that the model does not have.
+    others: the neutral values of fields that the model does not have.
     """
     if name not in model.model_fields:
         return name in others and others[name].holds(value)
@@ -57,7 +57,7 @@ def asks_for_nothing(
 
 @functools.cache
 def _declared(model: type[BaseModel]) -> dict[str, tuple[Neutral, frozenset[type]]]:
-    """Of each optional field: what is neutral, and the JSON types that it takes."""
+    """For each optional field: its neutral values, and the JSON types that it accepts."""
     return {
         name: (
             next((m for m in info.metadata if isinstance(m, Neutral)), ONLY_NULL),
@@ -81,5 +81,5 @@ def _kinds(annotation: Any) -> set[type]:
 
 
 def _same(value: object, neutral: object) -> bool:
-    """Equal, and of the same type: True is not 1, and 1 is 1.0 only where both are declared."""
+    """Equal and of the same type: True is not 1, and 1 is not 1.0."""
     return type(value) is type(neutral) and value == neutral

@@ -1,4 +1,4 @@
-"""From texts to vectors: what embeddings and scores have in common."""
+"""From texts to vectors: shared code of embeddings and scores."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ async def encode_all(
     param: str,
     add_special_tokens: bool = True,
 ) -> list[EncodedPrompt]:
-    """Raises a 400 for ids that do not exist, and for a prompt without any token."""
+    """Token ids of all prompts. Raises a 400 for unknown ids, and for a prompt without tokens."""
     cut = truncation(asked.truncate_prompt_tokens, asked.truncation_side, model)
     encoded = [
         await encode_prompt(
@@ -96,7 +96,7 @@ async def make_vectors(
     params: PoolingParams,
     frame: Frame,
 ) -> Vectors:
-    """All prompts run at once; all are aborted if the client leaves or one fails."""
+    """Run all prompts at once; all are aborted if the client disconnects or one fails."""
     work = [(prompt, params) for prompt in prompts]
     engine = state.serving_engine()  # tokenizing may have taken a while
     log_request(state, request, frame, work)

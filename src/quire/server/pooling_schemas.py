@@ -1,4 +1,4 @@
-"""Requests and answers of the endpoints that make vectors, and scores of vectors."""
+"""Requests and answers of the endpoints for vectors and scores."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from quire.server.requests import ChatFields, Name, Prompt, Strict
 from quire.server.responses import Usage, Warnings
 
 Texts = str | Annotated[list[str], Field(fail_fast=True, min_length=1)]
-"""How many there may be is the server's limit on prompts."""
+"""Their number is limited by the server's limit on prompts."""
 Side = Annotated[Texts | None, EMPTY_HAS_MEANING]
-"""An empty text is a text, with which nothing can be compared."""
+"""An empty text is not neutral: it is an error, since it cannot be compared."""
 
 
 class PoolingFields(Strict):
-    """How texts become vectors, the same wherever they do."""
+    """How texts become vectors; the same for all these endpoints."""
 
     model: Name | None = None
     pooling: Literal["last", "mean"] | None = None
@@ -33,12 +33,12 @@ class PoolingFields(Strict):
 
 
 class EncodingFields(PoolingFields):
-    """How a vector is written."""
+    """The format of a vector."""
 
     encoding_format: Literal["float", "base64"] | None = None
     """base64: of little-endian float32."""
     dimensions: int | None = None
-    """Keep this many, before normalizing."""
+    """Keep this many numbers, before normalizing."""
     normalize: bool | None = None
     """To length 1, the default."""
     use_activation: bool | None = None
@@ -54,7 +54,7 @@ class EmbeddingRequest(EncodingFields):
 
 
 class EmbeddingChatRequest(EncodingFields, ChatFields):
-    """One vector, of a whole conversation."""
+    """One vector for a whole conversation."""
 
 
 class ScoreRequest(PoolingFields):
@@ -83,11 +83,11 @@ class Document(Strict):
 
 class RerankRequest(PoolingFields):
     query: str
-    """What the documents are compared with."""
+    """The text with which the documents are compared."""
     documents: Annotated[list[str | Document], Field(fail_fast=True, min_length=1)]
     """Texts, or objects with a text."""
     top_n: int | None = None
-    """0, the default, is all."""
+    """0, the default, means all."""
     return_documents: bool | None = None
     """The default, as in vLLM."""
 

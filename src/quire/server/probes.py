@@ -1,4 +1,4 @@
-"""What operators and load balancers ask: alive, ready, version, metrics. None of it needs a key."""
+"""Probes for operators and load balancers: alive, ready, version, metrics. None needs a key."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ def probes_router(state: ServerState) -> APIRouter:
 
     @router.get("/health")
     async def health() -> Response:
-        """Whether the engine's loop turns: not that a process exists, but that it moved lately."""
+        """Whether the engine's loop has made progress lately; that the process exists is not enough."""
         return _answer(*check_health(state))
 
     @router.get("/ready")
     async def ready() -> Response:
-        """Whether to send requests here: loaded, awake, not draining, queue not full."""
+        """Whether to send requests here: the engine is loaded and awake, not draining, and the queue not
+        full."""
         if state.phase is Phase.READY and state.queue_is_full():
             return _answer(False, {"status": "overloaded"})
         if isinstance(state.engine, SleepingEngine) and state.engine.is_sleeping:

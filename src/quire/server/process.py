@@ -1,4 +1,4 @@
-"""uvicorn, with what we need different: our signals, bounded request heads, our own sockets."""
+"""uvicorn, with our own signal handling, limited request heads and our own sockets."""
 
 from __future__ import annotations
 
@@ -25,12 +25,11 @@ logger = logging.getLogger(__name__)
 MAX_HEAD_BYTES = 64 * 1024
 """Request line and headers together."""
 CLOSE_SECONDS = 3
-"""What connections get to close after the last answer."""
+"""Seconds for connections to close after the last answer."""
 
 
 class _NotAbout(logging.Filter):
-    """Drops access lines of probes, and of other paths: asked every few seconds, they would bury
-    everything else.
+    """Drops log lines of probes and of given paths: they are requested every few seconds.
 
     uvicorn's record has args (client, method, path with query, version, status).
     """
@@ -47,7 +46,7 @@ class _NotAbout(logging.Filter):
 
 
 class HttpServer(uvicorn.Server):
-    """uvicorn's server without its signal handlers: a signal means drain, and `run` does that."""
+    """uvicorn's server without its signal handlers: on a signal, `run` drains."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -59,7 +58,7 @@ class HttpServer(uvicorn.Server):
 
 
 def http_server(app: FastAPI, config: ServerConfig) -> HttpServer:
-    """Raises `ConfigError` where TLS files cannot be read."""
+    """Raises `ConfigError` if TLS files cannot be read."""
     options = uvicorn.Config(
         app,
         http=_http_protocol(),
@@ -90,8 +89,8 @@ def http_server(app: FastAPI, config: ServerConfig) -> HttpServer:
 
 
 def _http_protocol() -> type[asyncio.Protocol] | str:
-    """httptools where installed, else h11. httptools has no limit on a request's head (h11 does), so
-    one client could fill the memory with a header that never ends (CVE-2025-48956): count it."""
+    """httptools if installed, else h11. httptools, unlike h11, has no limit on a request's head. A client
+    could fill the memory with an endless header (CVE-2025-48956), so its bytes are counted."""
     try:
         from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
     except ImportError:
@@ -101,7 +100,7 @@ def _http_protocol() -> type[asyncio.Protocol] | str:
         _head_bytes = 0
         _in_head = True
         _ended = False
-        """Whether a message ended in the piece of data at hand: then it was not all of a head."""
+        """Whether a message ended in the current piece of data: then not all of the piece is a head."""
 
         def on_message_begin(self) -> None:
             self._head_bytes, self._in_head = 0, True
@@ -128,7 +127,7 @@ def _http_protocol() -> type[asyncio.Protocol] | str:
 
 
 def bind(config: ServerConfig) -> socket.socket:
-    """The listening socket, taken before the model is loaded: a port in use is known at once.
+    """The listening socket. Bound before the model is loaded, so that a port in use is reported at once.
 
     Raises `ConfigError` naming the address.
     """
@@ -136,7 +135,7 @@ def bind(config: ServerConfig) -> socket.socket:
         return _bind_unix(config.uds)
     host = config.host or "0.0.0.0"
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # Said, not implied: asyncio turns Nagle off only where a socket says that it is TCP.
+    # Set explicitly: asyncio turns off Nagle's algorithm only for sockets with the protocol number of TCP.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -163,7 +162,7 @@ def _bind_unix(path: str) -> socket.socket:
 
 
 def _remove_stale(path: str) -> None:
-    """Unlink a socket that nobody listens on any more, and nothing else."""
+    """Unlink a socket on which no process listens, and nothing else."""
     try:
         is_socket = stat.S_ISSOCK(os.stat(path).st_mode)
     except FileNotFoundError:
@@ -176,7 +175,7 @@ def _remove_stale(path: str) -> None:
 
 
 def url_of(listener: socket.socket, config: ServerConfig) -> str:
-    """Where clients reach it, with the port that was chosen."""
+    """The URL for clients, with the port that was chosen."""
     if config.uds is not None:
         return f"unix:{config.uds}"
     host, port = listener.getsockname()[:2]

@@ -1,4 +1,4 @@
-"""From what a client sent to token ids: completions prompts and chat messages."""
+"""From completion prompts and chat messages to token ids."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from quire.server.requests import ChatFields
 from quire.text.parsing import ThinkingTokens
 
 INLINE_CHARS = 16_384
-"""Longer texts are tokenized in a thread (the library releases the GIL), so that one long prompt does
-not hold up everyone's stream; shorter ones take less time than the hop."""
+"""Longer texts are tokenized in a thread (the library releases the GIL), so that a long prompt does not
+delay all streams. A shorter text takes less time than a change of threads."""
 
 RESERVED_TEMPLATE_KWARGS = frozenset(
     {
@@ -28,7 +28,7 @@ RESERVED_TEMPLATE_KWARGS = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Truncation:
-    """How a prompt that is too long is cut, when the client asked for that."""
+    """How a prompt that is too long is cut, if the client asks for it."""
 
     to: int | None = None
     side: Literal["left", "right"] = "left"
@@ -43,15 +43,15 @@ class Truncation:
 class EncodedPrompt:
     token_ids: list[int]
     text: str | None
-    """As sent; None where the client sent ids."""
+    """As sent; None if the client sent ids."""
     thinking: ThinkingTokens | None = None
-    """Of a reasoning model's chat: its markers, and whether the prompt ends between them."""
+    """For a reasoning model's chat: its markers, and whether the prompt ends between them."""
 
 
 def truncation(
     limit: int | None, side: Literal["left", "right"] | None, model: ServedModel
 ) -> Truncation:
-    """-1 means "to what the model takes". Raises a 400 for 0 and for more than the context."""
+    """-1 means the context length. Raises a 400 for 0 and for more than the context."""
     if limit is None:
         return Truncation()
     if limit == -1:
@@ -82,7 +82,7 @@ async def encode_text(
 def split_prompts(
     prompt: str | list[str] | list[int] | list[list[int]], *, limit: int, param: str = "prompt"
 ) -> list[str | list[int]]:
-    """One entry per prompt. An empty list is no prompt; `[[]]` is one that is empty."""
+    """One entry per prompt. An empty list has no prompt; `[[]]` is one empty prompt."""
     if isinstance(prompt, str):
         return [prompt]
     if not prompt:
@@ -110,7 +110,7 @@ async def encode_prompt(
     cut: Truncation,
     param: str = "prompt",
 ) -> EncodedPrompt:
-    """Raises a 400 for ids that the model has no embedding for."""
+    """Token ids of a prompt. Raises a 400 for ids without an embedding in the model."""
     if isinstance(prompt, str):
         ids = await encode_text(
             model.tokenizer, prompt, add_special_tokens=add_special_tokens, cut=cut
@@ -130,7 +130,7 @@ def check_ids(ids: Sequence[int], model: ServedModel, *, param: str) -> None:
 
 
 def render_chat(chat: ChatFields, model: ServedModel) -> str:
-    """The prompt text that the model's template makes of the messages."""
+    """The prompt's text: the messages, rendered by the model's template."""
     template = model.chat_template
     if template is None:
         raise bad_request(

@@ -1,8 +1,8 @@
-"""What clients may send. Our own models: bounds on every list and string, strict types, and every
-field either used, refused by name (`unsupported`), or reported back as unknown.
+"""The models of requests: limits on every list and string, and strict types. Every field is either used,
+refused by name (`unsupported`), or reported to the client as unknown.
 
-Values that have a rule (`temperature`, `n`, ...) are checked by `SamplingParams`, in one place for all
-front ends; here only types and sizes are.
+Only types and sizes are checked here. Values that have a rule (`temperature`, `n`, ...) are checked by
+`SamplingParams`, in one place for all front ends.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ MAX_CONTENT_PARTS = 1024
 MAX_TEMPLATE_KWARGS = 64
 MAX_TOOLS = 1024
 MAX_CALL_ID = 1 << 16
-"""Some gateways keep the signature of a thought in it."""
+"""Long, because some gateways keep the signature of reasoning in it."""
 
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True, max_length=MAX_IDS)]
 Ints = Annotated[list[int], Field(fail_fast=True)]
 Texts = Annotated[list[str], Field(fail_fast=True)]
 Object = dict[str, Any]
-"""Checked by whoever knows its fields: pydantic would report each of a million bad entries."""
+"""Checked where its fields are known: pydantic would report each of a million bad entries."""
 Name = Annotated[str, Field(max_length=256)]
 PROMPT_FORMS = "A text, a list of texts, token ids, or a list of lists of token ids."
 Prompt = Annotated[
@@ -39,10 +39,10 @@ Prompt = Annotated[
 
 
 class Strict(BaseModel):
-    """Base: JSON types must match, a value that asks for nothing counts as absent (see `neutral`).
+    """Base class: JSON types must match, and a neutral value counts as absent (see `neutral`).
 
-    docs/api.md is made of these classes: a field's docstring is its text there. One that
-    `SamplingParams` has too is explained, and its value checked, there.
+    docs/api.md is generated from these classes: a field's docstring is its text there. A field that
+    `SamplingParams` has too is documented and checked there.
     """
 
     model_config = ConfigDict(strict=True, extra="ignore", protected_namespaces=())
@@ -56,11 +56,11 @@ class StreamOptions(Strict):
 
 
 class DecodingFields(Strict):
-    """How tokens are chosen and requests treated, for every endpoint that generates. Defaults are the
+    """Sampling and scheduling, for every endpoint that generates. Defaults are the
     model's, see `sampling`."""
 
     model: Name | None = None
-    """One of the server's names; without it, the model there is."""
+    """One of the names of the server's model; optional."""
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
@@ -98,44 +98,44 @@ class DecodingFields(Strict):
     """Prompts share cached KV only with the same salt."""
     skip_reading_prefix_cache: bool | None = None
     request_id: Name | None = None
-    """For logs, where the header X-Request-Id was not sent; never a key to anything."""
+    """For logs, if the header X-Request-Id was not sent; never used as a key."""
     vllm_xargs: Object | None = None
-    """For extensions of vLLM; nothing here reads it, and a warning says so."""
+    """For extensions of vLLM; it has no effect here, and a warning says so."""
 
 
 class SamplingFields(DecodingFields):
-    """What completions and chat completions have besides."""
+    """Further fields of completions and chat completions."""
 
     n: int | None = None
     stop: str | Texts | None = None
     max_tokens: int | None = None
     prompt_logprobs: int | None = None
-    """The top logprobs of each prompt token but the first, with its own; -1 is all. Not with `stream`."""
+    """The top logprobs of each prompt token except the first, and its own; -1 is all. Not with `stream`."""
     prompt_logprob_start: int | None = None
     logprob_token_ids: Ints | None = None
     response_format: Annotated[Object | None, Neutral({"type": "text"})] = None
-    """OpenAI's way to ask for `structured_outputs`: {"type": "text" | "json_object" | "json_schema"}."""
+    """OpenAI's form of `structured_outputs`: {"type": "text" | "json_object" | "json_schema"}."""
     best_of: int | None = None
-    """Only equal to n: nothing is sampled to be thrown away. With `use_beam_search`, the beam width."""
+    """Must equal n: all samples are returned. With `use_beam_search`, the beam width."""
     use_beam_search: bool | None = None
-    """Search for the n likeliest continuations, instead of drawing n."""
+    """Search for the n likeliest continuations, instead of sampling n."""
     length_penalty: float | None = None
-    """Of a beam search: above 1, longer continuations are preferred. Default: 1."""
+    """For beam search: above 1, longer continuations are preferred. Default: 1."""
     stream_options: StreamOptions | None = None
     """Needs `stream`, if it asks for anything."""
     return_token_ids: bool | None = None
     """`token_ids` on each choice, `prompt_token_ids` once."""
     return_tokens_as_token_ids: bool | None = None
-    """Tokens in logprobs as "token_id:7", so that those with the same text can be told apart."""
+    """Tokens in logprobs as "token_id:7", so that tokens with the same text can be distinguished."""
     return_effective_params: bool | None = None
-    """`effective_params` in the answer, or a stream's first chunk: every sampling parameter as it is used,
-    the model's defaults included. With several prompts, max_tokens is the least of theirs."""
+    """`effective_params` in the answer, or in a stream's first chunk: every sampling parameter as it is used,
+    the model's defaults included. With several prompts, max_tokens is the smallest of theirs."""
     truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
     """Cut a longer prompt to this many tokens; -1: to the context length."""
     truncation_side: Literal["left", "right"] | None = None
-    """What `truncate_prompt_tokens` cuts off."""
+    """The side that `truncate_prompt_tokens` cuts off."""
     add_special_tokens: bool | None = None
-    """Whether the tokenizer adds its own, such as BOS, to texts; templates write theirs."""
+    """Whether the tokenizer adds special tokens such as BOS to texts. Templates write their own."""
 
 
 class CompletionRequest(SamplingFields):
@@ -147,7 +147,7 @@ class CompletionRequest(SamplingFields):
 
 
 class ContentPart(Strict):
-    """A part of a message. The template's own normalisation says which types it takes."""
+    """A part of a message. Which types are accepted depends on the model's template."""
 
     type: Name
     text: str | None = None
@@ -156,7 +156,7 @@ class ContentPart(Strict):
 
 
 class Message(Strict):
-    """One turn. Other keys do not reach the template: what it reads is listed here."""
+    """One message. Only the keys listed here reach the template."""
 
     role: Annotated[str, Field(min_length=1, max_length=64)]
     content: (
@@ -178,7 +178,7 @@ Messages = Annotated[list[Message], Field(fail_fast=True, min_length=1, max_leng
 
 
 class Function(Strict):
-    """A function that the model may call. Keys that are not here reach the template as well."""
+    """A function that the model may call. Other keys reach the template too."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -186,9 +186,9 @@ class Function(Strict):
     """MCP allows 128 characters, and clients put the server's name in front."""
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    """A JSON schema of an object; none means any."""
+    """A JSON schema of an object; without it, any object."""
     strict: bool | None = None
-    """Arguments follow the schema, by grammar."""
+    """Arguments must match the schema, enforced by a grammar."""
 
 
 class Tool(Strict):
@@ -199,45 +199,45 @@ class Tool(Strict):
 
 
 class ChatFields(Strict):
-    """How messages become a prompt; the same for answering and for `/tokenize`."""
+    """How messages become a prompt; the same for chat completions and `/tokenize`."""
 
     messages: Messages
     """The conversation, oldest first."""
     tools: Annotated[list[Tool], Field(fail_fast=True, max_length=MAX_TOOLS)] | None = None
-    """What the model may call: functions."""
+    """The functions that the model may call."""
     documents: Annotated[list[dict[str, Any]], Field(max_length=MAX_TOOLS)] | None = None
-    """For templates that know them."""
+    """For templates that use them."""
     add_generation_prompt: bool | None = None
-    """End the prompt with what begins an answer: the default."""
+    """End the prompt with the beginning of an answer: the default."""
     continue_final_message: bool | None = None
-    """Go on with the last message instead of beginning one."""
+    """Continue the last message instead of beginning a new one."""
     chat_template_kwargs: (
         Annotated[dict[str, Any], Field(max_length=MAX_TEMPLATE_KWARGS)] | None
     ) = None
     """Variables for the template."""
     reasoning_effort: Name | None = None
-    """For templates that know it."""
+    """For templates that use it."""
     add_special_tokens: bool | None = None
 
 
 class ChatCompletionRequest(ChatFields, SamplingFields):
     max_completion_tokens: int | None = None
-    """OpenAI's newer name for `max_tokens`; it wins."""
+    """OpenAI's newer name for `max_tokens`; it takes precedence."""
     logprobs: Annotated[bool | None, Neutral(0)] = None
     """Whether each token's logprob is returned."""
     top_logprobs: Annotated[int | None, Neutral(0)] = None
-    """With `logprobs`: this many of the likeliest tokens' too; -1 is all."""
+    """With `logprobs`: also those of this many likeliest tokens; -1 is all."""
     tool_choice: Name | dict[str, Any] | None = None
     """none, auto, required, {"type": "function", "function": {"name": ...}} or {"type": "allowed_tools"}."""
     parallel_tool_calls: bool | None = None
-    """false: one call at most."""
+    """false: at most one call."""
     include_reasoning: bool | None = None
-    """false: reasoning is left out of the answer; it is generated all the same."""
+    """false: reasoning is left out of the answer, but it is still generated."""
 
 
 class ChatBatchRequest(ChatCompletionRequest):
     messages: Annotated[list[Messages], Field(fail_fast=True, min_length=1)]  # type: ignore[assignment]
-    """Several conversations. The other fields are for all of them."""
+    """Several conversations. The other fields apply to all of them."""
 
 
 class TokenizeCompletionRequest(Strict):

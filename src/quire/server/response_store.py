@@ -1,4 +1,4 @@
-"""Responses that clients may come back to, in memory: bounded in number and bytes, the oldest go first."""
+"""Stored responses, in memory. Their number and bytes are limited; the oldest are dropped first."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ Item = Mapping[str, object]
 class StoredResponse:
     id: str
     owner: bytes | None
-    """See `middleware.owner_of`: to anyone else it does not exist."""
+    """See `middleware.owner_of`. For other owners the response does not exist."""
     items: Sequence[Item]
-    """Its input, that of the responses before it included."""
+    """Its input, which includes the conversation of the responses before it."""
     response: dict[str, object]
-    """As clients see it now."""
+    """The response in its current state."""
     streams: Sequence[RequestStream] = ()
-    """While it is in flight: what to abort."""
+    """The engine's requests while it is in progress."""
     size: int = field(default=0)
 
     @property
@@ -33,7 +33,7 @@ class StoredResponse:
 
     @property
     def conversation(self) -> list[Item]:
-        """What a response after this one goes on with."""
+        """The conversation that the next response continues."""
         output = self.response["output"]
         assert isinstance(output, list)
         return [*self.items, *output]
@@ -54,8 +54,8 @@ class ResponseStore:
         self._measure(stored)
 
     def update(self, response_id: str, response: dict[str, object]) -> None:
-        """Its next state. One that is gone, or was never stored, stays so; one that was cancelled stays
-        cancelled, with what there is of its output."""
+        """Set the response's new state, unless it is not stored. A cancelled response stays cancelled,
+        with its output so far."""
         stored = self._stored.get(response_id)
         if stored is None:
             return
@@ -79,8 +79,8 @@ class ResponseStore:
         return stored
 
     def find_items(self, ids: AbstractSet[str], owner: bytes | None) -> dict[str, Item]:
-        """Items of inputs and outputs, by id; of those with the same id the newest. Raises a 404 `ApiError`
-        for one that is not there."""
+        """Items of inputs and outputs by id, the newest of those with the same id. Raises a 404
+        `ApiError` for an unknown id."""
         found: dict[str, Item] = {}
         for stored in reversed(self._stored.values()):
             if len(found) == len(ids):
@@ -100,7 +100,7 @@ class ResponseStore:
         return found
 
     def remove(self, response_id: str) -> None:
-        """Forget it, and end what is in flight: nobody could ask for it."""
+        """Drop the response, and abort it if it is in progress: no client could retrieve it."""
         stored = self._stored.pop(response_id, None)
         if stored is not None:
             self._bytes -= stored.size
@@ -108,7 +108,7 @@ class ResponseStore:
                 stream.abort()
 
     def _measure(self, stored: StoredResponse) -> None:
-        """Count it anew, and make room. The newest goes too if it alone is too large."""
+        """Update its size, and drop old responses. The newest is dropped too if it alone is too large."""
         self._bytes -= stored.size
         stored.size = len(msgspec.json.encode([stored.items, stored.response]))
         self._bytes += stored.size
@@ -116,5 +116,5 @@ class ResponseStore:
             self._forget(next(iter(self._stored)))
 
     def _forget(self, response_id: str) -> None:
-        """What is in flight goes on: its client may be reading it."""
+        """Drop a response. If it is in progress it continues: its client may be reading it."""
         self._bytes -= self._stored.pop(response_id).size

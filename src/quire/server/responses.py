@@ -1,4 +1,4 @@
-"""What the server answers with: msgspec structs, encoded once, nothing validated on the token path.
+"""The server's answers as msgspec structs: encoded once, not validated.
 
 A field that is null in OpenAI's answers is None here; one that is absent is UNSET.
 """
@@ -27,7 +27,7 @@ class Usage(Struct, frozen=True):
 
 
 StreamUsage = Usage | None | UnsetType
-"""In a stream: absent unless asked for, then null until the last chunk (or filled in each)."""
+"""In a stream: absent unless asked for; then null until the last chunk, or set in each chunk."""
 
 Warnings = list[str] | UnsetType
 EffectiveParams = dict[str, object] | UnsetType
@@ -54,7 +54,7 @@ class CompletionLogprobs(Struct, frozen=True):
 
 
 class CompletionChoice(Struct, frozen=True, kw_only=True):
-    """Also a stream's choice: OpenAI gives both the same shape."""
+    """Also a stream's choice: OpenAI uses the same format for both."""
 
     index: int
     text: str
@@ -116,7 +116,7 @@ class ChatMessage(Struct, frozen=True, kw_only=True):
     refusal: None = None
     reasoning: str | UnsetType = UNSET
     reasoning_content: str | UnsetType = UNSET
-    """The same under vLLM's older name, which most clients read."""
+    """The same text under vLLM's older name, which most clients read."""
     tool_calls: list[ToolCall] | UnsetType = UNSET
 
 
@@ -148,7 +148,7 @@ class FunctionDelta(Struct, frozen=True, kw_only=True):
 
 
 class ToolCallDelta(Struct, frozen=True, kw_only=True):
-    """The first one of a call has its id, type and name."""
+    """The first delta of a call has its id, type and name."""
 
     index: int
     id: str | UnsetType = UNSET

@@ -1,4 +1,4 @@
-"""OpenAI's Responses: POST /v1/responses, and what may be asked of a response afterwards."""
+"""OpenAI's Responses API: POST /v1/responses, and the requests about stored responses."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ NAMES = {
     "response_format": "text.format",
     "reasoning_effort": "reasoning.effort",
 }
-"""Field of a chat completion -> what it is here."""
+"""Field of a chat completion -> its name here."""
 MAX_PAGE = 100
 
 
@@ -58,7 +58,7 @@ def responses_router(state: ServerState) -> APIRouter:
 
     @router.post("/v1/responses", openapi_extra=request_body(ResponsesRequest))
     async def create_response(request: Request) -> Response:
-        """Answer an input, or go on with a response, in OpenAI's newer shape."""
+        """Answer an input, or continue a response, in OpenAI's newer format."""
         asked, items, tools, chat_request, warnings = await read(request)
         model = state.serving_engine().model
         frame = Frame.make("resp", model, warnings, separator="_")
@@ -99,7 +99,7 @@ def responses_router(state: ServerState) -> APIRouter:
 
     @router.post("/v1/responses/input_tokens", openapi_extra=request_body(ResponsesRequest))
     async def count_input_tokens(request: Request) -> Response:
-        """How many tokens the input of such a response has."""
+        """The number of tokens in the input of such a response."""
         asked, _, _, chat_request, warnings = await read(request)
         with renaming(_names(asked)):
             prompt = await encode_chat(chat_request, state.loaded_engine().model)
@@ -109,7 +109,7 @@ def responses_router(state: ServerState) -> APIRouter:
     async def read(
         request: Request,
     ) -> tuple[ResponsesRequest, Sequence[Item], ToolSet, ChatCompletionRequest, list[str]]:
-        """What is asked, all of its input, its tools, that as a chat completion, and warnings."""
+        """The request, its whole input, its tools, the same as a chat completion, and warnings."""
         model = state.serving_engine().model
         body = await read_json(request)
         parsed = parse(ResponsesRequest, body, unsupported=unsupported.RESPONSES)
@@ -142,14 +142,14 @@ def responses_router(state: ServerState) -> APIRouter:
 
     @router.get("/v1/responses/{response_id}")
     async def get_response(request: Request, response_id: str) -> Response:
-        """A stored response, as it is now. Events are not kept, so it cannot be streamed."""
+        """A stored response in its current state. Events are not kept, so it cannot be streamed."""
         if request.query_params.get("stream", "false").lower() not in ("false", "0"):
             raise bad_request("A stored response cannot be streamed again.", param="stream")
         return _json(stored(request, response_id).response)
 
     @router.post("/v1/responses/{response_id}/cancel")
     async def cancel_response(request: Request, response_id: str) -> Response:
-        """End a response that is in progress. One that has ended stays what it is."""
+        """Cancel a response in progress. One that has ended does not change."""
         found = stored(request, response_id)
         if found.in_flight:
             streams = found.streams
@@ -160,13 +160,13 @@ def responses_router(state: ServerState) -> APIRouter:
 
     @router.delete("/v1/responses/{response_id}")
     async def delete_response(request: Request, response_id: str) -> Response:
-        """Forget a stored response, and end it if it is in progress."""
+        """Delete a stored response, and abort it if it is in progress."""
         store.remove(stored(request, response_id).id)
         return _json({"id": response_id, "object": "response", "deleted": True})
 
     @router.get("/v1/responses/{response_id}/input_items")
     async def list_input_items(request: Request, response_id: str) -> Response:
-        """Its input, that of the responses before it included: `limit`, `after`, `order`."""
+        """Its input, which includes the conversation before it: `limit`, `after`, `order`."""
         return _json(_page([_listed(i) for i in stored(request, response_id).items], request))
 
     return router
@@ -182,7 +182,7 @@ def _check_modes(asked: ResponsesRequest) -> None:
 
 
 def _names(asked: ResponsesRequest) -> dict[str, str]:
-    """A grammar that is at fault came with the format, if there was one."""
+    """Names for errors of the grammar: it comes from `text.format`, if that is set."""
     own = {"structured_outputs": "text.format"} if "format" in _given(asked.text) else {}
     return NAMES | own
 
@@ -191,11 +191,11 @@ def _given(fields: dict[str, Any] | None) -> dict[str, Any]:
     return {name: value for name, value in (fields or {}).items() if value is not None}
 
 
-# --- into a chat completion -----------------------------------------------------------------------
+# --- request to chat completion -------------------------------------------------------------------
 
 
 def _unread(asked: ResponsesRequest) -> list[str]:
-    """What inside of fields has no effect."""
+    """Parts of fields that have no effect."""
     text, reasoning = _given(asked.text), _given(asked.reasoning)
     told = [
         f"text.{name}"
@@ -226,7 +226,7 @@ def _to_chat(asked: ResponsesRequest, turns: Turns, tools: ToolSet) -> ChatCompl
 
 
 def _response_format(text: dict[str, Any] | None) -> dict[str, object] | None:
-    """Chat completions have the parts of a schema one level down."""
+    """In a chat completion, the parts of a schema are one level deeper."""
     form = _given(text).get("format")
     if form is None:
         return None
@@ -237,8 +237,8 @@ def _response_format(text: dict[str, Any] | None) -> dict[str, object] | None:
 
 
 async def shortened(chat: ChatCompletionRequest, model: ServedModel) -> ChatCompletionRequest:
-    """Without the oldest turns, as many as do not fit. A turn begins with what a user says; system messages
-    at the beginning stay. Found by bisection: rendering is not cheap."""
+    """The messages without the oldest turns, so that they fit. A turn begins with a user's message;
+    system messages at the beginning stay. Found by bisection, because each attempt must be rendered."""
     messages = chat.messages
     kept = next((i for i, m in enumerate(messages) if m.role not in INSTRUCTIONS), len(messages))
     cuts = [kept, *(i for i, m in enumerate(messages) if i > kept and m.role == "user")]
@@ -249,7 +249,7 @@ async def shortened(chat: ChatCompletionRequest, model: ServedModel) -> ChatComp
 
     low, high = 0, len(cuts) - 1
     while low < high:
-        middle = (low + high) // 2 if low else 0  # most fit as they are
+        middle = (low + high) // 2 if low else 0  # first try all messages: most conversations fit
         if len((await encode_chat(cut(cuts[middle]), model)).token_ids) <= room:
             high = middle
         else:
@@ -257,7 +257,7 @@ async def shortened(chat: ChatCompletionRequest, model: ServedModel) -> ChatComp
     return cut(cuts[low])
 
 
-# --- out ------------------------------------------------------------------------------------------
+# --- outputs to answer ----------------------------------------------------------------------------
 
 
 async def _events(chat: StartedChat, encoder: ResponsesEncoder) -> AsyncGenerator[bytes, None]:
@@ -271,7 +271,7 @@ async def _events(chat: StartedChat, encoder: ResponsesEncoder) -> AsyncGenerato
 async def _run_alone(
     state: ServerState, request: Request, chat: StartedChat, encoder: ResponsesEncoder
 ) -> None:
-    """To the end, whether or not a client is there; `settling` says what became of it."""
+    """Run a response to its end without a client; `settling` stores its final state."""
 
     async def nobody() -> MutableMapping[str, Any]:
         await asyncio.Event().wait()
@@ -281,11 +281,11 @@ async def _run_alone(
         with encoder.settling():
             encoder.whole(await run_to_end(state, request, chat.streams, chat.frame, nobody))
     except Exception as error:
-        to_api_error(error, chat.frame.id)  # logs it; nobody is there to be told
+        to_api_error(error, chat.frame.id)  # for its log entry; there is no client
 
 
 def _listed(item: Item) -> dict[str, object]:
-    """An input item in full: what clients may leave out is there."""
+    """An input item with the fields that clients may leave out."""
     content, role = item.get("content"), item.get("role")
     full: dict[str, object] = {"type": "message", "status": "completed", **item}
     if isinstance(content, str):

@@ -1,8 +1,8 @@
-"""Outputs as OpenAI's Responses: items, and for a stream the events in which each comes into being.
+"""Writes outputs as OpenAI's responses: items, and for a stream the events of each item.
 
 response.created, in_progress; for each item output_item.added, then for text and reasoning
-content_part.added, deltas, done, content_part.done, for a call its arguments' deltas and done; then
-output_item.done; in the end response.completed, incomplete or failed, with all there is.
+content_part.added, deltas, done, content_part.done, for a call the deltas of its arguments and done; then
+output_item.done; at the end response.completed, incomplete or failed, with the whole response.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class ResponsesEncoder:
         logprobs: bool,
         on_change: Callable[[str, Object], None],
     ) -> None:
-        """offers: the tools by the names that the model knows. on_change: told the id and the response
-        whenever its status is another."""
+        """offers: the tools by the names that the model sees. on_change: called with the id and the
+        response when the status changes."""
         self.frame = chat.frame
         self._offers = offers
         self._on_change = on_change
@@ -56,21 +56,21 @@ class ResponsesEncoder:
             else None
         )
         self._untold: list[TokenLogprob] = []
-        """Of tokens that no text has shown yet; as in chat completions, of all tokens."""
+        """Logprobs of tokens that are in no event yet."""
         self._told: list[TokenLogprob] = []
-        """Of the piece that is open."""
+        """Logprobs of the open piece."""
         self._input = ""
-        """Of the piece that is open, if it is a call of a custom tool."""
+        """The input so far of the open piece, if it is a call of a custom tool."""
         self._items: list[Object] = []
         self._num_events = 0
         self._finish_reason: str | None = None
         self._fixed = _fixed_part(asked, chat)
         self._status = "in_progress"
 
-    # --- the whole ---
+    # --- the whole response ---
 
     def response(self, error: Object | None = None) -> Object:
-        """As it is now."""
+        """The response in its current state."""
         incomplete = self._status == "incomplete"
         ended = self._status not in ("in_progress", "queued")
         changing: Object = {
@@ -109,7 +109,7 @@ class ResponsesEncoder:
 
     @contextmanager
     def settling(self) -> Iterator[None]:
-        """Whatever happens inside, the response does not stay in progress."""
+        """Makes sure that the response does not stay in progress, whatever is raised inside."""
         try:
             yield
         except ClientGoneError:
@@ -145,7 +145,7 @@ class ResponsesEncoder:
         return self._event(name, response=response)
 
     def failed(self, error: ApiError) -> bytes:
-        """Instead of `last`."""
+        """Called instead of `last`."""
         self._finish_reason = "error"
         closing = [self._change(change) for change in self._pieces.close(by_end=True)]
         response = self._end("failed", {"code": "server_error", "message": error.message})
@@ -191,7 +191,7 @@ class ResponsesEncoder:
         )
 
     def _more_input(self, piece: Piece, text: str | None) -> bytes:
-        """The delta to `text`, which begins with what there was; if it does not, there is none."""
+        """The delta from the input so far to `text`; none if `text` does not begin with it."""
         if text is None or text == self._input or not text.startswith(self._input):
             return b""
         delta, self._input = text[len(self._input) :], text
@@ -205,7 +205,7 @@ class ResponsesEncoder:
         return done + self._event("response.output_item.done", output_index=piece.index, item=item)
 
     def _done(self, piece: Piece, *, by_end: bool) -> bytes:
-        """What comes before the item as a whole."""
+        """The events before output_item.done."""
         if self._offer(piece).custom:
             text = custom_input(piece.text)
             rest = self._more_input(piece, piece.text if text is None else text)
@@ -231,7 +231,7 @@ class ResponsesEncoder:
         )
 
     def _offer(self, piece: Piece) -> Offer:
-        """The tool that a call is of."""
+        """The tool of a call."""
         return self._offers.get(piece.name) or Offer(piece.name)
 
     def _item_id(self, piece: Piece) -> str:
@@ -247,7 +247,7 @@ class ResponsesEncoder:
         return common | {"type": "message", "role": "assistant", "content": content}
 
     def _call(self, piece: Piece, status: str) -> Object:
-        """Custom calls have no status."""
+        """The item of a call. Calls of custom tools have no status."""
         offer = self._offer(piece)
         call: Object = {"call_id": piece.call_id, "name": offer.name}
         if offer.namespace is not None:
@@ -288,7 +288,7 @@ class ResponsesEncoder:
 
 
 def _without_bytes(logprobs: Sequence[TokenLogprob]) -> list[Object]:
-    """As events have them."""
+    """In the form that events use."""
     return [
         {
             "token": entry.token,
@@ -302,7 +302,7 @@ def _without_bytes(logprobs: Sequence[TokenLogprob]) -> list[Object]:
 
 
 def _fixed_part(asked: ResponsesRequest, chat: StartedChat) -> Object:
-    """What of a response is known from the start: mostly the request, with what is in force."""
+    """The fields that are known from the start: mostly the request's, with the values in effect."""
     params, frame = chat.reader.params, chat.frame
     fixed: Object = {
         "id": frame.id,

@@ -1,9 +1,9 @@
-"""The input of /v1/responses as messages of a chat completion, item by item.
+"""Translates the input of /v1/responses to messages of a chat completion, item by item.
 
-Clients send back every item that they were ever given, by whatever server. Calls and their results stay in
-the conversation, also those of shells, of patches and of MCP servers: as calls of a function with that name.
-Items that only their maker can read, or that are about tools which are not served, are left out with a
-warning.
+Clients send back all items that they have received, from any server. Calls and their results stay in the
+conversation, also those of shells, of patches and of MCP servers: as calls of a function with that name.
+Items that only the server that made them can read, or that belong to tools which are not served, are left
+out with a warning.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ACTIONS = {
     "shell_call": ("shell", "action"),
     "apply_patch_call": ("apply_patch", "operation"),
 }
-"""Type of a call -> its tool, and the field that has the arguments."""
+"""Type of a call -> its tool, and the field of its arguments."""
 OUTPUTS = frozenset({"function_call_output", "custom_tool_call_output"}) | {
     f"{kind}_output" for kind in ACTIONS
 }
@@ -43,7 +43,7 @@ LEFT_OUT = frozenset(
 def read_input(
     given: str | list[dict[str, Any]], store: ResponseStore, owner: bytes | None
 ) -> list[Item]:
-    """The input as items, references replaced by what they refer to, each with an id for whoever lists them.
+    """The input as items. References are replaced by the stored items, and each item gets an id, for listing.
 
     Raises a 404 `ApiError` for a reference to an item that is not stored.
     """
@@ -67,7 +67,7 @@ def _is_reference(item: Mapping[str, object]) -> bool:
 
 
 def add_items(turns: Turns, items: Sequence[Item], *, start: int = 0) -> list[tuple[str, str]]:
-    """Say all in `items`. start: index of the first in `input`. Returns what was left out, for
+    """Add `items` to `turns`. start: the index of the first one in `input`. Returns what was left out, for
     `body.warn_of`."""
     left_out = [
         kind
@@ -81,7 +81,7 @@ def add_items(turns: Turns, items: Sequence[Item], *, start: int = 0) -> list[tu
 
 
 def _add_item(turns: Turns, item: Item, where: str) -> str | None:
-    """Returns what kind of item it is, if it was left out."""
+    """Returns the kind of the item if it was left out."""
     given = item.get("type") or ("message" if "role" in item else "")
     kind = as_text(given, f"{where}.type")
     if kind == "message":
@@ -112,7 +112,7 @@ def _add_item(turns: Turns, item: Item, where: str) -> str | None:
 
 
 def _call_id(item: Item, where: str) -> str:
-    """An output of local_shell has the call's id as its own."""
+    """The call's id. An output of local_shell has it in `id`."""
     if item.get("type") == "local_shell_call_output" and "call_id" not in item:
         return as_text(item.get("id"), f"{where}.id")
     return as_text(item.get("call_id"), f"{where}.call_id")

@@ -2,9 +2,9 @@
 
 A custom tool takes text instead of arguments. It is offered to the model as a function with one string
 argument, `input`, and a call of it is an item of type custom_tool_call. The members of a namespace are
-offered as functions whose names begin with the namespace's. A call of one has `name` and `namespace` apart
-again, as Codex needs it. Tools of all other types (web_search, image_generation, local_shell, ...) would run
-elsewhere, or need a model that was trained on them: they are left out with a warning.
+offered as functions whose names begin with the namespace's. A call of one has separate `name` and
+`namespace`, as Codex needs it. Tools of all other types (web_search, image_generation, local_shell, ...)
+would run elsewhere, or need a model that was trained on them: they are left out with a warning.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from quire.server.errors import ApiError, bad_request
 Object = dict[str, object]
 
 DEFAULT_NAMESPACE = "functions"
-"""Codex puts its own tools into it. Models know these by their bare names."""
+"""The namespace of Codex's own tools. Models know these without the namespace."""
 INPUT = "input"
 CUSTOM_PARAMETERS: Object = {
     "type": "object",
@@ -31,12 +31,12 @@ CUSTOM_PARAMETERS: Object = {
     "additionalProperties": False,
 }
 FUNCTION_FIELDS = ("name", "description", "parameters", "strict")
-"""The others are about how a provider runs the call; in the prompt they would only confuse."""
+"""Other fields are about how a provider runs the call, and do not belong in the prompt."""
 
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """A tool as the client knows it."""
+    """A tool in the client's form."""
 
     name: str
     namespace: str | None = None
@@ -48,17 +48,17 @@ class ToolSet:
     """A request's tools."""
 
     functions: list[Object] = field(default_factory=list)
-    """As a chat completion has them."""
+    """The tools in the form of a chat completion."""
     offers: dict[str, Offer] = field(default_factory=dict)
-    """By the name of the function."""
+    """Name of the function -> the client's tool."""
     left_out: list[str] = field(default_factory=list)
-    """Types that are not served."""
+    """Types of tools that are not served."""
     idle: list[tuple[str, str]] = field(default_factory=list)
-    """What has no effect, for `body.warn_of`."""
+    """Fields without effect, for `body.warn_of`."""
 
     @classmethod
     def read(cls, tools: Sequence[dict[str, Any]]) -> ToolSet:
-        """Raises a 400 `ApiError` for what is no tool."""
+        """Raises a 400 `ApiError` for anything that is not a tool."""
         found = cls()
         for index, tool in enumerate(tools):
             found._add(tool, f"tools[{index}]", None)
@@ -91,7 +91,7 @@ class ToolSet:
             self.left_out.append(kind)
 
     def _offer(self, function: Object, offer: Offer) -> None:
-        """A function whose name is no text is refused where all functions are."""
+        """Add a tool. A function whose name is not text is refused later, as for all endpoints."""
         if isinstance(function.get("name"), str):
             name = function_name(offer.name, offer.namespace)
             function["name"] = name
@@ -99,7 +99,8 @@ class ToolSet:
         self.functions.append({"type": "function", "function": function})
 
     def _description(self, tool: Mapping[str, Any], name: str) -> str:
-        """With the grammar that the text should follow: models that were trained on it need to see it."""
+        """The description, with the grammar of the text: models that were trained on such tools need to
+        see it."""
         told, form = tool.get("description") or "", tool.get("format") or {}
         if not isinstance(form, dict) or form.get("type", "text") == "text":
             return str(told)
@@ -111,8 +112,8 @@ class ToolSet:
         return f"{told}\n\n{grammar}".strip()
 
     def choice(self, asked: object) -> object:
-        """`tool_choice` as a chat completion has it. Raises a 400 `ApiError` where it needs a tool that is
-        not served."""
+        """`tool_choice` in the form of a chat completion. Raises a 400 `ApiError` if it needs a tool that
+        is not served."""
         if asked == "required" and not self.functions and self.left_out:
             raise self._not_served(self.left_out[0])
         if not isinstance(asked, dict):
@@ -147,7 +148,7 @@ def function_name(name: str, namespace: str | None) -> str:
 
 
 def custom_input(arguments: str) -> str | None:
-    """The text for a custom tool, as far as `arguments` were written; None: there is none yet."""
+    """The text for a custom tool, as far as `arguments` are complete; None if there is none yet."""
     try:
         value = from_json(arguments, allow_inf_nan=False, allow_partial="trailing-strings")
     except ValueError:

@@ -1,6 +1,6 @@
-"""The life of a server process: bind, answer probes, load, serve, drain, leave.
+"""The phases of a server process: bind, answer probes, load, serve, drain, exit.
 
-Exit status: 0 after a signal, 1 when the engine died. What keeps the engine from starting is raised.
+Exit status: 0 after a signal, 1 if the engine died. Errors during the start are raised.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ EngineFactory = Callable[[], Awaitable[ServingEngine]]
 
 DEATH_CHECK_SECONDS = 0.25
 FAREWELL_SECONDS = 2.0
-"""What aborted requests get to send their error."""
+"""Seconds for aborted requests to send their error."""
 
 
 class StopSignals:
-    """SIGTERM and SIGINT, counted: the first asks to drain, the second to leave now."""
+    """Counts SIGTERM and SIGINT: the first starts a drain, the second ends the process now."""
 
     def __init__(self) -> None:
         self.requested = asyncio.Event()
@@ -67,19 +67,19 @@ class StopSignals:
 
 
 def serve(engine_config: EngineConfig, server_config: ServerConfig, core: CoreProcess) -> int:
-    """Run the server on `core`, not configured yet, until a signal; returns the exit status.
+    """Run the server on `core`, which is not configured yet, until a signal. Returns the exit status.
 
-    Raises what keeps it from starting; what a local model's files say, before the port is taken.
+    Raises errors during the start. Errors in a local model's files are raised before the port is bound.
     """
 
     async def engine() -> ServingEngine:
         from quire.engine.async_llm import AsyncLLM
 
         started = await AsyncLLM.start(engine_config, core)
-        gc.freeze()  # what is here now stays, and need not be looked through between tokens
+        gc.freeze()  # these objects stay alive: the garbage collector need not traverse them again
         return started
 
-    check_local(engine_config)  # a wrong path should not be reported under "listening on"
+    check_local(engine_config)  # report a wrong path before the line "listening on"
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         return runner.run(serve_engine(engine, engine_config, server_config))
 
@@ -92,7 +92,7 @@ async def serve_engine(
     stop: StopSignals | None = None,
     announce: Callable[[str], None] | None = None,
 ) -> int:
-    """Serve what `engine_factory` makes. Probes are answered from before it is called.
+    """Serve the engine that `engine_factory` makes. Probes are answered before it is called.
 
     announce: called with the server's URL once it listens; the default logs it.
     Raises `ConfigError` for an address or key that cannot be used, and whatever the factory raises.
@@ -124,7 +124,7 @@ async def _load_and_serve(
     if not await _first(loading, http, stop.requested):
         loading.cancel()
         with contextlib.suppress(asyncio.CancelledError, Exception):  # no longer of interest
-            late = await loading  # a factory that does not mind being cancelled
+            late = await loading  # a factory that ignored being cancelled
             await late.shutdown()
         return _status(http)
     engine = loading.result()
@@ -166,8 +166,8 @@ async def _serve_until_stopped(
 
 
 async def drain(state: ServerState, stop: StopSignals) -> None:
-    """Refuse new requests, let running ones finish until the deadline or a second signal, then end
-    the rest with an error that their clients see."""
+    """Refuse new requests, and let running ones finish until the deadline or a second signal. Then end
+    the rest with an error to their clients."""
     state.drain()
     seconds = state.config.shutdown_timeout
     logger.info("draining: %d requests, %g s at most", len(state.live), seconds)
@@ -196,7 +196,8 @@ async def _first(
 
 
 async def _death_of(engine: ServingEngine) -> str:
-    """Returns why, when the engine has died. A stalled engine is not dead: /health says it."""
+    """Waits for the engine's death, and returns its reason. A stalled engine is not dead; /health reports
+    it."""
     while not engine.is_dead:
         await asyncio.sleep(DEATH_CHECK_SECONDS)
     return engine.health(float("inf")).reason
@@ -221,7 +222,7 @@ async def _close(
 
 
 def _status(http: asyncio.Task[None]) -> int:
-    """0 unless the HTTP server itself fell over."""
+    """0 unless the HTTP server itself failed."""
     if http.done() and not http.cancelled() and http.exception() is not None:
         logger.error("the HTTP server failed", exc_info=http.exception())
         return 1
@@ -230,7 +231,9 @@ def _status(http: asyncio.Task[None]) -> int:
 
 def _announce(url: str) -> None:
     logger.info("listening on %s", url)
-    if not logger.isEnabledFor(logging.INFO):  # with port 0, there is no other way to know
+    if not logger.isEnabledFor(
+        logging.INFO
+    ):  # with port 0, the line is the only way to learn the port
         sys.stderr.write(f"quire: listening on {url}\n")
 
 

@@ -1,4 +1,4 @@
-"""From a request's fields to `SamplingParams`, with the model's own defaults beneath."""
+"""From a request's fields to `SamplingParams`, with the model's own defaults."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ DIRECT = (
 """Request fields that are `SamplingParams` fields of the same name and type."""
 
 FROM_MODEL = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens")
-"""What a model's generation_config.json may set (vLLM's list)."""
+"""The fields that a model's generation_config.json may set (vLLM's list)."""
 
 NOT_SHOWN = ("output_kind", "detokenize", "flat_logprobs", "extra_args")
-"""Fields of `SamplingParams` that no HTTP client sets."""
+"""Fields of `SamplingParams` that an HTTP client cannot set."""
 
 COMPLETION_MAX_TOKENS = 16
 
@@ -59,8 +59,8 @@ def completion_params(request: CompletionRequest, model: ServedModel) -> Samplin
 
 
 def echoed_logprobs(request: CompletionRequest) -> int | None:
-    """`prompt_logprobs` as far as echo needs them. An echo alone, with max_tokens 0, needs none, but it
-    is by scoring a prompt that the engine ends without a token."""
+    """The `prompt_logprobs` that echo needs. An echo alone, with max_tokens 0, needs none, but scoring
+    the prompt is how the engine finishes a request without a token."""
     if not request.echo:
         return None
     return 0 if request.logprobs is None and request.max_tokens == 0 else request.logprobs
@@ -97,7 +97,7 @@ def _params(
         name: value for name, value in model.default_sampling.items() if name in FROM_MODEL
     }
     if (request.n or 1) > 1 and values.get("temperature") == 0:
-        del values["temperature"]  # a default of 0 must not make this request fail
+        del values["temperature"]  # a model's default of 0 must not make this request fail
     for name in DIRECT:
         value = getattr(request, name)
         if value is not None:
@@ -125,7 +125,7 @@ def _params(
 
 
 def _check_combinations(request: SamplingFields, logprobs: int | None) -> None:
-    """What only HTTP has; rules of the values themselves are `SamplingParams`' and the engine's."""
+    """Rules that only HTTP has; the values themselves are checked by `SamplingParams` and the engine."""
     options = request.stream_options
     if options and not request.stream and any(options.model_dump().values()):
         raise bad_request("stream_options needs stream: true.", param="stream_options")
@@ -160,7 +160,7 @@ def _structured_outputs(request: SamplingFields) -> StructuredOutputsParams | No
 
 
 def _struct(kind: type[S], given: Mapping[str, object], param: str) -> S:
-    """`given`, which has no nulls, as a struct, strictly: a misspelt key is an error, not a default."""
+    """`given`, without nulls, as a struct. A misspelt key is an error."""
     known = kind.__struct_fields__
     for name in given:
         if name not in known:
@@ -178,7 +178,7 @@ def _given(fields: Mapping[str, object]) -> dict[str, object]:
 
 
 def _token_id(key: str) -> int:
-    """JSON has only strings for keys."""
+    """A token id as a key: keys in JSON are strings."""
     if not (key.isascii() and key.isdigit() and len(key) < 11):
         raise bad_request(
             f"logit_bias must map token ids to numbers, got the key {key[:32]!r}.",
@@ -188,7 +188,7 @@ def _token_id(key: str) -> int:
 
 
 def _model_max_tokens(request: SamplingFields, model: ServedModel) -> int | None:
-    """The model's default; where the client asks for more at least, so much."""
+    """The model's default, but not less than the client's min_tokens."""
     value = model.default_sampling.get("max_tokens")
     return max(value, request.min_tokens or 0) if isinstance(value, int) else None
 
@@ -196,8 +196,8 @@ def _model_max_tokens(request: SamplingFields, model: ServedModel) -> int | None
 def fit_default_max_tokens(
     params: SamplingParams, *, asked: bool, prompt_tokens: int, model: ServedModel
 ) -> SamplingParams:
-    """A default must not make a request fail: where the client did not ask for a length, what would
-    not fit in the context is shortened to what does."""
+    """If the client did not set max_tokens, reduce the model's default to what fits in the context, so
+    that the default does not make the request fail."""
     room = model.max_model_len - prompt_tokens
     if asked or params.max_tokens is None or room < 1 or params.max_tokens <= room:
         return params
@@ -207,20 +207,20 @@ def fit_default_max_tokens(
 async def admit(
     state: ServerState, prompts: int, params: SamplingParams, warnings: list[str]
 ) -> ServingEngine:
-    """The engine, for a request within this server's limits, whose grammar (if it has one) is good.
+    """The engine, for a request within this server's limits, whose grammar (if it has one) compiles.
 
-    warnings: of the request; what its grammar gives cause for is added.
+    warnings: of the request; those of the grammar are added.
 
-    Grammars are tried in a thread: compiling one may take a while, and must not hold up others.
+    The grammar is checked in a thread: compiling it may take seconds, and must not delay other requests.
     """
     check_limits(prompts, params, state.config)
     if params.structured_outputs is not None:
         warnings += await asyncio.to_thread(state.serving_engine().check_grammar, params)
-    return state.serving_engine()  # it may have gone while the request was being prepared
+    return state.serving_engine()  # it may have died while the request was being prepared
 
 
 def check_limits(prompts: int, params: SamplingParams, config: ServerConfig) -> None:
-    """What this server takes in one request, which may be less than `SamplingParams` does."""
+    """Check this server's limits for one request, which may be stricter than `SamplingParams`."""
     items = config.max_list_items
     for name, size, limit, option in (
         ("n", prompts * params.n, config.max_sequences_per_request, "max-sequences-per-request"),
@@ -243,8 +243,8 @@ def effective_params(
     prompts: Sequence[tuple[EncodedPrompt, SamplingParams]],
     model: ServedModel,
 ) -> EffectiveParams:
-    """What is sampled with, if the client asked to see it: defaults filled in, max_tokens resolved (the
-    least, of several prompts)."""
+    """The sampling parameters in effect, if the client asked for them: with defaults filled in and
+    max_tokens resolved (the smallest, of several prompts)."""
     if not request.return_effective_params:
         return UNSET
     params = prompts[0][1]

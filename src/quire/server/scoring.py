@@ -1,8 +1,8 @@
-"""Scores of pairs of texts (/score, in vLLM's shape), and documents ranked by them (/rerank, in Jina's and
-Cohere's).
+"""Scores of pairs of texts (/score, in vLLM's format), and documents ranked by them (/rerank, in Jina's
+and Cohere's formats).
 
-A decoder has no scoring head, so a score here is the cosine of two embeddings: what vLLM computes for models
-that embed. Models that read a pair and score it (cross-encoders) are not served yet.
+A decoder has no scoring head, so a score is the cosine of two embeddings, as vLLM computes it for
+embedding models. Models that read a pair of texts and score it (cross-encoders) are not served yet.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def scoring_router(state: ServerState) -> APIRouter:
     @router.post("/score", openapi_extra=request_body(ScoreRequest))
     @router.post("/v1/score", openapi_extra=request_body(ScoreRequest))
     async def create_score(request: Request) -> Response:
-        """How alike texts are: the cosine of their embeddings, -1 to 1."""
+        """The similarity of texts: the cosine of their embeddings, -1 to 1."""
         model = state.serving_engine().model
         parsed = parse_pooling(ScoreRequest, await read_json(request), model)
         asked = parsed.request
@@ -73,7 +73,7 @@ def scoring_router(state: ServerState) -> APIRouter:
     @router.post("/v1/rerank", openapi_extra=request_body(RerankRequest))
     @router.post("/v2/rerank", openapi_extra=request_body(RerankRequest))
     async def rerank(request: Request) -> Response:
-        """Documents, the most like the query first: by the cosine of embeddings."""
+        """Documents ordered by similarity to the query: by the cosine of embeddings."""
         model = state.serving_engine().model
         parsed = parse_pooling(RerankRequest, await read_json(request), model)
         asked = parsed.request
@@ -112,7 +112,7 @@ def scoring_router(state: ServerState) -> APIRouter:
 
 
 def sides(asked: ScoreRequest) -> tuple[list[str], list[str]]:
-    """What is compared with what. Raises a 400 unless the counts are 1:1, 1:N or N:N."""
+    """The two lists of texts to compare. Raises a 400 unless their lengths are 1:1, 1:N or N:N."""
     for one, other in SIDES:
         left: Texts | None = getattr(asked, one)
         right: Texts | None = getattr(asked, other)
@@ -135,8 +135,8 @@ def score_params(asked: PoolingFields) -> PoolingParams:
 
 
 async def cosines(lefts: Sequence[list[float]], rights: Sequence[list[float]]) -> list[float]:
-    """Of vectors of length 1, in pairs; a single one on the left is compared with all. Others' streams get
-    their turn in between."""
+    """Cosines of pairs of vectors of length 1; a single vector on the left is compared with all on the
+    right. Lets the event loop run other requests in between."""
     scores = []
     for i, right in enumerate(rights):
         left = lefts[i] if len(lefts) > 1 else lefts[0]

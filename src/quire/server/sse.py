@@ -1,8 +1,8 @@
 """Server-sent events, written by hand: one bytes object per event, one `send` each.
 
-Starlette's StreamingResponse polls the client in a task group of its own and knows neither keep-alive
-comments nor how to say an error once the headers are out; a library for SSE costs seven times as
-much per chunk.
+Starlette's StreamingResponse polls the client in its own task group. It can neither send keep-alive
+comments nor report an error once the headers are sent. A library for SSE takes seven times as long per
+chunk.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ KEEP_ALIVE = b": keep-alive\n\n"
 
 
 def event(payload: bytes) -> bytes:
-    """JSON has no raw newlines, so one `data:` line always holds it."""
+    """One event. JSON has no raw newlines, so it always fits in one `data:` line."""
     return b"data: " + payload + b"\n\n"
 
 
@@ -40,7 +40,7 @@ def error_event(error: ApiError) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """How a stream says that it is over. The default is chat completions' way."""
+    """How a stream ends. The default is that of chat completions."""
 
     done: bytes = DONE
     on_error: Callable[[ApiError], bytes] = error_event
@@ -49,8 +49,8 @@ class Ending:
 class EventStream(Response):
     """Sends `events` (whole events, as bytes), then `ending.done`.
 
-    An exception in `events`, or `live.terminate`, becomes an error event before that: the status
-    line said 200 long ago. A client that leaves ends `events` at once.
+    An exception in `events`, or `live.terminate`, becomes an error event before that, since the status
+    200 has been sent already. If the client disconnects, `events` ends at once.
     """
 
     media_type = "text/event-stream"
@@ -96,7 +96,7 @@ class EventStream(Response):
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if self._live.error is None or task is None:
-                raise  # the client left
+                raise  # the client has disconnected
             task.uncancel()
             await writer.write(self._ending.on_error(self._live.error))
         except Exception as error:
@@ -106,7 +106,7 @@ class EventStream(Response):
         await writer.finish(self._ending.done)
 
     def init_headers(self, headers: Mapping[str, str] | None = None) -> None:
-        """No content-length: the body is not known."""
+        """No content-length: the length is not known."""
         self.raw_headers = [
             (b"content-type", b"text/event-stream; charset=utf-8"),
             *(
@@ -117,7 +117,7 @@ class EventStream(Response):
 
 
 class _Writer:
-    """Serialises writes of the stream and of its keep-alive, and remembers when the last one was."""
+    """Serializes writes of the stream and of its keep-alive, and keeps the time of the last one."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
@@ -138,8 +138,8 @@ class _Writer:
             await self._send({"type": "http.response.body", "body": data, "more_body": False})
 
     async def keep_alive(self, interval: float) -> None:
-        """A comment after each `interval` seconds of silence, so that no proxy gives up on a request
-        that waits its turn."""
+        """A comment after each `interval` seconds without data, so that no proxy closes the connection of a
+        request that waits."""
         while interval > 0:
             silent = self._clock() - self._last
             if silent >= interval:

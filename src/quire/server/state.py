@@ -1,4 +1,5 @@
-"""What all endpoints of one app share: the engine (once there is one), the phase, the live requests."""
+"""The state that all endpoints of an app share: the engine (once it is loaded), the phase, the live
+requests."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Phase(str, Enum):
-    """The life of a server, forwards only."""
+    """The phases of a server, in order."""
 
     LOADING = "loading"
     READY = "ready"
@@ -28,7 +29,7 @@ class Phase(str, Enum):
 
 @dataclass(slots=True)
 class ServerState:
-    """Mutable on purpose: the app is built before the engine, so that probes are answered at once."""
+    """Mutable, because the app is built before the engine, so that probes are answered at once."""
 
     config: ServerConfig
     engine_config: EngineConfig = field(default_factory=EngineConfig)
@@ -42,11 +43,11 @@ class ServerState:
 
     def __post_init__(self) -> None:
         self.http_metrics = HttpMetrics(self.registry)
-        # A wrong name should end the start, not the first chat.
+        # A wrong name must fail at start, not at the first chat.
         output_format(self.config.tool_call_parser, self.config.reasoning_parser, "")
 
     def engine_loaded(self, engine: ServingEngine) -> None:
-        """Start serving. Metrics begin here: their buckets and labels come from the model."""
+        """Start serving. Metrics are created here, because their buckets and labels depend on the model."""
         metrics = EngineMetrics(
             self.registry,
             model_name=engine.model.name,
@@ -60,7 +61,7 @@ class ServerState:
             self.phase = Phase.READY
 
     def drain(self) -> None:
-        """Take no new requests; those in flight go on."""
+        """Refuse new requests; those in flight continue."""
         if self.phase is not Phase.FAILED:
             self.phase = Phase.DRAINING
 
@@ -69,13 +70,13 @@ class ServerState:
         self.failure = reason
 
     def serving_engine(self) -> ServingEngine:
-        """The engine, for a new request. Raises a 503 `ApiError` where there is none to be had."""
+        """The engine, for a new request. Raises a 503 `ApiError` if it cannot take one."""
         if self.phase is Phase.READY and self.engine is not None:
             return self.engine
         raise self.refusal()
 
     def loaded_engine(self) -> ServingEngine:
-        """The engine, for a question that costs it nothing; also while draining."""
+        """The engine, for a question that needs no step; also while draining."""
         if self.engine is None or self.phase is Phase.FAILED:
             raise self.refusal()
         return self.engine
@@ -93,7 +94,7 @@ class ServerState:
 
 
 def cache_info(engine: ServingEngine, config: EngineConfig) -> dict[str, object]:
-    """Labels of `vllm:cache_config_info`. Block 0 is the null block and holds nothing."""
+    """Labels of `vllm:cache_config_info`. Block 0 is the null block and is not counted."""
     ready, cache = engine.ready, config.cache
     tokens = max(0, ready.num_blocks - 1) * ready.block_size
     return {

@@ -1,4 +1,4 @@
-"""POST /tokenize and /detokenize, in vLLM's shapes, and GET /v1/models."""
+"""POST /tokenize and /detokenize, in vLLM's formats, and GET /v1/models."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def tokens_router(state: ServerState) -> APIRouter:
         "/tokenize", openapi_extra=request_body(TokenizeCompletionRequest, TokenizeChatRequest)
     )
     async def tokenize(request: Request) -> Response:
-        """Token ids of a prompt, or of what the chat template makes of messages."""
+        """Token ids of a prompt, or of messages rendered by the chat template."""
         model = state.loaded_engine().model
         body = await read_json(request)
         if ("prompt" in body) == ("messages" in body):
@@ -89,13 +89,13 @@ def models_router(state: ServerState) -> APIRouter:
 
     @router.get("/v1/models")
     async def list_models() -> Response:
-        """Every name the model answers to."""
+        """All names of the model."""
         model = state.loaded_engine().model
         return _json(ModelList(data=[model_card(model, name) for name in model.names]), [])
 
     @router.get("/v1/models/{model_id:path}")
     async def get_model(model_id: str) -> Response:
-        """One of them, by name."""
+        """One model, by name."""
         model = state.loaded_engine().model
         check_model(model_id[:256], model)
         return _json(model_card(model, model_id), [])

@@ -1,5 +1,5 @@
-"""What a request's tools mean for its sampling, and how its outputs are read: for every endpoint that has
-tools or reasoning, whatever the JSON it answers in."""
+"""How a request's tools affect its sampling, and how its outputs are parsed: for every endpoint with tools or
+reasoning, whatever its format."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ class ToolUse:
     """One request's tools, checked."""
 
     format: OutputFormat
-    """How its outputs are read; not as the model's own format where a grammar prescribes another."""
+    """The format of its outputs. If a grammar prescribes one, it is not the model's own."""
     tools: Tools | None = None
-    """What may be called; None: whatever looks like a call is text."""
+    """The tools that may be called. None: text that looks like a call is text."""
     grammar: StructuredOutputsParams | None = None
     several: bool = True
     warnings: tuple[str, ...] = ()
@@ -122,7 +122,7 @@ def _functions(tools: Sequence[Tool]) -> dict[str, tuple[dict[str, object], bool
 
 
 def _choice(choice: object, offered: Mapping[str, object]) -> tuple[str, set[str]]:
-    """One of `CHOICES`, and the names among which."""
+    """One of `CHOICES`, and the names of the allowed tools."""
     if choice is None:
         return "auto", set(offered)
     if isinstance(choice, str) and choice in CHOICES:
@@ -145,7 +145,7 @@ def _choice(choice: object, offered: Mapping[str, object]) -> tuple[str, set[str
 
 
 def _mode(choice: object) -> tuple[object, list[object]]:
-    """What an object as tool_choice asks for, and the references in it."""
+    """The mode of a tool_choice that is an object, and its function references."""
     if not isinstance(choice, dict):
         return None, []
     if choice.get("type") == "function":
@@ -158,7 +158,7 @@ def _mode(choice: object) -> tuple[object, list[object]]:
 
 
 def _name(entry: object) -> str | None:
-    """Of a function reference: in `function`, or flat as the Responses API has it."""
+    """The name in a function reference: in `function`, or at the top as in the Responses API."""
     inner = entry.get("function", entry) if isinstance(entry, dict) else None
     name = inner.get("name") if isinstance(inner, dict) else None
     return name if isinstance(name, str) else None
@@ -166,7 +166,7 @@ def _name(entry: object) -> str | None:
 
 @contextmanager
 def blaming_tools(use: ToolUse) -> Iterator[None]:
-    """A grammar that we made of schemas in `tools` fails under that name."""
+    """Errors of a grammar that was made from schemas in `tools` name that field."""
     try:
         yield
     except InvalidParameterError as error:
@@ -178,7 +178,7 @@ def blaming_tools(use: ToolUse) -> Iterator[None]:
 
 
 class AnswerReader:
-    """Events of one request's outputs: a parser for each of its choices."""
+    """Parses one request's outputs into events: one parser for each choice."""
 
     def __init__(
         self,
@@ -200,7 +200,7 @@ class AnswerReader:
         if use.grammar is not None:
             changes["structured_outputs"] = use.grammar
         self.params = params.replace(**changes) if changes else params
-        """`params`, changed so that the outputs can be read."""
+        """`params`, changed so that the outputs can be parsed."""
         self._hidden = special if shows else frozenset()
         self.thinking: ThinkingTokens | None = use.format.thinking(
             lambda text: model.tokenizer.encode(text, add_special_tokens=False),
@@ -211,10 +211,10 @@ class AnswerReader:
         self._thinking_now: dict[int, bool] = {}
         self._counts = bool(self.thinking and len(self.thinking.end) == 1)
         self.reasoning_tokens: int | None = 0 if self._counts else None
-        """Of all choices so far; None where they cannot be told apart."""
+        """Of all choices so far; None if they cannot be counted."""
 
     def events(self, part: CompletionOutput) -> list[Event]:
-        """What an output of one choice adds."""
+        """The events that an output of one choice adds."""
         parser = self._parsers.get(part.index)
         if parser is None:
             parser = self._use.format.parser(
@@ -228,7 +228,7 @@ class AnswerReader:
         return [event for event in events if self._is_wanted(event)]
 
     def finish_reason(self, part: CompletionOutput) -> str | None:
-        """Ask after `events`."""
+        """To be called after `events`."""
         stopped = part.finish_reason == "stop" and part.index in self._called
         return "tool_calls" if stopped else part.finish_reason
 
@@ -246,7 +246,7 @@ class AnswerReader:
         return True
 
     def _count(self, part: CompletionOutput) -> None:
-        """Tokens between the markers, neither of them included."""
+        """Count the tokens between the markers, without the markers."""
         if self.reasoning_tokens is None or self.thinking is None:
             return
         inside = self._thinking_now.get(part.index, self._inside)

@@ -1,8 +1,9 @@
 """Fields that vLLM or OpenAI know and Quire does not serve.
 
-Ignoring one would answer a question nobody asked: text that was to follow a schema and does not. So a
-value that would have changed the output is refused by name; the neutral values that clients send by
-habit pass (`neutral`). A field that a request model declares is served there, and nothing here applies to it.
+If such a field were ignored, the answer could be wrong without notice: text that should match a schema,
+for example. So a value that would have changed the output is refused, with the field's name; neutral
+values pass (see `neutral`). The tables do not apply to a field that a request model declares: it is
+served there.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ MESSAGES = _BOTH | {
     "container": Neutral(""),
     "stop": Neutral("", []),
 }
-"""Field -> its neutral values. With any other it is refused."""
+"""Field -> its neutral values. Other values are refused."""
 
 _RENAMED = 'vLLM removed it; use structured_outputs: {{"{}": ...}}.'
 WHY: dict[str, str] = {
@@ -77,7 +78,7 @@ WHY: dict[str, str] = {
     "stop": "it is stop_sequences here.",
     "prompt_embeds": "prompts are text or token ids here; send them as prompt.",
 }
-"""Field -> a better reason than the usual one."""
+"""Field -> a specific reason instead of the general one."""
 
 NO_EFFECT = frozenset(
     {
@@ -86,8 +87,8 @@ NO_EFFECT = frozenset(
         "betas", "diagnostics", "user_profile_id", "workspace_id",
     }
 )  # fmt: skip
-"""Fields that are about a provider's accounts, or only matter with others that are refused. They pass
-without a word, also under --strict-requests: clients send them to every server."""
+"""Fields for a provider's billing, or that only matter with others that are refused. They are accepted
+without a warning, also with --strict-requests: clients send them to every server."""
 
 IDLE: dict[str, Neutral] = {
     "vllm_xargs": Neutral({}),
@@ -95,7 +96,7 @@ IDLE: dict[str, Neutral] = {
     "context_management": Neutral({}, {"edits": []}),
     "speed": Neutral("standard"),
 }
-"""Field that would mean something elsewhere -> its neutral values. With others it passes with a warning."""
+"""Field with a meaning on other servers -> its neutral values. Other values are accepted with a warning."""
 UNREAD = frozenset(IDLE)
 
 

@@ -9,14 +9,14 @@ from quire.server.responses import CompletionTokensDetails, PromptTokensDetails,
 
 
 class UsageMeter:
-    """A prompt counts once however many sequences are sampled from it, as OpenAI bills it."""
+    """A prompt counts once, however many sequences are sampled from it, as in OpenAI's billing."""
 
     def __init__(self) -> None:
         self._prompts: dict[int, int] = {}
         self._cached: dict[int, int] = {}
         self._completion = 0
         self.reasoning_tokens: int | None = None
-        """Those of the completion that were reasoning, where that is known."""
+        """The reasoning tokens of the completion, if known."""
 
     def add(self, prompt_index: int, output: RequestOutput) -> None:
         """Count an output that holds only what is new."""

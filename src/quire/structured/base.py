@@ -1,4 +1,4 @@
-"""What the engine knows of grammars: a compiled `Grammar`, and one `TokenMatcher` per request."""
+"""The protocols of grammars: a compiled `Grammar`, and one `TokenMatcher` per request."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from typing import TYPE_CHECKING, Protocol
 from quire.decoding import GrammarSpec
 from quire.errors import InvalidParameterError
 
-if TYPE_CHECKING:  # the front end knows grammars, and does without NumPy
+if TYPE_CHECKING:  # the front end imports this file, but not NumPy
     from quire.structured.masks import Mask
 
 COMPILE_STACK_BYTES = 256 << 20
-"""Stack of a thread that compiles (address space; pages are taken as they are used). llguidance descends
+"""Stack size of a thread that compiles (address space; pages are taken as they are used). llguidance recurses
 once per rule or `$ref`: a chain of 3,000 rules overflows the usual 8 MiB, which ends the process."""
 
 
 class GrammarError(InvalidParameterError):
-    """A grammar that cannot be compiled, or not followed any further. It ends one request only."""
+    """A grammar that cannot be compiled, or cannot be followed further. It ends only one request."""
 
     BEGINNING = "The grammar of this request cannot be used: "
-    """Of every such error's text, by which it is known where only that arrives (`RequestOutput.error`)."""
+    """The prefix that identifies such an error where only its text arrives (`RequestOutput.error`)."""
 
     def __init__(self, reason: str) -> None:
         self.reason = reason
@@ -27,38 +27,37 @@ class GrammarError(InvalidParameterError):
 
 
 def invalid(what: str, value: object = None) -> InvalidParameterError:
-    """The error for a request that asks for something that is no grammar: `raise invalid(...)`."""
+    """The error for a request whose grammar is invalid: `raise invalid(...)`."""
     return InvalidParameterError(
         f"structured_outputs: {what}", param="structured_outputs", value=value
     )
 
 
 class TokenMatcher(Protocol):
-    """Where one request stands in its grammar: a function of the tokens accepted, nothing else.
-
-    So a matcher that is fed the same tokens again (after a preemption) gives the same masks.
+    """One request's state in its grammar. It depends only on the accepted tokens, so a matcher that is
+    given the same tokens again (after a preemption) gives the same masks.
     """
 
     def fill_mask(self, row: Mask) -> None:
-        """Write which tokens may come next; EOS ids are among them exactly where the text may end.
+        """Write which tokens may come next. EOS ids are among them exactly where the text may end.
 
-        No token at all where the grammar has become too costly to follow: then the request must end.
+        If the grammar has become too costly to follow, no token is allowed: then the request must end.
         """
 
     def accept(self, token_id: int) -> bool:
-        """Go on by one token. False, and no change, if it is not allowed here."""
+        """Advance by one token. Returns False, and changes nothing, if the token is not allowed."""
 
     @property
     def is_finished(self) -> bool:
-        """Whether nothing but the end may follow."""
+        """Whether only the end may follow."""
 
 
 class Grammar(Protocol):
-    """A compiled grammar. Immutable, and shared by all requests that have it."""
+    """A compiled grammar. Immutable, and shared by all requests with the same grammar."""
 
     @property
     def num_bytes(self) -> int:
-        """About how much memory it takes."""
+        """Approximate memory."""
 
     def matcher(self) -> TokenMatcher:
         """A matcher at the beginning of the text."""
@@ -72,7 +71,7 @@ class GrammarCompiler(Protocol):
 
 
 class Vocabulary(Protocol):
-    """What a compiler needs of a tokenizer; `text.Tokenizer` is one."""
+    """The methods of a tokenizer that a compiler needs; `text.Tokenizer` has them."""
 
     special_ids: frozenset[int]
 

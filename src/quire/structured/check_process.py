@@ -1,6 +1,6 @@
 """The helper process of `checker.py`: `python -m quire.structured.check_process`.
 
-Reads a vocabulary, then grammars, and answers each with why it is bad, or with nothing.
+Reads a vocabulary, then grammars. Answers each grammar with the reason why it is bad, or with an empty text.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from quire.structured.masks import num_mask_words, tokens_of
 from quire.structured.store import deep_stacks, yield_to_others
 
 MAX_MEMORY = 4 << 30
-"""Bytes of address space, stacks included."""
+"""Limit on the process's address space in bytes, stacks included."""
 WALK_TOKENS = 16
 
 
 class SentVocabulary:
-    """A `Vocabulary` without its tokenizer. Texts are written one byte at a time, which is always possible
-    where there is a token for each byte; how a text is written does not matter to a check."""
+    """A `Vocabulary` without its tokenizer. It encodes a text as one token per byte, which is always
+    possible if there is a token for each byte. For a check the choice of tokens does not matter."""
 
     def __init__(self, sent: Tokens) -> None:
         self._tokens = sent.tokens
@@ -49,7 +49,8 @@ class SentVocabulary:
 
 
 def check(compiler: GuidanceCompiler, spec: GrammarSpec, vocab_size: int) -> str:
-    """Compile, and follow the grammar for a few random tokens: some are quick to compile only."""
+    """Compile, and follow the grammar for a few random tokens: some are quick to compile and slow to
+    follow."""
     try:
         matcher = compiler.compile(spec).matcher()
     except GrammarError as error:
@@ -69,7 +70,7 @@ def check(compiler: GuidanceCompiler, spec: GrammarSpec, vocab_size: int) -> str
 
 
 def main() -> None:
-    """Leaves when standard input ends, in the middle of a grammar too: its owner is gone."""
+    """Exits when standard input ends, even in the middle of a grammar: then the parent process has ended."""
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
     inbox: SimpleQueue[bytes] = SimpleQueue()
@@ -97,7 +98,7 @@ def _answer(inbox: SimpleQueue[bytes]) -> None:
     while message := inbox.get():
         signal.setitimer(
             signal.ITIMER_PROF, max_seconds
-        )  # of processor time; then the process ends
+        )  # of processor time; then the system kills the process
         reason = check(compiler, msgspec.msgpack.decode(message, type=GrammarSpec), vocab_size)
         signal.setitimer(signal.ITIMER_PROF, 0.0)
         _write(reason)

@@ -1,9 +1,9 @@
-"""Whether a grammar is good, for the front end: it is compiled once in a process that may be killed.
+"""Checks grammars for the front end: each is compiled once in a process that can be killed.
 
 Some grammars never finish compiling and cannot be interrupted (an intersection of fifty regexes has
-exponentially many states, and no limit of llguidance's counts them); some would end the process. So what
-strangers wrote is tried in a helper process with limits on time and memory, and only what has passed is sent
-to the engine.
+exponentially many states, which no limit of llguidance counts). Others would crash the process. So a
+client's grammar is first compiled in a helper process with limits on time and memory. Only a grammar that
+passes is sent to the engine.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from quire.decoding import GrammarSpec
 from quire.structured.base import GrammarError, Vocabulary
 
 MAX_CHECK_SECONDS = 5.0
-"""Of processor time."""
+"""Limit of processor time for one grammar."""
 WALL_SECONDS_PER_SECOND = 6
-"""By the clock it may take so much longer: the helper runs when nobody else does."""
+"""The limit of elapsed time is this many times longer, because the helper has the lowest priority."""
 START_SECONDS = 60.0
 NUM_PROCESSES = 2
-"""Two, so that one bad grammar does not hold up all others for the whole time limit."""
+"""Two, so that a bad grammar does not delay all others until its time limit."""
 NUM_REMEMBERED = 1024
 TOO_LONG = "it takes over {:g} s to compile or to follow; simplify it."
 TOO_MUCH = "it takes too much memory to compile; simplify it."
 
 
 class Tokens(msgspec.Struct, frozen=True, array_like=True):
-    """A vocabulary, as it is sent to the helper process."""
+    """A vocabulary in the form that is sent to the helper process."""
 
     tokens: list[bytes]
     special_ids: list[int]
@@ -128,7 +128,7 @@ class _Helper:
             self.kill()
 
     def ask(self, spec: GrammarSpec) -> str:
-        """Why the grammar is bad; empty if it is good."""
+        """The reason why the grammar is bad; empty if it is good."""
         if not self.is_alive:
             raise GrammarError("the server could not check it; try again.")
         patience = WALL_SECONDS_PER_SECOND * self._max_seconds
@@ -148,7 +148,7 @@ class _Helper:
                 pipe.close()
 
     def _exchange(self, message: bytes, seconds: float) -> bytes | None:
-        """The answer, or None if it did not come in time or the process is gone."""
+        """The answer, or None after the time limit or if the process has ended."""
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None and stdout is not None
         try:

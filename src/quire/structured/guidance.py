@@ -1,9 +1,10 @@
-"""Grammars by llguidance: an Earley parser over a lexer of derivatives, which makes each mask when it is
-asked for. Compiling takes milliseconds, since nothing is precomputed for the vocabulary.
+"""Grammars by llguidance: an Earley parser over a lexer of derivatives, which computes each mask on demand.
+Compiling takes milliseconds, since nothing is precomputed for the vocabulary.
 
-The vocabulary it sees is our own table of token bytes, not tokenizer.json, for two reasons: any tokenizer
-that can be served will do, and a token is exactly what the detokenizer makes of it. (llguidance itself takes
-`<tool_call>` for a special token even where the checkpoint says that it is text.)
+It gets the vocabulary from our table of token bytes and not from tokenizer.json, for two reasons: every
+tokenizer that can be served works, and a token has exactly the bytes that the detokenizer writes for it.
+(llguidance itself treats `<tool_call>` as a special token even where the checkpoint says that it is
+text.)
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ if TYPE_CHECKING:
 
 BASE_BYTES = 128 << 10
 BYTES_PER_BYTE = 128
-"""Memory of a compiled grammar, measured: this much, and this much for each byte of its text."""
+"""Memory of a compiled grammar, measured: a constant, and this much for each byte of its text."""
 
 MAX_ROW_ITEMS = 16_000
-"""Parser items at one place in the text; llguidance's 2,000 end at 500 optional properties, each of which has
-four. `step_max_items` still bounds a step's work: 1,000 integers take 29 ms at worst, 3 on average."""
+"""Maximum number of parser items at one place in the text. llguidance's default of 2,000 allows 500
+optional properties, each of which has four items. `step_max_items` still limits the work of a step: 1,000
+integers take 29 ms at worst, 3 on average."""
 MAX_REASON = 300
 
 
@@ -36,7 +38,7 @@ class GuidanceCompiler:
     def __init__(
         self, vocabulary: Vocabulary, *, vocab_size: int, eos_token_ids: Sequence[int]
     ) -> None:
-        """vocab_size: the model's. Ids that the tokenizer does not know are never allowed."""
+        """vocab_size: the model's. Ids that the tokenizer does not have are never allowed."""
         from llguidance import LLTokenizer, TokenizerWrapper
 
         table = _TokenTable(vocabulary, vocab_size, eos_token_ids)
@@ -59,7 +61,7 @@ class GuidanceCompiler:
 
 
 class GuidanceGrammar:
-    """See `Grammar`. Holds a matcher at the beginning, which is copied and never moved."""
+    """See `Grammar`. Holds a matcher in its first state; each request gets a copy of it."""
 
     def __init__(
         self,
@@ -93,7 +95,7 @@ class GuidanceMatcher:
         self._ended = False
 
     def fill_mask(self, row: Mask) -> None:
-        # row: [ceil(vocab_size / 32)], of which the tokenizer's tokens are the first words
+        # row: [ceil(vocab_size / 32)]; the tokenizer's tokens are in the first words
         num_words = self._grammar.num_words
         assert row.flags.c_contiguous and row.itemsize == 4 and len(row) >= num_words
         row[num_words:] = 0
@@ -102,7 +104,7 @@ class GuidanceMatcher:
             return
         self._matcher.unsafe_compute_mask_ptr(row.ctypes.data, num_words * 4)
         if self._matcher.is_error():
-            row[:] = 0  # llguidance would end the text as if all were well
+            row[:] = 0  # llguidance would end the text as if it were complete
 
     def accept(self, token_id: int) -> bool:
         if self._ended or token_id >= self._grammar.num_tokens:
@@ -118,10 +120,10 @@ class GuidanceMatcher:
 
 
 class _TokenTable:
-    """What llguidance asks of a tokenizer: each token's bytes, and how a text is usually written in tokens.
+    """What llguidance needs of a tokenizer: each token's bytes, and the usual tokens of a text.
 
-    Where the grammar leaves only one text, the mask is narrowed to the tokens that the tokenizer would write
-    it in, so that the model sees what it was trained on.
+    Where the grammar allows only one text, the mask allows only the tokens that the tokenizer would use
+    for it, because the model was trained on those.
     """
 
     bos_token_id = None
@@ -145,7 +147,7 @@ class _TokenTable:
 
 
 def _first_line(error: str) -> str:
-    """The reason without the excerpt and the state that follow it."""
+    """The reason, without the excerpt and the parser's state that follow it."""
     lines = error.strip().split("\n")
     line = lines[0]
     if line == "regex parse error:":

@@ -1,4 +1,4 @@
-"""OpenAI's `response_format`, in terms of `structured_outputs`."""
+"""OpenAI's `response_format`, translated to `structured_outputs`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MAX_NAME = 64
 
 
 def parse(response_format: dict[str, Any]) -> StructuredOutputsParams | None:
-    """What the output must match; None for plain text.
+    """The grammar that the output must match; None for plain text.
 
     A schema is enforced whether or not it says `strict`. Raises `InvalidParameterError` naming the part
     of `response_format` at fault.
@@ -34,7 +34,7 @@ def parse(response_format: dict[str, Any]) -> StructuredOutputsParams | None:
         return StructuredOutputsParams(json_object=True)
     if kind == "json_schema":
         return StructuredOutputsParams(json=_schema(response_format.get("json_schema")))
-    # Either the tag itself, as vLLM takes it, or the tag as a field.
+    # Either the tag itself, as in vLLM, or an object with the tag as a field.
     tag = response_format.get("structural_tag", response_format)
     if not isinstance(tag, (dict, str)) or not tag:
         raise _error("structural_tag", "must be an object", tag)

@@ -1,14 +1,14 @@
-"""The pass that every JSON schema goes through before it is compiled, whoever sent it.
+"""Rewrites every JSON schema before it is compiled.
 
-llguidance refuses keywords that ask for nothing, a `$schema` that it does not know, and whole numbers
-written as 2.0. So it is given a new schema of the keywords that it enforces. What asks for nothing and all
-annotations are left out. The forms of older drafts are written as in 2020-12. Some keywords are expressed by
-others with exactly the same meaning. The rest is refused by name and place. The table of keywords is
-`schema_keywords.py`.
+llguidance refuses keywords that demand nothing, an unknown `$schema`, and integers written as 2.0. So it
+is given a new schema that has only keywords it enforces. Annotations and keywords that demand nothing are
+left out. Forms of older drafts are rewritten as in 2020-12. Some keywords are expressed by others with
+exactly the same meaning. All other keywords are refused, with their name and place. The table of keywords
+is `schema_keywords.py`.
 
-References are resolved here: each target becomes an entry of the new schema's `$defs`, so that any part may
-be moved or left out. The new schema never allows what the old one forbids, except for string formats that
-are not known, which are reported.
+References are resolved here: each target becomes an entry of the new schema's `$defs`, so that any part
+can be moved or left out. The new schema never allows a value that the old one forbids, except for unknown
+string formats, which are reported as warnings.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ from quire.structured.schema_refs import MAX_SCHEMAS, References, Target
 
 MAX_NESTING = 64
 MAX_DEPTH = 60
-"""Levels up to which another schema is prepared in the middle of one, to learn what it means."""
+"""Limit on the nesting of schemas that are prepared while another one is being prepared."""
 MAX_SIZE = 2**31
-"""Of lengths and numbers of items: no output is longer."""
+"""Limit for lengths and numbers of items: no output is longer."""
 MAX_BOUND = 9223372036854774784
-"""The largest double below 2^63, which is as far as llguidance counts."""
+"""The largest double below 2^63, which is llguidance's limit."""
 MAX_EXACT = 2**53
 MAX_EXCLUSIVE = 8
-"""Alternatives of a `oneOf` that are told apart by excluding all the others."""
+"""Most alternatives of a `oneOf` that are separated by excluding all the others from each."""
 
 LOOK_AROUND = ("(?=", "(?!", "(?<=", "(?<!")
 APPLICATORS = ("$ref", "$dynamicRef", "$recursiveRef", "allOf", "anyOf", "oneOf", "not", "if")
@@ -58,7 +58,7 @@ ROOT = "#"
 @dataclass(frozen=True, slots=True)
 class PreparedSchema:
     schema: dict[str, Any]
-    """A new object, which shares nothing with the client's that is changed."""
+    """A new object; parts that it shares with the client's are not changed."""
     warnings: tuple[str, ...]
 
 
@@ -69,10 +69,10 @@ def prepare(
     coerce_one_of: bool = False,
     close: bool = False,
 ) -> PreparedSchema:
-    """A schema for llguidance that means the same as `schema`, which is left as it is.
+    """A schema for llguidance with the meaning of `schema`, which is not changed.
 
     lenient: leave out what cannot be enforced, with a warning. coerce_one_of: read `oneOf` as `anyOf`.
-    close: schemas of objects that do not say otherwise allow no other properties.
+    close: schemas of objects without `additionalProperties` allow no other properties.
 
     Raises `InvalidParameterError` naming the keyword and where it is.
     """
@@ -84,7 +84,7 @@ def prepare(
 
 
 class Pass:
-    """One schema's way through."""
+    """The rewriting of one schema."""
 
     def __init__(
         self, document: dict[str, Any], *, lenient: bool, coerce_one_of: bool, close: bool
@@ -92,7 +92,7 @@ class Pass:
         self.refs = References(document)
         self.logic = Logic(self._resolve)
         self.exact = False
-        """Inside a condition, of which the opposite is taken: nothing may be narrowed."""
+        """Inside a condition, whose complement is needed: no part may be made narrower."""
         self.close = close
         self._document = document
         self._lenient = lenient
@@ -128,13 +128,13 @@ class Pass:
                 yield f"not enforced by the schema: the {what} {', '.join(listed)}{more}"
 
     def refuse(self, node: Node, keyword: str, why: str) -> None:
-        """Returns in lenient mode only; then the keyword is left out."""
+        """Raise for a keyword that cannot be enforced. In lenient mode, note a warning and leave it out."""
         if not self._lenient:
             raise invalid(f"{keyword} at {shown(node.at)} cannot be enforced: {why}.")
         self._ignored[keyword] = None
 
     def wrong(self, node: Node, keyword: str, rule: str) -> Exception:
-        """The error for a keyword with a value that means nothing: `raise run.wrong(...)`."""
+        """The error for a keyword with an invalid value: `raise run.wrong(...)`."""
         value = node.given.get(keyword)
         return invalid(f"{keyword} at {shown(node.at)} must be {rule}.", value)
 
@@ -242,7 +242,7 @@ class Pass:
             node.block["multipleOf"] = step
 
     def _bound(self, node: Node, keyword: str, value: object) -> int | float | None:
-        """The bound, or the next one inside it with which llguidance counts right."""
+        """The bound, or the nearest stricter one that llguidance handles correctly."""
         bound = _number(value)
         if bound is None:
             raise self.wrong(node, keyword, "a number")
@@ -262,7 +262,7 @@ class Pass:
         return inside
 
     def size(self, node: Node, keyword: str) -> int | None:
-        """A length or a number of items, or None where it asks for nothing."""
+        """A length or a number of items, or None if it demands nothing."""
         if keyword not in node.given:
             return None
         value = _number(node.given[keyword])
@@ -296,7 +296,7 @@ class Pass:
         irregular = _irregular(pattern)
         if irregular is not None:
             if node.given.get("format") in FORMATS and not self.exact:
-                self._ignored["pattern"] = None  # zod 4 writes both for the same texts
+                self._ignored["pattern"] = None  # zod 4 writes both, with the same meaning
                 return
             why = f"{irregular} is look-around or a back-reference; write the pattern without it"
             self.refuse(node, "pattern", why)
@@ -304,7 +304,7 @@ class Pass:
             node.block["pattern"] = pattern
 
     def _values(self, node: Node) -> dict[str, Any]:
-        """`const` and `enum`, without values of the wrong type."""
+        """`const` and `enum`, without values whose type `type` forbids."""
         found: dict[str, Any] = {}
         for keyword in ("const", "enum"):
             if keyword not in node.given:
@@ -323,7 +323,7 @@ class Pass:
         return found
 
     def _plain(self, node: Node, keyword: str, value: Any) -> Any:
-        """The value, numbers in the one spelling that llguidance writes."""
+        """The value, with numbers in the spelling that llguidance writes."""
         if isinstance(value, dict):
             return {name: self._plain(node, keyword, part) for name, part in value.items()}
         if isinstance(value, (list, tuple)):
@@ -340,7 +340,7 @@ class Pass:
     # --- applicators ---
 
     def _applied(self, node: Node, keyword: str) -> dict[str, Any]:
-        """The keyword as it stands in the new schema; what is said in other words goes to the extras."""
+        """The keyword's value in the new schema. Keywords expressed by others go to the extras."""
         if keyword in ("$ref", "$dynamicRef", "$recursiveRef"):
             found = self._reference(node, keyword)
             if keyword == "$ref" and isinstance(found, dict):
@@ -468,7 +468,7 @@ class Pass:
 
 
 def _joined(own: dict[str, Any], extras: list[Schema]) -> Schema:
-    """A schema with what must hold besides; the properties it lists itself come first."""
+    """A schema joined with what must also hold; the properties that it lists itself come first."""
     more = all_of(extras)
     if more is False or any(part is False for part in own.get("allOf", ())):
         return False
@@ -483,14 +483,14 @@ def _joined(own: dict[str, Any], extras: list[Schema]) -> Schema:
 
 
 def _number(value: object) -> int | float | None:
-    """A finite number, a whole one as int; None for anything else."""
+    """A finite number, an integer as int; None for anything else."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         return None
     return int(value) if value == math.floor(value) else value
 
 
 def _irregular(pattern: str) -> str | None:
-    """What is in a pattern that no automaton can follow."""
+    """The part of a pattern that no finite automaton can match (lookahead, backreference, ...)."""
     in_class = False
     at = 0
     while at < len(pattern):

@@ -1,4 +1,4 @@
-"""Keywords of arrays, on their way through `schema.py`."""
+"""Keywords of arrays, for `schema.py`."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def read_arrays(run: Reading, node: Node) -> None:
 
 
 def _unevaluated(run: Reading, node: Node) -> Schema:
-    """What the items must be that no keyword speaks of."""
+    """The schema of the items that no other keyword covers."""
     rest = run.part(node, "unevaluatedItems")
     if is_anything(rest):
         return True

@@ -1,7 +1,7 @@
-"""Every keyword of JSON Schema (2020-12 and back to draft 4) and of OpenAPI 3.0, and what becomes of it.
+"""Every keyword of JSON Schema (2020-12 and back to draft 4) and of OpenAPI 3.0, and how it is handled.
 
-The one table: `schema.py` decides by it which keys it reads, docs/json-schema.md is written from it, and
-tests/structured/test_schema_keywords.py proves each row by its examples.
+The only such table: `schema.py` reads from it which keys it handles, docs/json-schema.md is generated
+from it, and tests/structured/test_schema_keywords.py tests the examples of each row.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ UNBOUNDED = "no JSON value can be compared with all earlier ones while it is wri
 
 @dataclass(frozen=True, slots=True)
 class Keyword:
-    """One keyword. The examples are a schema with what it accepts and what it does not; or one that is refused."""
+    """One keyword. An example is a schema with a value that it accepts and one that it rejects, or a
+    refused schema."""
 
     name: str
     vocabulary: str
@@ -26,9 +27,9 @@ class Keyword:
     valid: tuple[Any, ...] = ()
     invalid: tuple[Any, ...] = ()
     refused: tuple[dict[str, Any], ...] = ()
-    """Schemas that ask for what cannot be enforced: a 400."""
+    """Schemas that demand what cannot be enforced: status 400."""
     nothing: tuple[dict[str, Any], ...] = ()
-    """Forms that ask for nothing: dropped."""
+    """Forms that demand nothing: dropped."""
 
 
 def _k(name: str, vocabulary: str, fate: Fate, note: str, **examples: Any) -> Keyword:
@@ -280,7 +281,7 @@ READ = frozenset(
     if keyword.fate != "ignored" and keyword.name not in ("x-guidance", "$id", "$defs", "definitions")
     and not keyword.name.endswith(("$anchor", "Anchor"))
 )  # fmt: skip
-"""What `schema.py` has a rule for; all else is left out."""
+"""The keywords for which `schema.py` has a rule; others are left out."""
 
 FORMATS: dict[str, tuple[str, str]] = {
     "date": ("2024-02-29", "2024-02-30"),
@@ -294,7 +295,7 @@ FORMATS: dict[str, tuple[str, str]] = {
     "uuid": ("123e4567-e89b-12d3-a456-426614174000", "123e4567"),
     "uri": ("http://example.com/a?b#c", "a b"),
 }
-"""Formats that are enforced, each with a text that has it and one that has it not."""
+"""Formats that are enforced, each with a text that matches it and one that does not."""
 
 _YEARS_OF_366_DAYS = "(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:[02468][048]|[13579][26])00)"
 _DAY = (
@@ -309,11 +310,11 @@ FORMAT_RULES: dict[str, dict[str, Any]] = {
     "date-time": {"pattern": f"^{_DAY}[tT]{_TIME}"},
     "hostname": {"maxLength": 253},
 }
-"""What llguidance's own regex for the format leaves open: 29 February, leap seconds (only those written as
+"""What llguidance's own regex for the format does not check: 29 February, leap seconds (only those written as
 23:59:60 UTC), the whole length."""
 NAME_FORMATS = {
     "uuid": "^[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}$",
     "date": f"^{_DAY}$",
     "date-time": f"^{_DAY}[tT]{_MINUTE}:[0-5][0-9]([.][0-9]+)?([zZ]|[+-]{_MINUTE})$",
 }
-"""Formats that names of properties may be asked to have, as patterns of names."""
+"""Formats that `propertyNames` may demand, as patterns of names."""

@@ -1,7 +1,7 @@
-"""What follows from schemas: which values they allow, that two are disjoint, what the complement of one is.
+"""Logic of schemas: which values one allows, whether two are disjoint, the complement of one.
 
-On schemas as `schema.py` leaves them: booleans, or dicts of the keywords that llguidance enforces. Whatever
-is not certain is answered with None or False, so that nothing is concluded from it.
+For schemas that `schema.py` has rewritten: booleans, or dicts of the keywords that llguidance enforces.
+If an answer is not certain, it is None or False, which callers treat as unknown.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from typing import Any
 
 Schema = dict[str, Any] | bool
 Resolve = Callable[[str], Schema | None]
-"""From a `$ref` to what it means; None if that is not known yet."""
+"""`$ref` -> its schema; None if that is not known yet."""
 
 TYPES = ("null", "boolean", "number", "string", "array", "object")
 ALL_TYPES = frozenset((*TYPES, "integer"))
 MAX_DEPTH = 24
-"""Of conclusions from conclusions."""
+"""Limit on the depth of recursion."""
 MAX_STEPS = 20_000
-"""Of all conclusions about one schema. A complement may be exponentially larger than its schema."""
+"""Limit on all steps for one schema. A complement may be exponentially larger than its schema."""
 MAX_COMPLEMENT_TEXT = 100
-"""Characters of a text that is to be excluded: `all_texts_but` descends once per character."""
+"""Limit on the length of a text to exclude: `all_texts_but` recurses once per character."""
 LOWER = {"minimum": "exclusiveMaximum", "exclusiveMinimum": "maximum"}
 UPPER = {"maximum": "exclusiveMinimum", "exclusiveMaximum": "minimum"}
 SIZES = {"Length": "string", "Items": "array", "Properties": "object"}
@@ -35,7 +35,7 @@ def is_anything(schema: Schema) -> bool:
 
 
 def types_of(schema: dict[str, Any]) -> frozenset[str]:
-    """The types that `type` names; number includes integer."""
+    """The types in `type`; number includes integer."""
     named = schema.get("type", TYPES)
     found = {named} if isinstance(named, str) else set(named)
     return frozenset(found | {"integer"} if "number" in found else found)
@@ -51,7 +51,7 @@ def type_of(value: object) -> str:
 
 
 def key_of(value: object) -> str:
-    """The same for values that are equal in JSON: 1 and 1.0 are, 1 and true are not."""
+    """A key that is the same for values that are equal in JSON: 1 and 1.0 are equal, 1 and true are not."""
     if isinstance(value, dict):
         inner = sorted(f"{json.dumps(name)}:{key_of(part)}" for name, part in value.items())
         return "{" + ",".join(inner) + "}"
@@ -63,7 +63,7 @@ def key_of(value: object) -> str:
 
 
 def values_of(schema: dict[str, Any]) -> list[Any] | None:
-    """The only values that `const` and `enum` leave, those of other types taken out."""
+    """The values that `const` and `enum` allow, without those whose type is not allowed."""
     if "const" in schema:
         values = [schema["const"]]
     elif "enum" in schema:
@@ -85,7 +85,7 @@ class Logic:
         return depth <= MAX_DEPTH and self._fuel > 0
 
     def meant(self, schema: Schema) -> Schema | None:
-        """The schema that a mere reference stands for."""
+        """The schema that a schema with only a `$ref` refers to."""
         for _ in range(MAX_DEPTH):
             if isinstance(schema, bool) or set(schema) != {"$ref"}:
                 return schema
@@ -96,7 +96,7 @@ class Logic:
         return None
 
     def strings(self, schema: Schema, depth: int = 0) -> list[str] | None:
-        """All strings that fit, if they are finitely many and can be listed."""
+        """All strings that match, if there are finitely many and they can be listed."""
         found = self.meant(schema)
         if found is False:
             return []
@@ -117,7 +117,7 @@ class Logic:
     # --- disjointness ---
 
     def disjoint(self, one: Schema, two: Schema, depth: int = 0) -> bool:
-        """Whether it is certain that no value fits both."""
+        """Whether it is certain that no value matches both."""
         a, b = self.meant(one), self.meant(two)
         if a is False or b is False:
             return True
@@ -153,7 +153,7 @@ class Logic:
         return False
 
     def _objects_disjoint(self, a: dict[str, Any], b: dict[str, Any], depth: int) -> bool:
-        """A property that both would have, as one of them requires it, and whose values cannot fit both."""
+        """Whether there is a property that one of them requires and whose values cannot match both."""
         names = dict.fromkeys((*a.get("required", ()), *b.get("required", ())))
         return any(
             self.disjoint(_property(a, name), _property(b, name), depth + 1) for name in names
@@ -162,7 +162,7 @@ class Logic:
     # --- complements ---
 
     def complement(self, schema: Schema, depth: int = 0) -> Schema | None:
-        """A schema of exactly the values that do not fit; None where none can be written."""
+        """A schema of exactly the values that do not match; None if it cannot be written."""
         found = self.meant(schema)
         if found is None or not self._may_go_on(depth):
             return None
@@ -212,7 +212,7 @@ class Logic:
 
 
 def any_of(parts: Sequence[Schema]) -> Schema:
-    """The union, written as simply as it can be."""
+    """The union, in the simplest form."""
     if any(is_anything(part) for part in parts):
         return True
     left = [part for part in parts if part is not False]
@@ -222,7 +222,7 @@ def any_of(parts: Sequence[Schema]) -> Schema:
 
 
 def all_of(parts: Sequence[Schema]) -> Schema:
-    """The intersection, likewise."""
+    """The intersection, in the simplest form."""
     if any(part is False for part in parts):
         return False
     left = [part for part in parts if not is_anything(part)]
@@ -232,7 +232,7 @@ def all_of(parts: Sequence[Schema]) -> Schema:
 
 
 def _property(schema: dict[str, Any], name: str) -> Schema:
-    """What a property must be; anything where it is not certain."""
+    """The schema of a property; True if that is not certain."""
     found = schema.get("properties", {}).get(name)
     if found is not None:
         return found  # type: ignore[no-any-return]
@@ -264,12 +264,12 @@ def _typed(names: list[str], **more: Any) -> Schema:
 
 
 def _other_values(values: list[Any]) -> Schema | None:
-    """All values but these."""
+    """All values except these."""
     if any(isinstance(value, (dict, list, tuple)) for value in values):
         return None
     texts = [value for value in values if isinstance(value, str)]
     if any(len(text) > MAX_COMPLEMENT_TEXT or '"' in text or "\\" in text for text in texts):
-        return None  # llguidance lets a class that leaves out one of the two have both
+        return None  # in llguidance, a class that excludes one of the two matches both
     held = {type_of(value) for value in values}
     numeric = bool(held & {"integer", "number"})
     parts = [_typed([t for t in TYPES if t not in held and not (t == "number" and numeric)])]
@@ -289,13 +289,13 @@ def _other_values(values: list[Any]) -> Schema | None:
 
 
 def all_texts_but(texts: list[str]) -> str:
-    """A regex of all texts but these: those that leave the tree of their prefixes, or end too early in it."""
+    """A regex of all texts except these: those that leave the tree of their prefixes, or end inside it."""
     tree: dict[str, Any] = {}
     for text in texts:
         node = tree
         for char in text:
             node = node.setdefault(char, {})
-        node["end"] = True  # no single character
+        node["end"] = True  # not a single character
 
     def others(node: dict[str, Any]) -> str:
         chars = [char for char in node if char != "end"]

@@ -1,4 +1,4 @@
-"""One schema while `schema.py` reads it, and what its readers need of that pass."""
+"""One schema while `schema.py` rewrites it, and the methods that handlers of keywords need."""
 
 from __future__ import annotations
 
@@ -13,50 +13,50 @@ MAX_SHOWN = 120
 
 @dataclass(slots=True)
 class Node:
-    """One schema, and what it becomes."""
+    """One schema, and its rewritten form."""
 
     given: dict[str, Any]
-    """Its keywords that may mean something."""
+    """Its keywords that may demand something."""
     at: str
     base: str
     outer: str
-    """The base of the schema around it."""
+    """The base URI of the schema around it."""
     types: frozenset[str] = ALL_TYPES
     block: dict[str, Any] = field(default_factory=dict)
-    """What it becomes, without applicators."""
+    """The rewritten keywords, without applicators."""
     extras: list[Schema] = field(default_factory=list)
-    """What must hold besides, in schemas of their own."""
+    """Further schemas that must hold too."""
 
 
 class Reading(Protocol):
-    """The pass over the whole schema."""
+    """The rewriting of the whole schema."""
 
     refs: References
     logic: Logic
     exact: bool
-    """Inside a condition, of which the opposite is taken: nothing may be narrowed."""
+    """Inside a condition, whose complement is needed: no part may be made narrower."""
     close: bool
-    """Schemas of objects that do not say otherwise allow no other properties."""
+    """Schemas of objects without `additionalProperties` allow no other properties."""
 
     def schema(self, source: object, at: str, base: str) -> Schema: ...
 
     def part(self, node: Node, where: str) -> Schema:
-        """The schema that a keyword of `node` holds."""
+        """The rewritten schema of one keyword of `node`."""
 
     def parts(self, node: Node, where: str) -> list[Schema]:
-        """The schemas that a keyword of `node` lists."""
+        """The rewritten schemas in the list of one keyword of `node`."""
 
     def size(self, node: Node, keyword: str) -> int | None:
-        """A length or a number of items, or None where it asks for nothing."""
+        """A length or a number of items, or None if it demands nothing."""
 
     def refuse(self, node: Node, keyword: str, why: str) -> None:
-        """Raise the error for what cannot be enforced; in lenient mode, note it and return."""
+        """Raise the error for what cannot be enforced; in lenient mode, note a warning and return."""
 
     def wrong(self, node: Node, keyword: str, rule: str) -> Exception:
-        """The error for a keyword with a value that means nothing: `raise reading.wrong(...)`."""
+        """The error for a keyword with an invalid value: `raise reading.wrong(...)`."""
 
 
 def shown(pointer: str) -> str:
-    """What a client wrote, as part of an error."""
+    """Text from a client, shortened for an error message."""
     plain = ascii(pointer)[1:-1]
     return plain if len(plain) <= MAX_SHOWN else plain[:MAX_SHOWN] + "..."

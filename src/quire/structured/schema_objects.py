@@ -1,4 +1,4 @@
-"""Keywords of objects, on their way through `schema.py`."""
+"""Keywords of objects, for `schema.py`."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from quire.structured.schema_node import Node, Reading
 from quire.structured.schema_refs import escaped
 
 MAX_COUNTED = 5
-"""Optional properties of which every selection is written out, to count them."""
+"""Most optional properties that are counted, which is done by listing every subset of them."""
 CONDITIONAL = (
     "anyOf", "oneOf", "if", "dependentSchemas", "dependencies", "$dynamicRef", "$recursiveRef",
 )  # fmt: skip
-"""Keywords under which it depends on the value which properties are covered."""
+"""With these keywords, the set of covered properties depends on the value."""
 
 
 def read_objects(run: Reading, node: Node) -> None:
@@ -111,7 +111,7 @@ def _read_names(run: Reading, node: Node) -> None:
 
 
 def _name_pattern(asked: dict[str, Any]) -> str | None:
-    """A regex of the names, where one keyword says them all."""
+    """A regex of the names, if one keyword determines them."""
     if set(asked) == {"pattern"}:
         return str(asked["pattern"])
     if "format" in asked and asked.keys() <= {"format", "allOf"}:
@@ -146,7 +146,7 @@ def _read_unevaluated(run: Reading, node: Node) -> None:
 
 
 class _Covered:
-    """The properties that a schema and all that must hold with it speak of."""
+    """The properties that are covered by a schema and by all schemas that must hold with it."""
 
     def __init__(self) -> None:
         self.names: dict[str, None] = {}
@@ -155,7 +155,7 @@ class _Covered:
         self._seen: set[int] = set()
 
     def add(self, run: Reading, schema: object, base: str, *, inner: bool = False) -> bool:
-        """False if that depends on the value."""
+        """Returns False if the covered properties depend on the value."""
         todo: list[tuple[object, str, bool]] = [(schema, base, inner)]
         while todo:
             schema, base, inner = todo.pop()
@@ -181,8 +181,9 @@ class _Covered:
 
 
 def _read_counts(run: Reading, node: Node) -> None:
-    """llguidance counts only what is not listed in `properties`, unless it is required: so the selections of
-    optional properties are written out, each with its members required and the others forbidden."""
+    """llguidance counts only required properties and those that `properties` does not list. So every
+    subset of the optional properties becomes a schema in which its members are required and the others
+    forbidden."""
     low, high = run.size(node, "minProperties"), run.size(node, "maxProperties")
     block = node.block
     required = block.get("required", [])

@@ -1,4 +1,4 @@
-"""What the references in a schema mean (RFC 6901 pointers, `$anchor`, `$id`), without fetching anything."""
+"""Resolves the references in a schema (RFC 6901 pointers, `$anchor`, `$id`). Nothing is fetched."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from urllib.parse import unquote, urldefrag, urljoin
 
 from quire.structured.base import invalid
 
-# Where a schema's parts are schemas themselves; elsewhere (enum, const, default) dicts are plain values.
+# Keywords whose values are schemas; in others (enum, const, default) dicts are plain values.
 SCHEMA_KEYS = frozenset((
     "items", "additionalItems", "unevaluatedItems", "contains", "additionalProperties",
     "unevaluatedProperties", "propertyNames", "not", "if", "then", "else",
@@ -33,7 +33,7 @@ class Target:
 
 
 class References:
-    """Every address in one document."""
+    """All addresses in one document."""
 
     def __init__(self, document: dict[str, Any]) -> None:
         self._resources: dict[str, Target] = {}
@@ -49,7 +49,7 @@ class References:
         return self._bases.get(id(schema), outer)
 
     def find(self, reference: str, base: str) -> Target | None:
-        """What `reference`, found where `base` is the address, points to."""
+        """The target of `reference`, which is relative to `base`."""
         try:
             address, fragment = urldefrag(urljoin(base, reference))
         except ValueError:
@@ -64,7 +64,7 @@ class References:
         return self._walk(resource, unquote(fragment))
 
     def is_dynamic_once(self, name: str) -> bool:
-        """Whether at most one place is a `$dynamicAnchor` of this name."""
+        """Whether there is at most one `$dynamicAnchor` of this name."""
         return self._dynamic.get(name, 0) <= 1
 
     def _walk(self, resource: Target, pointer: str) -> Target | None:
@@ -99,7 +99,7 @@ class References:
             ]
 
     def _note(self, schema: dict[str, Any], at: str, base: str) -> str:
-        """The base of what is inside."""
+        """Note the addresses of a schema. Returns the base for the schemas inside it."""
         address = schema.get("$id")
         if isinstance(address, str) and not address.startswith("#"):
             try:
@@ -108,7 +108,7 @@ class References:
                 pass
             self.has_inner_ids |= at != "#"
             self._resources.setdefault(base, Target(schema, at, base))
-        elif isinstance(address, str):  # draft 6 and 7 name anchors so
+        elif isinstance(address, str):  # an anchor in drafts 6 and 7
             self._anchors.setdefault((base, address[1:]), Target(schema, at, base))
         if base:
             self._bases[id(schema)] = base
@@ -122,7 +122,7 @@ class References:
 
 
 def parts_of(schema: dict[str, Any]) -> Iterator[tuple[str, object]]:
-    """The schemas right inside one, each with the pointer to it from there."""
+    """The schemas directly inside one, each with its relative pointer."""
     for keyword, value in schema.items():
         if isinstance(value, dict):
             if keyword in SCHEMA_MAPS:
@@ -134,5 +134,5 @@ def parts_of(schema: dict[str, Any]) -> Iterator[tuple[str, object]]:
 
 
 def escaped(name: object) -> str:
-    """A name as it stands in a JSON pointer."""
+    """A name as it is written in a JSON pointer."""
     return str(name).replace("~", "~0").replace("/", "~1")

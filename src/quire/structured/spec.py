@@ -1,8 +1,9 @@
-"""From what a request asks for to one of two texts: a JSON schema, or a grammar in Lark's syntax.
+"""Turns the structured output of a request into one of two texts: a JSON schema, or a grammar in Lark's
+syntax.
 
-Everything that can be said without a vocabulary is checked here: sizes, nesting, the shape of structural
-tags; schemas go through `schema.py`. No backtracking regex touches what the client wrote. Whether a grammar
-compiles is for `checker.py` to find out.
+Everything that does not need the vocabulary is checked here: sizes, nesting, the shape of structural
+tags. Schemas are rewritten by `schema.py`. No backtracking regex is used on a client's text. Whether a
+grammar compiles is checked by `checker.py`.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from quire.structured.structural_tag import tag_grammar
 
 MAX_BYTES = 512 << 10
 MAX_RAW_BYTES = 8 << 20
-"""Of a schema sent as text, descriptions included."""
+"""Limit for a schema sent as text, descriptions included."""
 
 MAX_PARTS = 400_000
-"""Values in what a client sent as JSON, before annotations are left out."""
+"""Limit on the number of values in a client's JSON, annotations included."""
 BOUNDED_WHITESPACE = r" |(?:\r?\n){1,2}[ \t]{0,40}"
-"""Between two parts of JSON: a space, or one or two line ends and an indentation."""
+"""Whitespace between two parts of JSON: a space, or one or two line ends and an indentation."""
 WHITESPACE: dict[str, dict[str, object]] = {
     "bounded": {"whitespace_pattern": BOUNDED_WHITESPACE},
     "any": {"whitespace_flexible": True},
@@ -37,19 +38,19 @@ WHITESPACE: dict[str, dict[str, object]] = {
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a server allows."""
+    """The limits of a server."""
 
     max_bytes: int = MAX_BYTES
-    """Of a grammar's text; of a schema what is left of it without annotations."""
+    """Limit for a grammar's text; for a schema, without its annotations."""
     whitespace: str = "bounded"
-    """In JSON, where the request does not say: a key of `WHITESPACE`."""
+    """Whitespace in JSON if the request does not choose one: a key of `WHITESPACE`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
     spec: GrammarSpec
     warnings: tuple[str, ...]
-    """What of a schema is not enforced: formats of strings that nobody knows."""
+    """Parts of a schema that are not enforced: unknown formats of strings."""
 
 
 DEFAULT_LIMITS = Limits()
@@ -61,7 +62,7 @@ def to_spec(
     special_tokens: Mapping[str, int] | None = None,
     limits: Limits = DEFAULT_LIMITS,
 ) -> GrammarSpec:
-    """The grammar that `params` describe: see `wanted`."""
+    """The grammar of `params`: see `wanted`."""
     return wanted(params, special_tokens=special_tokens, limits=limits).spec
 
 
@@ -71,9 +72,9 @@ def wanted(
     special_tokens: Mapping[str, int] | None = None,
     limits: Limits = DEFAULT_LIMITS,
 ) -> Wanted:
-    """The grammar that `params` describe, and what to tell the client about it.
+    """The grammar of `params`, and the warnings for the client.
 
-    special_tokens: text -> id of the special tokens that tags may be made of: where a tag's text holds
+    special_tokens: text -> id of the special tokens that tags may contain: if a tag's text contains
         one, the token is meant and not its spelling.
 
     Raises `InvalidParameterError` naming `structured_outputs`.
@@ -104,7 +105,7 @@ def wanted(
 
 
 def _checked(value: str | dict[str, Any], name: str) -> dict[str, Any]:
-    """A JSON object, given as one or as text, of bounded size and nesting."""
+    """A JSON object of limited size and nesting, sent as an object or as text."""
     if isinstance(value, str):
         _check_size(value, name, MAX_RAW_BYTES)
         try:
@@ -144,7 +145,7 @@ def _check_size(text: str, name: str, max_bytes: int) -> None:
 
 
 class _Schemas:
-    """The schemas of one request, as llguidance reads them."""
+    """The schemas of one request, written for llguidance."""
 
     def __init__(self, params: StructuredOutputsParams, limits: Limits) -> None:
         self.warnings: list[str] = []
@@ -152,7 +153,7 @@ class _Schemas:
         self._limits = limits
 
     def text(self, schema: object) -> str:
-        """The schema, prepared (see `schema.py`), with our options in it."""
+        """The schema, rewritten by `schema.py`, with llguidance's options."""
         if isinstance(schema, bool):
             schema = {} if schema else {"not": {}}
         if not isinstance(schema, dict):
@@ -174,7 +175,8 @@ class _Schemas:
             raise invalid(f"the JSON schema cannot be written as JSON ({error}).") from None
 
     def _options(self, theirs: dict[str, Any]) -> dict[str, Any]:
-        """What the request says of white space wins over what its schema says, and that over the server."""
+        """The request's setting for whitespace takes precedence over its schema's, and that over the
+        server's."""
         params = self._params
         ours: dict[str, object] = {}
         if params.whitespace_pattern is not None:
@@ -188,7 +190,7 @@ class _Schemas:
 
 
 def _regex(pattern: str, max_bytes: int) -> str:
-    """A regex as it may stand between Lark's slashes; `\\d` is 0 to 9."""
+    """A regex as it is written between Lark's slashes; `\\d` is 0 to 9."""
     if not isinstance(pattern, str) or "\0" in pattern:
         raise invalid("a regex must be text without NUL characters.", pattern)
     if (len(pattern) - len(pattern.rstrip("\\"))) % 2:
@@ -196,11 +198,13 @@ def _regex(pattern: str, max_bytes: int) -> str:
     _check_size(pattern, "the regex", max_bytes)
     from llguidance import regex_to_lark
 
-    return regex_to_lark(pattern, "d") or "()"  # two slashes would begin a comment
+    return (
+        regex_to_lark(pattern, "d") or "()"
+    )  # an empty regex would be two slashes, which begin a comment
 
 
 def _grammar(text: str, max_bytes: int) -> str:
-    """Lark as it is, GBNF translated."""
+    """Lark unchanged, or GBNF translated to it."""
     _check_size(text, "the grammar", max_bytes)
     if "\0" in text:
         raise invalid("a grammar must not have NUL characters.")
@@ -216,7 +220,7 @@ def _grammar(text: str, max_bytes: int) -> str:
         raise invalid("the grammar is nested too deeply.") from None
     except GbnfToLarkError as error:
         raise invalid(f"the grammar is neither Lark nor valid GBNF: {error}.") from None
-    except Exception:  # the translator meets what it did not expect with whatever comes
+    except Exception:  # the translator may raise anything for text that it does not expect
         raise invalid("the grammar is neither Lark nor valid GBNF.") from None
 
 

@@ -1,9 +1,10 @@
 """Compiled grammars for the engine core, which must never wait for one.
 
-A grammar is compiled beside the steps, in threads that llguidance lets run in parallel with Python (it
-gives up the interpreter's lock) and that yield the processor to the kernels' (lowest priority).
-Python cannot stop a thread. A grammar that takes forever is found by the front end, in a process that can
-be killed (`checker.py`); what gets here has been compiled once, and the time limit is a second net.
+A grammar is compiled in a thread while steps run: llguidance releases the interpreter's lock, and the
+thread has the lowest priority, so that the kernels' threads get the processor first. Python cannot stop a
+thread. So a grammar that takes forever must be found by the front end, in a process that can be killed
+(`checker.py`). A grammar that reaches the core has been compiled once; the time limit here is only a
+second guard.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ logger = logging.getLogger(__name__)
 
 MAX_STORE_BYTES = 256 << 20
 MAX_COMPILE_SECONDS = 60.0
-"""By the clock: it runs when nobody else does."""
+"""Limit of elapsed time, long because the thread has the lowest priority."""
 NUM_THREADS = 1
-"""One takes half a small machine already; grammars take milliseconds, so a queue is short."""
+"""One thread is half of a small machine already. Grammars take milliseconds, so the queue is short."""
 
 
 @dataclass(slots=True)
@@ -40,7 +41,7 @@ class _Job:
 
 
 class GrammarStore:
-    """Grammars by what they say, least recently used out first. Used by one thread, the engine core's."""
+    """An LRU cache of grammars by their text. Used by one thread, the engine core's."""
 
     def __init__(
         self,
@@ -50,7 +51,8 @@ class GrammarStore:
         max_seconds: float = MAX_COMPILE_SECONDS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """make_compiler: called once, with the first grammar: reading a large vocabulary takes a second."""
+        """make_compiler: called once, for the first grammar, because reading a large vocabulary takes a
+        second."""
         self._make_compiler = make_compiler
         self._compiler: GrammarCompiler | None = None
         self._compiler_lock = threading.Lock()
@@ -60,13 +62,13 @@ class GrammarStore:
         self._jobs: dict[GrammarSpec, _Job] = {}
         self._ready: OrderedDict[GrammarSpec, Grammar | GrammarError] = OrderedDict()
         self.num_bytes = 0
-        """Of the grammars kept; at most `max_bytes`, but for one that is larger alone."""
+        """Memory of the grammars kept; at most `max_bytes`, except for a single one that is larger."""
         self._queue: SimpleQueue[_Job] = SimpleQueue()
         self._num_threads = 0
         self._news = threading.Event()
 
     def prepare(self, spec: GrammarSpec) -> None:
-        """See to it that `ready` has an answer some time."""
+        """Begin to compile the grammar, unless it is known."""
         if spec in self._jobs or spec in self._ready:
             return
         self._jobs[spec] = job = _Job(spec)
@@ -75,9 +77,9 @@ class GrammarStore:
         self._queue.put(job)
 
     def ready(self, spec: GrammarSpec) -> Grammar | GrammarError | None:
-        """The grammar, or why there is none, or None while it is compiled. Does not wait.
+        """The grammar, or the error, or None while it is being compiled. Does not wait.
 
-        Compiling starts anew if it has been forgotten meanwhile.
+        If the cache has dropped the grammar, compiling starts again.
         """
         job = self._jobs.get(spec)
         if job is not None:
@@ -89,13 +91,13 @@ class GrammarStore:
         return None
 
     def wait(self, seconds: float) -> None:
-        """Until something has been compiled since the last call; at most so long."""
+        """Wait until a grammar has been compiled since the last call; at most `seconds`."""
         if self._jobs and self._news.wait(seconds):
             self._news.clear()
 
     def grammar(self, spec: GrammarSpec) -> Grammar:
-        """The grammar, here and now: for a request that `ready` has let pass. It is compiled again, and the
-        caller waits, only if it was forgotten since. Raises `GrammarError`."""
+        """The grammar, at once, for a request for which `ready` had it. The caller waits for compiling
+        only if the cache has dropped it since. Raises `GrammarError`."""
         while (found := self.ready(spec)) is None:
             self.wait(0.1)
         if isinstance(found, GrammarError):
@@ -103,11 +105,11 @@ class GrammarStore:
         return found
 
     def _take(self, job: _Job) -> None:
-        """Make the result of a finished job, or of one that takes too long, the answer."""
+        """Store the result of a job that has finished or that has taken too long."""
         if not job.done.is_set():
             if job.started is None or self._clock() - job.started < self._max_seconds:
                 return
-            self._start_thread()  # that one may never come back
+            self._start_thread()  # the old thread may never finish
             job.result = GrammarError(f"it takes over {self._max_seconds:g} s to compile.")
         assert job.result is not None
         del self._jobs[job.spec]
@@ -148,7 +150,7 @@ class GrammarStore:
 
 @contextlib.contextmanager
 def deep_stacks() -> Iterator[None]:
-    """Threads started here have room for compiling: see `COMPILE_STACK_BYTES`."""
+    """Threads that are started inside have a stack for compiling: see `COMPILE_STACK_BYTES`."""
     before = threading.stack_size(COMPILE_STACK_BYTES)
     try:
         yield
@@ -157,8 +159,8 @@ def deep_stacks() -> Iterator[None]:
 
 
 def yield_to_others() -> None:
-    """Give this thread only the time that nobody else wants, where threads have such a claim (Linux). At nice
-    19 it would still get slices of milliseconds, and a small model's step is shorter than one.
+    """Let this thread run only when the processor is otherwise idle (SCHED_IDLE, Linux only). With nice
+    19 it would still get time slices of milliseconds, and a small model's step is shorter than one.
     """
     if sys.platform == "linux":
         with contextlib.suppress(OSError):

@@ -1,11 +1,11 @@
-"""Free text with tagged parts that must match grammars of their own, as a grammar in Lark's syntax.
+"""Free text with tagged parts, each of which must match its own grammar, as one grammar in Lark's syntax.
 
-Two forms, both vLLM's: `structures` and `triggers` (the older one), and `format`, a tree of formats. A
-*trigger* is a text after which the model has to go on with one of the tags that begin with it; before a
-trigger it may write what it likes.
+Two forms, both from vLLM: `structures` and `triggers` (the older one), and `format`, a tree of formats. A
+*trigger* is a text after which the model must continue with one of the tags that begin with it. Before a
+trigger the text is free.
 
-In the grammar, free text is a token of the lexer that takes all it can, so something could never follow it.
-Where something does, the two are made one token, which ends as soon as it can ("lazy").
+In the grammar, free text is a lexer token that matches as much as it can, so nothing could follow it.
+Where something must follow, both are made one token, which ends as soon as it can ("lazy").
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FORMATS: dict[str, tuple[str, ...]] = {
     "triggered_tags": ("triggers", "tags"),
     "tags_with_separator": ("tags", "separator"),
 }
-"""What each type of format must have."""
+"""The fields that each type of format must have."""
 OPTIONAL = {
     "json_schema": ("style",),
     "triggered_tags": ("at_least_one", "stop_after_first"),
@@ -45,7 +45,7 @@ class Part:
 
     text: str
     regular: bool = False
-    """It may stand in a token of the lexer (literals, regexes), and not only in a rule."""
+    """It can be part of a lexer token (literals, regexes), and not only of a rule."""
     open: bool = False
     """It ends in free text."""
 
@@ -57,9 +57,9 @@ def tag_grammar(
     regex_text: Callable[[str], str],
     special_tokens: Mapping[str, int],
 ) -> str:
-    """The grammar of a structural tag. `tag` is of bounded depth: see `spec.py`.
+    """The grammar of a structural tag. The depth of `tag` is limited: see `spec.py`.
 
-    schema_text, regex_text: how a schema or a regex is written in Lark.
+    schema_text, regex_text: functions that write a schema or a regex in Lark.
 
     Raises `InvalidParameterError`.
     """
@@ -86,7 +86,7 @@ def _old_tag(structure: object) -> dict[str, Any]:
 
 
 class _Writer:
-    """Writes one grammar; `rules` are those that the start refers to."""
+    """Writes one grammar; `rules` are those that the start rule uses."""
 
     def __init__(
         self,
@@ -97,7 +97,7 @@ class _Writer:
         self.rules: list[str] = []
         self._schema_text = schema_text
         self._regex_text = regex_text
-        # Longest first, so that none hides behind its own beginning.
+        # Longest first: a trigger may begin with another one.
         self._special = sorted(special_tokens.items(), key=lambda item: -len(item[0]))
 
     def format(self, value: object) -> Part:
@@ -129,7 +129,7 @@ class _Writer:
         return self._separated(fmt)
 
     def _literal(self, value: object, name: str) -> Part:
-        """A text, in which the names of special tokens stand for those tokens."""
+        """A text in which the names of special tokens mean those tokens."""
         text = _text(value, name)
         for token, token_id in self._special:
             before, found, after = text.partition(token)
@@ -141,7 +141,7 @@ class _Writer:
         return Part(json.dumps(text) if text else "", regular=True)
 
     def _sequence(self, parts: Sequence[Part]) -> Part:
-        """One after the other; neighbours that are regular become one token of the lexer."""
+        """Parts one after the other; neighbours that are regular become one lexer token."""
         runs: list[list[Part]] = []
         for part in parts:
             if not part.text:
@@ -232,8 +232,8 @@ class _Writer:
         return self._either(tags)
 
     def in_rule(self, part: Part) -> str:
-        """The part as it stands in a rule. What is regular is one token, or its pieces would be matched one
-        by one, each as long as it can."""
+        """The part as it is written in a rule. A regular part is one token: else its pieces would be
+        matched one by one, each as long as possible."""
         return self._token([part]) if part.regular and part.text else part.text or EMPTY
 
     def _rule(self, text: str) -> str:
@@ -242,7 +242,7 @@ class _Writer:
         return name
 
     def _token(self, parts: Sequence[Part], *, lazy: bool = False) -> str:
-        """A token of the lexer of its own, through a rule, since only rules can be lazy."""
+        """A separate lexer token, written as a rule, since only rules can be lazy."""
         number = len(self.rules)
         self.rules.append(f"T{number}: {' '.join(part.text for part in parts)}")
         return self._lazy(number) if lazy else f"T{number}"

@@ -7,7 +7,7 @@ and `--help` stay quick.
     Tokenizer ──────── encode / decode one whole text, token bytes, special ids
         │ pieces
     IncrementalDetokenizer ── token ids in, text deltas out, stop strings cut off
-    ChatTemplate ───── messages in, prompt text out, inside a budget
+    ChatTemplate ───── messages in, prompt text out, within limits of time and size
 """
 
 from __future__ import annotations

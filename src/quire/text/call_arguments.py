@@ -1,8 +1,8 @@
 """The arguments of tool calls in a conversation's history, in the form that a template takes.
 
-OpenAI's API has JSON text, most templates apply `tojson` to an object, some concatenate text. A call that was
-cut off at max_tokens, or that a model wrote badly, holds text that is no JSON. It must not end the
-conversation.
+OpenAI's API sends JSON text. Most templates apply `tojson` to an object, some concatenate text. The
+arguments of a call that was cut off at max_tokens, or that a model wrote badly, are not valid JSON: the
+conversation must still render.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from quire.text.chat_messages import Json, plain_json
 
 @dataclass(frozen=True, slots=True)
 class ArgumentsForm:
-    """form: what the template renders properly. raw: whether it also prints text that is no JSON as it is."""
+    """form: what the template renders correctly. raw: whether it also prints invalid JSON text unchanged."""
 
     form: Literal["object", "text"] = "object"
     raw: bool = False
 
     def write(self, arguments: Json) -> Json:
-        """arguments: as sent. An object, its JSON text, text that is no JSON, or None.
+        """arguments: as sent. An object, its JSON text, text that is not JSON, or None.
 
-        A template that takes text gets the text as sent. One that takes objects gets an object: of text
-        that was cut off, as far as it goes; of other text {}, unless the template prints text as it is.
+        A template that takes text gets the text as sent. One that takes objects gets an object: what was
+        complete of JSON that was cut off, and {} for other text, unless the template prints text unchanged.
         """
         if self.form == "text":
             return arguments if isinstance(arguments, str) else arguments_text(arguments)
@@ -39,7 +39,7 @@ class ArgumentsForm:
 
 
 def parse_arguments(text: str) -> dict[str, Json] | None:
-    """The object that `text` is, or begins; None where it is neither."""
+    """The JSON object in `text`, which may be cut off; None if `text` is not the beginning of one."""
     if not text.lstrip().startswith("{"):
         return None
     try:
@@ -66,13 +66,13 @@ def _parse_beginning(text: str) -> object:
 
 
 def arguments_text(arguments: Json) -> str:
-    """The JSON text of arguments that came as an object."""
+    """JSON text for arguments that were sent as an object."""
     if isinstance(arguments, str):
         return arguments
     return json.dumps(arguments or {}, ensure_ascii=False)
 
 
 def function_of(call: Json) -> dict[str, Json] | None:
-    """The `function` of a call, or None for what is no call of one."""
+    """The `function` of a call; None if it has none."""
     function = call.get("function") if isinstance(call, dict) else None
     return function if isinstance(function, dict) else None

@@ -1,9 +1,10 @@
 """Chat messages as requests send them, read into turns.
 
 Clients say the same thing in many ways: content as a string or as parts, no content as null, "", [] or an
-absent key, call arguments as JSON text or as an object, several names for reasoning, fields that are null.
-A `Turn` holds what was said and remembers how. `template_facts.py` writes turns in the way that a model's
-template takes. Only plain JSON data gets through, rebuilt: a template must never see an object with methods.
+absent key, call arguments as JSON text or as an object, several names for reasoning, fields that are
+null. A `Turn` holds the content and the form in which it was sent. `template_facts.py` writes turns in
+the form that a model's template takes. Only plain JSON data is accepted, and it is copied: a template
+must never see an object with methods.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ ROLE_NAMES = {"function": "tool"}
 """Older name of a role -> its name."""
 CALL_FIELDS = ("name", "arguments")
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
-"""What clients send and templates read, each its own (Qwen3, gpt-oss, Solar)."""
+"""Names of the reasoning field: clients and templates each use one of them (Qwen3, gpt-oss, Solar)."""
 
 
 @dataclass(slots=True)
 class Turn:
     """One message.
 
-    texts: what it says; one string, or several if it was sent as parts. Empty if it has no content.
+    texts: its text; one string, or several if it was sent as parts. Empty if it has no content.
     form: how the content was sent.
     calls: its tool calls as sent; empty for other roles than the assistant's.
     fields: its other keys (`name`, `tool_call_id`, ...), without those that are null.
@@ -50,7 +51,7 @@ class Turn:
         return any(self.texts)
 
     def add_text(self, texts: list[str], form: Form) -> None:
-        """Go on with `texts`, after a blank line."""
+        """Append `texts`, after a blank line."""
         if not any(texts):
             return
         if not self.has_text:
@@ -61,7 +62,7 @@ class Turn:
             self.texts = ["\n\n".join([*self.texts, *texts])]
 
     def add(self, other: Turn) -> None:
-        """Take in what `other`, which follows, says, thinks and calls."""
+        """Append the text, reasoning and calls of `other`, the message that follows."""
         self.add_text(other.texts, other.form)
         self.calls = [*self.calls, *other.calls]
         thoughts = [text for text in (self.reasoning, other.reasoning) if text is not None]
@@ -69,10 +70,10 @@ class Turn:
 
 
 def read_turns(messages: object) -> list[Turn]:
-    """The messages of a request as turns; the caller's data is left alone.
+    """The messages of a request as turns; the caller's data is not changed.
 
-    Raises `InvalidParameterError(param="messages")` for what is no conversation: a message that is no object
-    or has no role, content that is no text, other types than JSON's, nesting deeper than 64, lone surrogates.
+    Raises `InvalidParameterError(param="messages")` for a message that is not an object or has no role,
+    content that is not text, types that JSON does not have, nesting deeper than 64, lone surrogates.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         got = (
@@ -165,7 +166,7 @@ def _read_calls(calls: Json, older: Json, where: str) -> list[Json]:
 
 
 def _read_call(call: Json, where: str) -> Json:
-    """A call with its function in `function`, where some clients leave that out or have `custom`."""
+    """The call with a `function`: some clients send `custom` instead, or put its fields into the call."""
     if isinstance(call, dict) and isinstance(call.get("name"), str) and not call.get("function"):
         fields = {key: value for key, value in call.items() if key not in CALL_FIELDS}
         call = fields | {"function": {key: call[key] for key in CALL_FIELDS if key in call}}
@@ -187,7 +188,7 @@ def _read_call(call: Json, where: str) -> Json:
 
 
 def _check_depth(call: Json, where: str) -> None:
-    """Arguments that come as text may not be nested deeper than those that come as an object."""
+    """The limit on nesting holds for arguments sent as text too."""
     function = call.get("function") if isinstance(call, dict) else None
     text = function.get("arguments") if isinstance(function, dict) else None
     if not isinstance(text, str) or text.count("[") + text.count("{") <= MAX_DEPTH:
@@ -195,7 +196,7 @@ def _check_depth(call: Json, where: str) -> None:
     try:
         plain_json(json.loads(text), param=where)
     except ValueError:
-        return  # no JSON
+        return  # not JSON
     except (RecursionError, InvalidParameterError) as error:
         raise InvalidParameterError(
             f"{where} is nested deeper than {MAX_DEPTH} levels.", param="messages"

@@ -1,15 +1,16 @@
-"""Chat templates: messages to prompt text, as transformers would render them, inside a budget.
+"""Chat templates: messages to prompt text, as transformers renders them, within limits of time and size.
 
-A chat template is a program that came with the checkpoint, run on data that came with the request.
-So it runs in minijinja, a Rust engine with no way to reach Python and with fuel: every instruction costs one
-unit, and a loop over a hundred thousand messages, or one written to burn time, ends in an error after a
-fraction of a second instead of holding the event loop. Templates in a dialect minijinja does not know go to
-a sandboxed jinja2 with weaker limits (see `jinja_fallback.py`).
+A chat template is a program from the checkpoint that runs on data from a request. So it runs in
+minijinja, a Rust engine that cannot reach Python and that has fuel: every instruction costs one unit. A
+loop over a hundred thousand messages, or one written to waste time, ends in an error after a fraction of
+a second and does not block the event loop. Templates in a dialect that minijinja does not know run in a
+sandboxed jinja2 with weaker limits (see `jinja_fallback.py`).
 
-What the budget does not cover: fuel counts instructions and the output limit what is printed, so a template
-*written* to attack (doubling a string 40 times, `"{:>9999999999}".format(x)`) can still exhaust memory, in
-either engine. Data alone cannot do that to an honest template. Hence templates come from the operator; one
-that comes with a request must be refused unless the operator trusts its callers as much as the checkpoint.
+What the limits do not cover: fuel counts instructions, and the output limit counts what is printed. A
+template written as an attack (doubling a string 40 times, `"{:>9999999999}".format(x)`) can still exhaust
+memory, in either engine; data alone cannot make an honest template do so. Hence templates come from the
+operator. One that comes with a request is refused unless the operator trusts clients as much as the
+checkpoint.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ RESERVED = frozenset(
 )
 # Ends the final message to be continued; the trailing space shows whether the template trims.
 CONTINUE_MARK = "QUIRE_CONTINUES_HERE "
-# transformers' own tag around what the model said: a no-op when rendering a prompt.
+# transformers' own tag around the model's text: it has no effect when a prompt is rendered.
 GENERATION_TAG = re.compile(r"\{%([-+]?)\s{0,80}(end)?generation\s{0,80}([-+]?)%\}")
 
 
@@ -58,7 +59,7 @@ class ChatTemplate:
     source: Jinja in transformers' dialect.
     tool_source: another template for requests with tools, as some checkpoints have.
     content_format: "string" or "openai" (parts) forces one form of message content on the
-        template; "auto" finds out, as for all else it takes, by rendering small conversations
+        template; "auto" finds out which one it takes by rendering small conversations
         (`template_facts.py`).
     fuel: minijinja instructions per render. max_output_chars: longest prompt text accepted.
 
@@ -103,7 +104,8 @@ class ChatTemplate:
                 max_output_chars=max_output_chars,
             )
         self.source = source if tool_source is None else tool_source
-        """The template's text; where there are two, that for tools, which shows how calls are written."""
+        """The template's text; where there are two, the one for tools, because it shows how calls are
+        written."""
 
     @classmethod
     def for_tokenizer(
@@ -140,10 +142,10 @@ class ChatTemplate:
         """The prompt text. Encode it with `add_special_tokens=False`: the template writes bos.
 
         `kwargs` are the request's `chat_template_kwargs` (`enable_thinking=False`, ...).
-        `continue_final_message` leaves the last message open for the model to go on with.
+        `continue_final_message` leaves the last message open, so that the model continues it.
 
-        Raises `InvalidParameterError`: with the template's own words where it rejects the messages,
-        with fixed words where it fails or exceeds its budget.
+        Raises `InvalidParameterError`: with the template's own message where it rejects the conversation,
+        with a fixed message where it fails or exceeds a limit.
         """
         if tools and self._for_tools is not None:
             return self._for_tools.render(
@@ -206,10 +208,10 @@ class ChatTemplate:
         return text
 
     def _run(self, context: Mapping[str, Json]) -> str:
-        """Render; where minijinja gives up, jinja2 has the last word.
+        """Render in minijinja; if it fails, in jinja2.
 
-        Filters and methods are looked up when they are reached, and minijinja is stricter than
-        jinja2 in places (`""[::-1]` even panics), so an error may be the engine's, not the data's.
+        Filters and methods are looked up only when they are reached, and minijinja is stricter than
+        jinja2 in places (`""[::-1]` even panics). So the cause of an error may be the engine, not the data.
         """
         try:
             return self._engine.render(context)
@@ -218,7 +220,7 @@ class ChatTemplate:
             if fallback is None or fallback is self._engine:
                 raise
             text = fallback.render(context)
-            if isinstance(error, UnknownDialectError):  # it would fail for all data: stay
+            if isinstance(error, UnknownDialectError):  # it would fail for all data: keep jinja2
                 self._engine = fallback
             return text
 
@@ -251,7 +253,8 @@ class ChatTemplate:
         return self._fallback
 
     def _probe(self, messages: list[Json], tools: Json) -> str | None:
-        """Most templates fail on some of the probes; that is no reason to load jinja2."""
+        """Render a probe, without jinja2: most templates fail on some probes, and loading jinja2 takes
+        long."""
         try:
             return self._engine.render(self._probe_context(messages, tools))
         except UnknownDialectError:
@@ -339,7 +342,7 @@ def _cut_at_mark(rendered: str, final_text: str) -> str:
             "message as it is, so it cannot be continued.",
             param="continue_final_message",
         )
-    # A template that trims the message would have trimmed its own trailing space as well.
+    # A template that trims the message also trims its trailing space.
     keeps_space = rendered.startswith(CONTINUE_MARK, at)
     return rendered[:at] if keeps_space else rendered[:at].rstrip()
 

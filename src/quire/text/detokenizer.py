@@ -1,15 +1,16 @@
 """Incremental detokenizer: token ids in, text out as soon as it is certain. Sans-IO.
 
-The invariant: the concatenated deltas are the same however the ids were split into pushes, and equal the
-whole text, `decode(prompt + output)` less `decode(prompt)`. Nothing is ever taken back, so a character
-waits until its last byte is there, and text that may begin a stop string waits until it cannot.
+The invariant: the concatenated deltas are the same however the ids were split into pushes, and equal
+`decode(prompt + output)` without its beginning `decode(prompt)`. Text that was released is never changed.
+So a character is held until its last byte is known, and text that may begin a stop string is held until
+it no longer can.
 
 Why not `tokenizers.decoders.DecodeStream`? It re-decodes a window for every token and guesses from a
 trailing U+FFFD that a character is incomplete, so a run of bytes that never forms one keeps the window
 growing: 4,000 such tokens take a second, on the event loop, and capping the window breaks characters at
-the cap. Here a byte is a byte: for the decoders that are concatenations (see `pieces.py`) each token costs
+the cap. For the decoders that are concatenations (see `pieces.py`) each token costs
 one table look-up, bytes go through a UTF-8 decoder with at most three pending, and invalid bytes are as
-cheap as valid ones. Other decoders use `_WindowDecoder`, which has the guards DecodeStream lacks.
+cheap as valid ones. Other decoders use `_WindowDecoder`, whose window has a maximum size.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ class StopMatch:
     """A stop string was completed.
 
     stop_string: which one (the request's `stop_reason`).
-    num_tokens: how many tokens of this push belong to the output, the completing one included;
-        the rest were sampled past the end and are to be dropped.
+    num_tokens: how many tokens of this push belong to the output, the one that completes the stop
+        string included; drop the rest.
     """
 
     stop_string: str
@@ -45,7 +46,7 @@ class StopMatch:
 
 @dataclass(frozen=True, slots=True)
 class DetokenizeResult:
-    """Text released by one push, and the stop string that ended it, if one did."""
+    """The text that one push released, and the stop string that ended the output, if any."""
 
     delta: str
     stop: StopMatch | None = None
@@ -57,13 +58,13 @@ NOTHING = DetokenizeResult("")
 class IncrementalDetokenizer:
     """Turns one request's output tokens into text.
 
-    Pass the output's tokens only, and not an end-of-sequence or stop token that should stay
-    invisible: with `skip_special_tokens=False` it would be shown.
+    Pass only the output's tokens, without an end-of-sequence or stop token that should not be shown:
+    with `skip_special_tokens=False` it would be.
 
     `prompt_token_ids` gives context: whether the first token starts the text (sentencepiece drops
     its leading space) and the first bytes of a character that the prompt left unfinished.
     `min_tokens`: a stop string counts only if it is completed after that many tokens.
-    After a stop match further tokens are ignored: with a step in flight they are expected.
+    After a stop match further tokens are ignored: a step that was in flight may still bring some.
     """
 
     __slots__ = ("_decoder", "_min_tokens", "_num_tokens", "_parts", "_scanner", "_stopped")
@@ -106,7 +107,7 @@ class IncrementalDetokenizer:
         return self._parts[0] if self._parts else ""
 
     def push(self, token_ids: Sequence[int], *, final: bool = False) -> DetokenizeResult:
-        """Add output tokens; `final` releases everything still held back. O(text) in total."""
+        """Add output tokens; `final` releases all text that is still held. O(text) in total."""
         if self._stopped:
             return NOTHING
         if self._scanner is not None:
@@ -153,9 +154,9 @@ class IncrementalDetokenizer:
 
 
 class _PieceDecoder:
-    """Concatenates pieces; bytes wait in `_pending` until they are a character or cannot be one.
+    """Concatenates pieces; bytes stay in `_pending` until they form a character or cannot form one.
 
-    Invalid bytes become U+FFFD as the whole-text decoder would have it: one per maximal invalid
+    Invalid bytes become U+FFFD as in the decoder of whole texts: one per maximal invalid
     subsequence for byte-level, one per byte for sentencepiece.
     """
 
@@ -167,11 +168,11 @@ class _PieceDecoder:
         self._pieces = tokenizer.pieces(skip_special_tokens=skip_special_tokens)
         self._per_byte = tokenizer.scheme.kind != "byte_level"
         self._pending = b""  # 0..3 bytes: a proper prefix of a character
-        self._carried = 0  # U+FFFDs that the prompt's own text already shows for `_pending`
+        self._carried = 0  # U+FFFDs for `_pending` at the end of the prompt's own text
         self._fresh = tokenizer.scheme.strip != "none"  # no text yet: the decoder would strip
 
     def prime(self, prompt_token_ids: Sequence[int]) -> None:
-        """Take the state the prompt leaves behind, from its last few tokens."""
+        """Set the state after the prompt, from its last few tokens."""
         head, tail = prompt_token_ids[:-PRIMING_TOKENS], prompt_token_ids[-PRIMING_TOKENS:]
         if self._fresh and any(self._pieces[token_id] for token_id in head):
             self._fresh = False
@@ -246,10 +247,10 @@ def _decode_each(held: bytes, piece: bytes) -> tuple[str, bytes]:
 class _WindowDecoder:
     """For decoders whose text depends on neighbours: decode a short window, emit what is new.
 
-    `_ids[:_known]` is context whose text is out; the rest is not out yet. A token's text is emitted once
-    the window's text grew and does not end in an incomplete character. After `PRIMING_TOKENS` tokens
-    without that (invalid bytes, tokens without text) it is emitted as it is, so the window, and with
-    it the cost per token, stays bounded.
+    `_ids[:_known]` is context whose text was emitted. Text is emitted as soon as the window's text has
+    grown and does not end in an incomplete character. If that takes more than `PRIMING_TOKENS` tokens
+    (invalid bytes, tokens without text), the text is emitted as it is. So the size of the window, and the
+    cost per token, is bounded.
     """
 
     __slots__ = (
@@ -304,11 +305,11 @@ class _WindowDecoder:
         return delta
 
     def _advance(self, text: str) -> str:
-        """Emit the window's new text; its tokens become the context of the next."""
+        """Emit the window's new text; its tokens become the context of the next window."""
         context = self._context_text
         if text.startswith(context):
             delta = text[len(context) :]
-        else:  # the decoder rewrote text that is already out; keep to the new tokens alone
+        else:  # the decoder changed text that was already emitted: decode only the new tokens
             delta = self._decode(self._ids[self._known :])
         self._ids = self._ids[self._known :]
         self._known = len(self._ids)

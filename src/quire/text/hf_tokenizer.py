@@ -1,9 +1,9 @@
-"""Checkpoints without tokenizer.json: let transformers convert what they have.
+"""Checkpoints without tokenizer.json: transformers converts the tokenizer files that they have.
 
-transformers 5 builds a `tokenizers.Tokenizer` from sentencepiece, tiktoken and vocab/merges files. We
-take that backend and leave the rest: from there on such a checkpoint is like any other. This is the one
-place in `quire.text` that imports transformers (2 s, and torch with it), only when there is no other way,
-and never with code from the model's directory.
+transformers 5 builds a `tokenizers.Tokenizer` from sentencepiece, tiktoken and vocab/merges files. We use
+only that backend, so that such a checkpoint is then handled like any other. This is the only place in
+`quire.text` that imports transformers (2 s, and it imports torch). It is used only when there is no
+tokenizer.json, and never runs code from the model's directory.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CONVERTIBLE_FILES = (
 
 
 def convertible_file(directory: Path) -> str | None:
-    """The name of a tokenizer file that transformers may be able to convert, if there is one."""
+    """The name of a tokenizer file that transformers may be able to convert, or None."""
     return next((name for name in CONVERTIBLE_FILES if (directory / name).is_file()), None)
 
 

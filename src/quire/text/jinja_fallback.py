@@ -1,11 +1,11 @@
-"""jinja2 for the few templates that minijinja cannot compile or lacks a filter or method for.
+"""jinja2, for the few templates that minijinja cannot compile or for which it lacks a filter or method.
 
-The same dialect as transformers: `ImmutableSandboxedEnvironment`, which keeps templates away from Python's
-internals and from changing the data. jinja2 has no fuel, so we put some in: the parsed template gets a
-counted call at the head of every loop body and macro, and a render ends at a number of steps, a deadline,
-a length of output, or an oversized `*`, `+` or `**`, whichever comes first. This covers loops, recursion
-and repetition; it does not cover every builtin (`~` in a doubling chain, `center(10**9)`, format widths),
-so this engine trusts the template's author somewhat more than minijinja does.
+The same dialect as transformers: `ImmutableSandboxedEnvironment`, in which a template can neither reach
+Python's internals nor change the data. jinja2 does not count instructions, so we insert a counted call at
+the head of every loop body and macro. A render fails at a number of such calls, a deadline, a length of
+output, or an oversized `*`, `+` or `**`. This limits loops, recursion and repetition, but not every
+builtin (`~` in a doubling chain, `center(10**9)`, format widths): with this engine, the template's author
+must be trusted more than with minijinja.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ STEP = "quire_step"  # the counted call's name in the template's context
 
 
 class Jinja2Template:
-    """The template in sandboxed jinja2. Errors as `template_engine.TemplateEngine` says."""
+    """The template in sandboxed jinja2. Raises the errors of `template_engine.TemplateEngine`."""
 
     def __init__(self, source: str, *, max_output_chars: int) -> None:
         self._max_output_chars = max_output_chars

@@ -1,16 +1,16 @@
-"""What each token contributes to the text: the decoder of tokenizer.json as a table.
+"""The piece of text of each token: the decoder of tokenizer.json as a table.
 
 `tokenizers` decodes lists. A server decodes one token at a time, for hundreds of requests at once, and
-has to answer per token (`logprobs` wants the exact bytes of each). Nearly every generative tokenizer uses
-one of three decoders whose result is a concatenation of per-token pieces:
+`logprobs` needs the exact bytes of each token. Nearly every generative tokenizer uses one of three decoders
+whose result is a concatenation of one piece per token:
 
     byte-level      GPT-2, Llama 3, Qwen, DeepSeek, tekken: one alphabet character per byte
     sentencepiece   Llama 2, Mistral 7B, Gemma: "▁" is a space, `<0xNN>` is a byte, first space stripped
     metaspace       T5-like: "▁" is a space, the first token's is dropped
 
-For these a piece is known once and for all: `str` where the token is whole characters, `bytes` where it is
-(or may be) part of one. `PieceTable` fills on demand, so loading costs nothing and a 150,000-entry
-vocabulary is never walked. Any other decoder (WordPiece, CTC, BPE with suffixes) is "opaque": its text
+For these a token's piece never changes: `str` where the token is whole characters, `bytes` where it is
+(or may be) part of one. `PieceTable` is filled on demand, so loading a vocabulary of 150,000 entries costs
+nothing. Any other decoder (WordPiece, CTC, BPE with suffixes) is "opaque": its text
 depends on neighbours, and the detokenizer falls back to decoding a sliding window.
 """
 
@@ -50,7 +50,7 @@ OPAQUE = PieceScheme("opaque")
 
 
 def piece_scheme(backend: Backend) -> PieceScheme:
-    """Classify the backend's decoder. Unknown shapes are opaque, never guessed."""
+    """Classify the backend's decoder; any that is not recognized exactly is "opaque"."""
     decoder = backend.decoder
     if decoder is None:
         return OPAQUE
@@ -122,7 +122,7 @@ class PieceTable(dict[int, Piece]):
             return ""
         token = self._backend.id_to_token(token_id)
         if token is None:
-            return ""  # not stored: an attacker-chosen id must not grow the table
+            return ""  # not stored: ids that clients choose must not make the table grow
         piece: Piece = "" if token_id in self._hidden else self._piece(token)
         self[token_id] = piece
         return piece
@@ -136,7 +136,7 @@ class PieceTable(dict[int, Piece]):
 
     def _byte_level_piece(self, token: str) -> Piece:
         # A token with any character outside the alphabet (an added token with a space, say) is
-        # taken literally as a whole; that is the decoder's own rule.
+        # its own text; that is the decoder's rule.
         if not all(ord(char) in self._alphabet for char in token):
             return token
         raw = token.translate(self._alphabet).encode("latin-1")

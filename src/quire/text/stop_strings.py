@@ -1,14 +1,14 @@
-"""Stop strings in a stream: hold back what may be the beginning of one, cut at the first.
+"""Stop strings in a stream: hold text that may be the beginning of one, and end at the first.
 
-An Aho-Corasick automaton (Aho & Corasick 1975) over the stop strings, fed one delta at a time. Searching
-the whole text again at every token, the obvious way, is quadratic, and holding back `max(len(stop)) - 1`
-characters, the usual way, delays all text by that much. The automaton's state *is* the answer: its depth
-is the length of the longest end of the text that begins a stop string, so exactly that is held back, and
-each character costs constant time however long the stop strings are.
+An Aho-Corasick automaton (Aho & Corasick 1975) over the stop strings, fed one delta at a time. The
+obvious way, searching the whole text again at every token, is quadratic. The usual way, holding
+`max(len(stop)) - 1` characters, delays all text by that much. The depth of the automaton's state is the
+length of the longest end of the text that is the beginning of a stop string, so exactly that much is
+held. A character takes constant time, however long the stop strings are.
 
-Which stop wins: the one that is complete first; of two complete at the same character, the longer. That
-is the only rule a stream can follow without looking ahead, so the result does not depend on how the
-text was cut into deltas.
+Which stop string counts: the one that is completed first; of two that are completed at the same
+character, the longer. A stream can follow this rule without looking ahead, so the result does not depend
+on how the text was cut into deltas.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MAX_STOP_CHARS = 16_384
 
 
 class StopStringScanner:
-    """Feed text, get the text that is safe to show. `matched` is the stop string once found.
+    """Takes text, and returns the text that may be shown. `matched` is the stop string once one is found.
 
     With `include`, the text ends after the stop string instead of before it.
     """
@@ -81,14 +81,14 @@ class StopStringScanner:
         return fail
 
     def feed(self, text: str, *, armed: bool = True) -> str:
-        """Text released by `text`. Unarmed, a completed stop string passes (`min_tokens`); one
-        begun in unarmed text and completed in armed text still counts."""
+        """The text that `text` releases. While not `armed` (`min_tokens`), a completed stop string does not
+        count. One that begins before and is completed after does."""
         if self._state == 0:
             for char in self._firsts:
                 if char in text:
                     break
             else:
-                return text  # nothing here can begin a stop string: the common case
+                return text  # the common case: no part of it can begin a stop string
         goto, fail, output = self._goto, self._fail, self._output
         state = self._state
         for index, char in enumerate(text):
@@ -99,7 +99,9 @@ class StopStringScanner:
             if stop is not None:
                 if armed:
                     return self._match(stop, text[: index + 1])
-                while state and not goto[state]:  # complete and passed: cannot grow, let go
+                while (
+                    state and not goto[state]
+                ):  # completed while not armed, and cannot become a longer one
                     state = fail[state]
         self._state = state
         seen = self._held + text
@@ -114,7 +116,7 @@ class StopStringScanner:
         return seen if self._include else seen[: len(seen) - len(stop)]
 
     def flush(self) -> str:
-        """What was held back, now that no more text will come."""
+        """The text that is still held; no more text follows."""
         held, self._held, self._state = self._held, "", 0
         return held
 

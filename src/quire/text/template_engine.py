@@ -1,7 +1,7 @@
-"""One compiled chat template: minijinja with fuel, and what transformers gives every template.
+"""One compiled chat template: minijinja with fuel, and the functions that transformers gives every template.
 
-An engine turns a context of plain JSON data into text, or raises one of four errors; nothing of the
-library behind it shows.
+An engine turns a context of plain JSON data into text, or raises one of four errors. Its callers do not
+depend on the library behind it.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ MAX_INDENT = 1000
 RAW_NEWLINE = re.compile(r"(\{%[-+]?\s{0,80}raw\s{0,80}%\})\n")
 """Jinja keeps a newline after `{% raw %}` with trim_blocks, minijinja drops one."""
 NO_VALUE = re.compile(r"\b(?:undefined|none) has no method")
-"""A method of a missing value is no unknown method: jinja2 fails likewise."""
+"""An error that jinja2 has too, unlike that of an unknown method: the value is missing."""
 
 
 class TemplateRefusedError(Exception):
-    """The template called `raise_exception(message)`: its own verdict on the messages."""
+    """The template rejected the messages: it called `raise_exception(message)`."""
 
 
 class TemplateBudgetError(Exception):
@@ -50,9 +50,9 @@ class MiniJinjaTemplate:
     """The template in minijinja, with transformers' globals and whitespace rules.
 
     Lists and dicts of the context appear as themselves: a template may call their public methods
-    (`.items()`, but also `.append()`), so the context must be the render's own copy. Names that
-    begin with an underscore are out of reach. Fuel counts instructions and not bytes, so what
-    expressions print is counted apart, and a render ends at `max_output_chars` of it.
+    (`.items()`, but also `.append()`), so the context must be a copy for this render. Names that
+    begin with an underscore cannot be reached. Fuel counts instructions and not bytes, so the length of
+    what expressions print is counted too, and a render fails at `max_output_chars`.
     """
 
     def __init__(self, source: str, *, fuel: int, max_output_chars: int) -> None:
@@ -97,10 +97,10 @@ class MiniJinjaTemplate:
             raise TemplateFailedError(_first_line(error)) from error
         except (TemplateRefusedError, TemplateBudgetError):
             raise
-        except Exception as error:  # lists and dicts are Python's own, and so are their errors
+        except Exception as error:  # methods of lists and dicts raise any error of Python
             raise TemplateFailedError(type(error).__name__) from error
         except BaseException as error:
-            # A Rust panic is no Exception: uncaught, one message would end the server.
+            # A Rust panic is not an Exception: uncaught, one request would end the server.
             if type(error).__name__ != "PanicException":
                 raise
             raise TemplateFailedError("panic") from error
@@ -120,7 +120,7 @@ def raise_exception(message: object) -> None:
 
 
 def strftime_now(pattern: str) -> str:
-    """The local time, as the dates in some system prompts want it."""
+    """The local time; some system prompts contain the date."""
     if len(pattern) > MAX_STRFTIME_CHARS:
         raise TemplateBudgetError("strftime_now pattern")
     return datetime.now().strftime(pattern)
@@ -157,7 +157,7 @@ def indent(text: str, width: int | str = 4, first: bool = False, blank: bool = F
 
 
 def trim(text: object, chars: str | None = None) -> str:
-    """Python's idea of whitespace includes U+001C to U+001F, Rust's does not."""
+    """As in Python, where U+001C to U+001F are whitespace; in Rust they are not."""
     return ("" if text is None else str(text)).strip(chars)
 
 

@@ -1,15 +1,16 @@
-"""What a chat template takes, found out by rendering small conversations.
+"""Which forms of messages a chat template takes, found out by rendering small conversations.
 
 Published templates differ in what "no content" must look like, whether call arguments are an object or
-text, in which roles content may be parts, which roles there are and in which order turns may come. Where a
-template and a client disagree, the template fails, or leaves out an instruction or a call in silence.
+text, in which roles content may be parts, which roles exist and in which order turns may come. Where a
+template and a client disagree, the template fails, or silently leaves out an instruction or a call.
 
-So each template is asked once, when it is loaded. A conversation of marked words is rendered as sent. If a
-word is missing, it is rendered in the other ways of `template_rewrites.py` until all are shown. What is never
-shown stays as sent: the template says why in its own words. That takes some fifty renders, 2 to 6 ms.
+So each template is tried once, when it is loaded. A conversation of marked words is rendered as a client
+would send it. If a word is missing in the prompt, the conversation is rendered with the rewrites of
+`template_rewrites.py`, one after the other, until all words are shown. If none helps, messages stay as
+sent, and the template's own error explains why. That takes some fifty renders, 2 to 6 ms.
 
-Why not read the template's source: it guesses wrong where a macro does the work. Why not a list of models:
-it is never complete. See docs/adr/0023.
+Why not read the template's source: that guesses wrong where a macro does the work. Why not a list of
+models: it is never complete. See docs/adr/0023.
 """
 
 from __future__ import annotations
@@ -28,18 +29,18 @@ from quire.text.tool_forms import REWRITES, ToolRewrite, probe_tool
 
 ContentFormat = Literal["auto", "string", "openai"]
 Render = Callable[[list[Json], Json], str | None]
-"""Messages and tools -> the prompt, or None where the template does not render them."""
+"""Messages and tools -> the prompt, or None if the template fails on them."""
 Conversation = tuple[list[Turn], Sequence[str]]
 """Turns, and the words that the prompt must show."""
 
 SILENT: tuple[Form, ...] = ("string", "null", "absent")
-"""Forms of no content: "", null, no key."""
+"""The forms of a message without content: "", null, no key."""
 LEAK = re.compile(r"\b(?:None|null|undefined)\b|\[\]")
 
 
 @dataclass(frozen=True, slots=True)
 class ContentSupport:
-    """Which forms of message content a template renders properly."""
+    """Which forms of message content a template renders correctly."""
 
     strings: bool
     parts: bool
@@ -49,11 +50,12 @@ class ContentSupport:
 class TemplateFacts:
     """How one template wants conversations to be written.
 
-    content: role -> the forms of content it shows; roles that are absent are as the user's.
-    silent: form of no content beside calls, as sent -> as written. silent_alone: without calls.
-    no_tools: what `tools` is where there are none. tools: the rewrites that each tool needs.
-    complete: whether the user's text, and calls, are shown as such.
-    rewrites: what they are about -> the rewrite that is needed, in the order in which they are applied.
+    content: role -> the forms of content that it shows; an absent role is like the user's.
+    silent: for a message with calls and no content, its form as sent -> as written. silent_alone: the
+        same for a message without calls.
+    no_tools: the value of `tools` for a request without tools. tools: the rewrites that each tool needs.
+    complete: whether the template shows the user's text and calls.
+    rewrites: subject -> the rewrite that the template needs, in the order in which they are applied.
     """
 
     content: Mapping[str, ContentSupport]
@@ -81,7 +83,7 @@ class TemplateFacts:
         return tools
 
     def describe(self) -> dict[str, str]:
-        """What is rewritten for this template, for logs and operators."""
+        """Which rewrites this template needs, for the log."""
         named = {about: r.__name__ for about, r in self.rewrites.items() if r is not as_sent}
         if self.tools:
             named["tools"] = ", ".join(rewrite.__name__ for rewrite in self.tools)
@@ -123,7 +125,7 @@ class TemplateFacts:
         return form, "\n".join(turn.texts)
 
 
-# --- asking ---
+# --- finding out ---
 
 USER, AGAIN, SYSTEM, LATER = "quireuser", "quireagain", "quiresystem", "quirelater"
 ANSWER, MORE, RESULT, OTHER = "quireanswer", "quiremore", "quireresult", "quireother"
@@ -140,11 +142,11 @@ ORDER = (
     "reasoning", "text beside calls", "several calls", "calls", "results", "user twice",
     "assistant twice", "turns", "ids", "names",
 )  # fmt: skip
-"""What rewrites are about, in the order in which they are applied."""
+"""The subjects of rewrites, in the order in which these are applied."""
 
 
 def find_facts(render: Render, content_format: ContentFormat = "auto") -> TemplateFacts:
-    """Ask a template. content_format: "string" or "openai" (parts) says the form of content instead."""
+    """Try a template. content_format: "string" or "openai" (parts) fixes the form of content."""
     return _Asking(render, content_format).facts
 
 
@@ -172,7 +174,7 @@ def _result(text: str = RESULT, own: str | None = SHORT_ID) -> Turn:
 
 
 class _Asking:
-    """One template's facts as they become known; each question builds on the answers before."""
+    """One template's facts, as far as they are known; each question uses the answers before it."""
 
     def __init__(self, render: Render, content_format: ContentFormat) -> None:
         self._render = render
@@ -208,7 +210,8 @@ class _Asking:
         alternatives: Sequence[Rewrite],
         *conversations: Callable[[], Conversation],
     ) -> bool:
-        """The first rewrite with which every conversation shows its words; as sent comes first."""
+        """The first rewrite with which the words of every conversation are shown; without a rewrite comes
+        first."""
         for rewrite in (as_sent, *alternatives):
             facts = self._with(**{about: rewrite})
             if all(self._shown(facts, *make()) for make in conversations):
@@ -217,11 +220,12 @@ class _Asking:
         return False
 
     def _ask_content(self, role: str, make: Callable[[Turn], list[Turn]], text: str) -> bool:
-        """In which forms the content of `role` is shown, and nothing of its form."""
+        """The forms in which the content of `role` is shown, without brackets or quotes of the form
+        itself."""
         if self._forced is not None:
             return self._shown(self.facts, make(Turn(role, [text])), [text]) is not None
         found = []
-        for texts in ([text], [text, SECOND_PART]):  # some take the first part only
+        for texts in ([text], [text, SECOND_PART]):  # some templates take only the first part
             support = ContentSupport(strings=len(texts) == 1, parts=len(texts) == 2)
             facts = dataclasses.replace(self.facts, content={**self.facts.content, role: support})
             form: Form = "parts" if support.parts else "string"
@@ -235,7 +239,7 @@ class _Asking:
     # The questions.
 
     def _ask_user(self) -> bool:
-        """Also whether it takes null where there are no tools, or wants a list."""
+        """The user's content, and whether `tools` is null or an empty list for a request without tools."""
         before = self.facts
         choices: tuple[Json, ...] = (None, [])
         for no_tools in choices:
@@ -246,7 +250,7 @@ class _Asking:
         return False
 
     def _ask_tools(self) -> None:
-        """What a tool must have, however little the template shows of it."""
+        """Which fields a tool must have, even if the template shows few of them."""
         for rewrite, parameters in REWRITES:
             tools: Json = [probe_tool(parameters)]
             rewritten = dataclasses.replace(self.facts, tools=(*self.facts.tools, rewrite))
@@ -308,7 +312,7 @@ class _Asking:
             self._ask("later instructions", [rewrites.join_later_instructions], later)
 
     def _knows_developer(self) -> bool:
-        """Whether `developer` is other to the template than any unknown word for a role."""
+        """Whether the template treats the role `developer` differently from an unknown role."""
         unknown = "quirerole"
 
         def shown(role: str) -> str | None:
@@ -337,7 +341,8 @@ class _Asking:
         return False
 
     def _ask_calls_unknown(self) -> None:
-        """A template without a notation for calls leaves them out. If it refuses them, they become text."""
+        """For a template that cannot write calls: it may leave them out. If it fails on them, they become
+        text."""
         for facts in self._call_forms(self.facts):
             if self._shown(facts, [_user(), _calls(_call()), _result()], ()) is not None:
                 self.facts = facts
@@ -350,7 +355,8 @@ class _Asking:
                 return
 
     def _call_forms(self, facts: TemplateFacts) -> Iterable[TemplateFacts]:
-        """Results as strings or parts, arguments as objects or text, each form of no content."""
+        """Conversations with results as strings or parts, arguments as objects or text, and content in
+        each form."""
         parts = [ContentSupport(strings=False, parts=True)]
         for support in [self.facts.support("user"), *(parts if self._forced is None else [])]:
             for form in ("object", "text"):
@@ -363,7 +369,7 @@ class _Asking:
                     )
 
     def _ask_silence(self, words: Sequence[str]) -> None:
-        """Each form of no content stays what it is, if the template takes it."""
+        """A message without content keeps its form if the template takes that form."""
         baseline = self._leaks([_user(), _calls(_call(), text=ANSWER), _result()])
         silent = dict(self.facts.silent)
         for sent in SILENT:
@@ -428,7 +434,7 @@ class _Asking:
         ids = [rewrites.fill_ids, rewrites.short_ids]
         self._ask("ids", ids, *(lambda own=own: with_id(own) for own in IDS))
 
-    # Whether no content is printed as something.
+    # Whether a message without content prints something.
 
     def _leaks(self, turns: list[Turn]) -> int:
         text = self._shown(self.facts, turns, ())

@@ -1,8 +1,9 @@
-"""Other ways to say the same conversation, for templates that do not take it as sent.
+"""Other forms of the same conversation, for templates that do not take it as sent.
 
-Each function takes turns and returns turns; it may change the turns in place, for they are one render's own.
-`template_facts.py` decides, once for a template, which of them it needs. None invents a text, call or result;
-none loses one unless its name says so; the order changes only where a template has one place for something.
+Each function takes turns and returns turns. It may change the turns in place: each render has its own
+copy. `template_facts.py` decides, once for a template, which of them it needs. No function adds a text,
+call or result, and none loses one unless its name says so. The order changes only where a template has
+one fixed place for something.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ def as_sent(turns: list[Turn]) -> list[Turn]:
 
 
 def join_answers(turns: list[Turn]) -> list[Turn]:
-    """A call and what the assistant says or calls after it are one message if a result follows.
+    """Join a call with the assistant's next messages into one message, if a result follows.
 
-    Done for every template, since a result must follow its call. Responses' items and Anthropic's blocks
-    come in other orders: call, text, result; call, call, result, result.
+    Done for every template, since a result must follow its call. The items of the Responses API and the
+    blocks of Anthropic's have other orders: call, text, result; call, call, result, result.
     """
     joined: list[Turn] = []
     for turn in turns:
@@ -59,12 +60,12 @@ def developer_as_system(turns: list[Turn]) -> list[Turn]:
 
 
 def join_first_instructions(turns: list[Turn]) -> list[Turn]:
-    """The system messages at the beginning are one; later ones stay."""
+    """Join the system messages at the beginning; later ones stay where they are."""
     return _with_one_instruction(turns, _leading_instructions(turns))
 
 
 def join_later_instructions(turns: list[Turn]) -> list[Turn]:
-    """Where a system message comes after others' messages, all of them are one, the first."""
+    """If a system message comes after other messages, join all of them into one at the beginning."""
     instructions = [turn for turn in turns if turn.role in INSTRUCTIONS]
     if len(instructions) == _leading_instructions(turns):
         return turns
@@ -77,14 +78,14 @@ def _leading_instructions(turns: list[Turn]) -> int:
 
 
 def _with_one_instruction(turns: list[Turn], count: int) -> list[Turn]:
-    """The first `count` turns as one."""
+    """Join the first `count` turns."""
     for turn in turns[1:count]:
         turns[0].add(turn)
     return [*turns[:1], *turns[max(count, 1) :]]
 
 
 def instructions_into_user(turns: list[Turn]) -> list[Turn]:
-    """The system messages begin the first message of the user's."""
+    """Put the system messages at the beginning of the user's first message."""
     turns = join_first_instructions(join_later_instructions(turns))
     if turns[0].role not in INSTRUCTIONS:
         return turns
@@ -99,14 +100,14 @@ def instructions_into_user(turns: list[Turn]) -> list[Turn]:
 
 
 def lone_instructions_as_user(turns: list[Turn]) -> list[Turn]:
-    """Where there is nothing but instructions, the last of them is the user's message."""
+    """If there are only system messages, the last becomes the user's message."""
     if turns and all(turn.role in ("system", "developer") for turn in turns):
         turns[-1].role = "user"
     return turns
 
 
 def results_as_user(turns: list[Turn]) -> list[Turn]:
-    """Results are the user's messages, marked as the Hermes and Qwen models know it."""
+    """Results become messages of the user, marked as in the training data of Hermes and Qwen."""
     for turn in turns:
         if turn.role == "tool":
             text = "\n".join(turn.texts)
@@ -119,7 +120,7 @@ def results_as_user(turns: list[Turn]) -> list[Turn]:
 
 
 def calls_as_text(turns: list[Turn]) -> list[Turn]:
-    """Calls stand in the content, written as the Hermes and Qwen models write them."""
+    """Write calls into the content, in the format of Hermes and Qwen."""
     for turn in turns:
         if turn.calls:
             texts = [f"<tool_call>\n{_call_text(call)}\n</tool_call>" for call in turn.calls]
@@ -137,7 +138,7 @@ def _call_text(call: Json) -> str:
 
 
 def one_call_each(turns: list[Turn]) -> list[Turn]:
-    """Of several calls in one message, each has its own, followed by its result."""
+    """Split a message with several calls: each call gets a message, followed by its result."""
     split: list[Turn] = []
     at = 0
     while at < len(turns):
@@ -156,7 +157,7 @@ def one_call_each(turns: list[Turn]) -> list[Turn]:
                 split.append(Turn("assistant", form="null", calls=[call]))
             own = next((r for r in results if _answers(r, call)), None)
             if own is None and len(results) == len(calls) - index:
-                own = results[0]  # without ids they come in order
+                own = results[0]  # results without ids are in the order of calls
             if own is not None:
                 results.remove(own)
                 split.append(own)
@@ -170,7 +171,7 @@ def _answers(result: Turn, call: Json) -> bool:
 
 
 def text_before_calls(turns: list[Turn]) -> list[Turn]:
-    """What is said beside calls is a message of its own before them."""
+    """Put text beside calls into a message of its own before them."""
     split = []
     for turn in turns:
         if turn.calls and turn.has_text:
@@ -189,7 +190,7 @@ def no_text_beside_calls(turns: list[Turn]) -> list[Turn]:
 
 
 def reasoning_with_text(turns: list[Turn]) -> list[Turn]:
-    """What is thought and what is said beside calls are both reasoning."""
+    """Add text beside calls to the reasoning."""
     for turn in turns:
         if turn.calls and turn.has_text and turn.reasoning is not None:
             turn.reasoning = "\n\n".join([turn.reasoning, *turn.texts])
@@ -208,7 +209,7 @@ def no_reasoning_beside_calls(turns: list[Turn]) -> list[Turn]:
 
 
 def fill_ids(turns: list[Turn]) -> list[Turn]:
-    """Calls and results without an id get one, in order."""
+    """Give calls and results without an id one, in order."""
     waiting: list[str] = []
     count = 0
     for turn in turns:
@@ -226,7 +227,7 @@ def fill_ids(turns: list[Turn]) -> list[Turn]:
 
 
 def short_ids(turns: list[Turn]) -> list[Turn]:
-    """Ids of nine letters or digits. The same id becomes the same, in every request."""
+    """Replace ids by nine letters or digits. An id always becomes the same, in every request."""
     for turn in fill_ids(turns):
         for call in turn.calls:
             if isinstance(call, dict):
@@ -248,7 +249,7 @@ def _short_id(own: str) -> str:
 
 
 def fill_names(turns: list[Turn]) -> list[Turn]:
-    """Results say which function they are of."""
+    """Add the function's name to each result."""
     names: dict[Json, Json] = {}
     last: Json = None
     for turn in turns:
@@ -269,26 +270,27 @@ def fill_names(turns: list[Turn]) -> list[Turn]:
 
 
 def one_answer_each(turns: list[Turn]) -> list[Turn]:
-    """One message of text between the user's, where calls and results do not count (Mistral).
+    """Exactly one text message of the assistant between two of the user's; calls and results do not count
+    (Mistral).
 
-    Where there are several, all but the last join the calls that follow. Where there is none, an empty one
-    stands before the user's next message.
+    If there are several, all but the last are joined with the calls that follow. If there is none, an
+    empty one is inserted before the user's next message.
     """
     return _alternating(turns, calls_count=False, bridge=_empty_answer)
 
 
 def one_answer_each_or_join(turns: list[Turn]) -> list[Turn]:
-    """The same, but where there is none, the user's next message joins the result."""
+    """The same, but if there is none, the user's next message is joined with the result."""
     return _alternating(turns, calls_count=False, bridge=_into_result)
 
 
 def answers_alternate(turns: list[Turn]) -> list[Turn]:
-    """The assistant and others take turns, where a call is an answer and a result is the user's (Gemma)."""
+    """Messages of the assistant and of others alternate; a result counts as the user's (Gemma)."""
     return _alternating(turns, calls_count=True, bridge=_empty_answer)
 
 
 def answers_alternate_or_join(turns: list[Turn]) -> list[Turn]:
-    """The same, but the user's message after a result joins it."""
+    """The same, but the user's message after a result is joined with it."""
     return _alternating(turns, calls_count=True, bridge=_into_result)
 
 
@@ -315,7 +317,7 @@ def _alternating(
 
 
 def _one_answer(turns: list[Turn], *, calls_count: bool) -> list[Turn]:
-    """What comes between two messages of the user's, with text beside calls in one message of text."""
+    """The messages between two of the user's, with all text beside calls moved into one message."""
     last = max(
         (i for i, turn in enumerate(turns) if _is_text(turn) and turn.has_text), default=None
     )
@@ -351,12 +353,13 @@ def join_users(turns: list[Turn]) -> list[Turn]:
 
 
 def join_assistants(turns: list[Turn]) -> list[Turn]:
-    """Messages without calls: templates that want turns to alternate often do not count the others."""
+    """Join neighbouring messages without calls: templates that need alternating turns often count only
+    those."""
     return _joined(turns, lambda last, turn: _is_text(last) and _is_text(turn))
 
 
 def drop_silent(turns: list[Turn]) -> list[Turn]:
-    """Without the assistant's messages that neither say nor call anything."""
+    """Remove the assistant's messages that have neither text nor calls."""
     return [turn for turn in turns if turn.role != "assistant" or turn.has_text or turn.calls]
 
 

@@ -1,14 +1,13 @@
 """The tokenizer: text to ids and back, for whole texts and for single tokens.
 
-A thin layer over the Rust `tokenizers` library rather than transformers' `AutoTokenizer`: the same ids
-from the same tokenizer.json, without importing torch (26 ms instead of 2.4 s). What it adds is what a
-server needs: typed errors for bad text, truncation that keeps the special tokens, the exact bytes of a
-token, and which ids are special.
+A thin layer over the Rust `tokenizers` library, and not over transformers' `AutoTokenizer`: the same ids
+from the same tokenizer.json, without importing torch (26 ms instead of 2.4 s). It adds typed errors for
+bad text, truncation that keeps the special tokens, the exact bytes of a token, and the set of special
+ids.
 
-One deliberate difference: transformers 5 rebuilds some tokenizers from their class name (a checkpoint
-that says `LlamaTokenizer` gets a fresh Metaspace pre-tokenizer in place of the file's normalizer, which
-differs for text that starts with a space or follows a special token). We always do what tokenizer.json
-says.
+One deliberate difference: transformers 5 rebuilds some tokenizers from their class name. For a checkpoint
+that says `LlamaTokenizer` it replaces the file's normalizer by a Metaspace pre-tokenizer, which differs
+for text that starts with a space or follows a special token. We always follow tokenizer.json.
 """
 
 from __future__ import annotations
@@ -32,10 +31,11 @@ class Tokenizer:
     """Encodes and decodes with one checkpoint's tokenizer. Safe to share between threads."""
 
     def __init__(self, backend: Backend, config: TokenizerConfig | None = None) -> None:
-        """Wrap `backend`, adding the tokens `config` requires. The backend is then ours.
+        """Wrap `backend` and add the tokens that `config` requires. The caller must not use the backend
+        again.
 
-        Truncation and padding stored in tokenizer.json are switched off: they belong to
-        training batches, and would silently cut prompts.
+        Truncation and padding stored in tokenizer.json are switched off: they are for training batches and
+        would silently cut prompts.
         """
         self.config = config or TokenizerConfig()
         self.backend = backend
@@ -120,7 +120,7 @@ class Tokenizer:
     def _encoding(self, text: str, add_special_tokens: bool) -> Encoding:
         try:
             return self.backend.encode(text, add_special_tokens=add_special_tokens)
-        except TypeError:  # what the library makes of anything but valid Unicode text
+        except TypeError:  # the library raises this for anything but valid Unicode text
             _check_text(text)
             raise
 
@@ -147,7 +147,7 @@ class Tokenizer:
         return piece.encode("utf-8") if isinstance(piece, str) else piece
 
     def decode_token(self, token_id: int) -> str:
-        """The text of one token for display; bytes that are no character alone become U+FFFD.
+        """The text of one token for display; bytes that are not a whole character become U+FFFD.
 
         Unlike `decode([id])` it keeps a leading space, so the tokens of a text join to that text.
         """
@@ -161,7 +161,7 @@ class Tokenizer:
 
     @cached_property
     def special_texts(self) -> frozenset[str]:
-        """What special tokens look like where they are shown."""
+        """The texts of the special tokens, where they are shown."""
         return frozenset(self.decode_token(token_id) for token_id in self.special_ids) - {""}
 
     @property

@@ -47,9 +47,9 @@ class TokenizerConfig:
     """What tokenizer_config.json and its neighbours say, resolved once.
 
     named_tokens: bos_token, eos_token, ... -> spec, for those that are set.
-    extra_tokens: further special tokens without a role.
+    extra_tokens: further special tokens, without a name.
     added_tokens: id -> spec, the tokens that must exist beyond tokenizer.json, in id order.
-    chat_templates: name -> Jinja source; "default" is the one used unless tools want another.
+    chat_templates: name -> Jinja source; "default" is used unless there is another for tools.
     split_special_tokens: encode the text of special tokens as plain text.
     """
 
@@ -157,7 +157,7 @@ def _extra_tokens(value: object, where: Path) -> tuple[TokenSpec, ...]:
 
 
 def _read_chat_templates(directory: Path, configured: object) -> dict[str, str]:
-    """Files win over the config: chat_template.jinja, then additional_chat_templates/*.jinja."""
+    """Files take precedence over the config: chat_template.jinja, then additional_chat_templates/*.jinja."""
     templates: dict[str, str] = {}
     main = directory / "chat_template.jinja"
     if main.is_file():

@@ -1,7 +1,7 @@
 """Tools as requests send them, written in the way that a template takes.
 
-OpenAI's API, and MCP, need neither `description` nor `parameters` of a function; some templates read both of
-every function. Which rewrite a template needs is asked when it is loaded (`template_facts.py`).
+In OpenAI's API and in MCP a function may lack `description` and `parameters`; some templates read both of
+every function. Which rewrites a template needs is found out when it is loaded (`template_facts.py`).
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from collections.abc import Callable
 from quire.text.chat_messages import Json
 
 ToolRewrite = Callable[[Json], Json]
-"""One tool -> the tool as the template takes it. The caller's data is left alone."""
+"""One tool -> the tool in the form that the template takes. The caller's data is not changed."""
 
 
 def fill_function(tool: Json) -> Json:
-    """The function has a description, parameters, and properties in these (gpt-oss, Hermes, Seed-OSS)."""
+    """Add a missing description, parameters, and properties of these (gpt-oss, Hermes, Seed-OSS)."""
     if not isinstance(tool, dict) or not isinstance(tool.get("function"), dict):
         return tool
     function = {key: value for key, value in tool["function"].items() if value is not None}  # type: ignore[union-attr]
@@ -27,7 +27,7 @@ def fill_function(tool: Json) -> Json:
 
 
 def split_types(tool: Json) -> Json:
-    """`type: [a, b]` is written as `anyOf` (Hermes)."""
+    """Write `type: [a, b]` as `anyOf` (Hermes)."""
 
     def split(schema: dict[str, Json]) -> dict[str, Json]:
         types = schema.get("type")
@@ -40,7 +40,7 @@ def split_types(tool: Json) -> Json:
 
 
 def describe_properties(tool: Json) -> Json:
-    """Every property has a description (Command R+)."""
+    """Add missing descriptions of properties (Command R+)."""
     return _each_property(tool, lambda schema: {"description": "", **schema})
 
 
@@ -52,7 +52,8 @@ REWRITES: tuple[tuple[ToolRewrite, dict[str, Json]], ...] = (
     ),
     (describe_properties, {"type": "object", "properties": {"a": {"type": "string"}}}),
 )
-"""A rewrite, and parameters that a template which needs it does not render. Empty: no description either."""
+"""Each rewrite, and parameters that a template fails on if it needs the rewrite. {}: without a
+description too."""
 
 
 def probe_tool(parameters: dict[str, Json]) -> Json:

@@ -1,1 +1,1 @@
-"""Small things every layer may use: logging, the version."""
+"""Small modules that every layer may use: logging, the version."""

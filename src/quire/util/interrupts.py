@@ -1,4 +1,4 @@
-"""Ctrl-C that waits for work which must not be left half done."""
+"""Delays Ctrl-C during work that must not be interrupted."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from types import FrameType
 
 @contextmanager
 def interrupts_deferred() -> Iterator[None]:
-    """Hold SIGINT back while the block runs; then the handler that was there gets it, which usually raises
+    """Delay SIGINT while the block runs; then the previous handler gets it, which usually raises
     `KeyboardInterrupt`. Outside the main thread, where no signal handler runs, this does nothing.
 
     A block that raises keeps its own exception as the interrupt's context.

@@ -1,7 +1,7 @@
-"""Log lines of `quire`: few, one per event, as text for people or JSON for machines.
+"""Logging of `quire`: few lines, one per event, as text or as JSON.
 
-A library must not configure logging for its host program, so importing Quire sets up nothing; the
-commands call `setup_logging` once at their start, and so does each process they spawn.
+A library must not configure logging for its host program, so importing Quire sets up nothing. The
+commands call `setup_logging` once at their start, and so does each process that they start.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def setup_logging(
     stream: TextIO | None = None,
 ) -> None:
     """Send the loggers of Quire and of its HTTP server to `stream` (stderr). Calling it again replaces
-    the earlier set-up. Of uvicorn's own messages only warnings are shown: we say ourselves where it
-    listens; its access log is governed by `disable_uvicorn_access_log`.
+    the earlier set-up. Of uvicorn's own messages only warnings are shown, because Quire logs itself where
+    it listens. The access log is controlled by `disable_uvicorn_access_log`.
 
     `level` defaults to the environment's QUIRE_LOG_LEVEL, then INFO. Raises `ConfigError` for a level or
     format that does not exist.
@@ -55,8 +55,8 @@ def setup_logging(
 
 
 class TextFormatter(logging.Formatter):
-    """`12:34:56 INFO  engine: message`. Control characters are escaped: what a client sent can end up in
-    a message, and must not forge a second line or move the cursor of the terminal that shows it."""
+    """`12:34:56 INFO engine: message`. Control characters are escaped: a message may contain a client's
+    text, which must not forge a second line or control the terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
         clock = time.strftime("%H:%M:%S", time.localtime(record.created))
@@ -69,7 +69,7 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line: time, level, logger, message, and whatever was passed as `extra`."""
+    """One JSON object a line: time, level, logger, message, and the fields of `extra`."""
 
     def format(self, record: logging.LogRecord) -> str:
         entry: dict[str, object] = {

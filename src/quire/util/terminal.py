@@ -1,4 +1,4 @@
-"""Text from strangers (models, clients, files) on its way to a terminal."""
+"""Makes text from models, clients and files safe to print on a terminal."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _KEEPING_LINES = {code: shown for code, shown in _ESCAPED.items() if code != ord
 def printable(text: str, *, keep_newlines: bool = False) -> str:
     """`text` with control characters shown as escapes.
 
-    An escape sequence can rename a window, hide a line or write to a clipboard; a newline in a log can
-    forge an entry; bidirectional overrides show text that is not there. None of them gets through.
+    An escape sequence can rename a window, hide a line or write to a clipboard; a newline can forge a log
+    entry; bidirectional overrides can show other text than there is. All of them are escaped.
     """
     return text.translate(_KEEPING_LINES if keep_newlines else _ESCAPED)

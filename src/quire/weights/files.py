@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
+from quire.dtypes import FLOATS
 from quire.errors import CheckpointError
 from quire.weights.safetensors_header import HeaderError, read_header
 
@@ -29,9 +30,6 @@ class Contents:
     dtype: str | None
 
 
-DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-
-
 def read_contents(model_dir: Path) -> Contents | None:
     """What the files hold; None where they cannot be read, which loading will report."""
     names: set[str] = set()
@@ -43,7 +41,7 @@ def read_contents(model_dir: Path) -> Contents | None:
             with path.open("rb") as handle:
                 header = read_header(handle, path.stat().st_size)
             names.update(header)
-            found = (DTYPES[e.dtype] for e in header.values() if e.dtype in DTYPES)
+            found = (entry.dtype for entry in header.values() if entry.dtype in FLOATS)
             dtype = dtype or next(found, None)
     except (CheckpointError, HeaderError, OSError):
         return None

@@ -13,12 +13,13 @@ from types import MappingProxyType
 
 import torch
 
+from quire.dtypes import FLOATS
 from quire.errors import CheckpointError
 from quire.layers.parameter import WeightTarget
 from quire.weights.names import list_names, map_names
 from quire.weights.pieces import load_pieces
 from quire.weights.progress import LoadProgress
-from quire.weights.safetensors_reader import FLOAT_DTYPES, Checkpoint
+from quire.weights.safetensors_reader import Checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -37,8 +38,8 @@ def load_weights(
 
     Names are the model's; `map_names` finds them in the file. `tied` maps a wanted name to another under
     which the file may hold the same matrix (the output head of a tied model): it is read where the first
-    is absent, else unused. Where `dtype`, the model's, is not the files', the takers convert: one thread
-    then, since PyTorch converts with all of its own.
+    is absent, else unused. Where `dtype`, the model's, is not that of most floats in the files, the takers
+    convert: one thread then, since PyTorch converts with all of its own.
 
     Raises:
         CheckpointError: naming the tensor that is missing, unexpected, or of the wrong shape or dtype, or the
@@ -50,12 +51,14 @@ def load_weights(
         _tie(checkpoint, name, other)
     _check(wanted, checkpoint)
     infos = [checkpoint.tensors[name] for name in wanted]
-    as_stored = all(FLOAT_DTYPES[info.dtype] is dtype for info in infos)
-    with LoadProgress(sum(info.num_bytes for info in infos)) as progress:
+    total = sum(info.num_bytes for info in infos)
+    others = set(FLOATS) - {str(dtype).removeprefix("torch.")}
+    converted = sum(info.num_bytes for info in infos if info.dtype in others)
+    with LoadProgress(total) as progress:
         load_pieces(
             wanted,
             checkpoint,
-            threads=torch.get_num_threads() if as_stored else 1,
+            threads=torch.get_num_threads() if 2 * converted <= total else 1,
             progress=progress.add,
         )
     checkpoint.check_unchanged()
@@ -69,7 +72,7 @@ def load_random_weights(targets: Iterable[WeightTarget], *, dtype: torch.dtype, 
     for takers in _by_name(targets).values():
         tensor = _random(takers[0], dtype=dtype, seed=seed)
         for taker in takers:
-            taker.load(0, tensor)
+            taker.give(0, tensor)
 
 
 def _random(target: WeightTarget, *, dtype: torch.dtype, seed: int) -> torch.Tensor:
@@ -79,7 +82,12 @@ def _random(target: WeightTarget, *, dtype: torch.dtype, seed: int) -> torch.Ten
         return torch.zeros(target.shape, dtype=dtype)
     digest = hashlib.sha256(f"{seed}:{target.name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    return torch.empty(target.shape, dtype=dtype).normal_(0.0, DUMMY_STD, generator=generator)
+    stored = dtype if target.dtypes == FLOATS else getattr(torch, target.dtypes[0])
+    if not stored.is_floating_point:
+        largest = torch.iinfo(stored).max
+        return torch.randint(largest, target.shape, dtype=stored, generator=generator)
+    values = torch.empty(target.shape, dtype=dtype).normal_(0.0, DUMMY_STD, generator=generator)
+    return values.to(stored)
 
 
 def _by_name(targets: Iterable[WeightTarget]) -> Mapping[str, list[WeightTarget]]:
@@ -128,10 +136,11 @@ def _check(wanted: Mapping[str, list[WeightTarget]], checkpoint: Checkpoint) -> 
                 f"tensor {info.name} in {info.file} has shape {list(info.shape)}, but config.json makes it "
                 f"{list(takers[0].shape)}; the weights and the config are of different models"
             )
-        if info.dtype not in FLOAT_DTYPES:
+        if info.dtype not in takers[0].dtypes:
             raise CheckpointError(
-                f"tensor {info.name} in {info.file} has dtype {info.dtype}, but only "
-                f"{', '.join(FLOAT_DTYPES)} can be loaded; use an unquantized checkpoint"
+                f"tensor {info.name} in {info.file} has dtype {info.dtype}, but config.json makes it "
+                f"{' or '.join(takers[0].dtypes)}; use an unquantized checkpoint, or one that is quantized "
+                "as its config says"
             )
     unexpected = [name for name in checkpoint.tensors if name not in wanted]
     if unexpected:

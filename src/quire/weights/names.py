@@ -58,18 +58,21 @@ def map_names(tensors: Mapping[str, TensorInfo], wanted: Collection[str]) -> dic
             under two prefixes; names a tensor of each.
     """
     kept = {name: info for name, info in tensors.items() if not _is_buffer(name, info)}
-    _refuse_other_kinds(kept)
+    _refuse_adapters(kept)
     trunk = {name.removeprefix(TRUNK) for name in wanted if name.startswith(TRUNK)}
     prefix = _prefix(kept, trunk)
     if prefix is None:
+        _refuse_quantized([name for name in kept if name not in wanted])
         return kept
     renamed = {
         name: TRUNK + name[len(prefix) :]
         for name in kept
         if name.startswith(prefix) and name[len(prefix) :] in trunk
     }
-    if (head := _head(kept, prefix)) is not None:
-        renamed[head] = HEAD
+    for target in wanted:
+        if not target.startswith(TRUNK) and (head := _head(kept, prefix, target)) is not None:
+            renamed[head] = target
+    _refuse_quantized([name for name in kept if name not in renamed and not TOWERS.search(name)])
     if prefix != TRUNK:
         logger.info("the checkpoint's names begin with %r, read as %r", prefix, TRUNK)
     mapped: dict[str, TensorInfo] = {}
@@ -94,16 +97,20 @@ def _is_buffer(name: str, info: TensorInfo) -> bool:
     return BUFFERS.search(name) is not None
 
 
-def _refuse_other_kinds(tensors: Collection[str]) -> None:
+def _refuse_adapters(tensors: Collection[str]) -> None:
     if adapter := [name for name in tensors if ADAPTERS.search(name)]:
         raise CheckpointError(
             f"the checkpoint has {list_names(adapter)}: it is an adapter, or a model with one that is not "
             "merged; merge it with PeftModel.merge_and_unload() and save the result"
         )
+
+
+def _refuse_quantized(tensors: Collection[str]) -> None:
+    """tensors: those that the model does not ask for."""
     if quantized := [name for name in tensors if QUANTIZED.search(name)]:
         raise CheckpointError(
-            f"the checkpoint has {list_names(quantized)}: it is quantized, which is not supported; use "
-            "the model's unquantized checkpoint"
+            f"the checkpoint has {list_names(quantized)}: it is quantized, and not in a way that its config "
+            "says and Quire supports; use the model's unquantized checkpoint"
         )
 
 
@@ -130,10 +137,11 @@ def _prefix(tensors: Collection[str], trunk: Collection[str]) -> str | None:
     return best
 
 
-def _head(tensors: Collection[str], prefix: str) -> str | None:
-    """The head's name in the file: beside the trunk, or beside what is wrapped around it."""
+def _head(tensors: Collection[str], prefix: str, head: str) -> str | None:
+    """What a tensor of the head is named in the file: beside the trunk, or beside what is wrapped around
+    it."""
     steps = [0, *(match.end() for match in re.finditer(r"\.", prefix))]
-    found = [name for step in steps if (name := prefix[:step] + HEAD) in tensors]
+    found = [name for step in steps if (name := prefix[:step] + head) in tensors]
     if len(found) > 1:
         raise _two_sides(*found[:2])
     return found[0] if found else None

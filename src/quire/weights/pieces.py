@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from quire.layers.parameter import WeightTarget
-from quire.weights.safetensors_reader import FLOAT_DTYPES, Checkpoint, TensorInfo
+from quire.weights.safetensors_reader import Checkpoint, TensorInfo
 
 PIECE_BYTES = 1 << 20
 """Half of this fits a core's cache and is little slower; less costs calls, more misses the cache."""
@@ -76,11 +76,13 @@ def _cut(name: str, info: TensorInfo, takers: Sequence[WeightTarget]) -> Iterato
     count = info.shape[0] if info.shape else 1
     row_bytes = info.num_bytes // count
     step = max(ROW_STEP, PIECE_BYTES // row_bytes // ROW_STEP * ROW_STEP)
-    for row in range(0, count, step):
-        rows = min(step, count - row)
+    wanted = [range(count) if taker.taken is None else taker.taken[0] for taker in takers]
+    end = max(rows.stop for rows in wanted)
+    for row in range(min(rows.start for rows in wanted), end, step):
+        rows = min(step, end - row)
         yield _Piece(
             name=name,
-            dtype=FLOAT_DTYPES[info.dtype],
+            dtype=getattr(torch, info.dtype),
             shape=(rows, *info.shape[1:]),
             row=row,
             begin=row * row_bytes,
@@ -120,7 +122,7 @@ def _work(checkpoint: Checkpoint, queue: _Queue, buffer_bytes: int) -> None:
             checkpoint.read(piece.name, piece.begin, view[: piece.num_bytes])
             rows = buffer[: piece.num_bytes].view(piece.dtype).view(piece.shape)
             for taker in piece.takers:
-                taker.load(piece.row, rows)
+                taker.give(piece.row, rows)
             piece = queue.take(piece)
     except BaseException:
         queue.close()

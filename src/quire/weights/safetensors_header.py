@@ -14,15 +14,11 @@ import math
 from dataclasses import dataclass
 from typing import BinaryIO
 
+from quire.dtypes import BY_SAFETENSORS, DTYPES
+
 LENGTH_BYTES = 8
 MOST_HEADER_BYTES = 100_000_000
 """The library's own limit: what claims more is not a safetensors file."""
-BITS = {
-    "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F4": 4,
-    "F6_E2M3": 6, "F6_E3M2": 6, "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
-    "U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64, "C64": 64,
-}  # fmt: skip
-"""An element's size. Of a type that is not here, the size is taken as stated: it cannot be loaded anyway."""
 
 
 class HeaderError(Exception):
@@ -35,7 +31,7 @@ class Entry:
 
     shape: tuple[int, ...]
     dtype: str
-    """safetensors' own spelling: F32, BF16, F8_E4M3, ..."""
+    """By the names of `quire.dtypes`; safetensors' own where it is not there."""
     begin: int
     """Of its first byte in the file; the rest follows row by row."""
     num_bytes: int
@@ -77,7 +73,9 @@ def _entry(name: str, value: object, data: int) -> Entry:
     if not isinstance(dtype, str) or len(span) != 2 or span[0] > span[1]:
         raise HeaderError(f"{name} is {value!r}")
     num_bytes = span[1] - span[0]
-    if dtype in BITS and math.prod(shape) * BITS[dtype] != num_bytes * 8:
+    dtype = BY_SAFETENSORS.get(dtype, dtype)
+    # The size of an unknown type is taken as stated: it cannot be loaded anyway.
+    if dtype in DTYPES and math.prod(shape) * DTYPES[dtype].bits != num_bytes * 8:
         raise HeaderError(f"{name}, {dtype} {shape}, does not take {num_bytes} bytes")
     return Entry(shape, dtype, data + span[0], num_bytes)
 

@@ -20,7 +20,6 @@ from quire.weights.safetensors_header import HeaderError, read_header
 
 OPTIONAL_SUFFIXES = ("lm_head.weight", "rotary_emb.inv_freq")
 """An index may name these in vain: saving drops a tied head and a buffer, but not always their entries."""
-FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +31,7 @@ class TensorInfo:
     file: str
     shape: tuple[int, ...]
     dtype: str
-    """safetensors' own spelling: F32, BF16, F8_E4M3, ..."""
+    """By the names of `quire.dtypes`; the file's own where it is not there."""
     begin: int
     """Of its first byte in the file."""
     num_bytes: int
@@ -131,7 +130,7 @@ class Checkpoint:
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor whole, in memory of its own."""
         info = self.tensors[name]
-        tensor = torch.empty(info.shape, dtype=FLOAT_DTYPES[info.dtype])
+        tensor = torch.empty(info.shape, dtype=getattr(torch, info.dtype))
         if tensor.numel():
             self.read(name, 0, memoryview(tensor.view(-1).view(torch.uint8).numpy()))
         return tensor

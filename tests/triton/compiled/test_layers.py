@@ -58,8 +58,15 @@ def test_the_kernels_of_a_model_fit(name: str, arch: int) -> None:
         layers.rms_norm(x, weight, EPS)
         layers.add_rms_norm(x, meta(TOKENS, model.hidden), weight, EPS)
         layers.embedding(meta(TOKENS, dtype=torch.int64), table)
-        layers.silu_and_mul(meta(TOKENS, 2 * model.inner))
-        layers.gelu_tanh_and_mul(meta(TOKENS, 2 * model.inner))
+        layers.gated(meta(TOKENS, 2 * model.inner), "silu")
+        layers.gated(meta(TOKENS, 2 * model.inner), "gelu_tanh")
+        layers.rms_norm(x, meta(model.hidden, dtype=torch.float32), EPS, out=x)
+        layers.add(x, x, scale=0.22)
+        layers.scale(x, 12.0)
+        layers.scale_by_position(
+            x, meta(TOKENS, dtype=torch.int64), meta(4096, dtype=torch.float32)
+        )
+        layers.finish_logits(meta(TOKENS, 128256), divisor=8.0, cap=30.0)
         rope_write_kv(model, fp8=False)
         if arch > 80:
             rope_write_kv(model, fp8=True)

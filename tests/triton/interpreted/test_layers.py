@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from quire.kernels.base import Activation
 from quire.kernels.checks import KernelArgumentError
 from quire.kernels.reference import ReferenceKernels
 from quire.kernels.triton import layers
@@ -31,11 +34,11 @@ def assert_rows_alone(operation: Callable[[Tensor], Tensor], x: Tensor, whole: T
 
 
 @few
-@given(rows=st.integers(0, 4), width=widths, dtype=dtypes, seed=seeds)
-def test_norms(rows: int, width: int, dtype: torch.dtype, seed: int) -> None:
+@given(rows=st.integers(0, 4), width=widths, dtype=dtypes, in_float=st.booleans(), seed=seeds)
+def test_norms(rows: int, width: int, dtype: torch.dtype, in_float: bool, seed: int) -> None:
     rng = generator(seed)
     x, residual = (randn(rows, width, rng=rng, dtype=dtype) * 3 for _ in range(2))
-    weight = randn(width, rng=rng, dtype=dtype)
+    weight = randn(width, rng=rng, dtype=torch.float32 if in_float else dtype)
     actual = layers.rms_norm(x, weight, EPS)
     assert_close(actual, reference.rms_norm(x, weight, EPS), ulps=3)
     assert_rows_alone(lambda part: layers.rms_norm(part, weight, EPS), x, actual)
@@ -60,8 +63,26 @@ def test_rms_norm_is_the_formula() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_norms_round_where_hugging_face_does(dtype: torch.dtype) -> None:
     x, weight = randn(8, 500, rng=generator(0), dtype=dtype), randn(500, rng=generator(1)).to(dtype)
-    same = layers.rms_norm(x, weight, EPS) == reference.rms_norm(x, weight, EPS)
-    assert same.float().mean() > 0.99  # a third would differ, were only the product rounded
+    results = []
+    for kind in (weight, weight.float()):
+        results.append(layers.rms_norm(x, kind, EPS))
+        same = results[-1] == reference.rms_norm(x, kind, EPS)
+        assert same.float().mean() > 0.99
+    assert (results[0] != results[1]).float().mean() > 0.2  # one rounding more in the first
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norm_into_a_fused_projection(dtype: torch.dtype) -> None:
+    """OLMo 2's norm of all query heads together, in place; and into another tensor with a stride."""
+    fused, weight = randn(5, 8 * 24, rng=generator(0), dtype=dtype), randn(96, rng=generator(1))
+    qkv, wide = fused.clone(), torch.full_like(fused, 7.0)
+    q, heads = qkv[:, 24:120], fused[:, 24:120].view(5, 4, 24)
+    assert layers.rms_norm(q, weight, EPS, out=q) is q
+    assert torch.equal(bits(q), bits(layers.rms_norm(fused[:, 24:120], weight, EPS)))
+    assert torch.equal(qkv[:, :24], fused[:, :24]) and torch.equal(qkv[:, 120:], fused[:, 120:])
+    into = layers.rms_norm(heads, weight[:24], EPS, out=wide[:, 8:104].view(5, 4, 24))
+    assert torch.equal(bits(into), bits(layers.rms_norm(heads, weight[:24], EPS)))
+    assert bool((wide[:, :8] == 7).all()) and bool((wide[:, 104:] == 7).all())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -107,23 +128,87 @@ def test_gated_activations(rows: int, width: int, dtype: torch.dtype, seed: int)
     gate, up = gate_up.chunk(2, dim=1)
     # PyTorch's tanh form cancels: in float32 it is its error that would show.
     gelu = torch.nn.functional.gelu(gate.double(), approximate="tanh").to(dtype) * up
-    for operation, expected in (
-        (layers.silu_and_mul, reference.silu_and_mul(gate_up)),
-        (layers.gelu_tanh_and_mul, gelu),
-    ):
-        actual = operation(gate_up)
+    cases: list[tuple[Activation, Tensor]] = [
+        ("silu", reference.gated(gate_up, "silu")),
+        ("gelu_tanh", gelu),
+    ]
+    for activation, expected in cases:
+        actual = layers.gated(gate_up, activation)
         assert_close(actual, expected, ulps=4)
-        assert_rows_alone(operation, gate_up, actual)
-        assert operation(gate_up, out=torch.empty_like(actual)).equal(actual)
+        assert_rows_alone(partial(layers.gated, activation=activation), gate_up, actual)
+        assert layers.gated(gate_up, activation, out=torch.empty_like(actual)).equal(actual)
 
 
 @as_on_a_gpu
 def test_gated_activations_at_the_ends() -> None:
     gate = torch.tensor([[0.0, -200.0, 200.0, torch.inf, torch.nan, -1e-30, 88.0]])
     expected = torch.tensor([[0.0, 0.0, 200.0, torch.inf, torch.nan, -5e-31, 88.0]])
-    for operation in (layers.silu_and_mul, layers.gelu_tanh_and_mul):
-        actual = operation(torch.cat((gate, torch.ones_like(gate)), dim=1))
+    for activation in get_args(Activation):
+        actual = layers.gated(torch.cat((gate, torch.ones_like(gate)), dim=1), activation)
         torch.testing.assert_close(actual, expected, equal_nan=True, rtol=1e-6, atol=1e-40)
+
+
+# --- add, scale and the end of logits ---------------------------------------------------------------
+
+factors = st.sampled_from([1.0, 0.22, -3.0, 12.0])
+
+
+@few
+@given(rows=st.integers(0, 3), width=widths, dtype=dtypes, factor=factors, seed=seeds)
+def test_add_and_scale(rows: int, width: int, dtype: torch.dtype, factor: float, seed: int) -> None:
+    """Bit for bit the reference's, and the columns beside them stay."""
+    rng = generator(seed)
+    x, residual = (randn(rows, width, rng=rng, dtype=dtype) for _ in range(2))
+    fused = randn(rows, width + 8, rng=rng, dtype=dtype)
+    positions, table = torch.randint(0, 20, (rows,), generator=rng), randn(20, rng=rng)
+    results = []
+    for kernels in (layers, reference):
+        total, scaled, tempered = residual.clone(), fused.clone(), fused.clone()
+        kernels.add(x, total, scale=factor)
+        kernels.scale(scaled[:, :width], factor)
+        kernels.scale_by_position(tempered[:, :width], positions, table)
+        results.append((total, scaled, tempered))
+    for mine, theirs in zip(*results, strict=True):
+        assert torch.equal(bits(mine), bits(theirs))
+
+
+@few
+@given(
+    rows=st.integers(0, 3),
+    vocab=widths,
+    dtype=dtypes,
+    divisor=st.sampled_from([1.0, 8.0, 3.3]),
+    cap=st.sampled_from([0.0, 30.0, 1.7]),
+    seed=seeds,
+)
+def test_finish_logits(
+    rows: int, vocab: int, dtype: torch.dtype, divisor: float, cap: float, seed: int
+) -> None:
+    def finish(part: Tensor) -> Tensor:
+        part = part.clone()
+        layers.finish_logits(part, divisor=divisor, cap=cap)
+        return part
+
+    logits = randn(rows, vocab, rng=generator(seed)).mul(20).to(dtype)
+    expected, actual = logits.to(torch.float32, copy=True), finish(logits)
+    reference.finish_logits(expected, dtype, divisor=divisor, cap=cap)
+    assert_close(actual, expected.to(dtype), ulps=4)
+    if not cap:
+        assert torch.equal(bits(actual), bits(expected.to(dtype)))
+    assert_rows_alone(finish, logits, actual)
+
+
+@as_on_a_gpu
+def test_tanh_against_float64() -> None:
+    x = torch.cat((torch.linspace(-10, 10, 2001), torch.linspace(-0.3, 0.3, 2001)))[None]
+    actual = x.clone()
+    layers.finish_logits(actual, cap=1.0)
+    error = actual.double() / torch.tanh(x.double()) - 1
+    assert bool((error.nan_to_num().abs() < 4 * 2.0**-23).all()), error.abs().max()
+    ends = torch.tensor([[0.0, torch.inf, -torch.inf, torch.nan, 1e-30, -200.0]])
+    expected = torch.tanh(ends)
+    layers.finish_logits(ends, cap=1.0)
+    torch.testing.assert_close(ends, expected, equal_nan=True, rtol=0, atol=0)
 
 
 # --- rotation, and the write to the cache -----------------------------------------------------------
@@ -144,6 +229,7 @@ def rotated(x: Tensor, positions: Tensor, cos_sin: Tensor) -> Tensor:
     half=st.sampled_from([0, 1, 4, 20, 32]),
     unrotated=st.sampled_from([0, 0, 1, 16]),
     norms=st.sampled_from([(False, False), (True, True), (True, False)]),
+    in_float=st.booleans(),
     block_size=st.sampled_from([16, 64]),
     index_dtype=st.sampled_from([torch.int32, torch.int64]),
     cache=st.sampled_from(["same", "fp8"]),
@@ -156,6 +242,7 @@ def test_one_call_is_norm_then_rotation_then_slots(
     half: int,
     unrotated: int,
     norms: tuple[bool, bool],
+    in_float: bool,
     block_size: int,
     index_dtype: torch.dtype,
     cache: str,
@@ -170,7 +257,10 @@ def test_one_call_is_norm_then_rotation_then_slots(
     positions = torch.randint(0, 50, (tokens,), generator=rng).to(index_dtype)
     slots = torch.randperm(4 * block_size, generator=rng)[:tokens].to(index_dtype)
     slots[1:2] = -1
-    q_norm, k_norm = (randn(head_dim, rng=rng, dtype=dtype) if norm else None for norm in norms)
+    weight_dtype = torch.float32 if in_float else dtype
+    q_norm, k_norm = (
+        randn(head_dim, rng=rng, dtype=weight_dtype) if norm else None for norm in norms
+    )
     cache_dtype = FP8 if cache == "fp8" else dtype
     shape = (4, kv_heads, block_size, head_dim)
     k_cache, v_cache = (torch.full(shape, 7.0).to(cache_dtype) for _ in range(2))
@@ -258,9 +348,27 @@ def test_wrong_tensors_raise() -> None:
     with pytest.raises(KernelArgumentError):
         layers.add_rms_norm(x, torch.ones(3, 8), weight, EPS)
     with pytest.raises(KernelArgumentError):
-        layers.silu_and_mul(torch.ones(2, 7))
+        layers.gated(torch.ones(2, 7), "silu")
+    with pytest.raises(KernelArgumentError, match="relu"):
+        layers.gated(torch.ones(2, 8), "relu")
     with pytest.raises(KernelArgumentError):
         layers.embedding(torch.ones(2), x)
+    where, table = torch.zeros(4, dtype=torch.int64), torch.ones(4)
+    for wrong in (
+        lambda: layers.rms_norm(x, weight, EPS, out=torch.ones(8, 4).t()),
+        lambda: layers.rms_norm(x.half(), weight.bfloat16(), EPS),
+        lambda: layers.add(x, torch.ones(3, 8)),
+        lambda: layers.add(torch.ones(8, 4).t(), x),
+        lambda: layers.scale(x.t(), 2.0),
+        lambda: layers.scale(x.long(), 2.0),
+        lambda: layers.scale_by_position(x, where[:3], table),
+        lambda: layers.scale_by_position(x, where, table.half()),
+        lambda: layers.finish_logits(x[:, :7]),
+        lambda: layers.finish_logits(x, divisor=0.0),
+        lambda: layers.finish_logits(x, cap=-1.0),
+    ):
+        with pytest.raises(KernelArgumentError):
+            wrong()
 
 
 def test_wrong_rotations_raise() -> None:

@@ -1,4 +1,4 @@
-"""Where a benchmark's requests come from: one file per kind of source, `load_requests` for the caller.
+"""The sources of a benchmark's requests: one file per kind; callers use `load_requests`.
 
 base.py       BenchRequest, errors, reading JSON with line numbers
 prompts.py    text of an exact number of tokens, for any tokenizer

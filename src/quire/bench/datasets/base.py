@@ -1,4 +1,4 @@
-"""What all datasets give, and how their files are read."""
+"""The request that all datasets give, and the reading of their files."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
 
 
 class DatasetError(ConfigError):
-    """A dataset's file cannot be read, or holds nothing that can be sent. Names the file and place."""
+    """A dataset's file cannot be read or has no usable request. Names the file and the place."""
 
 
 @dataclass(frozen=True, slots=True)
 class BenchRequest:
-    """One prompt. `token_ids` is how the tokenizer reads `text`, special tokens included."""
+    """One prompt. `token_ids`: the tokens of `text`, special tokens included."""
 
     text: str
     token_ids: list[int]
     output_len: int
     due: float | None = None
-    """Seconds from the start, where the dataset brings its own times."""
+    """Seconds from the start, if the dataset has times."""
 
     @property
     def prompt_len(self) -> int:
@@ -89,7 +89,7 @@ def read_json_lines(path: str) -> Iterator[tuple[int, dict[str, object]]]:
 
 
 def sampled(options: DatasetOptions, requests: Sequence[BenchRequest]) -> list[BenchRequest]:
-    """`num_prompts` of them: entries repeat where there are fewer, unless that is not wanted."""
+    """`num_prompts` entries: if there are fewer, they repeat, unless `no_oversample` is set."""
     chosen = list(requests[: options.num_prompts])
     missing = options.num_prompts - len(chosen)
     if missing > 0 and chosen and not options.no_oversample:

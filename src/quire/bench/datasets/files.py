@@ -1,4 +1,4 @@
-"""One JSON object per line: prompts of one's own (`custom`), and recorded arrivals (`timed_trace`)."""
+"""Files with one JSON object per line: the user's prompts (`custom`), recorded arrivals (`timed_trace`)."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def timed_trace(options: DatasetOptions, tokenizer: Tokenizer) -> list[BenchRequ
     """`{"timestamp": 0, "input_length": 955, "output_length": 52, "hash_ids": [46, 47]}`, as in the traces
     that come with Mooncake (Qin et al. 2024, arXiv 2407.00079, section 4).
 
-    A hash id stands for the next `timed_trace_chunk_hash_size` tokens of the prompt and always for the same
-    ones, so prefixes are shared as they were. Tokens beyond the ids are the request's own. The first
-    `num_prompts` entries are sent; time starts with the earliest.
+    A hash id means the next `timed_trace_chunk_hash_size` tokens of the prompt, the same tokens wherever
+    it occurs, so that prefixes are shared as in the trace. Tokens beyond the ids are unique to the
+    request. The first `num_prompts` entries are sent; time starts with the earliest.
     """
     path = str(options.dataset_path)
     maker = PromptMaker(tokenizer, options.seed, send_ids=options.prompt_token_ids)
@@ -72,7 +72,7 @@ def timed_trace(options: DatasetOptions, tokenizer: Tokenizer) -> list[BenchRequ
 
 
 def _from_zero(requests: list[BenchRequest]) -> list[BenchRequest]:
-    """In order of time, the earliest at 0."""
+    """The entries in order of time, with the earliest at 0."""
     timed = sorted(requests, key=lambda request: request.due or 0.0)
     first = timed[0].due or 0.0 if timed else 0.0
     return [BenchRequest(r.text, r.token_ids, r.output_len, (r.due or 0.0) - first) for r in timed]

@@ -1,9 +1,9 @@
-"""Text that is an exact number of tokens.
+"""Makes text with an exact number of tokens.
 
 Decoding random ids and encoding the text again gives other ids, and another number of them. So prompts
-are made of words that are one token wherever they stand: " word" for byte-level BPE and SentencePiece
-alike, found by asking the tokenizer. Where it has too few (a test's tokenizer), any ids are decoded, the
-length is what encoding then says, and `--prompt-token-ids` sends the ids themselves.
+are made of words that are one token at every place: " word", for byte-level BPE and SentencePiece. They
+are found by encoding with the tokenizer. If it has too few (a test's tokenizer), any ids are decoded, the
+length is that of the encoded text, and `--prompt-token-ids` sends the ids themselves.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _WORD = re.compile(r" [a-z]{2,}")
 
 
 class PromptMaker:
-    """Draws prompts from one seeded stream."""
+    """Draws prompts from one seeded random stream."""
 
     def __init__(self, tokenizer: Tokenizer, seed: int, *, send_ids: bool = False) -> None:
         self._tokenizer = tokenizer
@@ -39,11 +39,12 @@ class PromptMaker:
         return (rng or self.random).choices(self._ids, k=count) if count > 0 else []
 
     def body_len(self, prompt_len: int) -> int:
-        """How many ids to draw, so that with special tokens it is `prompt_len`; at least 1."""
+        """The number of ids to draw, so that the length with special tokens is `prompt_len`; at least 1."""
         return max(prompt_len - self.num_special, 1)
 
     def prompt(self, ids: Sequence[int]) -> tuple[str, list[int]]:
-        """The text of these ids, and how the server will count it (special tokens included)."""
+        """The text of these ids, and the number of tokens that the server will count (special tokens
+        included)."""
         if self.exact:
             text = "".join(self._words[token] for token in ids)
         else:
@@ -52,7 +53,7 @@ class PromptMaker:
 
 
 def _word_tokens(tokenizer: Tokenizer) -> dict[int, str]:
-    """id -> " word", of ids that stay themselves side by side."""
+    """id -> " word", for ids that do not change when texts are joined and encoded."""
     words: dict[int, str] = {}
     special = {tokenizer.token_id(token) for token in tokenizer.special_tokens.values()}
     for token, token_id in sorted(tokenizer.vocab().items(), key=lambda item: item[1])[

@@ -1,4 +1,4 @@
-"""ShareGPT: the file's reader with vLLM's filtering rules, and a stand-in where the file is not at hand.
+"""ShareGPT: a reader of the file with vLLM's filtering rules, and synthetic requests with its lengths.
 
 The file is a JSON array of `{"conversations": [{"from": "human", "value": ...}, {"from": "gpt", ...}, ...]}`.
 The first turn is the prompt; the second turn's length is the output length.
@@ -24,15 +24,15 @@ MAX_TOTAL_LEN = 2048
 
 PROMPT_MEDIAN, PROMPT_SIGMA = 180.0, 1.6
 OUTPUT_MEDIAN, OUTPUT_SIGMA = 113.0, 1.2
-"""Of the lognormals that `generate` draws from, before the filter. Fitted to the means that a published run
-over the real file shows after the filter: 229,711 prompt and 203,068 output tokens for 1000 requests (the
-description of vLLM's pull request 18566, Llama 3.1's tokenizer). The vLLM paper's figure 11 (Kwon et al.
-2023, section 6.1) shows both as long-tailed, with means of 161 and 338 for its own selection. The two sigmas
-are our choice, not a fit: we have no percentiles of the file."""
+"""Parameters of the lognormals that `generate` draws from, before the filter. Fitted to the means after
+the filter in a published run over the real file: 229,711 prompt and 203,068 output tokens for 1000
+requests (the description of vLLM's pull request 18566, Llama 3.1's tokenizer). The vLLM paper's figure 11
+(Kwon et al. 2023, section 6.1) shows both as long-tailed, with means of 161 and 338 for its own
+selection. The two sigmas are our choice, not a fit: we have no percentiles of the file."""
 
 
 def keeps(prompt_len: int, output_len: int, *, fixed_output: bool) -> bool:
-    """vLLM's filter. A fixed output length may be short; that of an answer may not."""
+    """vLLM's filter. The minimum output length does not apply to a fixed output length."""
     if prompt_len < MIN_LEN or (output_len < MIN_LEN and not fixed_output):
         return False
     return prompt_len <= MAX_PROMPT_LEN and prompt_len + output_len <= MAX_TOTAL_LEN
@@ -57,8 +57,8 @@ def read(options: DatasetOptions, tokenizer: Tokenizer) -> list[BenchRequest]:
 
 
 def generate(options: DatasetOptions, tokenizer: Tokenizer) -> list[BenchRequest]:
-    """Random words with ShareGPT's lengths. What it does not stand in for: shared prefixes, and answers
-    that a model would give. The lengths depend on the seed alone, not on the tokenizer."""
+    """Random words with ShareGPT's lengths. Unlike ShareGPT, they share no prefixes, and a model's
+    answers to them are meaningless. The lengths depend on the seed alone, not on the tokenizer."""
     lengths = random.Random(options.seed)
     maker = PromptMaker(tokenizer, options.seed, send_ids=options.prompt_token_ids)
     requests: list[BenchRequest] = []
@@ -73,7 +73,7 @@ def generate(options: DatasetOptions, tokenizer: Tokenizer) -> list[BenchRequest
 
 
 def to_file(options: DatasetOptions, tokenizer: Tokenizer) -> str:
-    """What `generate` gives, as a ShareGPT file for other tools."""
+    """Write the requests of `generate` as a ShareGPT file for other tools."""
     maker = PromptMaker(tokenizer, options.seed + 1)
     entries = []
     for number, request in enumerate(generate(options, tokenizer)):

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 
 def random_tokens(options: DatasetOptions, tokenizer: Tokenizer) -> list[BenchRequest]:
-    """Lengths uniform around the wanted ones, as vLLM draws them: between floor(len * (1 - ratio)) and
-    ceil(len * (1 + ratio)), and at least 1. The prefix comes on top of the input length."""
+    """Lengths are uniform around the given ones, as in vLLM: between floor(len * (1 - ratio)) and
+    ceil(len * (1 + ratio)), and at least 1. The prefix is added to the input length."""
     maker = PromptMaker(tokenizer, options.seed, send_ids=options.prompt_token_ids)
     prefix = maker.draw(options.random_prefix_len)
     requests = []
@@ -28,7 +28,7 @@ def random_tokens(options: DatasetOptions, tokenizer: Tokenizer) -> list[BenchRe
 
 
 def prefix_repetition(options: DatasetOptions, tokenizer: Tokenizer) -> list[BenchRequest]:
-    """`num_prefixes` prefixes, each with its equal share of the requests, in shuffled order."""
+    """`num_prefixes` prefixes, each for an equal share of the requests, in shuffled order."""
     maker = PromptMaker(tokenizer, options.seed, send_ids=options.prompt_token_ids)
     prefix_len = options.prefix_repetition_prefix_len
     prefixes = [

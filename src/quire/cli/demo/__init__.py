@@ -1,4 +1,4 @@
-"""`quire demo`: a real server, eight conversations with it at once over HTTP, and what it did.
+"""`quire demo`: a real server, eight conversations with it at once over HTTP, and a report.
 
 In the order of a run: `server` starts and stops `quire serve`, `talk` holds the conversations, `view` shows
 them as they stream, `report` measures and prints the table.

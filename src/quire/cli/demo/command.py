@@ -31,7 +31,7 @@ def run(argv: list[str]) -> int:
     if args.conversations < 1 or args.max_tokens < 1:
         parser.error("--conversations and --max-tokens must be at least 1")
     options = given(args, infos)
-    from_flat(options)  # a mistake is told here, not in the log of a server that did not start
+    from_flat(options)  # reports a mistake here and not in the log of a server that did not start
     dialogues = script(args.conversations)
     with scratch_folder() as folder:
         server = ServerProcess.start(options, Path(folder))
@@ -40,7 +40,7 @@ def run(argv: list[str]) -> int:
                 _demonstrate(server, dialogues, max_tokens=args.max_tokens, quiet=args.json)
             )
         except BaseException:
-            with suppress(Exception):  # what went wrong first is what is told
+            with suppress(Exception):  # the first error is the one to report
                 server.stop()
             raise
         server.stop()
@@ -51,7 +51,7 @@ def run(argv: list[str]) -> int:
 async def _demonstrate(
     server: ServerProcess, dialogues: list[Dialogue], *, max_tokens: int, quiet: bool
 ) -> Report:
-    """Talk while a view draws and a watcher samples /metrics."""
+    """Hold the conversations while a view draws them and a watcher samples /metrics."""
     if not quiet:
         print(f"Starting `quire serve` on {server.url} ...", flush=True)
     ready_seconds = await server.wait_ready()
@@ -74,7 +74,7 @@ async def _demonstrate(
             helper.cancel()
         results = await asyncio.gather(*helpers, return_exceptions=True)
     for result in results:
-        if isinstance(result, Exception):  # not CancelledError, which is how they end
+        if isinstance(result, Exception):  # a CancelledError is their normal end
             raise result
     if not quiet:
         view.draw()

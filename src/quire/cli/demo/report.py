@@ -1,4 +1,4 @@
-"""What the engine did, from its own metrics and from the client's clock."""
+"""The report: from the engine's metrics and from times measured by the client."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ POLL_SECONDS = 0.05
 
 @dataclass(slots=True)
 class Peaks:
-    """The highest values that any look at /metrics saw."""
+    """The highest values in all samples of /metrics."""
 
     blocks_used: int = 0
     blocks_shared: int = 0
@@ -27,10 +27,10 @@ class Peaks:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """The samples of one /metrics page that the report needs."""
+    """The values of one /metrics page that the report needs."""
 
     num_blocks: int
-    """Blocks that requests can hold: all but the null block."""
+    """Blocks that requests can hold: all except the null block."""
     blocks_used: int
     blocks_shared: int
     running: int
@@ -40,7 +40,7 @@ class Snapshot:
 
     @classmethod
     def parse(cls, page: str) -> Snapshot:
-        """Raises `EngineError` for a metric that is not there: a report with holes proves nothing."""
+        """Raises `EngineError` for a missing metric."""
         label = re.search(r'^vllm:cache_config_info\{[^\n]*?num_gpu_blocks="([0-9]+)"', page, re.M)
         if label is None:
             raise EngineError("/metrics has no vllm:cache_config_info with num_gpu_blocks.")
@@ -61,7 +61,7 @@ async def snapshot(client: HttpClient) -> Snapshot:
 
 
 async def watch(client: HttpClient, peaks: Peaks) -> None:
-    """Look at /metrics until cancelled. A peak shorter than the interval between looks is missed."""
+    """Sample /metrics until cancelled. Peaks shorter than the interval between samples are missed."""
     while True:
         now = await snapshot(client)
         peaks.blocks_used = max(peaks.blocks_used, now.blocks_used)

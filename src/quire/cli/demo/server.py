@@ -1,4 +1,4 @@
-"""The server under demonstration: `quire serve` in a process of its own, as anyone would start it."""
+"""The demo's server: `quire serve` in its own process."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LOG_LINES_SHOWN = 20
 
 
 class ServerProcess:
-    """Started by `start`, ready after `wait_ready`, and gone after `stop`."""
+    """Started by `start`, ready after `wait_ready`, ended by `stop`."""
 
     def __init__(self, process: subprocess.Popen[bytes], url: str, folder: Path) -> None:
         self._process = process
@@ -37,7 +37,7 @@ class ServerProcess:
     def start(cls, options: Mapping[str, object], folder: Path) -> ServerProcess:
         """Launch with `options` (flat names) on a free port; config and log go to `folder`.
 
-        The options travel in a `--config` file: JSON is YAML, and nothing has to be spelled as flags.
+        The options are written to a `--config` file as JSON, which is YAML.
         """
         port = _free_port()
         settings = {"disable_uvicorn_access_log": True, "uvicorn_log_level": "warning", **options}
@@ -49,13 +49,13 @@ class ServerProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C is ours to handle; we then stop it in order
+                start_new_session=True,  # on Ctrl-C, this process stops it
                 env=os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": _package_root()},
             )
         return cls(process, f"http://127.0.0.1:{port}", folder)
 
     async def wait_ready(self) -> float:
-        """Seconds from launch until /ready said yes. `EngineError` with its log if it gives up."""
+        """Seconds from launch until /ready answered 200. Raises `EngineError` with the log if that fails."""
         while True:
             if self._process.poll() is not None:
                 raise EngineError(
@@ -73,7 +73,7 @@ class ServerProcess:
             await asyncio.sleep(0.02)
 
     def stop(self) -> None:
-        """SIGTERM, and wait. `EngineError` if it does not leave cleanly by itself."""
+        """Send SIGTERM and wait. Raises `EngineError` if the process does not exit cleanly."""
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
         try:
@@ -96,7 +96,7 @@ def scratch_folder() -> tempfile.TemporaryDirectory[str]:
 
 
 def _package_root() -> str:
-    """So that the server is this very package, installed or not."""
+    """The folder to import from, so that the server runs this package, installed or not."""
     roots = [str(Path(quire.__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
     return os.pathsep.join(root for root in roots if root)
 

@@ -1,4 +1,4 @@
-"""The conversations, and a client that holds all of them at once and keeps the time."""
+"""The conversations, and a client that holds all of them at once and measures times."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SYSTEM = (
     "You are Quire's built-in model. You answer questions about Python and Quire. "
     "You are a friendly assistant. Keep answers short."
 )
-"""Common to all conversations, and longer than a block: the prefix cache computes it once."""
+"""A prefix that all conversations share, longer than a block, so that it is computed once."""
 
 SCRIPT = (
     ("what does os.path.join do?", "show me an example"),
@@ -49,7 +49,7 @@ class Turn:
 
     @property
     def tokens_per_second(self) -> float:
-        """After the first token, as a reader perceives it."""
+        """The rate after the first token."""
         seconds = self.done - self.first
         return (self.completion_tokens - 1) / seconds if seconds > 0 else 0.0
 
@@ -62,7 +62,7 @@ class Dialogue:
     finished: bool = False
 
     def messages(self) -> list[dict[str, str]]:
-        """All that was said so far; the open question is last."""
+        """The conversation so far; the open question is last."""
         messages = [{"role": "system", "content": SYSTEM}]
         for turn in self.turns:
             messages.append({"role": "user", "content": turn.question})
@@ -72,12 +72,12 @@ class Dialogue:
 
 
 def script(count: int) -> list[Dialogue]:
-    """`count` dialogues; beyond the script's length it begins again, which the prefix cache enjoys."""
+    """`count` dialogues; beyond the script's length it repeats."""
     return [Dialogue(number + 1, SCRIPT[number % len(SCRIPT)]) for number in range(count)]
 
 
 async def hold(client: HttpClient, model: str, dialogue: Dialogue, max_tokens: int) -> None:
-    """Ask every question of one dialogue in turn. Raises `QuireError` if an answer does not arrive."""
+    """Ask the questions of one dialogue in order. Raises `QuireError` if an answer does not arrive."""
     for question in dialogue.questions:
         turn = Turn(question, sent=time.monotonic())
         dialogue.turns.append(turn)
@@ -96,7 +96,7 @@ async def hold(client: HttpClient, model: str, dialogue: Dialogue, max_tokens: i
             raise EngineError(
                 f"conversation {dialogue.number} got no complete answer to {question!r}."
             )
-        turn.first = turn.first or turn.done  # an answer without any visible text
+        turn.first = turn.first or turn.done  # an answer without visible text
     dialogue.finished = True
 
 

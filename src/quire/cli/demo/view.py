@@ -1,4 +1,4 @@
-"""Conversations on the screen: all of them growing on a terminal, whole ones in a pipe."""
+"""Shows the conversations: all of them as they grow on a terminal, complete ones in a pipe."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ QUESTION_COLUMNS = 34
 
 
 class View:
-    """Prints each dialogue as a block when it is complete. On a terminal, the open ones stand below, one
-    line each, redrawn as they stream; elsewhere (a file, CI) there is nothing to redraw."""
+    """Prints each dialogue as a block when it is complete. On a terminal, the open ones are below, one
+    line each, and are redrawn as they grow; in a file or CI only complete ones are printed."""
 
     def __init__(self, dialogues: Sequence[Dialogue], stream: TextIO | None = None) -> None:
         self._dialogues = dialogues
         self._stream = stream or sys.stdout
         self._live = self._stream.isatty()
         self._drawn = 0
-        """Lines of the region that is redrawn, now on the screen."""
+        """Number of lines in the redrawn region that are on the screen."""
         self._printed: set[int] = set()
         self._width = min(MAX_WIDTH, shutil.get_terminal_size((MAX_WIDTH, 24)).columns)
 
     async def run(self) -> None:
-        """Until cancelled or all is said; what is complete has then been printed."""
+        """Draw until cancelled or all dialogues are complete; then all complete ones have been printed."""
         while not all(dialogue.finished for dialogue in self._dialogues):
             self.draw()
             await asyncio.sleep(FRAME_SECONDS)
@@ -83,7 +83,7 @@ class View:
         return lines
 
     def _said(self, who: str, text: str) -> list[str]:
-        """A paragraph with its speaker in the margin; the text's own line breaks are kept."""
+        """A paragraph with its speaker in the margin; line breaks of the text are kept."""
         rows: list[str] = []
         for line in printable(text, keep_newlines=True).split("\n"):
             rows += textwrap.wrap(

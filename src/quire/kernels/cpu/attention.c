@@ -1,21 +1,22 @@
 /* Paged attention: online softmax over tiles of keys aligned to absolute positions.
  *
- * A unit of work is (request, kv head, run of query tokens); its rows are those tokens times the
- * query heads that share the kv head, so a tile of K and V is read once for all of them. A request with
- * one query token is one unit, if there are enough requests: all its heads, block by block, in the order
- * of memory (measured: 1.2 to 1.6 times as fast at contexts of 60 to 330). What a row
- * computes depends on its own position only: the tiles it meets are those of its visible keys, in
- * order; what it does in a tile is in attention_tile.h; and every SEGMENT keys its running state is
- * closed and merged into the row's total, so that where there are fewer units than threads the
- * segments of one unit can be shared among threads (a task each) without changing a bit.
+ * A unit of work is (request, kv head, run of query tokens). Its rows are those tokens times the query
+ * heads that share the kv head, so a tile of K and V is read once for all of them. A request with one query
+ * token is one unit, if there are enough requests: all its heads, block by block, in the order of memory
+ * (measured: 1.2 to 1.6 times as fast at contexts of 60 to 330).
  *
- * Scores are kept in units of log2(e), so that the exponential is a power of two.
+ * What a row computes depends on its position alone. It reads the tiles of its visible keys in order;
+ * attention_tile.h says what is computed in a tile. Every SEGMENT keys, its softmax state is merged into the
+ * row's total and begun again. So where there are fewer units than threads, several threads can share the
+ * segments of one unit (one task a segment) without changing a bit.
+ *
+ * Scores are in units of log2(e), so that the exponential is a power of two.
  */
 #include "attention_tile.h"
 
 #define SEGMENT 512         /* keys; part of the arithmetic, a multiple of TILE */
-#define ROWS_PER_UNIT 48    /* rows aimed at in one unit of work */
-#define UNITS_PER_THREAD 4  /* below that many, units are split into segments */
+#define ROWS_PER_UNIT 48    /* target number of rows in one unit of work */
+#define UNITS_PER_THREAD 4  /* with fewer, units are split into segments */
 #define MOST_PARTS (32 << 20) /* bytes of segments' states above which units are not split */
 #define SMALL_ATTENTION (1 << 18) /* multiply-adds below which one thread does it all */
 
@@ -24,7 +25,7 @@ typedef struct {
   int64_t first_row, tokens;       /* first_row: of q and out, in tokens */
   int64_t group, rows;             /* rows: of one kv head, tokens * group */
   int64_t first_position;
-  span keys; /* that any row sees */
+  range keys; /* that any row sees */
 } unit;
 
 typedef struct { /* one call's constants */
@@ -32,16 +33,16 @@ typedef struct { /* one call's constants */
   int64_t tokens_per_unit, heads_per_unit, rows_per_unit, units;
   const int64_t *starts;   /* [requests]: each request's first unit */
   int64_t segments;        /* tasks a unit is split into; 0: none */
-  float *parts;            /* [units, segments, rows_per_unit, stride] where they are */
-  int64_t width, stride, steps;
+  float *parts;            /* [units, segments, rows_per_unit, stride] if units are split */
+  int64_t width, stride, words;
   float factor;
-  int failed; /* some thread had no memory */
+  int failed; /* a thread could not allocate its scratch memory */
 } plan;
 
 /* ---- one tile ---- */
 
-INLINE span visible_keys(const attention_args *a, int64_t position) {
-  return (span){a->window > 0 ? max64(0, position - a->window + 1) : 0, position + 1};
+INLINE range visible_keys(const attention_args *a, int64_t position) {
+  return (range){a->window > 0 ? max64(0, position - a->window + 1) : 0, position + 1};
 }
 
 INLINE tile locate(const attention_args *a, const unit *u, int64_t key, const int dt) {
@@ -77,20 +78,20 @@ INLINE tile next_head(const attention_args *a, const tile *t, const int dt) {
 static void attend_tile(const plan *p, const unit *u, const tile *t, int64_t key, const float *q,
                         float *rows, const tile *next) {
   const attention_args *a = p->a;
-  const span first = visible_keys(a, u->first_position);
-  const span last = visible_keys(a, u->first_position + u->tokens - 1);
+  const range first = visible_keys(a, u->first_position);
+  const range last = visible_keys(a, u->first_position + u->tokens - 1);
   const int whole = last.begin <= key && first.end >= key + TILE;
-  const state s = {p->width, p->stride};
+  const row_layout s = {p->width, p->stride};
   for (int64_t r = 0, n; r < u->rows; r += n) {
     n = rows_at_once(u->rows - r);
-    span keys[MAX_ROWS];
+    range keys[MAX_ROWS];
     for (int64_t i = 0; i < n; i++) {
-      keys[i] = (span){0, TILE};
+      keys[i] = (range){0, TILE};
       if (whole) continue;
-      const span seen = visible_keys(a, u->first_position + (r + i) / u->group);
-      keys[i] = (span){max64(seen.begin - key, 0), min64(seen.end - key, TILE)};
+      const range seen = visible_keys(a, u->first_position + (r + i) / u->group);
+      keys[i] = (range){max64(seen.begin - key, 0), min64(seen.end - key, TILE)};
     }
-    attend_rows(&kernels_of[a->dtype], t, q + r * p->steps, a->head_dim, s, rows + r * p->stride,
+    attend_rows(&kernels_of[a->dtype], t, q + r * p->words, a->head_dim, s, rows + r * p->stride,
                 keys, p->factor, a->softcap, r ? NULL : next, n);
   }
 }
@@ -137,44 +138,44 @@ static unit find_unit(const plan *p, int64_t index) {
   };
 }
 
-/* This thread's memory for the states of `states` times a unit's rows, then its queries. */
+/* This thread's scratch memory: `states` states for each row of a unit, then the unit's queries. */
 INLINE float *take_rows(plan *p, int64_t states) {
-  const int64_t floats = p->rows_per_unit * (states * p->stride + p->steps);
+  const int64_t floats = p->rows_per_unit * (states * p->stride + p->words);
   float *rows = quire_scratch(SCRATCH_ATTENTION, (size_t)floats * sizeof(float));
   if (!rows) __atomic_store_n(&p->failed, 1, __ATOMIC_RELAXED);
   return rows;
 }
 
-/* Queries as the words that tiles multiply with: [steps, n] for each n rows taken at once. */
+/* Converts queries to words: [words, n] for each n rows that are computed at once. */
 INLINE void load_queries(const plan *p, const unit *u, float *q, const int dt) {
   const attention_args *a = p->a;
-  for (int64_t h = 0; h < u->heads; h++, q += u->rows * p->steps)
+  for (int64_t h = 0; h < u->heads; h++, q += u->rows * p->words)
     for (int64_t r = 0, n; r < u->rows; r += n) {
       n = rows_at_once(u->rows - r);
       for (int64_t i = r; i < r + n; i++) {
         const int64_t token = u->first_row + i / u->group;
         const int64_t head = (u->kv_head + h) * u->group + i % u->group;
         const void *from = at(a->q, token * a->q_stride + head * a->head_dim, dt);
-        float words[MAX_HEAD_DIM], *to = q + r * p->steps + i - r;
+        float row_words[MAX_HEAD_DIM], *to = q + r * p->words + i - r;
         if (dt == F16)
           for (int64_t d = 0; d < a->head_dim; d += VW)
-            vstore_upto(words + d, vload_upto(at(from, d, F16), a->head_dim - d, F16),
+            vstore_upto(row_words + d, vload_upto(at(from, d, F16), a->head_dim - d, F16),
                         a->head_dim - d, F32);
         else
-          memcpy(words, from, (size_t)p->steps * sizeof *words);
-        for (int64_t d = 0; d < p->steps; d++) to[d * n] = words[d];
+          memcpy(row_words, from, (size_t)p->words * sizeof *row_words);
+        for (int64_t d = 0; d < p->words; d++) to[d * n] = row_words[d];
       }
     }
 }
 
-/* Leaves in `rows` the states of a segment, from `key` on. */
+/* Writes to `rows` the states of one segment, from `key` on. */
 INLINE void attend_segment(const plan *p, const unit *u, int64_t key, const float *q, float *rows,
                            const int dt) {
   const int64_t end = min64(key / SEGMENT * SEGMENT + SEGMENT, u->keys.end);
   const int64_t all = u->heads * u->rows;
   memset(rows, 0, (size_t)(all * p->stride) * sizeof *rows);
   for (int64_t r = 0; r < all; r++)
-    *max_of((state){p->width, p->stride}, rows + r * p->stride) = -INFINITY;
+    *max_of((row_layout){p->width, p->stride}, rows + r * p->stride) = -INFINITY;
   tile t = locate(p->a, u, key, dt);
   for (; key < end; key += TILE)
     for (int64_t h = 0; h < u->heads; h++) {
@@ -182,13 +183,13 @@ INLINE void attend_segment(const plan *p, const unit *u, int64_t key, const floa
       const tile next = same_keys ? next_head(p->a, &t, dt)
                         : more    ? locate(p->a, u, key + TILE, dt)
                                   : t;
-      attend_tile(p, u, &t, key, q + h * u->rows * p->steps, rows + h * u->rows * p->stride,
+      attend_tile(p, u, &t, key, q + h * u->rows * p->words, rows + h * u->rows * p->stride,
                   more ? &next : NULL);
       t = next;
     }
 }
 
-/* total and part relative to the larger of their maxima, added. */
+/* total += part, both relative to the larger of their maxima. */
 static void merge_row(const plan *p, float *total, const float *part) {
   const int64_t lanes = p->width + SUM_LANES;
   const float higher = part[lanes] > total[lanes] ? part[lanes] : total[lanes];
@@ -198,11 +199,11 @@ static void merge_row(const plan *p, float *total, const float *part) {
   total[lanes] = higher;
 }
 
-/* A row's total is its first segment's state, and each further one merged into it in order. */
+/* A row's total is the state of its first segment, into which that of each further one is merged in order. */
 static void merge_segment(const plan *p, const unit *u, int64_t segment, float *total,
                           const float *part) {
   for (int64_t r = 0; r < u->heads * u->rows; r++) {
-    const span keys = visible_keys(p->a, u->first_position + r % u->rows / u->group);
+    const range keys = visible_keys(p->a, u->first_position + r % u->rows / u->group);
     float *row = total + r * p->stride;
     if (keys.begin >= segment + SEGMENT || keys.end <= segment) continue;
     if (keys.begin / SEGMENT * SEGMENT == segment)
@@ -228,7 +229,7 @@ INLINE void write_rows(const plan *p, const unit *u, const float *row, const int
     }
 }
 
-/* A task of the team: index is a unit's. The plan's rows are each thread's own scratch. */
+/* A task of the thread pool: `index` is that of a unit. */
 INLINE void attend_unit(plan *p, int64_t index, const int dt) {
   const unit u = find_unit(p, index);
   float *part = take_rows(p, 2), *total = part + p->rows_per_unit * p->stride;
@@ -308,8 +309,8 @@ int quire_check_attention(const attention_args *a) {
 
 /* How many segments the longest key range of a unit may touch. */
 static int64_t count_segments(const attention_args *a, const plan *p, int64_t most_keys) {
-  const int64_t range = p->rows_per_unit + a->window; /* rows >= tokens */
-  if (a->window > 0 && range < most_keys) most_keys = range + SEGMENT;
+  const int64_t reach = p->rows_per_unit + a->window; /* rows >= tokens */
+  if (a->window > 0 && reach < most_keys) most_keys = reach + SEGMENT;
   return (most_keys + SEGMENT - 1) / SEGMENT;
 }
 
@@ -317,7 +318,7 @@ int quire_attention_unchecked(const attention_args *a) {
   const int64_t group = a->q_heads / a->kv_heads;
   plan p = {.a = a, .width = (a->head_dim + 15) / 16 * 16};
   p.stride = p.width + SUM_LANES + 16;
-  p.steps = a->head_dim / pack_of(a->dtype);
+  p.words = a->head_dim / pack_of(a->dtype);
   p.factor = a->softcap > 0.0f ? a->scale / a->softcap : a->scale * LOG2E;
   p.tokens_per_unit = max64(1, ROWS_PER_UNIT / group);
   p.heads_per_unit = a->requests >= a->threads * UNITS_PER_THREAD ? a->kv_heads : 1;

@@ -1,5 +1,5 @@
-/* What the kernel files share. Every exported function returns 0, or a positive code that library.py
- * turns into an error; none writes outside the tensors it was given. */
+/* What the kernel files share. An exported function returns 0 or a positive code, for which Python raises an
+ * error (kernels/checks.py has the texts). None writes outside the tensors it was given. */
 #ifndef QUIRE_KERNELS_H
 #define QUIRE_KERNELS_H
 
@@ -7,7 +7,7 @@
 
 #include "vec.h"
 
-/* Elements below which waking the other threads costs more than it brings. */
+/* Below this number of elements, waking other threads costs more than it saves. */
 #define SMALL_WORK 16384
 
 #define MAX_HEAD_DIM 512 /* checks.py refuses more */
@@ -15,11 +15,26 @@
 INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
+/* Runs `call` with `dt` a constant of that value. */
+#define FOR_DTYPE(value, call) \
+  do {                         \
+    if ((value) == F32) {      \
+      const int dt = F32;      \
+      call;                    \
+    } else if ((value) == BF16) { \
+      const int dt = BF16;     \
+      call;                    \
+    } else {                   \
+      const int dt = F16;      \
+      call;                    \
+    }                          \
+  } while (0)
+
 /* Memory of the calling thread's that lasts until it asks for the same use again, at least `bytes`
  * long and 64-byte aligned; NULL if there is none. */
 enum scratch_use {
   SCRATCH_LINEAR,
-  SCRATCH_DECODER,
+  SCRATCH_PROGRAM,
   SCRATCH_STEP,
   SCRATCH_ATTENTION,
   SCRATCH_ATTENTION_PLAN,
@@ -52,11 +67,19 @@ int quire_gather_rows(const linear_weight *w, const int64_t *ids, int64_t tokens
 
 /* ---- rows (elementwise.c) ---- */
 
+/* The numbers are the Python side's too (library.py). */
+enum activation { SILU = 0, GELU_TANH = 1 };
+
 int quire_rms_norm(const void *x, int64_t x_stride, int64_t inner, void *residual,
-                   const void *weight, void *out, int64_t rows, int64_t n, float eps, int dt,
-                   int threads);
-int quire_silu_and_mul(const void *gate_up, void *out, int64_t rows, int64_t n, int dt,
-                       int threads);
+                   const void *weight, void *out, int64_t out_stride, int64_t rows, int64_t n,
+                   float eps, int dt, int wt, int threads);
+int quire_gated(const void *gate_up, void *out, int64_t rows, int64_t n, int activation, int dt,
+                int threads);
+int quire_add(const void *x, void *residual, int64_t count, float scale, int dt, int threads);
+int quire_scale(void *x, int64_t x_stride, const int64_t *positions, const float *table,
+                int64_t max_position, float factor, int64_t rows, int64_t n, int dt, int threads);
+int quire_finish_logits(float *logits, int64_t count, float divisor, float cap, int dt,
+                        int threads);
 
 /* ---- attention (attention.c) ---- */
 
@@ -71,7 +94,7 @@ typedef struct { /* mirrored by AttentionArgs in library.py; strides in elements
 } attention_args;
 
 /* Looks at the contents of block_table, query_start_loc and seq_lens, never at q, the caches or out:
- * 0, or 2, 3, 4 as library.py says. Valid for every layer of a step if `window` is the widest any
+ * 0, or 2, 3 or 4 (kernels/checks.py: fail_attention). Valid for every layer of a step if `window` is the widest any
  * layer has (0 if one is unbounded). */
 int quire_check_attention(const attention_args *a);
 /* Contents must have been checked. 0, or 5 (no memory for scratch; out may be partly written). */
@@ -89,7 +112,7 @@ typedef struct { /* mirrored by QKVArgs in library.py; strides in elements */
   int64_t qkv_stride, tokens, q_heads, kv_heads, head_dim, half, max_position;
   int64_t block_size, num_blocks;
   float eps;
-  int32_t dtype, threads;
+  int32_t dtype, norm_dtype, threads; /* norm_dtype: of q_norm and k_norm */
 } qkv_args;
 
 /* 0; 1 if a position is outside [0, max_position); 2 if a slot is past the cache (a negative slot is

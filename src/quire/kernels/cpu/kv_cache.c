@@ -51,13 +51,13 @@ INLINE void write_chunk(const qkv_args *a, int64_t head, int64_t begin, int64_t 
     void *row = at_mut(a->qkv, t * a->qkv_stride, dt);
     for (int64_t h = head * group; h < (head + 1) * group; h++) {
       void *q = at_mut(row, h * n, dt);
-      if (a->q_norm) norm_row(q, a->q_norm, q, n, a->eps, dt);
+      if (a->q_norm) norm_row(q, a->q_norm, q, n, a->eps, dt, a->norm_dtype);
       rope_head(q, cos_sin, a->half, dt);
     }
     if (a->slots[t] < 0) continue;
     const void *k = at(row, (a->q_heads + head) * n, dt);
     if (a->k_norm)
-      norm_row(k, a->k_norm, rotated, n, a->eps, dt);
+      norm_row(k, a->k_norm, rotated, n, a->eps, dt, a->norm_dtype);
     else
       memcpy(rotated, k, (size_t)n * elem_size(dt));
     rope_head(rotated, cos_sin, a->half, dt);
@@ -77,12 +77,7 @@ static void write_unit(void *context, int64_t unit) {
   const qkv_args *a = context;
   const int64_t head = unit % a->kv_heads, begin = unit / a->kv_heads * CHUNK;
   const int64_t end = min64(begin + CHUNK, a->tokens);
-  if (a->dtype == F32)
-    write_chunk(a, head, begin, end, F32);
-  else if (a->dtype == BF16)
-    write_chunk(a, head, begin, end, BF16);
-  else
-    write_chunk(a, head, begin, end, F16);
+  FOR_DTYPE(a->dtype, write_chunk(a, head, begin, end, dt));
 }
 
 int quire_rope_write_kv_unchecked(const qkv_args *a) {

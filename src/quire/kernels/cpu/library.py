@@ -8,10 +8,13 @@ from ctypes import POINTER, c_float, c_int32, c_int64, c_uint64, c_void_p
 
 import torch
 
+from quire import dtypes
 from quire.kernels.cpu.build import BuildError, build
 
-# The numbers of enum dtype in vec.h.
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPES = {getattr(torch, name): dtypes.DTYPES[name].c_code for name in dtypes.FLOATS}
+"""The numbers of enum dtype in vec.h."""
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
+"""Those of enum activation in kernels.h."""
 
 
 class LinearWeight(ctypes.Structure):
@@ -48,7 +51,7 @@ class QKVArgs(ctypes.Structure):
         *((name, c_int64) for name in ("head_dim", "half", "max_position")),
         *((name, c_int64) for name in ("block_size", "num_blocks")),
         ("eps", c_float),
-        *((name, c_int32) for name in ("dtype", "threads")),
+        *((name, c_int32) for name in ("dtype", "norm_dtype", "threads")),
     ]
 
 
@@ -64,8 +67,11 @@ class SampleArgs(ctypes.Structure):
 
 _P, _N, _I = c_void_p, c_int64, c_int32
 _SIGNATURES = {
-    "quire_rms_norm": [_P, _N, _N, _P, _P, _P, _N, _N, c_float, _I, _I],
-    "quire_silu_and_mul": [_P, _P, _N, _N, _I, _I],
+    "quire_rms_norm": [_P, _N, _N, _P, _P, _P, _N, _N, _N, c_float, _I, _I, _I],
+    "quire_gated": [_P, _P, _N, _N, _I, _I, _I],
+    "quire_add": [_P, _P, _N, c_float, _I, _I],
+    "quire_scale": [_P, _N, _P, _P, _N, c_float, _N, _N, _I, _I],
+    "quire_finish_logits": [_P, _N, c_float, c_float, _I, _I],
     "quire_rope_write_kv": [POINTER(QKVArgs)],
     "quire_copy_blocks": [_P, _P, _N, _N, _N],
     "quire_philox_uniform": [c_uint64, c_uint64, _P, _N],
@@ -73,17 +79,13 @@ _SIGNATURES = {
     "quire_linear": [POINTER(LinearWeight), _P, _N, _P, _N, _N, _I, _I],
     "quire_pack_linear": [_P, _N, _N, _N, _N, _N, _P, _I],
     "quire_gather_rows": [POINTER(LinearWeight), _P, _N, _P],
-    "quire_decoder_forward": [_P, _P],
+    "quire_run_program": [_P, _P],
     "quire_paged_attention": [POINTER(AttentionArgs)],
 }
 
 
 def load_library(march: str = "native") -> ctypes.CDLL:
-    """Raises `BuildError`, each time, without trying a second time.
-
-    torch is imported above, so its libgomp.so.1 is mapped and ours resolves to it by soname: one
-    thread pool for both.
-    """
+    """Raises `BuildError`, every time, without compiling a second time."""
     loaded = _load_once(march)
     if isinstance(loaded, str):
         raise BuildError(loaded)
@@ -92,7 +94,7 @@ def load_library(march: str = "native") -> ctypes.CDLL:
 
 @functools.cache
 def _load_once(march: str) -> ctypes.CDLL | str:
-    """The library, or why there is none: a model asks once a layer, and compilers fail slowly."""
+    """The library, or the error's text, cached: a model asks once a layer, and a failing compiler is slow."""
     try:
         path = build(march)
     except BuildError as error:

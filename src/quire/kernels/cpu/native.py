@@ -19,10 +19,18 @@ from torch import Tensor
 from quire.kernels import checks
 from quire.kernels.checks import KernelArgumentError
 from quire.kernels.cpu import layout
-from quire.kernels.cpu.decoder import NativeDecoder
-from quire.kernels.cpu.library import DTYPES, AttentionArgs, QKVArgs, SampleArgs, load_library
+from quire.kernels.cpu.library import (
+    ACTIVATIONS,
+    DTYPES,
+    AttentionArgs,
+    QKVArgs,
+    SampleArgs,
+    load_library,
+)
 from quire.kernels.cpu.linear import dense_product
-from quire.kernels.decoder import DecoderWeights
+from quire.kernels.cpu.program import NativeProgram, can_run
+from quire.kernels.ops import Activation
+from quire.kernels.program import Program
 from quire.kernels.sampling import SampledTokens
 
 
@@ -44,9 +52,12 @@ class NativeKernels:
     def __init__(self, *, march: str = "native") -> None:
         self._lib = load_library(march)
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        checks.check_norm(x, weight)
-        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    def rms_norm(
+        self, x: Tensor, weight: Tensor, eps: float, *, out: Tensor | None = None
+    ) -> Tensor:
+        checks.check_norm(x, weight, out)
+        if out is None:
+            out = torch.empty_like(x, memory_format=torch.contiguous_format)
         self._norm(x, None, weight, out, eps)
         return out
 
@@ -67,10 +78,12 @@ class NativeKernels:
             None if residual is None else residual.data_ptr(),
             weight.data_ptr(),
             out.data_ptr(),
+            out.stride(0),
             out.numel() // weight.shape[0],
             weight.shape[0],
             eps,
             DTYPES[x.dtype],
+            DTYPES[weight.dtype],
             torch.get_num_threads(),
         )
 
@@ -92,6 +105,7 @@ class NativeKernels:
         q_heads = checks.check_rope_write_kv(
             qkv, positions, cos_sin, geometry, k_cache.dtype, slot_mapping, (q_norm, k_norm)
         )
+        norm = q_norm if k_norm is None else k_norm
         args = QKVArgs(
             qkv=qkv.data_ptr(),
             positions=positions.data_ptr(),
@@ -99,6 +113,7 @@ class NativeKernels:
             cos_sin=cos_sin.data_ptr(),
             q_norm=None if q_norm is None else q_norm.data_ptr(),
             k_norm=None if k_norm is None else k_norm.data_ptr(),
+            norm_dtype=DTYPES[qkv.dtype if norm is None else norm.dtype],
             k_cache=k_cache.data_ptr(),
             v_cache=v_cache.data_ptr(),
             qkv_stride=qkv.stride(0),
@@ -185,22 +200,68 @@ class NativeKernels:
             checks.fail_attention(code)
         return out
 
-    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
-        checks.check_gate_up(gate_up)
+    def gated(self, gate_up: Tensor, activation: Activation) -> Tensor:
+        checks.check_gated(gate_up, activation, ACTIVATIONS)
         rows, width = gate_up.shape[0], gate_up.shape[1] // 2
         out = gate_up.new_empty((rows, width))
-        self._lib.quire_silu_and_mul(
+        self._lib.quire_gated(
             gate_up.data_ptr(),
             out.data_ptr(),
             rows,
             width,
+            ACTIVATIONS[activation],
             DTYPES[gate_up.dtype],
             torch.get_num_threads(),
         )
         return out
 
-    def decoder(self, weights: DecoderWeights) -> NativeDecoder:
-        return NativeDecoder(weights)
+    def compile(
+        self, program: Program, caches: Sequence[tuple[Tensor, Tensor]]
+    ) -> NativeProgram | None:
+        return NativeProgram(program, caches) if can_run(program) else None
+
+    def add(self, x: Tensor, residual: Tensor, *, scale: float = 1.0) -> None:
+        checks.check_add(x, residual)
+        dtype, threads = DTYPES[x.dtype], torch.get_num_threads()
+        self._lib.quire_add(x.data_ptr(), residual.data_ptr(), x.numel(), scale, dtype, threads)
+
+    def scale(self, x: Tensor, factor: float) -> None:
+        checks.check_scale(x)
+        self._scale(x, None, None, factor)
+
+    def scale_by_position(self, x: Tensor, positions: Tensor, table: Tensor) -> None:
+        checks.check_scale_by_position(x, positions, table)
+        self._scale(x, positions, table, 1.0)
+
+    def _scale(
+        self, x: Tensor, positions: Tensor | None, table: Tensor | None, factor: float
+    ) -> None:
+        code = self._lib.quire_scale(
+            x.data_ptr(),
+            x.stride(0),
+            None if positions is None else positions.data_ptr(),
+            None if table is None else table.data_ptr(),
+            0 if table is None else len(table),
+            factor,
+            *x.shape,
+            DTYPES[x.dtype],
+            torch.get_num_threads(),
+        )
+        if code:
+            checks.fail_scale_by_position()
+
+    def finish_logits(
+        self, logits: Tensor, dtype: torch.dtype, *, divisor: float = 1.0, cap: float = 0.0
+    ) -> None:
+        checks.check_finish_logits(logits, dtype, divisor, cap)
+        self._lib.quire_finish_logits(
+            logits.data_ptr(),
+            logits.numel(),
+            divisor,
+            cap,
+            DTYPES[dtype],
+            torch.get_num_threads(),
+        )
 
     def philox_uniform(self, seed: int, position: int, n: int) -> Tensor:
         out = torch.empty(n, dtype=torch.float32)

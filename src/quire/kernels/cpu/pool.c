@@ -1,15 +1,15 @@
-/* A team of threads that never waits for a member who has not come.
+/* A thread pool whose caller never waits for a thread that has not started.
  *
- * OpenMP ends a parallel region with a barrier: every thread of the team must arrive, even if all the
- * work is done. On a machine that does something else too, a thread that has lost its core arrives a
- * scheduler's slice (3 ms) late, at every region, and a step has hundreds: 30 times slower, measured. Here
- * threads take numbered units of one job until none is left, and the caller, who takes units like the rest,
- * waits only for units that somebody has begun.
+ * OpenMP ends a parallel region with a barrier: every thread of the team must arrive, even if all the work is
+ * done. On a machine that also runs something else, a thread that has lost its core arrives a scheduler slice
+ * (3 ms) late, at every region, and a step has hundreds of regions: 30 times slower, measured. Here threads
+ * take numbered units of one job until none is left. The caller takes units too, and at the end waits only for
+ * units that a thread has begun.
  *
- * A job is opened by publishing `claim`: a generation in the upper half, the next unit in the lower. A unit
- * is taken by a compare-and-swap on both, so a thread that is late, and still holds an older job in its hand,
- * cannot take anything. Workers spin for a moment after a job, then sleep: between the operations of a step
- * they are there at once, and an idle engine costs nothing.
+ * A job is opened by publishing `claim`: a generation in the upper half, the next unit in the lower. A unit is
+ * taken by a compare-and-swap on both halves, so a thread that is late and still has an older generation takes
+ * nothing. Workers spin for a moment after a job, then sleep. So they start at once between the operations of
+ * a step, and an idle engine uses no processor time.
  */
 #include <pthread.h>
 #include <sched.h>
@@ -21,8 +21,8 @@
 
 #define CLOSED 0xffffffffu /* a unit number: the job's description is being changed */
 #define MOST_WORKERS 255
-#define SPIN_SECONDS 200e-6  /* alone: hold the core */
-#define YIELD_SECONDS 2e-3   /* then offer it to others, then sleep */
+#define SPIN_SECONDS 200e-6  /* first keep the core */
+#define YIELD_SECONDS 2e-3   /* then yield it to others, then sleep */
 
 static struct {
   _Atomic uint64_t claim;
@@ -31,9 +31,9 @@ static struct {
   _Atomic uint32_t units, done;
   _Atomic int threads, caller_cpu, sleeping;
   int workers; /* started; changed under `owner` */
-  pthread_mutex_t owner, bed;
+  pthread_mutex_t owner, sleep_lock;
   pthread_cond_t wake;
-} pool = {.owner = PTHREAD_MUTEX_INITIALIZER, .bed = PTHREAD_MUTEX_INITIALIZER,
+} pool = {.owner = PTHREAD_MUTEX_INITIALIZER, .sleep_lock = PTHREAD_MUTEX_INITIALIZER,
           .wake = PTHREAD_COND_INITIALIZER};
 
 static double monotonic_seconds(void) {
@@ -50,7 +50,7 @@ static void relax(void) {
 #endif
 }
 
-/* Takes units of this generation's job until there are none. */
+/* Takes units of this generation's job until none is left. */
 static void take_units(uint32_t generation) {
   uint64_t claim = atomic_load(&pool.claim);
   for (;;) {
@@ -68,8 +68,8 @@ static void take_units(uint32_t generation) {
 }
 
 #if defined(__linux__)
-/* A worker on the caller's own core would only take turns with it; the system's balancing is slow to
- * notice. So it moves away: with a thread for every core, to the one `index` after the caller's. */
+/* A worker on the caller's core would only take turns with the caller, and the system is slow to move it.
+ * So it moves itself: where there is a thread for every core, to the core `index` after the caller's. */
 static void keep_off(int caller_cpu, int index) {
   static __thread cpu_set_t allowed;
   static __thread int known;
@@ -97,18 +97,18 @@ static void keep_off(int caller_cpu, int index) { (void)caller_cpu, (void)index;
 static int this_cpu(void) { return -1; }
 #endif
 
-/* The generation of the job that is open now, or `seen` if there is none but that. */
+/* The generation of the open job, or `seen` if no job is open. */
 static uint32_t open_generation(uint32_t seen) {
   const uint64_t claim = atomic_load(&pool.claim);
   return (uint32_t)claim == CLOSED ? seen : (uint32_t)(claim >> 32);
 }
 
 static void sleep_until_next(uint32_t seen) {
-  pthread_mutex_lock(&pool.bed);
+  pthread_mutex_lock(&pool.sleep_lock);
   atomic_fetch_add(&pool.sleeping, 1);
-  while (open_generation(seen) == seen) pthread_cond_wait(&pool.wake, &pool.bed);
+  while (open_generation(seen) == seen) pthread_cond_wait(&pool.wake, &pool.sleep_lock);
   atomic_fetch_sub(&pool.sleeping, 1);
-  pthread_mutex_unlock(&pool.bed);
+  pthread_mutex_unlock(&pool.sleep_lock);
 }
 
 static void *work(void *argument) {
@@ -139,12 +139,12 @@ static void *work(void *argument) {
   return NULL;
 }
 
-/* In a forked child there are no workers, and a lock may be held by a thread that is not there. */
+/* A forked child has no workers, and a lock may be held by a thread that it does not have. */
 static void forget_workers(void) {
   pool.workers = 0;
   atomic_store(&pool.sleeping, 0);
   pthread_mutex_init(&pool.owner, NULL);
-  pthread_mutex_init(&pool.bed, NULL);
+  pthread_mutex_init(&pool.sleep_lock, NULL);
   pthread_cond_init(&pool.wake, NULL);
 }
 
@@ -154,22 +154,22 @@ static void start_workers(int count) {
   for (; pool.workers < count; pool.workers++) {
     pthread_t thread;
     const intptr_t index = pool.workers + 1;
-    if (pthread_create(&thread, NULL, work, (void *)index)) return; /* fewer will do */
+    if (pthread_create(&thread, NULL, work, (void *)index)) return; /* fewer are enough */
     pthread_detach(thread);
   }
 }
 
 static void wake_workers(void) {
-  /* Not waiting for the lock: whoever holds it is on the way in or out, and will look again. */
-  if (atomic_load(&pool.sleeping) == 0 || pthread_mutex_trylock(&pool.bed)) return;
+  /* No need to wait for the lock: a worker that holds it checks for a new job before it sleeps. */
+  if (atomic_load(&pool.sleeping) == 0 || pthread_mutex_trylock(&pool.sleep_lock)) return;
   pthread_cond_broadcast(&pool.wake);
-  pthread_mutex_unlock(&pool.bed);
+  pthread_mutex_unlock(&pool.sleep_lock);
 }
 
 void quire_run(quire_task task, void *context, int64_t units, int threads) {
   static __thread int inside;
   if (threads > MOST_WORKERS) threads = MOST_WORKERS;
-  /* A second engine in this process, while the first has the team, works alone. */
+  /* A second engine in this process computes alone while the first one uses the pool. */
   if (units < 2 || threads < 2 || inside || units >= CLOSED || pthread_mutex_trylock(&pool.owner)) {
     for (int64_t u = 0; u < units; u++) task(context, u);
     return;
@@ -191,7 +191,7 @@ void quire_run(quire_task task, void *context, int64_t units, int threads) {
     if (spins < 2000)
       relax();
     else
-      sched_yield(); /* whoever holds the last unit may need this very core */
+      sched_yield(); /* the thread with the last unit may need this core */
   inside = 0;
   pthread_mutex_unlock(&pool.owner);
 }

@@ -4,7 +4,7 @@
 #ifndef QUIRE_UNITS
 #include "attention.c"
 #endif
-#include "decoder.c"
+#include "program.c"
 #include "elementwise.c"
 #include "kv_cache.c"
 #include "linear.c"

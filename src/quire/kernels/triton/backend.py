@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from quire.kernels.base import KVCacheShapes
-from quire.kernels.decoder import DecoderPass, DecoderWeights
+from quire.kernels.checks import require
+from quire.kernels.ops import Activation
+from quire.kernels.program import Program
 from quire.kernels.triton import attention, layers
 from quire.kernels.triton.matmul import matmul
 
@@ -76,8 +78,10 @@ class TritonKernels:
         if need > self._workspace.numel():
             self._workspace = torch.empty(need, dtype=torch.float32, device=self.device)
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return layers.rms_norm(x, weight, eps)
+    def rms_norm(
+        self, x: Tensor, weight: Tensor, eps: float, *, out: Tensor | None = None
+    ) -> Tensor:
+        return layers.rms_norm(x, weight, eps, out)
 
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
         return layers.add_rms_norm(x, residual, weight, eps)
@@ -147,17 +151,32 @@ class TritonKernels:
         )
         return out
 
-    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
-        return layers.silu_and_mul(gate_up)
+    def gated(self, gate_up: Tensor, activation: Activation) -> Tensor:
+        return layers.gated(gate_up, activation)
 
-    def decoder(self, weights: DecoderWeights) -> DecoderPass | None:
+    def add(self, x: Tensor, residual: Tensor, *, scale: float = 1.0) -> None:
+        layers.add(x, residual, scale=scale)
+
+    def scale(self, x: Tensor, factor: float) -> None:
+        layers.scale(x, factor)
+
+    def scale_by_position(self, x: Tensor, positions: Tensor, table: Tensor) -> None:
+        layers.scale_by_position(x, positions, table)
+
+    def finish_logits(
+        self, logits: Tensor, dtype: torch.dtype, *, divisor: float = 1.0, cap: float = 0.0
+    ) -> None:
+        require(logits.dtype is dtype, f"logits are {logits.dtype}, the model's dtype is {dtype}")
+        layers.finish_logits(logits, divisor=divisor, cap=cap)
+
+    def compile(self, program: Program, caches: Sequence[tuple[Tensor, Tensor]]) -> None:
         return None
 
 
 class RowMajorProduct:
     """A matrix as it is, [out_features, in_features]. product: of x, weight and bias, as `F.linear`."""
 
-    __slots__ = ("bias", "product", "weight")
+    __slots__ = ("bias", "in_features", "out_features", "product", "weight")
 
     def __init__(
         self,
@@ -169,6 +188,7 @@ class RowMajorProduct:
         device: torch.device,
         product: Callable[[Tensor, Tensor, Tensor | None], Tensor],
     ) -> None:
+        self.in_features, self.out_features = in_features, out_features
         self.product = product
         self.weight = torch.empty(out_features, in_features, dtype=dtype, device=device)
         self.bias = torch.empty(out_features, dtype=dtype, device=device) if bias else None

@@ -17,12 +17,20 @@ dtype where Hugging Face's modules round, in float32 otherwise.
 
 from __future__ import annotations
 
+from typing import get_args
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from quire.kernels.checks import FLOATS, KernelArgumentError
+from quire.kernels.base import Activation
+from quire.kernels.checks import (
+    FLOATS,
+    KernelArgumentError,
+    check_activation,
+    check_divisor_and_cap,
+)
 
 MAX_WIDTH = 16384
 """Elements of the widest row that one program holds in registers."""
@@ -34,24 +42,25 @@ ALIGNMENT = 16
 
 @triton.jit
 def _normed(x, weight, eps, WIDTH: tl.constexpr, dtype: tl.constexpr):
-    """x: float32, zero past WIDTH. Hugging Face rounds before it multiplies by the weight."""
+    """x: float32, zero past WIDTH. Rounded to the weight's dtype before it multiplies by the weight."""
     scale = tl.rsqrt(tl.sum(x * x, axis=0) / WIDTH + eps)
-    return ((x * scale).to(dtype).to(tl.float32) * weight.to(tl.float32)).to(dtype)
+    return ((x * scale).to(weight.dtype).to(tl.float32) * weight.to(tl.float32)).to(dtype)
 
 
 @triton.jit
 def _rms_norm(
     x_ptr, weight_ptr, out_ptr, eps,
-    HEADS: tl.constexpr, STRIDE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    HEADS: tl.constexpr, STRIDE: tl.constexpr, OUT_STRIDE: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < WIDTH
-    start = row // HEADS * STRIDE + row % HEADS * WIDTH
-    x = tl.load(x_ptr + start + column, mask=inside, other=0.0).to(tl.float32)
+    token, first = row // HEADS, row % HEADS * WIDTH
+    x = tl.load(x_ptr + token * STRIDE + first + column, mask=inside, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0)
     normed = _normed(x, weight, eps, WIDTH, out_ptr.dtype.element_ty)
-    tl.store(out_ptr + row * WIDTH + column, normed, mask=inside)
+    tl.store(out_ptr + token * OUT_STRIDE + first + column, normed, mask=inside)
 
 
 @triton.jit
@@ -83,16 +92,19 @@ def _embed(ids_ptr, table_ptr, out_ptr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
-    """`Kernels.rms_norm`. x: [T, H] or [T, heads, H]; out: contiguous, of x's shape; may be x."""
+    """`Kernels.rms_norm`. x, out: [T, H] or [T, heads, H]."""
     if x.dim() not in (2, 3):
         raise KernelArgumentError(f"x has shape {tuple(x.shape)}; need [T, H] or [T, heads, H]")
-    out = _out_like(x.shape, x, out)
     stride = _check_norm(x, weight)
+    if out is None:
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _check_rows("out", out, x.dtype, x.shape)
     heads, width = x.shape[1:-1].numel(), x.shape[-1]
     block = triton.next_power_of_2(width)
     _rms_norm[(x.shape[0] * heads,)](
         x, weight, out, eps,
-        HEADS=heads, STRIDE=stride, WIDTH=width, BLOCK=block, num_warps=_warps(block),
+        HEADS=heads, STRIDE=stride, OUT_STRIDE=_stride(out), WIDTH=width, BLOCK=block,
+        num_warps=_warps(block),
     )  # fmt: skip
     return out
 
@@ -123,9 +135,9 @@ def embedding(ids: Tensor, table: Tensor, out: Tensor | None = None) -> Tensor:
     return out
 
 
-# --- the gated activation ---------------------------------------------------------------------------
+# --- element by element -----------------------------------------------------------------------------
 
-_GATED_BLOCK = 1024  # no sum, so blocks need not be rows: one token's 14336 columns are 14 programs
+_BLOCK = 1024  # no sum, so blocks need not be rows: one token's 14336 columns are 14 programs
 
 
 @triton.jit
@@ -146,27 +158,118 @@ def _gated(gate_up_ptr, out_ptr, WIDTH: tl.constexpr, GELU: tl.constexpr, BLOCK:
     tl.store(out_ptr + row * WIDTH + column, product, mask=inside)
 
 
-def silu_and_mul(gate_up: Tensor, out: Tensor | None = None) -> Tensor:
-    """`Kernels.silu_and_mul`. gate_up: [T, 2F], gate first. Returns [T, F]."""
-    return _launch_gated(gate_up, out, gelu=False)
-
-
-def gelu_tanh_and_mul(gate_up: Tensor, out: Tensor | None = None) -> Tensor:
-    """As `silu_and_mul`, with the tanh form of GELU (Hendrycks and Gimpel 2016, section 2)."""
-    return _launch_gated(gate_up, out, gelu=True)
-
-
-def _launch_gated(gate_up: Tensor, out: Tensor | None, *, gelu: bool) -> Tensor:
+def gated(gate_up: Tensor, activation: Activation, out: Tensor | None = None) -> Tensor:
+    """`Kernels.gated`. gate_up: [T, 2F], gate first. Returns [T, F]."""
+    check_activation(activation, get_args(Activation))
     if gate_up.dim() != 2 or gate_up.shape[1] % 2:
         raise KernelArgumentError(f"gate_up has shape {tuple(gate_up.shape)}; need [T, 2F]")
     _check_float("gate_up", gate_up)
     _check_dense("gate_up", gate_up, gate_up.dtype, gate_up.shape)
     tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = _out_like((tokens, width), gate_up, out)
-    _gated[(tokens, triton.cdiv(width, _GATED_BLOCK))](
-        gate_up, out, WIDTH=width, GELU=gelu, BLOCK=_GATED_BLOCK, num_warps=4
+    _gated[(tokens, triton.cdiv(width, _BLOCK))](
+        gate_up, out, WIDTH=width, GELU=activation == "gelu_tanh", BLOCK=_BLOCK, num_warps=4
     )
     return out
+
+
+@triton.jit
+def _add(x_ptr, residual_ptr, scale, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    dtype: tl.constexpr = residual_ptr.dtype.element_ty
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    at = tl.program_id(0).to(tl.int64) * WIDTH + column
+    x = tl.load(x_ptr + at, mask=column < WIDTH).to(tl.float32)
+    residual = tl.load(residual_ptr + at, mask=column < WIDTH).to(tl.float32)
+    total = residual + (x * scale).to(dtype).to(tl.float32)
+    tl.store(residual_ptr + at, total.to(dtype), mask=column < WIDTH)
+
+
+@triton.jit
+def _scale(
+    x_ptr, positions_ptr, table_ptr, factor,
+    STRIDE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    if table_ptr is not None:
+        factor = tl.load(table_ptr + tl.load(positions_ptr + row).to(tl.int64))
+    x_ptr += row * STRIDE + column
+    x = tl.load(x_ptr, mask=column < WIDTH).to(tl.float32) * factor
+    tl.store(x_ptr, x.to(x_ptr.dtype.element_ty), mask=column < WIDTH)
+
+
+@triton.jit
+def _tanh(x):
+    """(1 - e) / (1 + e) with e = exp(-2 |x|), which cancels near 0: there five terms of the series."""
+    magnitude = tl.abs(x)
+    e = tl.exp(-2.0 * magnitude)
+    large = (1.0 - e) / (1.0 + e)
+    large = tl.where(x < 0, -large, large)
+    square = x * x
+    series = -1.0 / 3 + square * (2.0 / 15 + square * (-17.0 / 315 + square * (62.0 / 2835)))
+    return tl.where(magnitude < 0.25, x + x * square * series, large)
+
+
+@triton.jit
+def _finish_logits(
+    logits_ptr, divisor, cap, CAPPED: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    dtype: tl.constexpr = logits_ptr.dtype.element_ty
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    logits_ptr += tl.program_id(0).to(tl.int64) * WIDTH + column
+    x = tl.div_rn(tl.load(logits_ptr, mask=column < WIDTH).to(tl.float32), divisor).to(dtype)
+    if CAPPED:
+        x = tl.div_rn(x.to(tl.float32), cap).to(dtype)
+        x = _tanh(x.to(tl.float32)).to(dtype)
+        x = (x.to(tl.float32) * cap).to(dtype)
+    tl.store(logits_ptr, x, mask=column < WIDTH)
+
+
+def add(x: Tensor, residual: Tensor, *, scale: float = 1.0) -> None:
+    """`Kernels.add`. x, residual: [T, H]."""
+    grid = _check_matrix("x", x)
+    _check_dense("x", x, x.dtype, x.shape)
+    _check_dense("residual", residual, x.dtype, x.shape)
+    _add[grid](x, residual, scale, WIDTH=x.shape[1], BLOCK=_BLOCK, num_warps=4)
+
+
+def scale(x: Tensor, factor: float) -> None:
+    """`Kernels.scale`. x: [T, N], any token stride."""
+    _launch_scale(x, None, None, factor)
+
+
+def scale_by_position(x: Tensor, positions: Tensor, table: Tensor) -> None:
+    """`Kernels.scale_by_position`. x: [T, N], any token stride. positions: [T] int32 or int64."""
+    _check_ids("positions", positions, x.shape[:1])
+    _check_dense("table", table, torch.float32, (table.numel(),))
+    _launch_scale(x, positions, table, 1.0)
+
+
+def _launch_scale(x: Tensor, positions: Tensor | None, table: Tensor | None, factor: float) -> None:
+    grid = _check_matrix("x", x)
+    _scale[grid](
+        x, positions, table, factor,
+        STRIDE=_stride(x), WIDTH=x.shape[1], BLOCK=_BLOCK, num_warps=4,
+    )  # fmt: skip
+
+
+def finish_logits(logits: Tensor, *, divisor: float = 1.0, cap: float = 0.0) -> None:
+    """`Kernels.finish_logits`, of logits in the model's dtype. logits: [R, V]."""
+    check_divisor_and_cap(divisor, cap)
+    grid = _check_matrix("logits", logits)
+    _check_dense("logits", logits, logits.dtype, logits.shape)
+    _finish_logits[grid](
+        logits, divisor, cap, CAPPED=cap > 0, WIDTH=logits.shape[1], BLOCK=_BLOCK, num_warps=4
+    )
+
+
+def _check_matrix(name: str, x: Tensor) -> tuple[int, int]:
+    """Two dimensions, dense rows. Returns the grid: a program for each block of each row."""
+    if x.dim() != 2:
+        raise KernelArgumentError(f"{name} has shape {tuple(x.shape)}; need two dimensions")
+    _check_float(name, x)
+    _check_rows(name, x, x.dtype, x.shape)
+    return x.shape[0], triton.cdiv(x.shape[1], _BLOCK)
 
 
 # --- rotation, and the write to the cache -----------------------------------------------------------
@@ -194,11 +297,14 @@ def _store_part(
 
 
 @triton.jit
-def _normed_part(x, scale, weight_base, heads_inside, count: tl.constexpr, BLOCK: tl.constexpr):
-    """scale: [heads, 1], one over the root mean square."""
-    dtype: tl.constexpr = weight_base.dtype.element_ty
+def _normed_part(
+    x, scale, weight_base, heads_inside, dtype: tl.constexpr,
+    count: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """scale: [heads, 1], one over the root mean square. As `_normed`."""
     weight = _part(weight_base, heads_inside, count, BLOCK)
-    return ((x * scale).to(dtype).to(tl.float32) * weight).to(dtype).to(tl.float32)
+    rounded = (x * scale).to(weight_base.dtype.element_ty).to(tl.float32)
+    return (rounded * weight).to(dtype).to(tl.float32)
 
 
 @triton.jit
@@ -223,9 +329,10 @@ def _norm_and_rotate(
         total = tl.sum(first * first + second * second, axis=1) + tl.sum(rest * rest, axis=1)
         scale = tl.rsqrt(total / D + eps)[:, None]
         base = norm_ptr + tl.zeros_like(head)
-        first = _normed_part(first, scale, base, heads_inside, HALF, HALF_BLOCK)
-        second = _normed_part(second, scale, base + HALF, heads_inside, HALF, HALF_BLOCK)
-        rest = _normed_part(rest, scale, base + 2 * HALF, heads_inside, REST, REST_BLOCK)
+        dtype: tl.constexpr = in_base.dtype.element_ty
+        first = _normed_part(first, scale, base, heads_inside, dtype, HALF, HALF_BLOCK)
+        second = _normed_part(second, scale, base + HALF, heads_inside, dtype, HALF, HALF_BLOCK)
+        rest = _normed_part(rest, scale, base + 2 * HALF, heads_inside, dtype, REST, REST_BLOCK)
     turned = first * cos - second * sin
     _store_part(out_base, turned, heads_inside, scale_ptr, head, HALF, HALF_BLOCK)
     turned = second * cos + first * sin
@@ -324,7 +431,7 @@ def rope_write_kv(
         _check_dense(name, cache, k_cache.dtype if fp8 else qkv.dtype, k_cache.shape)
     for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
         if norm is not None:
-            _check_dense(name, norm, qkv.dtype, (head_dim,))
+            _check_norm_weight(name, norm, qkv.dtype, head_dim)
     for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
         if scale is not None:
             _check_dense(name, scale, torch.float32, (kv_heads,))
@@ -392,10 +499,15 @@ def _check_norm(x: Tensor, weight: Tensor) -> int:
     """Returns the stride between tokens."""
     _check_float("x", x)
     _check_rows("x", x, x.dtype, x.shape)
-    _check_dense("weight", weight, x.dtype, x.shape[-1:])
+    _check_norm_weight("weight", weight, x.dtype, x.shape[-1])
     if not 0 < x.shape[-1] <= MAX_WIDTH:
         raise KernelArgumentError(f"x is {x.shape[-1]} wide; need 1 to {MAX_WIDTH}")
     return _stride(x)
+
+
+def _check_norm_weight(name: str, weight: Tensor, dtype: torch.dtype, width: int) -> None:
+    """In float32 or in the dtype of what is normed."""
+    _check_dense(name, weight, torch.float32 if weight.dtype is torch.float32 else dtype, (width,))
 
 
 def _out_like(shape: tuple[int, ...], x: Tensor, out: Tensor | None) -> Tensor:

@@ -1,10 +1,10 @@
-"""Reasoning and tool calls, read out of what models write.
+"""Parsers that find reasoning and tool calls in the text of models.
 
-base.py ──────── the events, and what a parser is
-formats.py ───── which formats there are, and which one a model speaks
-reader.py ────── text in pieces, read as if it were whole; json_scanner.py beneath it
+base.py ──────── the events, and the protocol of a parser
+formats.py ───── the formats, and which one a model uses
+reader.py ────── reads text that comes in deltas; json_scanner.py beneath it
 calls.py, reasoning.py, harmony.py ── the grammars
-forcing.py ───── the other direction: a grammar that makes a model call
+forcing.py ───── the other direction: a grammar that makes a model write calls
 """
 
 from __future__ import annotations

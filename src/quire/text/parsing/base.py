@@ -1,10 +1,10 @@
-"""What a model said, taken apart: events, and what makes them out of text.
+"""The parts of a model's output as events, and the protocol of the parsers that make them.
 
-A model writes one text; clients want its answer, its reasoning and its tool calls apart. A parser reads the
-text as it comes and says what is new as events. They know nothing of any endpoint's JSON: chat completions,
-responses and messages are three ways of writing down the same ones.
+A model writes one text; clients want its answer, its reasoning and its tool calls separately. A parser
+reads the text as it comes and returns what is new as events. Events do not depend on an endpoint: chat
+completions, responses and messages write the same events as different JSON.
 
-For any way of cutting a text into deltas the events, joined, are those of the text pushed in one piece.
+However a text is cut into deltas, its events, joined, are those of the text pushed in one piece.
 """
 
 from __future__ import annotations
@@ -57,11 +57,11 @@ class Parser(Protocol):
     """Reads one output. Holds state: one for each choice of each request."""
 
     def push(self, delta: str, *, final: bool = False) -> list[Event]:
-        """What `delta` adds. `final`: nothing follows, so nothing may be held back any longer."""
+        """The events that `delta` adds. `final`: no text follows, so no text may be held."""
 
 
 class PlainParser:
-    """A model without any format: all text is the answer. The family's null member."""
+    """For a model without a format: all text is the answer. The null member of the family."""
 
     def push(self, delta: str, *, final: bool = False) -> list[Event]:
         return [TextDelta(delta)] if delta else []
@@ -69,17 +69,17 @@ class PlainParser:
 
 @dataclass(frozen=True, slots=True)
 class ThinkingTokens:
-    """Where a reasoning model's thinking part begins and ends, for rules that differ inside it."""
+    """The tokens around a model's reasoning, for rules that differ inside it."""
 
     start: list[int]
     end: list[int]
     inside: bool
-    """Whether the prompt ends inside the thinking part."""
+    """Whether the prompt ends inside the reasoning."""
 
 
 @dataclass(slots=True)
 class Call:
-    """What some events say of one call. `name` is None where it began before them."""
+    """One call, as far as some events contain it. `name` is None if the call began before them."""
 
     index: int
     name: str | None = None
@@ -94,7 +94,7 @@ class Answer:
 
 
 def gathered(events: Iterable[Event]) -> Answer:
-    """Some events, or all of an output's, by what they add to. Their order among kinds is lost."""
+    """Events joined by kind: text, reasoning, calls. The order between kinds is lost."""
     content, reasoning = list[str](), list[str]()
     calls: dict[int, Call] = {}
     for event in merged(events):
@@ -110,7 +110,7 @@ def gathered(events: Iterable[Event]) -> Answer:
 
 
 def merged(events: Iterable[Event]) -> list[Event]:
-    """The same, with neighbours that continue each other joined."""
+    """The same events, in which neighbours that continue each other are joined."""
     out: list[Event] = []
     for (kind, index), same in groupby(
         events, lambda event: (type(event), getattr(event, "index", 0))

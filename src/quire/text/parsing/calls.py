@@ -1,9 +1,9 @@
-"""Tool calls, read out of a model's text.
+"""Parser of tool calls in a model's text.
 
-A call is taken for one as soon as its name is there and its arguments begin; from then on they are
-streamed, and nothing is taken back. What looks like a call and turns out before that to be none is text, all
-of it. Where arguments break off (at the end of the output, or because they are no JSON), the call is left
-without an end, and what follows is text again.
+A call begins, for the client, as soon as its name is complete and its arguments begin. From then on the
+arguments are streamed, and nothing is taken back. If text that may be a call turns out not to be one
+before that point, all of it is text. If the arguments break off (at the end of the output, or because
+they are not JSON), the call stays without an end, and the text after it is text again.
 """
 
 from __future__ import annotations
@@ -24,29 +24,30 @@ Tools = Mapping[str, Mapping[str, object]]
 
 @dataclass(frozen=True, slots=True)
 class ToolFormat:
-    """How a family of models writes its calls. The markers say where; what stands between them is told
-    apart by how it begins: a JSON object, a list, XML-like tags, or a name."""
+    """How a family of models writes its calls. Markers show where a call is; how the text between them
+    begins shows which notation it is: a JSON object, a list, XML-like tags, or a name."""
 
     start: tuple[str, ...] = ()
     """Each begins a call, or a list of them."""
     end: tuple[str, ...] = ()
     """What may follow a call."""
     around: tuple[str, ...] = ()
-    """Markers of a section of calls; they mean nothing by themselves."""
+    """Markers around a section of calls; they are dropped."""
     bare: bool = False
-    """An output may begin with a call, without a marker. Then only the names of the request's tools are
-    taken for calls: an answer may be JSON too."""
+    """An output may begin with a call, without a marker. Such a call must have the name of one of the
+    request's tools, because an answer may be JSON too."""
     pythonic: bool = False
     """A list may hold Python calls."""
     named: tuple[str, ...] = ()
     """After `start` there may be a name, ended by one of these, and the arguments."""
     forced: tuple[str, str, str] | None = None
-    """What stands before the name, between it and the arguments, and after them, when a grammar makes
-    the model call. None: plain JSON does."""
+    """The text before the name, between name and arguments, and after them, when a grammar makes the
+    model call.
+    None: plain JSON is used."""
     listed: tuple[str, str, str] = ("", "", "")
-    """What then stands before, between and after calls."""
+    """The text before, between and after such calls."""
     short_ids: bool = False
-    """The template takes only call ids of nine letters and digits."""
+    """The template accepts only call ids of nine letters and digits."""
 
     @property
     def markers(self) -> tuple[str, ...]:
@@ -54,14 +55,14 @@ class ToolFormat:
 
 
 class CallParser(ReadingParser):
-    """The answer and its calls, in the way `form` says."""
+    """Splits an output into answer and calls, according to `form`."""
 
     def __init__(self, form: ToolFormat, tools: Tools) -> None:
         super().__init__()
         self._form = form
         self._tools = tools
         self._strict = False
-        """Whether only known names are calls."""
+        """Whether a call must have a known name."""
         self._text = Trimmed(lambda text: self._events.append(TextDelta(text)), start=False)
         self._next_index = 0
         self._open: int | None = None
@@ -88,7 +89,7 @@ class CallParser(ReadingParser):
         self._text.flush()
 
     def _calls(self) -> Steps[None]:
-        """Calls, one after the other, until there is something else. What was kept and is no part of one
+        """Calls, one after the other, until other text follows. Kept text that is not part of a call
         becomes text."""
         r = self._reader
         while True:
@@ -177,8 +178,8 @@ class CallParser(ReadingParser):
     # --- {"name": ..., "arguments": {...}} --------------------------------------------------------
 
     def _object(self) -> Steps[bool]:
-        """Keys in any order; others than these two mean nothing. True once a call has ended: an outer
-        brace that is missing changes nothing."""
+        """The keys may have any order; other keys are ignored. Returns True once a call has ended, even
+        if the outer closing brace is missing."""
         r = self._reader
         r.take(1)
         name: str | None = None
@@ -202,7 +203,7 @@ class CallParser(ReadingParser):
                     if arguments is None:
                         break
             elif self._strict and key not in _CALL_KEYS:
-                break  # an answer that happens to be JSON; it should not be held back to its end
+                break  # an answer that is JSON; it should not be held until its end
             elif not (yield from r.value(_ignore)):
                 break
             if (yield from r.space()) == ",":
@@ -215,7 +216,7 @@ class CallParser(ReadingParser):
         return closed and self._whole_arguments(name, "{}" if arguments is None else arguments)
 
     def _key(self) -> Steps[str | None]:
-        """The next key, and its colon read; None if the object does not go on with one."""
+        """Read the next key and its colon; None if there is no key."""
         r = self._reader
         yield from r.space()
         key = yield from r.string(MAX_NAME)
@@ -226,7 +227,7 @@ class CallParser(ReadingParser):
         return key
 
     def _buffered(self) -> Steps[str | None]:
-        """Arguments before their name, or as JSON text in a string, or null."""
+        """Arguments that come before the name, or as JSON text in a string, or null."""
         pieces: list[str] = []
         if not (yield from self._reader.value(pieces.append)):
             return None
@@ -306,7 +307,7 @@ class CallParser(ReadingParser):
         return True
 
     def _parameter(self, kind: object) -> Steps[bool]:
-        """A value stands there as it is: a string without quotes, anything else as JSON or Python."""
+        """Values are strings without quotes, or anything else as JSON or Python."""
         r = self._reader
         ends = ("\n</parameter>", "</parameter>")
         if kind == "string":
@@ -372,7 +373,7 @@ class CallParser(ReadingParser):
         return "".join(chars)
 
     def _python_value(self, depth: int) -> Steps[bool]:
-        """A literal, written down as JSON."""
+        """Read a Python literal; returns it as JSON text."""
         r = self._reader
         char = yield from r.space()
         if char in ("'", '"'):
@@ -462,7 +463,7 @@ def _type_of(schema: Mapping[str, object], key: str) -> object:
 
 
 def _as_json(text: str) -> str | None:
-    """`text` where it is a JSON value, or one of Python's three words."""
+    """`text` if it is a JSON value or one of True, False and None; else None."""
     text = text.strip(SPACE)
     text = _PYTHON_WORDS.get(text, text)
     scanner = JsonScanner()

@@ -1,5 +1,5 @@
-"""The other direction: a grammar under which a model can write nothing but calls of the tools offered, in the
-format that it was trained on."""
+"""The opposite of parsing: a grammar under which a model can only write calls of the offered tools, in
+the format that it was trained on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ANY_ARGUMENTS: dict[str, object] = {"type": "object"}
 
 
 def forced_calls(form: ToolFormat, tools: Tools, *, several: bool) -> StructuredOutputsParams:
-    """One call at least, or exactly one, and nothing else. `form.forced` must be set."""
+    """At least one call, or exactly one, and no other text. `form.forced` must be set."""
     before, between, after = form.listed
     calls = {
         "type": "tags_with_separator",
@@ -29,9 +29,10 @@ def forced_calls(form: ToolFormat, tools: Tools, *, several: bool) -> Structured
 def guided_calls(
     form: ToolFormat, tools: Tools, strict: Collection[str]
 ) -> StructuredOutputsParams | None:
-    """Any text, in which calls are of `tools`, with arguments as the schemas of `strict` ones say.
+    """Any text, in which calls must be of `tools`; the arguments of `strict` tools must match their schemas.
 
-    None where that cannot be had: calls in a list, or without a marker, look like text for too long.
+    None where a grammar cannot do this: calls in a list, or without a marker, cannot be distinguished
+    from text early enough.
     """
     if form.forced is None or not form.start or not form.forced[0].startswith(form.start[0]):
         return None

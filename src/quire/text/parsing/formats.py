@@ -1,6 +1,6 @@
-"""The formats we know, under the names that vLLM gives its parsers, and which of them a chat template speaks.
+"""The known formats, by the names of vLLM's parsers, and the choice of one by the model's chat template.
 
-A table, not code: a new family that writes JSON between markers of its own is one entry.
+It is a table: a new family that writes JSON between its own markers is one entry.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ HARMONY_REASONING = ReasoningFormat("<|channel|>analysis<|message|>", "<|end|>")
 PLAIN_JSON = ToolFormat(
     bare=True, forced=('{"name": "', '", "parameters": ', "}"), listed=("[", ", ", "]")
 )
-"""What a grammar makes a model write when its own format has no grammar here (vLLM's form)."""
+"""What a grammar makes a model write if there is no grammar for its own format (as in vLLM)."""
 
 _HERMES = ToolFormat(
     start=("<tool_call>",),
@@ -121,7 +121,7 @@ _TOOL_SIGNS = (
     ("<|python_tag|>", "llama3_json"),
     ('"parameters": dictionary of argument name and its value', "llama3_json"),
 )
-"""What a template says -> the tool format of models that it is for; the first that is found counts."""
+"""Text in a template -> the tool format of its models. The first entry whose text is found counts."""
 _REASONING_SIGNS = (
     ("<|channel|>", "openai_gptoss"),
     ("[THINK]", "mistral"),
@@ -133,7 +133,7 @@ _REASONING_SIGNS = (
 
 @dataclass(frozen=True, slots=True)
 class OutputFormat:
-    """How a served model's outputs are to be read."""
+    """The formats of a served model's outputs."""
 
     tools: ToolFormat | None = None
     reasoning: ReasoningFormat | None = None
@@ -141,8 +141,9 @@ class OutputFormat:
     def parser(
         self, tools: Tools | None, *, inside: bool, hidden: frozenset[str] = frozenset()
     ) -> Parser:
-        """For one output. Without `tools` calls are text. `inside`: the prompt ends in the thinking part.
-        `hidden`: special tokens that the text shows and that are to be dropped."""
+        """A parser for one output. Without `tools`, calls are text. `inside`: the prompt ends inside the
+        reasoning.
+        `hidden`: special tokens that are in the text and must be dropped."""
         parser: Parser
         if self.reasoning is HARMONY_REASONING or self.tools is HARMONY:
             parser = HarmonyParser(calls=tools is not None)
@@ -157,7 +158,7 @@ class OutputFormat:
 
     @property
     def markers(self) -> frozenset[str]:
-        """Texts that the parsers must get to see, though they may be special tokens."""
+        """Texts that the parsers need, though they may be special tokens."""
         found = set(self.tools.markers + self.tools.named) if self.tools else set()
         if self.reasoning is HARMONY_REASONING:
             found |= set(harmony.MARKERS)
@@ -166,8 +167,8 @@ class OutputFormat:
         return frozenset(found)
 
     def inside(self, prompt: str, *, continued: str | None = None) -> bool:
-        """Whether a prompt ends in the thinking part. `continued`: the message that the prompt leaves
-        open; nothing else that clients say in it can open one."""
+        """Whether a prompt ends inside the reasoning. `continued`: the message that the model is to
+        continue. Other text from clients cannot open reasoning."""
         if self.reasoning is None or self.reasoning is HARMONY_REASONING:
             return False
         start, end = self.reasoning.start, self.reasoning.end
@@ -178,7 +179,7 @@ class OutputFormat:
     def thinking(
         self, encode: Callable[[str], list[int]], *, inside: bool
     ) -> ThinkingTokens | None:
-        """The markers as token ids, for rules that differ in the thinking part."""
+        """The markers as token ids, for rules that differ inside the reasoning."""
         if self.reasoning is None or self.reasoning is HARMONY_REASONING:
             return None
         return ThinkingTokens(encode(self.reasoning.start), encode(self.reasoning.end), inside)
@@ -186,9 +187,9 @@ class OutputFormat:
 
 @lru_cache(maxsize=64)
 def output_format(tool_parser: str, reasoning_parser: str, template: str) -> OutputFormat:
-    """The formats of these names; "auto" is what `template` speaks, "none" is none.
+    """The formats with these names; "auto" is found by `template`, "none" is no format.
 
-    Raises `ConfigError` for a name that nobody has.
+    Raises `ConfigError` for an unknown name.
     """
     tools = _chosen("tool_call_parser", tool_parser, TOOL_FORMATS, _TOOL_SIGNS, template)
     reasoning = _chosen(

@@ -29,8 +29,8 @@ FUNCTION = "functions."
 
 
 class HarmonyParser(ReadingParser):
-    """The channel "analysis" is reasoning, messages to functions are calls (where the request has tools),
-    all else is the answer."""
+    """The channel "analysis" is reasoning, messages to functions are calls (if the request has tools),
+    and all other messages are the answer."""
 
     def __init__(self, *, calls: bool) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class HarmonyParser(ReadingParser):
             yield from self._body(channel)
 
     def _call(self, name: str) -> Steps[None]:
-        """What is left of the message afterwards is its body."""
+        """Read a call's arguments; the rest of the message is its body."""
         r = self._reader
         if (yield from r.space()) != "{":
             return
@@ -81,7 +81,7 @@ class HarmonyParser(ReadingParser):
 
 
 def _parse_header(header: str) -> tuple[str, str]:
-    """Channel and recipient; "" where it names none."""
+    """The channel and the recipient; "" for one that the header does not name."""
     words = header.replace("<|", " <|").replace("|>", "|> ").split()
     channel = recipient = ""
     for word, following in zip(words, [*words[1:], ""], strict=True):

@@ -1,7 +1,8 @@
-"""Where a JSON value ends, and whether it is one, found character by character.
+"""Finds the end of a JSON value character by character, and whether it is valid.
 
-The standard library's parser wants the whole text, or raises without saying whether more of it would help.
-This one neither recurses nor looks back, so that what a model writes costs time in proportion to its length.
+The standard library's parser needs the whole text: if it raises, one does not know whether more text
+would help. This one neither recurses nor looks back, so its time is proportional to the length of the
+text.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _CLOSERS = {"{": "}", "[": "]"}
 
 
 class JsonScanner:
-    """Follows one value. `ended`: it is complete. `failed`: it cannot become JSON."""
+    """The state of one value. `ended`: it is complete. `failed`: it cannot become JSON."""
 
     def __init__(self) -> None:
         self.ended = False
@@ -31,9 +32,9 @@ class JsonScanner:
         self._hex_left = 0
 
     def scan(self, text: str, at: int, end: int) -> tuple[str, int]:
-        """Read on in `text[at:end]`: what belongs to the value, and the index after it.
+        """Continue with `text[at:end]`. Returns the part that belongs to the value, and the index after it.
 
-        Control characters in strings, which models write and JSON forbids, come out escaped.
+        Control characters in strings, which models write and JSON forbids, are returned escaped.
         """
         out: list[str] = []
         while at < end and not self.ended:
@@ -50,12 +51,12 @@ class JsonScanner:
         return "".join(out), at
 
     def finish(self) -> bool:
-        """Nothing follows; whether the value is complete (a number may be, only now)."""
+        """End of the text. Returns whether the value is complete (a number can be complete only here)."""
         if self._state == self._in_word:
             self._end_word()
         return self.ended and not self.failed
 
-    # Each state takes a character and says whether it may stand there.
+    # Each state takes a character and returns whether the character is allowed there.
 
     def _value(self, char: str) -> bool:
         if char == '"':
@@ -138,7 +139,7 @@ class JsonScanner:
 
 
 def is_word(text: str) -> bool:
-    """true, false, null or a number; not NaN, which Python's parser would take."""
+    """true, false, null or a number; not NaN, which Python's parser accepts."""
     if text in ("true", "false", "null"):
         return True
     try:
@@ -149,5 +150,5 @@ def is_word(text: str) -> bool:
 
 
 def escaped(text: str) -> str:
-    """`text` as it stands between the quotes of a JSON string."""
+    """`text` as it is written between the quotes of a JSON string."""
     return json.dumps(text, ensure_ascii=False)[1:-1]

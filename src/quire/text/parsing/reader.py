@@ -1,9 +1,9 @@
-"""Reading a text that comes in pieces, as if it were there in full.
+"""Reads a text that comes in deltas, with the result of reading it as a whole.
 
-A grammar is a generator over a `Reader`: it asks for the next character, a literal, a JSON value, and yields
-where it needs text that has not come yet. Its decisions depend on characters alone, never on where the pieces
-were cut, so every cutting gives the same events. It reads strictly forwards: what is left unread is never
-longer than a marker, so the work is linear in the text, whatever the text is.
+A grammar is a generator over a `Reader`. It asks for the next character, a literal or a JSON value, and
+yields where it needs text that has not come yet. Its decisions depend on the characters alone and never
+on where deltas end, so every way of cutting the text gives the same events. It only reads forwards, and
+unread text is never longer than a marker, so the time is linear in the length of any text.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Sink = Callable[[str], object]
 
 
 PIECE = 4096
-"""Characters looked at in one go: searching for a marker that is absent costs at most this."""
+"""Characters searched at once: the most that a search for an absent marker costs."""
 
 
 class Reader:
@@ -42,7 +42,7 @@ class Reader:
         return len(self._text) - self._at
 
     def take(self, count: int) -> str:
-        """Read `count` characters that are there."""
+        """Read `count` characters, which must have come."""
         piece = self._text[self._at : self._at + count]
         self._at += count
         if self._kept is not None:
@@ -50,11 +50,11 @@ class Reader:
         return piece
 
     def keep(self, begun: str = "") -> None:
-        """From here on remember what is read, after `begun`, in case it turns out to mean nothing."""
+        """From here on keep the text that is read, after `begun`, in case it turns out to be plain text."""
         self._kept = [begun]
 
     def forget(self) -> str:
-        """What was read since `keep`; "" if that has been forgotten."""
+        """The text read since `keep`; "" if it has been taken already."""
         kept, self._kept = self._kept, None
         return "".join(kept or ())
 
@@ -73,7 +73,7 @@ class Reader:
             self.take(1)
 
     def literal(self, *options: str) -> Steps[str]:
-        """The first of `options` that the text goes on with, read; "" if it is none of them."""
+        """Read the first of `options` with which the text continues; "" if it continues with none."""
         longest = max(map(len, options))
         while True:
             for option in options:
@@ -85,7 +85,7 @@ class Reader:
             yield
 
     def until(self, markers: Sequence[str], sink: Sink, *, limit: int | None = None) -> Steps[str]:
-        """Read up to and past the first of `markers`; what stands before it goes to `sink`.
+        """Read up to and past the first of `markers`; the text before it goes to `sink`.
 
         Returns the marker, or "" at the end of the text, or after `limit` characters without one.
         """
@@ -104,14 +104,14 @@ class Reader:
             yield
 
     def back(self, count: int) -> None:
-        """Unread the end of what was just taken."""
+        """Make the end of the text that was just read unread."""
         self._at -= count
         if self._kept is not None:
             self._kept[-1] = self._kept[-1][:-count]
 
     def value(self, sink: Sink, *, limit: int | None = None) -> Steps[bool]:
-        """Read a JSON value, which goes to `sink` as it comes; whether it was one, within `limit`
-        characters."""
+        """Read a JSON value, which goes to `sink` as it comes. Returns whether it was valid and within
+        `limit` characters."""
         scanner = JsonScanner()
         while not scanner.ended:
             yield from self.peek()
@@ -129,7 +129,7 @@ class Reader:
         return True
 
     def string(self, limit: int) -> Steps[str | None]:
-        """Read a JSON string; None if it is none, longer than `limit`, or no valid Unicode."""
+        """Read a JSON string; None if it is not one, longer than `limit`, or not valid Unicode."""
         if (yield from self.peek()) != '"':
             return None
         pieces: list[str] = []
@@ -138,16 +138,17 @@ class Reader:
 
 
 def unquoted(text: str) -> str | None:
-    """What the JSON string `text` says; None for lone surrogates, which no answer can carry."""
+    """The value of the JSON string `text`; None if it has lone surrogates, which no answer can contain."""
     said = str(json.loads(text))
     return None if any("\ud800" <= char <= "\udfff" for char in said) else said
 
 
 def _find(text: str, start: int, markers: Sequence[str], *, final: bool) -> tuple[int, str]:
-    """Where the first of `markers` stands, and which; or "", and up to where none can begin.
+    """The position of the first of `markers`, and the marker; or "", and the position before which none
+    can begin.
 
-    One that would begin sooner, or at the same place and be longer, is waited for: else which of two
-    overlapping markers is found would depend on how much of the text is there.
+    If a marker that begins earlier, or at the same place and is longer, may still come, more text is
+    needed: else the choice between overlapping markers would depend on how the text was cut.
     """
     at, marker = len(text), ""
     for candidate in markers:
@@ -164,7 +165,7 @@ def _find(text: str, start: int, markers: Sequence[str], *, final: bool) -> tupl
 
 
 class ReadingParser:
-    """A parser whose grammar is the generator `_read`, which leaves events in `_events`."""
+    """A parser whose grammar is the generator `_read`, which appends to `_events`."""
 
     def __init__(self) -> None:
         self._reader = Reader()
@@ -184,13 +185,13 @@ class ReadingParser:
 
 
 class Trimmed:
-    """Passes text on without the whitespace at its ends, which surrounds markers and means nothing."""
+    """Passes text on without the whitespace at its ends, which only separates it from markers."""
 
     def __init__(self, sink: Sink, *, start: bool = True) -> None:
         self._sink = sink
         self._space: list[str] = []
         self._at_start = start
-        """Whether whitespace that comes next is dropped."""
+        """Whether whitespace that follows is dropped."""
 
     def push(self, text: str) -> None:
         if self._at_start:
@@ -204,12 +205,12 @@ class Trimmed:
             self._space.append(text[len(body) :])
 
     def restart(self) -> None:
-        """A marker stands here."""
+        """Call this at a marker."""
         self._space.clear()
         self._at_start = True
 
     def flush(self) -> None:
-        """Nothing follows, so that trailing whitespace is part of the text."""
+        """Call this at the end of the text: trailing whitespace belongs to the text."""
         if self._space:
             self._sink("".join(self._space))
             self._space.clear()

@@ -1,4 +1,4 @@
-"""The thinking part that stands before an answer, between two markers."""
+"""Parser of the reasoning before an answer, between two markers."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ class ReasoningFormat:
 
 
 class ThinkParser(ReadingParser):
-    """Splits the thinking part off and leaves the rest to `inner`.
+    """Reads the reasoning and passes the rest to `inner`.
 
-    `inside`: the prompt has opened it already. Otherwise only an opening marker that the output begins with
-    counts: later it is something that the answer is about.
+    `inside`: the prompt has opened the reasoning. Otherwise an opening marker counts only at the
+        beginning of the
+    output: later it is part of the answer's text.
     """
 
     def __init__(self, form: ReasoningFormat, inner: Parser, *, inside: bool) -> None:
@@ -50,8 +51,8 @@ class ThinkParser(ReadingParser):
 
 
 class HiddenTokens:
-    """Drops the special tokens that mean nothing to `inner`, for an output that shows all of them because
-    some do."""
+    """Drops the special tokens that `inner` does not need, for an output whose text shows all special tokens
+    because `inner` needs some."""
 
     def __init__(self, hidden: frozenset[str], inner: Parser) -> None:
         self._hidden = tuple(sorted(hidden, key=len, reverse=True))

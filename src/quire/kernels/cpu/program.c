@@ -1,0 +1,296 @@
+/* A forward pass in one call: token ids in, logits (or hidden states) out.
+ *
+ * The pass is a program that quire/kernels/program.py recorded from the model: a flat array of operations over
+ * numbered buffers. This file knows operations and no model. What is gone beside a pass made of single calls is the
+ * way from one operation to the next, which in Python costs more than the operations of a small model.
+ *
+ * A step that wants no result (a chunk of a long prompt) ends when all its keys and values are written.
+ */
+#include <time.h>
+
+#include "kernels.h"
+
+enum op_code { /* Code in program.py */
+  OP_EMBED,
+  OP_NORM,
+  OP_LINEAR,
+  OP_LINEAR_ADD,
+  OP_ROPE_WRITE,
+  OP_ATTEND,
+  OP_GATED,
+  OP_ADD,
+  OP_SCALE,
+  OP_SCALE_BY_POSITION,
+  OP_KEEP,
+  OP_NARROW,
+  OP_LOGITS
+};
+
+typedef struct { /* mirrored by _Op in program.py */
+  int32_t code, flag; /* flag: an activation; the dtype of a norm's weight; EMBED: whether a product's rows */
+  int32_t source, target; /* buffers */
+  int64_t first, width;   /* columns */
+  const void *argument;   /* linear_weight, attention_layer, a norm's weight, a table */
+  float factor, softcap;  /* factor: also a norm's eps */
+} program_op;
+
+typedef struct { /* mirrored by _Layer in program.py */
+  void *k_cache, *v_cache;
+  const void *q_norm, *k_norm; /* [head_dim] each, or NULL */
+  const float *cos_sin;        /* [max_position, 2 * half] */
+  int64_t q_heads, kv_heads, head_dim, half, window;
+  float scale, softcap, eps;
+  int32_t norm_dtype;
+} attention_layer;
+
+typedef struct { /* mirrored by _Program in program.py */
+  const program_op *ops;
+  const int64_t *offsets; /* of each buffer: bytes per token of the step before its memory */
+  const int64_t *widths;  /* of each buffer, in elements */
+  int64_t num_ops, num_hidden_ops, num_cache_ops, bytes_per_token;
+  int64_t hidden; /* the buffer of the hidden states */
+  int64_t vocab, max_position, block_size, num_blocks, q_heads, kv_heads, head_dim, widest_window;
+  int32_t dtype;
+} program;
+
+typedef struct { /* StepRows in program.py */
+  int64_t seat, start, count, wanted;
+} step_row;
+
+typedef struct { /* mirrored by _Step in program.py */
+  const int64_t *token_ids; /* [num_seats, max_tokens] */
+  const int32_t *block_ids; /* [num_seats, max_blocks] */
+  const step_row *rows;     /* [requests] */
+  float *logits;            /* [num_wanted, vocab] */
+  void *hidden;             /* [num_wanted, hidden], asked for instead of logits where given */
+  double *seconds;          /* [num_ops], added to where given */
+  int64_t num_seats, max_tokens, max_blocks, requests;
+  int64_t num_wanted; /* of all rows */
+  int32_t threads;
+} program_step;
+
+typedef struct { /* the rows, token by token */
+  int64_t *input_ids, *positions, *slots; /* [tokens] */
+  int64_t *wanted;                        /* [num_wanted]: tokens of the step, rising */
+  int32_t *query_start_loc, *seq_lens, *block_table; /* [requests + 1], [requests], [requests, width] */
+  int64_t tokens, width;
+} step_inputs;
+
+typedef struct { /* one step while it runs */
+  const program *p;
+  const program_step *s;
+  step_inputs in;
+  char *memory;
+  int64_t rows; /* of a buffer: the step's tokens, then the wanted ones */
+} run;
+
+/* Nonzero, as the call says, if a row lies outside its seat. Else *tokens is the number of tokens. */
+static int check_step(const program *p, const program_step *s, int64_t *tokens) {
+  int64_t wanted = 0;
+  *tokens = 0;
+  for (int64_t i = 0; i < s->requests; i++) {
+    const step_row r = s->rows[i];
+    if (r.seat < 0 || r.seat >= s->num_seats) return 6;
+    if (r.start < 0 || r.count < 1 || r.start > s->max_tokens || r.count > s->max_tokens - r.start)
+      return 5;
+    if ((r.start + r.count + p->block_size - 1) / p->block_size > s->max_blocks) return 5;
+    if (r.wanted < 0 || r.wanted > r.count) return 5;
+    *tokens += r.count, wanted += r.wanted;
+  }
+  return wanted == s->num_wanted ? 0 : 6;
+}
+
+static int gather_inputs(const program *p, const program_step *s, step_inputs *in) {
+  const int wrong = check_step(p, s, &in->tokens);
+  if (wrong) return wrong;
+  in->width = 1;
+  for (int64_t i = 0; i < s->requests; i++) {
+    const int64_t end = s->rows[i].start + s->rows[i].count;
+    in->width = max64(in->width, (end + p->block_size - 1) / p->block_size);
+  }
+  const int64_t longs = 3 * in->tokens + s->num_wanted, ints = s->requests * (2 + in->width) + 1;
+  char *memory = quire_scratch(SCRATCH_STEP, (size_t)(longs * 8 + ints * 4));
+  if (!memory) return 7;
+  in->input_ids = (int64_t *)memory;
+  in->positions = in->input_ids + in->tokens;
+  in->slots = in->positions + in->tokens;
+  in->wanted = in->slots + in->tokens;
+  in->query_start_loc = (int32_t *)(in->wanted + s->num_wanted);
+  in->seq_lens = in->query_start_loc + s->requests + 1;
+  in->block_table = in->seq_lens + s->requests;
+  int64_t token = 0, wanted = 0;
+  for (int64_t i = 0; i < s->requests; i++) {
+    const step_row r = s->rows[i];
+    const int64_t *ids = s->token_ids + r.seat * s->max_tokens, end = r.start + r.count;
+    const int32_t *blocks = s->block_ids + r.seat * s->max_blocks;
+    in->query_start_loc[i] = (int32_t)token;
+    for (int64_t at = r.start; at < end; at++, token++) {
+      if (ids[at] < 0 || ids[at] >= p->vocab) return 1;
+      in->input_ids[token] = ids[at];
+      in->positions[token] = at;
+      in->slots[token] = blocks[at / p->block_size] * p->block_size + at % p->block_size;
+    }
+    in->seq_lens[i] = (int32_t)end;
+    memcpy(in->block_table + i * in->width, blocks, (size_t)in->width * sizeof *blocks);
+    for (int64_t t = token - r.wanted; t < token; t++) in->wanted[wanted++] = t;
+  }
+  in->query_start_loc[s->requests] = (int32_t)token;
+  return 0;
+}
+
+static char *buffer(const run *r, int32_t number) {
+  return r->memory + r->in.tokens * r->p->offsets[number];
+}
+
+static attention_args attention_of(const run *r) {
+  const program *p = r->p;
+  return (attention_args){.block_table = r->in.block_table, .query_start_loc = r->in.query_start_loc,
+                          .seq_lens = r->in.seq_lens, .table_stride = r->in.width,
+                          .requests = r->s->requests, .tokens = r->in.tokens, .q_heads = p->q_heads,
+                          .kv_heads = p->kv_heads, .head_dim = p->head_dim, .block_size = p->block_size,
+                          .num_blocks = p->num_blocks, .window = p->widest_window, .dtype = p->dtype,
+                          .threads = r->s->threads};
+}
+
+static qkv_args qkv_of(const run *r) {
+  const program *p = r->p;
+  return (qkv_args){.positions = r->in.positions, .slots = r->in.slots, .tokens = r->in.tokens,
+                    .max_position = p->max_position, .block_size = p->block_size,
+                    .num_blocks = p->num_blocks, .dtype = p->dtype, .threads = r->s->threads};
+}
+
+/* All layers' indexes at once: nothing is written if one is out of range. */
+static int check_inputs(const run *r) {
+  const attention_args attention = attention_of(r);
+  const qkv_args qkv = qkv_of(r);
+  int wrong = quire_check_qkv(&qkv);
+  if (wrong) return 1 + wrong;
+  wrong = quire_check_attention(&attention);
+  return !wrong ? 0 : wrong == 4 ? 4 : 5;
+}
+
+static int embed(const run *r, const program_op *op) {
+  const int64_t *ids = r->in.input_ids;
+  char *out = buffer(r, op->target);
+  if (op->flag) return quire_gather_rows(op->argument, ids, r->rows, out);
+  const size_t row = (size_t)r->p->widths[op->target] * elem_size(r->p->dtype);
+  for (int64_t t = 0; t < r->rows; t++)
+    memcpy(out + t * (int64_t)row, (const char *)op->argument + ids[t] * (int64_t)row, row);
+  return 0;
+}
+
+static int norm(const run *r, const program_op *op) {
+  const int dt = r->p->dtype;
+  const void *x = at(buffer(r, op->source), op->first, dt);
+  void *out = at_mut(buffer(r, op->target), op->first, dt);
+  return quire_rms_norm(x, r->p->widths[op->source], 1, NULL, op->argument, out,
+                        r->p->widths[op->target], r->rows, op->width, op->factor, dt, op->flag,
+                        r->s->threads);
+}
+
+static int linear(const run *r, const program_op *op, void *out, int epilogue) {
+  const linear_weight *w = op->argument;
+  return quire_linear(w, buffer(r, op->source), w->k, out, w->n, r->rows, epilogue, r->s->threads);
+}
+
+/* By one factor, or by a table at the tokens' positions. */
+static int scale(const run *r, const program_op *op, int64_t width) {
+  const program *p = r->p;
+  return quire_scale(buffer(r, op->target), p->widths[op->target], r->in.positions, op->argument,
+                     p->max_position, op->factor, r->rows, width, p->dtype, r->s->threads);
+}
+
+static int logits(const run *r, const program_op *op) {
+  if (linear(r, op, r->s->logits, LINEAR_FLOAT)) return 7;
+  if (op->factor == 1.0f && op->softcap == 0.0f) return 0;
+  return quire_finish_logits(r->s->logits, r->rows * r->p->vocab, op->factor, op->softcap,
+                             r->p->dtype, r->s->threads);
+}
+
+static int rope_write(const run *r, const program_op *op) {
+  const attention_layer *l = op->argument;
+  qkv_args a = qkv_of(r);
+  a.qkv = buffer(r, op->target), a.qkv_stride = r->p->widths[op->target];
+  a.cos_sin = l->cos_sin, a.half = l->half;
+  a.q_norm = l->q_norm, a.k_norm = l->k_norm, a.eps = l->eps;
+  a.norm_dtype = l->norm_dtype;
+  a.k_cache = l->k_cache, a.v_cache = l->v_cache;
+  a.q_heads = l->q_heads, a.kv_heads = l->kv_heads, a.head_dim = l->head_dim;
+  return quire_rope_write_kv_unchecked(&a);
+}
+
+static int attend(const run *r, const program_op *op) {
+  const attention_layer *l = op->argument;
+  attention_args a = attention_of(r);
+  a.q = buffer(r, op->source), a.q_stride = r->p->widths[op->source];
+  a.out = buffer(r, op->target);
+  a.k_cache = l->k_cache, a.v_cache = l->v_cache;
+  a.q_heads = l->q_heads, a.kv_heads = l->kv_heads, a.head_dim = l->head_dim;
+  a.window = l->window, a.scale = l->scale, a.softcap = l->softcap;
+  return quire_attention_unchecked(&a);
+}
+
+/* Wanted rows rise, so none is overwritten before it is read. */
+static int keep(const run *r, const program_op *op) {
+  const int64_t row = r->p->widths[op->target] * (int64_t)elem_size(r->p->dtype);
+  char *x = buffer(r, op->target);
+  for (int64_t i = 0; i < r->s->num_wanted; i++)
+    if (r->in.wanted[i] != i) memcpy(x + i * row, x + r->in.wanted[i] * row, (size_t)row);
+  return 0;
+}
+
+static int perform(run *r, const program_op *op) {
+  switch (op->code) {
+    case OP_EMBED: return embed(r, op);
+    case OP_NORM: return norm(r, op);
+    case OP_LINEAR: return linear(r, op, buffer(r, op->target), LINEAR_STORE);
+    case OP_LINEAR_ADD: return linear(r, op, buffer(r, op->target), LINEAR_ADD);
+    case OP_ROPE_WRITE: return rope_write(r, op);
+    case OP_ATTEND: return attend(r, op);
+    case OP_GATED:
+      return quire_gated(buffer(r, op->source), buffer(r, op->target), r->rows,
+                         r->p->widths[op->target], op->flag, r->p->dtype, r->s->threads);
+    case OP_ADD:
+      return quire_add(buffer(r, op->source), buffer(r, op->target),
+                       r->rows * r->p->widths[op->target], op->factor, r->p->dtype, r->s->threads);
+    case OP_SCALE: return scale(r, op, r->p->widths[op->target]);
+    case OP_SCALE_BY_POSITION: return scale(r, op, op->width);
+    case OP_KEEP: return keep(r, op);
+    case OP_NARROW: r->rows = r->s->num_wanted; return 0;
+    case OP_LOGITS: return logits(r, op);
+  }
+  return 1;
+}
+
+static double now(void) {
+  struct timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+/* 0; 1 a token id, 2 a position, 3 a slot, 4 a block id, 5 a row, 6 a seat out of range: nothing was written
+ * then; 7 no memory. */
+int quire_run_program(const program *p, const program_step *s) {
+  run r = {.p = p, .s = s};
+  int wrong = gather_inputs(p, s, &r.in);
+  if (wrong) return wrong;
+  r.rows = r.in.tokens;
+  r.memory = quire_scratch(SCRATCH_PROGRAM, (size_t)(r.in.tokens * p->bytes_per_token));
+  if (!r.memory) return 7;
+  if ((wrong = check_inputs(&r))) return wrong;
+  const int64_t end = !s->num_wanted ? p->num_cache_ops : s->hidden ? p->num_hidden_ops : p->num_ops;
+  double last = s->seconds ? now() : 0.0;
+  int failed = 0;
+  for (int64_t i = 0; i < end; i++) {
+    failed |= perform(&r, &p->ops[i]);
+    if (!s->seconds) continue;
+    const double t = now();
+    s->seconds[i] += t - last;
+    last = t;
+  }
+  if (s->hidden && s->num_wanted) {
+    const size_t row = (size_t)p->widths[p->hidden] * elem_size(p->dtype);
+    memcpy(s->hidden, buffer(&r, (int32_t)p->hidden), (size_t)s->num_wanted * row);
+  }
+  return failed ? 7 : 0;
+}

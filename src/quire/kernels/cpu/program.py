@@ -1,0 +1,272 @@
+"""A recorded forward pass in one C call, for models whose every product is in a form that C multiplies with.
+
+Between two kernels called from Python lie a dozen Python calls and a checked tensor each: 190 us a layer,
+more than a model of 4 M parameters needs for all its arithmetic. Here Python fills in one struct a step.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping, Sequence
+from ctypes import Array, byref, c_double, c_float, c_int32, c_int64, c_void_p
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quire.kernels import checks
+from quire.kernels.checks import require
+from quire.kernels.cpu.library import ACTIVATIONS, DTYPES, load_library
+from quire.kernels.cpu.linear import CProduct
+from quire.kernels.ops import AttentionLayer, NormWeight
+from quire.kernels.program import Code, Op, Program, StepRows
+
+
+class _Op(ctypes.Structure):
+    """Mirrors program_op in program.c."""
+
+    _fields_ = [
+        *((name, c_int32) for name in ("code", "flag", "source", "target")),
+        *((name, c_int64) for name in ("first", "width")),
+        ("argument", c_void_p),
+        *((name, c_float) for name in ("factor", "softcap")),
+    ]
+
+
+class _Layer(ctypes.Structure):
+    """Mirrors attention_layer in program.c."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("k_cache", "v_cache", "q_norm", "k_norm", "cos_sin")),
+        *((name, c_int64) for name in ("q_heads", "kv_heads", "head_dim", "half", "window")),
+        *((name, c_float) for name in ("scale", "softcap", "eps")),
+        ("norm_dtype", c_int32),
+    ]
+
+
+class _Program(ctypes.Structure):
+    """Mirrors program in program.c."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("ops", "offsets", "widths")),
+        *((name, c_int64) for name in ("num_ops", "num_hidden_ops", "num_cache_ops")),
+        *((name, c_int64) for name in ("bytes_per_token", "hidden", "vocab", "max_position")),
+        *((name, c_int64) for name in ("block_size", "num_blocks")),
+        *((name, c_int64) for name in ("q_heads", "kv_heads", "head_dim", "widest_window")),
+        ("dtype", c_int32),
+    ]
+
+
+class _Step(ctypes.Structure):
+    """Mirrors program_step in program.c."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("token_ids", "block_ids", "rows")),
+        *((name, c_void_p) for name in ("logits", "hidden", "seconds")),
+        *((name, c_int64) for name in ("num_seats", "max_tokens", "max_blocks", "requests")),
+        ("num_wanted", c_int64),
+        ("threads", c_int32),
+    ]
+
+
+_ERRORS = {
+    1: "a token id is outside the vocabulary",
+    2: "a position is outside the rotary table",
+    3: "a slot is past the cache",
+    4: "a block id is outside the cache",
+    5: "a row has tokens that its seat has no room for, or wants more results than it has tokens",
+    6: "a seat is outside the batch, or the results wanted are not as many as said",
+}
+
+
+class NativeProgram:
+    """A program over one model's weights and one cache. Holds their tensors, so that addresses stay good."""
+
+    def __init__(self, program: Program, caches: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """caches: keys and values of each layer. Raises `KernelArgumentError` if a tensor is not what the C
+        code would read."""
+        self._lib = load_library()
+        self._program = program
+        self._caches = tuple(caches)
+        self._kept: list[object] = []
+        """Structs whose addresses are in the operations."""
+        self._seconds: Array[c_double] | None = None
+        layers = [op.argument for op in program.ops if isinstance(op.argument, AttentionLayer)]
+        geometry = self._check_layers(layers)
+        head = program.ops[-1].argument
+        assert isinstance(head, CProduct)
+        widths = {b.number: b.width for op in program.ops for b in (op.source, op.target) if b}
+        numbers = range(len(program.offsets))
+        self._ops = (_Op * len(program.ops))(*map(self._op, program.ops))
+        self._vocab_size = head.out_features
+        self._step = _Step()
+        self._rows: StepRows | None = None
+        self._num_wanted = 0
+        self._buffer = self._logits = torch.empty(0, self._vocab_size)
+        windows = [layer.window for layer in layers]
+        self._struct = _Program(
+            ops=ctypes.addressof(self._ops),
+            offsets=self._keep((c_int64 * len(numbers))(*program.offsets)),
+            widths=self._keep((c_int64 * len(numbers))(*(widths.get(n, 0) for n in numbers))),
+            num_ops=len(program.ops),
+            num_hidden_ops=program.num_hidden_ops,
+            num_cache_ops=program.num_cache_ops,
+            bytes_per_token=program.bytes_per_token,
+            hidden=program.hidden.number,
+            vocab=self._vocab_size,
+            max_position=layers[0].cos_sin.shape[0],
+            block_size=geometry.block_size,
+            num_blocks=geometry.num_blocks,
+            q_heads=layers[0].num_heads,
+            kv_heads=geometry.num_kv_heads,
+            head_dim=geometry.head_dim,
+            widest_window=0 if 0 in windows else max(windows),
+            dtype=DTYPES[program.dtype],
+        )
+
+    def profile(self) -> Mapping[str, float]:
+        """Seconds spent in operations of each label since the first call of this method, which turns the
+        clock on."""
+        ops = self._program.ops
+        if self._seconds is None:
+            self._seconds = (c_double * len(ops))()
+            self._step.seconds = ctypes.addressof(self._seconds)
+        seconds: dict[str, float] = {}
+        for op, spent in zip(ops, self._seconds, strict=True):
+            seconds[op.label] = seconds.get(op.label, 0.0) + spent
+        return seconds
+
+    def forward(self, rows: StepRows) -> Tensor:
+        if rows.num_wanted != self._num_wanted:
+            self._make_logits(rows)
+        self._run(rows)
+        return self._logits
+
+    def hidden(self, rows: StepRows) -> Tensor:
+        out = torch.empty(rows.num_wanted, self._program.hidden.width, dtype=self._program.dtype)
+        self._step.hidden = out.data_ptr() if rows.num_wanted else None
+        try:
+            self._run(rows)
+        finally:
+            self._step.hidden = None
+        return out
+
+    def _run(self, rows: StepRows) -> None:
+        if rows is not self._rows:
+            self._adopt(rows)
+        if not 0 <= rows.num_rows <= len(rows.rows):
+            raise checks.KernelArgumentError(f"{rows.num_rows} rows of {len(rows.rows)}")
+        step = self._step
+        step.requests, step.num_wanted = rows.num_rows, rows.num_wanted
+        step.threads = torch.get_num_threads()
+        if code := self._lib.quire_run_program(byref(self._struct), byref(step)):
+            if code not in _ERRORS:
+                raise MemoryError(f"no memory for the activations of {rows.num_rows} rows")
+            raise checks.KernelArgumentError(_ERRORS[code])
+
+    def _adopt(self, rows: StepRows) -> None:
+        """Check the arrays, and keep their addresses for all steps that come with them."""
+        self._rows = None
+        for name, array, dtype in (
+            ("token_ids", rows.token_ids, np.int64),
+            ("block_ids", rows.block_ids, np.int32),
+            ("rows", rows.rows, np.int64),
+        ):
+            if array.dtype != dtype or array.ndim != 2 or not array.flags.c_contiguous:
+                raise checks.KernelArgumentError(
+                    f"{name} is {array.dtype} {array.shape} with strides {array.strides}; "
+                    f"need contiguous {np.dtype(dtype)} in two dimensions"
+                )
+            setattr(self._step, name, array.ctypes.data)
+        require(rows.rows.shape[1] == 4, f"rows is {rows.rows.shape}; need four columns")
+        require(len(rows.token_ids) == len(rows.block_ids), "seats differ in number")
+        self._step.num_seats, self._step.max_tokens = rows.token_ids.shape
+        self._step.max_blocks = rows.block_ids.shape[1]
+        self._rows = rows
+
+    def _make_logits(self, rows: StepRows) -> None:
+        """The buffer is kept: fresh memory costs a page fault every 4 KiB."""
+        count = rows.num_wanted
+        require(count >= 0, f"{count} logits are wanted")
+        if count > len(self._buffer):
+            self._buffer = torch.empty(count, self._vocab_size)
+            self._step.logits = self._buffer.data_ptr()
+        self._num_wanted, self._logits = count, self._buffer[:count]
+
+    # --- from operations to structs -------------------------------------------------------------------
+
+    def _op(self, op: Op) -> _Op:
+        struct = _Op(
+            code=op.code,
+            source=op.source.number if op.source else -1,
+            target=op.target.number if op.target else -1,
+            first=op.first,
+            width=op.width,
+            factor=op.factor,
+            softcap=op.softcap,
+        )
+        argument = op.argument
+        if isinstance(argument, CProduct):
+            require(argument.dtype is self._program.dtype, f"{op.label} is {argument.dtype}")
+            struct.argument = self._keep(argument.c_weight)
+            struct.flag = int(op.code is Code.EMBED)  # of a product's rows
+        elif isinstance(argument, NormWeight):
+            struct.argument = argument.weight.data_ptr()
+            struct.factor, struct.flag = argument.eps, DTYPES[argument.weight.dtype]
+        elif isinstance(argument, AttentionLayer):
+            struct.argument = self._keep(self._layer(argument))
+        elif isinstance(argument, Tensor):
+            dtype = self._program.dtype if op.code is Code.EMBED else torch.float32
+            checks.check_dense(op.label, argument, dtype, tuple(argument.shape))
+            struct.argument = argument.data_ptr()
+        if op.code is Code.GATED:
+            struct.flag = ACTIVATIONS[op.activation]
+        return struct
+
+    def _layer(self, layer: AttentionLayer) -> _Layer:
+        k_cache, v_cache = self._caches[layer.index]
+        return _Layer(
+            k_cache=k_cache.data_ptr(),
+            v_cache=v_cache.data_ptr(),
+            q_norm=None if layer.q_norm is None else layer.q_norm.weight.data_ptr(),
+            k_norm=None if layer.k_norm is None else layer.k_norm.weight.data_ptr(),
+            cos_sin=layer.cos_sin.data_ptr(),
+            q_heads=layer.num_heads,
+            kv_heads=layer.num_kv_heads,
+            head_dim=layer.head_dim,
+            half=layer.cos_sin.shape[1] // 2,
+            window=layer.window,
+            scale=layer.scale,
+            softcap=layer.softcap,
+            eps=layer.norm_eps,
+            norm_dtype=DTYPES[layer.q_norm.weight.dtype] if layer.q_norm is not None else 0,
+        )
+
+    def _keep(self, struct: ctypes.Structure | Array[c_int64]) -> int:
+        self._kept.append(struct)
+        return ctypes.addressof(struct)
+
+    def _check_layers(self, layers: Sequence[AttentionLayer]) -> checks.CacheGeometry:
+        """All layers' caches have one geometry, and their other tensors the shapes that follow from it."""
+        dtype = self._program.dtype
+        geometry = checks.check_caches(*self._caches[0])
+        for layer in layers:
+            k_cache, v_cache = self._caches[layer.index]
+            same = checks.check_caches(k_cache, v_cache) == geometry and k_cache.dtype is dtype
+            require(same, "the layers' caches differ")
+            heads = (layer.num_kv_heads, layer.head_dim)
+            require(heads == (geometry.num_kv_heads, geometry.head_dim), f"a cache for {heads}")
+            rows, columns = layer.cos_sin.shape
+            require(rows == layers[0].cos_sin.shape[0], "the rotary tables differ in length")
+            require(columns % 2 == 0 and columns <= layer.head_dim, f"a rotary table of {columns}")
+            checks.check_dense("cos_sin", layer.cos_sin, torch.float32, (rows, columns))
+            for norm in (layer.q_norm, layer.k_norm):
+                if norm is not None:
+                    checks.check_dense("norm", norm.weight, norm.weight.dtype, (layer.head_dim,))
+        return geometry
+
+
+def can_run(program: Program) -> bool:
+    """Whether C can compute every product."""
+    products = (Code.LINEAR, Code.LINEAR_ADD, Code.LOGITS)
+    return all(isinstance(op.argument, CProduct) for op in program.ops if op.code in products)

@@ -1,0 +1,281 @@
+"""A forward pass as data: a flat list of operations over numbered buffers.
+
+The program is recorded from the model's own `forward`, once per model and cache. It is to the CPU what a CUDA
+graph is to a GPU: between two operations no Python runs. No C code knows the structure of a model.
+
+A buffer has one row per token of the step and lives from the operation that writes it first to the last that
+reads it. `ProgramOps.finish` gives buffers that do not live at the same time the same memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from enum import IntEnum
+from typing import Protocol, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from quire.kernels.checks import require
+from quire.kernels.ops import Activation, AttentionLayer, Head, LinearProduct, NormWeight
+
+ALIGNMENT = 64
+"""Bytes: a buffer's memory begins at a multiple of this many bytes per token, so at a cache line."""
+
+
+class Code(IntEnum):
+    """Numbers of the operations, as in cpu/program.c."""
+
+    EMBED = 0
+    NORM = 1
+    LINEAR = 2
+    LINEAR_ADD = 3
+    """The product is rounded, then added to the target."""
+    ROPE_WRITE = 4
+    ATTEND = 5
+    GATED = 6
+    ADD = 7
+    SCALE = 8
+    SCALE_BY_POSITION = 9
+    KEEP = 10
+    """Moves the wanted rows of one buffer to its front."""
+    NARROW = 11
+    """From here on a buffer has the wanted rows only."""
+    LOGITS = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Buffer:
+    """[tokens, width] in the model's dtype."""
+
+    number: int
+    width: int
+
+
+Argument: TypeAlias = LinearProduct | Tensor | NormWeight | AttentionLayer | None
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """One operation. What a field means depends on `code`; see `ProgramOps`."""
+
+    code: Code
+    label: str
+    """Whose time it is in a profile."""
+    source: Buffer | None = None
+    target: Buffer | None = None
+    argument: Argument = None
+    first: int = 0
+    """First column, and how many."""
+    width: int = 0
+    activation: Activation = "silu"
+    factor: float = 1.0
+    """A scale, or the divisor of logits."""
+    softcap: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """What `finish` makes of the recorded calls."""
+
+    ops: tuple[Op, ...]
+    num_hidden_ops: int
+    """So many give the hidden states; the rest makes logits of them."""
+    num_cache_ops: int
+    """So many write all keys and values: a step that wants no result stops there."""
+    hidden: Buffer
+    offsets: tuple[int, ...]
+    """Where each buffer's memory begins, in bytes per token of the step."""
+    bytes_per_token: int
+    dtype: torch.dtype
+
+
+@dataclass(slots=True)
+class StepRows:
+    """A step's rows: who computes which tokens.
+
+    The arrays stay where they are from step to step, and a pass may keep their addresses. The weights of a
+    large model evict Python's objects from the processor's cache at each step, and each one touched after
+    that costs a microsecond: so there are few.
+    """
+
+    token_ids: NDArray[np.int64]
+    """[seats, max_tokens]: known tokens of the request in each seat."""
+    block_ids: NDArray[np.int32]
+    """[seats, max_blocks]: its blocks in order."""
+    rows: NDArray[np.int64]
+    """[max_rows, 4]: seat (none twice), first token to compute, number of tokens (at least 1), and of how
+    many of these, the last ones, the result is wanted."""
+    num_rows: int = 0
+    """How many of `rows` are this step's; at most max_rows."""
+    num_wanted: int = 0
+    """How many results they want in all."""
+
+
+class ForwardPass(Protocol):
+    """A model's forward pass over one cache."""
+
+    def forward(self, rows: StepRows) -> Tensor:
+        """Every token's keys and values in the cache, and the logits of those wanted, in the order of the
+        rows: [R, vocab_size] float32, good until the next call.
+
+        Raises `KernelArgumentError`, with nothing written, for an index out of range.
+        """
+        ...
+
+    def hidden(self, rows: StepRows) -> Tensor:
+        """The same, but instead of logits what they are made of: the hidden states after the final norm,
+        [R, hidden_size] in the model's dtype."""
+        ...
+
+
+@dataclass(slots=True)
+class ProgramOps:
+    """`Ops` that records."""
+
+    dtype: torch.dtype
+    _ops: list[Op] = field(default_factory=list)
+    _widths: list[int] = field(default_factory=list)
+
+    def embed(self, embedding: LinearProduct | Tensor) -> Buffer:
+        width = embedding.shape[1] if isinstance(embedding, Tensor) else embedding.in_features
+        return self._record(Code.EMBED, "embed", None, self._buffer(width), argument=embedding)
+
+    def norm(self, x: Buffer, norm: NormWeight) -> Buffer:
+        self._check_norm(x, norm, 0)
+        out = self._buffer(x.width)
+        return self._record(Code.NORM, "norm", x, out, argument=norm, width=x.width)
+
+    def norm_columns(self, x: Buffer, norm: NormWeight, first: int) -> None:
+        self._check_norm(x, norm, first)
+        width = norm.weight.shape[0]
+        self._record(Code.NORM, "norm", x, x, argument=norm, first=first, width=width)
+
+    def linear(self, x: Buffer, product: LinearProduct, label: str) -> Buffer:
+        self._check_product(x, product, label)
+        out = self._buffer(product.out_features)
+        return self._record(Code.LINEAR, label, x, out, argument=product)
+
+    def rope_write_kv(self, qkv: Buffer, layer: AttentionLayer) -> None:
+        width = (layer.num_heads + 2 * layer.num_kv_heads) * layer.head_dim
+        require(qkv.width == width, f"qkv has {qkv.width} columns; the layer's heads need {width}")
+        self._record(Code.ROPE_WRITE, "rope_write", qkv, qkv, argument=layer)
+
+    def scale_by_position(self, x: Buffer, width: int, table: Tensor) -> None:
+        require(0 < width <= x.width, f"{width} columns of {x.width}")
+        self._record(Code.SCALE_BY_POSITION, "scale", x, x, argument=table, width=width)
+
+    def attend(self, qkv: Buffer, layer: AttentionLayer) -> Buffer:
+        return self._record(
+            Code.ATTEND, "attention", qkv, self._buffer(layer.q_size), argument=layer
+        )
+
+    def gated(self, gate_up: Buffer, activation: Activation) -> Buffer:
+        out = self._buffer(gate_up.width // 2)
+        return self._record(Code.GATED, "gated", gate_up, out, activation=activation)
+
+    def add(self, residual: Buffer, x: Buffer, *, scale: float = 1.0) -> Buffer:
+        require(residual.width == x.width, f"{x.width} columns added to {residual.width}")
+        last = self._ops[-1]
+        if (
+            last.code is Code.LINEAR and last.target == x and scale == 1.0
+        ):  # one pass over memory less
+            self._ops[-1] = replace(last, code=Code.LINEAR_ADD, target=residual)
+            return residual
+        return self._record(Code.ADD, "add", x, residual, factor=scale)
+
+    def scale(self, x: Buffer, factor: float) -> Buffer:
+        return self._record(Code.SCALE, "scale", x, x, factor=factor)
+
+    def keep_wanted(self, *bufs: Buffer) -> Sequence[Buffer]:
+        for buffer in bufs:
+            self._record(Code.KEEP, "keep", buffer, buffer)
+        self._record(Code.NARROW, "keep", bufs[0], bufs[0])
+        return bufs
+
+    def finish(self, hidden: Buffer, head: Head) -> Program:
+        """hidden: what the recorded calls end in; it has the wanted rows."""
+        self._check_product(hidden, head.product, "head")
+        codes = [op.code for op in self._ops]
+        require(Code.NARROW in codes, "a program keeps the wanted rows before it ends")
+        num_hidden_ops = len(codes)
+        self._record(
+            Code.LOGITS,
+            "head",
+            hidden,
+            hidden,
+            argument=head.product,
+            factor=head.divisor,
+            softcap=head.softcap,
+        )
+        ops = tuple(self._ops)
+        writes = [index for index, code in enumerate(codes) if code is Code.ROPE_WRITE]
+        offsets, size = _place(ops, [width * self.dtype.itemsize for width in self._widths])
+        return Program(
+            ops=ops,
+            num_hidden_ops=num_hidden_ops,
+            num_cache_ops=1 + max(writes, default=-1),
+            hidden=hidden,
+            offsets=tuple(offsets),
+            bytes_per_token=size,
+            dtype=self.dtype,
+        )
+
+    def _buffer(self, width: int) -> Buffer:
+        self._widths.append(width)
+        return Buffer(len(self._widths) - 1, width)
+
+    def _record(
+        self, code: Code, label: str, source: Buffer | None, target: Buffer, **rest: object
+    ) -> Buffer:
+        self._ops.append(Op(code, label, source, target, **rest))  # type: ignore[arg-type]
+        return target
+
+    def _check_norm(self, x: Buffer, norm: NormWeight, first: int) -> None:
+        weight = norm.weight
+        require(weight.dim() == 1 and weight.is_contiguous(), "a norm's weight is one vector")
+        require(weight.dtype in (self.dtype, torch.float32), f"a norm's weight is {weight.dtype}")
+        width = weight.shape[0]
+        fits = first + width <= x.width if first or width != x.width else True
+        require(fits, f"a norm of {width} columns from {first}, of {x.width}")
+
+    def _check_product(self, x: Buffer, product: LinearProduct, label: str) -> None:
+        require(
+            product.in_features == x.width,
+            f"{label} takes {product.in_features} columns, and is given {x.width}",
+        )
+
+
+def _place(ops: Sequence[Op], sizes: Sequence[int]) -> tuple[list[int], int]:
+    """An offset for each buffer, in bytes per token, and the bytes in all: each at the lowest place that no
+    buffer has that lives at the same time."""
+    first, last = [0] * len(sizes), [0] * len(sizes)
+    for index, op in enumerate(ops):
+        for buffer in (op.source, op.target):
+            if buffer is not None:
+                first[buffer.number] = first[buffer.number] or index + 1
+                last[buffer.number] = index + 1
+    offsets = [0] * len(sizes)
+    placed: list[int] = []
+    total = 0
+    for number in sorted(range(len(sizes)), key=first.__getitem__):
+        if not first[number]:
+            continue  # a product that was added at once left its buffer unused
+        size = -(-sizes[number] // ALIGNMENT) * ALIGNMENT
+        living = sorted(
+            (offsets[other], -(-sizes[other] // ALIGNMENT) * ALIGNMENT)
+            for other in placed
+            if last[other] >= first[number]
+        )
+        at = 0
+        for offset, length in living:
+            if at + size <= offset:
+                break
+            at = max(at, offset + length)
+        offsets[number] = at
+        placed.append(number)
+        total = max(total, at + size)
+    return offsets, total

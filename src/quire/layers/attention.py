@@ -1,0 +1,92 @@
+"""Attention with grouped queries (Ainslie et al. 2023) as a part of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from quire.kernels.base import LayerKernels
+from quire.kernels.ops import AttentionLayer, Buf, Ops
+from quire.layers.linear import Linear
+from quire.layers.norm import RMSNorm
+from quire.layers.parameter import WeightTarget
+from quire.layers.rotary import query_temperatures
+from quire.layers.spec import AttentionSpec, NormSpec
+from quire.quantization.base import LinearMethod
+
+
+class Attention:
+    """One layer's. Usable once every target has been loaded and `bind()` called."""
+
+    def __init__(
+        self,
+        spec: AttentionSpec,
+        prefix: str,
+        *,
+        index: int,
+        hidden_size: int,
+        norm: NormSpec,
+        cos_sin: torch.Tensor,
+        dtype: torch.dtype,
+        kernels: LayerKernels,
+        method: LinearMethod,
+    ) -> None:
+        """cos_sin: [max_position, R], as in `AttentionLayer`; index: which of the cache's layers is its
+        own."""
+        self._qkv, self._o = (
+            Linear(shape, dtype=dtype, method=method, kernels=kernels)
+            for shape in spec.linears(prefix, hidden_size)
+        )
+        self._norms: dict[str, RMSNorm] = {}
+        if spec.qk_norm != "none":
+            sizes = (spec.q_size, spec.kv_size) if spec.qk_norm == "whole" else (spec.head_dim,) * 2
+            for name, size in zip(("q_norm", "k_norm"), sizes, strict=True):
+                self._norms[name] = RMSNorm(
+                    f"{prefix}.{name}", size=size, spec=norm, dtype=dtype, device=kernels.device
+                )
+        norms = [norm.weight for norm in self._norms.values()]
+        self._whole_norms = norms if spec.qk_norm == "whole" else []
+        """Of all query heads together, and of all key heads."""
+        q_norm, k_norm = norms if spec.qk_norm == "head" else (None, None)
+        self._layer = AttentionLayer(
+            index=index,
+            num_heads=spec.num_heads,
+            num_kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_dim,
+            cos_sin=cos_sin,
+            q_norm=q_norm,
+            k_norm=k_norm,
+            window=spec.window or 0,
+            scale=spec.scale,
+            softcap=spec.softcap,
+        )
+        self._temperatures: torch.Tensor | None = None
+        if spec.query_temperature is not None:
+            self._temperatures = query_temperatures(
+                spec.query_temperature, max_model_len=cos_sin.shape[0], dtype=dtype
+            ).to(kernels.device)
+
+    def targets(self) -> Iterator[WeightTarget]:
+        yield from self._qkv.targets()
+        yield from self._o.targets()
+        for norm in self._norms.values():
+            yield from norm.targets()
+
+    def bind(self) -> None:
+        self._qkv_product, self._o_product = self._qkv.bind(), self._o.bind()
+
+    def mix(self, ops: Ops[Buf], x: Buf) -> Buf:
+        """What each token takes from those before it: [T, q_size]. x: [T, hidden_size]"""
+        layer = self._layer
+        qkv = ops.linear(x, self._qkv_product, "qkv")
+        for norm, first in zip(self._whole_norms, (0, layer.q_size), strict=False):
+            ops.norm_columns(qkv, norm, first)
+        ops.rope_write_kv(qkv, layer)
+        if self._temperatures is not None:
+            ops.scale_by_position(qkv, layer.q_size, self._temperatures)
+        return ops.attend(qkv, layer)
+
+    def project(self, ops: Ops[Buf], mixed: Buf) -> Buf:
+        """[T, q_size] -> [T, hidden_size], token by token."""
+        return ops.linear(mixed, self._o_product, "o")

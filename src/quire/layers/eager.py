@@ -1,0 +1,118 @@
+"""`Ops` that compute at once, on tensors: the reference, and what runs on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quire.attention.base import AttentionBackend, AttentionMetadata, KVCache
+from quire.kernels.base import LayerKernels
+from quire.kernels.ops import Activation, AttentionLayer, Head, LinearProduct, NormWeight
+
+
+@dataclass(slots=True)
+class EagerOps:
+    """One forward pass over one step.
+
+    An addition waits until its sum is read: most sums are normed next, and the kernels add and norm in one
+    pass over memory.
+    """
+
+    kernels: LayerKernels
+    attention: AttentionBackend
+    cache: KVCache
+    input_ids: Tensor
+    """[T] int64, below the vocabulary's size; not checked here."""
+    metadata: AttentionMetadata
+    wanted: Tensor | None = None
+    """Tokens whose result is wanted, as indices into the step's; None for all."""
+    _sum: tuple[Tensor, Tensor] | None = None
+    """(residual, what is still to be added to it)"""
+
+    def embed(self, embedding: LinearProduct | Tensor) -> Tensor:
+        if isinstance(embedding, Tensor):
+            return torch.index_select(embedding, 0, self.input_ids)
+        return embedding.rows(self.input_ids)
+
+    def norm(self, x: Tensor, norm: NormWeight) -> Tensor:
+        if self._sum is not None and self._sum[0] is x:
+            added, self._sum = self._sum[1], None
+            return self.kernels.add_rms_norm(added, x, norm.weight, norm.eps)
+        return self.kernels.rms_norm(x, norm.weight, norm.eps)
+
+    def norm_columns(self, x: Tensor, norm: NormWeight, first: int) -> None:
+        columns = x[:, first : first + norm.weight.shape[0]]
+        self.kernels.rms_norm(columns, norm.weight, norm.eps, out=columns)
+
+    def linear(self, x: Tensor, product: LinearProduct, label: str) -> Tensor:
+        return product(self._whole(x))
+
+    def rope_write_kv(self, qkv: Tensor, layer: AttentionLayer) -> None:
+        cache = self.cache.layers[layer.index]
+        self.kernels.rope_write_kv(
+            qkv,
+            self.metadata.positions,
+            layer.cos_sin,
+            cache.k,
+            cache.v,
+            self.metadata.slot_mapping,
+            q_norm=None if layer.q_norm is None else layer.q_norm.weight,
+            k_norm=None if layer.k_norm is None else layer.k_norm.weight,
+            eps=layer.norm_eps,
+            kv_scales=cache.scales,
+        )
+
+    def scale_by_position(self, x: Tensor, width: int, table: Tensor) -> None:
+        self.kernels.scale_by_position(x[:, :width], self.metadata.positions, table)
+
+    def attend(self, qkv: Tensor, layer: AttentionLayer) -> Tensor:
+        out = qkv.new_empty((qkv.shape[0], layer.q_size))
+        self.attention.forward(
+            qkv.view(qkv.shape[0], -1, layer.head_dim)[:, : layer.num_heads],
+            layer=layer,
+            cache=self.cache.layers[layer.index],
+            metadata=self.metadata,
+            out=out.view(-1, layer.num_heads, layer.head_dim),
+        )
+        return out
+
+    def gated(self, gate_up: Tensor, activation: Activation) -> Tensor:
+        return self.kernels.gated(gate_up, activation)
+
+    def add(self, residual: Tensor, x: Tensor, *, scale: float = 1.0) -> Tensor:
+        residual = self._whole(residual)
+        if scale == 1.0:
+            self._sum = (residual, x)
+        else:
+            self.kernels.add(x, residual, scale=scale)
+        return residual
+
+    def scale(self, x: Tensor, factor: float) -> Tensor:
+        self.kernels.scale(x, factor)
+        return x
+
+    def keep_wanted(self, *bufs: Tensor) -> Sequence[Tensor]:
+        if self.wanted is None:
+            return bufs
+        return [self._whole(x).index_select(0, self.wanted) for x in bufs]
+
+    def _whole(self, x: Tensor) -> Tensor:
+        """x, with what is still to be added to it."""
+        if self._sum is not None and self._sum[0] is x:
+            self.kernels.add(self._sum[1], x)
+            self._sum = None
+        return x
+
+
+def compute_logits(kernels: LayerKernels, head: Head, hidden: Tensor) -> Tensor:
+    """hidden: [R, H]. Returns [R, vocab_size], rounded to the model's dtype: as float32 on a CPU, as it is
+    on a GPU."""
+    dtype, logits = hidden.dtype, head.product(hidden)
+    if logits.is_cpu:
+        logits = logits.float()
+    if head.divisor != 1.0 or head.softcap != 0.0:
+        kernels.finish_logits(logits, dtype, divisor=head.divisor, cap=head.softcap)
+    return logits

@@ -1,0 +1,65 @@
+"""`ForwardPass` without a recorded program."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from quire.attention.base import AttentionMetadata, KVCache
+from quire.kernels.program import StepRows
+
+
+class EagerModel(Protocol):
+    """As `DecoderModel`."""
+
+    def compute(
+        self,
+        input_ids: torch.Tensor,
+        metadata: AttentionMetadata,
+        kv_cache: KVCache,
+        wanted: torch.Tensor | None = None,
+    ) -> torch.Tensor: ...
+
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor: ...
+
+
+class EagerPass:
+    """Operation by operation, on tensors."""
+
+    def __init__(self, model: EagerModel, kv_cache: KVCache) -> None:
+        self._model = model
+        self._kv_cache = kv_cache
+
+    def forward(self, rows: StepRows) -> torch.Tensor:
+        return self._model.compute_logits(self.hidden(rows))
+
+    def hidden(self, rows: StepRows) -> torch.Tensor:
+        input_ids, metadata = gather(rows, self._kv_cache.block_size)
+        ends, wanted = metadata.query_start_loc[1:].tolist(), rows.rows[: rows.num_rows, 3].tolist()
+        picked = [np.arange(end - count, end) for end, count in zip(ends, wanted, strict=True)]
+        indices = torch.from_numpy(np.concatenate(picked))
+        return self._model.compute(input_ids, metadata, self._kv_cache, indices)
+
+
+def gather(rows: StepRows, block_size: int) -> tuple[torch.Tensor, AttentionMetadata]:
+    """A step's input ids, [T] int64, and what attention needs to know."""
+    seats, starts, counts, _ = rows.rows[: rows.num_rows].T
+    ends = np.cumsum(counts)
+    first = ends - counts  # index in the step of each row's first token
+    row_of = np.repeat(np.arange(len(ends)), counts)
+    positions = np.arange(ends[-1]) - (first - starts)[row_of]
+    seat_of = seats[row_of]
+    blocks = rows.block_ids[seat_of, positions // block_size].astype(np.int64)
+    seq_lens = starts + counts
+    width = -(-int(seq_lens.max()) // block_size)
+    query_start_loc = np.zeros(len(ends) + 1, dtype=np.int32)
+    query_start_loc[1:] = ends
+    return torch.from_numpy(rows.token_ids[seat_of, positions]), AttentionMetadata(
+        positions=torch.from_numpy(positions),
+        slot_mapping=torch.from_numpy(blocks * block_size + positions % block_size),
+        query_start_loc=torch.from_numpy(query_start_loc),
+        seq_lens=torch.from_numpy(seq_lens.astype(np.int32)),
+        block_table=torch.from_numpy(rows.block_ids[seats, :width]),
+    )

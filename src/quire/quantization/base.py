@@ -1,0 +1,135 @@
+"""The family of weight formats: how a checkpoint stores the matrices of linear layers, and how they are
+multiplied.
+
+A `LinearMethod` is what a config says of the format: plain data that knows its bytes without torch, because
+memory is planned before anything is loaded. Only its `create` may import torch. `LinearState` takes one
+layer's tensors from the checkpoint and becomes its product.
+
+q, k and v (and gate and up) read the same input, so their matrices are stacked and one product serves all:
+fewer calls per layer, and wider ones. Each is a `LinearPart`, with tensors of its own in the checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from quire.dtypes import FLOATS
+
+if TYPE_CHECKING:
+    import torch
+
+    from quire.kernels.base import LayerKernels, LinearProduct
+
+
+class Shard(NamedTuple):
+    """One of `size` equal pieces of a dimension."""
+
+    rank: int = 0
+    size: int = 1
+
+    def indices(self, length: int) -> range:
+        """Which indices of a dimension of `length` it has."""
+        assert length % self.size == 0, (length, self)
+        piece = length // self.size
+        return range(self.rank * piece, (self.rank + 1) * piece)
+
+
+WHOLE = Shard()
+
+
+@dataclass(frozen=True, slots=True)
+class LinearPart:
+    """One matrix of the checkpoint, [out_features, in_features]."""
+
+    name: str
+    """Its path without the trailing `.weight`."""
+    out_features: int
+    """In the checkpoint, whatever the shard."""
+    shard: Shard = WHOLE
+    """Which of its outputs the layer computes."""
+
+    @property
+    def outputs(self) -> range:
+        return self.shard.indices(self.out_features)
+
+
+@dataclass(frozen=True, slots=True)
+class LinearShape:
+    """A stack of matrices over one input."""
+
+    in_features: int
+    """In the checkpoint, whatever the shard."""
+    parts: tuple[LinearPart, ...]
+    bias: bool
+    """In the checkpoint."""
+    shard: Shard = WHOLE
+    """Which of the inputs the layer is given. The shards' results add up to the whole one's."""
+
+    @property
+    def inputs(self) -> range:
+        return self.shard.indices(self.in_features)
+
+    @property
+    def num_outputs(self) -> int:
+        """Of all parts: the width of the product."""
+        return sum(len(part.outputs) for part in self.parts)
+
+    @property
+    def adds_bias(self) -> bool:
+        """Where the inputs are sharded, the first shard does."""
+        return self.bias and self.shard.rank == 0
+
+    @property
+    def num_parameters(self) -> int:
+        return self.num_outputs * (len(self.inputs) + (1 if self.adds_bias else 0))
+
+
+@dataclass(frozen=True, slots=True)
+class TensorWant:
+    """A tensor that the checkpoint should hold."""
+
+    suffix: str
+    """Its name is the part's, a dot, and this."""
+    shape: tuple[int, ...]
+    """In the checkpoint, whatever is taken of it."""
+    dtypes: tuple[str, ...] = FLOATS
+    """Which it may have there, by the names of `quire.dtypes`."""
+    taken: tuple[range, ...] | None = None
+    """The indices of each dimension that are loaded; None for all."""
+
+
+def bias_wants(shape: LinearShape, part: LinearPart) -> tuple[TensorWant, ...]:
+    """The bias, in most formats. One that is not added is still known to be in the checkpoint."""
+    taken = part.outputs if shape.adds_bias else range(0)
+    return (TensorWant("bias", (part.out_features,), taken=(taken,)),) if shape.bias else ()
+
+
+class LinearState(Protocol):
+    """The weights of one layer while they arrive, then the product over them."""
+
+    def wants(self, part: LinearPart) -> Sequence[TensorWant]: ...
+
+    def load(self, index: int, suffix: str, first: int, rows: torch.Tensor) -> None:
+        """Rows of one tensor of part `index`, as `WeightTarget.load` has them: in the dtype they are stored
+        in, perhaps from several threads."""
+
+    def finish(self) -> LinearProduct:
+        """The product. Called once, when every tensor has been loaded."""
+
+
+class LinearMethod(Protocol):
+    """A weight format. Frozen, and equal to another that says the same.
+
+    A checkpoint may hold some matrices in other formats, or unquantized: which ones follows from the names
+    of the parts, and is the method's to know.
+    """
+
+    def weight_bytes(self, shape: LinearShape, dtype_bytes: int) -> int:
+        """What the layer holds in memory. dtype_bytes: of an element of the model's dtype."""
+
+    def create(
+        self, shape: LinearShape, *, dtype: torch.dtype, kernels: LayerKernels
+    ) -> LinearState:
+        """dtype: the model's, of the product's input and result."""

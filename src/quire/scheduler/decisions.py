@@ -1,0 +1,176 @@
+"""What the scheduler decided, and why: records for those who explain, replay or simulate a run."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+from quire.messages import FinishReason, StepPlan
+
+
+class WaitReason(str, Enum):
+    """The first test that a request failed in a step, so that it has no row in it."""
+
+    ARRIVED = "arrived after the last step"
+    BLOCKS = "no free blocks"
+    SEAT = "no sequence slot"
+    BUDGET = "no token budget"
+    BEHIND = "behind one that does not fit"
+    """Admission is in order: it stopped at a request before this one."""
+    PREEMPTED = "preempted in this step"
+    """A step that preempts admits nobody, so not its victims either."""
+    PREFIX = "its prefix is being computed"
+    """By a running request that stands before it."""
+    FORK = "its fork's leader computes the prompt"
+    TOKEN = "its last token is pending"
+    """A plan in flight samples it."""
+    GRAMMAR = "its grammar is being compiled"
+
+    @property
+    def label(self) -> str:
+        """The metrics' word, which is vLLM's: `deferred` if it waits by choice, else `capacity`."""
+        return "deferred" if self in _DEFERRED else "capacity"
+
+
+_DEFERRED = frozenset({WaitReason.PREFIX, WaitReason.FORK, WaitReason.TOKEN, WaitReason.GRAMMAR})
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Why a request has no row in a step. Zeros where a number does not apply."""
+
+    reason: WaitReason
+    because_of: int | None = None
+    """The request that it waits for."""
+    needed: int = 0
+    """Blocks (no free blocks) or tokens (no token budget) that it lacks to be admitted, all in all."""
+    free: int = 0
+    """Blocks that were free for it: without those promised to running requests, and the watermark."""
+    budget: int = 0
+    """Tokens that were left of the step."""
+
+
+class DecisionKind(str, Enum):
+    STEP = "step"
+    """What a step has: `budget` tokens, `free` blocks; a running request is sure of `needed` tokens."""
+    ADMITTED = "admitted"
+    """`needed`: tokens that the cache did not hold. `budget`: tokens it computes in this step. `free`: blocks
+    left."""
+    WAITS = "waits"
+    """See `Wait`. A waiting request without a record of its own in a step was not looked at: it stands behind
+    the one whose record stopped admission (no free blocks, no sequence slot, no token budget)."""
+    LIMITED = "limited"
+    """A running request wanted `needed` tokens and got `budget`."""
+    PREEMPTED = "preempted"
+    """`because_of` needed `needed` blocks, and `free` were free."""
+    FINISHED = "finished"
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    step_id: int
+    request_id: int | None
+    """None: it concerns the whole step."""
+    kind: DecisionKind
+    reason: WaitReason | FinishReason | None = None
+    because_of: int | None = None
+    needed: int = 0
+    free: int = 0
+    budget: int = 0
+
+
+Observer = Callable[[Decision], None]
+
+
+class Reporter:
+    """Makes decisions into records, where somebody observes them."""
+
+    def __init__(self, observe: Observer | None) -> None:
+        self._observe = observe
+        self._step_id = 0
+
+    @property
+    def is_observed(self) -> bool:
+        return self._observe is not None
+
+    def step(self, step_id: int, quantum: int, free: int, budget: int) -> None:
+        self._step_id = step_id
+        self._report(None, DecisionKind.STEP, needed=quantum, free=free, budget=budget)
+
+    def admitted(self, request_id: int, needed: int, free: int, budget: int) -> None:
+        self._report(request_id, DecisionKind.ADMITTED, needed=needed, free=free, budget=budget)
+
+    def waits(self, request_id: int, wait: Wait, kind: DecisionKind = DecisionKind.WAITS) -> None:
+        self._report(
+            request_id, kind, wait.reason, wait.because_of, wait.needed, wait.free, wait.budget
+        )
+
+    def finished(self, request_id: int, reason: FinishReason) -> None:
+        self._report(request_id, DecisionKind.FINISHED, reason)
+
+    def rows(
+        self, waits: Mapping[int, Wait], wanted: Iterable[tuple[int, int]], plan: StepPlan
+    ) -> None:
+        """Who has no row, or a smaller one than it wanted.
+
+        wanted: of the running requests, the number of tokens.
+        """
+        for request_id, wait in waits.items():
+            if wait.reason is not WaitReason.PREEMPTED:  # reported before
+                self.waits(request_id, wait)
+        given = {row.request_id: row.num_tokens for row in plan.rows}
+        for request_id, count in wanted:
+            if request_id in waits:
+                continue
+            if not count:
+                self.waits(request_id, Wait(WaitReason.TOKEN))
+            elif given[request_id] < count:
+                self._report(
+                    request_id, DecisionKind.LIMITED, needed=count, budget=given[request_id]
+                )
+
+    def _report(
+        self,
+        request_id: int | None,
+        kind: DecisionKind,
+        reason: WaitReason | FinishReason | None = None,
+        because_of: int | None = None,
+        needed: int = 0,
+        free: int = 0,
+        budget: int = 0,
+    ) -> None:
+        if self._observe is not None:
+            decision = Decision(
+                self._step_id, request_id, kind, reason, because_of, needed, free, budget
+            )
+            self._observe(decision)
+
+
+class DecisionLog:
+    """An observer that keeps the latest decisions. While a request waits for the same thing step after step,
+    only the first record is kept."""
+
+    def __init__(self, most: int = 65_536) -> None:
+        self._ring: deque[Decision] = deque(maxlen=most)
+        self._waits: dict[int, tuple[WaitReason | FinishReason | None, int | None]] = {}
+
+    def __call__(self, decision: Decision) -> None:
+        request_id = decision.request_id
+        if request_id is not None:
+            if decision.kind is DecisionKind.WAITS:
+                wait = (decision.reason, decision.because_of)
+                if self._waits.get(request_id) == wait:
+                    return
+                self._waits[request_id] = wait
+            elif decision.kind is not DecisionKind.LIMITED:
+                self._waits.pop(request_id, None)
+        self._ring.append(decision)
+
+    def __iter__(self) -> Iterator[Decision]:
+        return iter(self._ring)
+
+    def of(self, request_id: int) -> list[Decision]:
+        """The request's own decisions, and those made because of it."""
+        return [d for d in self._ring if request_id in (d.request_id, d.because_of)]
