@@ -22,8 +22,8 @@ launch more rows than there are: padding has no tokens and no keys, and nothing 
     block_start       where in the buffer its new blocks are, the last of its table
     block_count       how many
 
-    section           what entry r holds, about the r-th row that samples           padding
-    logit_rows        where its last token is among the step's                      0
+    section           what entry r holds, about the r-th token to be sampled        padding
+    logit_rows        where the token before it is among the step's                 0
     sample_seats      its seat                                                      -1
     sample_positions  index in the request of the token to be sampled               0
 
@@ -66,6 +66,7 @@ class BatchShape:
     """The most that one step may hold."""
 
     max_seqs: int
+    """Rows, and tokens to be sampled."""
     max_tokens: int
     """Tokens of one step, the padding of a graph included."""
     max_blocks: int
@@ -106,22 +107,24 @@ class StepPacker:
         seq_lens: NDArray[np.integer],
         num_blocks: NDArray[np.integer],
         sampling: NDArray[np.integer],
+        positions: NDArray[np.integer],
         new_ids: Iterable[tuple[int, Sequence[int] | NDArray[np.integer]]],
         new_blocks: Iterable[tuple[int, Sequence[int] | NDArray[np.integer]]],
     ) -> int:
         """Write a step; returns how many int32 of the buffer are to be copied.
 
         seats, counts, seq_lens, num_blocks: [B], one row each: its seat, tokens to compute (one at
-        least), keys once they are, and blocks of its table. sampling: [R], the rows that sample.
+        least), keys once they are, and blocks of its table. sampling: [R], the rows that sample, a row as
+        often as it does; positions: [R], the index in its request of the token to be sampled.
         new_ids, new_blocks: (row, ids), for the rows that have any. Raises `KernelArgumentError` if
         there is more than the shape has room for.
         """
         rows, picked = len(seats), len(sampling)
         ends = np.cumsum(counts)
         tokens = int(ends[-1]) if rows else 0
-        if rows > self.shape.max_seqs or tokens > self.shape.max_tokens:
+        if max(rows, picked) > self.shape.max_seqs or tokens > self.shape.max_tokens:
             raise KernelArgumentError(
-                f"a step of {rows} rows and {tokens} tokens does not fit {self.shape}"
+                f"a step of {rows} rows, {tokens} tokens and {picked} samples does not fit {self.shape}"
             )
         of = self.buffer[: self.shape.tail].reshape(len(Section), -1)
         of[Section.QUERY_START_LOC, 0] = 0
@@ -131,11 +134,11 @@ class StepPacker:
         of[Section.SEQ_LENS, rows:] = 0
         of[Section.SEATS, :rows] = seats
         of[Section.NUM_BLOCKS, :rows] = num_blocks
-        of[Section.LOGIT_ROWS, :picked] = ends[sampling] - 1
+        of[Section.LOGIT_ROWS, :picked] = (ends - seq_lens)[sampling] + positions - 1
         of[Section.LOGIT_ROWS, picked:] = 0
         of[Section.SAMPLE_SEATS, :picked] = seats[sampling]
         of[Section.SAMPLE_SEATS, picked:] = -1
-        of[Section.SAMPLE_POSITIONS, :picked] = seq_lens[sampling]
+        of[Section.SAMPLE_POSITIONS, :picked] = positions
         of[Section.SAMPLE_POSITIONS, picked:] = 0
         end = self._append(self.shape.tail, new_ids, of[Section.ID_START], of[Section.ID_COUNT])
         return self._append(end, new_blocks, of[Section.BLOCK_START], of[Section.BLOCK_COUNT])
