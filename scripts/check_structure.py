@@ -23,8 +23,6 @@ KNOWN_CIRCLES = {
 }
 STAND_INS = {"MockExecutor", "ScriptedFuture", "SimulatedExecutor"}
 """Executors without a model."""
-KNOWN_RUNNERS = {"ModelRunner", "DeviceRunner"}
-"""Both until R3 makes them one."""
 OPEN_TO_MODELS = {"quire.kernels.base", "quire.kernels.ops", "quire.kernels.program"}
 """The modules of kernels/ that models may import: the protocols they are written against."""
 KNOWN_IN_MODELS: set[str] = set()
@@ -47,7 +45,7 @@ def circles(package: str) -> Iterator[str]:
 def second_runners(folder: Path) -> Iterator[str]:
     running = runners(folder)
     real = sorted(set(running) - STAND_INS)
-    if len(real) != 1 and set(real) != KNOWN_RUNNERS:
+    if len(real) != 1:
         places = ", ".join(f"{name} ({running[name]})" for name in real) or "none"
         yield f"one class should turn a StepPlan into a StepResult; found {places}"
 

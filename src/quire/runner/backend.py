@@ -18,7 +18,7 @@ from quire.runner.seats import Seats
 from quire.structured.masks import Mask
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen, nor the next: that would cost microseconds a step
 class StepInput:
     """A step of B rows, of whose last tokens R are sampled after: arrays, since an object a row would cost a
     small model more than its products."""
@@ -39,8 +39,10 @@ class StepInput:
     computing."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StepSamples:
+    """And `LaunchedSamples` for a device that is done when it returns."""
+
     token_ids: NDArray[np.int64]
     """[R]; anything where not valid."""
     valid: NDArray[np.bool_]
@@ -51,11 +53,13 @@ class StepSamples:
     """Of each of `read_rows`, [at least as many as wanted, hidden_size]: its last tokens' after the final
     norm."""
 
-
     @classmethod
     def none(cls, hidden: Sequence[Tensor] = ()) -> StepSamples:
         """Of a step that samples nothing."""
         return cls(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.bool_), {}, hidden)
+
+    def wait(self) -> StepSamples:
+        return self
 
 
 class LaunchedSamples(Protocol):
@@ -63,8 +67,8 @@ class LaunchedSamples(Protocol):
 
 
 class StepBackend(Protocol):
-    """What it is told takes effect in the order of the calls: a seat may be released and admitted to while the
-    last step of its request is computed."""
+    """What it is told takes effect in the order of the calls: a seat may be released and given to another
+    request while the last step of its request is computed."""
 
     def active(self) -> AbstractContextManager[object]:
         """The runner calls everything inside."""
@@ -91,13 +95,3 @@ class StepBackend(Protocol):
     def prepare(self) -> bool:
         """See `Executor.prepare`."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """Samples that are there already."""
-
-    samples: StepSamples
-
-    def wait(self) -> StepSamples:
-        return self.samples

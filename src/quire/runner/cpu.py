@@ -16,7 +16,7 @@ from quire.kernels.memory import reserve_in_background
 from quire.kernels.select import create_kernels
 from quire.messages import AdmittedRequest
 from quire.models.decoder import DecoderModel
-from quire.runner.backend import Finished, StepInput, StepSamples
+from quire.runner.backend import StepInput, StepSamples
 from quire.runner.footprint import Footprint, WorkerSpec, estimate, host_memory
 from quire.runner.platform import make_cache
 from quire.runner.seats import Seats
@@ -105,26 +105,26 @@ class CPUBackend:
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
         self._kernels.copy_blocks(self._kv_cache.pairs, pairs)
 
-    def launch(self, step: StepInput) -> Finished:
+    def launch(self, step: StepInput) -> StepSamples:
         hidden: list[torch.Tensor] = []
         if not step.read_rows:
             logits = self._pass.forward(step.rows)
             if not len(step.sample_rows):
-                return Finished(StepSamples.none())
+                return StepSamples.none()
         else:
             states = self._pass.hidden(step.rows)
             _, starts, counts, wanted = step.rows.rows[: step.rows.num_rows].T
             ends = np.cumsum(wanted)
             hidden = [states[ends[row] - wanted[row] : ends[row]] for row in step.read_rows]
             if not len(step.sample_rows):
-                return Finished(StepSamples.none(hidden))
+                return StepSamples.none(hidden)
             back = (starts + counts)[step.sample_rows] - step.positions + 1  # from the row's end
             picked = torch.from_numpy(ends[step.sample_rows] - back)
             logits = self._model.compute_logits(states[picked])
         sampled = self._sampler.sample(
             logits, self._sampling, step.sample_seats, step.positions, step.masks()
         )
-        return Finished(StepSamples(sampled.token_ids, sampled.valid, sampled.logprobs, hidden))
+        return StepSamples(sampled.token_ids, sampled.valid, sampled.logprobs, hidden)
 
     def prepare(self) -> bool:
         return False

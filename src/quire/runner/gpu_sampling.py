@@ -281,7 +281,9 @@ class GPUSampling:
             fetched.tensors += (top.logprob, top.rank, top.top_ids, top.top_logprobs, top.asked)
         of_mode = logits if self._mode.startswith("raw") else edited
         for (index, of), row in zip(wants.logprobs.items(), wants.rows, strict=True):
-            if index not in few:  # more than the kernel keeps, or of another kind: the host finds them
+            if (
+                index not in few
+            ):  # more than the kernel keeps, or of another kind: the host finds them
                 fetched.whole[index] = (len(fetched.tensors), of, row)
                 fetched.tensors.append(of_mode[index])
         return fetched

@@ -1,14 +1,14 @@
 """The steps of a GPU: launched, not awaited.
 
-Everything a step needs that the host does not send is already there: token ids, block tables, how a seat is
-sampled. The sampled ids stay on the device too, where the next step finds them, so that a step can be launched
-while the one before it runs. The host only waits in `wait()`.
+Everything a step needs that the host does not send is already there: token ids, block tables, how a seat
+is sampled. The sampled ids stay on the device too, where the next step finds them, so that a step can be
+launched while the one before it runs. The host only waits in `wait()`.
 
-A whole step is one CUDA graph (`runner.graphs`): what attention's launches depend on is its padded numbers of
-rows and tokens, nothing else. What only some requests want runs behind it: edits of logits, logprobs. A request
-with rules that the host alone can follow is never planned before its last token is known
-(`needs_token_before_next`), so its seat has all its tokens on the host, and its mask is made while the forward
-pass runs. A step whose hidden states are read is no graph.
+A whole step is one CUDA graph (`runner.graphs`): what attention's launches depend on is its padded numbers
+of rows and tokens, nothing else. What only some requests want runs behind it: edits of logits, logprobs. A
+request with rules that the host alone can follow is never planned before its last token is known
+(`needs_token_before_next`), so its seat has all its tokens on the host, and its mask is made while the
+forward pass runs. A step whose hidden states are read is not recorded.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class GPUBackend:
             self._compute,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
-            num_weights=model.weight_bytes // model.dtype.itemsize,
+            num_weights=model.spec.num_parameters(),
             eager=eager,
         )
 

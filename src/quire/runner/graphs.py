@@ -152,8 +152,8 @@ class Graphs:
         return StepShape(rows, tokens, samples=rows, most_tokens=tokens, hardest=exact.hardest)
 
     def _work(self, shape: StepShape) -> Compute:
-        """The CUDA graph of this shape; else one with a sampler that can do more, which gives the same tokens;
-        else the launches one by one."""
+        """The CUDA graph of this shape; else one with a sampler that can do more, which gives the same
+        tokens; else the launches one by one."""
         found = self.recorded.get(shape)
         if found is not None:
             return found

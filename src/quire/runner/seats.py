@@ -14,9 +14,9 @@ from quire.sampling.sampler import GrammarSource, rules_of
 
 
 class Seats:
-    """Arrays are indexed by seat, so a step gathers its inputs with a few NumPy calls however long the contexts
-    are, and nothing is rebuilt. They are sized for the worst case and never cleared: the operating system
-    commits pages only as they are written. Admission writes all that is read of a seat.
+    """Arrays are indexed by seat, so a step gathers its inputs with a few NumPy calls however long the
+    contexts are, and nothing is rebuilt. They are sized for the worst case and never cleared: the operating
+    system commits pages only as they are written. Admission writes all that is read of a seat.
     """
 
     def __init__(
@@ -45,6 +45,7 @@ class Seats:
         self.num_prompt_tokens = np.zeros(max_num_seqs, dtype=np.int64)
         self.tenure = np.zeros(max_num_seqs, dtype=np.int64)
         """Changes with each admission: whether a result still belongs to a seat's request."""
+        self.num_released = 0
         self.seat_of: dict[int, int] = {}
         self.rules: dict[int, RequestRules] = {}
         """By seat, as the next one: of the requests that have any."""
@@ -72,6 +73,7 @@ class Seats:
         self.rules.pop(seat, None)
         self.prompts.pop(seat, None)
         self._free.append(seat)
+        self.num_released += 1
         return seat
 
     def add_blocks(self, seat: int, block_ids: Sequence[int]) -> None:
@@ -87,8 +89,8 @@ class Seats:
 
 
 def independent(copies: Sequence[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
-    """Copies of blocks in order, in groups that may run at once: a block just copied to may be copied from, in
-    a later group."""
+    """Copies of blocks in order, in groups that may run at once: a block just copied to may be copied from,
+    in a later group."""
     group: list[tuple[int, int]] = []
     touched: set[int] = set()
     for pair in copies:

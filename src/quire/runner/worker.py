@@ -10,7 +10,7 @@ from quire.models.decoder import DecoderModel
 from quire.models.loader import load_model
 from quire.runner.footprint import Footprint, WorkerSpec
 from quire.runner.platform import Platform
-from quire.runner.runner import Runner, RunningStep
+from quire.runner.runner import FinishedStep, Runner, RunningStep
 from quire.sampling.sampler import GrammarSource
 
 
@@ -48,7 +48,7 @@ class Worker:
         with self.platform.active():
             self.runner.open_cache(self.platform.cache(num_blocks), max_model_len)
 
-    def execute(self, plan: StepPlan) -> RunningStep:
+    def execute(self, plan: StepPlan) -> RunningStep | FinishedStep:
         assert self.runner is not None, "the worker is closed"
         return self.runner.launch(plan)
 

@@ -177,8 +177,8 @@ class SamplingSeats:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """token_ids: [R] int64. valid: [R], False where the logits hold NaN. logprobs: by index, of the valid rows
-    that asked."""
+    """token_ids: [R] int64. valid: [R], False where the logits hold NaN. logprobs: by index, of the valid
+    rows that asked."""
 
     token_ids: NDArray[np.int64]
     valid: NDArray[np.bool_]
@@ -251,8 +251,8 @@ class Sampler:
 
 
 def reported(logits: Tensor, mode: str, row: np.void | None) -> Tensor:
-    """What the mode calls logprobs. logits: [V], edited for the processed modes. row: a `SAMPLE_ROW`; None for
-    greedy."""
+    """What the mode calls logprobs. logits: [V], edited for the processed modes. row: a `SAMPLE_ROW`; None
+    for greedy."""
     if mode.startswith("processed"):
         logits = processed(logits, row)
     return log_softmax(logits[None])[0] if mode.endswith("logprobs") else logits
