@@ -20,15 +20,16 @@ from bench.gpu.lab import BF16, DEVICE, FP8, Batch, Cache, error, int32, matrice
 from bench.gpu.suite import Case, Entry, Options, Values
 from torch import Tensor
 
+from quire.decoding import Decoding
 from quire.kernels.reference import ReferenceKernels
-from quire.kernels.sampling import SAMPLE_ROW
+from quire.kernels.sampling import sample_row
 from quire.kernels.triton import layers
 from quire.kernels.triton.batch import copy_blocks
 from quire.kernels.triton.logits import edit_logits, history_row
 from quire.kernels.triton.logprobs import logprobs
 from quire.kernels.triton.matmul import matmul
 from quire.kernels.triton.sampling import SampleWorkspace, sample
-from quire.kernels.triton.seats import seat
+from quire.kernels.triton.seats import as_words
 from quire.layers.rotary import cos_sin_table
 from quire.models.registry import resolve_spec
 from quire.models.spec import ModelSpec
@@ -184,14 +185,11 @@ def sampling(spec: ModelSpec, *, rows: int) -> Values:
         {"temperature": 0.7, "top_k": 20, "top_p": 0.95, "min_p": 0.01},
     ]
     wants = [{**kinds[i % len(kinds)], "seed": 1000 + i} for i in range(rows)]
-    records = np.zeros(rows, dtype=SAMPLE_ROW)
-    records["top_p"] = 1.0
-    for i, want in enumerate(wants):
-        for name, value in {**want, "position": 7 + i}.items():
-            records[name][i] = value
+    records = np.stack([sample_row(Decoding(**want)) for want in wants])  # type: ignore[arg-type]
+    records["position"] = 7 + np.arange(rows)
     expected = ReferenceKernels().sample(logits.float().cpu(), records).token_ids
 
-    table = torch.from_numpy(np.stack([seat(**want).reshape(-1) for want in wants])).to(DEVICE)
+    table = torch.from_numpy(as_words(records)).to(DEVICE)
     seats, positions = int32(range(rows)), torch.arange(7, 7 + rows, device=DEVICE)
     workspace = SampleWorkspace.create(rows, vocab, DEVICE)
     drawn = sample(logits, table, seats, positions, workspace)
@@ -223,10 +221,11 @@ def _largest(difference: Tensor) -> float:
 def _penalties(logits: Tensor) -> float:
     vocab, contents = logits.shape[1], random.Random(1)
     prompt, output = contents.choices(range(vocab), k=40), contents.choices(range(60), k=90)
-    record = seat(temperature=1, repetition=1.3, frequency=0.2, presence=0.4).reshape(1, -1)
+    decoding = Decoding(repetition_penalty=1.3, frequency_penalty=0.2, presence_penalty=0.4)
+    table = torch.from_numpy(as_words(sample_row(decoding).reshape(1))).to(DEVICE)
     history = torch.from_numpy(history_row([*prompt, *output], 40, vocab))[None]
     edited = edit_logits(
-        logits, torch.from_numpy(record).to(DEVICE), int32([0]), torch.tensor([130], device=DEVICE),
+        logits, table, int32([0]), torch.tensor([130], device=DEVICE),
         out=torch.full(logits.shape, math.nan, device=DEVICE), history=history.to(DEVICE),
     )  # fmt: skip
     count = torch.bincount(torch.tensor(output), minlength=vocab).to(DEVICE)

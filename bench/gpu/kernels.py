@@ -34,13 +34,15 @@ from bench.gpu.roofline import Ceilings, measured
 from bench.gpu.suite import Case, Entry, Options, Values
 from torch import Tensor
 
+from quire.decoding import Decoding
+from quire.kernels.sampling import sample_row
 from quire.kernels.triton import layers
 from quire.kernels.triton.batch import DeviceBatch, append_tokens, build_step
 from quire.kernels.triton.logprobs import logprobs
 from quire.kernels.triton.matmul import matmul
 from quire.kernels.triton.packing import BatchShape, Section, StepPacker
 from quire.kernels.triton.sampling import SampleWorkspace, sample
-from quire.kernels.triton.seats import seat
+from quire.kernels.triton.seats import as_words
 from quire.layers.rotary import cos_sin_table
 from quire.models.spec import ModelSpec
 
@@ -236,8 +238,8 @@ def sampling(spec: ModelSpec, sizes: Sizes, ceilings: Ceilings) -> Values:
             "top-k and top-p": _filtered,
         }
         for name, hardest, want in kinds:
-            records = np.stack([seat(**want, seed=i).reshape(-1) for i in range(rows)])
-            table = torch.from_numpy(records).to(DEVICE)
+            records = np.stack([sample_row(Decoding(**want, seed=i)) for i in range(rows)])
+            table = torch.from_numpy(as_words(records)).to(DEVICE)
             calls = [
                 partial(sample, x, table, seats, positions, workspace, hardest=hardest)  # type: ignore[arg-type]
                 for x in inputs

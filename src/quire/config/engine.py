@@ -59,7 +59,7 @@ class ModelConfig:
     logprobs_mode: str = option(
         "raw_logprobs",
         "What logprobs are of: the model's logits as they are (raw), or as they are drawn from (processed: "
-        "after penalties, bias, masks, temperature and filters; not on a GPU).",
+        "after penalties, bias, masks, temperature and filters).",
         choices=("raw_logprobs", "raw_logits", "processed_logprobs", "processed_logits"),
     )
     chat_template: str | None = option(

@@ -15,11 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from quire.kernels.sampling import SAMPLE_ROW
+from quire.kernels.sampling import SAMPLE_ROW, sample_row
 from quire.kernels.triton import logits as edits
 from quire.kernels.triton.logprobs import MAX_LOGPROBS, logprobs
 from quire.kernels.triton.sampling import DeviceTokens, SampleWorkspace, sample
-from quire.kernels.triton.seats import SEAT_WORDS, seat
+from quire.kernels.triton.seats import SEAT_WORDS, as_words
 from quire.messages import AdmittedRequest, TokenLogprobs
 from quire.runner.device import Device
 from quire.sampling.sampler import reported, top_logprobs
@@ -111,7 +111,7 @@ class GPUSampling:
         self._device = device
         self._vocab_size = vocab_size
         self._mode = logprobs_mode
-        self._host_table = np.zeros((max_num_seqs, SEAT_WORDS), dtype=np.int32)
+        self._rows = np.zeros(max_num_seqs, dtype=SAMPLE_ROW)
         self._table = torch.zeros(
             max_num_seqs, SEAT_WORDS, dtype=torch.int32, device=device.torch_device
         )
@@ -121,7 +121,6 @@ class GPUSampling:
         self._banned: Tensor | None = None
         self._biased: Tensor | None = None
         self._biases: Tensor | None = None
-        self._rows = np.zeros(max_num_seqs, dtype=SAMPLE_ROW)
         self._hardness = np.zeros(max_num_seqs, dtype=np.int64)
         """Index in `HARDNESS`."""
         self._penalizes = np.zeros(max_num_seqs, dtype=np.bool_)
@@ -132,22 +131,7 @@ class GPUSampling:
     def admit(self, index: int, request: AdmittedRequest) -> None:
         decoding, bias = request.decoding, request.decoding.logit_bias
         banned_until = decoding.banned_until(request.num_prompt_tokens)
-        banned = decoding.final_ids if banned_until else []
-        for name in ("temperature", "top_p", "min_p", "top_k", "seed"):
-            self._rows[index][name] = getattr(decoding, name)
-        self._host_table[index] = seat(
-            temperature=decoding.temperature,
-            top_p=decoding.top_p,
-            min_p=decoding.min_p,
-            top_k=decoding.top_k,
-            seed=decoding.seed,
-            repetition=decoding.repetition_penalty,
-            frequency=decoding.frequency_penalty,
-            presence=decoding.presence_penalty,
-            num_biased=len(bias),
-            num_banned=len(banned),
-            banned_until=banned_until,
-        )
+        self._rows[index] = sample_row(decoding, request.num_prompt_tokens)
         self._stale = True
         self._hardness[index] = 0 if decoding.is_greedy else 2 if decoding.filters else 1
         self._penalizes[index] = decoding.has_penalties
@@ -155,8 +139,8 @@ class GPUSampling:
         if decoding.logprobs is not None:
             self._logprobs[index] = Logprobs(decoding.logprobs, decoding.logprob_token_ids)
         self.recount(index, request.token_ids, request.num_prompt_tokens)
-        if banned:
-            self._banned = self._listed(self._banned, index, banned, torch.int32)
+        if banned_until:
+            self._banned = self._listed(self._banned, index, decoding.final_ids, torch.int32)
         if bias:
             self._biased = self._listed(self._biased, index, list(bias), torch.int32)
             self._biases = self._listed(self._biases, index, list(bias.values()), torch.float32)
@@ -171,7 +155,7 @@ class GPUSampling:
         if not self._penalizes[index]:
             return
         if self._history is None:  # 0.3 MB a seat at 152,000 tokens: only if somebody asks
-            shape = (len(self._host_table), self._vocab_size)
+            shape = (len(self._rows), self._vocab_size)
             self._history = torch.zeros(shape, dtype=torch.int16, device=self._device.torch_device)
         row = edits.history_row(token_ids, num_prompt_tokens, self._vocab_size)
         self._device.upload(self._history[index], torch.from_numpy(row))
@@ -182,7 +166,7 @@ class GPUSampling:
         """The table of the seats' lists, made or widened as need be, with this seat's in it."""
         width = 0 if table is None else table.shape[1]
         if table is None or len(values) > width:
-            size = (len(self._host_table), max(_LEAST_LISTED, 2 * width, len(values)))
+            size = (len(self._rows), max(_LEAST_LISTED, 2 * width, len(values)))
             grown = torch.zeros(size, dtype=dtype, device=self._device.torch_device)
             if table is not None:
                 grown[:, :width] = table
@@ -193,7 +177,7 @@ class GPUSampling:
     def upload(self) -> None:
         """Before a step: what changed since the last one."""
         if self._stale:
-            self._device.upload(self._table, torch.from_numpy(self._host_table))
+            self._device.upload(self._table, torch.from_numpy(as_words(self._rows)))
             self._stale = False
 
     def wants(self, seats: NDArray[np.int64], positions: NDArray[np.int64]) -> SamplingWants:

@@ -219,13 +219,13 @@ class GPUBackend:
         build_step(batch, num_rows=rows, num_tokens=tokens)
         metadata = AttentionMetadata(
             positions=batch.positions[:tokens],
-            slot_mapping=batch.slot_mapping[:tokens],
+            slot_mapping=batch.slot_mapping[0, :tokens],
             query_start_loc=batch.section(Section.QUERY_START_LOC)[: rows + 1],
             seq_lens=batch.section(Section.SEQ_LENS)[:rows],
-            block_table=batch.block_table[:rows],
+            block_table=batch.block_table[0, :rows],
             max_query_len=shape.most_tokens,
         )
-        return self._model.compute(batch.input_ids[:tokens], metadata, self._kv_cache)
+        return self._model.compute(batch.input_ids[:tokens], [metadata], self._kv_cache)
 
     def _sampled_rows(self, shape: StepShape, hidden: Tensor) -> Tensor:
         """[samples, hidden_size] of all the tokens' hidden states."""

@@ -36,7 +36,7 @@ class Seats:
         """Of a step in flight the sampled ones are missing."""
         self.block_ids = np.zeros((max_num_seqs, max_blocks), dtype=np.int32)
         self.step = StepRows(
-            self.token_ids, self.block_ids, np.zeros((max_num_seqs, 4), dtype=np.int64)
+            self.token_ids, self.block_ids[None], np.zeros((max_num_seqs, 4), dtype=np.int64)
         )
         self.num_blocks = np.zeros(max_num_seqs, dtype=np.int64)
         self.num_brought = np.zeros(max_num_seqs, dtype=np.int64)

@@ -12,6 +12,7 @@ from quire.runner.footprint import Footprint, WorkerSpec
 from quire.runner.platform import Platform
 from quire.runner.runner import FinishedStep, Runner, RunningStep
 from quire.sampling.sampler import GrammarSource
+from quire.weights.source import open_source
 
 
 class Worker:
@@ -93,7 +94,7 @@ class Worker:
         spec, options = self._spec, self._config.model
         model: DecoderModel = load_model(
             spec.model,
-            spec.directory,
+            open_source(spec.directory),
             dtype=getattr(torch, spec.dtype),
             kernels=self.platform.kernels,
             load_format=options.load_format,  # type: ignore[arg-type]

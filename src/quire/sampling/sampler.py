@@ -20,7 +20,7 @@ from torch import Tensor
 from quire.decoding import GrammarSpec
 from quire.kernels.base import Kernels
 from quire.kernels.reference import filtered_scores
-from quire.kernels.sampling import SAMPLE_ROW
+from quire.kernels.sampling import SAMPLE_ROW, sample_row
 from quire.messages import AdmittedRequest, TokenLogprobs
 from quire.sampling.rules import RequestRules
 from quire.structured.base import Grammar
@@ -127,11 +127,8 @@ class SamplingSeats:
         self._states: dict[int, SamplingState] = {}
 
     def admit(self, seat: int, request: AdmittedRequest) -> None:
-        decoding = request.decoding
-        row = self._rows[seat]
-        for name in ("temperature", "top_p", "min_p", "top_k", "seed"):
-            row[name] = getattr(decoding, name)
-        self._num_random += not decoding.is_greedy
+        self._rows[seat] = sample_row(request.decoding, request.num_prompt_tokens)
+        self._num_random += not request.decoding.is_greedy
         state = SamplingState(request, self._vocab_size)
         if state.is_needed(len(request.token_ids)):
             self._states[seat] = state
@@ -153,7 +150,7 @@ class SamplingSeats:
         """For `Kernels.sample`; None if every seat is greedy."""
         if not self._num_random:
             return None
-        rows = self._rows[seats]
+        rows = self._rows.take(seats)
         rows["position"] = positions
         return rows
 

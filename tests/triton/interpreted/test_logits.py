@@ -11,8 +11,9 @@ from torch import Tensor
 
 from quire.decoding import Decoding
 from quire.kernels.checks import KernelArgumentError
+from quire.kernels.sampling import sample_row
 from quire.kernels.triton.logits import edit_logits, history_row
-from quire.kernels.triton.seats import seat
+from quire.kernels.triton.seats import as_words
 from quire.messages import AdmittedRequest
 from quire.sampling.sampler import SamplingState
 from tests.kernels.cases import generator, randn
@@ -20,14 +21,23 @@ from tests.kernels.cases import generator, randn
 VOCAB = 4133  # two tiles, the second of 37; 130 words of mask, the last of 5 bits
 
 
-def edit(logits: Tensor, seats: list[dict[str, Any]], **options: Any) -> Tensor:
+def record(fields: dict[str, Any] | np.void) -> np.void:
+    if isinstance(fields, np.void):
+        return fields
+    row = sample_row(Decoding())
+    for name, value in fields.items():
+        row[name] = value
+    return row
+
+
+def edit(logits: Tensor, seats: list[dict[str, Any] | np.void], **options: Any) -> Tensor:
     """Row i in seat n - 1 - i."""
     count = len(seats)
     positions = options.pop("positions", [0] * count)
     options.setdefault("out", torch.full(logits.shape, 55.0))
     return edit_logits(
         logits,
-        torch.from_numpy(np.stack([seat(**fields) for fields in reversed(seats)])),
+        torch.from_numpy(as_words(np.stack([record(fields) for fields in reversed(seats)]))),
         torch.arange(count - 1, -1, -1, dtype=torch.int32),
         torch.tensor(positions),
         **options,
@@ -77,13 +87,7 @@ def test_penalties_and_bans_are_those_of_the_sampler(params: dict[str, Any], pos
     history[0] = torch.from_numpy(history_row(prompt + output, len(prompt), VOCAB))
     banned = torch.zeros(2, 70, dtype=torch.int32)
     banned[0, : len(state.final_ids)] = torch.tensor(state.final_ids)
-    fields = {
-        "repetition": given.repetition_penalty,
-        "frequency": given.frequency_penalty,
-        "presence": given.presence_penalty,
-        "num_banned": len(state.final_ids),
-        "banned_until": state.banned_until,
-    }
+    fields = sample_row(given, len(prompt))
     out = edit(logits, [{}, fields], positions=[3, position], history=history, banned_ids=banned)
     torch.testing.assert_close(out, want, rtol=1e-6, atol=1e-6)
     alone = edit(
@@ -119,7 +123,7 @@ def test_biases_come_before_penalties_and_bans_after() -> None:
     ids = torch.arange(70, dtype=torch.int32) * 59
     biases = randn(70, rng=generator(8)) * 5
     history = torch.from_numpy(history_row([59, 4071, 12], 1, VOCAB))[None]
-    fields = {"num_biased": 70, "repetition": 2.0, "num_banned": 1, "banned_until": 9}
+    fields = {"num_biased": 70, "repetition_penalty": 2.0, "num_banned": 1, "banned_until": 9}
     lists = {
         "biased_ids": ids[None],
         "biases": biases[None],
@@ -139,7 +143,7 @@ def test_padding_is_left_alone() -> None:
     out = torch.full((1, 10), 3.0)
     edit_logits(
         torch.zeros(1, 10),
-        torch.from_numpy(seat()[None]),
+        torch.from_numpy(as_words(sample_row(Decoding()).reshape(1))),
         torch.tensor([-1], dtype=torch.int32),
         torch.tensor([0]),
         out=out,

@@ -12,12 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from quire.decoding import Decoding
 from quire.kernels.checks import KernelArgumentError
 from quire.kernels.philox import gumbel_from_uniform
 from quire.kernels.reference import ReferenceKernels, filtered_scores
-from quire.kernels.sampling import SAMPLE_ROW
+from quire.kernels.sampling import sample_row
 from quire.kernels.triton.sampling import DeviceTokens, SampleWorkspace, sample
-from quire.kernels.triton.seats import seat
+from quire.kernels.triton.seats import as_words
 from tests.kernels.cases import generator, randn, seeds
 
 # NumPy warns of what a kernel computes and then does not choose.
@@ -27,9 +28,14 @@ OFF = {"temperature": 1.0, "top_p": 1.0, "min_p": 0.0, "top_k": 0, "seed": 0, "p
 HUGE = 2**31 - 1
 
 
+def record(fields: dict[str, Any]) -> np.void:
+    row = sample_row(Decoding(**{name: fields[name] for name in fields if name != "position"}))
+    row["position"] = fields.get("position", 0)
+    return row
+
+
 def seat_table(rows: list[dict[str, Any]]) -> Tensor:
-    fields = [{name: row[name] for name in row if name != "position"} for row in rows]
-    return torch.from_numpy(np.stack([seat(**row) for row in fields]))
+    return torch.from_numpy(as_words(np.stack([record(row) for row in rows])))
 
 
 def draw(logits: Tensor, rows: list[dict[str, Any]], **options: Any) -> DeviceTokens:
@@ -45,13 +51,6 @@ def draw(logits: Tensor, rows: list[dict[str, Any]], **options: Any) -> DeviceTo
     )
 
 
-def sample_row(fields: dict[str, Any]) -> np.void:
-    row = np.zeros(1, dtype=SAMPLE_ROW)
-    for name, value in {**OFF, **fields}.items():
-        row[name] = value
-    return row[0]
-
-
 def assert_is_drawn(logits: Tensor, fields: dict[str, Any], token: int) -> None:
     """By the reference's own scores and noise, in float64, from what it keeps at this top_p, a little
     less or a little more: sums differ in rounding. logits: [V]"""
@@ -61,7 +60,7 @@ def assert_is_drawn(logits: Tensor, fields: dict[str, Any], token: int) -> None:
     u = REFERENCE.philox_uniform(fields["seed"], fields["position"], len(logits))
     noise = gumbel_from_uniform(u.double())
     for near in (1.0, 1 - 2e-6, 1 + 2e-6):
-        row = sample_row({**fields, "top_p": min(fields["top_p"] * near, 1.0)})
+        row = record({**fields, "top_p": min(fields["top_p"] * near, 1.0)})
         noisy = filtered_scores(logits, row).double() + noise
         if float(noisy[token]) >= float(noisy.max()) - 1e-5:
             return
@@ -206,7 +205,7 @@ def test_filters_among_ties_keep_what_the_reference_keeps(
     logits[vocab // 2] = 0.0
     if fields["temperature"] == 0:
         fields = {**fields, "temperature": 1.0}
-    kept = filtered_scores(logits, sample_row(fields)).isfinite()
+    kept = filtered_scores(logits, record(fields)).isfinite()
     only = torch.where(kept, logits, -torch.inf)
     off = {name: OFF[name] for name in ("top_p", "min_p", "top_k")}
     rows = [{**fields, "position": position} for position in range(3)]
@@ -259,10 +258,10 @@ def test_nan_and_padding_are_their_rows_alone(bad: float) -> None:
 
 def test_counts_what_it_samples_where_there_are_penalties() -> None:
     rows = [
-        {"frequency": 0.5},
+        {"frequency_penalty": 0.5},
         {"temperature": 0.0},
-        {"repetition": 1.1},
-        {"presence": -1.0},
+        {"repetition_penalty": 1.1},
+        {"presence_penalty": -1.0},
     ]
     logits = torch.zeros(4, 50)
     logits[:, 7] = 1.0

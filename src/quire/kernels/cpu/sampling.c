@@ -26,9 +26,11 @@
 #define TABLES 4            /* of bins: neighbours add to different ones, so nobody waits for a sum */
 
 typedef struct { /* mirrored by SAMPLE_ROW in kernels/sampling.py */
-  float temperature, top_p, min_p;
-  int32_t top_k;
   int64_t seed, position;
+  float temperature, top_p, min_p, farthest;
+  int32_t top_k;
+  float repetition_penalty, frequency_penalty, presence_penalty; /* from here on for whoever edits logits */
+  int32_t num_biased, num_banned, banned_until;
 } sample_row;
 
 typedef struct { /* mirrored by SampleArgs in library.py */

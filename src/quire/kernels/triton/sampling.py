@@ -20,7 +20,7 @@ sum of floats. Distances are ranked as they are, and weights e^-distance are int
 2**-40, whose sum is the same in any order. Where `kernels/reference.py` adds up doubles instead, the
 two agree but for a token whose share ends within about 1e-6 of top_p.
 
-The parameters of a request lie in a record on the device, written when it is admitted: see `seats.SEAT`.
+The parameters of a request lie in a record on the device, written when it is admitted: see `SAMPLE_ROW`.
 """
 
 from __future__ import annotations
@@ -389,10 +389,10 @@ def sample(
 ) -> DeviceTokens:
     """`Kernels.sample`: one token a row, and its count in the row's history.
 
-    logits: [R, V], rows dense, any row stride; left as they are. table: [max_seqs, SEAT_WORDS] int32 of
-    `seat`. seats: [R] int32, each row's in the table; a negative one is padding. positions: [R] int32 or
-    int64, index in its request of the token to be sampled. hardest: no row wants more than this, the
-    host says: "greedy" is temperature 0, "draw" no filters. history: as in
+    logits: [R, V], rows dense, any row stride; left as they are. table: [max_seqs, SEAT_WORDS] int32, see
+    `seats.as_words`. seats: [R] int32, each row's in the table; a negative one is padding. positions:
+    [R] int32 or int64, index in its request of the token to be sampled. hardest: no row wants more than
+    this, the host says: "greedy" is temperature 0, "draw" no filters. history: as in
     `logits.history_row`, [max_seqs, V] int16, updated for seats with penalties; no seat twice.
     Contents are not looked at: a seat past the table reads stray memory.
     """

@@ -1,10 +1,8 @@
-"""What sampling, the edits before it and logprobs share: how a request is sampled, as a record on the
-device; keys that order tokens; weights whose sum has no order.
+"""What sampling, the edits before it and logprobs share: the records on the device that say how each seat is
+sampled; keys that order tokens; weights whose sum has no order.
 """
 
 from __future__ import annotations
-
-import math
 
 import numpy as np
 import torch
@@ -13,39 +11,25 @@ import triton.language as tl
 from numpy.typing import NDArray
 from torch import Tensor
 
+from quire.kernels import sampling
 from quire.kernels.checks import FLOATS, KernelArgumentError
+from quire.kernels.sampling import SAMPLE_ROW
 
 TILE = 4096
 """Logits that one program looks at: every row is cut alike, whatever else is in the batch."""
 
-SEAT = np.dtype(
-    [
-        ("temperature", np.float32),
-        ("top_p", np.float32),
-        ("farthest", np.float32),
-        ("top_k", np.int32),
-        ("seed", np.int64),
-        ("repetition", np.float32),
-        ("frequency", np.float32),
-        ("presence", np.float32),
-        ("num_biased", np.int32),
-        ("num_banned", np.int32),
-        ("banned_until", np.int32),
-    ]
-)
-"""How a request is sampled. temperature: 0 is greedy, and the filters are then ignored. top_p: 1 is off.
-farthest: -log(min_p), the largest distance that min_p keeps; the largest float is off. top_k: 0 is off.
-seed: its 64 bits. repetition: 1 is off. frequency, presence: 0 is off. num_biased, num_banned: lengths of
-the seat's lists. banned_until: tokens sampled at an index in the request below it are not the banned.
+SEAT_WORDS = SAMPLE_ROW.itemsize // 4
+"""Each seat's `SAMPLE_ROW` is a row of a table on the device: [max_num_seqs, SEAT_WORDS] int32."""
 
-No word of flags says what a request needs: each value says so itself, and cannot contradict itself."""
 
-SEAT_WORDS = SEAT.itemsize // 4
+def as_words(rows: NDArray[np.void]) -> NDArray[np.int32]:
+    """The same memory as a table. rows: [any] `SAMPLE_ROW`."""
+    return rows.view(np.int32).reshape(len(rows), SEAT_WORDS)
 
 
 def _place(field: str) -> tl.constexpr:
     """Where a field is, in words of 32 bits."""
-    fields = SEAT.fields
+    fields = SAMPLE_ROW.fields
     assert fields is not None
     return tl.constexpr(fields[field][1] // 4)
 
@@ -55,9 +39,9 @@ TOP_P = _place("top_p")
 FARTHEST = _place("farthest")
 TOP_K = _place("top_k")
 SEED = _place("seed")
-REPETITION = _place("repetition")
-FREQUENCY = _place("frequency")
-PRESENCE = _place("presence")
+REPETITION = _place("repetition_penalty")
+FREQUENCY = _place("frequency_penalty")
+PRESENCE = _place("presence_penalty")
 NUM_BIASED = _place("num_biased")
 NUM_BANNED = _place("num_banned")
 BANNED_UNTIL = _place("banned_until")
@@ -65,47 +49,19 @@ BANNED_UNTIL = _place("banned_until")
 _WORDS = tl.constexpr(SEAT_WORDS)
 LEAST = tl.constexpr(-(2**63))  # below every key of `ranked`
 UNIT = tl.constexpr(2.0**40)  # of `weight`
-LARGEST = tl.constexpr(float(np.finfo(np.float32).max))
+LARGEST = tl.constexpr(sampling.LARGEST)
 MOST = tl.constexpr(2**31 - 1)
-
-
-def seat(
-    *,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    top_k: int = 0,
-    seed: int = 0,
-    repetition: float = 1.0,
-    frequency: float = 0.0,
-    presence: float = 0.0,
-    num_biased: int = 0,
-    num_banned: int = 0,
-    banned_until: int = 0,
-) -> NDArray[np.int32]:
-    """A `SEAT` as a row of the table: [SEAT_WORDS] int32. seed: 64 bits, two's complement accepted."""
-    record = np.zeros(1, dtype=SEAT)
-    record["temperature"] = temperature
-    record["top_p"] = top_p
-    record["farthest"] = -math.log(min_p) if min_p > 0 else LARGEST.value
-    record["top_k"] = min(top_k, MOST.value)
-    record["seed"] = seed if seed < 2**63 else seed - 2**64
-    record["repetition"], record["frequency"] = repetition, frequency
-    record["presence"] = presence
-    record["num_biased"], record["num_banned"] = num_biased, num_banned
-    record["banned_until"] = banned_until
-    return record.view(np.int32)
 
 
 @triton.jit
 def word(table, row, INDEX: tl.constexpr):
-    """A field of SEAT that is an integer of 32 bits."""
+    """A field of `SAMPLE_ROW` that is an integer of 32 bits."""
     return tl.load(table + row * _WORDS + INDEX)
 
 
 @triton.jit
 def number(table, row, INDEX: tl.constexpr):
-    """A field of SEAT that is a float."""
+    """A field of `SAMPLE_ROW` that is a float."""
     return word(table, row, INDEX).to(tl.float32, bitcast=True)
 
 
