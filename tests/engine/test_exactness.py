@@ -40,17 +40,19 @@ class Recorder:
     def __init__(self, llm: LLM) -> None:
         assert isinstance(llm._core, InlineCore)
         runner = llm._core._core.executor.runner
-        self._batch = runner.batch
-        self._sampler: Sampler = runner._sampler
+        self._seats = runner.seats
+        self._sampler: Sampler = runner.backend._sampler
         self.logits: Logits = {}
-        runner._sampler = self
+        runner.backend._sampler = self
 
-    def sample(self, logits: torch.Tensor, table: Any, seats: Any, positions: Any) -> Any:
+    def sample(
+        self, logits: torch.Tensor, table: Any, seats: Any, positions: Any, masks: Any
+    ) -> Any:
         for seat, position, values in zip(seats, positions.tolist(), logits, strict=True):
-            count = self._batch.num_prompt_tokens[seat]
-            prompt = tuple(self._batch.token_ids[seat, :count].tolist())
+            count = self._seats.num_prompt_tokens[seat]
+            prompt = tuple(self._seats.token_ids[seat, :count].tolist())
             self.logits[prompt, position] = values.clone()
-        return self._sampler.sample(logits, table, seats, positions)
+        return self._sampler.sample(logits, table, seats, positions, masks)
 
 
 def make_llm(checkpoint: ServableCheckpoint, **options: Any) -> LLM:
