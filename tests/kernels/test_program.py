@@ -30,6 +30,7 @@ HEAD = Head(Product(HIDDEN, VOCAB))  # type: ignore[arg-type]
 def attention(index: int) -> AttentionLayer:
     return AttentionLayer(
         index=index,
+        group=0,
         num_heads=HEADS,
         num_kv_heads=HEADS,
         head_dim=DIM,

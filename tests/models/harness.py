@@ -50,7 +50,7 @@ class PagedHarness:
         )
         self.cache.storage.fill_(float("nan"))
         self._mirror = copy.deepcopy(self.cache)  # of the pass in one call
-        self._one_call = model.over(self._mirror)
+        self.one_call = model.over(self._mirror)
         self._steps = 0
         self.free = list(range(1, num_blocks))
         random.Random(seed).shuffle(self.free)
@@ -82,7 +82,7 @@ class PagedHarness:
             seq_lens=torch.tensor(lens, dtype=torch.int32),
             block_table=torch.tensor(table, dtype=torch.int32),
         )
-        hidden = self.model.compute(torch.tensor(input_ids), metadata, self.cache)
+        hidden = self.model.compute(torch.tensor(input_ids), [metadata], self.cache)
         logits = self.model.compute_logits(hidden)
         assert logits.dtype == torch.float32
         self._assert_one_call_is_the_same(work, torch.tensor(input_ids), metadata, logits)
@@ -103,7 +103,7 @@ class PagedHarness:
         requests = [request for request, _ in work]
         rows = StepRows(
             token_ids=_padded([requests[i].tokens for i in order], np.int64),
-            block_ids=_padded([requests[i].blocks for i in order], np.int32),
+            block_ids=_padded([requests[i].blocks for i in order], np.int32)[None],
             rows=np.array(
                 [
                     (seat, request.num_computed - count, count, some)
@@ -117,13 +117,13 @@ class PagedHarness:
         expected = torch.cat(
             [part[len(part) - some :] for part, some in zip(parts, wanted, strict=True)]
         )
-        actual = self._one_call.forward(rows)
+        actual = self.one_call.forward(rows)
         assert torch.equal(actual.view(torch.int32), expected.view(torch.int32))
-        again = self.model.compute_logits(self._one_call.hidden(rows))
+        again = self.model.compute_logits(self.one_call.hidden(rows))
         assert torch.equal(again.view(torch.int32), expected.view(torch.int32))
         ours, theirs = (c.storage.view(torch.uint8) for c in (self.cache, self._mirror))
         assert torch.equal(ours, theirs)
-        input_ids, metadata = gather(rows, self.cache.block_size)
+        input_ids, [metadata] = gather(rows, self.cache.block_size)
         for name in ("positions", "slot_mapping", "query_start_loc", "seq_lens", "block_table"):
             assert torch.equal(getattr(metadata, name), getattr(by_hand, name)), name
         assert torch.equal(input_ids, ids_by_hand)

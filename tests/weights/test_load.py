@@ -1,4 +1,4 @@
-"""Streaming tensors to their takers: everything is checked before anything is loaded."""
+"""Streaming tensors to their targets: everything is checked before anything is loaded."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from quire.weights.source import Checkpoint, TensorInfo
 from tests.weights.reading import read_tensor
 
 
-class Takers:
+class Recorder:
     """Targets that copy what they are given, and remember it and how often each row came."""
 
     def __init__(self, **shapes: tuple[int, ...]) -> None:
@@ -58,16 +58,16 @@ def checkpoint(directory: Path, **tensors: torch.Tensor) -> SafetensorsCheckpoin
     return SafetensorsCheckpoint(directory)
 
 
-def test_each_tensor_reaches_its_taker(tmp_path: Path) -> None:
-    takers = Takers(a=(2, 3), b=(4,))
+def test_each_tensor_reaches_its_target(tmp_path: Path) -> None:
+    recorder = Recorder(a=(2, 3), b=(4,))
     a, b = torch.randn(2, 3), torch.randn(4)
     with checkpoint(tmp_path, a=a, b=b) as source:
-        load_weights(takers.targets, source, dtype=torch.float32)
-    assert torch.equal(takers.loaded["a"], a) and torch.equal(takers.loaded["b"], b)
+        load_weights(recorder.targets, source, dtype=torch.float32)
+    assert torch.equal(recorder.loaded["a"], a) and torch.equal(recorder.loaded["b"], b)
 
 
-def test_a_tensor_with_two_takers_reaches_both(tmp_path: Path) -> None:
-    first, second = Takers(a=(3,)), Takers(a=(3,))
+def test_a_tensor_with_two_targets_reaches_both(tmp_path: Path) -> None:
+    first, second = Recorder(a=(3,)), Recorder(a=(3,))
     with checkpoint(tmp_path, a=torch.ones(3)) as source:
         load_weights([*first.targets, *second.targets], source, dtype=torch.float32)
     assert torch.equal(first.loaded["a"], second.loaded["a"])
@@ -86,10 +86,10 @@ def test_a_tensor_with_two_takers_reaches_both(tmp_path: Path) -> None:
 def test_mismatch_is_reported_before_anything_is_loaded(
     tmp_path: Path, tensors: dict[str, torch.Tensor], message: str
 ) -> None:
-    takers = Takers(a=(2, 3), b=(4,))
+    recorder = Recorder(a=(2, 3), b=(4,))
     with checkpoint(tmp_path, **tensors) as source, pytest.raises(CheckpointError, match=message):
-        load_weights(takers.targets, source, dtype=torch.float32)
-    assert not takers.loaded
+        load_weights(recorder.targets, source, dtype=torch.float32)
+    assert not recorder.loaded
 
 
 @contextmanager
@@ -119,21 +119,21 @@ def test_whatever_the_pieces_and_threads_every_row_comes_once(
     size: int,
 ) -> None:
     tensors = {name: torch.randn(shape).to(dtype) for name, shape in shapes.items()}
-    takers, done = Takers(**shapes), []
+    recorder, done = Recorder(**shapes), []
     with piece_bytes(size), checkpoint(tmp_path, **tensors) as source:
-        wanted = [(source.tensors[target.name], [target]) for target in takers.targets]
+        wanted = [(source.tensors[target.name], [target]) for target in recorder.targets]
         pieces.load_pieces(wanted, source, threads=threads, progress=done.append)
         assert sum(done) == sum(info.num_bytes for info in source.tensors.values())
-    takers.assert_each_row_came_once()
+    recorder.assert_each_row_came_once()
     for name, tensor in tensors.items():
-        assert torch.equal(takers.loaded[name], tensor)
+        assert torch.equal(recorder.loaded[name], tensor)
 
 
 def test_an_empty_tensor_has_no_pieces(tmp_path: Path) -> None:
-    takers = Takers(a=(0, 3))
+    recorder = Recorder(a=(0, 3))
     with checkpoint(tmp_path, a=torch.ones(0, 3)) as source:
-        load_weights(takers.targets, source, dtype=torch.float32)
-    assert not takers.loaded
+        load_weights(recorder.targets, source, dtype=torch.float32)
+    assert not recorder.loaded
 
 
 def load_one(target: WeightTarget, source: Checkpoint, threads: int) -> None:
@@ -145,7 +145,7 @@ def test_only_rows_that_somebody_takes_are_read(tmp_path: Path) -> None:
     tensor = torch.arange(400.0).view(100, 4)
     given: dict[str, torch.Tensor] = {}
 
-    def taker(key: str, rows: range, columns: range) -> WeightTarget:
+    def target(key: str, rows: range, columns: range) -> WeightTarget:
         given[key] = torch.full((len(rows), len(columns)), -1.0)
 
         def load(first: int, part: torch.Tensor) -> None:
@@ -154,14 +154,16 @@ def test_only_rows_that_somebody_takes_are_read(tmp_path: Path) -> None:
 
         return WeightTarget("a", (100, 4), load, taken=(rows, columns))
 
-    takers = [
-        taker("x", range(10, 40), range(4)),
-        taker("y", range(30, 60), range(1, 3)),
-        taker("none", range(0), range(4)),
+    targets = [
+        target("x", range(10, 40), range(4)),
+        target("y", range(30, 60), range(1, 3)),
+        target("none", range(0), range(4)),
     ]
     with piece_bytes(100), checkpoint(tmp_path, a=tensor) as source:
         read: list[int] = []
-        pieces.load_pieces([(source.tensors["a"], takers)], source, threads=2, progress=read.append)
+        pieces.load_pieces(
+            [(source.tensors["a"], targets)], source, threads=2, progress=read.append
+        )
     assert torch.equal(given["x"], tensor[10:40])
     assert torch.equal(given["y"], tensor[30:60, 1:3])
     assert sum(read) == 50 * 16
@@ -205,7 +207,7 @@ def test_rows_of_a_type_that_pytorch_lacks_come_as_bytes() -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_a_taker_that_fails_ends_the_loading(tmp_path: Path, threads: int) -> None:
+def test_a_target_that_fails_ends_the_loading(tmp_path: Path, threads: int) -> None:
     loaded = []
 
     def load(first: int, rows: torch.Tensor) -> None:
@@ -285,19 +287,19 @@ def test_reads_that_give_less_than_asked_are_continued(
 
 
 def test_harmless_extras_are_ignored(tmp_path: Path) -> None:
-    takers = Takers(a=(1,))
+    recorder = Recorder(a=(1,))
     inv_freq = "model.layers.0.self_attn.rotary_emb.inv_freq"
     extras = {inv_freq: torch.ones(4), "lm_head.weight": torch.ones(2)}
     with checkpoint(tmp_path, a=torch.ones(1), **extras) as source:
-        load_weights(takers.targets, source, dtype=torch.float32, tied={"a": "lm_head.weight"})
-    assert set(takers.loaded) == {"a"}
+        load_weights(recorder.targets, source, dtype=torch.float32, tied={"a": "lm_head.weight"})
+    assert set(recorder.loaded) == {"a"}
 
 
 def test_random_weights_depend_on_seed_and_name_alone() -> None:
     def weights(seed: int, **shapes: tuple[int, ...]) -> dict[str, torch.Tensor]:
-        takers = Takers(**shapes)
-        load_random_weights(takers.targets, dtype=torch.float32, seed=seed)
-        return takers.loaded
+        recorder = Recorder(**shapes)
+        load_random_weights(recorder.targets, dtype=torch.float32, seed=seed)
+        return recorder.loaded
 
     first = weights(1, a=(64, 64), b=(64, 64), norm=(8,), bias=(8,))
     assert torch.equal(first["a"], weights(1, a=(64, 64))["a"])

@@ -1,4 +1,5 @@
-"""From tensors to their takers: everything checked first, then read and packed by several threads.
+"""From a checkpoint to the tensors' targets: everything is checked first, then read and packed by several
+threads.
 
 The whole checkpoint is compared with what the model wants (names, shapes, dtypes) from the files' headers, in
 milliseconds, before any data is read: a wrong shard is reported at once and not after minutes of loading.
@@ -34,11 +35,11 @@ def load_weights(
     dtype: torch.dtype,
     tied: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Stream every wanted tensor to its takers, in pieces of rows, with as many threads as PyTorch has.
+    """Stream every wanted tensor to its targets, in pieces of rows, with as many threads as PyTorch has.
 
     Names are the model's; `map_names` finds them in the file. `tied` maps a wanted name to another under
     which the file may hold the same matrix (the output head of a tied model): it is read where the first
-    is absent, else unused. Where `dtype`, the model's, is not that of most floats in the files, the takers
+    is absent, else unused. Where `dtype`, the model's, is not that of most floats in the files, the targets
     convert: one thread then, since PyTorch converts with all of its own.
 
     Raises:
@@ -69,10 +70,10 @@ def load_random_weights(targets: Iterable[WeightTarget], *, dtype: torch.dtype, 
 
     Each tensor's values depend on the seed and its own name alone, not on what else the model has.
     """
-    for takers in _by_name(targets).values():
-        tensor = _random(takers[0], dtype=dtype, seed=seed)
-        for taker in takers:
-            taker.give(0, tensor)
+    for same in _by_name(targets).values():
+        tensor = _random(same[0], dtype=dtype, seed=seed)
+        for target in same:
+            target.give(0, tensor)
 
 
 def _random(target: WeightTarget, *, dtype: torch.dtype, seed: int) -> torch.Tensor:
@@ -91,7 +92,7 @@ def _random(target: WeightTarget, *, dtype: torch.dtype, seed: int) -> torch.Ten
 
 
 def _by_name(targets: Iterable[WeightTarget]) -> Mapping[str, list[WeightTarget]]:
-    """Takers of each tensor, in the order they were asked for: a tied matrix has two."""
+    """The targets of each tensor, in the order of the model."""
     wanted: dict[str, list[WeightTarget]] = {}
     for target in targets:
         wanted.setdefault(target.name, []).append(target)
@@ -128,18 +129,18 @@ def _check(wanted: Mapping[str, list[WeightTarget]], tensors: Mapping[str, Tenso
             + _remedy(missing, tensors)
         )
     for name, info in tensors.items():
-        takers = wanted.get(name)
-        if takers is None:
+        if name not in wanted:
             continue
-        if info.shape != takers[0].shape:
+        target = wanted[name][0]
+        if info.shape != target.shape:
             raise CheckpointError(
                 f"tensor {info.name} in {info.file} has shape {list(info.shape)}, but config.json makes it "
-                f"{list(takers[0].shape)}; the weights and the config are of different models"
+                f"{list(target.shape)}; the weights and the config are of different models"
             )
-        if info.dtype not in takers[0].dtypes:
+        if info.dtype not in target.dtypes:
             raise CheckpointError(
                 f"tensor {info.name} in {info.file} has dtype {info.dtype}, but config.json makes it "
-                f"{' or '.join(takers[0].dtypes)}; use an unquantized checkpoint, or one that is quantized "
+                f"{' or '.join(target.dtypes)}; use an unquantized checkpoint, or one that is quantized "
                 "as its config says"
             )
     unexpected = [name for name in tensors if name not in wanted]

@@ -1,9 +1,8 @@
-"""From files to takers in pieces of rows, by several threads, each with one buffer.
+"""Loading with several threads: each reads pieces of rows into its buffer and hands them to the targets.
 
-A thread reads a piece into its buffer (which stays in the processor's cache) and hands it to its taker, which
-packs it to its place. So the file's bytes cross memory once, what is held twice is a buffer a thread, and the
-three things that take time run beside each other: waiting for the disk, the system's clearing of the
-weights' fresh pages, and packing.
+A target packs a piece to its place while the piece is in the processor's cache. So the file's bytes cross
+memory once, and only one buffer a thread is held beside the model. Waiting for the disk, the system's
+clearing of the weights' fresh pages, and packing run at the same time.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ ROW_STEP = 64
 """Pieces begin at multiples of so many rows: a packed panel is then one piece's alone."""
 
 Progress = Callable[[int], object]
-"""Told the bytes of each piece that has been loaded, by one thread at a time."""
+"""Called with the bytes of each loaded piece, by one thread at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +39,7 @@ class _Piece:
     begin: int
     """Of the first row's bytes in the tensor."""
     num_bytes: int
-    takers: Sequence[WeightTarget]
+    targets: Sequence[WeightTarget]
 
 
 def load_pieces(
@@ -50,10 +49,10 @@ def load_pieces(
     threads: int,
     progress: Progress,
 ) -> None:
-    """Give every taker the rows of its tensor that it wants, in any order. Raises what the first failure
+    """Give every target the rows of its tensor that it wants, in any order. Raises what the first failure
     raised."""
     in_order = sorted(wanted, key=lambda item: item[0].position)  # of the disk
-    pieces = [piece for info, takers in in_order for piece in _cut(info, takers)]
+    pieces = [piece for info, targets in in_order for piece in _cut(info, targets)]
     threads = max(1, min(threads, len(pieces)))
     queue = _Queue(iter(pieces), progress)
     largest = max((piece.num_bytes for piece in pieces), default=0)
@@ -66,10 +65,10 @@ def load_pieces(
             for future in running:
                 future.result()
         finally:
-            queue.close()  # whoever still works stops after the piece in hand
+            queue.close()  # threads that still run stop after their piece
 
 
-def _cut(info: TensorInfo, takers: Sequence[WeightTarget]) -> Iterator[_Piece]:
+def _cut(info: TensorInfo, targets: Sequence[WeightTarget]) -> Iterator[_Piece]:
     if info.num_bytes == 0:
         return
     count = info.shape[0] if info.shape else 1
@@ -78,7 +77,7 @@ def _cut(info: TensorInfo, takers: Sequence[WeightTarget]) -> Iterator[_Piece]:
     dtype, row_shape = getattr(torch, info.dtype, None), info.shape[1:]
     if dtype is None:
         dtype, row_shape = torch.uint8, (row_bytes,)
-    taken = [range(count) if taker.taken is None else taker.taken[0] for taker in takers]
+    taken = [range(count) if target.taken is None else target.taken[0] for target in targets]
     first = min((rows.start for rows in taken if rows), default=0)
     end = max((rows.stop for rows in taken if rows), default=0)
     for row in range(first, end, step):
@@ -90,12 +89,12 @@ def _cut(info: TensorInfo, takers: Sequence[WeightTarget]) -> Iterator[_Piece]:
             row=row,
             begin=row * row_bytes,
             num_bytes=rows * row_bytes,
-            takers=takers,
+            targets=targets,
         )
 
 
 class _Queue:
-    """Pieces for many threads, and their progress for one listener."""
+    """The pieces that are left, for all threads."""
 
     def __init__(self, pieces: Iterator[_Piece], progress: Progress) -> None:
         self._pieces = pieces
@@ -124,8 +123,8 @@ def _work(checkpoint: Checkpoint, queue: _Queue, buffer_bytes: int) -> None:
         while piece is not None:
             checkpoint.read(piece.info, piece.begin, view[: piece.num_bytes])
             rows = buffer[: piece.num_bytes].view(piece.dtype).view(piece.shape)
-            for taker in piece.takers:
-                taker.give(piece.row, rows)
+            for target in piece.targets:
+                target.give(piece.row, rows)
             piece = queue.take(piece)
     except BaseException:
         queue.close()
