@@ -100,7 +100,7 @@ def measure(case: Case, models: Path | None) -> dict[str, float]:
     watch.wrap(core.scheduler, "update", "update")
     watch.wrap(runner, "execute", "build batch")
     watch.wrap(runner, "_sample", "sample")
-    watch.wrap(llm._output, "process", "outputs")
+    watch.wrap(llm._front, "take", "outputs")
     rng = random.Random(0)
     vocab = runner.model.spec.vocab_size - 300
     params = SamplingParams(temperature=0.0, max_tokens=case.steps, ignore_eos=True)
