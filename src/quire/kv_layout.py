@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 MOST_PADDING = 1.5
 """Groups have as many layers as the least frequent kind; or, if the most frequent kind has less than so
@@ -25,6 +26,14 @@ class KVGroup:
     """Ascending indices of the model's layers."""
     window: int | None = None
     """A token attends to so many positions, its own included; None: to all before it."""
+
+
+class KVPlace(NamedTuple):
+    """Where a layer keeps its KV."""
+
+    group: int
+    part: int
+    """Of the group's blocks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +52,29 @@ class KVLayout:
         """By group."""
         return tuple(group.window for group in self.groups)
 
+    def places(self) -> dict[int, KVPlace]:
+        """By layer."""
+        return {
+            layer: KVPlace(number, part)
+            for number, group in enumerate(self.groups)
+            for part, layer in enumerate(group.layers)
+        }
+
+    def blocks_for(self, num_tokens: int, block_size: int, *, max_row_tokens: int) -> int:
+        """Blocks that a request of so many tokens holds at most at a time."""
+        count = -(-num_tokens // block_size)
+        held = (most_held(window, block_size, max_row_tokens) for window in self.windows)
+        return sum(count if most is None else min(count, most) for most in held)
+
     def page_bytes(self, block_size: int, dtype_bytes: int) -> int:
         """Memory of one block."""
         return self.layers_per_page * self.layer_size * block_size * dtype_bytes
+
+
+def most_held(window: int | None, block_size: int, max_row_tokens: int) -> int | None:
+    """Blocks of one group that hold what a row reads and writes; None: all. max_row_tokens: the most that a
+    row computes in a step."""
+    return None if window is None else (window + max_row_tokens - 3) // block_size + 2
 
 
 def group_layers(windows: Sequence[int | None], layer_size: int) -> KVLayout:

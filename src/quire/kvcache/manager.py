@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from quire.kv_layout import most_held
 from quire.kvcache.block import NULL_BLOCK_ID, Block, BlockContent, CacheKey, hash_block
 from quire.kvcache.block_pool import BlockPool
 from quire.messages import BlockIds
@@ -91,11 +92,7 @@ class KVCacheManager:
             (group, window) for group, window in enumerate(windows) if window is not None
         ]
         assert max_row_tokens or not self._sliding
-        self._most_held = [
-            None if window is None else (window + max_row_tokens - 3) // block_size + 2
-            for window in windows
-        ]
-        """By group: blocks that the tokens a row reads and writes can lie in."""
+        self._most_held = [most_held(window, block_size, max_row_tokens) for window in windows]
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that a request of so many tokens holds at most at a time."""
