@@ -215,7 +215,8 @@ def check_gated(gate_up: Tensor, activation: str, known: Iterable[str]) -> None:
 
 
 def check_activation(activation: str, known: Iterable[str]) -> None:
-    require(activation in known, f"activation={activation!r} is not one of {sorted(known)}")
+    if activation not in known:
+        raise KernelArgumentError(f"activation={activation!r} is not one of {sorted(known)}")
 
 
 def check_add(x: Tensor, residual: Tensor) -> None:

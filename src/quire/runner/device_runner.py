@@ -462,10 +462,10 @@ class DeviceRunner:
         positions = batch.positions[:tokens]
         metadata = AttentionMetadata(
             positions=positions,
-            slot_mapping=batch.slot_mapping[:tokens],
+            slot_mapping=batch.slot_mapping[0, :tokens],
             query_start_loc=batch.section(Section.QUERY_START_LOC)[: rows + 1],
             seq_lens=batch.section(Section.SEQ_LENS)[:rows],
-            block_table=batch.block_table[:rows],
+            block_table=batch.block_table[0, :rows],
             max_query_len=shape.most_tokens,
         )
         return self.model.compute(batch.input_ids[:tokens], [metadata], self.kv_cache)
