@@ -67,7 +67,9 @@ class KVCache:
         dtype: torch.dtype,
         kernels: LayerKernels | None = None,
     ) -> None:
-        """kernels: whose layout and device; the CPU's if None."""
+        """num_layers: whose KV a block holds, so those of the largest group (`quire.kv_layout`). kernels:
+        whose layout and device; the CPU's if None.
+        """
         holder = kernels or layout
         self.num_blocks = num_blocks
         self.block_size = block_size
@@ -90,8 +92,8 @@ class KVCache:
             ones = torch.ones(num_kv_heads, dtype=torch.float32, device=holder.device)
             scales = (ones, ones)
         self.layers = tuple(
-            LayerCache(k=layer[0].view(shapes.k), v=layer[1].view(shapes.v), scales=scales)
-            for layer in self.storage
+            LayerCache(k=part[0].view(shapes.k), v=part[1].view(shapes.v), scales=scales)
+            for part in self.storage
         )
 
     @property
