@@ -33,7 +33,7 @@ def generate(worker: Worker, drafter: Drafter = lambda request, count: ()) -> di
     admitted = [
         AdmittedRequest(
             request_id=request, token_ids=prompt, num_prompt_tokens=len(prompt), decoding=decoding,
-            block_ids=[1 + BLOCKS_EACH * (request - 1) + i for i in range(BLOCKS_EACH)],
+            block_ids=([1 + BLOCKS_EACH * (request - 1) + i for i in range(BLOCKS_EACH)],),
         )
         for request, (prompt, decoding) in REQUESTS.items()
     ]  # fmt: skip
@@ -66,7 +66,7 @@ def row(
     request: int, start: int, count: int, drafts: Sequence[int] = (), *, samples: int = 1
 ) -> PlannedRow:
     return PlannedRow(
-        request_id=request, start=start, num_tokens=count + len(drafts), new_block_ids=[],
+        request_id=request, start=start, num_tokens=count + len(drafts),
         samples=samples + len(drafts), draft_token_ids=tuple(drafts),
     )  # fmt: skip
 

@@ -59,6 +59,7 @@ class GPUBackend:
             max_seqs=max_num_seqs,
             max_tokens=max_num_batched_tokens,
             max_blocks=-(-max_model_len // block_size),
+            num_groups=len(model.spec.kv.groups),
         )
         self._packer = StepPacker(shape, np.zeros(shape.packed_size, dtype=np.int32))
         self._batch = DeviceBatch.create(
@@ -163,7 +164,7 @@ class GPUBackend:
             for row in np.flatnonzero(starts < of.num_brought[seats]).tolist()
         ]
         new_blocks = [
-            (row, of.block_ids[seats[row], sent[row] : num_blocks[row]])
+            (row, of.block_ids[:, seats[row], sent[row] : num_blocks[row]].reshape(-1))
             for row in np.flatnonzero(sent < num_blocks).tolist()
         ]
         size = self._packer.pack(
@@ -217,15 +218,20 @@ class GPUBackend:
         """[tokens, hidden_size]"""
         rows, tokens, batch = shape.rows, shape.tokens, self._batch
         build_step(batch, num_rows=rows, num_tokens=tokens)
-        metadata = AttentionMetadata(
-            positions=batch.positions[:tokens],
-            slot_mapping=batch.slot_mapping[0, :tokens],
-            query_start_loc=batch.section(Section.QUERY_START_LOC)[: rows + 1],
-            seq_lens=batch.section(Section.SEQ_LENS)[:rows],
-            block_table=batch.block_table[0, :rows],
-            max_query_len=shape.most_tokens,
-        )
-        return self._model.compute(batch.input_ids[:tokens], [metadata], self._kv_cache)
+        of_groups = [
+            AttentionMetadata(
+                positions=batch.positions[:tokens],
+                slot_mapping=slot_mapping[:tokens],
+                query_start_loc=batch.section(Section.QUERY_START_LOC)[: rows + 1],
+                seq_lens=batch.section(Section.SEQ_LENS)[:rows],
+                block_table=block_table[:rows],
+                max_query_len=shape.most_tokens,
+            )
+            for slot_mapping, block_table in zip(
+                batch.slot_mapping, batch.block_table, strict=True
+            )
+        ]
+        return self._model.compute(batch.input_ids[:tokens], of_groups, self._kv_cache)
 
     def _sampled_rows(self, shape: StepShape, hidden: Tensor) -> Tensor:
         """[samples, hidden_size] of all the tokens' hidden states."""

@@ -53,6 +53,7 @@ class Runner:
             max_num_seqs=self._max_num_seqs,
             max_model_len=max_model_len,
             block_size=kv_cache.block_size,
+            num_groups=len(self.model.spec.kv.groups),
             vocab_size=self.model.spec.vocab_size,
             grammars=self._grammars,
         )

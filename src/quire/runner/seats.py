@@ -8,6 +8,7 @@ import numpy as np
 
 from quire.kernels.program import StepRows
 from quire.messages import AdmittedRequest
+from quire.messages.step import BlockIds
 from quire.runner.prompt_work import PromptWork
 from quire.sampling.rules import RequestRules
 from quire.sampling.sampler import GrammarSource, rules_of
@@ -25,6 +26,7 @@ class Seats:
         max_num_seqs: int,
         max_model_len: int,
         block_size: int,
+        num_groups: int,
         vocab_size: int,
         grammars: GrammarSource | None = None,
     ) -> None:
@@ -34,9 +36,10 @@ class Seats:
         max_blocks = -(-max_model_len // block_size)
         self.token_ids = np.empty((max_num_seqs, max_model_len + 1), dtype=np.int64)
         """Of a step in flight the sampled ones are missing."""
-        self.block_ids = np.zeros((max_num_seqs, max_blocks), dtype=np.int32)
+        self.block_ids = np.zeros((num_groups, max_num_seqs, max_blocks), dtype=np.int32)
+        """A table for each group of layers (`quire.kv_layout`), all of a seat equally long."""
         self.step = StepRows(
-            self.token_ids, self.block_ids[None], np.zeros((max_num_seqs, 4), dtype=np.int64)
+            self.token_ids, self.block_ids, np.zeros((max_num_seqs, 4), dtype=np.int64)
         )
         self.num_blocks = np.zeros(max_num_seqs, dtype=np.int64)
         self.num_brought = np.zeros(max_num_seqs, dtype=np.int64)
@@ -76,10 +79,12 @@ class Seats:
         self.num_released += 1
         return seat
 
-    def add_blocks(self, seat: int, block_ids: Sequence[int]) -> None:
+    def add_blocks(self, seat: int, block_ids: BlockIds) -> None:
         start = self.num_blocks[seat]
-        self.block_ids[seat, start : start + len(block_ids)] = block_ids
-        self.num_blocks[seat] = start + len(block_ids)
+        end = start + len(block_ids[0])
+        for table, ids in zip(self.block_ids, block_ids, strict=True):
+            table[seat, start:end] = ids
+        self.num_blocks[seat] = end
 
     def bring(self, seat: int, start: int, token_ids: Sequence[int]) -> None:
         """Tokens that are not simply sampled follow those before `start`."""

@@ -30,8 +30,8 @@ def test_logits_equal_transformers(name: str, tmp_path: Path) -> None:
     spec = resolve_spec(json.loads((tmp_path / "config.json").read_text()))
     model = load_model(spec, tmp_path, dtype=torch.float32, kernels=kernels, max_model_len=256)
     cache = KVCache(
-        num_layers=spec.num_layers,
-        num_blocks=5,
+        num_layers=spec.kv.layers_per_page,
+        num_blocks=5 * len(spec.kv.groups),
         num_kv_heads=spec.heads.num_kv_heads,
         head_dim=spec.heads.head_dim,
         block_size=BLOCK_SIZE,
@@ -46,18 +46,21 @@ def test_logits_equal_transformers(name: str, tmp_path: Path) -> None:
         windows={window or 0 for window in spec.windows},
     )
     tokens = prompt_tokens(sum(CHUNKS))
-    blocks = torch.tensor([3, 1, 4])
+    tables = [torch.tensor([3, 1, 4]) + 5 * group for group in range(len(spec.kv.groups))]
     ours, start = [], 0
     for count in CHUNKS:
         positions = torch.arange(start, start + count)
-        metadata = AttentionMetadata(
-            positions=positions,
-            slot_mapping=blocks[positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE,
-            query_start_loc=torch.tensor([0, count], dtype=torch.int32),
-            seq_lens=torch.tensor([start + count], dtype=torch.int32),
-            block_table=blocks[None].int(),
-            max_query_len=count,
-        )
+        metadata = [
+            AttentionMetadata(
+                positions=positions,
+                slot_mapping=table[positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE,
+                query_start_loc=torch.tensor([0, count], dtype=torch.int32),
+                seq_lens=torch.tensor([start + count], dtype=torch.int32),
+                block_table=table[None].int(),
+                max_query_len=count,
+            )
+            for table in tables
+        ]
         ids = torch.tensor(tokens[start : start + count])
         ours.append(model.compute_logits(model.compute(ids, metadata, cache)))
         start += count
