@@ -102,7 +102,7 @@ def measure(case: Case, models: Path | None) -> dict[str, float]:
     watch.wrap(runner, "launch", "build batch")
     watch.wrap(runner, "finish", "build batch")
     watch.wrap(runner.backend._sampler, "sample", "sample")
-    watch.wrap(llm._output, "process", "outputs")
+    watch.wrap(llm._front._output, "process", "outputs")
     rng = random.Random(0)
     vocab = runner.model.spec.vocab_size - 300
     params = SamplingParams(temperature=0.0, max_tokens=case.steps, ignore_eos=True)

@@ -91,7 +91,9 @@ class ScriptedBackend:
 
 def runner_of(script: TokenScript, **options: Any) -> tuple[Runner, ScriptedBackend]:
     backend = ScriptedBackend(script, **options)
-    model = SimpleNamespace(spec=SimpleNamespace(vocab_size=VOCAB, kv=SimpleNamespace(groups=(None,))))
+    model = SimpleNamespace(
+        spec=SimpleNamespace(vocab_size=VOCAB, kv=SimpleNamespace(groups=(None,)))
+    )
     runner = Runner(model, backend, max_num_seqs=4)  # type: ignore[arg-type]
     runner.open_cache(SimpleNamespace(block_size=16), 64)  # type: ignore[arg-type]
     return runner, backend

@@ -227,9 +227,7 @@ class GPUBackend:
                 block_table=block_table[:rows],
                 max_query_len=shape.most_tokens,
             )
-            for slot_mapping, block_table in zip(
-                batch.slot_mapping, batch.block_table, strict=True
-            )
+            for slot_mapping, block_table in zip(batch.slot_mapping, batch.block_table, strict=True)
         ]
         return self._model.compute(batch.input_ids[:tokens], of_groups, self._kv_cache)
 

@@ -86,15 +86,16 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> ServableCheckpoint:
 
 
 def answers(llm: LLM, names: list[str]) -> dict[str, RequestOutput]:
-    process = llm._input.process
+    read = llm._front.read
 
     def thinking(prompt: Any, params: Any, **options: Any) -> Any:
         thinks = getattr(params, "thinking_token_budget", None) is not None
-        return process(prompt, params, thinking=THINKING if thinks else None, **options)
+        return read(prompt, params, **options, thinking=THINKING if thinks else None)
 
-    llm._input.process = thinking  # type: ignore[method-assign]
-    outputs = llm._run([PROMPTS[name] for name in names], [MIX[name] for name in names])
-    llm._input.process = process  # type: ignore[method-assign]
+    llm._front.read = thinking  # type: ignore[method-assign]
+    ids = llm._submit([PROMPTS[name] for name in names], [MIX[name] for name in names])
+    outputs = llm._wait(ids, use_tqdm=False)
+    llm._front.read = read  # type: ignore[method-assign]
     llm._core._core.scheduler.check_invariants()  # type: ignore[union-attr]
     return dict(zip(names, outputs, strict=True))
 
