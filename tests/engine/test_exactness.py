@@ -13,6 +13,7 @@ import torch
 
 from quire.engine.core_client import InlineCore
 from quire.engine.llm import LLM
+from quire.models.registry import resolve_spec
 from quire.outputs import RequestOutput
 from quire.sampling.sampler import Sampler
 from quire.sampling_params import SamplingParams
@@ -28,7 +29,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "budget 2048": {},
     "no prefix cache": {"enable_prefix_caching": False, "max_num_batched_tokens": 100},
     # 32 requests of up to 184 tokens, and room for 320: everyone but the first is preempted.
-    "tiny pool": {"num_gpu_blocks_override": 1 + 20, "watermark": 0.0},
+    "tiny pool": {"num_gpu_blocks_override": 20, "watermark": 0.0},
 }
 
 Logits = dict[tuple[tuple[int, ...], int], torch.Tensor]
@@ -56,6 +57,11 @@ class Recorder:
 
 
 def make_llm(checkpoint: ServableCheckpoint, **options: Any) -> LLM:
+    """num_gpu_blocks_override: for each group of layers."""
+    if (count := options.get("num_gpu_blocks_override")) is not None:
+        config = json.loads((checkpoint.directory / "config.json").read_text())
+        groups = resolve_spec(config).kv.groups
+        options = {**options, "num_gpu_blocks_override": 1 + count * len(groups)}
     return LLM(str(checkpoint.directory), **{**BASE, **options})
 
 

@@ -31,7 +31,7 @@ class Row:
 def row(decoding: Decoding, *, seed=0, prompt=(), output=(), eos=(), position=None):
     tokens = [*prompt, *output]
     request = AdmittedRequest(
-        request_id=1, token_ids=tokens, num_prompt_tokens=len(prompt), block_ids=[],
+        request_id=1, token_ids=tokens, num_prompt_tokens=len(prompt), block_ids=([],),
         decoding=msgspec.structs.replace(decoding, seed=seed, end_token_ids=frozenset(eos)),
     )  # fmt: skip
     return Row(request, len(tokens) if position is None else position)

@@ -156,8 +156,7 @@ def _run_step(model: DecoderModel, cache: KVCache, *, requests: int, tokens: int
         block_table=torch.zeros(requests, -(-tokens // size), dtype=torch.int32, device=device),
         max_query_len=tokens,
     )
-    of_groups = [metadata] * len(model.spec.kv.groups)
-    return model.compute(torch.zeros_like(positions), of_groups, cache)
+    return model.compute(torch.zeros_like(positions), [metadata] * len(model.spec.kv.groups), cache)
 
 
 def _remedy(error: Exception) -> str | None:

@@ -218,18 +218,18 @@ class GPUBackend:
         """[tokens, hidden_size]"""
         rows, tokens, batch = shape.rows, shape.tokens, self._batch
         build_step(batch, num_rows=rows, num_tokens=tokens)
-        of_groups = [
+        metadata = [
             AttentionMetadata(
                 positions=batch.positions[:tokens],
-                slot_mapping=slot_mapping[:tokens],
+                slot_mapping=slots[:tokens],
                 query_start_loc=batch.section(Section.QUERY_START_LOC)[: rows + 1],
                 seq_lens=batch.section(Section.SEQ_LENS)[:rows],
-                block_table=block_table[:rows],
+                block_table=blocks[:rows],
                 max_query_len=shape.most_tokens,
             )
-            for slot_mapping, block_table in zip(batch.slot_mapping, batch.block_table, strict=True)
+            for slots, blocks in zip(batch.slot_mapping, batch.block_table, strict=True)
         ]
-        return self._model.compute(batch.input_ids[:tokens], of_groups, self._kv_cache)
+        return self._model.compute(batch.input_ids[:tokens], metadata, self._kv_cache)
 
     def _sampled_rows(self, shape: StepShape, hidden: Tensor) -> Tensor:
         """[samples, hidden_size] of all the tokens' hidden states."""

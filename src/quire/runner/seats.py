@@ -7,8 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from quire.kernels.program import StepRows
-from quire.messages import AdmittedRequest
-from quire.messages.step import BlockIds
+from quire.messages import AdmittedRequest, BlockIds
 from quire.runner.prompt_work import PromptWork
 from quire.sampling.rules import RequestRules
 from quire.sampling.sampler import GrammarSource, rules_of
@@ -37,7 +36,7 @@ class Seats:
         self.token_ids = np.empty((max_num_seqs, max_model_len + 1), dtype=np.int64)
         """Of a step in flight the sampled ones are missing."""
         self.block_ids = np.zeros((num_groups, max_num_seqs, max_blocks), dtype=np.int32)
-        """A table for each group of layers (`quire.kv_layout`), all of a seat equally long."""
+        """By group of layers; each has as many."""
         self.step = StepRows(
             self.token_ids, self.block_ids, np.zeros((max_num_seqs, 4), dtype=np.int64)
         )
@@ -81,10 +80,9 @@ class Seats:
 
     def add_blocks(self, seat: int, block_ids: BlockIds) -> None:
         start = self.num_blocks[seat]
-        end = start + len(block_ids[0])
+        end = self.num_blocks[seat] = start + len(block_ids[0])
         for table, ids in zip(self.block_ids, block_ids, strict=True):
             table[seat, start:end] = ids
-        self.num_blocks[seat] = end
 
     def bring(self, seat: int, start: int, token_ids: Sequence[int]) -> None:
         """Tokens that are not simply sampled follow those before `start`."""

@@ -90,12 +90,12 @@ def answers(llm: LLM, names: list[str]) -> dict[str, RequestOutput]:
 
     def thinking(prompt: Any, params: Any, **options: Any) -> Any:
         thinks = getattr(params, "thinking_token_budget", None) is not None
-        return read(prompt, params, **options, thinking=THINKING if thinks else None)
+        return read(prompt, params, thinking=THINKING if thinks else None, **options)
 
     llm._front.read = thinking  # type: ignore[method-assign]
     ids = llm._submit([PROMPTS[name] for name in names], [MIX[name] for name in names])
-    outputs = llm._wait(ids, use_tqdm=False)
     llm._front.read = read  # type: ignore[method-assign]
+    outputs = llm._wait(ids, use_tqdm=False)
     llm._core._core.scheduler.check_invariants()  # type: ignore[union-attr]
     return dict(zip(names, outputs, strict=True))
 
