@@ -197,6 +197,17 @@ def read_layer_windows(reader: ConfigReader, *, num_layers: int) -> tuple[int | 
     return windows_of_layer_types(reader, layer_types, window=window)
 
 
+def read_periodic_windows(
+    reader: ConfigReader, *, num_layers: int, period: int
+) -> tuple[int | None, ...]:
+    """By `layer_types`; without them each `period`-th layer sees everything (Gemma, OLMo 3)."""
+    layer_types = read_layer_types(reader, num_layers=num_layers) or [
+        SLIDING if (i + 1) % period else FULL for i in range(num_layers)
+    ]
+    window = read_window(reader, default=4096)
+    return windows_of_layer_types(reader, layer_types, window=window)
+
+
 def read_window(reader: ConfigReader, *, default: int | None) -> int | None:
     """Tokens that a query sees in a layer with a window; null means that there is none."""
     if default is None or reader.nulled("sliding_window"):
