@@ -79,8 +79,8 @@ def most_held(window: int | None, block_size: int, max_row_tokens: int) -> int |
 
 
 def group_layers(windows: Sequence[int | None], layer_size: int) -> KVLayout:
-    """Indices of the layers of each group. windows: of each layer. Full attention first, then windows,
-    largest first."""
+    """Puts layers into groups. windows: of each layer. Groups with full attention come first, then those
+    with windows, the largest first."""
     kinds = sorted(set(windows), key=lambda window: (window is not None, -(window or 0)))
     of_kind = [[i for i, window in enumerate(windows) if window == kind] for kind in kinds]
     fewest, most = min(map(len, of_kind)), max(map(len, of_kind))
