@@ -148,7 +148,9 @@ READING_PATH = 2_500
 
 def test_the_reading_path_is_short() -> None:
     _, section = PAGE.read_text(encoding="utf-8").split("## Where to start reading")
-    files = [word for line in re.findall(r"^\d\. .*$", section, re.M) for word in CODE.findall(line)]
+    files = [
+        word for line in re.findall(r"^\d\. .*$", section, re.M) for word in CODE.findall(line)
+    ]
     paths = [PACKAGE / word for word in files if FILE.search(word)]
     lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in paths)
     (stated,) = re.findall(r"^About ([\d,]+) lines", section, re.M)
