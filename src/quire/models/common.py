@@ -1,7 +1,7 @@
 """What the families' configs share, so that a family's file holds only what is its own.
 
-A family reads the sizes, says what its layers are, and lets `read_spec` read the rest, which rejects whatever
-nobody understood.
+A family reads the sizes, describes its layers, and lets `read_spec` read the rest, which rejects every field
+that was not read.
 """
 
 from __future__ import annotations
@@ -270,9 +270,7 @@ def _read_quantization(reader: ConfigReader) -> LinearMethod:
 
 
 def _reject_other_models(reader: ConfigReader, model_type: str, activation: Activation) -> None:
-    """The mistakes worth their own words: another family's config, experts,
-    another activation.
-    """
+    """Specific errors for frequent mistakes: another family's config, experts, another activation."""
     if reader.text("model_type", default=model_type) != model_type:
         raise reader.bad(
             "model_type", f"this architecture is only known with model_type {model_type!r}"
