@@ -21,6 +21,7 @@ from typing import Any
 
 from quire import LLM, SamplingParams
 from quire.bench.record import run_record
+from quire.runner.runner import RunningStep
 
 RUNS = 5
 
@@ -100,7 +101,7 @@ def measure(case: Case, models: Path | None) -> dict[str, float]:
     watch.wrap(core.scheduler, "schedule", "schedule")
     watch.wrap(core.scheduler, "update", "update")
     watch.wrap(runner, "launch", "build batch")
-    watch.wrap(runner, "finish", "build batch")
+    watch.wrap(RunningStep, "result", "build batch")
     watch.wrap(runner.backend._sampler, "sample", "sample")
     watch.wrap(llm._front, "take", "outputs")
     rng = random.Random(0)

@@ -91,7 +91,9 @@ class ScriptedBackend:
 
 def runner_of(script: TokenScript, **options: Any) -> tuple[Runner, ScriptedBackend]:
     backend = ScriptedBackend(script, **options)
-    model = SimpleNamespace(spec=SimpleNamespace(vocab_size=VOCAB))
+    model = SimpleNamespace(
+        spec=SimpleNamespace(vocab_size=VOCAB, kv=SimpleNamespace(groups=(None,)))
+    )
     runner = Runner(model, backend, max_num_seqs=4)  # type: ignore[arg-type]
     runner.open_cache(SimpleNamespace(block_size=16), 64)  # type: ignore[arg-type]
     return runner, backend
@@ -100,7 +102,7 @@ def runner_of(script: TokenScript, **options: Any) -> tuple[Runner, ScriptedBack
 def admitted(request_id: int, tokens: Sequence[int], **decoding: Any) -> AdmittedRequest:
     return AdmittedRequest(
         request_id=request_id, token_ids=list(tokens), num_prompt_tokens=len(tokens),
-        block_ids=[request_id], decoding=Decoding(max_tokens=9, **decoding),
+        block_ids=([request_id],), decoding=Decoding(max_tokens=9, **decoding),
     )  # fmt: skip
 
 
@@ -108,7 +110,7 @@ def row(
     request_id: int, start: int, count: int, drafts: Sequence[int] = (), *, samples: bool = True
 ) -> PlannedRow:
     return PlannedRow(
-        request_id=request_id, start=start, num_tokens=count + len(drafts), new_block_ids=[],
+        request_id=request_id, start=start, num_tokens=count + len(drafts),
         samples=(1 + len(drafts)) if samples else 0, draft_token_ids=tuple(drafts),
     )  # fmt: skip
 

@@ -29,6 +29,7 @@ from quire.runner.graphs import graph_sizes, mixed_rows, mixed_tokens
 from quire.runner.worker import Worker
 from quire.scheduler import Scheduler, SchedulerLimits
 from tests.models.variants import build_reference, save
+from tests.runner.drafting import COUNT, generate, nearly_right
 from tests.scheduler.requests import add_request
 
 MAX_LEN = 48
@@ -178,9 +179,16 @@ def on_cpu(checkpoint: Path) -> Executor:
 
 
 def on_device(
-    checkpoint: Path, device: FaithfulDevice, *, overlap: bool = True, eager: bool = False
+    checkpoint: Path,
+    device: FaithfulDevice,
+    *,
+    overlap: bool = True,
+    eager: bool = False,
+    seqs: int = SEQS,
 ) -> Worker:
-    config = from_flat({**SIZES, "async_scheduling": overlap, "enforce_eager": eager})
+    config = from_flat(
+        {**SIZES, "async_scheduling": overlap, "enforce_eager": eager, "max_num_seqs": seqs}
+    )
     gpu = GPU(config, spec_of(checkpoint), device)
     worker = opened(config, spec_of(checkpoint), gpu)
     backend = backend_of(worker)
@@ -365,6 +373,18 @@ def test_sampling_penalties_logprobs_and_ends(checkpoint: Path, device: Faithful
     for mine, other in pairs:
         assert mine[0] == other[0] and mine[2] == other[2] and mine[1][:2] == other[1][:2]
         torch.testing.assert_close(mine[3], other[3], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("eager", [True, False])
+def test_drafts_change_no_token(checkpoint: Path, device: FaithfulDevice, eager: bool) -> None:
+    """Nor do they need more memory than a step of as many rows: no more is sampled than there may be rows."""
+    worker = on_device(checkpoint, device, eager=eager, seqs=8)
+    plain = generate(worker)
+    drafted = generate(worker, nearly_right(plain))
+    for request, mine in plain.items():
+        assert drafted[request].tokens == mine.tokens
+        assert drafted[request].steps < mine.steps == COUNT
+        assert len(drafted[request].logprobs) == len(mine.logprobs)
 
 
 def test_graph_sizes() -> None:
