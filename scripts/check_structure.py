@@ -18,17 +18,12 @@ import grimp
 
 PACKAGE = Path(__file__).resolve().parent.parent / "src" / "quire"
 
-KNOWN_CIRCLES = {
-    frozenset({"quire.engine.async_llm", "quire.engine.beam_search"}),  # goes with R8
-}
 STAND_INS = {"MockExecutor", "ScriptedFuture", "SimulatedExecutor"}
 """Executors without a model."""
 KNOWN_RUNNERS = {"ModelRunner", "DeviceRunner"}
 """Both until R3 makes them one."""
 OPEN_TO_MODELS = {"quire.kernels.base", "quire.kernels.ops", "quire.kernels.program"}
 """The modules of kernels/ that models may import: the protocols they are written against."""
-KNOWN_IN_MODELS: set[str] = set()
-"""What `models/decoder.py` imports until R4."""
 C_LIBRARIES = {"ctypes", "cffi"}
 FAMILY_LINES = 120
 
@@ -39,7 +34,7 @@ def circles(package: str) -> Iterator[str]:
     for module in sorted(graph.modules):
         for imported in sorted(graph.find_modules_directly_imported_by(module)):
             chain = graph.find_shortest_chain(importer=imported, imported=module)
-            if chain and frozenset(chain) not in found | KNOWN_CIRCLES:
+            if chain and frozenset(chain) not in found:
                 found.add(frozenset(chain))
                 yield f"import circle: {' -> '.join((module, *chain))}"
 
@@ -115,9 +110,7 @@ def kernels_in_models(folder: Path) -> Iterator[str]:
         for node in ast.walk(_parse(path)):
             for module in _imported(node):
                 closed = f"{module}.".startswith("quire.kernels.") and module not in OPEN_TO_MODELS
-                if module.split(".")[0] in C_LIBRARIES or (
-                    closed and module not in KNOWN_IN_MODELS
-                ):
+                if module.split(".")[0] in C_LIBRARIES or closed:
                     place = f"{path.relative_to(folder)}:{node.lineno}"  # type: ignore[attr-defined]
                     yield f"{place}: {module}: a model is written in operations, not in kernels"
 

@@ -14,6 +14,7 @@ import torch
 from bench.gpu.lab import BF16, DEVICE
 
 from quire.config import from_flat
+from quire.decoding import Decoding
 from quire.engine.core import EngineCore
 from quire.kvcache import KVCacheManager
 from quire.messages import AbortRequests, AddRequest, FinishReason, TokenLogprobs
@@ -23,7 +24,6 @@ from quire.runner.device import CudaDevice, HostDevice
 from quire.runner.footprint import WorkerSpec
 from quire.runner.gpu import GPU
 from quire.runner.worker import Worker
-from quire.sampling_params import SamplingParams
 from quire.scheduler import Scheduler, SchedulerLimits
 
 BLOCK_SIZE = 16
@@ -94,11 +94,8 @@ def request(
     request_id: int, prompt: Sequence[int], output: int, *, logprobs: int | None = None
 ) -> AddRequest:
     """Greedy, to the end."""
-    params = SamplingParams(temperature=0.0, max_tokens=output, ignore_eos=True, logprobs=logprobs)
-    return AddRequest(
-        request_id=request_id, prompt_token_ids=list(prompt), params=params, seed=request_id,
-        max_tokens=output,
-    )  # fmt: skip
+    decoding = Decoding(max_tokens=output, logprobs=logprobs, seed=request_id)
+    return AddRequest(request_id=request_id, prompt_token_ids=list(prompt), decoding=decoding)
 
 
 def requests(

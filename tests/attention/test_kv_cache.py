@@ -62,6 +62,7 @@ def test_paged_attention_equals_plain_attention(name: str, window: int | None) -
     )
     attention = AttentionLayer(
         index=1,
+        group=0,
         num_heads=4,
         num_kv_heads=2,
         head_dim=8,

@@ -3,8 +3,6 @@ TFLOP/s), worked out there independently."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 from bench.gpu.roofline import (
     ASSUMED,
@@ -21,9 +19,10 @@ from quire.models.registry import resolve_spec
 
 SHEET, COPY = Ceilings(4.8e12, 790e12), Ceilings(4.3e12, 790e12)
 LLAMA, QWEN = resolve_spec(LLAMA_3_1_8B), resolve_spec(QWEN3_06B)
-QWEN_8B = replace(
-    QWEN, hidden_size=4096, num_layers=36, num_heads=32, num_kv_heads=8, intermediate_size=12288
-)
+QWEN_8B = resolve_spec({
+    **QWEN3_06B, "hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "intermediate_size": 12288,
+})  # fmt: skip
 
 
 def near(value: float) -> object:

@@ -12,7 +12,8 @@ import psutil
 import pytest
 
 from quire.config import from_flat
-from quire.engine.async_llm import AsyncLLM, RequestStream
+from quire.engine.async_llm import AsyncLLM
+from quire.engine.stream import RequestStream
 from quire.errors import (
     EngineDeadError,
     EngineError,
@@ -121,7 +122,7 @@ async def test_abort_in_queue_prefill_and_decode_frees_everything(engine: AsyncL
             assert sum(len(output.outputs[0].token_ids) for output in outputs) == LONG.max_tokens
     assert reasons[:4] == ["abort"] * 4
     assert set(reasons) <= {"abort", "length"}
-    assert not engine._streams
+    assert not engine._front.is_busy
     await idle(engine)
 
 
@@ -129,7 +130,7 @@ async def test_leaving_a_stream_early_aborts_it(engine: AsyncLLM) -> None:
     iterator = aiter(engine.submit("abc", LONG))
     await anext(iterator)
     await iterator.aclose()  # type: ignore[attr-defined]
-    assert not engine._streams
+    assert not engine._front.is_busy
     await idle(engine)
 
 

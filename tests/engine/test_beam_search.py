@@ -17,6 +17,7 @@ from quire.engine.async_llm import AsyncLLM
 from quire.engine.beam_search import BeamSearch, BeamSearchSequence
 from quire.engine.llm import LLM
 from quire.errors import InvalidParameterError, PromptTooLongError
+from quire.messages import StepOutputs
 from quire.outputs import Logprob
 from quire.sampling_params import BeamSearchParams, SamplingParams, StructuredOutputsParams
 from tests.engine.checkpoints import ServableCheckpoint
@@ -133,22 +134,20 @@ def test_transformers_finds_the_same_where_nothing_ends(
     assert [beam.tokens for beam in output.sequences] == theirs.tolist()
 
 
-def test_beams_share_what_is_computed(llm: LLM) -> None:
+def test_beams_share_what_is_computed(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """A prompt is computed once, not once per beam and step."""
     llm.reset_prefix_cache()
     computed = 0
-    process = llm._process
+    take = llm._front.take
 
-    def counting(core, message):
+    def counting(message):
         nonlocal computed
-        computed += message.stats.step_tokens
-        return process(core, message)
+        if isinstance(message, StepOutputs):
+            computed += message.stats.step_tokens
+        return take(message)
 
-    llm._process = counting  # type: ignore[method-assign]
-    try:
-        llm.beam_search([[9] * 64], BeamSearchParams(4, 8, ignore_eos=True))
-    finally:
-        del llm._process
+    monkeypatch.setattr(llm._front, "take", counting)
+    llm.beam_search([[9] * 64], BeamSearchParams(4, 8, ignore_eos=True))
     assert 64 + 7 * 4 <= computed <= 64 + 2 * 7 * 4, (
         "not much more than a token for each beam and step"
     )
@@ -258,7 +257,7 @@ async def test_streams_give_what_llm_gives_and_can_be_ended(
         asyncio.get_running_loop().call_soon(stream.abort)
         [ended] = [o async for o in stream]
         assert {part.finish_reason for part in ended.outputs} == {"abort"}
-        assert not engine._streams
+        assert not engine._front.is_busy
 
         task = asyncio.ensure_future(anext(aiter(engine.submit(PROMPTS[0], params))))
         await asyncio.sleep(0)

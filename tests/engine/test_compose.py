@@ -238,12 +238,11 @@ def test_a_request_that_waits_for_its_grammar_can_be_aborted(servable: Servable)
     params = SamplingParams(structured_outputs=STRUCTURED[2])
     with make_llm(servable("llama")) as llm:
         core = llm._core._core
-        request = llm._input.process([1, 2], params)
-        llm._output.add(request)
-        llm._core.send(request.sequences[0])
+        request = llm._front.read([1, 2], params)
+        llm._apply(llm._front.start(request))
         assert core.has_work and not core.scheduler.requests
         llm._core.send(AbortRequests([request.sequences[0].request_id]))
-        outputs = llm._process(llm._core, llm._core.receive())
+        outputs = llm._receive().outputs
         assert [output.outputs[0].finish_reason for output in outputs] == ["abort"]
         assert not core.has_work
 

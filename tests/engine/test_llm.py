@@ -253,7 +253,7 @@ def test_an_interrupted_generate_leaves_nothing_behind(llm: LLM, monkeypatch) ->
     with pytest.raises(KeyboardInterrupt):
         llm.generate(["a", "b"], GREEDY, use_tqdm=False)
     monkeypatch.undo()
-    assert not llm._output.requests and not llm._core._core.scheduler.requests
+    assert not llm._front.is_busy and not llm._core._core.scheduler.requests
     assert len(llm.generate("fine", GREEDY, use_tqdm=False)) == 1
 
 
@@ -270,16 +270,16 @@ def test_kv_waste_stays_under_four_percent(servable: Callable[[str], ServableChe
         batch = prompts(40, longest=600, seed=9)
         params = [GREEDY.replace(max_tokens=16 + 5 * i) for i in range(40)]
         allocated = used = 0
-        process = llm._process
+        take = llm._front.take
 
-        def watching(core, message):
+        def watching(message):
             nonlocal allocated, used
-            outputs = process(core, message)
+            effects = take(message)
             allocated += llm.stats.kv_slots_allocated
             used += llm.stats.kv_slots_used
-            return outputs
+            return effects
 
-        llm._process = watching  # type: ignore[method-assign]
+        llm._front.take = watching  # type: ignore[method-assign]
         llm.generate(batch, params, use_tqdm=False)
     waste = 1 - used / allocated
     print(f"KV waste {waste:.2%}")
@@ -393,7 +393,7 @@ def test_a_fault_in_one_requests_text_ends_that_request_alone(llm: LLM, monkeypa
     bad, good = llm.generate(["abc", "abd"], GREEDY, use_tqdm=False)
     assert bad.outputs[0].finish_reason == "error" and "RuntimeError" not in (bad.error or "")
     assert good.outputs[0].finish_reason == "length" and good.outputs[0].text
-    assert not llm._output.requests and not llm._core._core.scheduler.requests
+    assert not llm._front.is_busy and not llm._core._core.scheduler.requests
 
 
 @pytest.mark.parametrize("where", ["execute", "handle"])
@@ -418,7 +418,7 @@ def test_ctrl_c_leaves_the_engine_and_its_prefix_cache_right(
     monkeypatch.setattr(owner, where, press_first)
     with pytest.raises(KeyboardInterrupt):
         llm.generate([prompt, [1, 2, 3]], GREEDY, use_tqdm=False)
-    assert not llm._output.requests
+    assert not llm._front.is_busy
     [again] = llm.generate(prompt, GREEDY, use_tqdm=False)
     assert again.outputs[0].token_ids == right.outputs[0].token_ids
     assert not core.scheduler.requests

@@ -7,6 +7,7 @@ import platform
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import get_args
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quire.kernels.base import Kernels
+from quire.kernels.base import Activation, Kernels
 from quire.kernels.checks import KernelArgumentError
 from quire.kernels.cpu.native import NativeKernels
 from tests.kernels.cases import (
@@ -170,7 +171,7 @@ def test_reference_is_torchs_own(reference: Kernels) -> None:
     head_dim=st.sampled_from([8, 12, 64, 80]),
     block_size=st.sampled_from([16, 64]),
     window=st.sampled_from([0, 0, 20]),
-    softcap=st.sampled_from([0.0, 0.0, 30.0]),
+    softcap=st.sampled_from([0.0, 0.0, 1.5, 30.0]),
     dtype=dtypes,
     seed=seeds,
 )
@@ -223,19 +224,25 @@ def test_decoding_is_prefilling_across_segments(native: NativeKernels, dtype: to
         native, [length], kv_heads=1, head_dim=16, block_size=16, dtype=dtype, rng=rng
     )
     q = randn(length, 2, 16, rng=rng, dtype=dtype)
-    for options in (Options(0.25), Options(0.25, window=SEGMENT + 40)):
+    for options in (
+        Options(0.25),
+        Options(0.25, window=SEGMENT + 40),
+        Options(0.25, window=SEGMENT + 40, softcap=1.5),
+    ):
         whole = attend(native, s, [q], options)
         for end in (1, 2, 16, 17, SEGMENT - 1, SEGMENT, SEGMENT + 1, 2 * SEGMENT + 17, length):
             lens = torch.tensor([end]).int()
             token = attend(native, s, [q[end - 1 : end]], options, seq_lens=lens)
             assert torch.equal(bits(token[0]), bits(whole[end - 1]))
-    assert_attention(attend(native, s, [q[-40:]], Options(0.25)), s, [q[-40:]], Options(0.25))
+        assert_attention(attend(native, s, [q[-40:]], options), s, [q[-40:]], options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", [Options(0.125), Options(0.125, window=40, softcap=2.0)])
 def test_neither_batch_nor_threads_matter(
     native: NativeKernels,
     dtype: torch.dtype,
+    options: Options,
     with_threads: Callable[[int, Callable[[], Tensor]], Tensor],
 ) -> None:
     rng, lengths, query_lens = generator(2), [70, 1, 33, 200], [1, 1, 33, 90]
@@ -243,7 +250,6 @@ def test_neither_batch_nor_threads_matter(
         native, lengths, kv_heads=2, head_dim=64, block_size=16, dtype=dtype, rng=rng
     )
     queries = [randn(n, 6, 64, rng=rng, dtype=dtype) for n in query_lens]
-    options = Options(0.125)
     batch = with_threads(1, lambda: attend(native, s, queries, options))
     for threads in (2, 4):
         again = with_threads(threads, lambda: attend(native, s, queries, options))
@@ -259,6 +265,7 @@ def test_neither_batch_nor_threads_matter(
     requests=st.lists(st.tuples(st.integers(1, 2000), st.integers(1, 40)), min_size=1, max_size=3),
     heads=st.sampled_from([(1, 1), (2, 1), (3, 2), (7, 1)]),
     window=st.sampled_from([0, 0, 100, SEGMENT, 1100]),
+    softcap=st.sampled_from([0.0, 2.0]),
     dtype=dtypes,
     seed=seeds,
 )
@@ -267,6 +274,7 @@ def test_segments_shared_among_threads_change_nothing(
     requests: list[tuple[int, int]],
     heads: tuple[int, int],
     window: int,
+    softcap: float,
     dtype: torch.dtype,
     seed: int,
 ) -> None:
@@ -279,7 +287,7 @@ def test_segments_shared_among_threads_change_nothing(
     queries = [
         randn(min(n, length), group * kv_heads, 64, rng=rng, dtype=dtype) for length, n in requests
     ]
-    options = Options(0.125, window)
+    options = Options(0.125, window, softcap)
     alone = attend(native, s, queries, options)
     try:
         for threads in (2, 5, 16):
@@ -337,15 +345,16 @@ def test_reading_all_heads_of_a_request_together_changes_nothing(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("kv_heads", "window"), [(1, 0), (2, 0), (1, 9), (2, 9)])
+@pytest.mark.parametrize("kv_heads", [1, 2])
+@pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (9, 0.0), (9, 1.5)])
 def test_reference_chunks_are_the_whole(
-    reference: Kernels, dtype: torch.dtype, kv_heads: int, window: int
+    reference: Kernels, dtype: torch.dtype, kv_heads: int, window: int, softcap: float
 ) -> None:
     rng = generator(4)
     s = make_sequences(
         reference, [40], kv_heads=kv_heads, head_dim=18, block_size=16, dtype=dtype, rng=rng
     )
-    q, options = randn(40, 4, 18, rng=rng, dtype=dtype), Options(0.25, window)
+    q, options = randn(40, 4, 18, rng=rng, dtype=dtype), Options(0.25, window, softcap)
     whole = attend(reference, s, [q], options)
     for end in range(1, 41):
         lens = torch.tensor([end]).int()
@@ -365,16 +374,21 @@ def test_narrower_cpus(native: NativeKernels, reference: Kernels, march: str) ->
             narrow, [70, 20], kv_heads=2, head_dim=24, block_size=16, dtype=dtype, rng=rng
         )
         queries = [randn(n, 6, 24, rng=rng, dtype=dtype) for n in (1, 20)]
+        options = Options(0.2, window=30, softcap=1.5)
+        assert_attention(attend(narrow, s, queries, options), s, queries, options)
         actual = attend(narrow, s, queries, Options(0.2))
         assert_attention(actual, s, queries, Options(0.2))
         x = randn(3, 2 * 37, rng=rng).mul(5).to(dtype)
         weight = randn(74, rng=rng, dtype=dtype)
-        assert_close(narrow.gated(x, "silu"), reference.gated(x, "silu"), ulps=4)
+        for activation in get_args(Activation):
+            gated = narrow.gated(x, activation)
+            assert_close(gated, reference.gated(x, activation), ulps=4)
+            if march == "x86-64-v3":
+                assert torch.equal(bits(gated), bits(native.gated(x, activation)))
         assert_close(narrow.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5), ulps=3)
-        if march == "x86-64-v3":
-            if dtype is not torch.bfloat16:  # AVX512_BF16 rounds between the products of a pair
-                assert torch.equal(bits(actual), bits(attend(native, s, queries, Options(0.2))))
-            assert torch.equal(bits(narrow.gated(x, "silu")), bits(native.gated(x, "silu")))
+        # AVX512_BF16 rounds between the products of a pair.
+        if march == "x86-64-v3" and dtype is not torch.bfloat16:
+            assert torch.equal(bits(actual), bits(attend(native, s, queries, Options(0.2))))
     assert torch.equal(narrow.philox_uniform(5, 6, 99), reference.philox_uniform(5, 6, 99))
 
 

@@ -14,6 +14,7 @@ from quire.kernels.select import create_kernels
 from quire.models.decoder import DecoderModel
 from quire.models.loader import load_model
 from quire.models.registry import resolve_spec
+from quire.weights.source import open_source
 from tests.models.variants import build_reference, save
 
 Pair = tuple[transformers.PreTrainedModel, DecoderModel]
@@ -64,7 +65,7 @@ def pair(
         reference, directory = checkpoint(name, dtype)
         spec = resolve_spec(json.loads((directory / "config.json").read_text()))
         return reference, load_model(
-            spec, directory, dtype=dtype, kernels=kernels, max_model_len=256
+            spec, open_source(directory), dtype=dtype, kernels=kernels, max_model_len=256
         )
 
     return make

@@ -82,7 +82,7 @@ class PagedHarness:
             seq_lens=torch.tensor(lens, dtype=torch.int32),
             block_table=torch.tensor(table, dtype=torch.int32),
         )
-        hidden = self.model.compute(torch.tensor(input_ids), metadata, self.cache)
+        hidden = self.model.compute(torch.tensor(input_ids), [metadata], self.cache)
         logits = self.model.compute_logits(hidden)
         assert logits.dtype == torch.float32
         self._assert_one_call_is_the_same(work, torch.tensor(input_ids), metadata, logits)
@@ -103,7 +103,7 @@ class PagedHarness:
         requests = [request for request, _ in work]
         rows = StepRows(
             token_ids=_padded([requests[i].tokens for i in order], np.int64),
-            block_ids=_padded([requests[i].blocks for i in order], np.int32),
+            block_ids=_padded([requests[i].blocks for i in order], np.int32)[None],
             rows=np.array(
                 [
                     (seat, request.num_computed - count, count, some)
@@ -123,7 +123,7 @@ class PagedHarness:
         assert torch.equal(again.view(torch.int32), expected.view(torch.int32))
         ours, theirs = (c.storage.view(torch.uint8) for c in (self.cache, self._mirror))
         assert torch.equal(ours, theirs)
-        input_ids, metadata = gather(rows, self.cache.block_size)
+        input_ids, [metadata] = gather(rows, self.cache.block_size)
         for name in ("positions", "slot_mapping", "query_start_loc", "seq_lens", "block_table"):
             assert torch.equal(getattr(metadata, name), getattr(by_hand, name)), name
         assert torch.equal(input_ids, ids_by_hand)

@@ -45,6 +45,7 @@ def test_the_peak_of_loading_is_the_model(tmp_path: Path, stored: torch.dtype) -
         from quire.kernels.select import create_kernels
         from quire.models.loader import load_model
         from quire.models.registry import resolve_spec
+        from quire.weights.source import open_source
 
         def peak():
             with open("/proc/self/status") as status:
@@ -55,7 +56,8 @@ def test_the_peak_of_loading_is_the_model(tmp_path: Path, stored: torch.dtype) -
         kernels = create_kernels("auto")
         torch.set_num_threads(2)
         before = peak()
-        model = load_model(spec, directory, dtype=torch.bfloat16, kernels=kernels, max_model_len=64)
+        source = open_source(directory)
+        load_model(spec, source, dtype=torch.bfloat16, kernels=kernels, max_model_len=64)
         print(spec.weight_bytes(2), peak() - before)
         """
     )

@@ -20,6 +20,7 @@ from quire.models.decoder import DecoderModel
 from quire.models.loader import load_model
 from quire.models.registry import resolve_spec
 from quire.models.spec import ModelSpec
+from quire.weights.source import open_source
 from tests.models.harness import PagedHarness, Request
 from tests.models.published import SMOLLM2_135M
 from tests.models.variants import build_reference, prompt_tokens, reference_logits, save
@@ -39,7 +40,7 @@ def spec_of(directory: Path, **changes: object) -> ModelSpec:
 
 def load(directory: Path, kernels: Kernels, dtype: torch.dtype = torch.float32) -> DecoderModel:
     return load_model(
-        spec_of(directory), directory, dtype=dtype, kernels=kernels, max_model_len=256
+        spec_of(directory), open_source(directory), dtype=dtype, kernels=kernels, max_model_len=256
     )
 
 
@@ -272,7 +273,9 @@ def test_arguments_are_checked(checkpoint: Checkpoint, native: Kernels) -> None:
     _, directory = checkpoint("llama")
     spec = spec_of(directory)
     with pytest.raises(ConfigError, match=r"dtype is torch\.float64.*--dtype"):
-        load_model(spec, directory, dtype=torch.float64, kernels=native, max_model_len=64)
+        load_model(
+            spec, open_source(directory), dtype=torch.float64, kernels=native, max_model_len=64
+        )
     with pytest.raises(ConfigError, match="needs a model directory"):
         load_model(spec, None, dtype=torch.float32, kernels=native, max_model_len=64)
 
@@ -302,7 +305,11 @@ def test_dynamic_rope_beyond_its_context_equals_one_long_pass_of_transformers(
     save(reference, tmp_path)
     tokens = prompt_tokens(160)
     model = load_model(
-        spec_of(tmp_path), tmp_path, dtype=torch.float32, kernels=native, max_model_len=160
+        spec_of(tmp_path),
+        open_source(tmp_path),
+        dtype=torch.float32,
+        kernels=native,
+        max_model_len=160,
     )
     ours = PagedHarness(model).prefill(Request(tokens), chunk=32)
     torch.testing.assert_close(ours, reference_logits(reference, tokens), rtol=1e-3, atol=1e-3)

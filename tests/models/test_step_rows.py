@@ -18,7 +18,7 @@ from tests.models.conftest import Pair
 
 ROWS = StepRows(
     token_ids=np.ones((2, 20), dtype=np.int64),
-    block_ids=np.ones((2, 2), dtype=np.int32),
+    block_ids=np.ones((1, 2, 2), dtype=np.int32),
     rows=np.array([[1, 3, 1, 1], [0, 0, 17, 1]]),
     num_rows=2,
     num_wanted=2,
@@ -53,7 +53,8 @@ def test_rows_outside_are_refused(pair: Callable[..., Pair], kernels: Kernels) -
         *(("rows", with_row(3, wanted)) for wanted in (-1, 2, 18, far)),
         *(("block_ids", ROWS.block_ids * block) for block in (-1, 3, 2**30)),
         *(("token_ids", ROWS.token_ids * token) for token in (-1, model.spec.vocab_size, far)),
-        ("block_ids", ROWS.block_ids[:1]),
+        ("block_ids", ROWS.block_ids[:, :1].copy()),
+        ("block_ids", ROWS.block_ids.repeat(2, axis=0)),
         ("token_ids", ROWS.token_ids[:, ::2]),
         ("rows", ROWS.rows[:, :3].copy()),
         ("rows", ROWS.rows.astype(np.float64)),

@@ -33,7 +33,8 @@ from quire.quantization.base import (
 )
 from quire.quantization.unquantized import UNQUANTIZED
 from quire.weights.load import load_weights
-from quire.weights.safetensors_reader import Checkpoint
+from quire.weights.safetensors import SafetensorsCheckpoint
+from quire.weights.source import open_source
 from tests.models.harness import PagedHarness, Request
 from tests.models.variants import build_reference, prompt_tokens, save
 
@@ -186,7 +187,7 @@ def kernels() -> Kernels:
 def logits(spec: ModelSpec, directory: Path | None, kernels: Kernels, dtype: torch.dtype):
     model = load_model(
         spec,
-        directory,
+        open_source(directory) if directory else None,
         dtype=dtype,
         kernels=kernels,
         max_model_len=64,
@@ -207,7 +208,7 @@ def test_it_computes_what_the_dequantized_model_computes(
 
 def test_memory_is_planned_by_what_the_format_holds(pair: Pair) -> None:
     spec = pair.spec(pair.quantized)
-    with Checkpoint(pair.quantized) as checkpoint:
+    with SafetensorsCheckpoint(pair.quantized) as checkpoint:
         stored = sum(math.prod(info.shape) * (1 if info.dtype == "int8" else 4)
                      for info in checkpoint.tensors.values())  # fmt: skip
     assert spec.weight_bytes(4) == stored
@@ -247,7 +248,7 @@ def test_two_shards_make_the_whole(
     linears = [
         Linear(shape, dtype=torch.float32, method=method, kernels=kernels) for shape in shapes
     ]
-    with Checkpoint(tmp_path) as checkpoint:
+    with SafetensorsCheckpoint(tmp_path) as checkpoint:
         targets = [target for linear in linears for target in linear.targets()]
         load_weights(targets, checkpoint, dtype=torch.float32)
     whole, *products = (linear.bind() for linear in linears)

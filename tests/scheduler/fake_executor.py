@@ -4,7 +4,8 @@ Every slot of its "KV cache" holds the whole prefix that was written there. Read
 context through its block table must find exactly the row's own prefix, so any sharing of the wrong
 block, missing copy or reuse of a live block fails at once. The sampled token is a hash of the prefix and
 the seed: what a request produces cannot depend on how it was scheduled. A plan is carried out when it is
-launched, however late its result is taken, and tokens are fed back on this side alone.
+launched, however late its result is taken, and tokens are fed back on this side alone. Drafts come from a
+script, which may be wrong.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from quire.executor.base import Done
-from quire.messages import AdmittedRequest, SampledRow, StepPlan, StepResult
+from quire.messages import AdmittedRequest, PlannedRow, SampledRow, StepPlan, StepResult
+
+Drafter = Callable[[tuple[int, ...], int], list[int]]
+"""From a request's tokens and seed, what may follow."""
 
 
 def next_token(tokens: tuple[int, ...], seed: int, vocab_size: int) -> int:
@@ -30,7 +34,7 @@ class _State:
 
 
 class CheckingExecutor:
-    """on_plan: called with each plan before it is carried out."""
+    """on_plan: called with each plan before it is carried out. Counts drafts and those that were right."""
 
     def __init__(
         self,
@@ -40,10 +44,13 @@ class CheckingExecutor:
         vocab_size: int = 50,
         max_in_flight: int = 1,
         on_plan: Callable[[StepPlan], None] = lambda plan: None,
+        drafter: Drafter = lambda tokens, seed: [],
     ) -> None:
         self.block_size = block_size
         self.max_in_flight = max_in_flight
         self.on_plan = on_plan
+        self.drafter = drafter
+        self.num_drafts = self.num_accepted = 0
         self.vocab_size = vocab_size
         self.slots: list[tuple[int, ...] | None] = [None] * (num_blocks * block_size)
         self.states: dict[int, _State] = {}
@@ -60,18 +67,23 @@ class CheckingExecutor:
         for row in plan.rows:
             self.states[row.request_id].block_ids.extend(row.new_block_ids)
         for row in plan.rows:
-            self._write(row.request_id, row.start, row.num_tokens)
+            self._write(row)
         for row in plan.rows:
-            self._read(row.request_id, row.start + row.num_tokens)
-        sampled = []
-        for row in plan.rows:
-            state = self.states[row.request_id]
-            assert row.samples == (row.start + row.num_tokens == len(state.tokens))
-            if row.samples:
-                token = next_token(tuple(state.tokens), state.seed, self.vocab_size)
-                state.tokens.append(token)
-                sampled.append(SampledRow(request_id=row.request_id, token_ids=[token]))
+            self._read(row)
+        sampled = [self._sample(row) for row in plan.rows if row.samples]
         return Done(StepResult(step_id=plan.step_id, sampled=sampled))
+
+    def _sample(self, row: PlannedRow) -> SampledRow:
+        state, tokens = self.states[row.request_id], []
+        for draft in [*row.draft_token_ids, None]:
+            tokens.append(next_token(tuple(state.tokens), state.seed, self.vocab_size))
+            state.tokens.append(tokens[-1])
+            if draft != tokens[-1]:
+                break
+        self.num_drafts += len(row.draft_token_ids)
+        self.num_accepted += len(tokens) - 1
+        drafts = tuple(self.drafter(tuple(state.tokens), state.seed))
+        return SampledRow(request_id=row.request_id, token_ids=tokens, draft_token_ids=drafts)
 
     def close(self) -> None:
         pass
@@ -93,18 +105,26 @@ class CheckingExecutor:
             position % self.block_size
         )
 
-    def _write(self, request_id: int, start: int, count: int) -> None:
-        state = self.states[request_id]
-        self.tokens_computed += count
-        for position in range(start, start + count):
-            self.slots[self._slot(state, position)] = tuple(state.tokens[: position + 1])
+    def _write(self, row: PlannedRow) -> None:
+        state = self.states[row.request_id]
+        reach = row.start + row.num_tokens
+        known = reach - len(row.draft_token_ids)
+        if known == len(state.tokens):
+            assert row.samples == 1 + len(row.draft_token_ids)
+        else:
+            assert not row.samples and not row.draft_token_ids
+        tokens = (*state.tokens[:known], *row.draft_token_ids)
+        self.tokens_computed += row.num_tokens
+        for position in range(row.start, reach):
+            self.slots[self._slot(state, position)] = tokens[: position + 1]
 
-    def _read(self, request_id: int, length: int) -> None:
-        state = self.states[request_id]
-        for position in range(length):
+    def _read(self, row: PlannedRow) -> None:
+        state = self.states[row.request_id]
+        tokens = (*state.tokens, *row.draft_token_ids)
+        for position in range(row.start + row.num_tokens):
             held = self.slots[self._slot(state, position)]
-            assert held == tuple(state.tokens[: position + 1]), (
-                f"request {request_id} reads foreign KV at position {position}"
+            assert held == tokens[: position + 1], (
+                f"request {row.request_id} reads foreign KV at position {position}"
             )
 
 

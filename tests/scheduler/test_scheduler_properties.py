@@ -31,11 +31,24 @@ def needs_token_before_next(message: AddRequest) -> bool:
     return message.placement.priority == 2
 
 
+def draft(tokens, seed):
+    """None to five tokens, the first of which are often right."""
+    right = expected_output(list(tokens), seed, 5, vocab_size=VOCAB)
+    number = sum(tokens) + 7 * len(tokens)
+    good = right[: number % 6]
+    return (good + [number % VOCAB] * 2)[: number * 5 % 6]
+
+
+def known_tokens(row):
+    return row.num_tokens - len(row.draft_token_ids)
+
+
 class SchedulerMachine(RuleBasedStateMachine):
     max_in_flight = 1
     max_model_len = 24
     policy: str | None = None
     """None: one of those that there are."""
+    drafts = False
 
     @initialize(
         block_size=st.sampled_from([1, 2, 4]),
@@ -75,6 +88,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             vocab_size=VOCAB,
             max_in_flight=self.max_in_flight,
             on_plan=self.check_plan,
+            drafter=draft if self.drafts else lambda tokens, seed: [],
         )
         self.core = EngineCore(self.scheduler, executor, clock=lambda: 0.0)
         self.limits = limits
@@ -136,14 +150,14 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def step_once(self):
         first = self.first_in_order()
-        before = first and (first.num_computed_tokens, len(first.token_ids))
+        before = first and (len(first.token_ids), first.num_computed_tokens)
         self.was_running = list(self.scheduler.running)
         self.wanted = {r.request_id: self.wants(r) for r in self.was_running}
         self.must_admit = self.head_that_fits()
         self.record(self.core.step())
         self.scheduler.check_invariants()
         if first is not None and self.max_in_flight <= 2:  # deeper, it may wait for two results
-            after = (first.num_computed_tokens, len(first.token_ids))
+            after = (len(first.token_ids), first.num_computed_tokens)
             assert after > before or first.request_id in self.finished, "the first did not advance"
 
     def check_plan(self, plan):
@@ -178,7 +192,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             row = rows[message.request_id]
             wanted[message.request_id] = self.capped(len(message.token_ids) - row.start)
         for request_id, most in wanted.items():
-            got = rows[request_id].num_tokens if request_id in rows else 0
+            got = known_tokens(rows[request_id]) if request_id in rows else 0
             assert got <= most
             if request_id in self.wanted or (head and request_id == head.request_id):
                 assert got >= min(most, quantum), "less than a quantum"
@@ -249,7 +263,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             return None  # whole, it may be too long for what is left of the budget
         kv = scheduler.kv
         promised = sum(
-            kv.blocks_for(request.num_tokens) - kv.num_blocks_of(request.request_id)
+            max(0, kv.blocks_for(request.num_tokens) - kv.num_blocks_of(request.request_id))
             for request in scheduler.running
         )
         keep_free = promised + (self.limits.watermark_blocks if scheduler.running else 0)
@@ -273,20 +287,27 @@ class SchedulerMachine(RuleBasedStateMachine):
     def check_row(self, row, request):
         reach = row.start + row.num_tokens
         assert row.num_tokens >= 1 and request.num_computed_tokens == reach
-        assert row.samples == (reach == request.num_tokens - row.samples)
-        assert row.pending == (reach > len(request.token_ids))
+        known = row.start + known_tokens(row)
+        assert row.samples in (0, 1 + len(row.draft_token_ids))
+        assert (row.samples > 0) == (known == request.num_tokens - row.samples)
+        assert row.pending == (known > len(request.token_ids))
         if row.pending:
             assert self.max_in_flight > 1 and row.num_tokens == 1 and row.samples
             assert not needs_token_before_next(self.messages[row.request_id])
+        if row.draft_token_ids:
+            assert not row.pending and (
+                request.num_output_tokens + row.samples <= request.decoding.max_tokens
+            )
         if self.limits.long_prefill_token_threshold:
-            assert row.num_tokens <= self.limits.long_prefill_token_threshold
+            assert known_tokens(row) <= self.limits.long_prefill_token_threshold
 
     def has_to_wait(self, request):
         """Whether nothing can be computed before a result in flight is there."""
         message = self.messages[request.request_id]
         last = len(message.prompt_token_ids) + message.decoding.max_tokens
         ends = request.num_tokens == last
-        return request.num_pending_tokens and (ends or needs_token_before_next(message))
+        held = needs_token_before_next(message) or request.num_drafts_in_flight
+        return request.num_pending_tokens and (ends or held)
 
     def first_in_order(self):
         """The request that must advance: the first in order that runs, and under fcfs the first of
@@ -363,11 +384,23 @@ class LongPromptMachine(OverlappedMachine):
         return st.builds(lambda token, length: [token] * length, st.integers(0, 50), length)
 
 
+class DraftMachine(SchedulerMachine):
+    drafts = True
+
+
+class OverlappedDraftMachine(OverlappedMachine):
+    drafts = True
+
+
 TestScheduler = SchedulerMachine.TestCase
+TestDrafts = DraftMachine.TestCase
+TestOverlappedDrafts = OverlappedDraftMachine.TestCase
 TestOverlapped = OverlappedMachine.TestCase
 TestDeeper = DeeperMachine.TestCase
 TestLongPrompts = LongPromptMachine.TestCase
 TestScheduler.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
 TestOverlapped.settings = TestScheduler.settings
+TestDrafts.settings = settings(TestScheduler.settings, max_examples=80)
+TestOverlappedDrafts.settings = settings(TestScheduler.settings, max_examples=50)
 TestLongPrompts.settings = settings(TestScheduler.settings, max_examples=50)
 TestDeeper.settings = settings(TestScheduler.settings, max_examples=30)

@@ -9,6 +9,7 @@ import pytest
 from scripted_engine import data_lines
 
 from quire.config import EngineConfig, ModelConfig, engine_options, server_options
+from quire.errors import MemoryFitError
 from quire.server.admin import HIDDEN, SECRET_WORDS
 
 COMPLETIONS = "/v1/completions"
@@ -193,6 +194,13 @@ async def test_sleep_and_wake(make_client, engine):
     assert not await sleeping()
     assert (await client.get("/ready")).status_code == 200
     assert (await client.post("/sleep")).status_code == 200 and engine.levels == [2, 1]
+
+    async def too_little() -> None:
+        raise MemoryFitError("Free 2 GB, or lower --kv-cache-memory-bytes.")
+
+    engine.wake_up = too_little
+    failed = await client.post("/wake_up")
+    assert failed.status_code == 500 and "Free 2 GB" in failed.json()["error"]["message"]
     for query, param in (("/sleep?level=7", "level"), ("/sleep?mode=keep", "mode"),
                          ("/wake_up?tags=weights", "tags")):  # fmt: skip
         refused = await client.post(query)

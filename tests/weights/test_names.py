@@ -8,7 +8,7 @@ import pytest
 
 from quire.errors import CheckpointError
 from quire.weights.names import map_names
-from quire.weights.safetensors_reader import TensorInfo
+from quire.weights.source import TensorInfo
 
 LAYER = ("input_layernorm.weight", "self_attn.q_proj.weight", "mlp.down_proj.weight")
 TRUNK = [f"layers.{i}.{part}" for i in range(3) for part in LAYER]
@@ -70,7 +70,8 @@ def test_a_learned_bias_is_no_mask() -> None:
     assert bias in mapped(bias, *WANTED, **{bias: (64,)})
 
 
-def test_towers_of_a_multimodal_model_are_left_out() -> None:
+def test_towers_of_a_multimodal_model_are_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="quire.weights.names")
     towers = [
         "vision_tower.vision_model.encoder.layers.0.self_attn.q_proj.weight",
         "model.vision_model.transformer.layers.0.input_layernorm.weight",
@@ -78,9 +79,13 @@ def test_towers_of_a_multimodal_model_are_left_out() -> None:
         "multi_modal_projector.linear_1.weight",
         "model.image_newline",
         "audio_tower.conv1.weight",
+        "mtp.layers.0.input_layernorm.weight",
+        "mtp.norm.weight",
     ]
     found = mapped("lm_head.weight", *towers, *(f"model.language_model.{n}" for n in TRUNK))
     assert set(found) == WANTED
+    [line] = [message for message in caplog.messages if "left out" in message]
+    assert "vision_tower" in line and "serves the text model only" in line
 
 
 TWO_MODELS = [

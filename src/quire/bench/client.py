@@ -22,8 +22,8 @@ from urllib.parse import urlsplit
 import httptools
 import msgspec
 
-from quire.bench.sse import SseParser
 from quire.errors import ConfigError
+from quire.util.sse import SseParser
 from quire.util.version import VERSION
 
 CONNECT_SECONDS = 30.0

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from quire.errors import ConfigError, QuireError
+from quire.util.sse import SseParser
 
 CONNECT_SECONDS = 10.0
 SILENCE_SECONDS = 120.0
@@ -160,20 +161,11 @@ async def _line(reader: asyncio.StreamReader) -> str:
 
 
 async def _events(pieces: AsyncIterator[bytes]) -> AsyncIterator[str]:
-    """The `data` of server-sent events; comments and other fields are skipped."""
-    pending = b""
-    data: list[str] = []
+    """The `data` of server-sent events."""
+    parser = SseParser()
     async for piece in pieces:
-        *lines, pending = (pending + piece).split(b"\n")
-        if len(pending) > MAX_LINE_BYTES:
-            raise ValueError("an event line is too long")
-        for raw in lines:
-            line = raw.rstrip(b"\r").decode("utf-8", "replace")
-            if line.startswith("data:"):
-                data.append(line[5:].removeprefix(" "))
-            elif not line and data:
-                yield "\n".join(data)
-                data = []
+        for data in parser.feed(piece):
+            yield data.decode("utf-8", "replace")
 
 
 def _refusal(answer: bytes | dict[str, object], status: int) -> HttpError:

@@ -6,29 +6,20 @@ import asyncio
 import contextlib
 import dataclasses
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 
-import msgspec
 import zmq
 
 from quire.config import EngineConfig
-from quire.engine.beam_search import BeamSearch, BeamStream, step_params
-from quire.engine.controls import Controls
 from quire.engine.core_client import CoreProcess
 from quire.engine.failures import error_of
-from quire.engine.input_processor import EngineRequest, InputProcessor, PromptInput
-from quire.engine.output_processor import OutputProcessor
+from quire.engine.front_end import Effects, FrontEnd
+from quire.engine.input_processor import PromptInput
 from quire.engine.setup import ServedModel, locate, resolve, serve_model
-from quire.errors import (
-    EngineDeadError,
-    EngineSleepingError,
-    InvalidParameterError,
-    QueueFullError,
-)
+from quire.engine.stream import RequestStream
+from quire.errors import EngineDeadError
 from quire.messages import (
-    AbortRequests,
     Answer,
     ControlAction,
     CoreFailed,
@@ -36,7 +27,6 @@ from quire.messages import (
     CoreOutput,
     EngineReady,
     Ping,
-    Pong,
     ResetPrefixCache,
     SchedulerStats,
     Sleep,
@@ -47,7 +37,6 @@ from quire.metrics import MetricsSink
 from quire.outputs import RequestOutput
 from quire.placement import Placement
 from quire.sampling_params import BeamSearchParams, PoolingParams, SamplingParams
-from quire.structured.checker import GrammarChecker
 from quire.text.parsing.base import ThinkingTokens
 
 PING_SECONDS = 2.0
@@ -66,50 +55,6 @@ class Health:
     reason: str
 
 
-class RequestStream:
-    """Outputs of one request, in order, ending with the one that is `finished`.
-
-    Raises `EngineDeadError` from iteration if the engine dies. Leaving early (cancellation, `aclose`,
-    garbage) should go through `abort`, which is idempotent.
-    """
-
-    def __init__(self, engine: AsyncLLM, request: EngineRequest) -> None:
-        self.request_id = request.request_id
-        self.prompt_token_ids = request.prompt_token_ids
-        self._engine = engine
-        self._outputs: deque[RequestOutput | Exception] = deque()
-        self._arrived = asyncio.Event()
-        self._over = False
-
-    def abort(self) -> None:
-        """End the request now; iteration then ends with finish_reason "abort"."""
-        self._engine.abort(self.request_id)
-
-    def __aiter__(self) -> AsyncIterator[RequestOutput]:
-        return self._iterate()
-
-    async def _iterate(self) -> AsyncIterator[RequestOutput]:
-        try:
-            while not self._over:
-                while not self._outputs:
-                    self._arrived.clear()
-                    await self._arrived.wait()
-                item = self._outputs.popleft()
-                if isinstance(item, Exception):
-                    self._over = True
-                    raise item
-                self._over = item.finished
-                yield item
-        finally:
-            if not self._over:
-                self.abort()
-
-    def put(self, item: RequestOutput | Exception) -> None:
-        """Called by the engine."""
-        self._outputs.append(item)
-        self._arrived.set()
-
-
 class AsyncLLM:
     """One model, served. Build with `await AsyncLLM.start(config)`; all calls from one event loop."""
 
@@ -119,23 +64,12 @@ class AsyncLLM:
         self.config = config
         self.model = model
         self.ready = ready
-        self.stats = SchedulerStats()
         self._core = core
-        self._input = InputProcessor(model, has_head=model.spec.has_head)
-        self._checker = GrammarChecker(
-            model.tokenizer, vocab_size=model.vocab_size, eos_token_ids=model.eos_token_ids
-        )
-        self._controls = Controls()
-        self._calls: dict[int, asyncio.Future[Answer]] = {}
-        self._output = OutputProcessor(
-            model.tokenizer, stream_interval=config.scheduler.stream_interval
-        )
+        self._front = FrontEnd(model, config.scheduler)
         self._streams: dict[str, RequestStream] = {}
-        self._searches: set[BeamStream] = set()
+        self._calls: dict[int, asyncio.Future[Answer]] = {}
         self._stats_listeners: list[Callable[[StepOutputs], None]] = []
         self._heartbeat = time.monotonic()
-        self._dead: EngineDeadError | None = None
-        self._finish_times: deque[float] = deque(maxlen=64)
         self._closing = False
         self._loop = asyncio.get_running_loop()
         self._descriptor = int(core.socket.getsockopt(zmq.FD))
@@ -181,22 +115,14 @@ class AsyncLLM:
         placement: Placement = Placement(),
         add_special_tokens: bool = True,
         thinking: ThinkingTokens | None = None,
-    ) -> RequestStream | BeamStream:
+    ) -> RequestStream:
         """Validate, tokenize and queue a request. A grammar should have passed `check_grammar`.
 
         Raises `RequestError` for a request that cannot be served, `QueueFullError` when too many wait,
-        `EngineDeadError` when there is no engine. After this returns, the request ends in exactly
-        one finish reason.
+        `EngineSleepingError` from an engine that sleeps, `EngineDeadError` when there is no engine. After
+        this returns, the request ends in exactly one finish reason.
         """
-        if self._dead is not None:
-            raise self._dead
-        if self._controls.is_sleeping:
-            raise EngineSleepingError("The engine sleeps; wake it up first (POST /wake_up).")
-        if request_id is not None and request_id in self._streams:
-            raise InvalidParameterError(
-                f"request_id {request_id!r} is in use.", param="request_id", value=request_id
-            )
-        request = self._input.process(
+        request = self._front.read(
             prompt,
             params,
             request_id=request_id,
@@ -204,41 +130,12 @@ class AsyncLLM:
             add_special_tokens=add_special_tokens,
             thinking=thinking,
         )
-        self._check_queue(request)
-        if isinstance(params, BeamSearchParams):
-            return self._search(request, params)
-        return self._launch(request)
-
-    def _launch(self, request: EngineRequest) -> RequestStream:
-        if self._dead is not None:
-            raise self._dead
-        stream = RequestStream(self, request)
+        self._front.check_queue(request)
+        effects = self._front.start(request)
+        stream = RequestStream(request.request_id, request.prompt_token_ids, self.abort)
         self._streams[request.request_id] = stream
-        self._output.add(request)
-        for sequence in request.sequences:
-            self._send(sequence)
+        self._apply(effects)
         return stream
-
-    def _search(self, request: EngineRequest, params: BeamSearchParams) -> BeamStream:
-        """A search whose beams are requests of their own. They are not turned away by a full queue, and keep
-        the place in it that the search has."""
-        step = step_params(params, self.model.vocab_size)
-
-        def extend(token_ids: list[int]) -> RequestStream:
-            beam = self._input.process(
-                token_ids, step, placement=request.placement, max_logprobs=-1
-            )
-            beam.sequences[0] = msgspec.structs.replace(
-                beam.sequences[0], arrival_time=request.arrival_ts
-            )
-            return self._launch(beam)
-
-        search = BeamSearch(
-            request.prompt_token_ids, params, self.model.eos_token_ids, request.max_tokens
-        )
-        return BeamStream(
-            request, search, self.model.tokenizer, extend, self._searches, self._release_sleeps
-        )
 
     async def generate(
         self, prompt: PromptInput, params: SamplingParams, request_id: str | None = None
@@ -249,23 +146,17 @@ class AsyncLLM:
 
     def abort(self, request_id: str) -> None:
         """End a request now. Unknown or finished ids are ignored."""
-        ids, output = self._output.abort(request_id)
-        if ids and self._dead is None:
-            self._send(AbortRequests(ids))
-        if output is not None:
-            self._deliver(output)
+        self._apply(self._front.abort([request_id]))
 
     def check_grammar(self, params: SamplingParams) -> Sequence[str]:
-        """Compile the grammar once, in a process that can be killed: blocking, for a thread. The engine core,
-        which compiles it again, is not to meet one that never ends. Returns what to warn the client of.
+        """Compile the grammar once, in a process that can be killed: blocking, for a thread. Returns what to
+        warn the client of.
 
         Raises `InvalidParameterError` with the reason.
         """
-        wanted = self._input.grammar(params)
-        if wanted is None:
-            return ()
-        self._checker.check(wanted.spec)
-        return wanted.warnings
+        return self._front.check_grammar(params)
+
+    # --- the engine as a whole --------------------------------------------------------------------
 
     async def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes. Returns True when it is done."""
@@ -282,74 +173,25 @@ class AsyncLLM:
 
     async def wake_up(self) -> None:
         """Serve again. Raises what keeps the engine from it; it then still sleeps."""
-        for answer in self._controls.call_off():
-            self._resolve(answer)
         await self._control(WakeUp())
 
     @property
     def is_sleeping(self) -> bool:
         """Whether it sleeps, or is about to: it takes no requests."""
-        return self._controls.is_sleeping
+        return self._front.is_sleeping
 
     async def _control(self, action: ControlAction) -> None:
         """Carry out a control call. Raises what it raised."""
-        if self._dead is not None:
-            raise self._dead
-        control = self._controls.new(action)
+        control = self._front.new_control(action)
         call = self._calls[control.id] = self._loop.create_future()
         try:
-            busy = bool(self._streams or self._searches)
-            for message in self._controls.start(control, busy=busy):
-                self._send(message)
+            self._apply(self._front.start_control(control))
             answer = await call
         finally:
-            self._controls.cancel(control.id)
+            self._front.cancel_control(control)
             self._calls.pop(control.id, None)
         if answer.failure is not None:
             raise error_of(answer.failure)
-
-    def _resolve(self, answer: Answer) -> None:
-        """Tell the caller, unless it no longer waits."""
-        call = self._calls.pop(answer.id, None)
-        if call is not None and not call.done():
-            call.set_result(answer)
-
-    def _release_sleeps(self) -> None:
-        if not (self._streams or self._searches):
-            for message in self._controls.release():
-                self._send(message)
-
-    def _check_queue(self, request: EngineRequest) -> None:
-        scheduler = self.config.scheduler
-        live, more = self._output.num_sequences, max(1, len(request.sequences))
-        if scheduler.max_num_queued_reqs:
-            limit = scheduler.max_num_seqs + scheduler.max_num_queued_reqs
-            if live + more > limit:
-                self._reject(
-                    "max_num_queued_reqs",
-                    f"{live} sequences run or wait and this request adds {more}; "
-                    f"the server takes {limit} (--max-num-seqs plus --max-num-queued-reqs).",
-                )
-        if scheduler.max_num_queued_tokens and live >= scheduler.max_num_seqs:
-            queued = self._output.num_queued_tokens + len(request.prompt_token_ids)
-            if queued > scheduler.max_num_queued_tokens:
-                self._reject(
-                    "max_num_queued_tokens",
-                    f"{queued} prompt tokens would wait; the server queues "
-                    f"{scheduler.max_num_queued_tokens} (--max-num-queued-tokens).",
-                )
-
-    def _reject(self, reason: str, message: str) -> None:
-        self._output.metrics.on_rejected(reason)
-        raise QueueFullError(f"The queue is full: {message}", retry_after=self._drain_seconds())
-
-    def _drain_seconds(self) -> float:
-        """How long until someone finishes, judged by the latest finishes. At least a second."""
-        times = self._finish_times
-        if len(times) < 2 or times[-1] == times[0]:
-            return 1.0
-        waiting = max(1, self.stats.num_waiting)
-        return min(60.0, max(1.0, waiting * (times[-1] - times[0]) / (len(times) - 1)))
 
     # --- the core's messages ----------------------------------------------------------------------
 
@@ -362,7 +204,7 @@ class AsyncLLM:
         """Take in the messages that are there, pausing for others now and then."""
         try:
             for _ in range(DRAIN_BATCH):
-                if self._dead is not None or self._closing:
+                if self.is_dead or self._closing:
                     return
                 message = self._core.try_receive()
                 if message is None:
@@ -375,56 +217,48 @@ class AsyncLLM:
 
     def _take(self, message: CoreOutput) -> None:
         self._heartbeat = time.monotonic()
+        if isinstance(message, CoreFailed):
+            self._die(message.failure.message)
+            return
+        self._apply(self._front.take(message))
         if isinstance(message, StepOutputs):
-            self.stats = message.stats or self.stats
-            processed = self._output.process(message)
-            if processed.aborts:
-                self._send(AbortRequests(processed.aborts))
-            for output in processed.outputs:
-                self._deliver(output)
             for listener in self._stats_listeners:
                 listener(message)
-        elif isinstance(message, CoreFailed):
-            self._die(message.failure.message)
-        elif isinstance(message, Answer):
-            self._controls.take(message)
-            self._output.metrics.on_sleep_state(message.sleep_level)
-            self._resolve(message)
-        else:
-            assert isinstance(message, (Pong, EngineReady))
 
-    def _deliver(self, output: RequestOutput) -> None:
-        stream = self._streams.get(output.request_id)
-        if stream is None:
-            return
-        if output.finished:
-            del self._streams[output.request_id]
-            self._finish_times.append(time.monotonic())
-            self._release_sleeps()
-        stream.put(output)
+    def _apply(self, effects: Effects) -> None:
+        for message in effects.send:
+            self._send(message)
+        for output in effects.outputs:
+            stream = self._streams[output.request_id]
+            if output.finished:
+                del self._streams[output.request_id]
+            stream.put(output)
+        for answer in effects.answers:
+            call = self._calls.pop(answer.id, None)
+            if call is not None and not call.done():  # else its caller no longer waits
+                call.set_result(answer)
 
     def _die(self, message: str) -> None:
         """No more service: every live request ends with the error, later ones are refused."""
-        if self._dead is not None:
+        if self.is_dead:
             return
-        self._dead = EngineDeadError(message)
         self._loop.remove_reader(self._descriptor)
-        self._output.fail_all(message)
+        self._fail(message)
+
+    def _fail(self, message: str) -> None:
+        self._front.fail(message)
         streams, self._streams = self._streams, {}
         for stream in streams.values():
             stream.put(EngineDeadError(message))
-        self._fail_calls(self._dead)
-
-    def _fail_calls(self, error: EngineDeadError) -> None:
         calls, self._calls = self._calls, {}
         for call in calls.values():
             if not call.done():
-                call.set_exception(error)
+                call.set_exception(EngineDeadError(message))
 
     async def _ping(self) -> None:
         """Ask for a sign of life when there is none, and notice a core that has died."""
         nonce = 0
-        while self._dead is None:
+        while not self.is_dead:
             await asyncio.sleep(PING_SECONDS)
             if self._core.process.poll() is not None:
                 self._die(f"The engine core exited with status {self._core.process.returncode}.")
@@ -437,21 +271,26 @@ class AsyncLLM:
     def health(self, timeout: float = DEFAULT_HEALTH_TIMEOUT) -> Health:
         """Judged by the scheduler loop's latest sign of life."""
         age = time.monotonic() - self._heartbeat
-        if self._dead is None and self._core.process.poll() is not None:
+        if not self.is_dead and self._core.process.poll() is not None:
             self._die(f"The engine core exited with status {self._core.process.returncode}.")
-        if self._dead is not None:
-            return Health(False, age, str(self._dead))
+        if self._front.dead is not None:
+            return Health(False, age, str(self._front.dead))
         if age > timeout:
             return Health(False, age, f"The scheduler loop has not answered for {age:.0f} s.")
         return Health(True, age, "ok")
 
     @property
     def is_dead(self) -> bool:
-        return self._dead is not None
+        return self._front.dead is not None
+
+    @property
+    def stats(self) -> SchedulerStats:
+        """The scheduler's state after the last step."""
+        return self._front.stats
 
     def attach_metrics(self, metrics: MetricsSink) -> None:
         """Report everything that happens to `metrics`, from now on."""
-        self._output.metrics = metrics
+        self._front.metrics = metrics
 
     def add_stats_listener(self, callback: Callable[[StepOutputs], None]) -> None:
         self._stats_listeners.append(callback)
@@ -460,14 +299,12 @@ class AsyncLLM:
         """Abort what is left and end the core. Idempotent."""
         if self._closing:
             return
-        for request_id in list(self._streams):
-            self.abort(request_id)
+        self._apply(self._front.abort(self._front.request_ids))
         self._closing = True
         self._pinger.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._pinger
         self._loop.remove_reader(self._descriptor)
-        self._dead = self._dead or EngineDeadError("The engine has been shut down.")
-        self._fail_calls(self._dead)
-        self._checker.close()
+        self._fail("The engine has been shut down.")
+        self._front.close()
         await asyncio.to_thread(self._core.close)

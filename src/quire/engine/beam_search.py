@@ -1,27 +1,26 @@
 """Beam search: the likeliest continuations of a prompt, found by following the best few at each step.
 
-`BeamSearch` is sans-IO: it says which token lists to extend by one, and takes what the model thinks of the
-next token. `LLM` and `AsyncLLM` drive it with ordinary requests of one token. A beam shares its blocks with
-the beams it came from through the prefix cache, so that a step computes what is new of each.
+`BeamSearch` is the algorithm: it says which token lists to extend by one, and takes the candidates for the
+next token. `SearchRequest` is a caller's request for one: the front end extends its beams with ordinary
+requests of one token. A beam shares its blocks with the beams it came from through the prefix cache, so a
+step computes only what is new of each.
 """
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+import logging
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from heapq import nlargest
-from typing import TYPE_CHECKING
 
+from quire.engine.input_processor import EngineRequest
+from quire.engine.setup import ServedModel
 from quire.errors import EngineError
 from quire.outputs import CompletionOutput, Logprob, RequestOutput
-from quire.sampling_params import BeamSearchParams, SamplingParams
+from quire.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
 from quire.text.detokenizer import IncrementalDetokenizer
-from quire.text.tokenizer import Tokenizer
 
-if TYPE_CHECKING:
-    from quire.engine.async_llm import RequestStream
-    from quire.engine.input_processor import EngineRequest
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -136,88 +135,87 @@ def step_params(params: BeamSearchParams, vocab_size: int) -> SamplingParams:
         temperature=params.temperature,
         logprobs=min(2 * params.beam_width, vocab_size),
         detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
     )
 
 
-class BeamStream:
-    """A search over an `AsyncLLM`, as a stream of one output: the best sequences, when they are found."""
+class SearchRequest:
+    """A caller's request for a search: rounds of one-token requests, then one output, the best sequences."""
 
     def __init__(
-        self,
-        request: EngineRequest,
-        search: BeamSearch,
-        tokenizer: Tokenizer,
-        extend: Callable[[list[int]], RequestStream],
-        running: set[BeamStream],
-        on_end: Callable[[], None],
+        self, request: EngineRequest, params: BeamSearchParams, model: ServedModel
     ) -> None:
-        """extend: submits a beam for one more token. running: where the search is while it runs."""
-        self.request_id = request.request_id
-        self.prompt_token_ids = request.prompt_token_ids
-        self._request = request
-        self._search = search
-        self._tokenizer = tokenizer
-        self._extend = extend
-        self._running = running
-        self._on_end = on_end
-        self._steps: list[RequestStream] = []
-        self._aborted = False
+        self.request = request
+        self.step_params = step_params(params, model.vocab_size)
+        """Of the requests that extend a beam."""
+        self._search = BeamSearch(
+            request.prompt_token_ids, params, model.eos_token_ids, request.max_tokens
+        )
+        self._tokenizer = model.tokenizer
+        self._round: dict[str, RequestOutput | None] = {}
+        """The beams' requests, in the order of the beams, and their outputs."""
+        self._num_cached_tokens: int | None = None
+        self._error: str | None = None
 
-    def abort(self) -> None:
-        """End the search now, with what it has found; finish_reason is then "abort"."""
-        self._aborted = True
-        for step in self._steps:
-            step.abort()
+    @property
+    def is_done(self) -> bool:
+        return self._error is not None or self._search.done
 
-    def __aiter__(self) -> AsyncIterator[RequestOutput]:
-        return self._iterate()
+    @property
+    def waiting(self) -> list[str]:
+        """The beams' requests that have no output yet."""
+        return [request_id for request_id, output in self._round.items() if output is None]
 
-    async def _iterate(self) -> AsyncIterator[RequestOutput]:
-        search, num_cached_tokens = self._search, None
-        error: str | None = None
-        self._running.add(self)
-        try:
-            while not (search.done or self._aborted or error):
-                self._steps = []
-                for beam in search.live:
-                    self._steps.append(self._extend(beam.tokens))
-                outputs = await asyncio.gather(*map(_last, self._steps))
-                if num_cached_tokens is None:
-                    num_cached_tokens = outputs[0].num_cached_tokens
-                error = next((o.error for o in outputs if o.error is not None), None)
-                if not (self._aborted or error):
-                    search.advance([candidates(output) for output in outputs])
-        finally:
-            self._running.discard(self)
-            for step in self._steps:
-                step.abort()
-            self._on_end()
-        yield self._output(error, num_cached_tokens)
+    def beams(self) -> list[list[int]]:
+        """The token lists to extend next."""
+        return [beam.tokens for beam in self._search.live]
 
-    def _output(self, error: str | None, num_cached_tokens: int | None) -> RequestOutput:
-        reason = "error" if error else "abort" if self._aborted else None
+    def start_round(self, request_ids: Sequence[str]) -> None:
+        """These requests extend `beams()`, in that order."""
+        self._round = dict.fromkeys(request_ids)
+
+    def take(self, output: RequestOutput) -> bool:
+        """A beam was extended. Whether it was the last one of the round."""
+        self._round[output.request_id] = output
+        outputs = [output for output in self._round.values() if output is not None]
+        if len(outputs) < len(self._round):
+            return False
+        if self._num_cached_tokens is None:
+            self._num_cached_tokens = outputs[0].num_cached_tokens
+        self._error = next((o.error for o in outputs if o.error is not None), None)
+        if self._error is None:
+            try:
+                self._search.advance([candidates(output) for output in outputs])
+            except Exception:  # a fault in one search ends that search, and no other request
+                logger.exception("beam search %s failed", self.request.request_id)
+                self._error = "The server failed to process this request's output."
+        return True
+
+    def output(self, reason: str | None = None) -> RequestOutput:
+        """The best sequences. reason: why it ended before its end."""
+        reason = "error" if self._error else reason
         return RequestOutput(
-            request_id=self.request_id,
-            prompt=self._request.prompt,
-            prompt_token_ids=self.prompt_token_ids,
+            request_id=self.request.request_id,
+            prompt=self.request.prompt,
+            prompt_token_ids=self.request.prompt_token_ids,
             outputs=[
                 self._completion(index, beam, reason)
                 for index, beam in enumerate(self._search.best())
             ],
             finished=True,
-            num_cached_tokens=num_cached_tokens,
-            error=error,
+            num_cached_tokens=self._num_cached_tokens,
+            error=self._error,
         )
 
     def _completion(
         self, index: int, beam: BeamSearchSequence, reason: str | None
     ) -> CompletionOutput:
-        token_ids = beam.tokens[len(self.prompt_token_ids) :]
+        token_ids = beam.tokens[len(self.request.prompt_token_ids) :]
         hidden = beam.finish_reason == "stop"
         show_end = self._search.params.include_stop_str_in_output
         detokenizer = IncrementalDetokenizer(
             self._tokenizer,
-            prompt_token_ids=self.prompt_token_ids[-32:],
+            prompt_token_ids=self.request.prompt_token_ids[-32:],
             skip_special_tokens=not show_end,
         )
         visible = token_ids[:-1] if hidden and not show_end else token_ids
@@ -230,11 +228,6 @@ class BeamStream:
             finish_reason=beam.finish_reason or reason or "length",
             stop_reason=beam.stop_reason,
         )
-
-
-async def _last(stream: RequestStream) -> RequestOutput:
-    """What a stream ends with. A beam's request is one token, and so its stream one output."""
-    return [output async for output in stream][-1]
 
 
 def candidates(output: RequestOutput) -> dict[int, Logprob]:

@@ -7,17 +7,18 @@ the start, with a warning; in an option it is an error.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from quire.config import ModelConfig
 from quire.engine.end_tokens import EosSource
-from quire.errors import CheckpointError, ConfigError, InvalidParameterError
+from quire.errors import ConfigError, InvalidParameterError
 from quire.sampling_params import SamplingParams
+from quire.weights.safetensors import GENERATION_CONFIG, read_json
+from quire.weights.source import ModelSource
 
 OVERRIDE = "override_generation_config"
-FILE = "generation_config.json"
+FILE = GENERATION_CONFIG
 PARAMETERS: Mapping[str, str] = {
     "temperature": "temperature",
     "top_p": "top_p",
@@ -30,14 +31,14 @@ PARAMETERS: Mapping[str, str] = {
 INTEGERS = ("top_k", "max_new_tokens")
 
 
-def read_generation_config(model: ModelConfig, directory: Path) -> dict[str, object]:
-    """The file's fields; none where the model has no such file."""
-    if model.generation_config not in ("auto", "vllm"):
-        directory = Path(model.generation_config)
-        if not (directory / FILE).is_file():
-            raise ConfigError(f"generation_config: no {FILE} in {directory}.")
-    path = directory / FILE
-    return read_json(path) if path.is_file() else {}
+def read_generation_config(model: ModelConfig, source: ModelSource) -> dict[str, object]:
+    """The fields of the model's own, or of the one that the operator names."""
+    if model.generation_config in ("auto", "vllm"):
+        return source.generation_config()
+    path = Path(model.generation_config) / FILE
+    if not path.is_file():
+        raise ConfigError(f"generation_config: no {FILE} in {path.parent}.")
+    return read_json(path)
 
 
 def sampling_defaults(
@@ -91,15 +92,3 @@ def _number(name: str, value: object) -> object:
     if name in INTEGERS and isinstance(value, float) and value.is_integer():
         return int(value)
     return value
-
-
-def read_json(path: Path) -> dict[str, object]:
-    try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError:
-        raise CheckpointError(f"{path} is not valid JSON; download it again") from None
-    if not isinstance(loaded, dict):
-        raise CheckpointError(f"{path} must hold a JSON object")
-    return loaded

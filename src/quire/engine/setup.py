@@ -11,22 +11,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quire.config import EngineConfig, ModelConfig
-from quire.dtypes import FLOAT_SPELLINGS
+from quire.dtypes import FLOAT_SPELLINGS, FLOATS
 from quire.engine.end_tokens import EndTokens, EosSource, end_tokens
 from quire.engine.generation_config import (
     OVERRIDE,
     eos_sources,
     read_generation_config,
-    read_json,
     sampling_defaults,
 )
 from quire.engine.gpu import choose_device
-from quire.errors import ConfigError
+from quire.errors import CheckpointError, ConfigError
 from quire.models.registry import resolve_spec, text_config
 from quire.models.spec import ModelSpec
 from quire.structured.spec import DEFAULT_LIMITS, Limits
-from quire.weights.files import read_contents
 from quire.weights.resolve import find_local, resolve_model
+from quire.weights.source import ModelSource, TensorInfo, open_source
 
 if TYPE_CHECKING:
     from quire.text.chat_template import ChatTemplate
@@ -135,10 +134,11 @@ def resolve(config: EngineConfig) -> ResolvedModel:
     model = config.model
     assert model.model is not None, "locate() first"
     directory = Path(model.model)
-    hf_config = text_config(read_json(directory / "config.json") | model.hf_overrides)
-    spec, stored_dtype = _as_stored(resolve_spec(hf_config), model, directory)
+    source = open_source(directory)
+    hf_config = text_config(source.config() | model.hf_overrides)
+    spec, stored_dtype = _as_stored(resolve_spec(hf_config), model, source)
     dtype = stored_dtype if model.dtype == "auto" else FLOAT_SPELLINGS[model.dtype]
-    generation = read_generation_config(model, directory)
+    generation = read_generation_config(model, source)
     default_sampling, warnings = sampling_defaults(model, generation)
     device = choose_device(config.runtime.device)
     kv_cache_dtype = dtype if config.cache.kv_cache_dtype == "auto" else "float8_e4m3fn"
@@ -160,9 +160,7 @@ def resolve(config: EngineConfig) -> ResolvedModel:
 
 def read_tokens(resolved: ResolvedModel) -> tuple[Tokenizer, EndTokens]:
     """Load the tokenizer, and settle which tokens end a text."""
-    from quire.text.tokenizer import Tokenizer
-
-    tokenizer = Tokenizer.from_directory(resolved.tokenizer_dir)
+    tokenizer = open_source(resolved.tokenizer_dir).tokenizer()
     overridden = [source.file for source in resolved.eos_sources] == [OVERRIDE]
     ends = end_tokens(
         resolved.eos_sources,
@@ -213,20 +211,28 @@ def serve_model(config: EngineConfig, resolved: ResolvedModel) -> ServedModel:
     )
 
 
-def _as_stored(spec: ModelSpec, model: ModelConfig, directory: Path) -> tuple[ModelSpec, str]:
+def _as_stored(spec: ModelSpec, model: ModelConfig, source: ModelSource) -> tuple[ModelSpec, str]:
     """The spec and dtype with what the config leaves to the weights' files: a dtype, and whether there is a
     head. Base models (Qwen3-Embedding-8B) are saved without one; their hidden states do not need it."""
-    contents = None if model.load_format == "dummy" else read_contents(directory)
-    if contents is None:
-        return spec, spec.checkpoint_dtype or "float32"
-    has_head = any(name.endswith("lm_head.weight") for name in contents.names)
-    if not spec.tie_word_embeddings and not has_head and "embed_tokens.weight" in contents.names:
+    tensors = {} if model.load_format == "dummy" else _headers(source)
+    has_head = any(name.endswith("lm_head.weight") for name in tensors)
+    if not spec.tie_word_embeddings and not has_head and "embed_tokens.weight" in tensors:
         logger.info(
             "the checkpoint has no output head: it serves embeddings, and generates no text"
         )
         # Tied, so that the head which is never asked takes no memory.
         spec = dataclasses.replace(spec, tie_word_embeddings=True, has_head=False)
-    return spec, spec.checkpoint_dtype or contents.dtype or "float32"
+    stored = (info.dtype for info in tensors.values() if info.dtype in FLOATS)
+    return spec, spec.checkpoint_dtype or next(stored, "float32")
+
+
+def _headers(source: ModelSource) -> Mapping[str, TensorInfo]:
+    """Empty where they cannot be read, which loading will report."""
+    try:
+        with source.open() as checkpoint:
+            return checkpoint.tensors
+    except CheckpointError:
+        return {}
 
 
 def _wanted_model_len(model: ModelConfig, spec: ModelSpec) -> int:

@@ -55,7 +55,9 @@ class AttentionLayer:
     """What an attention layer computes with, besides its products."""
 
     index: int
-    """Which of the KV cache's layers is its own."""
+    """Which part of the KV cache's blocks is its own."""
+    group: int
+    """Whose block tables it uses, see `quire.kv_layout`."""
     num_heads: int
     num_kv_heads: int
     head_dim: int

@@ -105,7 +105,7 @@ class StepRows:
     token_ids: NDArray[np.int64]
     """[seats, max_tokens]: known tokens of the request in each seat."""
     block_ids: NDArray[np.int32]
-    """[seats, max_blocks]: its blocks in order."""
+    """[groups, seats, max_blocks]: its blocks in order, for each group of layers."""
     rows: NDArray[np.int64]
     """[max_rows, 4]: seat (none twice), first token to compute, number of tokens (at least 1), and of how
     many of these, the last ones, the result is wanted."""

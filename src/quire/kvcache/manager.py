@@ -70,6 +70,10 @@ class KVCacheManager:
     def num_blocks_of(self, request_id: int) -> int:
         return len(self.tables[request_id].blocks)
 
+    def num_missing(self, request_id: int, num_tokens: int) -> int:
+        """Blocks that its table lacks to hold so many tokens."""
+        return max(0, -(-num_tokens // self.block_size) - len(self.tables[request_id].blocks))
+
     def num_shareable_tokens(self, request_id: int) -> int:
         """How many of its first tokens others find, those scheduled in this step included."""
         return len(self.tables[request_id].serials) * self.block_size

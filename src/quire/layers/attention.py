@@ -25,6 +25,7 @@ class Attention:
         prefix: str,
         *,
         index: int,
+        group: int,
         hidden_size: int,
         norm: NormSpec,
         cos_sin: torch.Tensor,
@@ -51,6 +52,7 @@ class Attention:
         q_norm, k_norm = norms if spec.qk_norm == "head" else (None, None)
         self._layer = AttentionLayer(
             index=index,
+            group=group,
             num_heads=spec.num_heads,
             num_kv_heads=spec.num_kv_heads,
             head_dim=spec.head_dim,

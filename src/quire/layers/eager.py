@@ -26,7 +26,8 @@ class EagerOps:
     cache: KVCache
     input_ids: Tensor
     """[T] int64, below the vocabulary's size; not checked here."""
-    metadata: AttentionMetadata
+    metadata: Sequence[AttentionMetadata]
+    """Of each group of layers; they differ in their slots and block tables."""
     wanted: Tensor | None = None
     """Tokens whose result is wanted, as indices into the step's; None for all."""
     _sum: tuple[Tensor, Tensor] | None = None
@@ -51,14 +52,14 @@ class EagerOps:
         return product(self._whole(x))
 
     def rope_write_kv(self, qkv: Tensor, layer: AttentionLayer) -> None:
-        cache = self.cache.layers[layer.index]
+        cache, metadata = self.cache.layers[layer.index], self.metadata[layer.group]
         self.kernels.rope_write_kv(
             qkv,
-            self.metadata.positions,
+            metadata.positions,
             layer.cos_sin,
             cache.k,
             cache.v,
-            self.metadata.slot_mapping,
+            metadata.slot_mapping,
             q_norm=None if layer.q_norm is None else layer.q_norm.weight,
             k_norm=None if layer.k_norm is None else layer.k_norm.weight,
             eps=layer.norm_eps,
@@ -66,7 +67,7 @@ class EagerOps:
         )
 
     def scale_by_position(self, x: Tensor, width: int, table: Tensor) -> None:
-        self.kernels.scale_by_position(x[:, :width], self.metadata.positions, table)
+        self.kernels.scale_by_position(x[:, :width], self.metadata[0].positions, table)
 
     def attend(self, qkv: Tensor, layer: AttentionLayer) -> Tensor:
         out = qkv.new_empty((qkv.shape[0], layer.q_size))
@@ -74,7 +75,7 @@ class EagerOps:
             qkv.view(qkv.shape[0], -1, layer.head_dim)[:, : layer.num_heads],
             layer=layer,
             cache=self.cache.layers[layer.index],
-            metadata=self.metadata,
+            metadata=self.metadata[layer.group],
             out=out.view(-1, layer.num_heads, layer.head_dim),
         )
         return out

@@ -17,7 +17,7 @@ from quire.dtypes import FLOATS
 
 @dataclass(frozen=True, slots=True)
 class WeightTarget:
-    """One tensor of the checkpoint and its taker.
+    """One tensor of the checkpoint, and who loads it.
 
     `load(first, rows)` takes the rows (indices of the first dimension) from `first` on, contiguous and in
     the dtype they are stored in. It may be called for a part of the rows at a time, in any order, and from

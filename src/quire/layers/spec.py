@@ -6,9 +6,12 @@ A default is the neutral value: what a plain Llama layer has. Sizes are counts o
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from quire.quantization.base import LinearPart, LinearShape
+
+if TYPE_CHECKING:
+    from quire.kernels.ops import Activation
 
 RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 
@@ -130,9 +133,6 @@ class AttentionSpec:
             LinearShape(hidden_size, qkv, bias=self.qkv_bias),
             LinearShape(self.q_size, o, bias=self.o_bias),
         )
-
-
-Activation = Literal["silu", "gelu_tanh"]
 
 
 @dataclass(frozen=True, slots=True)

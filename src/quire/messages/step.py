@@ -22,7 +22,8 @@ class AdmittedRequest(msgspec.Struct, kw_only=True):
 
 
 class PlannedRow(msgspec.Struct, kw_only=True):
-    """One request's share of a step: compute tokens [start, start + num_tokens)."""
+    """One request's share of a step: compute tokens [start, start + num_tokens), of which the last may be
+    drafts."""
 
     request_id: int
     start: int
@@ -30,11 +31,15 @@ class PlannedRow(msgspec.Struct, kw_only=True):
     num_tokens: int
     new_block_ids: list[int]
     """Appended to its block table (for an admitted request: already in `AdmittedRequest`)."""
-    samples: bool
-    """Whether the row reaches the request's last token, so that a token is sampled after it."""
+    samples: int
+    """How many tokens may be sampled. 0 if the row does not reach the request's last token; else 1, and one
+    more for each draft."""
     pending: bool = False
     """Whether that last token is still pending: a plan launched before this one samples it, so only the
     executor knows its id. The row has no other token."""
+    draft_token_ids: tuple[int, ...] = ()
+    """Guesses at what follows the last token. One is accepted if it equals the token sampled before it and
+    all drafts before it were. What is sampled after the first that was not is meaningless."""
 
 
 class StepPlan(msgspec.Struct, kw_only=True):
@@ -56,11 +61,13 @@ class StepPlan(msgspec.Struct, kw_only=True):
 
 
 class SampledRow(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """Result of a row that samples, or has something to tell of its prompt. Token ids in order: one, or
-    more where a grammar left no choice for those that follow."""
+    """Result of a row that samples, or has something to tell of its prompt. Token ids in order: the accepted
+    drafts, the token sampled after them, and those that follow because a grammar left no choice."""
 
     request_id: int
     token_ids: list[int]
+    draft_token_ids: tuple[int, ...] = ()
+    """Guesses at what follows these tokens, to verify in the next step."""
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: PromptLogprobs | None = None
     embedding: list[float] | None = None

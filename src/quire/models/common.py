@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from quire.dtypes import FLOATS
-from quire.layers.spec import Activation, AttentionSpec, MlpSpec, NormSpec, RopeSpec
+from quire.layers.spec import AttentionSpec, MlpSpec, NormSpec, RopeSpec
 from quire.models.context import read_context_length
 from quire.models.fields import (
     MOE_FIELDS,
@@ -23,6 +24,9 @@ from quire.models.spec import LayerSpec, ModelSpec, Placement
 from quire.quantization import read_method
 from quire.quantization.base import LinearMethod
 from quire.quantization.unquantized import UNQUANTIZED
+
+if TYPE_CHECKING:
+    from quire.kernels.ops import Activation
 
 LLAMA_NORM = NormSpec(eps=1e-6)
 MAX_LAYERS = 4096

@@ -11,7 +11,7 @@ independent of load. Roundings fall where transformers rounds.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -75,6 +75,7 @@ class DecoderLayer:
             spec.attention,
             f"{prefix}.self_attn",
             index=index,
+            group=0,
             hidden_size=model.hidden_size,
             norm=model.norm,
             cos_sin=cos_sin,
@@ -220,13 +221,13 @@ class DecoderModel:
     def compute(
         self,
         input_ids: torch.Tensor,
-        metadata: AttentionMetadata,
+        metadata: Sequence[AttentionMetadata],
         kv_cache: KVCache,
         wanted: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """`forward` on tensors. input_ids: [T] int64, below vocab_size, and positions below max_model_len
-        (not checked here). wanted: [R] int64 or int32, indices of tokens; None for all. Returns [R or T,
-        hidden_size] in the model's dtype.
+        (not checked here). metadata: of each group of layers. wanted: [R] int64 or int32, indices of
+        tokens; None for all. Returns [R or T, hidden_size] in the model's dtype.
         """
         return self.forward(
             EagerOps(self._kernels, self._attention, kv_cache, input_ids, metadata, wanted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -17,7 +18,7 @@ class EagerModel(Protocol):
     def compute(
         self,
         input_ids: torch.Tensor,
-        metadata: AttentionMetadata,
+        metadata: Sequence[AttentionMetadata],
         kv_cache: KVCache,
         wanted: torch.Tensor | None = None,
     ) -> torch.Tensor: ...
@@ -37,29 +38,40 @@ class EagerPass:
 
     def hidden(self, rows: StepRows) -> torch.Tensor:
         input_ids, metadata = gather(rows, self._kv_cache.block_size)
-        ends, wanted = metadata.query_start_loc[1:].tolist(), rows.rows[: rows.num_rows, 3].tolist()
+        ends, wanted = (
+            metadata[0].query_start_loc[1:].tolist(),
+            rows.rows[: rows.num_rows, 3].tolist(),
+        )
         picked = [np.arange(end - count, end) for end, count in zip(ends, wanted, strict=True)]
         indices = torch.from_numpy(np.concatenate(picked))
         return self._model.compute(input_ids, metadata, self._kv_cache, indices)
 
 
-def gather(rows: StepRows, block_size: int) -> tuple[torch.Tensor, AttentionMetadata]:
-    """A step's input ids, [T] int64, and what attention needs to know."""
+def gather(rows: StepRows, block_size: int) -> tuple[torch.Tensor, list[AttentionMetadata]]:
+    """A step's input ids, [T] int64, and what attention needs to know, for each group of layers."""
     seats, starts, counts, _ = rows.rows[: rows.num_rows].T
     ends = np.cumsum(counts)
     first = ends - counts  # index in the step of each row's first token
     row_of = np.repeat(np.arange(len(ends)), counts)
     positions = np.arange(ends[-1]) - (first - starts)[row_of]
     seat_of = seats[row_of]
-    blocks = rows.block_ids[seat_of, positions // block_size].astype(np.int64)
     seq_lens = starts + counts
     width = -(-int(seq_lens.max()) // block_size)
     query_start_loc = np.zeros(len(ends) + 1, dtype=np.int32)
     query_start_loc[1:] = ends
-    return torch.from_numpy(rows.token_ids[seat_of, positions]), AttentionMetadata(
-        positions=torch.from_numpy(positions),
-        slot_mapping=torch.from_numpy(blocks * block_size + positions % block_size),
-        query_start_loc=torch.from_numpy(query_start_loc),
-        seq_lens=torch.from_numpy(seq_lens.astype(np.int32)),
-        block_table=torch.from_numpy(rows.block_ids[seats, :width]),
-    )
+    shared = {
+        "positions": torch.from_numpy(positions),
+        "query_start_loc": torch.from_numpy(query_start_loc),
+        "seq_lens": torch.from_numpy(seq_lens.astype(np.int32)),
+    }
+    metadata = []
+    for tables in rows.block_ids:
+        blocks = tables[seat_of, positions // block_size].astype(np.int64)
+        metadata.append(
+            AttentionMetadata(
+                **shared,
+                slot_mapping=torch.from_numpy(blocks * block_size + positions % block_size),
+                block_table=torch.from_numpy(tables[seats, :width]),
+            )
+        )
+    return torch.from_numpy(rows.token_ids[seat_of, positions]), metadata

@@ -1,4 +1,4 @@
-"""Building a model and filling it: the one call between a checkpoint directory and a model that can run.
+"""Building a model and filling it: the one call between its source and a model that can run.
 
 It lives here and not in `quire.weights` because models may import weights and not the other way round.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import time
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -20,7 +19,7 @@ from quire.models.decoder import DecoderModel
 from quire.models.spec import ModelSpec
 from quire.weights.load import load_random_weights, load_weights
 from quire.weights.names import HEAD
-from quire.weights.safetensors_reader import Checkpoint
+from quire.weights.source import ModelSource
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +30,7 @@ EMBEDDING = "model.embed_tokens.weight"
 @torch.inference_mode()
 def load_model(
     spec: ModelSpec,
-    model_dir: Path | None,
+    source: ModelSource | None,
     *,
     dtype: torch.dtype,
     kernels: LayerKernels,
@@ -43,7 +42,7 @@ def load_model(
     """A `DecoderModel` ready for `forward`.
 
     "auto" is "safetensors"; "dummy" takes random weights from `seed` and reads no file
-    (`model_dir` may be None).
+    (`source` may be None).
 
     Raises:
         CheckpointError: a tensor or file is missing, unexpected, truncated, or of the wrong shape or dtype.
@@ -62,12 +61,12 @@ def load_model(
     if load_format == "dummy":
         load_random_weights(model.targets(), dtype=dtype, seed=seed)
     else:
-        if model_dir is None:
+        if source is None:
             raise ConfigError(
                 f"load_format {load_format!r} needs a model directory; name one or use dummy"
             )
         tied = {EMBEDDING: HEAD} if spec.tie_word_embeddings else {}
-        with Checkpoint(model_dir) as checkpoint:
+        with source.open() as checkpoint:
             load_weights(model.targets(), checkpoint, dtype=dtype, tied=tied)
     model.bind()
     seconds = time.perf_counter() - started

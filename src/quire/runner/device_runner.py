@@ -468,7 +468,7 @@ class DeviceRunner:
             block_table=batch.block_table[:rows],
             max_query_len=shape.most_tokens,
         )
-        return self.model.compute(batch.input_ids[:tokens], metadata, self.kv_cache)
+        return self.model.compute(batch.input_ids[:tokens], [metadata], self.kv_cache)
 
     def _sampled_rows(self, shape: _Shape, hidden: Tensor) -> Tensor:
         """[samples, hidden_size] of all the tokens' hidden states."""

@@ -154,7 +154,7 @@ def _run_step(model: DecoderModel, cache: KVCache, *, requests: int, tokens: int
         block_table=torch.zeros(requests, -(-tokens // size), dtype=torch.int32, device=device),
         max_query_len=tokens,
     )
-    return model.compute(torch.zeros_like(positions), metadata, cache)
+    return model.compute(torch.zeros_like(positions), [metadata], cache)
 
 
 def _remedy(error: Exception) -> str | None:

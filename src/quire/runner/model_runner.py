@@ -48,7 +48,7 @@ class RunningBatch:
         self.token_ids = np.empty((max_num_seqs, max_model_len + 1), dtype=np.int64)
         self.block_ids = np.zeros((max_num_seqs, max_blocks), dtype=np.int32)
         rows = np.zeros((max_num_seqs, 4), dtype=np.int64)
-        self.step = StepRows(self.token_ids, self.block_ids, rows)
+        self.step = StepRows(self.token_ids, self.block_ids[None], rows)
         self.num_blocks = np.zeros(max_num_seqs, dtype=np.int64)
         self.num_prompt_tokens = [0] * max_num_seqs
         self.sampling = SamplingSeats(

@@ -11,6 +11,7 @@ from quire.models.loader import load_model
 from quire.runner.footprint import Footprint, WorkerSpec
 from quire.runner.platform import LaunchedStep, Platform, StepRunner
 from quire.sampling.sampler import GrammarSource
+from quire.weights.source import open_source
 
 
 class Worker:
@@ -86,7 +87,7 @@ class Worker:
         spec, options = self._spec, self._config.model
         model: DecoderModel = load_model(
             spec.model,
-            spec.directory,
+            open_source(spec.directory),
             dtype=getattr(torch, spec.dtype),
             kernels=self.platform.kernels,
             load_format=options.load_format,  # type: ignore[arg-type]

@@ -22,10 +22,11 @@ class Request:
     flight are done. Those plans sample the last `num_pending_tokens`, whose ids are not known yet."""
 
     __slots__ = (
-        "_common", "arrival_time", "cache_key", "decoding", "finish_reason", "fork_of", "generates",
-        "needs_token_before_next", "num_cached_tokens", "num_computed_tokens", "num_pending_tokens",
-        "num_preemptions", "num_prompt_logprobs", "num_prompt_tokens", "placement", "queued_time",
-        "request_id", "scheduled_time", "sort_key", "status", "stop_token", "token_ids",
+        "_common", "arrival_time", "cache_key", "decoding", "draft_token_ids", "finish_reason",
+        "fork_of", "generates", "needs_token_before_next", "num_cached_tokens", "num_computed_tokens",
+        "num_drafts_in_flight", "num_pending_tokens", "num_preemptions", "num_prompt_logprobs",
+        "num_prompt_tokens", "placement", "queued_time", "request_id", "scheduled_time", "sort_key",
+        "status", "stop_token", "token_ids",
     )  # fmt: skip
 
     def __init__(
@@ -36,6 +37,11 @@ class Request:
         self.num_prompt_tokens = len(message.prompt_token_ids)
         self.num_computed_tokens = 0
         self.num_pending_tokens = 0
+        self.draft_token_ids: tuple[int, ...] = ()
+        """Guesses at what follows its tokens, for the next plan to verify if it can."""
+        self.num_drafts_in_flight = 0
+        """How many a plan in flight verifies. Until its result is there, they count as computed, and the most
+        tokens that it may sample as pending."""
         self.needs_token_before_next = needs_token_before_next
         """Whether a pending token must become known before the next one is computed."""
         self.num_cached_tokens: int | None = None

@@ -13,6 +13,11 @@ and a token that is being sampled is in the list as *pending*, its id not known 
 waits until it is known: sharing the block it fills, and ending the request with it. If it turns out to
 have been the last token, the row planned after it was in vain, and its result is discarded.
 
+A row may end in drafts: guesses at the tokens that follow. They are computed like known tokens, with what is
+left of the budget and in free blocks only, and the executor samples after each. With the result, those that
+were right are known tokens whose KV is there; of the others `num_computed_tokens` is set back, and
+their slots are written again before they are read. No block is shared before its tokens are known.
+
 Four rules keep it fair and free of deadlock (docs/adr/0002-one-order.md):
 
 * One order (the policy's) decides everything: who is admitted first, who gets budget first, and,
@@ -30,6 +35,7 @@ import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from itertools import takewhile
 
 from quire.kvcache import KVCacheManager, PrefixMatch
 from quire.messages import (
@@ -76,7 +82,7 @@ class Scheduler:
         observe: Observer | None = None,
     ) -> None:
         """needs_token_before_next: says of a request that it cannot be overlapped, because its next token
-        cannot be sampled before this side has seen the last one.
+        cannot be sampled, or its drafts be made, before this side has seen the last one.
         observe: called with every decision. Without it none are recorded."""
         # A lone request can always grow to full length: that is what guarantees progress.
         assert kv.blocks_for(limits.max_model_len) <= kv.num_usable
@@ -96,6 +102,7 @@ class Scheduler:
         """By request id, of those the last step looked at; the others wait behind `_stopped_at`."""
         self._num_deferred = 0
         self._stopped_at: int | None = None
+        self._has_drafts = False
         self._stats = SchedulerStats()
 
     # --- requests come and go ---------------------------------------------------------------------
@@ -161,6 +168,8 @@ class Scheduler:
         self.report.step(self._step_id, quantum, self.kv.num_free, budget)
         budget -= self._schedule_waiting(plan, max(quantum, budget - sum(wanted)))
         self._schedule_running(plan, running, wanted, budget, quantum)
+        if self._has_drafts:
+            self._add_drafts(plan)
         plan.released, self._released = self._released, []
         if self.report.is_observed:
             ids = (request.request_id for request in running)
@@ -230,8 +239,38 @@ class Scheduler:
             return False
         if request.ends_with_pending:
             return True
-        self._stats.rows_held += request.needs_token_before_next
-        return request.needs_token_before_next
+        held = request.needs_token_before_next or request.num_drafts_in_flight > 0
+        self._stats.rows_held += held
+        return held
+
+    def _add_drafts(self, plan: StepPlan) -> None:
+        """Let rows verify drafts, in order, with what is left of the budget and of the free blocks. What does
+        not fit is dropped."""
+        self._has_drafts = False
+        left = self.limits.max_num_batched_tokens - plan.num_tokens
+        for row in plan.rows:
+            request = self.requests[row.request_id]
+            drafts, request.draft_token_ids = request.draft_token_ids, ()
+            if not drafts or not row.samples:
+                continue
+            reach = row.start + row.num_tokens
+            count = min(
+                len(drafts), left, request.decoding.max_tokens - request.num_output_tokens - 1
+            )
+            missing = self.kv.num_missing(row.request_id, reach + count)
+            if missing > max(0, self.kv.num_free - self.limits.watermark_blocks):
+                slots = self.kv.num_blocks_of(row.request_id) * self.kv.block_size
+                count = min(count, slots - reach)
+            if count <= 0:
+                continue
+            growth = self.kv.grow(row.request_id, reach + count)
+            assert growth is not None
+            row.new_block_ids = row.new_block_ids + growth.block_ids
+            row.draft_token_ids = drafts[:count]
+            row.num_tokens += count
+            row.samples += count
+            request.num_drafts_in_flight += count
+            left -= count
 
     def _advance(self, plan: StepPlan) -> None:
         """Count what is planned as computed. Only now: within a step, it is not there yet to be copied."""
@@ -239,8 +278,9 @@ class Scheduler:
             request = self.requests[row.request_id]
             request.num_computed_tokens += row.num_tokens
             request.num_pending_tokens += row.samples
-            if self.policy.moves:
-                self.policy.served(request, row.num_tokens)
+        if self.policy.moves:
+            for row in plan.rows:
+                self.policy.served(self.requests[row.request_id], row.num_tokens)
 
     def _schedule_waiting(self, plan: StepPlan, budget: int) -> int:
         """Admit waiting requests in order, until one does not fit. Returns how much budget they take.
@@ -251,8 +291,7 @@ class Scheduler:
             return 0
         left = budget
         promised = sum(
-            self.kv.blocks_for(request.num_tokens) - self.kv.num_blocks_of(request.request_id)
-            for request in self.running
+            self.kv.num_missing(request.request_id, request.num_tokens) for request in self.running
         )
         leaders = [request for request in self.running if self._has_prompt_left(request)]
         for request in list(self.waiting):
@@ -280,9 +319,7 @@ class Scheduler:
             self._admit(plan, request, match, count)
             if count < needed:
                 leaders.append(request)
-            promised += self.kv.blocks_for(request.num_tokens) - self.kv.num_blocks_of(
-                request.request_id
-            )
+            promised += self.kv.num_missing(request.request_id, request.num_tokens)
             left -= count
         return budget - left
 
@@ -382,7 +419,7 @@ class Scheduler:
                 start=request.num_computed_tokens,
                 num_tokens=count,
                 new_block_ids=new_block_ids,
-                samples=reach == request.num_tokens and request.generates,
+                samples=1 if reach == request.num_tokens and request.generates else 0,
                 pending=reach > known,
             )
         )
@@ -392,13 +429,14 @@ class Scheduler:
         Resuming is a prefix-cache walk, and recompute of the rest. A pending token stays good: it depends on
         the tokens before it, not on where their KV was."""
         reach = for_whom.num_computed_tokens + count
-        needed = self.kv.blocks_for(reach) - self.kv.num_blocks_of(for_whom.request_id)
+        needed = self.kv.num_missing(for_whom.request_id, reach)
         wait = Wait(WaitReason.PREEMPTED, for_whom.request_id, needed, self.kv.num_free)
         self._waits[request.request_id] = wait
         self.report.waits(request.request_id, wait, DecisionKind.PREEMPTED)
         self._stop(request)
         request.status = RequestStatus.PREEMPTED
         request.num_computed_tokens = 0
+        request.draft_token_ids = ()
         request.num_preemptions += 1
         self._stats.num_preemptions += 1
         self.waiting.add(request)
@@ -419,29 +457,35 @@ class Scheduler:
         for row in plan.rows:
             request, found = self.requests.get(row.request_id), sampled.get(row.request_id)
             if request is None:
-                self._stats.rows_discarded += row.samples
+                self._stats.rows_discarded += row.samples > 0
             elif row.samples:
                 assert found is not None
-                updates.append(self._learn(request, found))
+                updates.append(self._learn(request, row, found))
             elif found is not None or not request.generates:
                 updates += self._learn_of_prompt(request, row, found)
         self._stats.step_tokens += plan.num_tokens
         return updates
 
-    def _learn(self, request: Request, row: SampledRow) -> RequestUpdate:
-        request.num_pending_tokens -= 1
+    def _learn(self, request: Request, planned: PlannedRow, row: SampledRow) -> RequestUpdate:
+        request.num_pending_tokens -= planned.samples
         prompt_logprobs = _news_of_prompt(request, row)
         if row.error is not None:
             update = self._finish(request, FinishReason.ERROR)
             update.error, update.prompt_logprobs = row.error, prompt_logprobs
             return update
         first = request.num_output_tokens == 0
+        drafts = planned.draft_token_ids
+        if drafts:
+            self._reject_drafts(request, drafts, row.token_ids)
         accepted: list[int] = []
         for token in row.token_ids:
             request.append_token(token)
             accepted.append(token)
             if request.finish_reason is not None:
                 break
+        if drafts and request.status is RequestStatus.RUNNING:
+            reach = min(request.num_computed_tokens, len(request.token_ids))
+            self.kv.register(request.request_id, request.token_ids, reach, self._step_id)
         if request.finish_reason is not None:
             update = self._finish(request, request.finish_reason)
             update.stop_token = request.stop_token
@@ -450,6 +494,8 @@ class Scheduler:
             known = len(request.token_ids)
             if request.num_computed_tokens >= known:  # in a plan in flight
                 self.kv.register(request.request_id, request.token_ids, known, self._step_id)
+            if row.draft_token_ids:
+                self._keep_drafts(request, row.draft_token_ids)
         update.new_token_ids = accepted
         update.logprobs = row.logprobs[: len(accepted)] if row.logprobs is not None else None
         update.prompt_logprobs = prompt_logprobs
@@ -457,6 +503,21 @@ class Scheduler:
             update.num_cached_tokens = request.num_cached_tokens
             update.times = request.times
         return update
+
+    def _reject_drafts(
+        self, request: Request, drafts: tuple[int, ...], token_ids: list[int]
+    ) -> None:
+        """Count only those drafts as computed that were sampled too, one after the other."""
+        request.num_drafts_in_flight -= len(drafts)
+        if request.status is RequestStatus.RUNNING:
+            pairs = zip(drafts, token_ids, strict=False)
+            accepted = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+            request.num_computed_tokens -= len(drafts) - accepted
+
+    def _keep_drafts(self, request: Request, drafts: tuple[int, ...]) -> None:
+        """For the next plan, unless the one that it would be is in flight already."""
+        if request.status is RequestStatus.RUNNING and not request.num_pending_tokens:
+            request.draft_token_ids, self._has_drafts = drafts, True
 
     def _learn_of_prompt(
         self, request: Request, row: PlannedRow, found: SampledRow | None
@@ -538,6 +599,7 @@ class Scheduler:
             assert held >= request.num_computed_tokens
         for request in self.waiting:
             assert request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
+            assert not request.num_computed_tokens and not request.draft_token_ids
         self.kv.check_invariants()
         assert set(self.kv.tables) == {request.request_id for request in self.running}
 

@@ -16,6 +16,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from quire.errors import ConfigError
 from quire.server.body import parse, read_json
 from quire.server.engine_protocol import ServedModel, SleepingEngine
 from quire.server.errors import ApiError, bad_request
@@ -91,7 +92,12 @@ def _add_admin_routes(router: APIRouter, state: ServerState) -> None:
     async def wake_up(request: Request) -> Response:
         """Allocate the memory again and accept requests."""
         _take_only(request)
-        await _sleeper(state).wake_up()
+        try:
+            await _sleeper(state).wake_up()
+        except (
+            ConfigError
+        ) as error:  # memory is lacking; it sleeps on, and the operator is told why
+            raise ApiError(500, str(error)) from None
         return _json({"is_sleeping": False})
 
     @router.get("/is_sleeping")

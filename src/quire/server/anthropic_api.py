@@ -31,11 +31,11 @@ from quire.server.generation import Frame, check_model, respond, warning_headers
 from quire.server.messages_input import ToolSet, add_messages, add_system
 from quire.server.openapi import request_body
 from quire.server.requests import ChatCompletionRequest
-from quire.server.responses import encode
 from quire.server.sse import Ending, named_event
 from quire.server.state import ServerState
 from quire.server.tools import served_format
 from quire.server.usage import UsageMeter
+from quire.server.wire import encode
 
 Object = dict[str, object]
 

@@ -28,7 +28,18 @@ from quire.server.logprobs import LogprobFormatter, Position, prompt_logprobs
 from quire.server.openapi import request_body
 from quire.server.prompts import EncodedPrompt, encode_text, render_chat, truncation
 from quire.server.requests import ChatCompletionRequest
-from quire.server.responses import (
+from quire.server.sampling import admit, chat_params, effective_params, fit_default_max_tokens
+from quire.server.sse import event
+from quire.server.state import ServerState
+from quire.server.tools import (
+    AnswerReader,
+    ToolUse,
+    blaming_tools,
+    served_format,
+    tool_use,
+)
+from quire.server.usage import UsageMeter
+from quire.server.wire import (
     ChatChoice,
     ChatChunk,
     ChatChunkChoice,
@@ -44,17 +55,6 @@ from quire.server.responses import (
     Usage,
     encode,
 )
-from quire.server.sampling import admit, chat_params, effective_params, fit_default_max_tokens
-from quire.server.sse import event
-from quire.server.state import ServerState
-from quire.server.tools import (
-    AnswerReader,
-    ToolUse,
-    blaming_tools,
-    served_format,
-    tool_use,
-)
-from quire.server.usage import UsageMeter
 from quire.text.parsing import Event, gathered
 
 

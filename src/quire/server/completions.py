@@ -26,16 +26,16 @@ from quire.server.logprobs import LogprobFormatter, Position, joined, prompt_log
 from quire.server.openapi import request_body
 from quire.server.prompts import EncodedPrompt, encode_prompt, split_prompts, truncation
 from quire.server.requests import CompletionRequest
-from quire.server.responses import (
+from quire.server.sampling import admit, completion_params, effective_params, fit_default_max_tokens
+from quire.server.sse import event
+from quire.server.state import ServerState
+from quire.server.usage import UsageMeter
+from quire.server.wire import (
     CompletionChoice,
     CompletionResponse,
     StreamUsage,
     encode,
 )
-from quire.server.sampling import admit, completion_params, effective_params, fit_default_max_tokens
-from quire.server.sse import event
-from quire.server.state import ServerState
-from quire.server.usage import UsageMeter
 
 
 def completions_router(state: ServerState) -> APIRouter:

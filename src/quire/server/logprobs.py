@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from quire.outputs import Logprob
 from quire.server.engine_protocol import ServedTokenizer
-from quire.server.responses import (
+from quire.server.wire import (
     ChatLogprobs,
     CompletionLogprobs,
     PromptLogprobs,

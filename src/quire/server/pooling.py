@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from quire.sampling_params import PoolingParams
+from quire.server import unsupported
 from quire.server.body import Parsed, parse
 from quire.server.engine_protocol import ServedModel
 from quire.server.errors import ApiError, bad_request
@@ -23,28 +24,13 @@ from quire.server.generation import (
     warning_headers,
 )
 from quire.server.middleware import STATUS_CLIENT_GONE
-from quire.server.neutral import ONLY_NULL, Neutral
 from quire.server.pooling_schemas import PoolingFields
 from quire.server.prompts import EncodedPrompt, encode_prompt, truncation
-from quire.server.responses import Usage, encode
 from quire.server.state import ServerState
 from quire.server.usage import UsageMeter
+from quire.server.wire import Usage, encode
 
 P = TypeVar("P", bound=PoolingFields)
-
-UNSUPPORTED: dict[str, Neutral] = {
-    "embed_dtype": Neutral("float32"),
-    "endianness": Neutral("native", "little"),
-    "padding": Neutral("do_not_pad", False),
-    "mm_processor_kwargs": Neutral({}),
-    "media_io_kwargs": Neutral({}),
-    "chat_template": Neutral(""),
-    "instruction": Neutral(""),
-    "label_token_ids": ONLY_NULL,
-    "max_tokens_per_query": Neutral(0),
-    "max_tokens_per_doc": Neutral(0),
-}
-"""Fields of vLLM's pooling endpoints; see `unsupported`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +48,7 @@ class Vectors:
 
 
 def parse_pooling(kind: type[P], body: dict[str, object], model: ServedModel) -> Parsed[P]:
-    parsed = parse(kind, body, unsupported=UNSUPPORTED)
+    parsed = parse(kind, body, unsupported=unsupported.POOLING)
     check_model(parsed.request.model, model)
     return parsed
 

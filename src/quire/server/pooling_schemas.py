@@ -9,7 +9,7 @@ from pydantic import Field
 
 from quire.server.neutral import EMPTY_HAS_MEANING
 from quire.server.requests import ChatFields, Name, Prompt, Strict
-from quire.server.responses import Usage, Warnings
+from quire.server.wire import Usage, Warnings
 
 Texts = str | Annotated[list[str], Field(fail_fast=True, min_length=1)]
 """Their number is limited by the server's limit on prompts."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, MutableMapping, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter
@@ -30,13 +31,13 @@ from quire.server.middleware import owner_of
 from quire.server.openapi import request_body
 from quire.server.requests import ChatCompletionRequest
 from quire.server.response_store import Item, ResponseStore, StoredResponse
-from quire.server.responses import encode
 from quire.server.responses_encoder import ResponsesEncoder
 from quire.server.responses_input import add_items, read_input
 from quire.server.responses_tools import ToolSet
 from quire.server.sse import Ending
 from quire.server.state import ServerState
 from quire.server.unsupported import IDLE
+from quire.server.wire import encode
 
 SHOW_LOGPROBS = "message.output_text.logprobs"
 NAMES = {
@@ -53,90 +54,23 @@ MAX_PAGE = 100
 
 def responses_router(state: ServerState) -> APIRouter:
     router = APIRouter()
-    store = ResponseStore(state.config.max_stored_responses, state.config.max_stored_response_bytes)
-    in_background: set[asyncio.Task[None]] = set()
+    api = _Responses(state)
 
     @router.post("/v1/responses", openapi_extra=request_body(ResponsesRequest))
     async def create_response(request: Request) -> Response:
         """Answer an input, or continue a response, in OpenAI's newer format."""
-        asked, items, tools, chat_request, warnings = await read(request)
-        model = state.serving_engine().model
-        frame = Frame.make("resp", model, warnings, separator="_")
-        with renaming(_names(asked)):
-            if asked.truncation == "auto":
-                chat_request = await shortened(chat_request, model)
-            chat = await start_chat(state, request, chat_request, frame)
-        encoder = ResponsesEncoder(
-            asked,
-            chat,
-            model,
-            offers=tools.offers,
-            logprobs=chat_request.logprobs is True,
-            on_change=store.update,
-        )
-        if asked.store is not False:
-            owner = owner_of(request.scope)
-            store.add(
-                StoredResponse(frame.id, owner, items, encoder.response(), tuple(chat.streams))
-            )
-        if asked.background:
-            task = asyncio.ensure_future(_run_alone(state, request, chat, encoder))
-            in_background.add(task)
-            task.add_done_callback(in_background.discard)
-            return _json(encoder.response() | {"status": "queued"}, chat.frame.warnings)
-        if asked.stream:
-            return await respond(
-                state,
-                request,
-                chat_request,
-                chat.streams,
-                encoder,
-                events=_events(chat, encoder),
-                ending=Ending(done=b"", on_error=encoder.failed),
-            )
-        with encoder.settling():
-            return await respond(state, request, chat_request, chat.streams, encoder)
+        return await api.create(request)
 
     @router.post("/v1/responses/input_tokens", openapi_extra=request_body(ResponsesRequest))
     async def count_input_tokens(request: Request) -> Response:
         """The number of tokens in the input of such a response."""
-        asked, _, _, chat_request, warnings = await read(request)
-        with renaming(_names(asked)):
-            prompt = await encode_chat(chat_request, state.loaded_engine().model)
-        count = len(prompt.token_ids)
-        return _json({"object": "response.input_tokens", "input_tokens": count}, warnings)
+        return await api.count_input_tokens(request)
 
-    async def read(
-        request: Request,
-    ) -> tuple[ResponsesRequest, Sequence[Item], ToolSet, ChatCompletionRequest, list[str]]:
-        """The request, its whole input, its tools, the same as a chat completion, and warnings."""
-        model = state.serving_engine().model
-        body = await read_json(request)
-        parsed = parse(ResponsesRequest, body, unsupported=unsupported.RESPONSES)
-        asked = parsed.request
-        check_model(asked.model, model)
-        _check_modes(asked)
-        owner = owner_of(request.scope)
-        before: list[Item] = []
-        if asked.previous_response_id is not None:
-            previous = store.get(asked.previous_response_id, owner, param="previous_response_id")
-            if previous.in_flight:
-                raise bad_request(
-                    "The response is still in progress.", param="previous_response_id"
-                )
-            before = previous.conversation
-        own = read_input(asked.input, store, owner)
-        turns, tools = Turns(), ToolSet.read(asked.tools or ())
-        if asked.instructions:
-            turns.say("system", [asked.instructions])
-        add_items(turns, before, start=-len(before))
-        idle = [*add_items(turns, own), *tools.idle]
-        with renaming(_names(asked)):
-            chat_request = _to_chat(asked, turns, tools)
-        idle += [ignored(name) for name in _unread(asked)]
-        warnings = [*parsed.warnings, *warn_of(body, idle)]
-        return asked, [*before, *own], tools, chat_request, warnings
+    _add_stored_routes(router, api.store)
+    return router
 
+
+def _add_stored_routes(router: APIRouter, store: ResponseStore) -> None:
     def stored(request: Request, response_id: str) -> StoredResponse:
         return store.get(response_id, owner_of(request.scope), param="response_id")
 
@@ -169,7 +103,105 @@ def responses_router(state: ServerState) -> APIRouter:
         """Its input, which includes the conversation before it: `limit`, `after`, `order`."""
         return _json(_page([_listed(i) for i in stored(request, response_id).items], request))
 
-    return router
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """A request, read and translated."""
+
+    asked: ResponsesRequest
+    items: Sequence[Item]
+    """Its whole input, with the conversation before it."""
+    tools: ToolSet
+    chat: ChatCompletionRequest
+    """The same as a chat completion."""
+    warnings: list[str]
+
+
+class _Responses:
+    """What makes responses, stores them, and runs those in the background."""
+
+    def __init__(self, state: ServerState) -> None:
+        config = state.config
+        self.store = ResponseStore(config.max_stored_responses, config.max_stored_response_bytes)
+        self._state = state
+        self._in_background: set[asyncio.Task[None]] = set()
+
+    async def create(self, request: Request) -> Response:
+        read = await self._read(request)
+        asked, chat_request = read.asked, read.chat
+        model = self._state.serving_engine().model
+        frame = Frame.make("resp", model, read.warnings, separator="_")
+        with renaming(_names(asked)):
+            if asked.truncation == "auto":
+                chat_request = await shortened(chat_request, model)
+            chat = await start_chat(self._state, request, chat_request, frame)
+        encoder = ResponsesEncoder(
+            asked,
+            chat,
+            model,
+            offers=read.tools.offers,
+            logprobs=chat_request.logprobs is True,
+            on_change=self.store.update,
+        )
+        if asked.store is not False:
+            owner = owner_of(request.scope)
+            self.store.add(
+                StoredResponse(frame.id, owner, read.items, encoder.response(), tuple(chat.streams))
+            )
+        if asked.background:
+            task = asyncio.ensure_future(_run_alone(self._state, request, chat, encoder))
+            self._in_background.add(task)
+            task.add_done_callback(self._in_background.discard)
+            return _json(encoder.response() | {"status": "queued"}, chat.frame.warnings)
+        if asked.stream:
+            return await respond(
+                self._state,
+                request,
+                chat_request,
+                chat.streams,
+                encoder,
+                events=_events(chat, encoder),
+                ending=Ending(done=b"", on_error=encoder.failed),
+            )
+        with encoder.settling():
+            return await respond(self._state, request, chat_request, chat.streams, encoder)
+
+    async def count_input_tokens(self, request: Request) -> Response:
+        read = await self._read(request)
+        with renaming(_names(read.asked)):
+            prompt = await encode_chat(read.chat, self._state.loaded_engine().model)
+        count = len(prompt.token_ids)
+        return _json({"object": "response.input_tokens", "input_tokens": count}, read.warnings)
+
+    async def _read(self, request: Request) -> _Read:
+        model = self._state.serving_engine().model
+        body = await read_json(request)
+        parsed = parse(ResponsesRequest, body, unsupported=unsupported.RESPONSES)
+        asked = parsed.request
+        check_model(asked.model, model)
+        _check_modes(asked)
+        owner = owner_of(request.scope)
+        before = self._before(asked.previous_response_id, owner)
+        own = read_input(asked.input, self.store, owner)
+        turns, tools = Turns(), ToolSet.read(asked.tools or ())
+        if asked.instructions:
+            turns.say("system", [asked.instructions])
+        add_items(turns, before, start=-len(before))
+        idle = [*add_items(turns, own), *tools.idle]
+        with renaming(_names(asked)):
+            chat_request = _to_chat(asked, turns, tools)
+        idle += [ignored(name) for name in _unread(asked)]
+        warnings = [*parsed.warnings, *warn_of(body, idle)]
+        return _Read(asked, [*before, *own], tools, chat_request, warnings)
+
+    def _before(self, previous_response_id: str | None, owner: bytes | None) -> list[Item]:
+        """The conversation that the request continues."""
+        if previous_response_id is None:
+            return []
+        previous = self.store.get(previous_response_id, owner, param="previous_response_id")
+        if previous.in_flight:
+            raise bad_request("The response is still in progress.", param="previous_response_id")
+        return previous.conversation
 
 
 def _check_modes(asked: ResponsesRequest) -> None:

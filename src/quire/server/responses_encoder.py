@@ -19,10 +19,10 @@ from quire.server.engine_protocol import ServedModel
 from quire.server.errors import ApiError
 from quire.server.live import ClientGoneError
 from quire.server.logprobs import LogprobFormatter
-from quire.server.responses import TokenLogprob, encode
 from quire.server.responses_tools import Offer, custom_input
 from quire.server.sse import named_event
 from quire.server.usage import UsageMeter
+from quire.server.wire import TokenLogprob, encode
 
 Object = dict[str, object]
 

@@ -20,8 +20,8 @@ from quire.server.engine_protocol import ServedModel, ServingEngine
 from quire.server.errors import bad_request
 from quire.server.prompts import EncodedPrompt
 from quire.server.requests import ChatCompletionRequest, CompletionRequest, SamplingFields
-from quire.server.responses import EffectiveParams
 from quire.server.state import ServerState
+from quire.server.wire import EffectiveParams
 from quire.structured import response_format
 
 DIRECT = (

@@ -21,14 +21,14 @@ from quire.server.requests import (
     TokenizeChatRequest,
     TokenizeCompletionRequest,
 )
-from quire.server.responses import (
+from quire.server.state import ServerState
+from quire.server.wire import (
     DetokenizeResponse,
     ModelCard,
     ModelList,
     TokenizeResponse,
     encode,
 )
-from quire.server.state import ServerState
 
 
 def tokens_router(state: ServerState) -> APIRouter:

@@ -58,6 +58,18 @@ MESSAGES = _BOTH | {
     "container": Neutral(""),
     "stop": Neutral("", []),
 }
+POOLING: dict[str, Neutral] = {
+    "embed_dtype": Neutral("float32"),
+    "endianness": Neutral("native", "little"),
+    "padding": Neutral("do_not_pad", False),
+    "mm_processor_kwargs": Neutral({}),
+    "media_io_kwargs": Neutral({}),
+    "chat_template": Neutral(""),
+    "instruction": Neutral(""),
+    "label_token_ids": ONLY_NULL,
+    "max_tokens_per_query": Neutral(0),
+    "max_tokens_per_doc": Neutral(0),
+}
 """Field -> its neutral values. Other values are refused."""
 
 _RENAMED = 'vLLM removed it; use structured_outputs: {{"{}": ...}}.'

@@ -5,7 +5,7 @@ from __future__ import annotations
 from msgspec import UNSET
 
 from quire.outputs import RequestOutput
-from quire.server.responses import CompletionTokensDetails, PromptTokensDetails, Usage
+from quire.server.wire import CompletionTokensDetails, PromptTokensDetails, Usage
 
 
 class UsageMeter:

@@ -1,16 +1,13 @@
-"""Which of a directory's .safetensors files are the model, and what their headers say. No torch is needed."""
+"""Which of a directory's .safetensors files are the model."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path, PurePath
 
-from quire.dtypes import FLOATS
 from quire.errors import CheckpointError
-from quire.weights.safetensors_header import HeaderError, read_header
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -20,32 +17,6 @@ EXTRAS = re.compile(
 )
 """What the names of files beside the model begin with. Mistral ships the same weights a second time, in its
 own names, as consolidated*.safetensors."""
-
-
-@dataclass(frozen=True, slots=True)
-class Contents:
-    """names: of all tensors. dtype: of the first that is of floats: "bfloat16", "float16", "float32"."""
-
-    names: frozenset[str]
-    dtype: str | None
-
-
-def read_contents(model_dir: Path) -> Contents | None:
-    """What the files hold; None where they cannot be read, which loading will report."""
-    names: set[str] = set()
-    dtype = None
-    try:
-        index = read_index(model_dir)
-        for file in sorted(set(index.values())) if index is not None else find_files(model_dir):
-            path = model_dir / file
-            with path.open("rb") as handle:
-                header = read_header(handle, path.stat().st_size)
-            names.update(header)
-            found = (entry.dtype for entry in header.values() if entry.dtype in FLOATS)
-            dtype = dtype or next(found, None)
-    except (CheckpointError, HeaderError, OSError):
-        return None
-    return Contents(frozenset(names), dtype)
 
 
 def read_index(model_dir: Path) -> Mapping[str, str] | None:

@@ -1,4 +1,5 @@
-"""From tensors to their takers: everything checked first, then read and packed by several threads.
+"""From a checkpoint to the tensors' targets: everything is checked first, then read and packed by several
+threads.
 
 The whole checkpoint is compared with what the model wants (names, shapes, dtypes) from the files' headers, in
 milliseconds, before any data is read: a wrong shard is reported at once and not after minutes of loading.
@@ -19,7 +20,7 @@ from quire.layers.parameter import WeightTarget
 from quire.weights.names import list_names, map_names
 from quire.weights.pieces import load_pieces
 from quire.weights.progress import LoadProgress
-from quire.weights.safetensors_reader import Checkpoint
+from quire.weights.source import Checkpoint, TensorInfo
 
 logger = logging.getLogger(__name__)
 
@@ -34,11 +35,11 @@ def load_weights(
     dtype: torch.dtype,
     tied: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Stream every wanted tensor to its takers, in pieces of rows, with as many threads as PyTorch has.
+    """Stream every wanted tensor to its targets, in pieces of rows, with as many threads as PyTorch has.
 
     Names are the model's; `map_names` finds them in the file. `tied` maps a wanted name to another under
     which the file may hold the same matrix (the output head of a tied model): it is read where the first
-    is absent, else unused. Where `dtype`, the model's, is not that of most floats in the files, the takers
+    is absent, else unused. Where `dtype`, the model's, is not that of most floats in the files, the targets
     convert: one thread then, since PyTorch converts with all of its own.
 
     Raises:
@@ -46,17 +47,17 @@ def load_weights(
             file that cannot be read or was written to meanwhile.
     """
     wanted = _by_name(targets)
-    checkpoint.tensors = map_names(checkpoint.tensors, {*wanted, *tied.values()})
+    tensors = map_names(checkpoint.tensors, {*wanted, *tied.values()})
     for name, other in tied.items():
-        _tie(checkpoint, name, other)
-    _check(wanted, checkpoint)
-    infos = [checkpoint.tensors[name] for name in wanted]
+        _tie(checkpoint, tensors, name, other)
+    _check(wanted, tensors)
+    infos = [tensors[name] for name in wanted]
     total = sum(info.num_bytes for info in infos)
     others = set(FLOATS) - {str(dtype).removeprefix("torch.")}
     converted = sum(info.num_bytes for info in infos if info.dtype in others)
     with LoadProgress(total) as progress:
         load_pieces(
-            wanted,
+            zip(infos, wanted.values(), strict=True),
             checkpoint,
             threads=torch.get_num_threads() if 2 * converted <= total else 1,
             progress=progress.add,
@@ -69,10 +70,10 @@ def load_random_weights(targets: Iterable[WeightTarget], *, dtype: torch.dtype, 
 
     Each tensor's values depend on the seed and its own name alone, not on what else the model has.
     """
-    for takers in _by_name(targets).values():
-        tensor = _random(takers[0], dtype=dtype, seed=seed)
-        for taker in takers:
-            taker.give(0, tensor)
+    for same in _by_name(targets).values():
+        tensor = _random(same[0], dtype=dtype, seed=seed)
+        for target in same:
+            target.give(0, tensor)
 
 
 def _random(target: WeightTarget, *, dtype: torch.dtype, seed: int) -> torch.Tensor:
@@ -91,58 +92,58 @@ def _random(target: WeightTarget, *, dtype: torch.dtype, seed: int) -> torch.Ten
 
 
 def _by_name(targets: Iterable[WeightTarget]) -> Mapping[str, list[WeightTarget]]:
-    """Takers of each tensor, in the order they were asked for: a tied matrix has two."""
+    """The targets of each tensor, in the order of the model."""
     wanted: dict[str, list[WeightTarget]] = {}
     for target in targets:
         wanted.setdefault(target.name, []).append(target)
     return wanted
 
 
-def _tie(checkpoint: Checkpoint, name: str, other: str) -> None:
+def _tie(checkpoint: Checkpoint, tensors: dict[str, TensorInfo], name: str, other: str) -> None:
     """Leave one of two names of the same matrix. Where their values differ, the first counts, as in vLLM
     and transformers 4; transformers 5 would not tie them."""
-    first, second = checkpoint.tensors.get(name), checkpoint.tensors.get(other)
+    first, second = tensors.get(name), tensors.get(other)
     if second is None:
         return
     if first is None:
-        checkpoint.tensors[name] = second
+        tensors[name] = second
     elif (first.dtype, first.shape) == (second.dtype, second.shape):
         size = min(first.num_bytes, TIED_SAMPLE_BYTES)
         samples = bytearray(size), bytearray(size)
-        for key, sample in zip((name, other), samples, strict=True):
-            checkpoint.read(key, 0, memoryview(sample))
+        for info, sample in zip((first, second), samples, strict=True):
+            checkpoint.read(info, 0, memoryview(sample))
         if samples[0] != samples[1]:
             logger.warning(
                 "config.json ties the embeddings, but %s and %s differ in the checkpoint; %s is not used. "
                 "If it should be, set --hf-overrides '{\"tie_word_embeddings\": false}'",
                 first.name, second.name, second.name,
             )  # fmt: skip
-    del checkpoint.tensors[other]
+    del tensors[other]
 
 
-def _check(wanted: Mapping[str, list[WeightTarget]], checkpoint: Checkpoint) -> None:
-    missing = [name for name in wanted if name not in checkpoint.tensors]
+def _check(wanted: Mapping[str, list[WeightTarget]], tensors: Mapping[str, TensorInfo]) -> None:
+    missing = [name for name in wanted if name not in tensors]
     if missing:
         raise CheckpointError(
             f"the checkpoint lacks {list_names(missing)}; it is incomplete or not for this config.json: "
-            + _remedy(missing, checkpoint)
+            + _remedy(missing, tensors)
         )
-    for name, info in checkpoint.tensors.items():
-        takers = wanted.get(name)
-        if takers is None:
+    for name, info in tensors.items():
+        if name not in wanted:
             continue
-        if info.shape != takers[0].shape:
+        target = wanted[name][0]
+        if info.shape != target.shape:
             raise CheckpointError(
                 f"tensor {info.name} in {info.file} has shape {list(info.shape)}, but config.json makes it "
-                f"{list(takers[0].shape)}; the weights and the config are of different models"
+                f"{list(target.shape)}; the weights and the config are of different models"
             )
-        if info.dtype not in takers[0].dtypes:
+        if info.dtype not in target.dtypes:
             raise CheckpointError(
                 f"tensor {info.name} in {info.file} has dtype {info.dtype}, but config.json makes it "
-                f"{' or '.join(takers[0].dtypes)}; use an unquantized checkpoint, or one that is quantized "
+                f"{' or '.join(target.dtypes)}; use an unquantized checkpoint, or one that is quantized "
                 "as its config says"
             )
-    unexpected = [name for name in checkpoint.tensors if name not in wanted]
+    unexpected = [name for name in tensors if name not in wanted]
     if unexpected:
         raise CheckpointError(
             f"the checkpoint has {list_names(unexpected)}, which this architecture does not use; "
@@ -150,13 +151,13 @@ def _check(wanted: Mapping[str, list[WeightTarget]], checkpoint: Checkpoint) -> 
         )
 
 
-def _remedy(missing: Sequence[str], checkpoint: Checkpoint) -> str:
+def _remedy(missing: Sequence[str], tensors: Mapping[str, TensorInfo]) -> str:
     if list(missing) == ["lm_head.weight"]:
         return (
             "download it again, or, if its output layer is the embedding, set "
             "--hf-overrides '{\"tie_word_embeddings\": true}'"
         )
-    others = [info.name for info in checkpoint.tensors.values()]
+    others = [info.name for info in tensors.values()]
     if len(missing) > len(others) or not others:
         return "download it again"
     return f"download it again (what it holds is named like {others[0]})"

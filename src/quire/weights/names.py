@@ -14,7 +14,7 @@ import re
 from collections.abc import Collection, Mapping
 
 from quire.errors import CheckpointError
-from quire.weights.safetensors_reader import TensorInfo
+from quire.weights.source import TensorInfo
 
 logger = logging.getLogger(__name__)
 
@@ -42,10 +42,10 @@ QUANTIZED = re.compile(
     r"SCB|weight_(scale\w*|zero_point|packed|shape|format|g_idx)|(input|output|activation|[kv]|kv)_scale)$"
 )
 TOWERS = re.compile(
-    r"(^|\.)(vision\w*|visual|image_\w+|multi_modal_\w+|multimodal_\w+|mm_\w+|audio\w*|speech_\w+|"
+    r"(^|\.)(mtp|vision\w*|visual|image_\w+|multi_modal_\w+|multimodal_\w+|mm_\w+|audio\w*|speech_\w+|"
     r"embed_(vision|audio))(\.|$)"
 )
-"""Vision and audio parts of a multimodal model, which its text model does not use."""
+"""Vision and audio parts of a multimodal model, and layers that draft tokens: a text model uses none."""
 
 
 def map_names(tensors: Mapping[str, TensorInfo], wanted: Collection[str]) -> dict[str, TensorInfo]:
@@ -87,7 +87,7 @@ def map_names(tensors: Mapping[str, TensorInfo], wanted: Collection[str]) -> dic
             raise _two_sides(origin[target], name)
         mapped[target], origin[target] = info, name
     if left_out:
-        logger.info("left out %s: the text model does not use them", list_names(left_out))
+        logger.info("left out %s: Quire serves the text model only", list_names(left_out))
     return mapped
 
 

@@ -1,22 +1,21 @@
-"""From files to takers in pieces of rows, by several threads, each with one buffer.
+"""Loading with several threads: each reads pieces of rows into its buffer and hands them to the targets.
 
-A thread reads a piece into its buffer (which stays in the processor's cache) and hands it to its taker, which
-packs it to its place. So the file's bytes cross memory once, what is held twice is a buffer a thread, and the
-three things that take time run beside each other: waiting for the disk, the system's clearing of the
-weights' fresh pages, and packing.
+A target packs a piece to its place while the piece is in the processor's cache. So the file's bytes cross
+memory once, and only one buffer a thread is held beside the model. Waiting for the disk, the system's
+clearing of the weights' fresh pages, and packing run at the same time.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 
 from quire.layers.parameter import WeightTarget
-from quire.weights.safetensors_reader import Checkpoint, TensorInfo
+from quire.weights.source import Checkpoint, TensorInfo
 
 PIECE_BYTES = 1 << 20
 """Half of this fits a core's cache and is little slower; less costs calls, more misses the cache."""
@@ -24,37 +23,36 @@ ROW_STEP = 64
 """Pieces begin at multiples of so many rows: a packed panel is then one piece's alone."""
 
 Progress = Callable[[int], object]
-"""Told the bytes of each piece that has been loaded, by one thread at a time."""
+"""Called with the bytes of each loaded piece, by one thread at a time."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
     """Some rows of one tensor. A row is all that one index of the first dimension selects."""
 
-    name: str
-    dtype: torch.dtype
+    info: TensorInfo
     shape: tuple[int, ...]
-    """Of this piece."""
+    """Of this piece, in `dtype`."""
+    dtype: torch.dtype
     row: int
     """The first one."""
     begin: int
     """Of the first row's bytes in the tensor."""
     num_bytes: int
-    takers: Sequence[WeightTarget]
+    targets: Sequence[WeightTarget]
 
 
 def load_pieces(
-    wanted: Mapping[str, Sequence[WeightTarget]],
+    wanted: Iterable[tuple[TensorInfo, Sequence[WeightTarget]]],
     checkpoint: Checkpoint,
     *,
     threads: int,
     progress: Progress,
 ) -> None:
-    """Give every taker all rows of its tensor, in any order. Raises what the first failure raised."""
-    infos = sorted(  # in the order of the disk
-        ((name, checkpoint.tensors[name]) for name in wanted), key=lambda item: item[1].position
-    )
-    pieces = [piece for name, info in infos for piece in _cut(name, info, wanted[name])]
+    """Give every target the rows of its tensor that it wants, in any order. Raises what the first failure
+    raised."""
+    in_order = sorted(wanted, key=lambda item: item[0].position)  # of the disk
+    pieces = [piece for info, targets in in_order for piece in _cut(info, targets)]
     threads = max(1, min(threads, len(pieces)))
     queue = _Queue(iter(pieces), progress)
     largest = max((piece.num_bytes for piece in pieces), default=0)
@@ -67,32 +65,36 @@ def load_pieces(
             for future in running:
                 future.result()
         finally:
-            queue.close()  # whoever still works stops after the piece in hand
+            queue.close()  # threads that still run stop after their piece
 
 
-def _cut(name: str, info: TensorInfo, takers: Sequence[WeightTarget]) -> Iterator[_Piece]:
+def _cut(info: TensorInfo, targets: Sequence[WeightTarget]) -> Iterator[_Piece]:
     if info.num_bytes == 0:
         return
     count = info.shape[0] if info.shape else 1
     row_bytes = info.num_bytes // count
     step = max(ROW_STEP, PIECE_BYTES // row_bytes // ROW_STEP * ROW_STEP)
-    wanted = [range(count) if taker.taken is None else taker.taken[0] for taker in takers]
-    end = max(rows.stop for rows in wanted)
-    for row in range(min(rows.start for rows in wanted), end, step):
+    dtype, row_shape = getattr(torch, info.dtype, None), info.shape[1:]
+    if dtype is None:
+        dtype, row_shape = torch.uint8, (row_bytes,)
+    taken = [range(count) if target.taken is None else target.taken[0] for target in targets]
+    first = min((rows.start for rows in taken if rows), default=0)
+    end = max((rows.stop for rows in taken if rows), default=0)
+    for row in range(first, end, step):
         rows = min(step, end - row)
         yield _Piece(
-            name=name,
-            dtype=getattr(torch, info.dtype),
-            shape=(rows, *info.shape[1:]),
+            info=info,
+            shape=(rows, *row_shape),
+            dtype=dtype,
             row=row,
             begin=row * row_bytes,
             num_bytes=rows * row_bytes,
-            takers=takers,
+            targets=targets,
         )
 
 
 class _Queue:
-    """Pieces for many threads, and their progress for one listener."""
+    """The pieces that are left, for all threads."""
 
     def __init__(self, pieces: Iterator[_Piece], progress: Progress) -> None:
         self._pieces = pieces
@@ -119,10 +121,10 @@ def _work(checkpoint: Checkpoint, queue: _Queue, buffer_bytes: int) -> None:
     piece = queue.take(None)
     try:
         while piece is not None:
-            checkpoint.read(piece.name, piece.begin, view[: piece.num_bytes])
+            checkpoint.read(piece.info, piece.begin, view[: piece.num_bytes])
             rows = buffer[: piece.num_bytes].view(piece.dtype).view(piece.shape)
-            for taker in piece.takers:
-                taker.give(piece.row, rows)
+            for target in piece.targets:
+                target.give(piece.row, rows)
             piece = queue.take(piece)
     except BaseException:
         queue.close()

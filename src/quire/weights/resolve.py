@@ -1,4 +1,4 @@
-"""From what the user called the model to a directory on this machine. The one place that may use the network.
+"""From what the user called the model to its files on this machine. The one place that may use the network.
 
 A directory is used as it is: no network, no import of huggingface_hub. Anything else is a hub id,
 downloaded once, at one commit, which is logged: config, tokenizer and weights of a served model
@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 
 from quire.errors import CheckpointError
+from quire.weights.source import FILES
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ def resolve_model(
     download_dir: str | None = None,
     hf_token: str | None = None,
 ) -> Path:
-    """The directory that holds the model, downloading it first if `model` is a hub id.
+    """The directory or file that holds the model, downloading it first if `model` is a hub id.
 
     `HF_HUB_OFFLINE=1` is honoured by huggingface_hub: only what is already in its cache is found.
 
@@ -55,7 +56,7 @@ def resolve_model(
 
 
 def find_local(model: str) -> Path | None:
-    """The model's directory here; None for what can only be a hub id. Uses no network.
+    """The model's directory or file here; None for what can only be a hub id. Uses no network.
 
     Raises `CheckpointError` for what is neither, and for a directory or file that holds no model.
     """
@@ -65,6 +66,8 @@ def find_local(model: str) -> Path | None:
             raise CheckpointError(_no_model(path))
         return path
     if path.is_file():
+        if path.suffix in FILES:
+            return path
         what = "a file"
         if path.suffix == ".gguf":
             what = "a GGUF file, which is not read: only safetensors are"

@@ -188,9 +188,11 @@ MODELS = {
     "softcap": Model(kv_heads=1, softcap=5.0),
     "fp8": Model(dtype=torch.bfloat16, fp8=True),
     "fp8, softcap, window": Model(dtype=torch.bfloat16, fp8=True, softcap=3.0, window=21),
+    "softcap, window": Model(dtype=torch.bfloat16, softcap=3.0, window=21),
     "speculation": Model(kv_heads=1, decode_query_len=4),
     "invariant": Model(kv_heads=1, invariant=True),
     "invariant, window": Model(kv_heads=1, invariant=True, window=33),
+    "invariant, softcap, window": Model(kv_heads=1, invariant=True, softcap=3.0, window=33),
 }
 
 
@@ -220,6 +222,7 @@ def test_copy_engine_gives_the_same_bits(model: Model, monkeypatch: pytest.Monke
 
 
 WINDOWED = st.sampled_from([0, 0, 5, 30])
+CAPPED = st.sampled_from([0.0, 3.0])
 
 
 @settings(max_examples=8)
@@ -227,13 +230,14 @@ WINDOWED = st.sampled_from([0, 0, 5, 30])
     length=st.integers(2, 80),
     cuts=st.lists(st.integers(1, 79), max_size=3),
     window=WINDOWED,
+    softcap=CAPPED,
     neighbour=st.integers(1, 50),
 )
 def test_a_prompt_has_the_same_bits_however_it_is_cut(
-    length: int, cuts: list[int], window: int, neighbour: int
+    length: int, cuts: list[int], window: int, softcap: float, neighbour: int
 ) -> None:
     """Pieces of at least two tokens: one alone is decoded, which is another order of sums."""
-    model = Model(q_heads=3, kv_heads=1, head_dim=16, window=window)
+    model = Model(q_heads=3, kv_heads=1, head_dim=16, window=window, softcap=softcap)
     s, other = sequence(model, length), sequence(model, neighbour, 1)
     borders = [0]
     for cut in sorted(cuts):
@@ -262,9 +266,13 @@ def test_a_decoded_token_has_the_same_bits_in_every_batch(
 
 
 @settings(max_examples=6)
-@given(length=st.integers(2, 120), window=WINDOWED)
-def test_invariant_decodes_and_prompts_agree_bit_for_bit(length: int, window: int) -> None:
-    model = Model(q_heads=3, kv_heads=1, head_dim=16, window=window, invariant=True)
+@given(length=st.integers(2, 120), window=WINDOWED, softcap=CAPPED)
+def test_invariant_decodes_and_prompts_agree_bit_for_bit(
+    length: int, window: int, softcap: float
+) -> None:
+    model = Model(
+        q_heads=3, kv_heads=1, head_dim=16, window=window, softcap=softcap, invariant=True
+    )
     s = sequence(model, length)
     (whole,) = attend(model, [(s, 0, length)])
     (last,) = attend(model, [(s, length - 1, length)])

@@ -56,8 +56,8 @@ INLINE vf multiply_add(vf acc, vf lanes, vf word, const int dt) {
 /* ---- scores ---- */
 
 /* Prefetches the next tile's keys while this tile is scored: four cache lines for every word, one subtile
- * after the other. Into the second-level cache: in the first, lines of blocks whose distance is a power of two
- * evict each other (measured: half the bandwidth). */
+ * after the other. Into the second-level cache: in the first, lines of blocks whose distance is a power
+ * of two evict each other (measured: half the bandwidth). */
 typedef struct {
   const tile *next;
   const char *line;

@@ -30,8 +30,8 @@ INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
     }                          \
   } while (0)
 
-/* Memory of the calling thread's that lasts until it asks for the same use again, at least `bytes`
- * long and 64-byte aligned; NULL if there is none. */
+/* Memory of the calling thread, at least `bytes` long and 64-byte aligned, which lasts until the thread
+ * asks for the same use again; NULL if there is none. */
 enum scratch_use {
   SCRATCH_LINEAR,
   SCRATCH_PROGRAM,
@@ -45,20 +45,20 @@ void *quire_scratch(enum scratch_use use, size_t bytes);
 
 /* ---- threads (pool.c) ---- */
 
-/* Calls task(context, u) once for each u in [0, units), on up to `threads` threads, the caller's among them. */
+/* Calls task(context, u) once for each u in [0, units), on up to `threads` threads, the caller included. */
 typedef void (*quire_task)(void *context, int64_t unit);
 void quire_run(quire_task task, void *context, int64_t units, int threads);
 
 /* ---- products (linear.c) ---- */
 
 typedef struct {            /* mirrored by LinearWeight in library.py */
-  const void *panels;       /* as quire_pack_linear leaves them */
+  const void *panels;       /* as quire_pack_linear writes them */
   const void *bias;         /* [n], or NULL */
   int64_t n, k;             /* outputs, inputs */
   int32_t dtype;            /* of x, panels, bias and out */
 } linear_weight;
 
-/* What becomes of y, rounded to dtype: stored; added to out (and rounded again); stored as float. */
+/* How y, rounded to dtype, is stored: written; added to out (and rounded again); written as float. */
 enum linear_epilogue { LINEAR_STORE = 0, LINEAR_ADD = 1, LINEAR_FLOAT = 2 };
 
 int quire_linear(const linear_weight *w, const void *x, int64_t x_stride, void *out,
@@ -67,7 +67,7 @@ int quire_gather_rows(const linear_weight *w, const int64_t *ids, int64_t tokens
 
 /* ---- rows (elementwise.c) ---- */
 
-/* The numbers are the Python side's too (library.py). */
+/* library.py has the same numbers. */
 enum activation { SILU = 0, GELU_TANH = 1 };
 
 int quire_rms_norm(const void *x, int64_t x_stride, int64_t inner, void *residual,
@@ -93,9 +93,9 @@ typedef struct { /* mirrored by AttentionArgs in library.py; strides in elements
   int32_t dtype, threads;
 } attention_args;
 
-/* Looks at the contents of block_table, query_start_loc and seq_lens, never at q, the caches or out:
- * 0, or 2, 3 or 4 (kernels/checks.py: fail_attention). Valid for every layer of a step if `window` is the widest any
- * layer has (0 if one is unbounded). */
+/* Checks the contents of block_table, query_start_loc and seq_lens: 0, or 2, 3 or 4 (kernels/checks.py:
+ * fail_attention). It does not read q, the caches or out. The result is valid for every layer of a step
+ * if `window` is the widest of all layers (0 if one is unbounded). */
 int quire_check_attention(const attention_args *a);
 /* Contents must have been checked. 0, or 5 (no memory for scratch; out may be partly written). */
 int quire_attention_unchecked(const attention_args *a);

@@ -1,11 +1,11 @@
 /* y = x @ W^T + bias over packed weights, the same bits for a row whatever the number of rows.
  *
  * Weights are packed in panels of PANEL output columns, [panels][K / pair][PANEL][pair], where a pair
- * is two bfloat16 along K (what vdpbf16ps eats) and one element in the other dtypes. An output is one
- * chain of fused multiply-adds (or of vdpbf16ps) over k in order, from zero: how rows are blocked in
- * registers, how columns are shared among threads and where K is cut move no bit. A few rows stream the
- * weights once, in address order; with more, a panel stays in L2 while blocks of rows pass over it, and
- * meanwhile the next panel is on its way.
+ * is two bfloat16 along K (the operand of vdpbf16ps) and one element in the other dtypes. An output is one
+ * chain of fused multiply-adds (or of vdpbf16ps) over k in order, from zero. So the blocking of rows in
+ * registers, the division of columns among threads and the cuts of K change no bit. With few rows, the
+ * weights are read once, in the order of addresses. With more, a panel stays in L2 while blocks of rows
+ * are multiplied with it, and the next panel is prefetched.
  */
 #include "kernels.h"
 
@@ -17,9 +17,9 @@
 #define LANES 2
 #define ROWS 4
 #endif
-#define K_CUT 4096       /* elements of K between spills: a panel of so many fits in L2 */
+#define K_CUT 4096       /* elements of K between spills: a panel with this many rows fits in L2 */
 #define ROW_CHUNK 192    /* rows that pass over a panel before the next one; bounds the spill */
-#define AHEAD 2048       /* bytes of prefetch where a panel is read once: rows then wait for memory */
+#define AHEAD 2048       /* prefetch distance in bytes if a panel is read once: then memory is the limit */
 
 #if defined(__AVX512BF16__)
 #define HAVE_DOT 1
@@ -27,7 +27,7 @@
 #define HAVE_DOT 0
 #endif
 
-/* Whether x must be widened to fp32 first: its elements are then broadcast as they are. */
+/* Whether x must be widened to fp32 first, so that its elements can be broadcast. */
 INLINE int widens(const int dt) { return dt == F16 || (dt == BF16 && !HAVE_DOT); }
 
 INLINE int64_t pair_of(const int dt) { return dt == BF16 ? 2 : 1; }
@@ -37,11 +37,11 @@ typedef struct {
   const void *x; /* [m, k], fp32 where `widens` */
   void *out;
   int64_t x_stride, out_stride, m;
-  int64_t panels, chunks; /* a unit of work is a chunk of rows over a panel */
+  int64_t panels, chunks; /* a unit of work is one chunk of rows times one panel */
   int epilogue, threads;
 } linear_job;
 
-/* What to prefetch during one pass over a panel: `stride` bytes for each step of k. */
+/* The memory to prefetch during one pass over a panel: `stride` bytes for each step of k. */
 typedef struct {
   const char *at;
   int64_t stride;
@@ -89,7 +89,7 @@ INLINE void multiply(vf acc[ROWS][LANES], const void *x, int64_t x_stride, const
   }
 }
 
-/* sums [rows][PANEL]: what `multiply` has so far of some rows over one panel. */
+/* sums [rows][PANEL]: the partial sums of some rows times one panel. */
 INLINE void block(const linear_job *job, const void *x, const char *panel, stream next, int64_t k0,
                   int64_t k1, float *sums, const int rows, const int dt) {
   for (int c = 0; c < PANEL; c += LANES * VW) {
@@ -137,7 +137,7 @@ INLINE void panel_rows(const linear_job *job, int64_t begin, int64_t end, int64_
       const int64_t first = rows * b / blocks;
       const void *x = at(job->x, (begin + first) * job->x_stride, xt);
       float *s = sums + first * PANEL;
-      /* A lone pass waits for its own panel; of several, each brings its share of the next one. */
+      /* A single pass prefetches its own panel; several passes each prefetch a part of the next one. */
       const stream next = blocks == 1 ? (stream){base + AHEAD, row}
                                       : (stream){after + b * (steps * row / blocks), row / blocks};
       switch (rows * (b + 1) / blocks - first) {
@@ -158,7 +158,7 @@ INLINE void panel_rows(const linear_job *job, int64_t begin, int64_t end, int64_
          at_mut(job->out, begin * job->out_stride + column, ot), rows, n, dt);
 }
 
-/* One instance a dtype, so that the compiler specializes each once. */
+/* One instance for each dtype, so that the compiler specializes each once. */
 #define PANEL_ROWS(name, dt)                                                                      \
   static __attribute__((noinline)) void name(const linear_job *job, int64_t begin, int64_t end,   \
                                              int64_t panel, int64_t next_panel) {                 \
@@ -168,7 +168,7 @@ PANEL_ROWS(panel_rows_f32, F32)
 PANEL_ROWS(panel_rows_bf16, BF16)
 PANEL_ROWS(panel_rows_f16, F16)
 
-/* x as the kernel reads it: widened where it must be, and with no element missing from the last pair. */
+/* x in the form that the kernel reads: widened if needed, and with a complete last pair. */
 static const void *readable(const linear_weight *w, const void *x, int64_t *stride, int64_t m) {
   const int dt = w->dtype;
   const int64_t step = pair_of(dt), k = (w->k + step - 1) / step * step;
@@ -189,10 +189,10 @@ static const void *readable(const linear_weight *w, const void *x, int64_t *stri
   return copy;
 }
 
-/* The panel that is taken `index`-th. Threads take turns, so each then walks a range of its own in address
- * order: two streams read 6 % more a second than two threads leapfrogging each other. */
+/* The panel of the unit with this index. Threads take units in turn, and so each gets a range of panels
+ * in the order of addresses: two separate streams read 6 % more a second than two threads that alternate. */
 static int64_t panel_at(int64_t index, int64_t panels, int64_t threads) {
-  const int64_t whole = panels / threads; /* what every range has; the first ones in line may have one more */
+  const int64_t whole = panels / threads; /* panels of every range; the first ranges may have one more */
   if (index < whole * threads) return panels * (index % threads) / threads + index / threads;
   int64_t range = 0;
   for (int64_t left = index - whole * threads;; range++) {
@@ -215,7 +215,7 @@ static void linear_unit(void *context, int64_t unit) {
     panel_rows_f16(job, begin, end, panel, next);
 }
 
-/* x: [m, k], row stride given. out: [m, n], row stride given; what becomes of it is `epilogue`'s.
+/* x: [m, k], row stride given. out: [m, n], row stride given; `epilogue` says how the result is stored.
  * Returns 5 if there is no memory. */
 int quire_linear(const linear_weight *w, const void *x, int64_t x_stride, void *out,
                  int64_t out_stride, int64_t m, int epilogue, int threads) {
@@ -230,7 +230,7 @@ int quire_linear(const linear_weight *w, const void *x, int64_t x_stride, void *
 
 /* ---- packing ---- */
 
-#define PACK_K 64 /* elements of K moved at a time: the destination's share stays in L1 */
+#define PACK_K 64 /* elements of K that are moved at once, so that the destination stays in L1 */
 
 typedef struct {
   const char *weight;
@@ -238,7 +238,7 @@ typedef struct {
   int64_t first, rows, k, size, step;
 } pack_job;
 
-/* One of the log2(VW) exchanges that transpose [VW][VW]: of what lies `s` apart in rows and columns. */
+/* One of the log2(VW) exchanges that transpose [VW][VW]: of elements at distance `s` in rows and columns. */
 INLINE void exchange(vu rows[VW], const int s) {
   UNROLL for (int i = 0; i < VW; i++) {
     if (i & s) continue;
@@ -260,8 +260,9 @@ INLINE void exchange(vu rows[VW], const int s) {
   }
 }
 
-/* A panel of PANEL rows that are all there, in units of four bytes, a square of VW x VW in registers at a
- * time: reads and writes whole cache lines. Returns the units it has done, all but the last few. */
+/* A complete panel of PANEL rows, in units of four bytes, one square of VW x VW in registers at a time.
+ * It reads and writes whole cache lines. Returns the number of units that it has done, all but the last
+ * few. */
 static int64_t pack_squares(const char *weight, int64_t row_bytes, int64_t units, char *panel) {
   int64_t u = 0;
   for (; u + VW <= units; u += VW)
@@ -298,8 +299,8 @@ static void pack_panel(void *context, int64_t index) {
     }
 }
 
-/* Rows [first, first + rows) of a [n, k] matrix into the panels; the rest of a panel is the caller's
- * (zeroed memory). size: 2 or 4 bytes an element; step: elements in a pair. */
+/* Packs rows [first, first + rows) of a [n, k] matrix into the panels. The caller must have zeroed the
+ * rest of a panel. size: 2 or 4 bytes an element; step: elements in a pair. */
 int quire_pack_linear(const void *weight, int64_t first, int64_t rows, int64_t k, int64_t size,
                       int64_t step, void *panels, int threads) {
   pack_job job = {weight, panels, first, rows, k, size, step};
@@ -308,7 +309,7 @@ int quire_pack_linear(const void *weight, int64_t first, int64_t rows, int64_t k
   return 0;
 }
 
-/* Row `ids[t]` of the matrix the panels hold, for each t: an embedding that shares the head's weights. */
+/* Row `ids[t]` of the packed matrix, for each t: an embedding that shares the head's weights. */
 int quire_gather_rows(const linear_weight *w, const int64_t *ids, int64_t tokens, void *out) {
   const int64_t size = (int64_t)elem_size(w->dtype), step = pair_of(w->dtype), unit = size * step;
   const int64_t padded = (w->k + step - 1) / step;

@@ -1,4 +1,4 @@
-/* Philox4x32-10 and Gumbel noise; quire/kernels/philox.py explains and is the reference. */
+/* Philox4x32-10 and Gumbel noise. quire/kernels/philox.py has the explanation and the reference. */
 #ifndef QUIRE_PHILOX_H
 #define QUIRE_PHILOX_H
 

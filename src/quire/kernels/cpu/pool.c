@@ -3,13 +3,13 @@
  * OpenMP ends a parallel region with a barrier: every thread of the team must arrive, even if all the work is
  * done. On a machine that also runs something else, a thread that has lost its core arrives a scheduler slice
  * (3 ms) late, at every region, and a step has hundreds of regions: 30 times slower, measured. Here threads
- * take numbered units of one job until none is left. The caller takes units too, and at the end waits only for
- * units that a thread has begun.
+ * take numbered units of one job until none is left. The caller takes units too, and at the end waits
+ * only for units that a thread has begun.
  *
- * A job is opened by publishing `claim`: a generation in the upper half, the next unit in the lower. A unit is
- * taken by a compare-and-swap on both halves, so a thread that is late and still has an older generation takes
- * nothing. Workers spin for a moment after a job, then sleep. So they start at once between the operations of
- * a step, and an idle engine uses no processor time.
+ * A job is opened by publishing `claim`: a generation in the upper half, the next unit in the lower. A
+ * unit is taken by a compare-and-swap on both halves, so a thread that is late and still has an older
+ * generation takes nothing. Workers spin for a moment after a job, then sleep. So they start at once
+ * between the operations of a step, and an idle engine uses no processor time.
  */
 #include <pthread.h>
 #include <sched.h>

@@ -39,6 +39,7 @@ typedef struct { /* mirrored by _Layer in program.py */
   const void *q_norm, *k_norm; /* [head_dim] each, or NULL */
   const float *cos_sin;        /* [max_position, 2 * half] */
   int64_t q_heads, kv_heads, head_dim, half, window;
+  int64_t group; /* whose block tables it uses */
   float scale, softcap, eps;
   int32_t norm_dtype;
 } attention_layer;
@@ -49,7 +50,9 @@ typedef struct { /* mirrored by _Program in program.py */
   const int64_t *widths;  /* of each buffer, in elements */
   int64_t num_ops, num_hidden_ops, num_cache_ops, bytes_per_token;
   int64_t hidden; /* the buffer of the hidden states */
-  int64_t vocab, max_position, block_size, num_blocks, q_heads, kv_heads, head_dim, widest_window;
+  const int64_t *windows; /* of each group: the widest, 0 if one is unbounded */
+  int64_t num_groups;
+  int64_t vocab, max_position, block_size, num_blocks, q_heads, kv_heads, head_dim;
   int32_t dtype;
 } program;
 
@@ -59,7 +62,7 @@ typedef struct { /* StepRows in program.py */
 
 typedef struct { /* mirrored by _Step in program.py */
   const int64_t *token_ids; /* [num_seats, max_tokens] */
-  const int32_t *block_ids; /* [num_seats, max_blocks] */
+  const int32_t *block_ids; /* [num_groups, num_seats, max_blocks] */
   const step_row *rows;     /* [requests] */
   float *logits;            /* [num_wanted, vocab] */
   void *hidden;             /* [num_wanted, hidden], asked for instead of logits where given */
@@ -70,9 +73,11 @@ typedef struct { /* mirrored by _Step in program.py */
 } program_step;
 
 typedef struct { /* the rows, token by token */
-  int64_t *input_ids, *positions, *slots; /* [tokens] */
-  int64_t *wanted;                        /* [num_wanted]: tokens of the step, rising */
-  int32_t *query_start_loc, *seq_lens, *block_table; /* [requests + 1], [requests], [requests, width] */
+  int64_t *input_ids, *positions;          /* [tokens] */
+  int64_t *slots;                          /* [num_groups, tokens] */
+  int64_t *wanted;                         /* [num_wanted]: tokens of the step, rising */
+  int32_t *query_start_loc, *seq_lens;     /* [requests + 1], [requests] */
+  int32_t *block_tables;                   /* [num_groups, requests, width] */
   int64_t tokens, width;
 } step_inputs;
 
@@ -100,6 +105,18 @@ static int check_step(const program *p, const program_step *s, int64_t *tokens) 
   return wanted == s->num_wanted ? 0 : 6;
 }
 
+/* One row's block table of one group, and the slots of its tokens, the last ones counted by now. */
+static void gather_blocks(const program *p, const program_step *s, step_inputs *in, int64_t row,
+                          int64_t group) {
+  const step_row r = s->rows[row];
+  const int32_t *blocks = s->block_ids + (group * s->num_seats + r.seat) * s->max_blocks;
+  int64_t *slot = in->slots + group * in->tokens + in->query_start_loc[row];
+  for (int64_t at = r.start; at < r.start + r.count; at++)
+    *slot++ = blocks[at / p->block_size] * p->block_size + at % p->block_size;
+  memcpy(in->block_tables + (group * s->requests + row) * in->width, blocks,
+         (size_t)in->width * sizeof *blocks);
+}
+
 static int gather_inputs(const program *p, const program_step *s, step_inputs *in) {
   const int wrong = check_step(p, s, &in->tokens);
   if (wrong) return wrong;
@@ -108,30 +125,29 @@ static int gather_inputs(const program *p, const program_step *s, step_inputs *i
     const int64_t end = s->rows[i].start + s->rows[i].count;
     in->width = max64(in->width, (end + p->block_size - 1) / p->block_size);
   }
-  const int64_t longs = 3 * in->tokens + s->num_wanted, ints = s->requests * (2 + in->width) + 1;
+  const int64_t longs = (2 + p->num_groups) * in->tokens + s->num_wanted;
+  const int64_t ints = s->requests * (2 + p->num_groups * in->width) + 1;
   char *memory = quire_scratch(SCRATCH_STEP, (size_t)(longs * 8 + ints * 4));
   if (!memory) return 7;
   in->input_ids = (int64_t *)memory;
   in->positions = in->input_ids + in->tokens;
   in->slots = in->positions + in->tokens;
-  in->wanted = in->slots + in->tokens;
+  in->wanted = in->slots + p->num_groups * in->tokens;
   in->query_start_loc = (int32_t *)(in->wanted + s->num_wanted);
   in->seq_lens = in->query_start_loc + s->requests + 1;
-  in->block_table = in->seq_lens + s->requests;
+  in->block_tables = in->seq_lens + s->requests;
   int64_t token = 0, wanted = 0;
   for (int64_t i = 0; i < s->requests; i++) {
     const step_row r = s->rows[i];
     const int64_t *ids = s->token_ids + r.seat * s->max_tokens, end = r.start + r.count;
-    const int32_t *blocks = s->block_ids + r.seat * s->max_blocks;
     in->query_start_loc[i] = (int32_t)token;
     for (int64_t at = r.start; at < end; at++, token++) {
       if (ids[at] < 0 || ids[at] >= p->vocab) return 1;
       in->input_ids[token] = ids[at];
       in->positions[token] = at;
-      in->slots[token] = blocks[at / p->block_size] * p->block_size + at % p->block_size;
     }
     in->seq_lens[i] = (int32_t)end;
-    memcpy(in->block_table + i * in->width, blocks, (size_t)in->width * sizeof *blocks);
+    for (int64_t g = 0; g < p->num_groups; g++) gather_blocks(p, s, in, i, g);
     for (int64_t t = token - r.wanted; t < token; t++) in->wanted[wanted++] = t;
   }
   in->query_start_loc[s->requests] = (int32_t)token;
@@ -142,31 +158,36 @@ static char *buffer(const run *r, int32_t number) {
   return r->memory + r->in.tokens * r->p->offsets[number];
 }
 
-static attention_args attention_of(const run *r) {
+static attention_args attention_of(const run *r, int64_t group) {
   const program *p = r->p;
-  return (attention_args){.block_table = r->in.block_table, .query_start_loc = r->in.query_start_loc,
+  const int32_t *block_table = r->in.block_tables + group * r->s->requests * r->in.width;
+  return (attention_args){.block_table = block_table, .query_start_loc = r->in.query_start_loc,
                           .seq_lens = r->in.seq_lens, .table_stride = r->in.width,
                           .requests = r->s->requests, .tokens = r->in.tokens, .q_heads = p->q_heads,
                           .kv_heads = p->kv_heads, .head_dim = p->head_dim, .block_size = p->block_size,
-                          .num_blocks = p->num_blocks, .window = p->widest_window, .dtype = p->dtype,
+                          .num_blocks = p->num_blocks, .window = p->windows[group], .dtype = p->dtype,
                           .threads = r->s->threads};
 }
 
-static qkv_args qkv_of(const run *r) {
+static qkv_args qkv_of(const run *r, int64_t group) {
   const program *p = r->p;
-  return (qkv_args){.positions = r->in.positions, .slots = r->in.slots, .tokens = r->in.tokens,
+  const int64_t *slots = r->in.slots + group * r->in.tokens;
+  return (qkv_args){.positions = r->in.positions, .slots = slots, .tokens = r->in.tokens,
                     .max_position = p->max_position, .block_size = p->block_size,
                     .num_blocks = p->num_blocks, .dtype = p->dtype, .threads = r->s->threads};
 }
 
 /* All layers' indexes at once: nothing is written if one is out of range. */
 static int check_inputs(const run *r) {
-  const attention_args attention = attention_of(r);
-  const qkv_args qkv = qkv_of(r);
-  int wrong = quire_check_qkv(&qkv);
-  if (wrong) return 1 + wrong;
-  wrong = quire_check_attention(&attention);
-  return !wrong ? 0 : wrong == 4 ? 4 : 5;
+  for (int64_t g = 0; g < r->p->num_groups; g++) {
+    const attention_args attention = attention_of(r, g);
+    const qkv_args qkv = qkv_of(r, g);
+    int wrong = quire_check_qkv(&qkv);
+    if (wrong) return 1 + wrong;
+    wrong = quire_check_attention(&attention);
+    if (wrong) return wrong == 4 ? 4 : 5;
+  }
+  return 0;
 }
 
 static int embed(const run *r, const program_op *op) {
@@ -209,7 +230,7 @@ static int logits(const run *r, const program_op *op) {
 
 static int rope_write(const run *r, const program_op *op) {
   const attention_layer *l = op->argument;
-  qkv_args a = qkv_of(r);
+  qkv_args a = qkv_of(r, l->group);
   a.qkv = buffer(r, op->target), a.qkv_stride = r->p->widths[op->target];
   a.cos_sin = l->cos_sin, a.half = l->half;
   a.q_norm = l->q_norm, a.k_norm = l->k_norm, a.eps = l->eps;
@@ -221,7 +242,7 @@ static int rope_write(const run *r, const program_op *op) {
 
 static int attend(const run *r, const program_op *op) {
   const attention_layer *l = op->argument;
-  attention_args a = attention_of(r);
+  attention_args a = attention_of(r, l->group);
   a.q = buffer(r, op->source), a.q_stride = r->p->widths[op->source];
   a.out = buffer(r, op->target);
   a.k_cache = l->k_cache, a.v_cache = l->v_cache;

@@ -39,6 +39,7 @@ class _Layer(ctypes.Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("k_cache", "v_cache", "q_norm", "k_norm", "cos_sin")),
         *((name, c_int64) for name in ("q_heads", "kv_heads", "head_dim", "half", "window")),
+        ("group", c_int64),
         *((name, c_float) for name in ("scale", "softcap", "eps")),
         ("norm_dtype", c_int32),
     ]
@@ -50,9 +51,11 @@ class _Program(ctypes.Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("ops", "offsets", "widths")),
         *((name, c_int64) for name in ("num_ops", "num_hidden_ops", "num_cache_ops")),
-        *((name, c_int64) for name in ("bytes_per_token", "hidden", "vocab", "max_position")),
+        *((name, c_int64) for name in ("bytes_per_token", "hidden")),
+        ("windows", c_void_p),
+        *((name, c_int64) for name in ("num_groups", "vocab", "max_position")),
         *((name, c_int64) for name in ("block_size", "num_blocks")),
-        *((name, c_int64) for name in ("q_heads", "kv_heads", "head_dim", "widest_window")),
+        *((name, c_int64) for name in ("q_heads", "kv_heads", "head_dim")),
         ("dtype", c_int32),
     ]
 
@@ -103,7 +106,10 @@ class NativeProgram:
         self._rows: StepRows | None = None
         self._num_wanted = 0
         self._buffer = self._logits = torch.empty(0, self._vocab_size)
-        windows = [layer.window for layer in layers]
+        windows = [0] * (1 + max(layer.group for layer in layers))
+        for group in range(len(windows)):
+            found = [layer.window for layer in layers if layer.group == group]
+            windows[group] = 0 if 0 in found else max(found)
         self._struct = _Program(
             ops=ctypes.addressof(self._ops),
             offsets=self._keep((c_int64 * len(numbers))(*program.offsets)),
@@ -113,6 +119,8 @@ class NativeProgram:
             num_cache_ops=program.num_cache_ops,
             bytes_per_token=program.bytes_per_token,
             hidden=program.hidden.number,
+            windows=self._keep((c_int64 * len(windows))(*windows)),
+            num_groups=len(windows),
             vocab=self._vocab_size,
             max_position=layers[0].cos_sin.shape[0],
             block_size=geometry.block_size,
@@ -120,7 +128,6 @@ class NativeProgram:
             q_heads=layers[0].num_heads,
             kv_heads=geometry.num_kv_heads,
             head_dim=geometry.head_dim,
-            widest_window=0 if 0 in windows else max(windows),
             dtype=DTYPES[program.dtype],
         )
 
@@ -167,21 +174,22 @@ class NativeProgram:
     def _adopt(self, rows: StepRows) -> None:
         """Check the arrays, and keep their addresses for all steps that come with them."""
         self._rows = None
-        for name, array, dtype in (
-            ("token_ids", rows.token_ids, np.int64),
-            ("block_ids", rows.block_ids, np.int32),
-            ("rows", rows.rows, np.int64),
+        for name, array, dtype, dims in (
+            ("token_ids", rows.token_ids, np.int64, 2),
+            ("block_ids", rows.block_ids, np.int32, 3),
+            ("rows", rows.rows, np.int64, 2),
         ):
-            if array.dtype != dtype or array.ndim != 2 or not array.flags.c_contiguous:
+            if array.dtype != dtype or array.ndim != dims or not array.flags.c_contiguous:
                 raise checks.KernelArgumentError(
                     f"{name} is {array.dtype} {array.shape} with strides {array.strides}; "
-                    f"need contiguous {np.dtype(dtype)} in two dimensions"
+                    f"need contiguous {np.dtype(dtype)} in {dims} dimensions"
                 )
             setattr(self._step, name, array.ctypes.data)
         require(rows.rows.shape[1] == 4, f"rows is {rows.rows.shape}; need four columns")
-        require(len(rows.token_ids) == len(rows.block_ids), "seats differ in number")
+        groups, seats, self._step.max_blocks = rows.block_ids.shape
+        require(len(rows.token_ids) == seats, "seats differ in number")
+        require(groups == self._struct.num_groups, f"block tables of {groups} groups")
         self._step.num_seats, self._step.max_tokens = rows.token_ids.shape
-        self._step.max_blocks = rows.block_ids.shape[1]
         self._rows = rows
 
     def _make_logits(self, rows: StepRows) -> None:
@@ -236,6 +244,7 @@ class NativeProgram:
             head_dim=layer.head_dim,
             half=layer.cos_sin.shape[1] // 2,
             window=layer.window,
+            group=layer.group,
             scale=layer.scale,
             softcap=layer.softcap,
             eps=layer.norm_eps,

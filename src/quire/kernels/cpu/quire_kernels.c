@@ -1,4 +1,4 @@
-/* The whole library as one unit; with QUIRE_UNITS, all but attention, which is then compiled beside it. */
+/* The whole library as one unit; with QUIRE_UNITS, all but attention, which is then compiled in parallel. */
 #define _GNU_SOURCE /* CPU affinity, in pool.c */
 
 #ifndef QUIRE_UNITS

@@ -1,4 +1,4 @@
-/* Scratch memory that a thread keeps from call to call: a step asks for the same sizes again and again. */
+/* Scratch memory that a thread keeps between calls, since every step needs the same sizes. */
 #include <pthread.h>
 
 #include "kernels.h"

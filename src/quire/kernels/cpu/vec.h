@@ -1,9 +1,9 @@
-/* Vectors of the machine's own width, and the exact functions built on them.
+/* Vectors of the machine's width, and functions on them with a defined result.
  *
- * Kernels are written over "native" vectors of VW floats (16, 8 or 4). Everything here is lane-wise
- * or has a written-out order, so a result never depends on how the compiler vectorizes: no
- * fast-math, contraction off, and a fused multiply-add only where vfma() says so. That is what makes
- * one row's result the same bits whatever rows surround it.
+ * Kernels are written with "native" vectors of VW floats (16, 8 or 4). Everything here is lane-wise or
+ * has an explicit order, so a result never depends on how the compiler vectorizes: no fast-math, no
+ * contraction, and a fused multiply-add only where vfma() is called. That is why a row's result has the
+ * same bits whatever other rows there are.
  */
 #ifndef QUIRE_VEC_H
 #define QUIRE_VEC_H
@@ -39,7 +39,7 @@ typedef int32_t vi __attribute__((vector_size(VW * 4)));
 typedef uint32_t vu __attribute__((vector_size(VW * 4)));
 typedef uint16_t vh __attribute__((vector_size(VW * 2)));
 
-/* Element types; the numbers are the Python side's too (library.py). */
+/* Element types; library.py has the same numbers. */
 enum dtype { F32 = 0, BF16 = 1, F16 = 2 };
 
 INLINE size_t elem_size(const int dt) { return dt == F32 ? 4 : 2; }
@@ -60,7 +60,7 @@ INLINE vf vset(float x) {
 #endif
 }
 
-INLINE vu vwiden(vh h) { /* gcc 12 splits a convertvector to 512 bits in two */
+INLINE vu vwiden(vh h) { /* gcc 12 splits a convertvector to 512 bits into two */
 #if VW == 16
   return (vu)_mm512_cvtepu16_epi32((__m256i)h);
 #else
@@ -80,7 +80,7 @@ INLINE vf vfma(vf a, vf b, vf c) {
 #endif
 }
 
-/* Where mask lanes are all ones take a, where zero take b. */
+/* a in lanes where the mask is all ones, b where it is zero. */
 INLINE vf vselect(vi mask, vf a, vf b) { return (vf)(((vi)a & mask) | ((vi)b & ~mask)); }
 
 INLINE int vany(vi mask) {
@@ -255,8 +255,8 @@ INLINE vu vload_pairs(const void *p) {
   return r;
 }
 
-/* acc[i] + a[2i] * b[2i] + a[2i + 1] * b[2i + 1] in fp32. The order and the rounding between are
- * the machine's own: the same on every call, not on every machine. */
+/* acc[i] + a[2i] * b[2i] + a[2i + 1] * b[2i + 1] in fp32. Order and intermediate rounding depend on the
+ * machine: they are the same in every call, but not on every machine. */
 INLINE vf vdot_pairs(vf acc, vu a, vu b) {
 #ifdef __AVX512BF16__
   return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
@@ -266,7 +266,7 @@ INLINE vf vdot_pairs(vf acc, vu a, vu b) {
 #endif
 }
 
-/* 2 * VW floats rounded to bf16, in order (what AVX512BF16 rounds has no subnormals). */
+/* 2 * VW floats rounded to bf16, in order (AVX512BF16 flushes subnormals to zero). */
 INLINE vu vpack_pairs(vf first, vf second) {
 #ifdef __AVX512BF16__
   return (vu)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
@@ -276,7 +276,7 @@ INLINE vu vpack_pairs(vf first, vf second) {
 #endif
 }
 
-/* x as it reads back after a store to dt. */
+/* x rounded to dt and widened again. */
 INLINE vf vround(vf x, const int dt) {
   if (dt == F32) return x;
   return dt == BF16 ? vfloat_from_bf16(vbf16_from_float(x)) : vfloat_from_half(vhalf_from_float(x));
@@ -309,7 +309,7 @@ INLINE vf vexp2(vf x) {
   return vzero_below(x, -126.0f, r);
 }
 
-/* vexp2 with relative error below 3e-6, for what is then rounded to bf16. */
+/* vexp2 with relative error below 3e-6, for results that are rounded to bf16. */
 INLINE vf vexp2_rough(vf x) {
   const float rounding = ROUNDING + 127.0f; /* leaves n + 127 in the low bits */
   const vf shifted = x + rounding;
@@ -359,7 +359,7 @@ INLINE vf vtanh(vf x) {
   return vselect((vi)(magnitude < 0.25f), small, big);
 }
 
-INLINE float sum64(float *a) { /* the fixed tree every row sum ends in */
+INLINE float sum64(float *a) { /* the fixed tree at the end of every row sum */
   for (int w = 32; w > 0; w >>= 1)
     for (int i = 0; i < w; i++) a[i] += a[i + w];
   return a[0];

@@ -5,21 +5,21 @@ key head) and walks tiles of BLOCK_N keys, keeping for each row the highest scor
 sum of exponentials below it (`total`) and the weighted sum of values (`acc`) (Dao, FlashAttention-2,
 2023, algorithm 1; scores are in units of log 2). Two ways to cut the work:
 
-- *Splits*, for requests of few query tokens, where one program would walk a long context alone. The
-  keys are cut at fixed positions (`_split_start`); a program leaves its split's (acc, peak, total) in
-  the workspace, and a second kernel merges them in order (Flash-Decoding, Dao et al. 2023). A request
-  within one split skips that.
-- *Tiles*, for the rest: one program a tile of rows, all keys. Tiles of keys that every row sees whole
-  need no mask.
+- *Splits*, for requests with few query tokens, where one program would process a long context alone. The
+  keys are cut at fixed positions (`_split_start`). A program writes its split's (acc, peak, total) to the
+  workspace, and a second kernel merges them in order (Flash-Decoding, Dao et al. 2023). A request within
+  one split needs no merging.
+- *Tiles*, for the others: one program for a tile of rows and all keys. Tiles of keys that every row sees
+  completely need no mask.
 
-Why the bits of a row depend on nothing but the row and its keys: tiles of keys and splits begin at
-absolute positions; a tile in which a row sees nothing changes none of its three values; which of the
-two ways is taken depends on the request's own number of query tokens; shapes are from `tuning`. So a
-prompt cut into chunks, or with its head from the prefix cache, gives the same bits wherever it is cut,
-as long as each piece has more than `decode_query_len` tokens, and a decoded token has the same bits in
-every batch. That a token decoded has the bits it would have in a prompt holds only with
-`invariant=True`: both ways then have tiles of one shape, and the second merges at the splits' borders
-as the first does, which costs it registers and half the rows in a tile.
+Why the bits of a row depend only on the row and its keys: tiles of keys and splits begin at absolute
+positions. A tile in which a row sees no key does not change the row's three values. Which of the two ways
+is used depends on the request's own number of query tokens. Shapes come from `tuning`. So a prompt that
+is cut into chunks, or begins with a prefix from the cache, has the same bits wherever it is cut, as long
+as each chunk has more than `decode_query_len` tokens. A decoded token has the same bits in every batch.
+It has the bits that it would have as part of a prompt only with `invariant=True`: then both ways have
+tiles of one shape, and tiles are merged at the borders of splits, which takes registers and halves the
+rows of a tile.
 
 The cache: keys and values are [num_blocks, kv_heads, block_size, D] each.
 """
@@ -35,16 +35,16 @@ from quire.kernels.triton.tuning import Key, Regime, Tile, architecture, tile
 
 LOG2_E = 1.4426950408889634
 PER_LEVEL = 8
-"""Splits of one size before the size doubles. Cutting at positions that do not depend on the length
-keeps a row's splits what they were as the context grows; doubling keeps them few."""
+"""Splits of one size before the size doubles. The positions of cuts do not depend on the context's
+length, so a row's splits stay the same as the context grows. Doubling keeps their number small."""
 UNIFORM = 1 << 16
-"""PER_LEVEL under a sliding window, which sees only the last few splits: all of one size."""
+"""PER_LEVEL with a sliding window, which sees only the last few splits: all have one size."""
 RECORD = 4
 """Floats beside acc in a partial result: peak, total, and two that keep records on 16 bytes."""
 PROGRAMS = 1024
 MIN_SHARES = 8
-"""A launch has about PROGRAMS programs for the splits, and at least MIN_SHARES to share those of one
-request and head, so that a long request among many short ones is not left to a single program."""
+"""A launch has about PROGRAMS programs for the splits, and at least MIN_SHARES for the splits of one
+request and head, so that a single program need not process a long request among many short ones."""
 
 
 @triton.jit
@@ -56,7 +56,7 @@ def _split_start(index, SPLIT: tl.constexpr, PER_LEVEL: tl.constexpr):
 
 @triton.jit
 def _split_index(position, SPLIT: tl.constexpr, PER_LEVEL: tl.constexpr):
-    """The split that has this key."""
+    """The split with this key."""
     level = 0
     while SPLIT * PER_LEVEL * ((2 << level) - 1) <= position:
         level += 1
@@ -75,7 +75,8 @@ def _splits(length, count, SPLIT: tl.constexpr, PER_LEVEL: tl.constexpr, WINDOW:
 
 @triton.jit
 def _block_ids(table, start, end, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Of the tile of keys at `start`: one block's id, or, where blocks are smaller, one for each key."""
+    """Block ids of the tile of keys at `start`: one id, or one for each key if blocks are smaller than a
+    tile."""
     if BLOCK_SIZE >= BLOCK_N:
         ids = tl.load(table + start // BLOCK_SIZE, mask=start < end, other=0)
     else:
@@ -86,7 +87,7 @@ def _block_ids(table, start, end, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexp
 
 @triton.jit
 def _load_rows(pointers, inside, columns, D: tl.constexpr, MASKED: tl.constexpr):
-    """[rows, columns.shape[1]], with zero outside and from column D on."""
+    """[rows, columns.shape[1]], zero outside and from column D on."""
     if MASKED:
         rows = tl.load(pointers, mask=inside & (columns < D), other=0.0)
     elif columns.shape[1] != D:
@@ -122,10 +123,10 @@ def _walk(
     KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
     WINDOW: tl.constexpr, CAPPED: tl.constexpr, TMA: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Fold the tiles of keys from `start` up to `end` into (acc, peak, total).
+    """Add the tiles of keys from `start` up to `end` to (acc, peak, total).
 
-    Without MASKED, every row sees all of these keys. With it, no row sees a key below `lowest` or from
-    `end` on, and the slots of those may hold any bits.
+    Without MASKED, every row sees all of these keys. With MASKED, no row sees a key below `lowest` or from
+    `end` on; their slots may hold any bits.
     """
     columns = tl.arange(0, q.shape[1])[None, :]
     ids = _block_ids(table, start, end, BLOCK_SIZE, BLOCK_N)
@@ -133,7 +134,7 @@ def _walk(
         row = (ids * KV_HEADS + head) * BLOCK_SIZE
         if BLOCK_SIZE >= BLOCK_N:
             row += begin % BLOCK_SIZE
-        # A step ahead, so that the address of the next tile does not wait for memory.
+        # Load the next tile's block ids one iteration early, so that its address is known.
         ids = _block_ids(table, begin + BLOCK_N, end, BLOCK_SIZE, BLOCK_N)
         key = begin + tl.arange(0, BLOCK_N)
         inside = ((key >= lowest) & (key < end))[:, None]
@@ -161,7 +162,7 @@ def _walk(
 
 @triton.jit
 def _finite(peak):
-    """What to subtract from scores: of a row that has seen nothing, -inf would make NaN of -inf."""
+    """The value to subtract from scores: 0 for a row that has seen no key, since -inf - -inf is NaN."""
     return tl.where(peak == float("-inf"), 0.0, peak)
 
 
@@ -180,7 +181,7 @@ def _attend(
     total = tl.zeros([q.shape[0]], tl.float32)
     end = tl.minimum(end, last + 1)
     lowest = 0
-    whole = start  # from here on, no row's window begins
+    whole = start  # every row's window has begun here
     if WINDOW:
         lowest = tl.maximum(first - WINDOW + 1, 0)
         start = tl.maximum(start, lowest // BLOCK_N * BLOCK_N)
@@ -203,9 +204,9 @@ def _attend(
 
 @triton.jit
 def _merge(acc, peak, total, more_acc, more_peak, more_total):
-    """Of two parts of the keys, the first and the one after it.
+    """(acc, peak, total) of two parts of the keys, the first part and the one after it.
 
-    Spelt in fused operations, so that both kernels that merge round alike.
+    Written with explicit fused operations, so that both kernels that merge round in the same way.
     """
     raised = tl.maximum(peak, more_peak)
     base = _finite(raised)
@@ -218,7 +219,7 @@ def _merge(acc, peak, total, more_acc, more_peak, more_total):
 
 @triton.jit
 def _mean(acc, total, v_scale, head):
-    """The weighted mean of values; zero of a row that saw no key."""
+    """The weighted mean of values; zero for a row that saw no key."""
     total = tl.where(total > 0.0, total, 1.0)
     mean = acc / (total[:, None] if len(acc.shape) == 2 else total)
     if v_scale is not None:
@@ -286,7 +287,7 @@ def split_kernel(
             scale *= k_factor
     columns = tl.arange(0, PADDED_D)[None, :]
     for taken in range(share, splits, tl.num_programs(0)):
-        slot = splits - 1 - taken  # the longest first
+        slot = splits - 1 - taken  # the longest splits first
         acc, peak, total = _attend(
             queries, positions, length - count, length - 1,
             _split_start(first_split + slot, SPLIT, PER_LEVEL),
@@ -312,7 +313,7 @@ def merge_kernel(
     PADDED_D: tl.constexpr, SPLIT: tl.constexpr, PER_LEVEL: tl.constexpr, WINDOW: tl.constexpr,
     RECORD: tl.constexpr,
 ):  # fmt: skip
-    """What `split_kernel` left in parts. Grid: (q_heads, QUERIES, requests)."""
+    """Merges the parts of `split_kernel`. Grid: (q_heads, QUERIES, requests)."""
     q_head, token, request = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     begin = tl.load(starts + request)
     count = tl.load(starts + request + 1) - begin
@@ -354,11 +355,11 @@ def tile_kernel(
 ):  # fmt: skip
     """Requests of more than QUERIES query tokens. Grid: (tokens // BLOCK_Q + requests, kv_heads).
 
-    That many tiles suffice: request r has the ones from starts[r] // BLOCK_Q + r up to the next
-    request's first, as many as its tokens need or one more.
+    Request r has the tiles from starts[r] // BLOCK_Q + r up to the first one of the next request: as many
+    as its tokens need, or one more.
     """
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
-    index = tl.num_programs(0) - 1 - tl.program_id(0)  # the ends of prompts, which see most, first
+    index = tl.num_programs(0) - 1 - tl.program_id(0)  # the ends of prompts first: they see most
     head = tl.program_id(1)
     low, high = 0, requests - 1
     while low < high:
@@ -436,15 +437,15 @@ def paged_attention(
     block_size, D] in q's dtype, or in float8_e4m3fn with k_scale, v_scale: [kv_heads] float32 (a stored
     value times its scale is the value). block_table: [B, max_blocks] int32, rows dense.
     query_start_loc: [B + 1], seq_lens: [B], int32. out: like q, contiguous. workspace: float32, at
-    least `workspace_floats` of it; what it holds is of no use afterwards.
+    least `workspace_floats` long; its contents are not used afterwards.
 
-    max_query_len, min_query_len: bounds that the host knows for the query tokens of a request; a step
-    of decodes alone launches no tiles, one of prompts alone no splits. decode_query_len: requests
-    of up to so many query tokens take the splits; one, and one more for each speculated token. It must
-    be the same in every call whose results are to agree.
+    max_query_len, min_query_len: bounds that the host knows for the query tokens of a request. A step
+    that only decodes launches no tiles, one with only prompts no splits. decode_query_len: requests
+    with at most this many query tokens use splits: one, and one more for each draft token. It must be
+    the same in all calls whose results must agree.
 
-    A request with no query tokens is skipped; the rows of one with seq_lens 0 are set to zero. Rows
-    from query_start_loc[B] on are left alone. Contents are not checked: they are on the device.
+    A request without query tokens is skipped. The rows of one with seq_lens 0 are set to zero. Rows
+    from query_start_loc[B] on are not written. Contents are not checked: they are on the device.
     """
     kv_heads, block_size, head_dim = k_cache.shape[1:]
     requests, max_blocks = block_table.shape
@@ -465,7 +466,7 @@ def paged_attention(
         raise KernelArgumentError(
             f"workspace is {workspace.dtype} {workspace.numel()}; need {need} floats"
         )
-    # Scores are in units of log 2; with a cap, `cap` brings them to the argument of tanh, doubled.
+    # Scores are in units of log 2. With a cap, `cap` first scales them to twice the argument of tanh.
     cap = 2 * LOG2_E * scale / softcap if softcap else 0.0
     scale = LOG2_E * (softcap or scale)
     step = (
@@ -516,7 +517,7 @@ def workspace_floats(
     decode_query_len: int = 1,
     invariant: bool = False,
 ) -> int:
-    """How large a workspace `paged_attention` needs for up to so many requests and keys of each.
+    """The size of the workspace of `paged_attention`, for at most this many requests and keys of each.
 
     Llama-3.1-8B, 256 requests: 74 MiB (as bytes) for 8,192 keys, 202 MiB for 131,072.
     """
@@ -527,7 +528,7 @@ def workspace_floats(
 
 
 def _slots(max_len: int, window: int, queries: int, split: int) -> int:
-    """The most splits that one request's query tokens see: `_splits` on the host."""
+    """The largest number of splits that one request's query tokens see: `_splits` on the host."""
     if window:
         return min(-(-max_len // split), -(-(window + queries - 1) // split) + 1)
     level = ((max_len - 1) // (split * PER_LEVEL) + 1).bit_length() - 1
@@ -536,7 +537,7 @@ def _slots(max_len: int, window: int, queries: int, split: int) -> int:
 
 
 def _operands(k_cache: Tensor, v_cache: Tensor, choice: Tile) -> list[Tensor | TensorDescriptor]:
-    """The caches as kernels take them: pointers, or descriptors of a tile for the copy engine."""
+    """The caches as arguments of kernels: pointers, or descriptors of a tile for the copy engine (TMA)."""
     if not choice.tma:
         return [k_cache, v_cache]
     head_dim = k_cache.shape[3]
@@ -565,7 +566,7 @@ def _check(
     v_scale: Tensor | None,
     out: Tensor,
 ) -> None:
-    """Messages are made only when wanted: this runs for every layer of a step without a graph."""
+    """Builds messages only on failure: this runs for every layer of a step without a graph."""
     _, q_heads, head_dim = q.shape
     _, kv_heads, block_size, cache_head_dim = k_cache.shape
     requests = block_table.shape[0]

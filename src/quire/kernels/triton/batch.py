@@ -1,10 +1,10 @@
 """The running batch, kept on the GPU, and the copy of cache blocks.
 
-A step is planned while the one before it runs, so its inputs are made where the tokens are: the host
-copies one buffer (`packing`), `build_step` makes the model's inputs from it and from the seats, and
-`append_tokens` puts what was sampled back into the seats, where the next step's `build_step` finds
-it. The stream's order is all the synchronization there is. Shapes are fixed and what a launch works
-on is on the device, so all three can be part of a CUDA graph.
+A step is planned while the one before it runs, so its inputs are made on the device, where the tokens are.
+The host copies one buffer (`packing`). `build_step` makes the model's inputs from it and from the seats.
+`append_tokens` writes sampled tokens to the seats, where the next step's `build_step` reads them. The
+order of the stream is the only synchronization. Shapes are fixed and all inputs are on the device, so all
+three can be part of a CUDA graph.
 """
 
 from __future__ import annotations
@@ -24,19 +24,20 @@ from quire.kernels.triton.packing import BatchShape, Section
 
 @dataclass(frozen=True, slots=True)
 class DeviceBatch:
-    """The state of the seats, and one step's inputs; all at addresses that never change.
+    """The state of the seats, and one step's inputs. All addresses are fixed.
 
-    Attention reads the step's own `block_table`, gathered once a step, rather than the seats' through
-    an index: the index would be one more load that every layer's every program waits for.
+    Attention reads the step's `block_table`, which is gathered once a step, and not the seats' tables
+    through an
+    index: with an index, every program of every layer would wait for one more load.
     """
 
     shape: BatchShape
     block_size: int
     packed: Tensor
-    """[packed_size] int32: where the host's buffer is copied to."""
+    """[packed_size] int32: the copy of the host's buffer."""
     token_ids: Tensor
-    """[max_seqs, max_model_len + 1] int32: what a seat's request has computed or sampled. Tokens whose
-    keys were found in the cache may be missing."""
+    """[max_seqs, max_model_len + 1] int32: the computed or sampled tokens of each seat's request. Tokens
+    whose keys were found in the cache may be missing."""
     seat_blocks: Tensor
     """[max_seqs, max_blocks] int32"""
     input_ids: Tensor
@@ -44,7 +45,7 @@ class DeviceBatch:
     positions: Tensor
     slot_mapping: Tensor
     block_table: Tensor
-    """[max_seqs, max_blocks] int32; entries past a row's blocks may hold anything."""
+    """[max_seqs, max_blocks] int32; entries past a row's blocks have no meaning."""
 
     @classmethod
     def create(
@@ -72,9 +73,10 @@ class DeviceBatch:
 
 @triton.jit
 def _kept_or_new(kept_ptr, new_ptr, index, first_new, end_new, inside):
-    """Entries of a seat, of which [first_new, end_new) come from the packed buffer and are kept now.
+    """Entries of a seat. Those in [first_new, end_new) come from the packed buffer and are written to the
+    seat.
 
-    What is new is never read back from the seat, so threads need not wait for each other's writes.
+    New entries are not read back from the seat, so threads need not wait for each other's writes.
     """
     new = inside & (index >= first_new) & (index < end_new)
     fresh = tl.load(new_ptr + (index - first_new), mask=new, other=0)
@@ -128,7 +130,7 @@ def _build_step(
                 inside = token < count
                 at = position + token
                 token_id = _kept_or_new(ids_ptr, new_ids_ptr, at, position, new_ids_end, inside)
-                # The table's row again, part of it perhaps still on its way to the seat.
+                # Read the row of the table again: part of it may not have been written to the seat yet.
                 index = at // BLOCK_SIZE
                 block = _kept_or_new(
                     blocks_ptr, new_blocks_ptr, index, first_new_block, num_blocks, inside
@@ -141,10 +143,10 @@ def _build_step(
 
 def build_step(batch: DeviceBatch, *, num_rows: int, num_tokens: int) -> None:
     """Fill `input_ids`, `positions`, `slot_mapping` and `block_table` from the packed buffer and the
-    seats, and keep in the seats what is new.
+    seats, and write new entries to the seats.
 
-    num_rows, num_tokens: the step's, or what a graph pads them to. Padding tokens have id 0, position 0
-    and slot -1; of padding rows nothing is written.
+    num_rows, num_tokens: the step's, or the padded numbers of a graph. Padding tokens have id 0, position 0
+    and slot -1; for padding rows nothing is written.
     """
     if num_rows > batch.shape.max_seqs or num_tokens > batch.shape.max_tokens:
         raise KernelArgumentError(
@@ -182,11 +184,11 @@ def _append_tokens(
 
 
 def append_tokens(batch: DeviceBatch, sampled: Tensor) -> None:
-    """Put sampled tokens into their seats: entry r where the step's packed buffer says it belongs.
+    """Write sampled tokens to their seats; the packed buffer has the seat and position of entry r.
 
-    sampled: [R] int32 or int64, as many as the step samples or a graph pads that to. A token that is to
-    be thrown away (the row's logits were NaN, or the request has ended) must be an id all the same, for
-    a step planned meanwhile may compute it.
+    sampled: [R] int32 or int64, where R is the number of sampled rows or its padded value in a graph. A
+    token that will be discarded (the row's logits were NaN, or the request has ended) must be a valid id
+    too, because the next step may compute it.
     """
     count, block = sampled.shape[0], 256
     if count > batch.shape.max_seqs:
@@ -233,7 +235,7 @@ def copy_blocks(storage: Tensor, sources: Tensor, destinations: Tensor) -> None:
         raise KernelArgumentError(
             f"{tuple(sources.shape)} sources and {tuple(destinations.shape)} destinations"
         )
-    words = storage.view(torch.int32)  # what the bits mean does not matter
+    words = storage.view(torch.int32)  # the dtype does not matter for a copy
     planes, num_blocks, size = 2 * words.shape[0], words.shape[2], words.shape[3:].numel()
     tile = min(4096, triton.next_power_of_2(size))
     _copy_blocks[(sources.shape[0], triton.cdiv(size, tile), planes)](

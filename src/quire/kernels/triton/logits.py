@@ -1,9 +1,9 @@
-"""What changes logits before a token is sampled from them: a grammar's mask, biases, bans, penalties.
+"""Edits of logits before sampling: a grammar's mask, biases, bans, penalties.
 
-One kernel, a program for each tile of a row, does all of it in vLLM's order: what the grammar leaves
-out becomes -inf; a bias is added; what was generated is penalized; the banned become -inf. It reads the
-logits as they are and writes float32 elsewhere, for logprobs are of the logits as they were. A batch in
-which no row wants any of this need not call it.
+One kernel, with a program for each tile of a row, does all edits in vLLM's order: tokens that the grammar
+forbids become -inf; biases are added; generated tokens are penalized; banned tokens become -inf. It does
+not change its input and writes float32 to another tensor, because logprobs are of the raw logits. A batch
+in which no row needs an edit need not call it.
 
 A request with penalties has a row of counts, a 16-bit number for each token: the sign bit says that the
 token is in the prompt, the rest how often it was generated, up to 32,767. At V = 152,000 that is 0.3 MB
@@ -41,7 +41,7 @@ from quire.kernels.triton.seats import (
 )
 
 _TILE = tl.constexpr(TILE)
-_LISTED = tl.constexpr(64)  # entries of a seat's list looked at together
+_LISTED = tl.constexpr(64)  # entries of a seat's list that are processed together
 _IN_PROMPT = -(2**15)
 _MOST = 2**15 - 1
 
@@ -95,7 +95,7 @@ def _edit(
         x = _edited(x, ids, inside, history, bitmask, mask_row, words, table, seat, penalizing)
         tl.store(out + ids, x, mask=inside)
         if biased_ids is not None:
-            tl.debug_barrier()  # what is listed was written by other threads
+            tl.debug_barrier()  # listed tokens were written by other threads
             count = word(table, seat, NUM_BIASED)
             for start in range(0, count, _LISTED):
                 entry = start + tl.arange(0, _LISTED)
@@ -132,14 +132,14 @@ def edit_logits(
     biases: Tensor | None = None,
     banned_ids: Tensor | None = None,
 ) -> Tensor:
-    """The logits to sample from. Every row is written: a row that wants nothing is copied.
+    """The logits to sample from. Every row is written: a row without edits is copied.
 
     logits: [R, V], rows dense, any row stride. table, seats, positions: as for `sampling.sample`; the row
     of a negative seat is left alone. out: [R, V] float32, not overlapping logits. history: [max_seqs, V]
     int16. bitmask: [any, ceil(V / 32)] int32, bit i % 32 of word i // 32 set where token i is allowed.
     bitmask_rows: [R] int32, each row's in bitmask, negative for none. biased_ids: [max_seqs, any] int32
     with biases, float32: of a seat the first num_biased count, no id twice. banned_ids: [max_seqs, any]
-    int32, likewise; listed ids are below V. What is None no row wants. Returns out.
+    int32, likewise; listed ids are below V. None: no row has such an edit. Returns out.
     """
     check_logits("logits", logits)
     rows, vocab = logits.shape
@@ -174,7 +174,7 @@ def edit_logits(
 def history_row(
     token_ids: Sequence[int], num_prompt_tokens: int, vocab_size: int
 ) -> NDArray[np.int16]:
-    """The counts of a request that is admitted with these tokens, made on the host: [V] int16, to be
+    """The counts of a request that is admitted with these tokens: [V] int16, computed on the host, to be
     copied to the seat's row."""
     ids = np.asarray(token_ids, dtype=np.int64)
     counts = np.bincount(ids[num_prompt_tokens:], minlength=vocab_size)

@@ -1,9 +1,9 @@
 """Log-probabilities of the chosen and of the likeliest tokens, without a log-softmax in memory.
 
-`_part`, a program for each tile of a row that asks, finds the tile's k likeliest, what it weighs and how
-many of its logits exceed the chosen one. `_merge`, a program for each such row, puts the tiles together,
-and looks up the tokens that were asked for by id.
-Weights are integers, as in `sampling`, so that sums do not depend on how they are laid out.
+`_part`, a program for each tile of a row with logprobs, finds the tile's k likeliest tokens, the sum of
+its weights and how many of its logits are larger than the chosen one. `_merge`, a program for each such
+row, merges the tiles and looks up the tokens that were requested by id. Weights are integers, as in
+`sampling`, so that sums do not depend on their order.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from quire.kernels.triton.seats import (
 
 MAX_LOGPROBS = 32
 _TILE = tl.constexpr(TILE)
-_LISTED = tl.constexpr(64)  # ids looked up together
+_LISTED = tl.constexpr(64)  # ids that are looked up together
 
 
 @triton.jit
 def _below(value, best):
-    """How far below the best, which is 0 away also where it is infinite."""
+    """The distance from the best logit; 0 for the best one, even if it is infinite."""
     return tl.where(value == best, 0.0, best - value)
 
 
@@ -127,13 +127,13 @@ def logprobs(
     *,
     normalized: bool = True,
 ) -> DeviceLogprobs:
-    """Log-softmax of the chosen tokens, the k likeliest and those asked for, in the rows that ask. Not
-    normalized: the logits themselves.
+    """Log-softmax of the chosen tokens, the k likeliest and the requested ones, for the rows with logprobs.
+    If not `normalized`, the logits themselves.
 
-    logits: [R, V], rows dense, any row stride. rows: [N] int32, those that ask.
+    logits: [R, V], rows dense, any row stride. rows: [N] int32, rows with logprobs.
     token_ids: [R] int64, chosen. k: 0 to `MAX_LOGPROBS`, at most V. asked_ids: [N, A] int64, below V.
-    Logits of +inf share all there is. A row with NaN yields anything. Contents of rows, token_ids and
-    asked_ids are not looked at.
+    Logits of +inf share the whole probability. The result for a row with NaN is undefined. The contents of
+    rows, token_ids and asked_ids are not checked.
     """
     check_logits("logits", logits)
     vocab, count = logits.shape[1], rows.shape[0]

@@ -1,14 +1,14 @@
-"""x @ weight.T + bias whose rows have the same bits in every batch: what `--batch-invariant` multiplies by.
+"""x @ weight.T + bias, in which a row has the same bits in every batch: the product of `--batch-invariant`.
 
-cuBLAS chooses tiles, the order of sums and whether to split them by the number of rows. Here one output is
-one chain of products over k, in steps of one size, added in float32 by one kind of instruction, whether there
-is one row or ten thousand. So the tile depends on dtype alone, and the number of rows reaches the kernel as a
-plain integer: no value of it is compiled for. It is for masks and for which program computes what, and a row
-of a tile does not touch the others.
+cuBLAS chooses tiles, the order of sums and whether to split them by the number of rows. Here one output
+is one chain of products over k, in steps of one size, added in float32 by one kind of instruction, for
+one row or ten thousand. So the tile depends on the dtype alone. The number of rows is a plain integer
+argument, for which the compiler does not specialize. It is used for masks and to assign tiles to
+programs; the rows of a tile are independent.
 
-Why not smaller tiles for fewer rows: half the rows is another instruction (on sm_90, wgmma needs 64), and no
-document says that it adds as the large one does. A decode step is bound by reading the weight, which a tile
-of empty rows does not slow down; masked loads are not sent.
+Why not smaller tiles for fewer rows: half the rows need another instruction (on sm_90, wgmma needs 64),
+and it is not documented that it adds in the same order. A decode step is bound by reading the weight,
+which empty rows of a tile do not slow down, because masked loads are not issued.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from torch import Tensor
 from quire.kernels.checks import FLOATS, KernelArgumentError, require
 
 ALIGNMENT = 16
-"""Bytes of the widest load a thread makes. Tensors begin at a multiple: the compiled code depends on it."""
+"""Bytes of a thread's widest load. Tensors must begin at a multiple: the compiled code depends on it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """Rows of x, rows of the weight, and what a step takes of k."""
+    """Rows of x, rows of the weight, and the part of k in one iteration."""
 
     m: int
     n: int
@@ -40,7 +40,8 @@ class Tile:
 HALF = Tile(128, 128, 64, warps=8, stages=6)
 FLOAT32 = Tile(32, 64, 32, warps=8, stages=2)  # no tensor cores: products in full float32
 GROUP = 8
-"""Tiles of rows that go through the weight together: what one reads of it the others find in the L2."""
+"""Tiles of rows that read the weight at the same time, so that it is read from memory once and then from
+L2."""
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -57,7 +58,7 @@ def _matmul(
     first_n = tl.program_id(0) % per_group // height * BLOCK_N
     m, n, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     m_inside, n_inside = m < M - first_m, n < N - first_n
-    # Offsets inside a tile fit in 32 bits, those of tiles may not.
+    # Offsets inside a tile fit in 32 bits; offsets of tiles may not.
     x_ptr += first_m.to(tl.int64) * K + m[:, None] * K + k[None, :]
     weight_ptr += first_n.to(tl.int64) * K + n[None, :] * K + k[:, None]
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)

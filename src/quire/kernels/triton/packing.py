@@ -1,15 +1,15 @@
-"""What the host tells the device at every step: one buffer of int32, one copy.
+"""The host's input to every step: one buffer of int32, copied once.
 
 A request sits in a seat of the device's persistent batch (`batch.DeviceBatch`) from its admission to
 its release. The device keeps the seat's token ids and block table, so a step sends only what the
-device cannot know: which seats compute how many tokens, the ids that the host brings, the blocks
-that are new. The tokens a request is admitted with are brought when they are computed. Those sampled
-since are not: they were put in the seat by `batch.append_tokens`, the last one perhaps by the step
-still in flight, and the host need not know them.
+device does not have: which seats compute how many tokens, token ids from the host, and new blocks. The
+tokens with which a request is admitted are sent when they are computed. Tokens sampled since then are
+not: `batch.append_tokens` has written them to the seat, the last one perhaps in the step in flight, and
+the host need not know them.
 
-The buffer is sections of equal width (a multiple of four above `max_seqs`, so that each starts on 16
-bytes), then a tail. Entry b of a section is about row b of the step, which is one request. CUDA graphs
-launch more rows than there are: padding has no tokens and no keys, and nothing is written for it.
+The buffer has sections of equal width (a multiple of four above `max_seqs`, so that each starts on 16
+bytes), then a tail. Entry b of a section is for row b of the step, which is one request. CUDA graphs
+launch padding rows too: these have no tokens and no keys, and nothing is written for them.
 
     section           what entry b holds                                            padding
     query_start_loc   where the row's tokens begin among the step's; b + 1: end     T
@@ -63,7 +63,7 @@ class Section(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class BatchShape:
-    """The most that one step may hold."""
+    """The limits of one step."""
 
     max_seqs: int
     max_tokens: int
@@ -88,10 +88,10 @@ class BatchShape:
 
 @dataclass(frozen=True, slots=True)
 class StepPacker:
-    """Fills one host buffer, page-locked memory if the copy is to run beside the host.
+    """Fills one host buffer with a step's input.
 
-    A buffer may be filled again once the copy from it has run: with one plan in flight, two packers by
-    turns, since a step is packed after the result of the one before the last has been awaited.
+    The buffer may be filled again as soon as the caller has copied it: `Device.upload` copies it to
+    page-locked memory first.
     """
 
     shape: BatchShape
@@ -109,7 +109,7 @@ class StepPacker:
         new_ids: Iterable[tuple[int, Sequence[int] | NDArray[np.integer]]],
         new_blocks: Iterable[tuple[int, Sequence[int] | NDArray[np.integer]]],
     ) -> int:
-        """Write a step; returns how many int32 of the buffer are to be copied.
+        """Write a step; returns the number of int32 of the buffer to copy.
 
         seats, counts, seq_lens, num_blocks: [B], one row each: its seat, tokens to compute (one at
         least), keys once they are, and blocks of its table. sampling: [R], the rows that sample.

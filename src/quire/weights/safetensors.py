@@ -1,45 +1,31 @@
-"""Reading safetensors checkpoints: checked before the first byte is used, then read piece by piece.
+"""A directory in Hugging Face's layout: JSON files, and tensors in safetensors.
 
 safetensors only. A `.bin` file is a pickle, and loading one runs whatever its author put in it.
 """
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-
-import torch
+from typing import TYPE_CHECKING
 
 from quire.errors import CheckpointError
 from quire.weights.files import INDEX_FILE, find_files, read_index
 from quire.weights.safetensors_header import HeaderError, read_header
+from quire.weights.source import TensorInfo
+
+if TYPE_CHECKING:
+    from quire.text.tokenizer import Tokenizer
+
+GENERATION_CONFIG = "generation_config.json"
 
 OPTIONAL_SUFFIXES = ("lm_head.weight", "rotary_emb.inv_freq")
 """An index may name these in vain: saving drops a tied head and a buffer, but not always their entries."""
-
-
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """What the file's header says of one tensor."""
-
-    name: str
-    """In the file; `Checkpoint.tensors` may know it by another."""
-    file: str
-    shape: tuple[int, ...]
-    dtype: str
-    """By the names of `quire.dtypes`; the file's own where it is not there."""
-    begin: int
-    """Of its first byte in the file."""
-    num_bytes: int
-
-    @property
-    def position(self) -> tuple[str, int]:
-        """Where it lies among all."""
-        return self.file, self.begin
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +37,43 @@ class _File:
     """When its content last changed, in the file system's nanoseconds."""
 
 
-class Checkpoint:
-    """An open checkpoint: headers read and checked, data not touched. Use it as a context manager.
+class Source:
+    """`ModelSource` of a directory."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def config(self) -> dict[str, object]:
+        return read_json(self._path / "config.json")
+
+    def generation_config(self) -> dict[str, object]:
+        path = self._path / GENERATION_CONFIG
+        return read_json(path) if path.is_file() else {}
+
+    def tokenizer(self) -> Tokenizer:
+        from quire.text.tokenizer import Tokenizer
+
+        return Tokenizer.from_directory(self._path)
+
+    def open(self) -> SafetensorsCheckpoint:
+        return SafetensorsCheckpoint(self._path)
+
+
+def read_json(path: Path) -> dict[str, object]:
+    """Raises `CheckpointError` for what is not a JSON object."""
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError:
+        raise CheckpointError(f"{path} is not valid JSON; download it again") from None
+    if not isinstance(loaded, dict):
+        raise CheckpointError(f"{path} must hold a JSON object")
+    return loaded
+
+
+class SafetensorsCheckpoint:
+    """All the files that hold the model, open.
 
     Files are read, never mapped: see `quire.weights.safetensors_header` for why. `read` may be called
     from several threads.
@@ -109,12 +130,7 @@ class Checkpoint:
                     f"download {self._dir} again"
                 )
 
-    def read(self, name: str, begin: int, into: memoryview) -> None:
-        """Fill `into` with the tensor's bytes from `begin` on.
-
-        Raises `CheckpointError` when the disk fails or the file has become shorter.
-        """
-        info = self.tensors[name]
+    def read(self, info: TensorInfo, begin: int, into: memoryview) -> None:
         file = self._files[info.file]
         assert begin >= 0 and begin + len(into) <= info.num_bytes
         done = 0
@@ -127,19 +143,8 @@ class Checkpoint:
                 raise _corrupt(file.path)
             done += count
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """The tensor whole, in memory of its own."""
-        info = self.tensors[name]
-        tensor = torch.empty(info.shape, dtype=getattr(torch, info.dtype))
-        if tensor.numel():
-            self.read(name, 0, memoryview(tensor.view(-1).view(torch.uint8).numpy()))
-        return tensor
-
     def check_unchanged(self) -> None:
-        """Call after the last `read`. Raises `CheckpointError` if somebody wrote to a file meanwhile: what
-        was read may then be part one model and part another. (A file that was replaced, not
-        overwritten, is still the old one for us.)
-        """
+        """A file that was replaced, not overwritten, is still the old one for us."""
         for file in self._files.values():
             status = os.fstat(file.descriptor)
             if (status.st_size, status.st_mtime_ns) != (file.num_bytes, file.changed):
@@ -152,7 +157,7 @@ class Checkpoint:
         self._files.clear()
         self._stack.close()
 
-    def __enter__(self) -> Checkpoint:
+    def __enter__(self) -> SafetensorsCheckpoint:
         return self
 
     def __exit__(

@@ -7,7 +7,7 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quire.bench.sse import SseParser
+from quire.util.sse import SseParser
 
 PIECES = st.sampled_from(
     [b"data: one\n\n", b"data:two\r\n\r\n", b"data: three\r\r", b"data: a\ndata: b\n\n", b": note\n",

@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 
 from quire.errors import CheckpointError
 from quire.weights.files import INDEX_FILE, SINGLE_FILE
-from quire.weights.safetensors_reader import Checkpoint
+from quire.weights.safetensors import SafetensorsCheckpoint
+from tests.weights.reading import read_tensor
 
 A, B = torch.arange(6.0).view(2, 3), torch.arange(4, dtype=torch.bfloat16)
 
@@ -27,31 +28,31 @@ def index(directory: Path, weight_map: object) -> None:
 
 def test_single_file(tmp_path: Path) -> None:
     shard(tmp_path, model={"a": A, "b": B})
-    with Checkpoint(tmp_path) as checkpoint:
+    with SafetensorsCheckpoint(tmp_path) as checkpoint:
         assert checkpoint.tensors["a"].shape == (2, 3)
         assert checkpoint.tensors["b"].dtype == "bfloat16"
-        assert torch.equal(checkpoint.tensor("a"), A)
-        assert torch.equal(checkpoint.tensor("b"), B)
+        assert torch.equal(read_tensor(checkpoint, "a"), A)
+        assert torch.equal(read_tensor(checkpoint, "b"), B)
 
 
 def test_sharded_through_the_index(tmp_path: Path) -> None:
     shard(tmp_path, one={"a": A, "stray": B}, two={"b": B, "a": A + 1}, unused={"a": A})
     index(tmp_path, {"a": "one.safetensors", "b": "two.safetensors"})
-    with Checkpoint(tmp_path) as checkpoint:
+    with SafetensorsCheckpoint(tmp_path) as checkpoint:
         assert set(checkpoint.tensors) == {"a", "b"}  # the index decides, not what else lies there
-        assert torch.equal(checkpoint.tensor("a"), A)
+        assert torch.equal(read_tensor(checkpoint, "a"), A)
 
 
 def test_several_files_without_an_index(tmp_path: Path) -> None:
     shard(tmp_path, one={"a": A}, two={"b": B}, consolidated={"a": A})
-    with Checkpoint(tmp_path) as checkpoint:
+    with SafetensorsCheckpoint(tmp_path) as checkpoint:
         assert set(checkpoint.tensors) == {"a", "b"}
 
 
 def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
     shard(tmp_path, one={"a": A}, two={"a": A})
     with pytest.raises(CheckpointError, match=r"tensor a is in both one.safetensors and two"):
-        Checkpoint(tmp_path)
+        SafetensorsCheckpoint(tmp_path)
 
 
 @pytest.mark.parametrize("keep", [0, 4, 60, -1])
@@ -60,28 +61,28 @@ def test_truncated_file(tmp_path: Path, keep: int) -> None:
     path = tmp_path / SINGLE_FILE
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(CheckpointError, match=r"model.safetensors \(\d+ bytes\) is not a complete"):
-        Checkpoint(tmp_path)
+        SafetensorsCheckpoint(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"version https://git-lfs.github.com/spec/v1\n", b"\xff" * 64])
 def test_not_a_safetensors_file(tmp_path: Path, content: bytes) -> None:
     (tmp_path / SINGLE_FILE).write_bytes(content)
     with pytest.raises(CheckpointError, match="Git LFS"):
-        Checkpoint(tmp_path)
+        SafetensorsCheckpoint(tmp_path)
 
 
 def test_missing_shard(tmp_path: Path) -> None:
     shard(tmp_path, one={"a": A})
     index(tmp_path, {"a": "one.safetensors", "b": "two.safetensors"})
     with pytest.raises(CheckpointError, match=r"two\.safetensors, which is not in"):
-        Checkpoint(tmp_path)
+        SafetensorsCheckpoint(tmp_path)
 
 
 def test_index_naming_a_tensor_its_shard_lacks(tmp_path: Path) -> None:
     shard(tmp_path, one={"a": A})
     index(tmp_path, {"a": "one.safetensors", "b": "one.safetensors"})
     with pytest.raises(CheckpointError, match=r"tensor b in one\.safetensors, which does not hold"):
-        Checkpoint(tmp_path)
+        SafetensorsCheckpoint(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +93,7 @@ def test_index_may_not_leave_the_directory(tmp_path: Path, file: object) -> None
     shard(tmp_path, one={"a": A})
     index(tmp_path / "model", {"a": file})
     with pytest.raises(CheckpointError, match="beside the index"):
-        Checkpoint(tmp_path / "model")
+        SafetensorsCheckpoint(tmp_path / "model")
 
 
 @pytest.mark.parametrize(
@@ -101,7 +102,7 @@ def test_index_may_not_leave_the_directory(tmp_path: Path, file: object) -> None
 def test_broken_index(tmp_path: Path, text: str) -> None:
     (tmp_path / INDEX_FILE).write_text(text)
     with pytest.raises(CheckpointError, match="download it again"):
-        Checkpoint(tmp_path)
+        SafetensorsCheckpoint(tmp_path)
 
 
 def test_symlinked_shards_are_fine(tmp_path: Path) -> None:
@@ -111,23 +112,23 @@ def test_symlinked_shards_are_fine(tmp_path: Path) -> None:
     snapshot.mkdir()
     shard(blobs, x={"a": A})
     (snapshot / SINGLE_FILE).symlink_to(blobs / "x.safetensors")
-    with Checkpoint(snapshot) as checkpoint:
-        assert torch.equal(checkpoint.tensor("a"), A)
+    with SafetensorsCheckpoint(snapshot) as checkpoint:
+        assert torch.equal(read_tensor(checkpoint, "a"), A)
 
 
 def test_pickles_are_not_an_alternative(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch /tmp/owned'\ntR.")
     with pytest.raises(CheckpointError, match=r"pickled.*convert"):
-        Checkpoint(tmp_path)
+        SafetensorsCheckpoint(tmp_path)
 
 
 def test_no_weights_at_all(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no \.safetensors file"):
-        Checkpoint(tmp_path)
+        SafetensorsCheckpoint(tmp_path)
 
 
 def files(directory: Path) -> set[str]:
-    with Checkpoint(directory) as checkpoint:
+    with SafetensorsCheckpoint(directory) as checkpoint:
         return {info.file.removesuffix(".safetensors") for info in checkpoint.tensors.values()}
 
 
@@ -152,13 +153,13 @@ def test_shards_without_an_index_must_be_complete(tmp_path: Path) -> None:
     with pytest.raises(
         CheckpointError, match=r"2 of 00003.*model-00002-of-00003\.safetensors is mi"
     ):
-        Checkpoint(tmp_path)
+        SafetensorsCheckpoint(tmp_path)
 
 
 def test_two_sets_of_shards_are_refused(tmp_path: Path) -> None:
     shard(tmp_path, **{"x-1-of-1": {"a": A}, "y-1-of-2": {"a": A}, "y-2-of-2": {"b": B}})
     with pytest.raises(CheckpointError, match=r"several sets of shards.*x-1-of-1"):
-        Checkpoint(tmp_path)
+        SafetensorsCheckpoint(tmp_path)
     shard(tmp_path, **{"model-1-of-1": {"a": A}})
     assert files(tmp_path) == {"model-1-of-1"}
 
@@ -170,11 +171,11 @@ def test_two_sets_of_shards_are_refused(tmp_path: Path) -> None:
 def test_only_something_else_is_named(tmp_path: Path, file: str, message: str) -> None:
     shard(tmp_path, **{file: {"a": A}})
     with pytest.raises(CheckpointError, match=message):
-        Checkpoint(tmp_path)
+        SafetensorsCheckpoint(tmp_path)
 
 
 def test_an_index_may_name_a_tied_head_that_was_not_saved(tmp_path: Path) -> None:
     shard(tmp_path, one={"a": A})
     index(tmp_path, {"a": "one.safetensors", "lm_head.weight": "one.safetensors"})
-    with Checkpoint(tmp_path) as checkpoint:
+    with SafetensorsCheckpoint(tmp_path) as checkpoint:
         assert set(checkpoint.tensors) == {"a"}

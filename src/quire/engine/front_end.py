@@ -1,0 +1,324 @@
+"""The front end of an engine core, without I/O: requests and control calls become messages for the core, its
+messages become outputs and answers.
+
+`LLM` and `AsyncLLM` are shells around one `FrontEnd`. They move its messages and wait, and hand on what it
+returns; whatever a request is, may be and leads to is decided here.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+
+from quire.config import SchedulerConfig
+from quire.engine.beam_search import SearchRequest
+from quire.engine.controls import Controls
+from quire.engine.input_processor import EngineRequest, InputProcessor, PromptInput
+from quire.engine.output_processor import OutputProcessor
+from quire.engine.setup import ServedModel
+from quire.errors import (
+    EngineDeadError,
+    EngineSleepingError,
+    InvalidParameterError,
+    QueueFullError,
+)
+from quire.messages import (
+    AbortRequests,
+    Answer,
+    Control,
+    ControlAction,
+    CoreInput,
+    CoreOutput,
+    SchedulerStats,
+    StepOutputs,
+    WakeUp,
+)
+from quire.metrics import MetricsSink
+from quire.outputs import RequestOutput
+from quire.placement import Placement
+from quire.sampling_params import BeamSearchParams, PoolingParams, SamplingParams
+from quire.structured.checker import GrammarChecker
+from quire.text.parsing.base import ThinkingTokens
+
+logger = logging.getLogger(__name__)
+
+NUM_FINISH_TIMES = 64
+MAX_RETRY_SECONDS = 60.0
+
+
+@dataclass(slots=True)
+class Effects:
+    """What a call, or a message of the core, leads to. The messages are to be sent in this order."""
+
+    send: list[CoreInput] = field(default_factory=list)
+    outputs: list[RequestOutput] = field(default_factory=list)
+    """For the callers of their requests, in this order."""
+    answers: list[Answer] = field(default_factory=list)
+    """To control calls."""
+
+
+class FrontEnd:
+    """Everything live between callers and one engine core. Not thread-safe, but for `check_grammar`."""
+
+    def __init__(
+        self,
+        model: ServedModel,
+        limits: SchedulerConfig,
+        *,
+        final_only: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """final_only: one output per request, whatever its `output_kind`."""
+        self.model = model
+        self.stats = SchedulerStats()
+        """The scheduler's state after the last step."""
+        self.dead: EngineDeadError | None = None
+        """Why there is no engine any more."""
+        self._checker = GrammarChecker(
+            model.tokenizer, vocab_size=model.vocab_size, eos_token_ids=model.eos_token_ids
+        )
+        self._limits = limits
+        self._clock = clock
+        self._input = InputProcessor(model, has_head=model.spec.has_head)
+        self._output = OutputProcessor(
+            model.tokenizer, stream_interval=limits.stream_interval, final_only=final_only
+        )
+        self._controls = Controls()
+        self._searches: dict[str, SearchRequest] = {}
+        self._search_of_beam: dict[str, SearchRequest] = {}
+        self._finish_times: deque[float] = deque(maxlen=NUM_FINISH_TIMES)
+
+    # --- requests ---------------------------------------------------------------------------------
+
+    @property
+    def request_ids(self) -> list[str]:
+        """Of the live requests, without the beams of searches."""
+        plain = [i for i in self._output.requests if i not in self._search_of_beam]
+        return [*plain, *self._searches]
+
+    @property
+    def is_busy(self) -> bool:
+        return bool(self._output.requests or self._searches)
+
+    def read(
+        self,
+        prompt: PromptInput,
+        params: SamplingParams | PoolingParams | BeamSearchParams,
+        *,
+        request_id: str | None = None,
+        placement: Placement = Placement(),
+        add_special_tokens: bool = True,
+        thinking: ThinkingTokens | None = None,
+        fit_max_tokens: bool = False,
+    ) -> EngineRequest:
+        """Validate and tokenize a request, to be passed to `start`.
+
+        Raises `RequestError`, `EngineSleepingError`, or `EngineDeadError` when there is no engine.
+        """
+        self._check_alive()
+        if self.is_sleeping:
+            raise EngineSleepingError(
+                "The engine sleeps; wake it up first (wake_up(), or POST /wake_up)."
+            )
+        if request_id in self._searches or request_id in self._output.requests:
+            raise InvalidParameterError(
+                f"request_id {request_id!r} is in use.", param="request_id", value=request_id
+            )
+        return self._input.process(
+            prompt,
+            params,
+            request_id=request_id,
+            placement=placement,
+            add_special_tokens=add_special_tokens,
+            thinking=thinking,
+            fit_max_tokens=fit_max_tokens,
+        )
+
+    def check_grammar(self, params: SamplingParams) -> Sequence[str]:
+        """Compile the grammar once, in a process that can be killed: the engine core, which compiles it
+        again, must not meet one that never ends. Blocks; may be called from any thread. Returns warnings for
+        the client.
+
+        Raises `InvalidParameterError` with the reason.
+        """
+        wanted = self._input.grammar(params)
+        if wanted is None:
+            return ()
+        self._checker.check(wanted.spec)
+        return wanted.warnings
+
+    def check_queue(self, request: EngineRequest) -> None:
+        """Raises `QueueFullError` if too much would wait with `request`."""
+        limits, live = self._limits, self._output.num_sequences
+        more = max(1, len(request.sequences))
+        if limits.max_num_queued_reqs:
+            most = limits.max_num_seqs + limits.max_num_queued_reqs
+            if live + more > most:
+                self._reject(
+                    "max_num_queued_reqs",
+                    f"{live} sequences run or wait and this request adds {more}; "
+                    f"the server takes {most} (--max-num-seqs plus --max-num-queued-reqs).",
+                )
+        if limits.max_num_queued_tokens and live >= limits.max_num_seqs:
+            queued = self._output.num_queued_tokens + len(request.prompt_token_ids)
+            if queued > limits.max_num_queued_tokens:
+                self._reject(
+                    "max_num_queued_tokens",
+                    f"{queued} prompt tokens would wait; the server queues "
+                    f"{limits.max_num_queued_tokens} (--max-num-queued-tokens).",
+                )
+
+    def _reject(self, reason: str, message: str) -> None:
+        self.metrics.on_rejected(reason)
+        raise QueueFullError(f"The queue is full: {message}", retry_after=self._retry_seconds())
+
+    def _retry_seconds(self) -> float:
+        """How long the queue takes to empty, judged by the latest finishes. At least a second."""
+        times = self._finish_times
+        if len(times) < 2 or times[-1] == times[0]:
+            return 1.0
+        waiting = max(1, self.stats.num_waiting)
+        seconds = waiting * (times[-1] - times[0]) / (len(times) - 1)
+        return min(MAX_RETRY_SECONDS, max(1.0, seconds))
+
+    def start(self, request: EngineRequest) -> Effects:
+        """Queue a request. From now on it ends in exactly one finished output, unless the engine dies."""
+        self._check_alive()
+        effects = Effects()
+        if isinstance(request.params, BeamSearchParams):
+            search = SearchRequest(request, request.params, self.model)
+            self._searches[request.request_id] = search
+            self._extend(search, effects)
+        else:
+            self._output.add(request)
+            effects.send += request.sequences
+        return effects
+
+    def _extend(self, search: SearchRequest, effects: Effects) -> None:
+        """Ask for one more token of each beam. Beams are not turned away by a full queue or a coming sleep,
+        and keep the place in the queue that the search has."""
+        request = search.request
+        beams = []
+        for token_ids in search.beams():
+            beam = self._input.process(
+                token_ids,
+                search.step_params,
+                placement=request.placement,
+                max_logprobs=-1,
+            )
+            self._output.add(beam)
+            self._search_of_beam[beam.request_id] = search
+            effects.send += [
+                msgspec.structs.replace(sequence, arrival_time=request.arrival_ts)
+                for sequence in beam.sequences
+            ]
+            beams.append(beam.request_id)
+        search.start_round(beams)
+
+    def abort(self, request_ids: Iterable[str]) -> Effects:
+        """End requests now. Unknown or finished ids are ignored."""
+        effects = Effects()
+        ended: list[int] = []
+        for request_id in request_ids:
+            search = self._searches.pop(request_id, None)
+            for plain_id in search.waiting if search is not None else [request_id]:
+                sequence_ids, output = self._output.abort(plain_id)
+                ended += sequence_ids
+                if self._search_of_beam.pop(plain_id, None) is None and output is not None:
+                    effects.outputs.append(output)
+            if search is not None:
+                effects.outputs.append(search.output("abort"))
+        if ended and self.dead is None:
+            effects.send.append(AbortRequests(ended))
+        return self._settle(effects)
+
+    # --- control calls ----------------------------------------------------------------------------
+
+    @property
+    def is_sleeping(self) -> bool:
+        """Whether the engine sleeps, or is about to: it takes no requests."""
+        return self._controls.is_sleeping
+
+    def new_control(self, action: ControlAction) -> Control:
+        """A control call, to be passed to `start_control` and known by its id."""
+        self._check_alive()
+        return self._controls.new(action)
+
+    def start_control(self, control: Control) -> Effects:
+        """A sleep waits for the requests that run; a wake-up calls off those that do."""
+        effects = Effects()
+        if isinstance(control.action, WakeUp):
+            effects.answers += self._controls.call_off()
+        effects.send += self._controls.start(control, busy=self.is_busy)
+        return effects
+
+    def cancel_control(self, control: Control) -> None:
+        """Nobody waits for it any more. If it was sent, it takes place."""
+        self._controls.cancel(control.id)
+
+    # --- the core's messages ----------------------------------------------------------------------
+
+    def take(self, message: CoreOutput) -> Effects:
+        """Take in one message. `CoreFailed` is for `fail`."""
+        effects = Effects()
+        if isinstance(message, StepOutputs):
+            self.stats = message.stats or self.stats
+            processed = self._output.process(message)
+            if processed.aborts:
+                effects.send.append(AbortRequests(processed.aborts))
+            for output in processed.outputs:
+                search = self._search_of_beam.pop(output.request_id, None)
+                if search is None:
+                    effects.outputs.append(output)
+                elif search.take(output):
+                    self._go_on(search, effects)
+        elif isinstance(message, Answer):
+            self._controls.take(message)
+            self.metrics.on_sleep_state(message.sleep_level)
+            effects.answers.append(message)
+        return self._settle(effects)
+
+    def _go_on(self, search: SearchRequest, effects: Effects) -> None:
+        """A round of a search is over."""
+        if search.is_done:
+            del self._searches[search.request.request_id]
+            effects.outputs.append(search.output())
+        else:
+            self._extend(search, effects)
+
+    def _settle(self, effects: Effects) -> Effects:
+        """What follows from requests having ended."""
+        now = self._clock()
+        self._finish_times += [now for output in effects.outputs if output.finished]
+        if not self.is_busy:
+            effects.send += self._controls.release()
+        return effects
+
+    def fail(self, message: str) -> None:
+        """The engine is gone: every live request ends without an output, and later ones are refused."""
+        if self.dead is None:
+            self.dead = EngineDeadError(message)
+            self._output.fail_all(message)
+            self._searches.clear()
+            self._search_of_beam.clear()
+
+    def _check_alive(self) -> None:
+        if self.dead is not None:
+            raise EngineDeadError(str(self.dead))
+
+    def close(self) -> None:
+        """End the processes that check grammars. Idempotent."""
+        self._checker.close()
+
+    @property
+    def metrics(self) -> MetricsSink:
+        return self._output.metrics
+
+    @metrics.setter
+    def metrics(self, metrics: MetricsSink) -> None:
+        self._output.metrics = metrics

@@ -1,0 +1,56 @@
+"""What a caller of `AsyncLLM` iterates over."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+
+from quire.outputs import RequestOutput
+
+
+class RequestStream:
+    """Outputs of one request, in order, ending with the one that is `finished`.
+
+    Raises `EngineDeadError` from iteration if the engine dies. Leaving early (cancellation, `aclose`,
+    garbage) should go through `abort`, which is idempotent.
+    """
+
+    def __init__(
+        self, request_id: str, prompt_token_ids: Sequence[int], abort: Callable[[str], None]
+    ) -> None:
+        """abort: ends the request of this id."""
+        self.request_id = request_id
+        self.prompt_token_ids = prompt_token_ids
+        self._abort = abort
+        self._outputs: deque[RequestOutput | Exception] = deque()
+        self._arrived = asyncio.Event()
+        self._ended = False
+        """Whether the last output is there; another request may have the id by now."""
+
+    def abort(self) -> None:
+        """End the request now; iteration then ends with finish_reason "abort"."""
+        if not self._ended:
+            self._abort(self.request_id)
+
+    def __aiter__(self) -> AsyncIterator[RequestOutput]:
+        return self._iterate()
+
+    async def _iterate(self) -> AsyncIterator[RequestOutput]:
+        try:
+            while self._outputs or not self._ended:
+                while not self._outputs:
+                    self._arrived.clear()
+                    await self._arrived.wait()
+                item = self._outputs.popleft()
+                if isinstance(item, Exception):
+                    raise item
+                yield item
+        finally:
+            self.abort()
+
+    def put(self, item: RequestOutput | Exception) -> None:
+        """Called by the engine. An exception, or a finished output, is the last item."""
+        self._ended = isinstance(item, Exception) or item.finished
+        self._outputs.append(item)
+        self._arrived.set()
