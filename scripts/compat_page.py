@@ -32,8 +32,8 @@ REST = """\
 
 Names, defaults and rules are vLLM's. Absent, as they are about what Quire has not: `prompt_logprob_token_ids`,
 `watermarking`, `routed_experts_prompt_start`, `trace_decode_token_ids`, `skip_clone`. `extra_args` is taken and
-read by nobody. `max_tokens` 0 is taken where only the prompt is scored. With `structured_outputs`, `min_tokens`
-gives way: a text that is complete ends.
+has no effect. `max_tokens` 0 is accepted where only the prompt is scored. With `structured_outputs`, `min_tokens`
+is ignored: a complete text ends.
 
 ## Outputs
 
@@ -61,19 +61,19 @@ no traces.
 
 | case | vLLM 0.32 | Quire | why |
 |---|---|---|---|
-| prompt and `max_tokens` exceed the context | clamps, 200 | 400 that names both numbers | an answer cut short without a word |
+| prompt and `max_tokens` exceed the context | clamps, 200 | 400 that names both numbers | a silently shortened answer |
 | the queue is full | 503 | 429 with Retry-After | clients and balancers know what to do with it |
-| a field that nothing knows | ignored | `warnings` in the answer and a header; `--strict-requests`: 400 | a misspelt name changed nothing, silently |
-| `guided_*` | ignored with one warning | 400 that names `structured_outputs` | text that was to follow a schema, and did not |
+| an unknown field | ignored | `warnings` in the answer and a header; `--strict-requests`: 400 | a misspelt name changed nothing, silently |
+| `guided_*` | ignored with one warning | 400 that names `structured_outputs` | text that should match a schema would not |
 | white space in JSON that a schema asks for | any amount; `disable_any_whitespace` forbids it | bounded; `--json-whitespace any` or `none` | JSON could go on in blanks to `max_tokens` |
 | a schema with `oneOf` whose branches overlap, `uniqueItems`, ... | depends on the backend; ignored, or 400 | 400 that names keyword and place, see [json-schema.md](json-schema.md) | an answer that breaks its schema |
-| an unknown string `format` | depends on the backend | accepted, with a warning | nobody can check it |
+| an unknown string `format` | depends on the backend | accepted, with a warning | it cannot be checked |
 | unknown route or method | `{"detail"}` | `{"detail"}` and `error` | both are looked for |
 | tools and items that need a provider's servers (`web_search`, `image_generation`, `bash_20250124`, ...) | left out | left out with a warning; 400 if `tool_choice` needs one | agents send them in every request |
 | `custom` tools and `namespace`s of `/v1/responses` | left out, or returned as flat names | served as functions; a call has the client's own form; the format of a custom tool is not enforced | Codex edits files with the one, and finds MCP servers by the other |
 | Claude Code's line `x-anthropic-billing-header: ...` in a system text | left out of `/v1/messages` | left out everywhere | gateways pass it on to the other endpoints; it changes at every request, so nothing after it would be cached |
 | a media part | 422 or served | 400 | models read text |
-| SIGTERM | aborts what runs | lets it finish, `--shutdown-timeout` 30 s | restarts that nobody notices |
+| SIGTERM | aborts what runs | lets it finish, `--shutdown-timeout` 30 s | restarts without failed requests |
 | a grammar that no token satisfies, once tokens are chosen | not tried | 400, in a stream an error event with code 400 | it ends one request |
 """
 

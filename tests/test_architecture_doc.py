@@ -251,7 +251,7 @@ class Story:
     def note(plan: StepPlan, request_id: int) -> list[str]:
         for admitted in plan.admitted:
             if admitted.request_id == request_id:
-                copies = [f"copy {a} to {b}" for a, b in plan.copies if b in admitted.block_ids]
+                copies = [f"copy {a} to {b}" for a, b in plan.copies if b in admitted.block_ids[0]]
                 return ["admitted", *copies]
         return []
 

@@ -61,7 +61,7 @@ def test_paged_attention_equals_plain_attention(name: str, window: int | None) -
         qkv, metadata.positions, no_rotation, layer.k, layer.v, metadata.slot_mapping
     )
     attention = AttentionLayer(
-        index=1,
+        part=1,
         group=0,
         num_heads=4,
         num_kv_heads=2,

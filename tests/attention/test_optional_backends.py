@@ -232,7 +232,7 @@ def make_step(queries: list[int], lengths: list[int], *, window: int | None, pad
 
 def make_layer(window: int | None) -> AttentionLayer:
     return AttentionLayer(
-        index=0,
+        part=0,
         group=0,
         num_heads=HEADS,
         num_kv_heads=KV_HEADS,

@@ -301,3 +301,13 @@ async def test_control_calls_of_an_engine_that_dies_raise(engine: AsyncLLM) -> N
             await asyncio.wait_for(call, 20)
     with pytest.raises(EngineDeadError):
         await engine.wake_up()
+
+
+async def test_shutdown_ends_the_control_calls_that_wait(engine: AsyncLLM) -> None:
+    stream = engine.submit("abc", LONG)
+    sleeping = asyncio.create_task(engine.sleep())
+    await asyncio.sleep(0)
+    await engine.shutdown()
+    with pytest.raises(EngineDeadError, match="shut down"):
+        await asyncio.wait_for(sleeping, 20)
+    assert (await collect(stream))[-1].outputs[0].finish_reason == "abort"

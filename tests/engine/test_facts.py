@@ -160,6 +160,18 @@ def test_sources_of_end_tokens(
     assert not caplog.records
 
 
+def test_ends_inside_text_config_count_and_those_beside_it_before_them(tmp_path: Path) -> None:
+    directory = write_checkpoint("gemma3-multimodal", tmp_path).directory
+    text = json.loads((directory / "config.json").read_text())["text_config"]
+    nested = {"text_config": {**text, "eos_token_id": 9}}
+    edit(directory / "generation_config.json", eos_token_id=...)
+    edit(directory / "tokenizer_config.json", eos_token=None)
+    edit(directory / "config.json", **nested, eos_token_id=...)
+    assert served(directory).eos_token_ids == (9,)
+    edit(directory / "config.json", eos_token_id=[10, 11])
+    assert served(directory).eos_token_ids == (10, 11)
+
+
 def test_what_the_operator_names_counts_alone(base: Path) -> None:
     override = {"override_generation_config": {"eos_token_id": [9]}}
     assert served(base, **override).eos_token_ids == (9,)

@@ -186,6 +186,8 @@ def test_a_search_that_is_aborted_ends_its_beams(make) -> None:
     [first] = submit(front, BEAMS, request_id="mine")
     beams = finish(front, first, logprobs=candidates(-0.1, -2.0, -5.0, -6.0)).send
     finish(front, beams[0], logprobs=candidates(-0.1, -0.2, -5.0, -6.0))
+    beam_ids = [name for name in front._output.requests if name != "mine"]
+    assert beam_ids and front.abort(beam_ids) == Effects(), "callers do not know of beams"
     effects = front.abort(["mine"])
     assert effects.send == [AbortRequests([beams[1].request_id])]
     [output] = effects.outputs

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from quire.engine.core_client import CoreProcess
+from quire.engine.core_client import CoreProcess, InlineCore
 from quire.engine.llm import LLM
-from quire.errors import ConfigError, EngineSleepingError, InvalidParameterError
+from quire.errors import ConfigError, EngineSleepingError, InvalidParameterError, MemoryFitError
 from quire.metrics.reader import Counter, Gauge, Histogram
 from quire.sampling_params import PoolingParams, SamplingParams, StructuredOutputsParams
 from tests.engine.checkpoints import ServableCheckpoint
@@ -110,6 +110,26 @@ def test_it_sleeps_and_wakes(llm: LLM) -> None:
         llm.sleep(3)
     with pytest.raises(InvalidParameterError):
         llm.wake_up(tags=["gpu"])
+
+
+def test_a_wake_up_without_memory_raises_and_may_be_tried_again(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not isinstance(llm._core, InlineCore):
+        pytest.skip("the executor is in another process")
+
+    def too_little() -> None:
+        raise MemoryFitError("Free 2 GB.")
+
+    llm.sleep()
+    monkeypatch.setattr(llm._core._core.executor, "wake_up", too_little)
+    with pytest.raises(MemoryFitError, match="Free 2 GB"):
+        llm.wake_up()
+    monkeypatch.undo()
+    with pytest.raises(EngineSleepingError):
+        llm.generate("abc", GREEDY, use_tqdm=False)
+    llm.wake_up()
+    assert llm.generate("abc", GREEDY, use_tqdm=False)[0].finished
 
 
 def test_control_calls_keep_the_outputs_of_queued_requests(llm: LLM) -> None:

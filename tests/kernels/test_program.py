@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -22,6 +24,7 @@ class Product:
 
 
 NORM = NormWeight(torch.ones(HIDDEN), 1e-6)
+HEAD_NORM = NormWeight(torch.ones(DIM), 1e-6)
 QKV, OUT = Product(HIDDEN, 3 * HEADS * DIM), Product(HEADS * DIM, HIDDEN)
 GATE_UP, DOWN = Product(HIDDEN, 2 * INNER), Product(INNER, HIDDEN)
 HEAD = Head(Product(HIDDEN, VOCAB))  # type: ignore[arg-type]
@@ -29,7 +32,7 @@ HEAD = Head(Product(HIDDEN, VOCAB))  # type: ignore[arg-type]
 
 def attention(index: int) -> AttentionLayer:
     return AttentionLayer(
-        index=index,
+        part=index,
         group=0,
         num_heads=HEADS,
         num_kv_heads=HEADS,
@@ -135,10 +138,17 @@ def test_buffers_that_live_at_once_share_no_memory(
 def test_what_does_not_fit_is_refused() -> None:
     ops = ProgramOps(torch.bfloat16)
     x = ops.embed(torch.empty(VOCAB, HIDDEN))
+    qkv = ops.linear(x, QKV, "qkv")
     wrong = (
         lambda: ops.norm(x, NormWeight(torch.ones(HIDDEN + 1), 1e-6)),
         lambda: ops.norm(x, NormWeight(torch.ones(HIDDEN, dtype=torch.float16), 1e-6)),
+        lambda: ops.norm(x, NormWeight(torch.ones(HIDDEN - 1), 1e-6)),
         lambda: ops.norm_columns(x, NORM, 1),
+        lambda: ops.rope_write_kv(qkv, replace(attention(0), k_norm=HEAD_NORM)),
+        lambda: ops.rope_write_kv(qkv, replace(attention(0), q_norm=NORM, k_norm=NORM)),
+        lambda: ops.rope_write_kv(
+            qkv, replace(attention(0), q_norm=HEAD_NORM, k_norm=NormWeight(HEAD_NORM.weight, 1e-5))
+        ),
         lambda: ops.linear(x, DOWN, "down"),
         lambda: ops.rope_write_kv(x, attention(0)),
         lambda: ops.scale_by_position(x, HIDDEN + 1, torch.ones(4)),

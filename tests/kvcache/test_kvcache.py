@@ -50,7 +50,7 @@ def test_a_wholly_cached_prompt_recomputes_one_token_in_a_copied_block():
     kv = make()
     run(kv, 1, [1, 2, 3, 4, 5, 6, 7, 8], step=1)
     match = kv.match_prefix(2, [1, 2, 3, 4, 5, 6, 7, 8], PLAIN, 2)
-    assert match.num_tokens == 7 and match.tail is not None
+    assert match.num_tokens == 7 and match.tails
     growth = kv.admit(2, match, PLAIN, 8)
     assert growth.copies == [(kv.block_ids(1)[1], kv.block_ids(2)[1])]
     assert kv.block_ids(1)[1] != kv.block_ids(2)[1]
@@ -61,7 +61,7 @@ def test_a_block_of_this_very_step_is_shared_but_not_copied():
     kv = make()
     run(kv, 1, [1, 2, 3, 4, 5, 6, 7, 8], step=5)
     match = kv.match_prefix(2, [1, 2, 3, 4, 5, 6, 7, 8], PLAIN, 5)
-    assert match.num_tokens == 4 and match.tail is None
+    assert match.num_tokens == 4 and not match.tails
 
 
 def test_salts_share_nothing():
@@ -135,14 +135,26 @@ def test_least_recently_used_prefix_is_evicted_first():
 
 def test_an_orphan_gives_way_to_new_content():
     pool = BlockPool(4)
-    (first,) = pool.allocate(1)
-    (second,) = pool.allocate(1)
-    common = {"tokens": (1,), "key": PLAIN, "step_id": 1}
-    old = pool.register(first, b"h", parent_serial=7, **common)
-    new = pool.register(second, b"h", parent_serial=8, **common)
-    assert old != new
-    assert pool.lookup(b"h", parent_serial=7, tokens=(1,), key=PLAIN) is None
-    assert pool.lookup(b"h", parent_serial=8, tokens=(1,), key=PLAIN) is second
+    (parent, first, second) = pool.allocate(3)
+    of_parent = pool.register([parent], b"p", PLAIN, (0,), 1)
+    old = pool.register([first], b"h", of_parent, (1,), 1)
+    pool.reset_cache()
+    again = pool.register([parent], b"p", PLAIN, (0,), 1)
+    new = pool.register([second], b"h", again, (1,), 1)
+    assert old is not new and again is not of_parent
+    assert pool.lookup(b"h", of_parent, (1,)) is None
+    assert pool.lookup(b"h", again, (1,)) is new and new.blocks == [second]
+    pool.check_invariants({block.block_id: 1 for block in (parent, first, second)})
+
+
+def test_content_that_is_computed_again_under_a_new_parent_replaces_the_old():
+    pool = BlockPool(4)
+    first, second = pool.allocate(2)
+    old = pool.register([first], b"h", CacheKey("a"), (1,), 1)
+    new = pool.register([second], b"h", CacheKey("b"), (1,), 1)
+    assert first.content is None and old.blocks == [None]
+    assert pool.lookup(b"h", CacheKey("a"), (1,)) is None
+    assert pool.lookup(b"h", CacheKey("b"), (1,)) is new
     pool.check_invariants({first.block_id: 1, second.block_id: 1})
 
 
@@ -163,7 +175,7 @@ def test_a_fork_does_not_copy_what_its_leader_only_matched_in_this_step():
     run(kv, 1, [1, 2, 3, 4, 5, 6, 7, 8], step=5)  # step 5 computes both blocks
     assert run(kv, 2, [1, 2, 3, 4, 5, 6, 7, 8, 9], step=5) == 8  # the leader shares them at once
     match = kv.match_fork(2, 7, 5)
-    assert (match.num_tokens, match.tail) == (4, None)
+    assert (match.num_tokens, match.tails) == (4, [])
     assert kv.match_fork(2, 7, 6).num_tokens == 7
 
 
@@ -216,14 +228,14 @@ def test_what_a_request_left_in_its_last_block_is_found_and_copied():
         ([9, 3, 4, 5, 6], 0),
     ):
         match = kv.match_prefix(100 + len(rest) + found, [1] * 8 + rest, PLAIN, 2)
-        assert match.num_tokens == 8 + found and (match.tail is not None) == (found > 0)
+        assert match.num_tokens == 8 + found and bool(match.tails) == (found > 0)
     assert kv.match_prefix(2, [*left, 7], PLAIN, 1).num_tokens == 8, (
         "not in the step that computes it"
     )
     assert kv.match_prefix(3, [*left, 7], CacheKey("salt"), 2).num_tokens == 0
     match = kv.match_prefix(4, [*left, 7], PLAIN, 2)
     growth = kv.admit(4, match, PLAIN, len(left) + 1)
-    assert growth.copies == [(match.tail.block_id, kv.block_ids(4)[1])]
+    assert growth.copies == [(match.tails[0].block_id, kv.block_ids(4)[1])]
     kv.check_invariants()
     kv.pool.reset_cache()
     assert kv.match_prefix(5, [*left, 7], PLAIN, 3).num_tokens == 0

@@ -27,7 +27,8 @@ class Request:
 
     tokens: list[int]
     num_computed: int = 0
-    blocks: list[int] = field(default_factory=list)
+    blocks: list[list[int]] = field(default_factory=list)
+    """Of each group of layers."""
 
     @property
     def num_left(self) -> int:
@@ -40,8 +41,10 @@ class PagedHarness:
     ) -> None:
         spec = model.spec
         self.model = model
+        self._num_groups = len(spec.kv.groups)
+        num_blocks *= self._num_groups
         self.cache = KVCache(
-            num_layers=spec.num_layers,
+            num_layers=spec.kv.layers_per_page,
             num_blocks=num_blocks,
             num_kv_heads=spec.heads.num_kv_heads,
             head_dim=spec.heads.head_dim,
@@ -50,7 +53,7 @@ class PagedHarness:
         )
         self.cache.storage.fill_(float("nan"))
         self._mirror = copy.deepcopy(self.cache)  # of the pass in one call
-        self._one_call = model.over(self._mirror)
+        self.one_call = model.over(self._mirror)
         self._steps = 0
         self.free = list(range(1, num_blocks))
         random.Random(seed).shuffle(self.free)
@@ -60,29 +63,42 @@ class PagedHarness:
         in order.
         """
         block_size = self.cache.block_size
-        input_ids, positions, slots, starts, lens = [], [], [], [0], []
+        input_ids, positions, starts, lens = [], [], [0], []
+        slots: list[list[int]] = [[] for _ in range(self._num_groups)]
         for sequence, count in work:
             end = sequence.num_computed + count
             assert 0 < count <= sequence.num_left
-            while len(sequence.blocks) * block_size < end:
-                sequence.blocks.append(self.free.pop())
+            if not sequence.blocks:
+                sequence.blocks = [[] for _ in range(self._num_groups)]
+            while len(sequence.blocks[0]) * block_size < end:
+                for blocks in sequence.blocks:
+                    blocks.append(self.free.pop())
             span = range(sequence.num_computed, end)
             input_ids += [sequence.tokens[i] for i in span]
             positions += span
-            slots += [sequence.blocks[i // block_size] * block_size + i % block_size for i in span]
+            for mapping, blocks in zip(slots, sequence.blocks, strict=True):
+                mapping += [blocks[i // block_size] * block_size + i % block_size for i in span]
             starts.append(starts[-1] + count)
             lens.append(end)
             sequence.num_computed = end
-        width = max(len(sequence.blocks) for sequence, _ in work)
-        table = [sequence.blocks + [0] * (width - len(sequence.blocks)) for sequence, _ in work]
-        metadata = AttentionMetadata(
-            positions=torch.tensor(positions),
-            slot_mapping=torch.tensor(slots),
-            query_start_loc=torch.tensor(starts, dtype=torch.int32),
-            seq_lens=torch.tensor(lens, dtype=torch.int32),
-            block_table=torch.tensor(table, dtype=torch.int32),
-        )
-        hidden = self.model.compute(torch.tensor(input_ids), [metadata], self.cache)
+        width = max(len(sequence.blocks[0]) for sequence, _ in work)
+        metadata = [
+            AttentionMetadata(
+                positions=torch.tensor(positions),
+                slot_mapping=torch.tensor(slots[group]),
+                query_start_loc=torch.tensor(starts, dtype=torch.int32),
+                seq_lens=torch.tensor(lens, dtype=torch.int32),
+                block_table=torch.tensor(
+                    [
+                        sequence.blocks[group] + [0] * (width - len(sequence.blocks[group]))
+                        for sequence, _ in work
+                    ],
+                    dtype=torch.int32,
+                ),
+            )
+            for group in range(self._num_groups)
+        ]
+        hidden = self.model.compute(torch.tensor(input_ids), metadata, self.cache)
         logits = self.model.compute_logits(hidden)
         assert logits.dtype == torch.float32
         self._assert_one_call_is_the_same(work, torch.tensor(input_ids), metadata, logits)
@@ -92,7 +108,7 @@ class PagedHarness:
         self,
         work: Sequence[tuple[Request, int]],
         ids_by_hand: torch.Tensor,
-        by_hand: AttentionMetadata,
+        by_hand: Sequence[AttentionMetadata],
         logits: torch.Tensor,
     ) -> None:
         """`DecoderModel.over` against the layers, bit for bit: the logits of no token, the last one or all of
@@ -103,7 +119,12 @@ class PagedHarness:
         requests = [request for request, _ in work]
         rows = StepRows(
             token_ids=_padded([requests[i].tokens for i in order], np.int64),
-            block_ids=_padded([requests[i].blocks for i in order], np.int32)[None],
+            block_ids=np.stack(
+                [
+                    _padded([requests[i].blocks[group] for i in order], np.int32)
+                    for group in range(self._num_groups)
+                ]
+            ),
             rows=np.array(
                 [
                     (seat, request.num_computed - count, count, some)
@@ -117,19 +138,21 @@ class PagedHarness:
         expected = torch.cat(
             [part[len(part) - some :] for part, some in zip(parts, wanted, strict=True)]
         )
-        actual = self._one_call.forward(rows)
+        actual = self.one_call.forward(rows)
         assert torch.equal(actual.view(torch.int32), expected.view(torch.int32))
-        again = self.model.compute_logits(self._one_call.hidden(rows))
+        again = self.model.compute_logits(self.one_call.hidden(rows))
         assert torch.equal(again.view(torch.int32), expected.view(torch.int32))
         ours, theirs = (c.storage.view(torch.uint8) for c in (self.cache, self._mirror))
         assert torch.equal(ours, theirs)
-        input_ids, [metadata] = gather(rows, self.cache.block_size)
-        for name in ("positions", "slot_mapping", "query_start_loc", "seq_lens", "block_table"):
-            assert torch.equal(getattr(metadata, name), getattr(by_hand, name)), name
+        input_ids, gathered = gather(rows, self.cache.block_size)
+        names = ("positions", "slot_mapping", "query_start_loc", "seq_lens", "block_table")
+        for ours, theirs in zip(gathered, by_hand, strict=True):
+            for name in names:
+                assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
         assert torch.equal(input_ids, ids_by_hand)
 
     def free_sequence(self, sequence: Request) -> None:
-        self.free += sequence.blocks
+        self.free += [block for blocks in sequence.blocks for block in blocks]
         sequence.blocks = []
         sequence.num_computed = 0
 

@@ -10,12 +10,17 @@ import pytest
 import torch
 
 from quire.kernels.base import Kernels
+from quire.kernels.reference import ReferenceKernels
+from quire.models.eager_pass import EagerPass
 from tests.models.conftest import Pair
 from tests.models.harness import PagedHarness, Request
 from tests.models.variants import VARIANTS, prompt_tokens, reference_logits
 
 NEW_TOKENS = 64
-DISTINCT = ["llama", "mistral-window", "qwen2-windows", "qwen3"]
+DISTINCT = [
+    "llama", "mistral-window", "qwen2-windows", "qwen3", "gemma2", "gemma3", "olmo3",
+    "phi3-longrope-long", "granite", "smollm3", "ministral3",
+]  # fmt: skip
 """One variant for each path through a layer; the slow reference kernels prove invariance on these."""
 
 
@@ -27,6 +32,7 @@ def test_logits_and_greedy_tokens_equal_transformers(
     reference, model = pair(name, kernels)
     prompt = prompt_tokens(45)
     harness = PagedHarness(model)
+    assert isinstance(harness.one_call, EagerPass) == isinstance(kernels, ReferenceKernels)
     tokens = prompt + harness.greedy(prompt, max_new_tokens=NEW_TOKENS, chunk=16)
     theirs = reference_logits(reference, tokens)
     assert tokens[len(prompt) :] == theirs.argmax(dim=-1)[len(prompt) - 1 : -1].tolist()

@@ -28,10 +28,10 @@ from tests.models.published import (
     PHI_4_MINI,
     SMOLLM3_3B,
 )
-from tests.models.variants import NEW_VARIANTS, build_reference, save
+from tests.models.variants import VARIANTS, build_reference, save
 
 
-@pytest.mark.parametrize("name", NEW_VARIANTS)
+@pytest.mark.parametrize("name", VARIANTS)
 def test_what_transformers_saves_resolves_with_its_parameter_count(
     name: str, tmp_path: Path
 ) -> None:

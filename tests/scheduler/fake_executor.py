@@ -1,17 +1,17 @@
 """An executor with no model that checks, token by token, what a real one would rely on.
 
-Every slot of its "KV cache" holds the whole prefix that was written there. Reading a row's
-context through its block table must find exactly the row's own prefix, so any sharing of the wrong
-block, missing copy or reuse of a live block fails at once. The sampled token is a hash of the prefix and
-the seed: what a request produces cannot depend on how it was scheduled. A plan is carried out when it is
-launched, however late its result is taken, and tokens are fed back on this side alone. Drafts come from a
-script, which may be wrong.
+Every slot of its "KV cache" holds the group of layers and the whole prefix that were written there. Reading a
+row's context through its block tables, as far as each group's window reaches, must find exactly the row's own
+prefix, so any sharing of the wrong block, missing copy or reuse of a live block fails at once. The sampled
+token is a hash of the prefix and the seed: what a request produces cannot depend on how it was scheduled. A
+plan is carried out when it is launched, however late its result is taken, and tokens are fed back on this
+side alone. Drafts come from a script, which may be wrong.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from quire.executor.base import Done
@@ -29,12 +29,14 @@ def next_token(tokens: tuple[int, ...], seed: int, vocab_size: int) -> int:
 @dataclass
 class _State:
     tokens: list[int]
-    block_ids: list[int]
+    block_ids: list[list[int]]
+    """By group."""
     seed: int
 
 
 class CheckingExecutor:
-    """on_plan: called with each plan before it is carried out. Counts drafts and those that were right."""
+    """on_plan: called with each plan before it is carried out. Counts drafts and those that were right.
+    windows: of each group of layers; None attends to all."""
 
     def __init__(
         self,
@@ -45,14 +47,16 @@ class CheckingExecutor:
         max_in_flight: int = 1,
         on_plan: Callable[[StepPlan], None] = lambda plan: None,
         drafter: Drafter = lambda tokens, seed: [],
+        windows: Sequence[int | None] = (None,),
     ) -> None:
         self.block_size = block_size
         self.max_in_flight = max_in_flight
         self.on_plan = on_plan
         self.drafter = drafter
+        self.windows = windows
         self.num_drafts = self.num_accepted = 0
         self.vocab_size = vocab_size
-        self.slots: list[tuple[int, ...] | None] = [None] * (num_blocks * block_size)
+        self.slots: list[tuple[int, tuple[int, ...]] | None] = [None] * (num_blocks * block_size)
         self.states: dict[int, _State] = {}
         self.tokens_computed = 0
 
@@ -65,7 +69,12 @@ class CheckingExecutor:
         for source, destination in plan.copies:
             self._copy(source, destination)
         for row in plan.rows:
-            self.states[row.request_id].block_ids.extend(row.new_block_ids)
+            state = self.states[row.request_id]
+            if row.new_block_ids:
+                for table, new in zip(state.block_ids, row.new_block_ids, strict=True):
+                    assert 0 not in new, "the null block was handed out"
+                    table.extend(new)
+            assert len({len(table) for table in state.block_ids}) == 1
         for row in plan.rows:
             self._write(row)
         for row in plan.rows:
@@ -90,9 +99,12 @@ class CheckingExecutor:
 
     def _admit(self, admitted: AdmittedRequest) -> None:
         assert admitted.request_id not in self.states
-        assert 0 not in admitted.block_ids, "the null block was handed out"
+        assert len(admitted.block_ids) == len(self.windows)
+        tables = [list(table) for table in admitted.block_ids]
+        for table, window in zip(tables, self.windows, strict=True):
+            assert window is not None or 0 not in table, "the null block was handed out"
         self.states[admitted.request_id] = _State(
-            list(admitted.token_ids), list(admitted.block_ids), admitted.decoding.seed
+            list(admitted.token_ids), tables, admitted.decoding.seed
         )
 
     def _copy(self, source: int, destination: int) -> None:
@@ -100,10 +112,11 @@ class CheckingExecutor:
         for offset in range(size):
             self.slots[destination * size + offset] = self.slots[source * size + offset]
 
-    def _slot(self, state: _State, position: int) -> int:
-        return state.block_ids[position // self.block_size] * self.block_size + (
-            position % self.block_size
-        )
+    def _slot(self, state: _State, group: int, position: int) -> int:
+        index, offset = divmod(position, self.block_size)
+        block_id = state.block_ids[group][index]
+        assert block_id, "the null block is read or written"
+        return block_id * self.block_size + offset
 
     def _write(self, row: PlannedRow) -> None:
         state = self.states[row.request_id]
@@ -115,17 +128,20 @@ class CheckingExecutor:
             assert not row.samples and not row.draft_token_ids
         tokens = (*state.tokens[:known], *row.draft_token_ids)
         self.tokens_computed += row.num_tokens
-        for position in range(row.start, reach):
-            self.slots[self._slot(state, position)] = tokens[: position + 1]
+        for group in range(len(self.windows)):
+            for position in range(row.start, reach):
+                self.slots[self._slot(state, group, position)] = (group, tokens[: position + 1])
 
     def _read(self, row: PlannedRow) -> None:
         state = self.states[row.request_id]
         tokens = (*state.tokens, *row.draft_token_ids)
-        for position in range(row.start + row.num_tokens):
-            held = self.slots[self._slot(state, position)]
-            assert held == tokens[: position + 1], (
-                f"request {row.request_id} reads foreign KV at position {position}"
-            )
+        for group, window in enumerate(self.windows):
+            first = 0 if window is None else max(0, row.start - window + 1)
+            for position in range(first, row.start + row.num_tokens):
+                held = self.slots[self._slot(state, group, position)]
+                assert held == (group, tokens[: position + 1]), (
+                    f"request {row.request_id} reads foreign KV at position {position}"
+                )
 
 
 def expected_output(

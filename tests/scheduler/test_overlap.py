@@ -139,7 +139,8 @@ def test_blocks_of_an_aborted_request_are_used_again_by_the_very_next_plan() -> 
     engine.add(2, list(range(50, 74)), max_tokens=8)
     engine.step()
     assert engine.plans[-1].released == [1]
-    assert held & set(engine.plans[-1].admitted[0].block_ids), "the pool is too large for the test"
+    (table,) = engine.plans[-1].admitted[0].block_ids
+    assert held & set(table), "the pool is too large for the test"
     assert engine.total("rows_discarded") == 1
     engine.run()
     assert len(engine.updates[1]) == 2, "something was sent after the end"

@@ -49,6 +49,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     policy: str | None = None
     """None: one of those that there are."""
     drafts = False
+    layouts: tuple[tuple[int | None, ...], ...] = ((None,),)
+    """Windows of the groups of layers, one of these."""
 
     @initialize(
         block_size=st.sampled_from([1, 2, 4]),
@@ -60,12 +62,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         chunked=st.booleans(),
         threshold=st.sampled_from([0, 0, 3]),
         watermark=st.integers(0, 3),
+        layout=st.integers(0, 11),
     )
     def set_up(
         self, block_size, spare_blocks, max_num_seqs, extra_budget, caching, policy, chunked,
-        threshold, watermark,
+        threshold, watermark, layout,
     ):  # fmt: skip
-        num_blocks = 1 + -(-self.max_model_len // block_size) + spare_blocks
         budget = max_num_seqs + extra_budget
         if not chunked:
             budget = max(budget, self.max_model_len)
@@ -78,7 +80,11 @@ class SchedulerMachine(RuleBasedStateMachine):
             enable_chunked_prefill=chunked,
             policy=self.policy or policy,
         )
-        kv = KVCacheManager(num_blocks, block_size, enable_prefix_caching=caching)
+        windows = self.layouts[layout % len(self.layouts)]
+        sizes = {"windows": windows, "max_row_tokens": budget, "enable_prefix_caching": caching}
+        most = KVCacheManager(2, block_size, **sizes).blocks_for(self.max_model_len)
+        num_blocks = 1 + most + spare_blocks
+        kv = KVCacheManager(num_blocks, block_size, **sizes)
         self.scheduler = Scheduler(
             limits, kv, clock=lambda: 0.0, needs_token_before_next=needs_token_before_next
         )
@@ -88,6 +94,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             vocab_size=VOCAB,
             max_in_flight=self.max_in_flight,
             on_plan=self.check_plan,
+            windows=windows,
             drafter=draft if self.drafts else lambda tokens, seed: [],
         )
         self.core = EngineCore(self.scheduler, executor, clock=lambda: 0.0)
@@ -212,8 +219,8 @@ class SchedulerMachine(RuleBasedStateMachine):
                 assert preempts or len(scheduler.running) == self.limits.max_num_seqs
             case WaitReason.BLOCKS:
                 assert wait.needed > wait.free
-                size = self.limits.max_model_len // scheduler.kv.block_size + 1
-                assert scheduler.running and wait.needed <= size + 1
+                most = scheduler.kv.blocks_for(self.limits.max_model_len)
+                assert scheduler.running and wait.needed <= most + len(scheduler.kv.windows)
             case WaitReason.BUDGET if wait.needed > 1:
                 assert wait.needed > wait.budget and not self.limits.enable_chunked_prefill
             case WaitReason.BUDGET:
@@ -263,8 +270,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             return None  # whole, it may be too long for what is left of the budget
         kv = scheduler.kv
         promised = sum(
-            max(0, kv.blocks_for(request.num_tokens) - kv.num_blocks_of(request.request_id))
-            for request in scheduler.running
+            kv.num_missing(request.request_id, request.num_tokens) for request in scheduler.running
         )
         keep_free = promised + (self.limits.watermark_blocks if scheduler.running else 0)
         fits = kv.blocks_for(head.num_tokens) + keep_free <= kv.pool.num_free
@@ -392,6 +398,19 @@ class OverlappedDraftMachine(OverlappedMachine):
     drafts = True
 
 
+class WindowMachine(SchedulerMachine):
+    layouts = ((None, 5), (None, 3, 3), (4,), (2, 7), (1, None), (None, 16, 2))
+    drafts = True
+
+
+class OverlappedWindowMachine(WindowMachine):
+    max_in_flight = 2
+
+
+class LongWindowMachine(LongPromptMachine):
+    layouts = ((None, 20), (33,), (None, 7, 40))
+
+
 TestScheduler = SchedulerMachine.TestCase
 TestDrafts = DraftMachine.TestCase
 TestOverlappedDrafts = OverlappedDraftMachine.TestCase
@@ -400,6 +419,12 @@ TestDeeper = DeeperMachine.TestCase
 TestLongPrompts = LongPromptMachine.TestCase
 TestScheduler.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
 TestOverlapped.settings = TestScheduler.settings
+TestWindows = WindowMachine.TestCase
+TestOverlappedWindows = OverlappedWindowMachine.TestCase
+TestLongWindows = LongWindowMachine.TestCase
+TestWindows.settings = settings(TestScheduler.settings, max_examples=80)
+TestOverlappedWindows.settings = settings(TestScheduler.settings, max_examples=50)
+TestLongWindows.settings = settings(TestScheduler.settings, max_examples=30)
 TestDrafts.settings = settings(TestScheduler.settings, max_examples=80)
 TestOverlappedDrafts.settings = settings(TestScheduler.settings, max_examples=50)
 TestLongPrompts.settings = settings(TestScheduler.settings, max_examples=50)

@@ -1,9 +1,8 @@
-"""What every layer's attention shares in one step, and the memory the keys and values live in.
+"""A step's inputs to attention, which all layers share, and the memory of keys and values.
 
-One set of tensors describes a step, and all layers read it: layers differ only in weights, window
-and which slice of the cache is theirs. A request that decodes, one that prefills a chunk and one
-that resumes are rows of the same kind: `query_start_loc` says which tokens are whose, `seq_lens`
-how many keys each then has.
+One set of tensors describes a step, and all layers read it. Layers differ only in weights, window and
+their slice of the cache. A request that decodes, one that prefills a chunk and one that resumes are rows
+of the same kind: `query_start_loc` gives each request's tokens, and `seq_lens` its number of keys.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ class AttentionMetadata:
     block_table: torch.Tensor
     """[B, max_blocks] int32: each request's blocks in order; entries past the sequence are never read."""
     max_query_len: int | None = None
-    """Most tokens that a request has in this step, where the host knows."""
+    """The largest number of tokens of a request in this step, if the host knows it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +46,14 @@ class LayerCache:
     k: torch.Tensor
     v: torch.Tensor
     scales: tuple[torch.Tensor, torch.Tensor] | None = None
-    """Of keys and values, [num_kv_heads] float32 each, where they are stored in float8_e4m3fn."""
+    """Of keys and values, [num_kv_heads] float32 each, if they are stored in float8_e4m3fn."""
 
 
 class KVCache:
     """Keys and values of every layer, in one allocation whose size is known before anything is served.
 
-    A slot is read only after it was written, so blocks are not cleared when they change hands. Pages cost
-    nothing until they are touched, or reserved (`kernels.memory.reserve_in_background`).
+    A slot is read only after it was written, so blocks are not cleared between requests. Pages take no memory
+    until they are written or reserved (`kernels.memory.reserve_in_background`).
     """
 
     def __init__(
@@ -68,7 +67,9 @@ class KVCache:
         dtype: torch.dtype,
         kernels: LayerKernels | None = None,
     ) -> None:
-        """kernels: whose layout and device; the CPU's if None."""
+        """num_layers: whose KV a block holds, so those of the largest group (`quire.kv_layout`). kernels:
+        whose layout and device; the CPU's if None.
+        """
         holder = kernels or layout
         self.num_blocks = num_blocks
         self.block_size = block_size
@@ -91,8 +92,8 @@ class KVCache:
             ones = torch.ones(num_kv_heads, dtype=torch.float32, device=holder.device)
             scales = (ones, ones)
         self.layers = tuple(
-            LayerCache(k=layer[0].view(shapes.k), v=layer[1].view(shapes.v), scales=scales)
-            for layer in self.storage
+            LayerCache(k=part[0].view(shapes.k), v=part[1].view(shapes.v), scales=scales)
+            for part in self.storage
         )
 
     @property
@@ -107,7 +108,7 @@ class KVCache:
 
 @dataclass(frozen=True, slots=True)
 class AttentionTask:
-    """What a model, its cache and the device ask of a backend: known before anything is loaded."""
+    """The requirements of a model, its cache and the device, known before anything is loaded."""
 
     head_dim: int
     dtype: torch.dtype
@@ -122,16 +123,16 @@ class AttentionTask:
 
 @dataclass(frozen=True, slots=True)
 class TaskLimits:
-    """What a backend of another project takes: the rest is refused at the start, not in a step.
+    """What a backend of another project supports. Anything else is refused at the start.
 
-    None of them reads a float8 cache for 16-bit queries: FlashAttention wants the queries in float8 too,
-    which costs accuracy, and FlashInfer one scale where we have one a head. Nor is any batch-invariant:
-    they choose tiles and splits by what is in the batch.
+    None of them reads a float8 cache for 16-bit queries: FlashAttention needs the queries in float8 too,
+    which costs accuracy, and FlashInfer uses one scale where we have one per head. None is batch-invariant:
+    they choose tiles and splits by the contents of the batch.
     """
 
     name: str
     capabilities: tuple[int, ...]
-    """Major ones."""
+    """Major versions of compute capabilities."""
     head_dims: Sequence[int]
     block_sizes: Sequence[int] = (16, 32, 64, 128)
 
@@ -139,7 +140,7 @@ class TaskLimits:
         """Raises `ConfigError`."""
         halves = (torch.bfloat16, torch.float16)
         kv_dtypes = (task.dtype,)
-        # field, its value, those taken, what to do about it
+        # field, its value, supported values, remedy
         for field, value, taken, remedy in (
             ("batch_invariant", task.batch_invariant, (False,), "leave out --batch-invariant"),
             ("dtype", task.dtype, halves, "use --dtype bfloat16"),
@@ -161,7 +162,7 @@ class AttentionBackend(Protocol):
     """Causal attention of one step's queries over all their requests' keys, old and new.
 
     `forward` only launches: it never waits for the device nor reads lengths on the host, and a step of
-    the same shape can be recorded in a CUDA graph and replayed with other lengths and blocks.
+    the same shape can be captured in a CUDA graph and replayed with other lengths and blocks.
     """
 
     def forward(

@@ -1,7 +1,7 @@
 """FlashAttention-3 (Shah et al. 2024) and -4 (its successor in CuTe DSL) over our cache, where installed.
 
-Which of the two follows from the device: 3 has kernels for compute capability 8 and 9 and none later; 4
-reads a paged cache on 9, 10 and 11. On 9 both can, and 3, the older and more complete, comes first.
+The device determines which one: 3 has kernels for compute capability 8 and 9, and 4 reads a paged cache on 9,
+10 and 11. On 9 both work; 3 is preferred, because it is older and more complete.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from quire.kernels.ops import AttentionLayer
 
 
 def create_flash_attention(task: AttentionTask) -> AttentionBackend:
-    """Raises `ConfigError` where the task is not for it, or no version for the device is installed."""
+    """Raises `ConfigError` if it does not support the task, or no version for the device is installed."""
     major = task.capability[0]
     versions: list[tuple[TaskLimits, Callable[[AttentionTask], AttentionBackend]]] = []
     if major in (8, 9):
@@ -81,7 +81,7 @@ class FlashAttention4:
         from flash_attn.cute import flash_attn_varlen_func
 
         self._attend = flash_attn_varlen_func
-        # 0: as many pieces of a long sequence as fill the device, which on Hopper it cannot.
+        # 0: split a long sequence into as many parts as fill the device; not supported on Hopper.
         self._num_splits = 1 if task.capability[0] == 9 else 0
 
     def forward(
@@ -106,5 +106,5 @@ class FlashAttention4:
             window_size=(layer.window - 1, 0) if layer.window else (None, None),
             num_splits=self._num_splits,
         )
-        # 4.0's betas return (out, lse) also where no lse is asked for; a change of that is under way.
+        # 4.0's betas return (out, lse) even if no lse is requested; a later version will not.
         out.copy_(attended[0] if isinstance(attended, tuple) else attended)

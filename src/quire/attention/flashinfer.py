@@ -1,9 +1,9 @@
 """FlashInfer (Ye et al. 2025) over our cache, which is its "HND" layout, where its package is installed.
 
-Its wrappers plan on the host, which would have to wait for lengths that only the device has. So we take its
-functions that read them on the device: for decoding the kernels of TensorRT-LLM on compute capability
-10 and XQA on 9 and 12; for steps with prompts TensorRT-LLM's, which exist for 10 alone. Elsewhere our
-own kernels take those steps.
+Its wrappers plan on the host, which would have to wait for lengths that only the device has. So we use
+its functions that read them on the device: for decoding, the kernels of TensorRT-LLM on compute
+capability 10 and XQA on 9 and 12; for steps with prompts, those of TensorRT-LLM, which exist only for 10.
+On 9 and 12 our own kernels compute steps with prompts.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from quire.kernels.base import LayerKernels
 from quire.kernels.ops import AttentionLayer
 
 WORKSPACE_BYTES = 256 << 20
-"""Partial results of split sequences; its documentation's examples have 128 MiB, its own tests 256."""
+"""For partial results of split sequences: 128 MiB in the examples of its documentation, 256 MiB in its
+tests."""
 
 
 class FlashInferAttention:
     name = "FlashInfer"
 
     def __init__(self, task: AttentionTask, kernels: LayerKernels) -> None:
-        """Raises `ConfigError` where it cannot be imported or the task is not for it."""
+        """Raises `ConfigError` if it cannot be imported or does not support the task."""
         TaskLimits(self.name, (9, 10, 12), (64, 128, 256), block_sizes=(16, 32, 64)).check(task)
         try:
             from flashinfer.decode import trtllm_batch_decode_with_kv_cache
@@ -40,7 +41,7 @@ class FlashInferAttention:
         self._prefill = trtllm_batch_context_with_kv_cache if blackwell else None
         self.division = "all steps" if blackwell else "decoding; steps with prompts by Quire's own"
         self._own = PagedAttention(kernels)
-        # Zeros: it counts in there which parts of a sequence are done, and leaves zeros behind.
+        # Zeros: the kernels count finished parts of a sequence in it, and reset the counts.
         self._workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=kernels.device)
 
     def forward(
@@ -52,17 +53,17 @@ class FlashInferAttention:
         metadata: AttentionMetadata,
         out: torch.Tensor,
     ) -> None:
-        # Tokens as many as requests, padding included: row i of q is request i's.
+        # As many tokens as requests, padding included: row i of q belongs to request i.
         decoding = metadata.max_query_len == 1 and q.shape[0] == metadata.seq_lens.shape[0]
         if not decoding and self._prefill is None:
             self._own.forward(q, layer=layer, cache=cache, metadata=metadata, out=out)
             return
-        # A bound for any step, since a recorded launch is replayed when sequences have grown.
+        # An upper bound for all steps, since a graph is replayed when sequences have grown.
         longest = metadata.block_table.shape[1] * cache.k.shape[2]
         window_left = layer.window - 1 if layer.window else -1
         if decoding:
             self._decode(
-                q.contiguous(),  # XQA reads no strides
+                q.contiguous(),  # XQA needs dense rows
                 (cache.k, cache.v),
                 self._workspace,
                 metadata.block_table,

@@ -1,4 +1,4 @@
-"""Attention by walking each request's block table (PagedAttention, Kwon et al. 2023, section 4)."""
+"""Attention through each request's block table (PagedAttention, Kwon et al. 2023, section 4)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from quire.kernels.ops import AttentionLayer
 
 
 class PagedAttention:
-    """The backend over `Kernels`: one call, whatever mix of requests is in the step."""
+    """The backend that calls `Kernels`: one call for any mix of requests."""
 
     def __init__(self, kernels: LayerKernels) -> None:
         self._kernels = kernels

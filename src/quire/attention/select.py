@@ -1,4 +1,4 @@
-"""Which backend attends."""
+"""The choice of the attention backend."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PACKAGES = {
 
 
 def create_attention(name: str, kernels: LayerKernels, task: AttentionTask) -> AttentionBackend:
-    """The backend by one of `BACKENDS`, for a GPU. Raises `ConfigError` where it cannot be had."""
+    """The backend with a name of `BACKENDS`, for a GPU. Raises `ConfigError` if it cannot be used."""
     name = VLLM_NAMES.get(name, name)
     if name == "flash_attn":
         from quire.attention.flash import create_flash_attention
@@ -41,7 +41,8 @@ def create_attention(name: str, kernels: LayerKernels, task: AttentionTask) -> A
 
 
 def _why_ours() -> str:
-    """Packages are looked up by what is written about them: importing one takes seconds, and may fail."""
+    """The reason for the log. Packages are found by their metadata: importing one takes seconds and may
+    fail."""
     found = []
     for package, backend in _PACKAGES.items():
         try:

@@ -35,7 +35,7 @@ class ModelConfig:
         parse=parse_max_model_len,
     )
     hf_overrides: dict[str, object] = option(
-        {}, "JSON object of config.json fields to replace; null is as if the field were null there.",
+        {}, "JSON object of config.json fields to replace; null sets a field to null.",
         parse=parse_json_object, metavar="JSON",
     )  # fmt: skip
     load_format: str = option(
@@ -52,14 +52,14 @@ class ModelConfig:
         "vllm: neutral defaults; or a directory to read that file from.",
     )
     override_generation_config: dict[str, object] = option(
-        {}, "JSON object of sampling defaults that win over generation_config.json.",
+        {}, "JSON object of sampling defaults that take precedence over generation_config.json.",
         parse=parse_json_object, metavar="JSON",
     )  # fmt: skip
     max_logprobs: int = option(20, "Most logprobs a request may ask for; -1 is no limit.")
     logprobs_mode: str = option(
         "raw_logprobs",
-        "What logprobs are of: the model's logits as they are (raw), or as they are drawn from (processed: "
-        "after penalties, bias, masks, temperature and filters; not on a GPU).",
+        "raw: logprobs are of the model's logits. processed: of the logits that are sampled from, after "
+        "penalties, bias, masks, temperature and filters; not on a GPU.",
         choices=("raw_logprobs", "raw_logits", "processed_logprobs", "processed_logits"),
     )
     chat_template: str | None = option(
@@ -107,7 +107,7 @@ class CacheConfig:
     watermark: float = option(
         0.01,
         "Share of blocks kept free when a request is admitted beside running ones, "
-        "so that those can grow without preempting anyone.",
+        "so that those can grow without preemption.",
     )
 
     def __post_init__(self) -> None:
@@ -157,7 +157,7 @@ class SchedulerConfig:
         parse=parse_size,
     )
     max_num_queued_tokens: int | None = option(
-        None, "Most prompt tokens that wait, likewise.", parse=parse_size
+        None, "Most prompt tokens that wait; more are answered 429.", parse=parse_size
     )
 
     def __post_init__(self) -> None:
@@ -221,15 +221,15 @@ class RuntimeConfig:
         ),
     )
     enforce_eager: bool = option(
-        False, "On a GPU: launch every step kernel by kernel, record no CUDA graphs."
+        False, "On a GPU: launch every step kernel by kernel, use no CUDA graphs."
     )
     async_scheduling: bool = option(
         True, "On a GPU: plan and launch a step while the one before it runs."
     )
     batch_invariant: bool = option(
         False,
-        "On a GPU: make a request's logits independent of what shares its batch, as they always are on "
-        "the CPU. Costs speed.",
+        "On a GPU: make a request's logits independent of the other requests in its batch, as they always "
+        "are on the CPU. Costs speed.",
     )
     disable_log_stats: bool = option(False, "No periodic line with throughput and cache use.")
     log_format: str = option(
@@ -247,8 +247,8 @@ class StructuredOutputsConfig:
 
     max_grammar_bytes: int = option(
         512 * 2**10,
-        "Largest grammar of a request; of JSON schemas what is left without descriptions and other "
-        "annotations. More is a 400.",
+        "Largest grammar of a request; descriptions and other annotations of JSON schemas do not count. "
+        "More is a 400.",
         parse=parse_size,
     )
     json_whitespace: str = option(

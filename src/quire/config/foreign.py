@@ -41,7 +41,7 @@ _NO_TRACES = "there are no traces yet; see /metrics and --enable-log-requests"
 _PREEMPTED = "preempted requests are computed again"
 _OWN_KERNELS = "nothing is compiled but kernels; see --enforce-eager"
 _ONE_GRAMMAR_BACKEND = "there is one backend, llguidance"
-_NO_CODE = "the server runs nobody else's code; put a proxy in front"
+_NO_CODE = "the server runs no code of others; put a proxy in front"
 _DROPPED = "vLLM has dropped it too"
 
 FOREIGN: dict[str, Foreign] = {
@@ -105,7 +105,7 @@ FOREIGN: dict[str, Foreign] = {
     # How the device is used.
     "compilation_config": _idle(_OWN_KERNELS, {}, "-cc"),
     "optimization_level": _idle(_OWN_KERNELS, 2, "-O"),
-    "cuda_graph_sizes": _idle("CUDA graphs are recorded for the sizes that occur", ()),
+    "cuda_graph_sizes": _idle("CUDA graphs are captured for the sizes that occur", ()),
     "max_seq_len_to_capture": _idle("CUDA graphs do not depend on lengths"),
     "attention_config": Foreign("see attention_backend", None, ({},)),
     "profiler_config": Foreign("see quire bench", None, ({},)),

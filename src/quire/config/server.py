@@ -62,8 +62,8 @@ class ServerConfig:
     )
     enable_admin_endpoints: bool = option(
         False,
-        "Serve /server_info, /reset_prefix_cache, /sleep, /wake_up and /is_sleeping, to whoever may send "
-        "requests.",
+        "Serve /server_info, /reset_prefix_cache, /sleep, /wake_up and /is_sleeping, to all clients "
+        "that may send requests.",
     )
     enable_force_include_usage: bool = option(
         False, "End every stream with the usage, whether or not the client asked for it."
@@ -78,10 +78,12 @@ class ServerConfig:
         "its chat template shows; none: calls stay text.",
     )
     reasoning_parser: str = option(
-        "auto", "How the model marks its reasoning, likewise. none: it stays in the content."
+        "auto",
+        "How the model marks its reasoning (docs/tools.md). auto: as its chat template shows; none: it "
+        "stays in the content.",
     )
     enable_auto_tool_choice: bool = option(
-        True, "Taken for compatibility: tool_choice auto works wherever the format is known."
+        True, "Accepted for compatibility: tool_choice auto works wherever the format is known."
     )
     shutdown_timeout: float = option(
         30.0,
@@ -114,7 +116,7 @@ class ServerConfig:
         "warning.",
     )
     sse_keep_alive_interval: float = option(
-        15.0, "Seconds of silence before a stream gets a comment line; 0 is never."
+        15.0, "Seconds without data before a stream gets a comment line; 0 is never."
     )
     log_stats_interval: float = option(10.0, "Seconds between throughput lines in the log.")
 

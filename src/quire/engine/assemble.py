@@ -15,6 +15,7 @@ from quire.engine.memory import MemoryPlan, plan_memory
 from quire.engine.setup import ResolvedModel, read_tokens
 from quire.errors import ConfigError
 from quire.executor.base import Executor
+from quire.kv_layout import KVLayout
 from quire.kvcache import KVCacheManager
 from quire.messages import EngineReady
 from quire.runner.footprint import Footprint, WorkerSpec, estimate, host_memory
@@ -51,7 +52,9 @@ def build_core(
     executor = (create_executor or _in_this_process)(config, spec, grammars)
     memory = _plan(config, resolved, executor.load(), longest)
     executor.open_cache(memory.num_blocks, memory.max_model_len)
-    core = EngineCore(build_scheduler(config, memory), executor, grammars=grammars)
+    core = EngineCore(
+        build_scheduler(config, resolved.spec.kv, memory), executor, grammars=grammars
+    )
     ready = EngineReady(
         num_blocks=memory.num_blocks,
         block_size=memory.block_size,
@@ -106,13 +109,15 @@ def _plan(
     )
 
 
-def build_scheduler(config: EngineConfig, memory: MemoryPlan) -> Scheduler:
+def build_scheduler(config: EngineConfig, layout: KVLayout, memory: MemoryPlan) -> Scheduler:
     """The scheduler alone, as the engine would run it. The simulator's entry too."""
     options = config.scheduler
     kv = KVCacheManager(
         memory.num_blocks,
         memory.block_size,
         enable_prefix_caching=config.cache.enable_prefix_caching,
+        windows=layout.windows,
+        max_row_tokens=options.max_num_batched_tokens,
     )
     limits = SchedulerLimits(
         max_num_seqs=options.max_num_seqs,

@@ -225,6 +225,8 @@ class FrontEnd:
         effects = Effects()
         ended: list[int] = []
         for request_id in request_ids:
+            if request_id in self._search_of_beam:
+                continue  # a beam ends with its search
             search = self._searches.pop(request_id, None)
             for plain_id in search.waiting if search is not None else [request_id]:
                 sequence_ids, output = self._output.abort(plain_id)
@@ -250,7 +252,7 @@ class FrontEnd:
         return self._controls.new(action)
 
     def start_control(self, control: Control) -> Effects:
-        """A sleep waits for the requests that run; a wake-up calls off those that do."""
+        """A sleep is held until no request is left; a wake-up ends the sleeps that are held."""
         effects = Effects()
         if isinstance(control.action, WakeUp):
             effects.answers += self._controls.call_off()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from quire.config import CacheConfig, EngineConfig
@@ -27,17 +29,21 @@ class MemoryPlan:
     kv_bytes: int
     num_blocks: int
     """With the null block."""
+    sequence_blocks: int
+    """Of one sequence of full length, in all groups of layers."""
     block_size: int
     max_model_len: int
     total_bytes: int
 
     @property
-    def kv_tokens(self) -> int:
-        return (self.num_blocks - 1) * self.block_size
+    def full_length_sequences(self) -> float:
+        """How many fit at once."""
+        return (self.num_blocks - 1) / self.sequence_blocks
 
     @property
-    def full_length_sequences(self) -> float:
-        return self.kv_tokens / self.max_model_len
+    def kv_tokens(self) -> int:
+        """Tokens of such sequences that the cache holds. More than slots where layers keep a window only."""
+        return (self.num_blocks - 1) * self.max_model_len // self.sequence_blocks
 
     def rows(self) -> list[tuple[str, str]]:
         """For people."""
@@ -74,27 +80,45 @@ def plan_memory(
     full length does.
     """
     cache, size = config.cache, config.cache.block_size
-    block_bytes = spec.kv_bytes_per_token(kv_dtype_bytes) * size
+    layout = spec.kv
+    block_bytes = layout.page_bytes(size, kv_dtype_bytes)
+    row_tokens = config.scheduler.max_num_batched_tokens
+
+    def blocks_for(num_tokens: int) -> int:
+        return layout.blocks_for(num_tokens, size, max_row_tokens=row_tokens)
+
     if cache.num_gpu_blocks_override is not None:
         num_blocks = cache.num_gpu_blocks_override
     else:
-        useful = config.scheduler.max_num_seqs * -(-max_model_len // size)
+        useful = config.scheduler.max_num_seqs * blocks_for(max_model_len)
         budget = _kv_budget(cache, footprint, gpu=gpu)
         num_blocks = min(max(0, budget) // block_bytes, useful + 1)
-    usable_tokens = max(0, num_blocks - 1) * size
+    fits = _longest(blocks_for, num_blocks - 1, max_model_len, size)
     if may_shrink:
-        max_model_len = min(max_model_len, usable_tokens)
-    if max_model_len < 1 or usable_tokens < max_model_len:
-        raise _does_not_fit(cache, max_model_len, usable_tokens, block_bytes, footprint)
+        max_model_len = min(max_model_len, fits)
+    if max_model_len < 1 or fits < max_model_len:
+        needed = (blocks_for(max_model_len) + 1) * block_bytes
+        raise _does_not_fit(cache, max_model_len, fits, needed, block_bytes, footprint)
     return MemoryPlan(
         weight_bytes=footprint.weight_bytes,
         activation_bytes=footprint.step_bytes,
         kv_bytes=num_blocks * block_bytes,
         num_blocks=num_blocks,
+        sequence_blocks=blocks_for(max_model_len),
         block_size=size,
         max_model_len=max_model_len,
         total_bytes=footprint.memory.total,
     )
+
+
+def _longest(
+    blocks_for: Callable[[int], int], num_blocks: int, wanted: int, block_size: int
+) -> int:
+    """The longest sequence that so many blocks hold, in whole blocks; or `wanted` if that is less."""
+    if blocks_for(wanted) <= num_blocks:
+        return wanted
+    whole = range(0, wanted, block_size)
+    return whole[bisect_right(whole, num_blocks, key=blocks_for) - 1]
 
 
 def _kv_budget(cache: CacheConfig, footprint: Footprint, *, gpu: bool) -> int:
@@ -111,10 +135,14 @@ def _kv_budget(cache: CacheConfig, footprint: Footprint, *, gpu: bool) -> int:
 
 
 def _does_not_fit(
-    cache: CacheConfig, longest: int, fits: int, block_bytes: int, footprint: Footprint
+    cache: CacheConfig,
+    longest: int,
+    fits: int,
+    needed: int,
+    block_bytes: int,
+    footprint: Footprint,
 ) -> MemoryFitError:
     memory, others = footprint.memory, footprint.weight_bytes + footprint.step_bytes
-    needed = (-(-longest // cache.block_size) + 1) * block_bytes
     share = min(1.0, (needed + others) / memory.total + 0.005)
     if cache.num_gpu_blocks_override is not None:
         remedies = [f"--num-gpu-blocks-override {needed // block_bytes}"]

@@ -192,16 +192,11 @@ class OutputProcessor:
             return [], None
         return self._end(state, FinishReason.ABORT), _show(state, _all_indices(state))
 
-    def fail_all(self, message: str) -> list[RequestOutput]:
-        """The engine is gone: every live request ends with an error."""
-        outputs = []
+    def fail_all(self, message: str) -> None:
+        """The engine is gone: every live request has ended with this error."""
         for state in list(self.requests.values()):
             state.error = message
             self._end(state, FinishReason.ERROR)
-            output = _show(state, _all_indices(state))
-            assert output is not None
-            outputs.append(output)
-        return outputs
 
     def _end(self, state: RequestState, reason: FinishReason) -> list[int]:
         ids = []

@@ -1,4 +1,4 @@
-"""Argument checks shared by every implementation: a wrong tensor must raise, never read wild memory."""
+"""Argument checks shared by every implementation: a wrong tensor must raise, and never read other memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from quire.kernels.sampling import SAMPLE_ROW
 
 FLOATS = tuple(getattr(torch, name) for name in dtypes.FLOATS)
 MAX_HEAD_DIM = 512
-BLOCK_UNIT = 16  # SUB in attention_tile.h: keys that must lie side by side
+BLOCK_UNIT = 16  # SUB in attention_tile.h: keys that must be contiguous
 
 
 class KernelArgumentError(EngineError, ValueError):
@@ -152,7 +152,7 @@ def check_norm(x: Tensor, weight: Tensor, out: Tensor | None = None) -> None:
 
 
 def check_norm_weight(name: str, weight: Tensor, dtype: torch.dtype, width: int) -> None:
-    """In float32 or in the dtype of what is normed: see `LayerKernels.rms_norm`."""
+    """In float32 or in the dtype of the normed tensor: see `LayerKernels.rms_norm`."""
     check_dense(name, weight, torch.float32 if weight.dtype is torch.float32 else dtype, (width,))
 
 
@@ -200,7 +200,7 @@ def check_rope_write_kv(
 
 
 def fail_rope_write_kv(code: int) -> NoReturn:
-    """Raise for what a look at the tensors' contents found: 1 or 2."""
+    """Raise the error for a code of the check of contents: 1 or 2."""
     if code == 1:
         raise KernelArgumentError("a position is outside the rows of cos_sin")
     raise KernelArgumentError("a slot is past the cache's num_blocks * block_size")
@@ -215,7 +215,8 @@ def check_gated(gate_up: Tensor, activation: str, known: Iterable[str]) -> None:
 
 
 def check_activation(activation: str, known: Iterable[str]) -> None:
-    require(activation in known, f"activation={activation!r} is not one of {sorted(known)}")
+    if activation not in known:
+        raise KernelArgumentError(f"activation={activation!r} is not one of {sorted(known)}")
 
 
 def check_add(x: Tensor, residual: Tensor) -> None:
@@ -265,7 +266,7 @@ _ATTENTION_FAILURES = {
 
 
 def fail_attention(code: int) -> NoReturn:
-    """Raise for what a look at the tensors' contents found: 2, 3 or 4; any other is no memory."""
+    """Raise the error for a code of the check of contents: 2, 3 or 4; any other means no memory."""
     if code in _ATTENTION_FAILURES:
         raise KernelArgumentError(_ATTENTION_FAILURES[code])
     raise MemoryError("paged_attention could not allocate its scratch memory")
@@ -299,7 +300,7 @@ _SAMPLE_FAILURES = {
 
 
 def fail_sample(code: int) -> NoReturn:
-    """Raise for what a look at the rows' contents found: 1 to 4; any other is no memory."""
+    """Raise the error for a code of the check of rows: 1 to 4; any other means no memory."""
     if code in _SAMPLE_FAILURES:
         raise KernelArgumentError(_SAMPLE_FAILURES[code])
     raise MemoryError("sample could not allocate its scratch memory")

@@ -1,7 +1,7 @@
-"""Large tensors: on huge pages, reserved ahead, and copied by one thread.
+"""Large tensors: on huge pages, reserved in advance, and copied by one thread.
 
-A decode step streams every weight once. On 4 KiB pages that is a TLB miss every 64 cache lines, and the
-hardware's prefetchers stop at each page's end; on 2 MiB pages neither is felt.
+A decode step reads every weight once. With pages of 4 KiB there is a TLB miss every 64 cache lines, and the
+hardware's prefetchers stop at each page's end. With pages of 2 MiB both are rare.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 
 MIN_BYTES = 128 << 10
-"""Less is not streamed, and the allocator has it in a pool."""
+"""Smaller tensors come from the allocator's pool."""
 
 
 MADV_POPULATE_WRITE = 23  # linux/mman.h
@@ -25,9 +25,8 @@ RESERVED_AT_ONCE = 8 << 20
 def large_zeros(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """As `torch.zeros`. Memory is taken from the system as it is touched, 2 MiB at a time.
 
-    A tensor need not be of whole huge pages, nor begin at one: the system places what is asked for in a
-    row side by side and joins it, so a huge page may hold the end of one matrix and the beginning of
-    the next.
+    A tensor need not begin or end at a huge page: the system places consecutive mappings side by side and
+    joins them, so a huge page may hold the end of one matrix and the beginning of the next.
     """
     count = 1
     for size in shape:
@@ -38,16 +37,16 @@ def large_zeros(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     try:
         pages.madvise(mmap.MADV_HUGEPAGE)
-    except OSError:  # a kernel without them
+    except OSError:  # a Linux kernel without huge pages
         pass
     return torch.frombuffer(pages, dtype=dtype, count=count).view(shape)
 
 
 def reserve_in_background(tensor: torch.Tensor) -> None:
-    """Make the system provide a tensor's memory now, beside whatever else goes on, and not at each first use.
+    """Let the system allocate a tensor's pages now, in a thread, and not at their first use.
 
-    Changes no content, so the tensor may be in use. Where the kernel cannot do it (before 5.14), memory comes
-    when it is touched, as ever. The thread holds the tensor until it is done.
+    Contents do not change, so the tensor may be in use. On Linux before 5.14, pages are allocated at
+    their first use. The thread holds the tensor until it is done.
     """
     if not sys.platform.startswith("linux"):
         return
@@ -67,8 +66,8 @@ def reserve_in_background(tensor: torch.Tensor) -> None:
 
 
 def copy_rows(source: torch.Tensor, target: torch.Tensor) -> None:
-    """As `target.copy_(source)`, in this thread alone when there is nothing to convert: PyTorch would start
-    a team of OpenMP threads for each thread that copies.
+    """As `target.copy_(source)`, but only in this thread if no dtype must be converted: PyTorch would
+    start a team of OpenMP threads for each thread that copies.
     """
     if source.dtype is target.dtype and source.is_contiguous() and target.is_contiguous():
         assert source.shape == target.shape, (source.shape, target.shape)

@@ -54,8 +54,8 @@ class NormWeight:
 class AttentionLayer:
     """What an attention layer computes with, besides its products."""
 
-    index: int
-    """Which part of the KV cache's blocks is its own."""
+    part: int
+    """Of the KV cache's blocks: the layer's own."""
     group: int
     """Whose block tables it uses, see `quire.kv_layout`."""
     num_heads: int

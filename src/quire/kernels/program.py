@@ -145,13 +145,14 @@ class ProgramOps:
         return self._record(Code.EMBED, "embed", None, self._buffer(width), argument=embedding)
 
     def norm(self, x: Buffer, norm: NormWeight) -> Buffer:
-        self._check_norm(x, norm, 0)
+        self._check_norm(norm, x.width)
         out = self._buffer(x.width)
         return self._record(Code.NORM, "norm", x, out, argument=norm, width=x.width)
 
     def norm_columns(self, x: Buffer, norm: NormWeight, first: int) -> None:
-        self._check_norm(x, norm, first)
         width = norm.weight.shape[0]
+        self._check_norm(norm, width)
+        require(first + width <= x.width, f"a norm of columns {first} to {first + width}")
         self._record(Code.NORM, "norm", x, x, argument=norm, first=first, width=width)
 
     def linear(self, x: Buffer, product: LinearProduct, label: str) -> Buffer:
@@ -162,6 +163,11 @@ class ProgramOps:
     def rope_write_kv(self, qkv: Buffer, layer: AttentionLayer) -> None:
         width = (layer.num_heads + 2 * layer.num_kv_heads) * layer.head_dim
         require(qkv.width == width, f"qkv has {qkv.width} columns; the layer's heads need {width}")
+        norms = [norm for norm in (layer.q_norm, layer.k_norm) if norm is not None]
+        for norm in norms:
+            self._check_norm(norm, layer.head_dim)
+        alike = {(norm.weight.dtype, norm.eps) for norm in norms}
+        require(len(norms) != 1 and len(alike) <= 1, "queries and keys are normed alike")
         self._record(Code.ROPE_WRITE, "rope_write", qkv, qkv, argument=layer)
 
     def scale_by_position(self, x: Buffer, width: int, table: Tensor) -> None:
@@ -234,13 +240,11 @@ class ProgramOps:
         self._ops.append(Op(code, label, source, target, **rest))  # type: ignore[arg-type]
         return target
 
-    def _check_norm(self, x: Buffer, norm: NormWeight, first: int) -> None:
+    def _check_norm(self, norm: NormWeight, width: int) -> None:
         weight = norm.weight
-        require(weight.dim() == 1 and weight.is_contiguous(), "a norm's weight is one vector")
+        require(tuple(weight.shape) == (width,), f"{tuple(weight.shape)} norm {width} columns")
+        require(weight.is_contiguous(), "a norm's weight is dense")
         require(weight.dtype in (self.dtype, torch.float32), f"a norm's weight is {weight.dtype}")
-        width = weight.shape[0]
-        fits = first + width <= x.width if first or width != x.width else True
-        require(fits, f"a norm of {width} columns from {first}, of {x.width}")
 
     def _check_product(self, x: Buffer, product: LinearProduct, label: str) -> None:
         require(

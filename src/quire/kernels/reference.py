@@ -1,10 +1,10 @@
-"""Every operation in plain PyTorch: what the fast kernels are tested against, and what serves where
-no C compiler is found.
+"""Every operation in plain PyTorch: the reference for the tests of fast kernels, and the fallback without a
+C compiler.
 
-Written to be read, and to keep the contract of `kernels/base.py` whatever PyTorch does for a shape: see
-docs/adr/0022. Additions, products, quotients and square roots of elements are rounded correctly and may be
-made for all rows at once. A sum, or a function that PyTorch approximates, is made for each row by itself
-from a fresh copy, so that the call is the same whatever other rows there are.
+It keeps the contract of `kernels/base.py` whatever PyTorch does for a shape: see docs/adr/0022.
+Additions, products, quotients and square roots of elements are rounded correctly and may be computed for
+all rows at once. A sum, or a function that PyTorch approximates, is computed for each row alone from a
+new copy, so that the call is the same whatever other rows there are.
 """
 
 from __future__ import annotations
@@ -203,7 +203,7 @@ class ReferenceKernels:
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
-    """In float64, for 1 + tanh loses its digits where tanh is near -1."""
+    """In float64, because 1 + tanh loses digits where tanh is near -1."""
     return torch.nn.functional.gelu(x.double(), approximate="tanh")
 
 
@@ -248,7 +248,7 @@ def _check_sample_rows(rows: NDArray[np.void]) -> None:
 
 
 def _row_sums(x: Tensor) -> Tensor:
-    """Of the last dimension, which stays as 1: halves are added until one element is left."""
+    """Sums over the last dimension, kept as 1: halves are added until one element is left."""
     while (size := x.shape[-1]) > 1:
         half = (size + 1) // 2
         folded = x[..., :half].clone()
@@ -277,7 +277,7 @@ def _attend_one(q: Tensor, keys: Tensor, values: Tensor, *, scale: float, softca
 
 
 def _fresh(x: Tensor) -> Tensor:
-    """A float32 copy, dense, in memory of its own: aligned alike in every call."""
+    """A dense float32 copy in new memory, so that the alignment is the same in every call."""
     return x.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
 

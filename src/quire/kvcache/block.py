@@ -8,10 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 NULL_BLOCK_ID = 0
-"""Never handed out: padding rows and unused block-table entries point at it."""
-
-ROOT_SERIAL = 0
-"""Parent of a first block."""
+"""Never handed out: padding rows, and block-table entries that nobody reads, point at it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,35 +29,53 @@ class CacheKey:
         return hashlib.sha256(b"quire" + lengths.tobytes() + b"".join(encoded)).digest()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, repr=False, slots=True)
 class BlockContent:
     """Identity of a block's KV: its tokens and everything before them. A full block is shared by reference,
     the partial one that a request left behind (its tail) by copy.
 
-    `block_hash` finds a candidate; `parent_serial`, `tokens` and `key` prove it. The serial of the
-    parent's content was itself proved on the way down the chain, so by induction a hit holds exactly
-    the wanted prefix, even if the hash were weak.
+    `block_hash` finds a candidate; `parent` and `tokens` prove it. The parent was itself proved on the way
+    down the chain, so by induction a hit holds exactly the wanted prefix, even if the hash were weak. A
+    parent stays known for as long as something after it is cached, even if no block holds it any more:
+    behind a sliding window that is the rule.
     """
 
     block_hash: bytes
-    parent_serial: int
+    parent: BlockContent | CacheKey
     tokens: tuple[int, ...]
-    key: CacheKey
-    serial: int
-    """Unique to this content for the life of the pool."""
-    step_id: int
-    """The step that computes it. Its KV may be read in that step, but copied only in later ones."""
+    blocks: list[Block | None]
+    """By group of layers: the block that holds its KV, if one does."""
+
+    def follows(self, parent: BlockContent | CacheKey, tokens: tuple[int, ...]) -> bool:
+        same = self.parent is parent or self.parent == parent  # keys are equal, contents identical
+        return same and self.tokens == tokens
+
+    def __repr__(self) -> str:
+        return f"BlockContent({self.block_hash.hex()[:8]}, {len(self.tokens)} tokens)"
+
+    def chain(self) -> list[BlockContent]:
+        """From the first block's content to this one."""
+        found = [self]
+        while isinstance(found[-1].parent, BlockContent):
+            found.append(found[-1].parent)
+        found.reverse()
+        return found
 
 
 class Block:
-    """A fixed number of token slots in every layer. Links are for the free list alone."""
+    """A fixed number of token slots in every layer of a group. Links are for the free list alone."""
 
-    __slots__ = ("block_id", "content", "next_free", "prev_free", "ref_count")
+    __slots__ = ("block_id", "content", "group", "next_free", "prev_free", "ref_count", "step_id")
 
     def __init__(self, block_id: int) -> None:
         self.block_id = block_id
         self.ref_count = 0
         self.content: BlockContent | None = None
+        self.group = 0
+        """Which of the groups its content is of."""
+        self.step_id = 0
+        """The step that computes its content. Its KV may be read in that step, but copied only in later
+        ones."""
         self.prev_free: Block | None = None
         self.next_free: Block | None = None
 

@@ -18,20 +18,28 @@ class BlockPool:
     could have used, and nothing decides how large it is. Requests release their blocks tail first,
     so of one request's blocks the head, which most others can share, is evicted last.
 
+    Layers are in groups (`quire.kv_layout`). A block holds some tokens' KV in the layers of one group. Any
+    group may take it: pages of all groups are equally large.
+
     num_blocks: blocks in the KV cache, including the null block (id 0).
     """
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, *, num_groups: int = 1) -> None:
         assert num_blocks >= 2, "one null block and at least one real one"
         self.blocks = [Block(i) for i in range(num_blocks)]
+        self.num_groups = num_groups
         self._free = FreeList()
-        self._cached: dict[bytes, Block] = {}
-        self._tails: dict[int, list[Block]] = {}
-        """By the serial of the full block before them."""
-        self._next_serial = 1
+        self._cached: dict[bytes, BlockContent] = {}
+        """Contents that at least one block holds, by hash."""
+        self._tails: dict[BlockContent | CacheKey, list[BlockContent]] = {}
+        """By what is before them."""
         self.num_shared = 0
         for block in self.blocks[NULL_BLOCK_ID + 1 :]:
             self._free.append(block)
+
+    @property
+    def null_block(self) -> Block:
+        return self.blocks[NULL_BLOCK_ID]
 
     @property
     def num_usable(self) -> int:
@@ -81,122 +89,109 @@ class BlockPool:
 
     def register(
         self,
-        block: Block,
+        blocks: Sequence[Block],
         block_hash: bytes,
-        *,
-        parent_serial: int,
+        parent: BlockContent | CacheKey,
         tokens: tuple[int, ...],
-        key: CacheKey,
         step_id: int,
-    ) -> int:
-        """Make a full block findable; returns the serial of its content.
+    ) -> BlockContent:
+        """Make full blocks findable, one of each group (the null block for a group that holds none); returns
+        their content.
 
-        If the same content is cached in another block already, that one stays the cached one and its
-        serial is returned. If the hash is taken by other content (an orphan whose parent was evicted,
-        or a collision), this block takes the hash over.
+        A group that has cached the same content in another block keeps that one. If the hash is taken by
+        other content (one whose parent was evicted and computed again, or a collision), that is forgotten.
         """
-        assert block.ref_count > 0 and block.content is None
-        existing = self._cached.get(block_hash)
-        if existing is not None:
-            found = self._verify(existing, parent_serial, tokens, key)
-            if found is not None:
-                return found.serial
-            self._forget(existing)
-        serial = self._next_serial
-        self._next_serial += 1
-        block.content = BlockContent(block_hash, parent_serial, tokens, key, serial, step_id)
-        self._cached[block_hash] = block
-        return serial
+        content = self._cached.get(block_hash)
+        if content is not None and not content.follows(parent, tokens):
+            self._forget_content(content)
+            content = None
+        if content is None:
+            content = BlockContent(block_hash, parent, tokens, [None] * self.num_groups)
+        self._fill(content, blocks, step_id)
+        return content
 
     def register_tail(
         self,
-        block: Block,
+        blocks: Sequence[Block],
         block_hash: bytes,
-        *,
-        parent_serial: int,
+        parent: BlockContent | CacheKey,
         tokens: tuple[int, ...],
-        key: CacheKey,
         step_id: int,
     ) -> None:
-        """Make a partial block findable, which its only owner is about to release."""
-        assert block.ref_count == 1 and block.content is None
+        """Make partial blocks findable, which their only owner is about to release: one of each group."""
+        assert all(block.ref_count == 1 for block in blocks)
         if block_hash in self._cached:
             return
-        tails = self._tails.setdefault(parent_serial, [])
+        tails = self._tails.get(parent, [])
         if len(tails) == MOST_TAILS:
-            self._forget(tails[0])
-        serial = self._next_serial
-        self._next_serial += 1
-        block.content = BlockContent(block_hash, parent_serial, tokens, key, serial, step_id)
-        self._cached[block_hash] = block
-        self._tails.setdefault(parent_serial, []).append(block)
+            self._forget_content(tails[0])
+        content = BlockContent(block_hash, parent, tokens, [None] * self.num_groups)
+        self._fill(content, blocks, step_id)
+        self._tails.setdefault(parent, []).append(content)
+
+    def _fill(self, content: BlockContent, blocks: Sequence[Block], step_id: int) -> None:
+        """Let blocks hold the content for those groups in which none does."""
+        for group, block in enumerate(blocks):
+            if content.blocks[group] is None and block.block_id != NULL_BLOCK_ID:
+                assert block.ref_count > 0 and block.content is None
+                block.content, block.group, block.step_id = content, group, step_id
+                content.blocks[group] = block
+                self._cached[content.block_hash] = content
 
     def lookup_tail(
-        self, parent_serial: int, tokens: Sequence[int], key: CacheKey
-    ) -> tuple[Block | None, int]:
+        self, parent: BlockContent | CacheKey, tokens: Sequence[int]
+    ) -> tuple[BlockContent | None, int]:
         """The tail after that content which begins with the most of `tokens`, and how many that is."""
         best, most = None, 0
-        for block in self._tails.get(parent_serial, ()):
-            assert block.content is not None
-            if block.content.key != key:
-                continue
+        for content in self._tails.get(parent, ()):
             count = 0
-            for ours, theirs in zip(tokens, block.content.tokens, strict=False):
+            for ours, theirs in zip(tokens, content.tokens, strict=False):
                 if ours != theirs:
                     break
                 count += 1
             if count > most:
-                best, most = block, count
+                best, most = content, count
         return best, most
 
     def lookup(
-        self,
-        block_hash: bytes,
-        *,
-        parent_serial: int,
-        tokens: Sequence[int],
-        key: CacheKey,
-    ) -> Block | None:
-        """The block that provably holds this content, or None."""
-        block = self._cached.get(block_hash)
-        if block is None:
-            return None
-        if self._verify(block, parent_serial, tuple(tokens), key) is None:
-            return None
-        return block
+        self, block_hash: bytes, parent: BlockContent | CacheKey, tokens: tuple[int, ...]
+    ) -> BlockContent | None:
+        """This content, proved, if a block of any group holds it."""
+        content = self._cached.get(block_hash)
+        return content if content is not None and content.follows(parent, tokens) else None
+
+    def get(self, block_hash: bytes) -> BlockContent | None:
+        """What is cached under this hash; not proved."""
+        return self._cached.get(block_hash)
 
     def reset_cache(self) -> None:
         """Forget all cached content. Blocks in use stay with their requests."""
-        for block in self._cached.values():
-            block.content = None
-        self._cached.clear()
-        self._tails.clear()
-
-    @staticmethod
-    def _verify(
-        block: Block, parent_serial: int, tokens: tuple[int, ...], key: CacheKey
-    ) -> BlockContent | None:
-        content = block.content
-        assert content is not None
-        same = (
-            content.parent_serial == parent_serial
-            and content.tokens == tokens
-            and content.key == key
-        )
-        return content if same else None
+        for content in list(self._cached.values()):
+            self._forget_content(content)
 
     def _forget(self, block: Block) -> None:
-        """Its content cannot be found any more."""
+        """Its content cannot be found in it any more."""
         content = block.content
         if content is None:
             return
-        del self._cached[content.block_hash]
         block.content = None
-        tails = self._tails.get(content.parent_serial, [])
-        if block in tails:
-            tails.remove(block)
+        content.blocks[block.group] = None
+        if content in self._tails.get(content.parent, ()):
+            self._forget_content(content)  # a tail is copied whole
+        elif not any(content.blocks):
+            del self._cached[content.block_hash]
+
+    def _forget_content(self, content: BlockContent) -> None:
+        """No block holds it any more."""
+        for block in filter(None, content.blocks):
+            block.content = None
+        content.blocks = [None] * self.num_groups
+        del self._cached[content.block_hash]
+        tails = self._tails.get(content.parent, [])
+        if content in tails:
+            tails.remove(content)
             if not tails:
-                del self._tails[content.parent_serial]
+                del self._tails[content.parent]
 
     def check_invariants(self, references: dict[int, int]) -> None:
         """Prove counts, free list and cache consistent with `references` (block id -> how many block
@@ -209,11 +204,14 @@ class BlockPool:
             expected = references.get(block.block_id, 0)
             assert block.ref_count == expected, f"{block}: {expected} tables hold it"
             assert (block.block_id in free) == (expected == 0), f"{block} is lost or doubly owned"
-            if block.content is not None:
-                assert self._cached.get(block.content.block_hash) is block, f"{block} unfindable"
-        assert sum(1 for b in self.blocks if b.content is not None) == len(self._cached)
-        for serial, tails in self._tails.items():
-            assert tails and len({block.block_id for block in tails}) == len(tails) <= MOST_TAILS
-            for block in tails:
-                assert block.content is not None and block.content.parent_serial == serial
+            if (content := block.content) is not None:
+                assert content.blocks[block.group] is block, f"{block} is not its content's"
+                assert self._cached.get(content.block_hash) is content, f"{block} unfindable"
+        for content in self._cached.values():
+            held = [block for block in content.blocks if block is not None]
+            assert held and all(block.content is content for block in held)
+        for parent, tails in self._tails.items():
+            assert tails and len(set(tails)) == len(tails) <= MOST_TAILS
+            for content in tails:
+                assert content.parent == parent and None not in content.blocks
         assert self.num_shared == sum(1 for count in references.values() if count > 1)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from quire.kvcache.block import ROOT_SERIAL, Block, CacheKey, hash_block
+from quire.kv_layout import most_held
+from quire.kvcache.block import NULL_BLOCK_ID, Block, BlockContent, CacheKey, hash_block
 from quire.kvcache.block_pool import BlockPool
+from quire.messages import BlockIds
 
 LEAST_COPIED = 4
 """Tokens in a tail that make its copy worthwhile; fewer are computed in less time."""
@@ -14,37 +17,41 @@ LEAST_COPIED = 4
 
 @dataclass(slots=True)
 class PrefixMatch:
-    """KV that exists already for the first `num_tokens` tokens of a request.
+    """KV that exists already for the first `num_tokens` tokens of a request, as far as the next one reads it.
 
-    `blocks` are full and will be shared by reference. `tail`, if any, holds the KV of `tail_tokens` more
-    tokens; it belongs to others, so it is copied (copy-on-write) before this request appends to it.
+    `blocks` are full and will be shared by reference. `tails`, if any, hold the KV of some more tokens; they
+    belong to others, so they are copied (copy-on-write) before this request appends to them.
     """
 
-    num_tokens: int = 0
-    blocks: list[Block] = field(default_factory=list)
-    serials: list[int] = field(default_factory=list)
-    tail: Block | None = None
-
-    def drop_tail(self, block_size: int) -> None:
-        """Do without the copied part: its tokens are computed again."""
-        self.tail = None
-        self.num_tokens = len(self.blocks) * block_size
+    num_tokens: int
+    blocks: list[list[Block]]
+    """By group. The null block where only tokens behind the window have their KV."""
+    contents: list[BlockContent] = field(default_factory=list)
+    """Of the full blocks, as far as they are known."""
+    tails: list[Block] = field(default_factory=list)
+    """One of each group, or none."""
 
 
 @dataclass(slots=True)
 class _Table:
-    """One request's blocks. The first `len(serials)` are full, and their content is known."""
+    """One request's blocks, of each group as many. The first `len(contents)` are full, and their content is
+    known."""
 
     key: CacheKey
-    blocks: list[Block]
-    serials: list[int]
+    blocks: list[list[Block]]
+    contents: list[BlockContent]
+    first: list[int]
+    """By group: index of the first block that is not behind the window. Those before are the null block."""
+    slides_at: int
+    """See `KVCacheManager.slide`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Growth:
-    """Blocks newly in a request's table, and the copy that must precede their use."""
+    """Blocks newly in a request's tables, and the copies that must precede their use."""
 
-    block_ids: list[int]
+    block_ids: BlockIds
+    """Empty if there are none."""
     copies: list[tuple[int, int]]
     """(source, destination) block ids."""
 
@@ -52,132 +59,285 @@ class Growth:
 class KVCacheManager:
     """Turns "this request will have KV for its first n tokens" into blocks.
 
-    A block table is append-only. Full blocks are registered with the pool when their tokens are
-    *scheduled*, not when computed: a request planned later in the same step may already share them,
-    because every layer writes all of the step's KV before any of its attention reads.
+    Layers are in groups, see `quire.kv_layout`. A request has a block table of each group, and all of them
+    grow together. Block tables are append-only. Where a group's layers have a sliding window, blocks that
+    no token still to be computed reads are given back, and the null block stands in their place.
+
+    Full blocks are registered with the pool when their tokens are *scheduled*, not when computed: a request
+    planned later in the same step may already share them, because every layer writes all of the step's KV
+    before any of its attention reads. A block behind the window of a row's first token is not read by the
+    step at all, and may be given to others in it.
+
+    windows: of each group, None for full attention.
+    max_row_tokens: most tokens that a row computes, which bounds what a group with a window holds.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool) -> None:
-        self.pool = BlockPool(num_blocks)
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        *,
+        enable_prefix_caching: bool,
+        windows: Sequence[int | None] = (None,),
+        max_row_tokens: int = 0,
+    ) -> None:
+        self.pool = BlockPool(num_blocks, num_groups=len(windows))
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
+        self.windows = tuple(windows)
         self.tables: dict[int, _Table] = {}
         self._hashes: dict[int, list[bytes]] = {}
+        self._full = [group for group, window in enumerate(windows) if window is None]
+        self._sliding = [
+            (group, window) for group, window in enumerate(windows) if window is not None
+        ]
+        assert max_row_tokens or not self._sliding
+        self._most_held = [most_held(window, block_size, max_row_tokens) for window in windows]
 
     def blocks_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.block_size)
+        """Blocks that a request of so many tokens holds at most at a time."""
+        return sum(self._at_a_time(-(-num_tokens // self.block_size)))
 
     def num_blocks_of(self, request_id: int) -> int:
-        return len(self.tables[request_id].blocks)
+        """Entries in each of its block tables."""
+        return len(self.tables[request_id].blocks[0])
 
     def num_missing(self, request_id: int, num_tokens: int) -> int:
-        """Blocks that its table lacks to hold so many tokens."""
-        return max(0, -(-num_tokens // self.block_size) - len(self.tables[request_id].blocks))
+        """Blocks that it lacks to reach so many tokens. No more than it can hold at a time, but without
+        counting on those that it will give back: others may hold them too."""
+        missing = -(-num_tokens // self.block_size) - len(self.tables[request_id].blocks[0])
+        return sum(self._at_a_time(missing)) if missing > 0 else 0
+
+    def _at_a_time(self, count: int) -> Iterator[int]:
+        """Of `count` blocks, how many each group can hold at a time."""
+        return (count if most is None else min(count, most) for most in self._most_held)
 
     def num_shareable_tokens(self, request_id: int) -> int:
         """How many of its first tokens others find, those scheduled in this step included."""
-        return len(self.tables[request_id].serials) * self.block_size
+        return len(self.tables[request_id].contents) * self.block_size
 
-    def block_ids(self, request_id: int) -> list[int]:
-        return [block.block_id for block in self.tables[request_id].blocks]
+    def block_ids(self, request_id: int, group: int = 0) -> list[int]:
+        return [block.block_id for block in self.tables[request_id].blocks[group]]
+
+    def _first_read(self, group: int, num_tokens: int) -> int:
+        """Index of the first block that the token after `num_tokens` others reads, itself included."""
+        window = self.windows[group]
+        return 0 if window is None else max(0, num_tokens - window + 1) // self.block_size
 
     # --- before admission -------------------------------------------------------------------------
+
+    def no_match(self) -> PrefixMatch:
+        return PrefixMatch(0, [[] for _ in self.windows])
 
     def match_prefix(
         self, request_id: int, token_ids: Sequence[int], key: CacheKey, step_id: int
     ) -> PrefixMatch:
         """The longest cached prefix, at most all tokens but the last: that one must be computed, to
         have something to sample from. Takes no references."""
-        match = PrefixMatch()
         if not self.enable_prefix_caching:
-            return match
+            return self.no_match()
         size = self.block_size
-        serial = ROOT_SERIAL
-        hashes = self._hashes_of(request_id, token_ids, key)
-        for index in range(len(token_ids) // size):
-            tokens = tuple(token_ids[index * size : (index + 1) * size])
-            block = self.pool.lookup(hashes[index], parent_serial=serial, tokens=tokens, key=key)
-            if block is None or block.content is None:
-                break
-            serial = block.content.serial
-            match.blocks.append(block)
-            match.serials.append(serial)
-        match.num_tokens = len(match.blocks) * size
-        if match.num_tokens == len(token_ids) and match.blocks:
-            self._leave_last_token(match, step_id)
+        chain = self._find_chain(request_id, token_ids, key)
+        count = self._longest(chain, len(chain))
+        if count * size == len(token_ids) and count:
+            # All is cached: keep all but the last slot of the last block, by copying it, or recompute it.
+            last, count = chain[count - 1], count - 1
+            if self._can_be_copied(last, step_id):
+                match = self._match(chain[:count], len(token_ids) - 1, last)
+                if match is not None:
+                    return match
+            count = self._longest(chain, count)
         else:
-            rest = token_ids[match.num_tokens : min(match.num_tokens + size, len(token_ids) - 1)]
-            tail, count = self.pool.lookup_tail(serial, rest, key)
-            if tail is not None and count >= LEAST_COPIED and _can_be_copied(tail, step_id):
-                match.tail = tail
-                match.num_tokens += count
+            parent = chain[count - 1] if count else key
+            rest = token_ids[count * size : min((count + 1) * size, len(token_ids) - 1)]
+            tail, more = self.pool.lookup_tail(parent, rest)
+            if tail is not None and more >= LEAST_COPIED and self._can_be_copied(tail, step_id):
+                match = self._match(chain[:count], count * size + more, tail)
+                if match is not None:
+                    return match
+        match = self._match(chain[:count], count * size, None)
+        assert match is not None, "_longest found all that is read"
         return match
 
-    def _leave_last_token(self, match: PrefixMatch, step_id: int) -> None:
-        """Everything is cached: keep all but the last slot of the last block, by copying it, or
-        recompute that block."""
-        last = match.blocks.pop()
-        match.serials.pop()
-        match.num_tokens -= self.block_size
-        if _can_be_copied(last, step_id):
-            match.tail = last
-            match.num_tokens += self.block_size - 1
+    def _find_chain(
+        self, request_id: int, token_ids: Sequence[int], key: CacheKey
+    ) -> list[BlockContent]:
+        """Contents of the first full blocks, proved, for as many as all groups with full attention hold
+        them."""
+        hashes = self._hashes_of(request_id, token_ids, key)
+        size = self.block_size
+        number = len(token_ids) // size
+        if not self._full:
+            return self._find_last(hashes[:number], token_ids, key)
+        several = len(self.windows) > 1  # else a cached content has its one block
+        chain: list[BlockContent] = []
+        parent: BlockContent | CacheKey = key
+        for index in range(number):
+            tokens = tuple(token_ids[index * size : (index + 1) * size])
+            content = self.pool.lookup(hashes[index], parent, tokens)
+            if content is None or (several and self._lacks(content)):
+                break
+            chain.append(content)
+            parent = content
+        return chain
 
-    def match_fork(self, leader_id: int, num_tokens: int, step_id: int) -> PrefixMatch:
+    def _lacks(self, content: BlockContent) -> bool:
+        return any(content.blocks[group] is None for group in self._full)
+
+    def _find_last(
+        self, hashes: Sequence[bytes], token_ids: Sequence[int], key: CacheKey
+    ) -> list[BlockContent]:
+        """The same where all groups have windows. Blocks behind them may be gone; the contents that are
+        left know, and so prove, what was before them."""
+        size = self.block_size
+        for index in range(len(hashes) - 1, -1, -1):
+            last = self.pool.get(hashes[index])
+            if last is None:
+                continue
+            chain = last.chain()
+            if chain[0].parent == key and len(chain) == index + 1:
+                tokens = [token for content in chain for token in content.tokens]
+                if tokens == list(token_ids[: (index + 1) * size]):
+                    return chain
+        return []
+
+    def _longest(self, chain: Sequence[BlockContent], count: int) -> int:
+        """How many of the first `count` full blocks can be taken over, so that in every group the next token
+        finds all that it reads."""
+        found = -1
+        while found != count:
+            found = count
+            for group, _ in self._sliding:
+                count = self._longest_in(group, chain, count)
+        return count
+
+    def _longest_in(self, group: int, chain: Sequence[BlockContent], count: int) -> int:
+        end = count
+        for index in range(count - 1, -1, -1):
+            if index < self._first_read(group, end * self.block_size):
+                break
+            if chain[index].blocks[group] is None:
+                end = index
+        return end
+
+    def _match(
+        self, contents: list[BlockContent], num_tokens: int, tail: BlockContent | None
+    ) -> PrefixMatch | None:
+        """Full blocks with these contents, and the tail; None if a group lacks what the next token reads."""
+        blocks: list[list[Block]] = []
+        for group in range(len(self.windows)):
+            first = self._first_read(group, num_tokens)
+            held = [content.blocks[group] for content in contents[first:]]
+            found = [block for block in held if block is not None]
+            if len(found) < len(held):
+                return None
+            blocks.append([self.pool.null_block] * min(first, len(contents)) + found)
+        tails = [] if tail is None else [block for block in tail.blocks if block is not None]
+        return PrefixMatch(num_tokens, blocks, contents, tails)
+
+    def _can_be_copied(self, content: BlockContent, step_id: int) -> bool:
+        return all(block is not None and _can_be_copied(block, step_id) for block in content.blocks)
+
+    def match_fork(self, leader_id: int, num_tokens: int, step_id: int) -> PrefixMatch | None:
         """Share the first `num_tokens` tokens of a running request, all of which it counts as
-        computed. Finer than `match_prefix`: the partial last block is taken over by copy."""
+        computed. Finer than `match_prefix`: the partial last block is taken over by copy. None if the leader
+        has left them behind a window."""
         leader = self.tables[leader_id]
         full, rest = divmod(num_tokens, self.block_size)
-        assert len(leader.blocks) * self.block_size >= num_tokens
-        match = PrefixMatch(
-            num_tokens=num_tokens,
-            blocks=leader.blocks[:full],
-            serials=leader.serials[:full],
-            tail=leader.blocks[full] if rest else None,
-        )
-        # A leader admitted in this step may itself have matched a block that the step computes.
-        if match.tail is not None and not _can_be_copied(match.tail, step_id):
-            match.drop_tail(self.block_size)
-        return match
+        assert len(leader.blocks[0]) * self.block_size >= num_tokens
+        tails = [table[full] for table in leader.blocks] if rest else []
+        if not all(_can_be_copied(tail, step_id) for tail in tails):
+            # A leader admitted in this step may itself have matched a block that the step computes.
+            tails, num_tokens = [], full * self.block_size
+        blocks = []
+        for group, table in enumerate(leader.blocks):
+            first = self._first_read(group, num_tokens)
+            if first < leader.first[group]:
+                return None
+            blocks.append([self.pool.null_block] * min(first, full) + table[first:full])
+        return PrefixMatch(num_tokens, blocks, leader.contents[:full], tails)
+
+    def without_tails(self, match: PrefixMatch) -> PrefixMatch:
+        """Do without the copied part: its tokens are computed again."""
+        full = len(match.blocks[0])
+        for group, _ in self._sliding:
+            first = self._first_read(group, full * self.block_size)
+            if any(block is self.pool.null_block for block in match.blocks[group][first:]):
+                return self.no_match()
+        return PrefixMatch(full * self.block_size, match.blocks, match.contents)
 
     def blocks_needed(self, match: PrefixMatch, num_tokens: int) -> int:
         """Free blocks that it takes to admit a request with this match and `num_tokens` tokens."""
-        revived = sum(1 for block in match.blocks if block.ref_count == 0)
-        new = self.blocks_for(num_tokens) - len(match.blocks)
-        if match.tail is not None and match.tail.ref_count == 0:
-            new += 1  # held for a moment while it is copied
-        return new + revived
+        count, null = -(-num_tokens // self.block_size), self.pool.null_block
+        needed = 0
+        for blocks, most in zip(match.blocks, self._most_held, strict=True):
+            revived = sum(1 for block in blocks if block.ref_count == 0 and block is not null)
+            own = count - len(blocks) + revived
+            needed += own if most is None else min(own, most)
+        # A tail is held for a moment while it is copied.
+        return needed + sum(1 for block in match.tails if block.ref_count == 0)
 
     # --- while running ----------------------------------------------------------------------------
 
     def admit(self, request_id: int, match: PrefixMatch, key: CacheKey, num_tokens: int) -> Growth:
-        """Open a block table that starts with `match` and reaches to `num_tokens` tokens."""
+        """Open block tables that start with `match` and reach to `num_tokens` tokens."""
         assert request_id not in self.tables
-        self.pool.acquire(match.blocks)
-        self.tables[request_id] = _Table(key, list(match.blocks), list(match.serials))
-        if match.tail is None:
-            growth = self.grow(request_id, num_tokens)
-            assert growth is not None, "blocks_needed was not asked"
-            return Growth(self.block_ids(request_id), [])
-        # The tail must not be handed out as its own copy's destination.
-        self.pool.acquire([match.tail])
+        first = [
+            min(self._first_read(group, match.num_tokens), len(blocks))
+            for group, blocks in enumerate(match.blocks)
+        ]
+        for start, blocks in zip(first, match.blocks, strict=True):
+            self.pool.acquire(blocks[start:])
+        tables = [list(blocks) for blocks in match.blocks]
+        full = len(tables[0])
+        self.tables[request_id] = _Table(
+            key, tables, list(match.contents), first, self._slides_at(first)
+        )
+        # Tails must not be handed out as their own copies' destinations.
+        self.pool.acquire(match.tails)
         growth = self.grow(request_id, max(num_tokens, match.num_tokens))
         assert growth is not None, "blocks_needed was not asked"
-        copy = (match.tail.block_id, growth.block_ids[0])
-        self.pool.release([match.tail])
-        return Growth(self.block_ids(request_id), [copy])
+        copies = [
+            (tail.block_id, table[full].block_id)
+            for tail, table in zip(match.tails, tables, strict=False)
+        ]
+        self.pool.release(match.tails)
+        return Growth(tuple(self.block_ids(request_id, g) for g in range(len(tables))), copies)
 
     def grow(self, request_id: int, num_tokens: int) -> Growth | None:
-        """Extend the table to hold `num_tokens` tokens; None, and no change, if blocks are lacking."""
+        """Extend the tables to hold `num_tokens` tokens; None, and no change, if blocks are lacking."""
         table = self.tables[request_id]
-        missing = self.blocks_for(num_tokens) - len(table.blocks)
+        missing = -(-num_tokens // self.block_size) - len(table.blocks[0])
         if missing <= 0:
             return _NO_GROWTH
-        if missing > self.pool.num_free:
+        if missing * len(table.blocks) > self.pool.num_free:
             return None
-        new = self.pool.allocate(missing)
-        table.blocks.extend(new)
-        return Growth([block.block_id for block in new], [])
+        block_ids = []
+        for blocks in table.blocks:
+            new = self.pool.allocate(missing)
+            blocks.extend(new)
+            block_ids.append([block.block_id for block in new])
+        return Growth(tuple(block_ids), [])
+
+    def slide(self, request_id: int, num_computed: int) -> None:
+        """Give back the blocks that no token from `num_computed` on reads. They stay possible prefix hits."""
+        table = self.tables[request_id]
+        if num_computed < table.slides_at:
+            return
+        for group, _ in self._sliding:
+            blocks, first = table.blocks[group], table.first[group]
+            start = self._first_read(group, num_computed)
+            self.pool.release(reversed(blocks[first:start]))
+            blocks[first:start] = [self.pool.null_block] * (start - first)
+            table.first[group] = start
+        table.slides_at = self._slides_at(table.first)
+
+    def _slides_at(self, first: Sequence[int]) -> int:
+        """With how many computed tokens a group can give back its first block."""
+        return min(
+            ((first[group] + 1) * self.block_size + window - 1 for group, window in self._sliding),
+            default=sys.maxsize,
+        )
 
     def register(
         self, request_id: int, token_ids: Sequence[int], num_tokens: int, step_id: int
@@ -188,19 +348,18 @@ class KVCacheManager:
         table = self.tables[request_id]
         size = self.block_size
         full = num_tokens // size
-        if full <= len(table.serials):
+        if full <= len(table.contents):
             return
         hashes = self._hashes_of(request_id, token_ids, table.key)
-        for index in range(len(table.serials), full):
-            serial = self.pool.register(
-                table.blocks[index],
+        for index in range(len(table.contents), full):
+            content = self.pool.register(
+                [blocks[index] for blocks in table.blocks],
                 hashes[index],
-                parent_serial=table.serials[-1] if table.serials else ROOT_SERIAL,
-                tokens=tuple(token_ids[index * size : (index + 1) * size]),
-                key=table.key,
-                step_id=step_id,
+                table.contents[-1] if table.contents else table.key,
+                tuple(token_ids[index * size : (index + 1) * size]),
+                step_id,
             )
-            table.serials.append(serial)
+            table.contents.append(content)
 
     def release(self, request_id: int, token_ids: Sequence[int] = (), *, step_id: int = 0) -> None:
         """Drop the request's references, tail first, so that its head is evicted last.
@@ -208,20 +367,18 @@ class KVCacheManager:
         token_ids: those whose KV is there, if it is good: the last, partial block is then kept as a tail.
         """
         table = self.tables.pop(request_id)
-        start = len(table.serials) * self.block_size
-        tokens = tuple(token_ids[start : start + self.block_size])
+        full = len(table.contents)
+        tokens = tuple(token_ids[full * self.block_size : (full + 1) * self.block_size])
         if self.enable_prefix_caching and LEAST_COPIED <= len(tokens) < self.block_size:
-            hashes = self._hashes_of(request_id, token_ids, table.key)
-            parent = hashes[len(table.serials) - 1] if start else table.key.root_hash
-            self.pool.register_tail(
-                table.blocks[len(table.serials)],
-                hash_block(parent, tokens),
-                parent_serial=table.serials[-1] if start else ROOT_SERIAL,
-                tokens=tokens,
-                key=table.key,
-                step_id=step_id,
-            )
-        self.pool.release(reversed(table.blocks))
+            tails = [blocks[full] for blocks in table.blocks]
+            if self.pool.null_block not in tails:
+                hashes = self._hashes_of(request_id, token_ids, table.key)
+                parent_hash = hashes[full - 1] if full else table.key.root_hash
+                parent = table.contents[-1] if full else table.key
+                self.pool.register_tail(
+                    tails, hash_block(parent_hash, tokens), parent, tokens, step_id
+                )
+        self.pool.release(_tail_first(table))
 
     def forget(self, request_id: int) -> None:
         """The request is over for good: drop its hashes too."""
@@ -236,6 +393,10 @@ class KVCacheManager:
         return hashes
 
     # --- accounting -------------------------------------------------------------------------------
+
+    @property
+    def has_windows(self) -> bool:
+        return bool(self._sliding)
 
     @property
     def usage(self) -> float:
@@ -268,20 +429,37 @@ class KVCacheManager:
         """Prove block tables, reference counts, free list and cache consistent."""
         references: dict[int, int] = {}
         for request_id, table in self.tables.items():
-            ids = [block.block_id for block in table.blocks]
+            ids = [block.block_id for block in _tail_first(table)]
             assert len(ids) == len(set(ids)), f"request {request_id} holds a block twice"
+            assert NULL_BLOCK_ID not in ids
             for block_id in ids:
                 references[block_id] = references.get(block_id, 0) + 1
-            for block in table.blocks[len(table.serials) :]:
-                assert block.ref_count == 1 or not self.enable_prefix_caching, (
-                    f"request {request_id} may write shared {block}"
-                )
+            full = len(table.contents)
+            for group, blocks in enumerate(table.blocks):
+                first, most = table.first[group], self._most_held[group]
+                assert len(blocks) == len(table.blocks[0])
+                assert set(blocks[:first]) <= {self.pool.null_block}
+                assert most is None or len(blocks) - first <= most
+                for block in blocks[max(first, full) :]:
+                    assert block.ref_count == 1 or not self.enable_prefix_caching, (
+                        f"request {request_id} may write shared {block}"
+                    )
         self.pool.check_invariants(references)
+
+
+def _tail_first(table: _Table) -> Iterator[Block]:
+    if len(table.blocks) == 1:
+        yield from reversed(table.blocks[0][table.first[0] :])
+        return
+    for index in range(len(table.blocks[0]) - 1, -1, -1):
+        for first, blocks in zip(table.first, table.blocks, strict=True):
+            if index >= first:
+                yield blocks[index]
 
 
 def _can_be_copied(block: Block, step_id: int) -> bool:
     """Copies are made before a step's forward pass, so what that step computes is not there yet."""
-    return block.content is None or block.content.step_id < step_id
+    return block.content is None or block.step_id < step_id
 
 
-_NO_GROWTH = Growth([], [])
+_NO_GROWTH = Growth((), [])

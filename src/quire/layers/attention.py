@@ -8,6 +8,7 @@ import torch
 
 from quire.kernels.base import LayerKernels
 from quire.kernels.ops import AttentionLayer, Buf, Ops
+from quire.kv_layout import KVPlace
 from quire.layers.linear import Linear
 from quire.layers.norm import RMSNorm
 from quire.layers.parameter import WeightTarget
@@ -24,8 +25,7 @@ class Attention:
         spec: AttentionSpec,
         prefix: str,
         *,
-        index: int,
-        group: int,
+        place: KVPlace,
         hidden_size: int,
         norm: NormSpec,
         cos_sin: torch.Tensor,
@@ -33,8 +33,7 @@ class Attention:
         kernels: LayerKernels,
         method: LinearMethod,
     ) -> None:
-        """cos_sin: [max_position, R], as in `AttentionLayer`; index: which of the cache's layers is its
-        own."""
+        """cos_sin: [max_position, R], as in `AttentionLayer`."""
         self._qkv, self._o = (
             Linear(shape, dtype=dtype, method=method, kernels=kernels)
             for shape in spec.linears(prefix, hidden_size)
@@ -51,8 +50,8 @@ class Attention:
         """Of all query heads together, and of all key heads."""
         q_norm, k_norm = norms if spec.qk_norm == "head" else (None, None)
         self._layer = AttentionLayer(
-            index=index,
-            group=group,
+            part=place.part,
+            group=place.group,
             num_heads=spec.num_heads,
             num_kv_heads=spec.num_kv_heads,
             head_dim=spec.head_dim,

@@ -32,6 +32,7 @@ from quire.messages.core import (
 )
 from quire.messages.step import (
     AdmittedRequest,
+    BlockIds,
     PlannedRow,
     SampledRow,
     StepPlan,
@@ -42,6 +43,7 @@ __all__ = [
     "AbortRequests",
     "AddRequest",
     "AdmittedRequest",
+    "BlockIds",
     "Answer",
     "Control",
     "ControlAction",

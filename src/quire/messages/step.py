@@ -7,6 +7,9 @@ import msgspec
 from quire.decoding import Decoding
 from quire.messages.core import PromptLogprobs, TokenLogprobs
 
+BlockIds = tuple[list[int], ...]
+"""By group of layers, see `quire.kv_layout`."""
+
 
 class AdmittedRequest(msgspec.Struct, kw_only=True):
     """A request the executor does not know yet (new, or resumed after preemption)."""
@@ -15,7 +18,8 @@ class AdmittedRequest(msgspec.Struct, kw_only=True):
     token_ids: list[int]
     """All known tokens: the prompt, and what was generated before a preemption."""
     num_prompt_tokens: int
-    block_ids: list[int]
+    block_ids: BlockIds
+    """Its block tables. 0, the null block, where all tokens are behind the group's window."""
     decoding: Decoding
     num_prompt_logprobs: int = 0
     """How many of its prompt's tokens have their logprobs already, from before a preemption."""
@@ -29,8 +33,9 @@ class PlannedRow(msgspec.Struct, kw_only=True):
     start: int
     """Its num_computed_tokens before the step."""
     num_tokens: int
-    new_block_ids: list[int]
-    """Appended to its block table (for an admitted request: already in `AdmittedRequest`)."""
+    new_block_ids: BlockIds = ()
+    """Appended to its block tables, to each as many; empty if there are none, and for an admitted request, as
+    `AdmittedRequest` has them already. What is behind a group's window may be another request's by now."""
     samples: int
     """How many tokens may be sampled. 0 if the row does not reach the request's last token; else 1, and one
     more for each draft."""

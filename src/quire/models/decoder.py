@@ -20,6 +20,7 @@ from quire.attention.paged import PagedAttention
 from quire.kernels.base import LayerKernels
 from quire.kernels.ops import Buf, Head, Ops
 from quire.kernels.program import ForwardPass, ProgramOps
+from quire.kv_layout import KVPlace
 from quire.layers.attention import Attention
 from quire.layers.eager import EagerOps, compute_logits
 from quire.layers.embedding import Embedding
@@ -55,6 +56,7 @@ class DecoderLayer:
         dtype: torch.dtype,
         kernels: LayerKernels,
         cos_sin: torch.Tensor,
+        place: KVPlace,
     ) -> None:
         prefix = f"model.layers.{index}"
         spec: LayerSpec = model.layers[index]
@@ -74,8 +76,7 @@ class DecoderLayer:
         self._attention = Attention(
             spec.attention,
             f"{prefix}.self_attn",
-            index=index,
-            group=0,
+            place=place,
             hidden_size=model.hidden_size,
             norm=model.norm,
             cos_sin=cos_sin,
@@ -155,6 +156,7 @@ class DecoderModel:
             cos_sin_table(rope, max_model_len=max_model_len, dtype=dtype).to(kernels.device)
             for rope in spec.ropes
         ]
+        places = spec.kv.places()
         no_rope = torch.empty(max_model_len, 0, device=kernels.device)
         self._layers = [
             DecoderLayer(
@@ -163,6 +165,7 @@ class DecoderModel:
                 dtype=dtype,
                 kernels=kernels,
                 cos_sin=no_rope if layer.attention.rope is None else tables[layer.attention.rope],
+                place=places[index],
             )
             for index, layer in enumerate(spec.layers)
         ]

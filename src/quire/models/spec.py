@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from quire.kv_layout import KVLayout, group_layers
 from quire.layers.spec import AttentionSpec, HeadShape, MlpSpec, NormSpec, RopeSpec
 from quire.quantization.base import LinearMethod, LinearPart, LinearShape
 from quire.quantization.unquantized import UNQUANTIZED
@@ -83,6 +84,12 @@ class ModelSpec:
     def windows(self) -> tuple[int | None, ...]:
         """Each layer's attention window."""
         return tuple(layer.attention.window for layer in self.layers)
+
+    @property
+    def kv(self) -> KVLayout:
+        """Which layers keep which keys and values, and how they share blocks."""
+        largest = max(layer.attention.kv_size for layer in self.layers)
+        return group_layers(self.windows, 2 * largest)
 
     def num_parameters(self) -> int:
         """Trained values, counting a tied embedding once."""

@@ -285,8 +285,8 @@ class DeviceRunner:
             max_model_len=self._max_model_len,
             sampling=self._sampling.admit(index, request),
             prompt=PromptWork.of(request),
-            num_blocks=len(request.block_ids),
-            unsent_blocks=list(request.block_ids),
+            num_blocks=len(request.block_ids[0]),
+            unsent_blocks=list(request.block_ids[0]),
         )
 
     def _copy(self, copies: Sequence[tuple[int, int]]) -> None:
@@ -310,8 +310,8 @@ class DeviceRunner:
         prompts: list[_PromptRow] = []
         for index, (row, seat) in enumerate(zip(rows, seats, strict=True)):
             if row.new_block_ids:
-                seat.num_blocks += len(row.new_block_ids)
-                seat.unsent_blocks += row.new_block_ids
+                seat.num_blocks += len(row.new_block_ids[0])
+                seat.unsent_blocks += row.new_block_ids[0]
             if seat.unsent_blocks:
                 new_blocks.append((index, seat.unsent_blocks))
                 seat.unsent_blocks = []
@@ -462,10 +462,10 @@ class DeviceRunner:
         positions = batch.positions[:tokens]
         metadata = AttentionMetadata(
             positions=positions,
-            slot_mapping=batch.slot_mapping[:tokens],
+            slot_mapping=batch.slot_mapping[0, :tokens],
             query_start_loc=batch.section(Section.QUERY_START_LOC)[: rows + 1],
             seq_lens=batch.section(Section.SEQ_LENS)[:rows],
-            block_table=batch.block_table[:rows],
+            block_table=batch.block_table[0, :rows],
             max_query_len=shape.most_tokens,
         )
         return self.model.compute(batch.input_ids[:tokens], [metadata], self.kv_cache)

@@ -69,7 +69,7 @@ class RunningBatch:
         self.sampling.admit(seat, request)
         if (work := PromptWork.of(request)) is not None:
             self.prompts[seat] = work
-        self.add_blocks(seat, request.block_ids)
+        self.add_blocks(seat, *request.block_ids)
 
     def release(self, request_id: int) -> None:
         seat = self.seat_of.pop(request_id)
@@ -157,7 +157,7 @@ class ModelRunner:
         for row in rows:
             seat = batch.seat_of[row.request_id]
             if row.new_block_ids:
-                batch.add_blocks(seat, row.new_block_ids)
+                batch.add_blocks(seat, *row.new_block_ids)
             wanted = int(row.samples)
             if seat in batch.prompts:
                 wanted = max(wanted, batch.prompts[seat].wanted(row.start, row.num_tokens))

@@ -41,6 +41,7 @@ from quire.kvcache import KVCacheManager, PrefixMatch
 from quire.messages import (
     AddRequest,
     AdmittedRequest,
+    BlockIds,
     FinishReason,
     PlannedRow,
     PromptLogprobs,
@@ -163,6 +164,10 @@ class Scheduler:
             self.waiting.sort(self.policy.waiting_key)
         budget = self.limits.max_num_batched_tokens
         running = list(self.running)
+        if self.kv.has_windows:
+            for request in running:  # drafts in flight may have to be computed again
+                computed = request.num_computed_tokens - request.num_drafts_in_flight
+                self.kv.slide(request.request_id, computed)
         wanted = [self._wanted(request) for request in running]
         quantum = self._quantum(wanted)
         self.report.step(self._step_id, quantum, self.kv.num_free, budget)
@@ -265,7 +270,11 @@ class Scheduler:
                 continue
             growth = self.kv.grow(row.request_id, reach + count)
             assert growth is not None
-            row.new_block_ids = row.new_block_ids + growth.block_ids
+            if row.new_block_ids and growth.block_ids:
+                pairs = zip(row.new_block_ids, growth.block_ids, strict=True)
+                row.new_block_ids = tuple(old + new for old, new in pairs)
+            else:
+                row.new_block_ids = row.new_block_ids or growth.block_ids
             row.draft_token_ids = drafts[:count]
             row.num_tokens += count
             row.samples += count
@@ -307,9 +316,9 @@ class Scheduler:
                 self._num_deferred += 1
                 continue
             keep_free = promised + (self.limits.watermark_blocks if self.running else 0)
-            lacking = self._fit(match, request.num_tokens, self.kv.num_free - keep_free)
-            if lacking is not None:
-                self._stop_at(request, replace(lacking, budget=left))
+            match = self._fit(match, request.num_tokens, self.kv.num_free - keep_free)
+            if isinstance(match, Wait):
+                self._stop_at(request, replace(match, budget=left))
                 break
             needed = request.num_tokens - match.num_tokens
             if needed > left and not self.limits.enable_chunked_prefill:
@@ -345,10 +354,12 @@ class Scheduler:
             if request.num_output_tokens == 0 and shared > 0:
                 if leader.num_computed_tokens < shared:
                     return Wait(WaitReason.FORK, leader.request_id)
-                return self.kv.match_fork(leader.request_id, shared, self._step_id)
+                fork = self.kv.match_fork(leader.request_id, shared, self._step_id)
+                if fork is not None:
+                    return fork
         most = request.most_cached
         if most == 0:
-            return PrefixMatch()
+            return self.kv.no_match()
         tokens = request.token_ids if most is None else request.token_ids[: most + 1]
         if self.kv.enable_prefix_caching:
             for leader in leaders:
@@ -365,14 +376,14 @@ class Scheduler:
         there = self.kv.num_shareable_tokens(leader.request_id)
         return common - there >= self.kv.block_size
 
-    def _fit(self, match: PrefixMatch, num_tokens: int, free: int) -> Wait | None:
-        """None if the request can be admitted, if need be without the match's copied tail (which
+    def _fit(self, match: PrefixMatch, num_tokens: int, free: int) -> PrefixMatch | Wait:
+        """A match with which the request can be admitted, if need be without the copied tail (which
         for a moment holds one block more)."""
         needed = self.kv.blocks_needed(match, num_tokens)
-        if needed > free and match.tail is not None:
-            match.drop_tail(self.kv.block_size)
+        if needed > free and match.tails:
+            match = self.kv.without_tails(match)
             needed = self.kv.blocks_needed(match, num_tokens)
-        return Wait(WaitReason.BLOCKS, needed=needed, free=free) if needed > free else None
+        return Wait(WaitReason.BLOCKS, needed=needed, free=free) if needed > free else match
 
     def _capped(self, count: int) -> int:
         threshold = self.limits.long_prefill_token_threshold
@@ -403,12 +414,12 @@ class Scheduler:
                 num_prompt_logprobs=request.num_prompt_logprobs,
             )
         )
-        self._plan_row(plan, request, count, [])
+        self._plan_row(plan, request, count, ())
         needed = request.num_tokens - match.num_tokens
         self.report.admitted(request.request_id, needed, self.kv.num_free, count)
 
     def _plan_row(
-        self, plan: StepPlan, request: Request, count: int, new_block_ids: list[int]
+        self, plan: StepPlan, request: Request, count: int, new_block_ids: BlockIds
     ) -> None:
         reach = request.num_computed_tokens + count
         known = len(request.token_ids)
@@ -576,6 +587,7 @@ class Scheduler:
             self.kv.num_blocks_of(request.request_id) * size - request.num_computed_tokens
             for request in self.running
         )
+        unused *= len(self.kv.windows)
         stats.kv_slots_used = stats.kv_slots_allocated - unused
         return stats
 

@@ -15,7 +15,9 @@ from quire.kernels.triton.packing import BatchShape, Section, StepPacker
 
 CPU = torch.device("cpu")
 MAX_LEN = 90
-SHAPE = BatchShape(max_seqs=5, max_tokens=40, max_blocks=6)
+SHAPE = BatchShape(max_seqs=5, max_tokens=40, max_blocks=6, num_groups=2)
+SHIFT = 1000
+"""Between a request's blocks in the first group of layers and in the second."""
 
 
 @dataclass
@@ -28,6 +30,10 @@ class Request:
     computed: int
     blocks: list[int] = field(default_factory=list)
     sent: int = 0
+
+    def new_blocks(self) -> list[int]:
+        new = self.blocks[self.sent :]
+        return new + [block + SHIFT for block in new]
 
 
 class Engine:
@@ -87,7 +93,7 @@ class Engine:
                 if request.computed < request.admitted
             ],
             new_blocks=[
-                (b, request.blocks[request.sent :])
+                (b, request.new_blocks())
                 for b, (request, _) in enumerate(rows)
                 if request.sent < len(request.blocks)
             ],
@@ -112,15 +118,18 @@ class Engine:
             ids += request.token_ids[span.start : span.stop]
             positions += span
             slots += [request.blocks[p // size] * size + p % size for p in span]
-            table = batch.block_table[b, : len(request.blocks)]
-            assert table.tolist() == request.blocks
+            for group, table in enumerate(batch.block_table):
+                expected = [block + group * SHIFT for block in request.blocks]
+                assert table[b, : len(request.blocks)].tolist() == expected
             assert batch.section(Section.SEQ_LENS)[b] == span.stop
         padding = padded - len(ids)
         assert batch.input_ids[:padded].tolist() == ids + [0] * padding
         assert batch.positions[:padded].tolist() == positions + [0] * padding
-        assert batch.slot_mapping[:padded].tolist() == slots + [-1] * padding
+        for group, mapping in enumerate(batch.slot_mapping):
+            moved = [slot + group * SHIFT * size for slot in slots]
+            assert mapping[:padded].tolist() == moved + [-1] * padding
         assert (batch.input_ids[padded:] == -5).all()
-        assert (batch.block_table[len(rows) :] == -5).all()
+        assert (batch.block_table[:, len(rows) :] == -5).all()
         starts = np.cumsum([0] + [count for _, count in rows]).tolist()
         padding_rows = num_rows - len(rows)
         assert batch.section(Section.QUERY_START_LOC)[: num_rows + 1].tolist() == (
@@ -175,11 +184,11 @@ def test_a_chunk_and_a_table_longer_than_a_tile() -> None:
     positions = np.arange(start, start + 2100)
     assert batch.input_ids.tolist() == ids.tolist() + [0] * 400
     assert batch.token_ids[0, positions].tolist() == ids.tolist()
-    assert batch.slot_mapping[:2100].tolist() == (
+    assert batch.slot_mapping[0, :2100].tolist() == (
         blocks[positions // 16] * 16 + positions % 16
     ).tolist()  # fmt: skip
-    assert (batch.slot_mapping[2100:] == -1).all()
-    assert batch.block_table[0].tolist() == batch.seat_blocks[0].tolist() == blocks.tolist()
+    assert (batch.slot_mapping[0, 2100:] == -1).all()
+    assert batch.block_table[0, 0].tolist() == batch.seat_blocks[0, 0].tolist() == blocks.tolist()
 
 
 def test_a_step_that_does_not_fit_raises() -> None:

@@ -1,8 +1,8 @@
 """Compile the C kernels with the machine's own compiler, once per machine.
 
-The library's file name is a hash of everything that could change its content: sources, flags,
-compiler version, CPU. So nothing is ever invalidated: a changed source is a new file. It is written
-beside its final name and renamed, so two processes that race both end with a whole file.
+The library's file name is a hash of everything that determines its content: sources, flags, compiler version,
+CPU. So a changed source gives a new file, and no file is ever out of date. A file is written under another
+name and renamed, so if two processes compile at once, both get a complete file.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ compiling = threading.Event()
 
 SOURCES = Path(__file__).parent
 UNITS = ("attention.c", "quire_kernels.c")
-"""Compiled side by side, since this is what a first start waits for: of what takes long, half each."""
-# No -ffast-math, and contraction off: a fused multiply-add happens only where the source says so.
-# Bit reproducibility is worth more than what the compiler would gain.
+"""Compiled in parallel, because a first start waits for it. Both take about the same time."""
+# No -ffast-math and no contraction: a fused multiply-add is used only where the source says so.
+# Reproducible bits are worth more than the compiler's gain.
 FLAGS = (
     "-O2",
     "-pthread",
@@ -38,7 +38,7 @@ FLAGS = (
     "-fno-trapping-math",
     "-ffp-contract=off",
     "-Wno-psabi",
-    "-Werror=implicit-function-declaration",  # of the other unit: kernels.h must declare it
+    "-Werror=implicit-function-declaration",  # kernels.h must declare the functions of the other unit
 )
 EXTRA_FLAGS_VARIABLE = "QUIRE_KERNEL_CFLAGS"
 """More compiler flags, for the sanitizers (scripts/sanitize) and a debugger's -g."""
@@ -58,7 +58,7 @@ def cache_dir() -> Path:
 
 
 def find_compiler() -> list[str]:
-    """$CC if set (and nothing else then), or the first of cc, gcc, clang on the path."""
+    """$CC if it is set, else the first of cc, gcc, clang on the path."""
     if chosen := os.environ.get("CC"):
         command = shlex.split(chosen)
         if not command or shutil.which(command[0]) is None:
@@ -73,7 +73,7 @@ def find_compiler() -> list[str]:
 
 
 def build(march: str = "native") -> Path:
-    """The compiled library's path, compiling it if this machine has not yet. Raises BuildError."""
+    """The path of the compiled library; compiles it the first time. Raises BuildError."""
     extra = shlex.split(os.environ.get(EXTRA_FLAGS_VARIABLE, ""))
     compiler = [*find_compiler(), *FLAGS, machine_flag(march), *extra]
     directory = cache_dir()
@@ -94,7 +94,7 @@ def build(march: str = "native") -> Path:
 
 @contextmanager
 def _announced() -> Iterator[None]:
-    """The only long wait of a first start is said to be one."""
+    """Logs that the kernels are being compiled: the only long wait of a first start."""
     compiling.set()
     report_compiling()
     try:
@@ -104,19 +104,20 @@ def _announced() -> Iterator[None]:
 
 
 def report_compiling() -> None:
-    """Log that kernels are being compiled, if they are: for a process that began before it could log."""
+    """Log that kernels are being compiled, if they are: called when logging is set up after compiling
+    began."""
     if compiling.is_set():
         logger.info("compiling the CPU kernels, once for this machine: about ten seconds")
 
 
 def machine_flag(march: str) -> str:
-    """On Arm a processor is asked for by -mcpu: clang has no -march=native there."""
+    """The flag for the target processor: on Arm -mcpu, because clang has no -march=native there."""
     arm = platform.machine() in ("aarch64", "arm64")
     return "-mcpu=native" if march == "native" and arm else f"-march={march}"
 
 
 def _require_private(directory: Path) -> None:
-    """We load what lies here, so nobody else may be able to put a file in it."""
+    """Code is loaded from this directory, so other users must not be able to write to it."""
     status = directory.stat()
     if status.st_uid != os.getuid() or status.st_mode & 0o022:
         raise BuildError(f"{directory} is not ours alone; chmod 700 it or set QUIRE_CACHE_DIR")
@@ -172,7 +173,8 @@ def _compiler_version(compiler: list[str]) -> bytes:
 
 
 def _cpu_identity() -> str:
-    """What -march=native depends on: a cache on a shared home must not cross CPU types."""
+    """The facts that -march=native depends on: machines with other CPUs may share the cache through a
+    home directory."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

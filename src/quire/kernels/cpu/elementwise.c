@@ -38,7 +38,7 @@ INLINE void norm_row_of(const void *x, const void *weight, void *out, int64_t n,
 /* weight: in dtype, and the row is rounded before it and after it; or in F32, and only after it. */
 static __attribute__((noinline)) void norm_row(const void *x, const void *weight, void *out,
                                                int64_t n, float eps, int dtype, int weight_dtype) {
-  FOR_DTYPE(dtype, if (weight_dtype == F32) norm_row_of(x, weight, out, n, eps, dt, F32);
+  FOR_DTYPE(dtype, if (dt == F32 || weight_dtype == F32) norm_row_of(x, weight, out, n, eps, dt, F32);
             else norm_row_of(x, weight, out, n, eps, dt, dt));
 }
 

@@ -86,8 +86,8 @@ class NativeProgram:
     """A program over one model's weights and one cache. Holds their tensors, so that addresses stay good."""
 
     def __init__(self, program: Program, caches: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """caches: keys and values of each layer. Raises `KernelArgumentError` if a tensor is not what the C
-        code would read."""
+        """caches: keys and values of each part of a block. Raises `KernelArgumentError` if a tensor is not
+        what the C code would read."""
         self._lib = load_library()
         self._program = program
         self._caches = tuple(caches)
@@ -100,8 +100,8 @@ class NativeProgram:
         assert isinstance(head, CProduct)
         widths = {b.number: b.width for op in program.ops for b in (op.source, op.target) if b}
         numbers = range(len(program.offsets))
+        self._vocab_size, self._max_position = head.out_features, layers[0].cos_sin.shape[0]
         self._ops = (_Op * len(program.ops))(*map(self._op, program.ops))
-        self._vocab_size = head.out_features
         self._step = _Step()
         self._rows: StepRows | None = None
         self._num_wanted = 0
@@ -122,7 +122,7 @@ class NativeProgram:
             windows=self._keep((c_int64 * len(windows))(*windows)),
             num_groups=len(windows),
             vocab=self._vocab_size,
-            max_position=layers[0].cos_sin.shape[0],
+            max_position=self._max_position,
             block_size=geometry.block_size,
             num_blocks=geometry.num_blocks,
             q_heads=layers[0].num_heads,
@@ -224,15 +224,18 @@ class NativeProgram:
         elif isinstance(argument, AttentionLayer):
             struct.argument = self._keep(self._layer(argument))
         elif isinstance(argument, Tensor):
-            dtype = self._program.dtype if op.code is Code.EMBED else torch.float32
-            checks.check_dense(op.label, argument, dtype, tuple(argument.shape))
+            if op.code is Code.EMBED:
+                shape = (self._vocab_size, op.target.width if op.target else 0)
+                checks.check_dense(op.label, argument, self._program.dtype, shape)
+            else:
+                checks.check_dense(op.label, argument, torch.float32, (self._max_position,))
             struct.argument = argument.data_ptr()
         if op.code is Code.GATED:
             struct.flag = ACTIVATIONS[op.activation]
         return struct
 
     def _layer(self, layer: AttentionLayer) -> _Layer:
-        k_cache, v_cache = self._caches[layer.index]
+        k_cache, v_cache = self._caches[layer.part]
         return _Layer(
             k_cache=k_cache.data_ptr(),
             v_cache=v_cache.data_ptr(),
@@ -260,7 +263,7 @@ class NativeProgram:
         dtype = self._program.dtype
         geometry = checks.check_caches(*self._caches[0])
         for layer in layers:
-            k_cache, v_cache = self._caches[layer.index]
+            k_cache, v_cache = self._caches[layer.part]
             same = checks.check_caches(k_cache, v_cache) == geometry and k_cache.dtype is dtype
             require(same, "the layers' caches differ")
             heads = (layer.num_kv_heads, layer.head_dim)
@@ -269,9 +272,6 @@ class NativeProgram:
             require(rows == layers[0].cos_sin.shape[0], "the rotary tables differ in length")
             require(columns % 2 == 0 and columns <= layer.head_dim, f"a rotary table of {columns}")
             checks.check_dense("cos_sin", layer.cos_sin, torch.float32, (rows, columns))
-            for norm in (layer.q_norm, layer.k_norm):
-                if norm is not None:
-                    checks.check_dense("norm", norm.weight, norm.weight.dtype, (layer.head_dim,))
         return geometry
 
 

@@ -39,13 +39,14 @@ class DeviceBatch:
     """[max_seqs, max_model_len + 1] int32: the computed or sampled tokens of each seat's request. Tokens
     whose keys were found in the cache may be missing."""
     seat_blocks: Tensor
-    """[max_seqs, max_blocks] int32"""
+    """[groups, max_seqs, max_blocks] int32: a table for each group of layers (`quire.kv_layout`)."""
     input_ids: Tensor
-    """[max_tokens] int64, as the next two."""
+    """[max_tokens] int64, as the next."""
     positions: Tensor
     slot_mapping: Tensor
+    """[groups, max_tokens] int64"""
     block_table: Tensor
-    """[max_seqs, max_blocks] int32; entries past a row's blocks have no meaning."""
+    """[groups, max_seqs, max_blocks] int32; entries past a row's blocks may hold anything."""
 
     @classmethod
     def create(
@@ -59,11 +60,11 @@ class DeviceBatch:
             block_size=block_size,
             packed=zeros(shape.packed_size),
             token_ids=zeros(shape.max_seqs, max_model_len + 1),
-            seat_blocks=zeros(shape.max_seqs, shape.max_blocks),
+            seat_blocks=zeros(shape.num_groups, shape.max_seqs, shape.max_blocks),
             input_ids=zeros(shape.max_tokens, dtype=torch.int64),
             positions=zeros(shape.max_tokens, dtype=torch.int64),
-            slot_mapping=zeros(shape.max_tokens, dtype=torch.int64),
-            block_table=zeros(shape.max_seqs, shape.max_blocks),
+            slot_mapping=zeros(shape.num_groups, shape.max_tokens, dtype=torch.int64),
+            block_table=zeros(shape.num_groups, shape.max_seqs, shape.max_blocks),
         )
 
     def section(self, which: Section) -> Tensor:
@@ -91,18 +92,24 @@ def _build_step(
     token_ids_ptr, seat_blocks_ptr,
     input_ids_ptr, positions_ptr, slot_mapping_ptr, block_table_ptr,
     padded_tokens,
-    MAX_LEN: tl.constexpr, MAX_BLOCKS: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
+    MAX_LEN: tl.constexpr, MAX_BLOCKS: tl.constexpr, MAX_SEQS: tl.constexpr, MAX_TOKENS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """One program a row; the last one writes the padding behind the step's tokens."""
-    row = tl.program_id(0)
+    """Grid: rows, groups of layers. The program past the last row writes the padding behind the step's
+    tokens; those of the first group write what is no group's own."""
+    row, group = tl.program_id(0), tl.program_id(1)
+    slot_mapping_ptr += group * MAX_TOKENS
+    seat_blocks_ptr += group.to(tl.int64) * MAX_SEQS * MAX_BLOCKS
+    block_table_ptr += group.to(tl.int64) * MAX_SEQS * MAX_BLOCKS
+    is_first = group == 0
     lane = tl.arange(0, TILE)
     first = tl.load(query_start_loc_ptr + row)
     if row == tl.num_programs(0) - 1:
         for start in range(first, padded_tokens, TILE):
             token = start + lane
             inside = token < padded_tokens
-            tl.store(input_ids_ptr + token, 0, mask=inside)
-            tl.store(positions_ptr + token, 0, mask=inside)
+            tl.store(input_ids_ptr + token, 0, mask=inside & is_first)
+            tl.store(positions_ptr + token, 0, mask=inside & is_first)
             tl.store(slot_mapping_ptr + token, -1, mask=inside)
     else:
         count = tl.load(query_start_loc_ptr + row + 1) - first
@@ -112,8 +119,9 @@ def _build_step(
             new_ids_end = position + tl.load(id_count_ptr + row)
             new_ids_ptr = packed_ptr + tl.load(id_start_ptr + row)
             num_blocks = tl.load(num_blocks_ptr + row)
-            first_new_block = num_blocks - tl.load(block_count_ptr + row)
-            new_blocks_ptr = packed_ptr + tl.load(block_start_ptr + row)
+            num_new = tl.load(block_count_ptr + row)
+            first_new_block = num_blocks - num_new
+            new_blocks_ptr = packed_ptr + tl.load(block_start_ptr + row) + group * num_new
             ids_ptr = token_ids_ptr + seat * MAX_LEN
             blocks_ptr = seat_blocks_ptr + seat * MAX_BLOCKS
             for start in range(0, num_blocks, TILE):
@@ -129,15 +137,17 @@ def _build_step(
                 token = start + lane
                 inside = token < count
                 at = position + token
-                token_id = _kept_or_new(ids_ptr, new_ids_ptr, at, position, new_ids_end, inside)
+                token_id = _kept_or_new(
+                    ids_ptr, new_ids_ptr, at, position, new_ids_end, inside & is_first
+                )
                 # Read the row of the table again: part of it may not have been written to the seat yet.
                 index = at // BLOCK_SIZE
                 block = _kept_or_new(
                     blocks_ptr, new_blocks_ptr, index, first_new_block, num_blocks, inside
                 )
                 slot = block.to(tl.int64) * BLOCK_SIZE + at % BLOCK_SIZE
-                tl.store(input_ids_ptr + first + token, token_id, mask=inside)
-                tl.store(positions_ptr + first + token, at, mask=inside)
+                tl.store(input_ids_ptr + first + token, token_id, mask=inside & is_first)
+                tl.store(positions_ptr + first + token, at, mask=inside & is_first)
                 tl.store(slot_mapping_ptr + first + token, slot, mask=inside)
 
 
@@ -152,7 +162,7 @@ def build_step(batch: DeviceBatch, *, num_rows: int, num_tokens: int) -> None:
         raise KernelArgumentError(
             f"{num_rows} rows and {num_tokens} tokens do not fit {batch.shape}"
         )
-    _build_step[(num_rows + 1,)](
+    _build_step[(num_rows + 1, batch.shape.num_groups)](
         batch.packed,
         batch.section(Section.QUERY_START_LOC),
         batch.section(Section.SEQ_LENS),
@@ -166,6 +176,7 @@ def build_step(batch: DeviceBatch, *, num_rows: int, num_tokens: int) -> None:
         batch.input_ids, batch.positions, batch.slot_mapping, batch.block_table,
         num_tokens,
         MAX_LEN=batch.token_ids.shape[1], MAX_BLOCKS=batch.shape.max_blocks,
+        MAX_SEQS=batch.shape.max_seqs, MAX_TOKENS=batch.shape.max_tokens,
         BLOCK_SIZE=batch.block_size, TILE=1024, num_warps=4,
     )  # fmt: skip
 

@@ -19,8 +19,9 @@ launch padding rows too: these have no tokens and no keys, and nothing is writte
     id_start          where in the buffer the ids are that it brings, those of
                       its first tokens of this step
     id_count          how many
-    block_start       where in the buffer its new blocks are, the last of its table
-    block_count       how many
+    block_start       where in the buffer its new blocks are, the last of its tables: one
+                      group of layers after another
+    block_count       how many in each group
 
     section           what entry r holds, about the r-th row that samples           padding
     logit_rows        where its last token is among the step's                      0
@@ -69,7 +70,8 @@ class BatchShape:
     max_tokens: int
     """Tokens of one step, the padding of a graph included."""
     max_blocks: int
-    """Blocks of one request."""
+    """Blocks of one request, in each group of layers."""
+    num_groups: int = 1
 
     @property
     def section_width(self) -> int:
@@ -83,7 +85,7 @@ class BatchShape:
     @property
     def packed_size(self) -> int:
         """int32 in the buffer: enough for every seat's whole table to be new."""
-        return self.tail + self.max_tokens + self.max_seqs * self.max_blocks
+        return self.tail + self.max_tokens + self.num_groups * self.max_seqs * self.max_blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +115,8 @@ class StepPacker:
 
         seats, counts, seq_lens, num_blocks: [B], one row each: its seat, tokens to compute (one at
         least), keys once they are, and blocks of its table. sampling: [R], the rows that sample.
-        new_ids, new_blocks: (row, ids), for the rows that have any. Raises `KernelArgumentError` if
+        new_ids, new_blocks: (row, ids), for the rows that have any; blocks of one group of layers after
+        those of another, as many of each. Raises `KernelArgumentError` if
         there is more than the shape has room for.
         """
         rows, picked = len(seats), len(sampling)
@@ -138,7 +141,9 @@ class StepPacker:
         of[Section.SAMPLE_POSITIONS, :picked] = seq_lens[sampling]
         of[Section.SAMPLE_POSITIONS, picked:] = 0
         end = self._append(self.shape.tail, new_ids, of[Section.ID_START], of[Section.ID_COUNT])
-        return self._append(end, new_blocks, of[Section.BLOCK_START], of[Section.BLOCK_COUNT])
+        end = self._append(end, new_blocks, of[Section.BLOCK_START], of[Section.BLOCK_COUNT])
+        of[Section.BLOCK_COUNT] //= self.shape.num_groups
+        return end
 
     def _append(
         self,
