@@ -127,6 +127,7 @@ def build_scheduler(config: EngineConfig, layout: KVLayout, memory: MemoryPlan) 
         long_prefill_token_threshold=options.long_prefill_token_threshold,
         enable_chunked_prefill=options.enable_chunked_prefill,
         policy=options.scheduling_policy,
+        max_samples=options.max_num_seqs,  # a backend has memory for the logits of so many
     )
     return Scheduler(
         limits, kv, needs_token_before_next=lambda message: message.decoding.rules is not None

@@ -17,10 +17,9 @@ from quire.errors import ConfigError, MemoryFitError
 from quire.kernels.triton.backend import TritonKernels
 from quire.models.decoder import DecoderModel
 from quire.runner.device import CudaDevice, Device
-from quire.runner.device_runner import DeviceRunner
 from quire.runner.footprint import Footprint, WorkerSpec, estimate
-from quire.runner.platform import StepRunner, make_cache
-from quire.sampling.sampler import GrammarSource
+from quire.runner.gpu_step import GPUBackend
+from quire.runner.platform import make_cache
 
 logger = logging.getLogger(__name__)
 
@@ -35,11 +34,6 @@ class GPU:
         self, config: EngineConfig, spec: WorkerSpec, device: Device | None = None
     ) -> None:
         """device: the first GPU if None. Raises `ConfigError` if it cannot be used."""
-        if config.model.logprobs_mode != "raw_logprobs":
-            raise ConfigError(
-                f"logprobs_mode {config.model.logprobs_mode!r} is not there on a GPU; leave it at "
-                "raw_logprobs, or take --device cpu."
-            )
         self._config = config
         self._spec = spec
         self.max_in_flight = 2 if config.runtime.async_scheduling else 1
@@ -90,31 +84,29 @@ class GPU:
         )
         return create_attention(self._config.runtime.attention_backend, self.kernels, task)
 
-    def runner(self, model: DecoderModel, grammars: GrammarSource | None) -> DeviceRunner:
+    def backend(self, model: DecoderModel) -> GPUBackend:
         options = self._config.scheduler
-        return DeviceRunner(
+        return GPUBackend(
             model,
-            self.kernels,
             self.device,
             max_num_seqs=options.max_num_seqs,
             max_num_batched_tokens=options.max_num_batched_tokens,
             max_model_len=self._spec.max_model_len,
             block_size=self._config.cache.block_size,
             eager=self._config.runtime.enforce_eager,
-            grammars=grammars,
+            logprobs_mode=self._config.model.logprobs_mode,
         )
 
-    def footprint(self, runner: StepRunner) -> Footprint:
-        """Measured, by a step as large as may be: beside all that the runner keeps."""
+    def footprint(self, model: DecoderModel) -> Footprint:
+        """Measured, by a step as large as may be."""
         cache = self.cache(1)
-        runner.open_cache(cache, self._spec.max_model_len)
-        measured = self.device.measure(lambda: self._try_out(runner.model, cache))
+        measured = self.device.measure(lambda: self._try_out(model, cache))
         if measured is None:
             return estimate(
                 self._config,
                 self._spec.model,
                 self.device.memory(),
-                dtype_bytes=runner.model.dtype.itemsize,
+                dtype_bytes=model.dtype.itemsize,
                 max_model_len=self._spec.max_model_len,
             )
         weights, step = measured
@@ -135,7 +127,17 @@ class GPU:
         _run_step(model, cache, requests=1, tokens=1)
 
     def cache(self, num_blocks: int) -> KVCache:
-        return make_cache(self._config, self._spec, self.kernels, num_blocks)
+        """And attention's workspace, with the first: CUDA graphs keep its address."""
+        cache = make_cache(self._config, self._spec, self.kernels, num_blocks)
+        model = self._spec.model
+        self.kernels.reserve(
+            cache.layers[0].k,
+            q_heads=model.heads.num_heads,
+            max_requests=self._config.scheduler.max_num_seqs,
+            max_len=self._spec.max_model_len,
+            windows={window or 0 for window in model.windows},
+        )
+        return cache
 
     def release(self) -> None:
         self.device.release()
@@ -154,7 +156,7 @@ def _run_step(model: DecoderModel, cache: KVCache, *, requests: int, tokens: int
         block_table=torch.zeros(requests, -(-tokens // size), dtype=torch.int32, device=device),
         max_query_len=tokens,
     )
-    return model.compute(torch.zeros_like(positions), [metadata], cache)
+    return model.compute(torch.zeros_like(positions), [metadata] * len(model.spec.kv.groups), cache)
 
 
 def _remedy(error: Exception) -> str | None:

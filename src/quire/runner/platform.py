@@ -10,34 +10,9 @@ import torch
 from quire.attention.base import AttentionBackend, KVCache
 from quire.config import EngineConfig
 from quire.kernels.base import LayerKernels
-from quire.messages import StepPlan, StepResult
 from quire.models.decoder import DecoderModel
+from quire.runner.backend import StepBackend
 from quire.runner.footprint import Footprint, WorkerSpec
-from quire.sampling.sampler import GrammarSource
-
-
-class LaunchedStep(Protocol):
-    """A step under way."""
-
-    def result(self) -> StepResult:
-        """Wait for the step. Raises what the step raised."""
-        ...
-
-
-class StepRunner(Protocol):
-    """Carries out plans, in order."""
-
-    model: DecoderModel
-
-    def open_cache(self, kv_cache: KVCache, max_model_len: int) -> None:
-        """Once, before any plan."""
-        ...
-
-    def launch(self, plan: StepPlan) -> LaunchedStep: ...
-
-    def prepare(self) -> bool:
-        """See `Executor.prepare`."""
-        ...
 
 
 class Platform(Protocol):
@@ -54,10 +29,10 @@ class Platform(Protocol):
         """None: the kernels' own."""
         ...
 
-    def runner(self, model: DecoderModel, grammars: GrammarSource | None) -> StepRunner: ...
+    def backend(self, model: DecoderModel) -> StepBackend: ...
 
-    def footprint(self, runner: StepRunner) -> Footprint:
-        """Of a runner whose cache is not opened yet."""
+    def footprint(self, model: DecoderModel) -> Footprint:
+        """With all that the backend keeps."""
         ...
 
     def cache(self, num_blocks: int) -> KVCache: ...

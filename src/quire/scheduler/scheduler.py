@@ -68,6 +68,9 @@ class SchedulerLimits:
     long_prefill_token_threshold: int = 0
     enable_chunked_prefill: bool = True
     policy: str = "fcfs"
+    max_samples: int = 1 << 30
+    """Tokens that a step may sample. Those after drafts are counted; without drafts there is one for each
+    sequence at most."""
 
 
 class Scheduler:
@@ -249,10 +252,13 @@ class Scheduler:
         return held
 
     def _add_drafts(self, plan: StepPlan) -> None:
-        """Let rows verify drafts, in order, with what is left of the budget and of the free blocks. What does
-        not fit is dropped."""
+        """Let rows verify drafts, in order, with what is left of the budget, of the samples and of the free
+        blocks. What does not fit is dropped."""
         self._has_drafts = False
-        left = self.limits.max_num_batched_tokens - plan.num_tokens
+        left = min(
+            self.limits.max_num_batched_tokens - plan.num_tokens,
+            self.limits.max_samples - sum(row.samples for row in plan.rows),
+        )
         for row in plan.rows:
             request = self.requests[row.request_id]
             drafts, request.draft_token_ids = request.draft_token_ids, ()

@@ -76,7 +76,7 @@ def test_penalties_and_bans_are_those_of_the_sampler(params: dict[str, Any], pos
         request_id=0,
         token_ids=prompt + output,
         num_prompt_tokens=len(prompt),
-        block_ids=[],
+        block_ids=([],),
         decoding=given,
     )
     state = SamplingState(request, VOCAB)
