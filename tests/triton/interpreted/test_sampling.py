@@ -19,7 +19,7 @@ from quire.kernels.reference import ReferenceKernels, filtered_scores
 from quire.kernels.sampling import sample_row
 from quire.kernels.triton.sampling import DeviceTokens, SampleWorkspace, processed, sample
 from quire.kernels.triton.seats import as_words
-from quire.sampling import sampler
+from quire.sampling import logprobs
 from tests.kernels.cases import generator, randn, seeds
 
 # NumPy warns of what a kernel computes and then does not choose.
@@ -234,7 +234,7 @@ def test_processed_logits_are_those_of_the_sampler(
     logits[:, vocab // 2] = 0.0
     expected = torch.full_like(logits, 7.0)
     for row in (2, 0):
-        expected[row] = sampler.processed(logits[row], record(fields[row]))
+        expected[row] = logprobs.processed(logits[row], record(fields[row]))
     if in_place:
         expected[1] = logits[1]
     workspace = SampleWorkspace.create(3, vocab, "cpu")
