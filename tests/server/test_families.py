@@ -16,7 +16,10 @@ from tests.engine.checkpoints import prompts, write_checkpoint
 
 from quire.cli.demo.server import ServerProcess
 
-FAMILIES = ["llama-llama3", "mistral-window", "qwen2", "qwen3"]
+FAMILIES = [
+    "llama-llama3", "mistral-window", "qwen2", "qwen3", "gemma2", "gemma3-multimodal", "olmo2", "olmo3",
+    "phi3", "phi3-longrope-long", "granite", "smollm3-windows-untied", "ministral3-multimodal-tied",
+]  # fmt: skip
 NEW_TOKENS = 64
 
 
