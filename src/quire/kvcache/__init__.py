@@ -2,6 +2,7 @@
 
 from quire.kvcache.block import NULL_BLOCK_ID, Block, BlockContent, CacheKey, FreeList, hash_block
 from quire.kvcache.block_pool import BlockPool
+from quire.kvcache.connector import KVConnector
 from quire.kvcache.manager import Growth, KVCacheManager, PrefixMatch
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "FreeList",
     "Growth",
     "KVCacheManager",
+    "KVConnector",
     "PrefixMatch",
     "hash_block",
 ]

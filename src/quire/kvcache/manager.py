@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from quire.kv_layout import most_held
 from quire.kvcache.block import NULL_BLOCK_ID, Block, BlockContent, CacheKey, hash_block
 from quire.kvcache.block_pool import BlockPool
+from quire.kvcache.connector import KVConnector
+from quire.kvcache.transfers import Load, Transfers, WantedBlock
 from quire.messages import BlockIds
 
 LEAST_COPIED = 4
@@ -86,6 +88,7 @@ class KVCacheManager:
         self.enable_prefix_caching = enable_prefix_caching
         self.windows = tuple(windows)
         self.tables: dict[int, _Table] = {}
+        self.transfers: Transfers | None = None
         self._hashes: dict[int, list[bytes]] = {}
         self._full = [group for group, window in enumerate(windows) if window is None]
         self._sliding = [
@@ -266,6 +269,70 @@ class KVCacheManager:
                 return self.no_match()
         return PrefixMatch(full * self.block_size, match.blocks, match.contents)
 
+    # --- loads and saves --------------------------------------------------------------------------
+
+    def connect(self, connector: KVConnector, most_held: int) -> None:
+        """Ask a connector what to load and to save.
+
+        most_held: blocks that transfers may hold."""
+        self.transfers = Transfers(self.pool, connector, most_held)
+
+    def start_load(
+        self, request_id: int, token_ids: Sequence[int], key: CacheKey, found: int, free: int
+    ) -> int | None:
+        """Load what the store has of a request's prefix, if that is longer than the `found` tokens, into at
+        most `free` blocks. Returns the transfer's id; when it is over, `match_prefix` finds what came."""
+        assert self.transfers is not None
+        lookup, size = self.transfers.connector.lookup, self.block_size
+        hashes = self._hashes_of(request_id, token_ids, key)[: len(token_ids) // size]
+        chain = self._find_chain(request_id, token_ids, key)
+        known = len(chain)
+        runs = (lookup([(name, group) for name in hashes[known:]]) for group in self._full)
+        count = min((known + run for run in runs), default=len(hashes))
+        wanted: list[WantedBlock] = []
+        held: list[Block] = []
+        for index in range(count):
+            for group in range(len(self.windows)):
+                block = chain[index].blocks[group] if index < known else None
+                if index < self._first_read(group, count * size):
+                    continue
+                if block is None:
+                    wanted.append(WantedBlock(index, group))
+                else:
+                    held.append(block)
+        if not wanted or count * size <= found:
+            return None
+        start = min(wanted[0].index, known)
+        load = Load(
+            parent=chain[start - 1] if start else key,
+            start=start,
+            hashes=hashes[start:count],
+            tokens=[tuple(token_ids[i * size : (i + 1) * size]) for i in range(start, count)],
+            wanted=wanted,
+        )
+        names = [load.name(block) for block in wanted if self.windows[block.group] is not None]
+        if names and lookup(names) < len(names):
+            return None
+        return self.transfers.load(load, held, free)
+
+    def save_finished(self, request_id: int) -> None:
+        """Offer the connector what a request leaves, before it is released."""
+        assert self.transfers is not None
+        table = self.tables[request_id]
+        reach = len(table.contents) * self.block_size
+        names, blocks = [], []
+        for index, content in enumerate(table.contents):
+            for group, first in enumerate(table.first):
+                if index < self._first_read(group, reach):
+                    continue
+                behind = index < first  # of its last token, but not of its last full block
+                block = content.blocks[group] if behind else table.blocks[group][index]
+                if block is not None:
+                    names.append((content.block_hash, group))
+                    blocks.append(block)
+        if names and self.transfers.connector.on_finish(request_id, names):
+            self.transfers.save(names, blocks)
+
     def blocks_needed(self, match: PrefixMatch, num_tokens: int) -> int:
         """Free blocks that it takes to admit a request with this match and `num_tokens` tokens."""
         count, null = -(-num_tokens // self.block_size), self.pool.null_block
@@ -444,6 +511,8 @@ class KVCacheManager:
                     assert block.ref_count == 1 or not self.enable_prefix_caching, (
                         f"request {request_id} may write shared {block}"
                     )
+        for block in self.transfers.blocks() if self.transfers is not None else ():
+            references[block.block_id] = references.get(block.block_id, 0) + 1
         self.pool.check_invariants(references)
 
 

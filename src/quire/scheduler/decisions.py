@@ -26,6 +26,8 @@ class WaitReason(str, Enum):
     FORK = "its fork's leader computes the prompt"
     TOKEN = "its last token is pending"
     """A plan in flight samples it."""
+    LOAD = "its KV is being loaded"
+    """From a store outside the cache."""
     GRAMMAR = "its grammar is being compiled"
 
     @property
@@ -34,7 +36,11 @@ class WaitReason(str, Enum):
         return "deferred" if self in _DEFERRED else "capacity"
 
 
-_DEFERRED = frozenset({WaitReason.PREFIX, WaitReason.FORK, WaitReason.TOKEN, WaitReason.GRAMMAR})
+_DEFERRED = frozenset(
+    {
+        WaitReason.PREFIX, WaitReason.FORK, WaitReason.TOKEN, WaitReason.LOAD, WaitReason.GRAMMAR,
+    }
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
