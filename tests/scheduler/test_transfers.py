@@ -198,6 +198,36 @@ def test_what_is_evicted_is_saved_before_and_no_request_waits_for_that() -> None
     assert engine.tokens[5] == expected_output(PROMPT, 0, 2)
 
 
+def test_what_was_saved_is_evicted_first() -> None:
+    engine = Engine()
+    engine.add(1, PROMPT)
+    engine.run()
+    kv = engine.scheduler.kv
+    block = next(block for block in kv.pool.next_free(29) if block.content is not None)
+    kv.transfers.save([(block.content.block_hash, 0)], [block])
+    kv.check_invariants()
+    (transfer,) = kv.transfers.take()[1]
+    kv.transfers.finish(transfer.transfer_id, 1, 9)
+    assert kv.pool.next_free(1) == [block] and block.content is not None
+
+
+def test_what_was_found_stays_until_the_rest_is_loaded() -> None:
+    engine = Engine(keeps="finished", late=3)
+    engine.add(1, PROMPT)
+    engine.run()
+    engine.scheduler.kv.reset_cache()
+    engine.add(2, PROMPT[:9])
+    engine.run()
+    engine.scheduler.kv.transfers._next_id = 1  # three plans late
+    engine.add(9, [50] * 6, max_tokens=20)
+    engine.add(3, PROMPT)
+    engine.step()
+    (found,) = engine.scheduler.kv.match_prefix(3, PROMPT, CacheKey(), 99).blocks
+    assert [block.ref_count for block in found] == [1, 1]
+    engine.run()
+    assert engine.starts(3)[0] == 20 and engine.executor.num_loaded == 2 + 3
+
+
 def test_only_what_a_window_reads_is_loaded() -> None:
     engine = Engine(num_blocks=60, windows=(None, 6), keeps="finished")
     engine.add(1, PROMPT)

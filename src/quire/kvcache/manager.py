@@ -278,10 +278,10 @@ class KVCacheManager:
         self.transfers = Transfers(self.pool, connector, most_held)
 
     def start_load(
-        self, request_id: int, token_ids: Sequence[int], key: CacheKey, found: int, free: int
+        self, request_id: int, token_ids: Sequence[int], key: CacheKey, free: int
     ) -> int | None:
-        """Load what the store has of a request's prefix, if that is longer than the `found` tokens, into at
-        most `free` blocks. Returns the transfer's id; when it is over, `match_prefix` finds what came."""
+        """Load what the store has of a request's prefix beyond what is found, into at most `free` blocks.
+        Returns the transfer's id; when it is over, `match_prefix` finds what came."""
         assert self.transfers is not None
         lookup, size = self.transfers.connector.lookup, self.block_size
         hashes = self._hashes_of(request_id, token_ids, key)[: len(token_ids) // size]
@@ -300,7 +300,7 @@ class KVCacheManager:
                     wanted.append(WantedBlock(index, group))
                 else:
                     held.append(block)
-        if not wanted or count * size <= found:
+        if not wanted:
             return None
         start = min(wanted[0].index, known)
         load = Load(

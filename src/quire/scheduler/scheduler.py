@@ -326,7 +326,7 @@ class Scheduler:
                 self._num_deferred += 1
                 continue
             keep_free = promised + (self.limits.watermark_blocks if self.running else 0)
-            if self.kv.transfers is not None and self._loads(request, match, keep_free):
+            if self.kv.transfers is not None and self._loads(request, keep_free):
                 self._waits[request.request_id] = Wait(WaitReason.LOAD)
                 self._num_deferred += 1
                 continue
@@ -381,7 +381,7 @@ class Scheduler:
                     return Wait(WaitReason.PREFIX, leader.request_id)
         return self.kv.match_prefix(request.request_id, tokens, request.cache_key, self._step_id)
 
-    def _loads(self, request: Request, match: PrefixMatch, keep_free: int) -> bool:
+    def _loads(self, request: Request, keep_free: int) -> bool:
         """Whether the request waits for KV from a store: that is asked for once each time it waits."""
         assert self.kv.transfers is not None
         transfer_id = self._loading.get(request.request_id)
@@ -390,9 +390,7 @@ class Scheduler:
         if request.most_cached is not None or not self.kv.enable_prefix_caching:
             return False
         free = self.kv.num_free - keep_free
-        started = self.kv.start_load(
-            request.request_id, request.token_ids, request.cache_key, match.num_tokens, free
-        )
+        started = self.kv.start_load(request.request_id, request.token_ids, request.cache_key, free)
         if started is not None:
             self._loading[request.request_id] = started
         return started is not None
