@@ -21,6 +21,7 @@ from typing import Any
 
 from quire import LLM, SamplingParams
 from quire.bench.record import run_record
+from quire.runner.runner import RunningStep
 
 RUNS = 5
 
@@ -94,13 +95,15 @@ def measure(case: Case, models: Path | None) -> dict[str, float]:
         enable_prefix_caching=False,
     )
     core = llm._core._core  # a benchmark may look inside
-    runner, decoder = core.executor.runner, core.executor.runner._decoder
+    runner = core.executor.runner
+    decoder = runner.backend._pass
     watch = Stopwatch()
     watch.wrap(core.scheduler, "schedule", "schedule")
     watch.wrap(core.scheduler, "update", "update")
-    watch.wrap(runner, "execute", "build batch")
-    watch.wrap(runner, "_sample", "sample")
-    watch.wrap(llm._output, "process", "outputs")
+    watch.wrap(runner, "launch", "build batch")
+    watch.wrap(RunningStep, "result", "build batch")
+    watch.wrap(runner.backend._sampler, "sample", "sample")
+    watch.wrap(llm._front, "take", "outputs")
     rng = random.Random(0)
     vocab = runner.model.spec.vocab_size - 300
     params = SamplingParams(temperature=0.0, max_tokens=case.steps, ignore_eos=True)

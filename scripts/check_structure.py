@@ -20,8 +20,6 @@ PACKAGE = Path(__file__).resolve().parent.parent / "src" / "quire"
 
 STAND_INS = {"MockExecutor", "ScriptedFuture", "SimulatedExecutor"}
 """Executors without a model."""
-KNOWN_RUNNERS = {"ModelRunner", "DeviceRunner"}
-"""Both until R3 makes them one."""
 OPEN_TO_MODELS = {"quire.kernels.base", "quire.kernels.ops", "quire.kernels.program"}
 """The modules of kernels/ that models may import: the protocols they are written against."""
 C_LIBRARIES = {"ctypes", "cffi"}
@@ -42,7 +40,7 @@ def circles(package: str) -> Iterator[str]:
 def second_runners(folder: Path) -> Iterator[str]:
     running = runners(folder)
     real = sorted(set(running) - STAND_INS)
-    if len(real) != 1 and set(real) != KNOWN_RUNNERS:
+    if len(real) != 1:
         places = ", ".join(f"{name} ({running[name]})" for name in real) or "none"
         yield f"one class should turn a StepPlan into a StepResult; found {places}"
 

@@ -11,6 +11,7 @@ import asyncio
 import io
 import shutil
 import sys
+import time
 from pathlib import Path
 
 from PIL import Image
@@ -22,7 +23,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 from quire.cli.demo.server import ServerProcess, scratch_folder
 
 IMAGES = Path(__file__).resolve().parent.parent / "docs" / "images"
-WIDTH, HEIGHT, SCALE = 940, 600, 2
+WIDTH, HEIGHT, SCALE = 940, 610, 2
 QUESTIONS = ("show me an example of zip", "what is prefix caching?")
 
 
@@ -68,8 +69,12 @@ def take(driver: webdriver.Chrome, url: str, scheme: str) -> Image.Image:
             wait.until(lambda _: find("#send").is_displayed())
     tokens = driver.find_elements("css selector", ".assistant .body .t")
     unlikely = max(tokens, key=lambda token: token.get_attribute("class") or "")  # "t p0" to "t p4"
-    ActionChains(driver).move_to_element(unlikely).perform()
-    wait.until(lambda _: find("#tip").is_displayed())
+    ActionChains(driver).move_to_element(find("#prompt")).pause(0.3).move_to_element(
+        unlikely
+    ).perform()
+    time.sleep(0.5)  # a repainted answer hides the tooltip
+    if not find("#tip").is_displayed():
+        raise SystemExit("the tooltip is not shown")
     return Image.open(io.BytesIO(driver.get_screenshot_as_png())).convert("RGB")
 
 

@@ -142,6 +142,22 @@ def exists(module: str) -> bool:
     return (PACKAGE / module / "__init__.py").is_file() or (PACKAGE / f"{module}.py").is_file()
 
 
+READING_PATH = 2_500
+"""Most lines that a newcomer is asked to read."""
+
+
+def test_the_reading_path_is_short() -> None:
+    _, section = PAGE.read_text(encoding="utf-8").split("## Where to start reading")
+    files = [
+        word for line in re.findall(r"^\d\. .*$", section, re.M) for word in CODE.findall(line)
+    ]
+    paths = [PACKAGE / word for word in files if FILE.search(word)]
+    lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in paths)
+    (stated,) = re.findall(r"^About ([\d,]+) lines", section, re.M)
+    assert len(paths) > 5 and lines <= READING_PATH
+    assert abs(int(stated.replace(",", "")) - lines) <= 200
+
+
 # --- decision records and links -------------------------------------------------------------------
 
 

@@ -280,7 +280,8 @@ def batch(spec: ModelSpec, sizes: Sizes, ceilings: Ceilings) -> Values:
         every = np.arange(rows)
         packer.pack(
             seats=every, counts=np.ones(rows, dtype=np.int64), seq_lens=np.full(rows, keys),
-            num_blocks=np.full(rows, shape.max_blocks), sampling=every, new_ids=[], new_blocks=[],
+            num_blocks=np.full(rows, shape.max_blocks), sampling=every,
+            positions=np.full(rows, keys), new_ids=[], new_blocks=[],
         )  # fmt: skip
         step.packed.copy_(torch.from_numpy(packer.buffer))
         sampled = step.section(Section.SAMPLE_SEATS)[:rows].long()

@@ -1,6 +1,6 @@
-"""What the engine does for one request: ids and numbers, resolved once when the request is submitted.
+"""How the engine computes one request: ids and numbers, resolved once when the request is submitted.
 
-`engine/input_processor.py` makes a `Decoding` from what the caller asked for, the model's end tokens and the
+`engine/input_processor.py` makes a `Decoding` from the caller's parameters, the model's end tokens and the
 context's length. Scheduler, runner and sampler read it and derive nothing themselves. Stop strings, schemas
 and other texts stay in the front end.
 """
@@ -17,55 +17,55 @@ MAX_TOP_K = 2**31 - 1
 
 
 class Task(str, Enum):
-    """What a request is for."""
+    """The purpose of a request."""
 
     GENERATE = "generate"
-    """Tokens."""
+    """It generates tokens."""
     SCORE = "score"
-    """The logprobs of its prompt, and no token."""
+    """It returns the logprobs of its prompt, and generates no token."""
     EMBED = "embed"
-    """One vector of its prompt, see `Decoding.pooling`."""
+    """It returns one vector for its prompt, see `Decoding.pooling`."""
 
 
 class GrammarSpec(msgspec.Struct, frozen=True):
-    """A grammar that the front end has compiled once, so that it is known to be good."""
+    """A grammar that the front end has compiled once, so that it is known to compile."""
 
     kind: str
-    """What the text is: "json_schema" or "lark" (everything else is turned into one of them)."""
+    """The format of the text: "json_schema" or "lark" (other forms are converted to one of them)."""
     text: str
 
 
 class TokenRules(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
-    """What may be generated, as far as it depends on the tokens before."""
+    """The rules for the next token that depend on the tokens before it."""
 
     bad_words: list[list[int]] = []
     """Sequences that must not occur."""
     grammar: GrammarSpec | None = None
     think_end: list[int] = []
-    """Tokens that close a reasoning model's thinking part. The grammar applies after them, if the output
-    begins inside one (`thinking`)."""
+    """Tokens that end a reasoning model's reasoning. If the output begins inside the reasoning
+    (`thinking`), the grammar applies after them."""
     think_start: list[int] = []
     thinking: bool = False
-    """Whether the prompt ends inside the thinking part."""
+    """Whether the prompt ends inside the reasoning."""
     thinking_budget: int | None = None
 
 
 class Decoding(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
     """How one sequence is computed. Token ids are within the model's vocabulary.
 
-    A field that has the name of one of `SamplingParams` means the same, with what makes it void already
-    taken into account.
+    A field with the name of one of `SamplingParams` has the same meaning; if other parameters disable it,
+    it has its neutral value.
     """
 
     task: Task = Task.GENERATE
     max_tokens: int = 1
     """Most tokens to generate, within the context; 0 if the task is not to generate."""
     min_tokens: int = 0
-    """No token may end the sequence before this many. 0 with a grammar, which says itself when it may end."""
+    """No token may end the sequence before this many. 0 with a grammar, which determines where it may end."""
     end_token_ids: frozenset[int] = frozenset()
     """The model's end tokens; none if they are ignored (which a grammar rules out)."""
     stop_token_ids: frozenset[int] = frozenset()
-    """Further ones, of the request's own; which of them ended it is reported."""
+    """The request's own end tokens; the one that ended it is reported."""
     repetition_detection: RepetitionDetectionParams | None = None
 
     seed: int = 0
@@ -84,14 +84,14 @@ class Decoding(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
     rules: TokenRules | None = None
 
     logprobs: int | None = None
-    """How many top logprobs come with each generated token, -1 for all, or None: no logprobs. 0 if only those
-    of `logprob_token_ids` are wanted."""
+    """Number of top logprobs for each generated token, -1 for all, None for no logprobs. 0 if only those of
+    `logprob_token_ids` are wanted."""
     logprob_token_ids: list[int] = []
     prompt_logprobs: int | None = None
     first_prompt_logprob: int = 1
-    """Index in the prompt of the first token whose logprobs are wanted, where any are."""
+    """Index in the prompt of the first token whose logprobs are wanted, if any are."""
     pooling: PoolingParams | None = None
-    """With `Task.EMBED`, and only then."""
+    """Set exactly if the task is `Task.EMBED`."""
     reads_prefix_cache: bool = True
 
     @property
@@ -104,7 +104,7 @@ class Decoding(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
 
     @property
     def filters(self) -> bool:
-        """Whether some tokens are left out before one is drawn."""
+        """Whether a filter removes tokens before sampling."""
         return self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
 
     @property
@@ -117,13 +117,13 @@ class Decoding(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
 
     @property
     def restricts_tokens(self) -> bool:
-        """Whether a mask says which tokens may come next."""
+        """Whether a mask restricts the next token."""
         return self.rules is not None or self.allowed_token_ids is not None
 
     @property
     def edits_logits(self) -> bool:
-        """Whether logits change before every token. A ban on end tokens changes only the first ones, see
-        `banned_until`."""
+        """Whether logits are edited before every token. A ban on end tokens applies only at the
+        beginning, see `banned_until`."""
         return self.has_penalties or bool(self.logit_bias) or self.restricts_tokens
 
     @property
@@ -136,7 +136,7 @@ class Decoding(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
         return sorted(self.end_token_ids | self.stop_token_ids)
 
     def banned_until(self, num_prompt_tokens: int) -> int:
-        """Tokens sampled at an index in the request below this may not be one of `final_ids`."""
+        """A token sampled at an index in the request below this may not be one of `final_ids`."""
         if not self.min_tokens or not (self.end_token_ids or self.stop_token_ids):
             return 0
         return num_prompt_tokens + self.min_tokens

@@ -1,22 +1,22 @@
-"""Every error Quire raises on purpose, so that callers can catch by kind.
+"""The exceptions that Quire raises on purpose, so that callers can catch them by kind.
 
     QuireError
     ├── ConfigError            a flag, config key or combination that cannot work
     ├── ModelError             the checkpoint cannot be served
     │   ├── UnsupportedModelError   architecture or config field we do not implement
     │   └── CheckpointError         missing, truncated or mismatched weights / tokenizer
-    ├── MemoryFitError         weights + KV cache do not fit; names the knobs that would
-    ├── RequestError           one request is wrong; nobody else notices
+    ├── MemoryFitError         weights + KV cache do not fit; names the options that would help
+    ├── RequestError           one request is wrong; others are not affected
     │   ├── InvalidParameterError   a field's value breaks its rule
     │   ├── PromptTooLongError      prompt (plus max_tokens) exceeds the context
     │   └── ModelNotFoundError      the request names a model that is not served
     ├── QueueFullError         admission limit reached; retry later
     └── EngineError            the engine failed, not the request
-        ├── EngineSleepingError     it has given its memory back; wake it up first
+        ├── EngineSleepingError     its memory is freed; wake it up first
         └── EngineDeadError         the engine core is gone; no request can be served
 
-A `RequestError` carries `param` and `value`: the field at fault and what it held. Messages end with a
-remedy. They never echo exception text of other libraries to HTTP clients.
+A `RequestError` has `param` and `value`: the wrong field and its value. Messages end with a
+remedy. HTTP clients never get the text of other libraries' exceptions.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class MemoryFitError(ConfigError):
 
 
 class RequestError(QuireError):
-    """One request is wrong. `param` names the field, `value` what it held."""
+    """One request is wrong. `param` is the field's name, `value` its value."""
 
     def __init__(self, message: str, *, param: str | None = None, value: object = None) -> None:
         super().__init__(message)

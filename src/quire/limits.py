@@ -1,6 +1,6 @@
-"""What no request may exceed, whatever a server is told to allow. vLLM's numbers where it has them.
+"""Limits that no request may exceed, whatever a server's options say. vLLM's numbers where it has them.
 
-Apart from `sampling_params`, so that a command line can show them without importing it."""
+In a file of their own, so that a command line can show them without importing `sampling_params`."""
 
 from __future__ import annotations
 

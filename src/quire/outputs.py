@@ -1,4 +1,4 @@
-"""What a caller gets back. Field names are vLLM's, so that scripts read them unchanged."""
+"""The outputs of a request. Field names are vLLM's, so that scripts work unchanged."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class CompletionOutput:
     cumulative_logprob: float | None = None
     logprobs: list[dict[int, Logprob]] | None = None
     finish_reason: str | None = None
-    """stop | length | repetition | abort | error, or None while it goes on."""
+    """stop | length | repetition | abort | error, or None while the sequence continues."""
     stop_reason: str | int | None = None
     """The stop string or stop token id that ended it; None for end of sequence."""
 
@@ -51,7 +51,7 @@ class CompletionOutput:
 
 @dataclass(slots=True)
 class RequestOutput:
-    """The state of one request: cumulative, or what is new, as its `output_kind` says.
+    """The state of one request: all of it or only what is new, depending on its `output_kind`.
 
     With output_kind DELTA, `outputs` holds only the sequences that have something new.
     """
@@ -65,12 +65,12 @@ class RequestOutput:
     num_cached_tokens: int | None = None
     """Prompt tokens whose KV was found in the prefix cache."""
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
-    """One entry per prompt token (None for the first, and for those before `prompt_logprob_start`), as soon
-    as they are all there."""
+    """One entry per prompt token (None for the first, and for those before `prompt_logprob_start`), once all
+    are computed."""
     embedding: list[float] | None = None
     """Of a request with `PoolingParams`, when finished."""
     error: str | None = None
-    """With finish_reason `error`: what happened, in words fit for a client."""
+    """With finish_reason `error`: a message that may be shown to a client."""
 
 
 @dataclass(slots=True)

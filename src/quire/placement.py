@@ -1,4 +1,4 @@
-"""Where a request stands among the others, and what it may share with them."""
+"""A request's place among the others, and what it may share with them."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import msgspec
 
 
 class Placement(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
-    """Travels unchanged from the caller to the scheduler."""
+    """Passed unchanged from the caller to the scheduler."""
 
     priority: int = 0
     """Lower runs sooner under the priority policy. 32 bits."""
     tenant: str = "default"
-    """On whose account it runs."""
+    """The tenant to whom its tokens are charged."""
     cache_salt: str | None = None
     """Requests share cached blocks only with the same salt."""
     adapter: str | None = None
-    """The LoRA adapter that it is computed with."""
+    """The LoRA adapter with which it is computed."""

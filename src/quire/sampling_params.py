@@ -1,4 +1,4 @@
-"""How one request wants its tokens chosen. Names, defaults and rules follow vLLM's `SamplingParams`."""
+"""The sampling parameters of a request. Names, defaults and rules follow vLLM's `SamplingParams`."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ MAX_LENGTH_PENALTY = 16.0
 
 
 class RequestOutputKind(Enum):
-    """What each streamed `RequestOutput` holds."""
+    """The contents of each streamed `RequestOutput`."""
 
     CUMULATIVE = 0
-    """Everything so far."""
+    """All tokens so far."""
     DELTA = 1
     """Only what is new."""
     FINAL_ONLY = 2
@@ -40,7 +40,7 @@ class RequestOutputKind(Enum):
 
 
 class StructuredOutputsParams(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
-    """What the output must match: exactly one of the first six."""
+    """The grammar that the output must match: exactly one of the first six fields."""
 
     json: str | dict[str, Any] | None = None
     """A JSON schema, as an object or as JSON text."""
@@ -51,11 +51,11 @@ class StructuredOutputsParams(msgspec.Struct, kw_only=True, frozen=True, omit_de
     json_object: bool | None = None
     """Any JSON object."""
     structural_tag: str | dict[str, Any] | None = None
-    """Free text in which tagged parts must match schemas of their own."""
+    """Free text with tagged parts, each of which must match its own schema."""
     disable_any_whitespace: bool = False
     """JSON without optional whitespace."""
     disable_additional_properties: bool = False
-    """Treat schemas as if they said `additionalProperties: false`."""
+    """Treat schemas as if they had `additionalProperties: false`."""
     whitespace_pattern: str | None = None
 
     def __post_init__(self) -> None:
@@ -72,7 +72,7 @@ class StructuredOutputsParams(msgspec.Struct, kw_only=True, frozen=True, omit_de
 
 
 def _structured(asked: dict[str, Any]) -> StructuredOutputsParams:
-    """The same from a dictionary, which is how it is written over HTTP."""
+    """The same from a dictionary, the form used over HTTP."""
     known = StructuredOutputsParams.__struct_fields__
     for name in asked:
         if name not in known:
@@ -84,14 +84,14 @@ STRUCTURED_KINDS = ("json", "regex", "choice", "grammar", "json_object", "struct
 
 
 class RepetitionDetectionParams(msgspec.Struct, frozen=True, omit_defaults=True):
-    """End a request that repeats itself: `min_count` times in a row the same pattern of tokens."""
+    """End a request that repeats the same pattern of tokens `min_count` times in a row."""
 
     max_pattern_size: int = 0
-    """Longest pattern looked for, in tokens; 0 is off. [0, 256]"""
+    """Longest pattern, in tokens; 0 is off. [0, 256]"""
     min_pattern_size: int = 0
-    """Shortest one; 0 means 1."""
+    """Shortest pattern; 0 means 1."""
     min_count: int = 0
-    """How often, at least 2."""
+    """Number of repetitions, at least 2."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_pattern_size <= self.max_pattern_size <= MAX_PATTERN_SIZE:
@@ -105,14 +105,14 @@ class RepetitionDetectionParams(msgspec.Struct, frozen=True, omit_defaults=True)
 
 
 class PoolingParams(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
-    """How a prompt becomes one vector, instead of a text being generated."""
+    """How a prompt becomes one vector; no text is generated."""
 
     pooling: Literal["last", "mean"] = "last"
     """The last token's hidden state, or the mean of all tokens'; after the final norm."""
     normalize: bool = True
-    """To length 1."""
+    """Scale the vector to length 1."""
     dimensions: int | None = None
-    """Keep this many, before normalizing; for models trained so (Matryoshka)."""
+    """Keep this many numbers, before normalizing; for models that were trained for it (Matryoshka)."""
     skip_reading_prefix_cache: bool | None = None
 
     def __post_init__(self) -> None:
@@ -121,21 +121,21 @@ class PoolingParams(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=Tru
 
 
 class BeamSearchParams(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Search for the likeliest continuations, instead of sampling some. See `quire.engine.beam_search`."""
+    """Search for the likeliest continuations, instead of sampling. See `quire.engine.beam_search`."""
 
     beam_width: int
-    """How many continuations are followed, and returned."""
+    """The number of continuations that are searched and returned."""
     max_tokens: int | None = None
-    """Most tokens of one; None is the rest of the context."""
+    """Most tokens of a continuation; None is the rest of the context."""
     ignore_eos: bool = False
     temperature: float = 0.0
-    """Above 0, a token drawn at this temperature is considered for each beam besides the likeliest ones."""
+    """Above 0, each beam also considers a token that is sampled at this temperature."""
     length_penalty: float = 1.0
-    """A continuation is judged by its log-probability / (its length, prompt included) ** length_penalty."""
+    """A continuation's score is its log-probability / (its length, prompt included) ** length_penalty."""
     include_stop_str_in_output: bool = False
     """Whether the text shows the end-of-sequence token."""
     structured_outputs: StructuredOutputsParams | None = None
-    """Taken to be refused: a beam cannot go on with a grammar yet."""
+    """Refused: beam search does not support grammars yet."""
     n: int | None = None
     """How many of the `beam_width` to return; None is all."""
 
@@ -154,7 +154,7 @@ class BeamSearchParams(msgspec.Struct, frozen=True, omit_defaults=True):
         ):
             value = getattr(self, name)
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not is_number or not low <= value <= high:  # so written, NaN fails too
+            if not is_number or not low <= value <= high:  # written so that NaN fails too
                 _fail(name, value, f"must be a number in [{low:g}, {high:g}]")
         if self.structured_outputs is not None:
             _fail("structured_outputs", self.structured_outputs, "does not go with beam search")
@@ -170,11 +170,11 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=Tr
     n: int = 1
     """Number of sequences to sample for the prompt; their prompt blocks are shared."""
     presence_penalty: float = 0.0
-    """Subtracted from logits of tokens that were generated, once. [-2, 2]"""
+    """Subtracted once from the logits of tokens that were generated. [-2, 2]"""
     frequency_penalty: float = 0.0
-    """Subtracted from logits of generated tokens, per occurrence. [-2, 2]"""
+    """Subtracted from the logits of generated tokens, once for each occurrence. [-2, 2]"""
     repetition_penalty: float = 1.0
-    """Divides (positive) or multiplies (negative) logits of tokens in prompt or output. > 0"""
+    """Divides positive and multiplies negative logits of tokens in the prompt or output. > 0"""
     temperature: float = 1.0
     """0 is greedy. [0, 2]"""
     top_p: float = 1.0
@@ -204,7 +204,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=Tr
     logprob_token_ids: list[int] | None = None
     """Tokens whose logprobs are returned at each generated position, whatever their rank."""
     logit_bias: dict[int, float] | None = None
-    """Token id -> what is added to its logit, before all else. Clamped to [-100, 100]."""
+    """Token id -> number added to its logit, before all other edits. Clamped to [-100, 100]."""
     allowed_token_ids: list[int] | None = None
     """Only these may be generated."""
     bad_words: list[str] | None = None
@@ -212,7 +212,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=Tr
     structured_outputs: StructuredOutputsParams | None = None
     """A grammar that the output follows."""
     thinking_token_budget: int | None = None
-    """Most tokens inside a reasoning model's thinking part, which is then closed."""
+    """Most tokens of a reasoning model's reasoning, which is then closed."""
     repetition_detection: RepetitionDetectionParams | None = None
     detokenize: bool = True
     """Produce text, not only token ids."""
@@ -225,9 +225,9 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=Tr
     skip_reading_prefix_cache: bool | None = None
     """Compute the whole prompt; None: only as far as prompt_logprobs need it."""
     flat_logprobs: bool = False
-    """Taken for compatibility: logprobs come as a list of mappings either way."""
+    """Accepted for compatibility: logprobs are always a list of mappings."""
     extra_args: dict[str, Any] | None = None
-    """For extensions; nothing here reads it."""
+    """For extensions; it has no effect here."""
 
     def __post_init__(self) -> None:
         def set_(name: str, value: object) -> None:

@@ -68,6 +68,7 @@ def test_the_length_that_fits_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     core, ready = build_core(config, model, executor.create)
     assert executor.spec is not None and executor.spec.max_model_len == model.max_model_len
     assert executor.opened == [(4, 48)]
+    assert core.scheduler.limits.max_samples == 2
     assert ready.max_model_len == core.scheduler.limits.max_model_len == 48 < model.max_model_len
 
 

@@ -126,7 +126,7 @@ def test_any_mix_of_parameters_gives_each_request_its_own_answer(
         scheduler = engine._core._core.scheduler
         scheduler.check_invariants()
         assert not scheduler.requests and scheduler.kv.num_referenced == 0
-        assert not engine._core._core.executor.runner.batch.prompts
+        assert not engine._core._core.executor.runner.seats.prompts
 
 
 def test_prompt_logprobs_are_the_models_own(servable: Servable) -> None:

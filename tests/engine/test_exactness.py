@@ -13,6 +13,7 @@ import torch
 
 from quire.engine.core_client import InlineCore
 from quire.engine.llm import LLM
+from quire.models.registry import resolve_spec
 from quire.outputs import RequestOutput
 from quire.sampling.sampler import Sampler
 from quire.sampling_params import SamplingParams
@@ -28,7 +29,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "budget 2048": {},
     "no prefix cache": {"enable_prefix_caching": False, "max_num_batched_tokens": 100},
     # 32 requests of up to 184 tokens, and room for 320: everyone but the first is preempted.
-    "tiny pool": {"num_gpu_blocks_override": 1 + 20, "watermark": 0.0},
+    "tiny pool": {"num_gpu_blocks_override": 20, "watermark": 0.0},
 }
 
 Logits = dict[tuple[tuple[int, ...], int], torch.Tensor]
@@ -40,20 +41,27 @@ class Recorder:
     def __init__(self, llm: LLM) -> None:
         assert isinstance(llm._core, InlineCore)
         runner = llm._core._core.executor.runner
-        self._batch = runner.batch
-        self._sampler: Sampler = runner._sampler
+        self._seats = runner.seats
+        self._sampler: Sampler = runner.backend._sampler
         self.logits: Logits = {}
-        runner._sampler = self
+        runner.backend._sampler = self
 
-    def sample(self, logits: torch.Tensor, table: Any, seats: Any, positions: Any) -> Any:
+    def sample(
+        self, logits: torch.Tensor, table: Any, seats: Any, positions: Any, masks: Any
+    ) -> Any:
         for seat, position, values in zip(seats, positions.tolist(), logits, strict=True):
-            count = self._batch.num_prompt_tokens[seat]
-            prompt = tuple(self._batch.token_ids[seat, :count].tolist())
+            count = self._seats.num_prompt_tokens[seat]
+            prompt = tuple(self._seats.token_ids[seat, :count].tolist())
             self.logits[prompt, position] = values.clone()
-        return self._sampler.sample(logits, table, seats, positions)
+        return self._sampler.sample(logits, table, seats, positions, masks)
 
 
 def make_llm(checkpoint: ServableCheckpoint, **options: Any) -> LLM:
+    """num_gpu_blocks_override: for each group of layers."""
+    if (count := options.get("num_gpu_blocks_override")) is not None:
+        config = json.loads((checkpoint.directory / "config.json").read_text())
+        groups = resolve_spec(config).kv.groups
+        options = {**options, "num_gpu_blocks_override": 1 + count * len(groups)}
     return LLM(str(checkpoint.directory), **{**BASE, **options})
 
 

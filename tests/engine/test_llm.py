@@ -221,20 +221,20 @@ def test_lists_of_unequal_length_are_refused(llm: LLM) -> None:
 
 
 def test_nan_logits_end_that_request_alone(llm: LLM) -> None:
-    runner = llm._core._core.executor.runner
-    decoder = runner._decoder
+    backend = llm._core._core.executor.runner.backend
+    plain = backend._pass
 
     class Poisoned:
         def forward(self, rows):
-            logits = decoder.forward(rows)
+            logits = plain.forward(rows)
             logits[0, 3] = math.nan
             return logits
 
-    runner._decoder = Poisoned()
+    backend._pass = Poisoned()
     try:
         bad, good = llm.generate([[1, 2], [3, 4]], GREEDY.replace(max_tokens=1), use_tqdm=False)
     finally:
-        runner._decoder = decoder
+        backend._pass = plain
     assert bad.outputs[0].finish_reason == "error" and "NaN" in (bad.error or "")
     assert good.outputs[0].finish_reason == "length"
 

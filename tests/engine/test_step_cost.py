@@ -42,7 +42,7 @@ def during_decode_steps(llm: LLM, context: int, step: Callable[[Callable[[], obj
 
 
 def test_the_compiled_pass_is_in_use(llm: LLM) -> None:
-    assert isinstance(llm._core._core.executor.runner._decoder, NativeProgram)
+    assert isinstance(llm._core._core.executor.runner.backend._pass, NativeProgram)
 
 
 def test_python_work_does_not_grow_with_the_context(llm: LLM) -> None:

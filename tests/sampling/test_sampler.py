@@ -38,7 +38,7 @@ def row(decoding: Decoding, *, seed=0, prompt=(), output=(), eos=(), position=No
 
 
 def seated(rows: list[Row]) -> SamplingSeats:
-    table = SamplingSeats(len(rows), VOCAB, max_model_len=10**6)
+    table = SamplingSeats(len(rows), VOCAB)
     for seat, one in enumerate(rows):
         table.admit(seat, one.request)
     return table
@@ -51,7 +51,7 @@ def sample(values: torch.Tensor, rows: list[Row]) -> Sampled:
 
 def tokens_of(values: torch.Tensor, rows: list[Row]) -> list[int]:
     sampled = sample(values, rows)
-    assert not sampled.errors
+    assert sampled.valid.all()
     return sampled.token_ids.tolist()
 
 
@@ -134,7 +134,7 @@ def test_a_seat_is_sampled_as_its_present_request_wants():
     greedy, random = Decoding(temperature=0.0), Decoding(temperature=1.0, top_k=3)
     penalized = Decoding(temperature=0.0, presence_penalty=2.0, logprobs=1)
     table, seats, position = (
-        SamplingSeats(2, VOCAB, max_model_len=10**6),
+        SamplingSeats(2, VOCAB),
         np.array([1]),
         np.array([4]),
     )
@@ -219,7 +219,7 @@ def test_nan_is_that_rows_error_alone():
     plain = [row(Decoding(temperature=t)) for t in (0.0, 1.0, 1.0)]
     asking = row(Decoding(temperature=1.0, logprobs=1, presence_penalty=1.0))
     sampled = sample(values, [*plain, asking])
-    assert list(sampled.errors) == [1, 3]
+    assert np.flatnonzero(~sampled.valid).tolist() == [1, 3]
     assert sampled.logprobs == {}
 
 

@@ -187,6 +187,15 @@ def test_drafts_take_what_is_left_of_the_budget_in_order() -> None:
     engine.run()
 
 
+def test_drafts_take_what_is_left_of_the_samples() -> None:
+    engine = Engine(right(3), max_samples=6)
+    for request_id in (1, 2):
+        engine.add(request_id, [request_id] * 2)
+    engine.step(2)
+    assert [row.samples for row in engine.plans[-1].rows] == [4, 2]
+    engine.run()
+
+
 def test_drafts_take_free_blocks_only_and_preempt_nobody() -> None:
     engine = Engine(right(6), num_blocks=1 + 10)
     engine.add(1, list(range(14)), max_tokens=20)

@@ -252,7 +252,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             case WaitReason.TOKEN:
                 assert request.num_pending_tokens
             case WaitReason.LOAD:
-                assert scheduler.kv.transfers
+                assert scheduler.transfers
             case _:
                 raise AssertionError(wait)
 

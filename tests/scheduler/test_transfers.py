@@ -202,12 +202,12 @@ def test_what_was_saved_is_evicted_first() -> None:
     engine = Engine()
     engine.add(1, PROMPT)
     engine.run()
-    kv = engine.scheduler.kv
+    kv, transfers = engine.scheduler.kv, engine.scheduler.transfers
     block = next(block for block in kv.pool.next_free(29) if block.content is not None)
-    kv.transfers.save([(block.content.block_hash, 0)], [block])
-    kv.check_invariants()
-    (transfer,) = kv.transfers.take()[1]
-    kv.transfers.finish(transfer.transfer_id, 1, 9)
+    transfers.save([(block.content.block_hash, 0)], [block])
+    engine.scheduler.check_invariants()
+    (transfer,) = transfers.take()[1]
+    transfers.finish(transfer.transfer_id, 1, 9)
     assert kv.pool.next_free(1) == [block] and block.content is not None
 
 
@@ -218,7 +218,7 @@ def test_what_was_found_stays_until_the_rest_is_loaded() -> None:
     engine.scheduler.kv.reset_cache()
     engine.add(2, PROMPT[:9])
     engine.run()
-    engine.scheduler.kv.transfers._next_id = 1  # three plans late
+    engine.scheduler.transfers._next_id = 1  # three plans late
     engine.add(9, [50] * 6, max_tokens=20)
     engine.add(3, PROMPT)
     engine.step()
@@ -247,7 +247,7 @@ def test_a_load_that_fails_is_computed() -> None:
     engine.run()
     engine.scheduler.kv.reset_cache()
     engine.executor.failing = True
-    engine.scheduler.kv.transfers._next_id = 3
+    engine.scheduler.transfers._next_id = 3
     engine.add(2, PROMPT)
     engine.run()
     assert engine.starts(2)[0] == 8, "two of five blocks came"
@@ -259,7 +259,7 @@ def test_a_load_outlives_its_request() -> None:
     engine.add(1, PROMPT)
     engine.run()
     engine.scheduler.kv.reset_cache()
-    engine.scheduler.kv.transfers._next_id = 1  # three plans late
+    engine.scheduler.transfers._next_id = 1  # three plans late
     engine.add(9, [50] * 6, max_tokens=20)
     engine.add(2, PROMPT)
     engine.step()

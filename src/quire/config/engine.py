@@ -59,7 +59,7 @@ class ModelConfig:
     logprobs_mode: str = option(
         "raw_logprobs",
         "raw: logprobs are of the model's logits. processed: of the logits that are sampled from, after "
-        "penalties, bias, masks, temperature and filters; not on a GPU.",
+        "penalties, bias, masks, temperature and filters.",
         choices=("raw_logprobs", "raw_logits", "processed_logprobs", "processed_logits"),
     )
     chat_template: str | None = option(

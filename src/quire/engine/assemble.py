@@ -75,7 +75,7 @@ def _in_this_process(config: EngineConfig, spec: WorkerSpec, grammars: GrammarSt
 
 
 def _longest_by_estimate(config: EngineConfig, resolved: ResolvedModel) -> int:
-    """The length to load for. What cannot fit is refused here, before its weights are read."""
+    """The length to load for. A model that cannot fit is refused here, before its weights are read."""
     memory = (gpu_memory() if resolved.device == "cuda" else None) or host_memory()
     footprint = estimate(
         config,
@@ -110,7 +110,7 @@ def _plan(
 
 
 def build_scheduler(config: EngineConfig, layout: KVLayout, memory: MemoryPlan) -> Scheduler:
-    """The scheduler alone, as the engine would run it. The simulator's entry too."""
+    """The engine's scheduler, without a model."""
     options = config.scheduler
     kv = KVCacheManager(
         memory.num_blocks,
@@ -127,6 +127,7 @@ def build_scheduler(config: EngineConfig, layout: KVLayout, memory: MemoryPlan) 
         long_prefill_token_threshold=options.long_prefill_token_threshold,
         enable_chunked_prefill=options.enable_chunked_prefill,
         policy=options.scheduling_policy,
+        max_samples=options.max_num_seqs,  # a backend has memory for the logits of so many
     )
     return Scheduler(
         limits, kv, needs_token_before_next=lambda message: message.decoding.rules is not None

@@ -1,4 +1,4 @@
-"""The serving front end: many requests at once over one engine-core process, in asyncio."""
+"""The asyncio front end for serving: many requests at once over one engine-core process."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ from quire.text.parsing.base import ThinkingTokens
 
 PING_SECONDS = 2.0
 DRAIN_BATCH = 16
-"""Messages taken in before other tasks get a turn."""
+"""Messages that are handled before other tasks get a turn."""
 DEFAULT_HEALTH_TIMEOUT = 60.0
 
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """Whether the scheduler loop turns: not whether a process exists."""
+    """Whether the scheduler loop makes progress; that the process exists is not enough."""
 
     alive: bool
     heartbeat_age: float
-    """Seconds since the loop last answered or produced anything."""
+    """Seconds since the loop's last message."""
     reason: str
 
 
@@ -80,8 +80,8 @@ class AsyncLLM:
     async def start(cls, config: EngineConfig, core: CoreProcess | None = None) -> AsyncLLM:
         """Spawn the engine core, load tokenizer and template meanwhile, and wait until it serves.
 
-        core: one that was started earlier and not configured yet; it is ours to close from now on.
-        Raises what kept it from starting: `ConfigError`, `ModelError`, `MemoryFitError`, ...
+        core: one that was started earlier and not configured yet; this object closes it.
+        Raises the error of the start: `ConfigError`, `ModelError`, `MemoryFitError`, ...
         """
         core = core or CoreProcess(kernels=config.runtime.kernels)
         waiting: asyncio.Future[EngineReady] | None = None
@@ -95,12 +95,13 @@ class AsyncLLM:
         except BaseException:
             core.stop_waiting()
             if waiting is not None:
-                # A socket has one user at a time: let the waiting thread go before closing it.
+                # A socket may be used by one thread at a time: let the waiting thread return before
+                # closing it.
                 await asyncio.wait([waiting])
                 waiting.exception()
             await asyncio.to_thread(core.close)
             raise
-        # The core sized its cache last: with max_model_len auto, its length is the one that holds.
+        # With max_model_len auto, the core has decided the length when it sized its cache.
         model = dataclasses.replace(model, max_model_len=ready.max_model_len)
         return cls(located, core, model, ready)
 
@@ -118,8 +119,8 @@ class AsyncLLM:
     ) -> RequestStream:
         """Validate, tokenize and queue a request. A grammar should have passed `check_grammar`.
 
-        Raises `RequestError` for a request that cannot be served, `QueueFullError` when too many wait,
-        `EngineSleepingError` from an engine that sleeps, `EngineDeadError` when there is no engine. After
+        Raises `RequestError` for a request that cannot be served, `QueueFullError` if too many wait,
+        `EngineSleepingError` if the engine sleeps, `EngineDeadError` if it has died. After
         this returns, the request ends in exactly one finish reason.
         """
         request = self._front.read(
@@ -140,7 +141,7 @@ class AsyncLLM:
     async def generate(
         self, prompt: PromptInput, params: SamplingParams, request_id: str | None = None
     ) -> AsyncIterator[RequestOutput]:
-        """`submit`, iterated: vLLM's spelling."""
+        """`submit` as an iterator, vLLM's form."""
         async for output in self.submit(prompt, params, request_id=request_id):
             yield output
 
@@ -149,8 +150,8 @@ class AsyncLLM:
         self._apply(self._front.abort([request_id]))
 
     def check_grammar(self, params: SamplingParams) -> Sequence[str]:
-        """Compile the grammar once, in a process that can be killed: blocking, for a thread. Returns what to
-        warn the client of.
+        """Compile the grammar once, in a process that can be killed. It blocks, so call it in a thread.
+        Returns warnings for the client.
 
         Raises `InvalidParameterError` with the reason.
         """
@@ -159,29 +160,29 @@ class AsyncLLM:
     # --- the engine as a whole --------------------------------------------------------------------
 
     async def reset_prefix_cache(self) -> bool:
-        """Forget all cached prefixes. Returns True when it is done."""
+        """Drop all cached prefixes. Returns True when it is done."""
         await self._control(ResetPrefixCache())
         return True
 
     async def sleep(self, level: int = 1) -> None:
-        """Take no more requests, wait for those that run, and give back the KV cache's memory (level 1) or
-        the weights' too (2).
+        """Refuse new requests, wait for running ones, and free the memory of the KV cache (level 1) or
+        also of the weights (2).
 
-        Cancelled while it waits for requests, it is off. `wake_up` calls it off too: then it raises
-        `EngineError`."""
+        If it is cancelled while it waits for requests, the engine stays awake. `wake_up` ends the wait
+        too: then it raises `EngineError`."""
         await self._control(Sleep(level))
 
     async def wake_up(self) -> None:
-        """Serve again. Raises what keeps the engine from it; it then still sleeps."""
+        """Allocate the memory again and serve. If that raises, the engine still sleeps."""
         await self._control(WakeUp())
 
     @property
     def is_sleeping(self) -> bool:
-        """Whether it sleeps, or is about to: it takes no requests."""
+        """Whether it sleeps or is about to: it refuses requests."""
         return self._front.is_sleeping
 
     async def _control(self, action: ControlAction) -> None:
-        """Carry out a control call. Raises what it raised."""
+        """Carry out a control call. Raises the error of the call."""
         control = self._front.new_control(action)
         call = self._calls[control.id] = self._loop.create_future()
         try:
@@ -196,12 +197,13 @@ class AsyncLLM:
     # --- the core's messages ----------------------------------------------------------------------
 
     def _send(self, message: CoreInput) -> None:
-        """ZeroMQ's descriptor is edge-triggered, and sending may consume the edge: look afterwards."""
+        """Send, then check for messages: ZeroMQ's descriptor is edge-triggered, and sending may consume
+        the edge."""
         self._core.send(message)
         self._loop.call_soon(self._drain)
 
     def _drain(self) -> None:
-        """Take in the messages that are there, pausing for others now and then."""
+        """Handle the messages that have come, and let other tasks run from time to time."""
         try:
             for _ in range(DRAIN_BATCH):
                 if self.is_dead or self._closing:
@@ -235,11 +237,11 @@ class AsyncLLM:
             stream.put(output)
         for answer in effects.answers:
             call = self._calls.pop(answer.id, None)
-            if call is not None and not call.done():  # else its caller no longer waits
+            if call is not None and not call.done():  # else its caller has been cancelled
                 call.set_result(answer)
 
     def _die(self, message: str) -> None:
-        """No more service: every live request ends with the error, later ones are refused."""
+        """The engine has died: all live requests end with the error, and later ones are refused."""
         if self.is_dead:
             return
         self._loop.remove_reader(self._descriptor)
@@ -256,7 +258,7 @@ class AsyncLLM:
                 call.set_exception(EngineDeadError(message))
 
     async def _ping(self) -> None:
-        """Ask for a sign of life when there is none, and notice a core that has died."""
+        """Send a ping if there was no message for a while, and notice a core that has died."""
         nonce = 0
         while not self.is_dead:
             await asyncio.sleep(PING_SECONDS)
@@ -266,10 +268,10 @@ class AsyncLLM:
                 nonce += 1
                 self._send(Ping(nonce))
 
-    # --- what operators ask -----------------------------------------------------------------------
+    # --- for operators ----------------------------------------------------------------------------
 
     def health(self, timeout: float = DEFAULT_HEALTH_TIMEOUT) -> Health:
-        """Judged by the scheduler loop's latest sign of life."""
+        """Whether the latest message of the scheduler loop is recent."""
         age = time.monotonic() - self._heartbeat
         if not self.is_dead and self._core.process.poll() is not None:
             self._die(f"The engine core exited with status {self._core.process.returncode}.")
@@ -289,14 +291,14 @@ class AsyncLLM:
         return self._front.stats
 
     def attach_metrics(self, metrics: MetricsSink) -> None:
-        """Report everything that happens to `metrics`, from now on."""
+        """Report all events to `metrics` from now on."""
         self._front.metrics = metrics
 
     def add_stats_listener(self, callback: Callable[[StepOutputs], None]) -> None:
         self._stats_listeners.append(callback)
 
     async def shutdown(self) -> None:
-        """Abort what is left and end the core. Idempotent."""
+        """Abort all requests and end the core. Idempotent."""
         if self._closing:
             return
         self._apply(self._front.abort(self._front.request_ids))

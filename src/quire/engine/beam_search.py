@@ -1,9 +1,9 @@
-"""Beam search: the likeliest continuations of a prompt, found by following the best few at each step.
+"""Beam search: finds the likeliest continuations of a prompt by extending the best few at each step.
 
-`BeamSearch` is the algorithm: it says which token lists to extend by one, and takes the candidates for the
-next token. `SearchRequest` is a caller's request for one: the front end extends its beams with ordinary
-requests of one token. A beam shares its blocks with the beams it came from through the prefix cache, so a
-step computes only what is new of each.
+`BeamSearch` is the algorithm: it returns the token lists to extend by one token, and takes the candidates
+for the next token. `SearchRequest` is a caller's request for a search: the front end extends its beams
+with ordinary requests of one token. A beam shares blocks with the beams it came from through the prefix
+cache, so a step computes only its new token.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class BeamSearchOutput:
     """What `LLM.beam_search` returns for a prompt."""
 
     sequences: list[BeamSearchSequence]
-    """The best first."""
+    """Best first."""
 
 
 @dataclass(slots=True)
@@ -49,9 +49,9 @@ class BeamSearch:
     """The search from one prompt.
 
     Each live beam proposes its `2 * beam_width` likeliest tokens. A proposal that ends its sequence is
-    completed; the best `beam_width` of the others live on. In the end the completed and the live ones are
-    ranked together. All of it as vLLM does, except that the search ends as soon as no live beam can come to
-    be among the best any more, which vLLM finds out by computing them all.
+    completed; the best `beam_width` of the others stay live. At the end the completed and the live ones are
+    ranked together. This is vLLM's algorithm, except that the search ends as soon as no live beam can still
+    become one of the best; vLLM computes all of them to the end.
     """
 
     prompt_token_ids: Sequence[int]
@@ -59,7 +59,7 @@ class BeamSearch:
     eos_token_ids: Collection[int]
     max_tokens: int
     live: list[BeamSearchSequence] = field(init=False)
-    """Those to extend next."""
+    """The beams to extend next."""
     _completed: list[BeamSearchSequence] = field(init=False, default_factory=list)
     _num_steps: int = field(init=False, default=0)
 
@@ -71,7 +71,7 @@ class BeamSearch:
         return self._num_steps >= self.max_tokens or self._is_settled()
 
     def advance(self, positions: Sequence[dict[int, Logprob]]) -> None:
-        """Take in the candidates for the next token of each live beam, in their order."""
+        """candidates: for the next token of each live beam, in their order."""
         proposals = []
         for beam, position in zip(self.live, positions, strict=True):
             for token in sorted(position):  # ties go to the better beam, then to the lowest id
@@ -80,7 +80,7 @@ class BeamSearch:
                     self._completed.append(_extended(beam, token, position, total, "stop"))
                 else:
                     proposals.append((total, beam, token, position))
-        # All of these have one length, so that their order by score is that by probability.
+        # All of these have the same length, so the order by score is the order by probability.
         best = nlargest(self.params.beam_width, proposals, key=lambda proposal: proposal[0])
         self.live = [
             _extended(beam, token, position, total, None) for total, beam, token, position in best
@@ -96,15 +96,16 @@ class BeamSearch:
         return nlargest(self.params.beam_width, beams, key=self.score)
 
     def score(self, beam: BeamSearchSequence) -> float:
-        """vLLM's: the prompt counts as length, the token that ends the sequence does not."""
+        """As in vLLM: the prompt counts for the length, the token that ends the sequence does not."""
         return self._judge(beam.cum_logprob, len(beam.tokens) - (beam.finish_reason == "stop"))
 
     def _judge(self, cum_logprob: float, length: int) -> float:
         return float(cum_logprob / max(1, length) ** self.params.length_penalty)
 
     def _is_settled(self) -> bool:
-        """Whether no live beam can beat the worst of enough completed ones. A beam only gets less likely;
-        length can help it at most as far as it may still grow, or, with a negative penalty, not at all."""
+        """Whether enough completed sequences are better than any live beam can become. A beam only gets
+        less likely. A greater length can raise its score, at most up to the longest length; with a
+        negative penalty it cannot."""
         if not self.live or len(self._completed) < self.params.beam_width:
             return not self.live
         length = len(self.live[0].tokens)
@@ -129,7 +130,8 @@ def _extended(
 
 
 def step_params(params: BeamSearchParams, vocab_size: int) -> SamplingParams:
-    """How each beam is extended: one token, and enough candidates that `beam_width` of them do not end it."""
+    """Parameters to extend a beam: one token, and so many candidates that `beam_width` of them do not end
+    it."""
     return SamplingParams(
         max_tokens=1,
         temperature=params.temperature,
@@ -147,7 +149,7 @@ class SearchRequest:
     ) -> None:
         self.request = request
         self.step_params = step_params(params, model.vocab_size)
-        """Of the requests that extend a beam."""
+        """The parameters of requests that extend a beam."""
         self._search = BeamSearch(
             request.prompt_token_ids, params, model.eos_token_ids, request.max_tokens
         )
@@ -171,11 +173,11 @@ class SearchRequest:
         return [beam.tokens for beam in self._search.live]
 
     def start_round(self, request_ids: Sequence[str]) -> None:
-        """These requests extend `beams()`, in that order."""
+        """request_ids: of the requests that extend `beams()`, in that order."""
         self._round = dict.fromkeys(request_ids)
 
     def take(self, output: RequestOutput) -> bool:
-        """A beam was extended. Whether it was the last one of the round."""
+        """Store the output of a beam's request. Returns whether it was the last one of the round."""
         self._round[output.request_id] = output
         outputs = [output for output in self._round.values() if output is not None]
         if len(outputs) < len(self._round):
@@ -186,13 +188,13 @@ class SearchRequest:
         if self._error is None:
             try:
                 self._search.advance([candidates(output) for output in outputs])
-            except Exception:  # a fault in one search ends that search, and no other request
+            except Exception:  # an error in one search ends only that search
                 logger.exception("beam search %s failed", self.request.request_id)
                 self._error = "The server failed to process this request's output."
         return True
 
     def output(self, reason: str | None = None) -> RequestOutput:
-        """The best sequences. reason: why it ended before its end."""
+        """The best sequences. reason: the finish reason, if the search was ended early."""
         reason = "error" if self._error else reason
         return RequestOutput(
             request_id=self.request.request_id,
@@ -231,7 +233,7 @@ class SearchRequest:
 
 
 def candidates(output: RequestOutput) -> dict[int, Logprob]:
-    """What a beam's request says of its next token. Raises `EngineError` if the engine failed on it."""
+    """The candidates for the next token, from a beam's output. Raises `EngineError` if its request failed."""
     logprobs = output.outputs[0].logprobs
     if not logprobs:
         raise EngineError(output.error or "A beam's request ended without a token.")

@@ -10,15 +10,15 @@ CALLED_OFF = Failure("wake_up was called before the engine slept.", "EngineError
 
 
 class Controls:
-    """Which calls are under way, and whether the engine sleeps.
+    """The control calls in progress, and whether the engine sleeps.
 
-    A `Sleep` is held here until no request is left, and may be cancelled or called off until then. A call
-    that was sent takes place, even if its caller no longer waits for the answer.
+    A `Sleep` is held here until no request is left; until then it may be cancelled. A call that was sent is
+    carried out, even if its caller no longer waits for the answer.
     """
 
     def __init__(self) -> None:
         self.sleep_level = 0
-        """The engine's, by its latest answer."""
+        """The engine's level, from its latest answer."""
         self._ids = itertools.count(1)
         self._held: dict[int, Control] = {}
         self._sent: dict[int, Control] = {}
@@ -33,7 +33,7 @@ class Controls:
         return Control(next(self._ids), action)
 
     def start(self, control: Control, *, busy: bool) -> list[Control]:
-        """What to send now: the call, unless it is a sleep and requests run (`busy`)."""
+        """The messages to send now: the call, unless it is a sleep and requests run (`busy`)."""
         if busy and isinstance(control.action, Sleep):
             self._held[control.id] = control
             return []
@@ -41,13 +41,13 @@ class Controls:
         return [control]
 
     def release(self) -> list[Control]:
-        """No request is left: the held sleeps, to be sent now."""
+        """The held sleeps, which are to be sent when no request is left."""
         held, self._held = self._held, {}
         self._sent.update(held)
         return list(held.values())
 
     def call_off(self) -> list[Answer]:
-        """The engine is to be awake: end the held sleeps. Returns what answers them."""
+        """End the held sleeps, because the engine is to be awake. Returns their answers."""
         held, self._held = self._held, {}
         return [Answer(control_id, self.sleep_level, CALLED_OFF) for control_id in held]
 

@@ -39,7 +39,7 @@ ANY_JSON = GrammarSpec("json_schema", '{"type":"object"}')
 
 
 class EngineCore:
-    """Plans, executes, learns. Sans I/O: messages in by `handle`, outputs out of `step`."""
+    """The step loop, without I/O: `handle` takes messages, `step` returns outputs."""
 
     def __init__(
         self,
@@ -56,16 +56,16 @@ class EngineCore:
         self._grammars = grammars
         self._sleep_level = 0
         self._compiling: dict[int, AddRequest] = {}
-        """Requests whose grammar is being compiled beside the steps; the scheduler does not know them."""
+        """Requests whose grammar is being compiled while steps run. They are not in the scheduler yet."""
 
     @property
     def has_work(self) -> bool:
         return bool(self._in_flight or self._compiling) or self.scheduler.has_work
 
     def step(self) -> StepOutputs:
-        """One iteration of continuous batching: launch a plan, then learn from the oldest one in flight,
-        which is the same one unless the executor overlaps. Without rows there is nothing to overlap with,
-        so nothing stays in flight."""
+        """One iteration of continuous batching: launch a plan, then take the result of the oldest one in
+        flight, which is the same one unless the executor overlaps. A plan without rows overlaps with
+        nothing, so then no plan stays in flight."""
         updates = self._admit_compiled()
         plan = self.scheduler.schedule()
         self._in_flight.append((plan, self.executor.execute(plan)))
@@ -76,7 +76,7 @@ class EngineCore:
         return self._outputs(updates)
 
     def prepare(self) -> bool:
-        """For a loop that finds nothing to do: see `Executor.prepare`."""
+        """Called when there is no work: see `Executor.prepare`."""
         if self.has_work or self._sleep_level:
             return False
         if self._grammars is not None:
@@ -84,7 +84,7 @@ class EngineCore:
         return self.executor.prepare()
 
     def handle(self, message: CoreInput) -> CoreOutput | None:
-        """Take in one message. A request that cannot be taken in fails alone."""
+        """Handle one message. A request that cannot be accepted fails alone."""
         if isinstance(message, AddRequest):
             try:
                 self._add(message)
@@ -99,9 +99,9 @@ class EngineCore:
         return None
 
     def _control(self, message: Control) -> Answer:
-        """Carry out one call. What it raises is its caller's; the engine goes on."""
+        """Carry out one call. An error is returned to its caller; the engine continues."""
         if isinstance(message.action, Sleep):
-            self._drain()  # a step that fails ends the engine, so not below
+            self._drain()  # outside the try: an error in a step must end the engine
         failure = None
         try:
             self._carry_out(message.action)
@@ -112,7 +112,7 @@ class EngineCore:
         return Answer(message.id, self._sleep_level, failure)
 
     def _drain(self) -> None:
-        """Without requests, take the results of steps in flight, and have the executor release what ended."""
+        """Drain: no request is left; finish the steps in flight and send pending releases."""
         while self.has_work and not (self.scheduler.requests or self._compiling):
             self.step()
 
@@ -123,7 +123,7 @@ class EngineCore:
             self._set_sleep_level(action.level if isinstance(action, Sleep) else 0)
 
     def _set_sleep_level(self, level: int) -> None:
-        """0: awake. An executor that raises has kept its state."""
+        """level 0: awake. If the executor raises, its state is unchanged."""
         if level == self._sleep_level:
             return
         if self.has_work:
@@ -153,7 +153,7 @@ class EngineCore:
         self.scheduler.report.waits(message.request_id, Wait(WaitReason.GRAMMAR))
 
     def _admit_compiled(self) -> list[RequestUpdate]:
-        """Hand over the requests whose grammar is there; with nothing else to do, wait a little for one."""
+        """Add the requests whose grammar has been compiled; without other work, wait a short time for one."""
         if not self._compiling:
             return []
         assert self._grammars is not None

@@ -1,4 +1,4 @@
-"""The front end's end of the engine core: in this process, or in one of its own."""
+"""The front end's connection to the engine core, in this process or in a child process."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ EXIT_GRACE_SECONDS = 5.0
 class InlineCore:
     """The core in this process: `receive` runs a step.
 
-    Ctrl-C waits for the end of a step or a message. A step that stops between planning and computing would
+    Ctrl-C waits for the end of a step or a message. A step that stopped between planning and computing would
     leave blocks in the prefix cache whose keys and values were never written.
     """
 
@@ -47,7 +47,7 @@ class InlineCore:
             self._answers.append(answer)
 
     def receive(self) -> CoreOutput:
-        """The next output. Call only when something was sent that has one coming."""
+        """The next output. Call only if one is expected."""
         if self._answers:
             return self._answers.popleft()
         with interrupts_deferred():
@@ -60,21 +60,21 @@ class InlineCore:
 class CoreProcess:
     """A core in a child process, and the socket to it. Blocking; `AsyncLLM` polls the descriptor.
 
-    The process starts at once, and imports torch and compiles the kernels (seconds) before it is told
-    what to serve: make it as early as can be, then do your own imports, find the model, and `configure`.
+    The process starts at once, and imports torch and compiles the kernels (seconds) before it gets its
+    configuration. So create it as early as possible, then import, find the model, and call `configure`.
     """
 
     def __init__(self, *, kernels: str = "auto") -> None:
         """`kernels` as in `RuntimeConfig`: "reference" needs nothing compiled."""
-        self._directory = tempfile.mkdtemp(prefix="quire-")  # mode 0700: nobody else connects
+        self._directory = tempfile.mkdtemp(prefix="quire-")  # mode 0700: other users cannot connect
         address = f"ipc://{Path(self._directory, 'core.sock')}"
         self._context = zmq.Context()
         self.socket = self._context.socket(zmq.PAIR)
         self.socket.setsockopt(zmq.LINGER, 0)
         self.socket.setsockopt(zmq.SNDHWM, 0)
         self.socket.setsockopt(zmq.RCVHWM, 0)
-        # We connect and the core binds: what is sent before it listens is queued here, and a core that
-        # dies can never make `send` block.
+        # We connect and the core binds: messages sent before it listens are queued here, and a core that
+        # has died can never make `send` block.
         self.socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MILLISECONDS)
         self.socket.connect(address)
         self._encode = msgspec.msgpack.Encoder().encode
@@ -84,13 +84,13 @@ class CoreProcess:
         self._given_up = False
         self.process = subprocess.Popen(
             [sys.executable, "-m", "quire.engine.core_process", address, kernels],
-            stdin=subprocess.PIPE,  # its end tells the core that we are gone
-            start_new_session=True,  # a Ctrl-C is ours to handle
+            stdin=subprocess.PIPE,  # when it ends, the core knows that this process has ended
+            start_new_session=True,  # on Ctrl-C, this process decides
             env=_child_environment(),
         )
 
     def configure(self, config: EngineConfig) -> None:
-        """Load this model. Call once; `config` is located."""
+        """Load this model. Call once, with a `config` from `locate`."""
         assert not self._configured
         self._configured = True
         self.socket.send(msgspec.json.encode(config))
@@ -99,7 +99,7 @@ class CoreProcess:
         self.socket.send(self._encode(message))
 
     def wait_ready(self) -> EngineReady:
-        """Block until the model is loaded. Raises the error the core met."""
+        """Block until the model is loaded. Raises the core's error."""
         while not self._given_up:
             message = self.receive(timeout=START_POLL_SECONDS)
             if isinstance(message, EngineReady):
@@ -128,7 +128,7 @@ class CoreProcess:
             self.socket.poll(1000 if timeout is None else int(timeout * 1000) + 1)
 
     def try_receive(self) -> CoreOutput | None:
-        """The next output if there is one."""
+        """The next output, or None if there is none."""
         try:
             received = self.socket.recv(zmq.NOBLOCK)
         except zmq.Again:
@@ -137,12 +137,12 @@ class CoreProcess:
         return message
 
     def close(self) -> None:
-        """End the core: politely, then not. Idempotent."""
+        """End the core: with a message, then with a signal. Idempotent."""
         if self._closed:
             return
         self._closed = True
         if self.process.poll() is None and not self._configured:
-            # It has nothing to lose, and would first finish its imports: with it goes the compiler.
+            # It has no state yet, and would first finish its imports. The compiler ends with it.
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
         if self.process.poll() is None:
@@ -162,8 +162,8 @@ class CoreProcess:
 
 
 def _child_environment() -> dict[str, str]:
-    """Ours, with the package importable even when it is not installed, and our own log level: a
-    command that keeps quiet has a core that does."""
+    """This process's environment, with the package importable even if it is not installed, and with this
+    process's log level."""
     environment = dict(os.environ)
     level = logging.getLogger("quire").getEffectiveLevel()
     environment["QUIRE_LOG_LEVEL"] = next(

@@ -1,11 +1,11 @@
 """The engine core's own process: `python -m quire.engine.core_process ADDRESS KERNELS`.
 
 ZeroMQ over a Unix socket in a private directory, msgspec structs, no pickle. The first message is the
-configuration, and may come late: what takes longest, importing torch and compiling the kernels, does not
-depend on it. The first answer is `EngineReady` or `CoreFailed`. Between steps the loop takes in what
-has arrived; without work it lets the executor prepare, piece by piece while nothing arrives, and then
-blocks, so an idle engine costs nothing. It leaves when told to, or when its standard input ends,
-which happens however the parent dies.
+configuration. It may come late, because the slowest parts of the start, importing torch and compiling the
+kernels, do not depend on it. The first answer is `EngineReady` or `CoreFailed`. Between steps the loop
+handles the messages that have arrived. Without work it lets the executor prepare, one piece at a time,
+and then blocks, so an idle engine uses no processor time. It exits on `Shutdown`, or when its standard
+input ends, which happens however the parent dies.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from quire.util.logging import setup_logging
 logger = logging.getLogger("quire.engine")
 
 QUIET_MS = 50
-"""Without work and without a message for so long, the engine is idle: a client that sends one request
-after another is not made to wait for what was begun in between."""
+"""The engine is idle after this time without work and without a message, so that a client that sends one
+request after another does not wait for a preparation."""
 
 
 def main(address: str, kernels: str) -> int:
-    gc.disable()  # until the start is over: it makes objects by the hundred thousand, and no garbage
+    gc.disable()  # until the start is over: it creates hundreds of thousands of objects that stay
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # the front end decides when the core ends
     context = zmq.Context()
@@ -65,18 +65,18 @@ class _Link:
         self._poller.register(self._stdin, zmq.POLLIN)
 
     def receive_config(self) -> EngineConfig | None:
-        """None if the parent is gone."""
+        """None if the parent has ended."""
         if not dict(self._poller.poll()).get(self._socket):
             return None
         return msgspec.json.decode(self._socket.recv(), type=EngineConfig)
 
     def send(self, message: CoreOutput) -> None:
-        """Never blocks: without a peer (the parent is gone) the message is dropped."""
+        """Never blocks: without a peer (the parent has ended) the message is dropped."""
         with contextlib.suppress(zmq.Again):
             self._socket.send(self._encode(message), zmq.NOBLOCK)
 
     def receive(self, *, wait_ms: int | None) -> list[CoreInput]:
-        """All messages that are there, after waiting so long for one; None: until there is one. A dead
+        """All messages that have come, after waiting at most this long for one (None: without limit). A dead
         parent is a `Shutdown`."""
         if wait_ms != 0:
             ready = dict(self._poller.poll(wait_ms))
@@ -112,7 +112,7 @@ def _run(link: _Link, kernels: str) -> int:
         if not isinstance(error, QuireError):
             logger.exception("the engine core failed to start")
         return 1
-    gc.freeze()  # torch's 200,000 objects stay: looking through them is a pause of 0.1 s
+    gc.freeze()  # torch's 200,000 objects stay; traversing them is a pause of 0.1 s
     gc.enable()
     link.send(ready)
     try:
@@ -127,8 +127,8 @@ def _run(link: _Link, kernels: str) -> int:
 
 
 def _compile_kernels(kernels: str) -> None:
-    """On a first start, beside the import of torch: each takes more than a second. Whoever needs the
-    kernels finds them built, or meets the same error and reports it."""
+    """On a first start, in parallel with the import of torch: both take more than a second. Later code
+    finds the kernels built, or gets the same error and reports it."""
     if kernels == "reference":
         return
     from quire.kernels.cpu.build import BuildError, build

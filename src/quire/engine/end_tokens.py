@@ -1,4 +1,4 @@
-"""Which tokens end a text, from every file that says so. The one place where that is decided.
+"""The tokens that end a text, from all files that name them. They are derived only here.
 
 Fine-tunes often change one file and keep the others of their base model: the tokenizer names `<|im_end|>`,
 while config.json and generation_config.json still name `<|endoftext|>`. So a text ends at any of them: at the
@@ -14,7 +14,7 @@ from typing import Protocol
 
 
 class TokenIds(Protocol):
-    """What is asked of a tokenizer."""
+    """The methods of a tokenizer that are used here."""
 
     @property
     def eos_token_id(self) -> int | None: ...
@@ -23,7 +23,7 @@ class TokenIds(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class EosSource:
-    """What one file says. value: a token id, a token's text, a list of them, or None, as JSON gave it."""
+    """One file's value: a token id, a token's text, a list of them, or None, as in the JSON."""
 
     file: str
     value: object
@@ -31,7 +31,7 @@ class EosSource:
 
 @dataclass(frozen=True, slots=True)
 class EndTokens:
-    """ids: distinct, and all within the model's vocabulary. warnings: what was dropped, a sentence each."""
+    """ids: distinct, and all within the model's vocabulary. warnings: a sentence for each dropped value."""
 
     ids: tuple[int, ...]
     warnings: tuple[str, ...]
@@ -47,7 +47,7 @@ def end_tokens(
 ) -> EndTokens:
     """The union of all sources and, with `take_eos`, the tokenizer's EOS.
 
-    default: taken where none of them names any. What is no id of the model (out of range, a bool, an
+    default: used if no source names any. A value that is not an id of the model (out of range, a bool, an
     unknown text) is dropped with a warning.
     """
     named = [source for source in sources if source.value not in (None, [])]

@@ -8,14 +8,14 @@ from quire.messages import Failure
 
 
 def failure_of(error: Exception, what: str) -> Failure:
-    """`error` as data. Only our own errors keep their text; of others, clients see `what` and the type."""
+    """`error` as data. Only our own errors keep their text; for others, clients see `what` and the type."""
     if isinstance(error, QuireError):
         return Failure(str(error), type(error).__name__)
     return Failure(f"{what} ({type(error).__name__}).", "EngineError")
 
 
 def error_of(failure: Failure) -> QuireError:
-    """The exception that `failure` stands for; an `EngineError` if its kind cannot be made from a text."""
+    """The exception of `failure`; an `EngineError` if its kind cannot be constructed from a text."""
     kind = getattr(errors, failure.kind, EngineError)
     if isinstance(kind, type) and issubclass(kind, QuireError):
         try:

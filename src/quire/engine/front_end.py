@@ -1,8 +1,8 @@
 """The front end of an engine core, without I/O: requests and control calls become messages for the core, its
 messages become outputs and answers.
 
-`LLM` and `AsyncLLM` are shells around one `FrontEnd`. They move its messages and wait, and hand on what it
-returns; whatever a request is, may be and leads to is decided here.
+`LLM` and `AsyncLLM` are shells around one `FrontEnd`. They send its messages, wait, and pass on what it
+returns. All decisions about requests are made here.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ MAX_RETRY_SECONDS = 60.0
 
 @dataclass(slots=True)
 class Effects:
-    """What a call, or a message of the core, leads to. The messages are to be sent in this order."""
+    """The effects of a call or of a message from the core. The messages must be sent in this order."""
 
     send: list[CoreInput] = field(default_factory=list)
     outputs: list[RequestOutput] = field(default_factory=list)
@@ -63,7 +63,8 @@ class Effects:
 
 
 class FrontEnd:
-    """Everything live between callers and one engine core. Not thread-safe, but for `check_grammar`."""
+    """The live requests and calls between callers and one engine core. Only `check_grammar` is
+    thread-safe."""
 
     def __init__(
         self,
@@ -78,7 +79,7 @@ class FrontEnd:
         self.stats = SchedulerStats()
         """The scheduler's state after the last step."""
         self.dead: EngineDeadError | None = None
-        """Why there is no engine any more."""
+        """The error with which the engine died, if it did."""
         self._checker = GrammarChecker(
             model.tokenizer, vocab_size=model.vocab_size, eos_token_ids=model.eos_token_ids
         )
@@ -97,7 +98,7 @@ class FrontEnd:
 
     @property
     def request_ids(self) -> list[str]:
-        """Of the live requests, without the beams of searches."""
+        """The ids of the live requests, without the beams of searches."""
         plain = [i for i in self._output.requests if i not in self._search_of_beam]
         return [*plain, *self._searches]
 
@@ -118,7 +119,7 @@ class FrontEnd:
     ) -> EngineRequest:
         """Validate and tokenize a request, to be passed to `start`.
 
-        Raises `RequestError`, `EngineSleepingError`, or `EngineDeadError` when there is no engine.
+        Raises `RequestError`, `EngineSleepingError`, or `EngineDeadError` if the engine has died.
         """
         self._check_alive()
         if self.is_sleeping:
@@ -141,8 +142,8 @@ class FrontEnd:
 
     def check_grammar(self, params: SamplingParams) -> Sequence[str]:
         """Compile the grammar once, in a process that can be killed: the engine core, which compiles it
-        again, must not meet one that never ends. Blocks; may be called from any thread. Returns warnings for
-        the client.
+        again, must not get one that never finishes. Blocks; may be called from any thread. Returns
+        warnings for the client.
 
         Raises `InvalidParameterError` with the reason.
         """
@@ -178,7 +179,7 @@ class FrontEnd:
         raise QueueFullError(f"The queue is full: {message}", retry_after=self._retry_seconds())
 
     def _retry_seconds(self) -> float:
-        """How long the queue takes to empty, judged by the latest finishes. At least a second."""
+        """Estimate of the time until the queue is empty, from the latest finishes. At least a second."""
         times = self._finish_times
         if len(times) < 2 or times[-1] == times[0]:
             return 1.0
@@ -187,7 +188,7 @@ class FrontEnd:
         return min(MAX_RETRY_SECONDS, max(1.0, seconds))
 
     def start(self, request: EngineRequest) -> Effects:
-        """Queue a request. From now on it ends in exactly one finished output, unless the engine dies."""
+        """Queue a request. It then ends with exactly one finished output, unless the engine dies."""
         self._check_alive()
         effects = Effects()
         if isinstance(request.params, BeamSearchParams):
@@ -200,8 +201,8 @@ class FrontEnd:
         return effects
 
     def _extend(self, search: SearchRequest, effects: Effects) -> None:
-        """Ask for one more token of each beam. Beams are not turned away by a full queue or a coming sleep,
-        and keep the place in the queue that the search has."""
+        """Request one more token for each beam. Beams are not refused because of a full queue or a
+        pending sleep, and have the search's place in the queue."""
         request = search.request
         beams = []
         for token_ids in search.beams():
@@ -243,16 +244,16 @@ class FrontEnd:
 
     @property
     def is_sleeping(self) -> bool:
-        """Whether the engine sleeps, or is about to: it takes no requests."""
+        """Whether the engine sleeps or is about to: it refuses requests."""
         return self._controls.is_sleeping
 
     def new_control(self, action: ControlAction) -> Control:
-        """A control call, to be passed to `start_control` and known by its id."""
+        """A control call with a new id, to be passed to `start_control`."""
         self._check_alive()
         return self._controls.new(action)
 
     def start_control(self, control: Control) -> Effects:
-        """A sleep is held until no request is left; a wake-up ends the sleeps that are held."""
+        """A sleep is held until no request is left; a wake-up ends the held sleeps."""
         effects = Effects()
         if isinstance(control.action, WakeUp):
             effects.answers += self._controls.call_off()
@@ -260,13 +261,13 @@ class FrontEnd:
         return effects
 
     def cancel_control(self, control: Control) -> None:
-        """Nobody waits for it any more. If it was sent, it takes place."""
+        """The caller no longer waits. If the call was sent, it is carried out."""
         self._controls.cancel(control.id)
 
     # --- the core's messages ----------------------------------------------------------------------
 
     def take(self, message: CoreOutput) -> Effects:
-        """Take in one message. `CoreFailed` is for `fail`."""
+        """Handle one message, except `CoreFailed`, which is for `fail`."""
         effects = Effects()
         if isinstance(message, StepOutputs):
             self.stats = message.stats or self.stats
@@ -286,7 +287,7 @@ class FrontEnd:
         return self._settle(effects)
 
     def _go_on(self, search: SearchRequest, effects: Effects) -> None:
-        """A round of a search is over."""
+        """Continue a search after a round."""
         if search.is_done:
             del self._searches[search.request.request_id]
             effects.outputs.append(search.output())
@@ -294,7 +295,7 @@ class FrontEnd:
             self._extend(search, effects)
 
     def _settle(self, effects: Effects) -> Effects:
-        """What follows from requests having ended."""
+        """Effects of requests having ended."""
         now = self._clock()
         self._finish_times += [now for output in effects.outputs if output.finished]
         if not self.is_busy:
@@ -302,7 +303,7 @@ class FrontEnd:
         return effects
 
     def fail(self, message: str) -> None:
-        """The engine is gone: every live request ends without an output, and later ones are refused."""
+        """The engine has died: all live requests end without an output, and later ones are refused."""
         if self.dead is None:
             self.dead = EngineDeadError(message)
             self._output.fail_all(message)

@@ -1,8 +1,8 @@
-"""Default sampling parameters: generation_config.json, and what the operator sets over it.
+"""Default sampling parameters: generation_config.json, and the operator's overrides.
 
-The fields are vLLM's. `do_sample` is not read, as in vLLM: whether a request samples is its temperature's
-business. A value that no request may have is the file's mistake and not the client's, so it is dropped at
-the start, with a warning; in an option it is an error.
+The fields are vLLM's. `do_sample` is not read, as in vLLM: the temperature decides whether a request
+samples. An invalid value is a mistake of the file and not of the client, so it is dropped at the start
+with a warning; in an option it is an error.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ INTEGERS = ("top_k", "max_new_tokens")
 
 
 def read_generation_config(model: ModelConfig, source: ModelSource) -> dict[str, object]:
-    """The fields of the model's own, or of the one that the operator names."""
+    """The fields of the model's file, or of the file that the operator names."""
     if model.generation_config in ("auto", "vllm"):
         return source.generation_config()
     path = Path(model.generation_config) / FILE
@@ -69,7 +69,7 @@ def sampling_defaults(
 def eos_sources(
     model: ModelConfig, config: Mapping[str, object], generation: Mapping[str, object]
 ) -> tuple[EosSource, ...]:
-    """What each file names as the end of a text. What the operator names counts alone."""
+    """The end tokens of each file. If the operator sets them, only those count."""
     wanted = model.override_generation_config.get("eos_token_id")
     if wanted is not None:
         return (EosSource(OVERRIDE, wanted),)
@@ -88,7 +88,7 @@ def _problem(name: str, parameter: str, value: object) -> str | None:
 
 
 def _number(name: str, value: object) -> object:
-    """Some files write whole numbers with a point."""
+    """A number; some files write integers with a decimal point."""
     if name in INTEGERS and isinstance(value, float) and value.is_integer():
         return int(value)
     return value

@@ -1,4 +1,4 @@
-"""Whether there is a GPU to run on, and how much memory it has: asked without importing PyTorch."""
+"""Finds out whether there is a GPU and how much memory it has, without importing PyTorch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from quire.runner.footprint import DeviceMemory
 def choose_device(wanted: str) -> str:
     """ "cpu" or "cuda" for an option of "auto", "cpu" or "cuda".
 
-    Raises `ConfigError` where a GPU is asked for and there is none, or PyTorch was built without CUDA.
+    Raises `ConfigError` if a GPU is asked for and there is none, or PyTorch was built without CUDA.
     """
     if wanted == "cpu":
         return "cpu"
@@ -54,7 +54,7 @@ class _Memory(ctypes.Structure):
 
 
 def gpu_memory() -> DeviceMemory | None:
-    """Of the first GPU that CUDA_VISIBLE_DEVICES leaves; None without one. From the driver's NVML."""
+    """The memory of the first GPU in CUDA_VISIBLE_DEVICES, from the driver's NVML; None without one."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
     if visible in ("", "-1"):
         return None

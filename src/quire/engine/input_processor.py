@@ -1,5 +1,5 @@
-"""From what a caller passed to `AddRequest`s that are certain to be servable. Every front end comes
-through here, so no route can miss a check."""
+"""Turns a caller's request into `AddRequest`s that can be served. All front ends use it, so that every
+request gets every check."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from quire.text.parsing.base import ThinkingTokens
 
 Params = SamplingParams | PoolingParams | BeamSearchParams
 PromptInput = str | Sequence[int] | Mapping[str, object]
-"""Text, token ids, or a mapping with `prompt` or `prompt_token_ids`, and `cache_salt` if wanted."""
+"""Text, token ids, or a mapping with `prompt` or `prompt_token_ids`, and optionally `cache_salt`."""
 
 MAX_CACHE_SALT_CHARS = 1024
 NUM_GRAMMARS = 32
-"""Grammars kept, least recently used out first."""
+"""Number of grammars in the LRU cache."""
 _PROMPT_KEYS = frozenset({"prompt", "prompt_token_ids", "cache_salt"})
 
 
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
-    """One request of a caller: sequences over one prompt."""
+    """One request of a caller: one or more sequences for one prompt."""
 
     request_id: str
     prompt: str | None
@@ -43,14 +43,14 @@ class EngineRequest:
     task: Task
     placement: Placement
     max_tokens: int
-    """Within the context; 0 if the task is not to generate."""
+    """At most what the context has room for; 0 if the task is not to generate."""
     arrival_ts: float
     sequences: list[AddRequest]
-    """For the engine core. Empty for a beam search, whose beams are requests of their own."""
+    """For the engine core. Empty for a beam search, whose beams are separate requests."""
 
 
 class InputProcessor:
-    """Tokenizes and validates. Raises `RequestError`s only."""
+    """Tokenizes and validates. Raises only `RequestError`s."""
 
     def __init__(self, model: ServedModel, *, has_head: bool = True) -> None:
         """has_head: False for a model that gives vectors and no text."""
@@ -78,9 +78,9 @@ class InputProcessor:
         max_logprobs: int | None = None,
         fit_max_tokens: bool = False,
     ) -> EngineRequest:
-        """thinking: of a reasoning model, how it begins and ends to think.
-        fit_max_tokens: max_tokens is a default, which is cut to what the context has room for.
-        max_logprobs: instead of the model's limit, for requests of our own making."""
+        """thinking: the tokens around a reasoning model's reasoning.
+        fit_max_tokens: max_tokens is a default, which is reduced to what the context has room for.
+        max_logprobs: replaces the model's limit, for requests that we make ourselves."""
         text, token_ids, placement = self._read_prompt(prompt, placement, add_special_tokens)
         limit = self._model.max_logprobs if max_logprobs is None else max_logprobs
         task = self._check_params(params, max_logprobs=limit)
@@ -122,8 +122,8 @@ class InputProcessor:
     def _decodings(
         self, params: SamplingParams, task: Task, max_tokens: int, rules: TokenRules | None
     ) -> list[Decoding]:
-        """Of each of the n sequences. They differ by their seed alone; the prompt's logprobs are the first
-        one's."""
+        """The `Decoding` of each of the n sequences. They differ only in the seed; only the first has the
+        prompt's logprobs."""
         seed = params.seed if params.seed is not None else secrets.randbits(63)
         first = resolve_decoding(
             params,
@@ -210,7 +210,7 @@ class InputProcessor:
                 )
 
     def _check_params(self, params: Params, *, max_logprobs: int) -> Task:
-        """What is checked against the model. Returns what the request is for."""
+        """The checks that depend on the model. Returns the request's task."""
         if isinstance(params, PoolingParams):
             self._check_pooling(params)
             return Task.EMBED
@@ -252,7 +252,7 @@ class InputProcessor:
             )
 
     def _rules(self, params: SamplingParams, thinking: ThinkingTokens | None) -> TokenRules | None:
-        """What restricts the next token by those before it; None if nothing does."""
+        """The rules that restrict the next token by the tokens before it; None if there are none."""
         if params.thinking_token_budget is not None and thinking is None:
             raise InvalidParameterError(
                 "thinking_token_budget needs a reasoning model (--reasoning-parser).",
@@ -275,12 +275,12 @@ class InputProcessor:
         )
 
     def grammar(self, params: SamplingParams) -> Wanted | None:
-        """What `params` ask for, as a grammar. From any thread.
+        """The grammar of `params`. From any thread.
 
-        Preparing the schemas of a hundred tools takes 0.1 s and is asked for twice per request (to check it
-        beforehand), and again with every turn of a conversation: so the last ones are kept.
+        Preparing the schemas of a hundred tools takes 0.1 s. It is done twice per request (once for the
+        check) and again with every turn of a conversation, so the latest grammars are cached.
 
-        Raises `InvalidParameterError` for one that cannot be meant; compiling it is another matter.
+        Raises `InvalidParameterError` if it is malformed. It is not compiled here.
         """
         asked = params.structured_outputs
         if asked is None:
@@ -288,7 +288,7 @@ class InputProcessor:
         try:
             key = hashlib.sha256(msgspec.json.encode(asked)).digest()
         except (TypeError, ValueError, OverflowError, RecursionError):
-            key = None  # in a schema there may be anything
+            key = None  # a schema may hold unhashable values
         with self._lock:
             found = self._grammars.get(key) if key is not None else None
         if found is None:
@@ -302,7 +302,7 @@ class InputProcessor:
         return found
 
     def _spellings(self, word: str) -> list[list[int]]:
-        """The tokens of a text as they are at the start of a line, and after a space."""
+        """The tokens of a text at the start of a line, and after a space."""
         bare = self._model.tokenizer.encode(word, add_special_tokens=False)
         spaced = self._model.tokenizer.encode(" " + word.lstrip(), add_special_tokens=False)
         return [ids for ids in ([bare] if bare == spaced else [bare, spaced]) if ids]
@@ -352,7 +352,8 @@ def resolve_decoding(
     rules: TokenRules | None,
     seed: int,
 ) -> Decoding:
-    """The one place where it is decided what parameters mean together. Ids and lengths are checked already.
+    """Resolve the parameters into a `Decoding`. What they mean together is decided only here. Ids and lengths
+    have been checked.
 
     end_token_ids: the model's. seed: 64 bits, signed or not.
     """
@@ -361,7 +362,7 @@ def resolve_decoding(
     return Decoding(
         task=task,
         max_tokens=max_tokens,
-        # A grammar says itself when the text may end.
+        # A grammar determines where the text may end.
         min_tokens=0 if has_grammar else params.min_tokens,
         end_token_ids=frozenset(() if params.ignore_eos and not has_grammar else end_token_ids),
         stop_token_ids=frozenset(params.stop_token_ids or ()),
@@ -386,6 +387,6 @@ def resolve_decoding(
 
 
 def _pooling_decoding(params: PoolingParams) -> Decoding:
-    # What is cached has no hidden states, which a mean is made of.
+    # The cache has no hidden states, which a mean needs.
     skips = params.pooling == "mean" or params.skip_reading_prefix_cache
     return Decoding(task=Task.EMBED, max_tokens=0, pooling=params, reads_prefix_cache=not skips)

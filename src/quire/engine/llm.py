@@ -65,13 +65,13 @@ class LLM:
     """A model for offline use, with vLLM's interface.
 
     `LLM("path/or/hub-id", max_model_len=4096, ...)`; without a model, the built-in one. Keywords are the
-    flags of `quire serve` with underscores, and vLLM's where they ask for nothing we do not do; an unknown
-    one raises `ConfigError`.
+    flags of `quire serve` with underscores, and those of vLLM that have no effect here. An unknown
+    keyword raises `ConfigError`.
 
-    engine: "inline" runs the model in this process; "process" gives it one of its own.
+    engine: "inline" runs the model in this process, "process" in a child process.
 
-    Not thread-safe. Close it, or use it as a context manager, to give its memory back; without, that happens
-    when it is garbage-collected. Ctrl-C ends a call between two steps, and the next call works.
+    Not thread-safe. Close it, or use it as a context manager, to free its memory; else that happens when
+    it is garbage-collected. Ctrl-C ends a call between two steps, and the next call works.
     """
 
     def __init__(
@@ -92,7 +92,9 @@ class LLM:
         if engine == "process":
             process = CoreProcess(kernels=config.runtime.kernels)
             self._core = process
-            weakref.finalize(self, process.close)  # a name bound anew must not leave it running
+            weakref.finalize(
+                self, process.close
+            )  # it must end when the last reference to the LLM is gone
             try:
                 process.configure(config)
                 self.model: ServedModel = serve_model(config, resolved)
@@ -120,7 +122,7 @@ class LLM:
         self._metrics = None
         if (
             given.get("disable_log_stats") is False
-        ):  # as in vLLM: counting costs a small model a tenth
+        ):  # as in vLLM: metrics take a tenth of a small model's time
             from prometheus_client import CollectorRegistry
 
             from quire.metrics.engine_metrics import EngineMetrics
@@ -172,7 +174,8 @@ class LLM:
         priority: Sequence[int] | None = None,
         tokenization_kwargs: Mapping[str, object] | None = None,
     ) -> list[str]:
-        """As `generate`, without waiting: the requests' ids. `wait_for_completion` has their outputs."""
+        """As `generate`, without waiting: returns the requests' ids. `wait_for_completion` returns their
+        outputs."""
         ids = self._queue(
             prompts, sampling_params, priority, lora_request, tokenization_kwargs or {}
         )
@@ -180,7 +183,7 @@ class LLM:
         return ids
 
     def wait_for_completion(self, *, use_tqdm: bool = True) -> list[RequestOutput]:
-        """The outputs of all that was enqueued, in that order."""
+        """The outputs of all enqueued requests, in order."""
         ids, self._enqueued = self._enqueued, []
         return self._wait(ids, use_tqdm=use_tqdm)
 
@@ -195,8 +198,8 @@ class LLM:
         tools: Sequence[Mapping[str, object]] | None = None,
         chat_template_kwargs: Mapping[str, object] | None = None,
     ) -> list[RequestOutput]:
-        """Answer one conversation, or several, through the model's chat template, which may show the model
-        `tools`. What it calls is in the text; only the server takes that apart."""
+        """Answer one or more conversations with the model's chat template, which may show the model
+        `tools`. Calls are part of the text; only the server parses them."""
         template = self.model.chat_template
         if template is None:
             raise InvalidParameterError(
@@ -227,9 +230,9 @@ class LLM:
         use_tqdm: bool = False,
         concurrency_limit: int | None = None,
     ) -> list[BeamSearchOutput]:
-        """The `beam_width` likeliest continuations of each prompt that a beam search finds, best first.
+        """The `beam_width` likeliest continuations of each prompt, found by beam search, best first.
 
-        concurrency_limit: most prompts that are searched from at once.
+        concurrency_limit: most prompts that are searched at once.
         """
         refuse_lora(lora_request)
         batch = as_batch(prompts)
@@ -265,7 +268,7 @@ class LLM:
         lora_request: None = None,
         pooling_task: Literal["embed"] = "embed",
     ) -> list[PoolingRequestOutput]:
-        """The vectors of `embed`, in the shape of vLLM's `encode`."""
+        """The vectors of `embed`, in the format of vLLM's `encode`."""
         if pooling_task != "embed":
             raise InvalidParameterError(
                 f"pooling_task must be embed, got {pooling_task!r}: there is one vector per prompt.",
@@ -283,7 +286,7 @@ class LLM:
         use_tqdm: bool = True,
         lora_request: None = None,
     ) -> list[ScoringRequestOutput]:
-        """How alike texts are: the cosine of their vectors. 1:1, 1:N or N:N."""
+        """The similarity of texts: the cosine of their vectors. 1:1, 1:N or N:N."""
         lefts, rights = as_pairs(data_1, data_2)
         outputs = self._pool([*lefts, *rights], pooling_params, use_tqdm, lora_request)
         return as_scores(outputs[: len(lefts)], outputs[len(lefts) :])
@@ -291,14 +294,14 @@ class LLM:
     # --- the engine -------------------------------------------------------------------------------
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """What requests get that bring no parameters: the model's own, else neutral."""
+        """The parameters of requests that have none: the model's defaults, else neutral ones."""
         return SamplingParams(**self.model.default_sampling)  # type: ignore[arg-type]
 
     def get_tokenizer(self) -> object:
         return self.model.tokenizer
 
     def get_metrics(self) -> list[Metric]:
-        """Every metric that the server's /metrics has of an engine, as values.
+        """The engine's metrics of the server's /metrics, as values.
 
         Raises `ConfigError` unless `disable_log_stats=False` was given, as in vLLM.
         """
@@ -309,12 +312,12 @@ class LLM:
         return read_metrics(self._metrics)
 
     def reset_prefix_cache(self) -> bool:
-        """Forget all cached prefixes. Returns True."""
+        """Drop all cached prefixes. Returns True."""
         self._control(ResetPrefixCache())
         return True
 
     def sleep(self, level: int = 1) -> None:
-        """Give back the KV cache's memory (1), or the weights' too (2), until `wake_up`."""
+        """Free the memory of the KV cache (level 1) or also of the weights (2), until `wake_up`."""
         if level not in (1, 2):
             raise InvalidParameterError(
                 f"level must be 1 or 2, got {level!r}.", param="level", value=level
@@ -326,7 +329,7 @@ class LLM:
         self._control(Sleep(level))
 
     def wake_up(self, tags: Sequence[str] | None = None) -> None:
-        """Serve again. tags: vLLM's names of what to wake, "weights" and "kv_cache"; all is woken at once."""
+        """Allocate the memory again. tags: vLLM's "weights" and "kv_cache"; both are always woken."""
         for tag in tags or ():
             if tag not in ("weights", "kv_cache"):
                 raise InvalidParameterError(
@@ -408,7 +411,7 @@ class LLM:
         add_special_tokens: bool = True,
         fit_max_tokens: bool = False,
     ) -> list[str]:
-        """All or none: a request is sent when every one has been checked."""
+        """Submit all requests or none: they are sent after all have been checked."""
         self._alive()
         requests: list[EngineRequest] = []
         for index, (prompt, param) in enumerate(zip(prompts, params, strict=True)):
@@ -429,13 +432,13 @@ class LLM:
         try:
             for request in requests:
                 self._apply(self._front.start(request))
-        except BaseException:  # Ctrl-C: nobody would wait for those that were sent
+        except BaseException:  # Ctrl-C: no caller would wait for those that were sent
             self._abort(ids)
             raise
         return ids
 
     def _wait(self, ids: Sequence[str], *, use_tqdm: bool) -> list[RequestOutput]:
-        """Outputs of others, which were enqueued, are kept for whoever waits for them."""
+        """Wait for these requests. Outputs of other, enqueued requests are kept for `wait_for_completion`."""
         missing = set(ids) - self._finished.keys()
         try:
             with Progress(len(ids), enabled=use_tqdm) as progress:
@@ -453,7 +456,7 @@ class LLM:
         return [self._finished.pop(request_id) for request_id in ids]
 
     def _control(self, action: ControlAction) -> None:
-        """Carry out a control call. Raises what it raised."""
+        """Carry out a control call. Raises the error of the call."""
         self._alive()
         control = self._front.new_control(action)
         effects = self._apply(self._front.start_control(control))
@@ -463,7 +466,7 @@ class LLM:
             raise error_of(answers[0].failure)
 
     def _receive(self) -> Effects:
-        """Wait for the core's next message, and do what follows from it."""
+        """Wait for the core's next message and handle it."""
         message = self._alive().receive()
         assert message is not None
         if isinstance(message, CoreFailed):
@@ -480,7 +483,7 @@ class LLM:
         return effects
 
     def _abort(self, request_ids: Sequence[str]) -> None:
-        with contextlib.suppress(Exception):  # the engine is gone: nothing is left to abort
+        with contextlib.suppress(Exception):  # the engine has died: there is nothing to abort
             for message in self._front.abort(request_ids).send:
                 self._alive().send(message)
 

@@ -1,4 +1,4 @@
-"""How much memory the KV cache gets, and what to say when it is not enough."""
+"""The size of the KV cache, and the error if memory is not enough."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from quire.models.spec import ModelSpec
 from quire.runner.footprint import Footprint
 
 DEFAULT_CPU_SHARE = 0.5
-"""Of the memory now available: the rest stays for the page cache and everyone else on the machine."""
+"""Share of the memory that is available now; the rest is for the page cache and other programs."""
 DEFAULT_GPU_SHARE = 0.9
-"""Of all there is: the rest is for the driver's context, CUDA graphs and what libraries take."""
+"""Share of the GPU's memory; the rest is for the driver's context, CUDA graphs and libraries."""
 GPU_RESERVE = 512 << 20
-"""Bytes of a GPU that the plan leaves free, whatever share is asked for: for CUDA graphs, and tables that
+"""Bytes of a GPU that the plan leaves free, whatever the share: for CUDA graphs, and tables that
 only some requests need."""
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """The ledger: who gets which bytes, and what fits."""
+    """The ledger: what the memory is used for, and how much fits."""
 
     weight_bytes: int
     activation_bytes: int
     kv_bytes: int
     num_blocks: int
-    """With the null block."""
+    """The null block included."""
     sequence_blocks: int
     """Of one sequence of full length, in all groups of layers."""
     block_size: int
@@ -37,7 +37,7 @@ class MemoryPlan:
 
     @property
     def full_length_sequences(self) -> float:
-        """How many fit at once."""
+        """The number of sequences of full length that fit at once."""
         return (self.num_blocks - 1) / self.sequence_blocks
 
     @property
@@ -46,7 +46,7 @@ class MemoryPlan:
         return (self.num_blocks - 1) * self.max_model_len // self.sequence_blocks
 
     def rows(self) -> list[tuple[str, str]]:
-        """For people."""
+        """The ledger as text."""
         return [
             ("machine memory", format_bytes(self.total_bytes)),
             ("weights", format_bytes(self.weight_bytes)),
@@ -73,8 +73,8 @@ def plan_memory(
 ) -> MemoryPlan:
     """Size the KV cache.
 
-    kv_dtype_bytes: of the cache's elements. may_shrink: a shorter length will do if max_model_len does not
-    fit. gpu: the memory is a GPU's.
+    kv_dtype_bytes: of the cache's elements. may_shrink: a shorter length is accepted if max_model_len
+    does not fit. gpu: the memory is a GPU's.
 
     Raises `MemoryFitError`, with the options and values that would fit, if not even one sequence of
     full length does.
@@ -114,7 +114,7 @@ def plan_memory(
 def _longest(
     blocks_for: Callable[[int], int], num_blocks: int, wanted: int, block_size: int
 ) -> int:
-    """The longest sequence that so many blocks hold, in whole blocks; or `wanted` if that is less."""
+    """The longest sequence that this many blocks hold, in whole blocks; or `wanted` if that is less."""
     if blocks_for(wanted) <= num_blocks:
         return wanted
     whole = range(0, wanted, block_size)

@@ -1,4 +1,4 @@
-"""What `LLM`'s callers may pass, read; and what they get, made of `RequestOutput`s. Pure functions."""
+"""Reads the arguments of `LLM`'s methods, and makes their results from `RequestOutput`s. Pure functions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from quire.text.tokenizer import Tokenizer
 Message = Mapping[str, object]
 Params = TypeVar("Params")
 
-# --- what is passed -------------------------------------------------------------------------------
+# --- arguments ------------------------------------------------------------------------------------
 
 
 def as_batch(prompts: PromptInput | Sequence[PromptInput]) -> list[PromptInput]:
@@ -54,7 +54,7 @@ def as_conversations(
 def as_pairs(
     data_1: str | Sequence[str], data_2: str | Sequence[str]
 ) -> tuple[list[str], list[str]]:
-    """The texts of each side; one on the left may stand for all on the right."""
+    """The texts of each side; a single text on the left is paired with all on the right."""
     lefts = [data_1] if isinstance(data_1, str) else list(data_1)
     rights = [data_2] if isinstance(data_2, str) else list(data_2)
     if len(lefts) not in (1, len(rights)):
@@ -68,7 +68,7 @@ def as_pairs(
 def for_each(
     params: Params | Sequence[Params], count: int, kind: type[Params], name: str
 ) -> Sequence[Params]:
-    """One of `kind` per prompt. name: the argument they came in."""
+    """One object of `kind` per prompt. name: of the argument."""
     if isinstance(params, kind):
         return [params] * count
     if isinstance(params, (str, Mapping)) or not isinstance(params, Sequence):
@@ -86,7 +86,7 @@ def for_each(
 
 
 def wants_special_tokens(tokenization: Mapping[str, object]) -> bool:
-    """Of `tokenization_kwargs`."""
+    """`add_special_tokens` in `tokenization_kwargs`."""
     if tokenization.keys() - {"add_special_tokens"}:
         raise InvalidParameterError(
             f"tokenization_kwargs may hold add_special_tokens, got {sorted(tokenization)}.",
@@ -103,7 +103,7 @@ def refuse_lora(lora_request: object) -> None:
         )
 
 
-# --- what is returned -----------------------------------------------------------------------------
+# --- results --------------------------------------------------------------------------------------
 
 
 def as_embedding(output: RequestOutput) -> EmbeddingRequestOutput:

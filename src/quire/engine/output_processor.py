@@ -42,17 +42,17 @@ class RequestState:
 
     request: EngineRequest
     params: SamplingParams | None
-    """None of a request for a vector."""
+    """None for a request for a vector."""
     kind: RequestOutputKind
     sequences: list[_Sequence]
     metrics: RequestStateStats
     num_cached_tokens: int | None = None
     error: str | None = None
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
-    """As far as they are known; None if nobody asked."""
+    """As far as they are known; None if they were not requested."""
     embedding: list[float] | None = None
     held: dict[int, str] = field(default_factory=dict)
-    """Text of sequences by index that waits for more, where the stream has an interval."""
+    """Sequence index -> text that is buffered because of the stream interval."""
 
     @property
     def finished(self) -> bool:
@@ -61,7 +61,7 @@ class RequestState:
 
 @dataclass(slots=True)
 class Processed:
-    """What one message of the core meant for callers."""
+    """The result of one message of the core."""
 
     outputs: list[RequestOutput]
     aborts: list[int]
@@ -79,7 +79,7 @@ class OutputProcessor:
         stream_interval: int = 1,
         final_only: bool = False,
     ) -> None:
-        """stream_interval: tokens per output of a request that does not say itself.
+        """stream_interval: tokens per output, for requests that do not set it.
         final_only: one output per request, whatever its `output_kind`."""
         self._tokenizer = tokenizer
         self._stream_interval = stream_interval
@@ -94,7 +94,7 @@ class OutputProcessor:
 
     @property
     def num_queued_tokens(self) -> int:
-        """Prompt tokens of requests that have produced nothing yet."""
+        """Prompt tokens of requests without output so far."""
         return sum(
             len(state.request.prompt_token_ids)
             for state in self.requests.values()
@@ -102,7 +102,7 @@ class OutputProcessor:
         )
 
     def add(self, request: EngineRequest) -> RequestState:
-        """Follow a request. Its id must be unique among live ones."""
+        """Add a request. Its id must be unique among live ones."""
         params = request.params if isinstance(request.params, SamplingParams) else None
         kind = RequestOutputKind.FINAL_ONLY
         if params is not None and not self._final_only:
@@ -136,22 +136,22 @@ class OutputProcessor:
         return state
 
     def process(self, outputs: StepOutputs) -> Processed:
-        """Apply a step. Returns an output for each request that has one to show."""
+        """Apply a step. Returns an output for each request that has a new one."""
         self.metrics.on_step(outputs)
         processed = Processed([], [])
         touched: dict[str, tuple[RequestState, dict[int, str]]] = {}
         for update in outputs.updates:
             known = self._states.get(update.request_id)
             if known is None:
-                continue  # ended here already: by a stop string, or aborted
+                continue  # it has ended here already: by a stop string, or aborted
             state, sequence = known
             self._note_prompt(state, update)
             if not update.new_token_ids and update.finish_reason is None:
-                continue  # only the prompt's logprobs, of which there is nothing to show yet
+                continue  # only prompt logprobs, which are not complete yet
             try:
                 delta = self._apply(state, sequence, update, outputs.timestamp, processed)
             except Exception:
-                # A fault in one request's text ends that request, and nobody else's.
+                # An error in one request's text ends only that request.
                 logger.exception("request %s failed in output processing", update.request_id)
                 state.error = "The server failed to process this request's output."
                 processed.aborts.extend(self._end(state, FinishReason.ERROR))
@@ -169,8 +169,8 @@ class OutputProcessor:
         return processed
 
     def _waits_for_more(self, state: RequestState, deltas: dict[int, str]) -> bool:
-        """Whether the deltas are kept back because there are too few tokens for an output. If not, they are
-        all that was kept back. The first output and the last never wait."""
+        """True if the output is buffered, because there are fewer than stream_interval new tokens. If
+        False, `deltas` includes the buffered text. The first and the last output are never buffered."""
         if state.params is None or state.kind is not RequestOutputKind.DELTA:
             return False
         interval = state.params.stream_interval or self._stream_interval
@@ -186,14 +186,14 @@ class OutputProcessor:
         return False
 
     def abort(self, request_id: str) -> tuple[list[int], RequestOutput | None]:
-        """End a request from this side: the core's ids to abort, and the last output."""
+        """End a request here. Returns the core's ids to abort, and the last output."""
         state = self.requests.get(request_id)
         if state is None:
             return [], None
         return self._end(state, FinishReason.ABORT), _show(state, _all_indices(state))
 
     def fail_all(self, message: str) -> None:
-        """The engine is gone: every live request has ended with this error."""
+        """The engine has died: all live requests end with this error."""
         for state in list(self.requests.values()):
             state.error = message
             self._end(state, FinishReason.ERROR)
@@ -216,7 +216,7 @@ class OutputProcessor:
         timestamp: float,
         processed: Processed,
     ) -> str:
-        """Take in one sequence's update; returns the text it released."""
+        """Apply one sequence's update; returns the released text."""
         self._note_times(state, sequence, update, timestamp)
         token_ids = update.new_token_ids
         finish, stop_reason = update.finish_reason, update.stop_token
@@ -340,7 +340,7 @@ def _all_indices(state: RequestState) -> dict[int, str]:
 
 
 def _show(state: RequestState, deltas: dict[int, str]) -> RequestOutput | None:
-    """What the caller sees now, or None. deltas: text released by each sequence that changed."""
+    """The output for the caller, or None. deltas: the released text of each sequence that changed."""
     finished = state.finished
     if state.kind is RequestOutputKind.FINAL_ONLY and not finished:
         return None

@@ -14,7 +14,7 @@ class Progress:
         if enabled:
             import warnings
 
-            # A widget in a notebook that can show one; having none is nothing to warn of.
+            # A widget, in a notebook that can show one; no warning if it cannot.
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 from tqdm.auto import tqdm

@@ -1,4 +1,4 @@
-"""From configuration and checkpoint to what each side needs. The front-end half never imports torch."""
+"""From configuration and checkpoint to the models of front end and core. It never imports torch."""
 
 from __future__ import annotations
 
@@ -48,18 +48,18 @@ class ResolvedModel:
     kv_cache_dtype: str
     """As `dtype`, or "float8_e4m3fn"."""
     max_model_len: int
-    """The most tokens of a request: as asked for, or the model's context. With -1 the engine core settles on
-    what its memory holds, if that is less (`EngineReady.max_model_len`)."""
+    """The most tokens of a request: the option's, or the model's context. With -1 the engine core reduces
+    it to what its memory holds (`EngineReady.max_model_len`)."""
     default_sampling: dict[str, object]
     eos_sources: tuple[EosSource, ...]
-    """What the configs name as ends of a text; `read_tokens` joins them with the tokenizer's."""
+    """The end tokens in the configs; `read_tokens` joins them with the tokenizer's."""
     warnings: tuple[str, ...]
-    """For the operator: what was dropped of the model's files."""
+    """For the operator: values of the model's files that were dropped."""
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """What request handling needs to know of the model."""
+    """The facts about the model that request handling needs."""
 
     names: tuple[str, ...]
     spec: ModelSpec
@@ -71,7 +71,7 @@ class ServedModel:
     chat_template: ChatTemplate | None
     root: str
     grammars: Limits = DEFAULT_LIMITS
-    """What grammars requests may bring."""
+    """Limits for the grammars of requests."""
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -111,7 +111,7 @@ def locate(config: EngineConfig) -> EngineConfig:
 
 
 def check_local(config: EngineConfig) -> None:
-    """Raise at once what `locate` and `resolve` would raise, as far as no network is needed to know it."""
+    """Raise at once the errors of `locate` and `resolve` that can be found without the network."""
     model = config.model
     if model.chat_template is not None:
         from quire.text.chat_template import read_chat_template
@@ -124,13 +124,13 @@ def check_local(config: EngineConfig) -> None:
 
 
 def resolve_model_files(name: str, **options: str | None) -> Path:
-    """A tokenizer's directory: any local directory will do, with or without a config.json."""
+    """A tokenizer's directory: any local directory, with or without a config.json."""
     path = Path(name).expanduser()
     return path if path.is_dir() else resolve_model(name, **options)
 
 
 def resolve(config: EngineConfig) -> ResolvedModel:
-    """Read the model's configs and settle everything that follows from them. `config` is located."""
+    """Read the model's configs and derive everything that follows from them. `config` comes from `locate`."""
     model = config.model
     assert model.model is not None, "locate() first"
     directory = Path(model.model)
@@ -159,7 +159,7 @@ def resolve(config: EngineConfig) -> ResolvedModel:
 
 
 def read_tokens(resolved: ResolvedModel) -> tuple[Tokenizer, EndTokens]:
-    """Load the tokenizer, and settle which tokens end a text."""
+    """Load the tokenizer, and derive the end tokens."""
     tokenizer = open_source(resolved.tokenizer_dir).tokenizer()
     overridden = [source.file for source in resolved.eos_sources] == [OVERRIDE]
     ends = end_tokens(
@@ -173,7 +173,7 @@ def read_tokens(resolved: ResolvedModel) -> tuple[Tokenizer, EndTokens]:
 
 
 def serve_model(config: EngineConfig, resolved: ResolvedModel) -> ServedModel:
-    """Load tokenizer and chat template, and log what was dropped of the model's files."""
+    """Load tokenizer and chat template, and log the values of the model's files that were dropped."""
     from quire.text.chat_template import ChatTemplate, read_chat_template
 
     tokenizer, ends = read_tokens(resolved)
@@ -212,22 +212,22 @@ def serve_model(config: EngineConfig, resolved: ResolvedModel) -> ServedModel:
 
 
 def _as_stored(spec: ModelSpec, model: ModelConfig, source: ModelSource) -> tuple[ModelSpec, str]:
-    """The spec and dtype with what the config leaves to the weights' files: a dtype, and whether there is a
-    head. Base models (Qwen3-Embedding-8B) are saved without one; their hidden states do not need it."""
+    """The spec and dtype, completed from the weights' files: the dtype, and whether there is a head. Base
+    models (Qwen3-Embedding-8B) are saved without a head; their hidden states do not need it."""
     tensors = {} if model.load_format == "dummy" else _headers(source)
     has_head = any(name.endswith("lm_head.weight") for name in tensors)
     if not spec.tie_word_embeddings and not has_head and "embed_tokens.weight" in tensors:
         logger.info(
             "the checkpoint has no output head: it serves embeddings, and generates no text"
         )
-        # Tied, so that the head which is never asked takes no memory.
+        # Tied, so that the unused head takes no memory.
         spec = dataclasses.replace(spec, tie_word_embeddings=True, has_head=False)
     stored = (info.dtype for info in tensors.values() if info.dtype in FLOATS)
     return spec, spec.checkpoint_dtype or next(stored, "float32")
 
 
 def _headers(source: ModelSource) -> Mapping[str, TensorInfo]:
-    """Empty where they cannot be read, which loading will report."""
+    """Empty if they cannot be read, which loading will report."""
     try:
         with source.open() as checkpoint:
             return checkpoint.tensors

@@ -1,4 +1,4 @@
-"""What a caller of `AsyncLLM` iterates over."""
+"""The stream of outputs that a caller of `AsyncLLM` iterates over."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from quire.outputs import RequestOutput
 class RequestStream:
     """Outputs of one request, in order, ending with the one that is `finished`.
 
-    Raises `EngineDeadError` from iteration if the engine dies. Leaving early (cancellation, `aclose`,
+    Iteration raises `EngineDeadError` if the engine dies. Ending early (cancellation, `aclose`,
     garbage) should go through `abort`, which is idempotent.
     """
 
@@ -26,7 +26,7 @@ class RequestStream:
         self._outputs: deque[RequestOutput | Exception] = deque()
         self._arrived = asyncio.Event()
         self._ended = False
-        """Whether the last output is there; another request may have the id by now."""
+        """Whether the last output has come; another request may have the same id now."""
 
     def abort(self) -> None:
         """End the request now; iteration then ends with finish_reason "abort"."""

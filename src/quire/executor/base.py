@@ -17,13 +17,13 @@ class StepFuture(Protocol):
 
 
 class Executor(Protocol):
-    """Runs plans in the order given: each finds the KV that those before it wrote and the tokens they
-    sampled, and writes nothing before they have read. The engine knows nothing else about devices."""
+    """Runs plans in the given order: each reads the KV and the sampled tokens of those before it, and
+    writes only after they have read. The engine knows nothing else about devices."""
 
     @property
     def max_in_flight(self) -> int:
-        """Plans it wants at once, launched and their results not taken. 1: each is done before the next is
-        made. 2: the next one is made, and launched, while one runs."""
+        """The number of plans that may be launched before the result of the first is taken. 1: each is
+        finished before the next is made. 2: the next one is made and launched while one runs."""
         ...
 
     def load(self) -> Footprint:
@@ -43,26 +43,27 @@ class Executor(Protocol):
         ...
 
     def prepare(self) -> bool:
-        """Called when there is no work: do one short piece of what makes later steps faster, as long as a
-        request may be made to wait. False if nothing is left."""
+        """Called when there is no work: do one piece of work that makes later steps faster, so short that
+        a request can wait for it. Returns False if nothing is left."""
         ...
 
     def sleep(self, level: int) -> None:
-        """Give back memory, with nothing in flight and nobody admitted: at level 1 the KV cache's, at 2 the
-        weights' too."""
+        """Free memory, with no plan in flight and no request admitted: at level 1 the KV cache's, at 2
+        also the weights'."""
         ...
 
     def wake_up(self) -> None:
-        """Be as after the start again. Raises `MemoryFitError`, and sleeps on, if the memory is gone."""
+        """Return to the state after the start. Raises `MemoryFitError`, and stays asleep, if memory is
+        lacking."""
         ...
 
     def close(self) -> None:
-        """Give back memory and processes, whatever is in flight. Idempotent."""
+        """Free memory and end processes, even with plans in flight. Idempotent."""
         ...
 
 
 class Done:
-    """A step that is finished already."""
+    """The future of a finished step."""
 
     __slots__ = ("_result",)
 

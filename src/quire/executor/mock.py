@@ -1,4 +1,4 @@
-"""No model: scripted tokens, for tests of everything above the executor."""
+"""An executor without a model: scripted tokens, for tests of everything above the executor."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TokenScript = Callable[[int, int], int]
 
 
 class MockExecutor:
-    """Samples what a script says, in no time, but not before the result is asked for."""
+    """Samples the script's tokens, when the result is asked for."""
 
     def __init__(self, script: TokenScript, *, max_in_flight: int = 1) -> None:
         self.script = script

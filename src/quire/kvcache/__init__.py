@@ -4,6 +4,7 @@ from quire.kvcache.block import NULL_BLOCK_ID, Block, BlockContent, CacheKey, Fr
 from quire.kvcache.block_pool import BlockPool
 from quire.kvcache.connector import KVConnector
 from quire.kvcache.manager import Growth, KVCacheManager, PrefixMatch
+from quire.kvcache.transfers import Transfers
 
 __all__ = [
     "NULL_BLOCK_ID",
@@ -16,5 +17,6 @@ __all__ = [
     "KVCacheManager",
     "KVConnector",
     "PrefixMatch",
+    "Transfers",
     "hash_block",
 ]

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from quire.kvcache.block import Block, BlockContent, CacheKey
-from quire.kvcache.block_pool import BlockPool
 from quire.kvcache.connector import KVConnector
+from quire.kvcache.manager import KVCacheManager
 from quire.messages import BlockName, Transfer
 
 MOST_LOOKED_AT = 8
@@ -55,12 +55,11 @@ class Transfers:
     most_held: blocks that transfers may hold. More are not started, so that requests keep what they need.
     """
 
-    def __init__(self, pool: BlockPool, connector: KVConnector, most_held: int) -> None:
-        self.connector = connector
+    def __init__(self, kv: KVCacheManager, connector: KVConnector, most_held: int) -> None:
         self._loads: list[Transfer] = []
         self._saves: list[Transfer] = []
         """For the next plan."""
-        self._pool = pool
+        self._kv, self._pool, self._connector = kv, kv.pool, connector
         self._most_held = most_held
         self._under_way: dict[int, _UnderWay] = {}
         self._next_id = 1
@@ -77,31 +76,81 @@ class Transfers:
     def may_hold(self, count: int) -> bool:
         return sum(1 for _ in self.blocks()) + count <= self._most_held
 
-    def load(self, load: Load, held: list[Block], free: int) -> int | None:
-        """Take blocks and load into them. Returns the transfer's id, or None if it would hold too many.
-
-        held: blocks found before them. free: how many free blocks may be taken."""
+    def start_load(
+        self, request_id: int, token_ids: Sequence[int], key: CacheKey, free: int
+    ) -> int | None:
+        """Load what the store has of a request's prefix beyond what is found, into at most `free` blocks.
+        Returns the transfer's id; when it is over, `KVCacheManager.match_prefix` finds what came."""
+        load, held = self._plan_load(request_id, token_ids, key)
+        names = [load.name(wanted) for wanted in load.wanted]
+        in_windows = [name for name in names if self._kv.windows[name[1]] is not None]
+        if not names or self._connector.lookup(in_windows) < len(in_windows):
+            return None
         revived = sum(1 for block in held if block.ref_count == 0)
-        count = len(load.wanted)
-        if count + revived > free or not self.may_hold(count + len(held)):
+        if len(names) + revived > free or not self.may_hold(len(names) + len(held)):
             return None
         self._pool.acquire(held)
-        blocks = self._pool.allocate(count)
-        names = [load.name(wanted) for wanted in load.wanted]
+        blocks = self._pool.allocate(len(names))
         return self._start(self._loads, names, _UnderWay(blocks, held, load))
+
+    def _plan_load(
+        self, request_id: int, token_ids: Sequence[int], key: CacheKey
+    ) -> tuple[Load, list[Block]]:
+        """The longest prefix that groups with full attention have, in the cache and then in the store: what
+        is to be loaded of it, and the blocks that are there."""
+        kv, size = self._kv, self._kv.block_size
+        hashes = kv.hashes_of(request_id, token_ids, key)[: len(token_ids) // size]
+        chain = kv.find_chain(request_id, token_ids, key)
+        known, full = len(chain), [g for g, window in enumerate(kv.windows) if window is None]
+        runs = (
+            self._connector.lookup([(name, group) for name in hashes[known:]]) for group in full
+        )
+        count = min((known + run for run in runs), default=len(hashes))
+        wanted: list[WantedBlock] = []
+        held: list[Block] = []
+        for index in range(count):
+            for group in range(len(kv.windows)):
+                if index < kv.first_read(group, count * size):
+                    continue
+                block = chain[index].blocks[group] if index < known else None
+                if block is None:
+                    wanted.append(WantedBlock(index, group))
+                else:
+                    held.append(block)
+        start = min(wanted[0].index, known) if wanted else count
+        tokens = [tuple(token_ids[i * size : (i + 1) * size]) for i in range(start, count)]
+        parent = chain[start - 1] if start else key
+        return Load(parent, start, hashes[start:count], tokens, wanted), held
+
+    def save_finished(self, request_id: int) -> None:
+        """Offer the connector what a request leaves, before it is released."""
+        kv, table = self._kv, self._kv.tables[request_id]
+        reach = len(table.contents) * kv.block_size
+        names, blocks = [], []
+        for index, content in enumerate(table.contents):
+            for group, first in enumerate(table.first):
+                if index < kv.first_read(group, reach):
+                    continue
+                behind = index < first  # of its last token, but not of its last full block
+                block = content.blocks[group] if behind else table.blocks[group][index]
+                if block is not None:
+                    names.append((content.block_hash, group))
+                    blocks.append(block)
+        if names and self._connector.on_finish(request_id, names):
+            self.save(names, blocks)
 
     def save(self, names: Sequence[BlockName], blocks: list[Block]) -> None:
         if blocks and self.may_hold(len(blocks)):
             self._pool.acquire(blocks)
             self._start(self._saves, names, _UnderWay(blocks))
 
-    def save_evicted(self, block_size: int) -> None:
+    def save_evicted(self) -> None:
         """Save some of the blocks that are handed out next."""
         for block in self._pool.next_free(MOST_LOOKED_AT):
             content = block.content
-            if content is not None and len(content.tokens) == block_size:
+            if content is not None and len(content.tokens) == self._kv.block_size:
                 name = (content.block_hash, block.group)
-                if self.connector.on_evict(name):
+                if self._connector.on_evict(name):
                     self.save([name], [block])
 
     def take(self) -> tuple[list[Transfer], list[Transfer]]:

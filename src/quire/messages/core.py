@@ -18,18 +18,18 @@ class FinishReason(str, Enum):
     ABORT = "abort"
     ERROR = "error"
     REPETITION = "repetition"
-    """It repeated itself, and its parameters asked to end then."""
+    """It repeated itself, and its parameters end it then."""
 
 
 # --- front end -> engine core ---------------------------------------------------------------------
 
 
 class AddRequest(msgspec.Struct, tag="add", kw_only=True, frozen=True):
-    """One sequence to generate. A request with n > 1 becomes n of these, all but the first naming
-    the first as `fork_of`, so that they take over its prompt blocks."""
+    """One sequence to generate. A request with n > 1 becomes n of these. All but the first name the first as
+    `fork_of`, so that they share its prompt blocks."""
 
     request_id: int
-    """Internal, unique in the life of the engine. Never what a client sent."""
+    """Internal, unique in the life of the engine. Never a text from a client."""
     prompt_token_ids: list[int]
     decoding: Decoding
     placement: Placement = Placement()
@@ -43,38 +43,38 @@ class AbortRequests(msgspec.Struct, tag="abort", frozen=True):
 
 
 class ResetPrefixCache(msgspec.Struct, tag="reset_prefix_cache", frozen=True):
-    """Forget all cached content. Running requests keep their blocks, but no other request finds them."""
+    """Drop all cached content. Running requests keep their blocks, but no other request finds them."""
 
 
 class Sleep(msgspec.Struct, tag="sleep", frozen=True):
-    """Give memory back: level 1 the KV cache's, 2 the weights' too. An error while requests run."""
+    """Free memory: at level 1 the KV cache's, at 2 also the weights'. An error while requests run."""
 
     level: int
 
 
 class WakeUp(msgspec.Struct, tag="wake_up", frozen=True):
-    """Take the memory again; weights that were dropped are loaded again."""
+    """Allocate the memory again; weights that were dropped are loaded again."""
 
 
 ControlAction = ResetPrefixCache | Sleep | WakeUp
 
 
 class Control(msgspec.Struct, tag="control", frozen=True):
-    """Something to do for the engine as a whole, between two steps. Answered by an `Answer` with its id;
-    calls are carried out, and answered, in the order sent."""
+    """A call for the whole engine, carried out between two steps. Answered by an `Answer` with its id;
+    calls are carried out and answered in the order in which they were sent."""
 
     id: int
     action: ControlAction
 
 
 class Ping(msgspec.Struct, tag="ping", frozen=True):
-    """Answered by the scheduler loop itself between steps: proof that it turns."""
+    """Answered by the scheduler loop itself between steps: proof that it makes progress."""
 
     nonce: int
 
 
 class Shutdown(msgspec.Struct, tag="shutdown", frozen=True):
-    """Abort what is left and leave."""
+    """Abort all requests and exit."""
 
 
 CoreInput = AddRequest | AbortRequests | Control | Ping | Shutdown
@@ -86,7 +86,7 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     """Log-probabilities at one generated position, before temperature and penalties.
 
     `top_ids` / `top_logprobs` are the most likely tokens, best first; the sampled token's own
-    value and 1-based rank stand apart because it need not be among them.
+    value and 1-based rank are separate fields because it need not be among them.
     """
 
     token_id: int
@@ -99,15 +99,15 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
 
 
 class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):
-    """Of consecutive prompt tokens, each given those before it; `token_id` is the prompt's own."""
+    """Logprobs of consecutive prompt tokens, each given those before it; `token_id` is the prompt's token."""
 
     start: int
-    """Index in the prompt of the first one."""
+    """Index in the prompt of the first of these tokens."""
     entries: list[TokenLogprobs]
 
 
 class RequestTimes(msgspec.Struct, frozen=True, array_like=True):
-    """`time.monotonic()` seconds, taken by the engine core. 0.0 where it has not happened."""
+    """`time.monotonic()` seconds, taken by the engine core. 0.0 for an event that has not happened."""
 
     queued: float
     scheduled: float
@@ -115,7 +115,7 @@ class RequestTimes(msgspec.Struct, frozen=True, array_like=True):
 
 
 class RequestUpdate(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """What one step did for one request."""
+    """The result of one step for one request."""
 
     request_id: int
     new_token_ids: list[int] = []
@@ -123,7 +123,7 @@ class RequestUpdate(msgspec.Struct, kw_only=True, omit_defaults=True):
     stop_token: int | None = None
     """The stop token id that ended it, if one of `stop_token_ids` did (None for EOS)."""
     error: str | None = None
-    """With finish_reason `error`: what to tell the client."""
+    """With finish_reason `error`: a message that may be shown to the client."""
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: PromptLogprobs | None = None
     embedding: list[float] | None = None
@@ -133,7 +133,7 @@ class RequestUpdate(msgspec.Struct, kw_only=True, omit_defaults=True):
     times: RequestTimes | None = None
     """Sent with the first token."""
     num_preemptions: int = 0
-    """So far; sent when finished."""
+    """The number so far; sent when finished."""
 
 
 class SchedulerStats(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -160,11 +160,11 @@ class SchedulerStats(msgspec.Struct, kw_only=True, omit_defaults=True):
     blocks_copied: int = 0
     """Copy-on-write block copies, since the last report."""
     rows_held: int = 0
-    """Times a request sat out a step because its pending token had to be known first, since the last
-    report. Zero without overlap."""
+    """Number of times that a request was left out of a step because its pending token had to be known
+    first, since the last report. Zero without overlap."""
     rows_discarded: int = 0
-    """Sampled tokens that nobody wanted, since the last report: their request had been aborted, or had
-    ended with the token before (found one step late, with overlap)."""
+    """Sampled tokens that were discarded, since the last report: their request had been aborted, or had
+    ended with the token before (which is found one step late, with overlap)."""
 
 
 class StepOutputs(msgspec.Struct, tag="outputs", kw_only=True, omit_defaults=True):
@@ -175,14 +175,14 @@ class StepOutputs(msgspec.Struct, tag="outputs", kw_only=True, omit_defaults=Tru
 
 
 class EngineReady(msgspec.Struct, tag="ready", kw_only=True):
-    """The core has loaded the model and serves."""
+    """The core has loaded the model and accepts requests."""
 
     num_blocks: int
     block_size: int
     max_model_len: int
     vocab_size: int
     ledger: list[tuple[str, str]]
-    """Memory ledger, as (what, how much) rows for people."""
+    """The memory ledger as rows of text: (what, how much)."""
     weight_bytes: int = 0
     kv_bytes: int = 0
     load_seconds: float = 0.0
@@ -207,16 +207,16 @@ class Failure(msgspec.Struct, frozen=True):
 
 
 class Answer(msgspec.Struct, tag="answer", frozen=True):
-    """The `Control` of this id was carried out, or failed and the engine goes on."""
+    """The `Control` with this id was carried out, or failed without ending the engine."""
 
     id: int
     sleep_level: int
-    """The engine's now, also after a failure. 0: awake."""
+    """The engine's current level, also after a failure. 0: awake."""
     failure: Failure | None = None
 
 
 class CoreFailed(msgspec.Struct, tag="failed", frozen=True):
-    """The core cannot start or go on; it exits after sending this."""
+    """The core cannot start or continue; it exits after sending this."""
 
     failure: Failure
 

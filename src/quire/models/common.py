@@ -1,7 +1,7 @@
 """What the families' configs share, so that a family's file holds only what is its own.
 
-A family reads the sizes, says what its layers are, and lets `read_spec` read the rest, which rejects whatever
-nobody understood.
+A family reads the sizes, describes its layers, and lets `read_spec` read the rest, which rejects every field
+that was not read.
 """
 
 from __future__ import annotations
@@ -197,6 +197,17 @@ def read_layer_windows(reader: ConfigReader, *, num_layers: int) -> tuple[int | 
     return windows_of_layer_types(reader, layer_types, window=window)
 
 
+def read_periodic_windows(
+    reader: ConfigReader, *, num_layers: int, period: int
+) -> tuple[int | None, ...]:
+    """By `layer_types`; without them each `period`-th layer sees everything (Gemma, OLMo 3)."""
+    layer_types = read_layer_types(reader, num_layers=num_layers) or [
+        SLIDING if (i + 1) % period else FULL for i in range(num_layers)
+    ]
+    window = read_window(reader, default=4096)
+    return windows_of_layer_types(reader, layer_types, window=window)
+
+
 def read_window(reader: ConfigReader, *, default: int | None) -> int | None:
     """Tokens that a query sees in a layer with a window; null means that there is none."""
     if default is None or reader.nulled("sliding_window"):
@@ -259,9 +270,7 @@ def _read_quantization(reader: ConfigReader) -> LinearMethod:
 
 
 def _reject_other_models(reader: ConfigReader, model_type: str, activation: Activation) -> None:
-    """The mistakes worth their own words: another family's config, experts,
-    another activation.
-    """
+    """Specific errors for frequent mistakes: another family's config, experts, another activation."""
     if reader.text("model_type", default=model_type) != model_type:
         raise reader.bad(
             "model_type", f"this architecture is only known with model_type {model_type!r}"

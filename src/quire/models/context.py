@@ -1,4 +1,4 @@
-"""How many positions a model has, from all that its config says of it. The one place where that is decided.
+"""The number of positions of a model, from all fields of its config about it. It is derived only here.
 
 As vLLM derives it: the smallest of the fields that name a length, times the factor of a rotary embedding
 that stretches it. `max_position_embeddings` counts positions before stretching for the linear and dynamic
@@ -18,13 +18,13 @@ OTHER_FIELDS = (
     "n_positions", "max_seq_len", "seq_length", "max_sequence_length", "max_seq_length", "seq_len",
     "model_max_length",
 )  # fmt: skip
-"""Besides `max_position_embeddings`. A value that is no length is ignored: nothing is computed from them."""
+"""Besides `max_position_embeddings`. A value that is not a length is ignored."""
 
 
 def read_context_length(
     reader: ConfigReader, ropes: Sequence[RopeSpec], *, max_position_embeddings: int
 ) -> tuple[int, str]:
-    """Positions a request may use, and what in the config says so (for messages)."""
+    """The positions that a request may use, and the field that determines them (for messages)."""
     lengths = {"max_position_embeddings": max_position_embeddings}
     for name in OTHER_FIELDS:
         value = reader.raw(name)

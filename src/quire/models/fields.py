@@ -1,10 +1,9 @@
 """Reading a `config.json` strictly: every field is understood, known to be harmless, or an error.
 
-A config field we silently ignore is a model that silently answers wrongly (a scaled attention, a
-clipped activation, a second rotary base), and nobody finds out until the text is bad. So a
-`ConfigReader` remembers which fields a family asked for, and `finish()` rejects what is left unless
-it is on one of the two lists here: fields that never change a forward pass, and fields that change
-nothing at one particular value.
+If a field is silently ignored (a scaled attention, a clipped activation, a second rotary base), the model
+silently gives wrong answers. So a `ConfigReader` remembers which fields a family has read, and `finish()`
+rejects the others unless they are on one of the two lists here: fields that never change a forward pass,
+and fields that change nothing at one particular value.
 """
 
 from __future__ import annotations
@@ -65,7 +64,7 @@ NEUTRAL_VALUES: Mapping[str, object] = {
     "attention_multiplier": 1.0,
     "residual_multiplier": 1.0,
 }
-"""Fields of these families' relatives: present and off is fine, present and on is another model."""
+"""Fields of related families: accepted if they are off; a model that has them on is another one."""
 
 MOE_FIELDS = (
     "num_experts",
@@ -78,7 +77,7 @@ QUANTIZATION_FIELDS = ("quantization_config", "compression_config")
 
 
 def unsupported(field: str, value: object, *, rule: str, remedy: str) -> UnsupportedModelError:
-    """One shape for every message: field, value, what is expected, what to do."""
+    """The format of every message: field, value, what is expected, remedy."""
     return UnsupportedModelError(f"config.json: {field} is {_show(value)}, but {rule}; {remedy}")
 
 
@@ -107,11 +106,11 @@ class ConfigReader:
         return self.raw(field) is not None
 
     def nulled(self, field: str) -> bool:
-        """Present and null, which for a few fields means something else than absent."""
+        """Whether the field is present and null, which for a few fields differs from absent."""
         return field in self._config and self._config[field] is None
 
     def raw(self, field: str) -> object:
-        """The value as JSON gave it, or None. Counts as read."""
+        """The value as in the JSON, or None. Marks the field as read."""
         self._read.add(field)
         return self._config.get(field)
 
@@ -196,7 +195,7 @@ class ConfigReader:
         return tuple(items.number(f"{field}[{i}]") for i in range(count))
 
     def bad(self, field: str, rule: str) -> UnsupportedModelError:
-        """The field holds something we refuse; `rule` says what would be accepted."""
+        """The error for a field's value; `rule` says what would be accepted."""
         remedy = "correct the file or override the field with --hf-overrides"
         return unsupported(self._prefix + field, self._config.get(field), rule=rule, remedy=remedy)
 
@@ -207,7 +206,7 @@ class ConfigReader:
         )
 
     def finish(self, *, ignored: Collection[str] = ()) -> None:
-        """Reject every field nobody read that could change what the model computes.
+        """Reject every field that was not read and could change what the model computes.
 
         Raises:
             UnsupportedModelError: naming the first such field in the file, its value and how to drop it.

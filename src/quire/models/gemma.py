@@ -9,19 +9,19 @@ transformers 5.23.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
-from quire.layers.spec import NormSpec, RopeSpec
+from quire.layers.spec import AttentionSpec, NormSpec, RopeSpec
 from quire.models.common import (
     FULL,
     SLIDING,
-    read_layer_types,
+    Sizes,
+    read_periodic_windows,
     read_sizes,
     read_spec,
     read_window,
     stack,
-    windows_of_layer_types,
 )
 from quire.models.fields import ConfigReader
 from quire.models.rope_config import read_rope, read_ropes
@@ -29,8 +29,6 @@ from quire.models.spec import ModelSpec
 
 DEFAULTS: Mapping[str, object] = {
     "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 256,
     "hidden_size": 2304,
     "intermediate_size": 9216,
     "num_hidden_layers": 26,
@@ -41,7 +39,7 @@ GEMMA3_DEFAULTS = {**DEFAULTS, "vocab_size": 262208, "max_position_embeddings": 
 
 
 def resolve(config: Mapping[str, object], architecture: str) -> ModelSpec:
-    """The window's size is 4096 and the scores' scale that of 256 dimensions, unless the file says more."""
+    """`query_pre_attn_scalar` stands where others have the head size: scores are divided by its root."""
     is_gemma3 = architecture == "Gemma3ForCausalLM"
     reader = ConfigReader({**(GEMMA3_DEFAULTS if is_gemma3 else GEMMA2_DEFAULTS), **config})
     sizes = read_sizes(
@@ -52,36 +50,19 @@ def resolve(config: Mapping[str, object], architecture: str) -> ModelSpec:
         activation="gelu_tanh",
     )
     bias = reader.boolean("attention_bias", default=False)
-    attention = replace(
+    plain = replace(
         sizes.attention,
         scale=reader.number("query_pre_attn_scalar", default=256.0) ** -0.5,
         qkv_bias=bias,
         o_bias=bias,
     )
-    ropes: tuple[RopeSpec, ...]
-    if is_gemma3:
-        by_type = read_ropes(
-            reader,
-            sizes.rope_defaults(theta=1e6),
-            sliding_theta=reader.number("rope_local_base_freq", default=1e4, above=1.0),
-        )
-        attention = replace(attention, qk_norm="head")
-        period, ropes, sliding_rope = 6, (by_type[FULL], by_type[SLIDING]), 1
-    else:
-        cap = _softcap(reader, "attn_logit_softcapping", default=50.0)
-        attention = replace(attention, softcap=cap)
-        period, ropes, sliding_rope = 2, (read_rope(reader, sizes.rope_defaults()),), 0
-    windows = _windows(reader, num_layers=sizes.num_layers, period=period)
-    layers = (
-        replace(attention, window=window, rope=0 if window is None else sliding_rope)
-        for window in windows
-    )
+    attention, ropes = (_gemma3 if is_gemma3 else _gemma2)(reader, sizes, plain)
     logits_softcap = _softcap(reader, "final_logit_softcapping", default=0.0 if is_gemma3 else 30.0)
     spec = read_spec(
         reader,
         sizes,
         architecture=architecture,
-        layers=stack(layers, sizes.mlp, placement="sandwich"),
+        layers=stack(attention, sizes.mlp, placement="sandwich"),
         norm=NormSpec(eps=1e-6, order="scale_then_round", plus_one=True),
         ropes=ropes,
         default_tied=True,
@@ -95,18 +76,35 @@ def resolve(config: Mapping[str, object], architecture: str) -> ModelSpec:
     )
 
 
+def _gemma2(
+    reader: ConfigReader, sizes: Sizes, plain: AttentionSpec
+) -> tuple[list[AttentionSpec], tuple[RopeSpec, ...]]:
+    """Each layer's attention, and the ropes. Every second layer sees everything."""
+    softcap = _softcap(reader, "attn_logit_softcapping", default=50.0)
+    windows = read_periodic_windows(reader, num_layers=sizes.num_layers, period=2)
+    size, window = reader.raw("sliding_window_size"), read_window(reader, default=4096)
+    if size not in (None, window):  # the 9B model's file has both
+        raise reader.bad("sliding_window_size", f"it differs from sliding_window ({window})")
+    layers = [replace(plain, softcap=softcap, window=window) for window in windows]
+    return layers, (read_rope(reader, sizes.rope_defaults()),)
+
+
+def _gemma3(
+    reader: ConfigReader, sizes: Sizes, plain: AttentionSpec
+) -> tuple[list[AttentionSpec], tuple[RopeSpec, ...]]:
+    """The same. Every sixth layer sees everything; the others rotate by a rope of their own."""
+    period = reader.integer("sliding_window_pattern", default=6)
+    ropes = read_ropes(
+        reader,
+        sizes.rope_defaults(theta=1e6),
+        sliding_theta=reader.number("rope_local_base_freq", default=1e4, above=1.0),
+    )
+    layers = [
+        replace(plain, qk_norm="head", window=window, rope=0 if window is None else 1)
+        for window in read_periodic_windows(reader, num_layers=sizes.num_layers, period=period)
+    ]
+    return layers, (ropes[FULL], ropes[SLIDING])
+
+
 def _softcap(reader: ConfigReader, field: str, *, default: float) -> float:
     return 0.0 if reader.nulled(field) else reader.number(field, default=default)
-
-
-def _windows(reader: ConfigReader, *, num_layers: int, period: int) -> Sequence[int | None]:
-    """Without `layer_types`, each `period`-th layer sees everything."""
-    window = read_window(reader, default=4096)
-    size = reader.raw("sliding_window_size")  # beside sliding_window in Gemma 2's files
-    if size not in (None, window):
-        raise reader.bad("sliding_window_size", f"it differs from sliding_window ({window})")
-    period = reader.integer("sliding_window_pattern", default=period)
-    layer_types = read_layer_types(reader, num_layers=num_layers) or [
-        SLIDING if (i + 1) % period else FULL for i in range(num_layers)
-    ]
-    return windows_of_layer_types(reader, layer_types, window=window)

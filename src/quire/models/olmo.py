@@ -14,12 +14,10 @@ from quire.layers.spec import NormSpec, RopeSpec
 from quire.models.common import (
     FULL,
     SLIDING,
-    read_layer_types,
+    read_periodic_windows,
     read_sizes,
     read_spec,
-    read_window,
     stack,
-    windows_of_layer_types,
 )
 from quire.models.fields import ConfigReader
 from quire.models.rope_config import read_rope, read_ropes
@@ -45,7 +43,7 @@ def resolve(config: Mapping[str, object], architecture: str) -> ModelSpec:
         ropes = (by_type[FULL], by_type[SLIDING])
         layers = [
             replace(attention, window=window, rope=0 if window is None else 1)
-            for window in _windows(reader, num_layers=sizes.num_layers)
+            for window in read_periodic_windows(reader, num_layers=sizes.num_layers, period=4)
         ]
     else:
         ropes = (read_rope(reader, sizes.rope_defaults()),)
@@ -58,11 +56,3 @@ def resolve(config: Mapping[str, object], architecture: str) -> ModelSpec:
         ropes=tuple(replace(rope, rounded=False) for rope in ropes),
         default_eos_token_ids=(50279,),
     )
-
-
-def _windows(reader: ConfigReader, *, num_layers: int) -> tuple[int | None, ...]:
-    """Without `layer_types`, each fourth layer sees everything."""
-    layer_types = read_layer_types(reader, num_layers=num_layers) or [
-        SLIDING if (i + 1) % 4 else FULL for i in range(num_layers)
-    ]
-    return windows_of_layer_types(reader, layer_types, window=read_window(reader, default=4096))

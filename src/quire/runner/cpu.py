@@ -1,25 +1,32 @@
-"""The host's processor as a worker's device."""
+"""The CPU as a worker's device."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
+import numpy as np
 import torch
 
 from quire.attention.base import AttentionBackend, KVCache
 from quire.config import EngineConfig
+from quire.kernels.base import Kernels
 from quire.kernels.memory import reserve_in_background
 from quire.kernels.select import create_kernels
+from quire.messages import AdmittedRequest
 from quire.models.decoder import DecoderModel
+from quire.runner.backend import StepInput, StepSamples
 from quire.runner.footprint import Footprint, WorkerSpec, estimate, host_memory
-from quire.runner.model_runner import ModelRunner
-from quire.runner.platform import StepRunner, make_cache
-from quire.sampling.sampler import GrammarSource
+from quire.runner.platform import make_cache
+from quire.runner.seats import Seats
+from quire.sampling.sampler import Sampler, SamplingSeats
+
+_NO_GUARD = nullcontext()
 
 
 class CPU:
-    """A `Platform`. Steps run at once, in the caller's thread."""
+    """A `Platform` whose steps run at once, in the caller's thread."""
 
     max_in_flight = 1
 
@@ -31,33 +38,33 @@ class CPU:
         self.kernels = create_kernels(config.runtime.kernels)  # type: ignore[arg-type]
 
     def active(self) -> AbstractContextManager[object]:
-        return nullcontext()
+        return _NO_GUARD
 
     def attention(self) -> AttentionBackend | None:
         return None
 
-    def runner(self, model: DecoderModel, grammars: GrammarSource | None) -> StepRunner:
-        return ModelRunner(
+    def backend(self, model: DecoderModel) -> CPUBackend:
+        return CPUBackend(
             model,
             self.kernels,
             max_num_seqs=self._config.scheduler.max_num_seqs,
-            grammars=grammars,
             logprobs_mode=self._config.model.logprobs_mode,
         )
 
-    def footprint(self, runner: StepRunner) -> Footprint:
-        """The estimate: pages are taken as they are touched, so there is nothing to measure yet."""
+    def footprint(self, model: DecoderModel) -> Footprint:
+        """An estimate: pages are allocated as they are written, so it cannot be measured yet."""
         return estimate(
             self._config,
             self._spec.model,
             self._memory,
-            dtype_bytes=runner.model.dtype.itemsize,
+            dtype_bytes=model.dtype.itemsize,
             max_model_len=self._spec.max_model_len,
         )
 
     def cache(self, num_blocks: int) -> KVCache:
-        """If somebody said how much memory the cache shall have, it is taken at once: a step does not wait
-        for pages, and what does not fit fails at the start. A cache of the default size grows as it is used.
+        """If an option sets the cache's size, its memory is allocated at once: then no step waits for
+        pages, and a cache that does not fit fails at the start. A cache of the default size grows as it
+        is used.
         """
         cache = make_cache(self._config, self._spec, self.kernels, num_blocks)
         options = self._config.cache
@@ -66,11 +73,68 @@ class CPU:
         return cache
 
     def release(self) -> None:
-        """The allocator returned large tensors' memory when they were dropped."""
+        """Nothing to do: the allocator frees large tensors when they are dropped."""
+
+
+class CPUBackend:
+    """A `StepBackend`: one recorded program for the forward pass, one call to sample."""
+
+    def __init__(
+        self, model: DecoderModel, kernels: Kernels, *, max_num_seqs: int, logprobs_mode: str
+    ) -> None:
+        self._model = model
+        self._kernels = kernels
+        self._sampling = SamplingSeats(max_num_seqs, model.spec.vocab_size)
+        self._sampler = Sampler(kernels, logprobs_mode=logprobs_mode)
+
+    def active(self) -> AbstractContextManager[object]:
+        return _NO_GUARD
+
+    def open_cache(self, kv_cache: KVCache, seats: Seats) -> None:
+        self._kv_cache = kv_cache
+        self._pass = self._model.over(kv_cache)
+
+    def admit(self, seat: int, request: AdmittedRequest) -> None:
+        self._sampling.admit(seat, request)
+
+    def release(self, seat: int) -> None:
+        self._sampling.release(seat)
+
+    def force(self, seat: int, token_ids: Sequence[int]) -> None:
+        self._sampling.count(seat, token_ids)
+
+    def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
+        self._kernels.copy_blocks(self._kv_cache.pairs, pairs)
+
+    def launch(self, step: StepInput) -> StepSamples:
+        hidden: list[torch.Tensor] = []
+        if not step.read_rows:
+            logits = self._pass.forward(step.rows)
+            if not len(step.sample_rows):
+                return StepSamples.none()
+        else:
+            states = self._pass.hidden(step.rows)
+            _, starts, counts, wanted = step.rows.rows[: step.rows.num_rows].T
+            ends = np.cumsum(wanted)
+            hidden = [states[ends[row] - wanted[row] : ends[row]] for row in step.read_rows]
+            if not len(step.sample_rows):
+                return StepSamples.none(hidden)
+            back = (
+                (starts + counts)[step.sample_rows] - step.positions + 1
+            )  # counted from the row's end
+            picked = torch.from_numpy(ends[step.sample_rows] - back)
+            logits = self._model.compute_logits(states[picked])
+        sampled = self._sampler.sample(
+            logits, self._sampling, step.sample_seats, step.positions, step.masks()
+        )
+        return StepSamples(sampled.token_ids, sampled.valid, sampled.logprobs, hidden)
+
+    def prepare(self) -> bool:
+        return False
 
 
 def physical_cores() -> int:
-    """Cores this process may use, hyper-threads of one core counted once."""
+    """The number of cores that this process may use; hyper-threads of one core count once."""
     allowed = os.sched_getaffinity(0)
     seen: set[str] = set()
     for cpu in allowed:

@@ -1,4 +1,4 @@
-"""A GPU as a worker's device: kernels, attention, how much memory a step takes, what its errors mean."""
+"""A GPU as a worker's device: kernels, attention, the memory of a step, explanations of errors."""
 
 from __future__ import annotations
 
@@ -17,29 +17,23 @@ from quire.errors import ConfigError, MemoryFitError
 from quire.kernels.triton.backend import TritonKernels
 from quire.models.decoder import DecoderModel
 from quire.runner.device import CudaDevice, Device
-from quire.runner.device_runner import DeviceRunner
 from quire.runner.footprint import Footprint, WorkerSpec, estimate
-from quire.runner.platform import StepRunner, make_cache
-from quire.sampling.sampler import GrammarSource
+from quire.runner.gpu_step import GPUBackend
+from quire.runner.platform import make_cache
 
 logger = logging.getLogger(__name__)
 
 STEP_MARGIN = 128 << 20
-"""Bytes beside the largest step's that stay free when CUDA graphs are recorded."""
+"""Bytes that stay free when CUDA graphs are captured, besides those of the largest step."""
 
 
 class GPU:
-    """A `Platform`. A step is launched, and the next one while it runs."""
+    """A `Platform` whose steps are launched while the one before runs."""
 
     def __init__(
         self, config: EngineConfig, spec: WorkerSpec, device: Device | None = None
     ) -> None:
         """device: the first GPU if None. Raises `ConfigError` if it cannot be used."""
-        if config.model.logprobs_mode != "raw_logprobs":
-            raise ConfigError(
-                f"logprobs_mode {config.model.logprobs_mode!r} is not there on a GPU; leave it at "
-                "raw_logprobs, or take --device cpu."
-            )
         self._config = config
         self._spec = spec
         self.max_in_flight = 2 if config.runtime.async_scheduling else 1
@@ -59,7 +53,7 @@ class GPU:
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """Errors of PyTorch, Triton and the driver as those that name a remedy."""
+        """Converts errors of PyTorch, Triton and the driver to errors that name a remedy."""
         try:
             yield
         except torch.OutOfMemoryError as error:
@@ -90,31 +84,29 @@ class GPU:
         )
         return create_attention(self._config.runtime.attention_backend, self.kernels, task)
 
-    def runner(self, model: DecoderModel, grammars: GrammarSource | None) -> DeviceRunner:
+    def backend(self, model: DecoderModel) -> GPUBackend:
         options = self._config.scheduler
-        return DeviceRunner(
+        return GPUBackend(
             model,
-            self.kernels,
             self.device,
             max_num_seqs=options.max_num_seqs,
             max_num_batched_tokens=options.max_num_batched_tokens,
             max_model_len=self._spec.max_model_len,
             block_size=self._config.cache.block_size,
             eager=self._config.runtime.enforce_eager,
-            grammars=grammars,
+            logprobs_mode=self._config.model.logprobs_mode,
         )
 
-    def footprint(self, runner: StepRunner) -> Footprint:
-        """Measured, by a step as large as may be: beside all that the runner keeps."""
+    def footprint(self, model: DecoderModel) -> Footprint:
+        """Measured with the largest possible step."""
         cache = self.cache(1)
-        runner.open_cache(cache, self._spec.max_model_len)
-        measured = self.device.measure(lambda: self._try_out(runner.model, cache))
+        measured = self.device.measure(lambda: self._try_out(model, cache))
         if measured is None:
             return estimate(
                 self._config,
                 self._spec.model,
                 self.device.memory(),
-                dtype_bytes=runner.model.dtype.itemsize,
+                dtype_bytes=model.dtype.itemsize,
                 max_model_len=self._spec.max_model_len,
             )
         weights, step = measured
@@ -124,25 +116,36 @@ class GPU:
 
     @torch.inference_mode()
     def _try_out(self, model: DecoderModel, cache: KVCache) -> None:
-        """Prompts of the whole token budget, as many rows of logits as there may be."""
+        """Run a step with the whole token budget and the largest number of rows of logits."""
         options = self._config.scheduler
         tokens = min(options.max_num_batched_tokens, model.max_model_len)
         requests = -(-options.max_num_batched_tokens // tokens)
         hidden = _run_step(model, cache, requests=requests, tokens=tokens)
-        # As the runner does: logits, and what edits of them are written to, in float32.
+        # As in the runner: logits, and the edited ones in float32.
         model.compute_logits(hidden[: options.max_num_seqs])
-        # Compiles what decoding needs (FlashInfer's takes minutes) before anyone waits for it.
+        # Compile what decoding needs (minutes for FlashInfer) before a request waits for it.
         _run_step(model, cache, requests=1, tokens=1)
 
     def cache(self, num_blocks: int) -> KVCache:
-        return make_cache(self._config, self._spec, self.kernels, num_blocks)
+        """The cache; the first call also allocates attention's workspace, whose address CUDA graphs
+        contain."""
+        cache = make_cache(self._config, self._spec, self.kernels, num_blocks)
+        model = self._spec.model
+        self.kernels.reserve(
+            cache.layers[0].k,
+            q_heads=model.heads.num_heads,
+            max_requests=self._config.scheduler.max_num_seqs,
+            max_len=self._spec.max_model_len,
+            windows={window or 0 for window in model.windows},
+        )
+        return cache
 
     def release(self) -> None:
         self.device.release()
 
 
 def _run_step(model: DecoderModel, cache: KVCache, *, requests: int, tokens: int) -> Tensor:
-    """Hidden states of new requests of so many tokens each; every key is read from one block."""
+    """Hidden states of new requests with these numbers of tokens; all keys are read from one block."""
     device, size = cache.storage.device, cache.block_size
     starts = torch.arange(requests + 1, dtype=torch.int32, device=device) * tokens
     positions = torch.arange(requests * tokens, device=device) % tokens
@@ -154,11 +157,11 @@ def _run_step(model: DecoderModel, cache: KVCache, *, requests: int, tokens: int
         block_table=torch.zeros(requests, -(-tokens // size), dtype=torch.int32, device=device),
         max_query_len=tokens,
     )
-    return model.compute(torch.zeros_like(positions), [metadata], cache)
+    return model.compute(torch.zeros_like(positions), [metadata] * len(model.spec.kv.groups), cache)
 
 
 def _remedy(error: Exception) -> str | None:
-    """What to do about an error's cause, where it is one of the installation's."""
+    """The remedy, if the error is caused by the installation."""
     lower = str(error).lower()
     if "c compiler" in lower or isinstance(error, subprocess.CalledProcessError):
         return (

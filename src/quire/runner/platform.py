@@ -1,4 +1,4 @@
-"""What of a worker depends on the kind of its device."""
+"""The parts of a worker that depend on the kind of its device."""
 
 from __future__ import annotations
 
@@ -10,34 +10,9 @@ import torch
 from quire.attention.base import AttentionBackend, KVCache
 from quire.config import EngineConfig
 from quire.kernels.base import LayerKernels
-from quire.messages import StepPlan, StepResult
 from quire.models.decoder import DecoderModel
+from quire.runner.backend import StepBackend
 from quire.runner.footprint import Footprint, WorkerSpec
-from quire.sampling.sampler import GrammarSource
-
-
-class LaunchedStep(Protocol):
-    """A step under way."""
-
-    def result(self) -> StepResult:
-        """Wait for the step. Raises what the step raised."""
-        ...
-
-
-class StepRunner(Protocol):
-    """Carries out plans, in order."""
-
-    model: DecoderModel
-
-    def open_cache(self, kv_cache: KVCache, max_model_len: int) -> None:
-        """Once, before any plan."""
-        ...
-
-    def launch(self, plan: StepPlan) -> LaunchedStep: ...
-
-    def prepare(self) -> bool:
-        """See `Executor.prepare`."""
-        ...
 
 
 class Platform(Protocol):
@@ -47,23 +22,23 @@ class Platform(Protocol):
     def kernels(self) -> LayerKernels: ...
 
     def active(self) -> AbstractContextManager[object]:
-        """Inside, work goes to this device, and its errors are explained."""
+        """Inside, work runs on this device, and its errors get explanations."""
         ...
 
     def attention(self) -> AttentionBackend | None:
-        """None: the kernels' own."""
+        """The attention backend; None for the kernels' own."""
         ...
 
-    def runner(self, model: DecoderModel, grammars: GrammarSource | None) -> StepRunner: ...
+    def backend(self, model: DecoderModel) -> StepBackend: ...
 
-    def footprint(self, runner: StepRunner) -> Footprint:
-        """Of a runner whose cache is not opened yet."""
+    def footprint(self, model: DecoderModel) -> Footprint:
+        """Includes the memory of the backend."""
         ...
 
     def cache(self, num_blocks: int) -> KVCache: ...
 
     def release(self) -> None:
-        """Give the memory of what was dropped back to the system."""
+        """Return the memory of dropped objects to the system."""
         ...
 
 

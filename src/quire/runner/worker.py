@@ -9,13 +9,14 @@ from quire.messages import StepPlan
 from quire.models.decoder import DecoderModel
 from quire.models.loader import load_model
 from quire.runner.footprint import Footprint, WorkerSpec
-from quire.runner.platform import LaunchedStep, Platform, StepRunner
+from quire.runner.platform import Platform
+from quire.runner.runner import FinishedStep, Runner, RunningStep
 from quire.sampling.sampler import GrammarSource
 from quire.weights.source import open_source
 
 
 class Worker:
-    """The part of an `Executor`'s methods that one device does; their contracts are there."""
+    """The methods of an `Executor` for one device; see their docstrings there."""
 
     def __init__(
         self,
@@ -31,8 +32,8 @@ class Worker:
         self._grammars = grammars
         self.platform = platform or _create_platform(config, spec)
         self.max_in_flight = self.platform.max_in_flight
-        self.runner: StepRunner | None = None
-        """None before loading, asleep and when closed."""
+        self.runner: Runner | None = None
+        """None before loading, while asleep and when closed."""
         self._cache_size = (0, 0)
         self._kept: DecoderModel | None = None
 
@@ -40,7 +41,7 @@ class Worker:
         """model: one that is loaded already, over the platform's kernels."""
         with self.platform.active():
             self.runner = self._start(model)
-            return self.platform.footprint(self.runner)
+            return self.platform.footprint(self.runner.model)
 
     def open_cache(self, num_blocks: int, max_model_len: int) -> None:
         assert self.runner is not None, "load() first"
@@ -48,7 +49,7 @@ class Worker:
         with self.platform.active():
             self.runner.open_cache(self.platform.cache(num_blocks), max_model_len)
 
-    def execute(self, plan: StepPlan) -> LaunchedStep:
+    def execute(self, plan: StepPlan) -> RunningStep | FinishedStep:
         assert self.runner is not None, "the worker is closed"
         return self.runner.launch(plan)
 
@@ -69,7 +70,7 @@ class Worker:
                 self.runner = self._start(self._kept)
             self.open_cache(*self._cache_size)
         except Exception as error:
-            failure = error.with_traceback(None)  # whose frames hold tensors
+            failure = error.with_traceback(None)  # its frames hold tensors
             failure.__context__ = None
         if failure is not None:
             self.runner = None
@@ -80,8 +81,14 @@ class Worker:
     def close(self) -> None:
         self.runner = self._kept = None
 
-    def _start(self, model: DecoderModel | None) -> StepRunner:
-        return self.platform.runner(model or self._load_model(), self._grammars)
+    def _start(self, model: DecoderModel | None) -> Runner:
+        model = model or self._load_model()
+        return Runner(
+            model,
+            self.platform.backend(model),
+            max_num_seqs=self._config.scheduler.max_num_seqs,
+            grammars=self._grammars,
+        )
 
     def _load_model(self) -> DecoderModel:
         spec, options = self._spec, self._config.model

@@ -1,4 +1,4 @@
-"""From logits to tokens: penalties, temperature, filters, and one random stream per request.
+"""From logits to tokens on a CPU: penalties, temperature, filters, and one random stream per request.
 
 What a row yields depends on its logits, its parameters, its own history and `(seed, position)`, never on
 the rows beside it. Most rows want only what `Kernels.sample` does: their parameters lie in one array, by
@@ -8,7 +8,7 @@ a `SamplingState` and are handled one by one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,11 +23,8 @@ from quire.kernels.reference import filtered_scores
 from quire.kernels.sampling import SAMPLE_ROW, sample_row
 from quire.messages import AdmittedRequest, TokenLogprobs
 from quire.sampling.rules import RequestRules
-from quire.structured.base import Grammar, GrammarError
-from quire.structured.masks import tokens_of
-
-NOTHING_ALLOWED = "no token satisfies its constraints, or it is too complex to follow; simplify it."
-NAN_ERROR = "The model produced invalid numbers (NaN) for this request."
+from quire.structured.base import Grammar
+from quire.structured.masks import Mask, tokens_of
 
 
 class GrammarSource(Protocol):
@@ -58,13 +55,9 @@ def rules_of(
 class SamplingState:
     """What a request needs beyond `SAMPLE_ROW`: its parameters and history."""
 
-    __slots__ = (
-        "_always", "banned_until", "bias", "counts", "decoding", "final_ids", "rules", "seen",
-    )  # fmt: skip
+    __slots__ = ("_always", "banned_until", "bias", "counts", "decoding", "final_ids", "seen")
 
-    def __init__(
-        self, request: AdmittedRequest, vocab_size: int, grammars: GrammarSource | None = None
-    ) -> None:
+    def __init__(self, request: AdmittedRequest, vocab_size: int) -> None:
         self.decoding = decoding = request.decoding
         self.banned_until = decoding.banned_until(request.num_prompt_tokens)
         self.final_ids = decoding.final_ids if self.banned_until else []
@@ -84,27 +77,12 @@ class SamplingState:
         if decoding.logit_bias:
             ids, values = zip(*decoding.logit_bias.items(), strict=True)
             self.bias = torch.tensor(ids), torch.tensor(values, dtype=torch.float32)
-        self.rules = rules_of(request, vocab_size, grammars)
 
-    def learn(self, token_id: int) -> None:
-        """A token was sampled."""
-        if self.rules is not None:
-            self.rules.learn(token_id)
-        self._count(token_id)
-
-    def _count(self, token_id: int) -> None:
+    def count(self, token_id: int) -> None:
+        """A token was added to the output."""
         if self.counts is not None and self.seen is not None:
             self.counts[token_id] += 1.0
             self.seen[token_id] = True
-
-    def forced(self, most: int) -> list[int]:
-        """Tokens that can only follow those learned, learned too."""
-        if self.rules is None:
-            return []
-        tokens = self.rules.forced(most)
-        for token in tokens:
-            self._count(token)
-        return tokens
 
     def is_needed(self, position: int) -> bool:
         """For the token to be sampled at this index in the request, or any later one."""
@@ -114,16 +92,12 @@ class SamplingState:
     def wants_logprobs(self) -> bool:
         return self.decoding.logprobs is not None
 
-    def edit(self, logits: Tensor, position: int) -> None:
-        """Everything but temperature and filters, in place. logits: [V]. Raises `GrammarError` if no token
-        may follow."""
+    def edit(self, logits: Tensor, position: int, mask: Mask | None) -> None:
+        """Everything but temperature and filters, in place. logits: [V]. mask: what may be sampled."""
         decoding = self.decoding
-        if self.rules is not None and (mask := self.rules.mask()) is not None:
-            allowed = tokens_of(mask)
-            if not len(allowed):
-                raise GrammarError(NOTHING_ALLOWED)
+        if mask is not None:
             kept = torch.full_like(logits, -torch.inf)
-            index = torch.from_numpy(allowed)
+            index = torch.from_numpy(tokens_of(mask))
             kept[index] = logits[index]
             logits.copy_(kept)
         if position < self.banned_until:
@@ -146,17 +120,8 @@ class SamplingSeats:
     """How the request in each seat is sampled. Admission writes all that is read of a seat, so nothing
     stale can be."""
 
-    def __init__(
-        self,
-        max_num_seqs: int,
-        vocab_size: int,
-        *,
-        max_model_len: int,
-        grammars: GrammarSource | None = None,
-    ) -> None:
-        self.max_model_len = max_model_len
+    def __init__(self, max_num_seqs: int, vocab_size: int) -> None:
         self._vocab_size = vocab_size
-        self._grammars = grammars
         self._rows = np.zeros(max_num_seqs, dtype=SAMPLE_ROW)
         self._num_random = 0
         self._states: dict[int, SamplingState] = {}
@@ -164,7 +129,7 @@ class SamplingSeats:
     def admit(self, seat: int, request: AdmittedRequest) -> None:
         self._rows[seat] = sample_row(request.decoding, request.num_prompt_tokens)
         self._num_random += not request.decoding.is_greedy
-        state = SamplingState(request, self._vocab_size, self._grammars)
+        state = SamplingState(request, self._vocab_size)
         if state.is_needed(len(request.token_ids)):
             self._states[seat] = state
 
@@ -172,6 +137,12 @@ class SamplingSeats:
         self._num_random -= bool(self._rows[seat]["temperature"] > 0)
         self._rows[seat] = 0
         self._states.pop(seat, None)
+
+    def count(self, seat: int, token_ids: Sequence[int]) -> None:
+        """Tokens were added to a request's output that were not sampled."""
+        if (state := self._states.get(seat)) is not None:
+            for token_id in token_ids:
+                state.count(token_id)
 
     def rows(
         self, seats: NDArray[np.int64], positions: NDArray[np.int64]
@@ -203,13 +174,15 @@ class SamplingSeats:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """token_ids: [R] int64. errors: by index, of the rows that have no token. logprobs: by index, of the rows
-    that asked. forced: by index, tokens that follow the sampled one because nothing else may."""
+    """token_ids: [R] int64. valid: [R], False where the logits hold NaN. logprobs: by index, of the valid
+    rows that asked."""
 
     token_ids: NDArray[np.int64]
-    errors: dict[int, str]
-    logprobs: dict[int, TokenLogprobs]
-    forced: dict[int, list[int]]
+    valid: NDArray[np.bool_]
+    logprobs: Mapping[int, TokenLogprobs]
+
+
+NO_LOGPROBS: Mapping[int, TokenLogprobs] = {}
 
 
 class Sampler:
@@ -226,32 +199,30 @@ class Sampler:
         table: SamplingSeats,
         seats: NDArray[np.int64],
         positions: NDArray[np.int64],
+        masks: Mapping[int, Mask] | None = None,
     ) -> Sampled:
-        """logits: [R, V] float32, row i for seats[i], no seat twice; may be overwritten. positions: [R],
-        index in its request of the token to be sampled."""
+        """logits: [R, V] float32, row i for seats[i], none with penalties twice; may be overwritten.
+        positions: [R], index in its request of the token to be sampled. masks: by index, of rows in which not
+        every token may be."""
         states = table.states(seats, positions)
-        rows, errors = table.rows(seats, positions), dict[int, str]()
-        told = self._prepare(logits, states, positions, rows, errors) if states else {}
+        rows = table.rows(seats, positions)
+        if not states:
+            result = self._kernels.sample(logits, rows)
+            return Sampled(result.token_ids, result.valid, NO_LOGPROBS)
+        told = self._prepare(logits, states, positions, rows, masks or {})
         result = self._kernels.sample(logits, rows)
-        sampled = Sampled(result.token_ids, errors, {}, {})
-        if not result.valid.all():
-            for index in np.flatnonzero(~result.valid).tolist():
-                errors.setdefault(index, NAN_ERROR)
+        logprobs = {}
         for index, state in states.items():
-            if index in errors:
+            if not result.valid[index]:
                 continue
             token = int(result.token_ids[index])
-            state.learn(token)
-            if forced := state.forced(table.max_model_len - 1 - int(positions[index])):
-                sampled.forced[index] = forced
+            state.count(token)
             if index in told:
-                [sampled.logprobs[index]] = top_logprobs(
-                    told[index][None],
-                    [token],
-                    state.decoding.logprobs or 0,
-                    state.decoding.logprob_token_ids,
+                decoding = state.decoding
+                [logprobs[index]] = top_logprobs(
+                    told[index][None], [token], decoding.logprobs or 0, decoding.logprob_token_ids
                 )
-        return sampled
+        return Sampled(result.token_ids, result.valid, logprobs)
 
     @torch.inference_mode()
     def _prepare(
@@ -260,25 +231,28 @@ class Sampler:
         states: dict[int, SamplingState],
         positions: NDArray[np.int64],
         rows: NDArray[np.void] | None,
-        errors: dict[int, str],
+        masks: Mapping[int, Mask],
     ) -> dict[int, Tensor]:
-        """Edits the rows that want it, in place. Returns what is told as logprobs of those that ask, by
+        """Edits the rows that want it, in place. Returns what is reported as logprobs of those that ask, by
         index: [V]."""
         told: dict[int, Tensor] = {}
         for index, state in states.items():
             values = logits[index]
             if state.wants_logprobs and self._mode.startswith("raw"):
                 told[index] = values.clone()
-            try:
-                state.edit(values, int(positions[index]))
-            except GrammarError as error:
-                errors[index] = str(error)
-                continue
-            if state.wants_logprobs and index not in told:
-                told[index] = processed(values, rows[index] if rows is not None else None)
-            if index in told and self._mode.endswith("logprobs"):
-                [told[index]] = log_softmax(told[index][None])
+            state.edit(values, int(positions[index]), masks.get(index))
+            if state.wants_logprobs:
+                row = None if rows is None else rows[index]
+                told[index] = reported(told.get(index, values), self._mode, row)
         return told
+
+
+def reported(logits: Tensor, mode: str, row: np.void | None) -> Tensor:
+    """What the mode calls logprobs. logits: [V], edited for the processed modes. row: a `SAMPLE_ROW`; None
+    for greedy."""
+    if mode.startswith("processed"):
+        logits = processed(logits, row)
+    return log_softmax(logits[None])[0] if mode.endswith("logprobs") else logits
 
 
 def processed(logits: Tensor, row: np.void | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the scheduler decided, and why: records for those who explain, replay or simulate a run."""
+"""The scheduler's decisions with their reasons: records to explain, replay or simulate a run."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ class WaitReason(str, Enum):
     BEHIND = "behind one that does not fit"
     """Admission is in order: it stopped at a request before this one."""
     PREEMPTED = "preempted in this step"
-    """A step that preempts admits nobody, so not its victims either."""
+    """A step that preempts admits no request, so not its victims either."""
     PREFIX = "its prefix is being computed"
-    """By a running request that stands before it."""
+    """A running request before it computes the prefix."""
     FORK = "its fork's leader computes the prompt"
     TOKEN = "its last token is pending"
-    """A plan in flight samples it."""
+    """A plan in flight samples the token."""
     LOAD = "its KV is being loaded"
-    """From a store outside the cache."""
+    """A store outside the cache has it."""
     GRAMMAR = "its grammar is being compiled"
 
     @property
     def label(self) -> str:
-        """The metrics' word, which is vLLM's: `deferred` if it waits by choice, else `capacity`."""
+        """The label in metrics, which is vLLM's: `deferred` if the scheduler chose to wait, else
+        `capacity`."""
         return "deferred" if self in _DEFERRED else "capacity"
 
 
@@ -45,28 +46,29 @@ _DEFERRED = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """Why a request has no row in a step. Zeros where a number does not apply."""
+    """Why a request has no row in a step. Numbers that do not apply are 0."""
 
     reason: WaitReason
     because_of: int | None = None
-    """The request that it waits for."""
+    """The request for which it waits."""
     needed: int = 0
-    """Blocks (no free blocks) or tokens (no token budget) that it lacks to be admitted, all in all."""
+    """The blocks (no free blocks) or tokens (no token budget) that its admission needs in total."""
     free: int = 0
     """Blocks that were free for it: without those promised to running requests, and the watermark."""
     budget: int = 0
-    """Tokens that were left of the step."""
+    """Tokens of the step's budget that were left."""
 
 
 class DecisionKind(str, Enum):
     STEP = "step"
-    """What a step has: `budget` tokens, `free` blocks; a running request is sure of `needed` tokens."""
+    """A step begins with `budget` tokens and `free` blocks; each running request gets at least `needed`
+    tokens."""
     ADMITTED = "admitted"
     """`needed`: tokens that the cache did not hold. `budget`: tokens it computes in this step. `free`: blocks
     left."""
     WAITS = "waits"
-    """See `Wait`. A waiting request without a record of its own in a step was not looked at: it stands behind
-    the one whose record stopped admission (no free blocks, no sequence slot, no token budget)."""
+    """See `Wait`. A waiting request without a record in a step was not considered: it is behind the one
+    whose record stopped admission (no free blocks, no sequence slot, no token budget)."""
     LIMITED = "limited"
     """A running request wanted `needed` tokens and got `budget`."""
     PREEMPTED = "preempted"
@@ -78,7 +80,7 @@ class DecisionKind(str, Enum):
 class Decision:
     step_id: int
     request_id: int | None
-    """None: it concerns the whole step."""
+    """None for a record about the whole step."""
     kind: DecisionKind
     reason: WaitReason | FinishReason | None = None
     because_of: int | None = None
@@ -91,7 +93,7 @@ Observer = Callable[[Decision], None]
 
 
 class Reporter:
-    """Makes decisions into records, where somebody observes them."""
+    """Records decisions, if there is an observer."""
 
     def __init__(self, observe: Observer | None) -> None:
         self._observe = observe
@@ -119,7 +121,7 @@ class Reporter:
     def rows(
         self, waits: Mapping[int, Wait], wanted: Iterable[tuple[int, int]], plan: StepPlan
     ) -> None:
-        """Who has no row, or a smaller one than it wanted.
+        """Record the requests without a row, or with a smaller one than they wanted.
 
         wanted: of the running requests, the number of tokens.
         """
@@ -178,5 +180,5 @@ class DecisionLog:
         return iter(self._ring)
 
     def of(self, request_id: int) -> list[Decision]:
-        """The request's own decisions, and those made because of it."""
+        """The decisions about the request, and those that were made because of it."""
         return [d for d in self._ring if request_id in (d.request_id, d.because_of)]

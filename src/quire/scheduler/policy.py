@@ -1,9 +1,9 @@
-"""In which order requests are served, and the queue that keeps them so.
+"""The order in which requests are served, and the queue in that order.
 
-A policy gives each waiting request a sort key. The scheduler admits in ascending order. The key that a
-request is first admitted with stays its own: running requests get budget in ascending order of it, and are
-preempted in descending order. So one order decides admission, budget and victims, and no counter that moves
-while requests run can make two of them preempt each other in turn.
+A policy gives each waiting request a sort key. The scheduler admits in ascending order. A request keeps
+the key of its first admission: running requests get budget in ascending order of their keys, and are
+preempted in descending order. So one order decides admission, budget and victims, and no counter that
+changes while requests run can make two of them preempt each other in turn.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ SortKey = Callable[[Request], tuple[float, ...]]
 class Policy(Protocol):
     @property
     def moves(self) -> bool:
-        """Whether keys of waiting requests change from step to step. Then they are asked for, and the queue
-        sorted, once a step."""
+        """Whether keys of waiting requests change from step to step. If so, the queue is sorted by new
+        keys once a step."""
 
     def waiting_key(self, request: Request) -> tuple[float, ...]:
-        """The place in the queue of a request that was never admitted; no two keys are equal."""
+        """The sort key of a request that was never admitted; no two keys are equal."""
 
     def served(self, request: Request, num_tokens: int) -> None:
-        """So many tokens of the request are computed in this step. Told only to a policy that moves."""
+        """num_tokens of the request are computed in this step. Called only if `moves`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ class RequestQueue:
         del self._items[index]
 
     def sort(self, key: SortKey) -> None:
-        """Give new keys to those that were never admitted."""
+        """Sort by new keys for the requests that were never admitted."""
         for request in self._items:
             if not request.was_admitted:
                 request.sort_key = key(request)

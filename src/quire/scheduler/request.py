@@ -1,4 +1,4 @@
-"""A request as the scheduler sees it."""
+"""The scheduler's state of a request."""
 
 from __future__ import annotations
 
@@ -38,19 +38,19 @@ class Request:
         self.num_computed_tokens = 0
         self.num_pending_tokens = 0
         self.draft_token_ids: tuple[int, ...] = ()
-        """Guesses at what follows its tokens, for the next plan to verify if it can."""
+        """Guesses at the tokens that follow, to be verified by the next plan if there is room."""
         self.num_drafts_in_flight = 0
-        """How many a plan in flight verifies. Until its result is there, they count as computed, and the most
-        tokens that it may sample as pending."""
+        """The number of drafts that a plan in flight verifies. Until its result has come, they count as
+        computed, and the most tokens that it may sample count as pending."""
         self.needs_token_before_next = needs_token_before_next
         """Whether a pending token must become known before the next one is computed."""
         self.num_cached_tokens: int | None = None
-        """Set when first admitted: prompt tokens found computed by others."""
+        """Set at the first admission: prompt tokens whose KV was found in the cache."""
         self.decoding = message.decoding
         self.generates = message.decoding.generates
         self.placement = message.placement
         self.num_prompt_logprobs = message.decoding.first_prompt_logprob
-        """The first prompt token whose logprobs are wanted and not known yet, where any are wanted."""
+        """The first prompt token whose logprobs are wanted and not known yet, if any are wanted."""
         self.arrival_time = message.arrival_time
         self.cache_key = CacheKey(message.placement.cache_salt, message.placement.adapter)
         self.fork_of = message.fork_of
@@ -61,28 +61,28 @@ class Request:
         self.queued_time = queued_time
         self.scheduled_time = 0.0
         self.sort_key: tuple[float, ...] = ()
-        """Its place in the policy's order; smaller is served first. Fixed once it was admitted."""
+        """Its place in the policy's order; smaller is served first. Fixed at the first admission."""
         self._common: dict[int, int] = {}
 
     @property
     def was_admitted(self) -> bool:
-        """Now or before a preemption."""
+        """Whether it is running, or was before a preemption."""
         return self.num_cached_tokens is not None
 
     @property
     def num_tokens(self) -> int:
-        """Known and pending."""
+        """Known and pending tokens."""
         return len(self.token_ids) + self.num_pending_tokens
 
     @property
     def num_output_tokens(self) -> int:
-        """Known ones."""
+        """Known output tokens."""
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
     def most_cached(self) -> int | None:
-        """How many of its tokens may come from the prefix cache; None for all. What is cached has no hidden
-        states, which logprobs and a mean are made of."""
+        """How many of its tokens may come from the prefix cache; None for all. The cache has no hidden
+        states, which logprobs and a mean need."""
         if not self.decoding.reads_prefix_cache:
             return 0
         if (
@@ -94,12 +94,12 @@ class Request:
 
     @property
     def ends_with_pending(self) -> bool:
-        """Whether the last pending token is its last one, whatever it is."""
+        """Whether the request ends with the last pending token, whatever its id."""
         return self.num_output_tokens + self.num_pending_tokens >= self.decoding.max_tokens
 
     def common_prefix(self, other: Request, block_size: int) -> int:
-        """With how many tokens, in whole blocks, this request and another one begin. Kept, as the scheduler
-        asks in every step."""
+        """The number of equal tokens at the beginning of this request and another one, in whole blocks.
+        Cached, since the scheduler needs it in every step."""
         common = self._common.get(other.request_id)
         if common is None:
             mine, theirs = self.token_ids, other.token_ids
@@ -146,7 +146,7 @@ class Request:
 def repeats(tokens: list[int], produced: int, rule: RepetitionDetectionParams) -> bool:
     """Whether the last `produced` tokens end in the same pattern `min_count` times in a row.
 
-    Compares from the end, and so usually one token for each size.
+    It compares from the end, so usually one token for each pattern size.
     """
     for size in range(max(1, rule.min_pattern_size), rule.max_pattern_size + 1):
         length = size * rule.min_count

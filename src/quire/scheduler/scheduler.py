@@ -37,7 +37,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from itertools import takewhile
 
-from quire.kvcache import KVCacheManager, KVConnector, PrefixMatch
+from quire.kvcache import KVCacheManager, KVConnector, PrefixMatch, Transfers
 from quire.messages import (
     AddRequest,
     AdmittedRequest,
@@ -68,6 +68,9 @@ class SchedulerLimits:
     long_prefill_token_threshold: int = 0
     enable_chunked_prefill: bool = True
     policy: str = "fcfs"
+    max_samples: int = 1 << 30
+    """Tokens that a step may sample. Those after drafts are counted; without drafts there is one for each
+    sequence at most."""
 
 
 class Scheduler:
@@ -109,8 +112,10 @@ class Scheduler:
         self._has_drafts = False
         self._loading: dict[int, int] = {}
         """Transfer id of the load that a request waits for, or has waited for since it began to wait."""
+        self.transfers: Transfers | None = None
         if connector is not None:
-            kv.connect(connector, kv.num_usable - kv.blocks_for(limits.max_model_len))
+            most_held = kv.num_usable - kv.blocks_for(limits.max_model_len)
+            self.transfers = Transfers(kv, connector, most_held)
         self._stats = SchedulerStats()
 
     # --- requests come and go ---------------------------------------------------------------------
@@ -153,7 +158,7 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything (including telling the executor what to forget)."""
-        return bool(self.requests) or bool(self._released) or bool(self.kv.transfers)
+        return bool(self.requests) or bool(self._released) or bool(self.transfers)
 
     # --- a step -----------------------------------------------------------------------------------
 
@@ -183,9 +188,9 @@ class Scheduler:
         if self._has_drafts:
             self._add_drafts(plan)
         plan.released, self._released = self._released, []
-        if self.kv.transfers is not None:
-            self.kv.transfers.save_evicted(self.kv.block_size)
-            plan.loads, plan.saves = self.kv.transfers.take()
+        if self.transfers is not None:
+            self.transfers.save_evicted()
+            plan.loads, plan.saves = self.transfers.take()
         if self.report.is_observed:
             ids = (request.request_id for request in running)
             self.report.rows(self._waits, zip(ids, wanted, strict=True), plan)
@@ -259,10 +264,13 @@ class Scheduler:
         return held
 
     def _add_drafts(self, plan: StepPlan) -> None:
-        """Let rows verify drafts, in order, with what is left of the budget and of the free blocks. What does
-        not fit is dropped."""
+        """Let rows verify drafts, in order, with what is left of the budget, of the samples and of the free
+        blocks. What does not fit is dropped."""
         self._has_drafts = False
-        left = self.limits.max_num_batched_tokens - plan.num_tokens
+        left = min(
+            self.limits.max_num_batched_tokens - plan.num_tokens,
+            self.limits.max_samples - sum(row.samples for row in plan.rows),
+        )
         for row in plan.rows:
             request = self.requests[row.request_id]
             drafts, request.draft_token_ids = request.draft_token_ids, ()
@@ -326,7 +334,7 @@ class Scheduler:
                 self._num_deferred += 1
                 continue
             keep_free = promised + (self.limits.watermark_blocks if self.running else 0)
-            if self.kv.transfers is not None and self._loads(request, keep_free):
+            if self.transfers is not None and self._loads(request, keep_free):
                 self._waits[request.request_id] = Wait(WaitReason.LOAD)
                 self._num_deferred += 1
                 continue
@@ -383,14 +391,16 @@ class Scheduler:
 
     def _loads(self, request: Request, keep_free: int) -> bool:
         """Whether the request waits for KV from a store: that is asked for once each time it waits."""
-        assert self.kv.transfers is not None
+        assert self.transfers is not None
         transfer_id = self._loading.get(request.request_id)
         if transfer_id is not None:
-            return self.kv.transfers.is_under_way(transfer_id)
+            return self.transfers.is_under_way(transfer_id)
         if request.most_cached is not None or not self.kv.enable_prefix_caching:
             return False
         free = self.kv.num_free - keep_free
-        started = self.kv.start_load(request.request_id, request.token_ids, request.cache_key, free)
+        started = self.transfers.start_load(
+            request.request_id, request.token_ids, request.cache_key, free
+        )
         if started is not None:
             self._loading[request.request_id] = started
         return started is not None
@@ -493,8 +503,8 @@ class Scheduler:
     def update(self, plan: StepPlan, result: StepResult) -> list[RequestUpdate]:
         """Learn what a step sampled. Requests that ended meanwhile are skipped."""
         for transfer in result.transferred:
-            assert self.kv.transfers is not None
-            self.kv.transfers.finish(transfer.transfer_id, transfer.num_good, self._step_id)
+            assert self.transfers is not None
+            self.transfers.finish(transfer.transfer_id, transfer.num_good, self._step_id)
         sampled = {row.request_id: row for row in result.sampled}
         updates = []
         for row in plan.rows:
@@ -585,8 +595,8 @@ class Scheduler:
     def _finish(self, request: Request, reason: FinishReason) -> RequestUpdate:
         self._loading.pop(request.request_id, None)
         if request.status is RequestStatus.RUNNING:
-            if self.kv.transfers is not None and reason is not FinishReason.ERROR:
-                self.kv.save_finished(request.request_id)
+            if self.transfers is not None and reason is not FinishReason.ERROR:
+                self.transfers.save_finished(request.request_id)
             self._stop(request, keep_tail=reason is not FinishReason.ERROR)
         else:
             self.waiting.remove(request)
@@ -647,7 +657,7 @@ class Scheduler:
         for request in self.waiting:
             assert request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
             assert not request.num_computed_tokens and not request.draft_token_ids
-        self.kv.check_invariants()
+        self.kv.check_invariants(self.transfers.blocks() if self.transfers is not None else ())
         assert set(self.kv.tables) == {request.request_id for request in self.running}
 
 

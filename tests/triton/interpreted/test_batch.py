@@ -87,6 +87,7 @@ class Engine:
             seq_lens=np.array(ends),
             num_blocks=np.array([len(request.blocks) for request, _ in rows]),
             sampling=np.array(sampling, dtype=np.int64),
+            positions=np.array(ends)[sampling],
             new_ids=[
                 (b, request.token_ids[request.computed : min(ends[b], request.admitted)])
                 for b, (request, _) in enumerate(rows)
@@ -175,7 +176,7 @@ def test_a_chunk_and_a_table_longer_than_a_tile() -> None:
     start = 1290 * 16 - 2000
     used = packer.pack(
         seats=np.array([0]), counts=np.array([2100]), seq_lens=np.array([start + 2100]),
-        num_blocks=np.array([1300]), sampling=np.array([0]),
+        num_blocks=np.array([1300]), sampling=np.array([0]), positions=np.array([start + 2100]),
         new_ids=[(0, ids)], new_blocks=[(0, blocks)],
     )  # fmt: skip
     assert used == shape.tail + 2100 + 1300
@@ -198,12 +199,12 @@ def test_a_step_that_does_not_fit_raises() -> None:
         with pytest.raises(KernelArgumentError, match="does not fit"):
             packer.pack(
                 seats=each, counts=each * count, seq_lens=each * 50, num_blocks=each * 6,
-                sampling=each[:0], new_ids=[], new_blocks=[],
+                sampling=each[:0], positions=each[:0], new_ids=[], new_blocks=[],
             )  # fmt: skip
     one = np.ones(1, dtype=np.int64)
     with pytest.raises(KernelArgumentError, match="new ids and blocks"):
         packer.pack(
-            seats=one, counts=one, seq_lens=one, num_blocks=one, sampling=one[:0],
+            seats=one, counts=one, seq_lens=one, num_blocks=one, sampling=one[:0], positions=one[:0],
             new_ids=[(0, np.zeros(SHAPE.packed_size))], new_blocks=[],
         )  # fmt: skip
     batch = DeviceBatch.create(SHAPE, max_model_len=MAX_LEN, block_size=16, device=CPU)

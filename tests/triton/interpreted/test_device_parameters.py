@@ -11,14 +11,14 @@ import pytest
 
 from quire.config import EngineConfig
 from quire.engine.llm import LLM
-from quire.errors import ConfigError
 from quire.executor import inline
 from quire.messages import StepResult, TokenLogprobs
 from quire.outputs import RequestOutput
 from quire.runner.device import HostDevice
-from quire.runner.device_runner import DeviceRunner, LaunchedStep
 from quire.runner.footprint import WorkerSpec
 from quire.runner.gpu import GPU
+from quire.runner.gpu_step import GPUBackend
+from quire.runner.runner import Runner, RunningStep
 from quire.runner.worker import Worker
 from quire.sampling_params import PoolingParams, SamplingParams, StructuredOutputsParams
 from quire.text.parsing.base import ThinkingTokens
@@ -86,15 +86,16 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> ServableCheckpoint:
 
 
 def answers(llm: LLM, names: list[str]) -> dict[str, RequestOutput]:
-    process = llm._input.process
+    read = llm._front.read
 
     def thinking(prompt: Any, params: Any, **options: Any) -> Any:
         thinks = getattr(params, "thinking_token_budget", None) is not None
-        return process(prompt, params, thinking=THINKING if thinks else None, **options)
+        return read(prompt, params, thinking=THINKING if thinks else None, **options)
 
-    llm._input.process = thinking  # type: ignore[method-assign]
-    outputs = llm._run([PROMPTS[name] for name in names], [MIX[name] for name in names])
-    llm._input.process = process  # type: ignore[method-assign]
+    llm._front.read = thinking  # type: ignore[method-assign]
+    ids = llm._submit([PROMPTS[name] for name in names], [MIX[name] for name in names])
+    llm._front.read = read  # type: ignore[method-assign]
+    outputs = llm._wait(ids, use_tqdm=False)
     llm._core._core.scheduler.check_invariants()  # type: ignore[union-attr]
     return dict(zip(names, outputs, strict=True))
 
@@ -116,9 +117,9 @@ def device_llm(checkpoint: ServableCheckpoint, monkeypatch: pytest.MonkeyPatch) 
         yield llm
 
 
-def runner_of(llm: LLM) -> DeviceRunner | None:
+def runner_of(llm: LLM) -> Runner | None:
     runner = llm._core._core.executor.runner  # type: ignore[union-attr]
-    assert runner is None or isinstance(runner, DeviceRunner)
+    assert runner is None or isinstance(runner.backend, GPUBackend)
     return runner
 
 
@@ -147,14 +148,14 @@ def close(ours: Any, theirs: Any) -> None:
 def test_every_parameter_is_honoured_as_on_the_cpu(
     device_llm: LLM, expected: dict[str, RequestOutput], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    result, lengths = LaunchedStep.result, [0]
+    result, lengths = RunningStep.result, [0]
 
-    def noted(step: LaunchedStep) -> StepResult:
+    def noted(step: RunningStep) -> StepResult:
         found = result(step)
         lengths.extend(len(row.token_ids) for row in found.sampled)
         return found
 
-    monkeypatch.setattr(LaunchedStep, "result", noted)
+    monkeypatch.setattr(RunningStep, "result", noted)
     found = answers(device_llm, list(MIX))
     for name, theirs in expected.items():
         ours = found[name]
@@ -166,7 +167,9 @@ def test_every_parameter_is_honoured_as_on_the_cpu(
             assert one.finish_reason == other.finish_reason, name
             close(one.logprobs, other.logprobs)
     runner = runner_of(device_llm)
-    assert runner is not None and runner._recorded, "nothing was recorded beside all this"
+    assert runner is not None and runner.backend.graphs.recorded, (
+        "nothing was recorded beside all this"
+    )
     assert sum(output.metrics.num_preemptions for output in found.values()) > 0
     # That the parameters did something at all:
     tokens = {name: output.outputs[0].token_ids for name, output in found.items() if output.outputs}
@@ -201,9 +204,22 @@ def test_sleeping_gives_the_memory_back_and_changes_nothing(
         close(output.prompt_logprobs, expected[name].prompt_logprobs)
 
 
-def test_other_logprobs_are_refused(
-    checkpoint: ServableCheckpoint, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("mode", ["raw_logits", "processed_logprobs", "processed_logits"])
+def test_other_kinds_of_logprobs(
+    checkpoint: ServableCheckpoint, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inline, "inline_executor", on_device)
-    with pytest.raises(ConfigError, match="logprobs_mode 'processed_logits'"):
-        LLM(str(checkpoint.directory), **OPTIONS, logprobs_mode="processed_logits")
+    wanted = {
+        "plain": sampling(logprobs=3, max_tokens=2),
+        "edited": sampling(
+            logprobs=-1, max_tokens=2, temperature=0.7, top_k=20, logit_bias={7: 2.0, 9: -3.0}
+        ),
+    }
+    found = []
+    for place in ("cpu", "device"):
+        if place == "device":
+            monkeypatch.setattr(inline, "inline_executor", on_device)
+        with LLM(str(checkpoint.directory), **OPTIONS, logprobs_mode=mode) as llm:
+            found.append(llm.generate([[5, 6], [5, 6]], list(wanted.values()), use_tqdm=False))
+    for theirs, ours in zip(*found, strict=True):
+        assert ours.outputs[0].token_ids == theirs.outputs[0].token_ids
+        close(ours.outputs[0].logprobs, theirs.outputs[0].logprobs)

@@ -22,12 +22,14 @@ from quire.messages import AddRequest, FinishReason, RequestUpdate
 from quire.models.registry import resolve_spec
 from quire.runner.cpu import CPU
 from quire.runner.device import CannotRecordError, HostDevice
-from quire.runner.device_runner import DeviceRunner, graph_sizes, mixed_rows, mixed_tokens
 from quire.runner.footprint import WorkerSpec
 from quire.runner.gpu import GPU
+from quire.runner.gpu_step import GPUBackend
+from quire.runner.graphs import graph_sizes, mixed_rows, mixed_tokens
 from quire.runner.worker import Worker
 from quire.scheduler import Scheduler, SchedulerLimits
 from tests.models.variants import build_reference, save
+from tests.runner.drafting import COUNT, generate, nearly_right
 from tests.scheduler.requests import add_request
 
 MAX_LEN = 48
@@ -177,20 +179,31 @@ def on_cpu(checkpoint: Path) -> Executor:
 
 
 def on_device(
-    checkpoint: Path, device: FaithfulDevice, *, overlap: bool = True, eager: bool = False
+    checkpoint: Path,
+    device: FaithfulDevice,
+    *,
+    overlap: bool = True,
+    eager: bool = False,
+    seqs: int = SEQS,
 ) -> Worker:
-    config = from_flat({**SIZES, "async_scheduling": overlap, "enforce_eager": eager})
+    config = from_flat(
+        {**SIZES, "async_scheduling": overlap, "enforce_eager": eager, "max_num_seqs": seqs}
+    )
     gpu = GPU(config, spec_of(checkpoint), device)
     worker = opened(config, spec_of(checkpoint), gpu)
-    runner = worker.runner
-    assert isinstance(runner, DeviceRunner)
-    batch = runner._batch
+    backend = backend_of(worker)
+    batch = backend._batch
     device.lasting = [
-        *(runner.kv_cache.storage, gpu.kernels._workspace, batch.packed, batch.token_ids),
+        *(worker.runner.kv_cache.storage, gpu.kernels._workspace, batch.packed, batch.token_ids),
         *(batch.input_ids, batch.positions, batch.slot_mapping, batch.block_table),
-        *(batch.seat_blocks, runner._sampling._table),
+        *(batch.seat_blocks, backend._sampling._table),
     ]
     return worker
+
+
+def backend_of(worker: Worker) -> GPUBackend:
+    assert worker.runner is not None and isinstance(worker.runner.backend, GPUBackend)
+    return worker.runner.backend
 
 
 def core_of(executor: Executor) -> EngineCore:
@@ -260,8 +273,7 @@ def test_tokens_are_those_of_the_cpu(
     outcome = run(executor, REQUESTS)
     assert outcome.tokens == expected.tokens
     assert {k: len(v) for k, v in outcome.tokens.items()} == {1: 8, 2: 8, 3: 4}
-    assert executor.runner is not None
-    recorded = [shape.most_tokens for shape in executor.runner._recorded]
+    recorded = [shape.most_tokens for shape in backend_of(executor).graphs.recorded]
     assert min(recorded) == 1 and max(recorded) > 1, "no mixed steps, or no decoding"
     assert device.replays > 2 * len(recorded)
     preempted = [update.num_preemptions for update in outcome.updates if update.finish_reason]
@@ -280,20 +292,21 @@ def test_recording_when_idle(checkpoint: Path, expected: Outcome, device: Faithf
     """It disturbs nothing that later steps read, and afterwards no decoding step is launched by parts."""
     executor = on_device(checkpoint, device)
     core = core_of(executor)
-    runner = executor.runner
+    runner, backend = executor.runner, backend_of(executor)
+    batch, graphs = backend._batch, backend.graphs
     assert runner is not None
-    assert core.prepare() and not runner._batch.token_ids.any(), "a token of nobody's"
+    assert core.prepare() and not batch.token_ids.any(), "a token of nobody's"
     run(executor, [request(9, range(7, 20), 2)], core=core)
-    before = [tensor.clone() for tensor in (runner._batch.token_ids, runner._batch.seat_blocks)]
+    before = [tensor.clone() for tensor in (batch.token_ids, batch.seat_blocks)]
     cache = runner.kv_cache.storage.clone()
     done = 1
     while core.prepare():
         done += 1
-    assert done == len(device.recorded) == len(runner._recorded)
-    assert {shape.rows for shape in runner._recorded if shape.hardest == "filter"} == {1, 2, 3}
-    assert set(runner._uses) <= set(runner._recorded), "those that came, first of all"
+    assert done == len(device.recorded) == len(graphs.recorded)
+    assert {shape.rows for shape in graphs.recorded if shape.hardest == "filter"} == {1, 2, 3}
+    assert set(graphs.uses) <= set(graphs.recorded), "those that came, first of all"
     assert torch.equal(cache.view(torch.int32), runner.kv_cache.storage.view(torch.int32))
-    after = [runner._batch.token_ids, runner._batch.seat_blocks]
+    after = [batch.token_ids, batch.seat_blocks]
     assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
     outside = len(device.outside)
     assert run(executor, [SHORT], core=core).tokens == {2: expected.tokens[2][:4]}
@@ -320,7 +333,7 @@ def test_logits_that_are_no_numbers(checkpoint: Path, device: FaithfulDevice) ->
     executor = on_device(checkpoint, device)
     assert executor.runner is not None
     with torch.inference_mode():
-        executor.runner.model._norm.weight.fill_(torch.nan)
+        executor.runner.model._norm.weight.weight.fill_(torch.nan)
     (update,) = run(executor, [request(1, range(3), 2)]).updates
     assert update.finish_reason is FinishReason.ERROR and not update.new_token_ids
 
@@ -360,6 +373,18 @@ def test_sampling_penalties_logprobs_and_ends(checkpoint: Path, device: Faithful
     for mine, other in pairs:
         assert mine[0] == other[0] and mine[2] == other[2] and mine[1][:2] == other[1][:2]
         torch.testing.assert_close(mine[3], other[3], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("eager", [True, False])
+def test_drafts_change_no_token(checkpoint: Path, device: FaithfulDevice, eager: bool) -> None:
+    """Nor do they need more memory than a step of as many rows: no more is sampled than there may be rows."""
+    worker = on_device(checkpoint, device, eager=eager, seqs=8)
+    plain = generate(worker)
+    drafted = generate(worker, nearly_right(plain))
+    for request, mine in plain.items():
+        assert drafted[request].tokens == mine.tokens
+        assert drafted[request].steps < mine.steps == COUNT
+        assert len(drafted[request].logprobs) == len(mine.logprobs)
 
 
 def test_graph_sizes() -> None:

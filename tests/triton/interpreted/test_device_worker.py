@@ -80,13 +80,13 @@ def test_the_footprint_is_measured_beside_the_runners_own_tables(
 ) -> None:
     device = MeasuredDevice()
     made: list[object] = []
-    create = gpu.DeviceRunner
+    create = gpu.GPUBackend
 
     def noted(*arguments: Any, **named: Any) -> object:
         made.append(create(*arguments, **named))
         return made[-1]
 
-    monkeypatch.setattr(gpu, "DeviceRunner", noted)
+    monkeypatch.setattr(gpu, "GPUBackend", noted)
     device.count = lambda: len(made)
     worker = Worker(CONFIG, spec, platform=GPU(CONFIG, spec, device))
     footprint = worker.load()

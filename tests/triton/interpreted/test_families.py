@@ -12,6 +12,7 @@ from quire.attention.base import AttentionMetadata, KVCache
 from quire.kernels.triton.backend import TritonKernels
 from quire.models.loader import load_model
 from quire.models.registry import resolve_spec
+from quire.weights.source import open_source
 from tests.models.variants import build_reference, prompt_tokens, reference_logits, save
 
 BLOCK_SIZE = 16
@@ -28,7 +29,9 @@ def test_logits_equal_transformers(name: str, tmp_path: Path) -> None:
     save(reference, tmp_path)
     kernels = TritonKernels(torch.device("cpu"))
     spec = resolve_spec(json.loads((tmp_path / "config.json").read_text()))
-    model = load_model(spec, tmp_path, dtype=torch.float32, kernels=kernels, max_model_len=256)
+    model = load_model(
+        spec, open_source(tmp_path), dtype=torch.float32, kernels=kernels, max_model_len=256
+    )
     cache = KVCache(
         num_layers=spec.kv.layers_per_page,
         num_blocks=5 * len(spec.kv.groups),

@@ -2,13 +2,14 @@
 
 Two products over a matrix of floats; `dense_product` takes the first that works here:
 
-1. `PanelProduct`: our own C kernel (linear.c), invariant by construction, in all three dtypes.
-2. `ExactSumProduct`: PyTorch's product of operands whose every sum is exact, in any order. Where no compiler
+1. `PanelProduct`: our own C kernel (linear.c), invariant by construction, in all three dtypes. 2.
+`ExactSumProduct`: PyTorch's product of operands whose every sum is exact, in any order. Used where no
+compiler
    is found.
 
-PyTorch's oneDNN served bfloat16 and float32 before. Measured side by side, our kernel reads weights at
-about twice oneDNN's rate when rows are few and is as fast when they are many, and it needs no
-measurement to promise that a row's bits stay the same (docs/adr/0013).
+PyTorch's oneDNN was used for bfloat16 and float32 before. In measurements, our kernel reads weights at about
+twice oneDNN's rate with few rows, and is as fast with many. That a row's bits do not change follows from its
+construction and needs no measurement (docs/adr/0013).
 """
 
 from __future__ import annotations
@@ -129,7 +130,7 @@ class PanelProduct(CPUProduct):
     """Computed by linear.c, from panels of 64 output columns: [ceil(N / 64), ceil(K / pair), 64, pair], zeros
     around the edges.
 
-    A pair is two elements along K in bfloat16 (what the processor's dot product eats), else one.
+    A pair is two elements along K in bfloat16 (the operand of the processor's dot product), else one.
     """
 
     __slots__ = ("_lib", "_panels", "c_weight")
@@ -196,14 +197,15 @@ class ExactSumProduct(CPUProduct):
     """PyTorch's product in float64, of operands rounded so that every sum is exact.
 
     A library may choose another blocking or another order of the sum for other numbers of rows, for a
-    row's place among them, or for another processor: PyTorch's do. Rounding is what lets that be seen. So
-    each row of x and of the weight is rounded to multiples of one power of two, few enough that any
-    sum of products along K is below 2**53 units and float64 holds it exactly. Then every order gives the
-    same bits (docs/adr/0022).
+    row's place among them, or for another processor: PyTorch's do. This changes the result only because
+    sums are rounded. So each row of x and of the weight is rounded to multiples of one power of two, so
+    few that any sum of products along K is below 2**53 units and exact in float64. Then every order gives
+    the same bits (docs/adr/0022).
 
-    Of 53 bits the sum's length takes log2(K), the operands share the rest: about 21 each, counted from
-    the largest of the row. x is taken as two such parts, because a few activations can be a thousand times
-    the others; a weight as two in float32. What is lost is below what rounding a sum in float32 loses.
+    Of the 53 bits, the length of the sum takes log2(K), and the operands share the rest: about 21 each,
+    counted from the largest element of the row. x is split into two such parts, because a few activations
+    can be a thousand times the others, and so is a float32 weight. The error is smaller than that of
+    rounding a sum in float32.
     """
 
     __slots__ = ("_bits", "_parts", "_to_grid", "_weight")
@@ -236,10 +238,10 @@ class ExactSumProduct(CPUProduct):
             products = torch.matmul(exact, weight.t())
             n = weight.shape[0] // self._parts
             lesser = products[rows:, :n]
-            if self._parts == 2:  # what two second parts give is beyond float32
+            if self._parts == 2:  # the product of two second parts is below float32's precision
                 lesser = lesser + products[:rows, n:]
             torch.add(products[:rows, :n], lesser, out=out[:, columns])
-        out += 0.0  # whether a sum of zeros is -0 is the library's choice
+        out += 0.0  # a library may sum zeros to -0
         if self.bias is not None:
             out += self.bias
         return out.to(x.dtype)
@@ -251,7 +253,7 @@ class ExactSumProduct(CPUProduct):
 
 
 def _to_grid(rows: Tensor, bits: int) -> Tensor:
-    """1.5 * 2**52 times each row's unit: to add it and take it away rounds to multiples of the unit.
+    """1.5 * 2**52 times each row's unit: adding and subtracting it rounds to multiples of the unit.
 
     rows: [R, K]. Returns [R, 1] float64. A row is below 2**bits units. Made of bits, since an
     elementary function of a library may differ in the last place.
@@ -263,7 +265,7 @@ def _to_grid(rows: Tensor, bits: int) -> Tensor:
 
 
 def _split(rows: Tensor, to_grid: Tensor, bits: int, parts: int) -> Tensor:
-    """Multiples of each row's unit, below the others what is left of the rows: [parts * R, K] float64."""
+    """The rows as multiples of their units, and below these the remainders: [parts * R, K] float64."""
     whole = rows.double()
     first = (whole + to_grid).sub_(to_grid)
     if parts == 1:

@@ -1,15 +1,15 @@
 /* Tokens from logits: the maximum, the filters, and the Gumbel-max draw. quire/kernels/philox.py explains
- * the random numbers; quire/kernels/reference.py says all of it plainly.
+ * the random numbers; quire/kernels/reference.py is the plain version.
  *
  * A row is ranked by distance, (best - logit) / temperature: the negated score, at least +0. Among floats
- * of one sign the order of the values is the order of the bits, so a cut (the k-th token, the end of the
- * nucleus) is found by counting, or adding up weights, in bins of a key's leading bits, then within the one
- * bin where the cut falls. Nothing is sorted but the last few.
+ * of one sign the order of the values is the order of the bits. So a cut (the k-th token, the end of the
+ * nucleus) is found by counting, or adding weights, in bins of a key's leading bits, and then within the one
+ * bin that has the cut. Only the last few tokens are sorted.
  *
- * A row is read once in full, by groups of 64 tokens, for each group's maximum. The k-th largest of those
- * has k logits at or above it, so top-k needs a second look only at the groups that reach it; what is left
- * after that is a short list in the order of ids. Sums are taken in one fixed order, so a row's token
- * depends on that row alone.
+ * A row is read once in full, in groups of 64 tokens, for the maximum of each group. At least k logits are at
+ * or above the k-th largest of these maxima, so top-k needs to read only the groups that reach it again.
+ * Then a short list in the order of ids is left. Sums have a fixed order, so a row's token depends on
+ * that row alone.
  */
 #include <float.h>
 #include <stdatomic.h>
@@ -17,19 +17,19 @@
 #include "kernels.h"
 #include "philox.h"
 
-#define GROUP 64            /* tokens looked at together: 16 Philox counters */
-#define LARGEST_NOISE 24.0f /* above any Gumbel number: -log(-log1p(-2^-33)) = 22.88 */
+#define GROUP 64            /* tokens that are processed together: 16 Philox counters */
+#define LARGEST_NOISE 24.0f /* above every Gumbel number: -log(-log1p(-2^-33)) = 22.88 */
 #define CHAINS 16           /* sums are over 16 interleaved chains, whatever VW is */
-#define SLACK 16            /* elements that a list's arrays have beyond their length */
+#define SLACK 16            /* extra elements at the end of a list's arrays */
 #define FEW 32              /* sorted by insertion */
 #define MOST_BINS 2048
-#define TABLES 4            /* of bins: neighbours add to different ones, so nobody waits for a sum */
+#define TABLES 4            /* of bins: neighbours use different ones, so no addition waits for another */
 
 typedef struct { /* mirrored by SAMPLE_ROW in kernels/sampling.py */
   int64_t seed, position;
   float temperature, top_p, min_p, farthest;
   int32_t top_k;
-  float repetition_penalty, frequency_penalty, presence_penalty; /* from here on for whoever edits logits */
+  float repetition_penalty, frequency_penalty, presence_penalty; /* from here: edits of logits */
   int32_t num_biased, num_banned, banned_until;
 } sample_row;
 
@@ -62,7 +62,7 @@ typedef struct {
   float *group; /* [groups, to whole vectors]: each one's largest logit; from rank() on its distance */
 } row_view;
 
-/* Group g's logits, all 64: the last group is filled up with -inf. */
+/* The 64 logits of group g; the last group is padded with -inf. */
 INLINE const float *group_logits(const row_view *row, int64_t g, float *buffer) {
   const float *x = row->logits + g * GROUP;
   const int64_t n = row->vocab - g * GROUP;
@@ -79,7 +79,8 @@ INLINE int vany_nan(vf a, vf b) {
 #endif
 }
 
-/* Finds each group's largest logit and the first group that has the row's. 0 if there is a NaN. */
+/* Finds each group's largest logit and the first group with the row's largest. Returns 0 if there is a
+ * NaN. */
 static int scan(row_view *row) {
   row->best = -INFINITY;
   row->best_group = 0;
@@ -105,22 +106,22 @@ static int scan(row_view *row) {
   return !nan;
 }
 
-/* The lowest id that has the row's largest logit. */
+/* The lowest id with the row's largest logit. */
 static int64_t best_token(const row_view *row) {
   int64_t token = row->best_group * GROUP;
   while (row->logits[token] != row->best) token++;
   return token;
 }
 
-/* The best token's distance is 0 even where it is infinite, and no other's is: under a high temperature a small
- * difference would round to 0, and the lower id would win. */
+/* The best token's distance is 0, even if its logit is infinite, and no other token's is: with a high
+ * temperature a small difference would round to 0, and the lower id would win. */
 INLINE vf vdistance(const row_view *row, vf logits) {
   const vf best = vset(row->best);
   const vf apart = vmax((best - logits) / vset(row->temperature), vset(FLT_MIN));
   return vselect((vi)(logits == best), vset(0.0f), apart);
 }
 
-/* From here on groups are known by the distance of their nearest token. */
+/* From here on, a group's entry is the distance of its nearest token. */
 static void rank(row_view *row) {
   for (int64_t g = row->groups; g % VW; g++) row->group[g] = -INFINITY;
   for (int64_t g = 0; g < row->groups; g += VW)
@@ -129,14 +130,14 @@ static void rank(row_view *row) {
 
 /* ---- lists of tokens ---- */
 
-typedef struct { /* in the order of ids; beyond n whole vectors at infinite distance */
+typedef struct { /* in the order of ids; padded to whole vectors with infinite distances */
   float *distance, *weight;
   int32_t *id;
   int64_t n;
 } shortlist;
 
-/* Writes the kept lanes of d, and of 32 bits that belong to each, side by side, and up to VW - 1 lanes
- * beyond. Returns their number. */
+/* Writes the kept lanes of d, and of the 32 bits of each, contiguously; may write up to VW - 1 more
+ * lanes. Returns the number of kept lanes. */
 INLINE int64_t put(float *distances, void *others, vf d, vi other, vi keep) {
 #if VW == 16
   const __mmask16 m = _mm512_test_epi32_mask((__m512i)keep, (__m512i)keep);
@@ -159,7 +160,7 @@ static void end_list(shortlist *list) {
   for (int i = 0; i < SLACK; i++) list->distance[list->n + i] = INFINITY;
 }
 
-/* The tokens at most `limit` away, which is finite: a logit of -inf is in no list. */
+/* The tokens at distance `limit` or less. It is finite, so a logit of -inf is in no list. */
 static void collect(const row_view *row, float limit, shortlist *list) {
   int64_t n = 0;
   for (int64_t g = 0; g < row->groups; g++) {
@@ -196,7 +197,7 @@ INLINE double sum_chains(double *sums) {
   return sums[0];
 }
 
-/* The sum over the tokens at most `limit` away. */
+/* The sum over the tokens at distance `limit` or less. */
 static double weigh_row(const row_view *row, float limit) {
   double sums[CHAINS] = {0};
   for (int64_t g = 0; g < row->groups; g++) {
@@ -213,7 +214,7 @@ static double weigh_row(const row_view *row, float limit) {
   return sum_chains(sums);
 }
 
-/* Fills in the weights, zeros beyond n. Returns their sum. */
+/* Writes the weights, and zeros beyond n. Returns their sum. */
 static double weigh_list(shortlist *list) {
   double sums[CHAINS] = {0};
   for (int64_t i = 0; i < list->n; i += CHAINS) {
@@ -226,9 +227,9 @@ static double weigh_list(shortlist *list) {
 
 /* ---- where to cut ---- */
 
-typedef struct { /* keep what is nearer than limit and the first `ties` of what is as far */
+typedef struct { /* keep tokens nearer than `limit`, and the first `ties` of those at `limit` */
   float limit;
-  int64_t ties, surplus; /* surplus: as far as limit, and not kept */
+  int64_t ties, surplus; /* surplus: tokens at `limit` that are not kept */
 } cut;
 
 INLINE uint32_t key_of(float distance) {
@@ -267,14 +268,14 @@ static cut cut_few(const float *distance, const float *weight, int64_t n, double
   return c;
 }
 
-/* n elements as far as each other, so of one weight. */
+/* n elements at the same distance, and so of the same weight. */
 static cut cut_equal(float distance, double weight, int64_t n, double before, double target) {
   const double wanted = weight > 0 ? ceil((target - before) / weight) : (double)n;
   const int64_t kept = wanted >= (double)n ? n : max64((int64_t)wanted, 1);
   return (cut){distance, kept, n - kept};
 }
 
-/* Lanes of the vector at i that are below n. */
+/* Mask of the lanes below n in the vector at i. */
 INLINE vi vinside(int64_t i, int64_t n) { return vlane_index() < (int32_t)min64(n - i, VW); }
 
 static void key_range(const float *distance, int64_t n, uint32_t *low, uint32_t *high) {
@@ -285,7 +286,7 @@ static void key_range(const float *distance, int64_t n, uint32_t *low, uint32_t 
     largest = vmax(largest, d);
     smallest = vmax(smallest, -d);
   }
-  *low = key_of(-vlargest(smallest) + 0.0f); /* of -0 the bits of +0 */
+  *low = key_of(-vlargest(smallest) + 0.0f); /* -0 becomes +0 */
   *high = key_of(vlargest(largest));
 }
 
@@ -301,9 +302,9 @@ static int64_t extract(const float *distance, const float *weight, int64_t n, fl
   return kept;
 }
 
-/* Which tokens stay if they stay while the weight before them is below target: in the order of distance,
- * then of place. The first always stays. weight NULL: all weigh 1. n >= 1; whole vectors can be
- * read and written. spare_*: room for the elements of a bin. */
+/* The cut that keeps tokens, in the order of distance and then of place, while the weight before them is
+ * below target. The first is always kept. weight NULL: all weights are 1. n >= 1; whole vectors can be
+ * read and written. spare_*: space for the elements of a bin. */
 static cut find_cut(const float *distance, const float *weight, int64_t n, double target,
                     float *spare_distance, float *spare_weight) {
   double before = 0;
@@ -374,14 +375,16 @@ static int64_t draw_listed(const shortlist *list, uint64_t seed, uint64_t positi
   return token;
 }
 
-/* Can u be this small? noise >= best + d needs -log1p(-u) <= e^-(best + d), and u is below that. `near` is
- * e^-d; the surplus of a thousandth is far above what the logarithms' rounding can do. */
+/* Whether u is small enough for noise >= best + d, which needs -log1p(-u) <= e^-(best + d), and so u
+ * below that. `near` is e^-d. The margin of a thousandth is far above the rounding errors of the
+ * logarithms. */
 INLINE vu largest_winner(float near, float lift) {
   const float u = near * lift;
   return (vu){0} + (u < 0.999f ? (uint32_t)(u * 0x1p32f) : UINT32_MAX);
 }
 
-/* Among all tokens of the row, at the distances `far` (infinite: left out), or if NULL the logits'. */
+/* Draws among all tokens of the row, with distances `far` (infinite: excluded), or if NULL those of the
+ * logits. */
 static int64_t draw_any(const row_view *row, const float *far, float *near, uint64_t seed,
                         uint64_t position) {
   for (int64_t g = 0; g < row->groups; g += VW)
@@ -428,7 +431,7 @@ typedef struct {
   _Atomic int failed;
 } sample_job;
 
-/* What a row needs of scratch, in floats: two arrays of groups, five of tokens. */
+/* Scratch memory of a row, in floats: two arrays of groups, five of tokens. */
 static int64_t padded(int64_t n) { return (n + GROUP - 1) / GROUP * GROUP + SLACK; }
 
 static int64_t sample_filtered(row_view *row, const sample_row *wants, float *memory, float *near) {
@@ -441,13 +444,13 @@ static int64_t sample_filtered(row_view *row, const sample_row *wants, float *me
   const int64_t k = wants->top_k > 0 && wants->top_k < row->vocab ? wants->top_k : row->vocab;
   double total = 0;
   if (k < row->vocab) {
-    if (k <= row->groups) { /* k groups reach this far, so k tokens do */
+    if (k <= row->groups) { /* k groups have a token within this distance, so there are at least k tokens */
       const cut c = find_cut(row->group, NULL, row->groups, (double)k, spare_distance, spare_weight);
       limit = fminf(limit, c.limit);
     }
   } else if (wants->top_p < 1) {
     total = weigh_row(row, limit);
-    /* All that are farther than this weigh less than half of what may be left out. */
+    /* The weight of all tokens beyond this distance is less than half of what may be left out. */
     const double most = 2.0 * (double)row->vocab / ((1.0 - (double)wants->top_p) * total);
     limit = fminf(limit, (float)log(most));
   }
@@ -460,7 +463,7 @@ static int64_t sample_filtered(row_view *row, const sample_row *wants, float *me
     apply(find_cut(list.distance, list.weight, list.n, target, spare_distance, spare_weight), &list);
   }
   if (list.n < row->vocab / 4) return draw_listed(&list, seed, position);
-  float *far = spare_distance; /* so many that drawing whole groups is cheaper */
+  float *far = spare_distance; /* with so many tokens, drawing from whole groups is cheaper */
   for (int64_t i = 0; i < row->groups * GROUP; i++) far[i] = INFINITY;
   for (int64_t i = 0; i < list.n; i++) far[list.id[i]] = list.distance[i];
   return draw_any(row, far, near, seed, position);

@@ -18,7 +18,7 @@ from quire.kernels.triton.matmul import matmul
 
 class TritonKernels:
     """`LayerKernels` on one GPU. What is a step's own (the batch, sampling) is not here but in
-    `runner.device_runner`, which calls it directly."""
+    `runner.gpu_step`, which calls it directly."""
 
     name = "triton"
 

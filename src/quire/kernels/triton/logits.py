@@ -172,7 +172,7 @@ def edit_logits(
 
 
 def history_row(
-    token_ids: Sequence[int], num_prompt_tokens: int, vocab_size: int
+    token_ids: Sequence[int] | NDArray[np.int64], num_prompt_tokens: int, vocab_size: int
 ) -> NDArray[np.int16]:
     """The counts of a request that is admitted with these tokens: [V] int16, computed on the host, to be
     copied to the seat's row."""

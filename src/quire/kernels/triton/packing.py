@@ -23,8 +23,8 @@ launch padding rows too: these have no tokens and no keys, and nothing is writte
                       group of layers after another
     block_count       how many in each group
 
-    section           what entry r holds, about the r-th row that samples           padding
-    logit_rows        where its last token is among the step's                      0
+    section           what entry r holds, about the r-th token to be sampled        padding
+    logit_rows        where the token before it is among the step's                 0
     sample_seats      its seat                                                      -1
     sample_positions  index in the request of the token to be sampled               0
 
@@ -67,6 +67,7 @@ class BatchShape:
     """The limits of one step."""
 
     max_seqs: int
+    """Rows, and tokens to be sampled."""
     max_tokens: int
     """Tokens of one step, the padding of a graph included."""
     max_blocks: int
@@ -108,23 +109,25 @@ class StepPacker:
         seq_lens: NDArray[np.integer],
         num_blocks: NDArray[np.integer],
         sampling: NDArray[np.integer],
+        positions: NDArray[np.integer],
         new_ids: Iterable[tuple[int, Sequence[int] | NDArray[np.integer]]],
         new_blocks: Iterable[tuple[int, Sequence[int] | NDArray[np.integer]]],
     ) -> int:
         """Write a step; returns the number of int32 of the buffer to copy.
 
         seats, counts, seq_lens, num_blocks: [B], one row each: its seat, tokens to compute (one at
-        least), keys once they are, and blocks of its table. sampling: [R], the rows that sample.
+        least), keys once they are, and blocks of its table. sampling: [R], the rows that sample, a row as
+        often as it does; positions: [R], the index in its request of the token to be sampled.
         new_ids, new_blocks: (row, ids), for the rows that have any; blocks of one group of layers after
-        those of another, as many of each. Raises `KernelArgumentError` if
-        there is more than the shape has room for.
+        those of another, as many of each. Raises `KernelArgumentError` if there is more than the shape has
+        room for.
         """
         rows, picked = len(seats), len(sampling)
         ends = np.cumsum(counts)
         tokens = int(ends[-1]) if rows else 0
-        if rows > self.shape.max_seqs or tokens > self.shape.max_tokens:
+        if max(rows, picked) > self.shape.max_seqs or tokens > self.shape.max_tokens:
             raise KernelArgumentError(
-                f"a step of {rows} rows and {tokens} tokens does not fit {self.shape}"
+                f"a step of {rows} rows, {tokens} tokens and {picked} samples does not fit {self.shape}"
             )
         of = self.buffer[: self.shape.tail].reshape(len(Section), -1)
         of[Section.QUERY_START_LOC, 0] = 0
@@ -134,11 +137,11 @@ class StepPacker:
         of[Section.SEQ_LENS, rows:] = 0
         of[Section.SEATS, :rows] = seats
         of[Section.NUM_BLOCKS, :rows] = num_blocks
-        of[Section.LOGIT_ROWS, :picked] = ends[sampling] - 1
+        of[Section.LOGIT_ROWS, :picked] = (ends - seq_lens)[sampling] + positions - 1
         of[Section.LOGIT_ROWS, picked:] = 0
         of[Section.SAMPLE_SEATS, :picked] = seats[sampling]
         of[Section.SAMPLE_SEATS, picked:] = -1
-        of[Section.SAMPLE_POSITIONS, :picked] = seq_lens[sampling]
+        of[Section.SAMPLE_POSITIONS, :picked] = positions
         of[Section.SAMPLE_POSITIONS, picked:] = 0
         end = self._append(self.shape.tail, new_ids, of[Section.ID_START], of[Section.ID_COUNT])
         end = self._append(end, new_blocks, of[Section.BLOCK_START], of[Section.BLOCK_COUNT])

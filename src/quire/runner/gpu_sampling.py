@@ -1,0 +1,273 @@
+"""How each seat is sampled, kept on the device; sampling a step there.
+
+What depends on the tokens before (`RequestRules`) stays on the host, whose mask is sent while the device
+computes the logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from quire.kernels.sampling import SAMPLE_ROW, sample_row
+from quire.kernels.triton import logits as edits
+from quire.kernels.triton.logprobs import MAX_LOGPROBS, logprobs
+from quire.kernels.triton.sampling import DeviceTokens, SampleWorkspace, sample
+from quire.kernels.triton.seats import SEAT_WORDS, as_words
+from quire.messages import AdmittedRequest, TokenLogprobs
+from quire.runner.device import Device
+from quire.sampling.sampler import reported, top_logprobs
+from quire.structured.masks import Mask
+
+Hardest = Literal["greedy", "draw", "filter"]
+HARDNESS: tuple[Hardest, ...] = ("greedy", "draw", "filter")
+_LEAST_LISTED = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Logprobs:
+    """What a request wants of each token."""
+
+    count: int
+    """As `Decoding.logprobs`: -1 is all. 0 if only `also` are wanted."""
+    also: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingWants:
+    """What the host must know of a step's samples to choose what to launch."""
+
+    hardest: Hardest
+    edit: bool
+    """Whether any logits change before a token is sampled."""
+    logprobs: Mapping[int, Logprobs]
+    """By index of the sample, of those that ask."""
+    rows: NDArray[np.void]
+    """`SAMPLE_ROW` of each sample that asks for logprobs, in their order."""
+
+    @property
+    def outside_graph(self) -> bool:
+        """Whether sampling wants the logits themselves, and so is no part of a CUDA graph."""
+        return self.edit or bool(self.logprobs)
+
+
+@dataclass(frozen=True, slots=True)
+class RowMasks:
+    """On the device, as `edit_logits` takes them."""
+
+    bits: Tensor
+    rows: Tensor
+
+
+@dataclass(slots=True)
+class FetchedLogprobs:
+    """Logprobs on their way to the host: as found by the kernel, or whole rows of logits."""
+
+    mode: str
+    tensors: list[Tensor] = field(default_factory=list)
+    """On the device."""
+    found: dict[int, tuple[int, Logprobs]] = field(default_factory=dict)
+    """By index of the sample: where it is in the first five tensors, those of `DeviceLogprobs`."""
+    whole: dict[int, tuple[int, Logprobs, np.void]] = field(default_factory=dict)
+    """By index of the sample: which tensor has its logits, and its `SAMPLE_ROW`."""
+
+    def entries(
+        self, back: Sequence[Tensor], token_ids: NDArray[np.int64], valid: NDArray[np.bool_]
+    ) -> dict[int, TokenLogprobs]:
+        """back: the tensors on the host. token_ids, valid: of all samples."""
+        entries = {}
+        for index, (at, wanted) in self.found.items():
+            if not valid[index]:
+                continue
+            logprob, rank, ids, values, asked = (tensor[at] for tensor in back[:5])
+            entries[index] = TokenLogprobs(
+                token_id=int(token_ids[index]),
+                logprob=float(logprob),
+                rank=int(rank),
+                top_ids=ids[: wanted.count].tolist(),
+                top_logprobs=values[: wanted.count].tolist(),
+                asked_logprobs=asked[: len(wanted.also)].tolist(),
+            )
+        for index, (at, wanted, row) in self.whole.items():
+            if valid[index]:
+                every = reported(back[at].float(), self.mode, row)[None]
+                token = int(token_ids[index])
+                [entries[index]] = top_logprobs(every, [token], wanted.count, wanted.also)
+        return entries
+
+
+class GPUSampling:
+    """The seats' records, histories and lists on the device, and what the host must know of them."""
+
+    def __init__(
+        self, max_num_seqs: int, vocab_size: int, device: Device, *, logprobs_mode: str
+    ) -> None:
+        self._device = device
+        self._vocab_size = vocab_size
+        self._mode = logprobs_mode
+        self._rows = np.zeros(max_num_seqs, dtype=SAMPLE_ROW)
+        self._table = torch.zeros(
+            max_num_seqs, SEAT_WORDS, dtype=torch.int32, device=device.torch_device
+        )
+        self._stale = False
+        self._workspace = SampleWorkspace.create(max_num_seqs, vocab_size, device.torch_device)
+        self._history: Tensor | None = None
+        self._banned: Tensor | None = None
+        self._biased: Tensor | None = None
+        self._biases: Tensor | None = None
+        self._hardness = np.zeros(max_num_seqs, dtype=np.int64)
+        """Index in `HARDNESS`."""
+        self._penalizes = np.zeros(max_num_seqs, dtype=np.bool_)
+        self._edits_until = np.zeros(max_num_seqs, dtype=np.int64)
+        """Logits change before a token is sampled at an index below this."""
+        self._logprobs: dict[int, Logprobs] = {}
+
+    def admit(self, index: int, request: AdmittedRequest) -> None:
+        decoding, bias = request.decoding, request.decoding.logit_bias
+        banned_until = decoding.banned_until(request.num_prompt_tokens)
+        self._rows[index] = sample_row(decoding, request.num_prompt_tokens)
+        self._stale = True
+        self._hardness[index] = 0 if decoding.is_greedy else 2 if decoding.filters else 1
+        self._penalizes[index] = decoding.has_penalties
+        self._edits_until[index] = np.iinfo(np.int64).max if decoding.edits_logits else banned_until
+        if decoding.logprobs is not None:
+            self._logprobs[index] = Logprobs(decoding.logprobs, decoding.logprob_token_ids)
+        self.recount(index, request.token_ids, request.num_prompt_tokens)
+        if banned_until:
+            self._banned = self._listed(self._banned, index, decoding.final_ids, torch.int32)
+        if bias:
+            self._biased = self._listed(self._biased, index, list(bias), torch.int32)
+            self._biases = self._listed(self._biases, index, list(bias.values()), torch.float32)
+
+    def release(self, index: int) -> None:
+        self._logprobs.pop(index, None)
+
+    def recount(
+        self, index: int, token_ids: Sequence[int] | NDArray[np.int64], num_prompt_tokens: int
+    ) -> None:
+        """These are the tokens that the seat's penalties count, if it has any."""
+        if not self._penalizes[index]:
+            return
+        if self._history is None:  # 0.3 MB a seat at 152,000 tokens: only if somebody asks
+            shape = (len(self._rows), self._vocab_size)
+            self._history = torch.zeros(shape, dtype=torch.int16, device=self._device.torch_device)
+        row = edits.history_row(token_ids, num_prompt_tokens, self._vocab_size)
+        self._device.upload(self._history[index], torch.from_numpy(row))
+
+    def _listed(
+        self, table: Tensor | None, index: int, values: Sequence[float], dtype: torch.dtype
+    ) -> Tensor:
+        """The table of the seats' lists, made or widened as need be, with this seat's in it."""
+        width = 0 if table is None else table.shape[1]
+        if table is None or len(values) > width:
+            size = (len(self._rows), max(_LEAST_LISTED, 2 * width, len(values)))
+            grown = torch.zeros(size, dtype=dtype, device=self._device.torch_device)
+            if table is not None:
+                grown[:, :width] = table
+            table = grown
+        self._device.upload(table[index, : len(values)], torch.tensor(values, dtype=dtype))
+        return table
+
+    def upload(self) -> None:
+        """Before a step: what changed since the last one."""
+        if self._stale:
+            self._device.upload(self._table, torch.from_numpy(as_words(self._rows)))
+            self._stale = False
+
+    def wants(self, seats: NDArray[np.int64], positions: NDArray[np.int64]) -> SamplingWants:
+        asking = {}
+        if self._logprobs:
+            numbered = enumerate(seats.tolist())
+            asking = {i: self._logprobs[seat] for i, seat in numbered if seat in self._logprobs}
+        return SamplingWants(
+            hardest=HARDNESS[self._hardness[seats].max(initial=0)],
+            edit=bool((positions < self._edits_until[seats]).any()),
+            logprobs=asking,
+            rows=self._rows[seats[list(asking)]],
+        )
+
+    def send(self, masks: Mapping[int, Mask], padded: int) -> RowMasks | None:
+        """masks: by row of the logits, of which there are so many with padding."""
+        if not masks:
+            return None
+        rows = np.full(padded, -1, dtype=np.int32)
+        rows[list(masks)] = np.arange(len(masks))
+        return RowMasks(self._sent(np.stack(list(masks.values()))), self._sent(rows))
+
+    def _sent(self, array: NDArray[np.int32] | NDArray[np.int64]) -> Tensor:
+        source = torch.from_numpy(array)
+        target = torch.empty(source.shape, dtype=source.dtype, device=self._device.torch_device)
+        self._device.upload(target, source)
+        return target
+
+    def edit(
+        self, logits: Tensor, seats: Tensor, positions: Tensor, masks: RowMasks | None
+    ) -> Tensor:
+        """[R, V] float32 for [R, V] as the model gave them. seats: [R] int32; positions: [R] int64; on the
+        device."""
+        return edits.edit_logits(
+            logits,
+            self._table,
+            seats,
+            positions,
+            out=torch.empty(logits.shape, dtype=torch.float32, device=logits.device),
+            history=self._history,
+            bitmask=None if masks is None else masks.bits,
+            bitmask_rows=None if masks is None else masks.rows,
+            biased_ids=self._biased,
+            biases=self._biases,
+            banned_ids=self._banned,
+        )
+
+    def sample(
+        self, logits: Tensor, seats: Tensor, positions: Tensor, hardest: Hardest, *, count: bool
+    ) -> DeviceTokens:
+        """logits: [R, V], edited where anybody wants that. count: whether penalties do."""
+        history = self._history if count else None
+        return sample(
+            logits,
+            self._table,
+            seats,
+            positions,
+            self._workspace,
+            hardest=hardest,
+            history=history,
+        )
+
+    def logprobs(
+        self, wants: SamplingWants, logits: Tensor, edited: Tensor, token_ids: Tensor
+    ) -> FetchedLogprobs | None:
+        """logits, edited: [R, V], before edits and after. token_ids: [R], sampled."""
+        if not wants.logprobs:
+            return None
+        fetched = FetchedLogprobs(self._mode)
+        raw = self._mode == "raw_logprobs"
+        few = {i: of for i, of in wants.logprobs.items() if raw and 0 <= of.count <= MAX_LOGPROBS}
+        if few:
+            most = max(len(of.also) for of in few.values())
+            asked = np.zeros((len(few), most), dtype=np.int64)
+            for at, (index, of) in enumerate(few.items()):
+                asked[at, : len(of.also)] = of.also
+                fetched.found[index] = (at, of)
+            top = logprobs(
+                logits,
+                self._sent(np.array(list(few), dtype=np.int32)),
+                token_ids,
+                min(max(of.count for of in few.values()), logits.shape[1]),
+                self._sent(asked) if most else None,
+            )
+            fetched.tensors += (top.logprob, top.rank, top.top_ids, top.top_logprobs, top.asked)
+        of_mode = logits if self._mode.startswith("raw") else edited
+        for (index, of), row in zip(wants.logprobs.items(), wants.rows, strict=True):
+            if (
+                index not in few
+            ):  # more than the kernel keeps, or of another kind: the host finds them
+                fetched.whole[index] = (len(fetched.tensors), of, row)
+                fetched.tensors.append(of_mode[index])
+        return fetched

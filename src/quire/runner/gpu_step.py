@@ -1,0 +1,286 @@
+"""The steps of a GPU: launched, not awaited.
+
+Everything a step needs that the host does not send is already there: token ids, block tables, how a seat
+is sampled. The sampled ids stay on the device too, where the next step finds them, so that a step can be
+launched while the one before it runs. The host only waits in `wait()`.
+
+A whole step is one CUDA graph (`runner.graphs`): what attention's launches depend on is its padded numbers
+of rows and tokens, nothing else. What only some requests want runs behind it: edits of logits, logprobs. A
+request with rules that the host alone can follow is never planned before its last token is known
+(`needs_token_before_next`), so its seat has all its tokens on the host, and its mask is made while the
+forward pass runs. A step whose hidden states are read is not recorded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from quire.attention.base import AttentionMetadata, KVCache
+from quire.kernels.triton.batch import DeviceBatch, append_tokens, build_step, copy_blocks
+from quire.kernels.triton.packing import BatchShape, Section, StepPacker
+from quire.kernels.triton.sampling import DeviceTokens
+from quire.messages import AdmittedRequest, TokenLogprobs
+from quire.models.decoder import DecoderModel
+from quire.runner.backend import StepInput, StepSamples
+from quire.runner.device import Device, Download
+from quire.runner.gpu_sampling import FetchedLogprobs, GPUSampling
+from quire.runner.graphs import Computed, Graphs, StepShape
+from quire.runner.seats import Seats
+
+_NONE = np.zeros(0, dtype=np.int64)
+
+
+class GPUBackend:
+    """A `StepBackend`."""
+
+    def __init__(
+        self,
+        model: DecoderModel,
+        device: Device,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        block_size: int,
+        eager: bool = False,
+        logprobs_mode: str = "raw_logprobs",
+    ) -> None:
+        """max_model_len: the cache may be opened for less. eager: no CUDA graphs."""
+        self._model = model
+        self._device = device
+        shape = BatchShape(
+            max_seqs=max_num_seqs,
+            max_tokens=max_num_batched_tokens,
+            max_blocks=-(-max_model_len // block_size),
+            num_groups=len(model.spec.kv.groups),
+        )
+        self._packer = StepPacker(shape, np.zeros(shape.packed_size, dtype=np.int32))
+        self._batch = DeviceBatch.create(
+            shape,
+            max_model_len=max_model_len,
+            block_size=block_size,
+            device=device.torch_device,
+        )
+        self._sampling = GPUSampling(
+            max_num_seqs, model.spec.vocab_size, device, logprobs_mode=logprobs_mode
+        )
+        self._blocks_sent = np.zeros(max_num_seqs, dtype=np.int64)
+        """How many of each seat's blocks the device knows."""
+        self.graphs = Graphs(
+            device,
+            self._compute,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            num_weights=model.spec.num_parameters(),
+            eager=eager,
+        )
+
+    def active(self) -> AbstractContextManager[object]:
+        return self._device.active()
+
+    def open_cache(self, kv_cache: KVCache, seats: Seats) -> None:
+        self._seats = seats
+        self._kv_cache = kv_cache
+        self._blocks = kv_cache.storage.view(len(kv_cache.layers), 2, *kv_cache.layers[0].k.shape)
+
+    # --- what the device keeps of requests ------------------------------------------------------------
+
+    @torch.inference_mode()
+    def admit(self, seat: int, request: AdmittedRequest) -> None:
+        self._blocks_sent[seat] = 0
+        self._sampling.admit(seat, request)
+
+    def release(self, seat: int) -> None:
+        self._sampling.release(seat)
+
+    @torch.inference_mode()
+    def force(self, seat: int, token_ids: Sequence[int]) -> None:
+        """The tokens themselves go along with the next step; only penalties count them before."""
+        seats = self._seats
+        known = seats.token_ids[seat, : seats.num_brought[seat]]
+        self._sampling.recount(seat, known, int(seats.num_prompt_tokens[seat]))
+
+    @torch.inference_mode()
+    def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
+        ids = torch.empty(2, len(pairs), dtype=torch.int64, device=self._blocks.device)
+        self._device.upload(ids, torch.tensor(pairs).T.contiguous())
+        copy_blocks(self._blocks, ids[0], ids[1])
+
+    # --- a step ---------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def launch(self, step: StepInput) -> LaunchedGPUStep:
+        rows, count = step.rows.rows[: step.rows.num_rows], len(step.positions)
+        counts = rows[:, 2]
+        self._send(step, rows)
+        self._sampling.upload()
+        wants = self._sampling.wants(step.sample_seats, step.positions)
+        inside = not (wants.outside_graph or step.read_rows)
+        shape = StepShape(
+            rows=len(rows),
+            tokens=int(counts.sum()),
+            samples=count,
+            most_tokens=int(counts.max()),
+            hardest=wants.hardest if inside else None,
+        )
+        hidden: list[Tensor] = []
+        if step.read_rows:
+            every = self._forward(shape)
+            ends = np.cumsum(counts)
+            hidden = [every[ends[row] - counts[row] : ends[row]] for row in step.read_rows]
+            states = self._sampled_rows(shape, every)
+        else:
+            computed = self.graphs.compute(shape)
+            if inside:
+                return self._fetch(computed.tokens, count)
+            states = computed.hidden
+        if not count:
+            return self._fetch(None, 0, hidden=hidden)
+        logits = edited = self._model.logits(states)
+        masks = self._sampling.send(step.masks(), padded=len(logits))
+        seats, positions = self._sample_sections(len(logits))
+        if wants.edit:
+            edited = self._sampling.edit(logits, seats, positions, masks)
+        tokens = self._sampling.sample(edited, seats, positions, wants.hardest, count=wants.edit)
+        append_tokens(self._batch, tokens.token_ids)
+        logprobs = self._sampling.logprobs(wants, logits, edited, tokens.token_ids)
+        return self._fetch(tokens, count, logprobs, hidden)
+
+    def _send(self, step: StepInput, rows: NDArray[np.int64]) -> None:
+        """Copy to the device what it does not know: ids that it did not sample, new blocks, who samples."""
+        seats, starts, counts, _ = rows.T
+        of = self._seats
+        num_blocks, sent = of.num_blocks[seats], self._blocks_sent[seats]
+        self._blocks_sent[seats] = num_blocks
+        new_ids = [
+            (row, of.token_ids[seats[row], starts[row] : starts[row] + counts[row]])
+            for row in np.flatnonzero(starts < of.num_brought[seats]).tolist()
+        ]
+        new_blocks = [
+            (row, of.block_ids[:, seats[row], sent[row] : num_blocks[row]].reshape(-1))
+            for row in np.flatnonzero(sent < num_blocks).tolist()
+        ]
+        size = self._packer.pack(
+            seats=seats,
+            counts=counts,
+            seq_lens=starts + counts,
+            num_blocks=num_blocks,
+            sampling=step.sample_rows,
+            positions=step.positions,
+            new_ids=new_ids,
+            new_blocks=new_blocks,
+        )
+        self._upload(size)
+
+    def _upload(self, size: int) -> None:
+        packed = torch.from_numpy(self._packer.buffer[:size])
+        self._device.upload(self._batch.packed[:size], packed)
+
+    @torch.inference_mode()
+    def prepare(self) -> bool:
+        shape = self.graphs.next()
+        if shape is None:
+            return False
+        self._upload(
+            self._packer.pack(
+                seats=_NONE,
+                counts=_NONE,
+                seq_lens=_NONE,
+                num_blocks=_NONE,
+                sampling=_NONE,
+                positions=_NONE,
+                new_ids=[],
+                new_blocks=[],
+            )
+        )
+        return self.graphs.prepare(shape)
+
+    # --- on the device --------------------------------------------------------------------------------
+
+    def _compute(self, shape: StepShape) -> Computed:
+        hidden = self._sampled_rows(shape, self._forward(shape))
+        tokens = None
+        if shape.hardest is not None and shape.samples:
+            seats, positions = self._sample_sections(shape.samples)
+            logits = self._model.logits(hidden)
+            tokens = self._sampling.sample(logits, seats, positions, shape.hardest, count=False)
+            append_tokens(self._batch, tokens.token_ids)
+        return Computed(hidden, tokens)
+
+    def _forward(self, shape: StepShape) -> Tensor:
+        """[tokens, hidden_size]"""
+        rows, tokens, batch = shape.rows, shape.tokens, self._batch
+        build_step(batch, num_rows=rows, num_tokens=tokens)
+        metadata = [
+            AttentionMetadata(
+                positions=batch.positions[:tokens],
+                slot_mapping=slots[:tokens],
+                query_start_loc=batch.section(Section.QUERY_START_LOC)[: rows + 1],
+                seq_lens=batch.section(Section.SEQ_LENS)[:rows],
+                block_table=blocks[:rows],
+                max_query_len=shape.most_tokens,
+            )
+            for slots, blocks in zip(batch.slot_mapping, batch.block_table, strict=True)
+        ]
+        return self._model.compute(batch.input_ids[:tokens], metadata, self._kv_cache)
+
+    def _sampled_rows(self, shape: StepShape, hidden: Tensor) -> Tensor:
+        """[samples, hidden_size] of all the tokens' hidden states."""
+        if shape.samples == shape.tokens and shape.most_tokens == 1:
+            return hidden
+        return hidden.index_select(0, self._batch.section(Section.LOGIT_ROWS)[: shape.samples])
+
+    def _sample_sections(self, count: int) -> tuple[Tensor, Tensor]:
+        """Seats and positions of what is sampled."""
+        batch = self._batch
+        return (
+            batch.section(Section.SAMPLE_SEATS)[:count],
+            batch.section(Section.SAMPLE_POSITIONS)[:count],
+        )
+
+    # --- back -----------------------------------------------------------------------------------------
+
+    def _fetch(
+        self,
+        tokens: DeviceTokens | None,
+        count: int,
+        logprobs: FetchedLogprobs | None = None,
+        hidden: Sequence[Tensor] = (),
+    ) -> LaunchedGPUStep:
+        """Start the results on their way to the host, beside the steps launched next. Hence all that is
+        downloaded is a new tensor, none a CUDA graph's: the next one would overwrite it."""
+        back = []
+        if tokens is not None and count:
+            # A token plus 1, or 0 where the logits held NaN: one new tensor to copy, not two.
+            back.append(tokens.token_ids[:count] + tokens.valid[:count])
+        if logprobs is not None:
+            back += logprobs.tensors
+        return LaunchedGPUStep(self._device.download(back), count, logprobs, hidden)
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchedGPUStep:
+    """A `LaunchedSamples`."""
+
+    download: Download
+    count: int
+    logprobs: FetchedLogprobs | None
+    hidden: Sequence[Tensor]
+
+    def wait(self) -> StepSamples:
+        back = self.download.wait()
+        if not self.count:
+            return StepSamples.none(self.hidden)
+        one_more = back[0].numpy()
+        token_ids, valid = one_more - 1, one_more > 0
+        logprobs: Mapping[int, TokenLogprobs] = {}
+        if self.logprobs is not None:
+            logprobs = self.logprobs.entries(back[1:], token_ids, valid)
+        return StepSamples(token_ids, valid, logprobs, self.hidden)

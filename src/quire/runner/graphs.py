@@ -1,0 +1,172 @@
+"""The CUDA graphs of steps: which are captured, and which one is used for a step.
+
+A step is padded to one of a few shapes, for which a graph is captured: one launch instead of some three
+hundred. This is done for steps in which every row computes one token and samples (decoding), and for
+short mixed ones, where launching takes longer than computing. Graphs are captured when the engine is
+idle, or when a shape occurs for the third time.
+
+Padding has no effect: its tokens have slot -1, so no keys are written; its rows have no tokens; its
+samples have seat -1 and are dropped. So a graph can be captured with no rows at all.
+"""
+
+from __future__ import annotations
+
+import logging
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+from torch import Tensor
+
+from quire.kernels.triton.sampling import DeviceTokens
+from quire.runner.device import CannotRecordError, Device
+from quire.runner.gpu_sampling import HARDNESS, Hardest
+
+logger = logging.getLogger(__name__)
+
+_USES_BEFORE_RECORDING = 2
+MOST_GRAPH_ROWS = 256
+GRAPH_TOKENS = (64, 128, 256, 512)
+"""Numbers of tokens to which mixed steps are padded. Fewer than 64 take as long, since products are then
+limited by reading the weights."""
+LAUNCH_BOUND = 1 << 40
+"""Number of weights times tokens up to which launching a step kernel by kernel takes about as long as
+computing it (2 to 3 ms, at 800 TFLOP/s): the longest mixed steps for which graphs are captured. 512
+tokens for a model of 0.6B, 128 for 8B, none for 70B."""
+
+
+class StepShape(NamedTuple):
+    """Everything that the launches of a step depend on."""
+
+    rows: int
+    tokens: int
+    samples: int
+    most_tokens: int
+    """The largest number of tokens of a row."""
+    hardest: Hardest | None
+    """None if it is sampled outside the graph."""
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """The results of a step, padding included."""
+
+    hidden: Tensor
+    """[samples, hidden_size]"""
+    tokens: DeviceTokens | None
+    """None if there are none, or the caller samples."""
+
+
+Compute = Callable[[], Computed]
+
+
+def graph_sizes(max_num_seqs: int) -> list[int]:
+    """Numbers of rows to which decoding steps are padded."""
+    return _up_to([1, 2, 4, *range(8, 64, 8), *range(64, 257, 16)], max_num_seqs)
+
+
+def mixed_rows(max_num_seqs: int) -> list[int]:
+    """Numbers of rows to which mixed steps are padded. Few, because an empty row costs little."""
+    return _up_to([4, 16, 64, MOST_GRAPH_ROWS], max_num_seqs)
+
+
+def mixed_tokens(num_weights: int, max_num_batched_tokens: int) -> list[int]:
+    """Numbers of tokens to which mixed steps are padded."""
+    sizes = [size for size in GRAPH_TOKENS if size * num_weights <= LAUNCH_BOUND]
+    return _up_to(sizes, max_num_batched_tokens) if sizes else []
+
+
+def _up_to(sizes: list[int], most: int) -> list[int]:
+    """The sizes up to `most`; and `most` itself, if a larger size is left out."""
+    most = min(most, sizes[-1])
+    return [size for size in sizes if size < most] + [most]
+
+
+def _least(sizes: list[int], number: int) -> int | None:
+    """The smallest size that is large enough."""
+    index = bisect_left(sizes, number)
+    return sizes[index] if index < len(sizes) else None
+
+
+class Graphs:
+    def __init__(
+        self,
+        device: Device,
+        compute: Callable[[StepShape], Computed],
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        num_weights: int,
+        eager: bool,
+    ) -> None:
+        """compute: launches a shape kernel by kernel. eager: capture no graphs."""
+        self._device = device
+        self._compute = compute
+        self._may_record = not eager
+        self._decode_rows = graph_sizes(max_num_seqs)
+        self._mixed_rows = mixed_rows(max_num_seqs)
+        self._mixed_tokens = mixed_tokens(num_weights, max_num_batched_tokens)
+        self.uses: dict[StepShape, int] = {}
+        self.recorded: dict[StepShape, Compute] = {}
+
+    def compute(self, exact: StepShape) -> Computed:
+        """Compute a step of this shape, padded if it can use a graph."""
+        shape = self._padded(exact)
+        return self._compute(exact) if shape is None else self._work(shape)()
+
+    def next(self) -> StepShape | None:
+        """The next shape to capture: first those that occurred most often."""
+        if not self._may_record:
+            return None
+        wanted = sorted(self.uses, key=self.uses.__getitem__, reverse=True)
+        # "filter" does for all; downwards, since smaller graphs fit into the memory of larger ones.
+        wanted += [_decoding(size, "filter") for size in reversed(self._decode_rows)]
+        return next((shape for shape in wanted if shape not in self.recorded), None)
+
+    def prepare(self, shape: StepShape) -> bool:
+        """Capture a graph, with no step in flight. Returns False if no more can be captured."""
+        self._compute(shape)  # compiles and loads missing kernels
+        self._record(shape)
+        return self._may_record
+
+    def _record(self, shape: StepShape) -> Compute:
+        work = partial(self._compute, shape)
+        try:
+            self.recorded[shape] = self._device.record(work)
+        except CannotRecordError as error:
+            logger.warning("no more than %d steps are recorded: %s", len(self.recorded), error)
+            self._may_record = False
+        return self.recorded.get(shape, work)
+
+    def _padded(self, exact: StepShape) -> StepShape | None:
+        """The padded shape for the step; None if it can have no graph."""
+        if exact.most_tokens == 1 and exact.samples == exact.rows:
+            size = _least(self._decode_rows, exact.rows)
+            return None if size is None else _decoding(size, exact.hardest)
+        rows = _least(self._mixed_rows, max(exact.rows, exact.samples))
+        tokens = _least(self._mixed_tokens, exact.tokens)
+        if rows is None or tokens is None:
+            return None
+        return StepShape(rows, tokens, samples=rows, most_tokens=tokens, hardest=exact.hardest)
+
+    def _work(self, shape: StepShape) -> Compute:
+        """The CUDA graph for this shape; else a graph with a superset sampler, which gives the same
+        tokens; else eager launches."""
+        found = self.recorded.get(shape)
+        if found is not None:
+            return found
+        uses = self.uses[shape] = self.uses.get(shape, 0) + 1
+        if shape.hardest is not None:
+            for harder in HARDNESS[HARDNESS.index(shape.hardest) + 1 :]:
+                found = self.recorded.get(shape._replace(hardest=harder))
+                if found is not None:
+                    return found
+        if self._may_record and uses > _USES_BEFORE_RECORDING:
+            return self._record(shape)
+        return partial(self._compute, shape)
+
+
+def _decoding(size: int, hardest: Hardest | None) -> StepShape:
+    return StepShape(size, size, samples=size, most_tokens=1, hardest=hardest)
