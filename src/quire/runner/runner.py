@@ -1,8 +1,8 @@
-"""Carries out plans: from a `StepPlan` to arrays for a backend, and from what it sampled to a `StepResult`.
+"""Carries out plans: from a `StepPlan` to arrays for a backend, and from its samples to a `StepResult`.
 
-A row may end in drafts (`PlannedRow.draft_token_ids`). A token is then sampled after each of them, from the
-request's own random stream as ever, and those tokens are the result up to the first that is not the next
-draft: what would have been sampled without drafts, in fewer steps.
+A row may end in drafts (`PlannedRow.draft_token_ids`). Then a token is sampled after each draft, with the
+request's own random stream. The result is these tokens up to the first one that differs from the next
+draft: the same tokens as without drafts, in fewer steps.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Runner:
         self._grammars = grammars
 
     def open_cache(self, kv_cache: KVCache, max_model_len: int) -> None:
-        """Before any plan. Again, if another size is settled on."""
+        """Called before the first plan, and again if the size changes."""
         self.kv_cache = kv_cache
         self.seats = Seats(
             max_num_seqs=self._max_num_seqs,
@@ -97,7 +97,7 @@ class Runner:
             rows = [row for row in rows if row.samples]
             sample_rows = np.repeat(np.arange(len(table)), columns[:, 3])
             sample_seats, positions = sample_seats[sample_rows], positions[sample_rows]
-        if has_drafts:  # `positions` are those of each row's last sample
+        if has_drafts:  # `positions` has those of each row's last sample
             last = np.cumsum(columns[:, 3])[sample_rows] - 1
             positions -= last - np.arange(len(last))
         rules: dict[int, RequestRules] = {}
@@ -134,7 +134,7 @@ class Runner:
     def _prompt_rows(
         self, rows: Sequence[PlannedRow], columns: NDArray[np.int64]
     ) -> dict[int, tuple[PlannedRow, PromptWork]]:
-        """Those whose hidden states are read, by index; so many are wanted of them."""
+        """Index -> number of wanted hidden states, for the rows whose hidden states are read."""
         found = {}
         for index, row in enumerate(rows):
             seat = self.seats.seat_of[row.request_id]
@@ -150,7 +150,7 @@ class Runner:
 
 
 def _masks(rules: Mapping[int, RequestRules], errors: dict[int, str]) -> dict[int, Mask]:
-    """Which tokens may be sampled, where not all may; where none may, an error."""
+    """Masks of the samples that have rules; an error if no token is allowed."""
     found = {}
     for index, of in rules.items():
         try:
@@ -167,33 +167,33 @@ def _masks(rules: Mapping[int, RequestRules], errors: dict[int, str]) -> dict[in
 
 @dataclass(slots=True)
 class RunningStep:
-    """A `StepFuture`: what the host must know of a step when its R samples are there."""
+    """A `StepFuture`: the host's data of a step with R samples, until these have come."""
 
     step_id: int
     runner: Runner
     launched: LaunchedSamples
     rows: Sequence[PlannedRow]
-    """Those that sample."""
+    """The rows that sample."""
     seats: NDArray[np.int64]
-    """[R], as the next two: of each sample."""
+    """[R], like the next two: for each sample."""
     positions: NDArray[np.int64]
     tenure: NDArray[np.int64]
     num_released: int
-    """Requests, when the step was launched."""
+    """The number of released requests when the step was launched."""
     rules: Mapping[int, RequestRules]
     """By index in the R."""
     reads: Sequence[tuple[PlannedRow, PromptWork]]
     has_drafts: bool
     errors: dict[int, str]
-    """By index in the R: why there is no token."""
+    """By index in the R: the error, if there is no token."""
 
     def result(self) -> StepResult:
-        """Wait, and let the seats know the tokens."""
+        """Wait for the samples, and store the tokens in the seats."""
         with self.runner.backend.active():
             samples, seats = self.launched.wait(), self.runner.seats
             if seats.num_released == self.num_released:
                 seats.token_ids[self.seats, self.positions] = samples.token_ids
-            else:  # some seats may have been given to others meanwhile
+            else:  # some seats may belong to other requests now
                 kept = np.flatnonzero(seats.tenure[self.seats] == self.tenure)
                 seats.token_ids[self.seats[kept], self.positions[kept]] = samples.token_ids[kept]
             if not samples.valid.all():
@@ -208,11 +208,11 @@ class RunningStep:
             return StepResult(step_id=self.step_id, sampled=found)
 
     def _is_present(self, index: int) -> bool:
-        """Whether the sample's seat is still its request's."""
+        """Whether the sample's seat still belongs to its request."""
         return bool(self.runner.seats.tenure[self.seats[index]] == self.tenure[index])
 
     def _sampled(self, samples: StepSamples) -> list[SampledRow]:
-        """Of each row that samples one token."""
+        """Results of rows that sample one token."""
         found = [
             SampledRow(request_id=row.request_id, token_ids=[token])
             for row, token in zip(self.rows, samples.token_ids.tolist(), strict=True)
@@ -225,7 +225,7 @@ class RunningStep:
         return found
 
     def _verified(self, samples: StepSamples) -> list[SampledRow]:
-        """Of each row the drafts that were sampled too, one after the other, and the token after them."""
+        """Results of rows with drafts: the accepted drafts and the token after them."""
         token_ids, found, begin = samples.token_ids.tolist(), [], 0
         for row in self.rows:
             accepted = 0
@@ -249,7 +249,7 @@ class RunningStep:
         return found
 
     def _learn(self, index: int, rules: RequestRules, samples: StepSamples) -> list[int]:
-        """A token was sampled under rules. Returns those that can only follow it."""
+        """Apply a token that was sampled with rules. Returns the grammar-forced tokens after it."""
         seats, token = self.runner.seats, int(samples.token_ids[index])
         seat, position = int(self.seats[index]), int(self.positions[index])
         rules.learn(token)
@@ -260,7 +260,7 @@ class RunningStep:
         return forced
 
     def _read_prompts(self, hidden: Sequence[Tensor], found: list[SampledRow]) -> None:
-        """Add what there is to report of prompts."""
+        """Add the results of prompt work."""
         of_request = {row.request_id: row for row in found}
         for (row, work), states in zip(self.reads, hidden, strict=True):
             read = work.read(row.start, row.num_tokens, states, self.runner.model)
