@@ -61,6 +61,7 @@ class Runner:
 
     def launch(self, plan: StepPlan) -> RunningStep | FinishedStep:
         """Apply the plan: release, admit, copy, compute, sample."""
+        assert not plan.loads and not plan.saves, "no worker moves KV in or out yet"
         with self.backend.active():
             for request_id in plan.released:
                 self.backend.release(self.seats.release(request_id))
