@@ -71,7 +71,7 @@ class StepBackend(Protocol):
     request while the last step of its request is computed."""
 
     def active(self) -> AbstractContextManager[object]:
-        """The runner calls everything inside."""
+        """Whoever computes with what a step left on the device does it inside."""
         ...
 
     def open_cache(self, kv_cache: KVCache, seats: Seats) -> None: ...

@@ -45,9 +45,8 @@ class Seats:
         """So many tokens are in `token_ids` that were not simply sampled: admitted, forced, drafts. A device
         that keeps tokens of its own learns them from here."""
         self.num_prompt_tokens = np.zeros(max_num_seqs, dtype=np.int64)
-        self.tenure = np.zeros(max_num_seqs, dtype=np.int64)
-        """Changes with each admission: whether a result still belongs to a seat's request."""
         self.num_released = 0
+        """Requests so far: whether results may be for requests that have gone."""
         self.seat_of: dict[int, int] = {}
         self.rules: dict[int, RequestRules] = {}
         """By seat, as the next one: of the requests that have any."""
@@ -61,7 +60,6 @@ class Seats:
         self.token_ids[seat, :count] = request.token_ids
         self.num_brought[seat] = count
         self.num_prompt_tokens[seat] = request.num_prompt_tokens
-        self.tenure[seat] += 1
         self.num_blocks[seat] = 0
         self.add_blocks(seat, request.block_ids)
         if (rules := rules_of(request, self._vocab_size, self._grammars)) is not None:
