@@ -90,9 +90,10 @@ VISION = {
     "image_size": 16,
     "patch_size": 8,
 }
+PIXTRAL = {**VISION, "model_type": "pixtral", "head_dim": 4}
 LOGITS_ONLY = {
     "gemma2-untied-bias", "gemma3", "gemma3-untied-pattern", "olmo2-mha-tied", "phi3-partial-tied",
-    "phi3-longrope-short", "granite-bias", "smollm3", "ministral3",
+    "phi3-longrope-short", "granite-bias", "smollm3", "ministral3", "mistral-multimodal",
 }  # fmt: skip
 """Variants whose family is also there with all that a schedule could touch: one pass suffices for these."""
 VARIANTS: Mapping[str, tuple[Config, Mapping[str, Any]]] = {
@@ -221,11 +222,15 @@ VARIANTS: Mapping[str, tuple[Config, Mapping[str, Any]]] = {
         },
     ),
     "ministral3": (transformers.Ministral3Config, MINISTRAL3),
+    "mistral-multimodal": (
+        multimodal(transformers.Mistral3Config, transformers.MistralConfig, PIXTRAL),
+        {"head_dim": 24, "sliding_window": None},
+    ),
     "ministral3-multimodal-tied": (
         multimodal(
             transformers.Mistral3Config,
             transformers.Ministral3Config,
-            {**VISION, "model_type": "pixtral", "head_dim": 4},
+            PIXTRAL,
         ),
         {**MINISTRAL3, "tie_word_embeddings": True},
     ),

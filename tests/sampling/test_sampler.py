@@ -16,7 +16,8 @@ from quire.decoding import Decoding
 from quire.kernels.reference import filtered_scores
 from quire.kernels.select import create_kernels
 from quire.messages import AdmittedRequest
-from quire.sampling.sampler import Sampled, Sampler, SamplingSeats, log_softmax, top_logprobs
+from quire.sampling.logprobs import log_softmax, top_logprobs
+from quire.sampling.sampler import Sampled, Sampler, SamplingSeats
 
 VOCAB = 40
 SAMPLER = Sampler(create_kernels("auto"))

@@ -15,7 +15,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from quire.executor.base import Done
-from quire.messages import AdmittedRequest, PlannedRow, SampledRow, StepPlan, StepResult
+from quire.messages import (
+    AdmittedRequest,
+    PlannedRow,
+    SampledRow,
+    StepPlan,
+    StepResult,
+    TransferResult,
+)
 
 Drafter = Callable[[tuple[int, ...], int], list[int]]
 """From a request's tokens and seed, what may follow."""
@@ -66,6 +73,7 @@ class CheckingExecutor:
             del self.states[request_id]
         for admitted in plan.admitted:
             self._admit(admitted)
+        transferred = self.load(plan)
         for source, destination in plan.copies:
             self._copy(source, destination)
         for row in plan.rows:
@@ -80,7 +88,18 @@ class CheckingExecutor:
         for row in plan.rows:
             self._read(row)
         sampled = [self._sample(row) for row in plan.rows if row.samples]
-        return Done(StepResult(step_id=plan.step_id, sampled=sampled))
+        transferred += self.save(plan)
+        return Done(StepResult(step_id=plan.step_id, sampled=sampled, transferred=transferred))
+
+    def load(self, plan: StepPlan) -> list[TransferResult]:
+        """Before copies and rows. Returns the transfers that are over."""
+        assert not plan.loads, "there is no store"
+        return []
+
+    def save(self, plan: StepPlan) -> list[TransferResult]:
+        """After the rows."""
+        assert not plan.saves, "there is no store"
+        return []
 
     def _sample(self, row: PlannedRow) -> SampledRow:
         state, tokens = self.states[row.request_id], []

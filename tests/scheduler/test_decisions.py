@@ -156,7 +156,9 @@ def test_a_pending_token_is_waited_for() -> None:
 
 def test_the_labels_of_the_metrics() -> None:
     deferred = {reason for reason in WaitReason if reason.label == "deferred"}
-    assert deferred == {WaitReason.PREFIX, WaitReason.FORK, WaitReason.TOKEN, WaitReason.GRAMMAR}
+    assert deferred == {
+        WaitReason.PREFIX, WaitReason.FORK, WaitReason.TOKEN, WaitReason.LOAD, WaitReason.GRAMMAR,
+    }  # fmt: skip
     assert {reason.label for reason in WaitReason} == {"capacity", "deferred"}
 
 

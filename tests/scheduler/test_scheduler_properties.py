@@ -86,9 +86,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_blocks = 1 + most + spare_blocks
         kv = KVCacheManager(num_blocks, block_size, **sizes)
         self.scheduler = Scheduler(
-            limits, kv, clock=lambda: 0.0, needs_token_before_next=needs_token_before_next
+            limits,
+            kv,
+            clock=lambda: 0.0,
+            needs_token_before_next=needs_token_before_next,
+            connector=self.make_connector(),
         )
-        executor = CheckingExecutor(
+        executor = self.make_executor(
             num_blocks,
             block_size,
             vocab_size=VOCAB,
@@ -105,6 +109,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.finished: dict[int, FinishReason] = {}
         self.prompts: list[list[int]] = []
         self.deferred: set[int] = set()
+
+    def make_connector(self):
+        return None
+
+    def make_executor(self, *sizes, **options):
+        return CheckingExecutor(*sizes, **options)
 
     def fresh_prompts(self):
         return st.lists(st.integers(0, 1), min_size=1, max_size=self.max_model_len - 1)
@@ -241,6 +251,8 @@ class SchedulerMachine(RuleBasedStateMachine):
                 assert wait.because_of == request.fork_of
             case WaitReason.TOKEN:
                 assert request.num_pending_tokens
+            case WaitReason.LOAD:
+                assert scheduler.transfers
             case _:
                 raise AssertionError(wait)
 

@@ -16,9 +16,12 @@ from tests.engine.checkpoints import prompts, write_checkpoint
 
 from quire.cli.demo.server import ServerProcess
 
+WHOLE_SURFACE = ["llama-llama3", "mistral-window", "qwen2", "qwen3"]
+"""The endpoints know nothing of a model's layers: a few families suffice."""
 FAMILIES = [
-    "llama-llama3", "mistral-window", "qwen2", "qwen3", "gemma2", "gemma3-multimodal", "olmo2", "olmo3",
-    "phi3", "phi3-longrope-long", "granite", "smollm3-windows-untied", "ministral3-multimodal-tied",
+    *WHOLE_SURFACE,
+    "gemma2", "gemma3-multimodal", "olmo2", "olmo3", "phi3-longrope-long", "granite", "smollm3",
+    "ministral3-multimodal-tied",
 ]  # fmt: skip
 NEW_TOKENS = 64
 
@@ -72,7 +75,8 @@ def test_openai_client_gets_transformers_tokens(
         with ThreadPoolExecutor(6) as pool:
             assert list(pool.map(complete, batch)) == expected
             assert list(pool.map(stream, batch)) == expected
-        try_the_surface(client)
+        if name in WHOLE_SURFACE:
+            try_the_surface(client)
 
 
 def try_the_surface(client: openai.OpenAI) -> None:

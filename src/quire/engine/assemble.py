@@ -6,13 +6,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from quire.config import EngineConfig
 from quire.dtypes import element_bytes
 from quire.engine.core import EngineCore
 from quire.engine.gpu import gpu_memory
 from quire.engine.memory import MemoryPlan, plan_memory
-from quire.engine.setup import ResolvedModel, read_tokens
+from quire.engine.setup import ResolvedModel, locate, read_tokens, resolve
 from quire.errors import ConfigError
 from quire.executor.base import Executor
 from quire.kv_layout import KVLayout
@@ -22,6 +23,7 @@ from quire.runner.footprint import Footprint, WorkerSpec, estimate, host_memory
 from quire.scheduler import Scheduler, SchedulerLimits
 from quire.structured.base import GrammarCompiler
 from quire.structured.store import GrammarStore
+from quire.weights.resolve import find_local
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +68,20 @@ def build_core(
         load_seconds=time.monotonic() - started,
     )
     return core, ready
+
+
+def check_local(config: EngineConfig) -> None:
+    """Raise at once the errors of a start that can be found without the network and without the weights."""
+    model = config.model
+    if model.chat_template is not None:
+        from quire.text.chat_template import read_chat_template
+
+        read_chat_template(model.chat_template)
+    if model.model is not None and find_local(model.model) is None:
+        return
+    if model.tokenizer is None or Path(model.tokenizer).expanduser().is_dir():
+        located = locate(config)
+        _longest_by_estimate(located, resolve(located))
 
 
 def _in_this_process(config: EngineConfig, spec: WorkerSpec, grammars: GrammarStore) -> Executor:

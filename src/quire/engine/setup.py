@@ -24,7 +24,7 @@ from quire.errors import CheckpointError, ConfigError
 from quire.models.registry import resolve_spec, text_config
 from quire.models.spec import ModelSpec
 from quire.structured.spec import DEFAULT_LIMITS, Limits
-from quire.weights.resolve import find_local, resolve_model
+from quire.weights.resolve import resolve_model
 from quire.weights.source import ModelSource, TensorInfo, open_source
 
 if TYPE_CHECKING:
@@ -108,19 +108,6 @@ def locate(config: EngineConfig) -> EngineConfig:
             served_model_name=model.served_model_name or (model.model,),
         )
     return dataclasses.replace(config, model=located)
-
-
-def check_local(config: EngineConfig) -> None:
-    """Raise at once the errors of `locate` and `resolve` that can be found without the network."""
-    model = config.model
-    if model.chat_template is not None:
-        from quire.text.chat_template import read_chat_template
-
-        read_chat_template(model.chat_template)
-    if model.model is not None and find_local(model.model) is None:
-        return
-    if model.tokenizer is None or Path(model.tokenizer).expanduser().is_dir():
-        resolve(locate(config))
 
 
 def resolve_model_files(name: str, **options: str | None) -> Path:

@@ -1,4 +1,4 @@
-"""Every operation the model needs, as plain PyTorch and as C for the CPU.
+"""The operations of a model: plain PyTorch, C for the CPU, Triton for GPUs.
 
 `quire.kernels.base` holds the `Kernels` protocol, `quire.kernels.select` the choice. This file imports
 nothing, so that naming the package does not load torch.

@@ -1,8 +1,8 @@
 """The operations that a forward pass is made of.
 
-Invariance is the contract: what an operation writes for one row (a token, a head, a request) is the
-same bits whatever other rows are in the call, however a request's tokens were cut into calls, and
-whichever thread computes it. Everything the engine promises about exactness rests on it.
+The contract is invariance: the result of an operation for one row (a token, a head, a request) has the same
+bits whatever other rows are in the call, however a request's tokens were cut into calls, and whichever thread
+computes it. All guarantees of exactness depend on it.
 
 All tensors are on `Kernels.device`. `dtype` is float32, bfloat16 or float16; arithmetic is in float32 and a
 store rounds to nearest even. Tensors are contiguous unless a docstring says otherwise. A call with a
@@ -54,12 +54,12 @@ class LayerKernels(Protocol):
 
     @property
     def name(self) -> str:
-        """Which one this is: "native", "reference" or "triton"."""
+        """ "native", "reference" or "triton"."""
         ...
 
     @property
     def device(self) -> torch.device:
-        """Where tensors live."""
+        """The device of all tensors."""
         ...
 
     def linear(
@@ -226,13 +226,12 @@ class Kernels(LayerKernels, Protocol):
     def sample(self, logits: Tensor, rows: NDArray[np.void] | None) -> SampledTokens:
         """One token a row: the most likely, or one drawn from the softmax of its filtered scores.
 
-        logits: [R, V] float32, any row stride; left as they are. rows: [R] `SAMPLE_ROW`, or None if all
-        are greedy. Scores are (logit - best) / temperature, 0 for the best logit alone. Tokens are
-        ordered by score, ties by id. In vLLM's order: min_p keeps scores that are not below
-        log(min_p); top_k the first k; top_p, of what is left, tokens while the probability before them
-        is below top_p. So top_k=1 is greedy. The best always stays; a logit of -inf never does;
-        those of +inf share all there is. The draw is by the Gumbel-max trick, with `philox_uniform` of
-        the row's seed and position; its ties go to the lowest id too. A row of nothing but -inf
-        gives 0.
+        logits: [R, V] float32, any row stride; not changed. rows: [R] `SAMPLE_ROW`, or None if all are
+        greedy. Scores are (logit - best) / temperature, 0 for the best logit alone. Tokens are ordered by
+        score, ties by id. In vLLM's order: min_p keeps scores that are not below log(min_p); top_k the
+        first k; top_p, of what is left, tokens while the probability before them is below top_p. So
+        top_k=1 is greedy. The best is always kept; a logit of -inf never is; those of +inf share the
+        whole probability. The draw is by the Gumbel-max trick, with `philox_uniform` of the row's seed
+        and position; its ties go to the lowest id too. A row with only -inf gives 0.
         """
         ...

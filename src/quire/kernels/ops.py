@@ -1,8 +1,8 @@
 """The operations that a model's forward pass is made of.
 
-A model is written once, as calls of these. `EagerOps` (quire.layers.eager) computes each call at once, on
-tensors. `ProgramOps` (quire.kernels.program) computes nothing: it records the calls, on numbered buffers,
-as a program that one C function carries out. Both give the same bits.
+A model is written once, as calls of these operations. `EagerOps` (quire.layers.eager) computes each call
+at once, on tensors. `ProgramOps` (quire.kernels.program) computes nothing: it records the calls, on
+numbered buffers, as a program that one C function carries out. Both give the same bits.
 
 A buffer holds one row for each token of the step (after `keep_wanted`: for each wanted token). An operation
 that changes a buffer in place says so; all others give a new one.
@@ -52,7 +52,7 @@ class NormWeight:
 
 @dataclass(frozen=True, slots=True)
 class AttentionLayer:
-    """What an attention layer computes with, besides its products."""
+    """The data of an attention layer, besides its products."""
 
     part: int
     """Of the KV cache's blocks: the layer's own."""
@@ -67,7 +67,7 @@ class AttentionLayer:
     """[head_dim]: of each head, before it rotates. Both or none, of one dtype and eps."""
     k_norm: NormWeight | None
     window: int
-    """Keys a query sees, its own included; 0 for all."""
+    """Number of keys that a query sees, its own included; 0 for all."""
     scale: float
     softcap: float
     """0: none."""
@@ -96,7 +96,7 @@ class Ops(Protocol[Buf]):
     """The operations. H: hidden size; T: rows; `round` is to the model's dtype."""
 
     def embed(self, embedding: LinearProduct | Tensor) -> Buf:
-        """Rows of the matrix for the step's token ids: [T, H]. A product's rows serve where head and
+        """Rows of the matrix for the step's token ids: [T, H]. A product's rows are used if head and
         embedding are one matrix."""
         ...
 
@@ -132,7 +132,8 @@ class Ops(Protocol[Buf]):
         ...
 
     def add(self, residual: Buf, x: Buf, *, scale: float = 1.0) -> Buf:
-        """round(residual + round(x * scale)), in place of `residual`, which is returned. x is used up."""
+        """round(residual + round(x * scale)), in place of `residual`, which is returned. x must not be
+        used again."""
         ...
 
     def scale(self, x: Buf, factor: float) -> Buf:
@@ -140,6 +141,6 @@ class Ops(Protocol[Buf]):
         ...
 
     def keep_wanted(self, *bufs: Buf) -> Sequence[Buf]:
-        """The same buffers, of those tokens alone whose result is wanted. For the last layer, once all
-        tokens' keys and values are written."""
+        """The same buffers, reduced to the tokens whose result is wanted. For the last layer, after all
+        tokens' keys and values have been written."""
         ...

@@ -2,7 +2,7 @@
 
 Salmon, Moraes, Dror, Shaw: "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011. A counter-based
 generator has no state to save, restore or share, so a request's random stream cannot depend on what
-was sampled beside it, on preemption, or on how many drafts were thrown away.
+else was sampled, on preemption, or on the number of rejected drafts.
 
 Key: the seed's low and high 32 bits. Counter: (token_id // 4, position's low and high 32 bits, 0);
 each block gives four words, for four token ids in order.
@@ -47,8 +47,8 @@ def philox_words(seed: int, position: int, n: int) -> NDArray[np.uint32]:
 
 
 def uniform_from_words(words: NDArray[np.uint32]) -> Tensor:
-    """`(word + 1/2) / 2**32` in float32, inside (0, 1): all 32 bits count, so that small values,
-    which decide who wins a race of exponentials, keep full relative precision."""
+    """`(word + 1/2) / 2**32` in float32, inside (0, 1). All 32 bits are used, so that small values, which
+    decide the draw, have full relative precision."""
     u = (torch.from_numpy(words.astype(np.int64)).to(torch.float32) + 0.5) * 2.0**-32
     return u.clamp(max=LARGEST_BELOW_ONE)
 

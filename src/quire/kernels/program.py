@@ -64,12 +64,12 @@ class Op:
 
     code: Code
     label: str
-    """Whose time it is in a profile."""
+    """The name under which a profile counts its time."""
     source: Buffer | None = None
     target: Buffer | None = None
     argument: Argument = None
     first: int = 0
-    """First column, and how many."""
+    """First column, and number of columns."""
     width: int = 0
     activation: Activation = "silu"
     factor: float = 1.0
@@ -79,13 +79,13 @@ class Op:
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """What `finish` makes of the recorded calls."""
+    """The result of `finish`."""
 
     ops: tuple[Op, ...]
     num_hidden_ops: int
-    """So many give the hidden states; the rest makes logits of them."""
+    """The number of operations up to the hidden states; the others compute logits from them."""
     num_cache_ops: int
-    """So many write all keys and values: a step that wants no result stops there."""
+    """The number of operations that write all keys and values: a step without wanted results stops there."""
     hidden: Buffer
     offsets: tuple[int, ...]
     """Where each buffer's memory begins, in bytes per token of the step."""
@@ -95,11 +95,10 @@ class Program:
 
 @dataclass(slots=True)
 class StepRows:
-    """A step's rows: who computes which tokens.
+    """A step's rows: which requests compute which tokens.
 
-    The arrays stay where they are from step to step, and a pass may keep their addresses. The weights of a
-    large model evict Python's objects from the processor's cache at each step, and each one touched after
-    that costs a microsecond: so there are few.
+    The arrays keep their addresses from step to step. A large model's weights evict Python objects from
+    the CPU cache (about 1 us per object touched), so a step uses few objects.
     """
 
     token_ids: NDArray[np.int64]
@@ -119,16 +118,16 @@ class ForwardPass(Protocol):
     """A model's forward pass over one cache."""
 
     def forward(self, rows: StepRows) -> Tensor:
-        """Every token's keys and values in the cache, and the logits of those wanted, in the order of the
-        rows: [R, vocab_size] float32, good until the next call.
+        """Write every token's keys and values to the cache, and compute the wanted logits, in the order
+        of the rows: [R, vocab_size] float32, valid until the next call.
 
         Raises `KernelArgumentError`, with nothing written, for an index out of range.
         """
         ...
 
     def hidden(self, rows: StepRows) -> Tensor:
-        """The same, but instead of logits what they are made of: the hidden states after the final norm,
-        [R, hidden_size] in the model's dtype."""
+        """The same, but it returns the hidden states after the final norm instead of logits: [R,
+        hidden_size] in the model's dtype."""
         ...
 
 
@@ -188,7 +187,7 @@ class ProgramOps:
         last = self._ops[-1]
         if (
             last.code is Code.LINEAR and last.target == x and scale == 1.0
-        ):  # one pass over memory less
+        ):  # saves one pass over memory
             self._ops[-1] = replace(last, code=Code.LINEAR_ADD, target=residual)
             return residual
         return self._record(Code.ADD, "add", x, residual, factor=scale)
@@ -203,7 +202,7 @@ class ProgramOps:
         return bufs
 
     def finish(self, hidden: Buffer, head: Head) -> Program:
-        """hidden: what the recorded calls end in; it has the wanted rows."""
+        """hidden: the result of the recorded calls, for the wanted rows."""
         self._check_product(hidden, head.product, "head")
         codes = [op.code for op in self._ops]
         require(Code.NARROW in codes, "a program keeps the wanted rows before it ends")
@@ -254,8 +253,8 @@ class ProgramOps:
 
 
 def _place(ops: Sequence[Op], sizes: Sequence[int]) -> tuple[list[int], int]:
-    """An offset for each buffer, in bytes per token, and the bytes in all: each at the lowest place that no
-    buffer has that lives at the same time."""
+    """An offset for each buffer, in bytes per token, and the total bytes. Each buffer gets the lowest
+    place that no buffer with an overlapping lifetime has."""
     first, last = [0] * len(sizes), [0] * len(sizes)
     for index, op in enumerate(ops):
         for buffer in (op.source, op.target):
@@ -267,7 +266,7 @@ def _place(ops: Sequence[Op], sizes: Sequence[int]) -> tuple[list[int], int]:
     total = 0
     for number in sorted(range(len(sizes)), key=first.__getitem__):
         if not first[number]:
-            continue  # a product that was added at once left its buffer unused
+            continue  # unused: its product was added directly to the target
         size = -(-sizes[number] // ALIGNMENT) * ALIGNMENT
         living = sorted(
             (offsets[other], -(-sizes[other] // ALIGNMENT) * ALIGNMENT)

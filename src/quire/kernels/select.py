@@ -1,4 +1,4 @@
-"""Which implementation of the operations serves on a CPU."""
+"""The choice of the kernels on a CPU."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import islice
 
 from quire.kvcache.block import NULL_BLOCK_ID, Block, BlockContent, CacheKey, FreeList
 
@@ -74,15 +75,20 @@ class BlockPool:
                 self.num_shared += 1
             block.ref_count += 1
 
-    def release(self, blocks: Iterable[Block]) -> None:
-        """Drop a reference from each block. Those without cached content are reused first."""
+    def next_free(self, count: int) -> list[Block]:
+        """Those that will be handed out next."""
+        return list(islice(self._free, count))
+
+    def release(self, blocks: Iterable[Block], *, evict_first: bool = False) -> None:
+        """Drop a reference from each block. Those without cached content are reused first, and the others too
+        if they are to be evicted first."""
         for block in blocks:
             assert block.ref_count > 0, f"double free of {block}"
             block.ref_count -= 1
             if block.ref_count == 1:
                 self.num_shared -= 1
             elif block.ref_count == 0:
-                if block.content is None:
+                if evict_first or block.content is None:
                     self._free.prepend(block)
                 else:
                     self._free.append(block)

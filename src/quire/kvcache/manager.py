@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from quire.kv_layout import most_held
@@ -119,7 +119,7 @@ class KVCacheManager:
     def block_ids(self, request_id: int, group: int = 0) -> list[int]:
         return [block.block_id for block in self.tables[request_id].blocks[group]]
 
-    def _first_read(self, group: int, num_tokens: int) -> int:
+    def first_read(self, group: int, num_tokens: int) -> int:
         """Index of the first block that the token after `num_tokens` others reads, itself included."""
         window = self.windows[group]
         return 0 if window is None else max(0, num_tokens - window + 1) // self.block_size
@@ -137,7 +137,7 @@ class KVCacheManager:
         if not self.enable_prefix_caching:
             return self.no_match()
         size = self.block_size
-        chain = self._find_chain(request_id, token_ids, key)
+        chain = self.find_chain(request_id, token_ids, key)
         count = self._longest(chain, len(chain))
         if count * size == len(token_ids) and count:
             # All is cached: keep all but the last slot of the last block, by copying it, or recompute it.
@@ -159,12 +159,12 @@ class KVCacheManager:
         assert match is not None, "_longest found all that is read"
         return match
 
-    def _find_chain(
+    def find_chain(
         self, request_id: int, token_ids: Sequence[int], key: CacheKey
     ) -> list[BlockContent]:
         """Contents of the first full blocks, proved, for as many as all groups with full attention hold
         them."""
-        hashes = self._hashes_of(request_id, token_ids, key)
+        hashes = self.hashes_of(request_id, token_ids, key)
         size = self.block_size
         number = len(token_ids) // size
         if not self._full:
@@ -214,7 +214,7 @@ class KVCacheManager:
     def _longest_in(self, group: int, chain: Sequence[BlockContent], count: int) -> int:
         end = count
         for index in range(count - 1, -1, -1):
-            if index < self._first_read(group, end * self.block_size):
+            if index < self.first_read(group, end * self.block_size):
                 break
             if chain[index].blocks[group] is None:
                 end = index
@@ -226,7 +226,7 @@ class KVCacheManager:
         """Full blocks with these contents, and the tail; None if a group lacks what the next token reads."""
         blocks: list[list[Block]] = []
         for group in range(len(self.windows)):
-            first = self._first_read(group, num_tokens)
+            first = self.first_read(group, num_tokens)
             held = [content.blocks[group] for content in contents[first:]]
             found = [block for block in held if block is not None]
             if len(found) < len(held):
@@ -251,7 +251,7 @@ class KVCacheManager:
             tails, num_tokens = [], full * self.block_size
         blocks = []
         for group, table in enumerate(leader.blocks):
-            first = self._first_read(group, num_tokens)
+            first = self.first_read(group, num_tokens)
             if first < leader.first[group]:
                 return None
             blocks.append([self.pool.null_block] * min(first, full) + table[first:full])
@@ -261,7 +261,7 @@ class KVCacheManager:
         """Do without the copied part: its tokens are computed again."""
         full = len(match.blocks[0])
         for group, _ in self._sliding:
-            first = self._first_read(group, full * self.block_size)
+            first = self.first_read(group, full * self.block_size)
             if any(block is self.pool.null_block for block in match.blocks[group][first:]):
                 return self.no_match()
         return PrefixMatch(full * self.block_size, match.blocks, match.contents)
@@ -283,7 +283,7 @@ class KVCacheManager:
         """Open block tables that start with `match` and reach to `num_tokens` tokens."""
         assert request_id not in self.tables
         first = [
-            min(self._first_read(group, match.num_tokens), len(blocks))
+            min(self.first_read(group, match.num_tokens), len(blocks))
             for group, blocks in enumerate(match.blocks)
         ]
         for start, blocks in zip(first, match.blocks, strict=True):
@@ -326,7 +326,7 @@ class KVCacheManager:
             return
         for group, _ in self._sliding:
             blocks, first = table.blocks[group], table.first[group]
-            start = self._first_read(group, num_computed)
+            start = self.first_read(group, num_computed)
             self.pool.release(reversed(blocks[first:start]))
             blocks[first:start] = [self.pool.null_block] * (start - first)
             table.first[group] = start
@@ -350,7 +350,7 @@ class KVCacheManager:
         full = num_tokens // size
         if full <= len(table.contents):
             return
-        hashes = self._hashes_of(request_id, token_ids, table.key)
+        hashes = self.hashes_of(request_id, token_ids, table.key)
         for index in range(len(table.contents), full):
             content = self.pool.register(
                 [blocks[index] for blocks in table.blocks],
@@ -372,7 +372,7 @@ class KVCacheManager:
         if self.enable_prefix_caching and LEAST_COPIED <= len(tokens) < self.block_size:
             tails = [blocks[full] for blocks in table.blocks]
             if self.pool.null_block not in tails:
-                hashes = self._hashes_of(request_id, token_ids, table.key)
+                hashes = self.hashes_of(request_id, token_ids, table.key)
                 parent_hash = hashes[full - 1] if full else table.key.root_hash
                 parent = table.contents[-1] if full else table.key
                 self.pool.register_tail(
@@ -384,7 +384,7 @@ class KVCacheManager:
         """The request is over for good: drop its hashes too."""
         self._hashes.pop(request_id, None)
 
-    def _hashes_of(self, request_id: int, token_ids: Sequence[int], key: CacheKey) -> list[bytes]:
+    def hashes_of(self, request_id: int, token_ids: Sequence[int], key: CacheKey) -> list[bytes]:
         hashes = self._hashes.setdefault(request_id, [])
         size = self.block_size
         for index in range(len(hashes), len(token_ids) // size):
@@ -425,8 +425,9 @@ class KVCacheManager:
         """Forget all cached content. Requests keep their blocks."""
         self.pool.reset_cache()
 
-    def check_invariants(self) -> None:
-        """Prove block tables, reference counts, free list and cache consistent."""
+    def check_invariants(self, others: Iterable[Block] = ()) -> None:
+        """Prove block tables, reference counts, free list and cache consistent. others: blocks that transfers
+        hold."""
         references: dict[int, int] = {}
         for request_id, table in self.tables.items():
             ids = [block.block_id for block in _tail_first(table)]
@@ -444,6 +445,8 @@ class KVCacheManager:
                     assert block.ref_count == 1 or not self.enable_prefix_caching, (
                         f"request {request_id} may write shared {block}"
                     )
+        for block in others:
+            references[block.block_id] = references.get(block.block_id, 0) + 1
         self.pool.check_invariants(references)
 
 

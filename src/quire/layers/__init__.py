@@ -1,1 +1,1 @@
-"""The pieces of a decoder layer: linear, norm, rotary embedding, token embedding."""
+"""The parts of a model: attention, MLP, norm, linear, rotary embedding, token embedding."""

@@ -18,7 +18,7 @@ from quire.quantization.base import LinearMethod
 
 
 class Attention:
-    """One layer's. Usable once every target has been loaded and `bind()` called."""
+    """The attention of one layer. Usable once every target has been loaded and `bind()` called."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class Attention:
                 )
         norms = [norm.weight for norm in self._norms.values()]
         self._whole_norms = norms if spec.qk_norm == "whole" else []
-        """Of all query heads together, and of all key heads."""
+        """Norms over all query heads together, and over all key heads."""
         q_norm, k_norm = norms if spec.qk_norm == "head" else (None, None)
         self._layer = AttentionLayer(
             part=place.part,
@@ -78,7 +78,7 @@ class Attention:
         self._qkv_product, self._o_product = self._qkv.bind(), self._o.bind()
 
     def mix(self, ops: Ops[Buf], x: Buf) -> Buf:
-        """What each token takes from those before it: [T, q_size]. x: [T, hidden_size]"""
+        """Attention of each token over those before it: [T, q_size]. x: [T, hidden_size]"""
         layer = self._layer
         qkv = ops.linear(x, self._qkv_product, "qkv")
         for norm, first in zip(self._whole_norms, (0, layer.q_size), strict=False):

@@ -1,4 +1,4 @@
-"""`Ops` that compute at once, on tensors: the reference, and what runs on a GPU."""
+"""`Ops` that compute at once, on tensors: the reference, and the path on a GPU."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from quire.kernels.ops import Activation, AttentionLayer, Head, LinearProduct, N
 class EagerOps:
     """One forward pass over one step.
 
-    An addition waits until its sum is read: most sums are normed next, and the kernels add and norm in one
-    pass over memory.
+    An addition is delayed until its sum is read: most sums are normed next, and the kernels add and norm
+    in one pass over memory.
     """
 
     kernels: LayerKernels
@@ -27,11 +27,11 @@ class EagerOps:
     input_ids: Tensor
     """[T] int64, below the vocabulary's size; not checked here."""
     metadata: Sequence[AttentionMetadata]
-    """Of each group of layers; they differ in their slots and block tables."""
+    """For each group of layers; they differ in slots and block tables."""
     wanted: Tensor | None = None
     """Tokens whose result is wanted, as indices into the step's; None for all."""
     _sum: tuple[Tensor, Tensor] | None = None
-    """(residual, what is still to be added to it)"""
+    """(residual, the tensor that must still be added to it)"""
 
     def embed(self, embedding: LinearProduct | Tensor) -> Tensor:
         if isinstance(embedding, Tensor):
@@ -101,7 +101,7 @@ class EagerOps:
         return [self._whole(x).index_select(0, self.wanted) for x in bufs]
 
     def _whole(self, x: Tensor) -> Tensor:
-        """x, with what is still to be added to it."""
+        """x, after a delayed addition."""
         if self._sum is not None and self._sum[0] is x:
             self.kernels.add(self._sum[1], x)
             self._sum = None

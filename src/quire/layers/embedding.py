@@ -9,10 +9,10 @@ from quire.layers.parameter import WeightTarget
 
 
 class Embedding:
-    """[num_tokens] ids -> [num_tokens, hidden_size] rows, of a matrix of its own.
+    """[num_tokens] ids -> [num_tokens, hidden_size] rows of its own matrix.
 
-    A gather copies, so it is exact whatever the batch. A model whose head shares the matrix looks
-    rows up in the head's copy (`LinearProduct.rows`) and has no `Embedding`.
+    A lookup copies rows, so it is exact whatever the batch. A model whose head shares the matrix looks
+    rows up in the head's product (`LinearProduct.rows`) and has no `Embedding`.
     """
 
     def __init__(

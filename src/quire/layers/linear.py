@@ -1,6 +1,6 @@
-"""Linear layers: one or several matrices of the checkpoint, multiplied as one.
+"""Linear layers: one or more matrices of the checkpoint, multiplied as one.
 
-How they are stored and multiplied is a member of `quire.quantization`.
+`quire.quantization` defines how they are stored and multiplied.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from quire.quantization.base import LinearMethod, LinearShape
 
 
 class Linear:
-    """The weights of one product. `bind()` gives the product itself: a decode step of a small model is all
-    Python calls, and a layer in between would double them.
+    """The weights of one product. `bind()` returns the product itself, because in a decode step of a
+    small model most of the time is Python calls, and a method in between would double them.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class Linear:
         self._state = method.create(shape, dtype=dtype, kernels=kernels)
 
     def targets(self) -> list[WeightTarget]:
-        """The tensors this layer needs, in the order its parts are stacked."""
+        """The tensors that this layer needs, in the order of its parts."""
         return [
             WeightTarget(
                 name=f"{part.name}.{want.suffix}",

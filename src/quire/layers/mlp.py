@@ -15,7 +15,7 @@ from quire.quantization.base import LinearMethod
 
 
 class Mlp:
-    """One layer's. Usable once every target has been loaded and `bind()` called."""
+    """The MLP of one layer. Usable once every target has been loaded and `bind()` called."""
 
     def __init__(
         self,

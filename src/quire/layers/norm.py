@@ -10,7 +10,7 @@ from quire.layers.spec import NormSpec
 
 
 class RMSNorm:
-    """The weight; the arithmetic is `Ops.norm`."""
+    """The weight of a norm; `Ops.norm` computes it."""
 
     def __init__(
         self, name: str, *, size: int, spec: NormSpec, dtype: torch.dtype, device: torch.device

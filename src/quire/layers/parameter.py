@@ -1,7 +1,7 @@
-"""What a layer asks of a checkpoint: one tensor, by name and shape, and where to put it.
+"""A tensor that a layer needs from a checkpoint: its name, its shape, and the function that loads it.
 
-Layers describe what they need and stay ignorant of files; the reader in `quire.weights` streams tensors to
-whoever asked and stays ignorant of layers. Neither ever holds the whole model twice.
+Layers describe the tensors they need and do not depend on files. The reader in `quire.weights` loads the
+tensors and does not depend on layers. The whole model is never in memory twice.
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ from quire.dtypes import FLOATS
 class WeightTarget:
     """One tensor of the checkpoint, and who loads it.
 
-    `load(first, rows)` takes the rows (indices of the first dimension) from `first` on, contiguous and in
-    the dtype they are stored in. It may be called for a part of the rows at a time, in any order, and from
-    several threads for different rows. It copies what it keeps: what it is given is a buffer that will be
-    filled anew.
+    `load(first, rows)` gets the rows (indices of the first dimension) from `first` on, contiguous and in
+    the dtype of the file. It may be called for some rows at a time, in any order, and from several
+    threads for different rows. It must copy the rows, because their buffer is reused.
     """
 
     name: str
@@ -30,14 +29,14 @@ class WeightTarget:
     """In the checkpoint."""
     load: Callable[[int, torch.Tensor], None]
     kind: Literal["weight", "bias", "norm"] = "weight"
-    """What random weights should look like: small normal, zero, or one."""
+    """The kind of random weights: small normal, zero, or one."""
     dtypes: tuple[str, ...] = FLOATS
-    """Which it may be stored in, by the names of `quire.dtypes`."""
+    """The dtypes that it may have in the file, by the names of `quire.dtypes`."""
     taken: tuple[range, ...] | None = None
     """The indices of each dimension that `load` is given, counted from the first of them; None for all."""
 
     def give(self, first: int, rows: torch.Tensor) -> None:
-        """Load what is wanted of the tensor's rows from `first` on."""
+        """Load the wanted part of the tensor's rows from `first` on."""
         if self.taken is None:
             self.load(first, rows)
             return

@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al. 2021) as one table, for every way of stretching it we support.
+"""Rotary position embedding (Su et al. 2021) as one table, with every supported method of scaling.
 
 The frequencies are computed as transformers 5.23 computes them, operation for operation, so that the table
 is equal to its cos and sin to the last bit. A table costs 4 * rotary_dim bytes per position and saves two
@@ -54,13 +54,12 @@ def _powers(theta: float, rotary_dim: int) -> torch.Tensor:
 def _dynamic_theta(rope: RopeSpec, max_model_len: int) -> float:
     """NTK-aware scaling with one base for the life of the engine.
 
-    transformers grows the base with the longest sequence it has in hand, so a token's rotation
-    depends on when it was computed and on its neighbours in the batch. Quire may not: a request's
-    output depends on that request alone, and a cached block must mean the same to whoever reuses
-    it. So while `max_model_len` is within `max_position_embeddings` the base is the plain one,
-    equal to transformers; beyond it (the default: the context is `factor` times as long) every position,
-    from the first, uses the base transformers would use for a sequence of `max_model_len` tokens, as in
-    vLLM.
+    transformers increases the base with the longest sequence of the batch, so a token's rotation depends
+    on when it was computed and on its neighbours in the batch. Quire must not do this: a request's output
+    depends on that request alone, and a cached block must be valid for every request that reuses it. So
+    while `max_model_len` is within `max_position_embeddings`, the base is the plain one, as in
+    transformers. Beyond it (the default: the context is `factor` times as long), every position, from the
+    first, uses the base that transformers would use for a sequence of `max_model_len` tokens, as in vLLM.
     """
     trained = rope.original_max_position_embeddings
     dim = rope.rotary_dim
@@ -73,10 +72,10 @@ def _dynamic_theta(rope: RopeSpec, max_model_len: int) -> float:
 def _longrope_factors(rope: RopeSpec, max_model_len: int) -> torch.Tensor:
     """LongRoPE (Ding et al. 2024): one set of divisors for the life of the engine, [rotary_dim / 2].
 
-    transformers takes the short ones until a sequence passes the original context. As with
-    `_dynamic_theta`, a token's rotation may not depend on how long its request becomes: `max_model_len`
-    decides, as in vLLM. Answers equal transformers' where the sequence and `max_model_len` are on the same
-    side of the original context.
+    transformers uses the short ones until a sequence exceeds the original context. As with
+    `_dynamic_theta`, a token's rotation must not depend on the final length of its request, so
+    `max_model_len` decides, as in vLLM. Answers equal those of transformers if the sequence and
+    `max_model_len` are on the same side of the original context.
     """
     beyond = max_model_len > rope.original_max_position_embeddings
     return torch.tensor(rope.long_factors if beyond else rope.short_factors, dtype=torch.float32)

@@ -1,6 +1,6 @@
-"""What a part of a model is, in numbers; torch-free. `quire.models.spec` puts parts together.
+"""The parts of a model as plain data; torch-free. `quire.models.spec` puts parts together.
 
-A default is the neutral value: what a plain Llama layer has. Sizes are counts of elements, never bytes.
+A default is the neutral value, that of a plain Llama layer. Sizes are numbers of elements, not bytes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class RopeSpec:
     """
 
     rotary_dim: int
-    """How many dimensions of a head rotate: the first ones. Even; the others keep their values."""
+    """The number of dimensions of a head that rotate: the first ones. Even; the others are not changed."""
     type: RopeType = "default"
     theta: float = 10000.0
     factor: float = 1.0
@@ -40,9 +40,10 @@ class RopeSpec:
     beta_slow: float = 1.0
     truncate: bool = True
     short_factors: tuple[float, ...] = ()
-    """What longrope divides each frequency by within `original_max_position_embeddings`: rotary_dim / 2."""
+    """longrope's divisor of each frequency within `original_max_position_embeddings`: rotary_dim / 2
+    numbers."""
     long_factors: tuple[float, ...] = ()
-    """The same beyond it."""
+    """The same beyond `original_max_position_embeddings`."""
     rounded: bool = True
     """Whether cos and sin are rounded to the model's dtype (all but OLMo 2 and 3)."""
 
@@ -97,7 +98,7 @@ class AttentionSpec:
     scale: float
     """Multiplies the scores, before `softcap`."""
     window: int | None = None
-    """How many tokens a query sees, itself included; None sees everything before it."""
+    """The number of tokens that a query sees, itself included; None: all before it."""
     rope: int | None = 0
     """Which of `ModelSpec.ropes`; None rotates nothing (NoPE)."""
     softcap: float = 0.0
@@ -142,7 +143,7 @@ class MlpSpec:
     intermediate_size: int
     activation: Activation = "silu"
     bias: bool = False
-    """Of all three projections."""
+    """Whether all three projections have a bias."""
     fused_gate_up: bool = False
     """The checkpoint holds gate and up as one matrix, `gate_up_proj`."""
 

@@ -33,10 +33,13 @@ from quire.messages.core import (
 from quire.messages.step import (
     AdmittedRequest,
     BlockIds,
+    BlockName,
     PlannedRow,
     SampledRow,
     StepPlan,
     StepResult,
+    Transfer,
+    TransferResult,
 )
 
 __all__ = [
@@ -44,6 +47,7 @@ __all__ = [
     "AddRequest",
     "AdmittedRequest",
     "BlockIds",
+    "BlockName",
     "Answer",
     "Control",
     "ControlAction",
@@ -68,6 +72,8 @@ __all__ = [
     "StepPlan",
     "StepResult",
     "TokenLogprobs",
+    "Transfer",
+    "TransferResult",
     "WakeUp",
     "describe_ledger",
 ]

@@ -47,18 +47,42 @@ class PlannedRow(msgspec.Struct, kw_only=True):
     all drafts before it were. What is sampled after the first that was not is meaningless."""
 
 
+BlockName = tuple[bytes, int]
+"""Which KV, wherever it is: hash of a block's tokens and all before them, and the group of layers."""
+
+
+class Transfer(msgspec.Struct, kw_only=True, frozen=True):
+    """Blocks to move between the cache and a store outside it. They belong to the transfer until its result
+    is there, which may be with a later plan's."""
+
+    transfer_id: int
+    names: list[BlockName]
+    block_ids: list[int]
+    """Where they are in the cache, or come to be."""
+
+
+class TransferResult(msgspec.Struct, kw_only=True, frozen=True):
+    transfer_id: int
+    num_good: int
+    """So many of its blocks, the first ones, were moved."""
+
+
 class StepPlan(msgspec.Struct, kw_only=True):
-    """Who computes which tokens into which blocks. Applied in the order: released, admitted,
-    copies, rows. Plans may be launched before the results of earlier ones are there, but they are
+    """Who computes which tokens into which blocks. Applied in the order: released, admitted, loads,
+    copies, rows, saves. Plans may be launched before the results of earlier ones are there, but they are
     carried out one after the other."""
 
     step_id: int
     released: list[int] = []
     """Requests the executor may forget (finished, aborted or preempted)."""
     admitted: list[AdmittedRequest] = []
+    loads: list[Transfer] = []
+    """From a store into the cache. No row of this plan reads what is loaded."""
     copies: list[tuple[int, int]] = []
     """Copy-on-write: whole blocks to copy (source, destination) before the forward pass."""
     rows: list[PlannedRow] = []
+    saves: list[Transfer] = []
+    """From the cache into a store."""
 
     @property
     def num_tokens(self) -> int:
@@ -83,3 +107,6 @@ class SampledRow(msgspec.Struct, kw_only=True, omit_defaults=True):
 class StepResult(msgspec.Struct, kw_only=True):
     step_id: int
     sampled: list[SampledRow] = []
+    transferred: list[TransferResult] = []
+    """Transfers, of this plan or earlier ones, that are over. With a plan that has no rows, at least one if
+    any are under way."""

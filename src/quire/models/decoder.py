@@ -1,11 +1,11 @@
-"""The decoder that every family is: attention and an MLP in each layer, over a flat batch of tokens.
+"""The decoder of all families: attention and an MLP in each layer, over a flat batch of tokens.
 
-There is no batch dimension and no padding. A step's tokens lie end to end, `[T, hidden_size]`, and only
-attention knows whose they are. Every operation is row-invariant bit for bit: a token's result is the same
-whether it is computed alone, in a prompt's chunk or beside others, which is what makes Quire's output
-independent of load. Roundings fall where transformers rounds.
+There is no batch dimension and no padding. A step's tokens are contiguous, `[T, hidden_size]`, and only
+attention knows to which request they belong. Every operation is row-invariant bit for bit: a token's
+result is the same whether it is computed alone, in a chunk of a prompt or with other requests. So Quire's
+output does not depend on load. Results are rounded where transformers rounds.
 
-`DecoderModel.forward` is the only place that says in which order a model computes. It is run on tensors by
+Only `DecoderModel.forward` defines the order of a model's computations. It is run on tensors by
 `EagerOps`, and recorded once as a program for the CPU by `ProgramOps`.
 """
 
@@ -113,8 +113,8 @@ class DecoderLayer:
         self._mlp.bind()
 
     def forward(self, ops: Ops[Buf], residual: Buf, *, is_last: bool) -> Buf:
-        """residual: [T, hidden_size]. The last layer goes on with the wanted tokens alone, once all have been
-        attended to."""
+        """residual: [T, hidden_size]. After attention, the last layer continues only with the wanted
+        tokens."""
         mixed = self._attention.mix(ops, _normed(ops, residual, self._before_attention))
         if is_last:
             residual, mixed = ops.keep_wanted(residual, mixed)
@@ -179,7 +179,7 @@ class DecoderModel:
         self._embed_scale = spec.embed_scale
         if spec.embed_scale_rounded:
             self._embed_scale = float(torch.tensor(spec.embed_scale).to(dtype))
-        self._embedding: Embedding | None = None  # a tied head's rows serve instead
+        self._embedding: Embedding | None = None  # with a tied head, its rows are used
         if not spec.tie_word_embeddings:
             self._embedding = Embedding(
                 "model.embed_tokens",
@@ -210,8 +210,8 @@ class DecoderModel:
         )
 
     def forward(self, ops: Ops[Buf]) -> Buf:
-        """Hidden states after the final norm, of the wanted tokens; and this step's keys and values in the
-        cache."""
+        """Hidden states after the final norm of the wanted tokens. Writes this step's keys and values to
+        the cache."""
         embedding = self._embedding
         residual = ops.embed(self._head.product if embedding is None else embedding.weight)
         if self._embed_scale != 1.0:

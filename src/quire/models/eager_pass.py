@@ -48,7 +48,7 @@ class EagerPass:
 
 
 def gather(rows: StepRows, block_size: int) -> tuple[torch.Tensor, list[AttentionMetadata]]:
-    """A step's input ids, [T] int64, and what attention needs to know, for each group of layers."""
+    """A step's input ids, [T] int64, and attention's metadata for each group of layers."""
     seats, starts, counts, _ = rows.rows[: rows.num_rows].T
     ends = np.cumsum(counts)
     first = ends - counts  # index in the step of each row's first token

@@ -1,5 +1,5 @@
-"""Weight formats, from the `quant_method` of a config to the module that knows it, imported only when asked
-for. Adding one is one file with `read_config(config) -> LinearMethod`, and one line here. Torch-free."""
+"""Weight formats: from the `quant_method` of a config to its module, which is imported when it is needed.
+A new format is one file with `read_config(config) -> LinearMethod`, and one line here. Torch-free."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ METHODS: dict[str, str] = {}
 
 
 def read_method(config: Mapping[str, object]) -> LinearMethod | None:
-    """What a `quantization_config` says; None where its method is not known.
+    """The method of a `quantization_config`; None if it is unknown.
 
     Raises `UnsupportedModelError` as the method's module does.
     """

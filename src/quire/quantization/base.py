@@ -1,12 +1,12 @@
 """The family of weight formats: how a checkpoint stores the matrices of linear layers, and how they are
 multiplied.
 
-A `LinearMethod` is what a config says of the format: plain data that knows its bytes without torch, because
-memory is planned before anything is loaded. Only its `create` may import torch. `LinearState` takes one
-layer's tensors from the checkpoint and becomes its product.
+A `LinearMethod` is a config's format as plain data. It computes its bytes without torch, because memory
+is planned before anything is loaded; only `create` may import torch. A `LinearState` takes one layer's
+tensors from the checkpoint and becomes its product.
 
-q, k and v (and gate and up) read the same input, so their matrices are stacked and one product serves all:
-fewer calls per layer, and wider ones. Each is a `LinearPart`, with tensors of its own in the checkpoint.
+q, k and v (and gate and up) read the same input, so their matrices are stacked and multiplied as one:
+fewer and wider products per layer. Each is a `LinearPart`, with its own tensors in the checkpoint.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Shard(NamedTuple):
     size: int = 1
 
     def indices(self, length: int) -> range:
-        """Which indices of a dimension of `length` it has."""
+        """The indices of a dimension of `length` that belong to it."""
         assert length % self.size == 0, (length, self)
         piece = length // self.size
         return range(self.rank * piece, (self.rank + 1) * piece)
@@ -48,7 +48,7 @@ class LinearPart:
     out_features: int
     """In the checkpoint, whatever the shard."""
     shard: Shard = WHOLE
-    """Which of its outputs the layer computes."""
+    """The outputs that the layer computes."""
 
     @property
     def outputs(self) -> range:
@@ -65,7 +65,7 @@ class LinearShape:
     bias: bool
     """In the checkpoint."""
     shard: Shard = WHOLE
-    """Which of the inputs the layer is given. The shards' results add up to the whole one's."""
+    """The inputs that the layer gets. The results of all shards add up to the whole result."""
 
     @property
     def inputs(self) -> range:
@@ -73,12 +73,12 @@ class LinearShape:
 
     @property
     def num_outputs(self) -> int:
-        """Of all parts: the width of the product."""
+        """The outputs of all parts: the width of the product."""
         return sum(len(part.outputs) for part in self.parts)
 
     @property
     def adds_bias(self) -> bool:
-        """Where the inputs are sharded, the first shard does."""
+        """Whether this shard adds the bias. If the inputs are sharded, only the first one does."""
         return self.bias and self.shard.rank == 0
 
     @property
@@ -91,43 +91,43 @@ class TensorWant:
     """A tensor that the checkpoint should hold."""
 
     suffix: str
-    """Its name is the part's, a dot, and this."""
+    """The tensor's name is the part's name, a dot, and this."""
     shape: tuple[int, ...]
-    """In the checkpoint, whatever is taken of it."""
+    """In the checkpoint, also if only a part is loaded."""
     dtypes: tuple[str, ...] = FLOATS
-    """Which it may have there, by the names of `quire.dtypes`."""
+    """The dtypes that it may have there, by the names of `quire.dtypes`."""
     taken: tuple[range, ...] | None = None
     """The indices of each dimension that are loaded; None for all."""
 
 
 def bias_wants(shape: LinearShape, part: LinearPart) -> tuple[TensorWant, ...]:
-    """The bias, in most formats. One that is not added is still known to be in the checkpoint."""
+    """The bias, for most formats. It is in the checkpoint even if this shard does not add it."""
     taken = part.outputs if shape.adds_bias else range(0)
     return (TensorWant("bias", (part.out_features,), taken=(taken,)),) if shape.bias else ()
 
 
 class LinearState(Protocol):
-    """The weights of one layer while they arrive, then the product over them."""
+    """The weights of one layer while they are loaded, then its product."""
 
     def wants(self, part: LinearPart) -> Sequence[TensorWant]: ...
 
     def load(self, index: int, suffix: str, first: int, rows: torch.Tensor) -> None:
-        """Rows of one tensor of part `index`, as `WeightTarget.load` has them: in the dtype they are stored
-        in, perhaps from several threads."""
+        """Load rows of one tensor of part `index`, as in `WeightTarget.load`: in the dtype of the file,
+        possibly from several threads."""
 
     def finish(self) -> LinearProduct:
         """The product. Called once, when every tensor has been loaded."""
 
 
 class LinearMethod(Protocol):
-    """A weight format. Frozen, and equal to another that says the same.
+    """A weight format. Frozen; equal to another one with the same values.
 
-    A checkpoint may hold some matrices in other formats, or unquantized: which ones follows from the names
-    of the parts, and is the method's to know.
+    A checkpoint may have some matrices in other formats, or unquantized. The method decides which ones,
+    by the names of the parts.
     """
 
     def weight_bytes(self, shape: LinearShape, dtype_bytes: int) -> int:
-        """What the layer holds in memory. dtype_bytes: of an element of the model's dtype."""
+        """The layer's bytes in memory. dtype_bytes: of an element of the model's dtype."""
 
     def create(
         self, shape: LinearShape, *, dtype: torch.dtype, kernels: LayerKernels

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Unquantized:
-    """Converted to the model's dtype where the checkpoint has another."""
+    """Weights are converted to the model's dtype if the checkpoint has another."""
 
     def weight_bytes(self, shape: LinearShape, dtype_bytes: int) -> int:
         return shape.num_parameters * dtype_bytes
@@ -31,9 +31,7 @@ UNQUANTIZED = Unquantized()
 
 
 class _State:
-    """Each part goes from the file straight to its place in the matrix: no second copy, not even of one
-    layer.
-    """
+    """Each part is loaded directly to its place in the matrix, without a second copy."""
 
     def __init__(self, shape: LinearShape, dtype: torch.dtype, kernels: LayerKernels) -> None:
         self._shape = shape

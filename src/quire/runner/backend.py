@@ -1,4 +1,4 @@
-"""What one kind of device must do for the runner, and what passes between them."""
+"""The interface between the runner and a kind of device."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from quire.structured.masks import Mask
 
 @dataclass(slots=True)  # not frozen, nor the next: that would cost microseconds a step
 class StepInput:
-    """A step of B rows, of whose last tokens R are sampled after: arrays, since an object a row would cost a
-    small model more than its products."""
+    """A step of B rows with R samples. It consists of arrays, because an object for each row would take
+    longer than a small model's products."""
 
     rows: StepRows
-    """Its last column is of how many tokens the hidden states are wanted: of those sampled after, and those
-    read. Good until the next step is made."""
+    """Its last column is the number of tokens whose hidden states are wanted, for samples and for prompt
+    work. Valid until the next step is made."""
     sample_rows: NDArray[np.int64]
     """[R]: index of the row, ascending."""
     sample_seats: NDArray[np.int64]
@@ -33,29 +33,30 @@ class StepInput:
     positions: NDArray[np.int64]
     """[R]: index in its request of the token to be sampled."""
     read_rows: Sequence[int]
-    """Rows whose wanted hidden states are to come back."""
+    """Rows whose wanted hidden states are returned."""
     masks: Callable[[], Mapping[int, Mask]]
-    """Which tokens may be sampled, by index in the R, where not all may: to be called while the device is
-    computing."""
+    """The tokens that may be sampled, by index in the R, for samples that have a mask. Call it while the
+    device computes."""
 
 
 @dataclass(slots=True)
 class StepSamples:
-    """And `LaunchedSamples` for a device that is done when it returns."""
+    """The samples of a step. Also a `LaunchedSamples`, for a device that has finished when `launch`
+    returns."""
 
     token_ids: NDArray[np.int64]
-    """[R]; anything where not valid."""
+    """[R]; undefined where not valid."""
     valid: NDArray[np.bool_]
     """[R]: False where the logits held NaN."""
     logprobs: Mapping[int, TokenLogprobs]
-    """By index in the R, of the valid ones that asked."""
+    """By index in the R, for valid samples with logprobs."""
     hidden: Sequence[Tensor]
-    """Of each of `read_rows`, [at least as many as wanted, hidden_size]: its last tokens' after the final
-    norm."""
+    """For each of `read_rows`, the hidden states of its last tokens after the final norm: [at least as
+    many as wanted, hidden_size]."""
 
     @classmethod
     def none(cls, hidden: Sequence[Tensor] = ()) -> StepSamples:
-        """Of a step that samples nothing."""
+        """The result of a step without samples."""
         return cls(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.bool_), {}, hidden)
 
     def wait(self) -> StepSamples:
@@ -67,11 +68,11 @@ class LaunchedSamples(Protocol):
 
 
 class StepBackend(Protocol):
-    """What it is told takes effect in the order of the calls: a seat may be released and given to another
-    request while the last step of its request is computed."""
+    """All that a device must do. Calls take effect in their order: a seat may be released and given to
+    another request while the last step of the old request is computed."""
 
     def active(self) -> AbstractContextManager[object]:
-        """Whoever computes with what a step left on the device does it inside."""
+        """The context for computing with what a step left on the device."""
         ...
 
     def open_cache(self, kv_cache: KVCache, seats: Seats) -> None: ...
@@ -81,15 +82,15 @@ class StepBackend(Protocol):
     def release(self, seat: int) -> None: ...
 
     def force(self, seat: int, token_ids: Sequence[int]) -> None:
-        """These were added to the request's output behind a sampled token; its seat has them."""
+        """Tokens were added to the request's output after a sampled token; `Seats` has them already."""
         ...
 
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Copy blocks (source, destination), none of them named twice."""
+        """Copy blocks (source, destination); no block occurs twice."""
         ...
 
     def launch(self, step: StepInput) -> LaunchedSamples:
-        """Compute a step. A device of its own is not waited for."""
+        """Start a step. On a GPU this does not wait."""
         ...
 
     def prepare(self) -> bool:

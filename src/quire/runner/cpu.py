@@ -1,4 +1,4 @@
-"""The host's processor as a worker's device."""
+"""The CPU as a worker's device."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _NO_GUARD = nullcontext()
 
 
 class CPU:
-    """A `Platform`. Steps run at once, in the caller's thread."""
+    """A `Platform` whose steps run at once, in the caller's thread."""
 
     max_in_flight = 1
 
@@ -52,7 +52,7 @@ class CPU:
         )
 
     def footprint(self, model: DecoderModel) -> Footprint:
-        """The estimate: pages are taken as they are touched, so there is nothing to measure yet."""
+        """An estimate: pages are allocated as they are written, so it cannot be measured yet."""
         return estimate(
             self._config,
             self._spec.model,
@@ -62,8 +62,9 @@ class CPU:
         )
 
     def cache(self, num_blocks: int) -> KVCache:
-        """If somebody said how much memory the cache shall have, it is taken at once: a step does not wait
-        for pages, and what does not fit fails at the start. A cache of the default size grows as it is used.
+        """If an option sets the cache's size, its memory is allocated at once: then no step waits for
+        pages, and a cache that does not fit fails at the start. A cache of the default size grows as it
+        is used.
         """
         cache = make_cache(self._config, self._spec, self.kernels, num_blocks)
         options = self._config.cache
@@ -72,7 +73,7 @@ class CPU:
         return cache
 
     def release(self) -> None:
-        """The allocator returned large tensors' memory when they were dropped."""
+        """Nothing to do: the allocator frees large tensors when they are dropped."""
 
 
 class CPUBackend:
@@ -118,7 +119,9 @@ class CPUBackend:
             hidden = [states[ends[row] - wanted[row] : ends[row]] for row in step.read_rows]
             if not len(step.sample_rows):
                 return StepSamples.none(hidden)
-            back = (starts + counts)[step.sample_rows] - step.positions + 1  # from the row's end
+            back = (
+                (starts + counts)[step.sample_rows] - step.positions + 1
+            )  # counted from the row's end
             picked = torch.from_numpy(ends[step.sample_rows] - back)
             logits = self._model.compute_logits(states[picked])
         sampled = self._sampler.sample(
@@ -131,7 +134,7 @@ class CPUBackend:
 
 
 def physical_cores() -> int:
-    """Cores this process may use, hyper-threads of one core counted once."""
+    """The number of cores that this process may use; hyper-threads of one core count once."""
     allowed = os.sched_getaffinity(0)
     seen: set[str] = set()
     for cpu in allowed:

@@ -1,7 +1,7 @@
-"""What a runner asks of an accelerator: copies that run beside the host, and recorded work.
+"""The operations of an accelerator: asynchronous copies, and CUDA graphs.
 
-`CudaDevice` is the real one. `HostDevice` does the same at once, on the CPU: the runner's control flow is
-tested with it, kernels interpreted, on machines without a GPU.
+`CudaDevice` is the real one. `HostDevice` does the same synchronously on the CPU: it is used to test the
+runner's control flow with interpreted kernels, on machines without a GPU.
 """
 
 from __future__ import annotations
@@ -21,66 +21,68 @@ Result = TypeVar("Result")
 
 
 class CannotRecordError(Exception):
-    """There is no memory for one more recording, or the device refuses it; it goes on without."""
+    """A graph could not be captured: there is no memory, or the device refused. The device still works."""
 
 
 class Download(Protocol):
-    """Copies on their way to the host, in no order with what is launched after them."""
+    """Copies to the host, in progress. They are not ordered with later launches."""
 
     def wait(self) -> Sequence[Tensor]:
-        """The copies, once they and all that was launched before them are done."""
+        """Wait for the copies, and for everything launched before them."""
         ...
 
 
 class Device(Protocol):
-    """One accelerator. What is launched on it is carried out in order, but for downloads."""
+    """One accelerator. Launches are carried out in order, except downloads."""
 
     @property
     def torch_device(self) -> torch.device: ...
 
     def active(self) -> AbstractContextManager[object]:
-        """Inside, work goes to this device, in order with all that was launched inside before. Whatever the
-        caller's own device and stream are, they are back afterwards."""
+        """Inside, work is launched on this device, in order. Afterwards the caller's own device and
+        stream are current again."""
         ...
 
     def upload(self, target: Tensor, source: Tensor) -> None:
-        """Copy from the host; `source` may change at once. The host does not wait."""
+        """Copy from the host without waiting; `source` may be changed at once."""
         ...
 
     def download(self, tensors: Sequence[Tensor]) -> Download:
-        """Copy to the host, while what is launched next runs. So nothing launched later may write to
-        these tensors: they are new ones, never a recording's, whose memory any recording may use.
+        """Copy to the host, in parallel with later launches. So these tensors must not be written later:
+        they must be new tensors and not outputs of a graph, since all graphs share memory.
         """
         ...
 
     def record(self, work: Callable[[], Result]) -> Callable[[], Result]:
-        """`work` as one launch. What it reads and writes stays where it is, and so does its result, which
-        is good until the next call of any recording: they share their memory. Call `work` itself
-        before, so that nothing is compiled or loaded while recording. Raises `CannotRecordError`.
+        """Capture `work` as a CUDA graph; returns a function that replays it. The addresses of its inputs
+        and outputs are fixed. Its result is valid until the next replay of any graph, because all share
+        memory. Call `work` itself before, so that nothing is compiled or loaded while capturing. Raises
+        `CannotRecordError`.
         """
         ...
 
     def memory(self) -> DeviceMemory: ...
 
     def measure(self, work: Callable[[], None]) -> tuple[int, int] | None:
-        """Bytes held now, and the most that `work` takes beside them; None where it cannot be told."""
+        """Bytes in use now, and the most additional bytes that `work` takes; None if they cannot be
+        measured."""
         ...
 
     def keep_free(self, num_bytes: int) -> None:
-        """Leave so much when recording, for steps that are not recorded."""
+        """Leave this much memory free when capturing, for steps without a graph."""
         ...
 
     def release(self) -> None:
-        """Return memory to the system, once recordings and tensors are dropped. What is recorded next
-        shares nothing with what was recorded before."""
+        """Return memory to the system, after graphs and tensors have been dropped. Later graphs share no
+        memory with earlier ones."""
         ...
 
 
 class CudaDevice:
-    """One GPU that PyTorch calls cuda, with streams of its own: for steps, for downloads and for recording.
+    """One GPU that PyTorch calls cuda, with its own streams: for steps, for downloads and for capturing.
 
-    PyTorch's default capture stream would be shared with other engines in the process: cuBLAS keeps one
-    workspace a stream, whose address their graphs would hold too.
+    PyTorch's default capture stream is shared with other engines in the process: cuBLAS keeps one
+    workspace per stream, and the graphs of both would contain its address.
     """
 
     def __init__(self, index: int = 0) -> None:
@@ -91,16 +93,16 @@ class CudaDevice:
         self._start_recordings()
 
     def _start_recordings(self) -> None:
-        """A memory pool may not be used again once all its graphs are gone; cuBLAS's workspace for the
-        capture stream is in it."""
+        """A memory pool must not be used again once all its graphs have been dropped; cuBLAS's workspace
+        for the capture stream is in it."""
         self._pool = torch.cuda.graph_pool_handle()
         self._capture = torch.cuda.Stream(self.torch_device)
 
     def active(self) -> AbstractContextManager[object]:
-        return torch.cuda.stream(self._steps)  # and its device
+        return torch.cuda.stream(self._steps)  # this also selects the device
 
-    # Page-locked memory comes from PyTorch's allocator, which gives a piece away again only when the copy
-    # that uses it has run.
+    # Page-locked memory comes from PyTorch's allocator, which reuses a piece only after the copy from it has
+    # run.
 
     def upload(self, target: Tensor, source: Tensor) -> None:
         target.copy_(source.pin_memory(), non_blocking=True)
@@ -112,31 +114,33 @@ class CudaDevice:
         with torch.cuda.stream(self._copies):
             for host, tensor in zip(hosts, tensors, strict=True):
                 host.copy_(tensor, non_blocking=True)
-                tensor.record_stream(self._copies)  # not given to others before it is copied
+                tensor.record_stream(
+                    self._copies
+                )  # so that its memory is not reused before it is copied
             done.record()
         return _CudaDownload(hosts, done)
 
     def record(self, work: Callable[[], Result]) -> Callable[[], Result]:
-        torch.cuda.empty_cache()  # a capture begins with it anyway: what is free now is free for steps
+        torch.cuda.empty_cache()  # a capture does this anyway; memory that is free now is free for steps
         free, _ = torch.cuda.mem_get_info(self.torch_device)
         if free < self._keep_free:
             raise CannotRecordError(f"{free >> 20} MiB are free")
         graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.current_stream(self.torch_device)
         try:
-            # thread_local: what other threads of the caller's do meanwhile is no error.
+            # thread_local: calls of the caller's other threads are not errors.
             with torch.cuda.graph(
                 graph, pool=self._pool, stream=self._capture, capture_error_mode="thread_local"
             ):
                 result = work()
-        except RuntimeError as error:  # memory that is missing shows in several ways
+        except RuntimeError as error:  # lack of memory raises different errors
             torch.cuda.set_stream(stream)
             torch.cuda.synchronize(self.torch_device)  # raises if the device is lost
             raise CannotRecordError(str(error).partition("\n")[0]) from None
         finally:
             torch.cuda.set_stream(
                 stream
-            )  # where the end of the capture failed, it is still the other
+            )  # if the end of the capture failed, the other stream is still current
 
         def replay() -> Result:
             graph.replay()
@@ -146,7 +150,7 @@ class CudaDevice:
 
     def memory(self) -> DeviceMemory:
         free, total = torch.cuda.mem_get_info(self.torch_device)
-        # What the context and libraries hold is neither ours to give nor in PyTorch's books.
+        # Memory of the context and of libraries is not in PyTorch's statistics and cannot be freed.
         return DeviceMemory(total, free + torch.cuda.memory_reserved(self.torch_device))
 
     def measure(self, work: Callable[[], None]) -> tuple[int, int]:
@@ -181,7 +185,7 @@ class _CudaDownload:
 
 
 class HostDevice:
-    """The CPU, at once."""
+    """The CPU, synchronously."""
 
     torch_device = torch.device("cpu")
 

@@ -1,4 +1,4 @@
-"""What a worker is to load, and how much of its device's memory that takes. Without torch."""
+"""What a worker loads, and the memory that it takes. Without torch."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ class WorkerSpec:
     model: ModelSpec
     directory: Path
     dtype: str
-    """Of weights and activations, as torch names it."""
+    """Dtype of weights and activations, by torch's name."""
     kv_cache_dtype: str
     device: str
     """"cpu" or "cuda"."""
     max_model_len: int
-    """The most tokens of a request. The cache may turn out to hold fewer."""
+    """The most tokens of a request. The cache may hold fewer."""
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceMemory:
-    """Bytes, as this process sees them (a container's limit counts)."""
+    """Bytes available to this process (a container's limit counts)."""
 
     total: int
     available: int
-    """Free, or this worker's own."""
+    """Bytes that are free or belong to this worker."""
 
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """What a model takes of a device without its KV cache, in bytes: measured, or estimated."""
+    """The memory of a model without its KV cache, in bytes, measured or estimated."""
 
     weight_bytes: int
     step_bytes: int
@@ -51,7 +51,7 @@ def estimate(
     dtype_bytes: int,
     max_model_len: int,
 ) -> Footprint:
-    """From the model's shape, before anything is loaded."""
+    """Estimate from the model's shape, before anything is loaded."""
     rotary_tables = 4 * max_model_len * sum(rope.rotary_dim for rope in spec.ropes)
     return Footprint(
         weight_bytes=spec.weight_bytes(dtype_bytes) + rotary_tables,
@@ -83,7 +83,7 @@ def host_memory() -> DeviceMemory:
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:
             limit = int(Path(path).read_text())
-        except (OSError, ValueError):  # absent, or "max"
+        except (OSError, ValueError):  # the file is absent, or says "max"
             continue
         total, available = min(total, limit), min(available, limit)
     return DeviceMemory(total, available)

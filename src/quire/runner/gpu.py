@@ -1,4 +1,4 @@
-"""A GPU as a worker's device: kernels, attention, how much memory a step takes, what its errors mean."""
+"""A GPU as a worker's device: kernels, attention, the memory of a step, explanations of errors."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from quire.runner.platform import make_cache
 logger = logging.getLogger(__name__)
 
 STEP_MARGIN = 128 << 20
-"""Bytes beside the largest step's that stay free when CUDA graphs are recorded."""
+"""Bytes that stay free when CUDA graphs are captured, besides those of the largest step."""
 
 
 class GPU:
-    """A `Platform`. A step is launched, and the next one while it runs."""
+    """A `Platform` whose steps are launched while the one before runs."""
 
     def __init__(
         self, config: EngineConfig, spec: WorkerSpec, device: Device | None = None
@@ -53,7 +53,7 @@ class GPU:
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """Errors of PyTorch, Triton and the driver as those that name a remedy."""
+        """Converts errors of PyTorch, Triton and the driver to errors that name a remedy."""
         try:
             yield
         except torch.OutOfMemoryError as error:
@@ -98,7 +98,7 @@ class GPU:
         )
 
     def footprint(self, model: DecoderModel) -> Footprint:
-        """Measured, by a step as large as may be."""
+        """Measured with the largest possible step."""
         cache = self.cache(1)
         measured = self.device.measure(lambda: self._try_out(model, cache))
         if measured is None:
@@ -116,18 +116,19 @@ class GPU:
 
     @torch.inference_mode()
     def _try_out(self, model: DecoderModel, cache: KVCache) -> None:
-        """Prompts of the whole token budget, as many rows of logits as there may be."""
+        """Run a step with the whole token budget and the largest number of rows of logits."""
         options = self._config.scheduler
         tokens = min(options.max_num_batched_tokens, model.max_model_len)
         requests = -(-options.max_num_batched_tokens // tokens)
         hidden = _run_step(model, cache, requests=requests, tokens=tokens)
-        # As the runner does: logits, and what edits of them are written to, in float32.
+        # As in the runner: logits, and the edited ones in float32.
         model.compute_logits(hidden[: options.max_num_seqs])
-        # Compiles what decoding needs (FlashInfer's takes minutes) before anyone waits for it.
+        # Compile what decoding needs (minutes for FlashInfer) before a request waits for it.
         _run_step(model, cache, requests=1, tokens=1)
 
     def cache(self, num_blocks: int) -> KVCache:
-        """And attention's workspace, with the first: CUDA graphs keep its address."""
+        """The cache; the first call also allocates attention's workspace, whose address CUDA graphs
+        contain."""
         cache = make_cache(self._config, self._spec, self.kernels, num_blocks)
         model = self._spec.model
         self.kernels.reserve(
@@ -144,7 +145,7 @@ class GPU:
 
 
 def _run_step(model: DecoderModel, cache: KVCache, *, requests: int, tokens: int) -> Tensor:
-    """Hidden states of new requests of so many tokens each; every key is read from one block."""
+    """Hidden states of new requests with these numbers of tokens; all keys are read from one block."""
     device, size = cache.storage.device, cache.block_size
     starts = torch.arange(requests + 1, dtype=torch.int32, device=device) * tokens
     positions = torch.arange(requests * tokens, device=device) % tokens
@@ -160,7 +161,7 @@ def _run_step(model: DecoderModel, cache: KVCache, *, requests: int, tokens: int
 
 
 def _remedy(error: Exception) -> str | None:
-    """What to do about an error's cause, where it is one of the installation's."""
+    """The remedy, if the error is caused by the installation."""
     lower = str(error).lower()
     if "c compiler" in lower or isinstance(error, subprocess.CalledProcessError):
         return (

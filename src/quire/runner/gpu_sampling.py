@@ -18,11 +18,11 @@ from torch import Tensor
 from quire.kernels.sampling import SAMPLE_ROW, sample_row
 from quire.kernels.triton import logits as edits
 from quire.kernels.triton.logprobs import MAX_LOGPROBS, logprobs
-from quire.kernels.triton.sampling import DeviceTokens, SampleWorkspace, sample
+from quire.kernels.triton.sampling import DeviceTokens, SampleWorkspace, processed, sample
 from quire.kernels.triton.seats import SEAT_WORDS, as_words
 from quire.messages import AdmittedRequest, TokenLogprobs
 from quire.runner.device import Device
-from quire.sampling.sampler import reported, top_logprobs
+from quire.sampling.logprobs import LogprobsMode, top_logprobs
 from quire.structured.masks import Mask
 
 Hardest = Literal["greedy", "draw", "filter"]
@@ -48,8 +48,6 @@ class SamplingWants:
     """Whether any logits change before a token is sampled."""
     logprobs: Mapping[int, Logprobs]
     """By index of the sample, of those that ask."""
-    rows: NDArray[np.void]
-    """`SAMPLE_ROW` of each sample that asks for logprobs, in their order."""
 
     @property
     def outside_graph(self) -> bool:
@@ -69,13 +67,13 @@ class RowMasks:
 class FetchedLogprobs:
     """Logprobs on their way to the host: as found by the kernel, or whole rows of logits."""
 
-    mode: str
+    mode: LogprobsMode
     tensors: list[Tensor] = field(default_factory=list)
     """On the device."""
     found: dict[int, tuple[int, Logprobs]] = field(default_factory=dict)
     """By index of the sample: where it is in the first five tensors, those of `DeviceLogprobs`."""
-    whole: dict[int, tuple[int, Logprobs, np.void]] = field(default_factory=dict)
-    """By index of the sample: which tensor has its logits, and its `SAMPLE_ROW`."""
+    whole: dict[int, tuple[int, Logprobs]] = field(default_factory=dict)
+    """By index of the sample: which tensor has its logits."""
 
     def entries(
         self, back: Sequence[Tensor], token_ids: NDArray[np.int64], valid: NDArray[np.bool_]
@@ -94,11 +92,10 @@ class FetchedLogprobs:
                 top_logprobs=values[: wanted.count].tolist(),
                 asked_logprobs=asked[: len(wanted.also)].tolist(),
             )
-        for index, (at, wanted, row) in self.whole.items():
+        for index, (at, wanted) in self.whole.items():
             if valid[index]:
-                every = reported(back[at].float(), self.mode, row)[None]
-                token = int(token_ids[index])
-                [entries[index]] = top_logprobs(every, [token], wanted.count, wanted.also)
+                every, token = self.mode.reported(back[at].float()), int(token_ids[index])
+                [entries[index]] = top_logprobs(every[None], [token], wanted.count, wanted.also)
         return entries
 
 
@@ -110,7 +107,7 @@ class GPUSampling:
     ) -> None:
         self._device = device
         self._vocab_size = vocab_size
-        self._mode = logprobs_mode
+        self._mode = LogprobsMode.of(logprobs_mode)
         self._rows = np.zeros(max_num_seqs, dtype=SAMPLE_ROW)
         self._table = torch.zeros(
             max_num_seqs, SEAT_WORDS, dtype=torch.int32, device=device.torch_device
@@ -189,7 +186,6 @@ class GPUSampling:
             hardest=HARDNESS[self._hardness[seats].max(initial=0)],
             edit=bool((positions < self._edits_until[seats]).any()),
             logprobs=asking,
-            rows=self._rows[seats[list(asking)]],
         )
 
     def send(self, masks: Mapping[int, Mask], padded: int) -> RowMasks | None:
@@ -241,14 +237,25 @@ class GPUSampling:
         )
 
     def logprobs(
-        self, wants: SamplingWants, logits: Tensor, edited: Tensor, token_ids: Tensor
+        self,
+        asking: Mapping[int, Logprobs],
+        logits: Tensor,
+        edited: Tensor,
+        seats: Tensor,
+        token_ids: Tensor,
     ) -> FetchedLogprobs | None:
-        """logits, edited: [R, V], before edits and after. token_ids: [R], sampled."""
-        if not wants.logprobs:
+        """After `sample`. asking: by row, what is wanted. logits, edited: [R, V], before edits and after; the
+        latter are overwritten, if they are others. seats: as for `sample`. token_ids: [R], sampled."""
+        if not asking:
             return None
+        if self._mode.processed:
+            rows = self._sent(np.array(list(asking), dtype=np.int32))
+            out = edited
+            if edited is logits:
+                out = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
+            logits = processed(edited, rows, self._table, seats, self._workspace, out=out)
         fetched = FetchedLogprobs(self._mode)
-        raw = self._mode == "raw_logprobs"
-        few = {i: of for i, of in wants.logprobs.items() if raw and 0 <= of.count <= MAX_LOGPROBS}
+        few = {i: of for i, of in asking.items() if 0 <= of.count <= MAX_LOGPROBS}
         if few:
             most = max(len(of.also) for of in few.values())
             asked = np.zeros((len(few), most), dtype=np.int64)
@@ -261,13 +268,11 @@ class GPUSampling:
                 token_ids,
                 min(max(of.count for of in few.values()), logits.shape[1]),
                 self._sent(asked) if most else None,
+                normalized=self._mode.normalized,
             )
             fetched.tensors += (top.logprob, top.rank, top.top_ids, top.top_logprobs, top.asked)
-        of_mode = logits if self._mode.startswith("raw") else edited
-        for (index, of), row in zip(wants.logprobs.items(), wants.rows, strict=True):
-            if (
-                index not in few
-            ):  # more than the kernel keeps, or of another kind: the host finds them
-                fetched.whole[index] = (len(fetched.tensors), of, row)
-                fetched.tensors.append(of_mode[index])
+        for index, of in asking.items():
+            if index not in few:  # more than the kernel keeps: the host finds them
+                fetched.whole[index] = (len(fetched.tensors), of)
+                fetched.tensors.append(logits[index])
         return fetched

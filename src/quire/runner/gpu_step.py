@@ -167,7 +167,7 @@ class GPUBackend:
             edited = self._sampling.edit(logits, seats, positions, masks)
         tokens = self._sampling.sample(edited, seats, positions, wants.hardest, count=wants.edit)
         append_tokens(self._batch, tokens.token_ids)
-        logprobs = self._sampling.logprobs(wants, logits, edited, tokens.token_ids)
+        logprobs = self._sampling.logprobs(wants.logprobs, logits, edited, seats, tokens.token_ids)
         return self._fetch(tokens, count, logprobs, hidden)
 
     def _send(self, step: StepInput, rows: NDArray[np.int64]) -> None:

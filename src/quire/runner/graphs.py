@@ -1,12 +1,12 @@
-"""Which steps of a GPU are recorded as CUDA graphs, and which graph serves a step.
+"""The CUDA graphs of steps: which are captured, and which one is used for a step.
 
-A step is padded to one of a few shapes, which are recorded: one launch instead of some three hundred. That is
-for steps in which every row computes one token and samples (decoding), and for short mixed ones, where
-launching takes longer than computing. Shapes are recorded when the engine is idle, or when one comes for the
-third time.
+A step is padded to one of a few shapes, for which a graph is captured: one launch instead of some three
+hundred. This is done for steps in which every row computes one token and samples (decoding), and for
+short mixed ones, where launching takes longer than computing. Graphs are captured when the engine is
+idle, or when a shape occurs for the third time.
 
-Padding is without effect: its tokens have slot -1, so no keys are written; its rows have no tokens; what is
-sampled for it has seat -1 and goes nowhere. So recordings can be tried out on no rows at all.
+Padding has no effect: its tokens have slot -1, so no keys are written; its rows have no tokens; its
+samples have seat -1 and are dropped. So a graph can be captured with no rows at all.
 """
 
 from __future__ import annotations
@@ -29,29 +29,29 @@ logger = logging.getLogger(__name__)
 _USES_BEFORE_RECORDING = 2
 MOST_GRAPH_ROWS = 256
 GRAPH_TOKENS = (64, 128, 256, 512)
-"""Tokens that mixed steps are padded to. Fewer than 64 take no less time: their products are bound by
-reading the weights."""
+"""Numbers of tokens to which mixed steps are padded. Fewer than 64 take as long, since products are then
+limited by reading the weights."""
 LAUNCH_BOUND = 1 << 40
-"""Weights times tokens up to which launching a step kernel by kernel takes about as long as computing it
-(2 to 3 ms, at 800 TFLOP/s): the longest mixed steps worth recording. 512 tokens of a model of 0.6B, 128 of
-8B, none of 70B."""
+"""Number of weights times tokens up to which launching a step kernel by kernel takes about as long as
+computing it (2 to 3 ms, at 800 TFLOP/s): the longest mixed steps for which graphs are captured. 512
+tokens for a model of 0.6B, 128 for 8B, none for 70B."""
 
 
 class StepShape(NamedTuple):
-    """What the launches of a step depend on, and all of it."""
+    """Everything that the launches of a step depend on."""
 
     rows: int
     tokens: int
     samples: int
     most_tokens: int
-    """Of a row."""
+    """The largest number of tokens of a row."""
     hardest: Hardest | None
     """None if it is sampled outside the graph."""
 
 
 @dataclass(frozen=True, slots=True)
 class Computed:
-    """Of what is sampled, padding included."""
+    """The results of a step, padding included."""
 
     hidden: Tensor
     """[samples, hidden_size]"""
@@ -63,29 +63,29 @@ Compute = Callable[[], Computed]
 
 
 def graph_sizes(max_num_seqs: int) -> list[int]:
-    """Numbers of rows that decoding steps are padded to."""
+    """Numbers of rows to which decoding steps are padded."""
     return _up_to([1, 2, 4, *range(8, 64, 8), *range(64, 257, 16)], max_num_seqs)
 
 
 def mixed_rows(max_num_seqs: int) -> list[int]:
-    """Numbers of rows that mixed steps are padded to. Few, for an empty row costs little."""
+    """Numbers of rows to which mixed steps are padded. Few, because an empty row costs little."""
     return _up_to([4, 16, 64, MOST_GRAPH_ROWS], max_num_seqs)
 
 
 def mixed_tokens(num_weights: int, max_num_batched_tokens: int) -> list[int]:
-    """Numbers of tokens that mixed steps are padded to."""
+    """Numbers of tokens to which mixed steps are padded."""
     sizes = [size for size in GRAPH_TOKENS if size * num_weights <= LAUNCH_BOUND]
     return _up_to(sizes, max_num_batched_tokens) if sizes else []
 
 
 def _up_to(sizes: list[int], most: int) -> list[int]:
-    """The sizes below `most`, and that if any is left out."""
+    """The sizes up to `most`; and `most` itself, if a larger size is left out."""
     most = min(most, sizes[-1])
     return [size for size in sizes if size < most] + [most]
 
 
 def _least(sizes: list[int], number: int) -> int | None:
-    """The least of the sizes that holds so many."""
+    """The smallest size that is large enough."""
     index = bisect_left(sizes, number)
     return sizes[index] if index < len(sizes) else None
 
@@ -101,7 +101,7 @@ class Graphs:
         num_weights: int,
         eager: bool,
     ) -> None:
-        """compute: launches a shape kernel by kernel. eager: never record."""
+        """compute: launches a shape kernel by kernel. eager: capture no graphs."""
         self._device = device
         self._compute = compute
         self._may_record = not eager
@@ -112,12 +112,12 @@ class Graphs:
         self.recorded: dict[StepShape, Compute] = {}
 
     def compute(self, exact: StepShape) -> Computed:
-        """A step of this shape, padded where a graph may serve it."""
+        """Compute a step of this shape, padded if it can use a graph."""
         shape = self._padded(exact)
         return self._compute(exact) if shape is None else self._work(shape)()
 
     def next(self) -> StepShape | None:
-        """One that is worth recording: first those that came most often."""
+        """The next shape to capture: first those that occurred most often."""
         if not self._may_record:
             return None
         wanted = sorted(self.uses, key=self.uses.__getitem__, reverse=True)
@@ -126,8 +126,8 @@ class Graphs:
         return next((shape for shape in wanted if shape not in self.recorded), None)
 
     def prepare(self, shape: StepShape) -> bool:
-        """Record it, with nothing in flight. False if no more can be."""
-        self._compute(shape)  # compiles and loads what is missing
+        """Capture a graph, with no step in flight. Returns False if no more can be captured."""
+        self._compute(shape)  # compiles and loads missing kernels
         self._record(shape)
         return self._may_record
 
@@ -141,7 +141,7 @@ class Graphs:
         return self.recorded.get(shape, work)
 
     def _padded(self, exact: StepShape) -> StepShape | None:
-        """The shape of which the step may be recorded."""
+        """The padded shape for the step; None if it can have no graph."""
         if exact.most_tokens == 1 and exact.samples == exact.rows:
             size = _least(self._decode_rows, exact.rows)
             return None if size is None else _decoding(size, exact.hardest)
@@ -152,8 +152,8 @@ class Graphs:
         return StepShape(rows, tokens, samples=rows, most_tokens=tokens, hardest=exact.hardest)
 
     def _work(self, shape: StepShape) -> Compute:
-        """The CUDA graph of this shape; else one with a sampler that can do more, which gives the same
-        tokens; else the launches one by one."""
+        """The CUDA graph for this shape; else a graph with a superset sampler, which gives the same
+        tokens; else eager launches."""
         found = self.recorded.get(shape)
         if found is not None:
             return found

@@ -1,4 +1,4 @@
-"""What of a worker depends on the kind of its device."""
+"""The parts of a worker that depend on the kind of its device."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ class Platform(Protocol):
     def kernels(self) -> LayerKernels: ...
 
     def active(self) -> AbstractContextManager[object]:
-        """Inside, work goes to this device, and its errors are explained."""
+        """Inside, work runs on this device, and its errors get explanations."""
         ...
 
     def attention(self) -> AttentionBackend | None:
-        """None: the kernels' own."""
+        """The attention backend; None for the kernels' own."""
         ...
 
     def backend(self, model: DecoderModel) -> StepBackend: ...
 
     def footprint(self, model: DecoderModel) -> Footprint:
-        """With all that the backend keeps."""
+        """Includes the memory of the backend."""
         ...
 
     def cache(self, num_blocks: int) -> KVCache: ...
 
     def release(self) -> None:
-        """Give the memory of what was dropped back to the system."""
+        """Return the memory of dropped objects to the system."""
         ...
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from quire.messages import AdmittedRequest, PromptLogprobs, TokenLogprobs
 from quire.models.decoder import DecoderModel
-from quire.sampling.sampler import log_softmax, top_logprobs
+from quire.sampling.logprobs import log_softmax, top_logprobs
 from quire.sampling_params import PoolingParams
 
 LOGITS_BYTES = 32 << 20

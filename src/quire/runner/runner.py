@@ -1,8 +1,8 @@
-"""Carries out plans: from a `StepPlan` to arrays for a backend, and from what it sampled to a `StepResult`.
+"""Carries out plans: from a `StepPlan` to arrays for a backend, and from its samples to a `StepResult`.
 
-A row may end in drafts (`PlannedRow.draft_token_ids`). A token is then sampled after each of them, from the
-request's own random stream as ever, and those tokens are the result up to the first that is not the next
-draft: what would have been sampled without drafts, in fewer steps.
+A row may end in drafts (`PlannedRow.draft_token_ids`). Then a token is sampled after each draft, with the
+request's own random stream. The result is these tokens up to the first one that differs from the next
+draft: the same tokens as without drafts, in fewer steps.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Runner:
         self._grammars = grammars
 
     def open_cache(self, kv_cache: KVCache, max_model_len: int) -> None:
-        """Before any plan. Again, if another size is settled on."""
+        """Called before the first plan, and again if the size changes."""
         self.kv_cache = kv_cache
         self.seats = Seats(
             max_num_seqs=self._max_num_seqs,
@@ -94,7 +94,7 @@ class Runner:
             sampling = [row for row in rows if row.samples]
             sample_rows = np.repeat(sample_rows, columns[:, 3])
             sample_seats, positions = sample_seats[sample_rows], positions[sample_rows]
-        if has_drafts:  # `positions` are those of each row's last sample
+        if has_drafts:  # `positions` has those of each row's last sample
             last = np.cumsum(columns[:, 3])[sample_rows] - 1
             positions -= last - np.arange(len(last))
         seats.step.num_rows, seats.step.num_wanted = len(table), num_samples
@@ -127,7 +127,7 @@ class Runner:
         sample_seats: NDArray[np.int64],
         has_drafts: bool,
     ) -> _Extras:
-        """Sets of how many tokens the hidden states are wanted, where they are read."""
+        """What the step has besides plain rows. Writes to `columns` where hidden states are wanted."""
         seats = self.seats
         numbered = enumerate(sample_seats.tolist()) if seats.rules else ()
         extras = _Extras(
@@ -156,9 +156,9 @@ class _Extras:
     """By index of the sample."""
     has_drafts: bool
     reads: dict[int, tuple[PlannedRow, PromptWork]] = field(default_factory=dict)
-    """By index of the row: those whose hidden states are read."""
+    """By index of the row, for the rows whose hidden states are read."""
     errors: dict[int, str] = field(default_factory=dict)
-    """By index of the sample: why no token may be sampled."""
+    """By index of the sample: the error, if no token is allowed."""
 
     def masks(self) -> dict[int, Mask]:
         found = {}
@@ -177,22 +177,22 @@ class _Extras:
 
 @dataclass(slots=True)
 class RunningStep:
-    """A `StepFuture`: what the host must know of a step when its R samples are there."""
+    """A `StepFuture`: the host's data of a step with R samples, until these have come."""
 
     step_id: int
     runner: Runner
     launched: LaunchedSamples
     rows: Sequence[PlannedRow]
-    """Those that sample."""
+    """The rows that sample."""
     seats: NDArray[np.int64]
-    """[R], as the next one: of each sample."""
+    """[R], like the next one: for each sample."""
     positions: NDArray[np.int64]
     num_released: int
-    """Requests, when the step was launched."""
+    """The number of released requests when the step was launched."""
     extras: _Extras | None
 
     def result(self) -> StepResult:
-        """Wait, and let the seats know the tokens."""
+        """Wait for the samples, and store the tokens in the seats."""
         samples, seats = self.launched.wait(), self.runner.seats
         if seats.num_released == self.num_released:
             seats.token_ids[self.seats, self.positions] = samples.token_ids
@@ -216,14 +216,14 @@ class RunningStep:
         return StepResult(step_id=self.step_id, sampled=found)
 
     def _present(self) -> list[int]:
-        """Samples whose seats are still their requests': others have been given up meanwhile."""
+        """Indices of the samples whose seats still belong to their requests."""
         seat_of = self.runner.seats.seat_of
         owners = [seat_of.get(row.request_id) for row in self.rows for _ in range(row.samples)]
         pairs = enumerate(zip(owners, self.seats.tolist(), strict=True))
         return [index for index, (owned, seat) in pairs if owned == seat]
 
     def _verified(self, samples: StepSamples, errors: Mapping[int, str]) -> list[SampledRow]:
-        """Of each row the drafts that were sampled too, one after the other, and the token after them."""
+        """Results of the rows: the accepted drafts and the token after them."""
         seats, token_ids, found, begin = self.runner.seats, samples.token_ids.tolist(), [], 0
         for row in self.rows:
             accepted = 0
@@ -247,7 +247,7 @@ class RunningStep:
         return found
 
     def _finish(self, extras: _Extras, samples: StepSamples, found: list[SampledRow]) -> None:
-        """What rules and prompts add. found: of each row that samples."""
+        """Add the results of rules and of prompt work to those of the rows that sample."""
         row_of = [n for n, row in enumerate(self.rows) for _ in range(row.samples)]
         for index, rules in extras.rules.items():
             row = found[row_of[index]]
@@ -260,7 +260,7 @@ class RunningStep:
                 self._read_prompts(extras.reads.values(), samples.hidden, found)
 
     def _learn(self, index: int, rules: RequestRules, token: int) -> list[int]:
-        """A token was sampled under rules. Returns those that can only follow it."""
+        """Apply a token that was sampled with rules. Returns the grammar-forced tokens after it."""
         seats = self.runner.seats
         seat, position = int(self.seats[index]), int(self.positions[index])
         rules.learn(token)
@@ -276,7 +276,7 @@ class RunningStep:
         hidden: Sequence[Tensor],
         found: list[SampledRow],
     ) -> None:
-        """Add what there is to report of prompts."""
+        """Add the results of prompt work."""
         of_request = {row.request_id: row for row in found}
         for (row, work), states in zip(reads, hidden, strict=True):
             read = work.read(row.start, row.num_tokens, states, self.runner.model)

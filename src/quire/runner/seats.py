@@ -1,4 +1,4 @@
-"""The host's side of the admitted requests, each in a seat of its own: tokens, blocks, rules, prompt work."""
+"""The host's state of the admitted requests, one seat each: tokens, blocks, rules, prompt work."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from quire.sampling.sampler import GrammarSource, rules_of
 
 class Seats:
     """Arrays are indexed by seat, so a step gathers its inputs with a few NumPy calls however long the
-    contexts are, and nothing is rebuilt. They are sized for the worst case and never cleared: the operating
-    system commits pages only as they are written. Admission writes all that is read of a seat.
+    contexts are. They have the largest possible size and are never cleared: the operating system allocates
+    pages only as they are written. Admission writes everything that is read of a seat.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class Seats:
         self._grammars = grammars
         max_blocks = -(-max_model_len // block_size)
         self.token_ids = np.empty((max_num_seqs, max_model_len + 1), dtype=np.int64)
-        """Of a step in flight the sampled ones are missing."""
+        """Tokens of the requests; those sampled by a step in flight are missing."""
         self.block_ids = np.zeros((num_groups, max_num_seqs, max_blocks), dtype=np.int32)
         """By group of layers; each has as many."""
         self.step = StepRows(
@@ -42,16 +42,16 @@ class Seats:
         )
         self.num_blocks = np.zeros(max_num_seqs, dtype=np.int64)
         self.num_brought = np.zeros(max_num_seqs, dtype=np.int64)
-        """So many tokens are in `token_ids` that were not simply sampled: admitted, forced, drafts. A device
-        that keeps tokens of its own learns them from here."""
+        """Number of tokens in `token_ids` that may be unknown to a device which keeps sampled tokens
+        itself: admitted, forced, drafts."""
         self.num_prompt_tokens = np.zeros(max_num_seqs, dtype=np.int64)
         self.num_released = 0
-        """Requests so far: whether results may be for requests that have gone."""
+        """Requests so far: if it has changed, a result may be for a request that has gone."""
         self.seat_of: dict[int, int] = {}
         self.rules: dict[int, RequestRules] = {}
-        """By seat, as the next one: of the requests that have any."""
+        """By seat, like the next one, for the requests that have rules."""
         self.prompts: dict[int, PromptWork] = {}
-        """Of those that want something of their prompt's hidden states."""
+        """For the requests with prompt work."""
         self._free = list(range(max_num_seqs - 1, -1, -1))
 
     def admit(self, request: AdmittedRequest) -> int:
@@ -83,15 +83,15 @@ class Seats:
             table[seat, start:end] = ids
 
     def bring(self, seat: int, start: int, token_ids: Sequence[int]) -> None:
-        """Tokens that are not simply sampled follow those before `start`."""
+        """Write tokens that were not sampled by the device, from index `start` on."""
         end = start + len(token_ids)
         self.token_ids[seat, start:end] = token_ids
         self.num_brought[seat] = end
 
 
 def independent(copies: Sequence[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
-    """Copies of blocks in order, in groups that may run at once: a block just copied to may be copied from,
-    in a later group."""
+    """Splits copies of blocks into groups whose copies may run at once. A block that is copied to may be
+    copied from in a later group."""
     group: list[tuple[int, int]] = []
     touched: set[int] = set()
     for pair in copies:

@@ -16,7 +16,7 @@ from quire.weights.source import open_source
 
 
 class Worker:
-    """The part of an `Executor`'s methods that one device does; their contracts are there."""
+    """The methods of an `Executor` for one device; see their docstrings there."""
 
     def __init__(
         self,
@@ -33,7 +33,7 @@ class Worker:
         self.platform = platform or _create_platform(config, spec)
         self.max_in_flight = self.platform.max_in_flight
         self.runner: Runner | None = None
-        """None before loading, asleep and when closed."""
+        """None before loading, while asleep and when closed."""
         self._cache_size = (0, 0)
         self._kept: DecoderModel | None = None
 
@@ -70,7 +70,7 @@ class Worker:
                 self.runner = self._start(self._kept)
             self.open_cache(*self._cache_size)
         except Exception as error:
-            failure = error.with_traceback(None)  # whose frames hold tensors
+            failure = error.with_traceback(None)  # its frames hold tensors
             failure.__context__ = None
         if failure is not None:
             self.runner = None

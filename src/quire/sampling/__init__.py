@@ -1,1 +1,1 @@
-"""Choosing tokens from logits."""
+"""From logits to tokens."""

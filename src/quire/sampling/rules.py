@@ -1,8 +1,8 @@
-"""Which tokens may come next, where that depends on those before: bad words, thinking budgets, grammars.
+"""Rules for the next token that depend on the tokens before it: bad words, thinking budgets, grammars.
 
-A mask is a row of bits, one per token. It is made on the host, from tokens that the host knows, so a request
-with such rules cannot be overlapped (`needs_token_before_next`); on a GPU its mask is filled while the model
-computes.
+A mask is a row of bits, one per token. It is made on the host, from tokens that the host knows, so a
+request with such rules cannot be overlapped (`needs_token_before_next`). On a GPU its mask is filled
+while the model computes.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from quire.structured.base import Grammar
 from quire.structured.masks import Mask, mask_of, num_mask_words, tokens_of
 
 MAX_FORCED = 64
-"""Most tokens that one step adds because a grammar leaves no choice."""
+"""Most tokens that one step adds because the grammar allows only them."""
 
 
 class RequestRules:
-    """One request's: state that is a function of its tokens, so that it can be made anew from them."""
+    """Per-request constraint state, rebuildable from its tokens (after preemption)."""
 
     def __init__(
         self,
@@ -53,7 +53,8 @@ class RequestRules:
             self.learn(token)
 
     def learn(self, token: int) -> bool:
-        """A token was generated. False if the grammar does not know it: then no other may follow."""
+        """Apply a generated token. Returns False if the grammar does not allow it: then no token may
+        follow."""
         self._tail = [*self._tail, token][-self._tail_size :]
         if self._thinking:
             self._num_thought += 1
@@ -69,7 +70,7 @@ class RequestRules:
         return bool(marker) and tuple(self._tail[-len(marker) :]) == marker
 
     def mask(self) -> Mask | None:
-        """What may come next; None for everything. All zero if nothing may. Raises `GrammarError` if the
+        """The tokens that may come next; None for all; all zero for none. Raises `GrammarError` if the
         grammar cannot be followed any further."""
         if self._thinking:
             if self._budget is not None and self._num_thought >= self._budget and self._end:
@@ -83,12 +84,12 @@ class RequestRules:
         return mask if plain is None else mask & (plain | mask_of(self._ends, self._vocab_size))
 
     def _next_of_end(self) -> int:
-        """Of the marker that closes the thinking part, the token after those that are there."""
+        """The next token of the marker that ends the reasoning, after its tokens so far."""
         begun = range(len(self._end) - 1, 0, -1)
         return self._end[next((k for k in begun if self._ends_with(self._end[:k])), 0)]
 
     def _plain(self) -> Mask | None:
-        """Without the grammar."""
+        """The mask without the grammar."""
         banned = [word[-1] for word in self._bad if self._begun(word)]
         if self._allowed is None or not banned:
             return self._allowed
@@ -99,8 +100,8 @@ class RequestRules:
         return not before or tuple(self._tail[-len(before) :]) == before
 
     def forced(self, most: int) -> list[int]:
-        """Tokens that can be the only ones to follow now, learned already: computing what the model thinks of
-        them would change nothing. At most `most`."""
+        """The next tokens as long as only one is allowed, at most `most`; they are applied already. The
+        model's logits would not change them."""
         found: list[int] = []
         while self._may_force and not self._thinking and len(found) < min(most, MAX_FORCED):
             mask = self.mask()

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from quire.decoding import GrammarSpec
 from quire.kernels.base import Kernels
-from quire.kernels.reference import filtered_scores
 from quire.kernels.sampling import SAMPLE_ROW, sample_row
 from quire.messages import AdmittedRequest, TokenLogprobs
+from quire.sampling.logprobs import LogprobsMode, processed, top_logprobs
 from quire.sampling.rules import RequestRules
 from quire.structured.base import Grammar
 from quire.structured.masks import Mask, tokens_of
@@ -191,7 +191,7 @@ class Sampler:
     def __init__(self, kernels: Kernels, *, logprobs_mode: str = "raw_logprobs") -> None:
         """logprobs_mode: as in `ModelConfig`."""
         self._kernels = kernels
-        self._mode = logprobs_mode
+        self._mode = LogprobsMode.of(logprobs_mode)
 
     def sample(
         self,
@@ -238,77 +238,10 @@ class Sampler:
         told: dict[int, Tensor] = {}
         for index, state in states.items():
             values = logits[index]
-            if state.wants_logprobs and self._mode.startswith("raw"):
-                told[index] = values.clone()
+            if state.wants_logprobs and not self._mode.processed:
+                told[index] = self._mode.reported(values.clone())
             state.edit(values, int(positions[index]), masks.get(index))
-            if state.wants_logprobs:
-                row = None if rows is None else rows[index]
-                told[index] = reported(told.get(index, values), self._mode, row)
+            if state.wants_logprobs and self._mode.processed:
+                drawn_from = processed(values, None if rows is None else rows[index])
+                told[index] = self._mode.reported(drawn_from)
         return told
-
-
-def reported(logits: Tensor, mode: str, row: np.void | None) -> Tensor:
-    """What the mode calls logprobs. logits: [V], edited for the processed modes. row: a `SAMPLE_ROW`; None
-    for greedy."""
-    if mode.startswith("processed"):
-        logits = processed(logits, row)
-    return log_softmax(logits[None])[0] if mode.endswith("logprobs") else logits
-
-
-def processed(logits: Tensor, row: np.void | None) -> Tensor:
-    """Edited logits as they are drawn from: [V], over the temperature, -inf where a filter leaves a token
-    out. row: a `SAMPLE_ROW`; None, or of temperature 0, for greedy."""
-    if row is None or row["temperature"] == 0 or bool(logits.isnan().any()):
-        return logits.clone()
-    kept = filtered_scores(logits, row).isfinite()
-    return torch.where(kept, logits / float(row["temperature"]), -torch.inf)
-
-
-def log_softmax(logits: Tensor) -> Tensor:
-    """logits: [R, V]. Row by row on a CPU: how PyTorch takes the sums of many may depend on how many."""
-    if not logits.is_cpu:
-        return torch.log_softmax(logits, dim=-1)
-    out = torch.empty_like(logits)
-    for row, to in zip(logits, out, strict=True):
-        to.copy_(torch.log_softmax(row.clone(), dim=-1))
-    return out
-
-
-def top_logprobs(
-    logprobs: Tensor, tokens: Sequence[int], asked: int, also: Sequence[int] | None = None
-) -> list[TokenLogprobs]:
-    """logprobs: [R, V]; tokens: [R]. Each row's chosen token's value and rank, the top ones asked for (-1 for
-    all), and those of `also`."""
-    count = logprobs.shape[1] if asked == -1 else min(asked, logprobs.shape[1])
-    chosen = logprobs.gather(1, torch.tensor(tokens, device=logprobs.device)[:, None])
-    ranks = (logprobs > chosen).sum(1) + 1
-    values, ids = _likeliest(logprobs, count)
-    others = logprobs[:, list(also)].tolist() if also else [[]] * len(tokens)
-    return [
-        TokenLogprobs(*entry)
-        for entry in zip(
-            tokens,
-            chosen[:, 0].tolist(),
-            ranks.tolist(),
-            ids.tolist(),
-            values.tolist(),
-            others,
-            strict=True,
-        )
-    ]
-
-
-def _likeliest(logprobs: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Values and ids, best first, ties by id: `topk` promises nothing of ties. logprobs: [R, V]. Returns
-    [R, count] twice."""
-    values, ids = logprobs.topk(count)
-    if count == 0:
-        return values, ids
-    last = values[:, -1:]
-    cut_ties = (logprobs >= last).sum(1) > count
-    for row in cut_ties.nonzero()[:, 0].tolist():
-        kept = values[row] == last[row]
-        ids[row, kept] = (logprobs[row] == last[row]).nonzero()[: int(kept.sum()), 0]
-    ids, by_id = ids.sort(dim=1)
-    values, by_value = values.gather(1, by_id).sort(dim=1, descending=True, stable=True)
-    return values, ids.gather(1, by_value)

@@ -26,6 +26,8 @@ class WaitReason(str, Enum):
     FORK = "its fork's leader computes the prompt"
     TOKEN = "its last token is pending"
     """A plan in flight samples the token."""
+    LOAD = "its KV is being loaded"
+    """A store outside the cache has it."""
     GRAMMAR = "its grammar is being compiled"
 
     @property
@@ -35,7 +37,11 @@ class WaitReason(str, Enum):
         return "deferred" if self in _DEFERRED else "capacity"
 
 
-_DEFERRED = frozenset({WaitReason.PREFIX, WaitReason.FORK, WaitReason.TOKEN, WaitReason.GRAMMAR})
+_DEFERRED = frozenset(
+    {
+        WaitReason.PREFIX, WaitReason.FORK, WaitReason.TOKEN, WaitReason.LOAD, WaitReason.GRAMMAR,
+    }
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,7 +37,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from itertools import takewhile
 
-from quire.kvcache import KVCacheManager, PrefixMatch
+from quire.kvcache import KVCacheManager, KVConnector, PrefixMatch, Transfers
 from quire.messages import (
     AddRequest,
     AdmittedRequest,
@@ -84,10 +84,13 @@ class Scheduler:
         clock: Callable[[], float] = time.monotonic,
         needs_token_before_next: Callable[[AddRequest], bool] = lambda message: False,
         observe: Observer | None = None,
+        connector: KVConnector | None = None,
     ) -> None:
         """needs_token_before_next: says of a request that it cannot be overlapped, because its next token
         cannot be sampled, or its drafts be made, before this side has seen the last one.
-        observe: called with every decision. Without it none are recorded."""
+        observe: called with every decision. Without it none are recorded.
+        connector: to a store outside the cache, where there is one. Transfers leave the blocks that one
+        request of full length needs, so the first running request advances beside them too."""
         # A lone request can always grow to full length: that is what guarantees progress.
         assert kv.blocks_for(limits.max_model_len) <= kv.num_usable
         assert limits.max_num_batched_tokens >= limits.max_num_seqs
@@ -107,6 +110,12 @@ class Scheduler:
         self._num_deferred = 0
         self._stopped_at: int | None = None
         self._has_drafts = False
+        self._loading: dict[int, int] = {}
+        """Transfer id of the load that a request waits for, or has waited for since it began to wait."""
+        self.transfers: Transfers | None = None
+        if connector is not None:
+            most_held = kv.num_usable - kv.blocks_for(limits.max_model_len)
+            self.transfers = Transfers(kv, connector, most_held)
         self._stats = SchedulerStats()
 
     # --- requests come and go ---------------------------------------------------------------------
@@ -149,7 +158,7 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything (including telling the executor what to forget)."""
-        return bool(self.requests) or bool(self._released)
+        return bool(self.requests) or bool(self._released) or bool(self.transfers)
 
     # --- a step -----------------------------------------------------------------------------------
 
@@ -179,6 +188,9 @@ class Scheduler:
         if self._has_drafts:
             self._add_drafts(plan)
         plan.released, self._released = self._released, []
+        if self.transfers is not None:
+            self.transfers.save_evicted()
+            plan.loads, plan.saves = self.transfers.take()
         if self.report.is_observed:
             ids = (request.request_id for request in running)
             self.report.rows(self._waits, zip(ids, wanted, strict=True), plan)
@@ -322,6 +334,10 @@ class Scheduler:
                 self._num_deferred += 1
                 continue
             keep_free = promised + (self.limits.watermark_blocks if self.running else 0)
+            if self.transfers is not None and self._loads(request, keep_free):
+                self._waits[request.request_id] = Wait(WaitReason.LOAD)
+                self._num_deferred += 1
+                continue
             match = self._fit(match, request.num_tokens, self.kv.num_free - keep_free)
             if isinstance(match, Wait):
                 self._stop_at(request, replace(match, budget=left))
@@ -373,6 +389,22 @@ class Scheduler:
                     return Wait(WaitReason.PREFIX, leader.request_id)
         return self.kv.match_prefix(request.request_id, tokens, request.cache_key, self._step_id)
 
+    def _loads(self, request: Request, keep_free: int) -> bool:
+        """Whether the request waits for KV from a store: that is asked for once each time it waits."""
+        assert self.transfers is not None
+        transfer_id = self._loading.get(request.request_id)
+        if transfer_id is not None:
+            return self.transfers.is_under_way(transfer_id)
+        if request.most_cached is not None or not self.kv.enable_prefix_caching:
+            return False
+        free = self.kv.num_free - keep_free
+        started = self.transfers.start_load(
+            request.request_id, request.token_ids, request.cache_key, free
+        )
+        if started is not None:
+            self._loading[request.request_id] = started
+        return started is not None
+
     def _computes_prefix_of(self, request: Request, most: int, leader: Request) -> bool:
         """Whether a request that runs and stands before this one has still to compute a block that both
         begin with. Computing it twice would cost more than waiting for it."""
@@ -400,6 +432,7 @@ class Scheduler:
         growth = self.kv.admit(request.request_id, match, request.cache_key, reach)
         self.waiting.remove(request)
         self.running.add(request)
+        self._loading.pop(request.request_id, None)
         request.status = RequestStatus.RUNNING
         request.num_computed_tokens = match.num_tokens
         if request.num_cached_tokens is None:
@@ -469,6 +502,9 @@ class Scheduler:
 
     def update(self, plan: StepPlan, result: StepResult) -> list[RequestUpdate]:
         """Learn what a step sampled. Requests that ended meanwhile are skipped."""
+        for transfer in result.transferred:
+            assert self.transfers is not None
+            self.transfers.finish(transfer.transfer_id, transfer.num_good, self._step_id)
         sampled = {row.request_id: row for row in result.sampled}
         updates = []
         for row in plan.rows:
@@ -557,7 +593,10 @@ class Scheduler:
         return [update]
 
     def _finish(self, request: Request, reason: FinishReason) -> RequestUpdate:
+        self._loading.pop(request.request_id, None)
         if request.status is RequestStatus.RUNNING:
+            if self.transfers is not None and reason is not FinishReason.ERROR:
+                self.transfers.save_finished(request.request_id)
             self._stop(request, keep_tail=reason is not FinishReason.ERROR)
         else:
             self.waiting.remove(request)
@@ -618,7 +657,7 @@ class Scheduler:
         for request in self.waiting:
             assert request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
             assert not request.num_computed_tokens and not request.draft_token_ids
-        self.kv.check_invariants()
+        self.kv.check_invariants(self.transfers.blocks() if self.transfers is not None else ())
         assert set(self.kv.tables) == {request.request_id for request in self.running}
 
 

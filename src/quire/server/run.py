@@ -18,8 +18,8 @@ from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, TypeVar
 
 from quire.config import EngineConfig, ServerConfig
+from quire.engine.assemble import check_local
 from quire.engine.core_client import CoreProcess
-from quire.engine.setup import check_local
 from quire.messages import describe_ledger
 from quire.server.app import build_app
 from quire.server.auth import configured_keys, exposure

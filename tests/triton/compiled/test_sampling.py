@@ -9,7 +9,7 @@ import torch
 
 from quire.kernels.triton.logits import edit_logits
 from quire.kernels.triton.logprobs import MAX_LOGPROBS, logprobs
-from quire.kernels.triton.sampling import SampleWorkspace, sample
+from quire.kernels.triton.sampling import SampleWorkspace, processed, sample
 from quire.kernels.triton.seats import SEAT_WORDS
 from tests.triton.harness import ARCHES, Report, compile_launches
 
@@ -38,6 +38,8 @@ def launch(vocab: int, dtype: torch.dtype, hardest: Literal["greedy", "draw", "f
     sample(edited, table, seats, positions, space, history=history)
     tokens, asked = meta(ROWS, dtype=torch.int64), meta(7, 128, dtype=torch.int64)
     logprobs(logits, meta(7), tokens, MAX_LOGPROBS, asked)
+    processed(edited, meta(7), table, seats, space, out=edited)
+    logprobs(edited, meta(7), tokens, MAX_LOGPROBS, asked, normalized=False)
 
 
 def check(reports: list[Report], arch: int, names: list[str]) -> None:
@@ -51,7 +53,11 @@ def check(reports: list[Report], arch: int, names: list[str]) -> None:
 )
 def test_all_that_a_batch_may_want(arch: int, vocab: int) -> None:
     reports = compile_launches(lambda: launch(vocab, torch.bfloat16, "filter"), arch=arch)
-    check(reports, arch, ["_edit", "_scan", "_spread", "_finish", "_part", "_merge"])
+    check(
+        reports,
+        arch,
+        ["_edit", "_scan", "_spread", "_finish", "_part", "_merge", "_process", "_part", "_merge"],
+    )
 
 
 @pytest.mark.parametrize("arch", ARCHES)

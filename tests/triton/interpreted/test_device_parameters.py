@@ -210,8 +210,15 @@ def test_other_kinds_of_logprobs(
 ) -> None:
     wanted = {
         "plain": sampling(logprobs=3, max_tokens=2),
+        "filtered": sampling(logprobs=4, max_tokens=2, temperature=0.7, top_p=0.6, min_p=0.01),
         "edited": sampling(
+            logprobs=30, max_tokens=2, temperature=0.7, top_k=20, logit_bias={7: 2.0, 9: -3.0}
+        ),
+        "whole": sampling(
             logprobs=-1, max_tokens=2, temperature=0.7, top_k=20, logit_bias={7: 2.0, 9: -3.0}
+        ),
+        "asked": sampling(
+            max_tokens=2, logprob_token_ids=[7, 9], logit_bias={9: 5.0}, presence_penalty=1.0
         ),
     }
     found = []
@@ -219,7 +226,8 @@ def test_other_kinds_of_logprobs(
         if place == "device":
             monkeypatch.setattr(inline, "inline_executor", on_device)
         with LLM(str(checkpoint.directory), **OPTIONS, logprobs_mode=mode) as llm:
-            found.append(llm.generate([[5, 6], [5, 6]], list(wanted.values()), use_tqdm=False))
+            same = [[5, 6]] * len(wanted)
+            found.append(llm.generate(same, list(wanted.values()), use_tqdm=False))
     for theirs, ours in zip(*found, strict=True):
         assert ours.outputs[0].token_ids == theirs.outputs[0].token_ids
         close(ours.outputs[0].logprobs, theirs.outputs[0].logprobs)

@@ -82,7 +82,7 @@ def test_penalties_and_bans_are_those_of_the_sampler(params: dict[str, Any], pos
     state = SamplingState(request, VOCAB)
     logits = some_logits(2)
     want = logits.clone()
-    state.edit(want[1], position)
+    state.edit(want[1], position, None)
     history = torch.zeros(2, VOCAB, dtype=torch.int16)
     history[0] = torch.from_numpy(history_row(prompt + output, len(prompt), VOCAB))
     banned = torch.zeros(2, 70, dtype=torch.int32)

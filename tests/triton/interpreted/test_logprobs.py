@@ -64,6 +64,22 @@ def test_is_log_softmax_and_its_top(
         assert torch.equal(alone.top_logprobs[0], result.top_logprobs[i])
 
 
+def test_the_logits_themselves_where_they_are_asked_for() -> None:
+    logits = randn(2, 5000, rng=generator(3))
+    logits[1, 7:] = -torch.inf  # more than a tile of nothing
+    asked = torch.tensor([[4, 4999], [3, 9]])
+    rows, tokens = torch.tensor([0, 1], dtype=torch.int32), torch.tensor([9, 5])
+    found = logprobs(logits, rows, tokens, 9, asked, normalized=False)
+    order = logits.sort(dim=-1, descending=True, stable=True)
+    assert torch.equal(found.top_ids, order.indices[:, :9])
+    assert torch.equal(found.top_logprobs, order.values[:, :9])
+    assert torch.equal(found.asked, logits.gather(1, asked))
+    assert torch.equal(found.logprob, logits[[0, 1], tokens])
+    assert found.rank.tolist() == [
+        int((x > x[t]).sum()) + 1 for x, t in zip(logits, tokens, strict=True)
+    ]
+
+
 def test_infinite_logits_share_all_there_is() -> None:
     logits = torch.zeros(2, 5000)
     logits[0, [3, 4500]] = torch.inf

@@ -17,8 +17,9 @@ from quire.kernels.checks import KernelArgumentError
 from quire.kernels.philox import gumbel_from_uniform
 from quire.kernels.reference import ReferenceKernels, filtered_scores
 from quire.kernels.sampling import sample_row
-from quire.kernels.triton.sampling import DeviceTokens, SampleWorkspace, sample
+from quire.kernels.triton.sampling import DeviceTokens, SampleWorkspace, processed, sample
 from quire.kernels.triton.seats import as_words
+from quire.sampling import logprobs
 from tests.kernels.cases import generator, randn, seeds
 
 # NumPy warns of what a kernel computes and then does not choose.
@@ -214,6 +215,37 @@ def test_filters_among_ties_keep_what_the_reference_keeps(
     assert torch.equal(drawn, draw(only.repeat(3, 1), unfiltered).token_ids)
     if fields["top_k"] == 1 or fields["top_p"] == 0:
         assert set(drawn.tolist()) == {int(logits.argmax())}
+
+
+@settings(max_examples=30)
+@given(
+    vocab=st.sampled_from([1, 2, 63, 65, 400, 4200]),
+    values=st.sampled_from([(0.0,), (-0.0, 0.0, 1.0), (-math.inf, -90.0, -1.0, 0.0, 0.5)]),
+    fields=st.lists(wants, min_size=3, max_size=3),
+    in_place=st.booleans(),
+    seed=seeds,
+)
+def test_processed_logits_are_those_of_the_sampler(
+    vocab: int, values: tuple[float, ...], fields: list[dict[str, Any]], in_place: bool, seed: int
+) -> None:
+    """Of the rows that ask, and no others."""
+    rng = np.random.default_rng(seed)
+    logits = torch.tensor(rng.choice(np.float32(values), size=(3, vocab)))
+    logits[:, vocab // 2] = 0.0
+    expected = torch.full_like(logits, 7.0)
+    for row in (2, 0):
+        expected[row] = logprobs.processed(logits[row], record(fields[row]))
+    if in_place:
+        expected[1] = logits[1]
+    workspace = SampleWorkspace.create(3, vocab, "cpu")
+    table, seats = seat_table(fields), torch.arange(3, dtype=torch.int32)
+    positions = torch.tensor([row["position"] for row in fields])
+    tokens = sample(logits, table, seats, positions, workspace).token_ids
+    out = logits if in_place else torch.full_like(logits, 7.0)
+    asking = torch.tensor([2, 0], dtype=torch.int32)
+    processed(logits, asking, table, seats, workspace, out=out)
+    assert torch.equal(out, expected)
+    assert (out.gather(1, tokens[:, None])[[0, 2]] > -torch.inf).all()
 
 
 def test_infinite_logits() -> None:

@@ -1,9 +1,9 @@
 /* From a fused projection to the paged cache: norm and rotate queries and keys, store keys and
- * values; and copying blocks. The cache's layout is drawn in `kv_cache_shapes` (layout.py).
+ * values; and copying blocks. `kv_cache_shapes` (layout.py) describes the cache's layout.
  */
 #include "kernels.h"
 
-#define CHUNK 16 /* tokens one thread takes through a head: they share cache lines of a block */
+#define CHUNK 16 /* tokens that one thread processes for a head: they share cache lines of a block */
 
 /* ---- rotary embedding ---- */
 

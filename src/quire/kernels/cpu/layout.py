@@ -1,4 +1,4 @@
-"""How every implementation for the CPU holds the KV cache."""
+"""The layout of the KV cache in every implementation for the CPU."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 /* A forward pass in one call: token ids in, logits (or hidden states) out.
  *
- * The pass is a program that quire/kernels/program.py recorded from the model: a flat array of operations over
- * numbered buffers. This file knows operations and no model. What is gone beside a pass made of single calls is the
- * way from one operation to the next, which in Python costs more than the operations of a small model.
+ * The pass is a program that quire/kernels/program.py has recorded from the model: a flat array of operations
+ * over numbered buffers. This file does not know the structure of any model. Compared with separate calls it
+ * saves the Python code between two operations, which takes longer than the operations of a small model.
  *
- * A step that wants no result (a chunk of a long prompt) ends when all its keys and values are written.
+ * A step without wanted results (a chunk of a long prompt) ends when all its keys and values are written.
  */
 #include <time.h>
 
@@ -65,8 +65,8 @@ typedef struct { /* mirrored by _Step in program.py */
   const int32_t *block_ids; /* [num_groups, num_seats, max_blocks] */
   const step_row *rows;     /* [requests] */
   float *logits;            /* [num_wanted, vocab] */
-  void *hidden;             /* [num_wanted, hidden], asked for instead of logits where given */
-  double *seconds;          /* [num_ops], added to where given */
+  void *hidden;             /* [num_wanted, hidden]; if not NULL, computed instead of logits */
+  double *seconds;          /* [num_ops]; if not NULL, the time of each operation is added */
   int64_t num_seats, max_tokens, max_blocks, requests;
   int64_t num_wanted; /* of all rows */
   int32_t threads;
@@ -89,7 +89,7 @@ typedef struct { /* one step while it runs */
   int64_t rows; /* of a buffer: the step's tokens, then the wanted ones */
 } run;
 
-/* Nonzero, as the call says, if a row lies outside its seat. Else *tokens is the number of tokens. */
+/* A code of quire_run_program if a row is outside its seat, else 0; *tokens is the number of tokens. */
 static int check_step(const program *p, const program_step *s, int64_t *tokens) {
   int64_t wanted = 0;
   *tokens = 0;
@@ -251,7 +251,7 @@ static int attend(const run *r, const program_op *op) {
   return quire_attention_unchecked(&a);
 }
 
-/* Wanted rows rise, so none is overwritten before it is read. */
+/* Wanted rows are in ascending order, so no row is overwritten before it is read. */
 static int keep(const run *r, const program_op *op) {
   const int64_t row = r->p->widths[op->target] * (int64_t)elem_size(r->p->dtype);
   char *x = buffer(r, op->target);

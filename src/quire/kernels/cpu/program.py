@@ -1,7 +1,8 @@
 """A recorded forward pass in one C call, for models whose every product is in a form that C multiplies with.
 
-Between two kernels called from Python lie a dozen Python calls and a checked tensor each: 190 us a layer,
-more than a model of 4 M parameters needs for all its arithmetic. Here Python fills in one struct a step.
+With kernels called from Python, there are a dozen Python calls and checks of tensors between two kernels:
+190 us a layer, more than the whole arithmetic of a model with 4 M parameters. Here Python fills one
+struct per step.
 """
 
 from __future__ import annotations
@@ -83,7 +84,8 @@ _ERRORS = {
 
 
 class NativeProgram:
-    """A program over one model's weights and one cache. Holds their tensors, so that addresses stay good."""
+    """A program for one model's weights and one cache. Keeps their tensors, so that the addresses stay
+    valid."""
 
     def __init__(self, program: Program, caches: Sequence[tuple[Tensor, Tensor]]) -> None:
         """caches: keys and values of each part of a block. Raises `KernelArgumentError` if a tensor is not
@@ -172,7 +174,7 @@ class NativeProgram:
             raise checks.KernelArgumentError(_ERRORS[code])
 
     def _adopt(self, rows: StepRows) -> None:
-        """Check the arrays, and keep their addresses for all steps that come with them."""
+        """Check the arrays, and keep their addresses for all steps that use them."""
         self._rows = None
         for name, array, dtype, dims in (
             ("token_ids", rows.token_ids, np.int64, 2),
@@ -193,7 +195,7 @@ class NativeProgram:
         self._rows = rows
 
     def _make_logits(self, rows: StepRows) -> None:
-        """The buffer is kept: fresh memory costs a page fault every 4 KiB."""
+        """The buffer is reused, because new memory costs a page fault every 4 KiB."""
         count = rows.num_wanted
         require(count >= 0, f"{count} logits are wanted")
         if count > len(self._buffer):

@@ -29,7 +29,7 @@ typedef struct { /* mirrored by SAMPLE_ROW in kernels/sampling.py */
   int64_t seed, position;
   float temperature, top_p, min_p, farthest;
   int32_t top_k;
-  float repetition_penalty, frequency_penalty, presence_penalty; /* these and the rest are for edits of logits */
+  float repetition_penalty, frequency_penalty, presence_penalty; /* from here: edits of logits */
   int32_t num_biased, num_banned, banned_until;
 } sample_row;
 

@@ -40,6 +40,13 @@ def _below(value, best):
 
 
 @triton.jit
+def _reported(value, best, log_total, NORMALIZED: tl.constexpr):
+    if NORMALIZED:
+        value = -_below(value, best) - log_total
+    return value
+
+
+@triton.jit
 def _part(logits, stride, vocab, rows, tokens, top_ptr, weight_ptr, above_ptr, entries):
     tile, index = tl.program_id(0), tl.program_id(1).to(tl.int64)
     part = index * tl.num_programs(0) + tile
@@ -63,7 +70,7 @@ def _part(logits, stride, vocab, rows, tokens, top_ptr, weight_ptr, above_ptr, e
 def _merge(
     logits, stride, rows, tokens, top_ptr, weight_ptr, above_ptr, tiles, entries,
     chosen_ptr, rank_ptr, ids_ptr, values_ptr, k, asked_ids, asked_ptr, asked,
-    TILES: tl.constexpr, ENTRIES: tl.constexpr,
+    TILES: tl.constexpr, ENTRIES: tl.constexpr, NORMALIZED: tl.constexpr,
 ):  # fmt: skip
     index = tl.program_id(0).to(tl.int64)
     row = tl.load(rows + index).to(tl.int64)
@@ -77,7 +84,7 @@ def _merge(
     total = tl.sum(tl.where(inside, share, 0.0).to(tl.int64))
     log_total = tl.log(total.to(tl.float32) / UNIT)
     chosen = tl.load(logits + row * stride + tl.load(tokens + row)).to(tl.float32)
-    tl.store(chosen_ptr + index, -_below(chosen, best) - log_total)
+    tl.store(chosen_ptr + index, _reported(chosen, best, log_total, NORMALIZED))
     above = tl.load(above_ptr + index * tiles + tile, mask=inside, other=0)
     tl.store(rank_ptr + index, tl.sum(above) + 1)
     entry = tl.arange(0, ENTRIES)
@@ -85,7 +92,7 @@ def _merge(
     for place in range(k):
         top = tl.max(keys)
         tl.store(ids_ptr + index * k + place, ranked_id(top))
-        value = -_below(ranked_value(top), best) - log_total
+        value = _reported(ranked_value(top), best, log_total, NORMALIZED)
         tl.store(values_ptr + index * k + place, value)
         keys = tl.where(keys == top, LEAST, keys)
     if asked_ids is not None:
@@ -94,7 +101,8 @@ def _merge(
             there = listed < asked
             token = tl.load(asked_ids + index * asked + listed, mask=there, other=0)
             x = tl.load(logits + row * stride + token, mask=there, other=0.0).to(tl.float32)
-            tl.store(asked_ptr + index * asked + listed, -_below(x, best) - log_total, mask=there)
+            value = _reported(x, best, log_total, NORMALIZED)
+            tl.store(asked_ptr + index * asked + listed, value, mask=there)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,12 +119,18 @@ class DeviceLogprobs:
 
 
 def logprobs(
-    logits: Tensor, rows: Tensor, token_ids: Tensor, k: int, asked_ids: Tensor | None = None
+    logits: Tensor,
+    rows: Tensor,
+    token_ids: Tensor,
+    k: int,
+    asked_ids: Tensor | None = None,
+    *,
+    normalized: bool = True,
 ) -> DeviceLogprobs:
     """Log-softmax of the chosen tokens, the k likeliest and the requested ones, for the rows with logprobs.
+    If not `normalized`, the logits themselves.
 
-    logits: [R, V], rows dense, any row stride, as the model computed them. rows: [N] int32, rows with
-        logprobs.
+    logits: [R, V], rows dense, any row stride. rows: [N] int32, rows with logprobs.
     token_ids: [R] int64, chosen. k: 0 to `MAX_LOGPROBS`, at most V. asked_ids: [N, A] int64, below V.
     Logits of +inf share the whole probability. The result for a row with NaN is undefined. The contents of
     rows, token_ids and asked_ids are not checked.
@@ -155,6 +169,6 @@ def logprobs(
             result.logprob, result.rank, result.top_ids, result.top_logprobs, k,
             asked_ids, result.asked, asked,
             TILES=triton.next_power_of_2(tiles), ENTRIES=triton.next_power_of_2(tiles * entries),
-            num_warps=4,
+            NORMALIZED=normalized, num_warps=4,
         )  # fmt: skip
     return result

@@ -258,10 +258,10 @@ def _draw_listed(row, limit, ties, table, seat, position):
 
 @triton.jit
 def _draw_filtered(
-    logits, vocab, group_ptr, list_ptr, total, best, temperature, table, seat, position,
-    GROUPS: tl.constexpr,
+    logits, vocab, group_ptr, list_ptr, limit_ptr, ties_ptr, total, best, temperature, table, seat,
+    position, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """total: what the row weighs, read if there is a top_p and no top_k."""
+    """total: what the row weighs, read if there is a top_p and no top_k. Stores where it cuts."""
     top_p = number(table, seat, TOP_P)
     limit = number(table, seat, FARTHEST)
     top_k = _top_k(table, seat, vocab)
@@ -298,6 +298,8 @@ def _draw_filtered(
         limit, before = _cut(row, last, target, True)
         each = tl.maximum(weight(limit), 1)
         ties = tl.minimum((target - before + each - 1) // each, MOST).to(tl.int32)
+    tl.store(limit_ptr, limit)
+    tl.store(ties_ptr, ties)
     return _draw_listed(row, limit, ties, table, seat, position)
 
 
@@ -312,7 +314,7 @@ def _count(past, table, seat):
 @triton.jit
 def _finish(
     logits, stride, vocab, table, seats, positions, best_ptr, group_ptr, part_ptr, list_ptr,
-    history, token_ptr, valid_ptr, tiles,
+    limit_ptr, ties_ptr, history, token_ptr, valid_ptr, tiles,
     DRAWS: tl.constexpr, FILTERS: tl.constexpr, TILES: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -332,8 +334,8 @@ def _finish(
                 groups = tiles * (_TILE // _GROUP)
                 winner = _draw_filtered(
                     logits + row * stride, vocab, group_ptr + row * groups,
-                    list_ptr + row * groups, total, best, temperature, table, seat,
-                    _position(positions, row), GROUPS,
+                    list_ptr + row * groups, limit_ptr + row, ties_ptr + row, total, best,
+                    temperature, table, seat, _position(positions, row), GROUPS,
                 )  # fmt: skip
             else:
                 winner = tl.max(tl.load(part, mask=tile < tiles, other=LEAST))
@@ -342,6 +344,35 @@ def _finish(
     tl.store(valid_ptr + row, valid)
     if history is not None and valid:
         _count(history + seat * vocab + token, table, seat)
+
+
+@triton.jit
+def _process(
+    logits, stride, vocab, rows, table, seats, best_ptr, limit_ptr, ties_ptr, out, tiles,
+    TILES: tl.constexpr,
+):  # fmt: skip
+    row = tl.load(rows + tl.program_id(0)).to(tl.int64)
+    seat = tl.load(seats + row).to(tl.int64)
+    temperature = number(table, seat, TEMPERATURE)
+    best = ranked_value(_row_best(best_ptr, row, tiles, TILES))
+    draws = (temperature > 0) & (best > -float("inf"))
+    limit = temperature * 0.0 + float("inf")
+    ties = word(table, seat, TOP_K) * 0 + MOST
+    if draws & _filters(table, seat, vocab):
+        limit = tl.load(limit_ptr + row)
+        ties = tl.load(ties_ptr + row)
+    seen = ties * 0
+    for tile in range(tiles):
+        ids = tile * _TILE + tl.arange(0, _TILE)
+        inside = ids < vocab
+        x = tl.load(logits + row * stride + ids, mask=inside, other=-float("inf")).to(tl.float32)
+        if draws:
+            distance = _distance(x, best, temperature)
+            tie = (inside & (distance == limit)).to(tl.int32)
+            kept = (distance < limit) | ((tie > 0) & (seen + tl.cumsum(tie) <= ties))
+            seen += tl.sum(tie)
+            x = tl.where(kept, tl.div_rn(x, temperature), -float("inf"))
+        tl.store(out + row * vocab + ids, x, mask=inside)
 
 
 # --- launches ---------------------------------------------------------------------------------------
@@ -355,6 +386,9 @@ class SampleWorkspace:
     part: Tensor
     group: Tensor
     listed: Tensor
+    limit: Tensor
+    ties: Tensor
+    """Where the latest call's rows with filters were cut: the distance, and how many tokens as far stay."""
 
     @classmethod
     def create(cls, max_rows: int, vocab_size: int, device: torch.device | str) -> SampleWorkspace:
@@ -365,6 +399,8 @@ class SampleWorkspace:
             part=torch.empty(max_rows, tiles, dtype=torch.int64, device=device),
             group=torch.empty(max_rows, groups, dtype=torch.float32, device=device),
             listed=torch.empty(max_rows, groups, dtype=torch.int32, device=device),
+            limit=torch.empty(max_rows, dtype=torch.float32, device=device),
+            ties=torch.empty(max_rows, dtype=torch.int32, device=device),
         )
 
 
@@ -423,9 +459,37 @@ def sample(
             num_warps=8,
         )  # fmt: skip
     _finish[(rows,)](
-        logits, stride, vocab, table, seats, positions, w.best, w.group, w.part, w.listed, history,
-        tokens, valid, tiles,
+        logits, stride, vocab, table, seats, positions, w.best, w.group, w.part, w.listed, w.limit,
+        w.ties, history, tokens, valid, tiles,
         DRAWS=draws, FILTERS=filters, TILES=padded, GROUPS=padded * (TILE // GROUP),
         num_warps=8 if filters else 1,
     )  # fmt: skip
     return DeviceTokens(tokens, valid)
+
+
+def processed(
+    logits: Tensor,
+    rows: Tensor,
+    table: Tensor,
+    seats: Tensor,
+    workspace: SampleWorkspace,
+    *,
+    out: Tensor,
+) -> Tensor:
+    """The logits as the latest `sample` with this workspace drew from them: divided by the temperature, -inf
+    where a filter left a token out, and unchanged where a row is greedy.
+
+    logits, table, seats: of that call. rows: [N] int32, those that are written, no row twice. out: [R, V]
+    float32; may be the logits. Returns out.
+    """
+    check_logits("logits", logits)
+    count, vocab = logits.shape
+    check_index("rows", rows, torch.int32, (rows.shape[0],))
+    check_index("out", out, torch.float32, (count, vocab))
+    tiles = triton.cdiv(vocab, TILE)
+    if rows.shape[0]:
+        _process[(rows.shape[0],)](
+            logits, logits.stride(0), vocab, rows, table, seats, workspace.best, workspace.limit,
+            workspace.ties, out, tiles, TILES=triton.next_power_of_2(tiles), num_warps=8,
+        )  # fmt: skip
+    return out
