@@ -213,6 +213,20 @@ def test_rules_allow_force_and_fail() -> None:
     assert list(backend.steps[0]["masks"]) == [2]
 
 
+def test_rules_beside_drafts() -> None:
+    """A ruled row's sample is not at the index of its row."""
+    runner, _ = runner_of(counting)
+    admissions = [admitted(1, range(5)), admitted(2, range(9), allowed_token_ids=[9])]
+    rows = found(
+        runner,
+        StepPlan(step_id=1, admitted=admissions, rows=[row(1, 0, 5, [5, 6]), row(2, 0, 9)]),
+    )
+    assert rows[1].token_ids == [5, 6, 7] and rows[2].token_ids == [9]
+    runner.seats.rules[runner.seats.seat_of[2]] = Forcing()  # type: ignore[assignment]
+    rows = found(runner, StepPlan(step_id=2, rows=[row(1, 7, 1, [8, 8]), row(2, 9, 1)]))
+    assert rows[1].token_ids == [8, 9] and rows[2].token_ids == [10, 20, 30]
+
+
 class Forcing:
     """A grammar's rules that force two tokens after each."""
 

@@ -72,7 +72,7 @@ class StepBackend(Protocol):
     another request while the last step of the old request is computed."""
 
     def active(self) -> AbstractContextManager[object]:
-        """The context in which the runner makes all other calls."""
+        """The context for computing with what a step left on the device."""
         ...
 
     def open_cache(self, kv_cache: KVCache, seats: Seats) -> None: ...

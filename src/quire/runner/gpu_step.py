@@ -13,9 +13,11 @@ forward pass runs. A step whose hidden states are read is not recorded.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import wraps
+from typing import Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -35,6 +37,21 @@ from quire.runner.graphs import Computed, Graphs, StepShape
 from quire.runner.seats import Seats
 
 _NONE = np.zeros(0, dtype=np.int64)
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+def _on_device(
+    method: Callable[Concatenate[GPUBackend, Arguments], Result],
+) -> Callable[Concatenate[GPUBackend, Arguments], Result]:
+    """What the method launches goes to the backend's device."""
+
+    @wraps(method)
+    def inside(backend: GPUBackend, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        with backend.active(), torch.inference_mode():
+            return method(backend, *args, **kwargs)
+
+    return inside
 
 
 class GPUBackend:
@@ -92,7 +109,7 @@ class GPUBackend:
 
     # --- what the device keeps of requests ------------------------------------------------------------
 
-    @torch.inference_mode()
+    @_on_device
     def admit(self, seat: int, request: AdmittedRequest) -> None:
         self._blocks_sent[seat] = 0
         self._sampling.admit(seat, request)
@@ -100,14 +117,14 @@ class GPUBackend:
     def release(self, seat: int) -> None:
         self._sampling.release(seat)
 
-    @torch.inference_mode()
+    @_on_device
     def force(self, seat: int, token_ids: Sequence[int]) -> None:
         """The tokens themselves go along with the next step; only penalties count them before."""
         seats = self._seats
         known = seats.token_ids[seat, : seats.num_brought[seat]]
         self._sampling.recount(seat, known, int(seats.num_prompt_tokens[seat]))
 
-    @torch.inference_mode()
+    @_on_device
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
         ids = torch.empty(2, len(pairs), dtype=torch.int64, device=self._blocks.device)
         self._device.upload(ids, torch.tensor(pairs).T.contiguous())
@@ -115,7 +132,7 @@ class GPUBackend:
 
     # --- a step ---------------------------------------------------------------------------------------
 
-    @torch.inference_mode()
+    @_on_device
     def launch(self, step: StepInput) -> LaunchedGPUStep:
         rows, count = step.rows.rows[: step.rows.num_rows], len(step.positions)
         counts = rows[:, 2]
@@ -183,7 +200,7 @@ class GPUBackend:
         packed = torch.from_numpy(self._packer.buffer[:size])
         self._device.upload(self._batch.packed[:size], packed)
 
-    @torch.inference_mode()
+    @_on_device
     def prepare(self) -> bool:
         shape = self.graphs.next()
         if shape is None:

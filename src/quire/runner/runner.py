@@ -7,9 +7,8 @@ draft: the same tokens as without drafts, in fewer steps.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +43,7 @@ class Runner:
         self.model = model
         self.backend = backend
         self._max_num_seqs = max_num_seqs
+        self._every = np.arange(max_num_seqs)
         self._grammars = grammars
 
     def open_cache(self, kv_cache: KVCache, max_model_len: int) -> None:
@@ -62,25 +62,21 @@ class Runner:
     def launch(self, plan: StepPlan) -> RunningStep | FinishedStep:
         """Apply the plan: release, admit, copy, compute, sample."""
         assert not plan.loads and not plan.saves, "no worker moves KV in or out yet"
-        with self.backend.active():
-            for request_id in plan.released:
-                self.backend.release(self.seats.release(request_id))
-            for request in plan.admitted:
-                self.backend.admit(self.seats.admit(request), request)
-            for copies in independent(plan.copies):
-                self.backend.copy(copies)
-            if not plan.rows:
-                return FinishedStep(plan.step_id)
-            return self._launch(plan)
+        for request_id in plan.released:
+            self.backend.release(self.seats.release(request_id))
+        for request in plan.admitted:
+            self.backend.admit(self.seats.admit(request), request)
+        for copies in independent(plan.copies):
+            self.backend.copy(copies)
+        return self._launch(plan.step_id, plan.rows) if plan.rows else FinishedStep(plan.step_id)
 
     def prepare(self) -> bool:
         """See `Executor.prepare`."""
-        with self.backend.active():
-            return self.backend.prepare()
+        return self.backend.prepare()
 
-    def _launch(self, plan: StepPlan) -> RunningStep:
-        seats, table, has_drafts = self.seats, [], False
-        for row in plan.rows:
+    def _launch(self, step_id: int, rows: Sequence[PlannedRow]) -> RunningStep:
+        seats, table, num_samples, has_drafts = self.seats, [], 0, False
+        for row in rows:
             seat = seats.seat_of[row.request_id]
             if row.new_block_ids:
                 seats.add_blocks(seat, row.new_block_ids)
@@ -89,81 +85,95 @@ class Runner:
                 seats.bring(seat, row.start + row.num_tokens - len(drafts), drafts)
                 has_drafts = True
             table.append((seat, row.start, row.num_tokens, row.samples))
+            num_samples += row.samples
         columns = seats.step.rows[: len(table)]
         columns[:] = table
-        rows: Sequence[PlannedRow] = plan.rows
-        sample_rows = columns[:, 3].nonzero()[0]
+        sample_rows = self._every[: len(table)]
         sample_seats, positions = columns[:, 0].copy(), columns[:, 1] + columns[:, 2]
-        if has_drafts or len(sample_rows) < len(rows):
-            rows = [row for row in rows if row.samples]
-            sample_rows = np.repeat(np.arange(len(table)), columns[:, 3])
+        sampling = rows
+        if has_drafts or num_samples < len(table):
+            sampling = [row for row in rows if row.samples]
+            sample_rows = np.repeat(sample_rows, columns[:, 3])
             sample_seats, positions = sample_seats[sample_rows], positions[sample_rows]
         if has_drafts:  # `positions` has those of each row's last sample
             last = np.cumsum(columns[:, 3])[sample_rows] - 1
             positions -= last - np.arange(len(last))
-        rules: dict[int, RequestRules] = {}
-        if seats.rules:
-            numbered = enumerate(sample_seats.tolist())
-            rules = {i: seats.rules[seat] for i, seat in numbered if seat in seats.rules}
-        reads = self._prompt_rows(plan.rows, columns) if seats.prompts else {}
-        seats.step.num_rows = len(table)
-        seats.step.num_wanted = int(columns[:, 3].sum()) if reads else len(sample_rows)
-        errors: dict[int, str] = {}
-        arrays = StepInput(
+        seats.step.num_rows, seats.step.num_wanted = len(table), num_samples
+        extras = None
+        if has_drafts or seats.rules or seats.prompts:
+            extras = self._extras(rows, columns, sample_seats, has_drafts)
+        step = StepInput(
             rows=seats.step,
             sample_rows=sample_rows,
             sample_seats=sample_seats,
             positions=positions,
-            read_rows=list(reads),
-            masks=partial(_masks, rules, errors) if rules else dict,
+            read_rows=() if extras is None else list(extras.reads),
+            masks=dict if extras is None else extras.masks,
         )
         return RunningStep(
-            step_id=plan.step_id,
+            step_id=step_id,
             runner=self,
-            launched=self.backend.launch(arrays),
-            rows=rows,
+            launched=self.backend.launch(step),
+            rows=sampling,
             seats=sample_seats,
             positions=positions,
-            tenure=seats.tenure[sample_seats],
             num_released=seats.num_released,
-            rules=rules,
-            reads=list(reads.values()),
-            has_drafts=has_drafts,
-            errors=errors,
+            extras=extras,
         )
 
-    def _prompt_rows(
-        self, rows: Sequence[PlannedRow], columns: NDArray[np.int64]
-    ) -> dict[int, tuple[PlannedRow, PromptWork]]:
-        """Index -> number of wanted hidden states, for the rows whose hidden states are read."""
-        found = {}
-        for index, row in enumerate(rows):
-            seat = self.seats.seat_of[row.request_id]
-            work = self.seats.prompts.get(seat)
-            if work is None:
+    def _extras(
+        self,
+        rows: Sequence[PlannedRow],
+        columns: NDArray[np.int64],
+        sample_seats: NDArray[np.int64],
+        has_drafts: bool,
+    ) -> _Extras:
+        """What the step has besides plain rows. Writes to `columns` where hidden states are wanted."""
+        seats = self.seats
+        numbered = enumerate(sample_seats.tolist()) if seats.rules else ()
+        extras = _Extras(
+            rules={i: seats.rules[seat] for i, seat in numbered if seat in seats.rules},
+            has_drafts=has_drafts,
+        )
+        if not seats.prompts:
+            return extras
+        for index, (row, seat) in enumerate(zip(rows, columns[:, 0].tolist(), strict=True)):
+            if (work := seats.prompts.get(seat)) is None:
                 continue
             if wanted := work.wanted(row.start, row.num_tokens):
                 columns[index, 3] = max(row.samples, wanted)
-                found[index] = (row, work)
+                extras.reads[index] = (row, work)
             if work.is_done(row.start + row.num_tokens):
-                del self.seats.prompts[seat]
+                del seats.prompts[seat]
+        seats.step.num_wanted = int(columns[:, 3].sum())
+        return extras
+
+
+@dataclass(slots=True)
+class _Extras:
+    """What only some steps have."""
+
+    rules: Mapping[int, RequestRules]
+    """By index of the sample."""
+    has_drafts: bool
+    reads: dict[int, tuple[PlannedRow, PromptWork]] = field(default_factory=dict)
+    """By index of the row, for the rows whose hidden states are read."""
+    errors: dict[int, str] = field(default_factory=dict)
+    """By index of the sample: the error, if no token is allowed."""
+
+    def masks(self) -> dict[int, Mask]:
+        found = {}
+        for index, rules in self.rules.items():
+            try:
+                mask = rules.mask()
+                if mask is not None and not mask.any():
+                    raise GrammarError(NOTHING_ALLOWED)
+            except GrammarError as error:
+                self.errors[index] = str(error)
+                continue
+            if mask is not None:
+                found[index] = mask
         return found
-
-
-def _masks(rules: Mapping[int, RequestRules], errors: dict[int, str]) -> dict[int, Mask]:
-    """Masks of the samples that have rules; an error if no token is allowed."""
-    found = {}
-    for index, of in rules.items():
-        try:
-            mask = of.mask()
-            if mask is not None and not mask.any():
-                raise GrammarError(NOTHING_ALLOWED)
-        except GrammarError as error:
-            errors[index] = str(error)
-            continue
-        if mask is not None:
-            found[index] = mask
-    return found
 
 
 @dataclass(slots=True)
@@ -176,82 +186,83 @@ class RunningStep:
     rows: Sequence[PlannedRow]
     """The rows that sample."""
     seats: NDArray[np.int64]
-    """[R], like the next two: for each sample."""
+    """[R], like the next one: for each sample."""
     positions: NDArray[np.int64]
-    tenure: NDArray[np.int64]
     num_released: int
     """The number of released requests when the step was launched."""
-    rules: Mapping[int, RequestRules]
-    """By index in the R."""
-    reads: Sequence[tuple[PlannedRow, PromptWork]]
-    has_drafts: bool
-    errors: dict[int, str]
-    """By index in the R: the error, if there is no token."""
+    extras: _Extras | None
 
     def result(self) -> StepResult:
         """Wait for the samples, and store the tokens in the seats."""
-        with self.runner.backend.active():
-            samples, seats = self.launched.wait(), self.runner.seats
-            if seats.num_released == self.num_released:
-                seats.token_ids[self.seats, self.positions] = samples.token_ids
-            else:  # some seats may belong to other requests now
-                kept = np.flatnonzero(seats.tenure[self.seats] == self.tenure)
-                seats.token_ids[self.seats[kept], self.positions[kept]] = samples.token_ids[kept]
+        samples, seats = self.launched.wait(), self.runner.seats
+        if seats.num_released == self.num_released:
+            seats.token_ids[self.seats, self.positions] = samples.token_ids
+        else:
+            kept = self._present()
+            seats.token_ids[self.seats[kept], self.positions[kept]] = samples.token_ids[kept]
+        if self.extras is not None and self.extras.has_drafts:
+            found = self._verified(samples, self.extras.errors)
+        else:
+            found = [
+                SampledRow(request_id=row.request_id, token_ids=[token])
+                for row, token in zip(self.rows, samples.token_ids.tolist(), strict=True)
+            ]
+            for index, entry in samples.logprobs.items():
+                found[index].logprobs = [entry]
             if not samples.valid.all():
                 for index in np.flatnonzero(~samples.valid).tolist():
-                    self.errors.setdefault(index, NAN_ERROR)
-            found = self._verified(samples) if self.has_drafts else self._sampled(samples)
-            for index, rules in self.rules.items():
-                if index not in self.errors and self._is_present(index):
-                    found[index].token_ids += self._learn(index, rules, samples)
-            if self.reads:
-                self._read_prompts(samples.hidden, found)
-            return StepResult(step_id=self.step_id, sampled=found)
+                    _fail(found[index], NAN_ERROR)
+        if self.extras is not None:
+            self._finish(self.extras, samples, found)
+        return StepResult(step_id=self.step_id, sampled=found)
 
-    def _is_present(self, index: int) -> bool:
-        """Whether the sample's seat still belongs to its request."""
-        return bool(self.runner.seats.tenure[self.seats[index]] == self.tenure[index])
+    def _present(self) -> list[int]:
+        """Indices of the samples whose seats still belong to their requests."""
+        seat_of = self.runner.seats.seat_of
+        owners = [seat_of.get(row.request_id) for row in self.rows for _ in range(row.samples)]
+        pairs = enumerate(zip(owners, self.seats.tolist(), strict=True))
+        return [index for index, (owned, seat) in pairs if owned == seat]
 
-    def _sampled(self, samples: StepSamples) -> list[SampledRow]:
-        """Results of rows that sample one token."""
-        found = [
-            SampledRow(request_id=row.request_id, token_ids=[token])
-            for row, token in zip(self.rows, samples.token_ids.tolist(), strict=True)
-        ]
-        for index, entry in samples.logprobs.items():
-            found[index].logprobs = [entry]
-        for index, error in self.errors.items():
-            found[index].token_ids, found[index].logprobs = [], None
-            found[index].error = error
-        return found
-
-    def _verified(self, samples: StepSamples) -> list[SampledRow]:
-        """Results of rows with drafts: the accepted drafts and the token after them."""
-        token_ids, found, begin = samples.token_ids.tolist(), [], 0
+    def _verified(self, samples: StepSamples, errors: Mapping[int, str]) -> list[SampledRow]:
+        """Results of the rows: the accepted drafts and the token after them."""
+        seats, token_ids, found, begin = self.runner.seats, samples.token_ids.tolist(), [], 0
         for row in self.rows:
             accepted = 0
             for draft in row.draft_token_ids:
                 if draft != token_ids[begin + accepted]:
                     break
                 accepted += 1
-            indices = range(begin, begin + accepted + 1)
-            result = SampledRow(
-                request_id=row.request_id, token_ids=[token_ids[i] for i in indices]
-            )
-            if error := next((self.errors[i] for i in indices if i in self.errors), None):
-                result.token_ids, result.error = [], error
-            elif begin in samples.logprobs:
-                result.logprobs = [samples.logprobs[i] for i in indices]
-            if row.draft_token_ids and self._is_present(begin):
-                end = self.positions[begin] + accepted + 1
-                self.runner.seats.num_brought[self.seats[begin]] = end
+            end = begin + accepted + 1
+            result = SampledRow(request_id=row.request_id, token_ids=token_ids[begin:end])
+            if begin in samples.logprobs:
+                result.logprobs = [
+                    samples.logprobs[i] for i in range(begin, end) if samples.valid[i]
+                ]
+            if not samples.valid[begin:end].all():
+                _fail(result, NAN_ERROR)
+            seat = int(self.seats[begin])
+            if row.draft_token_ids and seats.seat_of.get(row.request_id) == seat:
+                seats.num_brought[seat] = self.positions[begin] + accepted + 1
             found.append(result)
             begin += row.samples
         return found
 
-    def _learn(self, index: int, rules: RequestRules, samples: StepSamples) -> list[int]:
+    def _finish(self, extras: _Extras, samples: StepSamples, found: list[SampledRow]) -> None:
+        """Add the results of rules and of prompt work to those of the rows that sample."""
+        row_of = [n for n, row in enumerate(self.rows) for _ in range(row.samples)]
+        for index, rules in extras.rules.items():
+            row = found[row_of[index]]
+            if index in extras.errors:
+                _fail(row, extras.errors[index])
+            elif row.error is None and self.runner.seats.rules.get(int(self.seats[index])) is rules:
+                row.token_ids += self._learn(index, rules, row.token_ids[0])
+        if extras.reads:
+            with self.runner.backend.active():
+                self._read_prompts(extras.reads.values(), samples.hidden, found)
+
+    def _learn(self, index: int, rules: RequestRules, token: int) -> list[int]:
         """Apply a token that was sampled with rules. Returns the grammar-forced tokens after it."""
-        seats, token = self.runner.seats, int(samples.token_ids[index])
+        seats = self.runner.seats
         seat, position = int(self.seats[index]), int(self.positions[index])
         rules.learn(token)
         forced = rules.forced(seats.max_model_len - 1 - position)
@@ -260,10 +271,15 @@ class RunningStep:
             self.runner.backend.force(seat, forced)
         return forced
 
-    def _read_prompts(self, hidden: Sequence[Tensor], found: list[SampledRow]) -> None:
+    def _read_prompts(
+        self,
+        reads: Iterable[tuple[PlannedRow, PromptWork]],
+        hidden: Sequence[Tensor],
+        found: list[SampledRow],
+    ) -> None:
         """Add the results of prompt work."""
         of_request = {row.request_id: row for row in found}
-        for (row, work), states in zip(self.reads, hidden, strict=True):
+        for (row, work), states in zip(reads, hidden, strict=True):
             read = work.read(row.start, row.num_tokens, states, self.runner.model)
             if read is None:
                 continue
@@ -272,6 +288,10 @@ class RunningStep:
                 result = SampledRow(request_id=row.request_id, token_ids=[])
                 found.append(result)
             result.prompt_logprobs, result.embedding = read.logprobs, read.embedding
+
+
+def _fail(row: SampledRow, error: str) -> None:
+    row.token_ids, row.logprobs, row.error = [], None, error
 
 
 @dataclass(frozen=True, slots=True)

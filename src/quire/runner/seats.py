@@ -45,9 +45,8 @@ class Seats:
         """Number of tokens in `token_ids` that may be unknown to a device which keeps sampled tokens
         itself: admitted, forced, drafts."""
         self.num_prompt_tokens = np.zeros(max_num_seqs, dtype=np.int64)
-        self.tenure = np.zeros(max_num_seqs, dtype=np.int64)
-        """Changes with each admission, to find out whether a result still belongs to the seat's request."""
         self.num_released = 0
+        """Requests so far: if it has changed, a result may be for a request that has gone."""
         self.seat_of: dict[int, int] = {}
         self.rules: dict[int, RequestRules] = {}
         """By seat, like the next one, for the requests that have rules."""
@@ -61,7 +60,6 @@ class Seats:
         self.token_ids[seat, :count] = request.token_ids
         self.num_brought[seat] = count
         self.num_prompt_tokens[seat] = request.num_prompt_tokens
-        self.tenure[seat] += 1
         self.num_blocks[seat] = 0
         self.add_blocks(seat, request.block_ids)
         if (rules := rules_of(request, self._vocab_size, self._grammars)) is not None:

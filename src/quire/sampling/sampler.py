@@ -172,7 +172,7 @@ class SamplingSeats:
         return found
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Sampled:
     """token_ids: [R] int64. valid: [R], False where the logits hold NaN. logprobs: by index, of the valid
     rows that asked."""

@@ -167,7 +167,7 @@ def spec_of(checkpoint: Path) -> WorkerSpec:
 def opened(config: EngineConfig, spec: WorkerSpec, platform: CPU | GPU) -> Worker:
     worker = Worker(config, spec, platform=platform)
     worker.load()
-    worker.open_cache(NUM_BLOCKS, MAX_LEN)
+    worker.open_cache(NUM_BLOCKS * len(spec.model.kv.groups), MAX_LEN)
     # Who reads what nobody wrote is found out.
     worker.runner.kv_cache.storage.fill_(float("nan"))  # type: ignore[union-attr]
     return worker
@@ -206,11 +206,14 @@ def backend_of(worker: Worker) -> GPUBackend:
     return worker.runner.backend
 
 
-def core_of(executor: Executor) -> EngineCore:
+def core_of(executor: Executor, windows: Sequence[int | None] = (None,)) -> EngineCore:
     limits = SchedulerLimits(
         max_num_seqs=SEQS, max_num_batched_tokens=BUDGET, max_model_len=MAX_LEN
     )
-    kv = KVCacheManager(NUM_BLOCKS, BLOCK_SIZE, enable_prefix_caching=True)
+    kv = KVCacheManager(
+        NUM_BLOCKS * len(windows), BLOCK_SIZE, enable_prefix_caching=True, windows=windows,
+        max_row_tokens=BUDGET,
+    )  # fmt: skip
     return EngineCore(Scheduler(limits, kv), executor, clock=lambda: 0.0)
 
 
@@ -373,6 +376,20 @@ def test_sampling_penalties_logprobs_and_ends(checkpoint: Path, device: Faithful
     for mine, other in pairs:
         assert mine[0] == other[0] and mine[2] == other[2] and mine[1][:2] == other[1][:2]
         torch.testing.assert_close(mine[3], other[3], atol=1e-4, rtol=1e-4)
+
+
+def test_each_group_of_layers_has_its_own_blocks(tmp_path: Path, device: FaithfulDevice) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
+    model = build_reference("qwen2-windows", num_key_value_heads=1, **sizes)
+    folder = save(model, tmp_path)
+    windows = spec_of(folder).model.kv.windows
+    assert len(windows) == 2 and windows[0] is None
+    requests = [request(1, range(30), 7), request(2, range(50, 63), 5)]
+    theirs, ours = (
+        run(executor, requests, core=core_of(executor, windows)).tokens
+        for executor in (on_cpu(folder), on_device(folder, device))
+    )
+    assert ours == theirs and len(ours[1]) == 7
 
 
 @pytest.mark.parametrize("eager", [True, False])
