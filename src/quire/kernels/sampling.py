@@ -1,4 +1,4 @@
-"""How a row is sampled, and what comes back: one record for the C, Triton and reference kernels."""
+"""Sampling parameters of a row and the result: one record for the C, Triton and reference kernels."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ SAMPLE_ROW = np.dtype(
     ],
     align=True,
 )
-"""sample_row in cpu/sampling.c; kernels/triton/seats.py reads it by words. Fields with a name of `Decoding`
-mean the same. position: index in the request of the token to be sampled, the counter of its random stream;
-on a GPU positions come beside the records. farthest: -log(min_p), the largest distance that min_p keeps; the
-largest float is off. num_biased, num_banned: lengths of the request's lists. banned_until: tokens sampled
-at an index below it are not the banned.
+"""`sample_row` in cpu/sampling.c; kernels/triton/seats.py reads it as 32-bit words. A field with the name
+of a `Decoding` field has the same meaning. position: index in the request of the token to be sampled, the
+counter of its random stream; on a GPU, positions are passed separately. farthest: -log(min_p), the
+largest distance that min_p keeps; the largest float means off. num_biased, num_banned: lengths of the
+request's lists. banned_until: the banned tokens cannot be sampled at an index below it.
 
-One array of records, not one array per field: a step gathers its rows with one call, and passes one pointer.
-There is no word of flags: each value shows by itself whether it is off."""
+This is one array of records, not one array per field: a step gathers its rows with one call and passes
+one pointer. There are no flags: each field has a value that means off."""
 
 _FROM_DECODING = [name for name in SAMPLE_ROW.names or () if name in Decoding.__struct_fields__]
 
 
 def sample_row(decoding: Decoding, num_prompt_tokens: int = 0) -> np.void:
-    """A `SAMPLE_ROW`, but for its position."""
+    """A `SAMPLE_ROW` without its position."""
     row = np.zeros(1, dtype=SAMPLE_ROW)[0]
     for name in _FROM_DECODING:
         row[name] = getattr(decoding, name)

@@ -94,9 +94,7 @@ def _add_admin_routes(router: APIRouter, state: ServerState) -> None:
         _take_only(request)
         try:
             await _sleeper(state).wake_up()
-        except (
-            ConfigError
-        ) as error:  # memory is lacking; it sleeps on, and the operator is told why
+        except ConfigError as error:  # memory is lacking: it stays asleep
             raise ApiError(500, str(error)) from None
         return _json({"is_sleeping": False})
 

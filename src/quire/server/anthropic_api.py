@@ -206,7 +206,7 @@ class MessagesEncoder:
         return encode(self._message([_block(piece) for piece in self._pieces.all]))
 
     def _part(self, part: CompletionOutput) -> bytes:
-        told = b"".join(self._told(change) for change in self._pieces.read(part))
+        events = b"".join(self._change_event(change) for change in self._pieces.read(part))
         if part.finished:
             stopped = part.finish_reason == "stop" and isinstance(part.stop_reason, str)
             reason = STOP_REASONS.get(self._reader.finish_reason(part) or "")
@@ -214,7 +214,7 @@ class MessagesEncoder:
                 "stop_reason": "stop_sequence" if stopped else reason,
                 "stop_sequence": part.stop_reason if stopped else None,
             }
-        return told
+        return events
 
     def _message(self, content: list[Object]) -> Object:
         message: Object = {
@@ -243,7 +243,7 @@ class MessagesEncoder:
             counted["output_tokens_details"] = {"thinking_tokens": thought}
         return counted
 
-    def _told(self, change: Change) -> bytes:
+    def _change_event(self, change: Change) -> bytes:
         piece = change.piece
         if isinstance(change, Opened):
             return _event("content_block_start", index=piece.index, content_block=_block(piece))

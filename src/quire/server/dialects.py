@@ -51,12 +51,12 @@ def renaming(names: Mapping[str, str]) -> Iterator[None]:
         head = path.partition(".")[0]
         if head not in names:
             raise
-        told = answer.message
-        if told.startswith(head):
-            told = names[head] + told[len(head) :]
+        message = answer.message
+        if message.startswith(head):
+            message = names[head] + message[len(head) :]
         raise ApiError(
             answer.status,
-            told,
+            message,
             param=prefix + names[head],
             kind=answer.kind,
             headers=answer.headers,

@@ -229,13 +229,13 @@ def _given(fields: dict[str, Any] | None) -> dict[str, Any]:
 def _unread(asked: ResponsesRequest) -> list[str]:
     """Parts of fields that have no effect."""
     text, reasoning = _given(asked.text), _given(asked.reasoning)
-    told = [
+    unread = [
         f"text.{name}"
         for name in text
         if name != "format" and not (name == "verbosity" and IDLE[name].holds(text[name]))
     ]
-    told += [f"reasoning.{name}" for name in reasoning if name != "effort"]
-    return told + [f"include.{name}" for name in asked.include or () if name != SHOW_LOGPROBS]
+    unread += [f"reasoning.{name}" for name in reasoning if name != "effort"]
+    return unread + [f"include.{name}" for name in asked.include or () if name != SHOW_LOGPROBS]
 
 
 def _to_chat(asked: ResponsesRequest, turns: Turns, tools: ToolSet) -> ChatCompletionRequest:

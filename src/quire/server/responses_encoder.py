@@ -55,9 +55,9 @@ class ResponsesEncoder:
             if logprobs
             else None
         )
-        self._untold: list[TokenLogprob] = []
+        self._unreported: list[TokenLogprob] = []
         """Logprobs of tokens that are in no event yet."""
-        self._told: list[TokenLogprob] = []
+        self._reported: list[TokenLogprob] = []
         """Logprobs of the open piece."""
         self._input = ""
         """The input so far of the open piece, if it is a call of a custom tool."""
@@ -154,7 +154,7 @@ class ResponsesEncoder:
     def _part(self, part: CompletionOutput) -> bytes:
         self._finish_reason = part.finish_reason
         if self._logprobs is not None and part.logprobs is not None:
-            self._untold += self._logprobs.chat(part.token_ids, part.logprobs).content
+            self._unreported += self._logprobs.chat(part.token_ids, part.logprobs).content
         return b"".join(self._change(change) for change in self._pieces.read(part))
 
     def _change(self, change: Change) -> bytes:
@@ -166,7 +166,7 @@ class ResponsesEncoder:
         return self._closed(piece, by_end=change.by_end)
 
     def _opened(self, piece: Piece) -> bytes:
-        self._told, self._input = [], ""
+        self._reported, self._input = [], ""
         item = self._item(piece, "in_progress")
         if piece.kind != "call":
             item["content"] = []
@@ -184,8 +184,8 @@ class ResponsesEncoder:
             return self._piece_event("response.function_call_arguments.delta", piece, delta=text)
         if piece.kind == "reasoning":
             return self._piece_event("response.reasoning_text.delta", piece, delta=text)
-        new, self._untold = self._untold, []
-        self._told += new
+        new, self._unreported = self._unreported, []
+        self._reported += new
         return self._piece_event(
             "response.output_text.delta", piece, delta=text, logprobs=_without_bytes(new)
         )
@@ -219,12 +219,12 @@ class ResponsesEncoder:
         if piece.kind == "reasoning":
             done = self._piece_event("response.reasoning_text.done", piece, text=piece.text)
         else:
-            self._told += self._untold if by_end else []
+            self._reported += self._unreported if by_end else []
             done = self._piece_event(
                 "response.output_text.done",
                 piece,
                 text=piece.text,
-                logprobs=_without_bytes(self._told),
+                logprobs=_without_bytes(self._reported),
             )
         return done + self._piece_event(
             "response.content_part.done", piece, part=self._content(piece)
@@ -272,7 +272,7 @@ class ResponsesEncoder:
             "type": "output_text",
             "text": piece.text,
             "annotations": [],
-            "logprobs": list(self._told),
+            "logprobs": list(self._reported),
         }
 
     def _piece_event(self, name: str, piece: Piece, **fields: object) -> bytes:

@@ -101,15 +101,15 @@ class ToolSet:
     def _description(self, tool: Mapping[str, Any], name: str) -> str:
         """The description, with the grammar of the text: models that were trained on such tools need to
         see it."""
-        told, form = tool.get("description") or "", tool.get("format") or {}
+        description, form = tool.get("description") or "", tool.get("format") or {}
         if not isinstance(form, dict) or form.get("type", "text") == "text":
-            return str(told)
+            return str(description)
         text = f"the format of custom tool {printable(name)} is shown to the model and not enforced"
         self.idle.append(("tools", text))
         grammar = (
             f"{INPUT} must match this {form.get('syntax') or ''} grammar:\n{form.get('definition')}"
         )
-        return f"{told}\n\n{grammar}".strip()
+        return f"{description}\n\n{grammar}".strip()
 
     def choice(self, asked: object) -> object:
         """`tool_choice` in the form of a chat completion. Raises a 400 `ApiError` if it needs a tool that

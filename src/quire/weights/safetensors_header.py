@@ -1,10 +1,10 @@
-"""A safetensors file's header: which tensors, of what shape, at which bytes.
+"""The header of a safetensors file: its tensors, their shapes and their byte ranges.
 
-The format (https://github.com/huggingface/safetensors#format): eight bytes of length, little-endian; that
-much JSON; then the tensors' bytes, without gaps. We read it ourselves because the library hands out
-mapped memory alone: pages of a mapped file count as the process's own until it is closed, which
-doubles the peak of loading, and a file that shrinks or fails under a mapping kills the process with
-SIGBUS, where `pread` gives an error that can be told.
+The format (https://github.com/huggingface/safetensors#format): eight bytes with the length,
+little-endian; that many bytes of JSON; then the tensors' bytes, without gaps. Quire reads it without the
+library, which only returns mapped memory. The pages of a mapped file count as the process's memory until
+it is closed, which doubles the peak while loading; and if the file shrinks or a read fails, the process
+is killed with SIGBUS, where `pread` returns an error that can be reported.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from quire.dtypes import BY_SAFETENSORS, DTYPES
 
 LENGTH_BYTES = 8
 MOST_HEADER_BYTES = 100_000_000
-"""The library's own limit: what claims more is not a safetensors file."""
+"""The library's own limit: a file with a longer header is not a safetensors file."""
 
 
 class HeaderError(Exception):
-    """Not a safetensors file, or not all of one. The message is for a developer."""
+    """Not a safetensors file, or an incomplete one. The message is for a developer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,14 +31,14 @@ class Entry:
 
     shape: tuple[int, ...]
     dtype: str
-    """By the names of `quire.dtypes`; safetensors' own where it is not there."""
+    """The name in `quire.dtypes`, or safetensors' own name if it is not there."""
     begin: int
-    """Of its first byte in the file; the rest follows row by row."""
+    """Offset of its first byte in the file; the rest follows row by row."""
     num_bytes: int
 
 
 def read_header(file: BinaryIO, file_bytes: int) -> dict[str, Entry]:
-    """Every tensor, by name. The file must be exactly as long as its tensors say.
+    """All tensors, by name. The file's length must match its tensors exactly.
 
     Raises `HeaderError`; `OSError` comes through.
     """

@@ -1,18 +1,18 @@
-"""Everything between the matrix products but attention and sampling: what `Kernels` in
-`kernels/base.py` says, on tensors of a GPU.
+"""Everything between the matrix products except attention and sampling: the `Kernels` of
+`kernels/base.py`, on tensors of a GPU.
 
-A decode step of a small model is hundreds of kernels of a few microseconds each, so what stands
-between two products is one launch: the residual addition with the norm after it, the norms of heads with
-the rotation and the write to the cache.
+A decode step of a small model launches hundreds of kernels of a few microseconds each, so the work
+between two products is one launch: the residual addition with the norm after it, or the norms of heads
+with the rotation and the write to the cache.
 
-Why a row's bits do not depend on the batch: one program reduces a whole row (or a whole head), and
-the order in which it sums follows from the compiled layout, hence from what that is compiled for:
-width, stride between tokens, dtype, alignment. None of these knows the batch. Strides are
-compile-time constants, and a tensor must start on 16 bytes, so that a slice cannot change the layout.
+A row's bits do not depend on the batch: one program reduces a whole row (or a whole head), and its order
+of summation follows from the compiled layout. This depends on the width, the stride between tokens, the
+dtype and the alignment, and not on the batch. Strides are compile-time constants, and a tensor must start
+on 16 bytes, so that a slice cannot change the layout.
 
-Contents are not looked at: a position outside `cos_sin`, an id outside the vocabulary or a slot
-outside the cache reads or writes stray memory. Rounding is as in `kernels/base.py`: to the tensor's
-dtype where Hugging Face's modules round, in float32 otherwise.
+Contents are not checked: a position outside `cos_sin`, an id outside the vocabulary or a slot outside the
+cache reads or writes arbitrary memory. Rounding is as in `kernels/base.py`: to the tensor's dtype where
+Hugging Face's modules round, in float32 otherwise.
 """
 
 from __future__ import annotations
@@ -33,16 +33,17 @@ from quire.kernels.checks import (
 )
 
 MAX_WIDTH = 16384
-"""Elements of the widest row that one program holds in registers."""
+"""Width of the widest row that one program keeps in registers."""
 ALIGNMENT = 16
-"""Bytes of the widest load a thread makes."""
+"""Bytes of a thread's widest load."""
 
 # --- norms and the embedding ------------------------------------------------------------------------
 
 
 @triton.jit
 def _normed(x, weight, eps, WIDTH: tl.constexpr, dtype: tl.constexpr):
-    """x: float32, zero past WIDTH. Rounded to the weight's dtype before it multiplies by the weight."""
+    """x: float32, zero past WIDTH. It is rounded to the weight's dtype before the multiplication by the
+    weight."""
     scale = tl.rsqrt(tl.sum(x * x, axis=0) / WIDTH + eps)
     return ((x * scale).to(weight.dtype).to(tl.float32) * weight.to(tl.float32)).to(dtype)
 
@@ -137,7 +138,9 @@ def embedding(ids: Tensor, table: Tensor, out: Tensor | None = None) -> Tensor:
 
 # --- element by element -----------------------------------------------------------------------------
 
-_BLOCK = 1024  # no sum, so blocks need not be rows: one token's 14336 columns are 14 programs
+_BLOCK = (
+    1024  # there is no sum, so a block need not be a row: one token's 14336 columns are 14 programs
+)
 
 
 @triton.jit
@@ -279,7 +282,7 @@ _HEADS = 8  # heads of one program
 
 @triton.jit
 def _part(base, heads_inside, count: tl.constexpr, BLOCK: tl.constexpr):
-    """Columns [0, count) of every head as float32 [heads, BLOCK]. base: [heads, 1] pointers."""
+    """Columns [0, count) of each head as float32 [heads, BLOCK]. base: [heads, 1] pointers."""
     i = tl.arange(0, BLOCK)[None, :]
     return tl.load(base + i, mask=heads_inside & (i < count), other=0.0).to(tl.float32)
 
@@ -288,7 +291,7 @@ def _part(base, heads_inside, count: tl.constexpr, BLOCK: tl.constexpr):
 def _store_part(
     base, x, heads_inside, scale_ptr, head, count: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """The opposite of `_part`; into an fp8 cache as multiples of each head's scale, saturating."""
+    """The inverse of `_part`; in an fp8 cache, values are divided by their head's scale and saturate."""
     i = tl.arange(0, BLOCK)[None, :]
     if scale_ptr is not None:
         x = x / tl.load(scale_ptr + head, mask=heads_inside, other=1.0)
@@ -301,7 +304,7 @@ def _normed_part(
     x, scale, weight_base, heads_inside, dtype: tl.constexpr,
     count: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """scale: [heads, 1], one over the root mean square. As `_normed`."""
+    """As `_normed`. scale: [heads, 1], one over the root mean square."""
     weight = _part(weight_base, heads_inside, count, BLOCK)
     rounded = (x * scale).to(weight_base.dtype.element_ty).to(tl.float32)
     return (rounded * weight).to(dtype).to(tl.float32)
@@ -314,9 +317,9 @@ def _norm_and_rotate(
 ):  # fmt: skip
     """Some heads of one token, from in_base to out_base (both [heads, 1] pointers).
 
-    The two halves that are rotated and the rest are three tiles, each a run of memory. Angles and norm
-    weights are loaded once a head: as tiles of the same shape they get the same layout, and nothing
-    is exchanged between threads.
+    The two rotated halves and the rest are three tiles, each contiguous in memory. Angles and norm
+    weights are loaded for each head: as tiles of the same shape they get the same layout, so threads
+    exchange nothing.
     """
     REST: tl.constexpr = D - 2 * HALF
     first = _part(in_base, heads_inside, HALF, HALF_BLOCK)
@@ -348,7 +351,7 @@ def _rope_write_kv(
     HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEADS: tl.constexpr,
     D_BLOCK: tl.constexpr, HALF_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Grid: tokens, then groups of HEADS heads: those of queries, of keys, of values."""
+    """Grid: tokens, then groups of HEADS heads: first query heads, then key heads, then value heads."""
     Q_GROUPS: tl.constexpr = (Q_HEADS + HEADS - 1) // HEADS
     KV_GROUPS: tl.constexpr = (KV_HEADS + HEADS - 1) // HEADS
     token = tl.program_id(0).to(tl.int64)
@@ -396,10 +399,10 @@ def rope_write_kv(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> None:
-    """`Kernels.rope_write_kv`, with the GPU's cache.
+    """`Kernels.rope_write_kv` for the GPU's cache.
 
     k_cache, v_cache: [num_blocks, kv_heads, block_size, D], of qkv's dtype, or float8_e4m3fn with
-    k_scale, v_scale: [kv_heads] float32; then what is stored is the float32 result over the scale,
+    k_scale, v_scale: [kv_heads] float32; it then stores the float32 result divided by the scale,
     rounded once and saturating at 448. positions, slot_mapping: [T] int32 or int64.
     """
     if k_cache.dim() != 4 or qkv.dim() != 2 or cos_sin.dim() != 2:
@@ -450,16 +453,16 @@ def rope_write_kv(
     )  # fmt: skip
 
 
-# --- what all of these check ------------------------------------------------------------------------
+# --- argument checks --------------------------------------------------------------------------------
 
 
 def _warps(elements: int) -> int:
-    """Sixteen elements a thread, two loads of 16 bytes in a 16-bit dtype; not yet measured."""
+    """Sixteen elements per thread, two loads of 16 bytes in a 16-bit dtype; not yet measured."""
     return max(1, min(16, elements // 512))
 
 
 def _stride(x: Tensor) -> int:
-    """Elements from one token to the next. PyTorch may give a lone token any stride, even 1."""
+    """Elements from one token to the next. For a single token, PyTorch may give any stride, even 1."""
     return int(max(x.stride(0), x.shape[1:].numel()))
 
 
@@ -469,7 +472,7 @@ def _check_float(name: str, x: Tensor) -> None:
 
 
 def _check_rows(name: str, x: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    """As `_check_dense`, but rows may have any stride that keeps them apart."""
+    """As `_check_dense`, but rows may have any stride with which they do not overlap."""
     dense = x.is_contiguous() or (x[0].is_contiguous() and x.stride(0) >= x[0].numel())
     _check(name, x, dtype, shape, dense)
 
@@ -506,7 +509,7 @@ def _check_norm(x: Tensor, weight: Tensor) -> int:
 
 
 def _check_norm_weight(name: str, weight: Tensor, dtype: torch.dtype, width: int) -> None:
-    """In float32 or in the dtype of what is normed."""
+    """The weight is float32 or of the same dtype as x."""
     _check_dense(name, weight, torch.float32 if weight.dtype is torch.float32 else dtype, (width,))
 
 

@@ -1,5 +1,6 @@
-"""What sampling, the edits before it and logprobs share: the records on the device that say how each seat is
-sampled; keys that order tokens; weights whose sum has no order.
+"""Shared by the kernels that sample, edit logits and compute logprobs: the records on the device with
+each seat's sampling parameters; keys that order tokens; integer weights, whose sum does not depend on the
+order.
 """
 
 from __future__ import annotations
@@ -16,19 +17,19 @@ from quire.kernels.checks import FLOATS, KernelArgumentError
 from quire.kernels.sampling import SAMPLE_ROW
 
 TILE = 4096
-"""Logits that one program looks at: every row is cut alike, whatever else is in the batch."""
+"""Logits per program. It is constant, so a row is cut the same way in every batch."""
 
 SEAT_WORDS = SAMPLE_ROW.itemsize // 4
 """Each seat's `SAMPLE_ROW` is a row of a table on the device: [max_num_seqs, SEAT_WORDS] int32."""
 
 
 def as_words(rows: NDArray[np.void]) -> NDArray[np.int32]:
-    """The same memory as a table. rows: [any] `SAMPLE_ROW`."""
+    """The same memory, viewed as a table. rows: [any] `SAMPLE_ROW`."""
     return rows.view(np.int32).reshape(len(rows), SEAT_WORDS)
 
 
 def _place(field: str) -> tl.constexpr:
-    """Where a field is, in words of 32 bits."""
+    """Offset of a field, in words of 32 bits."""
     fields = SAMPLE_ROW.fields
     assert fields is not None
     return tl.constexpr(fields[field][1] // 4)
@@ -47,7 +48,7 @@ NUM_BANNED = _place("num_banned")
 BANNED_UNTIL = _place("banned_until")
 
 _WORDS = tl.constexpr(SEAT_WORDS)
-LEAST = tl.constexpr(-(2**63))  # below every key of `ranked`
+LEAST = tl.constexpr(-(2**63))  # lower than every key of `ranked`
 UNIT = tl.constexpr(2.0**40)  # of `weight`
 LARGEST = tl.constexpr(sampling.LARGEST)
 MOST = tl.constexpr(2**31 - 1)
@@ -73,8 +74,8 @@ def penalizes(table, row):
 
 @triton.jit
 def ranked(value, token_id):
-    """An int64 in the order of (value, then lowest id): the largest names the winner. Any NaN is above
-    all numbers."""
+    """An int64 key in the order of (value, then lowest id): the largest key belongs to the winner. NaN is
+    above all numbers."""
     bits = (value + 0.0).to(tl.int32, bitcast=True)  # + 0.0: zeros of both signs are equal
     bits = tl.where(value == value, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)
     return (bits.to(tl.int64) << 32) | (0xFFFFFFFF - token_id.to(tl.int64))
@@ -93,7 +94,8 @@ def ranked_id(key):
 
 @triton.jit
 def weight(distance):
-    """e^-distance, in units of 2**-40: sums of up to 2**23 of them fit, and do not depend on order."""
+    """e^-distance, in units of 2**-40: a sum of up to 2**23 of them fits, and does not depend on the
+    order."""
     return (tl.exp(-distance) * UNIT).to(tl.int64)
 
 
