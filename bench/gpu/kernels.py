@@ -41,7 +41,7 @@ from quire.kernels.triton.batch import DeviceBatch, append_tokens, build_step
 from quire.kernels.triton.logprobs import logprobs
 from quire.kernels.triton.matmul import matmul
 from quire.kernels.triton.packing import BatchShape, Section, StepPacker
-from quire.kernels.triton.sampling import SampleWorkspace, sample
+from quire.kernels.triton.sampling import SamplerLevel, SampleWorkspace, sample
 from quire.kernels.triton.seats import as_words
 from quire.layers.rotary import cos_sin_table
 from quire.models.spec import ModelSpec
@@ -222,7 +222,7 @@ def sampling(spec: ModelSpec, sizes: Sizes, ceilings: Ceilings) -> Values:
     """By what rows ask for. torch: argmax, and what engines without a kernel for it do to filter."""
     found: Values = {}
     vocab = spec.vocab_size
-    kinds: list[tuple[str, str, dict[str, Any]]] = [
+    kinds: list[tuple[str, SamplerLevel, dict[str, Any]]] = [
         ("greedy", "greedy", {}),
         ("draw", "draw", {"temperature": 1.0}),
         ("top-k and top-p", "filter", {"temperature": 1.0, "top_k": 50, "top_p": 0.9}),
@@ -237,12 +237,11 @@ def sampling(spec: ModelSpec, sizes: Sizes, ceilings: Ceilings) -> Values:
             "greedy": partial(torch.argmax, dim=-1),
             "top-k and top-p": _filtered,
         }
-        for name, hardest, want in kinds:
+        for name, level, want in kinds:
             records = np.stack([sample_row(Decoding(**want, seed=i)) for i in range(rows)])
             table = torch.from_numpy(as_words(records)).to(DEVICE)
             calls = [
-                partial(sample, x, table, seats, positions, workspace, hardest=hardest)  # type: ignore[arg-type]
-                for x in inputs
+                partial(sample, x, table, seats, positions, workspace, level=level) for x in inputs
             ]
             ours = rate(seconds(calls), ceilings, moved=moved)
             rival = rivals.get(name)

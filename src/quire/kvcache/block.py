@@ -1,4 +1,4 @@
-"""A block, what it holds, and the free list."""
+"""A block, the identity of its content, and the free list."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 NULL_BLOCK_ID = 0
-"""Never handed out: padding rows, and block-table entries that nobody reads, point at it."""
+"""Never handed out: padding rows, and block-table entries that are not read, point at it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +16,7 @@ class CacheKey:
     """Namespace of a chain of blocks. Requests with different keys share no cached KV."""
 
     salt: str | None = None
-    """Chosen by the client or tenant, to share with nobody else."""
+    """Chosen by the client or tenant, so that cached KV is not shared with others."""
     adapter: str | None = None
     """The LoRA adapter whose weights computed the KV."""
 
@@ -34,17 +34,17 @@ class BlockContent:
     """Identity of a block's KV: its tokens and everything before them. A full block is shared by reference,
     the partial one that a request left behind (its tail) by copy.
 
-    `block_hash` finds a candidate; `parent` and `tokens` prove it. The parent was itself proved on the way
-    down the chain, so by induction a hit holds exactly the wanted prefix, even if the hash were weak. A
-    parent stays known for as long as something after it is cached, even if no block holds it any more:
-    behind a sliding window that is the rule.
+    `block_hash` finds a candidate; `parent` and `tokens` verify it. The parent was verified earlier in
+    the chain, so by induction a hit has exactly the wanted prefix, even if the hash were weak. A parent
+    stays known as long as content after it is cached, even if no block holds it any more, as is usual
+    behind a sliding window.
     """
 
     block_hash: bytes
     parent: BlockContent | CacheKey
     tokens: tuple[int, ...]
     blocks: list[Block | None]
-    """By group of layers: the block that holds its KV, if one does."""
+    """By group of layers: the block with its KV, if there is one."""
 
     def follows(self, parent: BlockContent | CacheKey, tokens: tuple[int, ...]) -> bool:
         same = self.parent is parent or self.parent == parent  # keys are equal, contents identical
@@ -63,7 +63,7 @@ class BlockContent:
 
 
 class Block:
-    """A fixed number of token slots in every layer of a group. Links are for the free list alone."""
+    """A fixed number of token slots in every layer of a group. The links belong to the free list."""
 
     __slots__ = ("block_id", "content", "group", "next_free", "prev_free", "ref_count", "step_id")
 
@@ -72,7 +72,7 @@ class Block:
         self.ref_count = 0
         self.content: BlockContent | None = None
         self.group = 0
-        """Which of the groups its content is of."""
+        """The group of its content."""
         self.step_id = 0
         """The step that computes its content. Its KV may be read in that step, but copied only in later
         ones."""
@@ -106,12 +106,12 @@ class FreeList:
             block = block.next_free
 
     def append(self, block: Block) -> None:
-        """Last to be handed out."""
+        """Add at the end: handed out last."""
         assert self._tail.prev_free is not None
         self._insert_after(self._tail.prev_free, block)
 
     def prepend(self, block: Block) -> None:
-        """First to be handed out: its content is worth nothing."""
+        """Add at the beginning: handed out first, because its content is of no use."""
         self._insert_after(self._head, block)
 
     def popleft(self) -> Block:

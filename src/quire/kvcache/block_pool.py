@@ -1,4 +1,4 @@
-"""Which blocks are free, referenced, cached. Knows nothing of requests."""
+"""The state of all blocks: free, referenced, cached. Does not know requests."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from itertools import islice
 from quire.kvcache.block import NULL_BLOCK_ID, Block, BlockContent, CacheKey, FreeList
 
 MOST_TAILS = 16
-"""Tails kept of one full block's continuations, the latest ones: looking for one compares them all."""
+"""Most tails that are kept after one full block, the latest ones: a lookup compares all of them."""
 
 
 class BlockPool:
     """Reference-counted blocks that double as the prefix cache.
 
     A block whose last reference is dropped goes to the free list with its content and hash intact, and
-    stays a possible prefix hit until it is handed out again. So the cache costs no memory that requests
-    could have used, and nothing decides how large it is. Requests release their blocks tail first,
+    stays a possible prefix hit until it is handed out again. So the cache takes no memory that requests
+    could have used, and has no size of its own. Requests release their blocks tail first,
     so of one request's blocks the head, which most others can share, is evicted last.
 
     Layers are in groups (`quire.kv_layout`). A block holds some tokens' KV in the layers of one group. Any
@@ -31,9 +31,9 @@ class BlockPool:
         self.num_groups = num_groups
         self._free = FreeList()
         self._cached: dict[bytes, BlockContent] = {}
-        """Contents that at least one block holds, by hash."""
+        """Hash -> content that at least one block has."""
         self._tails: dict[BlockContent | CacheKey, list[BlockContent]] = {}
-        """By what is before them."""
+        """Tails by the content before them."""
         self.num_shared = 0
         for block in self.blocks[NULL_BLOCK_ID + 1 :]:
             self._free.append(block)
@@ -44,7 +44,7 @@ class BlockPool:
 
     @property
     def num_usable(self) -> int:
-        """Blocks that requests can hold: all but the null block."""
+        """Blocks that requests can hold: all except the null block."""
         return len(self.blocks) - 1
 
     @property
@@ -56,7 +56,7 @@ class BlockPool:
         return len(self._cached)
 
     def allocate(self, count: int) -> list[Block]:
-        """`count` blocks with one reference each; their old content is forgotten. The caller has
+        """`count` blocks with one reference each; their old content is dropped. The caller has
         checked `num_free`."""
         taken = []
         for _ in range(count):
@@ -67,7 +67,7 @@ class BlockPool:
         return taken
 
     def acquire(self, blocks: Iterable[Block]) -> None:
-        """Add a reference to each block, taking it off the free list if it was there."""
+        """Add a reference to each block, and remove it from the free list if it was there."""
         for block in blocks:
             if block.ref_count == 0:
                 self._free.remove(block)
@@ -76,12 +76,12 @@ class BlockPool:
             block.ref_count += 1
 
     def next_free(self, count: int) -> list[Block]:
-        """Those that will be handed out next."""
+        """The blocks that will be reused next."""
         return list(islice(self._free, count))
 
     def release(self, blocks: Iterable[Block], *, evict_first: bool = False) -> None:
-        """Drop a reference from each block. Those without cached content are reused first, and the others too
-        if they are to be evicted first."""
+        """Drop a reference from each block. Blocks without cached content are reused first; with
+        evict_first, all of them are."""
         for block in blocks:
             assert block.ref_count > 0, f"double free of {block}"
             block.ref_count -= 1
@@ -136,7 +136,7 @@ class BlockPool:
         self._tails.setdefault(parent, []).append(content)
 
     def _fill(self, content: BlockContent, blocks: Sequence[Block], step_id: int) -> None:
-        """Let blocks hold the content for those groups in which none does."""
+        """Assign the content to blocks, for the groups in which no block has it."""
         for group, block in enumerate(blocks):
             if content.blocks[group] is None and block.block_id != NULL_BLOCK_ID:
                 assert block.ref_count > 0 and block.content is None
@@ -147,7 +147,7 @@ class BlockPool:
     def lookup_tail(
         self, parent: BlockContent | CacheKey, tokens: Sequence[int]
     ) -> tuple[BlockContent | None, int]:
-        """The tail after that content which begins with the most of `tokens`, and how many that is."""
+        """The tail after that content that shares the longest beginning with `tokens`, and its length."""
         best, most = None, 0
         for content in self._tails.get(parent, ()):
             count = 0
@@ -162,21 +162,21 @@ class BlockPool:
     def lookup(
         self, block_hash: bytes, parent: BlockContent | CacheKey, tokens: tuple[int, ...]
     ) -> BlockContent | None:
-        """This content, proved, if a block of any group holds it."""
+        """This content, verified, if a block of any group has it."""
         content = self._cached.get(block_hash)
         return content if content is not None and content.follows(parent, tokens) else None
 
     def get(self, block_hash: bytes) -> BlockContent | None:
-        """What is cached under this hash; not proved."""
+        """The content cached under this hash, not verified."""
         return self._cached.get(block_hash)
 
     def reset_cache(self) -> None:
-        """Forget all cached content. Blocks in use stay with their requests."""
+        """Drop all cached content. Blocks in use stay with their requests."""
         for content in list(self._cached.values()):
             self._forget_content(content)
 
     def _forget(self, block: Block) -> None:
-        """Its content cannot be found in it any more."""
+        """Drop the block's content from the cache."""
         content = block.content
         if content is None:
             return
@@ -188,7 +188,7 @@ class BlockPool:
             del self._cached[content.block_hash]
 
     def _forget_content(self, content: BlockContent) -> None:
-        """No block holds it any more."""
+        """Drop content that no block has any more."""
         for block in filter(None, content.blocks):
             block.content = None
         content.blocks = [None] * self.num_groups
@@ -200,7 +200,7 @@ class BlockPool:
                 del self._tails[content.parent]
 
     def check_invariants(self, references: dict[int, int]) -> None:
-        """Prove counts, free list and cache consistent with `references` (block id -> how many block
+        """Check that counts, free list and cache are consistent with `references` (block id -> how many block
         tables hold it). Raises AssertionError."""
         free_ids = [block.block_id for block in self._free]
         assert len(free_ids) == len(set(free_ids)) == len(self._free), "free list has duplicates"

@@ -12,12 +12,12 @@ from quire.kvcache.block_pool import BlockPool
 from quire.messages import BlockIds
 
 LEAST_COPIED = 4
-"""Tokens in a tail that make its copy worthwhile; fewer are computed in less time."""
+"""Least number of tokens for which a tail is copied; fewer are computed in less time."""
 
 
 @dataclass(slots=True)
 class PrefixMatch:
-    """KV that exists already for the first `num_tokens` tokens of a request, as far as the next one reads it.
+    """Existing KV for the first `num_tokens` tokens of a request, as far as the next token reads it.
 
     `blocks` are full and will be shared by reference. `tails`, if any, hold the KV of some more tokens; they
     belong to others, so they are copied (copy-on-write) before this request appends to them.
@@ -25,11 +25,11 @@ class PrefixMatch:
 
     num_tokens: int
     blocks: list[list[Block]]
-    """By group. The null block where only tokens behind the window have their KV."""
+    """By group. The null block stands for blocks behind the window."""
     contents: list[BlockContent] = field(default_factory=list)
-    """Of the full blocks, as far as they are known."""
+    """The contents of the full blocks, as far as they are known."""
     tails: list[Block] = field(default_factory=list)
-    """One of each group, or none."""
+    """One block of each group, or none."""
 
 
 @dataclass(slots=True)
@@ -41,17 +41,18 @@ class _Table:
     blocks: list[list[Block]]
     contents: list[BlockContent]
     first: list[int]
-    """By group: index of the first block that is not behind the window. Those before are the null block."""
+    """By group: index of the first block that is not behind the window. Entries before it are the null
+    block."""
     slides_at: int
     """See `KVCacheManager.slide`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Growth:
-    """Blocks newly in a request's tables, and the copies that must precede their use."""
+    """Blocks added to a request's tables, and the copies that must precede their use."""
 
     block_ids: BlockIds
-    """Empty if there are none."""
+    """Empty if no block was added."""
     copies: list[tuple[int, int]]
     """(source, destination) block ids."""
 
@@ -95,11 +96,11 @@ class KVCacheManager:
         self._most_held = [most_held(window, block_size, max_row_tokens) for window in windows]
 
     def blocks_for(self, num_tokens: int) -> int:
-        """Blocks that a request of so many tokens holds at most at a time."""
+        """The most blocks that a request of this many tokens holds at a time."""
         return sum(self._at_a_time(-(-num_tokens // self.block_size)))
 
     def num_blocks_of(self, request_id: int) -> int:
-        """Entries in each of its block tables."""
+        """The number of entries in each of its block tables."""
         return len(self.tables[request_id].blocks[0])
 
     def num_missing(self, request_id: int, num_tokens: int) -> int:
@@ -113,14 +114,15 @@ class KVCacheManager:
         return (count if most is None else min(count, most) for most in self._most_held)
 
     def num_shareable_tokens(self, request_id: int) -> int:
-        """How many of its first tokens others find, those scheduled in this step included."""
+        """The number of its first tokens that other requests can find, those scheduled in this step
+        included."""
         return len(self.tables[request_id].contents) * self.block_size
 
     def block_ids(self, request_id: int, group: int = 0) -> list[int]:
         return [block.block_id for block in self.tables[request_id].blocks[group]]
 
     def first_read(self, group: int, num_tokens: int) -> int:
-        """Index of the first block that the token after `num_tokens` others reads, itself included."""
+        """Index of the first block that is read for the token after `num_tokens` others."""
         window = self.windows[group]
         return 0 if window is None else max(0, num_tokens - window + 1) // self.block_size
 
@@ -140,7 +142,8 @@ class KVCacheManager:
         chain = self.find_chain(request_id, token_ids, key)
         count = self._longest(chain, len(chain))
         if count * size == len(token_ids) and count:
-            # All is cached: keep all but the last slot of the last block, by copying it, or recompute it.
+            # Everything is cached: keep all but the last slot of the last block, by copying it, or
+            # recompute it.
             last, count = chain[count - 1], count - 1
             if self._can_be_copied(last, step_id):
                 match = self._match(chain[:count], len(token_ids) - 1, last)
@@ -162,7 +165,7 @@ class KVCacheManager:
     def find_chain(
         self, request_id: int, token_ids: Sequence[int], key: CacheKey
     ) -> list[BlockContent]:
-        """Contents of the first full blocks, proved, for as many as all groups with full attention hold
+        """Contents of the first full blocks, verified, for as many as all groups with full attention have
         them."""
         hashes = self.hashes_of(request_id, token_ids, key)
         size = self.block_size
@@ -223,7 +226,8 @@ class KVCacheManager:
     def _match(
         self, contents: list[BlockContent], num_tokens: int, tail: BlockContent | None
     ) -> PrefixMatch | None:
-        """Full blocks with these contents, and the tail; None if a group lacks what the next token reads."""
+        """Full blocks with these contents, and the tail; None if a group lacks a block that the next
+        token reads."""
         blocks: list[list[Block]] = []
         for group in range(len(self.windows)):
             first = self.first_read(group, num_tokens)
@@ -258,7 +262,7 @@ class KVCacheManager:
         return PrefixMatch(num_tokens, blocks, leader.contents[:full], tails)
 
     def without_tails(self, match: PrefixMatch) -> PrefixMatch:
-        """Do without the copied part: its tokens are computed again."""
+        """The match without the copied part, whose tokens are computed again."""
         full = len(match.blocks[0])
         for group, _ in self._sliding:
             first = self.first_read(group, full * self.block_size)
@@ -267,20 +271,20 @@ class KVCacheManager:
         return PrefixMatch(full * self.block_size, match.blocks, match.contents)
 
     def blocks_needed(self, match: PrefixMatch, num_tokens: int) -> int:
-        """Free blocks that it takes to admit a request with this match and `num_tokens` tokens."""
+        """The free blocks that the admission of a request with this match and `num_tokens` tokens needs."""
         count, null = -(-num_tokens // self.block_size), self.pool.null_block
         needed = 0
         for blocks, most in zip(match.blocks, self._most_held, strict=True):
             revived = sum(1 for block in blocks if block.ref_count == 0 and block is not null)
             own = count - len(blocks) + revived
             needed += own if most is None else min(own, most)
-        # A tail is held for a moment while it is copied.
+        # A tail has a reference while it is copied.
         return needed + sum(1 for block in match.tails if block.ref_count == 0)
 
     # --- while running ----------------------------------------------------------------------------
 
     def admit(self, request_id: int, match: PrefixMatch, key: CacheKey, num_tokens: int) -> Growth:
-        """Open block tables that start with `match` and reach to `num_tokens` tokens."""
+        """Create block tables that start with `match` and reach to `num_tokens` tokens."""
         assert request_id not in self.tables
         first = [
             min(self.first_read(group, match.num_tokens), len(blocks))
@@ -320,7 +324,7 @@ class KVCacheManager:
         return Growth(tuple(block_ids), [])
 
     def slide(self, request_id: int, num_computed: int) -> None:
-        """Give back the blocks that no token from `num_computed` on reads. They stay possible prefix hits."""
+        """Free the blocks that no token from `num_computed` on reads. They stay possible prefix hits."""
         table = self.tables[request_id]
         if num_computed < table.slides_at:
             return
@@ -333,7 +337,7 @@ class KVCacheManager:
         table.slides_at = self._slides_at(table.first)
 
     def _slides_at(self, first: Sequence[int]) -> int:
-        """With how many computed tokens a group can give back its first block."""
+        """The number of computed tokens with which a group can free its first block."""
         return min(
             ((first[group] + 1) * self.block_size + window - 1 for group, window in self._sliding),
             default=sys.maxsize,
@@ -364,7 +368,7 @@ class KVCacheManager:
     def release(self, request_id: int, token_ids: Sequence[int] = (), *, step_id: int = 0) -> None:
         """Drop the request's references, tail first, so that its head is evicted last.
 
-        token_ids: those whose KV is there, if it is good: the last, partial block is then kept as a tail.
+        token_ids: tokens whose KV is valid; the partial last block is cached as a tail.
         """
         table = self.tables.pop(request_id)
         full = len(table.contents)
@@ -381,7 +385,7 @@ class KVCacheManager:
         self.pool.release(_tail_first(table))
 
     def forget(self, request_id: int) -> None:
-        """The request is over for good: drop its hashes too."""
+        """The request has ended: drop its hashes too."""
         self._hashes.pop(request_id, None)
 
     def hashes_of(self, request_id: int, token_ids: Sequence[int], key: CacheKey) -> list[bytes]:
@@ -400,7 +404,7 @@ class KVCacheManager:
 
     @property
     def usage(self) -> float:
-        """Share of blocks that requests hold, 0-1."""
+        """Share of blocks that are referenced by requests, 0-1."""
         return 1.0 - self.pool.num_free / self.pool.num_usable
 
     @property
@@ -418,16 +422,16 @@ class KVCacheManager:
 
     @property
     def num_shared(self) -> int:
-        """Blocks that more than one request holds."""
+        """Blocks with more than one reference."""
         return self.pool.num_shared
 
     def reset_cache(self) -> None:
-        """Forget all cached content. Requests keep their blocks."""
+        """Drop all cached content. Requests keep their blocks."""
         self.pool.reset_cache()
 
     def check_invariants(self, others: Iterable[Block] = ()) -> None:
-        """Prove block tables, reference counts, free list and cache consistent. others: blocks that transfers
-        hold."""
+        """Check that block tables, reference counts, free list and cache are consistent. others: blocks
+        that transfers hold."""
         references: dict[int, int] = {}
         for request_id, table in self.tables.items():
             ids = [block.block_id for block in _tail_first(table)]
@@ -461,7 +465,7 @@ def _tail_first(table: _Table) -> Iterator[Block]:
 
 
 def _can_be_copied(block: Block, step_id: int) -> bool:
-    """Copies are made before a step's forward pass, so what that step computes is not there yet."""
+    """Copies are made before a step's forward pass, so a block that the step computes cannot be copied."""
     return block.content is None or block.step_id < step_id
 
 

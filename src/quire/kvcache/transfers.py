@@ -11,12 +11,13 @@ from quire.kvcache.manager import KVCacheManager
 from quire.messages import BlockName, Transfer
 
 MOST_LOOKED_AT = 8
-"""Blocks that are next to be handed out, of which a connector is asked in every step whether to save them."""
+"""In every step, the connector is asked whether to save the blocks that are reused next, up to this
+number."""
 
 
 @dataclass(frozen=True, slots=True)
 class WantedBlock:
-    """A full block of a request's prefix that is to be loaded."""
+    """A full block of a request's prefix to load."""
 
     index: int
     group: int
@@ -24,10 +25,10 @@ class WantedBlock:
 
 @dataclass(slots=True)
 class Load:
-    """Full blocks of a request's prefix, from index `start` on, and which of them are to be loaded."""
+    """Full blocks of a request's prefix, from index `start` on, and those of them to load."""
 
     parent: BlockContent | CacheKey
-    """What is before them."""
+    """The content before them."""
     start: int
     hashes: list[bytes]
     tokens: list[tuple[int, ...]]
@@ -41,18 +42,19 @@ class Load:
 @dataclass(slots=True)
 class _UnderWay:
     blocks: list[Block]
-    """Moved."""
+    """The blocks to move."""
     held: list[Block] = field(default_factory=list)
-    """Found in the cache, kept there for what is loaded after them."""
+    """Blocks found in the cache before the loaded ones, kept there until the load is done."""
     load: Load | None = None
 
 
 class Transfers:
-    """Transfers that a plan carries or that are under way. Each holds references to its blocks, as a
-    request does, until its result is there. What was loaded is then cached content like any other, which a
-    request finds.
+    """Transfers that are planned or under way. Each holds references to its blocks, as a request does,
+    until its result arrives. Loaded blocks are then cached content like any other, and a request finds
+    them.
 
-    most_held: blocks that transfers may hold. More are not started, so that requests keep what they need.
+    most_held: limit on the blocks that transfers hold, so that enough remain for requests. A transfer
+    that would exceed it is not started.
     """
 
     def __init__(self, kv: KVCacheManager, connector: KVConnector, most_held: int) -> None:
@@ -68,7 +70,7 @@ class Transfers:
         return bool(self._under_way)
 
     def blocks(self) -> Iterator[Block]:
-        """All that are held."""
+        """All blocks that transfers hold."""
         for transfer in self._under_way.values():
             yield from transfer.blocks
             yield from transfer.held
@@ -79,8 +81,9 @@ class Transfers:
     def start_load(
         self, request_id: int, token_ids: Sequence[int], key: CacheKey, free: int
     ) -> int | None:
-        """Load what the store has of a request's prefix beyond what is found, into at most `free` blocks.
-        Returns the transfer's id; when it is over, `KVCacheManager.match_prefix` finds what came."""
+        """Load the part of a request's prefix that the store has and the cache does not, into at most
+        `free` blocks. Returns the transfer's id, or None. After the transfer,
+        `KVCacheManager.match_prefix` finds the blocks."""
         load, held = self._plan_load(request_id, token_ids, key)
         names = [load.name(wanted) for wanted in load.wanted]
         in_windows = [name for name in names if self._kv.windows[name[1]] is not None]
@@ -96,8 +99,8 @@ class Transfers:
     def _plan_load(
         self, request_id: int, token_ids: Sequence[int], key: CacheKey
     ) -> tuple[Load, list[Block]]:
-        """The longest prefix that groups with full attention have, in the cache and then in the store: what
-        is to be loaded of it, and the blocks that are there."""
+        """The longest prefix that all groups with full attention have, in the cache and after that in the
+        store: the blocks of it to load, and the blocks in the cache."""
         kv, size = self._kv, self._kv.block_size
         hashes = kv.hashes_of(request_id, token_ids, key)[: len(token_ids) // size]
         chain = kv.find_chain(request_id, token_ids, key)
@@ -123,7 +126,7 @@ class Transfers:
         return Load(parent, start, hashes[start:count], tokens, wanted), held
 
     def save_finished(self, request_id: int) -> None:
-        """Offer the connector what a request leaves, before it is released."""
+        """Offer the connector the full blocks of a request that is about to be released."""
         kv, table = self._kv, self._kv.tables[request_id]
         reach = len(table.contents) * kv.block_size
         names, blocks = [], []
@@ -131,7 +134,9 @@ class Transfers:
             for group, first in enumerate(table.first):
                 if index < kv.first_read(group, reach):
                     continue
-                behind = index < first  # of its last token, but not of its last full block
+                behind = (
+                    index < first
+                )  # outside the window of its last token, but not of its last full block
                 block = content.blocks[group] if behind else table.blocks[group][index]
                 if block is not None:
                     names.append((content.block_hash, group))
@@ -145,7 +150,7 @@ class Transfers:
             self._start(self._saves, names, _UnderWay(blocks))
 
     def save_evicted(self) -> None:
-        """Save some of the blocks that are handed out next."""
+        """Save those of the next reused blocks that the connector wants."""
         for block in self._pool.next_free(MOST_LOOKED_AT):
             content = block.content
             if content is not None and len(content.tokens) == self._kv.block_size:
@@ -154,7 +159,7 @@ class Transfers:
                     self.save([name], [block])
 
     def take(self) -> tuple[list[Transfer], list[Transfer]]:
-        """Loads and saves for the next plan."""
+        """The loads and saves for the next plan."""
         taken = self._loads, self._saves
         self._loads, self._saves = [], []
         return taken
@@ -163,7 +168,7 @@ class Transfers:
         return transfer_id in self._under_way
 
     def finish(self, transfer_id: int, num_good: int, step_id: int) -> None:
-        """The first `num_good` blocks were moved."""
+        """A transfer is over, and its first `num_good` blocks were moved."""
         transfer = self._under_way.pop(transfer_id)
         if transfer.load is not None:
             self._register(transfer.load, transfer.blocks[:num_good], step_id)

@@ -1,14 +1,13 @@
-"""How each seat is sampled, kept on the device; sampling a step there.
+"""The sampling parameters of each seat, kept on the device, and the sampling of a step there.
 
-What depends on the tokens before (`RequestRules`) stays on the host, whose mask is sent while the device
-computes the logits.
+Rules that depend on the tokens so far (`RequestRules`) stay on the host, which sends a mask while the
+device computes the logits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 import torch
@@ -18,21 +17,26 @@ from torch import Tensor
 from quire.kernels.sampling import SAMPLE_ROW, sample_row
 from quire.kernels.triton import logits as edits
 from quire.kernels.triton.logprobs import MAX_LOGPROBS, logprobs
-from quire.kernels.triton.sampling import DeviceTokens, SampleWorkspace, processed, sample
+from quire.kernels.triton.sampling import (
+    SAMPLER_LEVELS,
+    DeviceTokens,
+    SamplerLevel,
+    SampleWorkspace,
+    processed,
+    sample,
+)
 from quire.kernels.triton.seats import SEAT_WORDS, as_words
 from quire.messages import AdmittedRequest, TokenLogprobs
 from quire.runner.device import Device
 from quire.sampling.logprobs import LogprobsMode, top_logprobs
 from quire.structured.masks import Mask
 
-Hardest = Literal["greedy", "draw", "filter"]
-HARDNESS: tuple[Hardest, ...] = ("greedy", "draw", "filter")
 _LEAST_LISTED = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Logprobs:
-    """What a request wants of each token."""
+    """The logprobs that a request wants for each token."""
 
     count: int
     """As `Decoding.logprobs`: -1 is all. 0 if only `also` are wanted."""
@@ -41,23 +45,23 @@ class Logprobs:
 
 @dataclass(frozen=True, slots=True)
 class SamplingWants:
-    """What the host must know of a step's samples to choose what to launch."""
+    """Properties of a step's samples by which the host chooses the kernels to launch."""
 
-    hardest: Hardest
+    level: SamplerLevel
     edit: bool
     """Whether any logits change before a token is sampled."""
     logprobs: Mapping[int, Logprobs]
-    """By index of the sample, of those that ask."""
+    """By index of the sample, for those that ask."""
 
     @property
     def outside_graph(self) -> bool:
-        """Whether sampling wants the logits themselves, and so is no part of a CUDA graph."""
+        """Whether sampling needs the logits themselves, and so is not part of a CUDA graph."""
         return self.edit or bool(self.logprobs)
 
 
 @dataclass(frozen=True, slots=True)
 class RowMasks:
-    """On the device, as `edit_logits` takes them."""
+    """Masks on the device, as arguments of `edit_logits`."""
 
     bits: Tensor
     rows: Tensor
@@ -65,20 +69,20 @@ class RowMasks:
 
 @dataclass(slots=True)
 class FetchedLogprobs:
-    """Logprobs on their way to the host: as found by the kernel, or whole rows of logits."""
+    """Logprobs that are being copied to the host: the kernel's results, or whole rows of logits."""
 
     mode: LogprobsMode
     tensors: list[Tensor] = field(default_factory=list)
     """On the device."""
     found: dict[int, tuple[int, Logprobs]] = field(default_factory=dict)
-    """By index of the sample: where it is in the first five tensors, those of `DeviceLogprobs`."""
+    """By index of the sample: its index in the first five tensors, those of `DeviceLogprobs`."""
     whole: dict[int, tuple[int, Logprobs]] = field(default_factory=dict)
-    """By index of the sample: which tensor has its logits."""
+    """By index of the sample: the index of the tensor with its logits."""
 
     def entries(
         self, back: Sequence[Tensor], token_ids: NDArray[np.int64], valid: NDArray[np.bool_]
     ) -> dict[int, TokenLogprobs]:
-        """back: the tensors on the host. token_ids, valid: of all samples."""
+        """back: `tensors`, copied to the host. token_ids, valid: of all samples."""
         entries = {}
         for index, (at, wanted) in self.found.items():
             if not valid[index]:
@@ -100,7 +104,7 @@ class FetchedLogprobs:
 
 
 class GPUSampling:
-    """The seats' records, histories and lists on the device, and what the host must know of them."""
+    """The seats' records, histories and lists on the device, and the host's summary of them."""
 
     def __init__(
         self, max_num_seqs: int, vocab_size: int, device: Device, *, logprobs_mode: str
@@ -118,11 +122,11 @@ class GPUSampling:
         self._banned: Tensor | None = None
         self._biased: Tensor | None = None
         self._biases: Tensor | None = None
-        self._hardness = np.zeros(max_num_seqs, dtype=np.int64)
-        """Index in `HARDNESS`."""
+        self._levels = np.zeros(max_num_seqs, dtype=np.int64)
+        """Index in `SAMPLER_LEVELS`."""
         self._penalizes = np.zeros(max_num_seqs, dtype=np.bool_)
         self._edits_until = np.zeros(max_num_seqs, dtype=np.int64)
-        """Logits change before a token is sampled at an index below this."""
+        """Logits are edited before a token is sampled at an index below this."""
         self._logprobs: dict[int, Logprobs] = {}
 
     def admit(self, index: int, request: AdmittedRequest) -> None:
@@ -130,7 +134,7 @@ class GPUSampling:
         banned_until = decoding.banned_until(request.num_prompt_tokens)
         self._rows[index] = sample_row(decoding, request.num_prompt_tokens)
         self._stale = True
-        self._hardness[index] = 0 if decoding.is_greedy else 2 if decoding.filters else 1
+        self._levels[index] = 0 if decoding.is_greedy else 2 if decoding.filters else 1
         self._penalizes[index] = decoding.has_penalties
         self._edits_until[index] = np.iinfo(np.int64).max if decoding.edits_logits else banned_until
         if decoding.logprobs is not None:
@@ -148,10 +152,10 @@ class GPUSampling:
     def recount(
         self, index: int, token_ids: Sequence[int] | NDArray[np.int64], num_prompt_tokens: int
     ) -> None:
-        """These are the tokens that the seat's penalties count, if it has any."""
+        """Replace the token counts for the seat's penalties, if it has any."""
         if not self._penalizes[index]:
             return
-        if self._history is None:  # 0.3 MB a seat at 152,000 tokens: only if somebody asks
+        if self._history is None:  # 0.3 MB per seat at 152,000 tokens: only if a request needs it
             shape = (len(self._rows), self._vocab_size)
             self._history = torch.zeros(shape, dtype=torch.int16, device=self._device.torch_device)
         row = edits.history_row(token_ids, num_prompt_tokens, self._vocab_size)
@@ -160,7 +164,7 @@ class GPUSampling:
     def _listed(
         self, table: Tensor | None, index: int, values: Sequence[float], dtype: torch.dtype
     ) -> Tensor:
-        """The table of the seats' lists, made or widened as need be, with this seat's in it."""
+        """The table of the seats' lists, created or widened if necessary, with this seat's list in it."""
         width = 0 if table is None else table.shape[1]
         if table is None or len(values) > width:
             size = (len(self._rows), max(_LEAST_LISTED, 2 * width, len(values)))
@@ -172,7 +176,7 @@ class GPUSampling:
         return table
 
     def upload(self) -> None:
-        """Before a step: what changed since the last one."""
+        """Before a step: send the records if any changed since the last one."""
         if self._stale:
             self._device.upload(self._table, torch.from_numpy(as_words(self._rows)))
             self._stale = False
@@ -183,13 +187,13 @@ class GPUSampling:
             numbered = enumerate(seats.tolist())
             asking = {i: self._logprobs[seat] for i, seat in numbered if seat in self._logprobs}
         return SamplingWants(
-            hardest=HARDNESS[self._hardness[seats].max(initial=0)],
+            level=SAMPLER_LEVELS[self._levels[seats].max(initial=0)],
             edit=bool((positions < self._edits_until[seats]).any()),
             logprobs=asking,
         )
 
     def send(self, masks: Mapping[int, Mask], padded: int) -> RowMasks | None:
-        """masks: by row of the logits, of which there are so many with padding."""
+        """masks: by row of the logits. padded: the number of rows with padding."""
         if not masks:
             return None
         rows = np.full(padded, -1, dtype=np.int32)
@@ -205,8 +209,8 @@ class GPUSampling:
     def edit(
         self, logits: Tensor, seats: Tensor, positions: Tensor, masks: RowMasks | None
     ) -> Tensor:
-        """[R, V] float32 for [R, V] as the model gave them. seats: [R] int32; positions: [R] int64; on the
-        device."""
+        """The edited logits, [R, V] float32. logits: [R, V], as the model gave them. seats: [R] int32;
+        positions: [R] int64; on the device."""
         return edits.edit_logits(
             logits,
             self._table,
@@ -222,9 +226,9 @@ class GPUSampling:
         )
 
     def sample(
-        self, logits: Tensor, seats: Tensor, positions: Tensor, hardest: Hardest, *, count: bool
+        self, logits: Tensor, seats: Tensor, positions: Tensor, level: SamplerLevel, *, count: bool
     ) -> DeviceTokens:
-        """logits: [R, V], edited where anybody wants that. count: whether penalties do."""
+        """logits: [R, V], edited if any row needs it. count: count the sampled tokens for penalties."""
         history = self._history if count else None
         return sample(
             logits,
@@ -232,7 +236,7 @@ class GPUSampling:
             seats,
             positions,
             self._workspace,
-            hardest=hardest,
+            level=level,
             history=history,
         )
 
@@ -244,8 +248,8 @@ class GPUSampling:
         seats: Tensor,
         token_ids: Tensor,
     ) -> FetchedLogprobs | None:
-        """After `sample`. asking: by row, what is wanted. logits, edited: [R, V], before edits and after; the
-        latter are overwritten, if they are others. seats: as for `sample`. token_ids: [R], sampled."""
+        """After `sample`. asking: by row. logits, edited: [R, V], before and after edits; `edited` is
+        overwritten if it is another tensor. seats: as for `sample`. token_ids: [R], sampled."""
         if not asking:
             return None
         if self._mode.processed:
@@ -272,7 +276,7 @@ class GPUSampling:
             )
             fetched.tensors += (top.logprob, top.rank, top.top_ids, top.top_logprobs, top.asked)
         for index, of in asking.items():
-            if index not in few:  # more than the kernel keeps: the host finds them
+            if index not in few:  # more than the kernel finds: the host computes them
                 fetched.whole[index] = (len(fetched.tensors), of)
                 fetched.tensors.append(logits[index])
         return fetched

@@ -1,14 +1,14 @@
 """The steps of a GPU: launched, not awaited.
 
-Everything a step needs that the host does not send is already there: token ids, block tables, how a seat
-is sampled. The sampled ids stay on the device too, where the next step finds them, so that a step can be
-launched while the one before it runs. The host only waits in `wait()`.
+The device keeps token ids, block tables and sampling parameters of each seat, so the host only sends what
+changed. Sampled ids stay on the device too, where the next step reads them, so a step can be launched
+while the one before it runs. The host only waits in `wait()`.
 
-A whole step is one CUDA graph (`runner.graphs`): what attention's launches depend on is its padded numbers
-of rows and tokens, nothing else. What only some requests want runs behind it: edits of logits, logprobs. A
-request with rules that the host alone can follow is never planned before its last token is known
-(`needs_token_before_next`), so its seat has all its tokens on the host, and its mask is made while the
-forward pass runs. A step whose hidden states are read is not recorded.
+A whole step is one CUDA graph (`runner.graphs`): its launches depend only on the padded numbers of rows
+and tokens. Work that only some requests need runs after it: edits of logits, logprobs. A request with
+rules that only the host can apply is never planned before its last token is known
+(`needs_token_before_next`), so the host has all its tokens, and makes its mask while the forward pass
+runs. A step whose hidden states are read does not use a graph.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class GPUBackend:
         eager: bool = False,
         logprobs_mode: str = "raw_logprobs",
     ) -> None:
-        """max_model_len: the cache may be opened for less. eager: no CUDA graphs."""
+        """max_model_len: the cache may be opened with a smaller one. eager: no CUDA graphs."""
         self._model = model
         self._device = device
         shape = BatchShape(
@@ -89,7 +89,7 @@ class GPUBackend:
             max_num_seqs, model.spec.vocab_size, device, logprobs_mode=logprobs_mode
         )
         self._blocks_sent = np.zeros(max_num_seqs, dtype=np.int64)
-        """How many of each seat's blocks the device knows."""
+        """The number of each seat's blocks that were sent to the device."""
         self.graphs = Graphs(
             device,
             self._compute,
@@ -107,7 +107,7 @@ class GPUBackend:
         self._kv_cache = kv_cache
         self._blocks = kv_cache.storage.view(len(kv_cache.layers), 2, *kv_cache.layers[0].k.shape)
 
-    # --- what the device keeps of requests ------------------------------------------------------------
+    # --- requests -------------------------------------------------------------------------------------
 
     @_on_device
     def admit(self, seat: int, request: AdmittedRequest) -> None:
@@ -119,7 +119,7 @@ class GPUBackend:
 
     @_on_device
     def force(self, seat: int, token_ids: Sequence[int]) -> None:
-        """The tokens themselves go along with the next step; only penalties count them before."""
+        """The tokens are sent with the next step; here only the penalties' counts are updated."""
         seats = self._seats
         known = seats.token_ids[seat, : seats.num_brought[seat]]
         self._sampling.recount(seat, known, int(seats.num_prompt_tokens[seat]))
@@ -145,7 +145,7 @@ class GPUBackend:
             tokens=int(counts.sum()),
             samples=count,
             most_tokens=int(counts.max()),
-            hardest=wants.hardest if inside else None,
+            level=wants.level if inside else None,
         )
         hidden: list[Tensor] = []
         if step.read_rows:
@@ -165,13 +165,14 @@ class GPUBackend:
         seats, positions = self._sample_sections(len(logits))
         if wants.edit:
             edited = self._sampling.edit(logits, seats, positions, masks)
-        tokens = self._sampling.sample(edited, seats, positions, wants.hardest, count=wants.edit)
+        tokens = self._sampling.sample(edited, seats, positions, wants.level, count=wants.edit)
         append_tokens(self._batch, tokens.token_ids)
         logprobs = self._sampling.logprobs(wants.logprobs, logits, edited, seats, tokens.token_ids)
         return self._fetch(tokens, count, logprobs, hidden)
 
     def _send(self, step: StepInput, rows: NDArray[np.int64]) -> None:
-        """Copy to the device what it does not know: ids that it did not sample, new blocks, who samples."""
+        """Send what the device does not have: ids that it did not sample, new blocks, the rows that
+        sample."""
         seats, starts, counts, _ = rows.T
         of = self._seats
         num_blocks, sent = of.num_blocks[seats], self._blocks_sent[seats]
@@ -224,10 +225,10 @@ class GPUBackend:
     def _compute(self, shape: StepShape) -> Computed:
         hidden = self._sampled_rows(shape, self._forward(shape))
         tokens = None
-        if shape.hardest is not None and shape.samples:
+        if shape.level is not None and shape.samples:
             seats, positions = self._sample_sections(shape.samples)
             logits = self._model.logits(hidden)
-            tokens = self._sampling.sample(logits, seats, positions, shape.hardest, count=False)
+            tokens = self._sampling.sample(logits, seats, positions, shape.level, count=False)
             append_tokens(self._batch, tokens.token_ids)
         return Computed(hidden, tokens)
 
@@ -249,20 +250,20 @@ class GPUBackend:
         return self._model.compute(batch.input_ids[:tokens], metadata, self._kv_cache)
 
     def _sampled_rows(self, shape: StepShape, hidden: Tensor) -> Tensor:
-        """[samples, hidden_size] of all the tokens' hidden states."""
+        """[samples, hidden_size]: the sampled rows of the hidden states."""
         if shape.samples == shape.tokens and shape.most_tokens == 1:
             return hidden
         return hidden.index_select(0, self._batch.section(Section.LOGIT_ROWS)[: shape.samples])
 
     def _sample_sections(self, count: int) -> tuple[Tensor, Tensor]:
-        """Seats and positions of what is sampled."""
+        """Seats and positions of the samples."""
         batch = self._batch
         return (
             batch.section(Section.SAMPLE_SEATS)[:count],
             batch.section(Section.SAMPLE_POSITIONS)[:count],
         )
 
-    # --- back -----------------------------------------------------------------------------------------
+    # --- results --------------------------------------------------------------------------------------
 
     def _fetch(
         self,
@@ -271,11 +272,11 @@ class GPUBackend:
         logprobs: FetchedLogprobs | None = None,
         hidden: Sequence[Tensor] = (),
     ) -> LaunchedGPUStep:
-        """Start the results on their way to the host, beside the steps launched next. Hence all that is
-        downloaded is a new tensor, none a CUDA graph's: the next one would overwrite it."""
+        """Start to copy the results to the host, while the next steps run. All tensors that are copied
+        are therefore new ones, and none belongs to a CUDA graph: its next launch would overwrite it."""
         back = []
         if tokens is not None and count:
-            # A token plus 1, or 0 where the logits held NaN: one new tensor to copy, not two.
+            # The token plus 1, or 0 if the logits contain NaN: one new tensor to copy instead of two.
             back.append(tokens.token_ids[:count] + tokens.valid[:count])
         if logprobs is not None:
             back += logprobs.tensors

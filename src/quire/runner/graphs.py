@@ -20,9 +20,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from quire.kernels.triton.sampling import DeviceTokens
+from quire.kernels.triton.sampling import SAMPLER_LEVELS, DeviceTokens, SamplerLevel
 from quire.runner.device import CannotRecordError, Device
-from quire.runner.gpu_sampling import HARDNESS, Hardest
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +44,8 @@ class StepShape(NamedTuple):
     samples: int
     most_tokens: int
     """The largest number of tokens of a row."""
-    hardest: Hardest | None
-    """None if it is sampled outside the graph."""
+    level: SamplerLevel | None
+    """Sampler level; None if it is sampled outside the graph."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,12 +143,12 @@ class Graphs:
         """The padded shape for the step; None if it can have no graph."""
         if exact.most_tokens == 1 and exact.samples == exact.rows:
             size = _least(self._decode_rows, exact.rows)
-            return None if size is None else _decoding(size, exact.hardest)
+            return None if size is None else _decoding(size, exact.level)
         rows = _least(self._mixed_rows, max(exact.rows, exact.samples))
         tokens = _least(self._mixed_tokens, exact.tokens)
         if rows is None or tokens is None:
             return None
-        return StepShape(rows, tokens, samples=rows, most_tokens=tokens, hardest=exact.hardest)
+        return StepShape(rows, tokens, samples=rows, most_tokens=tokens, level=exact.level)
 
     def _work(self, shape: StepShape) -> Compute:
         """The CUDA graph for this shape; else a graph with a superset sampler, which gives the same
@@ -158,9 +157,9 @@ class Graphs:
         if found is not None:
             return found
         uses = self.uses[shape] = self.uses.get(shape, 0) + 1
-        if shape.hardest is not None:
-            for harder in HARDNESS[HARDNESS.index(shape.hardest) + 1 :]:
-                found = self.recorded.get(shape._replace(hardest=harder))
+        if shape.level is not None:
+            for level in SAMPLER_LEVELS[SAMPLER_LEVELS.index(shape.level) + 1 :]:
+                found = self.recorded.get(shape._replace(level=level))
                 if found is not None:
                     return found
         if self._may_record and uses > _USES_BEFORE_RECORDING:
@@ -168,5 +167,5 @@ class Graphs:
         return partial(self._compute, shape)
 
 
-def _decoding(size: int, hardest: Hardest | None) -> StepShape:
-    return StepShape(size, size, samples=size, most_tokens=1, hardest=hardest)
+def _decoding(size: int, level: SamplerLevel | None) -> StepShape:
+    return StepShape(size, size, samples=size, most_tokens=1, level=level)

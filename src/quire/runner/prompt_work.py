@@ -1,4 +1,4 @@
-"""What a request wants of its prompt besides the next token: the logprobs of its tokens, or one vector."""
+"""Results that a request wants for its prompt: the logprobs of its tokens, or one vector."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from quire.sampling.logprobs import log_softmax, top_logprobs
 from quire.sampling_params import PoolingParams
 
 LOGITS_BYTES = 32 << 20
-"""Prompt logits that are in memory at a time: a long prompt's would be gigabytes."""
+"""Limit on the prompt logits in memory at a time: those of a long prompt would be gigabytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class PromptResult:
 
 @dataclass(slots=True)
 class PromptWork:
-    """One admitted request's. Made anew on every admission, since it depends on hidden states read so far."""
+    """Prompt logprobs / pooling state of one request; reset on readmission."""
 
     prompt: list[int]
     pooling: PoolingParams | None
@@ -36,7 +36,7 @@ class PromptWork:
     num_logprobs: int
     also: list[int]
     sum: NDArray[np.float64] | None = None
-    """[hidden_size]: of the hidden states so far, for a mean."""
+    """[hidden_size]: the sum of the hidden states so far, for a mean."""
 
     @classmethod
     def of(cls, request: AdmittedRequest) -> PromptWork | None:
@@ -53,12 +53,12 @@ class PromptWork:
         )
 
     def wanted(self, start: int, count: int) -> int:
-        """Of how many of the row's tokens, the last ones, the hidden states are wanted."""
+        """The number of the row's last tokens whose hidden states are wanted."""
         if self.pooling is not None:
             if self.pooling.pooling == "mean":
                 return count
             return int(start + count == len(self.prompt))
-        # The state at p - 1 says how likely token p is.
+        # The hidden state at p - 1 gives the logprobs of token p.
         begin = max(start, self.first - 1)
         return start + count - begin if begin < min(start + count, len(self.prompt) - 1) else 0
 
@@ -68,7 +68,7 @@ class PromptWork:
     def read(
         self, start: int, count: int, hidden: Tensor, model: DecoderModel
     ) -> PromptResult | None:
-        """hidden: [at least `wanted`, hidden_size], the row's last ones."""
+        """hidden: [at least `wanted`, hidden_size], of the row's last tokens."""
         wanted = self.wanted(start, count)
         if not wanted:
             return None
@@ -94,7 +94,7 @@ class PromptWork:
     def _pool(self, hidden: Tensor, num_computed: int) -> PromptResult | None:
         assert self.pooling is not None
         if self.pooling.pooling == "mean":
-            # NumPy adds row after row, so that the sum does not depend on how the prompt was cut.
+            # NumPy adds one row after the other, so the sum does not depend on how the prompt was cut.
             rows = hidden.double().cpu().numpy()
             if self.sum is not None:
                 rows = np.vstack([self.sum, rows])

@@ -1,4 +1,4 @@
-"""What is reported as the logprobs of a token, and the top ones among them."""
+"""The reported logprobs of a token, and the top ones among them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from quire.messages import TokenLogprobs
 
 @dataclass(frozen=True, slots=True)
 class LogprobsMode:
-    """What logprobs are made from, on every device."""
+    """The values that are reported as logprobs, on every device."""
 
     processed: bool
-    """The logits as tokens are drawn from them, see `processed`; not as the model gave them."""
+    """Made from the logits that tokens are drawn from, see `processed`; not from the model's."""
     normalized: bool
-    """Their log-softmax; not the logits themselves."""
+    """The log-softmax of the logits; not the logits themselves."""
 
     @classmethod
     def of(cls, name: str) -> LogprobsMode:
@@ -29,13 +29,13 @@ class LogprobsMode:
         return cls(processed=source == "processed", normalized=kind == "logprobs")
 
     def reported(self, logits: Tensor) -> Tensor:
-        """[V], from [V] of the logits that the mode is about."""
+        """The reported values, [V]. logits: [V], processed if the mode says so."""
         return log_softmax(logits[None])[0] if self.normalized else logits
 
 
 def processed(logits: Tensor, row: np.void | None) -> Tensor:
-    """Edited logits as they are drawn from: [V], over the temperature, -inf where a filter leaves a token
-    out. row: a `SAMPLE_ROW`; None, or of temperature 0, for greedy."""
+    """The logits that are sampled from: [V], divided by the temperature, -inf for tokens that a filter
+    removes. logits: edited. row: a `SAMPLE_ROW`; None, or of temperature 0, for greedy."""
     if row is None or row["temperature"] == 0 or bool(logits.isnan().any()):
         return logits.clone()
     kept = filtered_scores(logits, row).isfinite()
@@ -43,7 +43,7 @@ def processed(logits: Tensor, row: np.void | None) -> Tensor:
 
 
 def log_softmax(logits: Tensor) -> Tensor:
-    """logits: [R, V]. Row by row on a CPU: how PyTorch takes the sums of many may depend on how many."""
+    """logits: [R, V]. Row by row on a CPU: PyTorch's sums over several rows may depend on their number."""
     if not logits.is_cpu:
         return torch.log_softmax(logits, dim=-1)
     out = torch.empty_like(logits)
@@ -55,8 +55,8 @@ def log_softmax(logits: Tensor) -> Tensor:
 def top_logprobs(
     logprobs: Tensor, tokens: Sequence[int], asked: int, also: Sequence[int] | None = None
 ) -> list[TokenLogprobs]:
-    """logprobs: [R, V]; tokens: [R]. Each row's chosen token's value and rank, the top ones asked for (-1 for
-    all), and those of `also`."""
+    """For each row: the value and rank of its token, the top `asked` values (-1 for all), and the values of
+    `also`. logprobs: [R, V]; tokens: [R]."""
     count = logprobs.shape[1] if asked == -1 else min(asked, logprobs.shape[1])
     chosen = logprobs.gather(1, torch.tensor(tokens, device=logprobs.device)[:, None])
     ranks = (logprobs > chosen).sum(1) + 1
@@ -77,7 +77,7 @@ def top_logprobs(
 
 
 def _likeliest(logprobs: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Values and ids, best first, ties by id: `topk` promises nothing of ties. logprobs: [R, V]. Returns
+    """Values and ids, best first, ties by id: `topk` has no defined order for ties. logprobs: [R, V]. Returns
     [R, count] twice."""
     values, ids = logprobs.topk(count)
     if count == 0:

@@ -1,9 +1,9 @@
 """From logits to tokens on a CPU: penalties, temperature, filters, and one random stream per request.
 
-What a row yields depends on its logits, its parameters, its own history and `(seed, position)`, never on
-the rows beside it. Most rows want only what `Kernels.sample` does: their parameters lie in one array, by
-seat, and no Python runs for them. The few that want more (penalties, a ban on end tokens, logprobs) have
-a `SamplingState` and are handled one by one.
+A row's token depends on its logits, its parameters, its own history and `(seed, position)`, and not on
+other rows. Most rows need only `Kernels.sample`: their parameters are in one array, by seat, and no
+Python runs for them. The few that need more (penalties, a ban on end tokens, logprobs) have a
+`SamplingState` and are handled one by one.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from quire.structured.masks import Mask, tokens_of
 
 
 class GrammarSource(Protocol):
-    """Where compiled grammars come from."""
+    """The source of compiled grammars."""
 
     def grammar(self, spec: GrammarSpec) -> Grammar:
-        """One that has been compiled before."""
+        """A grammar that has been compiled before."""
         ...
 
 
@@ -53,7 +53,7 @@ def rules_of(
 
 
 class SamplingState:
-    """What a request needs beyond `SAMPLE_ROW`: its parameters and history."""
+    """A request's parameters and history beyond `SAMPLE_ROW`."""
 
     __slots__ = ("_always", "banned_until", "bias", "counts", "decoding", "final_ids", "seen")
 
@@ -63,7 +63,7 @@ class SamplingState:
         self.final_ids = decoding.final_ids if self.banned_until else []
         self._always = decoding.edits_logits or decoding.logprobs is not None
         self.counts: Tensor | None = None
-        """[vocab_size] float32: occurrences of each token in the output, where penalties need it."""
+        """[vocab_size] float32: occurrences of each token in the output, if penalties need it."""
         self.seen: Tensor | None = None
         """[vocab_size] bool: tokens in prompt or output."""
         if decoding.has_penalties:
@@ -73,7 +73,7 @@ class SamplingState:
             self.seen = torch.zeros(vocab_size, dtype=torch.bool)
             self.seen[ids] = True
         self.bias: tuple[Tensor, Tensor] | None = None
-        """Token ids, and what is added to their logits."""
+        """Token ids, and the numbers added to their logits."""
         if decoding.logit_bias:
             ids, values = zip(*decoding.logit_bias.items(), strict=True)
             self.bias = torch.tensor(ids), torch.tensor(values, dtype=torch.float32)
@@ -85,7 +85,7 @@ class SamplingState:
             self.seen[token_id] = True
 
     def is_needed(self, position: int) -> bool:
-        """For the token to be sampled at this index in the request, or any later one."""
+        """Whether it is needed for the token at this index in the request, or a later one."""
         return self._always or position < self.banned_until
 
     @property
@@ -93,7 +93,8 @@ class SamplingState:
         return self.decoding.logprobs is not None
 
     def edit(self, logits: Tensor, position: int, mask: Mask | None) -> None:
-        """Everything but temperature and filters, in place. logits: [V]. mask: what may be sampled."""
+        """All edits except temperature and filters, in place. logits: [V]. mask: the tokens that may be
+        sampled."""
         decoding = self.decoding
         if mask is not None:
             kept = torch.full_like(logits, -torch.inf)
@@ -117,8 +118,8 @@ class SamplingState:
 
 
 class SamplingSeats:
-    """How the request in each seat is sampled. Admission writes all that is read of a seat, so nothing
-    stale can be."""
+    """The sampling parameters of the request in each seat. Admission writes everything that is read of a
+    seat, so old values are never used."""
 
     def __init__(self, max_num_seqs: int, vocab_size: int) -> None:
         self._vocab_size = vocab_size
@@ -157,7 +158,7 @@ class SamplingSeats:
     def states(
         self, seats: NDArray[np.int64], positions: NDArray[np.int64]
     ) -> dict[int, SamplingState]:
-        """Of those seats that need one, by index. One that no longer does is dropped."""
+        """The states of the seats that need one, by index. A state that is no longer needed is dropped."""
         found: dict[int, SamplingState] = {}
         if not self._states:
             return found
@@ -233,8 +234,8 @@ class Sampler:
         rows: NDArray[np.void] | None,
         masks: Mapping[int, Mask],
     ) -> dict[int, Tensor]:
-        """Edits the rows that want it, in place. Returns what is reported as logprobs of those that ask, by
-        index: [V]."""
+        """Edits logits of the rows that need it, in place. Returns the reported logprobs of the rows that
+        ask for them, by index: [V]."""
         told: dict[int, Tensor] = {}
         for index, state in states.items():
             values = logits[index]

@@ -27,7 +27,7 @@ class WaitReason(str, Enum):
     TOKEN = "its last token is pending"
     """A plan in flight samples the token."""
     LOAD = "its KV is being loaded"
-    """A store outside the cache has it."""
+    """From a store outside the cache."""
     GRAMMAR = "its grammar is being compiled"
 
     @property

@@ -4,29 +4,29 @@ A request is a list of tokens, of which the first `num_computed_tokens` have the
 blocks. Every step, the scheduler hands requests some of their tokens that are not computed yet,
 until the token budget or the free blocks run out. That is all. A prompt being prefilled, in one
 piece or in chunks, has many tokens to catch up with; a decoding request has one, the token it sampled
-last; a prefix-cache hit starts with `num_computed_tokens` already above zero; a preempted request goes
-back to zero and catches up again. The scheduler has no word for any of them.
+last; a prefix-cache hit starts with `num_computed_tokens` above zero; a preempted request goes
+back to zero and catches up again. The scheduler does not distinguish them.
 
 The executor carries plans out in order, so a plan may build on one that is still in flight, as if it
 were done: what is planned counts as computed, blocks taken from one request may go to another at once,
 and a token that is being sampled is in the list as *pending*, its id not known yet. What needs the id
-waits until it is known: sharing the block it fills, and ending the request with it. If it turns out to
-have been the last token, the row planned after it was in vain, and its result is discarded.
+waits until it is known: sharing the block that it fills, and ending the request with it. If it turns out to
+be the last token, the result of the row planned after it is discarded.
 
 A row may end in drafts: guesses at the tokens that follow. They are computed like known tokens, with what is
-left of the budget and in free blocks only, and the executor samples after each. With the result, those that
-were right are known tokens whose KV is there; of the others `num_computed_tokens` is set back, and
+left of the budget and only in free blocks, and the executor samples after each. With the result, drafts that
+were right are known tokens whose KV exists; for the others `num_computed_tokens` is reduced, and
 their slots are written again before they are read. No block is shared before its tokens are known.
 
 Four rules keep it fair and free of deadlock (docs/adr/0002-one-order.md):
 
 * One order (the policy's) decides everything: who is admitted first, who gets budget first, and,
   read backwards, who is preempted. So the first of the running requests always advances.
-* Every running request is sure of a quantum of budget per step, whatever stands before it, and so is the
-  head of the queue. What is left after that goes in order.
+* Every running request gets at least a quantum of budget per step, whatever is before it, and so does the
+  head of the queue. The rest goes in order.
 * A waiting request does not compute what one before it is about to compute. It waits and finds it.
 * A waiting request is admitted only if all its known tokens fit beside what the running ones still
-  need. Preemption is left for what nobody could know: how long outputs become.
+  need. Preemption is only for what cannot be known before: how long outputs become.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ from quire.scheduler.request import Request, RequestStatus
 
 @dataclass(frozen=True, slots=True)
 class SchedulerLimits:
-    """What bounds a step. Plain numbers, so that tests and the simulator need no model."""
+    """The limits of a step. Plain numbers, so that tests and the simulator need no model."""
 
     max_num_seqs: int
     max_num_batched_tokens: int
@@ -74,7 +74,7 @@ class SchedulerLimits:
 
 
 class Scheduler:
-    """Plans steps and learns their results. One thread; no I/O; never imports torch."""
+    """Plans steps and applies their results. One thread; no I/O; never imports torch."""
 
     def __init__(
         self,
@@ -89,9 +89,9 @@ class Scheduler:
         """needs_token_before_next: says of a request that it cannot be overlapped, because its next token
         cannot be sampled, or its drafts be made, before this side has seen the last one.
         observe: called with every decision. Without it none are recorded.
-        connector: to a store outside the cache, where there is one. Transfers leave the blocks that one
-        request of full length needs, so the first running request advances beside them too."""
-        # A lone request can always grow to full length: that is what guarantees progress.
+        connector: of a store outside the cache, if there is one. Transfers leave free the blocks that one
+        request of full length needs, so that the first running request always advances."""
+        # A single request can always grow to full length: this guarantees progress.
         assert kv.blocks_for(limits.max_model_len) <= kv.num_usable
         assert limits.max_num_batched_tokens >= limits.max_num_seqs
         self.limits = limits
@@ -106,22 +106,22 @@ class Scheduler:
         self._step_id = 0
         self._released: list[int] = []
         self._waits: dict[int, Wait] = {}
-        """By request id, of those the last step looked at; the others wait behind `_stopped_at`."""
+        """By request id, for those that the last step considered; the others wait behind `_stopped_at`."""
         self._num_deferred = 0
         self._stopped_at: int | None = None
         self._has_drafts = False
         self._loading: dict[int, int] = {}
-        """Transfer id of the load that a request waits for, or has waited for since it began to wait."""
+        """By request id, the id of the load that a waiting request started."""
         self.transfers: Transfers | None = None
         if connector is not None:
             most_held = kv.num_usable - kv.blocks_for(limits.max_model_len)
             self.transfers = Transfers(kv, connector, most_held)
         self._stats = SchedulerStats()
 
-    # --- requests come and go ---------------------------------------------------------------------
+    # --- adding and ending requests ---------------------------------------------------------------
 
     def add_request(self, message: AddRequest) -> None:
-        """Queue a request. The front end has validated it; lengths are checked again because a request
+        """Queue a request. The front end has validated it. Lengths are checked again because a request
         that can never fit would wait for ever."""
         if message.request_id in self.requests:
             raise ValueError(f"request id {message.request_id} is in use")
@@ -143,7 +143,7 @@ class Scheduler:
         self.report.waits(request.request_id, wait)
 
     def abort(self, request_ids: Iterable[int]) -> list[RequestUpdate]:
-        """End requests now, wherever they are. Unknown ids (already finished) are ignored."""
+        """End requests now, waiting or running. Unknown ids (already finished) are ignored."""
         updates = []
         for request_id in request_ids:
             request = self.requests.get(request_id)
@@ -152,22 +152,22 @@ class Scheduler:
         return updates
 
     def reset_prefix_cache(self) -> None:
-        """Forget all cached content. Requests keep their blocks, but no other request finds them."""
+        """Drop all cached content. Requests keep their blocks, but no other request finds them."""
         self.kv.reset_cache()
 
     @property
     def has_work(self) -> bool:
-        """Whether a step would do anything (including telling the executor what to forget)."""
+        """Whether a step has anything to do (including sending releases to the executor)."""
         return bool(self.requests) or bool(self._released) or bool(self.transfers)
 
     # --- a step -----------------------------------------------------------------------------------
 
     def schedule(self) -> StepPlan:
-        """Plan the next step, as if those in flight were done. A plan without rows means nobody can run:
-        nobody is there, or all wait for a pending token.
+        """Plan the next step, as if those in flight were done. A plan without rows means that no request
+        can run: there is none, or all wait for a pending token.
 
-        The queue comes first: it may have what running requests do not want, and at least a quantum. They
-        divide the rest: a quantum for each, and in order what is left after that."""
+        The queue comes first: it gets what running requests do not want, and at least a quantum. They
+        divide the rest: a quantum for each, and then in order what is left."""
         self._step_id += 1
         plan = StepPlan(step_id=self._step_id)
         self._waits.clear()
@@ -198,17 +198,18 @@ class Scheduler:
         return plan
 
     def _wanted(self, request: Request) -> int:
-        """How many tokens a running request would compute in this step if it had the budget alone."""
+        """The number of tokens that a running request would compute in this step with the whole budget."""
         if (request.num_pending_tokens or not request.generates) and self._is_idle(request):
             return 0
         return self._capped(request.num_tokens - request.num_computed_tokens)
 
     def _quantum(self, wanted: list[int]) -> int:
-        """Tokens that a running request, or the head of the queue, is sure of if it wants as many.
+        """The number of tokens that a running request, or the head of the queue, gets at least if it
+        wants them.
 
-        It is an equal part of a quarter of the budget that single tokens leave. There are as many parts as
-        requests that want more than one token. The first of those needs none, as it gets the other three
-        quarters; its part is the queue's. What a request does not want is divided among the others.
+        A quarter of the budget that single tokens leave is divided into equal parts: one for each request
+        that wants more than one token. The first of those needs no part, as it gets the other three
+        quarters; its part goes to the queue. What a request does not want is divided among the others.
         """
         counts = sorted(wanted)
         prompts = counts[bisect_right(counts, 1) :]
@@ -231,8 +232,8 @@ class Scheduler:
         budget: int,
         quantum: int,
     ) -> None:
-        """Divide the budget, preempting from the end of the order for blocks. What was meant for a victim
-        stays unused."""
+        """Divide the budget, and preempt from the end of the order if blocks are lacking. The budget of a
+        preempted request is not used."""
         spare = budget - sum(wanted) + sum(count - quantum for count in wanted if count > quantum)
         assert spare >= 0
         for request, count in zip(running, wanted, strict=True):
@@ -252,9 +253,9 @@ class Scheduler:
                 self._plan_row(plan, request, count, growth.block_ids)
 
     def _is_idle(self, request: Request) -> bool:
-        """Whether there is nothing to compute before the plans in flight are done."""
+        """Whether the request has nothing to compute until the plans in flight are done."""
         if request.num_computed_tokens == request.num_tokens:
-            return True  # it has a prompt only
+            return True  # it only has a prompt
         if not request.num_pending_tokens:
             return False
         if request.ends_with_pending:
@@ -264,8 +265,8 @@ class Scheduler:
         return held
 
     def _add_drafts(self, plan: StepPlan) -> None:
-        """Let rows verify drafts, in order, with what is left of the budget, of the samples and of the free
-        blocks. What does not fit is dropped."""
+        """Let rows verify drafts, in order, within the rest of the budget and samples and the free
+        blocks. Drafts that do not fit are dropped."""
         self._has_drafts = False
         left = min(
             self.limits.max_num_batched_tokens - plan.num_tokens,
@@ -300,7 +301,8 @@ class Scheduler:
             left -= count
 
     def _advance(self, plan: StepPlan) -> None:
-        """Count what is planned as computed. Only now: within a step, it is not there yet to be copied."""
+        """Count planned tokens as computed. Only at the end, because within the step their KV cannot be
+        copied yet."""
         for row in plan.rows:
             request = self.requests[row.request_id]
             request.num_computed_tokens += row.num_tokens
@@ -310,10 +312,10 @@ class Scheduler:
                 self.policy.served(self.requests[row.request_id], row.num_tokens)
 
     def _schedule_waiting(self, plan: StepPlan, budget: int) -> int:
-        """Admit waiting requests in order, until one does not fit. Returns how much budget they take.
+        """Admit waiting requests in order, until one does not fit. Returns the budget that they take.
 
-        Who fits does so beside all that running requests will grow by in this step, so a step that admits
-        somebody preempts nobody."""
+        A request that fits does so beside all that running requests grow by in this step, so a step that
+        admits does not preempt."""
         if not self.waiting:
             return 0
         left = budget
@@ -358,18 +360,18 @@ class Scheduler:
         return request.num_tokens - request.num_computed_tokens > self.kv.block_size
 
     def _stop_at(self, request: Request, wait: Wait) -> None:
-        """Admit nobody from here on."""
+        """Admit no request from here on."""
         self._waits[request.request_id] = wait
         self._stopped_at = request.request_id
 
     def _match(self, request: Request, leaders: list[Request]) -> PrefixMatch | Wait:
-        """KV that others have computed for this request. Or why it waits: they are about to compute more, or,
-        after a preemption, a token is still pending."""
+        """The KV that others have computed for this request, or the reason to wait: they are about to
+        compute more, or, after a preemption, a token is still pending."""
         if request.num_pending_tokens:
             return Wait(WaitReason.TOKEN)
         leader = self.requests.get(request.fork_of) if request.fork_of is not None else None
         if leader is not None and leader.status is RequestStatus.RUNNING:
-            # The last prompt token is computed again, so that each sibling samples on its own.
+            # The last prompt token is computed again, so that each sibling samples for itself.
             shared = request.num_prompt_tokens - 1
             if request.most_cached is not None:
                 shared = min(shared, request.most_cached)
@@ -390,7 +392,8 @@ class Scheduler:
         return self.kv.match_prefix(request.request_id, tokens, request.cache_key, self._step_id)
 
     def _loads(self, request: Request, keep_free: int) -> bool:
-        """Whether the request waits for KV from a store: that is asked for once each time it waits."""
+        """Whether the request waits for KV from a store. A load is tried once each time the request is
+        queued."""
         assert self.transfers is not None
         transfer_id = self._loading.get(request.request_id)
         if transfer_id is not None:
@@ -406,8 +409,8 @@ class Scheduler:
         return started is not None
 
     def _computes_prefix_of(self, request: Request, most: int, leader: Request) -> bool:
-        """Whether a request that runs and stands before this one has still to compute a block that both
-        begin with. Computing it twice would cost more than waiting for it."""
+        """Whether a running request before this one still has to compute a block with which both begin.
+        Computing it twice would cost more than waiting."""
         if leader.sort_key > request.sort_key or leader.cache_key != request.cache_key:
             return False
         common = min(request.common_prefix(leader, self.kv.block_size), most)
@@ -415,8 +418,8 @@ class Scheduler:
         return common - there >= self.kv.block_size
 
     def _fit(self, match: PrefixMatch, num_tokens: int, free: int) -> PrefixMatch | Wait:
-        """A match with which the request can be admitted, if need be without the copied tail (which
-        for a moment holds one block more)."""
+        """A match with which the request can be admitted, if necessary without the copied tail (which
+        holds one more block for a moment)."""
         needed = self.kv.blocks_needed(match, num_tokens)
         if needed > free and match.tails:
             match = self.kv.without_tails(match)
@@ -475,9 +478,9 @@ class Scheduler:
         )
 
     def _preempt(self, request: Request, for_whom: Request, count: int) -> None:
-        """Take the request's blocks, since `for_whom` (perhaps itself) lacks some for `count` more tokens.
-        Resuming is a prefix-cache walk, and recompute of the rest. A pending token stays good: it depends on
-        the tokens before it, not on where their KV was."""
+        """Free the request's blocks, since `for_whom` (perhaps itself) lacks some for `count` more
+        tokens. Resuming is a prefix-cache walk, and recompute of the rest. A pending token stays valid:
+        it depends on the tokens before it, not on where their KV was."""
         reach = for_whom.num_computed_tokens + count
         needed = self.kv.num_missing(for_whom.request_id, reach)
         wait = Wait(WaitReason.PREEMPTED, for_whom.request_id, needed, self.kv.num_free)
@@ -492,7 +495,7 @@ class Scheduler:
         self.waiting.add(request)
 
     def _stop(self, request: Request, *, keep_tail: bool = True) -> None:
-        """Take a running request's blocks. What it computed stays to be found, its partial block too."""
+        """Free a running request's blocks. They stay in the prefix cache, the partial one too."""
         self.running.remove(request)
         known = request.token_ids[: request.num_computed_tokens] if keep_tail else ()
         self.kv.release(request.request_id, known, step_id=self._step_id)
@@ -501,7 +504,7 @@ class Scheduler:
     # --- results ----------------------------------------------------------------------------------
 
     def update(self, plan: StepPlan, result: StepResult) -> list[RequestUpdate]:
-        """Learn what a step sampled. Requests that ended meanwhile are skipped."""
+        """Apply the result of a step. Requests that have ended meanwhile are skipped."""
         for transfer in result.transferred:
             assert self.transfers is not None
             self.transfers.finish(transfer.transfer_id, transfer.num_good, self._step_id)
@@ -560,7 +563,7 @@ class Scheduler:
     def _reject_drafts(
         self, request: Request, drafts: tuple[int, ...], token_ids: list[int]
     ) -> None:
-        """Count only those drafts as computed that were sampled too, one after the other."""
+        """Count only the accepted drafts as computed."""
         request.num_drafts_in_flight -= len(drafts)
         if request.status is RequestStatus.RUNNING:
             pairs = zip(drafts, token_ids, strict=False)
@@ -568,14 +571,15 @@ class Scheduler:
             request.num_computed_tokens -= len(drafts) - accepted
 
     def _keep_drafts(self, request: Request, drafts: tuple[int, ...]) -> None:
-        """For the next plan, unless the one that it would be is in flight already."""
+        """Keep drafts for the next plan, unless that plan is in flight already."""
         if request.status is RequestStatus.RUNNING and not request.num_pending_tokens:
             request.draft_token_ids, self._has_drafts = drafts, True
 
     def _learn_of_prompt(
         self, request: Request, row: PlannedRow, found: SampledRow | None
     ) -> list[RequestUpdate]:
-        """Of a row that did not sample: logprobs, a vector, or only that a prompt is done that was all."""
+        """Result of a non-sampling row: prompt logprobs, an embedding, or completion of a prompt-only
+        request."""
         done = not request.generates and row.start + row.num_tokens == request.num_prompt_tokens
         if found is not None and found.error is not None:
             update = self._finish(request, FinishReason.ERROR)
@@ -616,7 +620,7 @@ class Scheduler:
     # --- accounting -------------------------------------------------------------------------------
 
     def take_stats(self) -> SchedulerStats:
-        """State now, and counts since the last call."""
+        """The current state, and counts since the last call."""
         stats, self._stats = self._stats, SchedulerStats()
         stats.num_running = len(self.running)
         stats.num_waiting = len(self.waiting)
@@ -642,7 +646,7 @@ class Scheduler:
         return self._waits.get(request.request_id, behind)
 
     def check_invariants(self) -> None:
-        """Prove queues, requests and blocks consistent. Raises AssertionError."""
+        """Check that queues, requests and blocks are consistent. Raises AssertionError."""
         queued = [r.request_id for r in self.waiting] + [r.request_id for r in self.running]
         assert sorted(queued) == sorted(self.requests), "a request is lost or queued twice"
         for queue in (self.waiting, self.running):
@@ -662,7 +666,7 @@ class Scheduler:
 
 
 def _news_of_prompt(request: Request, row: SampledRow) -> PromptLogprobs | None:
-    """Its prompt logprobs without those that were there already: after a preemption some come twice."""
+    """New prompt logprobs only; a resumed request recomputes some."""
     found = row.prompt_logprobs
     if found is None:
         return None

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import pytest
 import torch
 
 from quire.kernels.triton.logits import edit_logits
 from quire.kernels.triton.logprobs import MAX_LOGPROBS, logprobs
-from quire.kernels.triton.sampling import SampleWorkspace, processed, sample
+from quire.kernels.triton.sampling import SamplerLevel, SampleWorkspace, processed, sample
 from quire.kernels.triton.seats import SEAT_WORDS
 from tests.triton.harness import ARCHES, Report, compile_launches
 
@@ -20,13 +18,13 @@ def meta(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def launch(vocab: int, dtype: torch.dtype, hardest: Literal["greedy", "draw", "filter"]) -> None:
+def launch(vocab: int, dtype: torch.dtype, level: SamplerLevel) -> None:
     logits, edited = meta(ROWS, vocab, dtype=dtype), meta(ROWS, vocab, dtype=torch.float32)
     table, seats = meta(SEATS, SEAT_WORDS), meta(ROWS)
     positions = meta(ROWS)
     space = SampleWorkspace.create(ROWS, vocab, "meta")
-    if hardest != "filter":
-        sample(logits, table, seats, positions, space, hardest=hardest)
+    if level != "filter":
+        sample(logits, table, seats, positions, space, level=level)
         return
     history = meta(SEATS, vocab, dtype=torch.int16)
     edit_logits(

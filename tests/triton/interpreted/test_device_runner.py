@@ -306,15 +306,15 @@ def test_recording_when_idle(checkpoint: Path, expected: Outcome, device: Faithf
     while core.prepare():
         done += 1
     assert done == len(device.recorded) == len(graphs.recorded)
-    assert {shape.rows for shape in graphs.recorded if shape.hardest == "filter"} == {1, 2, 3}
+    assert {shape.rows for shape in graphs.recorded if shape.level == "filter"} == {1, 2, 3}
     assert set(graphs.uses) <= set(graphs.recorded), "those that came, first of all"
     assert torch.equal(cache.view(torch.int32), runner.kv_cache.storage.view(torch.int32))
     after = [batch.token_ids, batch.seat_blocks]
     assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
     outside = len(device.outside)
     assert run(executor, [SHORT], core=core).tokens == {2: expected.tokens[2][:4]}
-    assert len(device.outside) == outside, "launches beside the recordings"
-    replays = device.replays  # for what is drawn there is no recording, but one that samples harder
+    assert len(device.outside) == outside, "launches outside the graphs"
+    replays = device.replays  # no graph has the level "draw", but one with "filter" has
     drawn = request(8, range(9), 3, temperature=0.9)
     assert len(run(executor, [drawn], core=core).tokens[8]) == 3
     assert device.replays == replays + 2 and len(device.recorded) == done

@@ -1,26 +1,28 @@
-"""`Kernels.sample` on a GPU: three short launches, no sort, no probabilities in memory, no wait.
+"""`Kernels.sample` on a GPU: three short launches without a sort, without probabilities in memory and
+without a wait.
 
-1. `_scan`, a program for each tile of 4,096 logits: the tile's best token, and where a row filters,
+1. `_scan`, a program for each tile of 4,096 logits: the tile's best token and, for a row with filters,
    the best logit of each group of 64.
-2. `_spread`, likewise, for rows that draw: the tile's winner by the Gumbel-max trick; or, for a row with
-   top_p and no top_k, what the tile weighs.
-3. `_finish`, a program for each row: the best of the tiles' winners. A row that filters lists the groups
-   that can hold a token it keeps, finds where to cut by bisection over the listed groups, and draws.
+2. `_spread`, a program for each tile of a row that draws: the tile's winner by the Gumbel-max trick; or,
+   for a row with top_p and no top_k, the sum of the tile's weights.
+3. `_finish`, a program for each row: the best of the tiles' winners. A row with filters lists the groups
+   that can contain a token it keeps, finds the cut by bisection over the listed groups, and draws.
 
-A greedy row is read once, an unfiltered one twice, however many they are: tiles depend on the vocabulary
-alone, so that one row still occupies 8 (V = 32,000) to 38 (V = 152,000) multiprocessors. What filters is
-left to one program a row, because little is left: the k-th best of the groups' best has k logits at or
-above it, and beyond ln(2 V / ((1 - top_p) total)) all together weigh less than half of what top_p may
-leave out. Some dozens of groups are listed, and bisecting them reads the program's own cache. Where that
-bound does not bite (k above V / 64, or logits that are nearly flat) the list is long and a row takes
-some twenty passes over its logits by one multiprocessor: slow, and right.
+A greedy row is read once and an unfiltered row twice, for any number of rows. Tiles depend only on the
+vocabulary, so even one row occupies 8 (V = 32,000) to 38 (V = 152,000) multiprocessors. One program per
+row applies the filters, because few groups remain: at least k logits are at or above the k-th best of the
+groups' best logits, and all tokens farther than ln(2 V / ((1 - top_p) total)) together weigh less than
+half of what top_p may remove. Some dozens of groups are listed, and the bisection reads them from the
+program's cache. If these bounds exclude little (k above V / 64, or nearly flat logits), the list is long
+and one multiprocessor makes about twenty passes over the row's
+logits: this is slow and correct.
 
-Why a row's token does not depend on the batch, nor on how a compiler lays out a sum: nothing here is a
-sum of floats. Distances are ranked as they are, and weights e^-distance are integers, in units of
-2**-40, whose sum is the same in any order. Where `kernels/reference.py` adds up doubles instead, the
-two agree but for a token whose share ends within about 1e-6 of top_p.
+A row's token does not depend on the batch or on the order in which compiled code adds: no floats are
+added. Distances are compared directly, and weights e^-distance are integers in units of 2**-40, whose sum
+is the same in any order. `kernels/reference.py` adds doubles instead; the two agree except for a token
+whose share ends within about 1e-6 of top_p.
 
-The parameters of a request lie in a record on the device, written when it is admitted: see `SAMPLE_ROW`.
+The parameters of a request are in a record on the device, written at admission: see `SAMPLE_ROW`.
 """
 
 from __future__ import annotations
@@ -58,16 +60,21 @@ from quire.kernels.triton.seats import (
     word,
 )
 
+SamplerLevel = Literal["greedy", "draw", "filter"]
+SAMPLER_LEVELS: tuple[SamplerLevel, ...] = ("greedy", "draw", "filter")
+"""greedy: all rows have temperature 0. draw: no row has filters. Each level does the work of those before
+it."""
+
 GROUP = 64
 _TILE = tl.constexpr(TILE)
 _GROUP = tl.constexpr(GROUP)
-_CHUNK = tl.constexpr(32)  # groups looked at together, in _finish
+_CHUNK = tl.constexpr(32)  # groups read at a time, in _finish
 _SMALLEST = tl.constexpr(2.0**-126)  # the smallest normal float
 
 
 @triton.jit
 def _distance(logit, best, temperature):
-    """The negated score, at least 0. The best token's is 0 even where it is infinite, and no other's is."""
+    """The negated score, at least 0. It is 0 for the best token, even an infinite one, and for no other."""
     apart = tl.maximum(tl.div_rn(best - logit, temperature), _SMALLEST)
     return tl.where(logit == best, 0.0, apart)
 
@@ -81,7 +88,7 @@ def _position(positions, row):
 def _noise(counter, table, row, position):
     """Gumbel noise of the four token ids from 4 * counter on, for each counter, in order: [4 * n].
 
-    `quire.kernels.philox` explains. log1p is taken through log (Kahan), exact where u is tiny too.
+    See `quire.kernels.philox`. log1p is computed with log (Kahan), which is exact for tiny u too.
     """
     low = word(table, row, SEED).to(tl.uint32, bitcast=True)
     high = word(table, row, SEED + 1).to(tl.uint32, bitcast=True)
@@ -116,14 +123,14 @@ def _scan(logits, stride, vocab, best_ptr, group_ptr, FILTERS: tl.constexpr):
 
 @triton.jit
 def _row_best(best_ptr, row, tiles, TILES: tl.constexpr):
-    """The row's best token, `ranked`, from the tiles'."""
+    """The row's best token, as a `ranked` key, from the tiles' best."""
     tile = tl.arange(0, TILES)
     return tl.max(tl.load(best_ptr + row * tiles + tile, mask=tile < tiles, other=LEAST))
 
 
 @triton.jit
 def _top_k(table, seat, vocab):
-    """0 where it leaves out nothing."""
+    """0 if it removes nothing."""
     k = word(table, seat, TOP_K)
     return tl.where(k < vocab, k, 0)
 
@@ -167,8 +174,8 @@ def _spread(
 def _listed(row, start):
     """(distances, ids) of a chunk's tokens, in the order of ids; infinitely far past the list's end.
 
-    row: the row's logits, the vocabulary's size, the listed groups and how many there are, the row's
-    largest logit, its temperature.
+    row: the row's logits, the vocabulary's size, the listed groups and their number, the row's largest
+    logit, its temperature.
     """
     logits, vocab, list_ptr, length, best, temperature = row
     lane = tl.arange(0, _CHUNK * _GROUP)
@@ -181,8 +188,8 @@ def _listed(row, start):
 
 @triton.jit
 def _look(row, pivot, WEIGH: tl.constexpr):
-    """Of the listed tokens: what those up to the pivot weigh (or how many they are), the farthest of
-    them, and the nearest beyond."""
+    """Of the listed tokens: the weight (or number) of those up to the pivot, the farthest of them, and the
+    nearest beyond the pivot."""
     mass = tl.zeros([_CHUNK * _GROUP], tl.int64)
     within = tl.zeros([_CHUNK * _GROUP], tl.float32)
     beyond = tl.full([_CHUNK * _GROUP], float("inf"), tl.float32)
@@ -202,9 +209,9 @@ def _look(row, pivot, WEIGH: tl.constexpr):
 def _cut(row, last, target, WEIGH: tl.constexpr):
     """The smallest distance up to which the tokens' mass reaches target, and the mass nearer than that.
 
-    Bisection by value between two tokens' distances, `first` (what is nearer has less than target: that
-    is `before`) and `last` (up to it target is reached). Each look moves one of them to another token,
-    so that it ends, on the exact value.
+    Bisection by value between two tokens' distances: `first`, with less than target nearer than it
+    (`before`), and `last`, up to which target is reached. Each `_look` moves one of them to another
+    token, so the loop ends with the exact value.
     """
     first = last * 0.0
     before = target * 0
@@ -221,8 +228,8 @@ def _cut(row, last, target, WEIGH: tl.constexpr):
 
 @triton.jit
 def _reach(distance, k, limit):
-    """A distance, at most limit, that at least k of the groups reach, and few more if values are alike
-    in scale; limit if fewer than k do."""
+    """A distance, at most limit, within which at least k of the groups are, and few more if values are
+    similar in scale; limit if fewer than k are within it."""
     near = distance <= limit
     if tl.sum(near.to(tl.int32)) >= k:
         low = limit * 0.0
@@ -237,7 +244,8 @@ def _reach(distance, k, limit):
 
 @triton.jit
 def _draw_listed(row, limit, ties, table, seat, position):
-    """The winner, `ranked`, of the tokens nearer than limit and the first `ties` as far as it."""
+    """The winner, as a `ranked` key, of the tokens nearer than limit and the first `ties` at that
+    distance."""
     counters: tl.constexpr = _GROUP // 4
     winner = LEAST
     seen = 0
@@ -261,7 +269,7 @@ def _draw_filtered(
     logits, vocab, group_ptr, list_ptr, limit_ptr, ties_ptr, total, best, temperature, table, seat,
     position, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """total: what the row weighs, read if there is a top_p and no top_k. Stores where it cuts."""
+    """total: the row's weight, read if there is a top_p and no top_k. Stores the cut: `limit` and `ties`."""
     top_p = number(table, seat, TOP_P)
     limit = number(table, seat, FARTHEST)
     top_k = _top_k(table, seat, vocab)
@@ -277,7 +285,7 @@ def _draw_filtered(
     near = (distance <= limit).to(tl.int32)
     tl.store(list_ptr + tl.cumsum(near) - 1, group, mask=near > 0)
     length = tl.sum(near)
-    tl.debug_barrier()  # each thread reads what others have listed
+    tl.debug_barrier()  # each thread reads groups that others have listed
     row = (logits, vocab, list_ptr, length, best, temperature)
 
     ties = MOST
@@ -291,10 +299,10 @@ def _draw_filtered(
         mass, last, _beyond = _look(row, limit, True)
         if top_k > 0:
             count, _last, _beyond = _look(row, limit, False)
-            mass -= (count - kept) * weight(limit)  # ties that top_k leaves out
+            mass -= (count - kept) * weight(limit)  # ties that top_k removes
             total = mass
         target = tl.ceil(top_p.to(tl.float64) * total.to(tl.float64)).to(tl.int64)
-        target = tl.minimum(tl.maximum(target, 1), mass)  # the best always stays
+        target = tl.minimum(tl.maximum(target, 1), mass)  # the best token always remains
         limit, before = _cut(row, last, target, True)
         each = tl.maximum(weight(limit), 1)
         ties = tl.minimum((target - before + each - 1) // each, MOST).to(tl.int32)
@@ -305,7 +313,7 @@ def _draw_filtered(
 
 @triton.jit
 def _count(past, table, seat):
-    """One more of a token; what counts stops at 32,767."""
+    """Count the token once more, up to 32,767."""
     if penalizes(table, seat):
         count = tl.load(past)
         tl.store(past, tl.where((count & 0x7FFF) == 0x7FFF, count, count + 1))
@@ -380,7 +388,7 @@ def _process(
 
 @dataclass(frozen=True, slots=True)
 class SampleWorkspace:
-    """Scratch memory for up to max_rows rows, for one call at a time. At V = 152,000: 20 KB a row."""
+    """Scratch memory for up to max_rows rows, for one call at a time. At V = 152,000: 20 KB per row."""
 
     best: Tensor
     part: Tensor
@@ -388,7 +396,8 @@ class SampleWorkspace:
     listed: Tensor
     limit: Tensor
     ties: Tensor
-    """Where the latest call's rows with filters were cut: the distance, and how many tokens as far stay."""
+    """With `limit`, the cut of the latest call's rows with filters: a distance, and the number of tokens
+    at that distance that remain."""
 
     @classmethod
     def create(cls, max_rows: int, vocab_size: int, device: torch.device | str) -> SampleWorkspace:
@@ -406,8 +415,8 @@ class SampleWorkspace:
 
 @dataclass(frozen=True, slots=True)
 class DeviceTokens:
-    """token_ids: [R] int64. valid: [R] bool, False where the logits hold NaN and for padding; the
-    token is then 0. On the device: reading them waits for it."""
+    """token_ids: [R] int64. valid: [R] bool, False for logits with NaN and for padding; the token is then
+    0. They are on the device: reading them waits for it."""
 
     token_ids: Tensor
     valid: Tensor
@@ -420,17 +429,17 @@ def sample(
     positions: Tensor,
     workspace: SampleWorkspace,
     *,
-    hardest: Literal["greedy", "draw", "filter"] = "filter",
+    level: SamplerLevel = "filter",
     history: Tensor | None = None,
 ) -> DeviceTokens:
-    """`Kernels.sample`: one token a row, and its count in the row's history.
+    """`Kernels.sample`: one token per row, and its count in the row's history.
 
-    logits: [R, V], rows dense, any row stride; left as they are. table: [max_seqs, SEAT_WORDS] int32, see
-    `seats.as_words`. seats: [R] int32, each row's in the table; a negative one is padding. positions:
-    [R] int32 or int64, index in its request of the token to be sampled. hardest: no row wants more than
-    this, the host says: "greedy" is temperature 0, "draw" no filters. history: as in
-    `logits.history_row`, [max_seqs, V] int16, updated for seats with penalties; no seat twice.
-    Contents are not looked at: a seat past the table reads stray memory.
+    logits: [R, V], rows dense, any row stride; not changed. table: [max_seqs, SEAT_WORDS] int32, see
+        `seats.as_words`.
+    seats: [R] int32, each row's index in the table; negative for padding. positions: [R] int32 or int64,
+    index in its request of the token to be sampled. level: the highest that any row needs. history: as in
+    `logits.history_row`, [max_seqs, V] int16, updated for seats with penalties; no seat twice. Contents
+    are not checked: a seat outside the table reads arbitrary memory.
     """
     check_logits("logits", logits)
     rows, vocab = logits.shape
@@ -449,7 +458,7 @@ def sample(
     valid = torch.empty(rows, dtype=torch.bool, device=logits.device)
     if rows == 0:
         return DeviceTokens(tokens, valid)
-    draws, filters = hardest != "greedy", hardest == "filter"
+    draws, filters = level != "greedy", level == "filter"
     w, stride = workspace, logits.stride(0)
     padded = triton.next_power_of_2(tiles)
     _scan[(tiles, rows)](logits, stride, vocab, w.best, w.group, FILTERS=filters, num_warps=8)
@@ -476,10 +485,10 @@ def processed(
     *,
     out: Tensor,
 ) -> Tensor:
-    """The logits as the latest `sample` with this workspace drew from them: divided by the temperature, -inf
-    where a filter left a token out, and unchanged where a row is greedy.
+    """The logits that the latest `sample` with this workspace drew from: divided by the temperature, -inf
+    for tokens that a filter removed, and unchanged for greedy rows.
 
-    logits, table, seats: of that call. rows: [N] int32, those that are written, no row twice. out: [R, V]
+    logits, table, seats: of that call. rows: [N] int32, the rows to write, no row twice. out: [R, V]
     float32; may be the logits. Returns out.
     """
     check_logits("logits", logits)
