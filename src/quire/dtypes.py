@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 class DType(NamedTuple):
     bits: int
-    """Of one element."""
+    """Bits of one element."""
     safetensors: str
-    """What safetensors files call it."""
+    """Name in safetensors files."""
     c_code: int | None = None
-    """enum dtype in kernels/cpu/vec.h; None for what the C kernels do not compute in."""
+    """enum dtype in kernels/cpu/vec.h; None if the C kernels do not compute in it."""
 
 
 DTYPES: Mapping[str, DType] = {
@@ -40,10 +40,10 @@ DTYPES: Mapping[str, DType] = {
 }
 
 BY_SAFETENSORS: Mapping[str, str] = {dtype.safetensors: name for name, dtype in DTYPES.items()}
-"""What a safetensors file calls it -> name."""
+"""Name in a safetensors file -> name."""
 
 FLOATS = ("bfloat16", "float16", "float32")
-"""What a model computes in, and what its unquantized tensors are stored in."""
+"""The dtypes in which a model computes, and in which its unquantized tensors are stored."""
 
 FLOAT_SPELLINGS: Mapping[str, str] = {
     "half": "float16",
@@ -52,7 +52,7 @@ FLOAT_SPELLINGS: Mapping[str, str] = {
     "float": "float32",
     "float32": "float32",
 }
-"""What users may call them."""
+"""Names that users may give."""
 
 
 def element_bytes(name: str) -> int:

@@ -205,8 +205,8 @@ class KVCacheManager:
         return []
 
     def _longest(self, chain: Sequence[BlockContent], count: int) -> int:
-        """How many of the first `count` full blocks can be taken over, so that in every group the next token
-        finds all that it reads."""
+        """The number of leading blocks, at most `count`, that can be reused: every group must have the blocks
+        that the next token reads."""
         found = -1
         while found != count:
             found = count

@@ -1,4 +1,4 @@
-"""What the families' configs share, so that a family's file holds only what is its own.
+"""Reads the fields that the families' configs share, so that a family's file has only its own.
 
 A family reads the sizes, describes its layers, and lets `read_spec` read the rest, which rejects every field
 that was not read.
@@ -39,7 +39,7 @@ ACTIVATION_NAMES: Mapping[Activation, tuple[str, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """The sizes every config gives, checked to belong to one model."""
+    """The sizes in every config, checked for consistency."""
 
     vocab_size: int
     hidden_size: int
@@ -53,7 +53,7 @@ class Sizes:
 
     @property
     def attention(self) -> AttentionSpec:
-        """That of a plain layer."""
+        """That of a layer without special features."""
         return AttentionSpec(
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
@@ -81,7 +81,7 @@ def read_sizes(
     default_head_dim: int | None = None,
     activation: Activation = "silu",
 ) -> Sizes:
-    """Refuse another family's config, then read the sizes.
+    """Reject another family's config, then read the sizes.
 
     The `default_*` arguments are what transformers' own config class assumes when a field is left out: a file
     written by it may rely on them.

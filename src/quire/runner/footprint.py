@@ -1,4 +1,4 @@
-"""What a worker loads, and the memory that it takes. Without torch."""
+"""The model that a worker loads, and its memory. Without torch."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ Result = TypeVar("Result")
 def _on_device(
     method: Callable[Concatenate[GPUBackend, Arguments], Result],
 ) -> Callable[Concatenate[GPUBackend, Arguments], Result]:
-    """What the method launches goes to the backend's device."""
+    """Run the method with the backend's device as the current one."""
 
     @wraps(method)
     def inside(backend: GPUBackend, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:

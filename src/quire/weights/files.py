@@ -1,4 +1,4 @@
-"""Which of a directory's .safetensors files are the model."""
+"""Finds the .safetensors files of a directory that belong to the model."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)\.safetensors
 EXTRAS = re.compile(
     r"(consolidated|adapter|optimizer|scheduler|training|trainer|random|rng|ema|lora|vae|sampler)"
 )
-"""What the names of files beside the model begin with. Mistral ships the same weights a second time, in its
-own names, as consolidated*.safetensors."""
+"""Prefixes of files that are not the model. Mistral ships the same weights a second time, under its own
+names, as consolidated*.safetensors."""
 
 
 def read_index(model_dir: Path) -> Mapping[str, str] | None:
@@ -49,7 +49,7 @@ def find_files(model_dir: Path) -> list[str]:
     """The names of the files that hold the model: one, or the shards, or all that are not known extras.
 
     Raises:
-        CheckpointError: there is none, or a shard is missing; says what is there instead.
+        CheckpointError: there is none, or a shard is missing; names the files that exist instead.
     """
     if (model_dir / SINGLE_FILE).is_file():
         return [SINGLE_FILE]
@@ -81,7 +81,7 @@ def find_files(model_dir: Path) -> list[str]:
 
 
 def _shards(model_dir: Path, names: list[str]) -> list[str]:
-    """The model's shards, all of them; empty if the files are no shards."""
+    """All shards of the model; empty if the files are not shards."""
     sets: dict[tuple[str, str], dict[int, str]] = {}
     for name in names:
         if match := SHARD.fullmatch(name):

@@ -1,4 +1,4 @@
-"""From a checkpoint to the tensors' targets: everything is checked first, then read and packed by several
+"""Loads a checkpoint into the tensors' targets: everything is checked first, then read and packed by several
 threads.
 
 The whole checkpoint is compared with what the model wants (names, shapes, dtypes) from the files' headers, in
@@ -38,13 +38,13 @@ def load_weights(
     """Stream every wanted tensor to its targets, in pieces of rows, with as many threads as PyTorch has.
 
     Names are the model's; `map_names` finds them in the file. `tied` maps a wanted name to another under
-    which the file may hold the same matrix (the output head of a tied model): it is read where the first
-    is absent, else unused. Where `dtype`, the model's, is not that of most floats in the files, the targets
-    convert: one thread then, since PyTorch converts with all of its own.
+    which the file may hold the same matrix (the output head of a tied model): it is read if the first is
+    absent, and unused otherwise. If `dtype`, the model's, is not that of most floats in the files, the
+    targets convert; then one thread loads, because PyTorch converts with all of its own threads.
 
     Raises:
         CheckpointError: naming the tensor that is missing, unexpected, or of the wrong shape or dtype, or the
-            file that cannot be read or was written to meanwhile.
+            file that cannot be read or was written to while it was read.
     """
     wanted = _by_name(targets)
     tensors = map_names(checkpoint.tensors, {*wanted, *tied.values()})
@@ -68,7 +68,7 @@ def load_weights(
 def load_random_weights(targets: Iterable[WeightTarget], *, dtype: torch.dtype, seed: int) -> None:
     """Random weights at the model's shape, for measuring without a checkpoint.
 
-    Each tensor's values depend on the seed and its own name alone, not on what else the model has.
+    Each tensor's values depend only on the seed and its name, not on the model's other tensors.
     """
     for same in _by_name(targets).values():
         tensor = _random(same[0], dtype=dtype, seed=seed)
@@ -92,7 +92,7 @@ def _random(target: WeightTarget, *, dtype: torch.dtype, seed: int) -> torch.Ten
 
 
 def _by_name(targets: Iterable[WeightTarget]) -> Mapping[str, list[WeightTarget]]:
-    """The targets of each tensor, in the order of the model."""
+    """The targets of each tensor, in the model's order."""
     wanted: dict[str, list[WeightTarget]] = {}
     for target in targets:
         wanted.setdefault(target.name, []).append(target)
@@ -100,8 +100,8 @@ def _by_name(targets: Iterable[WeightTarget]) -> Mapping[str, list[WeightTarget]
 
 
 def _tie(checkpoint: Checkpoint, tensors: dict[str, TensorInfo], name: str, other: str) -> None:
-    """Leave one of two names of the same matrix. Where their values differ, the first counts, as in vLLM
-    and transformers 4; transformers 5 would not tie them."""
+    """Keep one of two names of the same matrix. If their values differ, the first is used, as in vLLM and
+    transformers 4; transformers 5 would not tie them."""
     first, second = tensors.get(name), tensors.get(other)
     if second is None:
         return

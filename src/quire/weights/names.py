@@ -1,10 +1,10 @@
-"""From the names in a file to the names that a model asks for.
+"""Maps the names in a file to the names in a model.
 
-One architecture is published under several namings: `AutoModel` saves a base model without `model.`, training
-frameworks wrap a model and save the wrapper's name too (`module.`, `_orig_mod.`), and vision-language models
-hold a whole text model inside (`language_model.model.`, `model.language_model.`). transformers decides for
-each tensor; here one prefix is found for the whole file, the one under which all of the model's tensors are.
-So a file that holds two models, or parts of two, is an error and not a mixture.
+One architecture is published with several prefixes: `AutoModel` saves a base model without `model.`,
+training frameworks wrap a model and save the wrapper's name too (`module.`, `_orig_mod.`), and
+vision-language models contain a whole text model (`language_model.model.`, `model.language_model.`).
+transformers decides for each tensor; here one prefix is used for the whole file, the one under which all
+of the model's tensors are. So a file with two models, or parts of two, is an error and not a mixture.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from quire.weights.source import TensorInfo
 logger = logging.getLogger(__name__)
 
 TRUNK = "model."
-"""What our models' own names begin with, but for the head's."""
+"""Prefix of all names in our models, except the output head's."""
 HEAD = "lm_head.weight"
 MOST_NAMES = 4
 
@@ -30,9 +30,9 @@ BUFFERS = re.compile(
     r"num_batches_tracked"
     r")$"
 )
-"""Tensors that follow from the config, left in the file by an older library."""
+"""Tensors that can be computed from the config, saved by older versions of a library."""
 MASKS = re.compile(r"(^|\.)(attn|attention|self_attn)\.bias$")
-"""A causal mask of GPT-2's kind. It is [1, 1, n, n]; a bias that is learned has one dimension."""
+"""A causal mask as in GPT-2. It is [1, 1, n, n]; a learned bias has one dimension."""
 ADAPTERS = re.compile(
     r"(^|\.)(lora_\w+|base_layer|modules_to_save|ia3_l|hada_w\w+|lokr_w\w+|oft_[rR]|vera_lambda_\w|"
     r"prompt_embeddings)(\.|$)"
@@ -45,13 +45,14 @@ TOWERS = re.compile(
     r"(^|\.)(mtp|vision\w*|visual|image_\w+|multi_modal_\w+|multimodal_\w+|mm_\w+|audio\w*|speech_\w+|"
     r"embed_(vision|audio))(\.|$)"
 )
-"""Vision and audio parts of a multimodal model, and layers that draft tokens: a text model uses none."""
+"""Vision and audio parts of a multimodal model, and layers that draft tokens: a text model does not use
+them."""
 
 
 def map_names(tensors: Mapping[str, TensorInfo], wanted: Collection[str]) -> dict[str, TensorInfo]:
-    """The file's tensors under the names of the model; what no model needs is left out.
+    """The file's tensors under the model's names, without those that no model needs.
 
-    A tensor that the model does not ask for keeps its own name. wanted: all names the model asks for.
+    A tensor that the model does not have keeps its own name. wanted: all names in the model.
 
     Raises:
         CheckpointError: for an adapter, a quantized checkpoint, or a file that holds the model's tensors
@@ -106,7 +107,7 @@ def _refuse_adapters(tensors: Collection[str]) -> None:
 
 
 def _refuse_quantized(tensors: Collection[str]) -> None:
-    """tensors: those that the model does not ask for."""
+    """tensors: those that the model does not have."""
     if quantized := [name for name in tensors if QUANTIZED.search(name)]:
         raise CheckpointError(
             f"the checkpoint has {list_names(quantized)}: it is quantized, and not in a way that its config "
@@ -115,8 +116,8 @@ def _refuse_quantized(tensors: Collection[str]) -> None:
 
 
 def _prefix(tensors: Collection[str], trunk: Collection[str]) -> str | None:
-    """The one under which all names of the trunk are; where that is none, the one with most of them. None
-    if no name fits."""
+    """The prefix under which all names of the trunk are or, if there is none, the one with most of them.
+    None if no name matches."""
     found: dict[str, set[str]] = {}
     for name in tensors:
         start = 0
@@ -138,8 +139,8 @@ def _prefix(tensors: Collection[str], trunk: Collection[str]) -> str | None:
 
 
 def _head(tensors: Collection[str], prefix: str, head: str) -> str | None:
-    """What a tensor of the head is named in the file: beside the trunk, or beside what is wrapped around
-    it."""
+    """The name of a tensor of the output head in the file: beside the trunk, or beside the module that
+    wraps the trunk."""
     steps = [0, *(match.end() for match in re.finditer(r"\.", prefix))]
     found = [name for step in steps if (name := prefix[:step] + head) in tensors]
     if len(found) > 1:

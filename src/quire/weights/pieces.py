@@ -1,8 +1,8 @@
-"""Loading with several threads: each reads pieces of rows into its buffer and hands them to the targets.
+"""Loading with several threads: each reads pieces of rows into its buffer and passes them to the targets.
 
-A target packs a piece to its place while the piece is in the processor's cache. So the file's bytes cross
-memory once, and only one buffer a thread is held beside the model. Waiting for the disk, the system's
-clearing of the weights' fresh pages, and packing run at the same time.
+A target packs a piece while it is in the processor's cache. So the file's bytes cross memory once, and
+besides the model only one buffer per thread is needed. Reading from the disk, clearing of the weights'
+new pages by the kernel, and packing run at the same time.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from quire.layers.parameter import WeightTarget
 from quire.weights.source import Checkpoint, TensorInfo
 
 PIECE_BYTES = 1 << 20
-"""Half of this fits a core's cache and is little slower; less costs calls, more misses the cache."""
+"""Half of it fits a core's cache and is a little slower. Smaller pieces need more calls; larger ones miss
+the cache."""
 ROW_STEP = 64
-"""Pieces begin at multiples of so many rows: a packed panel is then one piece's alone."""
+"""Pieces begin at multiples of this number of rows, so a packed panel belongs to one piece only."""
 
 Progress = Callable[[int], object]
 """Called with the bytes of each loaded piece, by one thread at a time."""
@@ -28,7 +29,7 @@ Progress = Callable[[int], object]
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """Some rows of one tensor. A row is all that one index of the first dimension selects."""
+    """Some rows of one tensor. A row is what one index of the first dimension selects."""
 
     info: TensorInfo
     shape: tuple[int, ...]
@@ -49,8 +50,8 @@ def load_pieces(
     threads: int,
     progress: Progress,
 ) -> None:
-    """Give every target the rows of its tensor that it wants, in any order. Raises what the first failure
-    raised."""
+    """Pass every target the rows of its tensor that it wants, in any order. Raises the first exception of
+    a thread."""
     in_order = sorted(wanted, key=lambda item: item[0].position)  # of the disk
     pieces = [piece for info, targets in in_order for piece in _cut(info, targets)]
     threads = max(1, min(threads, len(pieces)))
@@ -65,7 +66,7 @@ def load_pieces(
             for future in running:
                 future.result()
         finally:
-            queue.close()  # threads that still run stop after their piece
+            queue.close()  # the other threads stop after their current piece
 
 
 def _cut(info: TensorInfo, targets: Sequence[WeightTarget]) -> Iterator[_Piece]:
@@ -94,7 +95,7 @@ def _cut(info: TensorInfo, targets: Sequence[WeightTarget]) -> Iterator[_Piece]:
 
 
 class _Queue:
-    """The pieces that are left, for all threads."""
+    """The remaining pieces, for all threads."""
 
     def __init__(self, pieces: Iterator[_Piece], progress: Progress) -> None:
         self._pieces = pieces
@@ -103,7 +104,7 @@ class _Queue:
         self._open = True
 
     def take(self, done: _Piece | None) -> _Piece | None:
-        """The next piece, in return for the last; None when there is none."""
+        """Report the last piece as done, and return the next; None if there is none."""
         with self._lock:
             if done is not None:
                 self._progress(done.num_bytes)

@@ -1,4 +1,4 @@
-"""A bar for the minute that a large model takes to load."""
+"""A progress bar for loading a large model."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from contextlib import ExitStack
 from types import TracebackType
 
 WORTH_A_BAR = 256 << 20
-"""Bytes. Less is loaded before a bar could be read."""
+"""Bytes. A smaller model is loaded before a bar could be read."""
 
 
 class LoadProgress:
-    """tqdm's bar on standard error where that is a terminal and there is much to load; else nothing."""
+    """tqdm's bar on standard error, if that is a terminal and the model is large; otherwise nothing."""
 
     def __init__(self, num_bytes: int) -> None:
         self._stack = ExitStack()

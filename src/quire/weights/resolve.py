@@ -1,8 +1,8 @@
-"""From what the user called the model to its files on this machine. The one place that may use the network.
+"""Finds the files of the model that the user named, on this machine. The only place that may use the network.
 
 A directory is used as it is: no network, no import of huggingface_hub. Anything else is a hub id,
-downloaded once, at one commit, which is logged: config, tokenizer and weights of a served model
-always come from the same revision, because everything after this reads the directory returned here.
+downloaded once, at one commit, which is logged. Config, tokenizer and weights of a served model always
+come from the same revision, because everything else reads the directory that is returned here.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def resolve_model(
     `HF_HUB_OFFLINE=1` is honoured by huggingface_hub: only what is already in its cache is found.
 
     Raises:
-        CheckpointError: no such directory, or the hub could not give the files; says which and what to do.
+        CheckpointError: no such directory, or the files cannot be downloaded; says which, and what to do.
     """
     return find_local(model) or _download(
         model, revision=revision, download_dir=download_dir, hf_token=hf_token
@@ -56,7 +56,7 @@ def resolve_model(
 
 
 def find_local(model: str) -> Path | None:
-    """The model's directory or file here; None for what can only be a hub id. Uses no network.
+    """The model's directory or file on this machine; None if `model` can only be a hub id. Uses no network.
 
     Raises `CheckpointError` for what is neither, and for a directory or file that holds no model.
     """
@@ -82,7 +82,7 @@ def find_local(model: str) -> Path | None:
 
 
 def _no_model(path: Path) -> str:
-    """What a directory without config.json holds instead."""
+    """An error message with the kind of files that the directory contains."""
     if (path / "adapter_config.json").is_file():
         return (
             f"{path} holds an adapter (adapter_config.json), not a model; merge it into its base model "
@@ -109,7 +109,7 @@ def _no_model(path: Path) -> str:
 
 
 def resolve_tokenizer(name: str) -> Path:
-    """A directory as it is, or a hub id's files without its weights: what counts tokens needs no more.
+    """A directory as it is, or a hub id's files without its weights, which are enough to count tokens.
 
     Raises `CheckpointError` as `resolve_model` does.
     """

@@ -1,6 +1,6 @@
 """A directory in Hugging Face's layout: JSON files, and tensors in safetensors.
 
-safetensors only. A `.bin` file is a pickle, and loading one runs whatever its author put in it.
+Only safetensors. A `.bin` file is a pickle, and loading one executes the code in it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 GENERATION_CONFIG = "generation_config.json"
 
 OPTIONAL_SUFFIXES = ("lm_head.weight", "rotary_emb.inv_freq")
-"""An index may name these in vain: saving drops a tied head and a buffer, but not always their entries."""
+"""An index may name these without a tensor: saving drops a tied head and a buffer, but not always their
+entries."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,7 @@ class _File:
     descriptor: int
     num_bytes: int
     changed: int
-    """When its content last changed, in the file system's nanoseconds."""
+    """Time of the last change of its content, in the file system's nanoseconds."""
 
 
 class Source:
@@ -144,7 +145,7 @@ class SafetensorsCheckpoint:
             done += count
 
     def check_unchanged(self) -> None:
-        """A file that was replaced, not overwritten, is still the old one for us."""
+        """If a file was replaced and not overwritten, the open file is still the old one."""
         for file in self._files.values():
             status = os.fstat(file.descriptor)
             if (status.st_size, status.st_mtime_ns) != (file.num_bytes, file.changed):

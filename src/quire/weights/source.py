@@ -1,8 +1,8 @@
-"""The family of places a model comes from: how its config, tokenizer and tensors are read, whatever files
-they are in. No member imports torch.
+"""The protocol of model sources: how a model's config, tokenizer and tensors are read from its files. No
+source imports torch.
 
-A member gives what Hugging Face's layout would: a config with the fields of config.json, and tensors under
-the names that a checkpoint of that architecture has.
+A source returns the contents of Hugging Face's layout: a config with the fields of config.json, and
+tensors under the names in a checkpoint of that architecture.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """What a header says of one tensor."""
+    """A header's entry for one tensor."""
 
     name: str
-    """In the file, for messages. `Checkpoint.tensors` may know it by another."""
+    """Its name in the file, for messages. `Checkpoint.tensors` may have it under another name."""
     file: str
     shape: tuple[int, ...]
     dtype: str
-    """By the names of `quire.dtypes`; the file's own where it is not there. Rows of one that PyTorch lacks
-    are loaded as bytes."""
+    """The name in `quire.dtypes`, or the file's own name if it is not there. If PyTorch does not have the
+    dtype, rows are loaded as bytes."""
     begin: int
-    """Of its first byte in the file. The rest follows row by row."""
+    """Offset of its first byte in the file. The rest follows row by row."""
     num_bytes: int
 
     @property
     def position(self) -> tuple[str, int]:
-        """Where it lies among all."""
+        """Its position among all tensors."""
         return self.file, self.begin
 
 
@@ -52,8 +52,8 @@ class Checkpoint(Protocol):
         """
 
     def check_unchanged(self) -> None:
-        """Call after the last `read`. Raises `CheckpointError` if somebody wrote to a file meanwhile: what
-        was read may then be part one model and part another."""
+        """Call after the last `read`. Raises `CheckpointError` if a file was written to in the meantime:
+        the tensors may then be from two models."""
 
     def __enter__(self) -> Checkpoint: ...
 
@@ -81,8 +81,8 @@ class ModelSource(Protocol):
 
 
 FILES: dict[str, str] = {}
-"""How the name of a file that is a whole model ends -> the module that has its `Source`. A directory is in
-Hugging Face's layout."""
+"""Suffix of a file that is a whole model -> the module with its `Source`. A directory has Hugging Face's
+layout."""
 
 
 def open_source(path: Path) -> ModelSource:
