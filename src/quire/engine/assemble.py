@@ -151,7 +151,7 @@ def build_scheduler(config: EngineConfig, layout: KVLayout, memory: MemoryPlan) 
 
 
 def grammar_compiler(resolved: ResolvedModel) -> GrammarCompiler:
-    """For the model's tokens; reads the tokenizer."""
+    """The grammar compiler for the model's tokens; reads the tokenizer."""
     from quire.structured.guidance import GuidanceCompiler
 
     tokenizer, ends = read_tokens(resolved)

@@ -119,8 +119,8 @@ def _yarn(rope: RopeSpec) -> torch.Tensor:
 def query_temperatures(
     temperature: QueryTemperature, *, max_model_len: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    """What the queries at each position are multiplied by: [max_model_len] float32, rounded to `dtype`, as
-    transformers' `get_llama_4_attn_scale` has it."""
+    """Factors of the queries at each position: [max_model_len] float32, rounded to `dtype`, as in
+    transformers' `get_llama_4_attn_scale`."""
     positions = torch.arange(max_model_len, dtype=torch.float32)
     turns = torch.floor(positions / temperature.original_length)
     return (1 + temperature.beta * torch.log(1 + turns)).to(dtype).to(torch.float32)

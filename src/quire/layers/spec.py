@@ -124,7 +124,8 @@ class AttentionSpec:
         return self.heads.kv_size
 
     def linears(self, prefix: str, hidden_size: int) -> tuple[LinearShape, LinearShape]:
-        """What makes queries, keys and values; and the output projection. prefix: of their names."""
+        """The projections that make queries, keys and values, and the output projection. prefix: of their
+        names."""
         sizes = {"q_proj": self.q_size, "k_proj": self.kv_size, "v_proj": self.kv_size}
         if self.fused_qkv:
             sizes = {"qkv_proj": self.q_size + 2 * self.kv_size}
@@ -148,7 +149,7 @@ class MlpSpec:
     """The checkpoint holds gate and up as one matrix, `gate_up_proj`."""
 
     def linears(self, prefix: str, hidden_size: int) -> tuple[LinearShape, LinearShape]:
-        """Gate and up; and down. prefix: of their names."""
+        """The gate and up projections, and the down projection. prefix: of their names."""
         inner = self.intermediate_size
         sizes = {"gate_proj": inner, "up_proj": inner}
         if self.fused_gate_up:

@@ -145,7 +145,7 @@ class DecoderModel:
         attention: AttentionBackend | None = None,
     ) -> None:
         """`max_model_len` is the number of positions a request may reach; rotary tables have that many rows.
-        attention: if not by `kernels`.
+        attention: the backend, if it is not the kernels' own.
         """
         self.spec = spec
         self.dtype = dtype

@@ -46,7 +46,8 @@ class Seats:
         itself: admitted, forced, drafts."""
         self.num_prompt_tokens = np.zeros(max_num_seqs, dtype=np.int64)
         self.num_released = 0
-        """Requests so far: if it has changed, a result may be for a request that has gone."""
+        """Counts releases: if it has changed, a result may be for a request that has been
+        released."""
         self.seat_of: dict[int, int] = {}
         self.rules: dict[int, RequestRules] = {}
         """By seat, like the next one, for the requests that have rules."""

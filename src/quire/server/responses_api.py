@@ -118,7 +118,7 @@ class _Read:
 
 
 class _Responses:
-    """What makes responses, stores them, and runs those in the background."""
+    """Makes responses, stores them, and runs those in the background."""
 
     def __init__(self, state: ServerState) -> None:
         config = state.config

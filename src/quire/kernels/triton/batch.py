@@ -26,7 +26,7 @@ from quire.kernels.triton.packing import BatchShape, Section
 class DeviceBatch:
     """The state of the seats, and one step's inputs. All addresses are fixed.
 
-    Attention reads the step's `block_table`, which is gathered once a step, and not the seats' tables
+    Attention reads the step's `block_table`, which is gathered once per step, and not the seats' tables
     through an
     index: with an index, every program of every layer would wait for one more load.
     """
@@ -96,7 +96,7 @@ def _build_step(
     BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Grid: rows, groups of layers. The program past the last row writes the padding behind the step's
-    tokens; those of the first group write what is no group's own."""
+    tokens; the programs of the first group also write the inputs that all groups share."""
     row, group = tl.program_id(0), tl.program_id(1)
     slot_mapping_ptr += group * MAX_TOKENS
     seat_blocks_ptr += group.to(tl.int64) * MAX_SEQS * MAX_BLOCKS
