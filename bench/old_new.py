@@ -23,7 +23,7 @@ from bench.peers.workloads import WORKLOADS
 from quire.bench.record import run_record
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-LOWER_IS_BETTER = ("_s", "_ms", "seconds")
+HIGHER_IS_BETTER = "tok_s"
 
 
 class Tree:
@@ -86,8 +86,8 @@ def main() -> None:
         tree.close()
     results = {}
     for name, pairs in found.items():
-        lower = name.endswith(LOWER_IS_BETTER)
-        ratios = [old / new if lower else new / old for old, new in pairs]
+        higher = name.endswith(HIGHER_IS_BETTER)
+        ratios = [new / old if higher else old / new for old, new in pairs]
         medians = [statistics.median(column) for column in zip(*pairs, strict=True)]
         results[name] = {"old": medians[0], "new": medians[1], "ratios": ratios}
         print(
