@@ -12,23 +12,23 @@ from quire.kernels.select import create_kernels
 
 
 def make_cache(**changes: int) -> KVCache:
-    sizes = {"num_layers": 3, "num_blocks": 5, "num_kv_heads": 2, "head_dim": 8, "block_size": 16}
+    sizes = {"num_parts": 3, "num_blocks": 5, "num_kv_heads": 2, "head_dim": 8, "block_size": 16}
     return KVCache(**(sizes | changes), dtype=torch.float32)
 
 
 def test_layout() -> None:
     cache = make_cache()
     assert cache.num_bytes == 3 * 2 * 5 * 2 * 8 * 16 * 4
-    for layer in cache.layers:
+    for layer in cache.parts:
         assert layer.k.shape == (5, 2, 8, 16, 1) and layer.v.shape == (5, 2, 16, 8, 1)
         assert layer.k.is_contiguous() and layer.v.is_contiguous()
-    assert cache.pairs[1] == (cache.layers[1].k, cache.layers[1].v)
+    assert cache.pairs[1] == (cache.parts[1].k, cache.parts[1].v)
 
 
 def test_layers_are_disjoint_and_cover_the_storage() -> None:
     cache = make_cache()
     cache.storage.zero_()
-    for index, layer in enumerate(cache.layers):
+    for index, layer in enumerate(cache.parts):
         layer.k.add_(10 * index + 1)
         layer.v.add_(10 * index + 2)
     assert cache.storage.flatten(2).unique(dim=2).squeeze(2).tolist() == [
@@ -55,7 +55,7 @@ def test_paged_attention_equals_plain_attention(name: str, window: int | None) -
         block_table=torch.tensor([blocks], dtype=torch.int32),
     )
     out = torch.empty(length, 4, 8)
-    kernels, layer = create_kernels(name), cache.layers[1]
+    kernels, layer = create_kernels(name), cache.parts[1]
     qkv, no_rotation = torch.cat((q, k, v), dim=1).flatten(1), torch.empty(length, 0)
     kernels.rope_write_kv(
         qkv, metadata.positions, no_rotation, layer.k, layer.v, metadata.slot_mapping
@@ -82,4 +82,4 @@ def test_paged_attention_equals_plain_attention(name: str, window: int | None) -
     weights = scores.masked_fill(hidden, -torch.inf).softmax(dim=-1)
     expected = torch.einsum("hqk,khd->qhd", weights, v.repeat_interleave(2, dim=1))
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
-    assert cache.layers[0].k.isnan().all() and cache.layers[2].v.isnan().all()
+    assert cache.parts[0].k.isnan().all() and cache.parts[2].v.isnan().all()

@@ -387,7 +387,7 @@ def test_a_devices_cache_begins_as_zeros(monkeypatch: pytest.MonkeyPatch) -> Non
         kv_cache_shapes=lambda **sizes: KVCacheShapes(k=shape, v=shape, zeroed=True),
     )
     cache = KVCache(
-        num_layers=2, num_blocks=3, num_kv_heads=1, head_dim=8, block_size=16,
+        num_parts=2, num_blocks=3, num_kv_heads=1, head_dim=8, block_size=16,
         dtype=torch.bfloat16, kernels=holder,  # type: ignore[arg-type]
     )  # fmt: skip
     assert not cache.storage.any()

@@ -44,7 +44,7 @@ class PagedHarness:
         self._num_groups = len(spec.kv.groups)
         num_blocks *= self._num_groups
         self.cache = KVCache(
-            num_layers=spec.kv.layers_per_page,
+            num_parts=spec.kv.layers_per_page,
             num_blocks=num_blocks,
             num_kv_heads=spec.heads.num_kv_heads,
             head_dim=spec.heads.head_dim,

@@ -36,7 +36,7 @@ def test_rows_outside_are_refused(pair: Callable[..., Pair], kernels: Kernels) -
         pytest.skip("the layers index with PyTorch, which checks")
     _, model = pair("llama", kernels)
     cache = KVCache(
-        num_layers=model.spec.kv.layers_per_page,
+        num_parts=model.spec.kv.layers_per_page,
         num_blocks=3,
         num_kv_heads=model.spec.heads.num_kv_heads,
         head_dim=model.spec.heads.head_dim,

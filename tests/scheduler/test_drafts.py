@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from quire.decoding import TokenRules
 from quire.engine.core import EngineCore
 from quire.kvcache import KVCacheManager
 from quire.messages import (
@@ -64,6 +65,7 @@ class Engine:
         *,
         max_tokens: int = 10,
         eos: int | None = None,
+        **decoding: object,
     ) -> None:
         self.updates[request_id] = []
         message = add_request(
@@ -73,6 +75,7 @@ class Engine:
             seed=request_id,
             end_token_ids=frozenset() if eos is None else frozenset({eos}),
             arrival_time=float(request_id),
+            **decoding,
         )
         assert self.core.handle(message) is None
 
@@ -115,6 +118,23 @@ def test_right_drafts_are_several_tokens_a_step() -> None:
         "no more than are left"
     )
     assert [row.samples for row in engine.rows(1)] == [1, 4, 4, 1]
+
+
+@pytest.mark.parametrize(
+    "decoding",
+    [
+        {"presence_penalty": 0.5},
+        {"repetition_penalty": 1.2},
+        {"allowed_token_ids": [1, 2]},
+        {"rules": TokenRules(bad_words=[[5]])},
+    ],
+)
+def test_what_depends_on_the_tokens_before_is_not_drafted(decoding: dict[str, object]) -> None:
+    engine = Engine(right(3))
+    engine.add(1, max_tokens=10, **decoding)
+    engine.run()
+    assert engine.tokens(1) == expected_output(PROMPT, 1, 10)
+    assert all(row.samples == 1 and not row.draft_token_ids for row in engine.rows(1))
 
 
 def test_wrong_drafts_cost_their_slots_for_a_step() -> None:

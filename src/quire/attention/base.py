@@ -41,7 +41,8 @@ class AttentionMetadata:
 
 @dataclass(frozen=True, slots=True)
 class LayerCache:
-    """One layer's slice of the cache; the shapes are those of `kernels.kv_cache_shapes`."""
+    """One part of every block: the KV of one layer in each group. The shapes are those of
+    `kernels.kv_cache_shapes`."""
 
     k: torch.Tensor
     v: torch.Tensor
@@ -59,7 +60,7 @@ class KVCache:
     def __init__(
         self,
         *,
-        num_layers: int,
+        num_parts: int,
         num_blocks: int,
         num_kv_heads: int,
         head_dim: int,
@@ -67,8 +68,8 @@ class KVCache:
         dtype: torch.dtype,
         kernels: LayerKernels | None = None,
     ) -> None:
-        """num_layers: whose KV a block holds, so those of the largest group (`quire.kv_layout`). kernels:
-        whose layout and device; the CPU's if None.
+        """num_parts: layers whose KV a block holds, so those of the largest group (`quire.kv_layout`).
+        kernels: whose layout and device; the CPU's if None.
         """
         holder = kernels or layout
         self.num_blocks = num_blocks
@@ -82,7 +83,7 @@ class KVCache:
         )
         size = num_blocks * num_kv_heads * head_dim * block_size
         # Not on huge pages: three interleaved runs showed no gain in attention, rather a loss.
-        self.storage = torch.empty(num_layers, 2, size, dtype=dtype, device=holder.device)
+        self.storage = torch.empty(num_parts, 2, size, dtype=dtype, device=holder.device)
         if shapes.zeroed:
             self.storage.view(torch.uint8).zero_()
         scales = None
@@ -91,15 +92,15 @@ class KVCache:
         ):  # one: bf16 keys and values of published models fit its range
             ones = torch.ones(num_kv_heads, dtype=torch.float32, device=holder.device)
             scales = (ones, ones)
-        self.layers = tuple(
+        self.parts = tuple(
             LayerCache(k=part[0].view(shapes.k), v=part[1].view(shapes.v), scales=scales)
             for part in self.storage
         )
 
     @property
     def pairs(self) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
-        """(k, v) of each layer, as `Kernels.copy_blocks` takes them."""
-        return tuple((layer.k, layer.v) for layer in self.layers)
+        """(k, v) of each part, as `Kernels.copy_blocks` takes them."""
+        return tuple((part.k, part.v) for part in self.parts)
 
     @property
     def num_bytes(self) -> int:

@@ -52,7 +52,7 @@ class EagerOps:
         return product(self._whole(x))
 
     def rope_write_kv(self, qkv: Tensor, layer: AttentionLayer) -> None:
-        cache, metadata = self.cache.layers[layer.part], self.metadata[layer.group]
+        cache, metadata = self.cache.parts[layer.part], self.metadata[layer.group]
         self.kernels.rope_write_kv(
             qkv,
             metadata.positions,
@@ -74,7 +74,7 @@ class EagerOps:
         self.attention.forward(
             qkv.view(qkv.shape[0], -1, layer.head_dim)[:, : layer.num_heads],
             layer=layer,
-            cache=self.cache.layers[layer.part],
+            cache=self.cache.parts[layer.part],
             metadata=self.metadata[layer.group],
             out=out.view(-1, layer.num_heads, layer.head_dim),
         )

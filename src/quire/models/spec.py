@@ -128,9 +128,8 @@ class ModelSpec:
         return embedding + norms + self.hidden_size
 
     def kv_bytes_per_token(self, dtype_bytes: int) -> int:
-        """Keys and values of one token in all layers.
-
-        A sliding window does not shrink this: blocks hold every layer.
+        """Keys and values of one token in all layers. A layer with a sliding window keeps those of its window
+        only: see `kv`.
         """
         return 2 * sum(layer.attention.kv_size for layer in self.layers) * dtype_bytes
 

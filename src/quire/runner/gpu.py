@@ -132,7 +132,7 @@ class GPU:
         cache = make_cache(self._config, self._spec, self.kernels, num_blocks)
         model = self._spec.model
         self.kernels.reserve(
-            cache.layers[0].k,
+            cache.parts[0].k,
             q_heads=model.heads.num_heads,
             max_requests=self._config.scheduler.max_num_seqs,
             max_len=self._spec.max_model_len,

@@ -105,7 +105,7 @@ class GPUBackend:
     def open_cache(self, kv_cache: KVCache, seats: Seats) -> None:
         self._seats = seats
         self._kv_cache = kv_cache
-        self._blocks = kv_cache.storage.view(len(kv_cache.layers), 2, *kv_cache.layers[0].k.shape)
+        self._blocks = kv_cache.storage.view(len(kv_cache.parts), 2, *kv_cache.parts[0].k.shape)
 
     # --- requests -------------------------------------------------------------------------------------
 

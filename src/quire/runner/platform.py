@@ -46,7 +46,7 @@ def make_cache(
     config: EngineConfig, spec: WorkerSpec, kernels: LayerKernels, num_blocks: int
 ) -> KVCache:
     return KVCache(
-        num_layers=spec.model.kv.layers_per_page,
+        num_parts=spec.model.kv.layers_per_page,
         num_blocks=num_blocks,
         num_kv_heads=spec.model.heads.num_kv_heads,
         head_dim=spec.model.heads.head_dim,

@@ -572,7 +572,8 @@ class Scheduler:
 
     def _keep_drafts(self, request: Request, drafts: tuple[int, ...]) -> None:
         """Keep drafts for the next plan, unless that plan is in flight already."""
-        if request.status is RequestStatus.RUNNING and not request.num_pending_tokens:
+        is_waited_for = request.status is RequestStatus.RUNNING and not request.num_pending_tokens
+        if is_waited_for and request.decoding.takes_drafts:
             request.draft_token_ids, self._has_drafts = drafts, True
 
     def _learn_of_prompt(

@@ -309,10 +309,6 @@ def all_texts_but(texts: list[str]) -> str:
     return f"^{others(tree)}$"
 
 
-def one_of_texts(texts: list[str]) -> str:
-    return f"^(?:{'|'.join(''.join(map(_escaped, text)) for text in texts)})$"
-
-
 def _escaped(char: str) -> str:
     return re.escape(char) if char.isascii() and char.isprintable() else _code(char)
 

@@ -33,7 +33,7 @@ def test_logits_equal_transformers(name: str, tmp_path: Path) -> None:
         spec, open_source(tmp_path), dtype=torch.float32, kernels=kernels, max_model_len=256
     )
     cache = KVCache(
-        num_layers=spec.kv.layers_per_page,
+        num_parts=spec.kv.layers_per_page,
         num_blocks=5 * len(spec.kv.groups),
         num_kv_heads=spec.heads.num_kv_heads,
         head_dim=spec.heads.head_dim,
@@ -42,7 +42,7 @@ def test_logits_equal_transformers(name: str, tmp_path: Path) -> None:
         kernels=kernels,
     )
     kernels.reserve(
-        cache.layers[0].k,
+        cache.parts[0].k,
         q_heads=spec.heads.num_heads,
         max_requests=1,
         max_len=256,
