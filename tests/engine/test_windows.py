@@ -59,6 +59,7 @@ def test_a_long_sequence_fits_where_only_windows_do(
         (output,) = llm.generate([PROMPT], greedy(60), use_tqdm=False)
         assert output.outputs[0].token_ids == checkpoint.greedy(PROMPT, 60)
         assert max(held) <= num_blocks < len(kv.windows) * WHOLE
+        assert output.metrics.num_preemptions == 0, "blocks behind the window were not freed"
 
 
 @pytest.mark.parametrize("name", ["mistral-window", "gemma3-multimodal"])
