@@ -11,3 +11,4 @@
 #include "pool.c"
 #include "sampling.c"
 #include "scratch.c"
+#include "tiles.c"
