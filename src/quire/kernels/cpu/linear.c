@@ -22,7 +22,7 @@
 #endif
 #define K_CUT 4096       /* elements of K between spills: a panel with this many rows fits in L2 */
 #define ROW_CHUNK 192    /* rows that pass over a panel before the next one; bounds the spill */
-#define AHEAD 2048       /* prefetch distance in bytes if a panel is read once: then memory is the limit */
+#define AHEAD 4096       /* prefetch distance in bytes if a panel is read once: then memory is the limit */
 
 #if defined(__AVX512BF16__)
 #define HAVE_DOT 1
