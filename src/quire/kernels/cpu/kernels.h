@@ -34,6 +34,7 @@ INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
  * asks for the same use again; NULL if there is none. */
 enum scratch_use {
   SCRATCH_LINEAR,
+  SCRATCH_PANEL,
   SCRATCH_PROGRAM,
   SCRATCH_STEP,
   SCRATCH_ATTENTION,
@@ -71,6 +72,8 @@ enum linear_epilogue { LINEAR_STORE = 0, LINEAR_ADD = 1, LINEAR_FLOAT = 2 };
 
 int quire_linear(const linear_weight *w, const void *x, int64_t x_stride, void *out,
                  int64_t out_stride, int64_t m, int epilogue, int threads);
+int quire_pack_linear(const void *weight, int64_t first, int64_t rows, int64_t k, int64_t size, int64_t step,
+                      void *panels, int threads);
 int quire_gather_rows(const linear_weight *w, const int64_t *ids, int64_t tokens, void *out);
 
 /* ---- rows (elementwise.c) ---- */

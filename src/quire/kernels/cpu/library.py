@@ -69,6 +69,7 @@ _P, _N, _I = c_void_p, c_int64, c_int32
 _SIGNATURES = {
     "quire_vectors": [],
     "quire_ask_for_amx": [],
+    "quire_check_vectors": [],
     "quire_check_tiles": [_I],
     "quire_rms_norm": [_P, _N, _N, _P, _P, _P, _N, _N, _N, c_float, _I, _I, _I],
     "quire_gated": [_P, _P, _N, _N, _I, _I, _I],
@@ -110,4 +111,6 @@ def _load_once(march: str) -> ctypes.CDLL | str:
             function.restype = c_int32
     except (OSError, AttributeError) as error:
         return f"{path} does not load: {error}"
+    if library.quire_check_vectors():
+        return f"{path} computes wrong products on this machine"
     return library

@@ -22,6 +22,8 @@
 #endif
 #define K_CUT 4096       /* elements of K between spills: a panel with this many rows fits in L2 */
 #define ROW_CHUNK 192    /* rows that pass over a panel before the next one; bounds the spill */
+#define WIDE_BLOCKS 8    /* blocks of rows from which on a panel is widened to fp32 once for all */
+#define WIDE_CUT 1024    /* then in place of K_CUT */
 #define AHEAD 4096       /* prefetch distance in bytes if a panel is read once: then memory is the limit */
 
 #if defined(__AVX512BF16__)
@@ -98,11 +100,11 @@ INLINE void multiply(vf acc[ROWS][LANES], const void *x, int64_t x_stride, const
 
 /* sums [rows][PANEL]: the partial sums of some rows times one panel. */
 INLINE void block(const linear_job *job, const void *x, const char *panel, stream next, int64_t k0,
-                  int64_t k1, float *sums, const int rows, const int dt) {
+                  int64_t k1, int goes_on, float *sums, const int rows, const int dt) {
   for (int c = 0; c < PANEL; c += LANES * VW) {
     vf acc[ROWS][LANES];
     UNROLL for (int r = 0; r < rows; r++) UNROLL for (int i = 0; i < LANES; i++)
-      acc[r][i] = k0 ? vload(sums + r * PANEL + c + i * VW, F32) : vset(0.0f);
+      acc[r][i] = goes_on ? vload(sums + r * PANEL + c + i * VW, F32) : vset(0.0f);
     multiply(acc, x, job->x_stride, panel + c * pair_of(dt) * (int64_t)elem_size(dt), next, k0, k1,
              rows, dt);
     UNROLL for (int r = 0; r < rows; r++) UNROLL for (int i = 0; i < LANES; i++)
@@ -128,7 +130,39 @@ INLINE void finish(const linear_job *job, const float *sums, const void *bias, v
     }
 }
 
-/* Rows [begin, end) over one panel, in blocks of nearly equal size. */
+/* to: [k1 - k0][PANEL], elements [k0, k1) of the panel's columns. k0 and k1 are even in bfloat16. */
+INLINE void widen_panel(const char *panel, int64_t k0, int64_t k1, float *to, const int dt) {
+  const int64_t step = pair_of(dt), row = PANEL * step * (int64_t)elem_size(dt);
+  panel += k0 / step * row;
+  for (int64_t k = k0; k < k1; k += step, panel += row, to += step * PANEL)
+    for (int c = 0; c < PANEL; c += VW) {
+      if (dt == BF16) {
+        const vu both = vload_pairs(panel + c * 4);
+        vstore(to + c, (vf)(both << 16), F32);
+        vstore(to + PANEL + c, (vf)(both & 0xffff0000u), F32);
+      } else {
+        vstore(to + c, vload(panel + c * (int)elem_size(dt), dt), F32);
+      }
+    }
+}
+
+/* One block of 1 to ROWS rows. */
+INLINE void any_block(const linear_job *job, const void *x, const char *panel, stream next, int64_t k0,
+                      int64_t k1, int goes_on, float *sums, int64_t rows, const int dt) {
+  switch (rows) {
+    case 1: block(job, x, panel, next, k0, k1, goes_on, sums, 1, dt); break;
+    case 2: block(job, x, panel, next, k0, k1, goes_on, sums, 2, dt); break;
+    case 3: block(job, x, panel, next, k0, k1, goes_on, sums, 3, dt); break;
+    case 4: block(job, x, panel, next, k0, k1, goes_on, sums, 4, dt); break;
+#if ROWS > 4
+    case 5: block(job, x, panel, next, k0, k1, goes_on, sums, 5, dt); break;
+    case 6: block(job, x, panel, next, k0, k1, goes_on, sums, 6, dt); break;
+#endif
+  }
+}
+
+/* Rows [begin, end) over one panel, in blocks of nearly equal size. Where the elements must be widened and there
+ * are many blocks, the panel is widened once, in pieces that stay in L2. */
 INLINE void panel_rows(const linear_job *job, int64_t begin, int64_t end, int64_t panel,
                        int64_t next_panel, const int dt) {
   const linear_weight *w = job->w;
@@ -138,8 +172,11 @@ INLINE void panel_rows(const linear_job *job, int64_t begin, int64_t end, int64_
   const char *after = (const char *)w->panels + next_panel * steps * row;
   const int xt = widens(dt) ? F32 : dt;
   float sums[ROW_CHUNK * PANEL];
-  for (int64_t k0 = 0; k0 < w->k; k0 += K_CUT) {
-    const int64_t k1 = w->k - k0 > K_CUT ? k0 + K_CUT : w->k;
+  float *wide = widens(dt) && blocks >= WIDE_BLOCKS ? quire_scratch(SCRATCH_PANEL, WIDE_CUT * PANEL * 4) : NULL;
+  const int64_t k_end = steps * step, cut = wide ? WIDE_CUT : K_CUT;
+  for (int64_t k0 = 0; k0 < k_end; k0 += cut) {
+    const int64_t k1 = min64(k0 + cut, k_end);
+    if (wide) widen_panel(base, k0, k1, wide, dt);
     for (int64_t b = 0; b < blocks; b++) {
       const int64_t first = rows * b / blocks;
       const void *x = at(job->x, (begin + first) * job->x_stride, xt);
@@ -147,15 +184,12 @@ INLINE void panel_rows(const linear_job *job, int64_t begin, int64_t end, int64_
       /* A single pass prefetches its own panel; several passes each prefetch a part of the next one. */
       const stream next = blocks == 1 ? (stream){base + AHEAD, row}
                                       : (stream){after + b * (steps * row / blocks), row / blocks};
-      switch (rows * (b + 1) / blocks - first) {
-        case 1: block(job, x, base, next, k0, k1, s, 1, dt); break;
-        case 2: block(job, x, base, next, k0, k1, s, 2, dt); break;
-        case 3: block(job, x, base, next, k0, k1, s, 3, dt); break;
-        case 4: block(job, x, base, next, k0, k1, s, 4, dt); break;
-#if ROWS > 4
-        case 5: block(job, x, base, next, k0, k1, s, 5, dt); break;
-        case 6: block(job, x, base, next, k0, k1, s, 6, dt); break;
-#endif
+      const int64_t n = rows * (b + 1) / blocks - first;
+      if (wide) { /* half the bytes of `next` for each of twice the steps */
+        const stream half = {next.at + k0 / step * next.stride, next.stride / step};
+        any_block(job, (const float *)x + k0, (const char *)wide, half, 0, k1 - k0, k0 > 0, s, n, F32);
+      } else {
+        any_block(job, x, base, next, k0, k1, k0 > 0, s, n, dt);
       }
     }
   }

@@ -3,8 +3,8 @@
 Two products over a matrix of floats; `dense_product` takes the first that works here:
 
 1. `PanelProduct`: our own C kernel (linear.c), invariant by construction, in all three dtypes.
-2. `ExactSumProduct`: PyTorch's product of operands whose every sum is exact, in any order. Used where no compiler
-   is found.
+2. `ExactSumProduct`: PyTorch's product of operands whose every sum is exact, in any order. Used where
+   no compiler is found.
 
 PyTorch's oneDNN was used for bfloat16 and float32 before. In measurements, our kernel reads weights at about
 twice oneDNN's rate with few rows, and is as fast with many. That a row's bits do not change follows from its

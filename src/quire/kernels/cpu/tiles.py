@@ -1,7 +1,7 @@
 """Which tiles (tiles.h) a process computes bfloat16 with: AMX where processor and system have it.
 
-A row's bits are the same for every batch because all products of a dtype go one way. So the choice is made once a
-process, and for all of them.
+A row's bits are the same for every batch because all products of a dtype go one way. So the choice is made
+once a process, and for all of them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class TileChoice(NamedTuple):
 def choose_tiles() -> TileChoice:
     """Raises `BuildError` with no compiler, and `ConfigError` for another value of the variable.
 
-    AMX is compared with plain C on a small product and a small attention, which takes less than a millisecond. If
+    AMX is compared with plain C on a small product and a small attention, which takes about a millisecond. If
     they disagree by more than rounding, a warning is logged and AMX is not used.
     """
     return _choose(os.environ.get(VARIABLE, "auto"))
