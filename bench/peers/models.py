@@ -41,7 +41,7 @@ def checkpoint(name: str, folder: Path) -> None:
             head_dim=64,
             intermediate_size=2048,
             vocab_size=32000,
-            max_position_embeddings=4096,
+            max_position_embeddings=8192,
             **common,
         )
         model = LlamaForCausalLM(config)

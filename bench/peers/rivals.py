@@ -150,7 +150,7 @@ def specs(root: Path, threads: int) -> list[Spec]:
 
 
 def server_makers(root: Path, model: ModelShape, threads: int) -> dict[str, servers.ServerMaker]:
-    """Name -> how to start that server on a port. OpenVINO, mistral.rs and transformers bring none."""
+    """Name -> how to start that server on a port, for W5 and W6. OpenVINO, mistral.rs and transformers bring none."""
     served = vllm_env(root, threads, in_process=False)
     zentorch = {
         "vllm zentorch": lambda port: servers.vllm_server(
@@ -165,6 +165,14 @@ def server_makers(root: Path, model: ModelShape, threads: int) -> dict[str, serv
             root, model, port, {"VLLM_CACHE_ROOT": str(root / "vllm-cache"), "HF_HUB_OFFLINE": "1"}
         ),
         "llama.cpp": lambda port: servers.Server(
-            servers.llama_server(root, model, port, slots=64, slot_tokens=256, threads=threads)
+            servers.llama_server(
+                root,
+                model,
+                port,
+                slots=model.server_slots,
+                slot_tokens=model.slot_tokens,
+                threads=threads,
+            ),
+            session_field="id_slot",
         ),
     }

@@ -1,4 +1,4 @@
-"""How each engine's HTTP server is started for W5, and when it counts as ready."""
+"""How each engine's HTTP server is started for W5 and W6, and when it counts as ready."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ class Server:
     env: dict[str, str] = field(default_factory=dict)
     model: str = "model"
     """The name that requests must use."""
+    session_field: str | None = None
+    """The field of a request that keeps a session in one place, if the server has one."""
 
 
 ServerMaker = Callable[[int], Server]
