@@ -150,7 +150,10 @@ def specs(root: Path, threads: int) -> list[Spec]:
 
 
 def server_makers(root: Path, model: ModelShape, threads: int) -> dict[str, servers.ServerMaker]:
-    """Name -> how to start that server on a port, for W5 and W6. OpenVINO, mistral.rs and transformers bring none."""
+    """Name -> how to start that server on a port, for W5 and W6.
+
+    OpenVINO, mistral.rs (from PyPI) and transformers bring none.
+    """
     served = vllm_env(root, threads, in_process=False)
     zentorch = {
         "vllm zentorch": lambda port: servers.vllm_server(

@@ -1,4 +1,4 @@
-"""Runner of mistral.rs: its Python package, in process. (Its server is a Rust program that PyPI does not have.)
+"""Runner of mistral.rs: its Python package, in process. (Its server is a program that PyPI does not have.)
 
 The package takes text only. Its model folder has a tokenizer whose words are the ids in decimal
 (`models.mistralrs`), so a prompt is exactly the tokens asked for.
@@ -52,7 +52,8 @@ class MistralRs:
             for chunk in stream:
                 if first_token is None:
                     first_token = time.perf_counter() - started
-            generated.append(chunk.usage.completion_tokens)
+                usage = chunk.usage
+            generated.append(usage.completion_tokens)
         return Timing(time.perf_counter() - started, first_token, generated)
 
     def peak_rss_mib(self) -> float:

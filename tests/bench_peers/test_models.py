@@ -1,8 +1,7 @@
 import json
 
-from tokenizers import Tokenizer
-
 from bench.peers import models
+from tokenizers import Tokenizer
 
 
 def test_mistralrs_reads_prompts_of_ids_as_those_ids(tmp_path):
