@@ -53,6 +53,8 @@ def main() -> None:
     logs.mkdir(parents=True, exist_ok=True)
     # A plain kill must not leave stopped engines behind: it ends this as Ctrl-C does.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    # Installed engines have compiled modules. So must this checkout, or its start is not comparable.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     run = Comparison(args, root, logs)
     try:
         run.measure()

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from bench.peers import cpu
 from bench.peers.workloads import ModelShape
 
 
@@ -90,9 +91,9 @@ def vllm_server(root: Path, model: ModelShape, port: int, env: dict[str, str]) -
         [
             str(root / "venvs" / "vllm" / "bin" / "vllm"),
             *("serve", str(root / "models" / model.name), "--served-model-name", "model"),
-            *("--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16"),
+            *("--host", "127.0.0.1", "--port", str(port), "--dtype", cpu.compute_dtype()),
             *("--max-num-seqs", "64", "--max-model-len", str(model.max_model_len)),
-            *("--kv-cache-memory-bytes", str(model.kv_cache_bytes), "--disable-log-stats"),
+            *("--kv-cache-memory-bytes", str(cpu.kv_cache_bytes(model)), "--disable-log-stats"),
             *("--max-num-batched-tokens", "4096", "--uvicorn-log-level", "warning"),
         ],
         env,
