@@ -82,6 +82,20 @@ class Stopwatch:
         setattr(owner, method, timed)
 
 
+def watch_engine(llm: LLM) -> Stopwatch:
+    """Times the parts of an engine's step. "build batch" includes the forward pass."""
+    core = llm._core._core  # a benchmark may look inside
+    runner = core.executor.runner
+    watch = Stopwatch()
+    watch.wrap(core.scheduler, "schedule", "schedule")
+    watch.wrap(core.scheduler, "update", "update")
+    watch.wrap(runner, "launch", "build batch")
+    watch.wrap(RunningStep, "result", "build batch")
+    watch.wrap(runner.backend._sampler, "sample", "sample")
+    watch.wrap(llm._front, "take", "outputs")
+    return watch
+
+
 def measure(case: Case, models: Path | None) -> dict[str, float]:
     """Microseconds a step, by part."""
     model: dict[str, Any] = {}
@@ -94,16 +108,9 @@ def measure(case: Case, models: Path | None) -> dict[str, float]:
         max_num_batched_tokens=2048,
         enable_prefix_caching=False,
     )
-    core = llm._core._core  # a benchmark may look inside
-    runner = core.executor.runner
+    runner = llm._core._core.executor.runner
     decoder = runner.backend._pass
-    watch = Stopwatch()
-    watch.wrap(core.scheduler, "schedule", "schedule")
-    watch.wrap(core.scheduler, "update", "update")
-    watch.wrap(runner, "launch", "build batch")
-    watch.wrap(RunningStep, "result", "build batch")
-    watch.wrap(runner.backend._sampler, "sample", "sample")
-    watch.wrap(llm._front, "take", "outputs")
+    watch = watch_engine(llm)
     rng = random.Random(0)
     vocab = runner.model.spec.vocab_size - 300
     params = SamplingParams(temperature=0.0, max_tokens=case.steps, ignore_eos=True)
