@@ -54,9 +54,9 @@ class Tree:
 
     def _start(self) -> dict[str, float]:
         with tempfile.NamedTemporaryFile(suffix=".json") as file:
-            command = ["-m", "quire", "bench", "startup", "--runs", "1", "--model", str(self._model)]
+            command = [sys.executable, "-m", "quire", "bench", "startup", "--runs", "1"]
             subprocess.run(
-                [sys.executable, *command, "--output-json", file.name],
+                [*command, "--model", str(self._model), "--output-json", file.name],
                 env=self._environment,
                 stdout=subprocess.DEVNULL,
                 check=True,
