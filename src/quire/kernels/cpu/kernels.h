@@ -63,7 +63,7 @@ enum linear_epilogue { LINEAR_STORE = 0, LINEAR_ADD = 1, LINEAR_FLOAT = 2 };
 
 int quire_linear(const linear_weight *w, const void *x, int64_t x_stride, void *out,
                  int64_t out_stride, int64_t m, int epilogue, int threads);
-int quire_gather_rows(const linear_weight *w, const int64_t *ids, int64_t tokens, void *out);
+int quire_gather_rows(const linear_weight *w, const int64_t *ids, int64_t tokens, void *out, int threads);
 
 /* ---- rows (elementwise.c) ---- */
 
