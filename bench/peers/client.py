@@ -21,6 +21,9 @@ class Reply:
     token_times: list[float] = field(default_factory=list)
     """When each event with text came."""
     num_tokens: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    """Of the prompt, from the server's prefix cache; 0 if it does not say."""
     events: list[dict[str, object]] = field(default_factory=list)
 
 
@@ -71,6 +74,9 @@ def _parse(raw: Sequence[tuple[float, bytes]], reply: Reply) -> None:
             usage = event.get("usage")
             if usage:
                 reply.num_tokens = usage["completion_tokens"]
+                reply.prompt_tokens = usage.get("prompt_tokens") or 0
+                details = usage.get("prompt_tokens_details") or {}
+                reply.cached_tokens = details.get("cached_tokens") or 0
 
 
 def _text(event: dict[str, object]) -> object:

@@ -1,4 +1,4 @@
-"""Measure Quire and every installed rival on W1-W5, interleaved in one run.
+"""Measure Quire and every installed rival on W1-W6, interleaved in one run.
 
     make dev && bench/peers/setup                         (once)
     .venv/bin/python -m bench.peers.compare --model M2    (from the repository's root)
@@ -21,7 +21,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from bench.peers import client, report, servers
+from bench.peers import agents, client, report, servers
 from bench.peers.processes import Runner, RunnerError, cpu_times, others_share
 from bench.peers.rivals import REPOSITORY, Spec, peers_dir, server_makers, specs
 from bench.peers.workloads import (
@@ -34,8 +34,13 @@ from bench.peers.workloads import (
     w5_requests,
 )
 
+from quire.bench.record import run_record
+
 MUCH_SLOWER = 3.0
 """An engine this many times slower than the best at the warm-up is measured once, not `repeats` times."""
+
+SERVED = ("W5", "W6")
+"""Workloads of a server and not of an engine in process."""
 
 QUIET = 0.10
 """A measurement during which others used more than this much of a core is taken again (and marked)."""
@@ -48,12 +53,15 @@ def main() -> None:
     logs.mkdir(parents=True, exist_ok=True)
     # A plain kill must not leave stopped engines behind: it ends this as Ctrl-C does.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    # Installed engines have compiled modules. So must this checkout, or its start is not comparable.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     run = Comparison(args, root, logs)
     try:
         run.measure()
-        if "W5" in args.workloads:
-            write(run.results, args)  # W5 is long; what is measured is safe
-            run.serve()
+        for workload in SERVED:
+            if workload in args.workloads:
+                write(run.results, args)  # these are long; what is measured is safe
+                run.serve(workload)
     finally:
         run.abandon()
     write(run.results, args)
@@ -228,9 +236,10 @@ class Comparison:
             runner.kill(patience=0)
         self.runners.clear()
 
-    def serve(self) -> None:
-        """W5: each server alone, in turn, `--rounds` times."""
-        makers = server_makers(self.root, self.shape, self.args.threads)
+    def serve(self, workload: str) -> None:
+        """W5 or W6: each server alone, in turn, `--rounds` times."""
+        shape = agents.with_room(self.shape) if workload == "W6" else self.shape
+        makers = server_makers(self.root, shape, self.args.threads)
         wanted = [
             name
             for name in makers
@@ -244,38 +253,28 @@ class Comparison:
             for name in wanted[turn % len(wanted) :] + wanted[: turn % len(wanted)]:
                 if name not in self.skipped:
                     try:
-                        self._serve_one(name, makers[name], turn)
+                        self._serve_one(workload, name, makers[name], turn)
                     except (RuntimeError, OSError) as error:
-                        self._skip(f"{name} server", str(error))
+                        self._skip(f"{name} server", f"{workload}: {error}")
 
-    def _serve_one(self, name: str, maker: servers.ServerMaker, turn: int) -> None:
+    def _serve_one(self, workload: str, name: str, maker: servers.ServerMaker, turn: int) -> None:
         port = servers.free_port()
         server = maker(port)
         if not Path(server.command[0]).exists():
             raise RuntimeError(f"not installed: no {server.command[0]} (run bench/peers/setup)")
         log = self.logs / f"{name.replace(' ', '-')}-server-{self.args.model}.log"
+        drive = self._drive_w6 if workload == "W6" else self._drive_w5
         started = time.perf_counter()
         process = servers.start(server, log)
         try:
             servers.wait_ready(port, process, timeout=900)
             scale = SMOKE if self.args.smoke else FULL
-            vocab = self.shape.vocab_size
-            rate = self.args.rate or self.shape.w5_rate
-            warm = w5_requests(vocab, WARM_UP - turn, scale)
-            asyncio.run(client.answer(port, server.model, warm[0].prompt))
+            first = w5_requests(self.shape.vocab_size, WARM_UP - turn, scale)[0]
+            asyncio.run(client.answer(port, server.model, first.prompt))
             first_answer = time.perf_counter() - started
-            pairs = [(r.prompt, r.max_tokens) for r in warm[1:17]]
-            asyncio.run(client.load(port, server.model, pairs, [0.0] * len(pairs)))
-            requests = w5_requests(vocab, turn, scale)
+            asyncio.run(drive(port, server, WARM_UP - turn))
             before = cpu_times({process.pid})
-            result = asyncio.run(
-                client.load(
-                    port,
-                    server.model,
-                    [(r.prompt, r.max_tokens) for r in requests],
-                    w5_arrivals(rate, len(requests)),
-                )
-            )
+            result = asyncio.run(drive(port, server, turn))
             others = others_share(before, cpu_times({process.pid}))
         finally:
             _end(process)
@@ -284,16 +283,39 @@ class Comparison:
         self.samples.append(
             {
                 "engine": name,
-                "workload": "W5",
+                "workload": workload,
                 "repeat": turn,
                 "attempt": 0,
                 "others": round(others, 3),
-                "rate": rate,
+                "rate": self._rate() if workload == "W5" else None,
                 "command": " ".join(server.command),
                 "measures": measures,
             }
         )
-        _say(f"  W5 {turn:2} {name:24} {_brief(measures)} others {others:.2f}")
+        _say(f"  {workload} {turn:2} {name:24} {_brief(measures)} others {others:.2f}")
+
+    def _rate(self) -> float:
+        return self.args.rate or self.shape.w5_rate
+
+    async def _drive_w5(self, port: int, server: servers.Server, repeat: int) -> client.LoadResult:
+        """A warm-up (`repeat` below 0) is 16 requests at once."""
+        scale = SMOKE if self.args.smoke else FULL
+        requests = w5_requests(self.shape.vocab_size, repeat, scale)
+        arrivals = w5_arrivals(self._rate(), len(requests))
+        if repeat < 0:
+            requests = requests[1:17]
+            arrivals = [0.0] * len(requests)
+        pairs = [(r.prompt, r.max_tokens) for r in requests]
+        return await client.load(port, server.model, pairs, arrivals)
+
+    async def _drive_w6(
+        self, port: int, server: servers.Server, repeat: int
+    ) -> agents.AgentsResult:
+        """A warm-up (`repeat` below 0) is the first turn of each session."""
+        shape = agents.SMOKE if self.args.smoke else agents.FULL
+        if repeat < 0:
+            shape = agents.first_turns(shape)
+        return await agents.replay(port, server, self.shape.vocab_size, repeat, shape)
 
 
 def write(results: dict[str, object], args: argparse.Namespace) -> None:
@@ -312,9 +334,9 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", choices=sorted(MODELS), default="M2")
     parser.add_argument("--engines", nargs="+", help="only these, by the names in the table")
-    parser.add_argument("--workloads", nargs="+", default=[*WORKLOADS, "W5"])
+    parser.add_argument("--workloads", nargs="+", default=[*WORKLOADS, *SERVED])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--rounds", type=int, default=2, help="of W5")
+    parser.add_argument("--rounds", type=int, default=2, help="of W5 and W6")
     parser.add_argument(
         "--rate", type=float, help="of W5, requests/s (default: 2 for M2, 0.5 for M1)"
     )
@@ -330,9 +352,6 @@ def _parse() -> argparse.Namespace:
 
 
 def _record() -> dict[str, object]:
-    sys.path.insert(0, str(REPOSITORY / "src"))
-    from quire.bench.record import run_record
-
     command = ["python", "-m", "bench.peers.compare", *sys.argv[1:]]
     return run_record(command)
 

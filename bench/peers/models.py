@@ -1,7 +1,8 @@
 """Make the comparison's models: a Hugging Face checkpoint with random weights, and its conversions.
 
     python -m bench.peers.models checkpoint M2 DIR    (needs transformers and tokenizers)
-    python -m bench.peers.models gguf DIR FILE        (needs gguf and numpy)
+    python -m bench.peers.models gguf DIR FILE [TYPE] (needs gguf and numpy)
+    python -m bench.peers.models mistralrs DIR FOLDER
 
 Random weights compute exactly what trained ones do, and nothing has to be downloaded. OpenVINO's form is
 made from the checkpoint by `optimum-cli` (see `setup`).
@@ -40,7 +41,7 @@ def checkpoint(name: str, folder: Path) -> None:
             head_dim=64,
             intermediate_size=2048,
             vocab_size=32000,
-            max_position_embeddings=4096,
+            max_position_embeddings=8192,
             **common,
         )
         model = LlamaForCausalLM(config)
@@ -129,8 +130,8 @@ def gguf_name(name: str) -> str:
     return f"blk.{layer}.{_GGUF_NAMES[rest.removesuffix('.weight')]}.weight"
 
 
-def gguf(folder: Path, file: Path) -> None:
-    """Write `folder`'s checkpoint as one GGUF file: matrices in bf16, norms in float32."""
+def gguf(folder: Path, file: Path, dtype: str) -> None:
+    """Write `folder`'s checkpoint as one GGUF file: matrices in `dtype` (bf16, f16 or f32), norms in f32."""
     import gguf as lib
 
     config = json.loads((folder / "config.json").read_text())
@@ -149,7 +150,13 @@ def gguf(folder: Path, file: Path) -> None:
     writer.add_rope_freq_base(_rope_theta(config))
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])
-    writer.add_file_type(lib.LlamaFileType.MOSTLY_BF16)
+    writer.add_file_type(
+        {
+            "bf16": lib.LlamaFileType.MOSTLY_BF16,
+            "f16": lib.LlamaFileType.MOSTLY_F16,
+            "f32": lib.LlamaFileType.ALL_F32,
+        }[dtype]
+    )
     tokens = vocabulary(config["vocab_size"])
     kinds = [lib.TokenType.CONTROL] * len(SPECIAL)
     kinds += [lib.TokenType.NORMAL] * (len(tokens) - len(SPECIAL))
@@ -164,11 +171,45 @@ def gguf(folder: Path, file: Path) -> None:
     for name, data in _read_safetensors(folder).items():
         if name == "lm_head.weight":  # tied
             continue
-        _add_tensor(writer, name, data, (heads, kv_heads) if arch == "llama" else None)
+        _add_tensor(writer, name, data, (heads, kv_heads) if arch == "llama" else None, dtype)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+# --- mistral.rs ------------------------------------------------------------------------------------
+
+
+def mistralrs(folder: Path, target: Path) -> None:
+    """The checkpoint as mistral.rs reads it: `rope_theta` at the top of its config, and a tokenizer that
+
+    encodes "300 301" as the ids 300 and 301, for its Python package takes text only.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    for file in folder.iterdir():
+        if file.name in ("config.json", "tokenizer.json"):
+            continue
+        link = target / file.name
+        link.unlink(missing_ok=True)
+        link.symlink_to(file.resolve())
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_theta"] = _rope_theta(config)
+    (target / "config.json").write_text(json.dumps(config, indent=1))
+    names = [*SPECIAL, *(str(index) for index in range(len(SPECIAL), config["vocab_size"]))]
+    tokenizer = {
+        "version": "1.0",
+        "added_tokens": [],
+        "pre_tokenizer": {"type": "WhitespaceSplit"},
+        # It accepts no tokenizer without a decoder that it knows.
+        "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False},
+        "model": {
+            "type": "WordLevel",
+            "vocab": {name: index for index, name in enumerate(names)},
+            "unk_token": SPECIAL[0],
+        },
+    }
+    (target / "tokenizer.json").write_text(json.dumps(tokenizer))
 
 
 def _rope_theta(config: dict[str, Any]) -> float:
@@ -176,7 +217,9 @@ def _rope_theta(config: dict[str, Any]) -> float:
     return float(rope["rope_theta"])
 
 
-def _add_tensor(writer: Any, name: str, data: Any, heads: tuple[int, int] | None) -> None:
+def _add_tensor(
+    writer: Any, name: str, data: Any, heads: tuple[int, int] | None, dtype: str
+) -> None:
     """data: uint16 (the bits of bf16). heads: where the rotary halves must be interleaved (Llama)."""
     import gguf as lib
     import numpy as np
@@ -186,8 +229,10 @@ def _add_tensor(writer: Any, name: str, data: Any, heads: tuple[int, int] | None
         rows, columns = data.shape
         halves = data.reshape(count, 2, rows // count // 2, columns)
         data = np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(rows, columns)
-    if data.ndim == 1:
-        writer.add_tensor(gguf_name(name), (data.astype(np.uint32) << 16).view(np.float32))
+    if data.ndim == 1 or dtype != "bf16":
+        wide = (data.astype(np.uint32) << 16).view(np.float32)
+        narrow = data.ndim > 1 and dtype == "f16"
+        writer.add_tensor(gguf_name(name), wide.astype(np.float16) if narrow else wide)
     else:
         # GGUF wants the bytes of types that numpy lacks; the last axis then counts bytes.
         writer.add_tensor(
@@ -223,11 +268,17 @@ def main() -> None:
     convert = commands.add_parser("gguf")
     convert.add_argument("folder", type=Path)
     convert.add_argument("file", type=Path)
+    convert.add_argument("dtype", choices=("bf16", "f16", "f32"), nargs="?", default="bf16")
+    rust = commands.add_parser("mistralrs")
+    rust.add_argument("folder", type=Path)
+    rust.add_argument("target", type=Path)
     args = parser.parse_args()
     if args.command == "checkpoint":
         checkpoint(args.name, args.folder)
+    elif args.command == "gguf":
+        gguf(args.folder, args.file, args.dtype)
     else:
-        gguf(args.folder, args.file)
+        mistralrs(args.folder, args.target)
 
 
 if __name__ == "__main__":

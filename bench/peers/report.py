@@ -67,6 +67,9 @@ MEASURES: tuple[Measure, ...] = (
     _row("W5", "tpot_p50", "W5 server TPOT p50 ms", lower=True, digits=1),
     _row("W5", "tpot_p99", "W5 server TPOT p99 ms", lower=True, digits=1),
     _row("W5", "itl_p99", "W5 server ITL p99 ms", lower=True, digits=1, target=(1.0, 1.0)),
+    _row("W6", "interactivity", "W6 agents, interactivity tok/s", digits=1, target=(1.3, 1.3)),
+    _row("W6", "ttft_p50", "W6 agents TTFT p50 ms", lower=True),
+    _row("W6", "ttft_p99", "W6 agents TTFT p99 ms", lower=True),
     _row("W5", "server_first_answer_s", "server: start to first answer, s", lower=True, digits=2),
     _row("engine", "first_answer_s", "in process: start to first answer, s", lower=True, digits=2),
     _row("engine", "load_s", "of that, loading the model, s", lower=True, digits=2),
@@ -283,7 +286,7 @@ def _range(found: Cell | None, measure: Measure, repeats: int) -> str:
     text = _show(found, measure)
     if found.count > 1:
         text += f" ({found.low:,.{measure.digits}f} - {found.high:,.{measure.digits}f})"
-    if measure.workload not in ("engine", "W5") and found.count != repeats:
+    if measure.workload not in ("engine", "W5", "W6") and found.count != repeats:
         text += f" n={found.count}"
     return text
 
@@ -306,11 +309,10 @@ def _about(results: Mapping[str, Any]) -> str:
             lines.append("  - measured after the others had left: not all fit into memory at once")
         lines += [f"  - failed: {failure}" for failure in engine.get("failures", [])]
     for name in engines(results):
-        served = [s for s in samples_of(results, name, "W5") if "command" in s]
-        if served:
-            lines.append(
-                f"- **{name}** server at {served[0]['rate']:g} requests/s: `{served[0]['command']}`"
-            )
+        for workload in ("W5", "W6"):
+            for sample in samples_of(results, name, workload)[:1]:
+                rate = f" at {sample['rate']:g} requests/s" if sample.get("rate") else ""
+                lines.append(f"- **{name}** server, {workload}{rate}: `{sample['command']}`")
     return "\n".join([*lines, ""])
 
 

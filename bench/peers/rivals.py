@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench.peers import servers
+from bench.peers import cpu, servers
 from bench.peers.workloads import ModelShape
 
 REPOSITORY = Path(__file__).parents[2]
@@ -31,6 +31,8 @@ class Spec:
     env: dict[str, str] = field(default_factory=dict)
     options: tuple[str, ...] = ()
     workloads: tuple[str, ...] = ("W1", "W2", "W3", "W4")
+    also: tuple[str, ...] = ()
+    """What else must exist below the folder that `setup` fills."""
     apart_on: tuple[str, ...] = ()
     """Models with which it is measured after the others have left: not all fit into 24 GiB at once."""
 
@@ -40,8 +42,7 @@ class Spec:
     def missing(self, root: Path, model: str) -> str | None:
         """Why it cannot run here, or None."""
         needed = [self.python(root), root / "models" / self.model_file.format(model=model)]
-        if self.name == "llama.cpp":
-            needed.append(root / "llama.cpp-build" / "bin" / "llama-server")
+        needed += [root / path for path in self.also]
         absent = [path for path in needed if not path.exists()]
         return f"not installed: no {absent[0]} (run bench/peers/setup)" if absent else None
 
@@ -73,9 +74,26 @@ def vllm_env(root: Path, threads: int, *, in_process: bool) -> dict[str, str]:
     return env
 
 
+ZENTORCH = "lib/zentorch"
+"""Where `setup` puts AMD's plug-in. vLLM uses it if it can import it."""
+
+
+def with_zentorch(root: Path, env: dict[str, str]) -> dict[str, str]:
+    return {**env, "PYTHONPATH": str(root / ZENTORCH)}
+
+
 def specs(root: Path, threads: int) -> list[Spec]:
     quire_env = {"PYTHONPATH": f"{REPOSITORY / 'src'}:{REPOSITORY}"}
     openmp = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+    in_process = vllm_env(root, threads, in_process=True)
+    zentorch = Spec(
+        name="vllm zentorch",
+        module="bench.peers.run_vllm",
+        venv="vllm",
+        model_file="{model}",
+        env=with_zentorch(root, in_process),
+        also=(ZENTORCH,),
+    )
     return [
         Spec("quire", "bench.peers.run_quire", None, "{model}", quire_env),
         Spec(
@@ -92,10 +110,25 @@ def specs(root: Path, threads: int) -> list[Spec]:
             module="bench.peers.run_vllm",
             venv="vllm",
             model_file="{model}",
-            env=vllm_env(root, threads, in_process=True),
+            env=in_process,
         ),
+        *([zentorch] if cpu.is_zen4() else []),
         Spec("openvino", "bench.peers.run_openvino", "openvino", "{model}-openvino"),
-        Spec("llama.cpp", "bench.peers.run_llama_cpp", "llama_cpp", "{model}.gguf"),
+        Spec(
+            name="llama.cpp",
+            module="bench.peers.run_llama_cpp",
+            venv="llama_cpp",
+            model_file="{model}.gguf",
+            also=("llama.cpp-build/bin/llama-server",),
+        ),
+        Spec(
+            name="mistral.rs",
+            module="bench.peers.run_mistralrs",
+            venv="mistralrs",
+            model_file="{model}-mistralrs",
+            env={"RAYON_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"},
+            apart_on=("M1",),
+        ),
         Spec(
             name="transformers",
             module="bench.peers.run_transformers",
@@ -117,16 +150,32 @@ def specs(root: Path, threads: int) -> list[Spec]:
 
 
 def server_makers(root: Path, model: ModelShape, threads: int) -> dict[str, servers.ServerMaker]:
-    """Name -> how to start that server on a port, for W5. OpenVINO and transformers bring none."""
+    """Name -> how to start that server on a port, for W5 and W6.
+
+    OpenVINO, mistral.rs (from PyPI) and transformers bring none.
+    """
+    served = vllm_env(root, threads, in_process=False)
+    zentorch = {
+        "vllm zentorch": lambda port: servers.vllm_server(
+            root, model, port, with_zentorch(root, served)
+        )
+    }
     return {
         "quire": lambda port: servers.quire_server(root, model, port, threads),
-        "vllm": lambda port: servers.vllm_server(
-            root, model, port, vllm_env(root, threads, in_process=False)
-        ),
+        "vllm": lambda port: servers.vllm_server(root, model, port, served),
+        **(zentorch if cpu.is_zen4() and (root / ZENTORCH).exists() else {}),
         "vllm as shipped": lambda port: servers.vllm_server(
             root, model, port, {"VLLM_CACHE_ROOT": str(root / "vllm-cache"), "HF_HUB_OFFLINE": "1"}
         ),
         "llama.cpp": lambda port: servers.Server(
-            servers.llama_server(root, model, port, slots=64, slot_tokens=256, threads=threads)
+            servers.llama_server(
+                root,
+                model,
+                port,
+                slots=model.server_slots,
+                slot_tokens=model.slot_tokens,
+                threads=threads,
+            ),
+            session_field="id_slot",
         ),
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from bench.peers import runner
+from bench.peers import cpu, runner
 from bench.peers.workloads import Request, Timing
 
 
@@ -16,7 +16,7 @@ class OpenVINO:
         self.version = genai.__version__
         properties: dict[str, object] = {
             "INFERENCE_NUM_THREADS": args.threads,
-            "INFERENCE_PRECISION_HINT": "bf16",
+            "INFERENCE_PRECISION_HINT": "bf16" if cpu.has_bf16() else "f32",
             "KV_CACHE_PRECISION": "u8",
             "PERFORMANCE_HINT": "LATENCY",
         }

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from bench.peers import runner
+from bench.peers import cpu, runner
 from bench.peers.workloads import Request, Timing
 
 
@@ -19,12 +19,12 @@ class Transformers:
         self.version = transformers.__version__
         self.continuous = "continuous" in args.options
         self.settings: dict[str, object] = {
-            "dtype": "bfloat16",
+            "dtype": cpu.compute_dtype(),
             "threads": args.threads,
             "batching": "continuous" if self.continuous else "one batch, padded on the left",
         }
         self.model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            args.models / args.model.name, dtype=torch.bfloat16
+            args.models / args.model.name, dtype=getattr(torch, cpu.compute_dtype())
         ).eval()
         self.model.generation_config.eos_token_id = None
         self.manager: Any = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from bench.peers import runner
+from bench.peers import cpu, runner
 from bench.peers.workloads import Request, Timing
 
 
@@ -15,11 +15,11 @@ class VLLM:
 
         self.version = vllm.__version__
         self.settings: dict[str, object] = {
-            "dtype": "bfloat16",
+            "dtype": cpu.compute_dtype(),
             "max_num_seqs": 64,
             "max_model_len": args.model.max_model_len,
             "max_num_batched_tokens": 4096,
-            "kv_cache_memory_bytes": args.model.kv_cache_bytes,
+            "kv_cache_memory_bytes": cpu.kv_cache_bytes(args.model),
             "enable_prefix_caching": True,
         }
         self.engine = vllm.LLM(

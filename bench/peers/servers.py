@@ -1,4 +1,4 @@
-"""How each engine's HTTP server is started for W5, and when it counts as ready."""
+"""How each engine's HTTP server is started for W5 and W6, and when it counts as ready."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from bench.peers import cpu
 from bench.peers.workloads import ModelShape
 
 
@@ -21,6 +22,8 @@ class Server:
     env: dict[str, str] = field(default_factory=dict)
     model: str = "model"
     """The name that requests must use."""
+    session_field: str | None = None
+    """The field of a request that keeps a session in one place, if the server has one."""
 
 
 ServerMaker = Callable[[int], Server]
@@ -88,9 +91,9 @@ def vllm_server(root: Path, model: ModelShape, port: int, env: dict[str, str]) -
         [
             str(root / "venvs" / "vllm" / "bin" / "vllm"),
             *("serve", str(root / "models" / model.name), "--served-model-name", "model"),
-            *("--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16"),
+            *("--host", "127.0.0.1", "--port", str(port), "--dtype", cpu.compute_dtype()),
             *("--max-num-seqs", "64", "--max-model-len", str(model.max_model_len)),
-            *("--kv-cache-memory-bytes", str(model.kv_cache_bytes), "--disable-log-stats"),
+            *("--kv-cache-memory-bytes", str(cpu.kv_cache_bytes(model)), "--disable-log-stats"),
             *("--max-num-batched-tokens", "4096", "--uvicorn-log-level", "warning"),
         ],
         env,

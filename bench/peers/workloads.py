@@ -1,4 +1,4 @@
-"""The workloads W1-W5 that every engine is measured with, as token ids.
+"""The workloads W1-W5 (W6 is in `agents`) that every engine is measured with, as token ids.
 
 Lengths are drawn once from a fixed seed, so that every engine and every run does the same amount of work;
 contents are drawn anew for each repeat, so that no prefix cache helps except inside W3, which is about it.
@@ -34,6 +34,9 @@ class ModelShape:
     kv_bytes_per_token: int
     max_model_len: int = 2304
     w5_rate: float = 2.0
+    server_slots: int = 64
+    slot_tokens: int = 256
+    """Of a server that divides its KV cache among slots: how many, and how long each is."""
 
     @property
     def kv_cache_tokens(self) -> int:
@@ -118,19 +121,19 @@ def build(name: str, vocab_size: int, repeat: int, scale: Scale = FULL) -> list[
     contents = random.Random(f"{name}/{repeat}")
     if name == "W1":
         return [
-            Request(_tokens(contents, vocab_size, prompt), output)
+            Request(random_tokens(contents, vocab_size, prompt), output)
             for prompt, output in w1_lengths(scale)
         ]
     if name == "W2":
-        return [Request(_tokens(contents, vocab_size, scale.w2[0]), scale.w2[1])]
+        return [Request(random_tokens(contents, vocab_size, scale.w2[0]), scale.w2[1])]
     if name == "W3":
-        prefix = _tokens(contents, vocab_size, scale.w3_prefix)
+        prefix = random_tokens(contents, vocab_size, scale.w3_prefix)
         return [
-            Request(prefix + _tokens(contents, vocab_size, scale.w3_suffix), scale.w3_output)
+            Request(prefix + random_tokens(contents, vocab_size, scale.w3_suffix), scale.w3_output)
             for _ in range(scale.w3_requests)
         ]
     if name == "W4":
-        return [Request(_tokens(contents, vocab_size, scale.w4_prompt), 1)]
+        return [Request(random_tokens(contents, vocab_size, scale.w4_prompt), 1)]
     raise ValueError(f"workload must be one of {', '.join(WORKLOADS)}, got {name!r}.")
 
 
@@ -146,7 +149,8 @@ def w5_requests(vocab_size: int, repeat: int, scale: Scale = FULL) -> list[Reque
     contents = random.Random(f"W5/{repeat}")
     prompt, output = scale.w5
     return [
-        Request(_tokens(contents, vocab_size, prompt), output) for _ in range(scale.w5_requests)
+        Request(random_tokens(contents, vocab_size, prompt), output)
+        for _ in range(scale.w5_requests)
     ]
 
 
@@ -186,5 +190,5 @@ def measures(name: str, requests: Sequence[Request], timing: Timing) -> dict[str
     raise ValueError(f"workload must be one of {', '.join(WORKLOADS)}, got {name!r}.")
 
 
-def _tokens(rng: random.Random, vocab_size: int, count: int) -> list[int]:
+def random_tokens(rng: random.Random, vocab_size: int, count: int) -> list[int]:
     return [rng.randrange(NUM_SPECIAL_TOKENS, vocab_size) for _ in range(count)]

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 from tests.bench.conftest import in_thread, read_request, rude_server
 
+from quire.bench.agents import interactivity, schedule
 from quire.bench.null_server import NullOptions, serve_null
+from quire.bench.options import DatasetOptions
 from quire.cli.main import main
 
 VLLM_KEYS = (
@@ -60,6 +62,44 @@ def test_a_run_against_quire_itself(demo_server: object, tmp_path: Path, capsys:
     assert result["record"]["command"].startswith("quire") or result["record"]["command"]
 
 
+AGENTS: dict[str, object] = {
+    "agents_sessions": 2, "agents_turns": 3, "agents_system_len": 160, "agents_tool_len": "8-20",
+    "agents_output_len": "4-8", "agents_think_time": 0.01, "agents_edit_share": 0.5,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words", [[], ["--prompt-token-ids"], ["--backend", "openai"]])
+def test_agents_against_quire_itself(demo_server: object, tmp_path: Path, words: list[str]) -> None:
+    """Each turn does the work asked for, and finds what it shares with the turn before it in the cache."""
+    url = demo_server.url  # type: ignore[attr-defined]
+    flags = [text for name, value in AGENTS.items() for text in (f"--{name}", str(value))]
+    words += ["--save-detailed", "--result-dir", str(tmp_path), "--seed", str(len(words))]
+    assert (
+        main(["bench", "serve", "--base-url", url, "--dataset-name", "agents", *flags, *words]) == 0
+    )
+    (path,) = tmp_path.iterdir()
+    result = json.loads(path.read_text())
+    chat = words[0] == "--save-detailed"
+    assert result["backend"] == ("openai-chat" if chat else "openai")
+    assert (result["completed"], result["failed"], result["sessions"]) == (6, 0, 2)
+    shape = DatasetOptions(dataset_name="agents", **AGENTS).agents  # type: ignore[arg-type]
+    sessions = schedule(shape, int(words[-1]))
+    turns = [(session, turn) for session in sessions for turn in range(3)]
+    assert result["output_lens"] == [s.turns[turn].output_len for s, turn in turns]
+    if words[0] == "--prompt-token-ids":
+        assert result["input_lens"] == [s.prompt_len(turn) for s, turn in turns]
+        cached = zip(turns, result["cached_lens"], strict=True)
+        assert all(s.shared_len(t) - 15 <= got <= s.shared_len(t) for (s, t), got in cached if t)
+    seconds = [
+        start + latency - due
+        for start, latency, due in zip(
+            result["start_times"], result["e2els"], result["due_times"], strict=True
+        )
+    ]
+    turn_times = list(zip(seconds, result["output_lens"], strict=True))
+    assert result["interactivity"] == pytest.approx(interactivity(turn_times))
+
+
 def test_the_result_is_not_detailed_unless_asked(
     null_url: str, tmp_path: Path, capsys: Capture
 ) -> None:
@@ -98,6 +138,9 @@ def test_what_fails_is_counted_and_told(capsys: Capture) -> None:
         (["--tokenizer", "/no/such"], "no tokenizer for", 2),
         (["--base-url", "http://127.0.0.1:9"], "cannot connect", 1),
         (["--prompt-token-ids", "--backend", "openai-chat"], "prompt_token_ids needs", 2),
+        (["--dataset-name", "agents", "--request-rate", "3"], "agents-think-time", 2),
+        (["--agents-tool-len", "9-5"], "agents_tool_len: expected LOW-HIGH", 2),
+        (["--agents-edit-share", "2"], "agents_edit_share", 2),
     ],
 )
 def test_a_mistake_is_one_line(
@@ -184,6 +227,12 @@ def test_a_sweep(null_url: str, tmp_path: Path, capsys: Capture) -> None:
     assert all(point["completed"] == 6 for point in content["points"])
     assert "<svg" in picture.read_text()
     assert main(["bench", "sweep", "--rates", "0", "--base-url", null_url]) == 2
+
+
+def test_sessions_are_for_serve_alone(null_url: str, capsys: Capture) -> None:
+    words = ["--dataset-name", "agents", "--base-url", null_url, *BUILTIN]
+    assert main(["bench", "sweep", "--rates", "1", *words]) == 2
+    assert "only `quire bench serve` can send" in capsys.readouterr().err
 
 
 def test_a_sharegpt_file_from_the_stand_in(null_url: str, tmp_path: Path, capsys: Capture) -> None:

@@ -49,11 +49,19 @@ def kv_bytes(model: ResolvedModel, num_blocks: int) -> int:
     return num_blocks * 16 * model.spec.kv_bytes_per_token(4 if model.dtype == "float32" else 2)
 
 
-def test_torch_is_not_needed() -> None:
-    code = (
-        "import sys, quire.engine.assemble, quire.executor.mock; assert 'torch' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
+@pytest.mark.parametrize(
+    ("module", "unneeded"),
+    [
+        ("quire.engine.assemble, quire.executor.mock", {"torch"}),
+        ("quire.engine.core_client", {"torch", "quire.engine.core"}),
+        ("quire.engine.core_process, quire.engine.assemble", {"torch", "quire.structured.spec"}),
+    ],
+)
+def test_what_is_not_needed_is_not_imported(module: str, unneeded: set[str]) -> None:
+    """A start waits for the front end's imports up to the launch of the core, and for all of the core's."""
+    code = f"import sys, {module}; print({unneeded} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "set()"
 
 
 def test_the_length_that_fits_is_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,6 +48,17 @@ def llm(servable: Callable[[str], ServableCheckpoint]):
         assert scheduler.kv.pool.num_free == scheduler.kv.pool.num_usable, "a block leaked"
 
 
+def test_nothing_is_collected_while_a_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build_core(*args: object) -> None:
+        assert not gc.isenabled()
+        raise MemoryFitError("enough")
+
+    monkeypatch.setattr("quire.engine.assemble.build_core", build_core)
+    with pytest.raises(MemoryFitError, match="enough"):
+        LLM()
+    assert gc.isenabled()
+
+
 def test_outputs_come_in_input_order_with_their_fields(llm: LLM) -> None:
     batch = ["one two three", [5, 6, 7], {"prompt_token_ids": [9]}, {"prompt": "x"}]
     params = [GREEDY.replace(max_tokens=n) for n in (9, 2, 12, 4)]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -203,3 +204,18 @@ def test_the_wait_of_a_first_start_is_announced_even_if_it_began_before_the_log(
     _, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     assert err.count("compiling the CPU kernels") == 1
+
+
+def test_kernels_that_compute_wrong_products_are_not_used(
+    native: NativeKernels, fresh_cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As after a compiler's fault."""
+    sources = shutil.copytree(build_module.SOURCES, tmp_path / "cpu")
+    text = (sources / "linear.c").read_text()
+    right = "vfma(wv[half][i], xv, acc[r][i])"
+    assert text.count(right) == 1
+    (sources / "linear.c").write_text(text.replace(right, f"{right} + xv"))
+    monkeypatch.setattr(build_module, "SOURCES", sources)
+    with pytest.raises(BuildError, match="wrong products"):
+        NativeKernels()
+    assert create_kernels().name == "reference"

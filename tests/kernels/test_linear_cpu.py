@@ -213,6 +213,7 @@ def test_processors_with_narrower_vectors_and_no_bfloat16(
         pytest.skip(f"this processor has no {flag}")
     library = load_library(march)
     monkeypatch.setattr("quire.kernels.cpu.library.load_library", lambda: library)
+    monkeypatch.setenv("QUIRE_CPU_TILES", "off")
     rng = generator(2)
     for dtype in DTYPES:
         for n, k in ((130, 77), (64, 256)):

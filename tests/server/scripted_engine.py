@@ -19,7 +19,7 @@ from quire.metrics import MetricsSink, NullMetrics
 from quire.outputs import CompletionOutput, Logprob, RequestOutput
 from quire.placement import Placement
 from quire.sampling_params import PoolingParams, RequestOutputKind, SamplingParams
-from quire.structured.spec import DEFAULT_LIMITS, Limits
+from quire.structured.base import DEFAULT_LIMITS, Limits
 from quire.text.parsing import ThinkingTokens
 from quire.text.tokenizer_config import TokenizerConfig, TokenSpec
 

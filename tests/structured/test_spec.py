@@ -10,7 +10,8 @@ import pytest
 from quire.errors import InvalidParameterError
 from quire.sampling_params import StructuredOutputsParams
 from quire.structured import response_format
-from quire.structured.spec import MAX_BYTES, to_spec
+from quire.structured.base import DEFAULT_LIMITS
+from quire.structured.spec import to_spec
 from tests.structured.conftest import Kit
 
 CLOSED = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
@@ -77,14 +78,14 @@ def test_closing_a_schema_leaves_names_and_values_alone() -> None:
         {"json": "[1]"},
         {"json": nested(65)},
         {"json": "[" * 50_000},
-        {"json": {"enum": ["x" * MAX_BYTES]}},
+        {"json": {"enum": ["x" * DEFAULT_LIMITS.max_bytes]}},
         {"json": {"const": "\ud800"}},
         {"json": {"type": "strin"}},
         {"json": {"$ref": "http://127.0.0.1/schema"}},
         {"json": {"x-guidance": 3}},
         {"regex": "a\0"},
         {"regex": "a\\"},
-        {"regex": "a" * (MAX_BYTES + 1)},
+        {"regex": "a" * (DEFAULT_LIMITS.max_bytes + 1)},
         {"choice": ["a" * 400_000, "b" * 400_000]},
         {"grammar": '{"grammars": []}'},
         {"grammar": 'root ::= "a'},

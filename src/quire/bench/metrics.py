@@ -38,6 +38,8 @@ class RequestTimes:
     prompt_len: int
     output_len: int
     error: str = ""
+    cached_len: int = 0
+    """Prompt tokens that the server's prefix cache had, as it reports; 0 if it does not."""
 
     @property
     def itl(self) -> list[float]:
@@ -75,6 +77,7 @@ def request_times(
         chunks=[stamp - zero for stamp in stamps],
         prompt_len=exchange.prompt_tokens or prompt_len,
         output_len=count(exchange.text) if tokens is None else tokens,
+        cached_len=exchange.cached_tokens or 0,
     )
 
 

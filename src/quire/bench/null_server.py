@@ -46,6 +46,7 @@ class _NullProtocol(asyncio.Protocol):
         self._url = b""
         self._body = b""
         self._task: asyncio.Task[None] | None = None
+        self._keep_alive = True
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is of another class
@@ -74,6 +75,7 @@ class _NullProtocol(asyncio.Protocol):
     def on_message_complete(self) -> None:
         if self._transport is None:
             return
+        self._keep_alive = self._parser.should_keep_alive()
         if self._url.endswith(b"/models"):
             head = (
                 b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
@@ -95,7 +97,7 @@ class _NullProtocol(asyncio.Protocol):
         self._transport.write(HEAD)
         for _ in range(count):
             self._transport.write(self._chunk())
-        self._transport.write(self._tail(count))
+        self._end(self._transport, count)
 
     async def _paced(self, count: int) -> None:
         """Chunk i is due at `first + i * interval`; a late one does not delay the next."""
@@ -110,7 +112,12 @@ class _NullProtocol(asyncio.Protocol):
                 return
             self._transport.write(self._chunk())
         if self._transport is not None:
-            self._transport.write(self._tail(count))
+            self._end(self._transport, count)
+
+    def _end(self, transport: asyncio.Transport, count: int) -> None:
+        transport.write(self._tail(count))
+        if not self._keep_alive:
+            transport.close()
 
     def _chunk(self) -> bytes:
         text = b"%d " % perf_counter_ns() if self._options.stamp else b" null"

@@ -8,11 +8,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from quire.bench.agents import AgentShape
 from quire.config.options import OptionInfo, describe, option, parse_json_object
 from quire.errors import ConfigError
 
 DATASETS = (
     "random", "sharegpt", "sharegpt-synthetic", "prefix_repetition", "custom", "timed_trace",
+    "agents",
 )  # fmt: skip
 METRICS = ("ttft", "tpot", "itl", "e2el")
 
@@ -30,6 +32,23 @@ def _percentiles(text: str) -> str:
         if not 0 <= float(part) <= 100:
             raise ConfigError(f"expected numbers in [0, 100], comma-separated, got {text!r}.")
     return text.replace(" ", "")
+
+
+def _range_text(text: str) -> str:
+    low, high = _range(text)
+    return f"{low}-{high}"
+
+
+def _range(text: str) -> tuple[int, int]:
+    """`100-600`, or one number for both ends."""
+    low, _, high = text.partition("-")
+    try:
+        ends = int(low), int(high or low)
+    except ValueError:
+        ends = 0, 0
+    if not 1 <= ends[0] <= ends[1]:
+        raise ConfigError(f"expected LOW-HIGH with 1 <= LOW <= HIGH, got {text!r}.")
+    return ends
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +93,7 @@ class TargetOptions:
     top_p: float | None = option(None, "Sampling. Default: the server's own.")
     top_k: int | None = option(None, "Sampling. Default: the server's own.")
     ignore_eos: bool = option(
-        False, "Ask for exactly the output length. The random dataset turns it on, as in vLLM."
+        False, "Ask for exactly the output length. random turns it on, as in vLLM, and agents."
     )
     extra_body: dict[str, object] = option(
         {}, "JSON object of more request fields.", parse=parse_json_object, metavar="JSON"
@@ -126,7 +145,8 @@ class DatasetOptions:
 
     dataset_name: str = option(
         "random",
-        "Where prompts come from; sharegpt-synthetic is generated, with ShareGPT's lengths.",
+        "Where prompts come from; sharegpt-synthetic is generated, with ShareGPT's lengths; "
+        "agents is sessions of many turns, for serve.",
         choices=DATASETS,
     )
     dataset_path: str | None = option(None, "File of sharegpt, custom or timed_trace.")
@@ -162,12 +182,34 @@ class DatasetOptions:
     timed_trace_chunk_hash_size: int = option(
         16, "Prompt tokens that one of hash_ids stands for: 512 in Mooncake's traces."
     )
+    agents_sessions: int = option(
+        8, "Agents at once; each sends a turn after the answer to the last."
+    )
+    agents_turns: int = option(12, "Turns of a session.")
+    agents_system_len: int = option(
+        1500, "Tokens of the system prompt that all sessions share: tool schemas."
+    )
+    agents_tool_len: str = option(
+        "100-600",
+        "Tokens of the tool result that a turn adds.",
+        parse=_range_text,
+        metavar="LOW-HIGH",
+    )
+    agents_output_len: str = option(
+        "20-120", "Output tokens of a turn.", parse=_range_text, metavar="LOW-HIGH"
+    )
+    agents_think_time: float = option(
+        1.0, "Seconds between the end of an answer and the session's next turn."
+    )
+    agents_edit_share: float = option(
+        0.25, "Share of later turns that first replace an earlier tool result; in [0, 1]."
+    )
 
     def __post_init__(self) -> None:
         at_least_one = [
             "num_prompts", "random_input_len", "random_output_len", "prefix_repetition_num_prefixes",
             "prefix_repetition_output_len", "prefix_repetition_suffix_len",
-            "timed_trace_chunk_hash_size",
+            "timed_trace_chunk_hash_size", "agents_sessions", "agents_turns", "agents_system_len",
         ]  # fmt: skip
         _at_least(self, at_least_one, 1)
         _at_least(self, ["random_prefix_len", "prefix_repetition_prefix_len", "seed"], 0)
@@ -188,6 +230,12 @@ class DatasetOptions:
                 "timed_trace_sec_multiplier must be greater than 0 and finite, "
                 f"got {self.timed_trace_sec_multiplier}."
             )
+        if not 0 <= self.agents_think_time < math.inf:
+            raise ConfigError(
+                f"agents_think_time must be at least 0 and finite, got {self.agents_think_time}."
+            )
+        if not 0 <= self.agents_edit_share <= 1:
+            raise ConfigError(f"agents_edit_share must be in [0, 1], got {self.agents_edit_share}.")
         needs_file = self.dataset_name in ("sharegpt", "custom", "timed_trace")
         if needs_file and self.dataset_path is None:
             raise ConfigError(f"dataset_name {self.dataset_name} needs --dataset-path FILE.")
@@ -195,6 +243,18 @@ class DatasetOptions:
             raise ConfigError(
                 f"dataset_path is not read by dataset_name {self.dataset_name}; remove one."
             )
+
+    @property
+    def agents(self) -> AgentShape:
+        return AgentShape(
+            sessions=self.agents_sessions,
+            turns=self.agents_turns,
+            system_len=self.agents_system_len,
+            tool_len=_range(self.agents_tool_len),
+            output_len=_range(self.agents_output_len),
+            think_time=self.agents_think_time,
+            edit_share=self.agents_edit_share,
+        )
 
 
 @dataclass(frozen=True, slots=True)

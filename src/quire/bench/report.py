@@ -48,8 +48,11 @@ def table(run: ServeRun, load: LoadOptions, report: ReportOptions) -> str:
         "Peak output token throughput (tok/s):": "max_output_tokens_per_s",
         "Peak concurrent requests:": "max_concurrent_requests",
         "Total token throughput (tok/s):": "total_token_throughput",
+        "Sessions:": "sessions",
+        "Interactivity, 1 / P90 per token (tok/s):": "interactivity",
     }
-    lines += [_row(text, figures[key]) for text, key in rows.items() if figures[key] is not None]
+    shown = {text: figures.get(key) for text, key in rows.items()}
+    lines += [_row(text, value) for text, value in shown.items() if value is not None]
     for name in report.percentile_metrics.split(","):
         title, short = TITLES[name]
         lines.append(title.center(WIDTH, "-"))
@@ -109,6 +112,7 @@ def result_json(
     if report.save_detailed:
         result |= {
             "input_lens": [times.prompt_len for times in run.times],
+            "cached_lens": [times.cached_len for times in run.times],
             "output_lens": [times.output_len for times in run.times],
             "ttfts": [times.ttft for times in run.times],
             "itls": [times.itl for times in run.times],

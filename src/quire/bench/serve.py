@@ -7,18 +7,28 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING
 
 import msgspec
 
+from quire.bench.agents import Session, interactivity, schedule
 from quire.bench.arrivals import arrival_times
 from quire.bench.client import Exchange, HttpPool
 from quire.bench.datasets import BenchRequest
-from quire.bench.load import LoadResult, allow_many_sockets, run_async, run_load
+from quire.bench.datasets.agents import AgentContents
+from quire.bench.load import (
+    LoadResult,
+    Script,
+    allow_many_sockets,
+    run_async,
+    run_load,
+    run_sessions,
+)
 from quire.bench.metrics import RequestTimes, request_times, summary
-from quire.bench.options import LoadOptions, TargetOptions
+from quire.bench.options import DatasetOptions, LoadOptions, TargetOptions
 from quire.builtin import MODEL_DIR, MODEL_NAME
 from quire.errors import CheckpointError, ConfigError, EngineError
 
@@ -90,8 +100,7 @@ def run_serve(
 ) -> ServeRun:
     """Send `requests` with the schedule of `load`, and compute the figures. Failures are counted, not
     raised."""
-    if send_ids and target.options.chat:
-        raise ConfigError("prompt_token_ids needs a completions endpoint; chat takes only text.")
+    _check_send_ids(target, send_ids)
     times = _due_times(requests, load, seed)
     pool = make_pool(target.options)
 
@@ -111,19 +120,89 @@ def run_serve(
         return result
 
     allow_many_sockets()
-    return _figures(target, requests, run_async(main()), percentiles, slos)
+    prompt_lens = [request.prompt_len for request in requests]
+    return _figures(target, prompt_lens, run_async(main()), percentiles, slos)
+
+
+def run_agents(
+    target: Target,
+    dataset: DatasetOptions,
+    load: LoadOptions,
+    *,
+    percentiles: Sequence[float],
+    slos: dict[str, float],
+    on_done: Callable[[Exchange], None] = lambda exchange: None,
+) -> ServeRun:
+    """As `run_serve`, for the dataset `agents`: closed-loop sessions. The requests of the result are all
+    turns, session by session, and the figures have `interactivity`."""
+    if load.request_rate != math.inf or load.ramp_up_strategy is not None:
+        raise ConfigError(
+            "request_rate and ramp_up_strategy do not go with agents, whose turns follow the answers; "
+            "change --agents-sessions or --agents-think-time."
+        )
+    send_ids = dataset.prompt_token_ids
+    _check_send_ids(target, send_ids)
+    contents = AgentContents(target.tokenizer, dataset.seed)
+    sessions = schedule(dataset.agents, dataset.seed)
+    pool = make_pool(target.options)
+
+    def request(session: Session, turn: int, answers: Sequence[str]) -> bytes:
+        prompt: dict[str, object]
+        if target.options.chat:
+            prompt = {"messages": contents.messages(session, turn, answers)}
+        elif send_ids:
+            prompt = {"prompt": contents.token_ids(session, turn)}
+        else:
+            prompt = {"prompt": contents.text(session, turn, answers)}
+        body = _encode_body(target, prompt, session.turns[turn].output_len)
+        return pool.prepare(target.options.path, body)
+
+    scripts = [Script(s.start, len(s.turns), partial(request, s)) for s in sessions]
+    firsts = [
+        BenchRequest("", contents.token_ids(session, 0), session.turns[0].output_len)
+        for session in sessions
+    ]
+    warmups = [
+        pool.prepare(target.options.path, request_body(target, warmup, send_ids=send_ids))
+        for warmup in _warmups(target, firsts, load.num_warmups)
+    ]
+
+    async def main() -> LoadResult:
+        await run_load(pool, warmups, [0.0] * len(warmups), max_concurrency=WARMUP_CONCURRENCY)
+        result = await run_sessions(
+            pool,
+            scripts,
+            think_time=dataset.agents_think_time,
+            max_concurrency=load.max_concurrency,
+            on_done=on_done,
+        )
+        pool.close()
+        return result
+
+    allow_many_sockets()
+    prompt_lens = [s.prompt_len(turn) for s in sessions for turn in range(len(s.turns))]
+    run = _figures(target, prompt_lens, run_async(main()), percentiles, slos)
+    done = [times for times in run.times if not times.error]
+    figures = {
+        "sessions": len(sessions),
+        "interactivity": interactivity([(t.e2el + t.sent - t.due, t.output_len) for t in done]),
+    }
+    return replace(run, figures=run.figures | figures)
 
 
 def request_body(target: Target, request: BenchRequest, *, send_ids: bool = False) -> bytes:
     """The body of a request. Options that were not set are not sent."""
-    options = target.options
-    body: dict[str, object] = {"model": options.served_model_name or target.model}
-    if options.chat:
-        body["messages"] = [{"role": "user", "content": request.text}]
-        body["max_completion_tokens"] = request.output_len
+    if target.options.chat:
+        prompt: dict[str, object] = {"messages": [{"role": "user", "content": request.text}]}
     else:
-        body["prompt"] = request.token_ids if send_ids else request.text
-        body["max_tokens"] = request.output_len
+        prompt = {"prompt": request.token_ids if send_ids else request.text}
+    return _encode_body(target, prompt, request.output_len)
+
+
+def _encode_body(target: Target, prompt: dict[str, object], output_len: int) -> bytes:
+    options = target.options
+    body: dict[str, object] = {"model": options.served_model_name or target.model, **prompt}
+    body["max_completion_tokens" if options.chat else "max_tokens"] = output_len
     body |= {"stream": True, "stream_options": {"include_usage": True}}
     sampling = {
         "temperature": options.temperature,
@@ -174,6 +253,11 @@ class _Models(msgspec.Struct):
     data: list[_Model]
 
 
+def _check_send_ids(target: Target, send_ids: bool) -> None:
+    if send_ids and target.options.chat:
+        raise ConfigError("prompt_token_ids needs a completions endpoint; chat takes only text.")
+
+
 def _due_times(requests: Sequence[BenchRequest], load: LoadOptions, seed: int) -> list[float]:
     if requests[0].due is None:
         return arrival_times(load, len(requests), seed=seed)
@@ -203,7 +287,7 @@ def _warmups(target: Target, requests: Sequence[BenchRequest], count: int) -> li
 
 def _figures(
     target: Target,
-    requests: Sequence[BenchRequest],
+    prompt_lens: Sequence[int],
     result: LoadResult,
     percentiles: Sequence[float],
     slos: dict[str, float],
@@ -212,10 +296,8 @@ def _figures(
         return len(target.tokenizer.encode(text, add_special_tokens=False))
 
     times = [
-        request_times(
-            exchange, due=due, zero=result.start, prompt_len=request.prompt_len, count=count
-        )
-        for exchange, due, request in zip(result.exchanges, result.due, requests, strict=True)
+        request_times(exchange, due=due, zero=result.start, prompt_len=prompt_len, count=count)
+        for exchange, due, prompt_len in zip(result.exchanges, result.due, prompt_lens, strict=True)
     ]
     figures = summary(times, result.duration, percentiles=percentiles, slos=slos)
     done = [exchange for exchange in result.exchanges if not exchange.error]

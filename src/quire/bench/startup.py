@@ -26,6 +26,9 @@ from quire.errors import EngineError
 
 READY_SECONDS = 600.0
 POLL_SECONDS = 0.005
+NO_BYTECODE = "PYTHONDONTWRITEBYTECODE"
+"""With this variable, a checkout's modules are compiled anew in every process: 0.2 s of a server's start.
+Those of an installed package are compiled."""
 
 _ENGINE = """
 import json, sys, time
@@ -154,8 +157,9 @@ def _seconds(command: list[str], environment: dict[str, str]) -> tuple[float, st
 
 
 def _environment(kernel_cache: str | None) -> dict[str, str]:
-    """The environment of a process that runs this package, installed or not; with another kernel cache if
-    asked."""
+    """The environment of a process that runs this package, installed or not, with its modules compiled; with
+    another kernel cache if asked."""
     roots = [str(Path(quire.__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(root for root in roots if root)}
+    environment.pop(NO_BYTECODE, None)
     return environment | ({"QUIRE_CACHE_DIR": kernel_cache} if kernel_cache else {})

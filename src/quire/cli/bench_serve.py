@@ -27,7 +27,11 @@ def run(argv: list[str]) -> int:
     args = parser.parse_strictly(argv)
     dataset = options_of(args, "dataset")
     # As in vLLM: random words make models stop early, so that servers would do different amounts of work.
-    target_options = options_of(args, "server", ignore_eos=dataset.dataset_name == "random")
+    defaults: dict[str, object] = {"ignore_eos": dataset.dataset_name in ("random", "agents")}
+    agents = dataset.dataset_name == "agents"
+    if agents and not dataset.prompt_token_ids and "endpoint" not in args:
+        defaults["backend"] = "openai-chat"  # what an agent speaks
+    target_options = options_of(args, "server", **defaults)
     load = options_of(args, "load")
     report = options_of(args, "report")
     if report.plot is not None:
@@ -37,22 +41,30 @@ def run(argv: list[str]) -> int:
 
     from quire.bench.datasets import load_requests
     from quire.bench.report import result_json, result_path, table, write_json
-    from quire.bench.serve import find_target, run_serve
+    from quire.bench.serve import find_target, run_agents, run_serve
 
     target = find_target(target_options)
-    requests = load_requests(dataset, target.tokenizer)
     path = result_path(target, load, report)
-    with progress(len(requests), enabled=not report.disable_tqdm) as on_done:
-        result = run_serve(
-            target,
-            requests,
-            load,
-            seed=dataset.seed,
-            percentiles=report.percentiles,
-            slos=parse_goodput(report.goodput),
-            send_ids=dataset.prompt_token_ids,
-            on_done=on_done,
-        )
+    slos = parse_goodput(report.goodput)
+    if agents:
+        num_turns = dataset.agents_sessions * dataset.agents_turns
+        with progress(num_turns, enabled=not report.disable_tqdm) as on_done:
+            result = run_agents(
+                target, dataset, load, percentiles=report.percentiles, slos=slos, on_done=on_done
+            )
+    else:
+        requests = load_requests(dataset, target.tokenizer)
+        with progress(len(requests), enabled=not report.disable_tqdm) as on_done:
+            result = run_serve(
+                target,
+                requests,
+                load,
+                seed=dataset.seed,
+                percentiles=report.percentiles,
+                slos=slos,
+                send_ids=dataset.prompt_token_ids,
+                on_done=on_done,
+            )
     print(table(result, load, report))
     if report.save_result or report.save_detailed:
         write_json(path, result_json(result, target, load, report))

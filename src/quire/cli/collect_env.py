@@ -18,7 +18,9 @@ PACKAGES = (
     "pyzmq", "fastapi", "starlette", "pydantic", "uvicorn", "httptools", "uvloop",
     "prometheus_client", "transformers", "openai",
 )  # fmt: skip
-VARIABLES = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "QUIRE_LOG_LEVEL", "HF_HUB_OFFLINE", "CC")
+VARIABLES = (
+    "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "QUIRE_LOG_LEVEL", "QUIRE_CPU_TILES", "HF_HUB_OFFLINE", "CC",
+)  # fmt: skip
 """Environment variables that affect Quire and are not secret."""
 
 
@@ -50,6 +52,7 @@ def collect() -> dict[str, str]:
         "cores": f"{len(os.sched_getaffinity(0))} usable of {os.cpu_count()}",
         "memory": _memory(),
         "compiler": _first_line([shutil.which(os.environ.get("CC", "cc")) or "gcc", "--version"]),
+        "kernels": _kernels(),
         "gpu": _first_line(
             ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
         ),
@@ -73,6 +76,16 @@ def _cpu() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def _kernels() -> str:
+    """Compiles them if they have not been: the report should say whether that works."""
+    try:
+        from quire.kernels.select import describe_native
+
+        return describe_native()
+    except Exception as error:  # whatever is broken, the rest of the report is needed
+        return f"reference ({error})"
 
 
 def _memory() -> str:

@@ -12,17 +12,20 @@ import tempfile
 import time
 from collections import deque
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 import zmq
 
 from quire.config import EngineConfig
-from quire.engine.core import EngineCore
 from quire.engine.failures import error_of
 from quire.errors import EngineDeadError
 from quire.messages import CoreFailed, CoreInput, CoreOutput, EngineReady, Shutdown
 from quire.util.interrupts import interrupts_deferred
 from quire.util.logging import LEVELS
+
+if TYPE_CHECKING:  # `quire serve` starts the core before it imports the scheduler
+    from quire.engine.core import EngineCore
 
 START_POLL_SECONDS = 0.1
 RECONNECT_MILLISECONDS = 5

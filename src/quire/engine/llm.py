@@ -54,6 +54,7 @@ from quire.sampling_params import (
     PoolingParams,
     SamplingParams,
 )
+from quire.util.collector import collector_paused
 
 if TYPE_CHECKING:
     from quire.metrics.reader import Metric
@@ -105,8 +106,9 @@ class LLM:
         elif engine == "inline":
             from quire.engine.assemble import build_core
 
-            self.model = serve_model(config, resolved)
-            core, self.ready = build_core(config, resolved)
+            with collector_paused():
+                self.model = serve_model(config, resolved)
+                core, self.ready = build_core(config, resolved)
             self._core = InlineCore(core)
         else:
             raise InvalidParameterError(

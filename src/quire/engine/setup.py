@@ -23,7 +23,7 @@ from quire.engine.gpu import choose_device
 from quire.errors import CheckpointError, ConfigError
 from quire.models.registry import resolve_spec, text_config
 from quire.models.spec import ModelSpec
-from quire.structured.spec import DEFAULT_LIMITS, Limits
+from quire.structured.base import DEFAULT_LIMITS, Limits
 from quire.weights.resolve import resolve_model
 from quire.weights.source import ModelSource, TensorInfo, open_source
 

@@ -8,10 +8,14 @@ from typing import Literal
 from quire.errors import ConfigError
 from quire.kernels.base import Kernels
 from quire.kernels.cpu.build import BuildError
+from quire.kernels.cpu.library import load_library
 from quire.kernels.cpu.native import NativeKernels
+from quire.kernels.cpu.tiles import choose_tiles
 from quire.kernels.reference import ReferenceKernels
 
 KernelsName = Literal["auto", "native", "reference"]
+
+logger = logging.getLogger("quire.kernels")
 
 
 def create_kernels(name: KernelsName = "auto") -> Kernels:
@@ -24,14 +28,22 @@ def create_kernels(name: KernelsName = "auto") -> Kernels:
     if name not in ("auto", "native"):
         raise ConfigError(f"kernels={name!r} is not known; use 'auto', 'native' or 'reference'")
     try:
-        return NativeKernels()
+        kernels = NativeKernels()
+        logger.info("CPU kernels: %s", describe_native())
+        return kernels
     except BuildError as error:
         if name == "native":
             raise ConfigError(
                 f"kernels='native' cannot be built: {error}; install a C compiler, set CC to one, "
                 "or use kernels='reference'"
             ) from error
-        logging.getLogger("quire.kernels").warning(
-            "no native CPU kernels (%s); the slower reference serves", error
-        )
+        logger.warning("no native CPU kernels (%s); the slower reference serves", error)
         return ReferenceKernels()
+
+
+def describe_native() -> str:
+    """The instructions that the compiled kernels use, and why. Raises `BuildError`."""
+    vectors = load_library().quire_vectors()
+    bits = 32 * (vectors % 256)
+    dots = " with bfloat16 dot products" if vectors >= 256 else ""
+    return f"{bits}-bit vectors{dots}; {choose_tiles().reason}"

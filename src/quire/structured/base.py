@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from quire.decoding import GrammarSpec
@@ -13,6 +14,19 @@ if TYPE_CHECKING:  # the front end imports this file, but not NumPy
 COMPILE_STACK_BYTES = 256 << 20
 """Stack size of a thread that compiles (address space; pages are taken as they are used). llguidance recurses
 once per rule or `$ref`: a chain of 3,000 rules overflows the usual 8 MiB, which ends the process."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The limits of a server."""
+
+    max_bytes: int = 512 << 10
+    """Limit for a grammar's text; for a schema, without its annotations."""
+    whitespace: str = "bounded"
+    """Whitespace in JSON if the request does not choose one: a key of `spec.WHITESPACE`."""
+
+
+DEFAULT_LIMITS = Limits()
 
 
 class GrammarError(InvalidParameterError):

@@ -17,11 +17,10 @@ import msgspec
 
 from quire.decoding import GrammarSpec
 from quire.sampling_params import StructuredOutputsParams
-from quire.structured.base import invalid
+from quire.structured.base import DEFAULT_LIMITS, Limits, invalid
 from quire.structured.schema import MAX_NESTING, prepare
 from quire.structured.structural_tag import tag_grammar
 
-MAX_BYTES = 512 << 10
 MAX_RAW_BYTES = 8 << 20
 """Limit for a schema sent as text, descriptions included."""
 
@@ -37,23 +36,10 @@ WHITESPACE: dict[str, dict[str, object]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
-    """The limits of a server."""
-
-    max_bytes: int = MAX_BYTES
-    """Limit for a grammar's text; for a schema, without its annotations."""
-    whitespace: str = "bounded"
-    """Whitespace in JSON if the request does not choose one: a key of `WHITESPACE`."""
-
-
-@dataclass(frozen=True, slots=True)
 class Wanted:
     spec: GrammarSpec
     warnings: tuple[str, ...]
     """Parts of a schema that are not enforced: unknown formats of strings."""
-
-
-DEFAULT_LIMITS = Limits()
 
 
 def to_spec(

@@ -53,6 +53,11 @@ def load_requests(options: DatasetOptions, tokenizer: Tokenizer) -> list[BenchRe
 
     Raises `DatasetError` for a file that is missing, malformed or empty.
     """
+    if options.dataset_name not in _READERS:
+        raise DatasetError(
+            f"dataset_name {options.dataset_name} is sessions of several turns, which only "
+            "`quire bench serve` can send."
+        )
     module, _, name = _READERS[options.dataset_name].partition(":")
     reader = cast(Reader, getattr(importlib.import_module(module), name))
     requests = reader(options, tokenizer)

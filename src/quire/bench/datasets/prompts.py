@@ -45,11 +45,13 @@ class PromptMaker:
     def prompt(self, ids: Sequence[int]) -> tuple[str, list[int]]:
         """The text of these ids, and the number of tokens that the server will count (special tokens
         included)."""
-        if self.exact:
-            text = "".join(self._words[token] for token in ids)
-        else:
-            text = self._tokenizer.decode(list(ids))
+        text = self.text(ids)
         return text, list(ids) if self._send_ids else self._tokenizer.encode(text)
+
+    def text(self, ids: Sequence[int]) -> str:
+        if self.exact:
+            return "".join(self._words[token] for token in ids)
+        return self._tokenizer.decode(list(ids))
 
 
 def _word_tokens(tokenizer: Tokenizer) -> dict[int, str]:

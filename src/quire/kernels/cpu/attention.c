@@ -12,10 +12,10 @@
  *
  * Scores are in units of log2(e), so that the exponential is a power of two.
  */
-#include "attention_tile.h"
+#include "attention_by_tiles.h"
 
 #define SEGMENT 512         /* keys; part of the arithmetic, a multiple of TILE */
-#define ROWS_PER_UNIT 48    /* target number of rows in one unit of work */
+#define ROWS_PER_UNIT 48    /* target number of rows in one unit of work; a multiple of TILE_ROWS */
 #define UNITS_PER_THREAD 4  /* with fewer, units are split into segments */
 #define MOST_PARTS (32 << 20) /* bytes of segments' states above which units are not split */
 #define SMALL_ATTENTION (1 << 18) /* multiply-adds below which one thread does it all */
@@ -24,6 +24,7 @@ typedef struct {
   int64_t request, kv_head, heads; /* of the kv heads, the first and how many */
   int64_t first_row, tokens;       /* first_row: of q and out, in tokens */
   int64_t group, rows;             /* rows: of one kv head, tokens * group */
+  int64_t held;                    /* rows of one kv head that there is memory for */
   int64_t first_position;
   range keys; /* that any row sees */
 } unit;
@@ -35,6 +36,7 @@ typedef struct { /* one call's constants */
   int64_t segments;        /* tasks a unit is split into; 0: none */
   float *parts;            /* [units, segments, rows_per_unit, stride] if units are split */
   int64_t width, stride, words;
+  int tiles; /* enum tiles */
   float factor;
   int failed; /* a thread could not allocate its scratch memory */
 } plan;
@@ -83,20 +85,29 @@ static void attend_tile(const plan *p, const unit *u, const tile *t, int64_t key
   const int whole = last.begin <= key && first.end >= key + TILE;
   const row_layout s = {p->width, p->stride};
   for (int64_t r = 0, n; r < u->rows; r += n) {
-    n = rows_at_once(u->rows - r);
-    range keys[MAX_ROWS];
+    n = p->tiles ? min64(u->rows - r, TILE_ROWS) : rows_at_once(u->rows - r);
+    range keys[TILE_ROWS];
     for (int64_t i = 0; i < n; i++) {
       keys[i] = (range){0, TILE};
       if (whole) continue;
       const range seen = visible_keys(a, u->first_position + (r + i) / u->group);
       keys[i] = (range){max64(seen.begin - key, 0), min64(seen.end - key, TILE)};
     }
-    attend_rows(&kernels_of[a->dtype], t, q + r * p->words, a->head_dim, s, rows + r * p->stride,
-                keys, p->factor, a->softcap, r ? NULL : next, n);
+    if (p->tiles)
+      attend_tiles_of(p->tiles)(t, (const char *)(q + r * p->words), a->head_dim, s, rows + r * p->stride,
+                                keys, p->factor, a->softcap, r ? NULL : next, n);
+    else
+      attend_rows(&kernels_of[a->dtype], t, q + r * p->words, a->head_dim, s, rows + r * p->stride,
+                  keys, p->factor, a->softcap, r ? NULL : next, n);
   }
 }
 
 /* ---- one unit ---- */
+
+/* A tile operation reads and writes whole tiles of rows. */
+static int64_t held_rows(const plan *p, int64_t rows) {
+  return p->tiles ? (rows + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS : rows;
+}
 
 static int64_t heads_per_unit(const plan *p, int64_t tokens) {
   return tokens == 1 ? p->heads_per_unit : 1;
@@ -133,6 +144,7 @@ static unit find_unit(const plan *p, int64_t index) {
       .tokens = tokens,
       .group = group,
       .rows = tokens * group,
+      .held = held_rows(p, tokens * group),
       .first_position = position,
       .keys = {visible_keys(a, position).begin, position + tokens},
   };
@@ -146,12 +158,12 @@ INLINE float *take_rows(plan *p, int64_t states) {
   return rows;
 }
 
-/* Converts queries to words: [words, n] for each n rows that are computed at once. */
+/* Converts queries to words: [words, n] for each n rows that are computed at once; with tiles [n, words]. */
 INLINE void load_queries(const plan *p, const unit *u, float *q, const int dt) {
   const attention_args *a = p->a;
-  for (int64_t h = 0; h < u->heads; h++, q += u->rows * p->words)
+  for (int64_t h = 0; h < u->heads; h++, q += u->held * p->words)
     for (int64_t r = 0, n; r < u->rows; r += n) {
-      n = rows_at_once(u->rows - r);
+      n = p->tiles ? 1 : rows_at_once(u->rows - r);
       for (int64_t i = r; i < r + n; i++) {
         const int64_t token = u->first_row + i / u->group;
         const int64_t head = (u->kv_head + h) * u->group + i % u->group;
@@ -172,10 +184,12 @@ INLINE void load_queries(const plan *p, const unit *u, float *q, const int dt) {
 INLINE void attend_segment(const plan *p, const unit *u, int64_t key, const float *q, float *rows,
                            const int dt) {
   const int64_t end = min64(key / SEGMENT * SEGMENT + SEGMENT, u->keys.end);
-  const int64_t all = u->heads * u->rows;
-  memset(rows, 0, (size_t)(all * p->stride) * sizeof *rows);
-  for (int64_t r = 0; r < all; r++)
-    *max_of((row_layout){p->width, p->stride}, rows + r * p->stride) = -INFINITY;
+  for (int64_t h = 0; h < u->heads; h++)
+    for (int64_t r = 0; r < u->rows; r++) {
+      float *row = rows + (h * u->held + r) * p->stride;
+      memset(row, 0, (size_t)p->stride * sizeof *row);
+      *max_of((row_layout){p->width, p->stride}, row) = -INFINITY;
+    }
   tile t = locate(p->a, u, key, dt);
   for (; key < end; key += TILE)
     for (int64_t h = 0; h < u->heads; h++) {
@@ -183,7 +197,7 @@ INLINE void attend_segment(const plan *p, const unit *u, int64_t key, const floa
       const tile next = same_keys ? next_head(p->a, &t, dt)
                         : more    ? locate(p->a, u, key + TILE, dt)
                                   : t;
-      attend_tile(p, u, &t, key, q + h * u->rows * p->words, rows + h * u->rows * p->stride,
+      attend_tile(p, u, &t, key, q + h * u->held * p->words, rows + h * u->held * p->stride,
                   more ? &next : NULL);
       t = next;
     }
@@ -202,8 +216,9 @@ static void merge_row(const plan *p, float *total, const float *part) {
 /* A row's total is the state of its first segment, into which that of each further one is merged in order. */
 static void merge_segment(const plan *p, const unit *u, int64_t segment, float *total,
                           const float *part) {
-  for (int64_t r = 0; r < u->heads * u->rows; r++) {
-    const range keys = visible_keys(p->a, u->first_position + r % u->rows / u->group);
+  for (int64_t r = 0; r < u->heads * u->held; r++) {
+    if (r % u->held >= u->rows) continue;
+    const range keys = visible_keys(p->a, u->first_position + r % u->held / u->group);
     float *row = total + r * p->stride;
     if (keys.begin >= segment + SEGMENT || keys.end <= segment) continue;
     if (keys.begin / SEGMENT * SEGMENT == segment)
@@ -215,7 +230,7 @@ static void merge_segment(const plan *p, const unit *u, int64_t segment, float *
 
 INLINE void write_rows(const plan *p, const unit *u, const float *row, const int dt) {
   const attention_args *a = p->a;
-  for (int64_t h = 0; h < u->heads; h++)
+  for (int64_t h = 0; h < u->heads; h++, row += (u->held - u->rows) * p->stride)
     for (int64_t r = 0; r < u->rows; r++, row += p->stride) {
       float sum[SUM_LANES];
       memcpy(sum, row + p->width, sizeof sum);
@@ -330,7 +345,9 @@ int quire_attention_unchecked(const attention_args *a) {
     most_keys = max64(most_keys, length ? a->seq_lens[b] : 0);
     work += length * a->seq_lens[b];
   }
-  p.rows_per_unit = max64(min64(p.tokens_per_unit, longest), p.heads_per_unit) * group;
+  if (a->dtype == BF16 && fits_tiles(a->head_dim)) p.tiles = a->tiles;
+  p.rows_per_unit = max64(held_rows(&p, min64(p.tokens_per_unit, longest) * group),
+                          p.heads_per_unit * held_rows(&p, group));
   const int threads = work * a->q_heads * a->head_dim > SMALL_ATTENTION ? a->threads : 1;
   const int64_t segments = count_segments(a, &p, most_keys);
   const size_t starts = (size_t)(a->requests + 7) / 8 * 64;

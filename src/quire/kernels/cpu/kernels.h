@@ -34,6 +34,7 @@ INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
  * asks for the same use again; NULL if there is none. */
 enum scratch_use {
   SCRATCH_LINEAR,
+  SCRATCH_PANEL,
   SCRATCH_PROGRAM,
   SCRATCH_STEP,
   SCRATCH_ATTENTION,
@@ -49,6 +50,13 @@ void *quire_scratch(enum scratch_use use, size_t bytes);
 typedef void (*quire_task)(void *context, int64_t unit);
 void quire_run(quire_task task, void *context, int64_t units, int threads);
 
+/* ---- tiles (tiles.h) ---- */
+
+/* library.py has the same numbers. */
+enum tiles { TILES_NONE = 0, TILES_AMX = 1, TILES_PLAIN = 2 };
+int quire_ask_for_amx(void);
+void quire_release_tiles(void); /* this thread's: they make a context switch slower */
+
 /* ---- products (linear.c) ---- */
 
 typedef struct {            /* mirrored by LinearWeight in library.py */
@@ -56,6 +64,7 @@ typedef struct {            /* mirrored by LinearWeight in library.py */
   const void *bias;         /* [n], or NULL */
   int64_t n, k;             /* outputs, inputs */
   int32_t dtype;            /* of x, panels, bias and out */
+  int32_t tiles;            /* enum tiles; only for bfloat16 */
 } linear_weight;
 
 /* How y, rounded to dtype, is stored: written; added to out (and rounded again); written as float. */
@@ -63,6 +72,8 @@ enum linear_epilogue { LINEAR_STORE = 0, LINEAR_ADD = 1, LINEAR_FLOAT = 2 };
 
 int quire_linear(const linear_weight *w, const void *x, int64_t x_stride, void *out,
                  int64_t out_stride, int64_t m, int epilogue, int threads);
+int quire_pack_linear(const void *weight, int64_t first, int64_t rows, int64_t k, int64_t size, int64_t step,
+                      void *panels, int threads);
 int quire_gather_rows(const linear_weight *w, const int64_t *ids, int64_t tokens, void *out, int threads);
 
 /* ---- rows (elementwise.c) ---- */
@@ -90,7 +101,7 @@ typedef struct { /* mirrored by AttentionArgs in library.py; strides in elements
   int64_t q_stride, table_stride, requests, tokens, q_heads, kv_heads, head_dim;
   int64_t block_size, num_blocks, window; /* window 0: unbounded */
   float scale, softcap;
-  int32_t dtype, threads;
+  int32_t dtype, threads, tiles; /* enum tiles; only for bfloat16 and whole tiles of head_dim */
 } attention_args;
 
 /* Checks the contents of block_table, query_start_loc and seq_lens: 0, or 2, 3 or 4 (kernels/checks.py:

@@ -23,7 +23,7 @@ class LinearWeight(ctypes.Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("panels", "bias")),
         *((name, c_int64) for name in ("n", "k")),
-        ("dtype", c_int32),
+        *((name, c_int32) for name in ("dtype", "tiles")),
     ]
 
 
@@ -37,7 +37,7 @@ class AttentionArgs(ctypes.Structure):
         *((name, c_int64) for name in ("q_heads", "kv_heads", "head_dim")),
         *((name, c_int64) for name in ("block_size", "num_blocks", "window")),
         *((name, c_float) for name in ("scale", "softcap")),
-        *((name, c_int32) for name in ("dtype", "threads")),
+        *((name, c_int32) for name in ("dtype", "threads", "tiles")),
     ]
 
 
@@ -67,6 +67,10 @@ class SampleArgs(ctypes.Structure):
 
 _P, _N, _I = c_void_p, c_int64, c_int32
 _SIGNATURES = {
+    "quire_vectors": [],
+    "quire_ask_for_amx": [],
+    "quire_check_vectors": [],
+    "quire_check_tiles": [_I],
     "quire_rms_norm": [_P, _N, _N, _P, _P, _P, _N, _N, _N, c_float, _I, _I, _I],
     "quire_gated": [_P, _P, _N, _N, _I, _I, _I],
     "quire_add": [_P, _P, _N, c_float, _I, _I],
@@ -107,4 +111,6 @@ def _load_once(march: str) -> ctypes.CDLL | str:
             function.restype = c_int32
     except (OSError, AttributeError) as error:
         return f"{path} does not load: {error}"
+    if library.quire_check_vectors():
+        return f"{path} computes wrong products on this machine"
     return library

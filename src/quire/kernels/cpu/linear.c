@@ -6,8 +6,11 @@
  * registers, the division of columns among threads and the cuts of K change no bit. With few rows, the
  * weights are read once, in the order of addresses. With more, a panel stays in L2 while blocks of rows
  * are multiplied with it, and the next panel is prefetched.
+ *
+ * With tiles (AMX), a bfloat16 output is a chain of tile operations instead, each over TILE_K elements of k
+ * (tiles.h). The panels are the same: 16 rows of a panel, at 16 of its columns, are a tile.
  */
-#include "kernels.h"
+#include "tiles.h"
 
 #define PANEL 64
 #if VW == 16 || defined(__aarch64__) /* 32 vector registers */
@@ -19,6 +22,8 @@
 #endif
 #define K_CUT 4096       /* elements of K between spills: a panel with this many rows fits in L2 */
 #define ROW_CHUNK 192    /* rows that pass over a panel before the next one; bounds the spill */
+#define WIDE_BLOCKS 8    /* blocks of rows from which on a panel is widened to fp32 once for all */
+#define WIDE_CUT 1024    /* then in place of K_CUT */
 #define AHEAD 4096       /* prefetch distance in bytes if a panel is read once: then memory is the limit */
 
 #if defined(__AVX512BF16__)
@@ -32,14 +37,18 @@ INLINE int widens(const int dt) { return dt == F16 || (dt == BF16 && !HAVE_DOT);
 
 INLINE int64_t pair_of(const int dt) { return dt == BF16 ? 2 : 1; }
 
-typedef struct {
+typedef struct linear_job linear_job;
+typedef void (*panel_task)(const linear_job *, int64_t begin, int64_t end, int64_t panel, int64_t next_panel);
+
+struct linear_job {
   const linear_weight *w;
   const void *x; /* [m, k], fp32 where `widens` */
   void *out;
   int64_t x_stride, out_stride, m;
-  int64_t panels, chunks; /* a unit of work is one chunk of rows times one panel */
+  int64_t panels, chunk; /* a unit of work is one chunk of rows times one panel */
   int epilogue, threads;
-} linear_job;
+  panel_task task; /* rows [begin, end) times one panel */
+};
 
 /* The memory to prefetch during one pass over a panel: `stride` bytes for each step of k. */
 typedef struct {
@@ -91,11 +100,11 @@ INLINE void multiply(vf acc[ROWS][LANES], const void *x, int64_t x_stride, const
 
 /* sums [rows][PANEL]: the partial sums of some rows times one panel. */
 INLINE void block(const linear_job *job, const void *x, const char *panel, stream next, int64_t k0,
-                  int64_t k1, float *sums, const int rows, const int dt) {
+                  int64_t k1, int goes_on, float *sums, const int rows, const int dt) {
   for (int c = 0; c < PANEL; c += LANES * VW) {
     vf acc[ROWS][LANES];
     UNROLL for (int r = 0; r < rows; r++) UNROLL for (int i = 0; i < LANES; i++)
-      acc[r][i] = k0 ? vload(sums + r * PANEL + c + i * VW, F32) : vset(0.0f);
+      acc[r][i] = goes_on ? vload(sums + r * PANEL + c + i * VW, F32) : vset(0.0f);
     multiply(acc, x, job->x_stride, panel + c * pair_of(dt) * (int64_t)elem_size(dt), next, k0, k1,
              rows, dt);
     UNROLL for (int r = 0; r < rows; r++) UNROLL for (int i = 0; i < LANES; i++)
@@ -121,7 +130,39 @@ INLINE void finish(const linear_job *job, const float *sums, const void *bias, v
     }
 }
 
-/* Rows [begin, end) over one panel, in blocks of nearly equal size. */
+/* to: [k1 - k0][PANEL], elements [k0, k1) of the panel's columns. k0 and k1 are even in bfloat16. */
+INLINE void widen_panel(const char *panel, int64_t k0, int64_t k1, float *to, const int dt) {
+  const int64_t step = pair_of(dt), row = PANEL * step * (int64_t)elem_size(dt);
+  panel += k0 / step * row;
+  for (int64_t k = k0; k < k1; k += step, panel += row, to += step * PANEL)
+    for (int c = 0; c < PANEL; c += VW) {
+      if (dt == BF16) {
+        const vu both = vload_pairs(panel + c * 4);
+        vstore(to + c, (vf)(both << 16), F32);
+        vstore(to + PANEL + c, (vf)(both & 0xffff0000u), F32);
+      } else {
+        vstore(to + c, vload(panel + c * (int)elem_size(dt), dt), F32);
+      }
+    }
+}
+
+/* One block of 1 to ROWS rows. */
+INLINE void any_block(const linear_job *job, const void *x, const char *panel, stream next, int64_t k0,
+                      int64_t k1, int goes_on, float *sums, int64_t rows, const int dt) {
+  switch (rows) {
+    case 1: block(job, x, panel, next, k0, k1, goes_on, sums, 1, dt); break;
+    case 2: block(job, x, panel, next, k0, k1, goes_on, sums, 2, dt); break;
+    case 3: block(job, x, panel, next, k0, k1, goes_on, sums, 3, dt); break;
+    case 4: block(job, x, panel, next, k0, k1, goes_on, sums, 4, dt); break;
+#if ROWS > 4
+    case 5: block(job, x, panel, next, k0, k1, goes_on, sums, 5, dt); break;
+    case 6: block(job, x, panel, next, k0, k1, goes_on, sums, 6, dt); break;
+#endif
+  }
+}
+
+/* Rows [begin, end) over one panel, in blocks of nearly equal size. Where the elements must be widened and there
+ * are many blocks, the panel is widened once, in pieces that stay in L2. */
 INLINE void panel_rows(const linear_job *job, int64_t begin, int64_t end, int64_t panel,
                        int64_t next_panel, const int dt) {
   const linear_weight *w = job->w;
@@ -131,8 +172,11 @@ INLINE void panel_rows(const linear_job *job, int64_t begin, int64_t end, int64_
   const char *after = (const char *)w->panels + next_panel * steps * row;
   const int xt = widens(dt) ? F32 : dt;
   float sums[ROW_CHUNK * PANEL];
-  for (int64_t k0 = 0; k0 < w->k; k0 += K_CUT) {
-    const int64_t k1 = w->k - k0 > K_CUT ? k0 + K_CUT : w->k;
+  float *wide = widens(dt) && blocks >= WIDE_BLOCKS ? quire_scratch(SCRATCH_PANEL, WIDE_CUT * PANEL * 4) : NULL;
+  const int64_t k_end = steps * step, cut = wide ? WIDE_CUT : K_CUT;
+  for (int64_t k0 = 0; k0 < k_end; k0 += cut) {
+    const int64_t k1 = min64(k0 + cut, k_end);
+    if (wide) widen_panel(base, k0, k1, wide, dt);
     for (int64_t b = 0; b < blocks; b++) {
       const int64_t first = rows * b / blocks;
       const void *x = at(job->x, (begin + first) * job->x_stride, xt);
@@ -140,15 +184,12 @@ INLINE void panel_rows(const linear_job *job, int64_t begin, int64_t end, int64_
       /* A single pass prefetches its own panel; several passes each prefetch a part of the next one. */
       const stream next = blocks == 1 ? (stream){base + AHEAD, row}
                                       : (stream){after + b * (steps * row / blocks), row / blocks};
-      switch (rows * (b + 1) / blocks - first) {
-        case 1: block(job, x, base, next, k0, k1, s, 1, dt); break;
-        case 2: block(job, x, base, next, k0, k1, s, 2, dt); break;
-        case 3: block(job, x, base, next, k0, k1, s, 3, dt); break;
-        case 4: block(job, x, base, next, k0, k1, s, 4, dt); break;
-#if ROWS > 4
-        case 5: block(job, x, base, next, k0, k1, s, 5, dt); break;
-        case 6: block(job, x, base, next, k0, k1, s, 6, dt); break;
-#endif
+      const int64_t n = rows * (b + 1) / blocks - first;
+      if (wide) { /* half the bytes of `next` for each of twice the steps */
+        const stream half = {next.at + k0 / step * next.stride, next.stride / step};
+        any_block(job, (const float *)x + k0, (const char *)wide, half, 0, k1 - k0, k0 > 0, s, n, F32);
+      } else {
+        any_block(job, x, base, next, k0, k1, k0 > 0, s, n, dt);
       }
     }
   }
@@ -158,7 +199,113 @@ INLINE void panel_rows(const linear_job *job, int64_t begin, int64_t end, int64_
          at_mut(job->out, begin * job->out_stride + column, ot), rows, n, dt);
 }
 
-/* One instance for each dtype, so that the compiler specializes each once. */
+/* ---- a panel, by tiles ---- */
+
+#define PANEL_ROW (PANEL * 4) /* bytes of a row: one pair of each column */
+#define K_STEP (TILE_K / 2 * PANEL_ROW)
+#define TILES_AHEAD (2 * K_STEP) /* as AHEAD */
+#define TILES_CHUNK (1 << 20)    /* bytes of x in a chunk of rows: they stay in L2 beside two panels */
+
+typedef struct {
+  const char *panel, *rest; /* rest: the rows after the last whole step, then zeros */
+  int64_t steps, whole;     /* of TILE_K elements; all of them, and those in `panel` */
+} tile_panel;
+
+INLINE void prefetch_step(stream next, int64_t step) {
+  for (int64_t b = 0; b < next.stride; b += 64)
+    __builtin_prefetch(next.at + step * next.stride + b, 0, 2);
+}
+
+/* Tiles 0-3 = 32 rows of x times 32 columns of the panel, from byte `c` of its rows on. */
+INLINE void dot_square(tile_file *t, const char *x0, const char *x1, int64_t stride,
+                       const tile_panel *w, int c, stream next, const int kind) {
+  tile_zero(t, 0, kind), tile_zero(t, 1, kind), tile_zero(t, 2, kind), tile_zero(t, 3, kind);
+  for (int64_t i = 0; i < w->steps; i++) {
+    const char *b = (i < w->whole ? w->panel + i * K_STEP : w->rest) + c;
+    tile_load(t, 4, x0 + i * TILE_K * 2, stride, kind);
+    tile_load(t, 6, b, PANEL_ROW, kind);
+    tile_load(t, 7, b + 64, PANEL_ROW, kind);
+    tile_load(t, 5, x1 + i * TILE_K * 2, stride, kind);
+    tile_dot(t, 0, 4, 6, kind);
+    tile_dot(t, 1, 4, 7, kind);
+    tile_dot(t, 2, 5, 6, kind);
+    tile_dot(t, 3, 5, 7, kind);
+    prefetch_step(next, i);
+  }
+}
+
+/* Tiles 0-3 = 16 rows of x times the panel's 64 columns. */
+INLINE void dot_line(tile_file *t, const char *x, int64_t stride, const tile_panel *w, stream next,
+                     const int kind) {
+  tile_zero(t, 0, kind), tile_zero(t, 1, kind), tile_zero(t, 2, kind), tile_zero(t, 3, kind);
+  for (int64_t i = 0; i < w->steps; i++) {
+    const char *b = i < w->whole ? w->panel + i * K_STEP : w->rest;
+    tile_load(t, 4, x + i * TILE_K * 2, stride, kind);
+    tile_load(t, 5, b, PANEL_ROW, kind);
+    tile_dot(t, 0, 4, 5, kind);
+    tile_load(t, 6, b + 64, PANEL_ROW, kind);
+    tile_dot(t, 1, 4, 6, kind);
+    tile_load(t, 7, b + 128, PANEL_ROW, kind);
+    tile_dot(t, 2, 4, 7, kind);
+    tile_load(t, 5, b + 192, PANEL_ROW, kind);
+    tile_dot(t, 3, 4, 5, kind);
+    prefetch_step(next, i);
+  }
+}
+
+/* As panel_rows. A last tile of rows that is not full begins earlier, and computes some rows again. */
+INLINE void panel_tiles(const linear_job *job, int64_t begin, int64_t end, int64_t panel,
+                        int64_t next_panel, const int kind) {
+  const linear_weight *w = job->w;
+  const int64_t rows = (w->k + 1) / 2, steps = (w->k + TILE_K - 1) / TILE_K, whole = w->k / TILE_K;
+  const int64_t stride = job->x_stride * 2, passes = (end - begin + TILE_ROWS - 1) / TILE_ROWS;
+  const char *base = (const char *)w->panels + panel * rows * PANEL_ROW;
+  const char *after = (const char *)w->panels + next_panel * rows * PANEL_ROW;
+  char rest[K_STEP];
+  if (whole < steps) {
+    const size_t kept = (size_t)(rows - whole * TILE_K / 2) * PANEL_ROW;
+    memcpy(rest, base + whole * K_STEP, kept);
+    memset(rest + kept, 0, K_STEP - kept);
+  }
+  const tile_panel view = {base, rest, steps, whole};
+  const int64_t column = panel * PANEL, n = min64(w->n - column, PANEL);
+  const void *bias = w->bias ? at(w->bias, column, BF16) : NULL;
+  const int ot = job->epilogue == LINEAR_FLOAT ? F32 : BF16;
+  tile_file t;
+  tile_configure(&t, &product_shapes, kind);
+  int64_t pass = 0;
+  for (int64_t r = begin; r < end; r += 2 * TILE_ROWS) {
+    float sums[2 * TILE_ROWS * PANEL], *first = sums;
+    const int64_t left = end - r, last = max64(end - TILE_ROWS, 0);
+    const int64_t top = left > TILE_ROWS ? r : last;
+    const int64_t bottom = min64(r + TILE_ROWS, last); /* if two tiles */
+    const char *x = (const char *)job->x + top * stride;
+    for (int c = 0; c < (left > TILE_ROWS ? 2 : 1); c++, pass++) {
+      /* As in panel_rows. */
+      const stream next = passes == 1 ? (stream){base + TILES_AHEAD, K_STEP}
+                                      : (stream){after + pass * (steps * K_STEP / passes), K_STEP / passes};
+      if (left <= TILE_ROWS) {
+        dot_line(&t, x, stride, &view, next, kind);
+        tile_store(&t, 0, sums, PANEL_ROW, kind);
+        tile_store(&t, 1, sums + 16, PANEL_ROW, kind);
+        tile_store(&t, 2, sums + 32, PANEL_ROW, kind);
+        tile_store(&t, 3, sums + 48, PANEL_ROW, kind);
+        first = sums + (r - top) * PANEL;
+      } else {
+        float *to = sums + c * 32, *below = to + (bottom - top) * PANEL;
+        dot_square(&t, x, x + (bottom - top) * stride, stride, &view, c * 128, next, kind);
+        tile_store(&t, 0, to, PANEL_ROW, kind);
+        tile_store(&t, 1, to + 16, PANEL_ROW, kind);
+        tile_store(&t, 2, below, PANEL_ROW, kind);
+        tile_store(&t, 3, below + 16, PANEL_ROW, kind);
+      }
+    }
+    finish(job, first, bias, at_mut(job->out, r * job->out_stride + column, ot),
+           min64(left, 2 * TILE_ROWS), n, BF16);
+  }
+}
+
+/* One instance for each dtype and kind of tiles, so that the compiler specializes each once. */
 #define PANEL_ROWS(name, dt)                                                                      \
   static __attribute__((noinline)) void name(const linear_job *job, int64_t begin, int64_t end,   \
                                              int64_t panel, int64_t next_panel) {                 \
@@ -167,14 +314,35 @@ INLINE void panel_rows(const linear_job *job, int64_t begin, int64_t end, int64_
 PANEL_ROWS(panel_rows_f32, F32)
 PANEL_ROWS(panel_rows_bf16, BF16)
 PANEL_ROWS(panel_rows_f16, F16)
+#define PANEL_TILES(name, kind)                                                                   \
+  static __attribute__((noinline)) void name(const linear_job *job, int64_t begin, int64_t end,   \
+                                             int64_t panel, int64_t next_panel) {                 \
+    panel_tiles(job, begin, end, panel, next_panel, kind);                                        \
+  }
+PANEL_TILES(panel_tiles_plain, TILES_PLAIN)
+#if HAVE_AMX
+PANEL_TILES(panel_tiles_amx, TILES_AMX)
+#endif
+
+INLINE int uses_tiles(const linear_weight *w) { return w->dtype == BF16 && w->tiles != TILES_NONE; }
+
+static panel_task panel_task_of(const linear_weight *w) {
+#if HAVE_AMX
+  if (w->dtype == BF16 && w->tiles == TILES_AMX) return panel_tiles_amx;
+#endif
+  if (uses_tiles(w)) return panel_tiles_plain;
+  return w->dtype == F32 ? panel_rows_f32 : w->dtype == BF16 ? panel_rows_bf16 : panel_rows_f16;
+}
 
 /* x in the form that the kernel reads: widened if needed, and with a complete last pair. */
 static const void *readable(const linear_weight *w, const void *x, int64_t *stride, int64_t m) {
-  const int dt = w->dtype;
-  const int64_t step = pair_of(dt), k = (w->k + step - 1) / step * step;
-  if (!widens(dt) && k == w->k) return x;
-  const int out = widens(dt) ? F32 : dt;
-  char *copy = quire_scratch(SCRATCH_LINEAR, (size_t)(m * k) * elem_size(out) + 64);
+  const int dt = w->dtype, tiles = uses_tiles(w);
+  const int64_t step = tiles ? TILE_K : pair_of(dt), k = (w->k + step - 1) / step * step;
+  const int out = widens(dt) && !tiles ? F32 : dt;
+  if (out == dt && k == w->k && !tiles) return x;
+  if (tiles && k == w->k && m >= TILE_ROWS) return x;
+  const int64_t held = tiles ? max64(m, TILE_ROWS) : m; /* all rows of a tile are read */
+  char *copy = quire_scratch(SCRATCH_LINEAR, (size_t)(held * k) * elem_size(out) + 64);
   if (!copy) return NULL;
   for (int64_t r = 0; r < m; r++) {
     memset(at_mut(copy, r * k + w->k, out), 0, (size_t)(k - w->k) * elem_size(out));
@@ -205,14 +373,14 @@ static int64_t panel_at(int64_t index, int64_t panels, int64_t threads) {
 static void linear_unit(void *context, int64_t unit) {
   const linear_job *job = context;
   const int64_t panel = panel_at(unit % job->panels, job->panels, job->threads);
-  const int64_t chunk = unit / job->panels, next = min64(panel + 1, job->panels - 1);
-  const int64_t begin = job->m * chunk / job->chunks, end = job->m * (chunk + 1) / job->chunks;
-  if (job->w->dtype == F32)
-    panel_rows_f32(job, begin, end, panel, next);
-  else if (job->w->dtype == BF16)
-    panel_rows_bf16(job, begin, end, panel, next);
-  else
-    panel_rows_f16(job, begin, end, panel, next);
+  const int64_t begin = unit / job->panels * job->chunk, end = min64(job->m, begin + job->chunk);
+  job->task(job, begin, end, panel, min64(panel + 1, job->panels - 1));
+}
+
+/* Rows of a chunk: nearly equal chunks of at most `most` rows, and whole tiles. */
+static int64_t chunk_rows(int64_t m, int64_t most, int64_t multiple) {
+  const int64_t chunks = (m + most - 1) / most, rows = (m + chunks - 1) / chunks;
+  return (rows + multiple - 1) / multiple * multiple;
 }
 
 /* x: [m, k], row stride given. out: [m, n], row stride given; `epilogue` says how the result is stored.
@@ -220,13 +388,20 @@ static void linear_unit(void *context, int64_t unit) {
 int quire_linear(const linear_weight *w, const void *x, int64_t x_stride, void *out,
                  int64_t out_stride, int64_t m, int epilogue, int threads) {
   if (m * w->n * w->k <= 4 * SMALL_WORK) threads = 1;
-  linear_job job = {w, NULL, out, x_stride, out_stride, m, (w->n + PANEL - 1) / PANEL,
-                    (m + ROW_CHUNK - 1) / ROW_CHUNK, epilogue, threads};
+  const int64_t pair_rows = 2 * TILE_ROWS;
+  linear_job job = {.w = w, .out = out, .x_stride = x_stride, .out_stride = out_stride, .m = m,
+                    .panels = (w->n + PANEL - 1) / PANEL, .epilogue = epilogue, .threads = threads,
+                    .task = panel_task_of(w)};
+  job.chunk = !uses_tiles(w) ? chunk_rows(m, ROW_CHUNK, 1)
+                             : chunk_rows(m, max64(TILES_CHUNK / (2 * w->k) / pair_rows, 2) * pair_rows, pair_rows);
   job.x = readable(w, x, &job.x_stride, m);
   if (!job.x) return 5;
-  quire_run(linear_unit, &job, job.panels * job.chunks, threads);
+  quire_run(linear_unit, &job, job.panels * ((m + job.chunk - 1) / job.chunk), threads);
   return 0;
 }
+
+/* The floats of a vector, plus 256 with dot products of bfloat16: for people. */
+int quire_vectors(void) { return VW + 256 * HAVE_DOT; }
 
 /* ---- packing ---- */
 

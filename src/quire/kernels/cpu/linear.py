@@ -2,10 +2,9 @@
 
 Two products over a matrix of floats; `dense_product` takes the first that works here:
 
-1. `PanelProduct`: our own C kernel (linear.c), invariant by construction, in all three dtypes. 2.
-`ExactSumProduct`: PyTorch's product of operands whose every sum is exact, in any order. Used where no
-compiler
-   is found.
+1. `PanelProduct`: our own C kernel (linear.c), invariant by construction, in all three dtypes.
+2. `ExactSumProduct`: PyTorch's product of operands whose every sum is exact, in any order. Used where
+   no compiler is found.
 
 PyTorch's oneDNN was used for bfloat16 and float32 before. In measurements, our kernel reads weights at about
 twice oneDNN's rate with few rows, and is as fast with many. That a row's bits do not change follows from its
@@ -24,6 +23,7 @@ from torch import Tensor
 from quire.kernels import checks
 from quire.kernels.cpu import library
 from quire.kernels.cpu.build import BuildError
+from quire.kernels.cpu.tiles import choose_tiles
 from quire.kernels.memory import large_zeros
 
 _PANEL = 64  # output columns packed together; PANEL in linear.c
@@ -150,6 +150,7 @@ class PanelProduct(CPUProduct):
             n=out_features,
             k=in_features,
             dtype=library.DTYPES[dtype],
+            tiles=choose_tiles().tiles,
         )
 
     def _fill(self, first: int, weight: Tensor) -> None:

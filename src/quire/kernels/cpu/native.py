@@ -29,6 +29,7 @@ from quire.kernels.cpu.library import (
 )
 from quire.kernels.cpu.linear import dense_product
 from quire.kernels.cpu.program import NativeProgram, can_run
+from quire.kernels.cpu.tiles import choose_tiles
 from quire.kernels.ops import Activation
 from quire.kernels.program import Program
 from quire.kernels.sampling import SampledTokens
@@ -195,6 +196,7 @@ class NativeKernels:
             softcap=softcap,
             dtype=DTYPES[q.dtype],
             threads=torch.get_num_threads(),
+            tiles=choose_tiles().tiles,
         )
         if code := self._lib.quire_paged_attention(byref(args)):
             checks.fail_attention(code)

@@ -133,6 +133,7 @@ static void *work(void *argument) {
     if (index < atomic_load(&pool.threads)) {
       keep_off(atomic_load(&pool.caller_cpu), index);
       take_units(generation);
+      quire_release_tiles();
     }
     idle_since = monotonic_seconds();
   }
@@ -172,6 +173,7 @@ void quire_run(quire_task task, void *context, int64_t units, int threads) {
   /* A second engine in this process computes alone while the first one uses the pool. */
   if (units < 2 || threads < 2 || inside || units >= CLOSED || pthread_mutex_trylock(&pool.owner)) {
     for (int64_t u = 0; u < units; u++) task(context, u);
+    quire_release_tiles();
     return;
   }
   inside = 1;
@@ -187,6 +189,7 @@ void quire_run(quire_task task, void *context, int64_t units, int threads) {
   atomic_store(&pool.claim, (uint64_t)generation << 32);
   wake_workers();
   take_units(generation);
+  quire_release_tiles();
   for (int spins = 0; atomic_load_explicit(&pool.done, memory_order_acquire) < (uint32_t)units; spins++)
     if (spins < 2000)
       relax();

@@ -53,7 +53,7 @@ typedef struct { /* mirrored by _Program in program.py */
   const int64_t *windows; /* of each group: the widest, 0 if one is unbounded */
   int64_t num_groups;
   int64_t vocab, max_position, block_size, num_blocks, q_heads, kv_heads, head_dim;
-  int32_t dtype;
+  int32_t dtype, tiles;
 } program;
 
 typedef struct { /* StepRows in program.py */
@@ -166,7 +166,7 @@ static attention_args attention_of(const run *r, int64_t group) {
                           .requests = r->s->requests, .tokens = r->in.tokens, .q_heads = p->q_heads,
                           .kv_heads = p->kv_heads, .head_dim = p->head_dim, .block_size = p->block_size,
                           .num_blocks = p->num_blocks, .window = p->windows[group], .dtype = p->dtype,
-                          .threads = r->s->threads};
+                          .threads = r->s->threads, .tiles = p->tiles};
 }
 
 static qkv_args qkv_of(const run *r, int64_t group) {

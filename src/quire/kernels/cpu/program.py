@@ -19,6 +19,7 @@ from quire.kernels import checks
 from quire.kernels.checks import require
 from quire.kernels.cpu.library import ACTIVATIONS, DTYPES, load_library
 from quire.kernels.cpu.linear import CProduct
+from quire.kernels.cpu.tiles import choose_tiles
 from quire.kernels.ops import AttentionLayer, NormWeight
 from quire.kernels.program import Code, Op, Program, StepRows
 
@@ -57,7 +58,7 @@ class _Program(ctypes.Structure):
         *((name, c_int64) for name in ("num_groups", "vocab", "max_position")),
         *((name, c_int64) for name in ("block_size", "num_blocks")),
         *((name, c_int64) for name in ("q_heads", "kv_heads", "head_dim")),
-        ("dtype", c_int32),
+        *((name, c_int32) for name in ("dtype", "tiles")),
     ]
 
 
@@ -131,6 +132,7 @@ class NativeProgram:
             kv_heads=geometry.num_kv_heads,
             head_dim=geometry.head_dim,
             dtype=DTYPES[program.dtype],
+            tiles=choose_tiles().tiles,
         )
 
     def profile(self) -> Mapping[str, float]:

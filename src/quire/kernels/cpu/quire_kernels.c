@@ -4,6 +4,7 @@
 #ifndef QUIRE_UNITS
 #include "attention.c"
 #endif
+#include "check.c"
 #include "program.c"
 #include "elementwise.c"
 #include "kv_cache.c"
@@ -11,3 +12,4 @@
 #include "pool.c"
 #include "sampling.c"
 #include "scratch.c"
+#include "tiles.c"
