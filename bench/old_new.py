@@ -2,6 +2,8 @@
 
     python bench/old_new.py OLD NEW [--models DIR] [--model M2] [--repeats 7] [--json FILE]
 
+`--workloads start` measures the first answers of `LLM` and of `quire serve` in new processes.
+
 OLD and NEW are checkouts. Each has a process of its own with its own `src/`; both load the model once, and
 then take turns, so that what else runs on the machine disturbs both alike. A ratio is NEW's speed over
 OLD's, above 1 if NEW is faster: the median over the repeats of the ratio in one repeat.
@@ -15,6 +17,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -28,22 +31,42 @@ HIGHER_IS_BETTER = "tok_s"
 
 class Tree:
     def __init__(self, checkout: Path, model: str, models: Path, threads: int) -> None:
-        environment = {**os.environ, "PYTHONPATH": f"{checkout / 'src'}:{REPOSITORY}"}
+        self._model = models / model
+        self._environment = {**os.environ, "PYTHONPATH": f"{checkout / 'src'}:{REPOSITORY}"}
+        self._environment.pop("PYTHONDONTWRITEBYTECODE", None)  # modules are compiled once
         command = ["-m", "bench.peers.run_quire", "--model", model, "--models", str(models)]
         self._process = subprocess.Popen(
             [sys.executable, *command, "--threads", str(threads)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env=environment,
+            env=self._environment,
             text=True,
         )
         self.load_s = float(self._read()["load_s"])
 
     def run(self, workload: str, repeat: int) -> dict[str, float]:
+        if workload == "start":
+            return self._start()
         answer = self._ask({"command": "run", "workload": workload, "repeat": repeat})
         measures: dict[str, float] = answer["measures"]
         return measures
+
+    def _start(self) -> dict[str, float]:
+        with tempfile.NamedTemporaryFile(suffix=".json") as file:
+            command = [sys.executable, "-m", "quire", "bench", "startup", "--runs", "1"]
+            subprocess.run(
+                [*command, "--model", str(self._model), "--output-json", file.name],
+                env=self._environment,
+                stdout=subprocess.DEVNULL,
+                check=True,
+            )
+            seconds = json.load(file)["medians"]
+        parts = ("engine_import", "engine_load", "engine_first_token")
+        return {
+            "LLM_first_answer_s": sum(seconds[part] for part in parts),
+            "server_first_answer_s": seconds["server_first_token"],
+        }
 
     def close(self) -> None:
         self._process.communicate(json.dumps({"command": "quit"}) + "\n")

@@ -133,7 +133,7 @@ static void test_linear(int dt, int64_t m, int64_t k, int64_t n) {
   }
   char *row = malloc((size_t)(k * 4));
   for (int64_t j = 0; j < n; j += 7) {
-    expect(quire_gather_rows(&weight, &j, 1, row) == 0, "gather", dt, j, n);
+    expect(quire_gather_rows(&weight, &j, 1, row, 1) == 0, "gather", dt, j, n);
     expect(!memcmp(row, at(w, j * k, dt), (size_t)(k * size)), "gather", dt, j, n);
   }
 }
@@ -231,12 +231,16 @@ static void test_attention(int dt, int64_t d, int64_t tokens, int64_t window, fl
   const size_t bytes = (size_t)((blocks + 1) * KV_HEADS * d * BLOCK * size);
   void *k_cache = aligned_alloc(64, bytes), *v_cache = aligned_alloc(64, bytes);
   memset(k_cache, 0xff, bytes), memset(v_cache, 0xff, bytes); /* NaN wherever nothing is written */
-  const qkv_args write = {.qkv = qkv, .positions = positions, .slots = slots, .cos_sin = cos_sin,
+  qkv_args write = {.qkv = qkv, .positions = positions, .slots = slots, .cos_sin = cos_sin,
                           .q_norm = norm, .k_norm = norm, .k_cache = k_cache, .v_cache = v_cache,
-                          .qkv_stride = width, .tokens = tokens, .q_heads = Q_HEADS, .kv_heads = KV_HEADS,
+                          .qkv_stride = width, .tokens = min64(2, tokens), .q_heads = Q_HEADS, .kv_heads = KV_HEADS,
                           .head_dim = d, .half = HALF, .max_position = tokens, .block_size = BLOCK,
                           .num_blocks = blocks + 1, .eps = 1e-6f, .dtype = dt, .norm_dtype = dt, .threads = 2};
-  expect(quire_rope_write_kv(&write) == 0, "rope", dt, tokens, d);
+  for (int64_t t = 0; t < tokens; t += write.tokens) { /* two tokens, one, and the rest from an odd slot on */
+    write.qkv = at_mut(qkv, t * width, dt), write.positions = positions + t, write.slots = slots + t;
+    write.tokens = t == 0 ? min64(2, tokens) : t == 2 ? 1 : tokens - t;
+    expect(quire_rope_write_kv(&write) == 0, "rope", dt, tokens, d);
+  }
   /* What queries and keys should be: [tokens, heads, d], in double. */
   const int heads = Q_HEADS + KV_HEADS;
   double *rotated = malloc(sizeof(double) * (size_t)(tokens * heads * d));

@@ -47,6 +47,7 @@ def rotated(x: Tensor, positions: Tensor, cos_sin: Tensor) -> Tensor:
     normed=st.sampled_from(["", "q", "k", "qk"]),
     in_float=st.booleans(),
     block_size=st.sampled_from([16, 48, 128]),
+    consecutive=st.sampled_from([None, 0, 1, 15]),
     dtype=dtypes,
     seed=seeds,
 )
@@ -60,16 +61,21 @@ def test_one_call_is_norm_then_rotation_then_slots(
     normed: str,
     in_float: bool,
     block_size: int,
+    consecutive: int | None,
     dtype: torch.dtype,
     seed: int,
 ) -> None:
+    """consecutive: the first slot, as in a prompt."""
     (group, kv_heads), head_dim = heads, 2 * half + unrotated
     assume(head_dim > 0 and (dtype is not torch.bfloat16 or head_dim % 2 == 0))
     rng, q_heads = generator(seed), group * kv_heads
     fused = randn(tokens, (q_heads + 2 * kv_heads) * head_dim + 3, rng=rng, dtype=dtype)[:, :-3]
     cos_sin = randn(50, 2 * half, rng=rng)
     positions = torch.randint(0, 50, (tokens,), generator=rng)
-    slots = torch.randperm(4 * block_size, generator=rng)[:tokens]
+    if consecutive is None:
+        slots = torch.randperm(4 * block_size, generator=rng)[:tokens]
+    else:
+        slots = torch.arange(consecutive, consecutive + tokens)
     slots[::5] = -1
     weight_dtype = torch.float32 if in_float else dtype
     q_norm, k_norm = (
@@ -121,7 +127,8 @@ def test_threads_do_not_matter(
 ) -> None:
     rng, tokens = generator(1), 300
     fused, cos_sin = randn(tokens, 8 * 64, rng=rng, dtype=dtype), randn(tokens, 64, rng=rng)
-    weight, slots = randn(64, rng=rng, dtype=dtype), torch.randperm(20 * 16, generator=rng)[:tokens]
+    weight = randn(64, rng=rng, dtype=dtype)
+    slots = torch.cat((torch.randperm(100, generator=rng), torch.arange(101, 101 + tokens - 100)))
 
     def run() -> list[Tensor]:
         qkv, caches = fused.clone(), empty_caches(20, 2, 64, 16, dtype)

@@ -33,7 +33,6 @@ Those of an installed package are compiled."""
 _ENGINE = """
 import json, sys, time
 start = time.perf_counter()
-import torch
 from quire import LLM, SamplingParams
 imported = time.perf_counter()
 llm = LLM(**json.loads(sys.argv[1]))

@@ -15,7 +15,7 @@ ABOUT = {
     "help": "quire --help",
     "import_torch": "python -c 'import torch'",
     "engine_import": "in the engine's process: imports",
-    "engine_load": "    LLM(...), kernels and weights",
+    "engine_load": "    LLM(...): torch, the weights",
     "engine_first_token": "    the first token",
     "engine_process": "    from its launch to its end",
     "server_ready": "quire serve, launch to /ready",

@@ -74,7 +74,7 @@ int quire_linear(const linear_weight *w, const void *x, int64_t x_stride, void *
                  int64_t out_stride, int64_t m, int epilogue, int threads);
 int quire_pack_linear(const void *weight, int64_t first, int64_t rows, int64_t k, int64_t size, int64_t step,
                       void *panels, int threads);
-int quire_gather_rows(const linear_weight *w, const int64_t *ids, int64_t tokens, void *out);
+int quire_gather_rows(const linear_weight *w, const int64_t *ids, int64_t tokens, void *out, int threads);
 
 /* ---- rows (elementwise.c) ---- */
 

@@ -42,26 +42,62 @@ INLINE void store_kv(const qkv_args *a, const void *k, const void *v, int64_t he
   }
 }
 
+/* store_kv in bfloat16 of two tokens, in this even slot and the next: whole pairs of their values. */
+INLINE void store_two(const qkv_args *a, const void *const k[2], const void *const v[2], int64_t head,
+                      int64_t slot) {
+  const int64_t block = slot / a->block_size, offset = slot % a->block_size, n = a->head_dim;
+  const int64_t first = (block * a->kv_heads + head) * n * a->block_size;
+  uint32_t *keys = (uint32_t *)at_mut(a->k_cache, first, BF16) + offset;
+  char *values = at_mut(a->v_cache, first + offset * n, BF16);
+  for (int64_t d = 0; d < n / 2; d++) {
+    uint32_t both[2];
+    memcpy(&both[0], (const uint32_t *)k[0] + d, 4);
+    memcpy(&both[1], (const uint32_t *)k[1] + d, 4);
+    memcpy(keys + d * a->block_size, both, 8);
+  }
+  for (int64_t d = 0; d < n; d += VW) { /* the bits of bfloat16 are the upper ones of float32 */
+    const vu low = (vu)vload_upto(at(v[0], d, BF16), n - d, BF16) >> 16;
+    const vu high = (vu)vload_upto(at(v[1], d, BF16), n - d, BF16);
+    const vu both = low | high;
+    vstore_upto(values + d * 4, (vf)both, n - d, F32);
+  }
+}
+
+/* Norms and rotates the queries of one kv head in place; its key into `key`, as dt. */
+INLINE void rotate(const qkv_args *a, int64_t head, int64_t token, void *key, const int dt) {
+  const int64_t group = a->q_heads / a->kv_heads, n = a->head_dim;
+  const float *cos_sin = a->cos_sin + a->positions[token] * 2 * a->half;
+  void *row = at_mut(a->qkv, token * a->qkv_stride, dt);
+  for (int64_t h = head * group; h < (head + 1) * group; h++) {
+    void *q = at_mut(row, h * n, dt);
+    if (a->q_norm) norm_row(q, a->q_norm, q, n, a->eps, dt, a->norm_dtype);
+    rope_head(q, cos_sin, a->half, dt);
+  }
+  const void *k = at(row, (a->q_heads + head) * n, dt);
+  if (a->k_norm)
+    norm_row(k, a->k_norm, key, n, a->eps, dt, a->norm_dtype);
+  else
+    memcpy(key, k, (size_t)n * elem_size(dt));
+  rope_head(key, cos_sin, a->half, dt);
+}
+
 /* One kv head with its query heads, for tokens [begin, end). */
 INLINE void write_chunk(const qkv_args *a, int64_t head, int64_t begin, int64_t end, const int dt) {
-  const int64_t group = a->q_heads / a->kv_heads, n = a->head_dim;
-  float rotated[MAX_HEAD_DIM]; /* a key on its way to the cache, as dt */
-  for (int64_t t = begin; t < end; t++) {
-    const float *cos_sin = a->cos_sin + a->positions[t] * 2 * a->half;
-    void *row = at_mut(a->qkv, t * a->qkv_stride, dt);
-    for (int64_t h = head * group; h < (head + 1) * group; h++) {
-      void *q = at_mut(row, h * n, dt);
-      if (a->q_norm) norm_row(q, a->q_norm, q, n, a->eps, dt, a->norm_dtype);
-      rope_head(q, cos_sin, a->half, dt);
+  float keys[2][MAX_HEAD_DIM]; /* as dt */
+  const void *const k[2] = {keys[0], keys[1]};
+  for (int64_t t = begin, count; t < end; t += count) {
+    const int64_t slot = a->slots[t];
+    const int two = dt == BF16 && slot >= 0 && slot % 2 == 0 && t + 1 < end && a->slots[t + 1] == slot + 1;
+    count = 1 + two;
+    const void *v[2] = {NULL, NULL};
+    for (int64_t i = 0; i < count; i++) {
+      rotate(a, head, t + i, keys[i], dt);
+      v[i] = at(a->qkv, (t + i) * a->qkv_stride + (a->q_heads + a->kv_heads + head) * a->head_dim, dt);
     }
-    if (a->slots[t] < 0) continue;
-    const void *k = at(row, (a->q_heads + head) * n, dt);
-    if (a->k_norm)
-      norm_row(k, a->k_norm, rotated, n, a->eps, dt, a->norm_dtype);
-    else
-      memcpy(rotated, k, (size_t)n * elem_size(dt));
-    rope_head(rotated, cos_sin, a->half, dt);
-    store_kv(a, rotated, at(row, (a->q_heads + a->kv_heads + head) * n, dt), head, a->slots[t], dt);
+    if (two)
+      store_two(a, k, v, head, slot);
+    else if (slot >= 0)
+      store_kv(a, k[0], v[0], head, slot, dt);
   }
 }
 
@@ -73,18 +109,27 @@ int quire_check_qkv(const qkv_args *a) {
   return 0;
 }
 
-static void write_unit(void *context, int64_t unit) {
+static void write_head(void *context, int64_t unit) {
   const qkv_args *a = context;
   const int64_t head = unit % a->kv_heads, begin = unit / a->kv_heads * CHUNK;
   const int64_t end = min64(begin + CHUNK, a->tokens);
   FOR_DTYPE(a->dtype, write_chunk(a, head, begin, end, dt));
 }
 
+static void write_heads(void *context, int64_t chunk) { /* rows of qkv are contiguous */
+  const qkv_args *a = context;
+  for (int64_t head = 0; head < a->kv_heads; head++) write_head(context, chunk * a->kv_heads + head);
+}
+
 int quire_rope_write_kv_unchecked(const qkv_args *a) {
-  const int64_t units = (a->tokens + CHUNK - 1) / CHUNK * a->kv_heads;
+  const int64_t chunks = (a->tokens + CHUNK - 1) / CHUNK;
   const int64_t work = a->tokens * (a->q_heads + 2 * a->kv_heads) * a->head_dim;
+  const int threads = work > SMALL_WORK ? a->threads : 1;
   qkv_args context = *a;
-  quire_run(write_unit, &context, units, work > SMALL_WORK ? a->threads : 1);
+  if (chunks >= 2 * threads)
+    quire_run(write_heads, &context, chunks, threads);
+  else
+    quire_run(write_head, &context, chunks * a->kv_heads, threads);
   return 0;
 }
 

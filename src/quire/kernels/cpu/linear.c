@@ -484,19 +484,36 @@ int quire_pack_linear(const void *weight, int64_t first, int64_t rows, int64_t k
   return 0;
 }
 
-/* Row `ids[t]` of the packed matrix, for each t: an embedding that shares the head's weights. */
-int quire_gather_rows(const linear_weight *w, const int64_t *ids, int64_t tokens, void *out) {
+typedef struct {
+  const linear_weight *w;
+  const int64_t *ids;
+  int64_t tokens;
+  char *out;
+} gather_job;
+
+#define GATHERED 16 /* rows of a unit */
+
+static void gather_unit(void *context, int64_t index) {
+  const gather_job *j = context;
+  const linear_weight *w = j->w;
   const int64_t size = (int64_t)elem_size(w->dtype), step = pair_of(w->dtype), unit = size * step;
-  const int64_t padded = (w->k + step - 1) / step;
-  for (int64_t t = 0; t < tokens; t++)
-    if (ids[t] < 0 || ids[t] >= w->n) return 1;
-  for (int64_t t = 0; t < tokens; t++) {
+  const int64_t padded = (w->k + step - 1) / step, end = min64((index + 1) * GATHERED, j->tokens);
+  for (int64_t t = index * GATHERED; t < end; t++) {
     const char *from = (const char *)w->panels +
-                       (ids[t] / PANEL * PANEL * padded + ids[t] % PANEL) * unit;
-    char *to = (char *)out + t * w->k * size;
+                       (j->ids[t] / PANEL * PANEL * padded + j->ids[t] % PANEL) * unit;
+    char *to = j->out + t * w->k * size;
     int64_t i = 0;
     for (; i + step <= w->k; i += step, from += PANEL * unit) memcpy(to + i * size, from, unit == 4 ? 4 : 2);
     if (i < w->k) memcpy(to + i * size, from, (size_t)size);
   }
+}
+
+/* Row `ids[t]` of the packed matrix, for each t: an embedding that shares the head's weights. 0; 1, with
+ * nothing written, if an id is outside [0, n). */
+int quire_gather_rows(const linear_weight *w, const int64_t *ids, int64_t tokens, void *out, int threads) {
+  for (int64_t t = 0; t < tokens; t++)
+    if (ids[t] < 0 || ids[t] >= w->n) return 1;
+  gather_job job = {w, ids, tokens, out};
+  quire_run(gather_unit, &job, (tokens + GATHERED - 1) / GATHERED, threads);
   return 0;
 }

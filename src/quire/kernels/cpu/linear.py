@@ -184,7 +184,11 @@ class PanelProduct(CPUProduct):
     def _rows(self, ids: Tensor) -> Tensor:
         out = self._panels.new_empty((ids.shape[0], self.in_features))
         code = self._lib.quire_gather_rows(
-            byref(self.c_weight), ids.data_ptr(), ids.shape[0], out.data_ptr()
+            byref(self.c_weight),
+            ids.data_ptr(),
+            ids.shape[0],
+            out.data_ptr(),
+            torch.get_num_threads(),
         )
         checks.require(code == 0, f"a row id is outside [0, {self.out_features})")
         return out

@@ -193,7 +193,7 @@ static int check_inputs(const run *r) {
 static int embed(const run *r, const program_op *op) {
   const int64_t *ids = r->in.input_ids;
   char *out = buffer(r, op->target);
-  if (op->flag) return quire_gather_rows(op->argument, ids, r->rows, out);
+  if (op->flag) return quire_gather_rows(op->argument, ids, r->rows, out, r->s->threads);
   const size_t row = (size_t)r->p->widths[op->target] * elem_size(r->p->dtype);
   for (int64_t t = 0; t < r->rows; t++)
     memcpy(out + t * (int64_t)row, (const char *)op->argument + ids[t] * (int64_t)row, row);

@@ -190,15 +190,23 @@ INLINE vh vhalf_from_float(vf x) {
 
 INLINE vf vfloat_from_bf16(vh h) { return (vf)(vwiden(h) << 16); }
 
-INLINE vh vbf16_from_float(vf x) { /* round to nearest even; NaN stays NaN */
-  const vu u = (vu)x;
-  const vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  const vu nan = (vu)(x != x);
-  const vu kept = (rounded & ~nan) | (nan & 0x7fc0u);
+/* x rounded to bfloat16, to nearest even, in the upper half of each lane; NaN stays NaN. */
+INLINE vu vbf16_bits(vf x) {
+  const vu u = (vu)x, rounded = u + 0x7fffu + ((u >> 16) & 1u);
 #if VW == 16
-  return (vh)_mm512_cvtepi32_epi16((__m512i)kept);
+  const __mmask16 nan = _mm512_cmp_ps_mask((__m512)x, (__m512)x, _CMP_UNORD_Q);
+  return (vu)_mm512_mask_mov_epi32((__m512i)rounded, nan, _mm512_set1_epi32(0x7fc00000));
 #else
-  return __builtin_convertvector(kept, vh);
+  const vu nan = (vu)(x != x);
+  return (rounded & ~nan) | (nan & 0x7fc00000u);
+#endif
+}
+
+INLINE vh vbf16_from_float(vf x) {
+#if VW == 16
+  return (vh)_mm512_cvtepi32_epi16((__m512i)(vbf16_bits(x) >> 16));
+#else
+  return __builtin_convertvector(vbf16_bits(x) >> 16, vh);
 #endif
 }
 
@@ -279,7 +287,7 @@ INLINE vu vpack_pairs(vf first, vf second) {
 /* x rounded to dt and widened again. */
 INLINE vf vround(vf x, const int dt) {
   if (dt == F32) return x;
-  return dt == BF16 ? vfloat_from_bf16(vbf16_from_float(x)) : vfloat_from_half(vhalf_from_float(x));
+  return dt == BF16 ? (vf)(vbf16_bits(x) & 0xffff0000u) : vfloat_from_half(vhalf_from_float(x));
 }
 
 /* ---- functions ---- */
@@ -322,6 +330,16 @@ INLINE vf vexp2_rough(vf x) {
   return vzero_below(x, -126.0f, p * (vf)((vu)shifted << 23));
 }
 
+/* 1 / x for normal x: relative error below 2e-7. */
+INLINE vf vreciprocal(vf x) {
+#if VW == 16
+  const vf r = (vf)_mm512_rcp14_ps((__m512)x);
+  return vfma(r, 1.0f - x * r, r);
+#else
+  return 1.0f / x;
+#endif
+}
+
 /* e^x for x <= 0, as vexp2. */
 INLINE vf vexp(vf x) {
   const vf shifted = vfma(x, vset(LOG2E), vset(ROUNDING));
@@ -359,8 +377,13 @@ INLINE vf vtanh(vf x) {
   return vselect((vi)(magnitude < 0.25f), small, big);
 }
 
-INLINE float sum64(float *a) { /* the fixed tree at the end of every row sum */
-  for (int w = 32; w > 0; w >>= 1)
+/* The fixed tree at the end of every row sum: of 64 partial sums. */
+INLINE float sum64(vf acc[64 / VW]) {
+  for (int w = 64 / VW / 2; w > 0; w >>= 1)
+    for (int i = 0; i < w; i++) acc[i] += acc[i + w];
+  float a[VW];
+  vstore(a, acc[0], F32);
+  for (int w = VW / 2; w > 0; w >>= 1)
     for (int i = 0; i < w; i++) a[i] += a[i + w];
   return a[0];
 }
