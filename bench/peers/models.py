@@ -1,7 +1,7 @@
 """Make the comparison's models: a Hugging Face checkpoint with random weights, and its conversions.
 
     python -m bench.peers.models checkpoint M2 DIR    (needs transformers and tokenizers)
-    python -m bench.peers.models gguf DIR FILE [TYPE] (needs gguf and numpy)
+    python -m bench.peers.models gguf DIR FILE TYPE   (needs gguf and numpy)
     python -m bench.peers.models mistralrs DIR FOLDER
 
 Random weights compute exactly what trained ones do, and nothing has to be downloaded. OpenVINO's form is
@@ -268,7 +268,7 @@ def main() -> None:
     convert = commands.add_parser("gguf")
     convert.add_argument("folder", type=Path)
     convert.add_argument("file", type=Path)
-    convert.add_argument("dtype", choices=("bf16", "f16", "f32"), nargs="?", default="bf16")
+    convert.add_argument("dtype", choices=("bf16", "f16", "f32"))
     rust = commands.add_parser("mistralrs")
     rust.add_argument("folder", type=Path)
     rust.add_argument("target", type=Path)

@@ -94,6 +94,16 @@ def specs(root: Path, threads: int) -> list[Spec]:
         env=with_zentorch(root, in_process),
         also=(ZENTORCH,),
     )
+    # Without bf16 in the processor, float32 is faster for prompts and bf16 for a lone decode: half the bytes.
+    emulated = Spec(
+        name="vllm bf16",
+        module="bench.peers.run_vllm",
+        venv="vllm",
+        model_file="{model}",
+        env=in_process,
+        options=("bf16",),
+        workloads=("W2",),
+    )
     return [
         Spec("quire", "bench.peers.run_quire", None, "{model}", quire_env),
         Spec(
@@ -113,12 +123,13 @@ def specs(root: Path, threads: int) -> list[Spec]:
             env=in_process,
         ),
         *([zentorch] if cpu.is_zen4() else []),
+        *([] if cpu.has_bf16() else [emulated]),
         Spec("openvino", "bench.peers.run_openvino", "openvino", "{model}-openvino"),
         Spec(
             name="llama.cpp",
             module="bench.peers.run_llama_cpp",
             venv="llama_cpp",
-            model_file="{model}.gguf",
+            model_file=f"{{model}}-{cpu.gguf_dtype()}.gguf",
             also=("llama.cpp-build/bin/llama-server",),
         ),
         Spec(

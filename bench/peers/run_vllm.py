@@ -1,4 +1,7 @@
-"""Runner of vLLM's CPU build, in process: the engine's own step loop, timed from inside."""
+"""Runner of vLLM's CPU build, in process: the engine's own step loop, timed from inside.
+
+Option `bf16`: in bf16 even on a processor without it.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,13 @@ class VLLM:
         import vllm
 
         self.version = vllm.__version__
+        dtype = "bfloat16" if "bf16" in args.options else cpu.compute_dtype()
         self.settings: dict[str, object] = {
-            "dtype": cpu.compute_dtype(),
+            "dtype": dtype,
             "max_num_seqs": 64,
             "max_model_len": args.model.max_model_len,
             "max_num_batched_tokens": 4096,
-            "kv_cache_memory_bytes": cpu.kv_cache_bytes(args.model),
+            "kv_cache_memory_bytes": cpu.kv_cache_bytes(args.model, dtype),
             "enable_prefix_caching": True,
         }
         self.engine = vllm.LLM(

@@ -47,7 +47,7 @@ class Rival(Protocol):
 class RunnerArgs:
     model: ModelShape
     models: Path
-    """The folder with every form of the models: M2/, M2-openvino/, M2.gguf, ..."""
+    """The folder with every form of the models: M2/, M2-openvino/, M2-bf16.gguf, ..."""
     threads: int
     options: frozenset[str]
     """Variants of one engine, such as `cache-off`."""

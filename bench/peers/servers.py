@@ -58,10 +58,10 @@ def wait_ready(port: int, process: subprocess.Popen[bytes], *, timeout: float) -
 def llama_server(
     root: Path, model: ModelShape, port: int, *, slots: int, slot_tokens: int, threads: int
 ) -> list[str]:
-    """llama-server on `root`/models/<name>.gguf with `slots` slots of `slot_tokens`, all on the CPU."""
+    """llama-server on `root`/models/<name>-<type>.gguf with `slots` slots of `slot_tokens`, on the CPU."""
     return [
         str(root / "llama.cpp-build" / "bin" / "llama-server"),
-        *("--model", str(root / "models" / f"{model.name}.gguf")),
+        *("--model", str(root / "models" / f"{model.name}-{cpu.gguf_dtype()}.gguf")),
         *("--host", "127.0.0.1", "--port", str(port), "--parallel", str(slots)),
         *("--ctx-size", str(slots * slot_tokens)),
         *("--threads", str(threads), "--threads-batch", str(threads)),
@@ -87,13 +87,18 @@ def quire_server(root: Path, model: ModelShape, port: int, threads: int) -> Serv
 
 
 def vllm_server(root: Path, model: ModelShape, port: int, env: dict[str, str]) -> Server:
+    dtype = cpu.compute_dtype()
     return Server(
         [
             str(root / "venvs" / "vllm" / "bin" / "vllm"),
             *("serve", str(root / "models" / model.name), "--served-model-name", "model"),
-            *("--host", "127.0.0.1", "--port", str(port), "--dtype", cpu.compute_dtype()),
+            *("--host", "127.0.0.1", "--port", str(port), "--dtype", dtype),
             *("--max-num-seqs", "64", "--max-model-len", str(model.max_model_len)),
-            *("--kv-cache-memory-bytes", str(cpu.kv_cache_bytes(model)), "--disable-log-stats"),
+            *(
+                "--kv-cache-memory-bytes",
+                str(cpu.kv_cache_bytes(model, dtype)),
+                "--disable-log-stats",
+            ),
             *("--max-num-batched-tokens", "4096", "--uvicorn-log-level", "warning"),
         ],
         env,
