@@ -137,6 +137,15 @@ def test_markdown() -> None:
     assert "0123456789ab" in page and "python -m bench.peers.compare" in page
 
 
+def test_markdown_of_a_server_workload() -> None:
+    figures = {"interactivity": 26.0, "ttft_p50": 200.0, "ttft_p99": 900.0}
+    ours = sample("quire", "W6", 0, **figures) | {"command": "quire serve", "rate": None}
+    theirs = sample("vllm", "W6", 0, **figures | {"interactivity": 13.0}) | {"command": "vllm"}
+    page = report.markdown(results([ours, theirs]))
+    assert "| W6 agents, interactivity tok/s | 26.0 | 13.0 vllm | **2.00** | 1.3 met |" in page
+    assert "- **quire** server, W6: `quire serve`" in page
+
+
 def test_the_client_times_events_by_their_last_byte() -> None:
     reply = Reply(sent=0.0)
     chunks = [

@@ -15,9 +15,10 @@
 #include "attention_by_tiles.h"
 
 #define SEGMENT 512         /* keys; part of the arithmetic, a multiple of TILE */
-#define ROWS_PER_UNIT 48    /* target number of rows in one unit of work; a multiple of TILE_ROWS */
+#define ROWS_PER_UNIT (HAVE_DOT ? 48 : 96) /* target number of rows in one unit of work; a multiple of TILE_ROWS */
 #define UNITS_PER_THREAD 4  /* with fewer, units are split into segments */
 #define MOST_PARTS (32 << 20) /* bytes of segments' states above which units are not split */
+#define WIDENED_ROWS 12     /* from which on tiles of bfloat16 are widened, without dot products */
 #define SMALL_ATTENTION (1 << 18) /* multiply-adds below which one thread does it all */
 
 typedef struct {
@@ -25,6 +26,7 @@ typedef struct {
   int64_t first_row, tokens;       /* first_row: of q and out, in tokens */
   int64_t group, rows;             /* rows: of one kv head, tokens * group */
   int64_t held;                    /* rows of one kv head that there is memory for */
+  int is_widened;                  /* its tiles, to floats */
   int64_t first_position;
   range keys; /* that any row sees */
 } unit;
@@ -35,8 +37,8 @@ typedef struct { /* one call's constants */
   const int64_t *starts;   /* [requests]: each request's first unit */
   int64_t segments;        /* tasks a unit is split into; 0: none */
   float *parts;            /* [units, segments, rows_per_unit, stride] if units are split */
-  int64_t width, stride, words;
-  int tiles; /* enum tiles */
+  int64_t width, stride, words; /* words: floats held for a row of q */
+  int tiles, can_widen; /* tiles: enum tiles */
   float factor;
   int failed; /* a thread could not allocate its scratch memory */
 } plan;
@@ -84,6 +86,13 @@ static void attend_tile(const plan *p, const unit *u, const tile *t, int64_t key
   const range last = visible_keys(a, u->first_position + u->tokens - 1);
   const int whole = last.begin <= key && first.end >= key + TILE;
   const row_layout s = {p->width, p->stride};
+  const tile_kernels *kernels = &kernels_of[a->dtype];
+  float k[TILE * MAX_HEAD_DIM], v[TILE * MAX_HEAD_DIM];
+  tile wide;
+  if (u->is_widened) {
+    wide = widen_tile(t, a->head_dim, k, v);
+    t = &wide, next = NULL, kernels = &widened_kernels;
+  }
   for (int64_t r = 0, n; r < u->rows; r += n) {
     n = p->tiles ? min64(u->rows - r, TILE_ROWS) : rows_at_once(u->rows - r);
     range keys[TILE_ROWS];
@@ -97,7 +106,7 @@ static void attend_tile(const plan *p, const unit *u, const tile *t, int64_t key
       attend_tiles_of(p->tiles)(t, (const char *)(q + r * p->words), a->head_dim, s, rows + r * p->stride,
                                 keys, p->factor, a->softcap, r ? NULL : next, n);
     else
-      attend_rows(&kernels_of[a->dtype], t, q + r * p->words, a->head_dim, s, rows + r * p->stride,
+      attend_rows(kernels, t, q + r * p->words, a->head_dim, s, rows + r * p->stride,
                   keys, p->factor, a->softcap, r ? NULL : next, n);
   }
 }
@@ -145,6 +154,7 @@ static unit find_unit(const plan *p, int64_t index) {
       .group = group,
       .rows = tokens * group,
       .held = held_rows(p, tokens * group),
+      .is_widened = p->can_widen && tokens * group >= WIDENED_ROWS,
       .first_position = position,
       .keys = {visible_keys(a, position).begin, position + tokens},
   };
@@ -169,13 +179,14 @@ INLINE void load_queries(const plan *p, const unit *u, float *q, const int dt) {
         const int64_t head = (u->kv_head + h) * u->group + i % u->group;
         const void *from = at(a->q, token * a->q_stride + head * a->head_dim, dt);
         float row_words[MAX_HEAD_DIM], *to = q + r * p->words + i - r;
-        if (dt == F16)
+        const int64_t words = u->is_widened ? a->head_dim : a->head_dim / pack_of(dt);
+        if (dt == F16 || u->is_widened)
           for (int64_t d = 0; d < a->head_dim; d += VW)
-            vstore_upto(row_words + d, vload_upto(at(from, d, F16), a->head_dim - d, F16),
+            vstore_upto(row_words + d, vload_upto(at(from, d, dt), a->head_dim - d, dt),
                         a->head_dim - d, F32);
         else
-          memcpy(row_words, from, (size_t)p->words * sizeof *row_words);
-        for (int64_t d = 0; d < p->words; d++) to[d * n] = row_words[d];
+          memcpy(row_words, from, (size_t)words * sizeof *row_words);
+        for (int64_t d = 0; d < words; d++) to[d * n] = row_words[d];
       }
     }
 }
@@ -333,7 +344,8 @@ int quire_attention_unchecked(const attention_args *a) {
   const int64_t group = a->q_heads / a->kv_heads;
   plan p = {.a = a, .width = (a->head_dim + 15) / 16 * 16};
   p.stride = p.width + SUM_LANES + 16;
-  p.words = a->head_dim / pack_of(a->dtype);
+  p.can_widen = a->dtype == BF16 && !HAVE_DOT && !a->tiles;
+  p.words = p.can_widen ? a->head_dim : a->head_dim / pack_of(a->dtype);
   p.factor = a->softcap > 0.0f ? a->scale / a->softcap : a->scale * LOG2E;
   p.tokens_per_unit = max64(1, ROWS_PER_UNIT / group);
   p.heads_per_unit = a->requests >= a->threads * UNITS_PER_THREAD ? a->kv_heads : 1;

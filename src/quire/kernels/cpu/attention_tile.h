@@ -121,10 +121,10 @@ static __attribute__((noinline)) void raise_max(row_layout s, float *row, float 
   *max = higher;
 }
 
-/* Replaces a row's scores by exp(score * factor - its running maximum), packed into TILE / pack words. The
- * product is in units of log2(e). Keys outside `keys` give 0. */
+/* Replaces a row's scores by exp(score * factor - its running maximum), packed into TILE / pack words, or rounded
+ * as floats (is_widened). The product is in units of log2(e). Keys outside `keys` give 0. */
 INLINE void exponentials(row_layout s, float *row, float *scores, range keys, float factor,
-                         float softcap, const int dt) {
+                         float softcap, const int dt, const int is_widened) {
   enum { N = TILE / VW, LANES = SUM_LANES / VW };
   vf x[N];
   UNROLL for (int i = 0; i < N; i++) x[i] = vload(scores + i * VW, F32) * factor;
@@ -148,7 +148,14 @@ INLINE void exponentials(row_layout s, float *row, float *scores, range keys, fl
     const vu ones = (vu)vset(0.0f) + 0x3f803f80u;
     UNROLL for (int i = 0; i < N; i += 2) {
       const vu pairs = vpack_pairs(vexp2_rough(x[i] - base), vexp2_rough(x[i + 1] - base));
-      memcpy(scores + i / 2 * VW, &pairs, sizeof pairs);
+      if (is_widened) {
+        vh halves[2];
+        memcpy(halves, &pairs, sizeof pairs);
+        vstore(scores + i * VW, vfloat_from_bf16(halves[0]), F32);
+        vstore(scores + (i + 1) * VW, vfloat_from_bf16(halves[1]), F32);
+      } else {
+        memcpy(scores + i / 2 * VW, &pairs, sizeof pairs);
+      }
       sum[i / 2 % LANES] = vdot_pairs(sum[i / 2 % LANES], pairs, ones);
     }
   } else {
@@ -222,12 +229,14 @@ INLINE void add_pv(const tile *t, const float *p, row_layout s, float *acc, int6
                                      int64_t head_dim, range words, const tile *next) {           \
     add_pv(t, p, s, acc, head_dim, words, next, rows, dt);                                        \
   }
+#define EXPONENTIALS(name, dt, is_widened)                                                        \
+  NOINLINE void name(row_layout s, float *row, float *scores, range keys, float factor,           \
+                     float softcap) {                                                             \
+    exponentials(s, row, scores, keys, factor, softcap, dt, is_widened);                          \
+  }
 #define INSTANCES_OF(dt)                                                                          \
   INSTANCES(1, dt) INSTANCES(2, dt) INSTANCES(3, dt) INSTANCES(4, dt) INSTANCES(6, dt)            \
-  NOINLINE void exponentials_##dt(row_layout s, float *row, float *scores, range keys,            \
-                                  float factor, float softcap) {                                  \
-    exponentials(s, row, scores, keys, factor, softcap, dt);                                      \
-  }
+  EXPONENTIALS(exponentials_##dt, dt, 0)
 INSTANCES_OF(F32)
 INSTANCES_OF(BF16)
 INSTANCES_OF(F16)
@@ -246,6 +255,39 @@ typedef struct {
   [dt] = {BY_ROWS(score_wide, dt), BY_ROWS(score_sub, dt), BY_ROWS(add_pv, dt),                   \
           exponentials_##dt, dt == BF16 ? 2 : 1}
 static const tile_kernels kernels_of[3] = {KERNELS_OF(F32), KERNELS_OF(BF16), KERNELS_OF(F16)};
+
+/* ---- bfloat16 without dot products: a tile is widened once for many rows ---- */
+
+EXPONENTIALS(exponentials_widened, BF16, 1)
+
+/* Products of floats, each chain in the order of vdot_pairs: the bits are those of KERNELS_OF(BF16). */
+static const tile_kernels widened_kernels = {BY_ROWS(score_wide, F32), BY_ROWS(score_sub, F32),
+                                             BY_ROWS(add_pv, F32), exponentials_widened, 1};
+
+/* k: [head_dim][TILE], v: [TILE][head_dim]. Returns a tile that points to them. */
+NOINLINE tile widen_tile(const tile *t, int64_t head_dim, float *k, float *v) {
+  tile wide = {.k_stride = TILE};
+  for (int s = 0; s < SUBS; s++) {
+    wide.k[s] = k + s * SUB;
+    wide.v[s] = v + s * SUB * head_dim;
+    for (int64_t i = 0; i < head_dim / 2; i++)
+      for (int c = 0; c < SUB; c += VW) {
+        const vu pairs = vload_pairs(at(t->k[s], i * t->k_stride + 2 * c, BF16));
+        float *to = k + 2 * i * TILE + s * SUB + c;
+        vstore(to, (vf)(pairs << 16), F32);
+        vstore(to + TILE, (vf)(pairs & 0xffff0000u), F32);
+      }
+    for (int64_t j = 0; j < SUB / 2; j++) {
+      float *to = v + (s * SUB + 2 * j) * head_dim;
+      for (int64_t d = 0; d < head_dim; d += VW) {
+        const vu pairs = (vu)load_words(at(t->v[s], 2 * (j * head_dim + d), BF16), head_dim - d, BF16);
+        vstore_upto(to + d, (vf)(pairs << 16), head_dim - d, F32);
+        vstore_upto(to + head_dim + d, (vf)(pairs & 0xffff0000u), head_dim - d, F32);
+      }
+    }
+  }
+  return wide;
+}
 
 /* The largest number of rows, of at most `left`, that there are instances for. */
 INLINE int64_t rows_at_once(int64_t left) { return left >= MAX_ROWS ? MAX_ROWS : left == 5 ? 4 : left; }

@@ -26,12 +26,6 @@
 #define WIDE_CUT 1024    /* then in place of K_CUT */
 #define AHEAD 4096       /* prefetch distance in bytes if a panel is read once: then memory is the limit */
 
-#if defined(__AVX512BF16__)
-#define HAVE_DOT 1
-#else
-#define HAVE_DOT 0
-#endif
-
 /* Whether x must be widened to fp32 first, so that its elements can be broadcast. */
 INLINE int widens(const int dt) { return dt == F16 || (dt == BF16 && !HAVE_DOT); }
 

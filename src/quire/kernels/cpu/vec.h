@@ -42,6 +42,12 @@ typedef uint16_t vh __attribute__((vector_size(VW * 2)));
 /* Element types; library.py has the same numbers. */
 enum dtype { F32 = 0, BF16 = 1, F16 = 2 };
 
+#if defined(__AVX512BF16__) /* dot products of pairs of bfloat16 in one instruction */
+#define HAVE_DOT 1
+#else
+#define HAVE_DOT 0
+#endif
+
 INLINE size_t elem_size(const int dt) { return dt == F32 ? 4 : 2; }
 INLINE const void *at(const void *base, int64_t index, const int dt) {
   return (const char *)base + index * (int64_t)elem_size(dt);
