@@ -95,10 +95,10 @@ class Comparison:
         }
 
     def measure(self) -> None:
-        """W1-W4: everyone together, then whoever had no room beside them."""
+        """W1-W4: everyone together, then, one after another, whoever had no room beside them."""
         apart = [spec for spec in self.specs if self.args.model in spec.apart_on]
         together = [spec for spec in self.specs if spec not in apart]
-        for group in (together, apart):
+        for group in (together, *([spec] for spec in apart)):
             self._measure_group(group)
 
     def _measure_group(self, group: list[Spec]) -> None:

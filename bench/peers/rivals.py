@@ -86,6 +86,7 @@ def specs(root: Path, threads: int) -> list[Spec]:
     quire_env = {"PYTHONPATH": f"{REPOSITORY / 'src'}:{REPOSITORY}"}
     openmp = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     in_process = vllm_env(root, threads, in_process=True)
+    too_large = () if cpu.has_bf16() else ("M1",)
     zentorch = Spec(
         name="vllm zentorch",
         module="bench.peers.run_vllm",
@@ -103,6 +104,7 @@ def specs(root: Path, threads: int) -> list[Spec]:
         env=in_process,
         options=("bf16",),
         workloads=("W2",),
+        apart_on=too_large,
     )
     return [
         Spec("quire", "bench.peers.run_quire", None, "{model}", quire_env),
@@ -121,6 +123,7 @@ def specs(root: Path, threads: int) -> list[Spec]:
             venv="vllm",
             model_file="{model}",
             env=in_process,
+            apart_on=too_large,
         ),
         *([zentorch] if cpu.is_zen4() else []),
         *([] if cpu.has_bf16() else [emulated]),
