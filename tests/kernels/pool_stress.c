@@ -4,6 +4,7 @@
 #include <stdio.h>
 
 #include "pool.c"
+#include "tiles.c"
 
 #define MOST_UNITS 100
 
