@@ -33,7 +33,7 @@ def results(samples: list[dict[str, Any]], **skipped: str) -> dict[str, Any]:
             "commit": "0123456789abcdef",
             "dirty": False,
             "command": "python -m bench.peers.compare",
-            "machine": {"cpu": "a cpu", "cpus_usable": 2, "memory_gib": 24.0},
+            "machine": {"cpu": "AMD EPYC", "cpus_usable": 2, "memory_gib": 24.0},
         },
         "model": "M2",
         "title": "Llama 110M",
@@ -97,9 +97,16 @@ def test_nothing_is_compared_with_nobody() -> None:
 
 
 def test_shares_of_the_floor() -> None:
-    assert report.share_of_floor(DECODE, "M2", 135) == pytest.approx(0.5)
-    assert report.share_of_floor(TTFT, "M2", 102) == pytest.approx(0.5)
-    assert report.share_of_floor(MEASURES["W3", "seconds"], "M2", 1) is None
+    assert report.share_of_floor(DECODE, 270, 135) == pytest.approx(0.5)
+    assert report.share_of_floor(TTFT, 51, 102) == pytest.approx(0.5)
+
+
+def test_floors_are_those_of_the_machine() -> None:
+    run = results(w2("quire", 200))
+    assert report.floor_of(DECODE, run) == 270
+    assert report.floor_of(MEASURES["W3", "seconds"], run) is None
+    run["record"]["machine"]["cpu"] = "Intel(R) Xeon(R) Processor"
+    assert report.floor_of(DECODE, run) is None
 
 
 def test_cache_ratio() -> None:
@@ -129,7 +136,7 @@ def test_markdown() -> None:
     page = report.markdown(run)
     assert (
         "| W2 one request, decode tok/s | 210.0 | 150.0 llama.cpp | **1.40** "
-        "| 1.3 met, 70% of floor met | 270 | 78% |" in page
+        "| 1.3 met, 80% of floor **missed** | 270 | 78% |" in page
     )
     assert "| **0.90** | 1 **missed** | 51 | 102% |" in page
     assert "210.0 (200.0 - 220.0)" in page
