@@ -152,7 +152,12 @@ static void amx_handle(int number, siginfo_t *info, void *data) {
   context->uc_mcontext.gregs[REG_RIP] = (greg_t)o.next;
 }
 
-static void amx_emulate(void) {
+#ifdef AMX_EXPORTED /* for a library that Python loads */
+int amx_instructions(void) { return (int)amx_count; }
+#else
+static
+#endif
+void amx_emulate(void) {
   struct sigaction action = {.sa_sigaction = amx_handle, .sa_flags = SA_SIGINFO};
   sigaction(SIGILL, &action, NULL);
 }

@@ -6,10 +6,12 @@ That plain C computes products and attention is tested where those are, by `scri
 from __future__ import annotations
 
 import logging
+import os
 import platform
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,8 +38,12 @@ def fresh_choice(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     tiles._choose.cache_clear()
 
 
-def amx_test(directory: Path, sources: Path = SOURCES, *, is_quick: bool = False) -> Path:
-    """is_quick: without optimizing."""
+def has_amx() -> bool:
+    return "amx_bf16" in Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
+
+
+def compiler_for_amx() -> list[str]:
+    """Skips the test where the AMX kernels are not compiled, or the processor has no AVX-512."""
     try:
         compiler = find_compiler()
     except BuildError as error:
@@ -47,9 +53,14 @@ def amx_test(directory: Path, sources: Path = SOURCES, *, is_quick: bool = False
         pytest.skip("AMX is compiled for x86-64, by gcc 11 or clang 12 or newer")
     if "avx512vl" not in Path("/proc/cpuinfo").read_text(encoding="utf-8").split():
         pytest.skip("this processor has no AVX-512, which every processor with AMX has")
+    return compiler
+
+
+def amx_test(directory: Path, sources: Path = SOURCES, *, is_quick: bool = False) -> Path:
+    """is_quick: without optimizing."""
     program = directory / "amx_test"
     flags = [*FLAGS, "-O0"] if is_quick else FLAGS
-    command = [*compiler, *flags, "-march=x86-64-v4", f"-I{sources}", f"-I{HERE}"]
+    command = [*compiler_for_amx(), *flags, "-march=x86-64-v4", f"-I{sources}", f"-I{HERE}"]
     source = HERE / "amx_test.c"
     subprocess.run(
         [*command, str(source), "-o", str(program), "-lm"], check=True, capture_output=True
@@ -84,6 +95,42 @@ def test_it_notices_a_fault(tmp_path: Path, file: str, right: str, wrong: str) -
     program = amx_test(tmp_path, tmp_path / "cpu", is_quick=True)
     done = subprocess.run([program, "quick"], capture_output=True, text=True, timeout=150)
     assert done.returncode in range(1, 99), done
+
+
+ENGINE = """
+import ctypes, sys
+from quire import LLM, SamplingParams
+from quire.kernels.cpu import tiles
+emulator = ctypes.CDLL(sys.argv[1])
+if sys.argv[2] == "AMX" and tiles.library.load_library().quire_ask_for_amx():
+    emulator.amx_emulate()
+tiles._choose = lambda wanted: tiles.TileChoice(tiles.Tiles[sys.argv[2]], "")
+params = SamplingParams(max_tokens=6, temperature=0.7, seed=3, logprobs=1)
+with LLM(cpu_threads=2) as llm:
+    prompts = ["The capital of", "def add(a, b):", "Once upon a time"]
+    for output in llm.generate(prompts, params, use_tqdm=False):
+        print(output.outputs[0].token_ids, output.outputs[0].logprobs)
+print(emulator.amx_instructions() > 0, file=sys.stderr)
+"""
+
+
+def test_an_engine_by_amx_has_the_logprobs_of_plain_c(tmp_path: Path) -> None:
+    """Steps of the built-in model on two threads, with AMX instructions emulated where there are none."""
+    emulator = tmp_path / "emulator.so"
+    flags = ["-O2", "-shared", "-fPIC", f"-I{HERE}", "-x", "c", "-", "-o", str(emulator), "-lm"]
+    source = '#define AMX_EXPORTED\n#include "amx_emulator.h"'
+    subprocess.run([*compiler_for_amx(), *flags], input=source, check=True, text=True)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    outputs = {}
+    for kind in Tiles:
+        command = [sys.executable, "-c", ENGINE, str(emulator), kind.name]
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=150, check=True
+        )
+        outputs[kind] = done.stdout
+        assert done.stderr.endswith("True\n") == (kind is Tiles.AMX and not has_amx())
+    assert outputs[Tiles.AMX] == outputs[Tiles.PLAIN]
+    assert outputs[Tiles.AMX] != outputs[Tiles.NONE], "all are computed alike"
 
 
 def test_plain_tiles_agree_with_themselves(native: NativeKernels) -> None:
