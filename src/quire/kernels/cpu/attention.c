@@ -27,6 +27,7 @@ typedef struct {
   int64_t group, rows;             /* rows: of one kv head, tokens * group */
   int64_t held;                    /* rows of one kv head that there is memory for */
   int is_widened;                  /* its tiles, to floats */
+  float *spare;                    /* memory for one tile, that of its thread */
   int64_t first_position;
   range keys; /* that any row sees */
 } unit;
@@ -87,10 +88,9 @@ static void attend_tile(const plan *p, const unit *u, const tile *t, int64_t key
   const int whole = last.begin <= key && first.end >= key + TILE;
   const row_layout s = {p->width, p->stride};
   const tile_kernels *kernels = &kernels_of[a->dtype];
-  float k[TILE * MAX_HEAD_DIM], v[TILE * MAX_HEAD_DIM];
   tile wide;
   if (u->is_widened) {
-    wide = widen_tile(t, a->head_dim, k, v);
+    wide = widen_tile(t, a->head_dim, u->spare, u->spare + TILE * a->head_dim);
     t = &wide, next = NULL, kernels = &widened_kernels;
   }
   for (int64_t r = 0, n; r < u->rows; r += n) {
@@ -104,7 +104,7 @@ static void attend_tile(const plan *p, const unit *u, const tile *t, int64_t key
     }
     if (p->tiles)
       attend_tiles_of(p->tiles)(t, (const char *)(q + r * p->words), a->head_dim, s, rows + r * p->stride,
-                                keys, p->factor, a->softcap, r ? NULL : next, n);
+                                keys, p->factor, a->softcap, r ? NULL : next, n, u->spare);
     else
       attend_rows(kernels, t, q + r * p->words, a->head_dim, s, rows + r * p->stride,
                   keys, p->factor, a->softcap, r ? NULL : next, n);
@@ -160,9 +160,11 @@ static unit find_unit(const plan *p, int64_t index) {
   };
 }
 
-/* This thread's scratch memory: `states` states for each row of a unit, then the unit's queries. */
+/* This thread's scratch memory: `states` states for each row of a unit, then the unit's queries, then what is spare.
+ * On the stack the last would be large, and some compilers touch every page of a frame in each call. */
 INLINE float *take_rows(plan *p, int64_t states) {
-  const int64_t floats = p->rows_per_unit * (states * p->stride + p->words);
+  const int64_t tile = p->tiles ? spare_floats(p->a->head_dim, p->stride) : p->can_widen ? 2 * TILE * p->a->head_dim : 0;
+  const int64_t floats = p->rows_per_unit * (states * p->stride + p->words) + tile;
   float *rows = quire_scratch(SCRATCH_ATTENTION, (size_t)floats * sizeof(float));
   if (!rows) __atomic_store_n(&p->failed, 1, __ATOMIC_RELAXED);
   return rows;
@@ -257,10 +259,11 @@ INLINE void write_rows(const plan *p, const unit *u, const float *row, const int
 
 /* A task of the thread pool: `index` is that of a unit. */
 INLINE void attend_unit(plan *p, int64_t index, const int dt) {
-  const unit u = find_unit(p, index);
+  unit u = find_unit(p, index);
   float *part = take_rows(p, 2), *total = part + p->rows_per_unit * p->stride;
   if (!part) return;
   float *q = total + p->rows_per_unit * p->stride;
+  u.spare = q + p->rows_per_unit * p->words;
   load_queries(p, &u, q, dt);
   int64_t segment = u.keys.begin / SEGMENT * SEGMENT;
   attend_segment(p, &u, u.keys.begin / TILE * TILE, q, part, dt);
@@ -278,11 +281,12 @@ INLINE void attend_unit(plan *p, int64_t index, const int dt) {
 /* ---- units split into segments ---- */
 
 INLINE void attend_part(plan *p, int64_t index, const int dt) {
-  const unit u = find_unit(p, index / p->segments);
+  unit u = find_unit(p, index / p->segments);
   const int64_t segment = (u.keys.begin / SEGMENT + index % p->segments) * SEGMENT;
   if (segment >= u.keys.end) return;
   float *q = take_rows(p, 0);
   if (!q) return;
+  u.spare = q + p->rows_per_unit * p->words;
   load_queries(p, &u, q, dt);
   attend_segment(p, &u, max64(segment, u.keys.begin / TILE * TILE), q,
                  p->parts + index * p->rows_per_unit * p->stride, dt);
@@ -344,7 +348,8 @@ int quire_attention_unchecked(const attention_args *a) {
   const int64_t group = a->q_heads / a->kv_heads;
   plan p = {.a = a, .width = (a->head_dim + 15) / 16 * 16};
   p.stride = p.width + SUM_LANES + 16;
-  p.can_widen = a->dtype == BF16 && !HAVE_DOT && !a->tiles;
+  if (a->dtype == BF16 && fits_tiles(a->head_dim)) p.tiles = a->tiles;
+  p.can_widen = a->dtype == BF16 && !HAVE_DOT && !p.tiles;
   p.words = p.can_widen ? a->head_dim : a->head_dim / pack_of(a->dtype);
   p.factor = a->softcap > 0.0f ? a->scale / a->softcap : a->scale * LOG2E;
   p.tokens_per_unit = max64(1, ROWS_PER_UNIT / group);
@@ -357,7 +362,6 @@ int quire_attention_unchecked(const attention_args *a) {
     most_keys = max64(most_keys, length ? a->seq_lens[b] : 0);
     work += length * a->seq_lens[b];
   }
-  if (a->dtype == BF16 && fits_tiles(a->head_dim)) p.tiles = a->tiles;
   p.rows_per_unit = max64(held_rows(&p, min64(p.tokens_per_unit, longest) * group),
                           p.heads_per_unit * held_rows(&p, group));
   const int threads = work * a->q_heads * a->head_dim > SMALL_ATTENTION ? a->threads : 1;

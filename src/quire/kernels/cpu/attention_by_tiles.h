@@ -125,12 +125,17 @@ static int visible_values(const tile *t, int first, int end, int64_t head_dim, c
   return together;
 }
 
-/* As attend_rows. acc has 16 rows, of which the first `rows` count; q: [16][head_dim]. */
+/* What attend_by_tiles needs: copies of the values of a tile, and 16 rows of a state. */
+INLINE int64_t spare_floats(int64_t head_dim, int64_t stride) {
+  return SUBS * SUB_PAIRS * head_dim + TILE_ROWS * stride;
+}
+
+/* As attend_rows. acc has 16 rows, of which the first `rows` count; q: [16][head_dim]; spare: spare_floats. */
 INLINE void attend_by_tiles(const tile *t, const char *q, int64_t head_dim, row_layout s, float *acc,
                             const range *keys, float factor, float softcap, const tile *next,
-                            int64_t rows, const int kind) {
+                            int64_t rows, float *spare, const int kind) {
   float scores[2 * TILE_ROWS * TILE]; /* a row computed alone reads the 15 after it too */
-  uint32_t copies[SUBS * SUB_PAIRS * MAX_HEAD_DIM];
+  uint32_t *copies = (uint32_t *)spare;
   tile_file f;
   range seen = {TILE, 0};
   for (int64_t r = 0; r < rows; r++)
@@ -152,7 +157,7 @@ INLINE void attend_by_tiles(const tile *t, const char *q, int64_t head_dim, row_
     weigh_by_tiles(&f, v, first, end, scores, s, acc, head_dim, next, kind);
     return;
   }
-  float alone[TILE_ROWS * (MAX_HEAD_DIM + SUM_LANES + 16)];
+  float *alone = spare + SUBS * SUB_PAIRS * head_dim;
   for (int64_t r = 0; r < rows; r++) {
     if (is_empty(keys[r])) continue;
     float *row = acc + r * s.stride;
@@ -164,14 +169,14 @@ INLINE void attend_by_tiles(const tile *t, const char *q, int64_t head_dim, row_
 }
 
 typedef void (*attend_task)(const tile *, const char *, int64_t, row_layout, float *, const range *,
-                            float, float, const tile *, int64_t);
+                            float, float, const tile *, int64_t, float *);
 
 /* One instance for each kind of tiles. */
 #define BY_TILES(name, kind)                                                                       \
   NOINLINE void name(const tile *t, const char *q, int64_t head_dim, row_layout s, float *acc,    \
                      const range *keys, float factor, float softcap, const tile *next,            \
-                     int64_t rows) {                                                              \
-    attend_by_tiles(t, q, head_dim, s, acc, keys, factor, softcap, next, rows, kind);             \
+                     int64_t rows, float *spare) {                                                \
+    attend_by_tiles(t, q, head_dim, s, acc, keys, factor, softcap, next, rows, spare, kind);      \
   }
 BY_TILES(attend_plain, TILES_PLAIN)
 #if HAVE_AMX

@@ -329,14 +329,14 @@ static panel_task panel_task_of(const linear_weight *w) {
   return w->dtype == F32 ? panel_rows_f32 : w->dtype == BF16 ? panel_rows_bf16 : panel_rows_f16;
 }
 
-/* x in the form that the kernel reads: widened if needed, and with a complete last pair. */
+/* x in the form that the kernel reads: widened if needed, with a complete last pair or tile of k, and memory for
+ * a tile of rows. */
 static const void *readable(const linear_weight *w, const void *x, int64_t *stride, int64_t m) {
   const int dt = w->dtype, tiles = uses_tiles(w);
   const int64_t step = tiles ? TILE_K : pair_of(dt), k = (w->k + step - 1) / step * step;
   const int out = widens(dt) && !tiles ? F32 : dt;
-  if (out == dt && k == w->k && !tiles) return x;
-  if (tiles && k == w->k && m >= TILE_ROWS) return x;
   const int64_t held = tiles ? max64(m, TILE_ROWS) : m; /* all rows of a tile are read */
+  if (out == dt && k == w->k && held == m) return x;
   char *copy = quire_scratch(SCRATCH_LINEAR, (size_t)(held * k) * elem_size(out) + 64);
   if (!copy) return NULL;
   for (int64_t r = 0; r < m; r++) {
