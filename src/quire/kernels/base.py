@@ -20,6 +20,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from quire.kernels.codes import CodeFormat
+from quire.kernels.dequantize import Scales
 from quire.kernels.ops import Activation, LinearProduct
 from quire.kernels.program import ForwardPass, Program
 from quire.kernels.sampling import SampledTokens
@@ -49,6 +51,33 @@ class DenseProduct(LinearProduct, Protocol):
     def fill_bias(self, first: int, bias: Tensor) -> None: ...
 
 
+class CodesProduct(LinearProduct, Protocol):
+    """A product over a matrix of codes, to be filled. Tensors are on the CPU and copied. Called from several
+    threads, for different rows or columns."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of inputs, results and bias."""
+        ...
+
+    def fill_codes(self, row: int, column: int, codes: Tensor) -> None:
+        """codes: [rows, columns] uint8, any strides, placed at `row` and `column`, a multiple of 8. The
+        number of columns is one too, except at the matrix's end. Float8 codes are given as their bytes."""
+        ...
+
+    def fill_scales(self, row: int, scales: Scales) -> None:
+        """Scales of all groups of some rows, from `row` on."""
+        ...
+
+    def fill_bias(self, first: int, bias: Tensor) -> None: ...
+
+    def reorder(self, order: Tensor) -> None:
+        """order: [in_features] integers. Column i of the matrix as filled was input i. It becomes column j
+        with order[j] = i, and groups are of consecutive columns. Called once, after all codes were filled, if
+        the format is `reordered`; scales are those of the new columns' groups."""
+        ...
+
+
 class LayerKernels(Protocol):
     """The operations that models are made of, and where they keep weights and cache."""
 
@@ -66,6 +95,22 @@ class LayerKernels(Protocol):
         self, *, in_features: int, out_features: int, dtype: torch.dtype, bias: bool
     ) -> DenseProduct:
         """A matrix to be filled, in the form that this implementation multiplies with."""
+        ...
+
+    def codes(
+        self,
+        form: CodeFormat,
+        *,
+        in_features: int,
+        out_features: int,
+        dtype: torch.dtype,
+        bias: bool,
+    ) -> CodesProduct:
+        """A matrix of codes to be filled. dtype: of inputs and results."""
+        ...
+
+    def stack(self, products: Sequence[LinearProduct]) -> LinearProduct:
+        """Products over one input, filled, as one: their results side by side."""
         ...
 
     def kv_cache_shapes(

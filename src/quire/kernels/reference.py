@@ -20,6 +20,7 @@ from torch import Tensor
 from quire.kernels import checks
 from quire.kernels.checks import require
 from quire.kernels.cpu import layout
+from quire.kernels.cpu.codes import ReferenceCodes, ReferenceStack
 from quire.kernels.cpu.linear import dense_product
 from quire.kernels.ops import Activation
 from quire.kernels.philox import gumbel_from_uniform, philox_words, uniform_from_words
@@ -31,6 +32,8 @@ class ReferenceKernels:
     name = "reference"
     device = layout.device
     linear = staticmethod(dense_product)
+    codes = ReferenceCodes
+    stack = ReferenceStack
     kv_cache_shapes = staticmethod(layout.kv_cache_shapes)
 
     def rms_norm(
