@@ -31,7 +31,7 @@ static int check_product(int dt, int tiles, float *out) {
       vstore_n(at_mut(x, to, dt), vset(inputs[to]), 1, dt);
     }
   quire_pack_linear(weight, 0, CHECK_N, CHECK_K, (int64_t)elem_size(dt), dt == BF16 ? 2 : 1, panels, 1);
-  const linear_weight w = {panels, NULL, CHECK_N, CHECK_K, dt, tiles};
+  const linear_weight w = {.panels = panels, .n = CHECK_N, .k = CHECK_K, .dtype = dt, .tiles = tiles};
   if (quire_linear(&w, x, CHECK_K, out, CHECK_N, CHECK_ROWS, LINEAR_FLOAT, 1)) return 1;
   for (int64_t i = 0; i < CHECK_ROWS * CHECK_N; i++) {
     const float *row = inputs + i / CHECK_N * CHECK_K, *column = weights + i % CHECK_N * CHECK_K;

@@ -59,12 +59,28 @@ void quire_release_tiles(void); /* this thread's: they make a context switch slo
 
 /* ---- products (linear.c) ---- */
 
-typedef struct {            /* mirrored by LinearWeight in library.py */
-  const void *panels;       /* as quire_pack_linear writes them */
+/* library.py has the same numbers. */
+enum scale_type { SCALE_F32 = 0, SCALE_BF16 = 1, SCALE_F16 = 2, SCALE_INT8 = 3 };
+enum offset_type { OFFSET_NONE = 0, OFFSET_ZERO = 1, OFFSET_MINIMUM = 2 };
+
+typedef struct { /* mirrored by CodeInfo in library.py; CodeFormat in kernels/codes.py explains it */
+  const void *scales, *offsets;              /* [panels][groups][PANEL] */
+  const void *super_scales, *super_minima;   /* [panels][supers][PANEL] half precision, or NULL */
+  const int32_t *order;                      /* [k]: column j multiplies input order[j]; or NULL */
+  int64_t group;                             /* inputs */
+  int32_t bits, scale_type, super_groups, offset_type, zero;
+  int32_t float8, activation_bits, has_values;
+  uint8_t values[16]; /* of the codes, plus `zero` */
+} code_info;
+
+typedef struct linear_weight { /* mirrored by LinearWeight in library.py */
+  const void *panels;       /* as quire_pack_linear writes them; of codes: as quire_pack_codes does */
   const void *bias;         /* [n], or NULL */
   int64_t n, k;             /* outputs, inputs */
   int32_t dtype;            /* of x, panels, bias and out */
   int32_t tiles;            /* enum tiles; only for bfloat16 */
+  const code_info *codes;   /* NULL: panels of floats */
+  const struct linear_weight *next; /* the rest of a stack over the same input, or NULL */
 } linear_weight;
 
 /* How y, rounded to dtype, is stored: written; added to out (and rounded again); written as float. */

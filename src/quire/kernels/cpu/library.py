@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from ctypes import POINTER, c_float, c_int32, c_int64, c_uint64, c_void_p
+from ctypes import POINTER, c_float, c_int32, c_int64, c_uint8, c_uint64, c_void_p
 
 import torch
 
@@ -24,7 +24,25 @@ class LinearWeight(ctypes.Structure):
         *((name, c_void_p) for name in ("panels", "bias")),
         *((name, c_int64) for name in ("n", "k")),
         *((name, c_int32) for name in ("dtype", "tiles")),
+        *((name, c_void_p) for name in ("codes", "next")),
     ]
+
+
+class CodeInfo(ctypes.Structure):
+    """Mirrors code_info in kernels.h."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("scales", "offsets", "super_scales", "super_minima")),
+        ("order", c_void_p),
+        ("group", c_int64),
+        *((name, c_int32) for name in ("bits", "scale_type", "super_groups", "offset_type")),
+        *((name, c_int32) for name in ("zero", "float8", "activation_bits", "has_values")),
+        ("values", c_uint8 * 16),
+    ]
+
+
+SCALE_TYPES = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3}
+OFFSET_TYPES = {"none": 0, "zero": 1, "minimum": 2}
 
 
 class AttentionArgs(ctypes.Structure):
