@@ -1,4 +1,4 @@
-"""Writes GGUF files, and converts checkpoints in Hugging Face's layout to them as llama.cpp's converter does."""
+"""Writes GGUF files, and converts checkpoints to them as llama.cpp's converter does."""
 
 from __future__ import annotations
 

@@ -159,14 +159,14 @@ def test_quantized_it_computes_what_the_dequantized_model_does(
 
 def dequantized(value: Stored) -> torch.Tensor:
     from quire.kernels.dequantize import dequantize
-    from quire.quantization.gguf import FORMATS
+    from quire.quantization.gguf import BLOCKS, FORMATS
     from quire.quantization.gguf_blocks import unpack
 
     kind, shape, data = value
     raw = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     if kind not in FORMATS:
         return raw.view(getattr(torch, kind)).view(shape).float()
-    return dequantize(FORMATS[kind], *unpack(kind, raw.view(shape[0], -1)))
+    return dequantize(FORMATS[kind], *unpack(kind, raw.view(shape[0], -1, BLOCKS[kind].bytes)))
 
 
 @pytest.mark.parametrize("rows", [(0, 1), (3, 20), (0, 64), (23, 24), (24, 48), (60, 64)])
@@ -177,7 +177,6 @@ def test_permuted_rows_are_put_back_from_any_row_on(
     """Pieces of a tensor end within heads."""
     directory = reference("llama")
     metadata, tensors = convert(directory, matrices=kind)
-    original = {name: value for name, value in convert(directory, matrices=kind)[1].items()}
     file = write_gguf(tmp_path / "model.gguf", metadata, tensors)
     name, first, end = "model.layers.0.self_attn.q_proj.weight", *rows
     with Source(file).open() as checkpoint:
@@ -185,7 +184,7 @@ def test_permuted_rows_are_put_back_from_any_row_on(
         row = info.num_bytes // info.shape[0]
         into = bytearray((end - first) * row)
         checkpoint.read(info, first * row, memoryview(into))
-    data = original["blk.0.attn_q.weight"][2]
+    data = tensors["blk.0.attn_q.weight"][2]
     head = 16
     order = [
         start + 2 * (i % (head // 2)) + i // (head // 2)

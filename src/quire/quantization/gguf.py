@@ -92,7 +92,7 @@ class Gguf(QuantizedMethod):
     """Name of a matrix, without `.weight` -> its type. One that is missing is not quantized."""
 
     def format_of(self, name: str) -> GgufMatrix | None:
-        kind = self.types.get(name)
+        kind = self.types.get(name, "")
         return GgufMatrix(kind) if kind in FORMATS else None
 
 
@@ -135,7 +135,7 @@ class GgufReader:
         self._product = product
 
     def load(self, suffix: str, first: int, rows: torch.Tensor) -> None:
-        codes, scales = self._unpack(self._kind, rows)
+        codes, scales = self._unpack(self._kind, rows.unflatten(1, (-1, BLOCKS[self._kind].bytes)))
         for each in (scales.scale, scales.offset, scales.super_scale, scales.super_minimum):
             if each is not None and each.is_floating_point() and not each.isfinite().all():
                 raise CheckpointError(

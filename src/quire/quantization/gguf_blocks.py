@@ -1,7 +1,7 @@
 """From the bytes of GGUF's blocks to codes and scales: see `quire.quantization.gguf`.
 
-Nibbles of a block of 32 are in two halves: byte i holds elements i (low) and i + 16 (high). Blocks of 256 have
-runs: byte i of a run holds elements of the same i in the runs that share it.
+Nibbles of a block of 32 are in two halves: byte i holds elements i (low) and i + 16 (high). Blocks of 256 are
+cut into runs: byte i holds element i of each run that shares the bytes.
 """
 
 from __future__ import annotations
@@ -10,14 +10,11 @@ import torch
 from torch import Tensor
 
 from quire.kernels.dequantize import Scales
-from quire.quantization.gguf import BLOCKS
 
 
-def unpack(kind: str, rows: Tensor) -> tuple[Tensor, Scales]:
-    """rows: [N, bytes of a row] uint8. Returns codes, [N, K] uint8, and their scales, in the dtypes of the
-    type's `CodeFormat`."""
-    size = BLOCKS[kind].bytes
-    blocks = rows.view(len(rows), -1, size)
+def unpack(kind: str, blocks: Tensor) -> tuple[Tensor, Scales]:
+    """blocks: [N, blocks of a row, bytes of a block] uint8. Returns codes, [N, K] uint8, and their scales, in
+    the dtypes of the type's `CodeFormat`."""
     codes, scales = _UNPACK[kind](blocks)
     return codes.flatten(1), Scales(*(None if each is None else each.flatten(1) for each in scales))
 

@@ -1,9 +1,9 @@
 """The tokenizer in the metadata of a GGUF file, and the defaults of generation that belong to it.
 
 Two kinds are read. "gpt2" is byte-level BPE with its merges; how texts are split before it is only named
-(`tokenizer.ggml.pre`), so `PRE_TOKENIZERS` has the patterns of the tokenizer.json files that a name stands for.
-"llama" is the BPE of SentencePiece: merges follow from the tokens' scores. Both become a `tokenizers` backend as
-in the tokenizer.json of such a model, with the same ids for the same text.
+(`tokenizer.ggml.pre`), and `PRE_TOKENIZERS` has the patterns of the tokenizer.json files that a name stands
+for. "llama" is the BPE of SentencePiece: merges follow from the tokens' scores. Both become a `tokenizers`
+backend as in the tokenizer.json of such a model, with the same ids for the same text.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
 _LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_CASED = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+(?:ENDING)?|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*(?:ENDING)?"
+_LEAD = r"[^\r\n\p{L}\p{N}]?"
+_CASED = f"{_LEAD}{_UPPER}*{_LOWER}+(?:ENDING)?|{_LEAD}{_UPPER}+{_LOWER}*(?:ENDING)?"
 _REST_SLASH = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
@@ -79,8 +80,8 @@ PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {
         (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", r"\p{N}")
     ),
 }
-"""tokenizer.ggml.pre -> how texts are split. "default" is missing: converters wrote it for tokenizers that they
-did not know."""
+"""tokenizer.ggml.pre -> how texts are split. "default" is missing: converters wrote it for tokenizers that
+they did not know."""
 
 NAMED_IDS: Mapping[str, str] = {
     "bos_token": "bos_token_id",
@@ -95,7 +96,7 @@ END_IDS = ("eos_token_id", "eot_token_id", "eom_token_id")
 END_TEXTS = frozenset(
     "<|im_end|> <|eot_id|> <|eom_id|> <|end|> <end_of_turn> <|endoftext|> <|end_of_text|>".split()
 )
-"""Control tokens that end a turn or a text in every model that has them. Files name only some in `END_IDS`."""
+"""Control tokens that end a turn or a text in every model that has them. Files name only some of them."""
 SAMPLING: Mapping[str, str] = {
     "general.sampling.temp": "temperature",
     "general.sampling.top_p": "top_p",
@@ -134,7 +135,7 @@ def read_tokenizer(metadata: Metadata, *, where: str) -> Tokenizer:
             backend = _sentencepiece(parts)
         else:
             raise CheckpointError(
-                f"{where}: tokenizer.ggml.model is {kind!r:.80}; gpt2 and llama are read. For this file {REMEDY}"
+                f"{where}: tokenizer.ggml.model is {kind!r:.80}, and gpt2 and llama are read; {REMEDY}"
             )
         _add_tokens(backend, parts)
         return Tokenizer(backend, parts.config())
@@ -213,7 +214,7 @@ class _Parts:
                 templates[name] = source
                 if len(source) > MAX_TEMPLATE_CHARS:
                     raise CheckpointError(
-                        f"{self.where}: tokenizer.chat_template is longer than {MAX_TEMPLATE_CHARS} characters"
+                        f"{self.where}: tokenizer.chat_template has more than {MAX_TEMPLATE_CHARS} characters"
                     )
         named = {name: self.named(key) for name, key in NAMED_IDS.items()}
         return TokenizerConfig(
@@ -246,7 +247,9 @@ def _byte_level(parts: _Parts) -> Backend:
     )
     if pre.nfc:
         backend.normalizer = normalizers.NFC()
-    steps = [pre_tokenizers.Digits(individual_digits=True)] if pre.single_digits else []
+    steps: list[pre_tokenizers.PreTokenizer] = []
+    if pre.single_digits:
+        steps.append(pre_tokenizers.Digits(individual_digits=True))
     steps += [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in pre.patterns]
     steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not pre.patterns))
     backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
@@ -256,8 +259,8 @@ def _byte_level(parts: _Parts) -> Backend:
 
 
 def _sentencepiece(parts: _Parts) -> Backend:
-    from tokenizers import decoders, models, normalizers
     from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, normalizers
 
     unknown = next(
         (t for t, kind in zip(parts.tokens, parts.types, strict=True) if kind == UNKNOWN), None
@@ -271,8 +274,12 @@ def _sentencepiece(parts: _Parts) -> Backend:
             byte_fallback=True,
         )
     )
-    steps = [normalizers.Replace(" ", "▁")]
-    decoding = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    steps: list[normalizers.Normalizer] = [normalizers.Replace(" ", "▁")]
+    decoding: list[decoders.Decoder] = [
+        decoders.Replace("▁", " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+    ]
     if parts.flag("add_space_prefix", True):
         steps.insert(0, normalizers.Prepend("▁"))
         decoding.append(decoders.Strip(" ", 1, 0))

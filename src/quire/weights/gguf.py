@@ -103,7 +103,7 @@ class GgufCheckpoint(OpenFiles):
         first, end = begin // row, (begin + len(into)) // row
         start, stop = first // head * head, -(-end // head) * head
         stored = np.empty((stop - start) * row, dtype=np.uint8)
-        super().read(info, start * row, memoryview(stored))
+        super().read(info, start * row, memoryview(stored))  # type: ignore[arg-type]
         rows = stored.reshape(-1, head // 2, 2, row).swapaxes(1, 2).reshape(-1, row)
         np.frombuffer(into, dtype=np.uint8)[:] = rows[first - start : end - start].ravel()
 

@@ -1,8 +1,8 @@
 """What a GGUF file says of its model, as the config.json and the tensor names of Hugging Face's layout.
 
-llama.cpp's converter has a class for each architecture; `FAMILIES` has those whose conversion is undone here. A
-key of the architecture that is not read becomes a field of the config under its own name, which the reader of
-the config refuses: it may change what the model computes.
+llama.cpp's converter has a class for each architecture; `FAMILIES` has those whose conversion is undone here.
+A key of the architecture that is not read becomes a field of the config under its own name. The config's
+reader refuses it: it may change what the model computes.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import struct
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from quire.errors import CheckpointError, UnsupportedModelError
 from quire.weights.gguf_header import Entry
@@ -32,13 +33,12 @@ class Family:
 
 
 WINDOW = {"attention.sliding_window": "sliding_window"}
-GEMMA = {
-    "names": {"ffn_norm": "pre_feedforward_layernorm"},
-    "norms_plus_one": True,
-}
-SOFTCAPS = {
+GEMMA_NAMES = {"ffn_norm": "pre_feedforward_layernorm"}
+GEMMA_FIELDS = {
+    **WINDOW,
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
+    "rope.freq_base_swa": "rope_local_base_freq",
 }
 GRANITE = {
     "attention.scale": "attention_multiplier",
@@ -51,12 +51,8 @@ FAMILIES: Mapping[str, Family] = {
     "qwen2": Family("Qwen2ForCausalLM"),
     "qwen3": Family("Qwen3ForCausalLM"),
     "phi3": Family("Phi3ForCausalLM", names={"ffn_up": "mlp.gate_up_proj"}, fields=WINDOW),
-    "gemma2": Family("Gemma2ForCausalLM", fields={**WINDOW, **SOFTCAPS}, **GEMMA),
-    "gemma3": Family(
-        "Gemma3ForCausalLM",
-        fields={**WINDOW, **SOFTCAPS, "rope.freq_base_swa": "rope_local_base_freq"},
-        **GEMMA,
-    ),
+    "gemma2": Family("Gemma2ForCausalLM", GEMMA_NAMES, GEMMA_FIELDS, norms_plus_one=True),
+    "gemma3": Family("Gemma3ForCausalLM", GEMMA_NAMES, GEMMA_FIELDS, norms_plus_one=True),
     "olmo2": Family("Olmo2ForCausalLM", fields=WINDOW),
     "granite": Family("GraniteForCausalLM", fields=GRANITE, permuted=True),
     "smollm3": Family("SmolLM3ForCausalLM", permuted=True),
@@ -291,15 +287,13 @@ def _read_windows(config: dict[str, object], keys: _Keys) -> None:
         config["sliding_window_pattern"] = pattern
 
 
-def _gemma(config: dict[str, object]) -> None:
+def _gemma(config: dict[str, object], *, layers_of_largest: int) -> None:
     """Scores are divided by the root of a head's size, but in the 27B models by that of an equal share of the
     hidden size. The file does not say so; the number of layers does, as in llama.cpp."""
-    largest = {"Gemma2ForCausalLM": 46, "Gemma3ForCausalLM": 62}
-    (architecture,) = config["architectures"]  # type: ignore[misc]
+    is_largest = config["num_hidden_layers"] == layers_of_largest
     share = config["hidden_size"] // config["num_attention_heads"]  # type: ignore[operator]
-    is_largest = config["num_hidden_layers"] == largest[architecture]
     config["query_pre_attn_scalar"] = share if is_largest else config["head_dim"]
-    if architecture == "Gemma3ForCausalLM" and not config.get("sliding_window"):
+    if not config.get("sliding_window"):
         config["sliding_window_pattern"] = 1
 
 
@@ -314,8 +308,8 @@ def _olmo(config: dict[str, object]) -> None:
 
 
 _PECULIAR: Mapping[str, Callable[[dict[str, object]], None]] = {
-    "gemma2": _gemma,
-    "gemma3": _gemma,
+    "gemma2": partial(_gemma, layers_of_largest=46),
+    "gemma3": partial(_gemma, layers_of_largest=62),
     "granite": _granite,
     "olmo2": _olmo,
 }

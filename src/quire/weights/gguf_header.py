@@ -1,7 +1,7 @@
 """The header of a GGUF file, of version 2 or 3: metadata, tensors, shapes and byte ranges.
 
-The format (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md): magic, version, two counts, pairs of key
-and value, one entry for each tensor; then the tensors' bytes, aligned. All is little-endian.
+The format (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md): magic, version, two counts, pairs of
+key and value, one entry for each tensor; then the tensors' bytes, aligned. All is little-endian.
 
 Nothing in the file is trusted. A length or count is compared with the bytes that are left before anything of
 that size is made, so that time and memory are bounded by the size of the file and by `MOST_HEADER_BYTES`.
@@ -59,7 +59,7 @@ class Entry:
 
 
 class Strings(Sequence[str]):
-    """An array of strings, which are decoded when they are needed: a vocabulary is, a config is read without."""
+    """An array of strings. They are decoded when they are needed: reading a config needs none."""
 
     def __init__(self, data: bytes, ends: array[int]) -> None:
         self._data = data

@@ -1,14 +1,17 @@
 """Finds the files of the model that the user named, on this machine. The only place that may use the network.
 
 A directory or file is used as it is: no network, no import of huggingface_hub. Anything else is a hub id,
-downloaded once, at one commit, which is logged. Of a repository with GGUF files only the named one is. Config, tokenizer and weights of a served model always
-come from the same revision, because everything else reads the directory that is returned here.
+downloaded once, at one commit, which is logged; of a repository with GGUF files, only the named file. Config,
+tokenizer and weights of a served model always come from the same revision, because everything else reads the
+directory or file that is returned here.
 """
 
 from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from quire.errors import CheckpointError
@@ -53,18 +56,10 @@ def resolve_model(
     """
     if (local := find_local(model)) is not None:
         return local
-    hub = {"revision": revision, "download_dir": download_dir, "hf_token": hf_token}
-    if (wanted := gguf_files.HUB_FILE.fullmatch(model)) is None:
-        return _with_config(model, _download(model, **hub))
-    files = gguf_files.patterns(wanted)
-    snapshot = _download(wanted["repo"], files=files, excluded=gguf_files.NO_MODELS, **hub)
-    found = gguf_files.in_snapshot(snapshot, wanted)
-    if found is None:
-        raise CheckpointError(
-            f"model {wanted['repo']!r} has no GGUF file for {wanted['tag'] or wanted['file']}"
-            + _gguf_on_hub(wanted["repo"], revision, hf_token)
-        )
-    return found
+    hub = partial(_download, revision=revision, download_dir=download_dir, hf_token=hf_token)
+    if (wanted := gguf_files.HUB_FILE.fullmatch(model)) is not None:
+        return _gguf(wanted, hub)
+    return _with_config(model, hub(model))
 
 
 def find_local(model: str) -> Path | None:
@@ -118,18 +113,25 @@ def _no_model(path: Path) -> str:
     )
 
 
-def resolve_tokenizer(name: str, **hub: str | None) -> Path:
-    """A directory, with or without a config.json, or a file as it is; or a hub id's files without its weights.
+def resolve_tokenizer(
+    name: str,
+    *,
+    revision: str | None = None,
+    download_dir: str | None = None,
+    hf_token: str | None = None,
+) -> Path:
+    """A directory (with or without a config.json) or file as it is, or a hub id's files without its weights.
 
-    hub: options of `resolve_model`. Raises `CheckpointError` as it does.
+    Raises `CheckpointError` as `resolve_model` does.
     """
     path = Path(name).expanduser()
     if path.is_dir() and not any(path.glob("*.gguf")):
         return path
-    if (local := find_local(name)) is not None or gguf_files.HUB_FILE.fullmatch(name):
-        return local or resolve_model(name, **hub)
+    hub = partial(_download, revision=revision, download_dir=download_dir, hf_token=hf_token)
+    if (wanted := gguf_files.HUB_FILE.fullmatch(name)) is not None:
+        return find_local(name) or _gguf(wanted, hub)
     files = [pattern for pattern in ALLOWED_FILES if not pattern.endswith(".safetensors")]
-    return _download(name, files=files, **hub)
+    return find_local(name) or hub(name, files=files)
 
 
 def _download(
@@ -185,19 +187,31 @@ def _download(
 def _with_config(name: str, path: Path) -> Path:
     if not (path / "config.json").is_file():
         raise CheckpointError(
-            f"model {name!r} has no config.json; it is not in Hugging Face's layout. Of a repository with GGUF "
-            f"files name one: {name}:Q4_K_M"
+            f"model {name!r} has no config.json; it is not in Hugging Face's layout. Of a repository with "
+            f"GGUF files name one: {name}:Q4_K_M"
         )
     return path
 
 
-def _gguf_on_hub(repo_id: str, revision: str | None, hf_token: str | None) -> str:
-    """For an error message: which files there are, if the hub answers."""
+def _gguf(wanted: re.Match[str], hub: Callable[..., Path]) -> Path:
+    """The file of a match of `gguf_files.HUB_FILE`, downloaded. Of a missing one the error names those that
+    there are."""
     import huggingface_hub
 
+    files = gguf_files.patterns(wanted)
+    snapshot = hub(wanted["repo"], files=files, excluded=gguf_files.NO_MODELS)
+    if (found := gguf_files.in_snapshot(snapshot, wanted)) is not None:
+        return found
     try:
-        names = huggingface_hub.list_repo_files(repo_id, revision=revision, token=hf_token)
-    except Exception:  # the download has already worked; this is only for the message
-        return "; look on huggingface.co for the names of its files"
-    found = sorted(name for name in names if name.endswith(".gguf"))
-    return f"; it has {gguf_files.list_files(found)}" if found else ", nor any other"
+        names = huggingface_hub.list_repo_files(wanted["repo"], revision=snapshot.name)
+    except Exception:  # only for the message
+        names = []
+    others = sorted(name for name in names if name.endswith(".gguf"))
+    raise CheckpointError(
+        f"model {wanted['repo']!r} has no GGUF file for {wanted['tag'] or wanted['file']}; "
+        + (
+            f"it has {gguf_files.list_files(others)}"
+            if others
+            else "look on huggingface.co for its files"
+        )
+    )
