@@ -10,9 +10,11 @@ from torch import Tensor
 
 from quire.kernels.base import KVCacheShapes
 from quire.kernels.checks import require
+from quire.kernels.codes import CodeFormat
 from quire.kernels.ops import Activation
 from quire.kernels.program import Program
 from quire.kernels.triton import attention, layers
+from quire.kernels.triton.codes import DequantizedCodes, Stack
 from quire.kernels.triton.matmul import matmul
 
 
@@ -28,15 +30,36 @@ class TritonKernels:
         """
         self.device = device
         self.batch_invariant = batch_invariant
+        self._product = matmul if batch_invariant else F.linear
         self._workspace = torch.empty(0, dtype=torch.float32, device=device)
 
     def linear(
         self, *, in_features: int, out_features: int, dtype: torch.dtype, bias: bool
     ) -> RowMajorProduct:
-        product = matmul if self.batch_invariant else F.linear
         return RowMajorProduct(
-            in_features, out_features, dtype, bias=bias, device=self.device, product=product
+            in_features, out_features, dtype, bias=bias, device=self.device, product=self._product
         )
+
+    def codes(
+        self,
+        form: CodeFormat,
+        *,
+        in_features: int,
+        out_features: int,
+        dtype: torch.dtype,
+        bias: bool,
+    ) -> DequantizedCodes:
+        return DequantizedCodes(
+            form,
+            in_features,
+            out_features,
+            dtype,
+            bias=bias,
+            device=self.device,
+            product=self._product,
+        )
+
+    stack = Stack
 
     def kv_cache_shapes(
         self,
