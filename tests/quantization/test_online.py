@@ -69,7 +69,9 @@ def test_weights_are_near_and_stored_as_the_format_says(
     error = in_groups(form, dequantize(form, codes, scales) - weight.float())
     relative = error.square().mean().sqrt() / weight.float().square().mean().sqrt()
     assert relative < (0.03 if form.float8 else {8: 0.02, 4: 0.2}[form.bits])
-    if form.bits == 8 and not form.float8:  # nothing is clipped: half a step, and the scale's rounding
+    if (
+        form.bits == 8 and not form.float8
+    ):  # nothing is clipped: half a step, and the scale's rounding
         steps = error.abs().amax(-1) / scales.scale.float().abs()
         assert steps.max() < (0.501 if form.offset == "none" and not form.group else 1.1)
 
@@ -140,7 +142,11 @@ def spec_of(directory: Path, name: str) -> ModelSpec:
 
 def logits(spec: ModelSpec, directory: Path) -> torch.Tensor:
     model = load_model(
-        spec, open_source(directory), dtype=torch.float32, kernels=create_kernels(), max_model_len=64
+        spec,
+        open_source(directory),
+        dtype=torch.float32,
+        kernels=create_kernels(),
+        max_model_len=64,
     )
     return PagedHarness(model, num_blocks=8).prefill(Request(prompt_tokens(20)), chunk=8)
 

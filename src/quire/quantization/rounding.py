@@ -1,9 +1,9 @@
 """Rounding a matrix of floats to codes: the inverse of `quire.kernels.dequantize`. It needs no data.
 
-Codes are rounded to the nearest; what is searched for is the scale. If the largest weight of a group is at the
-end of 16 codes, few codes are left for the many small weights. So several smaller ranges are tried, in which
-large weights are clipped. A weight's error counts by its square plus the group's mean square. On the built-in
-model the KL divergence of int4 falls by 20 to 40 %. That of int8 does not, so int8 is not searched.
+Codes are rounded to the nearest; what is searched for is the scale. If the largest weight of a group is at
+the end of 16 codes, few codes are left for the many small weights. So several smaller ranges are tried, in
+which large weights are clipped. A weight's error counts by its square plus the group's mean square. On the
+built-in model the KL divergence of int4 falls by 20 to 40 %. That of int8 does not: int8 is not searched.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from quire.kernels.codes import CodeFormat
 from quire.kernels.dequantize import Scales
 
 AT_ONCE = 1 << 15
-"""Weights. What is computed of them fits a core's cache, and PyTorch uses one thread for so few: several threads
-load."""
+"""Weights. What is computed of them fits a core's cache, and PyTorch uses one thread for so few: several
+threads load."""
 LARGEST_FLOAT8 = 448.0
 SYMMETRIC_ENDS = (-7.0, -7.5, -8.0, -8.5, -9.0, -9.5, -10.0, -11.0)
 """Where in [-8, 7] the weight of largest magnitude is put, whatever its sign: a scale may be negative."""
