@@ -130,8 +130,6 @@ def resolve(config: EngineConfig) -> ResolvedModel:
     default_sampling, warnings = sampling_defaults(model, generation)
     device = choose_device(config.runtime.device)
     kv_cache_dtype = dtype if config.cache.kv_cache_dtype == "auto" else "float8_e4m3fn"
-    if kv_cache_dtype != dtype and device == "cpu":
-        raise ConfigError("kv_cache_dtype 'fp8' needs a GPU; on the CPU leave it at auto.")
     return ResolvedModel(
         model_dir=directory,
         tokenizer_dir=Path(model.tokenizer) if model.tokenizer else directory,

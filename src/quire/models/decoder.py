@@ -259,4 +259,4 @@ class DecoderModel:
         """
         recorder = ProgramOps(self.dtype)
         program = recorder.finish(self.forward(recorder), self._head)
-        return self._kernels.compile(program, kv_cache.pairs) or EagerPass(self, kv_cache)
+        return self._kernels.compile(program, kv_cache.parts) or EagerPass(self, kv_cache)
