@@ -8,7 +8,9 @@ from collections.abc import Mapping
 
 from quire.quantization.base import LinearMethod
 
-METHODS: dict[str, str] = {}
+METHODS: dict[str, str] = {
+    "gguf": "quire.quantization.gguf",
+}
 """quant_method in the config -> module."""
 
 
