@@ -103,8 +103,8 @@ class CacheConfig:
     )
     kv_cache_dtype: str = option(
         "auto",
-        "How keys and values are stored. auto: in the model's dtype; fp8 (e4m3, on a GPU only): half the "
-        "memory and half the reading, about two digits of precision.",
+        "How keys and values are stored. auto: in the model's dtype; fp8 (e4m3): half the memory of "
+        "16 bits, and about one digit of precision.",
         choices=("auto", "fp8", "fp8_e4m3"),
     )
     num_gpu_blocks_override: int | None = option(

@@ -15,6 +15,7 @@ METHODS: dict[str, str] = {
     "compressed-tensors": "quire.quantization.compressed_tensors",
     "fbgemm_fp8": "quire.quantization.fp8",
     "fp8": "quire.quantization.fp8",
+    "gguf": "quire.quantization.gguf",
     "gptq": "quire.quantization.gptq",
     "modelopt": "quire.quantization.modelopt",
 }

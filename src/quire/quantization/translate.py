@@ -162,7 +162,7 @@ class Reader:
 
 def unpack(words: Tensor, bits: int) -> Tensor:
     """Little-endian streams of bits. words: [rows, n] integers, contiguous. [rows, codes] uint8"""
-    stream = words.view(torch.uint8)
+    stream = words.reshape(-1).view(torch.uint8).view(len(words), -1)
     if bits == 8:
         return stream
     if bits == 4:

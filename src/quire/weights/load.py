@@ -84,7 +84,9 @@ def _random(target: WeightTarget, *, dtype: torch.dtype, seed: int) -> torch.Ten
         return torch.zeros(target.shape, dtype=dtype)
     digest = hashlib.sha256(f"{seed}:{target.name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    stored = dtype if target.dtypes == FLOATS else getattr(torch, target.dtypes[0])
+    stored = dtype if target.dtypes == FLOATS else getattr(torch, target.dtypes[0], None)
+    if stored is None:  # bytes of a format's own, which may hold scales: random ones might be NaN
+        return torch.zeros(target.shape, dtype=torch.uint8)
     if not stored.is_floating_point:
         # A byte may be an exponent: half of them are too large.
         largest = 127 if stored is torch.uint8 else torch.iinfo(stored).max

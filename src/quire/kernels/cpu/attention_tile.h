@@ -289,6 +289,52 @@ NOINLINE tile widen_tile(const tile *t, int64_t head_dim, float *k, float *v) {
   return wide;
 }
 
+/* ---- keys and values in 8 bits: a tile is unpacked once for all rows ---- */
+
+/* From pairs of bytes to pairs of bfloat16 (in_pairs), or to floats as widen_tile does. spare: 2 * TILE * head_dim
+ * floats. k_stride of `t` is in bytes. */
+NOINLINE tile unpack_tile(const tile *t, int64_t head_dim, float *spare, const tile *next, int in_pairs) {
+  const int64_t half = head_dim / 2;
+  float *k = spare, *v = spare + TILE * (in_pairs ? half : head_dim);
+  tile out = {.k_stride = in_pairs ? 2 * TILE : TILE};
+  for (int s = 0; s < SUBS; s++) {
+    out.k[s] = k + s * SUB;
+    out.v[s] = v + s * SUB * (in_pairs ? half : head_dim);
+    for (int64_t i = 0; i < half; i++) {
+      if (next) __builtin_prefetch((const char *)next->k[s] + i * t->k_stride, 0, 2);
+      for (int c = 0; c < SUB; c += VW) {
+        vh both;
+        memcpy(&both, (const char *)t->k[s] + i * t->k_stride + 2 * c, sizeof both);
+        const vf first = vfloat_from_f8(both & 0xff), second = vfloat_from_f8(both >> 8);
+        const int64_t column = s * SUB + c;
+        if (in_pairs) {
+          vstore(k + i * TILE + column, (vf)(((vu)second & 0xffff0000u) | ((vu)first >> 16)), F32);
+        } else {
+          vstore(k + 2 * i * TILE + column, first, F32);
+          vstore(k + (2 * i + 1) * TILE + column, second, F32);
+        }
+      }
+    }
+    for (int64_t j = 0; j < SUB / 2; j++) {
+      const char *from = (const char *)t->v[s] + 2 * j * head_dim;
+      float *to = v + (s * SUB / 2 + j) * (in_pairs ? head_dim : 2 * head_dim);
+      for (int64_t d = 0; d < head_dim; d += VW) {
+        if (next) __builtin_prefetch((const char *)next->v[s] + 2 * (j * head_dim + d), 0, 2);
+        vh both = {0};
+        memcpy(&both, from + 2 * d, (size_t)min64(head_dim - d, VW) * 2);
+        const vf first = vfloat_from_f8(both & 0xff), second = vfloat_from_f8(both >> 8);
+        if (in_pairs) {
+          vstore_upto(to + d, (vf)(((vu)second & 0xffff0000u) | ((vu)first >> 16)), head_dim - d, F32);
+        } else {
+          vstore_upto(to + d, first, head_dim - d, F32);
+          vstore_upto(to + head_dim + d, second, head_dim - d, F32);
+        }
+      }
+    }
+  }
+  return out;
+}
+
 /* The largest number of rows, of at most `left`, that there are instances for. */
 INLINE int64_t rows_at_once(int64_t left) { return left >= MAX_ROWS ? MAX_ROWS : left == 5 ? 4 : left; }
 

@@ -513,31 +513,58 @@ void quire_codes_row(const linear_weight *w, int64_t row, void *out) {
   }
 }
 
+/* Eight columns of a row, as they lie in a panel: two words, or with 4 bits one. */
+INLINE void pack_eight(const uint8_t eight[8], uint8_t *to, const int bits) {
+  uint32_t first, second;
+  memcpy(&first, eight, 4), memcpy(&second, eight + 4, 4);
+  if (bits == 4) {
+    first |= second << 4;
+  } else {
+    memcpy(to + PANEL * 4, &second, 4);
+  }
+  memcpy(to, &first, 4);
+}
+
+/* Eight columns of VW rows. */
+INLINE void pack_vectors(const uint8_t *from, int64_t row_stride, int64_t column_stride, uint8_t *to, const int bits) {
+  vu words[2] = {{0}, {0}};
+  if (row_stride == 1) {
+    UNROLL for (int i = 0; i < 8; i++) words[i / 4] |= (vu)vload_bytes(from + i * column_stride) << (i % 4 * 8);
+  } else {
+    for (int r = 0; r < VW; r++) {
+      uint32_t pair[2];
+      memcpy(pair, from + r * row_stride, 8);
+      words[0][r] = pair[0], words[1][r] = pair[1];
+    }
+  }
+  if (bits == 4) words[0] |= words[1] << 4;
+  memcpy(to, &words[0], sizeof(vu));
+  if (bits == 8) memcpy(to + PANEL * 4, &words[1], sizeof(vu));
+}
+
 /* Places codes of rows [row, row + rows) and columns from `column` on, a multiple of 8. Strides in bytes. 0. */
 int quire_pack_codes(const linear_weight *w, const uint8_t *codes, int64_t row_stride, int64_t column_stride,
                      int64_t row, int64_t column, int64_t rows, int64_t columns) {
-  const int64_t eighths = (w->k + 7) / 8, bits = w->codes->bits;
-  for (int64_t r = 0; r < rows; r++) {
+  const int64_t eighths = (w->k + 7) / 8, bits = w->codes->bits, step = PANEL * bits;
+  for (int64_t r = 0, count; r < rows; r += count) {
     const int64_t in = (row + r) % PANEL;
-    uint8_t *panel = (uint8_t *)w->panels + ((row + r) / PANEL * eighths + column / 8) * PANEL * bits + in * 4;
+    const int by_vectors = in % VW == 0 && rows - r >= VW && (row_stride == 1 || column_stride == 1);
+    count = by_vectors ? VW : 1;
+    uint8_t *to = (uint8_t *)w->panels + ((row + r) / PANEL * eighths + column / 8) * step + in * 4;
     const uint8_t *from = codes + r * row_stride;
-    for (int64_t c = 0; c < columns; c += 8, panel += PANEL * bits) {
-      uint8_t eight[8] = {0};
-      const int64_t count = min64(columns - c, 8);
-      if (column_stride == 1 && count == 8)
-        memcpy(eight, from + c, 8);
-      else
-        for (int64_t i = 0; i < count; i++) eight[i] = from[(c + i) * column_stride];
-      if (bits == 8) {
-        memcpy(panel, eight, 4);
-        memcpy(panel + PANEL * 4, eight + 4, 4);
-      } else {
-        uint32_t low, high;
-        memcpy(&low, eight, 4), memcpy(&high, eight + 4, 4);
-        low |= high << 4;
-        memcpy(panel, &low, 4);
+    int64_t c = 0;
+    if (by_vectors)
+      for (; c + 8 <= columns; c += 8, to += step)
+        if (bits == 4)
+          pack_vectors(from + c * column_stride, row_stride, column_stride, to, 4);
+        else
+          pack_vectors(from + c * column_stride, row_stride, column_stride, to, 8);
+    for (; c < columns; c += 8, to += step)
+      for (int64_t i = 0; i < count; i++) {
+        uint8_t eight[8] = {0};
+        for (int64_t j = 0; j < min64(columns - c, 8); j++) eight[j] = from[i * row_stride + (c + j) * column_stride];
+        pack_eight(eight, to + i * 4, (int)bits);
       }
-    }
   }
   return 0;
 }
