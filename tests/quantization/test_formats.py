@@ -1,7 +1,7 @@
 """What the readers make of each format, bit for bit.
 
-Golden files were made by the formats' own tools (`tests/data/quantized`). GPTQ, AWQ and FP8 matrices are also packed
-here, number by number, from the formats' definitions.
+Golden files were made by the formats' own tools (`tests/data/quantized`). GPTQ, AWQ and FP8 matrices are also
+packed here, number by number, from the formats' definitions.
 """
 
 from __future__ import annotations
@@ -12,15 +12,19 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
+from quire.errors import UnsupportedModelError
 from quire.quantization.base import Shard
 from tests.quantization.matrices import Golden, Tensors, dequantized, golden, method_of, sha
 
-GOLDEN = [each for file in ("copied", "compressed_tensors") for each in golden(f"{file}.safetensors")]  # fmt: skip
+FILES = ("copied.safetensors", "compressed_tensors.safetensors", "gptq.safetensors")
+GOLDEN = [each for file in FILES for each in golden(file)]
 
 
 @pytest.mark.parametrize("each", GOLDEN, ids=lambda each: each.kind)
 def test_golden_matrices(each: Golden) -> None:
-    weight = dequantized(each.config, each.tensors, each.shape, step=8)
+    weight = dequantized(each.config, each.tensors, each.shape, step=16)
+    if each.kind.startswith("gptq") and "v2" not in each.kind:
+        weight = weight.half()  # GPTQModel rounds it
     assert sha(weight) == each.sha
 
 
@@ -86,21 +90,20 @@ def formula(
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("first_format", [True, False])
-@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(
+    ("first_format", "symmetric"), [(True, False), (False, False), (True, True)]
+)
 @pytest.mark.parametrize("group", [32, 64, -1])
 @pytest.mark.parametrize("order", ["none", "trivial", "shuffled"])
 def test_gptq(bits: int, first_format: bool, symmetric: bool, group: int, order: str) -> None:
-    n, k = 24 if bits == 4 else 32, 160  # with 64 the last group is smaller
+    n, k = 24 if bits == 4 else 32, 96  # with 64 the last group is smaller
     size = k if group == -1 else group
     groups = torch.arange(k) // size
     if order == "shuffled":
         groups = groups[torch.randperm(k, generator=torch.Generator().manual_seed(2))]
     codes, count = some((n, k), below=2**bits), int(groups.max()) + 1
     zeros, scales = some((n, count), below=2**bits, seed=3), some_scales((n, count))
-    tensors = dict(
-        stored_gptq(codes, zeros, scales, groups, bits=bits, first_format=first_format)
-    )
+    tensors = dict(stored_gptq(codes, zeros, scales, groups, bits=bits, first_format=first_format))
     if order == "none":
         del tensors["g_idx"]
     config = {
@@ -150,12 +153,14 @@ def test_blocks_of_float8_begin_at_multiples_of_128(
     assert torch.equal(dequantized(config, tensors, shape), expected)
 
 
-@pytest.mark.parametrize("scale", [torch.tensor(0.5), torch.tensor([0.25]), torch.full((24, 1), 2.0)])  # fmt: skip
+@pytest.mark.parametrize(
+    "scale", [torch.tensor(0.5), torch.tensor([0.25]), torch.full((24, 1), 2.0)]
+)
 @pytest.mark.parametrize("method", ["fp8", "fbgemm_fp8", "modelopt"])
 def test_a_scale_for_a_matrix_or_a_row(scale: torch.Tensor, method: str) -> None:
     weight = some_float8((24, 40))
     tensors = {"weight": weight, "weight_scale": scale, "input_scale": torch.tensor([3.0])}
-    config = {"quant_method": method, "quant_algo": "FP8"} if method == "modelopt" else {"quant_method": method}  # fmt: skip
+    config = {"quant_method": method} | ({"quant_algo": "FP8"} if method == "modelopt" else {})
     assert torch.equal(dequantized(config, tensors, (24, 40)), weight.float() * scale)
 
 
@@ -180,6 +185,7 @@ def test_a_shard_is_a_part_of_the_whole(each: Golden) -> None:
     """Or an error, if it would begin inside of a group or a word."""
     whole = dequantized(each.config, each.tensors, each.shape)
     rows, columns = each.shape
+    refused = []
     for size, rank in itertools.product((2, 4), (0, 1)):
         shard = Shard(rank, size)
         parts: list[tuple[torch.Tensor, Callable[[], torch.Tensor]]] = [
@@ -195,8 +201,10 @@ def test_a_shard_is_a_part_of_the_whole(each: Golden) -> None:
         for expected, read in parts:
             try:
                 assert torch.equal(read(), expected)
-            except Exception as error:
-                assert "cannot be cut at" in str(error), error
+            except UnsupportedModelError as error:
+                refused.append(str(error))
+    assert all("cannot be cut at" in message for message in refused)
+    assert len(refused) < 8
 
 
 # ---- what decides ----------------------------------------------------------------------------------------

@@ -66,6 +66,11 @@ class StoredFormat:
 
     def wants(self, shape: LinearShape) -> Sequence[TensorWant]:
         stored = self.stored
+        if stored.form.reordered and shape.shard.size > 1:
+            raise UnsupportedModelError(
+                f"{shape.parts[0].name} cannot be cut at {shape.inputs.stop}, because its groups are not of "
+                "consecutive inputs; use one device"
+            )
         tensors = (
             stored.codes,
             stored.scale,

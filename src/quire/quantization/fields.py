@@ -82,8 +82,8 @@ class Fields:
 
     def _missing(self, name: str) -> UnsupportedModelError:
         return UnsupportedModelError(
-            f"config.json: {self._prefix}{name} is missing; the download is incomplete, or another tool wrote "
-            "the file"
+            f"config.json: {self._prefix}{name} is missing; the download is incomplete, or another "
+            "tool wrote the file"
         )
 
     def bad(self, name: str, rule: str, *, value: object = None) -> UnsupportedModelError:

@@ -131,8 +131,8 @@ class Reader:
         return (zero + stored.zero_added & (1 << stored.bits) - 1).contiguous()
 
     def _reorder(self, group_index: Tensor) -> None:
-        group_index = group_index.long()
         group = self._stored.form.group
+        group_index = group_index.long() - self._shape.inputs.start // group
         inputs = torch.arange(len(group_index))
         order = torch.argsort(group_index, stable=True)
         if not torch.equal(group_index[order], inputs // group):

@@ -1,5 +1,5 @@
-"""Makes `copied.safetensors`: one matrix of each checkpoint in ../shared/quantized, with its config, its shape
-and its digest in that checkpoint's oracle.json.
+"""Makes `copied.safetensors`: one matrix of each checkpoint in ../shared/quantized, with its config, its
+shape and its digest in that checkpoint's oracle.json.
 
     python tests/data/quantized/copy_matrices.py /work/shared/quantized
 """

@@ -1,5 +1,5 @@
-"""Makes `compressed_tensors.safetensors`: small matrices packed by compressed-tensors itself, with the first 16
-hex digits of the SHA-256 of what it unpacks them to, in float32.
+"""Makes `compressed_tensors.safetensors`: small matrices packed by compressed-tensors itself, with the first
+16 hex digits of the SHA-256 of what it unpacks them to, in float32.
 
     python -m venv v; v/bin/pip install torch==2.13.0 compressed-tensors==0.20.1 safetensors
     v/bin/python tests/data/quantized/make_compressed_tensors.py

@@ -1,5 +1,5 @@
-"""Makes `gptq.safetensors`: small matrices packed by GPTQModel itself, with the first 16 hex digits of the SHA-256 of
-what it unpacks them to, in float16.
+"""Makes `gptq.safetensors`: small matrices packed by GPTQModel itself, with the first 16 hex digits of the
+SHA-256 of what it unpacks them to, in float16.
 
     python -m venv v; v/bin/pip install torch==2.13.0 gptqmodel==7.6.0
     v/bin/python tests/data/quantized/make_gptq.py
