@@ -58,7 +58,7 @@ def _q4_1(blocks: Tensor) -> tuple[Tensor, Scales]:
 
 
 def _fifth_bits(packed: Tensor) -> Tensor:
-    """Bit j of 32 belongs to element j: [N, blocks, 4] uint8 -> [N, blocks, 2, 2] words, each byte 0 or 16."""
+    """Bit j of 32 is element j: [N, blocks, 4] uint8 -> [N, blocks, 2, 2] words, whose bytes are 0 or 16."""
     words = packed.long().mul_(_EVERY_BYTE).bitwise_and_(_BIT_OF_EACH_BYTE).add_(_TO_HIGHEST_BIT)
     return (words >> 3).bitwise_and_(16 * _EVERY_BYTE).unflatten(2, (2, 2))
 
