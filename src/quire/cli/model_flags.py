@@ -50,7 +50,7 @@ class ModelChoice:
 def add_model_flags(parser: Parser) -> None:
     parser.add_argument(
         "--model", "--model-name", metavar="MODEL",
-        help="directory or hub id (default: built in); with --url, a name the server has",
+        help="directory, GGUF file or hub id (default: built in); with --url, a name the server has",
     )  # fmt: skip
     parser.add_argument(
         "--url", help="talk with a running server instead, such as http://host:8000"
