@@ -15,6 +15,7 @@ from quire.kernels.codes import PANEL, CodeFormat
 from quire.kernels.cpu import library
 from quire.kernels.cpu.build import BuildError
 from quire.kernels.cpu.linear import CProduct, ExactSumProduct, gather, multiply
+from quire.kernels.cpu.tiles import choose_tiles
 from quire.kernels.dequantize import Scales, dequantize
 from quire.kernels.memory import large_zeros
 from quire.kernels.ops import LinearProduct
@@ -134,6 +135,7 @@ class PanelCodes(CodesProduct):
             n=out_features,
             k=in_features,
             dtype=library.DTYPES[dtype],
+            tiles=choose_tiles().tiles,
             codes=addressof(self._info),
         )
 
