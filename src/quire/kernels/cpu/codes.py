@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from ctypes import addressof, byref
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from quire.kernels import checks
-from quire.kernels.codes import CodeFormat
-from quire.kernels.cpu.linear import ExactSumProduct
+from quire.kernels.codes import PANEL, CodeFormat
+from quire.kernels.cpu import library
+from quire.kernels.cpu.build import BuildError
+from quire.kernels.cpu.linear import CProduct, ExactSumProduct, gather, multiply
 from quire.kernels.dequantize import Scales, dequantize
+from quire.kernels.memory import large_zeros
 from quire.kernels.ops import LinearProduct
 
+MOST_PARTS = 8  # LINEAR_PARTS in kernels.h
 _DEQUANTIZED_AT_ONCE = 1 << 22  # weights
 
 
@@ -70,6 +76,128 @@ class CodesProduct(ABC):
 
     @abstractmethod
     def _rows(self, ids: Tensor) -> Tensor: ...
+
+
+class PanelCodes(CodesProduct):
+    """Computed by codes.c, from panels of 64 rows."""
+
+    __slots__ = ("_codes", "_info", "_kept", "_lib", "_scales", "c_weight")
+
+    def __init__(
+        self,
+        form: CodeFormat,
+        *,
+        in_features: int,
+        out_features: int,
+        dtype: torch.dtype,
+        bias: bool,
+    ) -> None:
+        """Raises `BuildError` with no compiler."""
+        self._lib = library.load_library()
+        super().__init__(
+            form, in_features=in_features, out_features=out_features, dtype=dtype, bias=bias
+        )
+        panels, groups = -(-out_features // PANEL), form.num_groups(in_features)
+        supers = form.num_supers(in_features)
+        self._codes = large_zeros((panels, -(-in_features // 8), PANEL * form.bits), torch.uint8)
+        like = empty_scales(form, 0, in_features)
+        self._scales = Scales(
+            *(
+                None if one is None else large_zeros((panels, count, PANEL), one.dtype)
+                for one, count in zip(like, (groups, groups, supers, supers), strict=True)
+            )
+        )
+        self._info = library.CodeInfo(
+            **{
+                name: None if one is None else one.data_ptr()
+                for name, one in zip(
+                    ("scales", "offsets", "super_scales", "super_minima"), self._scales, strict=True
+                )
+            },
+            group=form.group or -(-in_features // 8) * 8,
+            bits=form.bits,
+            scale_type=library.SCALE_TYPES[form.scale],
+            super_groups=form.super_groups,
+            offset_type=library.OFFSET_TYPES[form.offset],
+            zero=form.zero,
+            activation_bits=form.activation_bits,
+        )
+        if form.values:  # held without a sign
+            lift = -min(form.values)
+            self._info.values[:] = [value + lift for value in form.values]
+            self._info.zero += lift
+            self._info.has_values = 1
+        self._kept: Tensor | None = None
+        self.c_weight = library.LinearWeight(
+            panels=self._codes.data_ptr(),
+            bias=None if self.bias is None else self.bias.data_ptr(),
+            n=out_features,
+            k=in_features,
+            dtype=library.DTYPES[dtype],
+            codes=addressof(self._info),
+        )
+
+    def fill_codes(self, row: int, column: int, codes: Tensor) -> None:
+        rows, columns = codes.shape
+        checks.require(codes.dtype is torch.uint8 and codes.is_cpu, "codes are bytes on the CPU")
+        checks.require(
+            0 <= row <= row + rows <= self.out_features
+            and 0 <= column <= column + columns <= self.in_features
+            and column % 8 == 0,
+            f"{rows} x {columns} codes do not fit at {row}, {column}",
+        )
+        self._lib.quire_pack_codes(
+            byref(self.c_weight),
+            codes.data_ptr(),
+            codes.stride(0),
+            codes.stride(1),
+            row,
+            column,
+            rows,
+            columns,
+        )
+
+    def fill_scales(self, row: int, scales: Scales) -> None:
+        for kept, given in zip(self._scales, scales, strict=True):
+            if kept is None:
+                continue
+            assert given is not None and given.dtype is kept.dtype, (self.form, scales)
+            rows, groups = given.shape
+            checks.require(
+                row + rows <= self.out_features and groups == kept.shape[1],
+                f"{rows} x {groups} scales do not fit at row {row}",
+            )
+            first, end = row // PANEL, -(-(row + rows) // PANEL)
+            if row % PANEL or rows % PANEL:
+                at = torch.arange(row, row + rows)
+                kept[at // PANEL, :, at % PANEL] = given
+            else:
+                kept[first:end].copy_(given.view(-1, PANEL, groups).transpose(1, 2))
+
+    def reorder(self, order: Tensor) -> None:
+        order = order.to(torch.int32).contiguous()
+        checks.check_dense("order", order, torch.int32, (self.in_features,))
+        for first in range(0, self.out_features, PANEL):
+            rows = min(PANEL, self.out_features - first)
+            self.fill_codes(first, 0, self._unpacked(first, rows)[:, order.long()].contiguous())
+        self._kept = order
+        self._info.order = order.data_ptr()
+
+    def _unpacked(self, first: int, rows: int) -> Tensor:
+        """Codes of rows of one panel: [rows, in_features]."""
+        eighths = self._codes[first // PANEL].view(-1, PANEL * self.form.bits)
+        if self.form.bits == 4:
+            low_high = torch.stack((eighths & 15, eighths >> 4), dim=1)
+        else:
+            low_high = eighths.view(-1, 2, PANEL * 4)
+        columns = low_high.reshape(-1, 2, PANEL, 4).permute(2, 0, 1, 3).reshape(PANEL, -1)
+        return columns[:rows, : self.in_features]
+
+    def _multiply(self, x: Tensor) -> Tensor:
+        return multiply(self._lib, self.c_weight, self.out_features, x)
+
+    def _rows(self, ids: Tensor) -> Tensor:
+        return gather(self._lib, self, ids)
 
 
 class ReferenceCodes(CodesProduct):
@@ -135,6 +263,45 @@ class ReferenceCodes(CodesProduct):
     def _dequantized(self, rows: slice | Tensor) -> Tensor:
         scales = Scales(*(None if each is None else each[rows] for each in self._scales))
         return dequantize(self.form, self._codes[rows], scales, self._order)
+
+
+class PanelStack:
+    """Products that C can compute, as one."""
+
+    def __init__(self, products: Sequence[CProduct]) -> None:
+        assert len(products) <= MOST_PARTS, len(products)
+        self.products = tuple(products)
+        self.in_features = products[0].in_features
+        self.out_features = sum(product.out_features for product in products)
+        self.dtype = products[0].dtype
+        for product, following in pairwise(products):
+            product.c_weight.next = addressof(following.c_weight)
+        self.c_weight = products[0].c_weight
+
+    def __call__(self, x: Tensor) -> Tensor:
+        checks.check_rows("x", x, self.dtype, (x.shape[0], self.in_features))
+        return multiply(library.load_library(), self.c_weight, self.out_features, x)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        raise NotImplementedError("nothing looks up rows of a stack")
+
+
+def codes_product(
+    form: CodeFormat, *, in_features: int, out_features: int, dtype: torch.dtype, bias: bool
+) -> CodesProduct:
+    """`PanelCodes`, or `ReferenceCodes` where there is no compiler."""
+    sizes = {"in_features": in_features, "out_features": out_features}
+    if form.float8:
+        return ReferenceCodes(form, **sizes, dtype=dtype, bias=bias)
+    try:
+        return PanelCodes(form, **sizes, dtype=dtype, bias=bias)
+    except BuildError:
+        return ReferenceCodes(form, **sizes, dtype=dtype, bias=bias)
+
+
+def stack(products: Sequence[LinearProduct]) -> LinearProduct:
+    c_products = [product for product in products if isinstance(product, CProduct)]
+    return PanelStack(c_products) if len(c_products) == len(products) else ReferenceStack(products)
 
 
 class ReferenceStack:

@@ -34,6 +34,7 @@ INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
  * asks for the same use again; NULL if there is none. */
 enum scratch_use {
   SCRATCH_LINEAR,
+  SCRATCH_CODES,
   SCRATCH_PANEL,
   SCRATCH_PROGRAM,
   SCRATCH_STEP,
@@ -83,6 +84,8 @@ typedef struct linear_weight { /* mirrored by LinearWeight in library.py */
   const struct linear_weight *next; /* the rest of a stack over the same input, or NULL */
 } linear_weight;
 
+#define LINEAR_PARTS 8 /* the most matrices of a stack; Python makes no larger one */
+
 /* How y, rounded to dtype, is stored: written; added to out (and rounded again); written as float. */
 enum linear_epilogue { LINEAR_STORE = 0, LINEAR_ADD = 1, LINEAR_FLOAT = 2 };
 
@@ -90,6 +93,8 @@ int quire_linear(const linear_weight *w, const void *x, int64_t x_stride, void *
                  int64_t out_stride, int64_t m, int epilogue, int threads);
 int quire_pack_linear(const void *weight, int64_t first, int64_t rows, int64_t k, int64_t size, int64_t step,
                       void *panels, int threads);
+int quire_pack_codes(const linear_weight *w, const uint8_t *codes, int64_t row_stride, int64_t column_stride,
+                     int64_t row, int64_t column, int64_t rows, int64_t columns);
 int quire_gather_rows(const linear_weight *w, const int64_t *ids, int64_t tokens, void *out, int threads);
 
 /* ---- rows (elementwise.c) ---- */

@@ -10,120 +10,12 @@
  * With tiles (AMX), a bfloat16 output is a chain of tile operations instead, each over TILE_K elements of k
  * (tiles.h). The panels are the same: 16 rows of a panel, at 16 of its columns, are a tile.
  */
+#include "linear_panel.h"
 #include "tiles.h"
 
-#define PANEL 64
-#if VW == 16 || defined(__aarch64__) /* 32 vector registers */
-#define LANES 4 /* vectors of a panel in registers, times ROWS accumulators */
-#define ROWS 6
-#else
-#define LANES 2
-#define ROWS 4
-#endif
 #define K_CUT 4096       /* elements of K between spills: a panel with this many rows fits in L2 */
-#define ROW_CHUNK 192    /* rows that pass over a panel before the next one; bounds the spill */
 #define WIDE_BLOCKS 8    /* blocks of rows from which on a panel is widened to fp32 once for all */
 #define WIDE_CUT 1024    /* then in place of K_CUT */
-/* Prefetch distance in bytes if a panel is read once, which memory limits: best on Zen 4, and on a Xeon. */
-#define AHEAD (HAVE_DOT ? 2048 : 4096)
-
-/* Whether x must be widened to fp32 first, so that its elements can be broadcast. */
-INLINE int widens(const int dt) { return dt == F16 || (dt == BF16 && !HAVE_DOT); }
-
-INLINE int64_t pair_of(const int dt) { return dt == BF16 ? 2 : 1; }
-
-typedef struct linear_job linear_job;
-typedef void (*panel_task)(const linear_job *, int64_t begin, int64_t end, int64_t panel, int64_t next_panel);
-
-struct linear_job {
-  const linear_weight *w;
-  const void *x; /* [m, k], fp32 where `widens` */
-  void *out;
-  int64_t x_stride, out_stride, m;
-  int64_t panels, chunk; /* a unit of work is one chunk of rows times one panel */
-  int epilogue, threads;
-  panel_task task; /* rows [begin, end) times one panel */
-};
-
-/* The memory to prefetch during one pass over a panel: `stride` bytes for each step of k. */
-typedef struct {
-  const char *at;
-  int64_t stride;
-} stream;
-
-/* acc[r][i] += x[r][k0..k1) * panel columns, for one group of LANES vectors. */
-INLINE void multiply(vf acc[ROWS][LANES], const void *x, int64_t x_stride, const char *w,
-                     stream next, int64_t k0, int64_t k1, const int rows, const int dt) {
-  const int64_t step = pair_of(dt), row = PANEL * step * (int64_t)elem_size(dt);
-  const int bytes = LANES * VW * (dt == F32 || dt == BF16 ? 4 : 2);
-  w += k0 / step * row;
-  next.at += k0 / step * next.stride;
-  for (int64_t k = k0; k < k1; k += step, w += row, next.at += next.stride) {
-    UNROLL for (int b = 0; b < bytes; b += 64) __builtin_prefetch(next.at + b, 0, 2);
-#if HAVE_DOT
-    if (dt == BF16) {
-      __m512bh wv[LANES];
-      UNROLL for (int i = 0; i < LANES; i++) wv[i] = (__m512bh)_mm512_loadu_si512(w + i * 64);
-      UNROLL for (int r = 0; r < rows; r++) {
-        int32_t pair;
-        memcpy(&pair, (const char *)x + (r * x_stride + k) * 2, 4);
-        const __m512bh xv = (__m512bh)_mm512_set1_epi32(pair);
-        UNROLL for (int i = 0; i < LANES; i++)
-          acc[r][i] = (vf)_mm512_dpbf16_ps((__m512)acc[r][i], xv, wv[i]);
-      }
-      continue;
-    }
-#endif
-    vf wv[2][LANES];
-    UNROLL for (int i = 0; i < LANES; i++) {
-      if (dt == BF16) { /* lane: element k low, element k + 1 high */
-        vu both;
-        memcpy(&both, w + i * VW * 4, sizeof both);
-        wv[0][i] = (vf)(both << 16);
-        wv[1][i] = (vf)(both & 0xffff0000u);
-      } else {
-        wv[0][i] = vload(w + i * VW * (int)elem_size(dt), dt);
-      }
-    }
-    UNROLL for (int half = 0; half < (dt == BF16 ? 2 : 1); half++)
-      UNROLL for (int r = 0; r < rows; r++) {
-        const vf xv = vset(((const float *)x)[r * x_stride + k + half]);
-        UNROLL for (int i = 0; i < LANES; i++) acc[r][i] = vfma(wv[half][i], xv, acc[r][i]);
-      }
-  }
-}
-
-/* sums [rows][PANEL]: the partial sums of some rows times one panel. */
-INLINE void block(const linear_job *job, const void *x, const char *panel, stream next, int64_t k0,
-                  int64_t k1, int goes_on, float *sums, const int rows, const int dt) {
-  for (int c = 0; c < PANEL; c += LANES * VW) {
-    vf acc[ROWS][LANES];
-    UNROLL for (int r = 0; r < rows; r++) UNROLL for (int i = 0; i < LANES; i++)
-      acc[r][i] = goes_on ? vload(sums + r * PANEL + c + i * VW, F32) : vset(0.0f);
-    multiply(acc, x, job->x_stride, panel + c * pair_of(dt) * (int64_t)elem_size(dt), next, k0, k1,
-             rows, dt);
-    UNROLL for (int r = 0; r < rows; r++) UNROLL for (int i = 0; i < LANES; i++)
-      vstore(sums + r * PANEL + c + i * VW, acc[r][i], F32);
-  }
-}
-
-/* Bias and epilogue for rows x n columns of finished sums; `out` at the first of them. */
-INLINE void finish(const linear_job *job, const float *sums, const void *bias, void *out,
-                   int64_t rows, int64_t n, const int dt) {
-  for (int64_t r = 0; r < rows; r++)
-    for (int64_t c = 0; c < n; c += VW) {
-      const int64_t index = r * job->out_stride + c, rest = n - c;
-      vf y = vload(sums + r * PANEL + c, F32);
-      if (bias) y += vload_upto(at(bias, c, dt), rest, dt);
-      if (job->epilogue == LINEAR_FLOAT) {
-        vstore_upto((float *)out + index, vround(y, dt), rest, F32);
-      } else {
-        void *to = at_mut(out, index, dt);
-        if (job->epilogue == LINEAR_ADD) y = vload_upto(to, rest, dt) + vround(y, dt);
-        vstore_upto(to, y, rest, dt);
-      }
-    }
-}
 
 /* to: [k1 - k0][PANEL], elements [k0, k1) of the panel's columns. k0 and k1 are even in bfloat16. */
 INLINE void widen_panel(const char *panel, int64_t k0, int64_t k1, float *to, const int dt) {
@@ -139,21 +31,6 @@ INLINE void widen_panel(const char *panel, int64_t k0, int64_t k1, float *to, co
         vstore(to + c, vload(panel + c * (int)elem_size(dt), dt), F32);
       }
     }
-}
-
-/* One block of 1 to ROWS rows. */
-INLINE void any_block(const linear_job *job, const void *x, const char *panel, stream next, int64_t k0,
-                      int64_t k1, int goes_on, float *sums, int64_t rows, const int dt) {
-  switch (rows) {
-    case 1: block(job, x, panel, next, k0, k1, goes_on, sums, 1, dt); break;
-    case 2: block(job, x, panel, next, k0, k1, goes_on, sums, 2, dt); break;
-    case 3: block(job, x, panel, next, k0, k1, goes_on, sums, 3, dt); break;
-    case 4: block(job, x, panel, next, k0, k1, goes_on, sums, 4, dt); break;
-#if ROWS > 4
-    case 5: block(job, x, panel, next, k0, k1, goes_on, sums, 5, dt); break;
-    case 6: block(job, x, panel, next, k0, k1, goes_on, sums, 6, dt); break;
-#endif
-  }
 }
 
 /* Rows [begin, end) over one panel, in blocks of nearly equal size. Where the elements must be widened and there
@@ -319,9 +196,13 @@ PANEL_TILES(panel_tiles_plain, TILES_PLAIN)
 PANEL_TILES(panel_tiles_amx, TILES_AMX)
 #endif
 
-INLINE int uses_tiles(const linear_weight *w) { return w->dtype == BF16 && w->tiles != TILES_NONE; }
+/* Of floats. */
+INLINE int uses_tiles(const linear_weight *w) {
+  return w->dtype == BF16 && w->tiles != TILES_NONE && !w->codes;
+}
 
 static panel_task panel_task_of(const linear_weight *w) {
+  if (w->codes) return quire_codes_panel;
 #if HAVE_AMX
   if (w->dtype == BF16 && w->tiles == TILES_AMX) return panel_tiles_amx;
 #endif
@@ -329,16 +210,21 @@ static panel_task panel_task_of(const linear_weight *w) {
   return w->dtype == F32 ? panel_rows_f32 : w->dtype == BF16 ? panel_rows_bf16 : panel_rows_f16;
 }
 
-/* x in the form that the kernel reads: widened if needed, with a complete last pair or tile of k, and memory for
- * a tile of rows. */
-static const void *readable(const linear_weight *w, const void *x, int64_t *stride, int64_t m) {
+/* Bytes of `readable`'s copy of x; 0: x is read as it is. */
+static size_t readable_bytes(const linear_weight *w, int64_t m) {
   const int dt = w->dtype, tiles = uses_tiles(w);
   const int64_t step = tiles ? TILE_K : pair_of(dt), k = (w->k + step - 1) / step * step;
   const int out = widens(dt) && !tiles ? F32 : dt;
   const int64_t held = tiles ? max64(m, TILE_ROWS) : m; /* all rows of a tile are read */
-  if (out == dt && k == w->k && held == m) return x;
-  char *copy = quire_scratch(SCRATCH_LINEAR, (size_t)(held * k) * elem_size(out) + 64);
-  if (!copy) return NULL;
+  return out == dt && k == w->k && held == m ? 0 : (size_t)(held * k) * elem_size(out) + 64;
+}
+
+/* x in the form that the kernel reads: widened if needed, with a complete last pair or tile of k, and memory for
+ * a tile of rows. */
+static const void *readable(const linear_weight *w, const void *x, int64_t *stride, int64_t m, char *copy) {
+  const int dt = w->dtype, tiles = uses_tiles(w);
+  const int64_t step = tiles ? TILE_K : pair_of(dt), k = (w->k + step - 1) / step * step;
+  const int out = widens(dt) && !tiles ? F32 : dt;
   for (int64_t r = 0; r < m; r++) {
     memset(at_mut(copy, r * k + w->k, out), 0, (size_t)(k - w->k) * elem_size(out));
     const void *row = at(x, r * *stride, dt);
@@ -365,10 +251,18 @@ static int64_t panel_at(int64_t index, int64_t panels, int64_t threads) {
   return panels * (range + 1) / threads - 1;
 }
 
+typedef struct {
+  linear_job parts[LINEAR_PARTS];
+  int num_parts, threads;
+  int64_t m, panels, chunk; /* a unit of work is one chunk of rows times one panel */
+} stack_job;
+
 static void linear_unit(void *context, int64_t unit) {
-  const linear_job *job = context;
-  const int64_t panel = panel_at(unit % job->panels, job->panels, job->threads);
-  const int64_t begin = unit / job->panels * job->chunk, end = min64(job->m, begin + job->chunk);
+  const stack_job *stack = context;
+  int64_t panel = panel_at(unit % stack->panels, stack->panels, stack->threads);
+  const int64_t begin = unit / stack->panels * stack->chunk, end = min64(stack->m, begin + stack->chunk);
+  const linear_job *job = stack->parts;
+  for (; panel >= job->panels; job++) panel -= job->panels;
   job->task(job, begin, end, panel, min64(panel + 1, job->panels - 1));
 }
 
@@ -378,20 +272,65 @@ static int64_t chunk_rows(int64_t m, int64_t most, int64_t multiple) {
   return (rows + multiple - 1) / multiple * multiple;
 }
 
-/* x: [m, k], row stride given. out: [m, n], row stride given; `epilogue` says how the result is stored.
+INLINE int is_coded(const linear_weight *w) { return w->codes && !w->codes->float8; }
+
+/* Whether two matrices of a stack read the same form of x. */
+static int same_input(const linear_weight *a, const linear_weight *b) {
+  if (is_coded(a) != is_coded(b)) return 0;
+  return !is_coded(a) || (a->codes->group == b->codes->group && a->codes->order == b->codes->order &&
+                          a->codes->activation_bits == b->codes->activation_bits);
+}
+
+/* The inputs of all parts, in memory of the thread. 0, or 5. */
+static int prepare(stack_job *stack, const void *x, int64_t x_stride) {
+  size_t bytes[LINEAR_PARTS], total = 0;
+  int like[LINEAR_PARTS]; /* the first part with the same input */
+  for (int i = 0; i < stack->num_parts; i++) {
+    const linear_weight *w = stack->parts[i].w;
+    for (like[i] = 0; !same_input(w, stack->parts[like[i]].w);) like[i]++;
+    bytes[i] = like[i] < i ? 0 : is_coded(w) ? quire_coded_bytes(w, stack->m) : readable_bytes(w, stack->m);
+    bytes[i] = (bytes[i] + 63) / 64 * 64;
+    total += bytes[i];
+  }
+  char *memory = total ? quire_scratch(SCRATCH_LINEAR, total) : NULL;
+  if (total && !memory) return 5;
+  for (int i = 0; i < stack->num_parts; memory += bytes[i++]) {
+    linear_job *part = &stack->parts[i], *first = &stack->parts[like[i]];
+    if (like[i] < i) {
+      part->x = first->x, part->x_stride = first->x_stride, part->coded = first->coded;
+    } else if (is_coded(part->w)) {
+      quire_code_input(part->w, x, x_stride, stack->m, stack->threads, memory, &part->coded);
+    } else {
+      part->x = x, part->x_stride = x_stride;
+      if (bytes[i]) part->x = readable(part->w, x, &part->x_stride, stack->m, memory);
+    }
+  }
+  return 0;
+}
+
+/* x: [m, k], row stride given. out: [m, n of all parts], row stride given; `epilogue` says how the result is stored.
  * Returns 5 if there is no memory. */
 int quire_linear(const linear_weight *w, const void *x, int64_t x_stride, void *out,
                  int64_t out_stride, int64_t m, int epilogue, int threads) {
-  if (m * w->n * w->k <= 4 * SMALL_WORK) threads = 1;
-  const int64_t pair_rows = 2 * TILE_ROWS;
-  linear_job job = {.w = w, .out = out, .x_stride = x_stride, .out_stride = out_stride, .m = m,
-                    .panels = (w->n + PANEL - 1) / PANEL, .epilogue = epilogue, .threads = threads,
-                    .task = panel_task_of(w)};
-  job.chunk = !uses_tiles(w) ? chunk_rows(m, ROW_CHUNK, 1)
-                             : chunk_rows(m, max64(TILES_CHUNK / (2 * w->k) / pair_rows, 2) * pair_rows, pair_rows);
-  job.x = readable(w, x, &job.x_stride, m);
-  if (!job.x) return 5;
-  quire_run(linear_unit, &job, job.panels * ((m + job.chunk - 1) / job.chunk), threads);
+  stack_job stack = {.m = m, .threads = threads};
+  int64_t n = 0, most = ROW_CHUNK, multiple = 1;
+  const int ot = epilogue == LINEAR_FLOAT ? F32 : w->dtype;
+  for (const linear_weight *each = w; each; each = each->next) {
+    const int64_t panels = (each->n + PANEL - 1) / PANEL;
+    stack.parts[stack.num_parts++] = (linear_job){.w = each, .out = at_mut(out, n, ot), .out_stride = out_stride,
+                                                  .panels = panels, .epilogue = epilogue,
+                                                  .task = panel_task_of(each)};
+    stack.panels += panels;
+    n += each->n;
+  }
+  if (uses_tiles(w)) {
+    multiple = 2 * TILE_ROWS;
+    most = max64(TILES_CHUNK / (2 * w->k) / multiple, 2) * multiple;
+  }
+  if (m * n * w->k <= 4 * SMALL_WORK) stack.threads = 1;
+  stack.chunk = chunk_rows(m, most, multiple);
+  if (prepare(&stack, x, x_stride)) return 5;
+  quire_run(linear_unit, &stack, stack.panels * ((m + stack.chunk - 1) / stack.chunk), stack.threads);
   return 0;
 }
 
@@ -494,6 +433,10 @@ static void gather_unit(void *context, int64_t index) {
   const int64_t size = (int64_t)elem_size(w->dtype), step = pair_of(w->dtype), unit = size * step;
   const int64_t padded = (w->k + step - 1) / step, end = min64((index + 1) * GATHERED, j->tokens);
   for (int64_t t = index * GATHERED; t < end; t++) {
+    if (w->codes) {
+      quire_codes_row(w, j->ids[t], j->out + t * w->k * size);
+      continue;
+    }
     const char *from = (const char *)w->panels +
                        (j->ids[t] / PANEL * PANEL * padded + j->ids[t] % PANEL) * unit;
     char *to = j->out + t * w->k * size;

@@ -14,7 +14,7 @@ construction and needs no measurement (docs/adr/0013).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from ctypes import byref
+from ctypes import CDLL, byref
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -166,32 +166,42 @@ class PanelProduct(CPUProduct):
         )
 
     def _multiply(self, x: Tensor) -> Tensor:
-        out = x.new_empty((x.shape[0], self.out_features))
-        code = self._lib.quire_linear(
-            byref(self.c_weight),
-            x.data_ptr(),
-            x.stride(0),
-            out.data_ptr(),
-            out.stride(0),
-            x.shape[0],
-            0,
-            torch.get_num_threads(),
-        )
-        if code:
-            raise MemoryError("linear could not allocate its scratch memory")
-        return out
+        return multiply(self._lib, self.c_weight, self.out_features, x)
 
     def _rows(self, ids: Tensor) -> Tensor:
-        out = self._panels.new_empty((ids.shape[0], self.in_features))
-        code = self._lib.quire_gather_rows(
-            byref(self.c_weight),
-            ids.data_ptr(),
-            ids.shape[0],
-            out.data_ptr(),
-            torch.get_num_threads(),
-        )
-        checks.require(code == 0, f"a row id is outside [0, {self.out_features})")
-        return out
+        return gather(self._lib, self, ids)
+
+
+def multiply(lib: CDLL, weight: library.LinearWeight, out_features: int, x: Tensor) -> Tensor:
+    """out_features: of the whole stack. x: [M, in_features] in the weight's dtype, rows dense."""
+    out = x.new_empty((x.shape[0], out_features))
+    code = lib.quire_linear(
+        byref(weight),
+        x.data_ptr(),
+        x.stride(0),
+        out.data_ptr(),
+        out.stride(0),
+        x.shape[0],
+        0,
+        torch.get_num_threads(),
+    )
+    if code:
+        raise MemoryError("linear could not allocate its scratch memory")
+    return out
+
+
+def gather(lib: CDLL, product: CProduct, ids: Tensor) -> Tensor:
+    """Rows of a product's matrix. Raises `KernelArgumentError` for an id outside of it."""
+    out = torch.empty(ids.shape[0], product.in_features, dtype=product.dtype)
+    code = lib.quire_gather_rows(
+        byref(product.c_weight),
+        ids.data_ptr(),
+        ids.shape[0],
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    checks.require(code == 0, f"a row id is outside [0, {product.out_features})")
+    return out
 
 
 def _pair(dtype: torch.dtype) -> int:

@@ -19,7 +19,7 @@ from torch import Tensor
 from quire.kernels import checks
 from quire.kernels.checks import KernelArgumentError
 from quire.kernels.cpu import layout
-from quire.kernels.cpu.codes import ReferenceCodes, ReferenceStack
+from quire.kernels.cpu.codes import codes_product, stack
 from quire.kernels.cpu.library import (
     ACTIVATIONS,
     DTYPES,
@@ -49,8 +49,8 @@ class NativeKernels:
     name = "native"
     device = layout.device
     linear = staticmethod(dense_product)
-    codes = ReferenceCodes
-    stack = ReferenceStack
+    codes = staticmethod(codes_product)
+    stack = staticmethod(stack)
     kv_cache_shapes = staticmethod(layout.kv_cache_shapes)
 
     def __init__(self, *, march: str = "native") -> None:

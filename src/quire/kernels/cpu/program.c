@@ -209,9 +209,9 @@ static int norm(const run *r, const program_op *op) {
                         r->s->threads);
 }
 
-static int linear(const run *r, const program_op *op, void *out, int epilogue) {
+static int linear(const run *r, const program_op *op, void *out, int64_t width, int epilogue) {
   const linear_weight *w = op->argument;
-  return quire_linear(w, buffer(r, op->source), w->k, out, w->n, r->rows, epilogue, r->s->threads);
+  return quire_linear(w, buffer(r, op->source), w->k, out, width, r->rows, epilogue, r->s->threads);
 }
 
 /* By one factor, or by a table at the tokens' positions. */
@@ -222,7 +222,7 @@ static int scale(const run *r, const program_op *op, int64_t width) {
 }
 
 static int logits(const run *r, const program_op *op) {
-  if (linear(r, op, r->s->logits, LINEAR_FLOAT)) return 7;
+  if (linear(r, op, r->s->logits, r->p->vocab, LINEAR_FLOAT)) return 7;
   if (op->factor == 1.0f && op->softcap == 0.0f) return 0;
   return quire_finish_logits(r->s->logits, r->rows * r->p->vocab, op->factor, op->softcap,
                              r->p->dtype, r->s->threads);
@@ -264,8 +264,8 @@ static int perform(run *r, const program_op *op) {
   switch (op->code) {
     case OP_EMBED: return embed(r, op);
     case OP_NORM: return norm(r, op);
-    case OP_LINEAR: return linear(r, op, buffer(r, op->target), LINEAR_STORE);
-    case OP_LINEAR_ADD: return linear(r, op, buffer(r, op->target), LINEAR_ADD);
+    case OP_LINEAR: return linear(r, op, buffer(r, op->target), r->p->widths[op->target], LINEAR_STORE);
+    case OP_LINEAR_ADD: return linear(r, op, buffer(r, op->target), r->p->widths[op->target], LINEAR_ADD);
     case OP_ROPE_WRITE: return rope_write(r, op);
     case OP_ATTEND: return attend(r, op);
     case OP_GATED:

@@ -5,6 +5,7 @@
 #include "attention.c"
 #endif
 #include "check.c"
+#include "codes.c"
 #include "program.c"
 #include "elementwise.c"
 #include "kv_cache.c"
