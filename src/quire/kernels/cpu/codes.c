@@ -71,25 +71,6 @@ INLINE vu vload_codes(const uint8_t *p) {
   return r;
 }
 
-/* Each byte, below 16, replaced by its value. */
-INLINE vu lookup(vu codes, const uint8_t *values) {
-#if VW == 16 && defined(__AVX512BW__)
-  const __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)values));
-  return (vu)_mm512_shuffle_epi8(table, (__m512i)codes);
-#elif VW == 8 && defined(__AVX2__)
-  const __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)values));
-  return (vu)_mm256_shuffle_epi8(table, (__m256i)codes);
-#elif defined(__aarch64__)
-  return (vu)vqtbl1q_u8(vld1q_u8(values), (uint8x16_t)codes);
-#else
-  uint8_t bytes[VW * 4];
-  memcpy(bytes, &codes, sizeof bytes);
-  for (int i = 0; i < VW * 4; i++) bytes[i] = values[bytes[i]];
-  memcpy(&codes, bytes, sizeof bytes);
-  return codes;
-#endif
-}
-
 enum code_kind { FOUR_BITS, FOUR_BITS_VALUES, EIGHT_BITS };
 
 /* Eight columns of VW rows: the first four and the last four. */
@@ -294,11 +275,7 @@ static void panel_chunk(const linear_job *job, int64_t begin, int64_t end, int64
       any_piece(&piece, &job->coded, begin, rows, sums, kind);
     }
   }
-  const int dt = w->dtype, ot = job->epilogue == LINEAR_FLOAT ? F32 : dt;
-  const int64_t first = panel * PANEL, n = min64(w->n - first, PANEL);
-  const void *bias = w->bias ? at(w->bias, first, dt) : NULL;
-  void *out = at_mut(job->out, begin * job->out_stride + first, ot);
-  FOR_DTYPE(w->dtype, finish(job, sums, bias, out, rows, n, dt));
+  finish_panel(job, sums, begin, rows, panel);
 }
 
 /* Rows [begin, end) of x times one panel. */
@@ -435,6 +412,7 @@ INLINE int32_t code_at(const linear_weight *w, int64_t row, int64_t column) {
   const code_info *info = w->codes;
   const int64_t eighths = (w->k + 7) / 8, in = row % PANEL;
   const uint8_t *panel = (const uint8_t *)w->panels + row / PANEL * eighths * PANEL * info->bits;
+  if (info->float8) return panel[quire_float8_place(in, column)];
   if (info->bits == 8) return panel[(column / 4 * PANEL + in) * 4 + column % 4];
   const int code = panel[(column / 8 * PANEL + in) * 4 + column % 4] >> (column % 8 / 4 * 4) & 15;
   return info->has_values ? info->values[code] : code;
@@ -449,7 +427,8 @@ void quire_codes_row(const linear_weight *w, int64_t row, void *out) {
     load_scales(w, row / PANEL, group, begin, VW, &s);
     const int32_t zero = info->offset_type == OFFSET_ZERO ? s.zeros[lane] : info->zero;
     for (int64_t column = start; column < min64(start + info->group, w->k); column++) {
-      float value = s.scales[lane] * (float)(code_at(w, row, column) - zero);
+      const int32_t code = code_at(w, row, column);
+      float value = s.scales[lane] * (info->float8 ? quire_float8_value((uint8_t)code) : (float)(code - zero));
       if (info->offset_type == OFFSET_MINIMUM) value += s.minima[lane];
       const int64_t input = info->order ? info->order[column] : column;
       FOR_DTYPE(w->dtype, vstore_n(at_mut(out, input, dt), vset(value), 1, dt));
@@ -472,7 +451,10 @@ int quire_pack_codes(const linear_weight *w, const uint8_t *codes, int64_t row_s
         memcpy(eight, from + c, 8);
       else
         for (int64_t i = 0; i < count; i++) eight[i] = from[(c + i) * column_stride];
-      if (bits == 8) {
+      if (w->codes->float8) {
+        uint8_t *to = panel - in * 4;
+        for (int i = 0; i < 8; i += 2) memcpy(to + quire_float8_place(in, i), eight + i, 2);
+      } else if (bits == 8) {
         memcpy(panel, eight, 4);
         memcpy(panel + PANEL * 4, eight + 4, 4);
       } else {
