@@ -206,15 +206,27 @@ def test_the_wait_of_a_first_start_is_announced_even_if_it_began_before_the_log(
     assert err.count("compiling the CPU kernels") == 1
 
 
+@pytest.mark.parametrize(
+    ("file", "right", "wrong"),
+    [
+        ("linear_panel.h", "vfma(wv[half][i], xv, acc[r][i])", "wv[half][i] * xv + acc[r][i] + xv"),
+        ("codes.c", "codes[half], x[r], 2 * e + half", "codes[1 - half], x[r], 2 * e + half"),
+    ],
+)
 def test_kernels_that_compute_wrong_products_are_not_used(
-    native: NativeKernels, fresh_cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    native: NativeKernels,
+    fresh_cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    file: str,
+    right: str,
+    wrong: str,
 ) -> None:
     """As after a compiler's fault."""
     sources = shutil.copytree(build_module.SOURCES, tmp_path / "cpu")
-    text = (sources / "linear.c").read_text()
-    right = "vfma(wv[half][i], xv, acc[r][i])"
+    text = (sources / file).read_text()
     assert text.count(right) == 1
-    (sources / "linear.c").write_text(text.replace(right, f"{right} + xv"))
+    (sources / file).write_text(text.replace(right, wrong))
     monkeypatch.setattr(build_module, "SOURCES", sources)
     with pytest.raises(BuildError, match="wrong products"):
         NativeKernels()

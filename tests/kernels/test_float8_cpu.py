@@ -169,5 +169,7 @@ def test_the_reference_agrees() -> None:
     form = float8(128)
     codes, scales = random_matrix(form, 70, 300, 1)
     x = randn(5, 300, rng=generator(2))
-    one, other = (filled(kind, form, codes, scales, x.dtype) for kind in (PanelCodes, ReferenceCodes))
+    one, other = (
+        filled(kind, form, codes, scales, x.dtype) for kind in (PanelCodes, ReferenceCodes)
+    )
     torch.testing.assert_close(one(x), other(x), rtol=1e-5, atol=1e-4)

@@ -35,7 +35,7 @@ def test_the_kernels_are_what_plain_loops_say(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "right", "wrong"),
     [
-        ("linear.c", "[r * x_stride + k + half]", "[r * x_stride + k]"),
+        ("linear_panel.h", "[r * x_stride + k + half]", "[r * x_stride + k]"),
         ("sampling.c", "c.ties-- <= 0", "c.ties-- < 0"),
         ("vec.h", "u + 0x7fffu + ((u >> 16) & 1u)", "u + 0x8000u"),
         ("kv_cache.c", "offset / 2 * 2 * n + offset % 2", "offset / 2 * 2 * n"),

@@ -238,9 +238,7 @@ def loading_while(tmp_path: Path, happens: Callable[[Path], None], threads: int)
 @pytest.mark.parametrize("threads", [1, 3])
 def test_a_file_cut_short_while_it_is_read(tmp_path: Path, threads: int) -> None:
     """Of a mapped file this would be SIGBUS."""
-    with pytest.raises(
-        CheckpointError, match=r"model\.safetensors \(\d+ bytes\) is not a complete"
-    ):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors has become shorter"):
         loading_while(tmp_path, lambda path: os.truncate(path, 8000), threads)
 
 

@@ -75,11 +75,12 @@ def load_tokenizer(name: str) -> Tokenizer:
     """The tokenizer of a directory, a hub id, or the built-in model's name. Raises `ConfigError`."""
     from quire.text import Tokenizer
     from quire.weights.resolve import resolve_tokenizer
+    from quire.weights.source import open_source
 
     try:
         if name == MODEL_NAME:
             return Tokenizer.from_directory(MODEL_DIR)
-        return Tokenizer.from_directory(resolve_tokenizer(name))
+        return open_source(resolve_tokenizer(name)).tokenizer()
     except CheckpointError as error:
         raise ConfigError(
             f"no tokenizer for {name!r}: {error}. Give --tokenizer a directory or hub id; "

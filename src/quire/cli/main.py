@@ -38,6 +38,7 @@ COMMANDS = {
     "complete": Command("quire.cli.complete", "let a model continue texts, here or at --url"),
     "generate": Command("quire.cli.generate", "continue or answer one prompt, and leave"),
     "run-batch": Command("quire.cli.run_batch", "answer a file of requests, in OpenAI's format"),
+    "quantize": Command("quire.cli.quantize", "write a quantized checkpoint of a model"),
     "demo": Command("quire.cli.demo", "a server, eight conversations at once, and what it did"),
     "bench": Command("quire.cli.bench", "measure a server, or this engine"),
     "collect-env": Command("quire.cli.collect_env", "versions and machine, for a bug report"),

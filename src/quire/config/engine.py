@@ -28,6 +28,13 @@ class ModelConfig:
         "Type of weights and activations. auto: the checkpoint's own; float32 stays float32.",
         choices=("auto", *FLOAT_SPELLINGS),
     )
+    quantization: str | None = option(
+        None,
+        "For an unquantized checkpoint: int8, int4 or fp8_per_channel rounds its matrices as they are "
+        "loaded. For a quantized one: the format that it must have (awq, gptq, fp8, ...). Default: as the "
+        "checkpoint is.",
+        aliases=("-q",),
+    )
     max_model_len: int | None = option(
         None,
         "Most tokens of prompt and output together: 4096, 4k, 4K; -1 or auto fits it to memory. "
@@ -96,8 +103,8 @@ class CacheConfig:
     )
     kv_cache_dtype: str = option(
         "auto",
-        "How keys and values are stored. auto: in the model's dtype; fp8 (e4m3, on a GPU only): half the "
-        "memory and half the reading, about two digits of precision.",
+        "How keys and values are stored. auto: in the model's dtype; fp8 (e4m3): half the memory of "
+        "16 bits, and about one digit of precision.",
         choices=("auto", "fp8", "fp8_e4m3"),
     )
     num_gpu_blocks_override: int | None = option(

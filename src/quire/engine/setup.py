@@ -21,11 +21,13 @@ from quire.engine.generation_config import (
 )
 from quire.engine.gpu import choose_device
 from quire.errors import CheckpointError, ConfigError
+from quire.models.fields import QUANTIZATION_FIELDS
 from quire.models.registry import resolve_spec, text_config
 from quire.models.spec import ModelSpec
+from quire.quantization import choose_method
 from quire.structured.base import DEFAULT_LIMITS, Limits
-from quire.weights.resolve import resolve_model
-from quire.weights.source import ModelSource, TensorInfo, open_source
+from quire.weights.resolve import resolve_model, resolve_tokenizer
+from quire.weights.source import FILES, ModelSource, TensorInfo, open_source
 
 if TYPE_CHECKING:
     from quire.text.chat_template import ChatTemplate
@@ -100,20 +102,21 @@ def locate(config: EngineConfig) -> EngineConfig:
         directory = resolve_model(model.model, **options)
         tokenizer = None
         if model.tokenizer is not None:
-            tokenizer = str(resolve_model_files(model.tokenizer, **options))
+            tokenizer = str(resolve_tokenizer(model.tokenizer, **options))
         located = dataclasses.replace(
             model,
             model=str(directory),
             tokenizer=tokenizer,
-            served_model_name=model.served_model_name or (model.model,),
+            served_model_name=model.served_model_name or (_name(model.model),),
         )
     return dataclasses.replace(config, model=located)
 
 
-def resolve_model_files(name: str, **options: str | None) -> Path:
-    """A tokenizer's directory: any local directory, with or without a config.json."""
-    path = Path(name).expanduser()
-    return path if path.is_dir() else resolve_model(name, **options)
+def _name(model: str) -> str:
+    """Under which a model is served if no option says it: as the user wrote it, a local GGUF file by its own
+    name."""
+    path = Path(model)
+    return path.name.removesuffix(".gguf") if path.suffix in FILES and path.is_file() else model
 
 
 def resolve(config: EngineConfig) -> ResolvedModel:
@@ -123,14 +126,12 @@ def resolve(config: EngineConfig) -> ResolvedModel:
     directory = Path(model.model)
     source = open_source(directory)
     hf_config = text_config(source.config() | model.hf_overrides)
-    spec, stored_dtype = _as_stored(resolve_spec(hf_config), model, source)
+    spec, stored_dtype = _as_stored(_resolve_spec(hf_config, model), model, source)
     dtype = stored_dtype if model.dtype == "auto" else FLOAT_SPELLINGS[model.dtype]
     generation = read_generation_config(model, source)
     default_sampling, warnings = sampling_defaults(model, generation)
     device = choose_device(config.runtime.device)
     kv_cache_dtype = dtype if config.cache.kv_cache_dtype == "auto" else "float8_e4m3fn"
-    if kv_cache_dtype != dtype and device == "cpu":
-        raise ConfigError("kv_cache_dtype 'fp8' needs a GPU; on the CPU leave it at auto.")
     return ResolvedModel(
         model_dir=directory,
         tokenizer_dir=Path(model.tokenizer) if model.tokenizer else directory,
@@ -196,6 +197,20 @@ def serve_model(config: EngineConfig, resolved: ResolvedModel) -> ServedModel:
         root=str(resolved.model_dir),
         grammars=Limits(config.structured.max_grammar_bytes, config.structured.json_whitespace),
     )
+
+
+def _resolve_spec(hf_config: Mapping[str, object], model: ModelConfig) -> ModelSpec:
+    """As the checkpoint and `--quantization` say it."""
+    found = [(name, hf_config[name]) for name in QUANTIZATION_FIELDS if hf_config.get(name)]
+    quantization: Mapping[str, object] = {}
+    for name, config in found[:1]:
+        if isinstance(config, dict):
+            hidden = {"tensors"} if model.load_format == "dummy" else set()
+            quantization = {key: value for key, value in config.items() if key not in hidden}
+            hf_config = {**hf_config, name: quantization}
+    spec = resolve_spec(hf_config)
+    method = choose_method(model.quantization, quantization, spec.quantization)
+    return dataclasses.replace(spec, quantization=method)
 
 
 def _as_stored(spec: ModelSpec, model: ModelConfig, source: ModelSource) -> tuple[ModelSpec, str]:

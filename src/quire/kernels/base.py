@@ -23,7 +23,7 @@ from torch import Tensor
 from quire.kernels.codes import CodeFormat
 from quire.kernels.dequantize import Scales
 from quire.kernels.ops import Activation, LinearProduct
-from quire.kernels.program import ForwardPass, Program
+from quire.kernels.program import CachePart, ForwardPass, Program
 from quire.kernels.sampling import SampledTokens
 
 
@@ -240,11 +240,9 @@ class LayerKernels(Protocol):
         """
         ...
 
-    def compile(
-        self, program: Program, caches: Sequence[tuple[Tensor, Tensor]]
-    ) -> ForwardPass | None:
+    def compile(self, program: Program, caches: Sequence[CachePart]) -> ForwardPass | None:
         """A recorded forward pass as one call, bit-equal to its operations one by one; None if this
-        implementation cannot. caches: keys and values of each layer.
+        implementation cannot. caches: of each layer.
         """
         ...
 

@@ -79,6 +79,11 @@ def check_float(name: str, tensor: Tensor) -> None:
         raise KernelArgumentError(_describe(name, tensor, "float32, bfloat16 or float16"))
 
 
+def pack_of(dtype: torch.dtype) -> int:
+    """Elements of a CPU's cache that are kept side by side: see `kernels.cpu.layout`."""
+    return 2 if dtype in (torch.bfloat16, torch.float8_e4m3fn) else 1
+
+
 @dataclass(frozen=True, slots=True)
 class CacheGeometry:
     num_blocks: int
@@ -87,18 +92,26 @@ class CacheGeometry:
     block_size: int
 
 
-def check_caches(
-    k_cache: Tensor, v_cache: Tensor, kv_scales: tuple[Tensor, Tensor] | None = None
-) -> CacheGeometry:
-    require(kv_scales is None, "the CPU's caches have no scales")
-    check_float("k_cache", k_cache)
+def check_scales(
+    k_cache: Tensor, dtype: torch.dtype, kv_scales: tuple[Tensor, Tensor] | None
+) -> None:
+    """Of a cache of float8, which has them; any other is in `dtype`, that of queries."""
+    stored = dtype if kv_scales is None else torch.float8_e4m3fn
+    require(k_cache.dtype is stored, f"a cache in {k_cache.dtype} of {dtype}, scales {kv_scales}")
+    for scales in kv_scales or ():
+        check_dense("kv_scales", scales, torch.float32, (k_cache.shape[1],))
+
+
+def check_caches(k_cache: Tensor, v_cache: Tensor) -> CacheGeometry:
+    if k_cache.dtype is not torch.float8_e4m3fn:
+        check_float("k_cache", k_cache)
     check_dims("k_cache", k_cache, 5)
     num_blocks, num_kv_heads, steps, block_size, pack = shape = k_cache.shape
     head_dim = steps * pack
     check_dense("k_cache", k_cache, k_cache.dtype, shape)
     require(
-        pack == (2 if k_cache.dtype is torch.bfloat16 else 1),
-        f"k_cache is {k_cache.dtype} {tuple(shape)}; its last dimension must be 2 in bfloat16, else 1",
+        pack == pack_of(k_cache.dtype),
+        f"k_cache is {k_cache.dtype} {tuple(shape)}; its last dimension must be {pack_of(k_cache.dtype)}",
     )
     require(
         block_size % BLOCK_UNIT == 0 and 0 < block_size <= 128,
@@ -113,14 +126,14 @@ def check_caches(
 def check_attention(
     q: Tensor,
     geometry: CacheGeometry,
-    dtype: torch.dtype,
     block_table: Tensor,
     query_start_loc: Tensor,
     seq_lens: Tensor,
 ) -> None:
     check_dims("q", q, 3)
     tokens, heads, _ = q.shape
-    check_rows("q", q, dtype, (tokens, heads, geometry.head_dim))
+    check_float("q", q)
+    check_rows("q", q, q.dtype, (tokens, heads, geometry.head_dim))
     require(
         heads > 0 and heads % geometry.num_kv_heads == 0,
         f"q has {heads} heads, not a multiple of the cache's {geometry.num_kv_heads}",
@@ -171,14 +184,14 @@ def check_rope_write_kv(
     positions: Tensor,
     cos_sin: Tensor,
     geometry: CacheGeometry,
-    dtype: torch.dtype,
     slot_mapping: Tensor,
     norms: tuple[Tensor | None, Tensor | None],
 ) -> int:
     """Returns the number of query heads."""
     check_dims("qkv", qkv, 2)
     tokens, width = qkv.shape
-    check_rows("qkv", qkv, dtype, (tokens, width))
+    check_float("qkv", qkv)
+    check_rows("qkv", qkv, qkv.dtype, (tokens, width))
     heads, rest = divmod(width, geometry.head_dim)
     q_heads = heads - 2 * geometry.num_kv_heads
     require(
@@ -191,7 +204,7 @@ def check_rope_write_kv(
     check_cos_sin(cos_sin, geometry.head_dim)
     for name, norm in zip(("q_norm", "k_norm"), norms, strict=True):
         if norm is not None:
-            check_norm_weight(name, norm, dtype, geometry.head_dim)
+            check_norm_weight(name, norm, qkv.dtype, geometry.head_dim)
     require(
         len({norm.dtype for norm in norms if norm is not None}) < 2,
         "q_norm and k_norm differ in dtype",

@@ -93,6 +93,17 @@ class Program:
     dtype: torch.dtype
 
 
+class CachePart(Protocol):
+    """A layer's keys and values: `quire.attention.base.LayerCache`."""
+
+    @property
+    def k(self) -> Tensor: ...
+    @property
+    def v(self) -> Tensor: ...
+    @property
+    def scales(self) -> tuple[Tensor, Tensor] | None: ...
+
+
 @dataclass(slots=True)
 class StepRows:
     """A step's rows: which requests compute which tokens.

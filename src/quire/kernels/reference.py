@@ -24,7 +24,7 @@ from quire.kernels.cpu.codes import ReferenceCodes, ReferenceStack
 from quire.kernels.cpu.linear import dense_product
 from quire.kernels.ops import Activation
 from quire.kernels.philox import gumbel_from_uniform, philox_words, uniform_from_words
-from quire.kernels.program import Program
+from quire.kernels.program import CachePart, Program
 from quire.kernels.sampling import SampledTokens
 
 
@@ -65,9 +65,10 @@ class ReferenceKernels:
         eps: float = 0.0,
         kv_scales: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        geometry = checks.check_caches(k_cache, v_cache, kv_scales)
+        geometry = checks.check_caches(k_cache, v_cache)
+        checks.check_scales(k_cache, qkv.dtype, kv_scales)
         q_heads = checks.check_rope_write_kv(
-            qkv, positions, cos_sin, geometry, k_cache.dtype, slot_mapping, (q_norm, k_norm)
+            qkv, positions, cos_sin, geometry, slot_mapping, (q_norm, k_norm)
         )
         if not bool(((positions >= 0) & (positions < cos_sin.shape[0])).all()):
             checks.fail_rope_write_kv(1)
@@ -80,6 +81,8 @@ class ReferenceKernels:
             self.rms_norm(q, q_norm, eps, out=q)
         _rotate(q, positions, cos_sin)
         _rotate(k, positions, cos_sin)
+        if kv_scales is not None:
+            k, v = (_to_float8(x, scales) for x, scales in zip((k, v), kv_scales, strict=True))
         written = slot_mapping >= 0
         slots, pack = slot_mapping[written], k_cache.shape[-1]
         blocks, offsets = slots // geometry.block_size, slots % geometry.block_size
@@ -116,8 +119,9 @@ class ReferenceKernels:
         kv_scales: tuple[Tensor, Tensor] | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
-        geometry = checks.check_caches(k_cache, v_cache, kv_scales)
-        checks.check_attention(q, geometry, k_cache.dtype, block_table, query_start_loc, seq_lens)
+        geometry = checks.check_caches(k_cache, v_cache)
+        checks.check_scales(k_cache, q.dtype, kv_scales)
+        checks.check_attention(q, geometry, block_table, query_start_loc, seq_lens)
         if out is None:
             out = torch.zeros(q.shape, dtype=q.dtype)
         checks.check_dense("out", out, q.dtype, q.shape)
@@ -140,6 +144,9 @@ class ReferenceKernels:
             # caches: [blocks, kv_heads, D / p, size, p] and [blocks, kv_heads, size / p, D, p]
             keys = k_cache[blocks].permute(1, 2, 4, 0, 3).flatten(3).flatten(1, 2).float()
             values = v_cache[blocks].permute(1, 0, 2, 4, 3).flatten(1, 3).float()
+            if kv_scales is not None:
+                keys *= kv_scales[0][:, None, None]
+                values *= kv_scales[1][:, None, None]
             for t in range(start, end):
                 position = first_position + t - start
                 low = max(base, position - window + 1 if window > 0 else 0) - base
@@ -181,7 +188,7 @@ class ReferenceKernels:
                 bent = torch.tanh(_fresh((row / cap).to(dtype))).to(dtype)
                 row.copy_(bent * cap)
 
-    def compile(self, program: Program, caches: Sequence[tuple[Tensor, Tensor]]) -> None:
+    def compile(self, program: Program, caches: Sequence[CachePart]) -> None:
         return None
 
     def philox_uniform(self, seed: int, position: int, n: int) -> Tensor:
@@ -203,6 +210,11 @@ class ReferenceKernels:
                 scores = filtered_scores(x, row)
                 token_ids[index] = int(torch.argmax(scores + gumbel_from_uniform(u)))
         return SampledTokens(token_ids, valid)
+
+
+def _to_float8(x: Tensor, scales: Tensor) -> Tensor:
+    """x: [T, heads, D]. At most 448, in units of each head's scale."""
+    return (x.float() * (1.0 / scales[:, None])).clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from quire.attention.base import AttentionBackend, AttentionMetadata, KVCache
 from quire.attention.paged import PagedAttention
 from quire.kernels.base import LayerKernels
-from quire.kernels.ops import Buf, Head, Ops
+from quire.kernels.ops import Buf, Head, LinearProduct, Ops
 from quire.kernels.program import ForwardPass, ProgramOps
 from quire.kv_layout import KVPlace
 from quire.layers.attention import Attention
@@ -30,7 +30,7 @@ from quire.layers.norm import RMSNorm
 from quire.layers.parameter import WeightTarget
 from quire.layers.rotary import cos_sin_table
 from quire.models.eager_pass import EagerPass
-from quire.models.spec import LayerSpec, ModelSpec
+from quire.models.spec import EMBEDDING, LayerSpec, ModelSpec
 
 NORM_NAMES = {
     # placement: names of the norms before and after attention, before and after the MLP
@@ -179,10 +179,14 @@ class DecoderModel:
         self._embed_scale = spec.embed_scale
         if spec.embed_scale_rounded:
             self._embed_scale = float(torch.tensor(spec.embed_scale).to(dtype))
-        self._embedding: Embedding | None = None  # with a tied head, its rows are used
-        if not spec.tie_word_embeddings:
+        self._embedding: Embedding | Linear | None = None  # with a tied head, its rows are used
+        if spec.embedding is not None:
+            self._embedding = Linear(
+                spec.embedding, dtype=dtype, method=spec.quantization, kernels=kernels
+            )
+        elif not spec.tie_word_embeddings:
             self._embedding = Embedding(
-                "model.embed_tokens",
+                EMBEDDING,
                 vocab_size=spec.vocab_size,
                 hidden_size=spec.hidden_size,
                 dtype=dtype,
@@ -208,12 +212,15 @@ class DecoderModel:
             divisor=self.spec.logits_divisor,
             softcap=self.spec.logits_softcap,
         )
+        embedding = self._embedding
+        self._embedded: LinearProduct | torch.Tensor = self._head.product
+        if embedding is not None:
+            self._embedded = embedding.bind() if isinstance(embedding, Linear) else embedding.weight
 
     def forward(self, ops: Ops[Buf]) -> Buf:
         """Hidden states after the final norm of the wanted tokens. Writes this step's keys and values to
         the cache."""
-        embedding = self._embedding
-        residual = ops.embed(self._head.product if embedding is None else embedding.weight)
+        residual = ops.embed(self._embedded)
         if self._embed_scale != 1.0:
             residual = ops.scale(residual, self._embed_scale)
         for layer in self._layers:
@@ -252,4 +259,4 @@ class DecoderModel:
         """
         recorder = ProgramOps(self.dtype)
         program = recorder.finish(self.forward(recorder), self._head)
-        return self._kernels.compile(program, kv_cache.pairs) or EagerPass(self, kv_cache)
+        return self._kernels.compile(program, kv_cache.parts) or EagerPass(self, kv_cache)

@@ -17,8 +17,10 @@ from typing import Literal
 from quire.kv_layout import KVLayout, group_layers
 from quire.layers.spec import AttentionSpec, HeadShape, MlpSpec, NormSpec, RopeSpec
 from quire.quantization.base import LinearMethod, LinearPart, LinearShape
+from quire.quantization.matrix import is_quantized
 from quire.quantization.unquantized import UNQUANTIZED
 
+EMBEDDING = "model.embed_tokens"
 Placement = Literal["pre", "post", "sandwich"]
 
 
@@ -113,17 +115,28 @@ class ModelSpec:
             yield from layer.attention.linears(f"{prefix}.self_attn", self.hidden_size)
             yield from layer.mlp.linears(f"{prefix}.mlp", self.hidden_size)
         yield self.head
+        if self.embedding is not None:
+            yield self.embedding
 
     @property
     def head(self) -> LinearShape:
         """The product that turns a hidden state into logits. A tied one is also where tokens' embeddings are
         looked up."""
-        name = "model.embed_tokens" if self.tie_word_embeddings else "lm_head"
+        name = EMBEDDING if self.tie_word_embeddings else "lm_head"
         return LinearShape(self.hidden_size, (LinearPart(name, self.vocab_size),), bias=False)
 
+    @property
+    def embedding(self) -> LinearShape | None:
+        """The product in which tokens' embeddings are looked up, if it is not the head and their matrix is
+        quantized."""
+        if self.tie_word_embeddings or not is_quantized(self.quantization, EMBEDDING):
+            return None
+        return LinearShape(self.hidden_size, (LinearPart(EMBEDDING, self.vocab_size),), bias=False)
+
     def _other_parameters(self) -> int:
-        """Of norms, and of an embedding that is not the head."""
-        embedding = 0 if self.tie_word_embeddings else self.vocab_size * self.hidden_size
+        """Of norms, and of an embedding that is no product."""
+        is_product = self.tie_word_embeddings or self.embedding is not None
+        embedding = 0 if is_product else self.vocab_size * self.hidden_size
         norms = sum(_norm_parameters(layer, self.hidden_size) for layer in self.layers)
         return embedding + norms + self.hidden_size
 

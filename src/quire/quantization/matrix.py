@@ -13,7 +13,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 from quire.kernels.codes import CodeFormat
-from quire.quantization.base import LinearPart, LinearShape, LinearState, TensorWant, bias_wants
+from quire.quantization.base import (
+    LinearMethod,
+    LinearPart,
+    LinearShape,
+    LinearState,
+    TensorWant,
+    bias_wants,
+)
 from quire.quantization.unquantized import UNQUANTIZED
 
 if TYPE_CHECKING:
@@ -83,6 +90,11 @@ class QuantizedMethod(ABC):
             for single, form in zip(split(shape), formats, strict=True)
         ]
         return _StackState(shape, states, kernels)
+
+
+def is_quantized(method: LinearMethod, name: str) -> bool:
+    """Whether a matrix is stored as codes. name: as for `QuantizedMethod.format_of`."""
+    return isinstance(method, QuantizedMethod) and method.format_of(name) is not None
 
 
 def split(shape: LinearShape) -> list[LinearShape]:

@@ -1,17 +1,21 @@
 """Finds the files of the model that the user named, on this machine. The only place that may use the network.
 
-A directory is used as it is: no network, no import of huggingface_hub. Anything else is a hub id,
-downloaded once, at one commit, which is logged. Config, tokenizer and weights of a served model always
-come from the same revision, because everything else reads the directory that is returned here.
+A directory or file is used as it is: no network, no import of huggingface_hub. Anything else is a hub id,
+downloaded once, at one commit, which is logged; of a repository with GGUF files, only the named file. Config,
+tokenizer and weights of a served model always come from the same revision, because everything else reads the
+directory or file that is returned here.
 """
 
 from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from quire.errors import CheckpointError
+from quire.weights import gguf_files
 from quire.weights.source import FILES
 
 logger = logging.getLogger(__name__)
@@ -50,9 +54,12 @@ def resolve_model(
     Raises:
         CheckpointError: no such directory, or the files cannot be downloaded; says which, and what to do.
     """
-    return find_local(model) or _download(
-        model, revision=revision, download_dir=download_dir, hf_token=hf_token
-    )
+    if (local := find_local(model)) is not None:
+        return local
+    hub = partial(_download, revision=revision, download_dir=download_dir, hf_token=hf_token)
+    if (wanted := gguf_files.HUB_FILE.fullmatch(model)) is not None:
+        return _gguf(wanted, hub)
+    return _with_config(model, hub(model))
 
 
 def find_local(model: str) -> Path | None:
@@ -62,23 +69,26 @@ def find_local(model: str) -> Path | None:
     """
     path = Path(model).expanduser()
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise CheckpointError(_no_model(path))
-        return path
+        if any(path.glob("*.safetensors")) or (file := gguf_files.in_directory(path)) is None:
+            if not (path / "config.json").is_file():
+                raise CheckpointError(_no_model(path))
+            return path
+        return file
     if path.is_file():
         if path.suffix in FILES:
             return path
-        what = "a file"
-        if path.suffix == ".gguf":
-            what = "a GGUF file, which is not read: only safetensors are"
         raise CheckpointError(
-            f"{path} is {what}; point to the directory that holds config.json and the weights"
+            f"{path} is a file; point to the directory that holds config.json and the weights"
         )
-    if model.startswith(("/", ".", "~")) or HUB_ID.fullmatch(model) is None:
+    if model.startswith(("/", ".", "~")) or not _may_be_on_hub(model):
         raise CheckpointError(
             f"model {model!r} is neither a directory here nor a hub id (owner/name); check the path"
         )
-    return None
+    return gguf_files.in_package(model)
+
+
+def _may_be_on_hub(model: str) -> bool:
+    return any(pattern.fullmatch(model) for pattern in (HUB_ID, gguf_files.HUB_FILE))
 
 
 def _no_model(path: Path) -> str:
@@ -87,11 +97,6 @@ def _no_model(path: Path) -> str:
         return (
             f"{path} holds an adapter (adapter_config.json), not a model; merge it into its base model "
             "with PeftModel.merge_and_unload() and save the result"
-        )
-    if any(path.glob("*.gguf")):
-        return (
-            f"{path} holds a GGUF file, which is not read; "
-            "download the original model, with config.json and .safetensors files"
         )
     if (path / "params.json").is_file():
         return (
@@ -108,26 +113,35 @@ def _no_model(path: Path) -> str:
     )
 
 
-def resolve_tokenizer(name: str) -> Path:
-    """A directory as it is, or a hub id's files without its weights, which are enough to count tokens.
+def resolve_tokenizer(
+    name: str,
+    *,
+    revision: str | None = None,
+    download_dir: str | None = None,
+    hf_token: str | None = None,
+) -> Path:
+    """A directory (with or without a config.json) or file as it is, or a hub id's files without its weights.
 
     Raises `CheckpointError` as `resolve_model` does.
     """
-    if Path(name).expanduser().is_dir():
-        return Path(name).expanduser()
-    if HUB_ID.fullmatch(name) is None:
-        raise CheckpointError(f"tokenizer {name!r} is neither a directory here nor a hub id")
+    path = Path(name).expanduser()
+    if path.is_dir() and not any(path.glob("*.gguf")):
+        return path
+    hub = partial(_download, revision=revision, download_dir=download_dir, hf_token=hf_token)
+    if (wanted := gguf_files.HUB_FILE.fullmatch(name)) is not None:
+        return find_local(name) or _gguf(wanted, hub)
     files = [pattern for pattern in ALLOWED_FILES if not pattern.endswith(".safetensors")]
-    return _download(name, revision=None, download_dir=None, hf_token=None, files=files)
+    return find_local(name) or hub(name, files=files)
 
 
 def _download(
     repo_id: str,
     *,
-    revision: str | None,
-    download_dir: str | None,
-    hf_token: str | None,
+    revision: str | None = None,
+    download_dir: str | None = None,
+    hf_token: str | None = None,
     files: list[str] = ALLOWED_FILES,
+    excluded: list[str] = EXCLUDED_FILES,
 ) -> Path:
     import huggingface_hub
     from huggingface_hub import errors
@@ -140,7 +154,7 @@ def _download(
             cache_dir=download_dir,
             token=hf_token,
             allow_patterns=files,
-            ignore_patterns=EXCLUDED_FILES,
+            ignore_patterns=excluded,
         )
     except errors.GatedRepoError as error:
         raise CheckpointError(
@@ -167,6 +181,37 @@ def _download(
         ) from error
     path = Path(snapshot)
     logger.info("model %s resolved to commit %s", repo_id, path.name)
-    if not (path / "config.json").is_file():
-        raise CheckpointError(f"{where} has no config.json; it is not in Hugging Face's layout")
     return path
+
+
+def _with_config(name: str, path: Path) -> Path:
+    if not (path / "config.json").is_file():
+        raise CheckpointError(
+            f"model {name!r} has no config.json; it is not in Hugging Face's layout. Of a repository with "
+            f"GGUF files name one: {name}:Q4_K_M"
+        )
+    return path
+
+
+def _gguf(wanted: re.Match[str], hub: Callable[..., Path]) -> Path:
+    """The file of a match of `gguf_files.HUB_FILE`, downloaded. Of a missing one the error names those that
+    there are."""
+    import huggingface_hub
+
+    files = gguf_files.patterns(wanted)
+    snapshot = hub(wanted["repo"], files=files, excluded=gguf_files.NO_MODELS)
+    if (found := gguf_files.in_snapshot(snapshot, wanted)) is not None:
+        return found
+    try:
+        names = huggingface_hub.list_repo_files(wanted["repo"], revision=snapshot.name)
+    except Exception:  # only for the message
+        names = []
+    others = sorted(name for name in names if name.endswith(".gguf"))
+    raise CheckpointError(
+        f"model {wanted['repo']!r} has no GGUF file for {wanted['tag'] or wanted['file']}; "
+        + (
+            f"it has {gguf_files.list_files(others)}"
+            if others
+            else "look on huggingface.co for its files"
+        )
+    )

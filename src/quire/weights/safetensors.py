@@ -6,16 +6,14 @@ Only safetensors. A `.bin` file is a pickle, and loading one executes the code i
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from quire.errors import CheckpointError
 from quire.weights.files import INDEX_FILE, find_files, read_index
+from quire.weights.names import QUANTIZED, text_tensors
+from quire.weights.open_files import OpenFiles, unreadable
 from quire.weights.safetensors_header import HeaderError, read_header
 from quire.weights.source import TensorInfo
 
@@ -24,18 +22,15 @@ if TYPE_CHECKING:
 
 GENERATION_CONFIG = "generation_config.json"
 
+QUANTIZATION_FILES = {
+    "quantize_config.json": "gptq",
+    "quant_config.json": "awq",
+    "hf_quant_config.json": "modelopt",
+}
+"""Written beside a config.json that says nothing -> quant_method, if the file names none."""
 OPTIONAL_SUFFIXES = ("lm_head.weight", "rotary_emb.inv_freq")
 """An index may name these without a tensor: saving drops a tied head and a buffer, but not always their
 entries."""
-
-
-@dataclass(frozen=True, slots=True)
-class _File:
-    path: Path
-    descriptor: int
-    num_bytes: int
-    changed: int
-    """Time of the last change of its content, in the file system's nanoseconds."""
 
 
 class Source:
@@ -45,7 +40,35 @@ class Source:
         self._path = path
 
     def config(self) -> dict[str, object]:
-        return read_json(self._path / "config.json")
+        """With `quantization_config`, if config.json has it, another tool's file beside it, or if the tensors
+        are quantized. `tensors` in it is what the headers say of the text model's tensors."""
+        config = read_json(self._path / "config.json")
+        inner = config.get("text_config")
+        for field in ("quantization_config", "compression_config"):
+            for holder in (config, inner if isinstance(inner, dict) else {}):
+                if isinstance(quantization := holder.get(field), dict) and quantization:
+                    holder[field] = {**quantization, "tensors": self._tensors()}
+                    return config
+        quantization, tensors = self._quantization_file(), self._tensors()
+        if quantization or any(QUANTIZED.search(name) for name in tensors):
+            config["quantization_config"] = {**quantization, "tensors": tensors}
+        return config
+
+    def _quantization_file(self) -> dict[str, object]:
+        for name, method in QUANTIZATION_FILES.items():
+            if (path := self._path / name).is_file():
+                found = read_json(path)
+                inner = found.get("quantization")
+                return {"quant_method": method, **(inner if isinstance(inner, dict) else found)}
+        return {}
+
+    def _tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Empty if the headers cannot be read, which loading will report."""
+        try:
+            with self.open() as checkpoint:
+                return text_tensors(checkpoint.tensors)
+        except CheckpointError:
+            return {}
 
     def generation_config(self) -> dict[str, object]:
         path = self._path / GENERATION_CONFIG
@@ -73,18 +96,12 @@ def read_json(path: Path) -> dict[str, object]:
     return loaded
 
 
-class SafetensorsCheckpoint:
-    """All the files that hold the model, open.
-
-    Files are read, never mapped: see `quire.weights.safetensors_header` for why. `read` may be called
-    from several threads.
-    """
+class SafetensorsCheckpoint(OpenFiles):
+    """All the files that hold the model, open."""
 
     def __init__(self, model_dir: Path) -> None:
+        super().__init__()
         self._dir = model_dir
-        self._stack = ExitStack()
-        self._files: dict[str, _File] = {}
-        self.tensors: dict[str, TensorInfo] = {}
         try:
             index = read_index(model_dir)
             files = sorted(set(index.values())) if index is not None else find_files(model_dir)
@@ -103,14 +120,12 @@ class SafetensorsCheckpoint:
                 f"{INDEX_FILE} names {file}, which is not in {self._dir}; download that shard again"
             )
         try:
-            handle = self._stack.enter_context(path.open("rb"))
-            status = os.fstat(handle.fileno())
-            entries = read_header(handle, status.st_size)
+            handle, status = self.add_file(path)
+            entries = read_header(handle, status.num_bytes)
         except OSError as error:
-            raise _unreadable(path, error) from error
+            raise unreadable(path, error) from error
         except HeaderError as error:
             raise _corrupt(path) from error
-        self._files[file] = _File(path, handle.fileno(), status.st_size, status.st_mtime_ns)
         for name, entry in entries.items():
             if index is not None and index.get(name) != file:
                 continue
@@ -131,54 +146,10 @@ class SafetensorsCheckpoint:
                     f"download {self._dir} again"
                 )
 
-    def read(self, info: TensorInfo, begin: int, into: memoryview) -> None:
-        file = self._files[info.file]
-        assert begin >= 0 and begin + len(into) <= info.num_bytes
-        done = 0
-        while done < len(into):
-            try:
-                count = os.preadv(file.descriptor, [into[done:]], info.begin + begin + done)
-            except OSError as error:
-                raise _unreadable(file.path, error) from error
-            if count == 0:
-                raise _corrupt(file.path)
-            done += count
-
-    def check_unchanged(self) -> None:
-        """If a file was replaced and not overwritten, the open file is still the old one."""
-        for file in self._files.values():
-            status = os.fstat(file.descriptor)
-            if (status.st_size, status.st_mtime_ns) != (file.num_bytes, file.changed):
-                raise CheckpointError(
-                    f"{file.path} was written to while it was loaded; start again when the download or "
-                    "copy is complete"
-                )
-
-    def close(self) -> None:
-        self._files.clear()
-        self._stack.close()
-
-    def __enter__(self) -> SafetensorsCheckpoint:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
 
 def _corrupt(path: Path) -> CheckpointError:
     size = path.stat().st_size if path.is_file() else 0
     return CheckpointError(
         f"{path} ({size} bytes) is not a complete safetensors file; it may be truncated or "
         "a Git LFS pointer: download it again"
-    )
-
-
-def _unreadable(path: Path, error: OSError) -> CheckpointError:
-    return CheckpointError(
-        f"{path} cannot be read: {error.strerror or error}; check its permissions and the disk"
     )

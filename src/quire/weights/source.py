@@ -80,7 +80,7 @@ class ModelSource(Protocol):
         """Read and check the headers of all tensors."""
 
 
-FILES: dict[str, str] = {}
+FILES: dict[str, str] = {".gguf": "quire.weights.gguf"}
 """Suffix of a file that is a whole model -> the module with its `Source`. A directory has Hugging Face's
 layout."""
 

@@ -27,7 +27,7 @@ typedef struct {
   int64_t group, rows;             /* rows: of one kv head, tokens * group */
   int64_t held;                    /* rows of one kv head that there is memory for */
   int is_widened;                  /* its tiles, to floats */
-  float *spare;                    /* memory for one tile, that of its thread */
+  float *spare, *unpacked;         /* memory for one tile, that of its thread */
   int64_t first_position;
   range keys; /* that any row sees */
 } unit;
@@ -40,6 +40,7 @@ typedef struct { /* one call's constants */
   float *parts;            /* [units, segments, rows_per_unit, stride] if units are split */
   int64_t width, stride, words; /* words: floats held for a row of q */
   int tiles, can_widen; /* tiles: enum tiles */
+  int in_bytes, as_floats; /* keys and values are floats of 8 bits; unpacked to floats, or to dtype */
   float factor;
   int failed; /* a thread could not allocate its scratch memory */
 } plan;
@@ -50,18 +51,24 @@ INLINE range visible_keys(const attention_args *a, int64_t position) {
   return (range){a->window > 0 ? max64(0, position - a->window + 1) : 0, position + 1};
 }
 
+/* Address of an element of a cache. */
+INLINE const void *in_cache(const attention_args *a, const void *cache, int64_t index, const int dt) {
+  return a->k_scales ? (const char *)cache + index : at(cache, index, dt);
+}
+
 INLINE tile locate(const attention_args *a, const unit *u, int64_t key, const int dt) {
+  const int64_t pack = a->k_scales ? 2 : pack_of(dt);
   const int32_t *table = a->block_table + u->request * a->table_stride;
   const int64_t size = a->block_size, first = max64(key, u->keys.begin / SUB * SUB);
   int64_t index = first / size, offset = first - index * size;
-  tile t = {.k_stride = size * pack_of(dt)};
+  tile t = {.k_stride = size * pack};
   int known = -1;
   for (int s = 0; s < SUBS; s++) {
     const int64_t position = key + s * SUB;
     if (position < first || position >= u->keys.end) continue;
     const int64_t base = (table[index] * a->kv_heads + u->kv_head) * a->head_dim * size;
-    t.k[s] = at(a->k_cache, base + offset * pack_of(dt), dt);
-    t.v[s] = at(a->v_cache, base + offset * a->head_dim, dt);
+    t.k[s] = in_cache(a, a->k_cache, base + offset * pack, dt);
+    t.v[s] = in_cache(a, a->v_cache, base + offset * a->head_dim, dt);
     known = s;
     if ((offset += SUB) == size) offset = 0, index++;
   }
@@ -74,13 +81,14 @@ INLINE tile locate(const attention_args *a, const unit *u, int64_t key, const in
 INLINE tile next_head(const attention_args *a, const tile *t, const int dt) {
   tile next = {.k_stride = t->k_stride};
   for (int s = 0; s < SUBS; s++) {
-    next.k[s] = at(t->k[s], a->block_size * a->head_dim, dt);
-    next.v[s] = at(t->v[s], a->block_size * a->head_dim, dt);
+    next.k[s] = in_cache(a, t->k[s], a->block_size * a->head_dim, dt);
+    next.v[s] = in_cache(a, t->v[s], a->block_size * a->head_dim, dt);
   }
   return next;
 }
 
-static void attend_tile(const plan *p, const unit *u, const tile *t, int64_t key, const float *q,
+/* head: of the unit. */
+static void attend_tile(const plan *p, const unit *u, const tile *t, int64_t key, int64_t head, const float *q,
                         float *rows, const tile *next) {
   const attention_args *a = p->a;
   const range first = visible_keys(a, u->first_position);
@@ -88,9 +96,14 @@ static void attend_tile(const plan *p, const unit *u, const tile *t, int64_t key
   const int whole = last.begin <= key && first.end >= key + TILE;
   const row_layout s = {p->width, p->stride};
   const tile_kernels *kernels = &kernels_of[a->dtype];
+  const float factor = p->in_bytes ? p->factor * a->k_scales[u->kv_head + head] * 256.0f : p->factor;
   tile wide;
-  if (u->is_widened) {
-    wide = widen_tile(t, a->head_dim, u->spare, u->spare + TILE * a->head_dim);
+  if (p->in_bytes) {
+    wide = (p->as_floats ? unpack_to_floats : unpack_to_pairs)(t, a->head_dim, u->unpacked, next);
+    t = &wide, next = NULL;
+    if (p->as_floats) kernels = a->dtype == BF16 ? &widened_kernels : &kernels_of[F32];
+  } else if (u->is_widened) {
+    wide = widen_tile(t, a->head_dim, u->unpacked, u->unpacked + TILE * a->head_dim);
     t = &wide, next = NULL, kernels = &widened_kernels;
   }
   for (int64_t r = 0, n; r < u->rows; r += n) {
@@ -104,10 +117,10 @@ static void attend_tile(const plan *p, const unit *u, const tile *t, int64_t key
     }
     if (p->tiles)
       attend_tiles_of(p->tiles)(t, (const char *)(q + r * p->words), a->head_dim, s, rows + r * p->stride,
-                                keys, p->factor, a->softcap, r ? NULL : next, n, u->spare);
+                                keys, factor, a->softcap, r ? NULL : next, n, u->spare);
     else
       attend_rows(kernels, t, q + r * p->words, a->head_dim, s, rows + r * p->stride,
-                  keys, p->factor, a->softcap, r ? NULL : next, n);
+                  keys, factor, a->softcap, r ? NULL : next, n);
   }
 }
 
@@ -154,7 +167,7 @@ static unit find_unit(const plan *p, int64_t index) {
       .group = group,
       .rows = tokens * group,
       .held = held_rows(p, tokens * group),
-      .is_widened = p->can_widen && tokens * group >= WIDENED_ROWS,
+      .is_widened = p->can_widen && (p->in_bytes || tokens * group >= WIDENED_ROWS),
       .first_position = position,
       .keys = {visible_keys(a, position).begin, position + tokens},
   };
@@ -163,11 +176,18 @@ static unit find_unit(const plan *p, int64_t index) {
 /* This thread's scratch memory: `states` states for each row of a unit, then the unit's queries, then what is spare.
  * On the stack the last would be large, and some compilers touch every page of a frame in each call. */
 INLINE float *take_rows(plan *p, int64_t states) {
-  const int64_t tile = p->tiles ? spare_floats(p->a->head_dim, p->stride) : p->can_widen ? 2 * TILE * p->a->head_dim : 0;
-  const int64_t floats = p->rows_per_unit * (states * p->stride + p->words) + tile;
+  const int64_t unpacked = p->can_widen || p->in_bytes ? 2 * TILE * p->a->head_dim : 0;
+  const int64_t tile = p->tiles ? spare_floats(p->a->head_dim, p->stride) : 0;
+  const int64_t floats = p->rows_per_unit * (states * p->stride + p->words) + unpacked + tile;
   float *rows = quire_scratch(SCRATCH_ATTENTION, (size_t)floats * sizeof(float));
   if (!rows) __atomic_store_n(&p->failed, 1, __ATOMIC_RELAXED);
   return rows;
+}
+
+/* q: the unit's queries, which the rest of the memory follows. */
+INLINE void give_spare(const plan *p, unit *u, float *q) {
+  u->unpacked = q + p->rows_per_unit * p->words;
+  u->spare = u->unpacked + (p->can_widen || p->in_bytes ? 2 * TILE * p->a->head_dim : 0);
 }
 
 /* Converts queries to words: [words, n] for each n rows that are computed at once; with tiles [n, words]. */
@@ -210,7 +230,7 @@ INLINE void attend_segment(const plan *p, const unit *u, int64_t key, const floa
       const tile next = same_keys ? next_head(p->a, &t, dt)
                         : more    ? locate(p->a, u, key + TILE, dt)
                                   : t;
-      attend_tile(p, u, &t, key, q + h * u->held * p->words, rows + h * u->held * p->stride,
+      attend_tile(p, u, &t, key, h, q + h * u->held * p->words, rows + h * u->held * p->stride,
                   more ? &next : NULL);
       t = next;
     }
@@ -243,7 +263,8 @@ static void merge_segment(const plan *p, const unit *u, int64_t segment, float *
 
 INLINE void write_rows(const plan *p, const unit *u, const float *row, const int dt) {
   const attention_args *a = p->a;
-  for (int64_t h = 0; h < u->heads; h++, row += (u->held - u->rows) * p->stride)
+  for (int64_t h = 0; h < u->heads; h++, row += (u->held - u->rows) * p->stride) {
+    const float v_scale = p->in_bytes ? a->v_scales[u->kv_head + h] * 256.0f : 1.0f;
     for (int64_t r = 0; r < u->rows; r++, row += p->stride) {
       float sum[SUM_LANES];
       memcpy(sum, row + p->width, sizeof sum);
@@ -253,8 +274,9 @@ INLINE void write_rows(const plan *p, const unit *u, const float *row, const int
       const int64_t head = (u->kv_head + h) * u->group + r % u->group;
       void *out = at_mut(a->out, (token * a->q_heads + head) * a->head_dim, dt);
       for (int64_t d = 0; d < a->head_dim; d += VW)
-        vstore_upto(at_mut(out, d, dt), vload(row + d, F32) / sum[0], a->head_dim - d, dt);
+        vstore_upto(at_mut(out, d, dt), vload(row + d, F32) / sum[0] * v_scale, a->head_dim - d, dt);
     }
+  }
 }
 
 /* A task of the thread pool: `index` is that of a unit. */
@@ -263,7 +285,7 @@ INLINE void attend_unit(plan *p, int64_t index, const int dt) {
   float *part = take_rows(p, 2), *total = part + p->rows_per_unit * p->stride;
   if (!part) return;
   float *q = total + p->rows_per_unit * p->stride;
-  u.spare = q + p->rows_per_unit * p->words;
+  give_spare(p, &u, q);
   load_queries(p, &u, q, dt);
   int64_t segment = u.keys.begin / SEGMENT * SEGMENT;
   attend_segment(p, &u, u.keys.begin / TILE * TILE, q, part, dt);
@@ -286,7 +308,7 @@ INLINE void attend_part(plan *p, int64_t index, const int dt) {
   if (segment >= u.keys.end) return;
   float *q = take_rows(p, 0);
   if (!q) return;
-  u.spare = q + p->rows_per_unit * p->words;
+  give_spare(p, &u, q);
   load_queries(p, &u, q, dt);
   attend_segment(p, &u, max64(segment, u.keys.begin / TILE * TILE), q,
                  p->parts + index * p->rows_per_unit * p->stride, dt);
@@ -349,6 +371,8 @@ int quire_attention_unchecked(const attention_args *a) {
   plan p = {.a = a, .width = (a->head_dim + 15) / 16 * 16};
   p.stride = p.width + SUM_LANES + 16;
   if (a->dtype == BF16 && fits_tiles(a->head_dim)) p.tiles = a->tiles;
+  p.in_bytes = a->k_scales != NULL;
+  p.as_floats = a->dtype != BF16 || (!HAVE_DOT && !p.tiles);
   p.can_widen = a->dtype == BF16 && !HAVE_DOT && !p.tiles;
   p.words = p.can_widen ? a->head_dim : a->head_dim / pack_of(a->dtype);
   p.factor = a->softcap > 0.0f ? a->scale / a->softcap : a->scale * LOG2E;

@@ -43,6 +43,31 @@ static int check_product(int dt, int tiles, float *out) {
   return 0;
 }
 
+/* Products with codes of these bits, minus 5: of 4 in groups of 32, of 8 in one group. */
+static int check_codes(int bits) {
+  enum { GROUPS = (CHECK_K + 31) / 32, PANELS = (CHECK_N + 63) / 64 };
+  float x[CHECK_ROWS * CHECK_K], scales[PANELS * GROUPS * 64], out[CHECK_ROWS * CHECK_N];
+  uint8_t codes[CHECK_N * CHECK_K], panels[PANELS * 64 * CHECK_K];
+  fill_values(x, NULL, CHECK_ROWS * CHECK_K, 6, F32);
+  for (int i = 0; i < CHECK_N * CHECK_K; i++) codes[i] = (uint8_t)(i * 2654435761u >> 24 & ((1u << bits) - 1));
+  for (int i = 0; i < PANELS * GROUPS * 64; i++) scales[i] = (float)(1 + i / 64 % GROUPS);
+  const code_info info = {.scales = scales, .group = bits == 4 ? 32 : CHECK_K, .bits = bits, .zero = 5,
+                          .activation_bits = 16};
+  const linear_weight w = {.panels = panels, .n = CHECK_N, .k = CHECK_K, .dtype = F32, .codes = &info};
+  quire_pack_codes(&w, codes, CHECK_K, 1, 0, 0, CHECK_N, CHECK_K);
+  if (quire_linear(&w, x, CHECK_K, out, CHECK_N, CHECK_ROWS, LINEAR_STORE, 1)) return 1;
+  for (int i = 0; i < CHECK_ROWS * CHECK_N; i++) {
+    double sum = 0, magnitude = 0;
+    for (int k = 0; k < CHECK_K; k++) {
+      const int panel = i % CHECK_N / 64, group = bits == 4 ? panel * GROUPS + k / 32 : panel;
+      const double weight = scales[group * 64] * (codes[i % CHECK_N * CHECK_K + k] - 5.0);
+      sum += weight * x[i / CHECK_N * CHECK_K + k], magnitude += fabs(weight);
+    }
+    if (!(fabs(out[i] - sum) <= magnitude * 0x1p-15)) return 1;
+  }
+  return 0;
+}
+
 static int check_attention(int tiles, uint16_t *out) {
   enum { BLOCKS = (CHECK_KEYS + 15) / 16, CACHE = BLOCKS * 16 * CHECK_DIM, QUERIES = CHECK_KEYS * CHECK_HEADS * CHECK_DIM };
   uint16_t k[CACHE], v[CACHE], q[QUERIES];
@@ -59,7 +84,8 @@ static int check_attention(int tiles, uint16_t *out) {
 /* Nonzero if a product by vectors is not the sum that it should be, in one of the dtypes. */
 int quire_check_vectors(void) {
   float out[CHECK_ROWS * CHECK_N];
-  return check_product(F32, TILES_NONE, out) || check_product(BF16, TILES_NONE, out) || check_product(F16, TILES_NONE, out);
+  return check_product(F32, TILES_NONE, out) || check_product(BF16, TILES_NONE, out) ||
+         check_product(F16, TILES_NONE, out) || check_codes(4) || check_codes(8);
 }
 
 /* 0: a product and an attention by this kind of tiles have the bits of those in plain C. 1: they are close to them.

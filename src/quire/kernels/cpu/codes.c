@@ -1,11 +1,13 @@
 /* Products with matrices of integer codes of 4 or 8 bits: kernels/codes.py says what they mean.
  *
- * The columns of a group are taken in pieces of at most PIECE_COLUMNS. In a piece, a row of x is rounded to integers times one
- * scale (of 16 bits: the rounding is smaller than that of x to bfloat16, relative to the piece's largest element).
- * A sum of integers times codes is below 2^31 and exact, so that its order is free: a kernel may depend on the
- * number of rows, and on the processor. Only the sums of pieces are rounded, and their order is fixed:
+ * The columns are taken in pieces of at most PIECE_COLUMNS: whole groups, or parts of one. In a piece, a row of x is
+ * rounded to integers times one scale (of 16 bits: the rounding is smaller than that of x to bfloat16, relative to
+ * the piece's largest element). A piece has segments, each of one group. A segment's sum of codes times integers is
+ * below 2^31 and exact, so that its order is free: a kernel may depend on the number of rows, and on the processor.
+ * Only the sums of segments and pieces are rounded, and their order is fixed:
  *
- *   y = fma(minimum, x_scale * sum_x, fma(sum(code * x) - zero * sum_x, scale * x_scale, y))
+ *   of a segment   piece = fma(minimum, sum_x, fma(sum(code * x) - zero * sum_x, scale, piece))
+ *   of a piece     y = fma(piece, x_scale, y)
  *
  * Panels are [panels][K / 4][PANEL][4] bytes, the operand of vpdpbusd. With 4 bits, a byte has column k + i of 8 in its
  * low half and k + 4 + i in its high half: [panels][K / 8][PANEL][4]. K is padded to a multiple of 8.
@@ -15,8 +17,9 @@
 #define PIECE_COLUMNS 256 /* 255 * X16 * PIECE_COLUMNS is below 2^31 */
 #define X16 32512      /* of 16 bits: so that the upper byte of the nearest multiple of 256 fits */
 #define X8 127
-#define CODE_ROWS 3    /* times LANES times two accumulators */
-#define UNPACK_BLOCKS 3 /* blocks of rows from which on a piece of 4-bit codes is unpacked once for all */
+#define CODE_ROWS 3    /* the most in a block; with two accumulators each, one less */
+#define SEGMENTS (PIECE_COLUMNS / 8)
+#define UNPACK_ROWS 5  /* from which on a piece of 4-bit codes is unpacked once for all */
 
 /* HAVE_BYTES: an instruction multiplies bytes without a sign by bytes with one and adds four products. A 16-bit x is
  * then two bytes, in two planes, and else two planes of pairs: even and odd columns. */
@@ -51,12 +54,11 @@ INLINE vi dot_words(vi acc, vu codes, int32_t pair) {
 }
 #endif
 
-/* The products of a vector of four codes with four columns of a row of x. With bytes of 16 bits, acc[0] counts 256
- * times; `fold` adds the two. */
+/* The products of a vector of four codes with four columns of a row of x. */
 INLINE void dot_codes(vi acc[2], vu codes, const int32_t *const x[2], int64_t index, const int bits) {
 #if HAVE_BYTES
   acc[0] = DOT_BYTES(acc[0], codes, x[0][index]);
-  if (bits == 16) acc[1] = DOT_BYTES(acc[1], codes, x[1][index]);
+  if (bits == 16) acc[1] = DOT_BYTES(acc[1], codes, x[1][index]); /* the upper bytes */
 #else
   acc[0] = dot_words(acc[0], codes & 0x00ff00ffu, x[0][index]);
   acc[0] = dot_words(acc[0], (codes >> 8) & 0x00ff00ffu, x[1][index]);
@@ -101,115 +103,170 @@ static void unpack_piece(const uint8_t *panel, int64_t eighths, const code_info 
 
 /* ---- scales ---- */
 
-typedef struct { /* of one group and panel */
-  float scales[PANEL], minima[PANEL];
-  int32_t zeros[PANEL];
-} group_scales;
+typedef struct { /* of the segments of one piece of a panel */
+  float scales[SEGMENTS][PANEL], minima[SEGMENTS][PANEL];
+  int32_t zeros[SEGMENTS][PANEL];
+} piece_scales;
 
-INLINE float widened(const void *from, int64_t index, int type) {
-  if (type == SCALE_F32) return ((const float *)from)[index];
-  if (type == SCALE_INT8) return ((const int8_t *)from)[index];
-  return vload_n((const uint16_t *)from + index, 1, type == SCALE_BF16 ? BF16 : F16)[0];
+INLINE vi vload_bytes(const void *p) { /* without a sign */
+#if VW == 16
+  return (vi)_mm512_cvtepu8_epi32(_mm_loadu_si128(p));
+#else
+  uint8_t bytes[VW];
+  memcpy(bytes, p, sizeof bytes);
+  vi r = {0};
+  for (int i = 0; i < VW; i++) r[i] = bytes[i];
+  return r;
+#endif
 }
 
-/* count: of floats, from `index` on; a multiple of VW. */
-INLINE void widen(const void *from, int64_t index, int type, int64_t count, float *to) {
-  if (type == SCALE_INT8) {
-    for (int64_t i = 0; i < count; i++) to[i] = (float)((const int8_t *)from)[index + i];
-    return;
-  }
+INLINE vf vload_scales(const void *from, int64_t index, const int type) {
+  if (type == SCALE_INT8) return __builtin_convertvector((vload_bytes((const int8_t *)from + index) ^ 128) - 128, vf);
   const int dt = type == SCALE_F32 ? F32 : type == SCALE_BF16 ? BF16 : F16;
-  for (int64_t i = 0; i < count; i += VW) FOR_DTYPE(dt, vstore(to + i, vload(at(from, index + i, dt), dt), F32));
+  return vload(at(from, index, dt), dt);
 }
 
-/* Rows [row, row + count) of a panel. */
-static void load_scales(const linear_weight *w, int64_t panel, int64_t group, int64_t row, int64_t count,
-                        group_scales *out) {
+/* Of groups [group, group + segments), rows [row, row + count) of a panel; count is a multiple of VW. */
+INLINE void load_scales_of(const linear_weight *w, int64_t panel, int64_t group, int segments, int64_t row,
+                           const int count, piece_scales *out, const int type) {
   const code_info *info = w->codes;
   const int64_t groups = (w->k + info->group - 1) / info->group;
-  const int64_t index = (panel * groups + group) * PANEL + row;
-  widen(info->scales, index, info->scale_type, count, out->scales);
-  if (info->offset_type == OFFSET_ZERO)
-    for (int64_t i = 0; i < count; i++) out->zeros[i] = ((const uint8_t *)info->offsets)[index + i];
-  if (info->offset_type == OFFSET_MINIMUM && !info->super_groups)
-    widen(info->offsets, index, info->scale_type, count, out->minima);
-  if (!info->super_groups) return;
-  const int64_t supers = (groups + info->super_groups - 1) / info->super_groups;
-  const int64_t above = (panel * supers + group / info->super_groups) * PANEL + row;
-  float super[PANEL];
-  widen(info->super_scales, above, SCALE_F16, count, super);
-  for (int64_t i = 0; i < count; i++) out->scales[i] *= super[i];
-  if (info->offset_type != OFFSET_MINIMUM) return;
-  widen(info->super_minima, above, SCALE_F16, count, super);
-  for (int64_t i = 0; i < count; i++) out->minima[i] = -super[i] * (float)((const uint8_t *)info->offsets)[index + i];
+  const int64_t supers = type == SCALE_INT8 ? (groups + info->super_groups - 1) / info->super_groups : 0;
+  const char *offsets = info->offsets;
+  for (int i = 0; i < count; i += VW) {
+    int64_t above = -1;
+    vf super_scale = vset(1.0f), super_minimum = vset(-1.0f);
+    for (int s = 0; s < segments; s++) {
+      const int64_t index = (panel * groups + group + s) * PANEL + row + i;
+      vf scale = vload_scales(info->scales, index, type), minimum = vset(0.0f);
+      if (type == SCALE_INT8) {
+        if (above != (group + s) / info->super_groups) {
+          above = (group + s) / info->super_groups;
+          const int64_t super = (panel * supers + above) * PANEL + row + i;
+          super_scale = vload_scales(info->super_scales, super, SCALE_F16);
+          if (info->super_minima) super_minimum = -vload_scales(info->super_minima, super, SCALE_F16);
+        }
+        scale *= super_scale;
+      }
+      vstore(&out->scales[s][i], scale, F32);
+      if (info->offset_type == OFFSET_ZERO) {
+        const vi zeros = vload_bytes(offsets + index);
+        memcpy(&out->zeros[s][i], &zeros, sizeof zeros);
+      } else if (info->offset_type == OFFSET_MINIMUM) {
+        if (type == SCALE_INT8)
+          minimum = __builtin_convertvector(vload_bytes(offsets + index), vf) * super_minimum;
+        else
+          minimum = vload_scales(offsets, index, type);
+        vstore(&out->minima[s][i], minimum, F32);
+      }
+    }
+  }
+}
+
+INLINE void load_scales(const linear_weight *w, int64_t panel, int64_t group, int segments, int64_t row,
+                        const int count, piece_scales *out) {
+  switch (w->codes->scale_type) {
+    case SCALE_F32: load_scales_of(w, panel, group, segments, row, count, out, SCALE_F32); break;
+    case SCALE_BF16: load_scales_of(w, panel, group, segments, row, count, out, SCALE_BF16); break;
+    case SCALE_F16: load_scales_of(w, panel, group, segments, row, count, out, SCALE_F16); break;
+    default: load_scales_of(w, panel, group, segments, row, count, out, SCALE_INT8);
+  }
 }
 
 /* ---- products ---- */
 
+typedef struct {
+  int64_t column, columns;  /* of the matrix */
+  int64_t index, segment;   /* its own and its first segment's, among those of a row of x */
+  int segments, per_segment; /* per_segment: columns, except of the last one */
+} piece_range;
+
+/* The piece after `p`; the first one if p is zeros. False at the end. */
+INLINE int next_piece(const linear_weight *w, piece_range *p) {
+  const int64_t group = w->codes->group;
+  if (p->columns) p->index++;
+  p->column += p->columns;
+  p->segment += p->segments;
+  if (p->column >= w->k) return 0;
+  const int64_t most = group < PIECE_COLUMNS ? PIECE_COLUMNS / group * group
+                                             : min64(PIECE_COLUMNS, group - p->column % group);
+  p->columns = min64(most, w->k - p->column);
+  p->per_segment = (int)min64(group, PIECE_COLUMNS);
+  p->segments = (int)((p->columns + p->per_segment - 1) / p->per_segment);
+  return 1;
+}
+
 typedef struct { /* one piece of a panel */
+  piece_range range;
   const uint8_t *codes;
-  int64_t eighths;  /* of eight columns; the last one may be padded */
-  int64_t column;   /* in x, its first */
-  int64_t index;    /* among the pieces of a row of x */
-  const group_scales *scales;
+  const piece_scales *scales;
   const code_info *info;
   stream next;
 } code_piece;
 
+/* Exact sums of one segment: acc[r][i][0], plus 256 times acc[r][i][1] with bytes of 16 bits. */
+INLINE void segment_sums(vi acc[CODE_ROWS][LANES][2], const code_piece *p, const int32_t *const x[CODE_ROWS][2], int c,
+                         int64_t begin, int64_t end, const int rows, const int kind, const int bits) {
+  const char *next = p->next.at + begin * p->next.stride;
+  for (int64_t e = begin; e < end; e++, next += p->next.stride) {
+    if (c == 0)
+      for (int64_t b = 0; b < p->next.stride; b += 64) __builtin_prefetch(next + b, 0, 2);
+    UNROLL for (int i = 0; i < LANES; i++) {
+      vu codes[2];
+      load_eight(p->codes, e, c + i * VW, p->info->values, codes, kind);
+      UNROLL for (int half = 0; half < 2; half++) UNROLL for (int r = 0; r < rows; r++)
+        dot_codes(acc[r][i], codes[half], x[r], 2 * e + half, bits);
+    }
+  }
+}
+
 /* sums [rows][PANEL] += the products of `rows` rows of x, from `first` on, with a piece. */
 INLINE void piece_block(const code_piece *p, const coded_input *x, int64_t first, float *sums, const int rows,
                         const int kind, const int bits) {
+  const piece_range *range = &p->range;
+  const int32_t *at_x[CODE_ROWS][2];
+  UNROLL for (int r = 0; r < rows; r++) UNROLL for (int plane = 0; plane < 2; plane++)
+    at_x[r][plane] = x->planes[plane] + (first + r) * x->stride + range->column / 4;
   for (int c = 0; c < PANEL; c += LANES * VW) {
-    vi acc[CODE_ROWS][LANES][2];
-    UNROLL for (int r = 0; r < rows; r++) UNROLL for (int i = 0; i < LANES; i++)
-      acc[r][i][0] = acc[r][i][1] = vset_int(0);
-    const int32_t *at_x[CODE_ROWS][2];
-    UNROLL for (int r = 0; r < rows; r++) UNROLL for (int plane = 0; plane < 2; plane++)
-      at_x[r][plane] = x->planes[plane] + (first + r) * x->stride + p->column / 4;
-    const char *next = p->next.at + c * 4;
-    for (int64_t e = 0; e < p->eighths; e++, next += p->next.stride) {
-      UNROLL for (int b = 0; b < LANES * VW * 4; b += 64) {
-        __builtin_prefetch(next + b, 0, 2);
-        if (kind == EIGHT_BITS) __builtin_prefetch(next + PANEL * 4 + b, 0, 2);
+    vf y[CODE_ROWS][LANES];
+    UNROLL for (int r = 0; r < rows; r++) UNROLL for (int i = 0; i < LANES; i++) y[r][i] = vset(0.0f);
+    for (int s = 0; s < range->segments; s++) {
+      const int64_t begin = s * range->per_segment, end = min64(begin + range->per_segment, range->columns);
+      vi acc[CODE_ROWS][LANES][2];
+      int32_t sum[CODE_ROWS];
+      UNROLL for (int r = 0; r < rows; r++) {
+        sum[r] = x->sums[(first + r) * x->segments + range->segment + s];
+        const vi start = vset_int((int32_t)-((uint32_t)p->info->zero * (uint32_t)sum[r]));
+        UNROLL for (int i = 0; i < LANES; i++) acc[r][i][0] = start, acc[r][i][1] = vset_int(0);
       }
-      UNROLL for (int i = 0; i < LANES; i++) {
-        vu codes[2];
-        load_eight(p->codes, e, c + i * VW, p->info->values, codes, kind);
-        UNROLL for (int half = 0; half < 2; half++) UNROLL for (int r = 0; r < rows; r++)
-          dot_codes(acc[r][i], codes[half], at_x[r], 2 * e + half, bits);
-      }
-    }
-    UNROLL for (int r = 0; r < rows; r++) {
-      const int64_t row = (first + r) * x->pieces + p->index;
-      const float x_scale = x->scales[row];
-      const int32_t sum = x->sums[row];
-      UNROLL for (int i = 0; i < LANES; i++) {
+      segment_sums(acc, p, at_x, c, begin / 8, (end + 7) / 8, rows, kind, bits);
+      UNROLL for (int r = 0; r < rows; r++) UNROLL for (int i = 0; i < LANES; i++) {
         const int at = c + i * VW;
         vu total = (vu)acc[r][i][0];
-        if (HAVE_BYTES && bits == 16) total = (total << 8) + (vu)acc[r][i][1];
+        if (HAVE_BYTES && bits == 16) total += (vu)acc[r][i][1] << 8;
         if (p->info->offset_type == OFFSET_ZERO)
-          total -= vload_codes((const uint8_t *)(p->scales->zeros + at)) * (uint32_t)sum;
-        else
-          total -= (uint32_t)p->info->zero * (uint32_t)sum;
-        const vf scale = vload(p->scales->scales + at, F32) * x_scale;
-        vf y = vfma(__builtin_convertvector((vi)total, vf), scale, vload(sums + r * PANEL + at, F32));
+          total -= vload_codes((const uint8_t *)&p->scales->zeros[s][at]) * (uint32_t)sum[r];
+        y[r][i] = vfma(__builtin_convertvector((vi)total, vf), vload(&p->scales->scales[s][at], F32), y[r][i]);
         if (p->info->offset_type == OFFSET_MINIMUM)
-          y = vfma(vload(p->scales->minima + at, F32), vset(x_scale * (float)sum), y);
-        vstore(sums + r * PANEL + at, y, F32);
+          y[r][i] = vfma(vload(&p->scales->minima[s][at], F32), vset((float)sum[r]), y[r][i]);
       }
+    }
+    UNROLL for (int r = 0; r < rows; r++) UNROLL for (int i = 0; i < LANES; i++) {
+      float *to = sums + r * PANEL + c + i * VW;
+      vstore(to, vfma(y[r][i], vset(x->scales[(first + r) * x->pieces + range->index]), vload(to, F32)), F32);
     }
   }
 }
 
 INLINE void piece_rows(const code_piece *p, const coded_input *x, int64_t begin, int64_t rows, float *sums,
                        const int kind, const int bits) {
-  const int64_t blocks = (rows + CODE_ROWS - 1) / CODE_ROWS;
+  const int64_t most = HAVE_BYTES && bits == 16 ? CODE_ROWS - 1 : CODE_ROWS, blocks = (rows + most - 1) / most;
   code_piece piece = *p;
   for (int64_t b = 0; b < blocks; b++) {
     const int64_t first = rows * b / blocks, count = rows * (b + 1) / blocks - first;
     float *s = sums + first * PANEL;
     if (blocks > 1) { /* each block prefetches a part of the next panel */
-      piece.next.at = p->next.at + b * (p->next.stride * p->eighths / blocks);
+      piece.next.at = p->next.at + b * (p->next.stride * (p->range.columns / 8) / blocks);
       piece.next.stride = p->next.stride / blocks;
     }
     if (count == 1)
@@ -217,15 +274,15 @@ INLINE void piece_rows(const code_piece *p, const coded_input *x, int64_t begin,
     else if (count == 2)
       piece_block(&piece, x, begin + first, s, 2, kind, bits);
     else
-      piece_block(&piece, x, begin + first, s, CODE_ROWS, kind, bits);
+      piece_block(&piece, x, begin + first, s, 3, kind, bits);
   }
 }
 
 /* One instance for each kind and number of bits of x. */
-#define PIECE_ROWS(name, kind, bits)                                                             \
+#define PIECE_ROWS(name, kind, bits)                                                                   \
   static __attribute__((noinline)) void name(const code_piece *p, const coded_input *x, int64_t begin, \
-                                             int64_t rows, float *sums) {                         \
-    piece_rows(p, x, begin, rows, sums, kind, bits);                                              \
+                                             int64_t rows, float *sums) {                              \
+    piece_rows(p, x, begin, rows, sums, kind, bits);                                                   \
   }
 PIECE_ROWS(piece_rows_4_16, FOUR_BITS, 16)
 PIECE_ROWS(piece_rows_4_8, FOUR_BITS, 8)
@@ -248,32 +305,27 @@ static void any_piece(const code_piece *p, const coded_input *x, int64_t begin, 
 static void panel_chunk(const linear_job *job, int64_t begin, int64_t end, int64_t panel, int64_t next_panel) {
   const linear_weight *w = job->w;
   const code_info *info = w->codes;
-  const int64_t eighths = (w->k + 7) / 8, row = PANEL * info->bits; /* row: bytes of eight columns */
-  const uint8_t *base = (const uint8_t *)w->panels + panel * eighths * row;
-  const uint8_t *after = (const uint8_t *)w->panels + next_panel * eighths * row;
-  const int64_t rows = end - begin, blocks = (rows + CODE_ROWS - 1) / CODE_ROWS;
+  const int64_t rows = end - begin, row = PANEL * info->bits, bytes = (w->k + 7) / 8 * row; /* row: of 8 columns */
+  const uint8_t *base = (const uint8_t *)w->panels + panel * bytes, *after = (const uint8_t *)w->panels + next_panel * bytes;
   const int stored = info->bits == 8 ? EIGHT_BITS : info->has_values ? FOUR_BITS_VALUES : FOUR_BITS;
   uint8_t unpacked[PIECE_COLUMNS * PANEL];
   float sums[ROW_CHUNK * PANEL];
   memset(sums, 0, (size_t)rows * PANEL * sizeof *sums);
-  group_scales scales;
-  int64_t index = 0;
-  for (int64_t group = 0, start = 0; start < w->k; group++, start += info->group) {
-    const int64_t stop = min64(start + info->group, w->k);
-    load_scales(w, panel, group, 0, PANEL, &scales);
-    for (int64_t column = start; column < stop; column += PIECE_COLUMNS, index++) {
-      code_piece piece = {.codes = base + column / 8 * row, .column = column, .index = index, .scales = &scales,
-                          .eighths = (min64(stop - column, PIECE_COLUMNS) + 7) / 8, .info = info};
-      piece.next.at = (const char *)(blocks == 1 ? piece.codes + AHEAD : after + column / 8 * row);
-      piece.next.stride = row;
-      int kind = stored;
-      if (kind != EIGHT_BITS && blocks >= UNPACK_BLOCKS) {
-        unpack_piece(piece.codes, piece.eighths, info, unpacked);
-        piece.codes = unpacked;
-        kind = EIGHT_BITS;
-      }
-      any_piece(&piece, &job->coded, begin, rows, sums, kind);
+  piece_scales scales;
+  code_piece piece = {.scales = &scales, .info = info};
+  while (next_piece(w, &piece.range)) {
+    const piece_range *range = &piece.range;
+    const int64_t offset = range->column / 8 * row;
+    load_scales(w, panel, range->column / info->group, range->segments, 0, PANEL, &scales);
+    piece.codes = base + offset;
+    piece.next = (stream){(const char *)(rows == 1 ? piece.codes + AHEAD : after + offset), row};
+    int kind = stored;
+    if (kind != EIGHT_BITS && rows >= UNPACK_ROWS) {
+      unpack_piece(piece.codes, (range->columns + 7) / 8, info, unpacked);
+      piece.codes = unpacked;
+      kind = EIGHT_BITS;
     }
+    any_piece(&piece, &job->coded, begin, rows, sums, kind);
   }
   finish_panel(job, sums, begin, rows, panel);
 }
@@ -286,9 +338,10 @@ void quire_codes_panel(const linear_job *job, int64_t begin, int64_t end, int64_
 
 /* ---- inputs ---- */
 
-static int64_t num_pieces(const linear_weight *w) {
-  const int64_t group = w->codes->group, last = w->k % group, each = (group + PIECE_COLUMNS - 1) / PIECE_COLUMNS;
-  return w->k / group * each + (last + PIECE_COLUMNS - 1) / PIECE_COLUMNS;
+/* How many pieces and segments a row of x has. */
+static void count_pieces(const linear_weight *w, coded_input *out) {
+  piece_range range = {0};
+  while (next_piece(w, &range)) out->pieces = range.index + 1, out->segments = range.segment + range.segments;
 }
 
 typedef struct {
@@ -304,7 +357,9 @@ INLINE int64_t padded_columns(const linear_weight *w) { return (w->k + 7) / 8 * 
 
 /* Bytes of `quire_code_input`'s memory. */
 size_t quire_coded_bytes(const linear_weight *w, int64_t m) {
-  return (size_t)m * ((size_t)padded_columns(w) * 2 + (size_t)num_pieces(w) * 8 + 128);
+  coded_input counts = {0};
+  count_pieces(w, &counts);
+  return (size_t)m * (size_t)(2 * padded_columns(w) + 4 * (counts.pieces + counts.segments));
 }
 
 /* The largest magnitude; infinite or NaN if one is. */
@@ -333,10 +388,10 @@ INLINE int32_t code_columns(const float *x, int64_t count, float inverse, char *
     const vi q = (vi)shifted - 0x4b400000;
     sum += (vu)q;
 #if HAVE_BYTES
-    const vi low = (vi)((vu)q << 24) >> 24, high = bits == 16 ? (q - low) >> 8 : q;
+    const vi low = bits == 16 ? (vi)((vu)q << 24) >> 24 : q, high = (q - low) >> 8;
     const vbytes planes[2] = {__builtin_convertvector(high, vbytes), __builtin_convertvector(low, vbytes)};
-    memcpy(first + i, &planes[0], (size_t)rest);
-    memcpy(second + i, &planes[1], (size_t)rest);
+    memcpy(first + i, &planes[1], (size_t)rest);
+    memcpy(second + i, &planes[0], (size_t)rest);
 #else
     int16_t words[VW], planes[2][VW / 2];
     const vwords all = __builtin_convertvector(q, vwords);
@@ -354,27 +409,26 @@ INLINE int32_t code_columns(const float *x, int64_t count, float inverse, char *
 /* One row of x. wide: its floats in the order of columns, zeros at the end. */
 static void code_row(const input_job *j, int64_t row, const float *wide) {
   const linear_weight *w = j->w;
-  const int64_t group = w->codes->group, padded = padded_columns(w);
   const coded_input *out = j->out;
   char *first = (char *)(out->planes[0] + row * out->stride), *second = (char *)(out->planes[1] + row * out->stride);
+  float *scales = (float *)out->scales + row * out->pieces;
+  int32_t *sums = (int32_t *)out->sums + row * out->segments;
   const int bits = w->codes->activation_bits;
-  const float most = bits == 16 ? X16 : X8, all = bits == 16 ? 0.0f : largest(wide, padded);
-  int64_t piece = row * out->pieces;
-  for (int64_t start = 0; start < w->k; start += group)
-    for (int64_t column = start; column < min64(start + group, w->k); column += PIECE_COLUMNS, piece++) {
-      const int64_t end = (min64(min64(column + PIECE_COLUMNS, start + group), w->k) + 7) / 8 * 8;
-      const float magnitude = bits == 16 ? largest(wide + column, end - column) : all;
-      const int is_finite = magnitude <= 3.4028234e38f;
-      const float inverse = is_finite && magnitude > 1e-30f ? most / magnitude : 0.0f;
-      ((float *)out->scales)[piece] = is_finite ? magnitude / most : NAN; /* and so is the result */
-      const int64_t count = end - column;
-      char *to = first + column, *below = second + column;
-      int32_t *sum = (int32_t *)out->sums + piece;
+  const float most = bits == 16 ? X16 : X8, all = bits == 16 ? 0.0f : largest(wide, padded_columns(w));
+  for (piece_range p = {0}; next_piece(w, &p);) {
+    const float magnitude = bits == 16 ? largest(wide + p.column, p.columns) : all;
+    const int is_finite = magnitude <= 3.4028234e38f;
+    const float inverse = is_finite && magnitude > 1e-30f ? most / magnitude : 0.0f;
+    scales[p.index] = is_finite ? magnitude / most : NAN; /* and so is the result */
+    for (int s = 0; s < p.segments; s++) {
+      const int64_t begin = p.column + s * p.per_segment;
+      const int64_t count = (min64(p.per_segment, p.column + p.columns - begin) + 7) / 8 * 8;
       if (bits == 16)
-        *sum = code_columns(wide + column, count, inverse, to, below, 16);
+        sums[p.segment + s] = code_columns(wide + begin, count, inverse, first + begin, second + begin, 16);
       else
-        *sum = code_columns(wide + column, count, inverse, to, below, 8);
+        sums[p.segment + s] = code_columns(wide + begin, count, inverse, first + begin, second + begin, 8);
     }
+  }
 }
 
 static void code_rows(void *context, int64_t unit) {
@@ -398,9 +452,11 @@ static void code_rows(void *context, int64_t unit) {
 /* x: [m, k], row stride given. memory: of quire_coded_bytes(w, m). */
 void quire_code_input(const linear_weight *w, const void *x, int64_t x_stride, int64_t m, int threads,
                       void *memory, coded_input *coded) {
-  const int64_t words = padded_columns(w) / 4, pieces = num_pieces(w);
-  int32_t *first = memory, *second = first + m * words, *sums = second + m * words;
-  *coded = (coded_input){{first, second}, sums, (const float *)(sums + m * pieces), words, pieces};
+  *coded = (coded_input){.stride = padded_columns(w) / 4};
+  count_pieces(w, coded);
+  int32_t *planes = memory, *sums = planes + 2 * m * coded->stride;
+  coded->planes[0] = planes, coded->planes[1] = planes + m * coded->stride;
+  coded->sums = sums, coded->scales = (const float *)(sums + m * coded->segments);
   input_job job = {w, x, x_stride, m, coded};
   quire_run(code_rows, &job, (m + CODED_ROWS - 1) / CODED_ROWS, m * w->k > SMALL_WORK ? threads : 1);
 }
@@ -422,48 +478,100 @@ INLINE int32_t code_at(const linear_weight *w, int64_t row, int64_t column) {
 void quire_codes_row(const linear_weight *w, int64_t row, void *out) {
   const code_info *info = w->codes;
   const int64_t begin = row % PANEL / VW * VW, lane = row % PANEL - begin;
-  group_scales s;
+  piece_scales scales;
   for (int64_t group = 0, start = 0; start < w->k; group++, start += info->group) {
-    load_scales(w, row / PANEL, group, begin, VW, &s);
-    const int32_t zero = info->offset_type == OFFSET_ZERO ? s.zeros[lane] : info->zero;
+    load_scales(w, row / PANEL, group, 1, begin, VW, &scales);
+    const int32_t zero = info->offset_type == OFFSET_ZERO ? scales.zeros[0][lane] : info->zero;
     for (int64_t column = start; column < min64(start + info->group, w->k); column++) {
       const int32_t code = code_at(w, row, column);
-      float value = s.scales[lane] * (info->float8 ? quire_float8_value((uint8_t)code) : (float)(code - zero));
-      if (info->offset_type == OFFSET_MINIMUM) value += s.minima[lane];
+      const float number = info->float8 ? quire_float8_value((uint8_t)code) : (float)(code - zero);
+      float value = scales.scales[0][lane] * number;
+      if (info->offset_type == OFFSET_MINIMUM) value += scales.minima[0][lane];
       const int64_t input = info->order ? info->order[column] : column;
       FOR_DTYPE(w->dtype, vstore_n(at_mut(out, input, dt), vset(value), 1, dt));
     }
   }
 }
 
+/* Eight columns of a row of a panel of float8. */
+INLINE void pack_eight_floats(const uint8_t eight[8], uint8_t *to, int64_t row) {
+  for (int i = 0; i < 8; i += 2) memcpy(to + quire_float8_place(row, i), eight + i, 2);
+}
+
+/* Eight columns of a row, as they lie in a panel: two words, or with 4 bits one. */
+INLINE void pack_eight(const uint8_t eight[8], uint8_t *to, const int bits) {
+  uint32_t first, second;
+  memcpy(&first, eight, 4), memcpy(&second, eight + 4, 4);
+  if (bits == 4) {
+    first |= second << 4;
+  } else {
+    memcpy(to + PANEL * 4, &second, 4);
+  }
+  memcpy(to, &first, 4);
+}
+
+/* Four columns of four rows, in the order of float8.c. */
+INLINE vu pair_columns(vu x) {
+  typedef uint16_t halves __attribute__((vector_size(VW * 4)));
+  halves order, out;
+  for (int i = 0; i < VW * 2; i++) order[i] = (uint16_t)(i / 8 * 8 + i % 4 * 2 + i / 4 % 2);
+#if defined(__clang__)
+  for (int i = 0; i < VW * 2; i++) out[i] = ((halves)x)[order[i]];
+#else
+  out = __builtin_shuffle((halves)x, order);
+#endif
+  return (vu)out;
+}
+
+/* Eight columns of VW rows. */
+INLINE void pack_vectors(const uint8_t *from, int64_t row_stride, int64_t column_stride, uint8_t *to, const int bits,
+                         const int float8) {
+  vu words[2] = {{0}, {0}};
+  if (row_stride == 1) {
+    UNROLL for (int i = 0; i < 8; i++) words[i / 4] |= (vu)vload_bytes(from + i * column_stride) << (i % 4 * 8);
+  } else {
+    for (int r = 0; r < VW; r++) {
+      uint32_t pair[2];
+      memcpy(pair, from + r * row_stride, 8);
+      words[0][r] = pair[0], words[1][r] = pair[1];
+    }
+  }
+  if (bits == 4) words[0] |= words[1] << 4;
+  if (float8) words[0] = pair_columns(words[0]), words[1] = pair_columns(words[1]);
+  memcpy(to, &words[0], sizeof(vu));
+  if (bits == 8) memcpy(to + PANEL * 4, &words[1], sizeof(vu));
+}
+
 /* Places codes of rows [row, row + rows) and columns from `column` on, a multiple of 8. Strides in bytes. 0. */
 int quire_pack_codes(const linear_weight *w, const uint8_t *codes, int64_t row_stride, int64_t column_stride,
                      int64_t row, int64_t column, int64_t rows, int64_t columns) {
-  const int64_t eighths = (w->k + 7) / 8, bits = w->codes->bits;
-  for (int64_t r = 0; r < rows; r++) {
+  const int64_t eighths = (w->k + 7) / 8, bits = w->codes->bits, step = PANEL * bits;
+  const int float8 = w->codes->float8;
+  for (int64_t r = 0, count; r < rows; r += count) {
     const int64_t in = (row + r) % PANEL;
-    uint8_t *panel = (uint8_t *)w->panels + ((row + r) / PANEL * eighths + column / 8) * PANEL * bits + in * 4;
+    const int by_vectors = in % VW == 0 && rows - r >= VW && (row_stride == 1 || column_stride == 1);
+    count = by_vectors ? VW : 1;
+    uint8_t *to = (uint8_t *)w->panels + ((row + r) / PANEL * eighths + column / 8) * step + in * 4;
     const uint8_t *from = codes + r * row_stride;
-    for (int64_t c = 0; c < columns; c += 8, panel += PANEL * bits) {
-      uint8_t eight[8] = {0};
-      const int64_t count = min64(columns - c, 8);
-      if (column_stride == 1 && count == 8)
-        memcpy(eight, from + c, 8);
-      else
-        for (int64_t i = 0; i < count; i++) eight[i] = from[(c + i) * column_stride];
-      if (w->codes->float8) {
-        uint8_t *to = panel - in * 4;
-        for (int i = 0; i < 8; i += 2) memcpy(to + quire_float8_place(in, i), eight + i, 2);
-      } else if (bits == 8) {
-        memcpy(panel, eight, 4);
-        memcpy(panel + PANEL * 4, eight + 4, 4);
-      } else {
-        uint32_t low, high;
-        memcpy(&low, eight, 4), memcpy(&high, eight + 4, 4);
-        low |= high << 4;
-        memcpy(panel, &low, 4);
+    int64_t c = 0;
+    if (by_vectors)
+      for (; c + 8 <= columns; c += 8, to += step) {
+        if (bits == 4)
+          pack_vectors(from + c * column_stride, row_stride, column_stride, to, 4, 0);
+        else if (float8)
+          pack_vectors(from + c * column_stride, row_stride, column_stride, to, 8, 1);
+        else
+          pack_vectors(from + c * column_stride, row_stride, column_stride, to, 8, 0);
       }
-    }
+    for (; c < columns; c += 8, to += step)
+      for (int64_t i = 0; i < count; i++) {
+        uint8_t eight[8] = {0};
+        for (int64_t j = 0; j < min64(columns - c, 8); j++) eight[j] = from[i * row_stride + (c + j) * column_stride];
+        if (float8)
+          pack_eight_floats(eight, to - in * 4, in + i);
+        else
+          pack_eight(eight, to + i * 4, (int)bits);
+      }
   }
   return 0;
 }

@@ -121,6 +121,7 @@ typedef struct { /* mirrored by AttentionArgs in library.py; strides in elements
   void *out; /* [tokens, q_heads, head_dim], dense */
   int64_t q_stride, table_stride, requests, tokens, q_heads, kv_heads, head_dim;
   int64_t block_size, num_blocks, window; /* window 0: unbounded */
+  const float *k_scales, *v_scales; /* [kv_heads]: the cache holds floats of 8 bits over these; NULL: dtype */
   float scale, softcap;
   int32_t dtype, threads, tiles; /* enum tiles; only for bfloat16 and whole tiles of head_dim */
 } attention_args;
@@ -140,6 +141,7 @@ typedef struct { /* mirrored by QKVArgs in library.py; strides in elements */
   const int64_t *positions, *slots;
   const float *cos_sin;         /* [max_position, 2 * half] */
   const void *q_norm, *k_norm;  /* [head_dim] each, or NULL: no norm */
+  const float *k_scales, *v_scales; /* as in attention_args */
   void *k_cache, *v_cache;
   int64_t qkv_stride, tokens, q_heads, kv_heads, head_dim, half, max_position;
   int64_t block_size, num_blocks;

@@ -42,6 +42,23 @@ INLINE void store_kv(const qkv_args *a, const void *k, const void *v, int64_t he
   }
 }
 
+/* store_kv as floats of 8 bits. keys: [n / 2, block_size, 2]; values: [block_size / 2, n, 2]. */
+INLINE void store_f8(const qkv_args *a, const void *k, const void *v, int64_t head, int64_t slot, const int dt) {
+  const int64_t block = slot / a->block_size, offset = slot % a->block_size, n = a->head_dim;
+  const int64_t first = (block * a->kv_heads + head) * n * a->block_size;
+  uint8_t *keys = (uint8_t *)a->k_cache + first + 2 * offset;
+  uint8_t *values = (uint8_t *)a->v_cache + first + offset / 2 * 2 * n + offset % 2;
+  const float k_inverse = 1.0f / a->k_scales[head], v_inverse = 1.0f / a->v_scales[head];
+  for (int64_t d = 0; d < n; d += VW) {
+    const vh k8 = vf8_from_float(vload_upto(at(k, d, dt), n - d, dt) * k_inverse);
+    const vh v8 = vf8_from_float(vload_upto(at(v, d, dt), n - d, dt) * v_inverse);
+    for (int64_t i = 0; i < min64(n - d, VW); i++) {
+      keys[(d + i) / 2 * 2 * a->block_size + (d + i) % 2] = (uint8_t)k8[i];
+      values[2 * (d + i)] = (uint8_t)v8[i];
+    }
+  }
+}
+
 /* store_kv in bfloat16 of two tokens, in this even slot and the next: whole pairs of their values. */
 INLINE void store_two(const qkv_args *a, const void *const k[2], const void *const v[2], int64_t head,
                       int64_t slot) {
@@ -87,7 +104,7 @@ INLINE void write_chunk(const qkv_args *a, int64_t head, int64_t begin, int64_t 
   const void *const k[2] = {keys[0], keys[1]};
   for (int64_t t = begin, count; t < end; t += count) {
     const int64_t slot = a->slots[t];
-    const int two = dt == BF16 && slot >= 0 && slot % 2 == 0 && t + 1 < end && a->slots[t + 1] == slot + 1;
+    const int two = dt == BF16 && !a->k_scales && slot >= 0 && slot % 2 == 0 && t + 1 < end && a->slots[t + 1] == slot + 1;
     count = 1 + two;
     const void *v[2] = {NULL, NULL};
     for (int64_t i = 0; i < count; i++) {
@@ -96,6 +113,8 @@ INLINE void write_chunk(const qkv_args *a, int64_t head, int64_t begin, int64_t 
     }
     if (two)
       store_two(a, k, v, head, slot);
+    else if (slot >= 0 && a->k_scales)
+      store_f8(a, k[0], v[0], head, slot, dt);
     else if (slot >= 0)
       store_kv(a, k[0], v[0], head, slot, dt);
   }

@@ -6,6 +6,7 @@ import torch
 
 from quire.errors import ConfigError
 from quire.kernels.base import KVCacheShapes
+from quire.kernels.checks import pack_of
 
 device = torch.device("cpu")
 
@@ -13,7 +14,7 @@ device = torch.device("cpu")
 def kv_cache_shapes(
     *, num_blocks: int, num_kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype
 ) -> KVCacheShapes:
-    """With p = 2 in bfloat16, else 1:
+    """With p = 2 in bfloat16 and float8, else 1:
 
     k: [num_blocks, num_kv_heads, head_dim / p, block_size, p]
     v: [num_blocks, num_kv_heads, block_size / p, head_dim, p]
@@ -24,13 +25,13 @@ def kv_cache_shapes(
     pairs of bfloat16 in one instruction (AVX512_BF16 VDPBF16PS, Arm BFDOT). The layout depends on
     the dtype alone, so that every CPU implementation on every machine reads the same.
 
-    Raises `ConfigError` for an odd head_dim in bfloat16. block_size is even.
+    Raises `ConfigError` for an odd head_dim in these. block_size is even.
     """
-    pack = 2 if dtype is torch.bfloat16 else 1
+    pack = pack_of(dtype)
     if head_dim % pack:
         raise ConfigError(
-            f"head_dim={head_dim} is odd, which the bfloat16 KV cache cannot hold; "
-            "use dtype='float32' or 'float16'"
+            f"head_dim={head_dim} is odd, which a KV cache in bfloat16 or fp8 cannot hold; "
+            "use dtype='float32' or 'float16', and kv_cache_dtype='auto'"
         )
     return KVCacheShapes(
         k=(num_blocks, num_kv_heads, head_dim // pack, block_size, pack),

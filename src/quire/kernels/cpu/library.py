@@ -54,6 +54,7 @@ class AttentionArgs(ctypes.Structure):
         *((name, c_int64) for name in ("q_stride", "table_stride", "requests", "tokens")),
         *((name, c_int64) for name in ("q_heads", "kv_heads", "head_dim")),
         *((name, c_int64) for name in ("block_size", "num_blocks", "window")),
+        *((name, c_void_p) for name in ("k_scales", "v_scales")),
         *((name, c_float) for name in ("scale", "softcap")),
         *((name, c_int32) for name in ("dtype", "threads", "tiles")),
     ]
@@ -64,7 +65,8 @@ class QKVArgs(ctypes.Structure):
 
     _fields_ = [
         *((name, c_void_p) for name in ("qkv", "positions", "slots", "cos_sin")),
-        *((name, c_void_p) for name in ("q_norm", "k_norm", "k_cache", "v_cache")),
+        *((name, c_void_p) for name in ("q_norm", "k_norm", "k_scales", "v_scales")),
+        *((name, c_void_p) for name in ("k_cache", "v_cache")),
         *((name, c_int64) for name in ("qkv_stride", "tokens", "q_heads", "kv_heads")),
         *((name, c_int64) for name in ("head_dim", "half", "max_position")),
         *((name, c_int64) for name in ("block_size", "num_blocks")),

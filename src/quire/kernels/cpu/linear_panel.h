@@ -43,11 +43,11 @@ INLINE vu lookup(vu codes, const uint8_t *values) {
 typedef struct linear_job linear_job;
 typedef void (*panel_task)(const linear_job *, int64_t begin, int64_t end, int64_t panel, int64_t next_panel);
 
-typedef struct { /* rows of x as integers (codes.c), piece by piece of the columns */
+typedef struct { /* rows of x as integers (codes.c) */
   const int32_t *planes[2]; /* [m][stride]: four columns in two words */
-  const int32_t *sums;      /* [m][pieces] of the integers */
+  const int32_t *sums;      /* [m][segments], of the integers */
   const float *scales;      /* [m][pieces]: an element is an integer times its piece's scale */
-  int64_t stride, pieces;
+  int64_t stride, pieces, segments;
 } coded_input;
 
 struct linear_job { /* one matrix of a stack */

@@ -32,8 +32,14 @@ from quire.kernels.cpu.linear import dense_product
 from quire.kernels.cpu.program import NativeProgram, can_run
 from quire.kernels.cpu.tiles import choose_tiles
 from quire.kernels.ops import Activation
-from quire.kernels.program import Program
+from quire.kernels.program import CachePart, Program
 from quire.kernels.sampling import SampledTokens
+
+
+def _scales(kv_scales: tuple[Tensor, Tensor] | None) -> dict[str, int]:
+    """Fields of AttentionArgs and QKVArgs."""
+    names = ("k_scales", "v_scales")
+    return {name: each.data_ptr() for name, each in zip(names, kv_scales or (), strict=False)}
 
 
 def _fail(message: str) -> NoReturn:
@@ -105,9 +111,10 @@ class NativeKernels:
         eps: float = 0.0,
         kv_scales: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        geometry = checks.check_caches(k_cache, v_cache, kv_scales)
+        geometry = checks.check_caches(k_cache, v_cache)
+        checks.check_scales(k_cache, qkv.dtype, kv_scales)
         q_heads = checks.check_rope_write_kv(
-            qkv, positions, cos_sin, geometry, k_cache.dtype, slot_mapping, (q_norm, k_norm)
+            qkv, positions, cos_sin, geometry, slot_mapping, (q_norm, k_norm)
         )
         norm = q_norm if k_norm is None else k_norm
         args = QKVArgs(
@@ -117,6 +124,7 @@ class NativeKernels:
             cos_sin=cos_sin.data_ptr(),
             q_norm=None if q_norm is None else q_norm.data_ptr(),
             k_norm=None if k_norm is None else k_norm.data_ptr(),
+            **_scales(kv_scales),
             norm_dtype=DTYPES[qkv.dtype if norm is None else norm.dtype],
             k_cache=k_cache.data_ptr(),
             v_cache=v_cache.data_ptr(),
@@ -172,8 +180,9 @@ class NativeKernels:
         kv_scales: tuple[Tensor, Tensor] | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
-        geometry = checks.check_caches(k_cache, v_cache, kv_scales)
-        checks.check_attention(q, geometry, k_cache.dtype, block_table, query_start_loc, seq_lens)
+        geometry = checks.check_caches(k_cache, v_cache)
+        checks.check_scales(k_cache, q.dtype, kv_scales)
+        checks.check_attention(q, geometry, block_table, query_start_loc, seq_lens)
         if out is None:
             out = torch.zeros_like(q, memory_format=torch.contiguous_format)
         checks.check_dense("out", out, q.dtype, q.shape)
@@ -195,6 +204,7 @@ class NativeKernels:
             block_size=geometry.block_size,
             num_blocks=geometry.num_blocks,
             window=window,
+            **_scales(kv_scales),
             scale=scale,
             softcap=softcap,
             dtype=DTYPES[q.dtype],
@@ -220,9 +230,7 @@ class NativeKernels:
         )
         return out
 
-    def compile(
-        self, program: Program, caches: Sequence[tuple[Tensor, Tensor]]
-    ) -> NativeProgram | None:
+    def compile(self, program: Program, caches: Sequence[CachePart]) -> NativeProgram | None:
         return NativeProgram(program, caches) if can_run(program) else None
 
     def add(self, x: Tensor, residual: Tensor, *, scale: float = 1.0) -> None:

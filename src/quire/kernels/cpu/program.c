@@ -37,6 +37,7 @@ typedef struct { /* mirrored by _Op in program.py */
 typedef struct { /* mirrored by _Layer in program.py */
   void *k_cache, *v_cache;
   const void *q_norm, *k_norm; /* [head_dim] each, or NULL */
+  const float *k_scales, *v_scales; /* as in attention_args */
   const float *cos_sin;        /* [max_position, 2 * half] */
   int64_t q_heads, kv_heads, head_dim, half, window;
   int64_t group; /* whose block tables it uses */
@@ -235,7 +236,7 @@ static int rope_write(const run *r, const program_op *op) {
   a.cos_sin = l->cos_sin, a.half = l->half;
   a.q_norm = l->q_norm, a.k_norm = l->k_norm, a.eps = l->eps;
   a.norm_dtype = l->norm_dtype;
-  a.k_cache = l->k_cache, a.v_cache = l->v_cache;
+  a.k_cache = l->k_cache, a.v_cache = l->v_cache, a.k_scales = l->k_scales, a.v_scales = l->v_scales;
   a.q_heads = l->q_heads, a.kv_heads = l->kv_heads, a.head_dim = l->head_dim;
   return quire_rope_write_kv_unchecked(&a);
 }
@@ -245,7 +246,7 @@ static int attend(const run *r, const program_op *op) {
   attention_args a = attention_of(r, l->group);
   a.q = buffer(r, op->source), a.q_stride = r->p->widths[op->source];
   a.out = buffer(r, op->target);
-  a.k_cache = l->k_cache, a.v_cache = l->v_cache;
+  a.k_cache = l->k_cache, a.v_cache = l->v_cache, a.k_scales = l->k_scales, a.v_scales = l->v_scales;
   a.q_heads = l->q_heads, a.kv_heads = l->kv_heads, a.head_dim = l->head_dim;
   a.window = l->window, a.scale = l->scale, a.softcap = l->softcap;
   return quire_attention_unchecked(&a);

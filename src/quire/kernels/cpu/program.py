@@ -21,7 +21,7 @@ from quire.kernels.cpu.library import ACTIVATIONS, DTYPES, load_library
 from quire.kernels.cpu.linear import CProduct
 from quire.kernels.cpu.tiles import choose_tiles
 from quire.kernels.ops import AttentionLayer, NormWeight
-from quire.kernels.program import Code, Op, Program, StepRows
+from quire.kernels.program import CachePart, Code, Op, Program, StepRows
 
 
 class _Op(ctypes.Structure):
@@ -39,7 +39,8 @@ class _Layer(ctypes.Structure):
     """Mirrors attention_layer in program.c."""
 
     _fields_ = [
-        *((name, c_void_p) for name in ("k_cache", "v_cache", "q_norm", "k_norm", "cos_sin")),
+        *((name, c_void_p) for name in ("k_cache", "v_cache", "q_norm", "k_norm")),
+        *((name, c_void_p) for name in ("k_scales", "v_scales", "cos_sin")),
         *((name, c_int64) for name in ("q_heads", "kv_heads", "head_dim", "half", "window")),
         ("group", c_int64),
         *((name, c_float) for name in ("scale", "softcap", "eps")),
@@ -88,8 +89,8 @@ class NativeProgram:
     """A program for one model's weights and one cache. Keeps their tensors, so that the addresses stay
     valid."""
 
-    def __init__(self, program: Program, caches: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """caches: keys and values of each part of a block. Raises `KernelArgumentError` if a tensor is not
+    def __init__(self, program: Program, caches: Sequence[CachePart]) -> None:
+        """caches: each part of a block. Raises `KernelArgumentError` if a tensor is not
         what the C code would read."""
         self._lib = load_library()
         self._program = program
@@ -239,10 +240,13 @@ class NativeProgram:
         return struct
 
     def _layer(self, layer: AttentionLayer) -> _Layer:
-        k_cache, v_cache = self._caches[layer.part]
+        cache = self._caches[layer.part]
+        k_scales, v_scales = cache.scales or (None, None)
         return _Layer(
-            k_cache=k_cache.data_ptr(),
-            v_cache=v_cache.data_ptr(),
+            k_cache=cache.k.data_ptr(),
+            v_cache=cache.v.data_ptr(),
+            k_scales=None if k_scales is None else k_scales.data_ptr(),
+            v_scales=None if v_scales is None else v_scales.data_ptr(),
             q_norm=None if layer.q_norm is None else layer.q_norm.weight.data_ptr(),
             k_norm=None if layer.k_norm is None else layer.k_norm.weight.data_ptr(),
             cos_sin=layer.cos_sin.data_ptr(),
@@ -264,12 +268,11 @@ class NativeProgram:
 
     def _check_layers(self, layers: Sequence[AttentionLayer]) -> checks.CacheGeometry:
         """All layers' caches have one geometry, and their other tensors the shapes that follow from it."""
-        dtype = self._program.dtype
-        geometry = checks.check_caches(*self._caches[0])
+        geometry = checks.check_caches(self._caches[0].k, self._caches[0].v)
         for layer in layers:
-            k_cache, v_cache = self._caches[layer.part]
-            same = checks.check_caches(k_cache, v_cache) == geometry and k_cache.dtype is dtype
-            require(same, "the layers' caches differ")
+            cache = self._caches[layer.part]
+            require(checks.check_caches(cache.k, cache.v) == geometry, "the layers' caches differ")
+            checks.check_scales(cache.k, self._program.dtype, cache.scales)
             heads = (layer.num_kv_heads, layer.head_dim)
             require(heads == (geometry.num_kv_heads, geometry.head_dim), f"a cache for {heads}")
             rows, columns = layer.cos_sin.shape

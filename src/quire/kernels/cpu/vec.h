@@ -48,6 +48,8 @@ enum dtype { F32 = 0, BF16 = 1, F16 = 2 };
 #define HAVE_DOT 0
 #endif
 
+#define ROUNDING 12582912.0f /* 1.5 * 2^23: adding it rounds to an integer */
+
 INLINE size_t elem_size(const int dt) { return dt == F32 ? 4 : 2; }
 INLINE const void *at(const void *base, int64_t index, const int dt) {
   return (const char *)base + index * (int64_t)elem_size(dt);
@@ -216,6 +218,36 @@ INLINE vh vbf16_from_float(vf x) {
 #endif
 }
 
+/* ---- floats of 8 bits: E4M3 without infinities (Micikevicius et al. 2022, section 3) ---- */
+
+/* 1/256 of the code in the high byte of each lane: as a half, its exponent is less by 8. A NaN becomes a number. */
+INLINE vf vf8_over_256(vh codes) { return vfloat_from_half((codes & 0x8000) | ((codes >> 1) & 0x3f80)); }
+
+/* The upper bits of the bytes that are NaN. */
+INLINE vh vf8_nan(vh codes) { return ((codes & 0x7f7f) + 0x0101) & 0x8080; }
+
+/* codes: in the low bytes; the others are zero. */
+INLINE vf vfloat_from_f8(vh codes) {
+  const vf x = vf8_over_256(codes << 8) * 256.0f;
+  return vselect((vi)(vwiden(vf8_nan(codes)) != 0), vset(NAN), x);
+}
+
+/* Rounded to nearest even, and at most 448. */
+INLINE vh vf8_from_float(vf x) {
+  const vu u = (vu)x, sign = (u >> 24) & 0x80;
+  const vf magnitude = (vf)(u & 0x7fffffffu);
+  const vf clipped = vselect((vi)(magnitude > 448.0f), vset(448.0f), magnitude);
+  const vu bits = (vu)clipped, normal = ((bits + 0x7ffffu + ((bits >> 20) & 1u)) >> 20) - (120u << 3);
+  const vu small = (vu)(clipped * 512.0f + ROUNDING) - 0x4b400000u; /* in units of the smallest */
+  vu code = (vu)vselect((vi)(clipped < 0.015625f), (vf)small, (vf)normal);
+  code = (vu)vselect((vi)(magnitude != magnitude), (vf)((vu){0} + 0x7fu), (vf)code);
+#if VW == 16
+  return (vh)_mm512_cvtepi32_epi16((__m512i)(code | sign));
+#else
+  return __builtin_convertvector(code | sign, vh);
+#endif
+}
+
 /* ---- loads and stores, any alignment ---- */
 
 INLINE vf vload(const void *p, const int dt) {
@@ -300,7 +332,6 @@ INLINE vf vround(vf x, const int dt) {
 
 #define LOG2E 1.44269504088896340736f
 #define LOG2E_LOW 1.92596299e-8f /* log2(e) = LOG2E + LOG2E_LOW to 48 bits */
-#define ROUNDING 12582912.0f     /* 1.5 * 2^23: adding it rounds to an integer */
 
 /* 2^(n + f), where shifted = n + ROUNDING and f in [-1/2, 1/2]: minimax of (2^f - 1) / f. */
 INLINE vf vexp2_split(vf shifted, vf f) {

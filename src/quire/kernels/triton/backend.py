@@ -12,7 +12,7 @@ from quire.kernels.base import KVCacheShapes
 from quire.kernels.checks import require
 from quire.kernels.codes import CodeFormat
 from quire.kernels.ops import Activation
-from quire.kernels.program import Program
+from quire.kernels.program import CachePart, Program
 from quire.kernels.triton import attention, layers
 from quire.kernels.triton.codes import DequantizedCodes, Stack
 from quire.kernels.triton.matmul import matmul
@@ -192,7 +192,7 @@ class TritonKernels:
         require(logits.dtype is dtype, f"logits are {logits.dtype}, the model's dtype is {dtype}")
         layers.finish_logits(logits, divisor=divisor, cap=cap)
 
-    def compile(self, program: Program, caches: Sequence[tuple[Tensor, Tensor]]) -> None:
+    def compile(self, program: Program, caches: Sequence[CachePart]) -> None:
         return None
 
 
