@@ -74,25 +74,6 @@ INLINE vu vload_codes(const uint8_t *p) {
   return r;
 }
 
-/* Each byte, below 16, replaced by its value. */
-INLINE vu lookup(vu codes, const uint8_t *values) {
-#if VW == 16 && defined(__AVX512BW__)
-  const __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)values));
-  return (vu)_mm512_shuffle_epi8(table, (__m512i)codes);
-#elif VW == 8 && defined(__AVX2__)
-  const __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)values));
-  return (vu)_mm256_shuffle_epi8(table, (__m256i)codes);
-#elif defined(__aarch64__)
-  return (vu)vqtbl1q_u8(vld1q_u8(values), (uint8x16_t)codes);
-#else
-  uint8_t bytes[VW * 4];
-  memcpy(bytes, &codes, sizeof bytes);
-  for (int i = 0; i < VW * 4; i++) bytes[i] = values[bytes[i]];
-  memcpy(&codes, bytes, sizeof bytes);
-  return codes;
-#endif
-}
-
 enum code_kind { FOUR_BITS, FOUR_BITS_VALUES, EIGHT_BITS };
 
 /* Eight columns of VW rows: the first four and the last four. */
@@ -470,11 +451,7 @@ static void panel_chunk(const linear_job *job, int64_t begin, int64_t end, int64
     }
     any_piece(&piece, &job->coded, begin + done, rows - done, sums + done * PANEL, kind);
   }
-  const int ot = job->epilogue == LINEAR_FLOAT ? F32 : w->dtype;
-  const int64_t first = panel * PANEL, n = min64(w->n - first, PANEL);
-  const void *bias = w->bias ? at(w->bias, first, w->dtype) : NULL;
-  void *out = at_mut(job->out, begin * job->out_stride + first, ot);
-  FOR_DTYPE(w->dtype, finish(job, sums, bias, out, rows, n, dt));
+  finish_panel(job, sums, begin, rows, panel);
 }
 
 /* Rows [begin, end) of x times one panel. */
@@ -619,6 +596,7 @@ INLINE int32_t code_at(const linear_weight *w, int64_t row, int64_t column) {
   const code_info *info = w->codes;
   const int64_t eighths = (w->k + 7) / 8, in = row % PANEL;
   const uint8_t *panel = (const uint8_t *)w->panels + row / PANEL * eighths * PANEL * info->bits;
+  if (info->float8) return panel[quire_float8_place(in, column)];
   if (info->bits == 8) return panel[(column / 4 * PANEL + in) * 4 + column % 4];
   const int code = panel[(column / 8 * PANEL + in) * 4 + column % 4] >> (column % 8 / 4 * 4) & 15;
   return info->has_values ? info->values[code] : code;
@@ -633,12 +611,19 @@ void quire_codes_row(const linear_weight *w, int64_t row, void *out) {
     load_scales(w, row / PANEL, group, 1, begin, VW, &scales);
     const int32_t zero = info->offset_type == OFFSET_ZERO ? scales.zeros[0][lane] : info->zero;
     for (int64_t column = start; column < min64(start + info->group, w->k); column++) {
-      float value = scales.scales[0][lane] * (float)(code_at(w, row, column) - zero);
+      const int32_t code = code_at(w, row, column);
+      const float number = info->float8 ? quire_float8_value((uint8_t)code) : (float)(code - zero);
+      float value = scales.scales[0][lane] * number;
       if (info->offset_type == OFFSET_MINIMUM) value += scales.minima[0][lane];
       const int64_t input = info->order ? info->order[column] : column;
       FOR_DTYPE(w->dtype, vstore_n(at_mut(out, input, dt), vset(value), 1, dt));
     }
   }
+}
+
+/* Eight columns of a row of a panel of float8. */
+INLINE void pack_eight_floats(const uint8_t eight[8], uint8_t *to, int64_t row) {
+  for (int i = 0; i < 8; i += 2) memcpy(to + quire_float8_place(row, i), eight + i, 2);
 }
 
 /* Eight columns of a row, as they lie in a panel: two words, or with 4 bits one. */
@@ -653,8 +638,22 @@ INLINE void pack_eight(const uint8_t eight[8], uint8_t *to, const int bits) {
   memcpy(to, &first, 4);
 }
 
+/* Four columns of four rows, in the order of float8.c. */
+INLINE vu pair_columns(vu x) {
+  typedef uint16_t halves __attribute__((vector_size(VW * 4)));
+  halves order, out;
+  for (int i = 0; i < VW * 2; i++) order[i] = (uint16_t)(i / 8 * 8 + i % 4 * 2 + i / 4 % 2);
+#if defined(__clang__)
+  for (int i = 0; i < VW * 2; i++) out[i] = ((halves)x)[order[i]];
+#else
+  out = __builtin_shuffle((halves)x, order);
+#endif
+  return (vu)out;
+}
+
 /* Eight columns of VW rows. */
-INLINE void pack_vectors(const uint8_t *from, int64_t row_stride, int64_t column_stride, uint8_t *to, const int bits) {
+INLINE void pack_vectors(const uint8_t *from, int64_t row_stride, int64_t column_stride, uint8_t *to, const int bits,
+                         const int float8) {
   vu words[2] = {{0}, {0}};
   if (row_stride == 1) {
     UNROLL for (int i = 0; i < 8; i++) words[i / 4] |= (vu)vload_bytes(from + i * column_stride) << (i % 4 * 8);
@@ -666,6 +665,7 @@ INLINE void pack_vectors(const uint8_t *from, int64_t row_stride, int64_t column
     }
   }
   if (bits == 4) words[0] |= words[1] << 4;
+  if (float8) words[0] = pair_columns(words[0]), words[1] = pair_columns(words[1]);
   memcpy(to, &words[0], sizeof(vu));
   if (bits == 8) memcpy(to + PANEL * 4, &words[1], sizeof(vu));
 }
@@ -674,6 +674,7 @@ INLINE void pack_vectors(const uint8_t *from, int64_t row_stride, int64_t column
 int quire_pack_codes(const linear_weight *w, const uint8_t *codes, int64_t row_stride, int64_t column_stride,
                      int64_t row, int64_t column, int64_t rows, int64_t columns) {
   const int64_t eighths = (w->k + 7) / 8, bits = w->codes->bits, step = PANEL * bits;
+  const int float8 = w->codes->float8;
   for (int64_t r = 0, count; r < rows; r += count) {
     const int64_t in = (row + r) % PANEL;
     const int by_vectors = in % VW == 0 && rows - r >= VW && (row_stride == 1 || column_stride == 1);
@@ -684,15 +685,20 @@ int quire_pack_codes(const linear_weight *w, const uint8_t *codes, int64_t row_s
     if (by_vectors)
       for (; c + 8 <= columns; c += 8, to += step) {
         if (bits == 4)
-          pack_vectors(from + c * column_stride, row_stride, column_stride, to, 4);
+          pack_vectors(from + c * column_stride, row_stride, column_stride, to, 4, 0);
+        else if (float8)
+          pack_vectors(from + c * column_stride, row_stride, column_stride, to, 8, 1);
         else
-          pack_vectors(from + c * column_stride, row_stride, column_stride, to, 8);
+          pack_vectors(from + c * column_stride, row_stride, column_stride, to, 8, 0);
       }
     for (; c < columns; c += 8, to += step)
       for (int64_t i = 0; i < count; i++) {
         uint8_t eight[8] = {0};
         for (int64_t j = 0; j < min64(columns - c, 8); j++) eight[j] = from[i * row_stride + (c + j) * column_stride];
-        pack_eight(eight, to + i * 4, (int)bits);
+        if (float8)
+          pack_eight_floats(eight, to - in * 4, in + i);
+        else
+          pack_eight(eight, to + i * 4, (int)bits);
       }
   }
   return 0;
