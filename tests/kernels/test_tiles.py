@@ -82,7 +82,7 @@ def test_amx_has_the_bits_of_plain_c(tmp_path: Path) -> None:
         ("tiles.h", "{16, 16, 16, 16, 16, 16, 16, 8}", "{16, 16, 16, 16, 16, 16, 16, 16}"),
         ("tiles.c", '"tilerelease" ::', '"" ::'),
         ("tiles.h", "case 1: DOT(a, b, 1)", "case 1: DOT(a, b, 2)"),
-        ("linear.c", "tile_load(t, 7, b + 64, PANEL_ROW", "tile_load(t, 7, b, PANEL_ROW"),
+        ("linear_tiles.h", "tile_load(t, 7, b + 64, PANEL_ROW", "tile_load(t, 7, b, PANEL_ROW"),
         ("attention_by_tiles.h", "together &= finite | alike", "together &= 1"),
     ],
 )
