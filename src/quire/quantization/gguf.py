@@ -127,22 +127,23 @@ class GgufMatrix:
 
 class GgufReader:
     def __init__(self, kind: str, name: str, product: CodesProduct) -> None:
-        from quire.quantization.gguf_blocks import unpack
+        from quire.quantization.gguf_blocks import PACKED, read_scales
 
-        self._unpack = unpack
+        self._packed = PACKED[kind]
+        self._read_scales = read_scales
         self._kind = kind
         self._name = name
         self._product = product
 
     def load(self, suffix: str, first: int, rows: torch.Tensor) -> None:
-        codes, scales = self._unpack(self._kind, rows.unflatten(1, (-1, BLOCKS[self._kind].bytes)))
+        scales = self._read_scales(self._kind, rows)
         for each in (scales.scale, scales.offset, scales.super_scale, scales.super_minimum):
             if each is not None and each.is_floating_point() and not each.isfinite().all():
                 raise CheckpointError(
                     f"tensor {self._name}.weight has a scale that is infinite or not a number, in rows "
                     f"{first} to {first + len(rows) - 1}; the file is damaged: download it again"
                 )
-        self._product.fill_codes(first, 0, codes)
+        self._product.fill_packed(first, self._packed, rows)
         self._product.fill_scales(first, scales)
 
     def finish(self) -> None:
