@@ -47,7 +47,9 @@ class Worker:
         assert self.runner is not None, "load() first"
         self._cache_size = (num_blocks, max_model_len)
         with self.platform.active():
-            self.runner.open_cache(self.platform.cache(num_blocks), max_model_len)
+            cache = self.platform.cache(num_blocks)
+            self.runner.model.give_scales(cache)
+            self.runner.open_cache(cache, max_model_len)
 
     def execute(self, plan: StepPlan) -> RunningStep | FinishedStep:
         assert self.runner is not None, "the worker is closed"
