@@ -19,6 +19,7 @@ from quire.engine.setup import resolve
 from quire.errors import CheckpointError, ConfigError, ModelError, UnsupportedModelError
 from quire.kernels.base import Kernels
 from quire.kernels.select import create_kernels
+from quire.layers.kv_scales import give_scales
 from quire.models.decoder import DecoderModel
 from quire.models.loader import load_model
 from quire.models.registry import resolve_spec
@@ -272,7 +273,7 @@ def test_scales_reach_a_cache_in_fp8(
         cache = KVCache(
             num_parts=2, num_blocks=2, num_kv_heads=2, head_dim=16, block_size=16, dtype=dtype
         )
-        model.give_scales(cache)
+        give_scales(cache, model.kv_scales, model.spec.kv.places())
         scales = [part.scales and [each.tolist() for each in part.scales] for part in cache.parts]
         ours = [[[1.0] * 2] * 2, [[scale] * 2 for scale in expected]]
         assert scales == (ours if dtype is torch.float8_e4m3fn else [None, None])

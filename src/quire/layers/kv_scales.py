@@ -9,6 +9,7 @@ import torch
 
 from quire.attention.base import KVCache
 from quire.errors import CheckpointError
+from quire.kv_layout import KVPlace
 from quire.layers.parameter import WeightTarget
 from quire.quantization.stored import Entry
 
@@ -50,11 +51,11 @@ class KVScales:
             kept[:] = scales
 
 
-def give_scales(layers: Sequence[tuple[int, KVScales]], cache: KVCache) -> None:
-    """Set a cache's scales. layers: with each one's part of the cache. Of layers that share a part (those
-    of several groups) the largest counts: a scale above its own costs a layer precision, not range."""
+def give_scales(cache: KVCache, layers: Sequence[KVScales], places: Mapping[int, KVPlace]) -> None:
+    """Set a cache's scales. Of layers that share a part of it (those of several groups) the largest counts: a
+    scale above its own costs a layer precision, not range."""
     for number, part in enumerate(cache.parts):
-        sharing = [scales for other, scales in layers if other == number]
+        sharing = [scales for i, scales in enumerate(layers) if places[i].part == number]
         for name, given in zip("kv", part.scales or (), strict=False):
             if sharing:
                 given.copy_(torch.stack([scales.tensors[name] for scales in sharing]).amax(0))

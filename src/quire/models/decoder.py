@@ -24,7 +24,6 @@ from quire.kv_layout import KVPlace
 from quire.layers.attention import Attention
 from quire.layers.eager import EagerOps, compute_logits
 from quire.layers.embedding import Embedding
-from quire.layers.kv_scales import KVScales, give_scales
 from quire.layers.linear import Linear
 from quire.layers.mlp import Mlp
 from quire.layers.norm import RMSNorm
@@ -85,6 +84,7 @@ class DecoderLayer:
             kernels=kernels,
             method=model.quantization,
         )
+        self.kv_scales = self._attention.kv_scales
         self._mlp = Mlp(
             spec.mlp,
             f"{prefix}.mlp",
@@ -108,10 +108,6 @@ class DecoderLayer:
         ):
             if norm is not None:
                 yield from norm.targets()
-
-    @property
-    def kv_scales(self) -> KVScales:
-        return self._attention.kv_scales
 
     def bind(self) -> None:
         self._attention.bind()
@@ -174,6 +170,7 @@ class DecoderModel:
             )
             for index, layer in enumerate(spec.layers)
         ]
+        self.kv_scales = [layer.kv_scales for layer in self._layers]
         self._norm = RMSNorm(
             "model.norm",
             size=spec.hidden_size,
@@ -221,12 +218,6 @@ class DecoderModel:
         self._embedded: LinearProduct | torch.Tensor = self._head.product
         if embedding is not None:
             self._embedded = embedding.bind() if isinstance(embedding, Linear) else embedding.weight
-
-    def give_scales(self, cache: KVCache) -> None:
-        """Set the scales of a cache in FP8 to the checkpoint's."""
-        places = self.spec.kv.places()
-        scales = [(places[index].part, layer.kv_scales) for index, layer in enumerate(self._layers)]
-        give_scales(scales, cache)
 
     def forward(self, ops: Ops[Buf]) -> Buf:
         """Hidden states after the final norm of the wanted tokens. Writes this step's keys and values to

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from quire.config import EngineConfig
+from quire.layers.kv_scales import give_scales
 from quire.messages import StepPlan
 from quire.models.decoder import DecoderModel
 from quire.models.loader import load_model
@@ -48,7 +49,8 @@ class Worker:
         self._cache_size = (num_blocks, max_model_len)
         with self.platform.active():
             cache = self.platform.cache(num_blocks)
-            self.runner.model.give_scales(cache)
+            model = self.runner.model
+            give_scales(cache, model.kv_scales, model.spec.kv.places())
             self.runner.open_cache(cache, max_model_len)
 
     def execute(self, plan: StepPlan) -> RunningStep | FinishedStep:
