@@ -1,4 +1,5 @@
-"""Runner of OpenVINO GenAI: its continuous-batching pipeline on the converted checkpoint."""
+"""Runner of OpenVINO GenAI: its continuous-batching pipeline on the converted checkpoint. Option
+`weights=int8`: on the one of that kind."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ class OpenVINO:
             "dynamic_split_fuse": True,
             "enable_prefix_caching": False,
         }
-        folder = args.models / f"{args.model.name}-openvino"
+        weights = args.value("weights")
+        folder = args.models / f"{args.model.name}-openvino{f'-{weights}' if weights else ''}"
         self.pipeline = genai.ContinuousBatchingPipeline(str(folder), scheduler, "CPU", properties)
 
     def generate(self, requests: Sequence[Request]) -> Timing:
