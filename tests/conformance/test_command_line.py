@@ -14,6 +14,7 @@ from quire.errors import ConfigError
 OURS = {info.name: info for info in [*engine_options(), *server_options()]}
 
 WORKS = """
+-q awq --quantization fp8
 some/model --model=m --served-model-name a b
 --host ::1 --port 8001 --uds /tmp/s --api-key k1 k2 --root-path /llm
 --allowed-origins ["https://a"] --allowed-methods ["GET"] --allowed-headers ["*"] --allow-credentials
@@ -57,7 +58,7 @@ WARNS = """
 
 REFUSED = """
 --middleware a.b --skip-tokenizer-init --tensor-parallel-size 2 -tp 2 -pp 2 -dp=2 --enable-expert-parallel
---distributed-executor-backend ray -q awq --quantization fp8 --enable-lora --lora-modules n=p m=q
+--distributed-executor-backend ray --enable-lora --lora-modules n=p m=q
 --speculative-config {"method":"ngram"} --spec-method ngram --spec-model d --spec-tokens 3
 --kv-transfer-config {"kv_connector":"X"} --kv-offloading-size 4 --cpu-offload-gb 2.5
 --structured-outputs-config {"disable_any_whitespace":true} --task classify --convert classify

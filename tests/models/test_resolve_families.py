@@ -191,7 +191,7 @@ REFUSED: list[tuple[str, dict[str, object], str]] = [
     ("gemma3", {"rope_parameters": {"full_attention": {"rope_type": "x"}}},
      "rope_parameters.full_attention.rope_type is 'x'"),
     ("multimodal", {"audio_config": {}}, "audio_config"),
-    ("multimodal", {"quantization_config": {"quant_method": "awq"}}, "quantization_config.*awq"),
+    ("multimodal", {"quantization_config": {"quant_method": "hqq"}}, "quantization_config.*hqq"),
     ("multimodal", {"text_config": {"model_type": "gemma4_text"}}, "model_type is 'gemma4_text'"),
     ("olmo2", {"clip_qkv": 8.0}, "clip_qkv is 8.0"),
     ("olmo3", {"sliding_window": None}, "layer_types.*needs sliding_window"),

@@ -257,7 +257,7 @@ BAD_FIELDS: list[tuple[dict[str, object], str]] = [
     ({"architectures": ["LlamaForCausalLM", "X"]}, "architectures.*exactly one"),
     ({"model_type": "mixtral"}, "model_type.*'mixtral'.*'llama'"),
     ({"hidden_act": "gelu"}, "hidden_act.*'gelu'.*silu"),
-    ({"quantization_config": {"quant_method": "awq"}}, "quantization_config.*awq.*unquantized"),
+    ({"quantization_config": {"quant_method": "hqq"}}, "quantization_config.*hqq.*unquantized"),
     ({"num_local_experts": 8}, "num_local_experts.*8.*experts"),
     ({"hidden_size": None}, "hidden_size is missing.*--hf-overrides"),
     ({"hidden_size": 0}, "hidden_size is 0"),

@@ -28,6 +28,13 @@ class ModelConfig:
         "Type of weights and activations. auto: the checkpoint's own; float32 stays float32.",
         choices=("auto", *FLOAT_SPELLINGS),
     )
+    quantization: str | None = option(
+        None,
+        "For an unquantized checkpoint: int8, int4 or fp8_per_channel rounds its matrices as they are "
+        "loaded. For a quantized one: the format that it must have (awq, gptq, fp8, ...). Default: as the "
+        "checkpoint is.",
+        aliases=("-q",),
+    )
     max_model_len: int | None = option(
         None,
         "Most tokens of prompt and output together: 4096, 4k, 4K; -1 or auto fits it to memory. "

@@ -33,7 +33,6 @@ def _idle(why: str, default: object = None, *short: str) -> Foreign:
 
 _ONE_DEVICE = "one device serves a model; start one server per device, behind a balancer"
 _TEXT_ONLY = "models read text only"
-_FLOATS = "give a checkpoint in plain floats"
 _NO_ADAPTERS = "adapters are not served; merge them into the checkpoint"
 _NO_DRAFTS = "there is no speculative decoding yet"
 _KV_STAYS = "KV stays where it is computed"
@@ -60,8 +59,7 @@ FOREIGN: dict[str, Foreign] = {
     "model_loader_extra_config": Foreign("safetensors need no settings", {}),
     "ignore_patterns": _idle("only safetensors and what describes them are fetched", ()),
     "use_tqdm_on_load": _idle("loading shows no bar", True),
-    "quantization": Foreign(_FLOATS + "; quantized ones are not read yet", short=("-q",)),
-    "quantization_config": Foreign(_FLOATS, None, ({},)),
+    "quantization_config": Foreign("see --quantization", None, ({},)),
     "pooler_config": Foreign("say pooling per request, or with PoolingParams", None, ({},)),
     "logits_processors": Foreign(
         "see logit_bias, allowed_token_ids and bad_words of SamplingParams", ()

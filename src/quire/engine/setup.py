@@ -21,8 +21,10 @@ from quire.engine.generation_config import (
 )
 from quire.engine.gpu import choose_device
 from quire.errors import CheckpointError, ConfigError
+from quire.models.fields import QUANTIZATION_FIELDS
 from quire.models.registry import resolve_spec, text_config
 from quire.models.spec import ModelSpec
+from quire.quantization import choose_method
 from quire.structured.base import DEFAULT_LIMITS, Limits
 from quire.weights.resolve import resolve_model, resolve_tokenizer
 from quire.weights.source import FILES, ModelSource, TensorInfo, open_source
@@ -124,7 +126,7 @@ def resolve(config: EngineConfig) -> ResolvedModel:
     directory = Path(model.model)
     source = open_source(directory)
     hf_config = text_config(source.config() | model.hf_overrides)
-    spec, stored_dtype = _as_stored(resolve_spec(hf_config), model, source)
+    spec, stored_dtype = _as_stored(_resolve_spec(hf_config, model), model, source)
     dtype = stored_dtype if model.dtype == "auto" else FLOAT_SPELLINGS[model.dtype]
     generation = read_generation_config(model, source)
     default_sampling, warnings = sampling_defaults(model, generation)
@@ -195,6 +197,20 @@ def serve_model(config: EngineConfig, resolved: ResolvedModel) -> ServedModel:
         root=str(resolved.model_dir),
         grammars=Limits(config.structured.max_grammar_bytes, config.structured.json_whitespace),
     )
+
+
+def _resolve_spec(hf_config: Mapping[str, object], model: ModelConfig) -> ModelSpec:
+    """As the checkpoint and `--quantization` say it."""
+    found = [(name, hf_config[name]) for name in QUANTIZATION_FIELDS if hf_config.get(name)]
+    quantization: Mapping[str, object] = {}
+    for name, config in found[:1]:
+        if isinstance(config, dict):
+            hidden = {"tensors"} if model.load_format == "dummy" else set()
+            quantization = {key: value for key, value in config.items() if key not in hidden}
+            hf_config = {**hf_config, name: quantization}
+    spec = resolve_spec(hf_config)
+    method = choose_method(model.quantization, quantization, spec.quantization)
+    return dataclasses.replace(spec, quantization=method)
 
 
 def _as_stored(spec: ModelSpec, model: ModelConfig, source: ModelSource) -> tuple[ModelSpec, str]:

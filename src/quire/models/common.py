@@ -23,7 +23,6 @@ from quire.models.rope_config import DEFAULT_THETA, FULL, SLIDING, RopeDefaults,
 from quire.models.spec import LayerSpec, ModelSpec, Placement
 from quire.quantization import read_method
 from quire.quantization.base import LinearMethod
-from quire.quantization.unquantized import UNQUANTIZED
 
 if TYPE_CHECKING:
     from quire.kernels.ops import Activation
@@ -253,20 +252,8 @@ def _read_dtype(reader: ConfigReader) -> str | None:
 
 
 def _read_quantization(reader: ConfigReader) -> LinearMethod:
-    for field in QUANTIZATION_FIELDS:
-        config = reader.mapping(field)
-        if not config:
-            continue
-        method = read_method(config)
-        if method is None:
-            raise unsupported(
-                field,
-                config,
-                rule="weights of this quant_method are not supported",
-                remedy="use the model's unquantized checkpoint",
-            )
-        return method
-    return UNQUANTIZED
+    configs = [reader.mapping(field) for field in QUANTIZATION_FIELDS]
+    return read_method(next(filter(None, configs), {}))
 
 
 def _reject_other_models(reader: ConfigReader, model_type: str, activation: Activation) -> None:

@@ -5,8 +5,10 @@ It lives here and not in `quire.weights` because models may import weights and n
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
+from collections import Counter
 from typing import Literal
 
 import torch
@@ -17,6 +19,8 @@ from quire.errors import ConfigError
 from quire.kernels.base import LayerKernels
 from quire.models.decoder import DecoderModel
 from quire.models.spec import ModelSpec
+from quire.quantization.matrix import QuantizedMethod
+from quire.quantization.unquantized import UNQUANTIZED
 from quire.weights.load import load_random_weights, load_weights
 from quire.weights.names import HEAD
 from quire.weights.source import ModelSource
@@ -76,4 +80,21 @@ def load_model(
         spec.num_parameters() / 1e6,
         seconds,
     )
+    if isinstance(spec.quantization, QuantizedMethod):
+        logger.info("%s", _describe(spec, spec.quantization, dtype))
     return model
+
+
+def _describe(spec: ModelSpec, method: QuantizedMethod, dtype: torch.dtype) -> str:
+    """ "196 of 197 linears int4 g128, 0.61 GB (bfloat16 2.20)" """
+    formats = [method.format_of(part.name) for linear in spec.linears() for part in linear.parts]
+    labels = Counter("" if form is None else form.label for form in formats)
+    kinds = [
+        f"{count} of {len(formats)} linears {label}"
+        for label, count in labels.most_common()
+        if label
+    ]
+    plain = dataclasses.replace(spec, quantization=UNQUANTIZED)
+    held, full = (each.weight_bytes(dtype.itemsize) / 1e9 for each in (spec, plain))
+    kind = str(dtype).removeprefix("torch.")
+    return f"{', '.join(kinds) or 'no linear quantized'}, {held:.2f} GB ({kind} {full:.2f})"

@@ -50,6 +50,7 @@ def load_weights(
     tensors = map_names(checkpoint.tensors, {*wanted, *tied.values()})
     for name, other in tied.items():
         _tie(checkpoint, tensors, name, other)
+    _drop_zero_biases(checkpoint, tensors, wanted)
     _check(wanted, tensors)
     infos = [tensors[name] for name in wanted]
     total = sum(info.num_bytes for info in infos)
@@ -87,7 +88,8 @@ def _random(target: WeightTarget, *, dtype: torch.dtype, seed: int) -> torch.Ten
     if stored is None:  # bytes of a format's own, which may hold scales: random ones might be NaN
         return torch.zeros(target.shape, dtype=torch.uint8)
     if not stored.is_floating_point:
-        largest = torch.iinfo(stored).max
+        # A byte may be an exponent: half of them are too large.
+        largest = 127 if stored is torch.uint8 else torch.iinfo(stored).max
         return torch.randint(largest, target.shape, dtype=stored, generator=generator)
     values = torch.empty(target.shape, dtype=dtype).normal_(0.0, DUMMY_STD, generator=generator)
     return values.to(stored)
@@ -121,6 +123,20 @@ def _tie(checkpoint: Checkpoint, tensors: dict[str, TensorInfo], name: str, othe
                 first.name, second.name, second.name,
             )  # fmt: skip
     del tensors[other]
+
+
+def _drop_zero_biases(
+    checkpoint: Checkpoint, tensors: dict[str, TensorInfo], wanted: Mapping[str, object]
+) -> None:
+    """Some tools (AutoGPTQ) write a bias for every matrix."""
+    modules = {name.rpartition(".")[0] for name in wanted}
+    for name, info in list(tensors.items()):
+        module, _, suffix = name.rpartition(".")
+        if suffix == "bias" and name not in wanted and module in modules:
+            data = bytearray(info.num_bytes)
+            checkpoint.read(info, 0, memoryview(data))
+            if not any(data):
+                del tensors[name]
 
 
 def _check(wanted: Mapping[str, list[WeightTarget]], tensors: Mapping[str, TensorInfo]) -> None:

@@ -49,6 +49,13 @@ TOWERS = re.compile(
 them."""
 
 
+TEXT = re.compile(r"(?:^|\.)((?:layers\.\d+|embed_tokens|lm_head)\..+)$")
+KV_SCALES = re.compile(
+    r"\.(self_attn\.|attn\.)?([qkv]_scale|kv_scale|prob_scale|(q_proj|k_proj|v_proj)\.(output_scale|k_scale|v_scale))$"
+)
+"""Of the KV cache and of attention's products, in some quantized checkpoints."""
+
+
 def map_names(tensors: Mapping[str, TensorInfo], wanted: Collection[str]) -> dict[str, TensorInfo]:
     """The file's tensors under the model's names, without those that no model needs.
 
@@ -92,10 +99,21 @@ def map_names(tensors: Mapping[str, TensorInfo], wanted: Collection[str]) -> dic
     return mapped
 
 
+def text_tensors(tensors: Mapping[str, TensorInfo]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Dtypes and shapes of a text model's tensors, under the names in our models."""
+    found = {}
+    for name, info in tensors.items():
+        match = None if TOWERS.search(name) else TEXT.search(name)
+        if match is not None:
+            target = match[1] if match[1].startswith("lm_head.") else TRUNK + match[1]
+            found[target] = (info.dtype, info.shape)
+    return found
+
+
 def _is_buffer(name: str, info: TensorInfo) -> bool:
     if MASKS.search(name):
         return len(info.shape) != 1
-    return BUFFERS.search(name) is not None
+    return BUFFERS.search(name) is not None or KV_SCALES.search(name) is not None
 
 
 def _refuse_adapters(tensors: Collection[str]) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from quire.errors import CheckpointError
 from quire.weights.files import INDEX_FILE, find_files, read_index
+from quire.weights.names import QUANTIZED, text_tensors
 from quire.weights.open_files import OpenFiles, unreadable
 from quire.weights.safetensors_header import HeaderError, read_header
 from quire.weights.source import TensorInfo
@@ -21,6 +22,12 @@ if TYPE_CHECKING:
 
 GENERATION_CONFIG = "generation_config.json"
 
+QUANTIZATION_FILES = {
+    "quantize_config.json": "gptq",
+    "quant_config.json": "awq",
+    "hf_quant_config.json": "modelopt",
+}
+"""Written beside a config.json that says nothing -> quant_method, if the file names none."""
 OPTIONAL_SUFFIXES = ("lm_head.weight", "rotary_emb.inv_freq")
 """An index may name these without a tensor: saving drops a tied head and a buffer, but not always their
 entries."""
@@ -33,7 +40,35 @@ class Source:
         self._path = path
 
     def config(self) -> dict[str, object]:
-        return read_json(self._path / "config.json")
+        """With `quantization_config`, if config.json has it, another tool's file beside it, or if the tensors
+        are quantized. `tensors` in it is what the headers say of the text model's tensors."""
+        config = read_json(self._path / "config.json")
+        inner = config.get("text_config")
+        for field in ("quantization_config", "compression_config"):
+            for holder in (config, inner if isinstance(inner, dict) else {}):
+                if isinstance(quantization := holder.get(field), dict) and quantization:
+                    holder[field] = {**quantization, "tensors": self._tensors()}
+                    return config
+        quantization, tensors = self._quantization_file(), self._tensors()
+        if quantization or any(QUANTIZED.search(name) for name in tensors):
+            config["quantization_config"] = {**quantization, "tensors": tensors}
+        return config
+
+    def _quantization_file(self) -> dict[str, object]:
+        for name, method in QUANTIZATION_FILES.items():
+            if (path := self._path / name).is_file():
+                found = read_json(path)
+                inner = found.get("quantization")
+                return {"quant_method": method, **(inner if isinstance(inner, dict) else found)}
+        return {}
+
+    def _tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Empty if the headers cannot be read, which loading will report."""
+        try:
+            with self.open() as checkpoint:
+                return text_tensors(checkpoint.tensors)
+        except CheckpointError:
+            return {}
 
     def generation_config(self) -> dict[str, object]:
         path = self._path / GENERATION_CONFIG

@@ -96,10 +96,10 @@ static void attend_tile(const plan *p, const unit *u, const tile *t, int64_t key
   const int whole = last.begin <= key && first.end >= key + TILE;
   const row_layout s = {p->width, p->stride};
   const tile_kernels *kernels = &kernels_of[a->dtype];
-  const float factor = p->in_bytes ? p->factor * a->k_scales[u->kv_head + head] : p->factor;
+  const float factor = p->in_bytes ? p->factor * a->k_scales[u->kv_head + head] * 256.0f : p->factor;
   tile wide;
   if (p->in_bytes) {
-    wide = unpack_tile(t, a->head_dim, u->unpacked, next, !p->as_floats);
+    wide = (p->as_floats ? unpack_to_floats : unpack_to_pairs)(t, a->head_dim, u->unpacked, next);
     t = &wide, next = NULL;
     if (p->as_floats) kernels = a->dtype == BF16 ? &widened_kernels : &kernels_of[F32];
   } else if (u->is_widened) {
@@ -264,7 +264,7 @@ static void merge_segment(const plan *p, const unit *u, int64_t segment, float *
 INLINE void write_rows(const plan *p, const unit *u, const float *row, const int dt) {
   const attention_args *a = p->a;
   for (int64_t h = 0; h < u->heads; h++, row += (u->held - u->rows) * p->stride) {
-    const float v_scale = p->in_bytes ? a->v_scales[u->kv_head + h] : 1.0f;
+    const float v_scale = p->in_bytes ? a->v_scales[u->kv_head + h] * 256.0f : 1.0f;
     for (int64_t r = 0; r < u->rows; r++, row += p->stride) {
       float sum[SUM_LANES];
       memcpy(sum, row + p->width, sizeof sum);

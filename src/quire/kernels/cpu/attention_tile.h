@@ -291,49 +291,59 @@ NOINLINE tile widen_tile(const tile *t, int64_t head_dim, float *k, float *v) {
 
 /* ---- keys and values in 8 bits: a tile is unpacked once for all rows ---- */
 
-/* From pairs of bytes to pairs of bfloat16 (in_pairs), or to floats as widen_tile does. spare: 2 * TILE * head_dim
- * floats. k_stride of `t` is in bytes. */
-NOINLINE tile unpack_tile(const tile *t, int64_t head_dim, float *spare, const tile *next, int in_pairs) {
-  const int64_t half = head_dim / 2;
-  float *k = spare, *v = spare + TILE * (in_pairs ? half : head_dim);
-  tile out = {.k_stride = in_pairs ? 2 * TILE : TILE};
+/* Lanes of pairs of bytes as two vectors, or as one of pairs of bfloat16, over 256. Returns which are NaN. */
+INLINE vh unpack_bytes(const void *from, int64_t pairs, float *first, float *second, const int in_pairs,
+                       const int has_nan) {
+  vh both = {0};
+  memcpy(&both, from, (size_t)(pairs < VW ? pairs : VW) * 2);
+  vf x = vf8_over_256(both << 8), y = vf8_over_256(both);
+  if (has_nan) x = vfloat_from_f8(both & 0xff) / 256.0f, y = vfloat_from_f8(both >> 8) / 256.0f;
+  if (in_pairs) {
+    vstore_upto(first, (vf)(((vu)y & 0xffff0000u) | ((vu)x >> 16)), pairs, F32);
+  } else {
+    vstore_upto(first, x, pairs, F32);
+    vstore_upto(second, y, pairs, F32);
+  }
+  return vf8_nan(both);
+}
+
+/* k: [head_dim][TILE] or [head_dim / 2][TILE] pairs; v: [TILE][head_dim] or [TILE / 2][head_dim] pairs. Returns
+ * whether a value is NaN. k_stride of `t` is in bytes. */
+INLINE int unpack_tile(const tile *t, int64_t head_dim, float *k, float *v, const tile *next, const int in_pairs,
+                       const int has_nan) {
+  vh nan = {0};
   for (int s = 0; s < SUBS; s++) {
-    out.k[s] = k + s * SUB;
-    out.v[s] = v + s * SUB * (in_pairs ? half : head_dim);
-    for (int64_t i = 0; i < half; i++) {
-      if (next) __builtin_prefetch((const char *)next->k[s] + i * t->k_stride, 0, 2);
-      for (int c = 0; c < SUB; c += VW) {
-        vh both;
-        memcpy(&both, (const char *)t->k[s] + i * t->k_stride + 2 * c, sizeof both);
-        const vf first = vfloat_from_f8(both & 0xff), second = vfloat_from_f8(both >> 8);
-        const int64_t column = s * SUB + c;
-        if (in_pairs) {
-          vstore(k + i * TILE + column, (vf)(((vu)second & 0xffff0000u) | ((vu)first >> 16)), F32);
-        } else {
-          vstore(k + 2 * i * TILE + column, first, F32);
-          vstore(k + (2 * i + 1) * TILE + column, second, F32);
-        }
-      }
+    for (int64_t i = 0; i < head_dim / 2; i++) {
+      float *to = k + (in_pairs ? i : 2 * i) * TILE + s * SUB;
+      if (next && i % 2 == 0) __builtin_prefetch((const char *)next->k[s] + i * t->k_stride, 0, 2);
+      UNROLL for (int c = 0; c < SUB; c += VW)
+        nan |= unpack_bytes((const char *)t->k[s] + i * t->k_stride + 2 * c, VW, to + c, to + TILE + c, in_pairs, has_nan);
     }
-    for (int64_t j = 0; j < SUB / 2; j++) {
-      const char *from = (const char *)t->v[s] + 2 * j * head_dim;
-      float *to = v + (s * SUB / 2 + j) * (in_pairs ? head_dim : 2 * head_dim);
+    for (int64_t j = s * SUB / 2; j < (s + 1) * SUB / 2; j++) {
+      const int64_t line = 2 * (j - s * SUB / 2) * head_dim;
+      float *to = v + (in_pairs ? j : 2 * j) * head_dim;
       for (int64_t d = 0; d < head_dim; d += VW) {
-        if (next) __builtin_prefetch((const char *)next->v[s] + 2 * (j * head_dim + d), 0, 2);
-        vh both = {0};
-        memcpy(&both, from + 2 * d, (size_t)min64(head_dim - d, VW) * 2);
-        const vf first = vfloat_from_f8(both & 0xff), second = vfloat_from_f8(both >> 8);
-        if (in_pairs) {
-          vstore_upto(to + d, (vf)(((vu)second & 0xffff0000u) | ((vu)first >> 16)), head_dim - d, F32);
-        } else {
-          vstore_upto(to + d, first, head_dim - d, F32);
-          vstore_upto(to + head_dim + d, second, head_dim - d, F32);
-        }
+        if (next && d / VW % 2 == 0) __builtin_prefetch((const char *)next->v[s] + line + 2 * d, 0, 2);
+        nan |= unpack_bytes((const char *)t->v[s] + line + 2 * d, head_dim - d, to + d, to + head_dim + d, in_pairs, has_nan);
       }
     }
   }
-  return out;
+  return vany((vi)vwiden(nan));
 }
+
+/* One instance for each form, to pairs of bfloat16 or to floats. spare: 2 * TILE * head_dim floats. */
+#define UNPACK(name, in_pairs)                                                                    \
+  NOINLINE tile name(const tile *t, int64_t head_dim, float *spare, const tile *next) {           \
+    float *k = spare, *v = spare + TILE * head_dim;                                               \
+    if (unpack_tile(t, head_dim, k, v, next, in_pairs, 0))                                        \
+      unpack_tile(t, head_dim, k, v, NULL, in_pairs, 1);                                          \
+    tile out = {.k_stride = in_pairs ? 2 * TILE : TILE};                                          \
+    for (int s = 0; s < SUBS; s++)                                                                \
+      out.k[s] = k + s * SUB, out.v[s] = v + s * SUB * (in_pairs ? head_dim / 2 : head_dim);      \
+    return out;                                                                                   \
+  }
+UNPACK(unpack_to_pairs, 1)
+UNPACK(unpack_to_floats, 0)
 
 /* The largest number of rows, of at most `left`, that there are instances for. */
 INLINE int64_t rows_at_once(int64_t left) { return left >= MAX_ROWS ? MAX_ROWS : left == 5 ? 4 : left; }

@@ -133,7 +133,7 @@ INLINE vi vload_bytes(const void *p) { /* without a sign */
 #else
   uint8_t bytes[VW];
   memcpy(bytes, p, sizeof bytes);
-  vi r;
+  vi r = {0};
   for (int i = 0; i < VW; i++) r[i] = bytes[i];
   return r;
 #endif
@@ -554,11 +554,12 @@ int quire_pack_codes(const linear_weight *w, const uint8_t *codes, int64_t row_s
     const uint8_t *from = codes + r * row_stride;
     int64_t c = 0;
     if (by_vectors)
-      for (; c + 8 <= columns; c += 8, to += step)
+      for (; c + 8 <= columns; c += 8, to += step) {
         if (bits == 4)
           pack_vectors(from + c * column_stride, row_stride, column_stride, to, 4);
         else
           pack_vectors(from + c * column_stride, row_stride, column_stride, to, 8);
+      }
     for (; c < columns; c += 8, to += step)
       for (int64_t i = 0; i < count; i++) {
         uint8_t eight[8] = {0};

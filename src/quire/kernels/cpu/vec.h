@@ -220,11 +220,16 @@ INLINE vh vbf16_from_float(vf x) {
 
 /* ---- floats of 8 bits: E4M3 without infinities (Micikevicius et al. 2022, section 3) ---- */
 
+/* 1/256 of the code in the high byte of each lane: as a half, its exponent is less by 8. A NaN becomes a number. */
+INLINE vf vf8_over_256(vh codes) { return vfloat_from_half((codes & 0x8000) | ((codes >> 1) & 0x3f80)); }
+
+/* The upper bits of the bytes that are NaN. */
+INLINE vh vf8_nan(vh codes) { return ((codes & 0x7f7f) + 0x0101) & 0x8080; }
+
 /* codes: in the low bytes; the others are zero. */
 INLINE vf vfloat_from_f8(vh codes) {
-  const vh magnitude = codes & 0x7f, half = ((codes & 0x80) << 8) | (magnitude << 7);
-  const vf x = vfloat_from_half(half) * 256.0f; /* exponents of halves are larger by 8 */
-  return vselect((vi)(vwiden(magnitude) == 0x7f), vset(NAN), x);
+  const vf x = vf8_over_256(codes << 8) * 256.0f;
+  return vselect((vi)(vwiden(vf8_nan(codes)) != 0), vset(NAN), x);
 }
 
 /* Rounded to nearest even, and at most 448. */
