@@ -2,7 +2,6 @@
 
     make dev && bench/peers/setup                         (once)
     .venv/bin/python -m bench.peers.compare --model M2    (from the repository's root)
-    .venv/bin/python -m bench.peers.compare --model M2 --quantized    (Q1-Q3, on quantized models)
 
 Every engine stays loaded but stopped while another is measured. Each workload is run once by every engine to
 warm up, then `--repeats` times by all engines in turn, starting with another one each time, so that whatever
@@ -24,18 +23,10 @@ from pathlib import Path
 
 from bench.peers import agents, client, report, servers
 from bench.peers.processes import Runner, RunnerError, cpu_times, others_share
-from bench.peers.rivals import (
-    REPOSITORY,
-    Spec,
-    peers_dir,
-    quantized_specs,
-    server_makers,
-    specs,
-)
+from bench.peers.rivals import REPOSITORY, Spec, peers_dir, server_makers, specs
 from bench.peers.workloads import (
     FULL,
     MODELS,
-    QUANTIZED,
     SMOKE,
     WARM_UP,
     WORKLOADS,
@@ -84,7 +75,7 @@ class Comparison:
         self.shape = MODELS[args.model]
         self.specs = [
             spec
-            for spec in (quantized_specs if args.quantized else specs)(root, args.threads)
+            for spec in specs(root, args.threads)
             if not args.engines or spec.name in args.engines
         ]
         self.runners: dict[str, Runner] = {}
@@ -112,7 +103,7 @@ class Comparison:
 
     def _measure_group(self, group: list[Spec]) -> None:
         """An engine that runs one workload only is loaded for that alone."""
-        names = [name for name in (*WORKLOADS, *QUANTIZED) if name in self.args.workloads]
+        names = [name for name in WORKLOADS if name in self.args.workloads]
         for spec in group:
             if len(spec.workloads) > 1 and set(spec.workloads) & set(names):
                 self._load(spec)
@@ -332,8 +323,7 @@ def write(results: dict[str, object], args: argparse.Namespace) -> None:
     assert isinstance(record, dict)
     day = str(record["date"])[:10]
     commit = str(record["commit"] or "unknown")[:7] + ("-dirty" if record["dirty"] else "")
-    name = f"{day}-{commit}-{args.model}" + ("-quantized" if args.quantized else "")
-    name += "-smoke" if args.smoke else ""
+    name = f"{day}-{commit}-{args.model}" + ("-smoke" if args.smoke else "")
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
     (args.out / f"{name}.md").write_text(report.markdown(results))
@@ -344,8 +334,7 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", choices=sorted(MODELS), default="M2")
     parser.add_argument("--engines", nargs="+", help="only these, by the names in the table")
-    parser.add_argument("--workloads", nargs="+", help="default: W1-W6, or Q1-Q3")
-    parser.add_argument("--quantized", action="store_true", help="Q1-Q3 on quantized models")
+    parser.add_argument("--workloads", nargs="+", default=[*WORKLOADS, *SERVED])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=2, help="of W5 and W6")
     parser.add_argument(
@@ -357,7 +346,6 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=REPOSITORY / "bench" / "results" / "cpu")
     parser.add_argument("--smoke", action="store_true", help="tiny workloads, once: does it work?")
     args = parser.parse_args()
-    args.workloads = args.workloads or ([*QUANTIZED] if args.quantized else [*WORKLOADS, *SERVED])
     if args.smoke:
         args.repeats, args.rounds, args.retries = 1, 1, 0
     return args

@@ -1,8 +1,7 @@
 """Make the comparison's models: a Hugging Face checkpoint with random weights, and its conversions.
 
     python -m bench.peers.models checkpoint M2 DIR    (needs transformers and tokenizers)
-    python -m bench.peers.models gguf DIR FILE TYPE   (needs gguf and numpy; libgguf for q8_0, q4_0, Q4_K_M)
-    python -m bench.peers.models openvino DIR FOLDER int8|int4    (needs openvino and nncf)
+    python -m bench.peers.models gguf DIR FILE TYPE   (needs gguf and numpy)
     python -m bench.peers.models mistralrs DIR FOLDER
 
 Random weights compute exactly what trained ones do, and nothing has to be downloaded. OpenVINO's form is
@@ -104,30 +103,6 @@ def _byte_letters() -> list[str]:
 
 # --- GGUF -----------------------------------------------------------------------------------------
 
-GGUF_TYPES = {
-    "bf16": "MOSTLY_BF16",
-    "f16": "MOSTLY_F16",
-    "f32": "ALL_F32",
-    "q8_0": "MOSTLY_Q8_0",
-    "q4_0": "MOSTLY_Q4_0",
-    "Q4_K_M": "MOSTLY_Q4_K_M",
-}
-
-
-def matrix_type(name: str, file_type: str, num_layers: int) -> str:
-    """The type of a matrix in a file, as llama-quantize chooses it (llama-quant.cpp): the head of a smaller file,
-    here the embedding, is q6_K; and in Q4_K_M the values and the MLP's second matrix of half of the layers."""
-    if name == "model.embed_tokens.weight":
-        return {"q4_0": "q6_K", "Q4_K_M": "q6_K"}.get(file_type, file_type)
-    if file_type != "Q4_K_M":
-        return file_type
-    if name.endswith(("v_proj.weight", "down_proj.weight")):
-        layer, eighth = int(name.split(".")[2]), num_layers // 8
-        if layer < eighth or layer >= 7 * num_layers // 8 or (layer - eighth) % 3 == 2:
-            return "q6_K"
-    return "q4_K"
-
-
 _GGUF_NAMES = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
@@ -156,7 +131,7 @@ def gguf_name(name: str) -> str:
 
 
 def gguf(folder: Path, file: Path, dtype: str) -> None:
-    """Write `folder`'s checkpoint as one GGUF file: matrices in `dtype` (of `GGUF_TYPES`), norms in f32."""
+    """Write `folder`'s checkpoint as one GGUF file: matrices in `dtype` (bf16, f16 or f32), norms in f32."""
     import gguf as lib
 
     config = json.loads((folder / "config.json").read_text())
@@ -175,7 +150,13 @@ def gguf(folder: Path, file: Path, dtype: str) -> None:
     writer.add_rope_freq_base(_rope_theta(config))
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])
-    writer.add_file_type(lib.LlamaFileType[GGUF_TYPES[dtype]])
+    writer.add_file_type(
+        {
+            "bf16": lib.LlamaFileType.MOSTLY_BF16,
+            "f16": lib.LlamaFileType.MOSTLY_F16,
+            "f32": lib.LlamaFileType.ALL_F32,
+        }[dtype]
+    )
     tokens = vocabulary(config["vocab_size"])
     kinds = [lib.TokenType.CONTROL] * len(SPECIAL)
     kinds += [lib.TokenType.NORMAL] * (len(tokens) - len(SPECIAL))
@@ -190,32 +171,11 @@ def gguf(folder: Path, file: Path, dtype: str) -> None:
     for name, data in _read_safetensors(folder).items():
         if name == "lm_head.weight":  # tied
             continue
-        kind = matrix_type(name, dtype, config["num_hidden_layers"])
-        _add_tensor(writer, name, data, (heads, kv_heads) if arch == "llama" else None, kind)
+        _add_tensor(writer, name, data, (heads, kv_heads) if arch == "llama" else None, dtype)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-
-# --- OpenVINO -------------------------------------------------------------------------------------
-
-
-def openvino(folder: Path, target: Path, kind: str) -> None:
-    """The converted checkpoint with compressed weights: int8, or int4 in groups of 128 with the embedding in
-    int8. Both symmetric, without data, as `quire --quantization` does."""
-    import shutil
-
-    import nncf
-    import openvino as ov
-
-    shutil.copytree(folder, target, ignore=shutil.ignore_patterns("openvino_model.*"))
-    modes = nncf.CompressWeightsMode
-    options: dict[str, Any] = {"mode": modes.INT8_SYM}
-    if kind == "int4":
-        options = {"mode": modes.INT4_SYM, "group_size": 128, "ratio": 1.0}
-    model = ov.Core().read_model(folder / "openvino_model.xml")
-    ov.save_model(nncf.compress_weights(model, **options), target / "openvino_model.xml")
 
 
 # --- mistral.rs ------------------------------------------------------------------------------------
@@ -272,12 +232,6 @@ def _add_tensor(
     if data.ndim == 1 or dtype != "bf16":
         wide = (data.astype(np.uint32) << 16).view(np.float32)
         narrow = data.ndim > 1 and dtype == "f16"
-        if data.ndim > 1 and dtype.startswith("q"):
-            import libgguf
-
-            kind = lib.GGMLQuantizationType[dtype.upper()]
-            writer.add_tensor(gguf_name(name), libgguf.quantize_rows(wide, kind), raw_dtype=kind)
-            return
         writer.add_tensor(gguf_name(name), wide.astype(np.float16) if narrow else wide)
     else:
         # GGUF wants the bytes of types that numpy lacks; the last axis then counts bytes.
@@ -314,11 +268,7 @@ def main() -> None:
     convert = commands.add_parser("gguf")
     convert.add_argument("folder", type=Path)
     convert.add_argument("file", type=Path)
-    convert.add_argument("dtype", choices=GGUF_TYPES)
-    compress = commands.add_parser("openvino")
-    compress.add_argument("folder", type=Path)
-    compress.add_argument("target", type=Path)
-    compress.add_argument("kind", choices=("int8", "int4"))
+    convert.add_argument("dtype", choices=("bf16", "f16", "f32"))
     rust = commands.add_parser("mistralrs")
     rust.add_argument("folder", type=Path)
     rust.add_argument("target", type=Path)
@@ -327,8 +277,6 @@ def main() -> None:
         checkpoint(args.name, args.folder)
     elif args.command == "gguf":
         gguf(args.folder, args.file, args.dtype)
-    elif args.command == "openvino":
-        openvino(args.folder, args.target, args.kind)
     else:
         mistralrs(args.folder, args.target)
 

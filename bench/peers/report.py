@@ -70,27 +70,10 @@ MEASURES: tuple[Measure, ...] = (
     _row("W6", "ttft_p50", "W6 agents TTFT p50 ms", lower=True),
     _row("W6", "ttft_p99", "W6 agents TTFT p99 ms", lower=True),
     _row("W5", "server_first_answer_s", "server: start to first answer, s", lower=True, digits=2),
-    _row("Q1", "decode_tok_s", "Q1 one request, decode tok/s", digits=1),
-    _row("Q1", "ttft_ms", "Q1 TTFT ms", lower=True),
-    _row("Q2", "prefill_tok_s", "Q2 prefill tok/s"),
-    _row("Q3", "output_tok_s", "Q3 64 mixed requests, output tok/s"),
     _row("engine", "first_answer_s", "in process: start to first answer, s", lower=True, digits=2),
     _row("engine", "load_s", "of that, loading the model, s", lower=True, digits=2),
     _row("engine", "peak_rss_mib", "peak memory, MiB", lower=True),
 )  # fmt: skip
-
-
-QUANTIZED_PAIRS = (
-    ("quire int8", "quire", {"Q1": 1.7, "Q2": 1.3}),
-    ("quire int4", "quire", {"Q1": 2.3, "Q2": 1.3}),
-    ("quire q8_0", "llama.cpp q8_0", {"Q1": 1.1}),
-    ("quire q4_0", "llama.cpp q4_0", {"Q1": 1.1}),
-    ("quire Q4_K_M", "llama.cpp Q4_K_M", {"Q1": 1.1}),
-    ("quire Q4_K_M", "mistral.rs Q4_K", {"Q1": 1.1}),
-    ("quire int8", "openvino int8", {"Q1": 1.1}),
-    ("quire int4", "openvino int4", {"Q1": 1.1}),
-)
-"""Ours, what it is compared with, and the ratio asked of a workload's first measure."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,32 +215,7 @@ def _title(results: Mapping[str, Any]) -> str:
     )
 
 
-def _quantized_ratios(results: Mapping[str, Any]) -> str:
-    lines = [
-        "## Quantized models",
-        "",
-        "A ratio above 1 means that the first is better. ⚠: something else used the machine.",
-        "",
-        "| | | first | second | ratio | asked |",
-        "|---|---|---|---|---|---|",
-    ]
-    for measure in (m for m in MEASURES if m.workload.startswith("Q") and not m.lower_is_better):
-        for ours, theirs, asked in QUANTIZED_PAIRS:
-            first, second = cell(results, ours, measure), cell(results, theirs, measure)
-            if first is None or second is None:
-                continue
-            ratio, wanted = first.median / second.median, asked.get(measure.workload)
-            mark = "" if wanted is None else f"{wanted:g} {_mark(ratio >= wanted)}"
-            lines.append(
-                f"| {measure.title} | {ours} / {theirs} | {_show(first, measure)} "
-                f"| {_show(second, measure)} | **{ratio:.2f}** | {mark} |"
-            )
-    return "\n".join([*lines, ""])
-
-
 def _ratios(results: Mapping[str, Any]) -> str:
-    if any(sample["workload"].startswith("Q") for sample in results["samples"]):
-        return _quantized_ratios(results)
     model = results["model"]
     lines = [
         "## Quire against the best rival",

@@ -163,56 +163,6 @@ def specs(root: Path, threads: int) -> list[Spec]:
     ]
 
 
-QUANTIZED_FILES = ("q8_0", "q4_0", "Q4_K_M")
-
-
-def quantized_specs(root: Path, threads: int) -> list[Spec]:
-    """For Q1-Q3. `{model}-q4_0.gguf` and the like are one file for Quire and llama.cpp."""
-    workloads = ("Q1", "Q2", "Q3")
-    quire_env = {"PYTHONPATH": f"{REPOSITORY / 'src'}:{REPOSITORY}"}
-
-    def quire(name: str, file: str, *options: str) -> Spec:
-        module = "bench.peers.run_quire"
-        return Spec(name, module, None, file, quire_env, options=options, workloads=workloads)
-
-    def openvino(name: str, file: str, *options: str) -> Spec:
-        module = "bench.peers.run_openvino"
-        return Spec(name, module, "openvino", file, options=options, workloads=workloads)
-
-    return [
-        quire("quire", "{model}"),
-        quire("quire int8", "{model}", "quantization=int8"),
-        quire("quire int4", "{model}", "quantization=int4"),
-        *(
-            quire(f"quire {kind}", f"{{model}}-{kind}.gguf", f"file={kind}")
-            for kind in QUANTIZED_FILES
-        ),
-        *(
-            Spec(
-                name=f"llama.cpp {kind}",
-                module="bench.peers.run_llama_cpp",
-                venv="llama_cpp",
-                model_file=f"{{model}}-{kind}.gguf",
-                options=(f"file={kind}",),
-                workloads=workloads,
-                also=("llama.cpp-build/bin/llama-server",),
-            )
-            for kind in QUANTIZED_FILES
-        ),
-        Spec(
-            name="mistral.rs Q4_K",
-            module="bench.peers.run_mistralrs",
-            venv="mistralrs",
-            model_file="{model}-mistralrs",
-            env={"RAYON_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"},
-            options=("isq=Q4K",),
-            workloads=workloads,
-        ),
-        openvino("openvino int8", "{model}-openvino-int8", "weights=int8"),
-        openvino("openvino int4", "{model}-openvino-int4", "weights=int4"),
-    ]
-
-
 def server_makers(root: Path, model: ModelShape, threads: int) -> dict[str, servers.ServerMaker]:
     """Name -> how to start that server on a port, for W5 and W6.
 

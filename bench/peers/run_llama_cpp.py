@@ -1,4 +1,4 @@
-"""Runner of llama.cpp: llama-server, its own best batching engine, on the GGUF file (option `file=q4_0`: its type).
+"""Runner of llama.cpp: llama-server, its own best batching engine, on the GGUF file.
 
 One server with one slot for W2 and W4, and beside it (the weights are mapped once) one with a slot for every
 request of W1 or of W3, started when it is first needed. For the lone request its own timings are taken
@@ -55,7 +55,6 @@ class LlamaCpp:
             slots=slots.count,
             slot_tokens=slots.tokens,
             threads=self.args.threads,
-            file=self.args.value("file"),
         )
 
     def _port(self, slots: Slots) -> int:

@@ -1,7 +1,7 @@
 """Runner of mistral.rs: its Python package, in process. (Its server is a program that PyPI does not have.)
 
 The package takes text only. Its model folder has a tokenizer whose words are the ids in decimal
-(`models.mistralrs`), so a prompt is exactly the tokens asked for. Option `isq=Q4K`: quantized while loading.
+(`models.mistralrs`), so a prompt is exactly the tokens asked for.
 """
 
 from __future__ import annotations
@@ -19,15 +19,13 @@ class MistralRs:
         import mistralrs
 
         self.version = version("mistralrs")
-        isq = args.value("isq")
-        self.settings: dict[str, object] = {"dtype": "F32", "max_seqs": 64, "in_situ_quant": isq}
+        self.settings: dict[str, object] = {"dtype": "F32", "max_seqs": 64}
         self.engine = mistralrs.Runner(
             mistralrs.Which.Plain(
                 str(args.models / f"{args.model.name}-mistralrs"),
                 dtype=mistralrs.ModelDType.F32,
             ),
             max_seqs=64,
-            **({} if isq is None else {"in_situ_quant": isq}),
         )
 
     def generate(self, requests: Sequence[Request]) -> Timing:

@@ -1,5 +1,4 @@
-"""Runner of OpenVINO GenAI: its continuous-batching pipeline on the converted checkpoint. Option
-`weights=int8`: on the one of that kind."""
+"""Runner of OpenVINO GenAI: its continuous-batching pipeline on the converted checkpoint."""
 
 from __future__ import annotations
 
@@ -36,8 +35,7 @@ class OpenVINO:
             "dynamic_split_fuse": True,
             "enable_prefix_caching": False,
         }
-        weights = args.value("weights")
-        folder = args.models / f"{args.model.name}-openvino{f'-{weights}' if weights else ''}"
+        folder = args.models / f"{args.model.name}-openvino"
         self.pipeline = genai.ContinuousBatchingPipeline(str(folder), scheduler, "CPU", properties)
 
     def generate(self, requests: Sequence[Request]) -> Timing:

@@ -1,5 +1,4 @@
-"""Runner of Quire, through its public interface. Option `cache-off`: without the prefix cache (for W3);
-`quantization=int8`: of the bf16 checkpoint while loading; `file=q8_0`: that GGUF file."""
+"""Runner of Quire, through its public interface. Option `cache-off`: without the prefix cache (for W3)."""
 
 from __future__ import annotations
 
@@ -23,12 +22,7 @@ class Quire:
             "kv_cache_memory_bytes": args.model.kv_cache_bytes,
             "enable_prefix_caching": "cache-off" not in args.options,
         }
-        name = args.model.name
-        if (quantization := args.value("quantization")) is not None:
-            self.settings["quantization"] = quantization
-        if (file := args.value("file")) is not None:
-            name += f"-{file}.gguf"
-        self.llm = LLM(str(args.models / name), **self.settings)
+        self.llm = LLM(str(args.models / args.model.name), **self.settings)
 
     def generate(self, requests: Sequence[Request]) -> Timing:
         from quire import SamplingParams

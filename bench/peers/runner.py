@@ -50,14 +50,7 @@ class RunnerArgs:
     """The folder with every form of the models: M2/, M2-openvino/, M2-bf16.gguf, ..."""
     threads: int
     options: frozenset[str]
-    """Variants of one engine, such as `cache-off`, or `file=q8_0`."""
-
-    def value(self, key: str) -> str | None:
-        """Of the option `key=value`."""
-        found = [
-            option.partition("=")[2] for option in self.options if option.startswith(f"{key}=")
-        ]
-        return found[0] if found else None
+    """Variants of one engine, such as `cache-off`."""
 
 
 def peak_rss_mib(pid: int | str = "self") -> float:

@@ -56,20 +56,12 @@ def wait_ready(port: int, process: subprocess.Popen[bytes], *, timeout: float) -
 
 
 def llama_server(
-    root: Path,
-    model: ModelShape,
-    port: int,
-    *,
-    slots: int,
-    slot_tokens: int,
-    threads: int,
-    file: str | None = None,
+    root: Path, model: ModelShape, port: int, *, slots: int, slot_tokens: int, threads: int
 ) -> list[str]:
-    """llama-server on `root`/models/<name>-<type>.gguf with `slots` slots of `slot_tokens`, on the CPU. file: the
-    type; None: of floats."""
+    """llama-server on `root`/models/<name>-<type>.gguf with `slots` slots of `slot_tokens`, on the CPU."""
     return [
         str(root / "llama.cpp-build" / "bin" / "llama-server"),
-        *("--model", str(root / "models" / f"{model.name}-{file or cpu.gguf_dtype()}.gguf")),
+        *("--model", str(root / "models" / f"{model.name}-{cpu.gguf_dtype()}.gguf")),
         *("--host", "127.0.0.1", "--port", str(port), "--parallel", str(slots)),
         *("--ctx-size", str(slots * slot_tokens)),
         *("--threads", str(threads), "--threads-batch", str(threads)),

@@ -1,4 +1,4 @@
-"""The workloads W1-W5 (W6 is in `agents`) and Q1-Q3 that every engine is measured with, as token ids.
+"""The workloads W1-W5 (W6 is in `agents`) that every engine is measured with, as token ids.
 
 Lengths are drawn once from a fixed seed, so that every engine and every run does the same amount of work;
 contents are drawn anew for each repeat, so that no prefix cache helps except inside W3, which is about it.
@@ -20,10 +20,6 @@ WARM_UP = -1
 
 WorkloadName = Literal["W1", "W2", "W3", "W4"]
 WORKLOADS: tuple[WorkloadName, ...] = ("W1", "W2", "W3", "W4")
-
-QUANTIZED: dict[str, str] = {"Q1": "W2", "Q2": "W4", "Q3": "W1"}
-"""Workloads of quantized models (`compare --quantized`): decode of one request, prefill, mixed requests. The
-same work as those on the right."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +118,6 @@ SMOKE = Scale(
 
 def build(name: str, vocab_size: int, repeat: int, scale: Scale = FULL) -> list[Request]:
     """The requests of W1, W2, W3 or W4 (W5's are `w5_requests`), for one repeat of the run."""
-    name = QUANTIZED.get(name, name)
     contents = random.Random(f"{name}/{repeat}")
     if name == "W1":
         return [
@@ -179,7 +174,6 @@ def measures(name: str, requests: Sequence[Request], timing: Timing) -> dict[str
             if got != want
         ]
         raise ValueError(f"{name}: tokens generated differ from those asked for: {wrong[:4]}.")
-    name = QUANTIZED.get(name, name)
     if name == "W1":
         return {"output_tok_s": sum(asked) / timing.seconds}
     if name == "W2":
