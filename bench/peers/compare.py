@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -47,7 +48,7 @@ QUIET = 0.10
 
 
 def main() -> None:
-    args = _parse()
+    args = parse(__doc__)
     root = peers_dir()
     logs = root / "logs"
     logs.mkdir(parents=True, exist_ok=True)
@@ -55,7 +56,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     # Installed engines have compiled modules. So must this checkout, or its start is not comparable.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-    run = Comparison(args, root, logs)
+    run = Comparison(args, root, logs, specs(root, args.threads))
     try:
         run.measure()
         for workload in SERVED:
@@ -70,20 +71,18 @@ def main() -> None:
 class Comparison:
     """One run. `results` is what is written as JSON; `report` makes the table from it alone."""
 
-    def __init__(self, args: argparse.Namespace, root: Path, logs: Path) -> None:
+    def __init__(
+        self, args: argparse.Namespace, root: Path, logs: Path, engines: Sequence[Spec]
+    ) -> None:
         self.args, self.root, self.logs = args, root, logs
         self.shape = MODELS[args.model]
-        self.specs = [
-            spec
-            for spec in specs(root, args.threads)
-            if not args.engines or spec.name in args.engines
-        ]
+        self.specs = [spec for spec in engines if not args.engines or spec.name in args.engines]
         self.runners: dict[str, Runner] = {}
         self.engines: dict[str, dict[str, object]] = {}
         self.skipped: dict[str, str] = {}
         self.samples: list[dict[str, object]] = []
         self.results: dict[str, object] = {
-            "record": _record(),
+            "record": record(),
             "model": args.model,
             "title": self.shape.title,
             "smoke": args.smoke,
@@ -318,20 +317,26 @@ class Comparison:
         return await agents.replay(port, server, self.shape.vocab_size, repeat, shape)
 
 
-def write(results: dict[str, object], args: argparse.Namespace) -> None:
+def write(
+    results: dict[str, object],
+    args: argparse.Namespace,
+    table: Callable[[dict[str, object]], str] = report.markdown,
+    suffix: str = "",
+) -> None:
     record = results["record"]
     assert isinstance(record, dict)
     day = str(record["date"])[:10]
     commit = str(record["commit"] or "unknown")[:7] + ("-dirty" if record["dirty"] else "")
-    name = f"{day}-{commit}-{args.model}" + ("-smoke" if args.smoke else "")
+    name = f"{day}-{commit}-{args.model}{suffix}" + ("-smoke" if args.smoke else "")
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
-    (args.out / f"{name}.md").write_text(report.markdown(results))
+    (args.out / f"{name}.md").write_text(table(results))
     _say(f"written: {args.out / name}.json and .md")
 
 
-def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def parse(page: str | None) -> argparse.Namespace:
+    """page: the docstring of the module that is run."""
+    parser = argparse.ArgumentParser(description=(page or "").splitlines()[0])
     parser.add_argument("--model", choices=sorted(MODELS), default="M2")
     parser.add_argument("--engines", nargs="+", help="only these, by the names in the table")
     parser.add_argument("--workloads", nargs="+", default=[*WORKLOADS, *SERVED])
@@ -351,9 +356,9 @@ def _parse() -> argparse.Namespace:
     return args
 
 
-def _record() -> dict[str, object]:
-    command = ["python", "-m", "bench.peers.compare", *sys.argv[1:]]
-    return run_record(command)
+def record() -> dict[str, object]:
+    """Of this run."""
+    return run_record(["python", "-m", f"bench.peers.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

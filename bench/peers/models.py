@@ -2,6 +2,7 @@
 
     python -m bench.peers.models checkpoint M2 DIR    (needs transformers and tokenizers)
     python -m bench.peers.models gguf DIR FILE TYPE   (needs gguf and numpy)
+    python -m bench.peers.models requantize FILE FILE TYPE   (needs gguf and libgguf)
     python -m bench.peers.models mistralrs DIR FOLDER
 
 Random weights compute exactly what trained ones do, and nothing has to be downloaded. OpenVINO's form is
@@ -178,6 +179,46 @@ def gguf(folder: Path, file: Path, dtype: str) -> None:
     writer.close()
 
 
+def requantize(source: Path, target: Path, kind: str) -> None:
+    """A GGUF file of floats with its matrices quantized; q4_K_M mixes types as llama-quantize does."""
+    import gguf as lib
+    import libgguf
+    import numpy as np
+
+    reader = lib.GGUFReader(str(source))
+    writer = lib.GGUFWriter(str(target), str(reader.fields["general.architecture"].contents()))
+    for name, field in reader.fields.items():
+        if name.startswith("GGUF.") or name in ("general.architecture", "general.file_type"):
+            continue
+        if field.types[0] == lib.GGUFValueType.ARRAY:
+            writer.add_array(name, field.contents())
+        else:
+            writer.add_key_value(name, field.contents(), field.types[0])
+    layers = 1 + max(int(t.name.split(".")[1]) for t in reader.tensors if t.name.startswith("blk."))
+    for tensor in reader.tensors:
+        data = lib.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+        if data.ndim == 1:
+            writer.add_tensor(tensor.name, data)
+            continue
+        wanted = lib.GGMLQuantizationType[_matrix_type(tensor.name, kind, layers)]
+        writer.add_tensor(tensor.name, libgguf.quantize_rows(data, wanted), raw_dtype=wanted)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _matrix_type(name: str, kind: str, layers: int) -> str:
+    """llama-quantize's choice: a tied embedding is the output, and a part of two kinds gets more bits."""
+    if name.startswith("token_embd"):
+        return "Q8_0" if kind == "q8_0" else "Q6_K"
+    if kind != "q4_K_M":
+        return kind.upper()
+    layer = int(name.split(".")[1])
+    is_more = layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
+    return "Q6_K" if is_more and ("attn_v" in name or "ffn_down" in name) else "Q4_K"
+
+
 # --- mistral.rs ------------------------------------------------------------------------------------
 
 
@@ -269,6 +310,10 @@ def main() -> None:
     convert.add_argument("folder", type=Path)
     convert.add_argument("file", type=Path)
     convert.add_argument("dtype", choices=("bf16", "f16", "f32"))
+    smaller = commands.add_parser("requantize")
+    smaller.add_argument("source", type=Path)
+    smaller.add_argument("target", type=Path)
+    smaller.add_argument("kind", choices=("q8_0", "q4_0", "q4_K_M"))
     rust = commands.add_parser("mistralrs")
     rust.add_argument("folder", type=Path)
     rust.add_argument("target", type=Path)
@@ -277,6 +322,8 @@ def main() -> None:
         checkpoint(args.name, args.folder)
     elif args.command == "gguf":
         gguf(args.folder, args.file, args.dtype)
+    elif args.command == "requantize":
+        requantize(args.source, args.target, args.kind)
     else:
         mistralrs(args.folder, args.target)
 

@@ -55,6 +55,7 @@ class LlamaCpp:
             slots=slots.count,
             slot_tokens=slots.tokens,
             threads=self.args.threads,
+            file_type=self.args.option("file"),
         )
 
     def _port(self, slots: Slots) -> int:

@@ -26,6 +26,7 @@ class MistralRs:
                 dtype=mistralrs.ModelDType.F32,
             ),
             max_seqs=64,
+            in_situ_quant=args.option("isq"),
         )
 
     def generate(self, requests: Sequence[Request]) -> Timing:

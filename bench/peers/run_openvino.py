@@ -35,7 +35,8 @@ class OpenVINO:
             "dynamic_split_fuse": True,
             "enable_prefix_caching": False,
         }
-        folder = args.models / f"{args.model.name}-openvino"
+        kind = args.option("file")
+        folder = args.models / f"{args.model.name}-openvino{f'-{kind}' if kind else ''}"
         self.pipeline = genai.ContinuousBatchingPipeline(str(folder), scheduler, "CPU", properties)
 
     def generate(self, requests: Sequence[Request]) -> Timing:

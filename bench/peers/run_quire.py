@@ -1,4 +1,8 @@
-"""Runner of Quire, through its public interface. Option `cache-off`: without the prefix cache (for W3)."""
+"""Runner of Quire, through its public interface.
+
+Options: `cache-off`, without the prefix cache (for W3); `file=TYPE`, the GGUF file of that type;
+`quantization=NAME`, quantized at load.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +26,13 @@ class Quire:
             "kv_cache_memory_bytes": args.model.kv_cache_bytes,
             "enable_prefix_caching": "cache-off" not in args.options,
         }
-        self.llm = LLM(str(args.models / args.model.name), **self.settings)
+        model = args.models / args.model.name
+        if kind := args.option("file"):
+            self.settings["tokenizer"] = str(model)
+            model = args.models / f"{args.model.name}-{kind}.gguf"
+        if name := args.option("quantization"):
+            self.settings["quantization"] = name
+        self.llm = LLM(str(model), **self.settings)
 
     def generate(self, requests: Sequence[Request]) -> Timing:
         from quire import SamplingParams

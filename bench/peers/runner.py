@@ -50,7 +50,14 @@ class RunnerArgs:
     """The folder with every form of the models: M2/, M2-openvino/, M2-bf16.gguf, ..."""
     threads: int
     options: frozenset[str]
-    """Variants of one engine, such as `cache-off`."""
+    """Variants of one engine, such as `cache-off` and `file=q4_0`."""
+
+    def option(self, name: str) -> str | None:
+        """The value of `name=value`."""
+        values = [
+            option.partition("=")[2] for option in self.options if option.startswith(f"{name}=")
+        ]
+        return values[0] if values else None
 
 
 def peak_rss_mib(pid: int | str = "self") -> float:

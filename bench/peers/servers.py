@@ -56,12 +56,20 @@ def wait_ready(port: int, process: subprocess.Popen[bytes], *, timeout: float) -
 
 
 def llama_server(
-    root: Path, model: ModelShape, port: int, *, slots: int, slot_tokens: int, threads: int
+    root: Path,
+    model: ModelShape,
+    port: int,
+    *,
+    slots: int,
+    slot_tokens: int,
+    threads: int,
+    file_type: str | None = None,
 ) -> list[str]:
     """llama-server on `root`/models/<name>-<type>.gguf with `slots` slots of `slot_tokens`, on the CPU."""
+    file = f"{model.name}-{file_type or cpu.gguf_dtype()}.gguf"
     return [
         str(root / "llama.cpp-build" / "bin" / "llama-server"),
-        *("--model", str(root / "models" / f"{model.name}-{cpu.gguf_dtype()}.gguf")),
+        *("--model", str(root / "models" / file)),
         *("--host", "127.0.0.1", "--port", str(port), "--parallel", str(slots)),
         *("--ctx-size", str(slots * slot_tokens)),
         *("--threads", str(threads), "--threads-batch", str(threads)),
