@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from quire.kernels.dequantize import dequantize
 from quire.kernels.fields import spread
-from quire.quantization.gguf import BLOCKS, FORMATS
+from quire.quantization.gguf import FORMATS
 from quire.quantization.gguf_blocks import PACKED, read_scales
+from quire.quantization.gguf_types import BLOCKS
 
 HALVES = {"q2_K": (80, 82), "q3_K": (108,), "q4_K": (0, 2), "q5_K": (0, 2), "q6_K": (208,),
           "q4_1": (0, 2), "q5_1": (0, 2), "mxfp4": ()}  # fmt: skip

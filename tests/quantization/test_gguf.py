@@ -15,7 +15,8 @@ from quire.kernels.base import Kernels
 from quire.kernels.select import create_kernels
 from quire.quantization import read_method
 from quire.quantization.base import LinearPart, LinearShape, Shard
-from quire.quantization.gguf import BLOCKS, FORMATS, Gguf
+from quire.quantization.gguf import FORMATS, Gguf
+from quire.quantization.gguf_types import BLOCKS
 from tests.quantization.gguf_rows import HALVES, SHAPES, raw_rows, values
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "data/quantized/gguf.json").read_text())

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from quire.kernels.dequantize import Scales
 from quire.kernels.fields import BitField, PackedCodes
-from quire.quantization.gguf import BLOCKS
+from quire.quantization.gguf_types import BLOCKS
 
 _FIELDS: Mapping[str, tuple[BitField, ...]] = {
     "q4_0": (BitField(2, 16, 4),),
