@@ -80,7 +80,7 @@ def test_the_name_under_which_it_is_served(
     def name(**options: object) -> tuple[str, ...]:
         return locate(from_flat(options)).model.served_model_name
 
-    assert name(model=str(file)) == ("tiny",)
+    assert name(model=str(file)) == ("tiny", str(file))
     assert name(model=str(file), served_model_name=["a", "b"]) == ("a", "b")
     assert name(model=str(file.parent)) == (str(file.parent),)
     assert name(model=str(directory)) == (str(directory),)

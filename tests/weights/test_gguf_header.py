@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quire.errors import ModelError
+from quire.models.registry import resolve_spec
 from quire.quantization.gguf import BLOCKS
 from quire.weights.gguf import Source
 from quire.weights.gguf_header import Header, HeaderError, Strings, read_header
@@ -165,7 +166,7 @@ def test_a_truncated_file_is_an_error(end: int) -> None:
 def everything(path: Path) -> None:
     """All that the engine reads but for the tensors' data."""
     source = Source(path)
-    source.config()
+    resolve_spec(source.config()).weight_bytes(2)
     source.generation_config()
     source.tokenizer()
     with source.open() as checkpoint:
