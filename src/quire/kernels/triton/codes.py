@@ -9,6 +9,7 @@ from torch import Tensor
 
 from quire.kernels.codes import CodeFormat
 from quire.kernels.dequantize import Scales, dequantize
+from quire.kernels.fields import PackedCodes, spread
 from quire.kernels.ops import LinearProduct
 
 
@@ -36,6 +37,9 @@ class DequantizedCodes:
     def fill_codes(self, row: int, column: int, codes: Tensor) -> None:
         rows, columns = codes.shape
         self._codes[row : row + rows, column : column + columns].copy_(codes)
+
+    def fill_packed(self, row: int, packed: PackedCodes, rows: Tensor) -> None:
+        self.fill_codes(row, 0, spread(packed, rows))
 
     def fill_scales(self, row: int, scales: Scales) -> None:
         for i, given in enumerate(scales):
