@@ -188,7 +188,9 @@ def test_a_stack_gives_each_products_bits_side_by_side() -> None:
 
 
 @pytest.mark.parametrize("kind", ["native", "reference"])
-def test_inputs_of_8_bits_are_an_option_of_the_kernels(kind: Literal["native", "reference"]) -> None:
+def test_inputs_of_8_bits_are_an_option_of_the_kernels(
+    kind: Literal["native", "reference"],
+) -> None:
     form = FORMS["int4 g64"]
     codes, scales = random_matrix(form, 70, 128, 11)
     x = randn(4, 128, rng=generator(12))

@@ -255,7 +255,9 @@ class RuntimeConfig:
         if self.cpu_threads is not None and self.cpu_threads < 1:
             raise ConfigError(f"cpu_threads must be at least 1, got {self.cpu_threads}.")
         if self.cpu_activation_bits not in (8, 16):
-            raise ConfigError(f"cpu_activation_bits must be 8 or 16, got {self.cpu_activation_bits}.")
+            raise ConfigError(
+                f"cpu_activation_bits must be 8 or 16, got {self.cpu_activation_bits}."
+            )
 
 
 @dataclass(frozen=True, slots=True)
