@@ -237,6 +237,23 @@ def test_a_model_of_its_own_head_and_float16(tmp_path: Path) -> None:
     assert "lm_head.weight" not in written and written["lm_head.weight_packed"].shape == (4096, 48)
 
 
+def test_what_it_cost_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["quantize", "quire-builtin", str(tmp_path / "out"), "--scheme", "w8a16"]) == 0
+    printed = dict(
+        line.rsplit(maxsplit=1) for line in capsys.readouterr().out.splitlines() if "  " in line
+    )
+    assert 2e-4 < float(printed["KL divergence"]) < 9e-4
+    assert 97 < float(printed["same top-1"].rstrip("%")) < 100
+
+
+def test_a_quantized_model_is_not_quantized_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path / "once", "--scheme", "fp8") == 0
+    assert run(tmp_path / "twice", "--scheme", "w4a16", model=str(tmp_path / "once")) == 2
+    assert "quantized already" in capsys.readouterr().err
+
+
 def test_models_are_compared_on_the_text(tmp_path: Path) -> None:
     same = compare(MODEL_DIR, MODEL_DIR, "def add(a, b):\n    return a + b\n" * 40)
     assert same.kl == 0 and same.top1 == 1 and same.perplexity == same.original_perplexity

@@ -17,13 +17,21 @@ from quire.engine.llm import LLM
 from quire.messages import AbortRequests
 from quire.outputs import RequestOutput
 from quire.sampling_params import (
+    BeamSearchParams,
     PoolingParams,
     RepetitionDetectionParams,
     SamplingParams,
     StructuredOutputsParams,
 )
 from tests.engine.checkpoints import VOCAB_SIZE, ServableCheckpoint, prompts
-from tests.engine.test_exactness import SCHEDULES, make_llm
+from tests.engine.test_exactness import (
+    GREEDY,
+    SCHEDULES,
+    Recorder,
+    assert_same_bits,
+    make_llm,
+    tokens_of,
+)
 
 Servable = Callable[[str], ServableCheckpoint]
 
@@ -89,10 +97,11 @@ def said(output: RequestOutput) -> Any:
     return parts, output.prompt_logprobs, output.embedding, output.error
 
 
-@pytest.fixture(scope="module", params=["llama", "mistral-window", "qwen2", "qwen3"])
+@pytest.fixture(scope="module", params=["llama", "mistral-window", "qwen2", "qwen3", "qwen2 int4"])
 def llms(request: pytest.FixtureRequest, servable: Servable) -> Iterator[dict[str, LLM]]:
-    checkpoint = servable(request.param)
-    options = {"max_logprobs": -1}
+    name, _, quantization = request.param.partition(" ")
+    checkpoint = servable(name)
+    options = {"max_logprobs": -1, "quantization": quantization or None}
     engines = {
         "alone": make_llm(checkpoint, enable_prefix_caching=False, **options),
         **{name: make_llm(checkpoint, **how, **options) for name, how in SCHEDULES.items()},
@@ -161,6 +170,29 @@ def test_prompt_logprobs_from_a_start_use_the_cache_before_it(servable: Servable
     assert cold.num_cached_tokens == 0 and late.num_cached_tokens == 48
     assert late.prompt_logprobs[:50] == [None] * 50
     assert late.prompt_logprobs[50:] == cold.prompt_logprobs[50:]
+
+
+@pytest.mark.parametrize(
+    "quantization", ["int4", "int8", pytest.param("fp8_per_channel", marks=pytest.mark.slow)]
+)
+def test_a_quantized_model_in_every_schedule(quantization: str, servable: Servable) -> None:
+    """Greedy tokens with the same logits bit for bit; beams, which fork and drop sequences at every step."""
+    batch = prompts(32)
+    beams = BeamSearchParams(4, 12, ignore_eos=True)
+    expected: Any = None
+    for options in ({}, *SCHEDULES.values()):
+        with make_llm(servable("qwen2"), quantization=quantization, **options) as llm:
+            recorder = Recorder(llm)
+            if expected is None:
+                tokens = [tokens_of(llm.generate(p, GREEDY, use_tqdm=False))[0] for p in batch]
+                found = [llm.beam_search(prompt, beams)[0].sequences for prompt in batch[:3]]
+                expected = tokens, recorder.logits, found
+                continue
+            tokens, logits, found = expected
+            assert tokens_of(llm.generate(batch, GREEDY, use_tqdm=False)) == tokens
+            together = [output.sequences for output in llm.beam_search(batch[:3], beams)]
+            assert together == found
+            assert_same_bits({key: recorder.logits[key] for key in logits}, logits)
 
 
 def embed(llm: LLM, prompt: list[int], **fields: Any) -> tuple[list[float], int | None]:

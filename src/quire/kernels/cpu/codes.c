@@ -13,6 +13,7 @@
  * low half and k + 4 + i in its high half: [panels][K / 8][PANEL][4]. K is padded to a multiple of 8.
  */
 #include "linear_panel.h"
+#include "tiles.h"
 
 #define PIECE_COLUMNS 256 /* 255 * X16 * PIECE_COLUMNS is below 2^31 */
 #define X16 32512      /* of 16 bits: so that the upper byte of the nearest multiple of 256 fits */
@@ -220,6 +221,15 @@ INLINE void segment_sums(vi acc[CODE_ROWS][LANES][2], const code_piece *p, const
   }
 }
 
+/* y + a segment's sums, columns from `at` on. total: of codes less the zero of all groups; sum: of x. */
+INLINE vf fold_segment(const code_piece *p, int s, int at, vu total, int32_t sum, vf y) {
+  if (p->info->offset_type == OFFSET_ZERO)
+    total -= vload_codes((const uint8_t *)&p->scales->zeros[s][at]) * (uint32_t)sum;
+  y = vfma(__builtin_convertvector((vi)total, vf), vload(&p->scales->scales[s][at], F32), y);
+  if (p->info->offset_type != OFFSET_MINIMUM) return y;
+  return vfma(vload(&p->scales->minima[s][at], F32), vset((float)sum), y);
+}
+
 /* sums [rows][PANEL] += the products of `rows` rows of x, from `first` on, with a piece. */
 INLINE void piece_block(const code_piece *p, const coded_input *x, int64_t first, float *sums, const int rows,
                         const int kind, const int bits) {
@@ -244,11 +254,7 @@ INLINE void piece_block(const code_piece *p, const coded_input *x, int64_t first
         const int at = c + i * VW;
         vu total = (vu)acc[r][i][0];
         if (HAVE_BYTES && bits == 16) total += (vu)acc[r][i][1] << 8;
-        if (p->info->offset_type == OFFSET_ZERO)
-          total -= vload_codes((const uint8_t *)&p->scales->zeros[s][at]) * (uint32_t)sum[r];
-        y[r][i] = vfma(__builtin_convertvector((vi)total, vf), vload(&p->scales->scales[s][at], F32), y[r][i]);
-        if (p->info->offset_type == OFFSET_MINIMUM)
-          y[r][i] = vfma(vload(&p->scales->minima[s][at], F32), vset((float)sum[r]), y[r][i]);
+        y[r][i] = fold_segment(p, s, at, total, sum[r], y[r][i]);
       }
     }
     UNROLL for (int r = 0; r < rows; r++) UNROLL for (int i = 0; i < LANES; i++) {
@@ -302,6 +308,118 @@ static void any_piece(const code_piece *p, const coded_input *x, int64_t begin, 
   }
 }
 
+/* ---- sixteen rows, by tiles ---- */
+
+#if HAVE_BYTES
+#define CODES_STEP 64 /* columns of one operation */
+#define STEP_BYTES (CODES_STEP * PANEL)
+#define TILED_FROM 5 /* rows from which on a block of sixteen is faster than vectors */
+
+INLINE int steps_of(const piece_range *range) { return (range->per_segment + CODES_STEP - 1) / CODES_STEP; }
+
+/* Codes as [segments][steps][16][PANEL][4]; those behind the end of a segment are zero. */
+static void pad_segments(const code_piece *p, int kind, uint8_t *to) {
+  const piece_range *range = &p->range;
+  const int64_t size = (int64_t)steps_of(range) * STEP_BYTES;
+  code_piece segment = *p;
+  for (int s = 0; s < range->segments; s++, to += size) {
+    const int64_t columns = min64(range->per_segment, range->columns - s * range->per_segment);
+    const int64_t eighths = (columns + 7) / 8;
+    segment.codes = p->codes + s * range->per_segment / 8 * PANEL * p->info->bits;
+    if (kind == EIGHT_BITS)
+      memcpy(to, segment.codes, (size_t)eighths * PANEL * 8);
+    else
+      unpack_piece(segment.codes, eighths, p->info, to);
+    memset(to + eighths * PANEL * 8, 0, (size_t)(size - eighths * PANEL * 8));
+  }
+}
+
+/* sums [16][PANEL] += the products of sixteen rows of x, from `first` on, with a piece whose codes pad_segments wrote.
+ * Rows behind the last one may hold anything, and get anything. */
+INLINE void piece_tiles(const code_piece *p, const coded_input *x, int64_t first, float *sums, const int bits,
+                        const int kind) {
+  enum { HALF = 2 * TILE_COLUMNS };
+  const piece_range *range = &p->range;
+  const int64_t stride = x->stride * 4, steps = steps_of(range);
+  const char *planes[2];
+  for (int i = 0; i < 2; i++) planes[i] = (const char *)x->planes[i] + first * stride + range->column;
+  tile_file t;
+  tile_configure(&t, &product_shapes, kind);
+  for (int c = 0; c < PANEL; c += HALF) {
+    float y[TILE_ROWS][HALF] = {{0}};
+    for (int s = 0; s < range->segments; s++) {
+      int32_t low[TILE_ROWS][HALF], high[TILE_ROWS][HALF];
+      const uint8_t *codes = p->codes + s * steps * STEP_BYTES + c * 4;
+      tile_zero(&t, 0, kind), tile_zero(&t, 1, kind), tile_zero(&t, 2, kind), tile_zero(&t, 3, kind);
+      for (int64_t i = 0; i < steps; i++, codes += STEP_BYTES) {
+        const int64_t column = s * range->per_segment + i * CODES_STEP;
+        tile_load(&t, 4, planes[0] + column, stride, kind);
+        tile_load(&t, 6, codes, PANEL * 4, kind);
+        tile_load(&t, 7, codes + 64, PANEL * 4, kind);
+        tile_dot_bytes(&t, 4, 6, kind);
+        tile_dot_bytes(&t, 4, 7, kind);
+        if (bits == 8) continue;
+        tile_load(&t, 5, planes[1] + column, stride, kind);
+        tile_dot_bytes(&t, 5, 6, kind);
+        tile_dot_bytes(&t, 5, 7, kind);
+      }
+      tile_store(&t, 0, low[0], sizeof low[0], kind);
+      tile_store(&t, 1, low[0] + TILE_COLUMNS, sizeof low[0], kind);
+      if (bits == 16) {
+        tile_store(&t, 2, high[0], sizeof high[0], kind);
+        tile_store(&t, 3, high[0] + TILE_COLUMNS, sizeof high[0], kind);
+      }
+      for (int r = 0; r < TILE_ROWS; r++) {
+        const int32_t sum = x->sums[(first + r) * x->segments + range->segment + s];
+        for (int i = 0; i < HALF; i += VW) {
+          vu total = vload_codes((const uint8_t *)&low[r][i]) - (uint32_t)p->info->zero * (uint32_t)sum;
+          if (bits == 16) total += vload_codes((const uint8_t *)&high[r][i]) << 8;
+          vstore(&y[r][i], fold_segment(p, s, c + i, total, sum, vload(&y[r][i], F32)), F32);
+        }
+      }
+    }
+    for (int r = 0; r < TILE_ROWS; r++) {
+      const vf scale = vset(x->scales[(first + r) * x->pieces + range->index]);
+      for (int i = 0; i < HALF; i += VW) {
+        float *to = sums + r * PANEL + c + i;
+        vstore(to, vfma(vload(&y[r][i], F32), scale, vload(to, F32)), F32);
+      }
+    }
+  }
+}
+
+#define PIECE_TILES(name, bits, kind)                                                                       \
+  static __attribute__((noinline)) void name(const code_piece *p, const coded_input *x, int64_t first, float *sums) { \
+    piece_tiles(p, x, first, sums, bits, kind);                                                             \
+  }
+PIECE_TILES(piece_tiles_plain_16, 16, TILES_PLAIN)
+PIECE_TILES(piece_tiles_plain_8, 8, TILES_PLAIN)
+#if HAVE_AMX
+PIECE_TILES(piece_tiles_amx_16, 16, TILES_AMX)
+PIECE_TILES(piece_tiles_amx_8, 8, TILES_AMX)
+#endif
+
+/* As many of `rows` rows as tiles are for, from `begin` on; returns their number. */
+static int64_t tiled_rows(const code_piece *p, const coded_input *x, int64_t begin, int64_t rows, float *sums,
+                          int stored, int tiles) {
+  uint8_t *padded = quire_scratch(SCRATCH_PANEL, (size_t)(p->range.segments * steps_of(&p->range)) * STEP_BYTES);
+  if (!padded) return 0;
+  const int wide = p->info->activation_bits == 16;
+  void (*task)(const code_piece *, const coded_input *, int64_t, float *) =
+      wide ? piece_tiles_plain_16 : piece_tiles_plain_8;
+#if HAVE_AMX
+  if (tiles == TILES_AMX) task = wide ? piece_tiles_amx_16 : piece_tiles_amx_8;
+#endif
+  (void)tiles;
+  pad_segments(p, stored, padded);
+  code_piece piece = *p;
+  piece.codes = padded;
+  int64_t done = 0;
+  for (; rows - done >= TILED_FROM; done += TILE_ROWS) task(&piece, x, begin + done, sums + done * PANEL);
+  return min64(done, rows);
+}
+#endif
+
 static void panel_chunk(const linear_job *job, int64_t begin, int64_t end, int64_t panel, int64_t next_panel) {
   const linear_weight *w = job->w;
   const code_info *info = w->codes;
@@ -309,7 +427,7 @@ static void panel_chunk(const linear_job *job, int64_t begin, int64_t end, int64
   const uint8_t *base = (const uint8_t *)w->panels + panel * bytes, *after = (const uint8_t *)w->panels + next_panel * bytes;
   const int stored = info->bits == 8 ? EIGHT_BITS : info->has_values ? FOUR_BITS_VALUES : FOUR_BITS;
   uint8_t unpacked[PIECE_COLUMNS * PANEL];
-  float sums[ROW_CHUNK * PANEL];
+  float sums[(ROW_CHUNK + TILE_ROWS) * PANEL];
   memset(sums, 0, (size_t)rows * PANEL * sizeof *sums);
   piece_scales scales;
   code_piece piece = {.scales = &scales, .info = info};
@@ -319,13 +437,19 @@ static void panel_chunk(const linear_job *job, int64_t begin, int64_t end, int64
     load_scales(w, panel, range->column / info->group, range->segments, 0, PANEL, &scales);
     piece.codes = base + offset;
     piece.next = (stream){(const char *)(rows == 1 ? piece.codes + AHEAD : after + offset), row};
+    int64_t done = 0;
+#if HAVE_BYTES
+    if (w->tiles != TILES_NONE && rows >= TILED_FROM)
+      done = tiled_rows(&piece, &job->coded, begin, rows, sums, stored, w->tiles);
+    if (done == rows) continue;
+#endif
     int kind = stored;
-    if (kind != EIGHT_BITS && rows >= UNPACK_ROWS) {
+    if (kind != EIGHT_BITS && rows - done >= UNPACK_ROWS) {
       unpack_piece(piece.codes, (range->columns + 7) / 8, info, unpacked);
       piece.codes = unpacked;
       kind = EIGHT_BITS;
     }
-    any_piece(&piece, &job->coded, begin, rows, sums, kind);
+    any_piece(&piece, &job->coded, begin + done, rows - done, sums + done * PANEL, kind);
   }
   finish_panel(job, sums, begin, rows, panel);
 }
@@ -355,11 +479,14 @@ typedef struct {
 
 INLINE int64_t padded_columns(const linear_weight *w) { return (w->k + 7) / 8 * 8; }
 
+/* Tiles read sixteen rows, and 64 columns. */
+INLINE int64_t held_rows_of(int64_t m) { return (m + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS; }
+
 /* Bytes of `quire_code_input`'s memory. */
 size_t quire_coded_bytes(const linear_weight *w, int64_t m) {
   coded_input counts = {0};
   count_pieces(w, &counts);
-  return (size_t)m * (size_t)(2 * padded_columns(w) + 4 * (counts.pieces + counts.segments));
+  return (size_t)held_rows_of(m) * (size_t)(2 * padded_columns(w) + 4 * (counts.pieces + counts.segments)) + 64;
 }
 
 /* The largest magnitude; infinite or NaN if one is. */
@@ -454,9 +581,10 @@ void quire_code_input(const linear_weight *w, const void *x, int64_t x_stride, i
                       void *memory, coded_input *coded) {
   *coded = (coded_input){.stride = padded_columns(w) / 4};
   count_pieces(w, coded);
-  int32_t *planes = memory, *sums = planes + 2 * m * coded->stride;
-  coded->planes[0] = planes, coded->planes[1] = planes + m * coded->stride;
-  coded->sums = sums, coded->scales = (const float *)(sums + m * coded->segments);
+  const int64_t held = held_rows_of(m);
+  int32_t *planes = memory, *sums = planes + 2 * held * coded->stride;
+  coded->planes[0] = planes, coded->planes[1] = planes + held * coded->stride;
+  coded->sums = sums, coded->scales = (const float *)(sums + held * coded->segments);
   input_job job = {w, x, x_stride, m, coded};
   quire_run(code_rows, &job, (m + CODED_ROWS - 1) / CODED_ROWS, m * w->k > SMALL_WORK ? threads : 1);
 }

@@ -252,6 +252,7 @@ int quire_linear(const linear_weight *w, const void *x, int64_t x_stride, void *
     stack.panels += panels;
     n += each->n;
   }
+  if (is_coded(w) && w->tiles != TILES_NONE) multiple = TILE_ROWS;
   if (uses_tiles(w)) {
     multiple = 2 * TILE_ROWS;
     most = max64(TILES_CHUNK / (2 * w->k) / multiple, 2) * multiple;

@@ -12,6 +12,7 @@
 #include "kv_cache.c"
 #include "linear.c"
 #include "pool.c"
+#include "rounding.c"
 #include "sampling.c"
 #include "scratch.c"
 #include "tiles.c"
