@@ -16,3 +16,4 @@
 #include "sampling.c"
 #include "scratch.c"
 #include "tiles.c"
+#include "unpack.c"
