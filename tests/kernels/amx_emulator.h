@@ -2,7 +2,7 @@
  *
  * So the machine code of the AMX kernels runs on any x86-64 with AVX-512: their configuration, strides, operand order
  * and register numbers are tested without the hardware. Instructions, their encodings and their arithmetic are those
- * of Intel's SDM, volume 2 (LDTILECFG, TILELOADD, TILESTORED, TILEZERO, TILERELEASE, TDPBF16PS); what would be a #UD or
+ * of Intel's SDM, volume 2 (LDTILECFG, TILELOADD, TILESTORED, TILEZERO, TILERELEASE, TDPBF16PS, TDPBSUD); what would be a #UD or
  * #GP there ends the program here. Written apart from tiles.h, in scalar code, so that one can check the other. */
 #define _GNU_SOURCE
 #include <math.h>
@@ -59,11 +59,27 @@ static float amx_widen(const uint8_t *half) {
   return amx_flush(x);
 }
 
-static void amx_dot(int c, int a, int b) {
+static void amx_check_product(int c, int a, int b) {
   amx_need(a), amx_need(b), amx_need(c);
   if (a == b || a == c || b == c) amx_fault("the same tile twice");
   if (amx_rows(c) != amx_rows(a) || amx_bytes(c) != amx_bytes(b) || amx_bytes(a) / 4 != amx_rows(b) || amx_bytes(a) % 4)
     amx_fault("shapes that do not fit");
+}
+
+static void amx_dot_bytes(int c, int a, int b) {
+  amx_check_product(c, a, b);
+  for (int m = 0; m < amx_rows(c); m++)
+    for (int n = 0; n < amx_bytes(c) / 4; n++) {
+      int32_t total;
+      memcpy(&total, &amx.data[c][m][4 * n], 4);
+      for (int k = 0; k < amx_rows(b); k++)
+        for (int i = 0; i < 4; i++) total += (int8_t)amx.data[a][m][4 * k + i] * (int)amx.data[b][k][4 * n + i];
+      memcpy(&amx.data[c][m][4 * n], &total, 4);
+    }
+}
+
+static void amx_dot(int c, int a, int b) {
+  amx_check_product(c, a, b);
   for (int m = 0; m < amx_rows(c); m++)
     for (int n = 0; n < amx_bytes(c) / 4; n++) {
       float sums[2] = {0, 0}, total;
@@ -145,6 +161,8 @@ static void amx_handle(int number, siginfo_t *info, void *data) {
     }
   } else if (code == 0x5c && o.mod == 3 && prefix == 2) {
     amx_dot(o.reg, o.rm, source);
+  } else if (code == 0x5e && o.mod == 3 && prefix == 2) {
+    amx_dot_bytes(o.reg, o.rm, source);
   } else {
     amx_fault("an instruction that is not known here");
   }

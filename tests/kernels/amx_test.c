@@ -56,6 +56,52 @@ static void test_product(int64_t m, int64_t k, int64_t n, int64_t gap, uint32_t 
   free(x), free(weight), free(bias), free(packed);
 }
 
+static void test_float8(int64_t m, int64_t k, int64_t n, int64_t group, int threads) {
+  const int64_t panels = (n + 63) / 64, groups = (k + group - 1) / group, padded = (k + 7) / 8 * 8;
+  uint16_t *x = make(m * k, 0), *scales = make(panels * 64 * groups, 0);
+  uint8_t *codes = malloc((size_t)(n * k)), *packed = calloc((size_t)(panels * 64 * padded), 1);
+  for (int64_t i = 0; i < n * k; i++) codes[i] = (uint8_t)draw() & 247;
+  const code_info info = {.scales = scales, .group = group, .bits = 8, .scale_type = SCALE_BF16, .float8 = 1};
+  linear_weight w = {.panels = packed, .n = n, .k = k, .dtype = BF16, .codes = &info};
+  quire_pack_codes(&w, codes, k, 1, 0, 0, n, k);
+  uint16_t *out[2], *alone = calloc((size_t)n, 2);
+  for (int i = 0; i < 2; i++) {
+    w.tiles = i ? TILES_PLAIN : TILES_AMX;
+    out[i] = calloc((size_t)(m * n), 2);
+    expect(!quire_linear(&w, x, k, out[i], n, m, LINEAR_STORE, threads), "float8", m, k, n);
+  }
+  expect(same(out[0], out[1], (size_t)(m * n) * 2), "float8", m, k, n);
+  w.tiles = TILES_AMX;
+  quire_linear(&w, x + (m - 1) * k, k, alone, n, 1, LINEAR_STORE, 1);
+  expect(same(alone, out[0] + (m - 1) * n, (size_t)n * 2), "float8, a row alone", m, k, n);
+  free(x), free(scales), free(codes), free(packed), free(out[0]), free(out[1]), free(alone);
+}
+
+/* Integer codes: tiles have the bits of vectors, so a row has them alone and among others. */
+static void test_codes(int64_t m, int64_t k, int64_t n, int64_t group, int bits, int activation_bits, int offset_type,
+                       int threads) {
+  const int64_t panels = (n + 63) / 64, groups = (k + group - 1) / group;
+  uint16_t *x = make(m * k, 0);
+  uint8_t *codes = malloc((size_t)(n * k)), *packed = calloc((size_t)(panels * ((k + 7) / 8) * 64 * bits), 1);
+  uint8_t *zeros = malloc((size_t)(panels * groups * 64));
+  float *scales = malloc((size_t)(panels * groups * 64) * 4), *out[3];
+  for (int64_t i = 0; i < n * k; i++) codes[i] = (uint8_t)(draw() & ((1u << bits) - 1));
+  for (int64_t i = 0; i < panels * groups * 64; i++) zeros[i] = (uint8_t)(draw() & 15), scales[i] = (float)(draw() % 100);
+  const code_info info = {.scales = scales, .offsets = offset_type == OFFSET_MINIMUM ? (void *)scales : zeros,
+                          .group = group, .bits = bits, .offset_type = offset_type, .zero = 7,
+                          .activation_bits = activation_bits};
+  for (int i = 0; i < 3; i++) {
+    static const int kinds[3] = {TILES_AMX, TILES_PLAIN, TILES_NONE};
+    const linear_weight w = {.panels = packed, .n = n, .k = k, .dtype = BF16, .tiles = kinds[i], .codes = &info};
+    if (i == 0) quire_pack_codes(&w, codes, k, 1, 0, 0, n, k);
+    out[i] = calloc((size_t)(m * n), 4);
+    expect(!quire_linear(&w, x, k, out[i], n, m, LINEAR_FLOAT, threads), "codes", m, k, n);
+  }
+  expect(same(out[0], out[2], (size_t)(m * n) * 4), "codes by AMX", m, k, group);
+  expect(same(out[1], out[2], (size_t)(m * n) * 4), "codes by plain tiles", m, k, group);
+  free(x), free(codes), free(packed), free(zeros), free(scales), free(out[0]), free(out[1]), free(out[2]);
+}
+
 static void test_attention(int64_t tokens, int64_t keys, int64_t group, int64_t d, int64_t block_size, int64_t window,
                            uint32_t odd, int threads) {
   enum { KV_HEADS = 2 };
@@ -106,13 +152,21 @@ int main(int count, char **arguments) {
   if (!has_amx) amx_emulate();
   expect(quire_check_tiles(TILES_AMX) == 0, "the check at the start", 0, 0, 0);
   test_product(17, 33, 70, 5, 0, 1);
+  test_float8(35, 67, 70, 32, 1);
   test_attention(5, 37, 3, 32, 16, 0, 40, 1); /* values that are not finite */
+  if (HAVE_BYTES) test_codes(21, 80, 70, 32, 4, 16, OFFSET_NONE, 1);
   if (is_quick) goto end;
+  if (HAVE_BYTES) {
+    test_codes(16, 64, 64, 64, 8, 16, OFFSET_NONE, 1), test_codes(40, 600, 130, 600, 8, 16, OFFSET_NONE, 2);
+    test_codes(37, 250, 64, 16, 8, 16, OFFSET_ZERO, 1), test_codes(5, 200, 65, 24, 4, 16, OFFSET_MINIMUM, 1);
+    test_codes(35, 330, 70, 128, 4, 8, OFFSET_ZERO, 2), test_codes(200, 136, 20, 136, 8, 8, OFFSET_NONE, 1);
+  }
   static const int64_t rows[] = {1, 2, 15, 16, 17, 31, 32, 33, 47, 64, 70};
   for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) test_product(rows[i], 64, 70, 0, 0, 1);
   test_product(5, 1, 1, 0, 0, 1), test_product(20, 33, 64, 5, 0, 1), test_product(34, 95, 130, 32, 0, 2);
   test_product(19, 128, 64, 0, 700, 1);   /* what is not finite stays in its row */
   test_product(130, 6000, 3, 0, 0, 2);    /* several chunks of rows */
+  test_float8(17, 300, 64, 128, 2), test_float8(600, 40, 3, 40, 1);
   for (int64_t group = 1; group < 9; group += group < 3 ? 1 : 5) {
     test_attention(1, 20, group, 64, 16, 0, 0, 1), test_attention(21, 70, group, 32, 16, 0, 0, 2);
     test_attention(40, 40, group, 96, 32, 0, 0, 1), test_attention(30, 90, group, 64, 48, 17, 0, 1);

@@ -38,8 +38,12 @@ def fresh_choice(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     tiles._choose.cache_clear()
 
 
+def cpu_flags() -> list[str]:
+    return Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
+
+
 def has_amx() -> bool:
-    return "amx_bf16" in Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
+    return "amx_bf16" in cpu_flags()
 
 
 def compiler_for_amx() -> list[str]:
@@ -51,7 +55,7 @@ def compiler_for_amx() -> list[str]:
     asked = subprocess.run([*compiler, "-dumpversion"], capture_output=True, text=True)
     if platform.machine() != "x86_64" or int(re.split(r"\D", asked.stdout)[0]) < 12:
         pytest.skip("AMX is compiled for x86-64, by gcc 11 or clang 12 or newer")
-    if "avx512vl" not in Path("/proc/cpuinfo").read_text(encoding="utf-8").split():
+    if "avx512vl" not in cpu_flags():
         pytest.skip("this processor has no AVX-512, which every processor with AMX has")
     return compiler
 
@@ -60,7 +64,8 @@ def amx_test(directory: Path, sources: Path = SOURCES, *, is_quick: bool = False
     """is_quick: without optimizing."""
     program = directory / "amx_test"
     flags = [*FLAGS, "-O0"] if is_quick else FLAGS
-    command = [*compiler_for_amx(), *flags, "-march=x86-64-v4", f"-I{sources}", f"-I{HERE}"]
+    march = ["-march=x86-64-v4", *(["-mavx512vnni"] if "avx512_vnni" in cpu_flags() else [])]
+    command = [*compiler_for_amx(), *flags, *march, f"-I{sources}", f"-I{HERE}"]
     source = HERE / "amx_test.c"
     subprocess.run(
         [*command, str(source), "-o", str(program), "-lm"], check=True, capture_output=True
@@ -81,8 +86,9 @@ def test_amx_has_the_bits_of_plain_c(tmp_path: Path) -> None:
         ("tiles.h", '"tdpbf16ps %%tmm" #b ", %%tmm" #a', '"tdpbf16ps %%tmm" #a ", %%tmm" #b'),
         ("tiles.h", "{16, 16, 16, 16, 16, 16, 16, 8}", "{16, 16, 16, 16, 16, 16, 16, 16}"),
         ("tiles.c", '"tilerelease" ::', '"" ::'),
+        ("tiles.h", '"tdpbsud %%tmm" #b ", %%tmm" #a', '"tdpbsud %%tmm" #a ", %%tmm" #b'),
         ("tiles.h", "case 1: DOT(a, b, 1)", "case 1: DOT(a, b, 2)"),
-        ("linear.c", "tile_load(t, 7, b + 64, PANEL_ROW", "tile_load(t, 7, b, PANEL_ROW"),
+        ("linear_tiles.h", "tile_load(t, 7, b + 64, PANEL_ROW", "tile_load(t, 7, b, PANEL_ROW"),
         ("attention_by_tiles.h", "together &= finite | alike", "together &= 1"),
     ],
 )

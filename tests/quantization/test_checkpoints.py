@@ -12,12 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from quire.attention.base import KVCache
 from quire.config import EngineConfig, ModelConfig
 from quire.engine.llm import LLM
 from quire.engine.setup import resolve
 from quire.errors import CheckpointError, ConfigError, ModelError, UnsupportedModelError
 from quire.kernels.base import Kernels
 from quire.kernels.select import create_kernels
+from quire.layers.kv_scales import give_scales
+from quire.models.decoder import DecoderModel
 from quire.models.loader import load_model
 from quire.models.registry import resolve_spec
 from quire.quantization import NAMES, REFUSED
@@ -82,7 +85,7 @@ def write(
     directory: Path, floats: Path, config: Mapping[str, object] | None, tensors: Tensors
 ) -> Path:
     """The model in `floats` with other tensors: those of a matrix replace it. config: None for no field."""
-    matrices = {name.rpartition(".")[0] for name in tensors}
+    matrices = {name.rpartition(".")[0] for name in tensors if "weight" in name.rpartition(".")[2]}
     kept = {
         name: tensor
         for name, tensor in load_file(floats / "model.safetensors").items()
@@ -96,17 +99,26 @@ def write(
     return directory
 
 
-def logits(directory: Path, kernels: Kernels, load_format: Any = "auto") -> torch.Tensor:
+def loaded(directory: Path, kernels: Kernels, load_format: Any = "auto") -> DecoderModel:
     source = open_source(directory)
-    model = load_model(
+    return load_model(
         resolve_spec(source.config()), source, dtype=torch.float32, kernels=kernels, max_model_len=64,
         load_format=load_format,
     )  # fmt: skip
-    return PagedHarness(model, num_blocks=8).prefill(Request(prompt_tokens(20)), chunk=8)
+
+
+def logits(directory: Path, kernels: Kernels, load_format: Any = "auto") -> torch.Tensor:
+    harness = PagedHarness(loaded(directory, kernels, load_format), num_blocks=8)
+    return harness.prefill(Request(prompt_tokens(20)), chunk=8)
 
 
 def attention(index: int, name: str) -> str:
     return f"model.layers.{index}.self_attn.{name}_proj"
+
+
+Q = attention(0, "q")
+K = attention(0, "k")
+V = attention(0, "v")
 
 
 def packed_int4(n: int, k: int, scale: float = 0.02) -> tuple[Tensors, torch.Tensor]:
@@ -221,30 +233,57 @@ def test_another_prefix_than_ours(floats: Path, tmp_path: Path, kernels: Kernels
     assert torch.equal(logits(directory, kernels), expected)
 
 
-def test_biases_of_zeros_and_scales_of_the_cache_are_dropped(
-    floats: Path, tmp_path: Path, kernels: Kernels
-) -> None:
+def test_biases_of_zeros_are_dropped(floats: Path, tmp_path: Path, kernels: Kernels) -> None:
     stored, _ = mixed()
     expected = logits(write(tmp_path / "a", floats, MIXED, stored), kernels)
-    more = {
-        f"{attention(0, 'q')}.bias": torch.zeros(64),
-        "model.layers.0.self_attn.k_scale": torch.ones(1),
-        "model.layers.0.self_attn.v_scale": torch.ones(1),
-        "model.layers.1.self_attn.k_proj.output_scale": torch.ones(1),
-    }
+    more = {f"{Q}.bias": torch.zeros(64)}
     assert torch.equal(
         logits(write(tmp_path / "b", floats, MIXED, {**stored, **more}), kernels), expected
     )
-    more[f"{attention(0, 'q')}.bias"][3] = 0.5
+    more[f"{Q}.bias"][3] = 0.5
     with pytest.raises(CheckpointError, match=r"q_proj\.bias"):
         logits(write(tmp_path / "c", floats, MIXED, {**stored, **more}), kernels)
 
 
-# ---- bad ones --------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("tensors", "expected"),
+    [
+        ({"k_scale": 2.0, "v_scale": 3.0}, (2.0, 3.0)),
+        ({"k_proj.output_scale": 2.0, "v_proj.output_scale": 3.0}, (2.0, 3.0)),
+        ({"k_proj.k_scale": 2.0, "v_proj.v_scale": 3.0, "q_scale": 9.0}, (2.0, 3.0)),
+        ({"kv_scale": 4.0}, (4.0, 4.0)),
+    ],
+)
+@pytest.mark.parametrize("prefix", ["", "language_model."])
+def test_scales_reach_a_cache_in_fp8(
+    tensors: Mapping[str, float],
+    expected: tuple[float, float],
+    prefix: str,
+    floats: Path,
+    tmp_path: Path,
+    kernels: Kernels,
+) -> None:
+    stored, _ = mixed()
+    more = {f"model.layers.1.self_attn.{n}": torch.tensor([x]) for n, x in tensors.items()}
+    directory = write(tmp_path / "model", floats, MIXED, {**stored, **more})
+    path = directory / "model.safetensors"
+    save_file({prefix + n: tensor for n, tensor in load_file(path).items()}, path)
+    model = loaded(directory, kernels)
+    for dtype in (torch.float8_e4m3fn, torch.float32):
+        cache = KVCache(
+            num_parts=2, num_blocks=2, num_kv_heads=2, head_dim=16, block_size=16, dtype=dtype
+        )
+        give_scales(cache, model.kv_scales, model.spec.kv.places())
+        scales = [part.scales and [each.tolist() for each in part.scales] for part in cache.parts]
+        ours = [[[1.0] * 2] * 2, [[scale] * 2 for scale in expected]]
+        assert scales == (ours if dtype is torch.float8_e4m3fn else [None, None])
+    name = f"{prefix}model.layers.1.self_attn.{next(iter(tensors))}"
+    save_file({**load_file(path), name: torch.tensor([float("nan")])}, path)
+    with pytest.raises(CheckpointError, match="scale that is not above 0"):
+        loaded(directory, kernels)
 
-Q = attention(0, "q")
-K = attention(0, "k")
-V = attention(0, "v")
+
+# ---- bad ones --------------------------------------------------------------------------------------------
 
 
 def bad(

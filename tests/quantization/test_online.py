@@ -18,7 +18,7 @@ from quire.models.loader import load_model
 from quire.models.registry import resolve_spec
 from quire.models.spec import ModelSpec
 from quire.quantization.online import GROUPS, ONLINE, read_online
-from quire.quantization.rounding import LARGEST_FLOAT8, quantize
+from quire.quantization.rounding import LARGEST_FLOAT8, quantize, quantize_in_torch
 from quire.weights.source import open_source
 from tests.models.harness import PagedHarness, Request
 from tests.models.variants import build_reference, prompt_tokens, save
@@ -46,6 +46,27 @@ def weights(rows: int, width: int) -> torch.Tensor:
 
 def read_back(form: CodeFormat, weight: torch.Tensor) -> torch.Tensor:
     return dequantize(form, *quantize(weight, form))
+
+
+@pytest.mark.parametrize("name", ["int8", "int8 g64", "int4", "int4 float16", "fp8"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_c_rounds_as_pytorch_does(name: str, dtype: torch.dtype) -> None:
+    form, weight = FORMS[name], weights(67, 250).to(dtype)
+    weight[3] = 0
+    codes, scales = quantize(weight, form)
+    expected, expected_scales = quantize_in_torch(weight, form)
+    if form.bits == 8:  # nothing is summed
+        assert torch.equal(codes, expected) and torch.equal(scales.scale, expected_scales.scale)
+        return
+    error, other = (
+        (dequantize(form, *each) - weight.float()).square().sum()
+        for each in ((codes, scales), (expected, expected_scales))
+    )
+    assert abs(error / other - 1) < 1e-4
+    assert (scales.scale == expected_scales.scale).float().mean() > 0.99
+    for bad in (torch.nan, torch.inf):
+        weight[5, 7] = bad
+        assert not quantize(weight, form)[1].scale[5, 0].isfinite()
 
 
 def in_groups(form: CodeFormat, x: torch.Tensor) -> torch.Tensor:

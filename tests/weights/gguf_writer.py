@@ -48,7 +48,7 @@ def encode(
     metadata: Mapping[str, object], tensors: Mapping[str, Stored], *, version: int = 3
 ) -> bytes:
     alignment = metadata.get("general.alignment", 32)
-    assert isinstance(alignment, int)
+    alignment = alignment if isinstance(alignment, int) and alignment > 0 else 32
     header = b"GGUF" + struct.pack("<IQQ", version, len(tensors), len(metadata))
     for key, value in metadata.items():
         kind, data = typed(value)

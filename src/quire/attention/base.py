@@ -86,15 +86,16 @@ class KVCache:
         self.storage = torch.empty(num_parts, 2, size, dtype=dtype, device=holder.device)
         if shapes.zeroed:
             self.storage.view(torch.uint8).zero_()
-        scales = None
-        if (
-            dtype is torch.float8_e4m3fn
-        ):  # one: bf16 keys and values of published models fit its range
-            ones = torch.ones(num_kv_heads, dtype=torch.float32, device=holder.device)
-            scales = (ones, ones)
+        # One, unless the checkpoint has others: keys and values of published models fit the range of float8.
+        ones = torch.ones(num_parts, 2, num_kv_heads, dtype=torch.float32, device=holder.device)
+        has_scales = dtype is torch.float8_e4m3fn
         self.parts = tuple(
-            LayerCache(k=part[0].view(shapes.k), v=part[1].view(shapes.v), scales=scales)
-            for part in self.storage
+            LayerCache(
+                k=part[0].view(shapes.k),
+                v=part[1].view(shapes.v),
+                scales=(scales[0], scales[1]) if has_scales else None,
+            )
+            for part, scales in zip(self.storage, ones, strict=True)
         )
 
     @property

@@ -24,7 +24,7 @@ def run(argv: list[str]) -> int:
         "model_positional",
         metavar="MODEL",
         nargs="?",
-        help="local directory or hub id (default: the built-in model)",
+        help="local directory, GGUF file or hub id (default: the built-in model)",
     )
     parser.add_argument(
         "--system", "--system-prompt", metavar="TEXT", help="system message, before everything else"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,8 +17,12 @@ from quire.util.logging import setup_logging
 if TYPE_CHECKING:
     from quire.config import EngineConfig
 
-# In these commands `--seed` is a sampling flag, and `--model` is added below.
-_OPTIONS = [info for info in engine_options() if info.name not in ("seed", "model")]
+# In these commands `--seed` is a sampling flag, `--model` is added below, and `-q` is --quick.
+_OPTIONS = [
+    replace(info, aliases=tuple(alias for alias in info.aliases if alias != "-q"))
+    for info in engine_options()
+    if info.name not in ("seed", "model")
+]
 
 # Flag -> (type, help). The names are those of SamplingParams and of the HTTP API.
 _SAMPLING: dict[str, tuple[type, str]] = {
@@ -46,7 +50,7 @@ class ModelChoice:
 def add_model_flags(parser: Parser) -> None:
     parser.add_argument(
         "--model", "--model-name", metavar="MODEL",
-        help="directory or hub id (default: built in); with --url, a name the server has",
+        help="directory, GGUF file or hub id (default: built in); with --url, a name the server has",
     )  # fmt: skip
     parser.add_argument(
         "--url", help="talk with a running server instead, such as http://host:8000"

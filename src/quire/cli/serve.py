@@ -46,7 +46,7 @@ def _given(argv: list[str]) -> tuple[dict[str, object], list[str]]:
         "model_positional",
         metavar="MODEL",
         nargs="?",
-        help="local directory or hub id (default: the built-in model)",
+        help="local directory, GGUF file or hub id (default: the built-in model)",
     )
     args, values, notes = parse_options(parser, infos, argv)
     if args.model_positional is not None:  # it takes precedence over --model, as in vLLM

@@ -14,13 +14,16 @@ class ModelConfig:
     """Which model, and how its files are read."""
 
     model: str | None = option(
-        None, "Local directory or hub id. Default: the built-in model.", positional=True
+        None,
+        "Local directory, GGUF file or hub id (owner/name; owner/name:Q4_K_M of GGUF files). "
+        "Default: the built-in model.",
+        positional=True,
     )
     served_model_name: tuple[str, ...] = option(
         (), "Names clients may use; the first is reported by /v1/models and in metrics."
     )
     tokenizer: str | None = option(
-        None, "Directory or hub id of the tokenizer. Default: the model's."
+        None, "Directory, GGUF file or hub id of the tokenizer. Default: the model's."
     )
     revision: str | None = option(None, "Branch, tag or commit on the hub, for every file.")
     dtype: str = option(
@@ -47,7 +50,7 @@ class ModelConfig:
     )  # fmt: skip
     load_format: str = option(
         "auto",
-        "auto and safetensors read the checkpoint; dummy makes random weights of its shape.",
+        "auto and safetensors read the checkpoint, of any kind; dummy makes random weights of its shape.",
         choices=("auto", "safetensors", "dummy"),
     )
     download_dir: str | None = option(None, "Where hub files are kept. Default: the hub's cache.")

@@ -56,8 +56,13 @@ FOREIGN: dict[str, Foreign] = {
     "tokenizer_revision": Foreign("pass tokenizer as a local directory"),
     "code_revision": _idle("no code of a checkpoint is ever run"),
     "config_format": Foreign("config.json is read", "auto", ("hf",)),
+    "hf_config_path": Foreign(
+        "the config is read from the model's files, GGUF too; see --hf-overrides"
+    ),
     "model_loader_extra_config": Foreign("safetensors need no settings", {}),
-    "ignore_patterns": _idle("only safetensors and what describes them are fetched", ()),
+    "ignore_patterns": _idle(
+        "only safetensors or the named GGUF file, and what describes them, are fetched", ()
+    ),
     "use_tqdm_on_load": _idle("loading shows no bar", True),
     "quantization_config": Foreign("see --quantization", None, ({},)),
     "pooler_config": Foreign("say pooling per request, or with PoolingParams", None, ({},)),

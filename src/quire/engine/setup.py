@@ -107,16 +107,16 @@ def locate(config: EngineConfig) -> EngineConfig:
             model,
             model=str(directory),
             tokenizer=tokenizer,
-            served_model_name=model.served_model_name or (_name(model.model),),
+            served_model_name=model.served_model_name or _names(model.model),
         )
     return dataclasses.replace(config, model=located)
 
 
-def _name(model: str) -> str:
-    """Under which a model is served if no option says it: as the user wrote it, a local GGUF file by its own
-    name."""
-    path = Path(model)
-    return path.name.removesuffix(".gguf") if path.suffix in FILES and path.is_file() else model
+def _names(model: str) -> tuple[str, ...]:
+    """Under which a model is served if no option says it: as the user wrote it, and before that a local file
+    by its name without the suffix."""
+    path = Path(model).expanduser()
+    return (path.stem, model) if path.suffix in FILES and path.is_file() else (model,)
 
 
 def resolve(config: EngineConfig) -> ResolvedModel:

@@ -9,12 +9,15 @@ import torch
 from quire.kernels.base import LayerKernels
 from quire.kernels.ops import AttentionLayer, Buf, Ops
 from quire.kv_layout import KVPlace
+from quire.layers.kv_scales import NAMES, KVScales
 from quire.layers.linear import Linear
 from quire.layers.norm import RMSNorm
 from quire.layers.parameter import WeightTarget
 from quire.layers.rotary import query_temperatures
 from quire.layers.spec import AttentionSpec, NormSpec
 from quire.quantization.base import LinearMethod
+from quire.quantization.matrix import QuantizedMethod
+from quire.quantization.stored import Entry
 
 
 class Attention:
@@ -37,6 +40,16 @@ class Attention:
         self._qkv, self._o = (
             Linear(shape, dtype=dtype, method=method, kernels=kernels)
             for shape in spec.linears(prefix, hidden_size)
+        )
+        entries: dict[str, Entry] = {}
+        if isinstance(method, QuantizedMethod):
+            for matrix in ("", ".k_proj", ".v_proj"):
+                found = method.entries_of(prefix + matrix)
+                entries |= {f"{matrix}.{each}"[1:]: entry for each, entry in found.items()}
+        self.kv_scales = KVScales(
+            prefix,
+            {name: entries[name] for name in NAMES if name in entries},
+            spec.num_kv_heads,
         )
         self._norms: dict[str, RMSNorm] = {}
         if spec.qk_norm != "none":
@@ -71,6 +84,7 @@ class Attention:
     def targets(self) -> Iterator[WeightTarget]:
         yield from self._qkv.targets()
         yield from self._o.targets()
+        yield from self.kv_scales.targets()
         for norm in self._norms.values():
             yield from norm.targets()
 

@@ -84,6 +84,7 @@ class DecoderLayer:
             kernels=kernels,
             method=model.quantization,
         )
+        self.kv_scales = self._attention.kv_scales
         self._mlp = Mlp(
             spec.mlp,
             f"{prefix}.mlp",
@@ -169,6 +170,7 @@ class DecoderModel:
             )
             for index, layer in enumerate(spec.layers)
         ]
+        self.kv_scales = [layer.kv_scales for layer in self._layers]
         self._norm = RMSNorm(
             "model.norm",
             size=spec.hidden_size,

@@ -41,8 +41,11 @@ class CheckpointMethod(QuantizedMethod):
     entries: Mapping[str, Entries]
     """Of each matrix by its name; empty if there are no weights."""
 
+    def entries_of(self, name: str) -> Entries:
+        return self.entries.get(name, {})
+
     def format_of(self, name: str) -> MatrixFormat | None:
-        entries = self.entries.get(name, {})
+        entries = self.entries_of(name)
         weight = entries.get("weight")
         if weight is not None and weight.dtype in FLOATS:
             return None

@@ -52,7 +52,7 @@ def read_config(config: Mapping[str, object]) -> LinearMethod:
     if fields.get(dict, "transform_config", default={}).get("config_groups"):
         raise fields.bad("transform_config", "transforms are not supported; use another checkpoint")
     groups = []
-    for name, group in fields.get(dict, "config_groups").items():
+    for name, group in fields.get(dict, "config_groups", default={}).items():
         if not isinstance(group, dict):
             raise fields.bad("config_groups", f"{name} must be an object")
         groups.append(_read_group(Fields(group, prefix=f"{name}."), whole))

@@ -1,7 +1,8 @@
 """From the bytes of GGUF's blocks to codes and scales: see `quire.quantization.gguf`.
 
 Nibbles of a block of 32 are in two halves: byte i holds elements i (low) and i + 16 (high). Blocks of 256 are
-cut into runs: byte i holds element i of each run that shares the bytes.
+cut into runs: byte i holds element i of each run that shares the bytes. Bytes are treated eight at a time, as
+words of 64 bits, which is several times faster.
 """
 
 from __future__ import annotations
@@ -11,12 +12,25 @@ from torch import Tensor
 
 from quire.kernels.dequantize import Scales
 
+_UNITS = (torch.int64, torch.int32, torch.int16, torch.uint8)
+_EVERY_BYTE = 0x0101010101010101
+_BIT_OF_EACH_BYTE = sum(1 << 9 * i for i in range(8)) - (1 << 64)  # as a signed number
+_TO_HIGHEST_BIT = sum(128 - (1 << i) << 8 * i for i in range(8))
+
 
 def unpack(kind: str, blocks: Tensor) -> tuple[Tensor, Scales]:
     """blocks: [N, blocks of a row, bytes of a block] uint8. Returns codes, [N, K] uint8, and their scales, in
     the dtypes of the type's `CodeFormat`."""
     codes, scales = _UNPACK[kind](blocks)
-    return codes.flatten(1), Scales(*(None if each is None else each.flatten(1) for each in scales))
+    codes = codes.flatten(1).view(torch.uint8)
+    return codes, Scales(*(None if each is None else each.flatten(1) for each in scales))
+
+
+def _words(blocks: Tensor, first: int, end: int) -> Tensor:
+    """Some bytes of each block: [N, blocks, words] int64. They are copied by the largest unit that fits."""
+    unit = next(unit for unit in _UNITS if not (blocks.shape[-1] | first | end) % unit.itemsize)
+    part = blocks.view(unit)[..., first // unit.itemsize : end // unit.itemsize]
+    return part.clone(memory_format=torch.contiguous_format).view(torch.int64)
 
 
 def _half(blocks: Tensor, at: int) -> Tensor:
@@ -24,37 +38,38 @@ def _half(blocks: Tensor, at: int) -> Tensor:
     return blocks[..., at : at + 2].contiguous().view(torch.float16)
 
 
-def _nibbles(packed: Tensor) -> Tensor:
-    """[..., n] -> [..., 2 n]: the low nibbles, then the high ones."""
-    return torch.cat((packed & 15, packed >> 4), dim=-1)
+def _fields(words: Tensor, bits: int) -> Tensor:
+    """[..., n] -> [..., 8 / bits, n]: fields of so many bits in each byte, the lowest first."""
+    mask = ((1 << bits) - 1) * _EVERY_BYTE
+    fields = [(words >> shift).bitwise_and_(mask) for shift in range(0, 8, bits)]
+    return torch.stack(fields, dim=-2)
 
 
-def _shifts(packed: Tensor, shifts: tuple[int, ...], mask: int) -> Tensor:
-    """[N, blocks, n] -> [N, blocks, shifts, n]"""
-    steps = torch.tensor(shifts, dtype=torch.uint8)[:, None]
-    return (packed[..., None, :] >> steps) & mask
+def _nibbles(words: Tensor) -> Tensor:
+    return _fields(words, 4)
 
 
 def _q4_0(blocks: Tensor) -> tuple[Tensor, Scales]:
-    return _nibbles(blocks[..., 2:]), Scales(_half(blocks, 0))
+    return _nibbles(_words(blocks, 2, 18)), Scales(_half(blocks, 0))
 
 
 def _q4_1(blocks: Tensor) -> tuple[Tensor, Scales]:
-    return _nibbles(blocks[..., 4:]), Scales(_half(blocks, 0), _half(blocks, 2))
+    return _nibbles(_words(blocks, 4, 20)), Scales(_half(blocks, 0), _half(blocks, 2))
 
 
-def _fifth_bits(words: Tensor) -> Tensor:
-    """Bit j of 32 is the fifth bit of element j: [N, blocks, 4] -> [N, blocks, 32], each 0 or 16."""
-    return ((words[..., :, None] >> torch.arange(8, dtype=torch.uint8)) & 1).flatten(2) << 4
+def _fifth_bits(packed: Tensor) -> Tensor:
+    """Bit j of 32 is element j: [N, blocks, 4] uint8 -> [N, blocks, 2, 2] words, whose bytes are 0 or 16."""
+    words = packed.long().mul_(_EVERY_BYTE).bitwise_and_(_BIT_OF_EACH_BYTE).add_(_TO_HIGHEST_BIT)
+    return (words >> 3).bitwise_and_(16 * _EVERY_BYTE).unflatten(2, (2, 2))
 
 
 def _q5_0(blocks: Tensor) -> tuple[Tensor, Scales]:
-    codes = _nibbles(blocks[..., 6:]) | _fifth_bits(blocks[..., 2:6])
+    codes = _nibbles(_words(blocks, 6, 22)) | _fifth_bits(blocks[..., 2:6])
     return codes, Scales(_half(blocks, 0))
 
 
 def _q5_1(blocks: Tensor) -> tuple[Tensor, Scales]:
-    codes = _nibbles(blocks[..., 8:]) | _fifth_bits(blocks[..., 4:8])
+    codes = _nibbles(_words(blocks, 8, 24)) | _fifth_bits(blocks[..., 4:8])
     return codes, Scales(_half(blocks, 0), _half(blocks, 2))
 
 
@@ -63,21 +78,20 @@ def _q8_0(blocks: Tensor) -> tuple[Tensor, Scales]:
 
 
 def _q2_k(blocks: Tensor) -> tuple[Tensor, Scales]:
+    codes = _fields(_words(blocks, 16, 80).unflatten(-1, (2, 4)), 2)
     packed = blocks[..., :16]
-    codes = [_shifts(half, (0, 2, 4, 6), 3).flatten(2) for half in blocks[..., 16:80].split(32, -1)]
     scales = (packed & 15).view(torch.int8)
-    return torch.cat(codes, -1), Scales(scales, packed >> 4, _half(blocks, 80), _half(blocks, 82))
+    return codes, Scales(scales, packed >> 4, _half(blocks, 80), _half(blocks, 82))
 
 
 def _q3_k(blocks: Tensor) -> tuple[Tensor, Scales]:
-    high = _shifts(blocks[..., :32], tuple(range(8)), 1)  # a run of 32 for each bit
-    low = torch.stack(blocks[..., 32:96].split(32, -1), dim=2)  # [N, blocks, 2, 32]
-    low = (low[..., None, :] >> torch.tensor((0, 2, 4, 6), dtype=torch.uint8)[:, None]) & 3
-    codes = low.flatten(2, 3) | high << 2
+    low = _fields(_words(blocks, 32, 96).unflatten(-1, (2, 4)), 2).flatten(2, 3)
+    high = _fields(_words(blocks, 0, 32), 1)
     packed = blocks[..., 96:108]
-    scales = _nibbles(packed[..., :8]) | _shifts(packed[..., 8:], (0, 2, 4, 6), 3).flatten(2) << 4
-    scales = scales.view(torch.int8) - 32
-    return codes, Scales(scales, None, _half(blocks, 108))
+    nibbles = torch.cat((packed[..., :8] & 15, packed[..., :8] >> 4), dim=-1)
+    upper = packed[..., None, 8:] >> torch.arange(0, 8, 2, dtype=torch.uint8)[:, None] & 3
+    scales = (nibbles | upper.flatten(2) << 4).view(torch.int8) - 32
+    return low | high << 2, Scales(scales, None, _half(blocks, 108))
 
 
 def _six_bits(packed: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,37 +102,29 @@ def _six_bits(packed: Tensor) -> tuple[Tensor, Tensor]:
     return scales.view(torch.int8), minima
 
 
-def _runs_of_nibbles(packed: Tensor) -> Tensor:
-    """[N, blocks, 128] -> [N, blocks, 8, 32]: 32 bytes hold two runs."""
-    pairs = packed.unflatten(-1, (4, 32))
-    return torch.stack((pairs & 15, pairs >> 4), dim=3).flatten(2, 3)
-
-
 def _q4_k(blocks: Tensor) -> tuple[Tensor, Scales]:
     scales = Scales(*_six_bits(blocks[..., 4:16]), _half(blocks, 0), _half(blocks, 2))
-    return _runs_of_nibbles(blocks[..., 16:]), scales
+    return _nibbles(_words(blocks, 16, 144).unflatten(-1, (4, 4))), scales
 
 
 def _q5_k(blocks: Tensor) -> tuple[Tensor, Scales]:
     scales = Scales(*_six_bits(blocks[..., 4:16]), _half(blocks, 0), _half(blocks, 2))
-    fifth = _shifts(blocks[..., 16:48], tuple(range(8)), 1)
-    return _runs_of_nibbles(blocks[..., 48:]) | fifth << 4, scales
+    low = _nibbles(_words(blocks, 48, 176).unflatten(-1, (4, 4))).flatten(2, 3)
+    return low | _fields(_words(blocks, 16, 48), 1) << 4, scales
 
 
 def _q6_k(blocks: Tensor) -> tuple[Tensor, Scales]:
-    low = blocks[..., :128].unflatten(-1, (2, 64))
-    low = torch.cat((low & 15, low >> 4), dim=-1).unflatten(-1, (4, 32))
-    high = blocks[..., 128:192].unflatten(-1, (2, 1, 32))
-    high = high >> torch.tensor((0, 2, 4, 6), dtype=torch.uint8)[:, None] & 3
+    low = _nibbles(_words(blocks, 0, 128).unflatten(-1, (2, 8))).flatten(3).unflatten(3, (4, 4))
+    high = _fields(_words(blocks, 128, 192).unflatten(-1, (2, 4)), 2)
     scales = blocks[..., 192:208].contiguous().view(torch.int8)
     return low | high << 4, Scales(scales, None, _half(blocks, 208))
 
 
 def _iq4_xs(blocks: Tensor) -> tuple[Tensor, Scales]:
     low = blocks[..., 4:8, None] >> torch.tensor((0, 4), dtype=torch.uint8) & 15
-    high = blocks[..., 2:4, None] >> torch.tensor((0, 2, 4, 6), dtype=torch.uint8) & 3
+    high = blocks[..., 2:4, None] >> torch.arange(0, 8, 2, dtype=torch.uint8) & 3
     scales = (low.flatten(2) | high.flatten(2) << 4).view(torch.int8) - 32
-    codes = _nibbles(blocks[..., 8:].unflatten(-1, (8, 16)))
+    codes = _nibbles(_words(blocks, 8, 136).unflatten(-1, (8, 2)))
     return codes, Scales(scales, None, _half(blocks, 0))
 
 
@@ -126,7 +132,7 @@ def _mxfp4(blocks: Tensor) -> tuple[Tensor, Scales]:
     """The scale is 2^(byte - 128), half of E8M0's, since the values are twice E2M1's."""
     exponents = blocks[..., :1].int() - 128
     scale = torch.ldexp(torch.ones(exponents.shape), exponents)
-    return _nibbles(blocks[..., 1:]), Scales(scale.to(torch.bfloat16))
+    return _nibbles(_words(blocks, 1, 17)), Scales(scale.to(torch.bfloat16))
 
 
 _UNPACK = {

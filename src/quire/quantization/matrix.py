@@ -8,7 +8,7 @@ its own, and the kernels compute a stack of products in one pass.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -21,6 +21,7 @@ from quire.quantization.base import (
     TensorWant,
     bias_wants,
 )
+from quire.quantization.stored import Entry
 from quire.quantization.unquantized import UNQUANTIZED
 
 if TYPE_CHECKING:
@@ -65,6 +66,10 @@ class QuantizedMethod(ABC):
     @abstractmethod
     def format_of(self, name: str) -> MatrixFormat | None:
         """name: of a `LinearPart`, or of the embedding. None: not quantized."""
+
+    def entries_of(self, name: str) -> Mapping[str, Entry]:
+        """The tensors that the checkpoint has below a name, if that is known."""
+        return {}
 
     def weight_bytes(self, shape: LinearShape, dtype_bytes: int) -> int:
         total = 0

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from quire.kernels.codes import CodeFormat
+from quire.kernels.cpu.build import BuildError
+from quire.kernels.cpu.library import DTYPES, load_library
 from quire.kernels.dequantize import Scales
 
 AT_ONCE = 1 << 15
@@ -30,6 +32,33 @@ def quantize(weight: Tensor, form: CodeFormat) -> tuple[Tensor, Scales]:
     scale is float.
     """
     assert not form.super_groups and not form.values and form.offset != "minimum", form
+    if form.offset == "none" and weight.is_contiguous():
+        try:
+            return _quantize_in_c(weight, form)
+        except BuildError:
+            pass
+    return quantize_in_torch(weight, form)
+
+
+def _quantize_in_c(weight: Tensor, form: CodeFormat) -> tuple[Tensor, Scales]:
+    """The same, symmetric, by rounding.c: a hundred times as fast, and the scale differs in its last bits at
+    most."""
+    library = load_library()
+    rows, width = weight.shape
+    codes = torch.empty(rows, width, dtype=torch.uint8)
+    scale = torch.empty(rows, form.num_groups(width), dtype=getattr(torch, form.scale))
+    kind = 2 if form.float8 else 1 if form.bits == 4 else 0  # enum rounding
+    code = library.quire_round_rows(
+        weight.data_ptr(), rows, width, form.group or width, DTYPES[weight.dtype], kind,
+        codes.data_ptr(), scale.data_ptr(), DTYPES[scale.dtype],
+    )  # fmt: skip
+    if code:
+        raise MemoryError("no memory for a group of weights")
+    return codes, Scales(scale)
+
+
+def quantize_in_torch(weight: Tensor, form: CodeFormat) -> tuple[Tensor, Scales]:
+    """The reference of `quantize`, and all there is for formats with zeros."""
     rows, width = weight.shape
     group = form.group or width
     codes = torch.empty(rows, width, dtype=torch.uint8)

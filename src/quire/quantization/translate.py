@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -167,36 +168,30 @@ def unpack(words: Tensor, bits: int) -> Tensor:
         return stream
     if bits == 4:
         return spread_nibbles(stream)
-    if bits == 2:
-        return spread_pairs(stream)
     rows, size = stream.shape
     count = size * 8 // bits
-    eights = -(-count // 8)  # 8 codes are `bits` bytes
-    padded = torch.nn.functional.pad(stream, (0, eights * bits - size))
-    parts = padded.view(rows, eights, bits).long()
-    joined = parts[:, :, 0].clone()
-    for i in range(1, bits):
-        joined |= parts[:, :, i] << 8 * i
-    codes = torch.empty(rows, eights, 8, dtype=torch.uint8)
-    for i in range(8):
-        codes[:, :, i] = joined >> bits * i & (1 << bits) - 1
-    return codes.view(rows, -1)[:, :count]
+    eights = -(-count // 8)  # 8 codes are `bits` bytes, and become the 8 bytes of a lane
+    padded = np.zeros((rows, size + 8), np.uint8)
+    padded[:, :size] = stream.numpy()
+    lanes = np.ndarray((rows, eights), np.int64, padded, strides=(size + 8, bits)).copy()
+    for codes, width in ((4, 32), (2, 16), (1, 8)):  # so many codes stay, as many move up
+        used = codes * bits
+        low, high = (
+            sum(((1 << used) - 1) << at for at in range(first, 64, 2 * width))
+            for first in (0, used)
+        )
+        moved = lanes & high
+        moved <<= width - used
+        lanes &= low
+        lanes |= moved
+    return torch.from_numpy(lanes).view(torch.uint8)[:, :count]
 
 
 def spread_nibbles(stream: Tensor) -> Tensor:
     """[..., n] uint8 -> [..., 2 n], low halves first."""
     wide = stream.to(torch.int16)
-    wide |= wide << 4
+    wide |= wide * 16
     wide &= 0x0F0F
-    return wide.view(torch.uint8)
-
-
-def spread_pairs(stream: Tensor) -> Tensor:
-    """[..., n] uint8 -> [..., 4 n] of 2 bits."""
-    wide = stream.to(torch.int32)
-    wide |= wide << 12
-    wide |= wide << 6
-    wide &= 0x03030303
     return wide.view(torch.uint8)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from quire.config import EngineConfig
+from quire.layers.kv_scales import give_scales
 from quire.messages import StepPlan
 from quire.models.decoder import DecoderModel
 from quire.models.loader import load_model
@@ -47,7 +48,10 @@ class Worker:
         assert self.runner is not None, "load() first"
         self._cache_size = (num_blocks, max_model_len)
         with self.platform.active():
-            self.runner.open_cache(self.platform.cache(num_blocks), max_model_len)
+            cache = self.platform.cache(num_blocks)
+            model = self.runner.model
+            give_scales(cache, model.kv_scales, model.spec.kv.places())
+            self.runner.open_cache(cache, max_model_len)
 
     def execute(self, plan: StepPlan) -> RunningStep | FinishedStep:
         assert self.runner is not None, "the worker is closed"

@@ -116,9 +116,9 @@ def read_generation_config(metadata: Metadata) -> dict[str, object]:
     config: dict[str, object] = {
         name: round(value, 6) if isinstance(value, float) else value
         for key, name in SAMPLING.items()
-        if (value := metadata.get(key)) is not None
+        if type(value := metadata.get(key)) in (int, float)
     }
-    return config | {"eos_token_id": list(dict.fromkeys(end for end in ends if end is not None))}
+    return config | {"eos_token_id": list(dict.fromkeys(end for end in ends if type(end) is int))}
 
 
 def read_tokenizer(metadata: Metadata, *, where: str) -> Tokenizer:

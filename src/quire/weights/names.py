@@ -88,6 +88,8 @@ def map_names(tensors: Mapping[str, TensorInfo], wanted: Collection[str]) -> dic
     left_out = []
     for name, info in kept.items():
         target = renamed.get(name, name)
+        if name not in renamed and KV_SCALES.search(name):
+            continue
         if name not in renamed and TOWERS.search(name):
             left_out.append(name)
             continue
@@ -113,7 +115,7 @@ def text_tensors(tensors: Mapping[str, TensorInfo]) -> dict[str, tuple[str, tupl
 def _is_buffer(name: str, info: TensorInfo) -> bool:
     if MASKS.search(name):
         return len(info.shape) != 1
-    return BUFFERS.search(name) is not None or KV_SCALES.search(name) is not None
+    return BUFFERS.search(name) is not None
 
 
 def _refuse_adapters(tensors: Collection[str]) -> None:
@@ -126,7 +128,7 @@ def _refuse_adapters(tensors: Collection[str]) -> None:
 
 def _refuse_quantized(tensors: Collection[str]) -> None:
     """tensors: those that the model does not have."""
-    if quantized := [name for name in tensors if QUANTIZED.search(name)]:
+    if quantized := [n for n in tensors if QUANTIZED.search(n) and not KV_SCALES.search(n)]:
         raise CheckpointError(
             f"the checkpoint has {list_names(quantized)}: it is quantized, and not in a way that its config "
             "says and Quire supports; use the model's unquantized checkpoint"

@@ -44,7 +44,7 @@ static int check_product(int dt, int tiles, float *out) {
 }
 
 /* Products with codes of these bits, minus 5: of 4 in groups of 32, of 8 in one group. */
-static int check_codes(int bits) {
+static int check_codes(int bits, int tiles) {
   enum { GROUPS = (CHECK_K + 31) / 32, PANELS = (CHECK_N + 63) / 64 };
   float x[CHECK_ROWS * CHECK_K], scales[PANELS * GROUPS * 64], out[CHECK_ROWS * CHECK_N];
   uint8_t codes[CHECK_N * CHECK_K], panels[PANELS * 64 * CHECK_K];
@@ -53,7 +53,7 @@ static int check_codes(int bits) {
   for (int i = 0; i < PANELS * GROUPS * 64; i++) scales[i] = (float)(1 + i / 64 % GROUPS);
   const code_info info = {.scales = scales, .group = bits == 4 ? 32 : CHECK_K, .bits = bits, .zero = 5,
                           .activation_bits = 16};
-  const linear_weight w = {.panels = panels, .n = CHECK_N, .k = CHECK_K, .dtype = F32, .codes = &info};
+  const linear_weight w = {.panels = panels, .n = CHECK_N, .k = CHECK_K, .dtype = F32, .tiles = tiles, .codes = &info};
   quire_pack_codes(&w, codes, CHECK_K, 1, 0, 0, CHECK_N, CHECK_K);
   if (quire_linear(&w, x, CHECK_K, out, CHECK_N, CHECK_ROWS, LINEAR_STORE, 1)) return 1;
   for (int i = 0; i < CHECK_ROWS * CHECK_N; i++) {
@@ -85,7 +85,7 @@ static int check_attention(int tiles, uint16_t *out) {
 int quire_check_vectors(void) {
   float out[CHECK_ROWS * CHECK_N];
   return check_product(F32, TILES_NONE, out) || check_product(BF16, TILES_NONE, out) ||
-         check_product(F16, TILES_NONE, out) || check_codes(4) || check_codes(8);
+         check_product(F16, TILES_NONE, out) || check_codes(4, TILES_NONE) || check_codes(8, TILES_NONE);
 }
 
 /* 0: a product and an attention by this kind of tiles have the bits of those in plain C. 1: they are close to them.
@@ -95,6 +95,7 @@ int quire_check_tiles(int tiles) {
   float sums[2][SUMS];
   uint16_t out[2][OUT];
   if (check_product(BF16, tiles, sums[0]) || check_product(BF16, TILES_PLAIN, sums[1])) return 2;
+  if (check_codes(4, tiles) || check_codes(8, tiles)) return 2;
   if (check_attention(tiles, out[0]) || check_attention(TILES_PLAIN, out[1])) return 2;
   for (int64_t i = 0; i < OUT; i++) /* means of values in [-1, 1) */
     if (!(fabsf(vload_n(out[0] + i, 1, BF16)[0] - vload_n(out[1] + i, 1, BF16)[0]) <= 0x1p-6f)) return 2;

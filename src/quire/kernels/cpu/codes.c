@@ -13,6 +13,7 @@
  * low half and k + 4 + i in its high half: [panels][K / 8][PANEL][4]. K is padded to a multiple of 8.
  */
 #include "linear_panel.h"
+#include "tiles.h"
 
 #define PIECE_COLUMNS 256 /* 255 * X16 * PIECE_COLUMNS is below 2^31 */
 #define X16 32512      /* of 16 bits: so that the upper byte of the nearest multiple of 256 fits */
@@ -71,25 +72,6 @@ INLINE vu vload_codes(const uint8_t *p) {
   vu r;
   memcpy(&r, p, sizeof r);
   return r;
-}
-
-/* Each byte, below 16, replaced by its value. */
-INLINE vu lookup(vu codes, const uint8_t *values) {
-#if VW == 16 && defined(__AVX512BW__)
-  const __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)values));
-  return (vu)_mm512_shuffle_epi8(table, (__m512i)codes);
-#elif VW == 8 && defined(__AVX2__)
-  const __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)values));
-  return (vu)_mm256_shuffle_epi8(table, (__m256i)codes);
-#elif defined(__aarch64__)
-  return (vu)vqtbl1q_u8(vld1q_u8(values), (uint8x16_t)codes);
-#else
-  uint8_t bytes[VW * 4];
-  memcpy(bytes, &codes, sizeof bytes);
-  for (int i = 0; i < VW * 4; i++) bytes[i] = values[bytes[i]];
-  memcpy(&codes, bytes, sizeof bytes);
-  return codes;
-#endif
 }
 
 enum code_kind { FOUR_BITS, FOUR_BITS_VALUES, EIGHT_BITS };
@@ -239,6 +221,15 @@ INLINE void segment_sums(vi acc[CODE_ROWS][LANES][2], const code_piece *p, const
   }
 }
 
+/* y + a segment's sums, columns from `at` on. total: of codes less the zero of all groups; sum: of x. */
+INLINE vf fold_segment(const code_piece *p, int s, int at, vu total, int32_t sum, vf y) {
+  if (p->info->offset_type == OFFSET_ZERO)
+    total -= vload_codes((const uint8_t *)&p->scales->zeros[s][at]) * (uint32_t)sum;
+  y = vfma(__builtin_convertvector((vi)total, vf), vload(&p->scales->scales[s][at], F32), y);
+  if (p->info->offset_type != OFFSET_MINIMUM) return y;
+  return vfma(vload(&p->scales->minima[s][at], F32), vset((float)sum), y);
+}
+
 /* sums [rows][PANEL] += the products of `rows` rows of x, from `first` on, with a piece. */
 INLINE void piece_block(const code_piece *p, const coded_input *x, int64_t first, float *sums, const int rows,
                         const int kind, const int bits) {
@@ -263,11 +254,7 @@ INLINE void piece_block(const code_piece *p, const coded_input *x, int64_t first
         const int at = c + i * VW;
         vu total = (vu)acc[r][i][0];
         if (HAVE_BYTES && bits == 16) total += (vu)acc[r][i][1] << 8;
-        if (p->info->offset_type == OFFSET_ZERO)
-          total -= vload_codes((const uint8_t *)&p->scales->zeros[s][at]) * (uint32_t)sum[r];
-        y[r][i] = vfma(__builtin_convertvector((vi)total, vf), vload(&p->scales->scales[s][at], F32), y[r][i]);
-        if (p->info->offset_type == OFFSET_MINIMUM)
-          y[r][i] = vfma(vload(&p->scales->minima[s][at], F32), vset((float)sum[r]), y[r][i]);
+        y[r][i] = fold_segment(p, s, at, total, sum[r], y[r][i]);
       }
     }
     UNROLL for (int r = 0; r < rows; r++) UNROLL for (int i = 0; i < LANES; i++) {
@@ -321,6 +308,118 @@ static void any_piece(const code_piece *p, const coded_input *x, int64_t begin, 
   }
 }
 
+/* ---- sixteen rows, by tiles ---- */
+
+#if HAVE_BYTES
+#define CODES_STEP 64 /* columns of one operation */
+#define STEP_BYTES (CODES_STEP * PANEL)
+#define TILED_FROM 5 /* rows from which on a block of sixteen is faster than vectors */
+
+INLINE int steps_of(const piece_range *range) { return (range->per_segment + CODES_STEP - 1) / CODES_STEP; }
+
+/* Codes as [segments][steps][16][PANEL][4]; those behind the end of a segment are zero. */
+static void pad_segments(const code_piece *p, int kind, uint8_t *to) {
+  const piece_range *range = &p->range;
+  const int64_t size = (int64_t)steps_of(range) * STEP_BYTES;
+  code_piece segment = *p;
+  for (int s = 0; s < range->segments; s++, to += size) {
+    const int64_t columns = min64(range->per_segment, range->columns - s * range->per_segment);
+    const int64_t eighths = (columns + 7) / 8;
+    segment.codes = p->codes + s * range->per_segment / 8 * PANEL * p->info->bits;
+    if (kind == EIGHT_BITS)
+      memcpy(to, segment.codes, (size_t)eighths * PANEL * 8);
+    else
+      unpack_piece(segment.codes, eighths, p->info, to);
+    memset(to + eighths * PANEL * 8, 0, (size_t)(size - eighths * PANEL * 8));
+  }
+}
+
+/* sums [16][PANEL] += the products of sixteen rows of x, from `first` on, with a piece whose codes pad_segments wrote.
+ * Rows behind the last one may hold anything, and get anything. */
+INLINE void piece_tiles(const code_piece *p, const coded_input *x, int64_t first, float *sums, const int bits,
+                        const int kind) {
+  enum { HALF = 2 * TILE_COLUMNS };
+  const piece_range *range = &p->range;
+  const int64_t stride = x->stride * 4, steps = steps_of(range);
+  const char *planes[2];
+  for (int i = 0; i < 2; i++) planes[i] = (const char *)x->planes[i] + first * stride + range->column;
+  tile_file t;
+  tile_configure(&t, &product_shapes, kind);
+  for (int c = 0; c < PANEL; c += HALF) {
+    float y[TILE_ROWS][HALF] = {{0}};
+    for (int s = 0; s < range->segments; s++) {
+      int32_t low[TILE_ROWS][HALF], high[TILE_ROWS][HALF];
+      const uint8_t *codes = p->codes + s * steps * STEP_BYTES + c * 4;
+      tile_zero(&t, 0, kind), tile_zero(&t, 1, kind), tile_zero(&t, 2, kind), tile_zero(&t, 3, kind);
+      for (int64_t i = 0; i < steps; i++, codes += STEP_BYTES) {
+        const int64_t column = s * range->per_segment + i * CODES_STEP;
+        tile_load(&t, 4, planes[0] + column, stride, kind);
+        tile_load(&t, 6, codes, PANEL * 4, kind);
+        tile_load(&t, 7, codes + 64, PANEL * 4, kind);
+        tile_dot_bytes(&t, 4, 6, kind);
+        tile_dot_bytes(&t, 4, 7, kind);
+        if (bits == 8) continue;
+        tile_load(&t, 5, planes[1] + column, stride, kind);
+        tile_dot_bytes(&t, 5, 6, kind);
+        tile_dot_bytes(&t, 5, 7, kind);
+      }
+      tile_store(&t, 0, low[0], sizeof low[0], kind);
+      tile_store(&t, 1, low[0] + TILE_COLUMNS, sizeof low[0], kind);
+      if (bits == 16) {
+        tile_store(&t, 2, high[0], sizeof high[0], kind);
+        tile_store(&t, 3, high[0] + TILE_COLUMNS, sizeof high[0], kind);
+      }
+      for (int r = 0; r < TILE_ROWS; r++) {
+        const int32_t sum = x->sums[(first + r) * x->segments + range->segment + s];
+        for (int i = 0; i < HALF; i += VW) {
+          vu total = vload_codes((const uint8_t *)&low[r][i]) - (uint32_t)p->info->zero * (uint32_t)sum;
+          if (bits == 16) total += vload_codes((const uint8_t *)&high[r][i]) << 8;
+          vstore(&y[r][i], fold_segment(p, s, c + i, total, sum, vload(&y[r][i], F32)), F32);
+        }
+      }
+    }
+    for (int r = 0; r < TILE_ROWS; r++) {
+      const vf scale = vset(x->scales[(first + r) * x->pieces + range->index]);
+      for (int i = 0; i < HALF; i += VW) {
+        float *to = sums + r * PANEL + c + i;
+        vstore(to, vfma(vload(&y[r][i], F32), scale, vload(to, F32)), F32);
+      }
+    }
+  }
+}
+
+#define PIECE_TILES(name, bits, kind)                                                                       \
+  static __attribute__((noinline)) void name(const code_piece *p, const coded_input *x, int64_t first, float *sums) { \
+    piece_tiles(p, x, first, sums, bits, kind);                                                             \
+  }
+PIECE_TILES(piece_tiles_plain_16, 16, TILES_PLAIN)
+PIECE_TILES(piece_tiles_plain_8, 8, TILES_PLAIN)
+#if HAVE_AMX
+PIECE_TILES(piece_tiles_amx_16, 16, TILES_AMX)
+PIECE_TILES(piece_tiles_amx_8, 8, TILES_AMX)
+#endif
+
+/* As many of `rows` rows as tiles are for, from `begin` on; returns their number. */
+static int64_t tiled_rows(const code_piece *p, const coded_input *x, int64_t begin, int64_t rows, float *sums,
+                          int stored, int tiles) {
+  uint8_t *padded = quire_scratch(SCRATCH_PANEL, (size_t)(p->range.segments * steps_of(&p->range)) * STEP_BYTES);
+  if (!padded) return 0;
+  const int wide = p->info->activation_bits == 16;
+  void (*task)(const code_piece *, const coded_input *, int64_t, float *) =
+      wide ? piece_tiles_plain_16 : piece_tiles_plain_8;
+#if HAVE_AMX
+  if (tiles == TILES_AMX) task = wide ? piece_tiles_amx_16 : piece_tiles_amx_8;
+#endif
+  (void)tiles;
+  pad_segments(p, stored, padded);
+  code_piece piece = *p;
+  piece.codes = padded;
+  int64_t done = 0;
+  for (; rows - done >= TILED_FROM; done += TILE_ROWS) task(&piece, x, begin + done, sums + done * PANEL);
+  return min64(done, rows);
+}
+#endif
+
 static void panel_chunk(const linear_job *job, int64_t begin, int64_t end, int64_t panel, int64_t next_panel) {
   const linear_weight *w = job->w;
   const code_info *info = w->codes;
@@ -328,7 +427,7 @@ static void panel_chunk(const linear_job *job, int64_t begin, int64_t end, int64
   const uint8_t *base = (const uint8_t *)w->panels + panel * bytes, *after = (const uint8_t *)w->panels + next_panel * bytes;
   const int stored = info->bits == 8 ? EIGHT_BITS : info->has_values ? FOUR_BITS_VALUES : FOUR_BITS;
   uint8_t unpacked[PIECE_COLUMNS * PANEL];
-  float sums[ROW_CHUNK * PANEL];
+  float sums[(ROW_CHUNK + TILE_ROWS) * PANEL];
   memset(sums, 0, (size_t)rows * PANEL * sizeof *sums);
   piece_scales scales;
   code_piece piece = {.scales = &scales, .info = info};
@@ -338,19 +437,21 @@ static void panel_chunk(const linear_job *job, int64_t begin, int64_t end, int64
     load_scales(w, panel, range->column / info->group, range->segments, 0, PANEL, &scales);
     piece.codes = base + offset;
     piece.next = (stream){(const char *)(rows == 1 ? piece.codes + AHEAD : after + offset), row};
+    int64_t done = 0;
+#if HAVE_BYTES
+    if (w->tiles != TILES_NONE && rows >= TILED_FROM)
+      done = tiled_rows(&piece, &job->coded, begin, rows, sums, stored, w->tiles);
+    if (done == rows) continue;
+#endif
     int kind = stored;
-    if (kind != EIGHT_BITS && rows >= UNPACK_ROWS) {
+    if (kind != EIGHT_BITS && rows - done >= UNPACK_ROWS) {
       unpack_piece(piece.codes, (range->columns + 7) / 8, info, unpacked);
       piece.codes = unpacked;
       kind = EIGHT_BITS;
     }
-    any_piece(&piece, &job->coded, begin, rows, sums, kind);
+    any_piece(&piece, &job->coded, begin + done, rows - done, sums + done * PANEL, kind);
   }
-  const int ot = job->epilogue == LINEAR_FLOAT ? F32 : w->dtype;
-  const int64_t first = panel * PANEL, n = min64(w->n - first, PANEL);
-  const void *bias = w->bias ? at(w->bias, first, w->dtype) : NULL;
-  void *out = at_mut(job->out, begin * job->out_stride + first, ot);
-  FOR_DTYPE(w->dtype, finish(job, sums, bias, out, rows, n, dt));
+  finish_panel(job, sums, begin, rows, panel);
 }
 
 /* Rows [begin, end) of x times one panel. */
@@ -378,11 +479,14 @@ typedef struct {
 
 INLINE int64_t padded_columns(const linear_weight *w) { return (w->k + 7) / 8 * 8; }
 
+/* Tiles read sixteen rows, and 64 columns. */
+INLINE int64_t held_rows_of(int64_t m) { return (m + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS; }
+
 /* Bytes of `quire_code_input`'s memory. */
 size_t quire_coded_bytes(const linear_weight *w, int64_t m) {
   coded_input counts = {0};
   count_pieces(w, &counts);
-  return (size_t)m * (size_t)(2 * padded_columns(w) + 4 * (counts.pieces + counts.segments));
+  return (size_t)held_rows_of(m) * (size_t)(2 * padded_columns(w) + 4 * (counts.pieces + counts.segments)) + 64;
 }
 
 /* The largest magnitude; infinite or NaN if one is. */
@@ -477,9 +581,10 @@ void quire_code_input(const linear_weight *w, const void *x, int64_t x_stride, i
                       void *memory, coded_input *coded) {
   *coded = (coded_input){.stride = padded_columns(w) / 4};
   count_pieces(w, coded);
-  int32_t *planes = memory, *sums = planes + 2 * m * coded->stride;
-  coded->planes[0] = planes, coded->planes[1] = planes + m * coded->stride;
-  coded->sums = sums, coded->scales = (const float *)(sums + m * coded->segments);
+  const int64_t held = held_rows_of(m);
+  int32_t *planes = memory, *sums = planes + 2 * held * coded->stride;
+  coded->planes[0] = planes, coded->planes[1] = planes + held * coded->stride;
+  coded->sums = sums, coded->scales = (const float *)(sums + held * coded->segments);
   input_job job = {w, x, x_stride, m, coded};
   quire_run(code_rows, &job, (m + CODED_ROWS - 1) / CODED_ROWS, m * w->k > SMALL_WORK ? threads : 1);
 }
@@ -491,6 +596,7 @@ INLINE int32_t code_at(const linear_weight *w, int64_t row, int64_t column) {
   const code_info *info = w->codes;
   const int64_t eighths = (w->k + 7) / 8, in = row % PANEL;
   const uint8_t *panel = (const uint8_t *)w->panels + row / PANEL * eighths * PANEL * info->bits;
+  if (info->float8) return panel[quire_float8_place(in, column)];
   if (info->bits == 8) return panel[(column / 4 * PANEL + in) * 4 + column % 4];
   const int code = panel[(column / 8 * PANEL + in) * 4 + column % 4] >> (column % 8 / 4 * 4) & 15;
   return info->has_values ? info->values[code] : code;
@@ -505,12 +611,19 @@ void quire_codes_row(const linear_weight *w, int64_t row, void *out) {
     load_scales(w, row / PANEL, group, 1, begin, VW, &scales);
     const int32_t zero = info->offset_type == OFFSET_ZERO ? scales.zeros[0][lane] : info->zero;
     for (int64_t column = start; column < min64(start + info->group, w->k); column++) {
-      float value = scales.scales[0][lane] * (float)(code_at(w, row, column) - zero);
+      const int32_t code = code_at(w, row, column);
+      const float number = info->float8 ? quire_float8_value((uint8_t)code) : (float)(code - zero);
+      float value = scales.scales[0][lane] * number;
       if (info->offset_type == OFFSET_MINIMUM) value += scales.minima[0][lane];
       const int64_t input = info->order ? info->order[column] : column;
       FOR_DTYPE(w->dtype, vstore_n(at_mut(out, input, dt), vset(value), 1, dt));
     }
   }
+}
+
+/* Eight columns of a row of a panel of float8. */
+INLINE void pack_eight_floats(const uint8_t eight[8], uint8_t *to, int64_t row) {
+  for (int i = 0; i < 8; i += 2) memcpy(to + quire_float8_place(row, i), eight + i, 2);
 }
 
 /* Eight columns of a row, as they lie in a panel: two words, or with 4 bits one. */
@@ -525,8 +638,22 @@ INLINE void pack_eight(const uint8_t eight[8], uint8_t *to, const int bits) {
   memcpy(to, &first, 4);
 }
 
+/* Four columns of four rows, in the order of float8.c. */
+INLINE vu pair_columns(vu x) {
+  typedef uint16_t halves __attribute__((vector_size(VW * 4)));
+  halves order, out;
+  for (int i = 0; i < VW * 2; i++) order[i] = (uint16_t)(i / 8 * 8 + i % 4 * 2 + i / 4 % 2);
+#if defined(__clang__)
+  for (int i = 0; i < VW * 2; i++) out[i] = ((halves)x)[order[i]];
+#else
+  out = __builtin_shuffle((halves)x, order);
+#endif
+  return (vu)out;
+}
+
 /* Eight columns of VW rows. */
-INLINE void pack_vectors(const uint8_t *from, int64_t row_stride, int64_t column_stride, uint8_t *to, const int bits) {
+INLINE void pack_vectors(const uint8_t *from, int64_t row_stride, int64_t column_stride, uint8_t *to, const int bits,
+                         const int float8) {
   vu words[2] = {{0}, {0}};
   if (row_stride == 1) {
     UNROLL for (int i = 0; i < 8; i++) words[i / 4] |= (vu)vload_bytes(from + i * column_stride) << (i % 4 * 8);
@@ -538,6 +665,7 @@ INLINE void pack_vectors(const uint8_t *from, int64_t row_stride, int64_t column
     }
   }
   if (bits == 4) words[0] |= words[1] << 4;
+  if (float8) words[0] = pair_columns(words[0]), words[1] = pair_columns(words[1]);
   memcpy(to, &words[0], sizeof(vu));
   if (bits == 8) memcpy(to + PANEL * 4, &words[1], sizeof(vu));
 }
@@ -546,6 +674,7 @@ INLINE void pack_vectors(const uint8_t *from, int64_t row_stride, int64_t column
 int quire_pack_codes(const linear_weight *w, const uint8_t *codes, int64_t row_stride, int64_t column_stride,
                      int64_t row, int64_t column, int64_t rows, int64_t columns) {
   const int64_t eighths = (w->k + 7) / 8, bits = w->codes->bits, step = PANEL * bits;
+  const int float8 = w->codes->float8;
   for (int64_t r = 0, count; r < rows; r += count) {
     const int64_t in = (row + r) % PANEL;
     const int by_vectors = in % VW == 0 && rows - r >= VW && (row_stride == 1 || column_stride == 1);
@@ -556,15 +685,20 @@ int quire_pack_codes(const linear_weight *w, const uint8_t *codes, int64_t row_s
     if (by_vectors)
       for (; c + 8 <= columns; c += 8, to += step) {
         if (bits == 4)
-          pack_vectors(from + c * column_stride, row_stride, column_stride, to, 4);
+          pack_vectors(from + c * column_stride, row_stride, column_stride, to, 4, 0);
+        else if (float8)
+          pack_vectors(from + c * column_stride, row_stride, column_stride, to, 8, 1);
         else
-          pack_vectors(from + c * column_stride, row_stride, column_stride, to, 8);
+          pack_vectors(from + c * column_stride, row_stride, column_stride, to, 8, 0);
       }
     for (; c < columns; c += 8, to += step)
       for (int64_t i = 0; i < count; i++) {
         uint8_t eight[8] = {0};
         for (int64_t j = 0; j < min64(columns - c, 8); j++) eight[j] = from[i * row_stride + (c + j) * column_stride];
-        pack_eight(eight, to + i * 4, (int)bits);
+        if (float8)
+          pack_eight_floats(eight, to - in * 4, in + i);
+        else
+          pack_eight(eight, to + i * 4, (int)bits);
       }
   }
   return 0;

@@ -15,6 +15,7 @@ from quire.kernels.codes import PANEL, CodeFormat
 from quire.kernels.cpu import library
 from quire.kernels.cpu.build import BuildError
 from quire.kernels.cpu.linear import CProduct, ExactSumProduct, gather, multiply
+from quire.kernels.cpu.tiles import choose_tiles
 from quire.kernels.dequantize import Scales, dequantize
 from quire.kernels.memory import large_zeros
 from quire.kernels.ops import LinearProduct
@@ -79,7 +80,7 @@ class CodesProduct(ABC):
 
 
 class PanelCodes(CodesProduct):
-    """Computed by codes.c, from panels of 64 rows."""
+    """Computed by codes.c, or float8.c, from panels of 64 rows."""
 
     __slots__ = ("_codes", "_info", "_kept", "_lib", "_scales", "c_weight")
 
@@ -121,6 +122,7 @@ class PanelCodes(CodesProduct):
             offset_type=library.OFFSET_TYPES[form.offset],
             zero=form.zero,
             activation_bits=form.activation_bits,
+            float8=form.float8,
         )
         if form.values:  # held without a sign
             lift = -min(form.values)
@@ -134,6 +136,7 @@ class PanelCodes(CodesProduct):
             n=out_features,
             k=in_features,
             dtype=library.DTYPES[dtype],
+            tiles=choose_tiles().tiles,
             codes=addressof(self._info),
         )
 
@@ -291,8 +294,6 @@ def codes_product(
 ) -> CodesProduct:
     """`PanelCodes`, or `ReferenceCodes` where there is no compiler."""
     sizes = {"in_features": in_features, "out_features": out_features}
-    if form.float8:
-        return ReferenceCodes(form, **sizes, dtype=dtype, bias=bias)
     try:
         return PanelCodes(form, **sizes, dtype=dtype, bias=bias)
     except BuildError:

@@ -79,7 +79,7 @@ typedef struct linear_weight { /* mirrored by LinearWeight in library.py */
   const void *bias;         /* [n], or NULL */
   int64_t n, k;             /* outputs, inputs */
   int32_t dtype;            /* of x, panels, bias and out */
-  int32_t tiles;            /* enum tiles; only for bfloat16 */
+  int32_t tiles;            /* enum tiles; only for bfloat16 and codes */
   const code_info *codes;   /* NULL: panels of floats */
   const struct linear_weight *next; /* the rest of a stack over the same input, or NULL */
 } linear_weight;

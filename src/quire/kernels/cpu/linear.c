@@ -10,8 +10,7 @@
  * With tiles (AMX), a bfloat16 output is a chain of tile operations instead, each over TILE_K elements of k
  * (tiles.h). The panels are the same: 16 rows of a panel, at 16 of its columns, are a tile.
  */
-#include "linear_panel.h"
-#include "tiles.h"
+#include "linear_tiles.h"
 
 #define K_CUT 4096       /* elements of K between spills: a panel with this many rows fits in L2 */
 #define WIDE_BLOCKS 8    /* blocks of rows from which on a panel is widened to fp32 once for all */
@@ -73,59 +72,9 @@ INLINE void panel_rows(const linear_job *job, int64_t begin, int64_t end, int64_
 
 /* ---- a panel, by tiles ---- */
 
-#define PANEL_ROW (PANEL * 4) /* bytes of a row: one pair of each column */
-#define K_STEP (TILE_K / 2 * PANEL_ROW)
-#define TILES_AHEAD (2 * K_STEP) /* as AHEAD */
-#define TILES_CHUNK (1 << 20)    /* bytes of x in a chunk of rows: they stay in L2 beside two panels */
+#define TILES_CHUNK (1 << 20) /* bytes of x in a chunk of rows: they stay in L2 beside two panels */
 
-typedef struct {
-  const char *panel, *rest; /* rest: the rows after the last whole step, then zeros */
-  int64_t steps, whole;     /* of TILE_K elements; all of them, and those in `panel` */
-} tile_panel;
-
-INLINE void prefetch_step(stream next, int64_t step) {
-  for (int64_t b = 0; b < next.stride; b += 64)
-    __builtin_prefetch(next.at + step * next.stride + b, 0, 2);
-}
-
-/* Tiles 0-3 = 32 rows of x times 32 columns of the panel, from byte `c` of its rows on. */
-INLINE void dot_square(tile_file *t, const char *x0, const char *x1, int64_t stride,
-                       const tile_panel *w, int c, stream next, const int kind) {
-  tile_zero(t, 0, kind), tile_zero(t, 1, kind), tile_zero(t, 2, kind), tile_zero(t, 3, kind);
-  for (int64_t i = 0; i < w->steps; i++) {
-    const char *b = (i < w->whole ? w->panel + i * K_STEP : w->rest) + c;
-    tile_load(t, 4, x0 + i * TILE_K * 2, stride, kind);
-    tile_load(t, 6, b, PANEL_ROW, kind);
-    tile_load(t, 7, b + 64, PANEL_ROW, kind);
-    tile_load(t, 5, x1 + i * TILE_K * 2, stride, kind);
-    tile_dot(t, 0, 4, 6, kind);
-    tile_dot(t, 1, 4, 7, kind);
-    tile_dot(t, 2, 5, 6, kind);
-    tile_dot(t, 3, 5, 7, kind);
-    prefetch_step(next, i);
-  }
-}
-
-/* Tiles 0-3 = 16 rows of x times the panel's 64 columns. */
-INLINE void dot_line(tile_file *t, const char *x, int64_t stride, const tile_panel *w, stream next,
-                     const int kind) {
-  tile_zero(t, 0, kind), tile_zero(t, 1, kind), tile_zero(t, 2, kind), tile_zero(t, 3, kind);
-  for (int64_t i = 0; i < w->steps; i++) {
-    const char *b = i < w->whole ? w->panel + i * K_STEP : w->rest;
-    tile_load(t, 4, x + i * TILE_K * 2, stride, kind);
-    tile_load(t, 5, b, PANEL_ROW, kind);
-    tile_dot(t, 0, 4, 5, kind);
-    tile_load(t, 6, b + 64, PANEL_ROW, kind);
-    tile_dot(t, 1, 4, 6, kind);
-    tile_load(t, 7, b + 128, PANEL_ROW, kind);
-    tile_dot(t, 2, 4, 7, kind);
-    tile_load(t, 5, b + 192, PANEL_ROW, kind);
-    tile_dot(t, 3, 4, 5, kind);
-    prefetch_step(next, i);
-  }
-}
-
-/* As panel_rows. A last tile of rows that is not full begins earlier, and computes some rows again. */
+/* As panel_rows. */
 INLINE void panel_tiles(const linear_job *job, int64_t begin, int64_t end, int64_t panel,
                         int64_t next_panel, const int kind) {
   const linear_weight *w = job->w;
@@ -145,35 +94,15 @@ INLINE void panel_tiles(const linear_job *job, int64_t begin, int64_t end, int64
   const int ot = job->epilogue == LINEAR_FLOAT ? F32 : BF16;
   tile_file t;
   tile_configure(&t, &product_shapes, kind);
-  int64_t pass = 0;
   for (int64_t r = begin; r < end; r += 2 * TILE_ROWS) {
-    float sums[2 * TILE_ROWS * PANEL], *first = sums;
-    const int64_t left = end - r, last = max64(end - TILE_ROWS, 0);
-    const int64_t top = left > TILE_ROWS ? r : last;
-    const int64_t bottom = min64(r + TILE_ROWS, last); /* if two tiles */
-    const char *x = (const char *)job->x + top * stride;
-    for (int c = 0; c < (left > TILE_ROWS ? 2 : 1); c++, pass++) {
-      /* As in panel_rows. */
-      const stream next = passes == 1 ? (stream){base + TILES_AHEAD, K_STEP}
-                                      : (stream){after + pass * (steps * K_STEP / passes), K_STEP / passes};
-      if (left <= TILE_ROWS) {
-        dot_line(&t, x, stride, &view, next, kind);
-        tile_store(&t, 0, sums, PANEL_ROW, kind);
-        tile_store(&t, 1, sums + 16, PANEL_ROW, kind);
-        tile_store(&t, 2, sums + 32, PANEL_ROW, kind);
-        tile_store(&t, 3, sums + 48, PANEL_ROW, kind);
-        first = sums + (r - top) * PANEL;
-      } else {
-        float *to = sums + c * 32, *below = to + (bottom - top) * PANEL;
-        dot_square(&t, x, x + (bottom - top) * stride, stride, &view, c * 128, next, kind);
-        tile_store(&t, 0, to, PANEL_ROW, kind);
-        tile_store(&t, 1, to + 16, PANEL_ROW, kind);
-        tile_store(&t, 2, below, PANEL_ROW, kind);
-        tile_store(&t, 3, below + 16, PANEL_ROW, kind);
-      }
-    }
+    float sums[2 * TILE_ROWS * PANEL];
+    /* As in panel_rows. */
+    const int64_t pass = (r - begin) / TILE_ROWS;
+    const stream next = passes == 1 ? (stream){base + TILES_AHEAD, K_STEP}
+                                    : (stream){after + pass * (steps * K_STEP / passes), K_STEP / passes};
+    const float *first = tile_rows(&t, job->x, stride, r, end, &view, next, sums, kind);
     finish(job, first, bias, at_mut(job->out, r * job->out_stride + column, ot),
-           min64(left, 2 * TILE_ROWS), n, BF16);
+           min64(end - r, 2 * TILE_ROWS), n, BF16);
   }
 }
 
@@ -196,13 +125,8 @@ PANEL_TILES(panel_tiles_plain, TILES_PLAIN)
 PANEL_TILES(panel_tiles_amx, TILES_AMX)
 #endif
 
-/* Of floats. */
-INLINE int uses_tiles(const linear_weight *w) {
-  return w->dtype == BF16 && w->tiles != TILES_NONE && !w->codes;
-}
-
 static panel_task panel_task_of(const linear_weight *w) {
-  if (w->codes) return quire_codes_panel;
+  if (w->codes) return w->codes->float8 ? quire_float8_panel : quire_codes_panel;
 #if HAVE_AMX
   if (w->dtype == BF16 && w->tiles == TILES_AMX) return panel_tiles_amx;
 #endif
@@ -210,10 +134,15 @@ static panel_task panel_task_of(const linear_weight *w) {
   return w->dtype == F32 ? panel_rows_f32 : w->dtype == BF16 ? panel_rows_bf16 : panel_rows_f16;
 }
 
+/* The multiple of columns that the kernel reads of a row of x. */
+static int64_t columns_read(const linear_weight *w) {
+  return uses_tiles(w) ? TILE_K : w->codes ? 4 : pair_of(w->dtype);
+}
+
 /* Bytes of `readable`'s copy of x; 0: x is read as it is. */
 static size_t readable_bytes(const linear_weight *w, int64_t m) {
   const int dt = w->dtype, tiles = uses_tiles(w);
-  const int64_t step = tiles ? TILE_K : pair_of(dt), k = (w->k + step - 1) / step * step;
+  const int64_t step = columns_read(w), k = (w->k + step - 1) / step * step;
   const int out = widens(dt) && !tiles ? F32 : dt;
   const int64_t held = tiles ? max64(m, TILE_ROWS) : m; /* all rows of a tile are read */
   return out == dt && k == w->k && held == m ? 0 : (size_t)(held * k) * elem_size(out) + 64;
@@ -223,7 +152,7 @@ static size_t readable_bytes(const linear_weight *w, int64_t m) {
  * a tile of rows. */
 static const void *readable(const linear_weight *w, const void *x, int64_t *stride, int64_t m, char *copy) {
   const int dt = w->dtype, tiles = uses_tiles(w);
-  const int64_t step = tiles ? TILE_K : pair_of(dt), k = (w->k + step - 1) / step * step;
+  const int64_t step = columns_read(w), k = (w->k + step - 1) / step * step;
   const int out = widens(dt) && !tiles ? F32 : dt;
   for (int64_t r = 0; r < m; r++) {
     memset(at_mut(copy, r * k + w->k, out), 0, (size_t)(k - w->k) * elem_size(out));
@@ -276,7 +205,7 @@ INLINE int is_coded(const linear_weight *w) { return w->codes && !w->codes->floa
 
 /* Whether two matrices of a stack read the same form of x. */
 static int same_input(const linear_weight *a, const linear_weight *b) {
-  if (is_coded(a) != is_coded(b)) return 0;
+  if (is_coded(a) != is_coded(b) || columns_read(a) != columns_read(b)) return 0;
   return !is_coded(a) || (a->codes->group == b->codes->group && a->codes->order == b->codes->order &&
                           a->codes->activation_bits == b->codes->activation_bits);
 }
@@ -323,6 +252,7 @@ int quire_linear(const linear_weight *w, const void *x, int64_t x_stride, void *
     stack.panels += panels;
     n += each->n;
   }
+  if (is_coded(w) && w->tiles != TILES_NONE) multiple = TILE_ROWS;
   if (uses_tiles(w)) {
     multiple = 2 * TILE_ROWS;
     most = max64(TILES_CHUNK / (2 * w->k) / multiple, 2) * multiple;

@@ -21,6 +21,25 @@ INLINE int widens(const int dt) { return dt == F16 || (dt == BF16 && !HAVE_DOT);
 
 INLINE int64_t pair_of(const int dt) { return dt == BF16 ? 2 : 1; }
 
+/* Each byte, below 16, replaced by its value. */
+INLINE vu lookup(vu codes, const uint8_t *values) {
+#if VW == 16 && defined(__AVX512BW__)
+  const __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)values));
+  return (vu)_mm512_shuffle_epi8(table, (__m512i)codes);
+#elif VW == 8 && defined(__AVX2__)
+  const __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)values));
+  return (vu)_mm256_shuffle_epi8(table, (__m256i)codes);
+#elif defined(__aarch64__)
+  return (vu)vqtbl1q_u8(vld1q_u8(values), (uint8x16_t)codes);
+#else
+  uint8_t bytes[VW * 4];
+  memcpy(bytes, &codes, sizeof bytes);
+  for (int i = 0; i < VW * 4; i++) bytes[i] = values[bytes[i]];
+  memcpy(&codes, bytes, sizeof bytes);
+  return codes;
+#endif
+}
+
 typedef struct linear_job linear_job;
 typedef void (*panel_task)(const linear_job *, int64_t begin, int64_t end, int64_t panel, int64_t next_panel);
 
@@ -122,19 +141,36 @@ INLINE void finish(const linear_job *job, const float *sums, const void *bias, v
     }
 }
 
+/* Bias and epilogue for `rows` rows, from `begin` on, times one panel: sums [rows][PANEL]. */
+INLINE void finish_panel(const linear_job *job, const float *sums, int64_t begin, int64_t rows, int64_t panel) {
+  const linear_weight *w = job->w;
+  const int64_t column = panel * PANEL, n = min64(w->n - column, PANEL);
+  const void *bias = w->bias ? at(w->bias, column, w->dtype) : NULL;
+  void *out = at_mut(job->out, begin * job->out_stride + column, job->epilogue == LINEAR_FLOAT ? F32 : w->dtype);
+  FOR_DTYPE(w->dtype, finish(job, sums, bias, out, rows, n, dt));
+}
+
+/* Runs `call` with `rows` a constant of that value, from 1 to ROWS. */
+#if ROWS > 4
+#define FOR_MORE_ROWS(call)                \
+  case 5: { const int rows = 5; call; break; } \
+  case 6: { const int rows = 6; call; break; }
+#else
+#define FOR_MORE_ROWS(call)
+#endif
+#define FOR_ROWS(value, call)                  \
+  switch (value) {                             \
+    case 1: { const int rows = 1; call; break; } \
+    case 2: { const int rows = 2; call; break; } \
+    case 3: { const int rows = 3; call; break; } \
+    case 4: { const int rows = 4; call; break; } \
+    FOR_MORE_ROWS(call)                        \
+  }
+
 /* One block of 1 to ROWS rows. */
 INLINE void any_block(const linear_job *job, const void *x, const char *panel, stream next, int64_t k0,
-                      int64_t k1, int goes_on, float *sums, int64_t rows, const int dt) {
-  switch (rows) {
-    case 1: block(job, x, panel, next, k0, k1, goes_on, sums, 1, dt); break;
-    case 2: block(job, x, panel, next, k0, k1, goes_on, sums, 2, dt); break;
-    case 3: block(job, x, panel, next, k0, k1, goes_on, sums, 3, dt); break;
-    case 4: block(job, x, panel, next, k0, k1, goes_on, sums, 4, dt); break;
-#if ROWS > 4
-    case 5: block(job, x, panel, next, k0, k1, goes_on, sums, 5, dt); break;
-    case 6: block(job, x, panel, next, k0, k1, goes_on, sums, 6, dt); break;
-#endif
-  }
+                      int64_t k1, int goes_on, float *sums, int64_t count, const int dt) {
+  FOR_ROWS(count, block(job, x, panel, next, k0, k1, goes_on, sums, rows, dt));
 }
 
 /* codes.c: integer codes */
@@ -143,5 +179,10 @@ size_t quire_coded_bytes(const linear_weight *w, int64_t m);
 void quire_code_input(const linear_weight *w, const void *x, int64_t x_stride, int64_t m, int threads,
                       void *memory, coded_input *coded);
 void quire_codes_row(const linear_weight *w, int64_t row, void *out);
+
+/* float8.c */
+void quire_float8_panel(const linear_job *job, int64_t begin, int64_t end, int64_t panel, int64_t next_panel);
+int64_t quire_float8_place(int64_t row, int64_t column);
+float quire_float8_value(uint8_t code);
 
 #endif

@@ -14,11 +14,11 @@ void quire_release_tiles(void) {
   quire_loaded_shapes = NULL;
 }
 
-/* 0; 1: the processor has no AMX with bfloat16; 2: the system does not let this process use it. */
+/* 0; 1: the processor has no AMX with bfloat16 and bytes; 2: the system does not let this process use it. */
 int quire_ask_for_amx(void) {
-  enum { BF16_TILES = 1 << 22, TILES = 1 << 24, REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 };
+  enum { BF16_TILES = 1 << 22, TILES = 1 << 24, BYTE_TILES = 1 << 25, REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 };
   unsigned a, b, c, d;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || ~d & (BF16_TILES | TILES)) return 1;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || ~d & (BF16_TILES | TILES | BYTE_TILES)) return 1;
   return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) ? 2 : 0;
 }
 #else

@@ -1,10 +1,11 @@
-/* Tiles: registers of 16 rows of 64 bytes, and the product of two of them.
+/* Tiles: registers of 16 rows of 64 bytes, and the product of two of them, of bfloat16 or of bytes.
  *
  * A kernel that is written over these operations exists twice: by Intel's AMX instructions, and in plain C with
  * the same result. The second is for tests on other machines, and for the check at the first use on a machine with
  * AMX. TDPBF16PS (Intel SDM, volume 2): C[m][n] += sum over even k, plus sum over odd k, of A[m][k] * B[k][n].
  * The two sums are chains of fused multiply-adds over the tile's k from zero. Subnormal inputs and results are
- * zero. So a row of C depends on no other row of A, and rows that nobody reads may hold anything.
+ * zero. TDPBSUD adds products of bytes, those of A with a sign and those of B without one, as 32-bit integers. So a
+ * row of C depends on no other row of A, and rows that nobody reads may hold anything.
  *
  * The sums of the vector kernels have another order. So on one machine all rows of a product go one way.
  */
@@ -64,6 +65,8 @@ extern __thread const tile_shapes *quire_loaded_shapes; /* of this thread's tile
 #define STORE_TEXT(n) "tilestored %%tmm" #n ", (%0,%1,1)"
 #define DOT_TEXT(a, b, c) "tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #c
 #define DOT(a, b, c) __asm__ volatile(DOT_TEXT(a, b, c) ::)
+#define BYTES_TEXT(a, b, c) "tdpbsud %%tmm" #b ", %%tmm" #a ", %%tmm" #c
+#define DOT_BYTES_OF(a, b, c) __asm__ volatile(BYTES_TEXT(a, b, c) ::)
 #define EACH_C(a, b, c)          \
   switch (c) {                   \
     case 0: DOT(a, b, 0); break; \
@@ -169,6 +172,33 @@ INLINE void tile_dot(tile_file *t, const int c, const int a, const int b, const 
   }
 #endif
   plain_dot(t, c, a, b);
+}
+
+/* C += A * B in 32-bit integers. */
+static __attribute__((noinline, unused)) void plain_dot_bytes(tile_file *t, int c, int a, int b) {
+  for (int m = 0; m < TILE_ROWS; m++)
+    for (int n = 0; n < TILE_COLUMNS; n++) {
+      int32_t sum;
+      memcpy(&sum, t->tile[c][m] + n * 4, sizeof sum);
+      for (int k = 0; k < TILE_ROWS; k++)
+        for (int i = 0; i < 4; i++) sum += (int8_t)t->tile[a][m][4 * k + i] * (uint8_t)t->tile[b][k][4 * n + i];
+      memcpy(t->tile[c][m] + n * 4, &sum, sizeof sum);
+    }
+}
+
+/* C += A * B of bytes. a: 4 or 5, rows of 64 bytes with a sign; b: 6 or 7, [16][columns of C][4]. c: of 0 to 3, the one
+ * that belongs to a and b: 2 * (a - 4) + b - 6. */
+INLINE void tile_dot_bytes(tile_file *t, const int a, const int b, const int kind) {
+#if HAVE_AMX
+  if (kind == TILES_AMX) {
+    if (a == 4 && b == 6) DOT_BYTES_OF(4, 6, 0);
+    else if (a == 4) DOT_BYTES_OF(4, 7, 1);
+    else if (b == 6) DOT_BYTES_OF(5, 6, 2);
+    else DOT_BYTES_OF(5, 7, 3);
+    return;
+  }
+#endif
+  plain_dot_bytes(t, 2 * (a - 4) + b - 6, a, b);
 }
 
 #endif
