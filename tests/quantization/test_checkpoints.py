@@ -189,8 +189,10 @@ def test_random_weights(floats: Path, tmp_path: Path, kernels: Kernels) -> None:
     assert logits(directory, kernels, "dummy").isfinite().all()
 
 
-@pytest.mark.parametrize("kind", ["gptq", "awq", "fp8"])
-@pytest.mark.parametrize("file", [None, "beside"])
+@pytest.mark.parametrize(
+    ("kind", "file"),
+    [("gptq", None), ("awq", None), ("fp8", None), ("gptq", "beside"), ("awq", "beside")],
+)
 def test_a_silent_config_is_completed(
     kind: str, file: str | None, floats: Path, tmp_path: Path, kernels: Kernels
 ) -> None:
@@ -213,10 +215,7 @@ def test_a_silent_config_is_completed(
         beside = {
             "gptq": ("quantize_config.json", {"bits": 4, "group_size": 32, "sym": False}),
             "awq": ("quant_config.json", {"w_bit": 4, "q_group_size": 32, "zero_point": True}),
-            "fp8": ("hf_quant_config.json", {"quantization": {"quant_algo": "FP8"}}),
         }
-        if kind == "fp8":
-            pytest.skip("ModelOpt has no blocks")
         path, config = beside[kind]
         (directory / path).write_text(json.dumps(config))
     expected = logits(write(tmp_path / "plain", floats, None, {f"{name}.weight": weight}), kernels)
@@ -355,6 +354,8 @@ AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32}
         *(({"quant_method": name}, f"quant_method '{name}'.*use") for name in REFUSED),
         ({"quant_method": "nobodys"}, "quant_method 'nobodys'.*unquantized checkpoint"),
         ({"load_in_4bit": True}, "bitsandbytes.*--quantization int4"),
+        ({"bits": 4, "group_size": 64, "tensors": {"a.biases": ("float16", (1,))}}, "'mlx'"),
+        ({**GPTQ, "quant_method": "auto-round", "packing_format": "auto_round:x"}, "packing_format"),
         ({**GPTQ, "bits": 5}, "bits is 5, but it must be one of 2, 3, 4, 8"),
         ({**GPTQ, "group_size": 20}, "group_size is 20, but a group must have a multiple of 8"),
         ({**GPTQ, "checkpoint_format": "gptq_p"}, "checkpoint_format is 'gptq_p'.*gptq_v2"),
@@ -443,7 +444,7 @@ def test_quantization_of_a_plain_checkpoint(name: str, floats: Path) -> None:
 
 
 def test_quantization_that_does_not_exist(floats: Path) -> None:
-    with pytest.raises(ConfigError, match=r"must be one of auto_awq, .*gptq.*int8.*, got 'q4'"):
+    with pytest.raises(ConfigError, match=r"must be one of auto-round, .*gptq.*int8.*, got 'q4'"):
         resolved(floats, "q4")
     with pytest.raises(ConfigError, match=r"'bitsandbytes' is not supported; .*int4"):
         resolved(floats, "bitsandbytes")

@@ -14,7 +14,7 @@ import torch
 
 from quire.errors import UnsupportedModelError
 from quire.quantization.base import Shard
-from tests.quantization.matrices import Golden, Tensors, dequantized, golden, method_of, sha
+from tests.quantization.matrices import NAME, Golden, Tensors, dequantized, golden, method_of, sha
 
 FILES = ("copied.safetensors", "compressed_tensors.safetensors", "gptq.safetensors")
 GOLDEN = [each for file in FILES for each in golden(file)]
@@ -175,6 +175,33 @@ def test_modelopt_multiplies_by_the_scale_of_all() -> None:
     expected = values * (scales * torch.tensor(0.3)).repeat_interleave(16, dim=1)
     config = {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16}
     assert torch.equal(dequantized(config, tensors, (16, 64)), expected)
+
+
+@pytest.mark.parametrize("packing", ["auto_round", "auto_round:auto_gptq", "auto_round:auto_awq"])
+def test_auto_round(packing: str) -> None:
+    n, k = 16, 64
+    groups = torch.arange(k) // 32
+    codes, zeros, scales = some((n, k), below=16), some((n, 2), below=16), some_scales((n, 2))
+    if packing.endswith("awq"):
+        tensors: Tensors = stored_awq(codes, zeros, scales)
+    else:
+        first_format = packing.endswith("auto_gptq")
+        stored = stored_gptq(codes, zeros, scales, groups, bits=4, first_format=first_format)
+        tensors = {name: tensor for name, tensor in stored.items() if name != "g_idx"}
+    other = {"bits": 4, "group_size": 32, "sym": False, "data_type": "int"}
+    config = {
+        "quant_method": "auto-round", "packing_format": packing, "bits": 4, "group_size": 32,
+        "sym": False, "autoround_version": "0.5", "block_name_to_quantize": "model.layers",
+    }  # fmt: skip
+    if not packing.endswith("awq"):
+        config |= {
+            "bits": 8,
+            "group_size": -1,
+            "extra_config": {NAME: other, "lm_head": {"bits": 16}},
+        }
+        assert method_of(config, {}).format_of("lm_head") is None
+    expected = formula(codes, zeros, scales, groups)
+    assert torch.equal(dequantized(config, tensors, (n, k)), expected)
 
 
 # ---- shards ----------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from quire.quantization.base import LinearMethod
 from quire.quantization.unquantized import UNQUANTIZED
 
 METHODS: dict[str, str] = {
+    "auto-round": "quire.quantization.auto_round",
     "awq": "quire.quantization.awq",
     "compressed-tensors": "quire.quantization.compressed_tensors",
     "fbgemm_fp8": "quire.quantization.fp8",
@@ -36,6 +37,7 @@ REFUSED: Mapping[str, str] = {
     "spqr": _FORMATS,
     "bitnet": _FORMATS,
     "marlin": _FORMATS,
+    "mlx": _FORMATS,
     "mxfp4": "its experts are not supported; use a dense model",
 }
 """quant_method of formats that are known and not supported -> what to do."""
@@ -46,6 +48,7 @@ NAMES: Mapping[str, str] = {
     "auto_gptq": "gptq",
     "awq_marlin": "awq",
     "gptq_marlin": "gptq",
+    "inc": "auto-round",
     "modelopt_fp4": "modelopt",
     "modelopt_fp8": "modelopt",
     "modelopt_mixed": "modelopt",
@@ -136,13 +139,16 @@ def choose_method(
 def _completed(config: Mapping[str, object]) -> Mapping[str, object]:
     """With its `quant_method`, if other fields or, where there are none, the tensors show it."""
     name = config.get("quant_method")
+    if name is None and any(name.endswith(".biases") for name in config.get("tensors") or ()):  # type: ignore[attr-defined]
+        name = "mlx"
     if name is None:
         name = next((name for field, name in _FIELDS.items() if config.get(field)), None)
     if name is None:
         return {**config, **_seen(config.get("tensors"))}
-    return {**config, "quant_method": {"sparseml": "compressed-tensors"}.get(str(name), name)}
+    return {**config, "quant_method": _SAME.get(str(name), name)}
 
 
+_SAME = {"sparseml": "compressed-tensors", "intel/auto-round": "auto-round"}
 _FIELDS = {
     "config_groups": "compressed-tensors",
     "quant_algo": "modelopt",

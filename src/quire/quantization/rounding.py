@@ -101,7 +101,9 @@ def _scale(x: Tensor, form: CodeFormat) -> tuple[Tensor, Tensor | None]:
     weighted = importance * x
     best, scale = torch.zeros_like(largest), torch.zeros_like(largest)
     for place in SYMMETRIC_ENDS:
-        q = (x * (place / torch.where(end == 0, 1.0, end))).round_().clamp_(-8, 7)
+        divisor = torch.where(end == 0, 1.0, end)
+        # A number divided by a tensor would be multiplied by its reciprocal, which rounds twice.
+        q = (x * (torch.full_like(end, place) / divisor)).round_().clamp_(-8, 7)
         # With codes q the best scale is xq / qq, and it takes xq * xq / qq off the squared error.
         xq = (weighted * q).sum(dim=1, keepdim=True)
         qq = (q.square_().mul_(importance)).sum(dim=1, keepdim=True).clamp_min_(1e-38)

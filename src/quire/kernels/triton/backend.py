@@ -14,7 +14,7 @@ from quire.kernels.codes import CodeFormat
 from quire.kernels.ops import Activation
 from quire.kernels.program import CachePart, Program
 from quire.kernels.triton import attention, layers
-from quire.kernels.triton.codes import DequantizedCodes, Stack
+from quire.kernels.triton.codes import Stack, TritonCodes
 from quire.kernels.triton.matmul import matmul
 
 
@@ -48,15 +48,15 @@ class TritonKernels:
         out_features: int,
         dtype: torch.dtype,
         bias: bool,
-    ) -> DequantizedCodes:
-        return DequantizedCodes(
+    ) -> TritonCodes:
+        return TritonCodes(
             form,
             in_features,
             out_features,
             dtype,
             bias=bias,
             device=self.device,
-            product=self._product,
+            invariant=self.batch_invariant,
         )
 
     stack = Stack
