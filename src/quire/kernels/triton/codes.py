@@ -200,9 +200,6 @@ class TritonCodes:
     def fill_packed(self, row: int, packed: PackedCodes, rows: Tensor) -> None:
         self.fill_codes(row, 0, spread(packed, rows))
 
-    def fill_packed(self, row: int, packed: PackedCodes, rows: Tensor) -> None:
-        self.fill_codes(row, 0, spread(packed, rows))
-
     def fill_scales(self, row: int, scales: Scales) -> None:
         for kept, given in zip(self._scales, scales, strict=True):
             if kept is not None:
