@@ -101,7 +101,7 @@ def markdown(results: dict[str, Any]) -> str:
     lines = [
         f"# Quantized weights, {results['title']}",
         "",
-        f"`{' '.join(record['command'])}`, {results['repeats']} interleaved repeats, medians. "
+        f"`{record['command']}`, {results['repeats']} interleaved repeats, medians. "
         f"{record['date']}, commit {record['commit']}, {_processor()}.",
     ]
     for title, (workload, key) in WORKLOADS.items():

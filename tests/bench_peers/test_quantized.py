@@ -13,7 +13,7 @@ def sample(engine: str, workload: str, repeat: int, **measures: float) -> dict[s
 def test_ratios_are_to_the_best_rival_and_to_our_own_bf16() -> None:
     results = {
         "title": "Llama 110M",
-        "record": {"command": ["python"], "date": "2026-11-30", "commit": "abc"},
+        "record": {"command": "python", "date": "2026-11-30", "commit": "abc"},
         "repeats": 3,
         "skipped": {"mistral.rs q4_K": "not installed"},
         "samples": [

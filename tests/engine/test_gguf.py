@@ -15,12 +15,11 @@ from quire import LLM, SamplingParams
 from quire.config import from_flat
 from quire.engine.setup import locate
 from quire.errors import CheckpointError
-from quire.kernels.dequantize import dequantize
-from quire.quantization.gguf import BLOCKS, FORMATS
-from quire.quantization.gguf_blocks import unpack
+from quire.quantization.gguf import FORMATS
 from quire.weights.gguf import Source
 from quire.weights.resolve import find_local
 from tests.engine.checkpoints import TEMPLATE, write_checkpoint
+from tests.quantization.gguf_rows import values
 from tests.weights.gguf_writer import convert, tokenizer_metadata, write_gguf
 
 SHARED = Path("/work/shared/quantized")
@@ -107,12 +106,11 @@ def test_shared_weights_are_the_oracles_bit_for_bit(name: str) -> None:
             raw = torch.empty(info.num_bytes, dtype=torch.uint8)
             checkpoint.read(info, 0, memoryview(raw.numpy()))
             if info.dtype in FORMATS:
-                blocks = raw.view(info.shape[0], -1, BLOCKS[info.dtype].bytes)
-                values = dequantize(FORMATS[info.dtype], *unpack(info.dtype, blocks))
+                floats = values(info.dtype, raw.view(info.shape))
             else:
-                values = raw.view(getattr(torch, info.dtype)).float()
-            digest = hashlib.sha256(values.numpy().tobytes()).hexdigest()[:16]
-            assert (list(values.shape), digest) == tuple(oracle["weights"][tensor]), tensor
+                floats = raw.view(getattr(torch, info.dtype)).float()
+            digest = hashlib.sha256(floats.numpy().tobytes()).hexdigest()[:16]
+            assert (list(floats.shape), digest) == tuple(oracle["weights"][tensor]), tensor
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ctypes import byref
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from quire.kernels.cpu.codes import (
 from quire.kernels.cpu.library import load_library
 from quire.kernels.cpu.linear import PanelProduct
 from quire.kernels.dequantize import Scales, dequantize
+from quire.kernels.select import create_kernels
 from tests.kernels.cases import DTYPES, ULP, bits, dtypes, generator, randn, seeds
 from tests.kernels.test_linear_cpu import assert_invariant
 
@@ -183,6 +185,24 @@ def test_a_stack_gives_each_products_bits_side_by_side() -> None:
     stack = PanelStack([dense, *products])
     assert torch.equal(stack(x), expected)
     assert torch.equal(stack(x[:1]), expected[:1])
+
+
+@pytest.mark.parametrize("kind", ["native", "reference"])
+def test_inputs_of_8_bits_are_an_option_of_the_kernels(
+    kind: Literal["native", "reference"],
+) -> None:
+    form = FORMS["int4 g64"]
+    codes, scales = random_matrix(form, 70, 128, 11)
+    x = randn(4, 128, rng=generator(12))
+    product = create_kernels(kind, activation_bits=8).codes(
+        form, in_features=128, out_features=70, dtype=torch.float32, bias=False
+    )
+    product.fill_codes(0, 0, codes)
+    product.fill_scales(0, scales)
+    rounded = PanelCodes if kind == "native" else ReferenceCodes
+    expected = filled(rounded, replace(form, activation_bits=8), codes, scales, torch.float32)
+    assert torch.equal(product(x), expected(x))
+    assert not torch.equal(product(x), filled(rounded, form, codes, scales, torch.float32)(x))
 
 
 def test_codes_outside_the_matrix_are_refused() -> None:

@@ -5,9 +5,14 @@ from __future__ import annotations
 import hashlib
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from quire.quantization.gguf import BLOCKS
+from quire.kernels.dequantize import dequantize
+from quire.kernels.fields import spread
+from quire.quantization.gguf import FORMATS
+from quire.quantization.gguf_blocks import PACKED, read_scales
+from quire.quantization.gguf_types import BLOCKS
 
 HALVES = {"q2_K": (80, 82), "q3_K": (108,), "q4_K": (0, 2), "q5_K": (0, 2), "q6_K": (208,),
           "q4_1": (0, 2), "q5_1": (0, 2), "mxfp4": ()}  # fmt: skip
@@ -29,3 +34,8 @@ def raw_rows(kind: str, rows: int, blocks: int) -> NDArray[np.uint8]:
     if kind == "mxfp4":
         data[:, 0] &= 0x7F
     return data.reshape(rows, blocks * size)
+
+
+def values(kind: str, raw: torch.Tensor) -> torch.Tensor:
+    """[N, bytes of a row] -> [N, K] float32"""
+    return dequantize(FORMATS[kind], spread(PACKED[kind], raw), read_scales(kind, raw))

@@ -12,13 +12,12 @@ import torch
 
 from quire.errors import CheckpointError, UnsupportedModelError
 from quire.kernels.base import Kernels
-from quire.kernels.dequantize import dequantize
 from quire.kernels.select import create_kernels
 from quire.quantization import read_method
 from quire.quantization.base import LinearPart, LinearShape, Shard
-from quire.quantization.gguf import BLOCKS, FORMATS, Gguf
-from quire.quantization.gguf_blocks import unpack
-from tests.quantization.gguf_rows import HALVES, SHAPES, raw_rows
+from quire.quantization.gguf import FORMATS, Gguf
+from quire.quantization.gguf_types import BLOCKS
+from tests.quantization.gguf_rows import HALVES, SHAPES, raw_rows, values
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "data/quantized/gguf.json").read_text())
 """By data/quantized/make_gguf.py, from two other readers."""
@@ -27,11 +26,6 @@ GOLDEN = json.loads((Path(__file__).parents[1] / "data/quantized/gguf.json").rea
 @pytest.fixture(scope="module", params=["auto", "reference"])
 def kernels(request: pytest.FixtureRequest) -> Kernels:
     return create_kernels(request.param)
-
-
-def values(kind: str, raw: torch.Tensor) -> torch.Tensor:
-    blocks = raw.unflatten(1, (-1, BLOCKS[kind].bytes))
-    return dequantize(FORMATS[kind], *unpack(kind, blocks))
 
 
 @pytest.mark.parametrize(("rows", "blocks"), SHAPES)

@@ -16,11 +16,13 @@ from quire.kernels.select import create_kernels
 from quire.models.loader import load_model
 from quire.models.registry import resolve_spec
 from quire.models.spec import ModelSpec
+from quire.quantization.gguf import FORMATS
 from quire.weights.gguf import Source
 from quire.weights.gguf_config import FAMILIES, hf_name
 from quire.weights.source import ModelSource, open_source
 from tests.models.harness import PagedHarness, Request
 from tests.models.variants import YARN, build_reference, prompt_tokens, rope, save
+from tests.quantization.gguf_rows import values
 from tests.weights.gguf_writer import Stored, convert, gguf_name, stored, write_gguf
 
 SAME = [
@@ -158,15 +160,11 @@ def test_quantized_it_computes_what_the_dequantized_model_does(
 
 
 def dequantized(value: Stored) -> torch.Tensor:
-    from quire.kernels.dequantize import dequantize
-    from quire.quantization.gguf import BLOCKS, FORMATS
-    from quire.quantization.gguf_blocks import unpack
-
     kind, shape, data = value
     raw = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     if kind not in FORMATS:
         return raw.view(getattr(torch, kind)).view(shape).float()
-    return dequantize(FORMATS[kind], *unpack(kind, raw.view(shape[0], -1, BLOCKS[kind].bytes)))
+    return values(kind, raw.view(shape[0], -1))
 
 
 @pytest.mark.parametrize("rows", [(0, 1), (3, 20), (0, 64), (23, 24), (24, 48), (60, 64)])

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from quire.errors import ModelError
 from quire.models.registry import resolve_spec
-from quire.quantization.gguf import BLOCKS
+from quire.quantization.gguf_types import BLOCKS
 from quire.weights.gguf import Source
 from quire.weights.gguf_header import Header, HeaderError, Strings, read_header
 from tests.weights.gguf_writer import Stored, encode, stored, text, typed

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from quire.kernels.codes import CodeFormat
 from quire.kernels.dequantize import Scales
+from quire.kernels.fields import PackedCodes
 from quire.kernels.ops import Activation, LinearProduct
 from quire.kernels.program import CachePart, ForwardPass, Program
 from quire.kernels.sampling import SampledTokens
@@ -63,6 +64,10 @@ class CodesProduct(LinearProduct, Protocol):
     def fill_codes(self, row: int, column: int, codes: Tensor) -> None:
         """codes: [rows, columns] uint8, any strides, placed at `row` and `column`, a multiple of 8. The
         number of columns is one too, except at the matrix's end. Float8 codes are given as their bytes."""
+        ...
+
+    def fill_packed(self, row: int, packed: PackedCodes, rows: Tensor) -> None:
+        """Codes of whole rows, as a file packs them. rows: [rows, bytes of a row] uint8, contiguous."""
         ...
 
     def fill_scales(self, row: int, scales: Scales) -> None:

@@ -12,7 +12,7 @@ unsigned byte each, and to scales, and kernels know nothing else.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 PANEL = 64
@@ -55,6 +55,10 @@ class CodeFormat:
         assert (self.scale == "int8") == (self.super_groups > 0), self
         assert len(self.values) in (0, 16), self
         assert not self.float8 or (self.bits == 8 and self.offset == "none"), self
+
+    def with_activations(self, bits: int) -> CodeFormat:
+        """With inputs of at most so many bits: 8 or 16."""
+        return replace(self, activation_bits=8) if bits == 8 else self
 
     def num_groups(self, in_features: int) -> int:
         return -(-in_features // self.group) if self.group else 1

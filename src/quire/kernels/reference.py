@@ -19,6 +19,7 @@ from torch import Tensor
 
 from quire.kernels import checks
 from quire.kernels.checks import require
+from quire.kernels.codes import CodeFormat
 from quire.kernels.cpu import layout
 from quire.kernels.cpu.codes import ReferenceCodes, ReferenceStack
 from quire.kernels.cpu.linear import dense_product
@@ -32,9 +33,28 @@ class ReferenceKernels:
     name = "reference"
     device = layout.device
     linear = staticmethod(dense_product)
-    codes = ReferenceCodes
     stack = ReferenceStack
     kv_cache_shapes = staticmethod(layout.kv_cache_shapes)
+
+    def __init__(self, *, activation_bits: int = 16) -> None:
+        self._activation_bits = activation_bits
+
+    def codes(
+        self,
+        form: CodeFormat,
+        *,
+        in_features: int,
+        out_features: int,
+        dtype: torch.dtype,
+        bias: bool,
+    ) -> ReferenceCodes:
+        return ReferenceCodes(
+            form.with_activations(self._activation_bits),
+            in_features=in_features,
+            out_features=out_features,
+            dtype=dtype,
+            bias=bias,
+        )
 
     def rms_norm(
         self, x: Tensor, weight: Tensor, eps: float, *, out: Tensor | None = None

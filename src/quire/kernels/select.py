@@ -18,17 +18,19 @@ KernelsName = Literal["auto", "native", "reference"]
 logger = logging.getLogger("quire.kernels")
 
 
-def create_kernels(name: KernelsName = "auto") -> Kernels:
+def create_kernels(name: KernelsName = "auto", *, activation_bits: int = 16) -> Kernels:
     """The kernels by that name; `auto` is native where a C compiler works, else the reference.
+
+    activation_bits: 8 also for formats that say 16 (`CodeFormat.activation_bits`).
 
     Raises `ConfigError` for `native` when it cannot be built, and for an unknown name.
     """
     if name == "reference":
-        return ReferenceKernels()
+        return ReferenceKernels(activation_bits=activation_bits)
     if name not in ("auto", "native"):
         raise ConfigError(f"kernels={name!r} is not known; use 'auto', 'native' or 'reference'")
     try:
-        kernels = NativeKernels()
+        kernels = NativeKernels(activation_bits=activation_bits)
         logger.info("CPU kernels: %s", describe_native())
         return kernels
     except BuildError as error:
@@ -38,7 +40,7 @@ def create_kernels(name: KernelsName = "auto") -> Kernels:
                 "or use kernels='reference'"
             ) from error
         logger.warning("no native CPU kernels (%s); the slower reference serves", error)
-        return ReferenceKernels()
+        return ReferenceKernels(activation_bits=activation_bits)
 
 
 def describe_native() -> str:

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-from quire.dtypes import FLOATS, element_bytes
+from quire.dtypes import FLOATS
 from quire.errors import CheckpointError, UnsupportedModelError
 from quire.kernels.codes import CodeFormat
 from quire.quantization.base import LinearShape, TensorWant
+from quire.quantization.gguf_types import BLOCKS
 from quire.quantization.matrix import QuantizedMethod
 
 if TYPE_CHECKING:
@@ -25,27 +26,6 @@ if TYPE_CHECKING:
 
     from quire.kernels.base import CodesProduct
 
-
-class Block(NamedTuple):
-    elements: int
-    bytes: int
-
-
-BLOCKS: Mapping[str, Block] = {
-    **{
-        name: Block(1, element_bytes(name))
-        for name in ("float32", "float16", "bfloat16", "float64", "int8", "int16", "int32", "int64")
-    },
-    "q4_0": Block(32, 18), "q4_1": Block(32, 20), "q5_0": Block(32, 22), "q5_1": Block(32, 24),
-    "q8_0": Block(32, 34), "q8_1": Block(32, 40), "q2_K": Block(256, 84), "q3_K": Block(256, 110),
-    "q4_K": Block(256, 144), "q5_K": Block(256, 176), "q6_K": Block(256, 210),
-    "q8_K": Block(256, 292), "iq2_xxs": Block(256, 66), "iq2_xs": Block(256, 74),
-    "iq3_xxs": Block(256, 98), "iq1_s": Block(256, 50), "iq4_nl": Block(32, 18),
-    "iq3_s": Block(256, 110), "iq2_s": Block(256, 82), "iq4_xs": Block(256, 136),
-    "iq1_m": Block(256, 56), "tq1_0": Block(256, 54), "tq2_0": Block(256, 66),
-    "mxfp4": Block(32, 17), "nvfp4": Block(64, 36),
-}  # fmt: skip
-"""All types that a file may have."""
 
 _IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 _E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
@@ -127,22 +107,23 @@ class GgufMatrix:
 
 class GgufReader:
     def __init__(self, kind: str, name: str, product: CodesProduct) -> None:
-        from quire.quantization.gguf_blocks import unpack
+        from quire.quantization.gguf_blocks import PACKED, read_scales
 
-        self._unpack = unpack
+        self._packed = PACKED[kind]
+        self._read_scales = read_scales
         self._kind = kind
         self._name = name
         self._product = product
 
     def load(self, suffix: str, first: int, rows: torch.Tensor) -> None:
-        codes, scales = self._unpack(self._kind, rows.unflatten(1, (-1, BLOCKS[self._kind].bytes)))
+        scales = self._read_scales(self._kind, rows)
         for each in (scales.scale, scales.offset, scales.super_scale, scales.super_minimum):
             if each is not None and each.is_floating_point() and not each.isfinite().all():
                 raise CheckpointError(
                     f"tensor {self._name}.weight has a scale that is infinite or not a number, in rows "
                     f"{first} to {first + len(rows) - 1}; the file is damaged: download it again"
                 )
-        self._product.fill_codes(first, 0, codes)
+        self._product.fill_packed(first, self._packed, rows)
         self._product.fill_scales(first, scales)
 
     def finish(self) -> None:

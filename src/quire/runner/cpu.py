@@ -35,7 +35,10 @@ class CPU:
         self._spec = spec
         self._memory = host_memory()  # before anything is loaded
         torch.set_num_threads(config.runtime.cpu_threads or physical_cores())
-        self.kernels = create_kernels(config.runtime.kernels)  # type: ignore[arg-type]
+        self.kernels = create_kernels(
+            config.runtime.kernels,  # type: ignore[arg-type]
+            activation_bits=config.runtime.cpu_activation_bits,
+        )
 
     def active(self) -> AbstractContextManager[object]:
         return _NO_GUARD

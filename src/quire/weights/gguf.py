@@ -15,7 +15,7 @@ import numpy as np
 
 from quire.dtypes import FLOATS
 from quire.errors import CheckpointError
-from quire.quantization.gguf import BLOCKS
+from quire.quantization.gguf_types import BLOCKS
 from quire.weights.gguf_config import family_of, hf_name, read_config
 from quire.weights.gguf_files import SHARD
 from quire.weights.gguf_header import Entry, Header, HeaderError, read_header

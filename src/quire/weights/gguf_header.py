@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO, NoReturn
 
-from quire.quantization.gguf import BLOCKS
+from quire.quantization.gguf_types import BLOCKS
 
 MAGIC = b"GGUF"
 MOST_HEADER_BYTES = 256 << 20

@@ -15,7 +15,8 @@ import libgguf
 import numpy as np
 from tests.quantization.gguf_rows import SHAPES, raw_rows
 
-from quire.quantization.gguf import BLOCKS, FORMATS
+from quire.quantization.gguf import FORMATS
+from quire.quantization.gguf_types import BLOCKS
 
 
 def values(kind: str, rows: int, blocks: int) -> np.ndarray:

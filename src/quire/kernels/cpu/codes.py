@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from ctypes import addressof, byref
+from ctypes import addressof, byref, c_int64
 from itertools import pairwise
 
 import torch
@@ -17,6 +17,7 @@ from quire.kernels.cpu.build import BuildError
 from quire.kernels.cpu.linear import CProduct, ExactSumProduct, gather, multiply
 from quire.kernels.cpu.tiles import choose_tiles
 from quire.kernels.dequantize import Scales, dequantize
+from quire.kernels.fields import PackedCodes, spread
 from quire.kernels.memory import large_zeros
 from quire.kernels.ops import LinearProduct
 
@@ -65,6 +66,9 @@ class CodesProduct(ABC):
 
     @abstractmethod
     def fill_codes(self, row: int, column: int, codes: Tensor) -> None: ...
+
+    def fill_packed(self, row: int, packed: PackedCodes, rows: Tensor) -> None:
+        self.fill_codes(row, 0, spread(packed, rows))
 
     @abstractmethod
     def fill_scales(self, row: int, scales: Scales) -> None: ...
@@ -159,6 +163,29 @@ class PanelCodes(CodesProduct):
             rows,
             columns,
         )
+
+    def fill_packed(self, row: int, packed: PackedCodes, rows: Tensor) -> None:
+        blocks, last = self.in_features // packed.values, self.in_features % packed.values
+        checks.check_dense("rows", rows, torch.uint8, (len(rows), blocks * packed.bytes))
+        ends = (f.offset + packed.values * f.bits // 8 for f in packed.fields)
+        checks.require(
+            last == 0 and 0 <= row <= self.out_features - len(rows) and max(ends) <= packed.bytes,
+            f"{len(rows)} rows of {packed} do not fit at row {row}",
+        )
+        numbers = [number for field in packed.fields for number in field]
+        failed = self._lib.quire_pack_fields(
+            byref(self.c_weight),
+            rows.data_ptr(),
+            packed.bytes,
+            packed.values,
+            (c_int64 * len(numbers))(*numbers),
+            len(packed.fields),
+            packed.flip,
+            row,
+            len(rows),
+        )
+        if failed:
+            raise MemoryError("no memory for the codes of a few rows")
 
     def fill_scales(self, row: int, scales: Scales) -> None:
         for kept, given in zip(self._scales, scales, strict=True):

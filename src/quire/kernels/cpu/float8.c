@@ -289,14 +289,6 @@ void quire_float8_panel(const linear_job *job, int64_t begin, int64_t end, int64
   }
 }
 
-float quire_float8_value(uint8_t code) {
-  uint8_t codes[VW * 4] = {code};
-  vu low, high, pairs[2];
-  split_float8(vload_pairs(codes), &low, &high);
-  interleave(low, high, pairs);
-  return ((vf)(pairs[0] << 16))[0];
-}
-
 /* Where codes.c finds a row and a column in a panel, in bytes. */
 int64_t quire_float8_place(int64_t row, int64_t column) {
   return column / 4 * QUAD + row / 4 * 16 + column % 4 / 2 * 8 + row % 4 * 2 + column % 2;

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from quire.kernels import checks
 from quire.kernels.checks import KernelArgumentError
+from quire.kernels.codes import CodeFormat
 from quire.kernels.cpu import layout
-from quire.kernels.cpu.codes import codes_product, stack
+from quire.kernels.cpu.codes import CodesProduct, codes_product, stack
 from quire.kernels.cpu.library import (
     ACTIVATIONS,
     DTYPES,
@@ -55,12 +56,29 @@ class NativeKernels:
     name = "native"
     device = layout.device
     linear = staticmethod(dense_product)
-    codes = staticmethod(codes_product)
     stack = staticmethod(stack)
     kv_cache_shapes = staticmethod(layout.kv_cache_shapes)
 
-    def __init__(self, *, march: str = "native") -> None:
+    def __init__(self, *, march: str = "native", activation_bits: int = 16) -> None:
         self._lib = load_library(march)
+        self._activation_bits = activation_bits
+
+    def codes(
+        self,
+        form: CodeFormat,
+        *,
+        in_features: int,
+        out_features: int,
+        dtype: torch.dtype,
+        bias: bool,
+    ) -> CodesProduct:
+        return codes_product(
+            form.with_activations(self._activation_bits),
+            in_features=in_features,
+            out_features=out_features,
+            dtype=dtype,
+            bias=bias,
+        )
 
     def rms_norm(
         self, x: Tensor, weight: Tensor, eps: float, *, out: Tensor | None = None

@@ -8,6 +8,7 @@
 #include "codes.c"
 #include "program.c"
 #include "elementwise.c"
+#include "fields.c"
 #include "float8.c"
 #include "kv_cache.c"
 #include "linear.c"

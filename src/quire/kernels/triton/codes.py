@@ -22,6 +22,7 @@ from torch import Tensor
 from quire.kernels.checks import require
 from quire.kernels.codes import CodeFormat
 from quire.kernels.dequantize import Scales
+from quire.kernels.fields import PackedCodes, spread
 from quire.kernels.ops import LinearProduct
 from quire.kernels.triton.matmul import Tile
 
@@ -195,6 +196,9 @@ class TritonCodes:
         packed = codes if self.form.bits == 8 else _pack(codes)
         first = column * self.form.bits // 8
         self._codes[row : row + len(codes), first : first + packed.shape[1]].copy_(packed)
+
+    def fill_packed(self, row: int, packed: PackedCodes, rows: Tensor) -> None:
+        self.fill_codes(row, 0, spread(packed, rows))
 
     def fill_scales(self, row: int, scales: Scales) -> None:
         for kept, given in zip(self._scales, scales, strict=True):
