@@ -200,7 +200,10 @@ def requantize(source: Path, target: Path, kind: str) -> None:
         if data.ndim == 1:
             writer.add_tensor(tensor.name, data)
             continue
-        wanted = lib.GGMLQuantizationType[_matrix_type(tensor.name, kind, layers)]
+        chosen = _matrix_type(tensor.name, kind, layers)
+        if data.shape[1] % 256:  # no row of K types
+            chosen = {"Q4_K": "Q5_0", "Q6_K": "Q8_0"}.get(chosen, chosen)
+        wanted = lib.GGMLQuantizationType[chosen]
         writer.add_tensor(tensor.name, libgguf.quantize_rows(data, wanted), raw_dtype=wanted)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -172,9 +172,7 @@ def test_prompt_logprobs_from_a_start_use_the_cache_before_it(servable: Servable
     assert late.prompt_logprobs[50:] == cold.prompt_logprobs[50:]
 
 
-@pytest.mark.parametrize(
-    "quantization", ["int4", "int8", pytest.param("fp8_per_channel", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("quantization", ["int4", "int8", "fp8_per_channel"])
 def test_a_quantized_model_in_every_schedule(quantization: str, servable: Servable) -> None:
     """Greedy tokens with the same logits bit for bit; beams, which fork and drop sequences at every step."""
     batch = prompts(32)

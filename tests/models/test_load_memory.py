@@ -25,8 +25,18 @@ SLACK = 24 << 20
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
-def test_the_peak_of_loading_is_the_model(tmp_path: Path, stored: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("stored", "quantization"),
+    [
+        (torch.bfloat16, None),
+        (torch.float32, None),
+        (torch.bfloat16, "int8"),
+        (torch.bfloat16, "int4"),
+    ],
+)
+def test_the_peak_of_loading_is_the_model(
+    tmp_path: Path, stored: torch.dtype, quantization: str | None
+) -> None:
     spec = resolve_spec(CONFIG)
     shape_of = {
         target.name: target.shape
@@ -41,7 +51,7 @@ def test_the_peak_of_loading_is_the_model(tmp_path: Path, stored: torch.dtype) -
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     code = textwrap.dedent(
         f"""
-        import json, pathlib, torch
+        import dataclasses, json, pathlib, torch
         from quire.kernels.select import create_kernels
         from quire.models.loader import load_model
         from quire.models.registry import resolve_spec
@@ -53,6 +63,9 @@ def test_the_peak_of_loading_is_the_model(tmp_path: Path, stored: torch.dtype) -
 
         directory = pathlib.Path({str(tmp_path)!r})
         spec = resolve_spec(json.loads((directory / "config.json").read_text()))
+        if {quantization!r}:
+            from quire.quantization.online import read_online
+            spec = dataclasses.replace(spec, quantization=read_online({quantization!r}))
         kernels = create_kernels("auto")
         torch.set_num_threads(2)
         before = peak()
@@ -70,5 +83,5 @@ def test_the_peak_of_loading_is_the_model(tmp_path: Path, stored: torch.dtype) -
         timeout=300,
     )
     weight_bytes, more = map(int, done.stdout.split())
-    assert weight_bytes > 100 << 20
+    assert weight_bytes > (100 << 20 if quantization is None else 50 << 20)
     assert more < weight_bytes + SLACK, f"{more >> 20} MiB for {weight_bytes >> 20} MiB of weights"

@@ -18,7 +18,8 @@ from quire.kernels.select import create_kernels
 from quire.models.decoder import DecoderModel
 from quire.models.loader import load_model
 from quire.models.registry import resolve_spec, text_config
-from quire.weights.source import open_source
+from quire.models.spec import ModelSpec
+from quire.weights.source import ModelSource, open_source
 
 TEXTS = Path(__file__).with_name("texts.txt")
 MOST_BYTES = 1 << 29
@@ -38,36 +39,32 @@ class Comparison(NamedTuple):
 
 @torch.inference_mode()
 def compare(original: Path, other: Path, text: str | None = None) -> Comparison:
-    """Both computed on the CPU, one after the other, each in its own dtype."""
-    source = open_source(original)
-    ids = source.tokenizer().encode(text or TEXTS.read_text(encoding="utf-8"))
+    """Both computed on the CPU, one after the other, in the original's dtype."""
+    source, quantized = open_source(original), open_source(other)
     spec = resolve_spec(text_config(source.config()))
-    most = min(spec.context_length, max(2, MOST_BYTES // (4 * spec.vocab_size)))
-    ids = ids[:most]
-    expected = logprobs(original, ids)
-    found = logprobs(other, ids)
+    ids = source.tokenizer().encode(text or TEXTS.read_text(encoding="utf-8"))
+    ids = ids[: min(spec.context_length, max(2, MOST_BYTES // (4 * spec.vocab_size)))]
+    expected = logprobs(source, spec, ids)
+    found = logprobs(quantized, resolve_spec(text_config(quantized.config())), ids)
+    own = measure(expected, expected, ids)
+    return Comparison(len(ids), *measure(expected, found, ids), own[-1])
+
+
+def measure(expected: Tensor, found: Tensor, ids: list[int]) -> tuple[float, float, float]:
+    """Of log-probabilities of the original and of another model, [num_tokens, vocab_size]: the KL divergence,
+    the share of equal best tokens, and the other's perplexity."""
     kl = same = 0.0
     for p, q in zip(expected.split(CHUNK), found.split(CHUNK), strict=True):
         kl += float((p.exp() * (p - q)).sum())
         same += int((p.argmax(-1) == q.argmax(-1)).sum())
-    return Comparison(
-        len(ids),
-        kl / len(ids),
-        same / len(ids),
-        _perplexity(found, ids),
-        _perplexity(expected, ids),
-    )
+    chosen = found[:-1].gather(1, torch.tensor(ids[1:])[:, None])
+    return kl / len(ids), same / len(ids), float(chosen.mean().neg().exp())
 
 
-def _perplexity(logprobs: Tensor, ids: list[int]) -> float:
-    chosen = logprobs[:-1].gather(1, torch.tensor(ids[1:])[:, None])
-    return float(chosen.mean().neg().exp())
-
-
-def logprobs(path: Path, ids: list[int], *, dtype: str | None = None) -> Tensor:
+def logprobs(
+    source: ModelSource, spec: ModelSpec, ids: list[int], *, dtype: str | None = None
+) -> Tensor:
     """Of every token's successor: [num_tokens, vocab_size] float32. dtype: None: the checkpoint's own."""
-    source = open_source(path)
-    spec = resolve_spec(text_config(source.config()))
     model = load_model(
         spec,
         source,
