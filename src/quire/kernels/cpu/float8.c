@@ -1,6 +1,6 @@
 /* Products with matrices of float8 (E4M3 without infinities): kernels/codes.py says what they mean.
  *
- * The columns of a group are taken in pieces of at most FLOAT8_COLUMNS. A piece of a panel is unpacked to what the kernels
+ * The columns of a group are taken in pieces of at most FLOAT8_COLUMNS. A piece of a panel is unpacked to what the kernels of
  * dense weights multiply: pairs of bfloat16, or floats; both are exact. The sums of a piece begin at zero, and are
  * added in the order of columns: y = fma(sum, scale, y). So the same bits come out for every number of rows.
  *
