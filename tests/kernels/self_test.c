@@ -138,6 +138,50 @@ static void test_linear(int dt, int64_t m, int64_t k, int64_t n) {
   }
 }
 
+/* Sign, four bits of exponent, three of mantissa. */
+static double float8_value(int code) {
+  const int exponent = code >> 3 & 15, mantissa = code & 7;
+  const double x = exponent ? ldexp(8 + mantissa, exponent - 10) : ldexp(mantissa, -9);
+  return code & 128 ? -x : x;
+}
+
+static void test_float8(int dt, int64_t m, int64_t k, int64_t n, int64_t group) {
+  const int64_t groups = (k + group - 1) / group, panels = (n + PANEL - 1) / PANEL;
+  const size_t bytes = (size_t)(panels * PANEL * ((k + 7) / 8) * 8);
+  void *x = make(m * k, dt, 1), *packed = aligned_alloc(64, bytes);
+  float *scales = make(panels * groups * PANEL, F32, 0.1f);
+  uint8_t *codes = malloc((size_t)(n * k));
+  memset(packed, 0, bytes);
+  for (int64_t i = 0; i < n * k; i++) codes[i] = (uint8_t)(i * 37 + i / 256) & 247; /* no NaN */
+  const code_info info = {.scales = scales, .group = group, .bits = 8, .float8 = 1};
+  const linear_weight weight = {.panels = packed, .n = n, .k = k, .dtype = dt, .codes = &info};
+  quire_pack_codes(&weight, codes, k, 1, 0, 0, n, k);
+  char *out = malloc((size_t)(m * n * 4)), *alone = malloc((size_t)(n * 4)), *row = malloc((size_t)(k * 4));
+  expect(quire_linear(&weight, x, k, out, n, m, LINEAR_STORE, 2) == 0, "float8", dt, m, n);
+  for (int64_t i = 0; i < m; i++) {
+    for (int64_t j = 0; j < n; j++) {
+      double sum = 0, magnitude = 0;
+      for (int64_t l = 0; l < k; l++) {
+        const double scale = scales[(j / PANEL * groups + l / group) * PANEL + j % PANEL];
+        const double product = get(x, i * k + l, dt) * float8_value(codes[j * k + l]) * scale;
+        sum += product;
+        magnitude += fabs(product);
+      }
+      expect(close_to(get(out, i * n + j, dt), sum, magnitude, dt), "float8", dt, i, j);
+    }
+    quire_linear(&weight, at(x, i * k, dt), k, alone, n, 1, LINEAR_STORE, 1);
+    expect(!memcmp(alone, out + i * n * (int64_t)elem_size(dt), (size_t)n * elem_size(dt)), "float8, row alone", dt, i, n);
+  }
+  for (int64_t j = 0; j < n; j += 7) {
+    expect(quire_gather_rows(&weight, &j, 1, row, 1) == 0, "float8, a row", dt, j, n);
+    for (int64_t l = 0; l < k; l++) {
+      const float scale = scales[(j / PANEL * groups + l / group) * PANEL + j % PANEL];
+      const float value = (float)float8_value(codes[j * k + l]) * scale;
+      expect(get(row, l, dt) == rounded(value, dt), "float8, a row", dt, j, l);
+    }
+  }
+}
+
 /* With residual: added first. The norm in place, of the left half of each row; wt: of the weight. */
 static void test_norm(int dt, int wt, int64_t rows, int64_t n) {
   void *x = make(rows * 2 * n, dt, 3), *residual = make(rows * n, dt, 3), *weight = make(n, wt, 1);
@@ -350,13 +394,14 @@ int main(void) {
     const int64_t shapes[][3] = {{1, 1, 1}, {3, 7, 5}, {1, 300, 65}, {7, 64, 128}, {20, 129, 70}, {2, 4101, 9}};
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++)
       test_linear(dt, shapes[i][0], shapes[i][1], shapes[i][2]);
+    test_float8(dt, 1, 9, 3, 16), test_float8(dt, 9, 300, 70, 128), test_float8(dt, 3, 72, 64, 24);
     const int64_t sizes[][2] = {{5, 1}, {9, 37}, {40, 512}};
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
       const int64_t rows = sizes[i][0], n = sizes[i][1];
       test_norm(dt, dt, rows, n), test_norm(dt, F32, rows, n), test_gated(dt, rows, n), test_scaled(dt, rows, n);
     }
     test_attention(dt, 16, 40, 0, 0), test_attention(dt, 64, 150, 33, 0), test_attention(dt, 72, 70, 0, 5);
-    printf("linear, norm, gates, scales, rope, attention: %s\n", names[dt]);
+    printf("linear, float8, norm, gates, scales, rope, attention: %s\n", names[dt]);
   }
   test_attention(F32, 16, 1100, 0, 0); /* more than two segments of keys */
   for (int64_t vocab = 1; vocab < 2000; vocab = vocab * 3 + 2)

@@ -612,7 +612,7 @@ void quire_codes_row(const linear_weight *w, int64_t row, void *out) {
     const int32_t zero = info->offset_type == OFFSET_ZERO ? scales.zeros[0][lane] : info->zero;
     for (int64_t column = start; column < min64(start + info->group, w->k); column++) {
       const int32_t code = code_at(w, row, column);
-      const float number = info->float8 ? quire_float8_value((uint8_t)code) : (float)(code - zero);
+      const float number = info->float8 ? vfloat_from_f8((vh){(uint16_t)code})[0] : (float)(code - zero);
       float value = scales.scales[0][lane] * number;
       if (info->offset_type == OFFSET_MINIMUM) value += scales.minima[0][lane];
       const int64_t input = info->order ? info->order[column] : column;

@@ -1,6 +1,6 @@
 /* Products with matrices of float8 (E4M3 without infinities): kernels/codes.py says what they mean.
  *
- * The columns of a group are taken in pieces of at most PIECE. A piece of a panel is unpacked to what the kernels of
+ * The columns of a group are taken in pieces of at most FLOAT8_COLUMNS. A piece of a panel is unpacked to what the kernels of
  * dense weights multiply: pairs of bfloat16, or floats; both are exact. The sums of a piece begin at zero, and are
  * added in the order of columns: y = fma(sum, scale, y). So the same bits come out for every number of rows.
  *
@@ -9,7 +9,7 @@
  */
 #include "linear_tiles.h"
 
-#define PIECE 128          /* columns; unpacked they stay in L1 */
+#define FLOAT8_COLUMNS 128 /* columns; unpacked they stay in L1 */
 #define FLOAT8_AHEAD (AHEAD * 3 / 2)
 #define TILES_FLOAT8 512   /* rows for which a piece is unpacked once, by tiles */
 #define QUAD (PANEL * 4)   /* bytes of four columns */
@@ -167,14 +167,14 @@ INLINE void float8_rows(const linear_job *job, int64_t begin, int64_t end, int64
   const char *base = (const char *)w->panels + panel * quads * QUAD;
   const char *after = (const char *)w->panels + next_panel * quads * QUAD;
   const int64_t part = (kind == PAIRS ? QUAD / 2 : QUAD / 4) / blocks; /* to prefetch in a step */
-  char unpacked[kind == DIRECT ? 1 : PIECE * PANEL * 4] __attribute__((aligned(64)));
+  char unpacked[kind == DIRECT ? 1 : FLOAT8_COLUMNS * PANEL * 4] __attribute__((aligned(64)));
   float totals[(kind == DIRECT ? ROWS : ROW_CHUNK) * PANEL], scales[PANEL];
   memset(totals, 0, (size_t)count * PANEL * sizeof *totals);
   for (int64_t group = 0, start = 0; group < groups; group++, start += w->codes->group) {
     const int64_t stop = min64(start + w->codes->group, w->k);
     load_float8_scales(w->codes, (panel * groups + group) * PANEL, scales);
-    for (int64_t column = start; column < stop; column += PIECE) {
-      const int64_t here = (min64(PIECE, stop - column) + 3) / 4;
+    for (int64_t column = start; column < stop; column += FLOAT8_COLUMNS) {
+      const int64_t here = (min64(FLOAT8_COLUMNS, stop - column) + 3) / 4;
       const char *piece = base + column / 4 * QUAD;
       const void *x = at(job->x, begin * job->x_stride + column, xt);
       stream next = {piece, 0};
@@ -204,7 +204,7 @@ INLINE void float8_tiles(const linear_job *job, int64_t begin, int64_t end, int6
   const int64_t passes = (rows + TILE_ROWS - 1) / TILE_ROWS;
   const char *base = (const char *)w->panels + panel * quads * QUAD;
   const char *after = (const char *)w->panels + next_panel * quads * QUAD;
-  char piece[PIECE * PANEL * 2] __attribute__((aligned(64)));
+  char piece[FLOAT8_COLUMNS * PANEL * 2] __attribute__((aligned(64)));
   float scales[PANEL], sums[2 * TILE_ROWS * PANEL];
   memset(totals, 0, (size_t)rows * PANEL * sizeof *totals);
   tile_file t;
@@ -212,8 +212,8 @@ INLINE void float8_tiles(const linear_job *job, int64_t begin, int64_t end, int6
   for (int64_t group = 0, start = 0; group < groups; group++, start += w->codes->group) {
     const int64_t stop = min64(start + w->codes->group, w->k);
     load_float8_scales(w->codes, (panel * groups + group) * PANEL, scales);
-    for (int64_t column = start; column < stop; column += PIECE) {
-      const int64_t columns = min64(PIECE, stop - column), here = (columns + 3) / 4;
+    for (int64_t column = start; column < stop; column += FLOAT8_COLUMNS) {
+      const int64_t columns = min64(FLOAT8_COLUMNS, stop - column), here = (columns + 3) / 4;
       const int64_t steps = (columns + TILE_K - 1) / TILE_K;
       unpack_quads(base + column / 4 * QUAD, here, piece, BF16);
       memset(piece + here * 2 * QUAD, 0, (size_t)(steps * K_STEP - here * 2 * QUAD));
@@ -287,14 +287,6 @@ void quire_float8_panel(const linear_job *job, int64_t begin, int64_t end, int64
     const int64_t last = min64(first + ROW_CHUNK, end);
     (last - first <= ROWS ? few : many)(job, first, last, panel, next_panel);
   }
-}
-
-float quire_float8_value(uint8_t code) {
-  uint8_t codes[VW * 4] = {code};
-  vu low, high, pairs[2];
-  split_float8(vload_pairs(codes), &low, &high);
-  interleave(low, high, pairs);
-  return ((vf)(pairs[0] << 16))[0];
 }
 
 /* Where codes.c finds a row and a column in a panel, in bytes. */

@@ -183,6 +183,5 @@ void quire_codes_row(const linear_weight *w, int64_t row, void *out);
 /* float8.c */
 void quire_float8_panel(const linear_job *job, int64_t begin, int64_t end, int64_t panel, int64_t next_panel);
 int64_t quire_float8_place(int64_t row, int64_t column);
-float quire_float8_value(uint8_t code);
 
 #endif
