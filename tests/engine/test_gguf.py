@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from tests.engine.checkpoints import TEMPLATE, write_checkpoint
 from tests.quantization.gguf_rows import values
 from tests.weights.gguf_writer import convert, tokenizer_metadata, write_gguf
 
-SHARED = Path("/work/shared/quantized")
+SHARED = Path(os.environ.get("QUIRE_QUANTIZED", "/work/shared/quantized"))
 NAMES = ["gguf_q4_0", "gguf_q4_K_M", "llamat_gguf_q4_K", "llamat_gguf_q6_K"]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 SIZES = {"max_model_len": 64, "kv_cache_memory_bytes": 1 << 22}

@@ -14,6 +14,7 @@ import torch
 
 from quire.errors import UnsupportedModelError
 from quire.quantization.base import Shard
+from quire.quantization.translate import unpack, unpack_awq_in_torch, unpack_in_torch
 from tests.quantization.matrices import NAME, Golden, Tensors, dequantized, golden, method_of, sha
 
 FILES = ("copied.safetensors", "compressed_tensors.safetensors", "gptq.safetensors")
@@ -202,6 +203,16 @@ def test_auto_round(packing: str) -> None:
         assert method_of(config, {}).format_of("lm_head") is None
     expected = formula(codes, zeros, scales, groups)
     assert torch.equal(dequantized(config, tensors, (n, k)), expected)
+
+
+@pytest.mark.parametrize("bits", range(1, 8))
+@pytest.mark.parametrize("words", [1, 2, 3, 17])
+def test_c_unpacks_as_pytorch_does(bits: int, words: int) -> None:
+    stored = some((5, words), below=2**32, seed=bits).sub(2**31).to(torch.int32)
+    stream = stored.view(torch.uint8)
+    assert torch.equal(unpack(stored, bits), unpack_in_torch(stream, bits))
+    if bits == 4:
+        assert torch.equal(unpack(stored, bits, awq=True), unpack_awq_in_torch(stored))
 
 
 # ---- shards ----------------------------------------------------------------------------------------------

@@ -18,7 +18,12 @@ from quire.messages import EngineReady, SchedulerStats, StepOutputs
 from quire.metrics import MetricsSink, NullMetrics
 from quire.outputs import CompletionOutput, Logprob, RequestOutput
 from quire.placement import Placement
-from quire.sampling_params import PoolingParams, RequestOutputKind, SamplingParams
+from quire.sampling_params import (
+    BeamSearchParams,
+    PoolingParams,
+    RequestOutputKind,
+    SamplingParams,
+)
 from quire.structured.base import DEFAULT_LIMITS, Limits
 from quire.text.parsing import ThinkingTokens
 from quire.text.tokenizer_config import TokenizerConfig, TokenSpec
@@ -121,7 +126,7 @@ class FakeHealth:
 @dataclass
 class Submitted:
     prompt: list[int]
-    params: SamplingParams | PoolingParams
+    params: SamplingParams | PoolingParams | BeamSearchParams
     request_id: str | None
     placement: Placement
     thinking: ThinkingTokens | None = None
@@ -159,7 +164,8 @@ class FakeStream:
                 finished=True, num_cached_tokens=0, embedding=vector,
             )  # fmt: skip
             return
-        engine, n = self.engine, self.params.n
+        engine, params = self.engine, self.params
+        n = params.n or (params.beam_width if isinstance(params, BeamSearchParams) else 1)
         if self.params.max_tokens == 0:
             await engine.next_token()
             nothing = [CompletionOutput(i, "", [], finish_reason="length") for i in range(n)]
@@ -167,7 +173,11 @@ class FakeStream:
             return
         words = engine.answer[: self.params.max_tokens]
         ids = [engine.model.tokenizer.id(word) for word in words]
-        if self.params.output_kind is RequestOutputKind.FINAL_ONLY:
+        # Beams are known at the end.
+        if (
+            getattr(params, "output_kind", RequestOutputKind.FINAL_ONLY)
+            is RequestOutputKind.FINAL_ONLY
+        ):
             await engine.next_token()
             if self.aborts:
                 yield self._aborted(n)

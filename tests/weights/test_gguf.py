@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from quire.builtin import MODEL_DIR
 from quire.errors import CheckpointError, UnsupportedModelError
 from quire.kernels.base import Kernels
 from quire.kernels.select import create_kernels
@@ -23,7 +26,14 @@ from quire.weights.source import ModelSource, open_source
 from tests.models.harness import PagedHarness, Request
 from tests.models.variants import YARN, build_reference, prompt_tokens, rope, save
 from tests.quantization.gguf_rows import values
-from tests.weights.gguf_writer import Stored, convert, gguf_name, stored, write_gguf
+from tests.weights.gguf_writer import (
+    Stored,
+    convert,
+    gguf_name,
+    stored,
+    tokenizer_metadata,
+    write_gguf,
+)
 
 SAME = [
     "llama", "llama-mha-tied", "llama-attention-bias", "llama-mlp-bias", "llama-head-dim",
@@ -363,3 +373,18 @@ def test_random_weights_need_no_tensors(
     load_model(
         spec, None, dtype=torch.bfloat16, kernels=kernels, max_model_len=32, load_format="dummy"
     )
+
+
+def test_it_is_read_without_torch(reference: Callable[[str], Path], tmp_path: Path) -> None:
+    """The server's front end does not import it."""
+    metadata, tensors = convert(reference("llama"), matrices="q8_0")
+    metadata |= tokenizer_metadata(MODEL_DIR, pre="smollm")
+    file = write_gguf(tmp_path / "model.gguf", metadata, tensors)
+    code = (
+        "import sys; from pathlib import Path; from quire.weights.source import open_source;"
+        "from quire.models.registry import resolve_spec;"
+        f"source = open_source(Path({str(file)!r})); source.tokenizer();"
+        "resolve_spec(source.config()).weight_bytes(2);"
+        "sys.exit(any(name in sys.modules for name in ('torch', 'gguf', 'transformers')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from quire.errors import CheckpointError
 from quire.kernels.base import CodesProduct
+from quire.kernels.cpu.build import BuildError
+from quire.kernels.cpu.library import load_library
 from quire.kernels.dequantize import Scales
 from quire.quantization.base import LinearShape
 from quire.quantization.stored import StoredMatrix, StoredTensor
@@ -54,7 +56,7 @@ class Reader:
         stored, inputs = self._stored, len(self._shape.inputs)
         fill = self._product.fill_codes
         if stored.packing == "awq":
-            fill(0, first, unpack_awq(rows).T)
+            fill(0, first, unpack(rows, 4, awq=True).T)
         elif stored.packing == "columns":
             column = first * 32 // stored.bits
             fill(0, column, unpack(rows.T.contiguous(), stored.bits)[:, : inputs - column])
@@ -124,7 +126,7 @@ class Reader:
         if words.dtype is torch.int8:
             return words.view(torch.uint8) + 128
         if stored.packing == "awq":
-            zero = unpack_awq(words).T
+            zero = unpack(words, 4, awq=True).T
         elif stored.packing == "columns":
             zero = unpack(words, stored.bits)[:, :count].T
         else:
@@ -161,13 +163,28 @@ class Reader:
             )
 
 
-def unpack(words: Tensor, bits: int) -> Tensor:
-    """Little-endian streams of bits. words: [rows, n] integers, contiguous. [rows, codes] uint8"""
+def unpack(words: Tensor, bits: int, *, awq: bool = False) -> Tensor:
+    """Little-endian streams of bits. words: [rows, n] integers, contiguous. [rows, codes] uint8
+
+    awq: the low half of a word has the columns 0, 2, 4, 6 from the lowest bits on, the high half 1, 3, 5, 7.
+    """
     stream = words.reshape(-1).view(torch.uint8).view(len(words), -1)
     if bits == 8:
         return stream
-    if bits == 4:
-        return spread_nibbles(stream)
+    try:
+        library = load_library()
+    except BuildError:
+        return unpack_awq_in_torch(words) if awq else unpack_in_torch(stream, bits)
+    rows, size = stream.shape
+    codes = torch.empty(rows, size * 8 // bits, dtype=torch.uint8)
+    library.quire_unpack_codes(
+        stream.data_ptr(), rows, size, codes.data_ptr(), codes.shape[1], bits, awq
+    )
+    return codes
+
+
+def unpack_in_torch(stream: Tensor, bits: int) -> Tensor:
+    """stream: [rows, n] uint8, of fewer than 8 bits a code."""
     rows, size = stream.shape
     count = size * 8 // bits
     eights = -(-count // 8)  # 8 codes are `bits` bytes, and become the 8 bytes of a lane
@@ -187,17 +204,8 @@ def unpack(words: Tensor, bits: int) -> Tensor:
     return torch.from_numpy(lanes).view(torch.uint8)[:, :count]
 
 
-def spread_nibbles(stream: Tensor) -> Tensor:
-    """[..., n] uint8 -> [..., 2 n], low halves first."""
-    wide = stream.to(torch.int16)
-    wide |= wide * 16
-    wide &= 0x0F0F
-    return wide.view(torch.uint8)
-
-
-def unpack_awq(words: Tensor) -> Tensor:
-    """[rows, n] int32 -> [rows, 8 n] uint8. The low half of a word has the columns 0, 2, 4, 6 from the
-    lowest bits on, the high half the columns 1, 3, 5, 7."""
+def unpack_awq_in_torch(words: Tensor) -> Tensor:
+    """[rows, n] int32 -> [rows, 8 n] uint8."""
     pairs = torch.empty(*words.shape, 4, dtype=torch.int16)
     for i in range(4):
         pair = words >> 4 * i & 0x000F000F

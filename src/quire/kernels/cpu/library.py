@@ -105,6 +105,7 @@ _SIGNATURES = {
     "quire_pack_codes": [POINTER(LinearWeight), _P, _N, _N, _N, _N, _N, _N],
     "quire_pack_fields": [POINTER(LinearWeight), _P, _N, _N, _P, _N, _N, _N, _N],
     "quire_round_rows": [_P, _N, _N, _N, _I, _I, _P, _P, _I],
+    "quire_unpack_codes": [_P, _N, _N, _P, _N, _I, _I],
     "quire_gather_rows": [POINTER(LinearWeight), _P, _N, _P, _I],
     "quire_run_program": [_P, _P],
     "quire_paged_attention": [POINTER(AttentionArgs)],

@@ -17,3 +17,4 @@
 #include "sampling.c"
 #include "scratch.c"
 #include "tiles.c"
+#include "unpack.c"
