@@ -1,10 +1,11 @@
 """What formats cost in quality: size, perplexity, KL divergence and equal best tokens to the original.
 
-    python -m bench.quality ORIGINAL int8 int4 fp8_per_channel FILE_OR_DIRECTORY ...
+    python -m bench.quality ORIGINAL int8 int4 fp8_per_channel kv-fp8 FILE_OR_DIRECTORY ...
 
-ORIGINAL: an unquantized checkpoint. A name of --quantization is measured on it, computed as while serving;
-anything else is a checkpoint of the same model. Computed in float32 unless --dtype says otherwise, on the
-text of `quire quantize` or on --text FILE. Prints a row of markdown each.
+ORIGINAL: an unquantized checkpoint. A name of --quantization is measured on it, computed as while serving,
+and so is kv-fp8, a KV cache in fp8 without scales; anything else is a checkpoint of the same model. Computed
+in float32 unless --dtype says otherwise, on the text of `quire quantize` or on --text FILE. Prints a row of
+markdown each.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from quire.models.registry import resolve_spec, text_config
 from quire.quantization import ONLINE
 from quire.quantization.online import read_online
 from quire.weights.source import open_source
+
+KV_FP8 = "kv-fp8"
 
 
 @torch.inference_mode()
@@ -39,12 +42,16 @@ def main() -> None:
     print("|---|---|---|---|---|")
     print(_row("original", spec.weight_bytes(2), *measure(original, original, ids)))
     for name in args.formats:
-        if name in ONLINE:
+        kv_dtype = None
+        if name == KV_FP8:
+            other, others, kv_dtype = source, spec, torch.float8_e4m3fn
+        elif name in ONLINE:
             other, others = source, replace(spec, quantization=read_online(ONLINE[name]))
         else:
             other = open_source(Path(name))
             others = resolve_spec(text_config(other.config()))
-        found = measure(original, logprobs(other, others, ids, dtype=args.dtype), ids)
+        computed = logprobs(other, others, ids, dtype=args.dtype, kv_dtype=kv_dtype)
+        found = measure(original, computed, ids)
         print(_row(Path(name).name, others.weight_bytes(2), *found), flush=True)
 
 

@@ -62,9 +62,15 @@ def measure(expected: Tensor, found: Tensor, ids: list[int]) -> tuple[float, flo
 
 
 def logprobs(
-    source: ModelSource, spec: ModelSpec, ids: list[int], *, dtype: str | None = None
+    source: ModelSource,
+    spec: ModelSpec,
+    ids: list[int],
+    *,
+    dtype: str | None = None,
+    kv_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Of every token's successor: [num_tokens, vocab_size] float32. dtype: None: the checkpoint's own."""
+    """Of every token's successor: [num_tokens, vocab_size] float32. dtype: None: the checkpoint's own.
+    kv_dtype: of the KV cache; None: the same."""
     model = load_model(
         spec,
         source,
@@ -72,10 +78,10 @@ def logprobs(
         kernels=create_kernels(),
         max_model_len=len(ids),
     )
-    return _logprobs(model, ids)
+    return _logprobs(model, ids, kv_dtype or model.dtype)
 
 
-def _logprobs(model: DecoderModel, ids: list[int]) -> Tensor:
+def _logprobs(model: DecoderModel, ids: list[int], kv_dtype: torch.dtype) -> Tensor:
     spec = model.spec
     num_blocks, num_groups = -(-len(ids) // BLOCK_SIZE), len(spec.kv.groups)
     cache = KVCache(
@@ -84,7 +90,7 @@ def _logprobs(model: DecoderModel, ids: list[int]) -> Tensor:
         num_kv_heads=spec.heads.num_kv_heads,
         head_dim=spec.heads.head_dim,
         block_size=BLOCK_SIZE,
-        dtype=model.dtype,
+        dtype=kv_dtype,
     )
     out = torch.empty(len(ids), spec.vocab_size)
     tokens, positions = torch.tensor(ids), torch.arange(len(ids))
