@@ -182,6 +182,77 @@ static void test_float8(int dt, int64_t m, int64_t k, int64_t n, int64_t group) 
   }
 }
 
+/* Integer codes in groups, with what a format may have: another zero for each group, a minimum, a table of values, super
+ * scales, another order of inputs. */
+static void test_codes(int dt, int64_t m, int64_t k, int64_t n, int64_t group, code_info info) {
+  enum { SUPER = 3 };
+  const int64_t groups = (k + group - 1) / group, panels = (n + PANEL - 1) / PANEL, supers = (groups + SUPER - 1) / SUPER;
+  const size_t bytes = (size_t)(panels * PANEL * ((k + 7) / 8) * info.bits);
+  void *x = make(m * k, dt, 1), *packed = aligned_alloc(64, bytes);
+  float *scales = make(panels * groups * PANEL, F32, 0.1f), *minima = make(panels * groups * PANEL, F32, 0.1f);
+  uint16_t *super_scales = make(panels * supers * PANEL, F16, 0.1f), *super_minima = make(panels * supers * PANEL, F16, 0.1f);
+  uint8_t *codes = malloc((size_t)(n * k)), *small = malloc((size_t)(panels * groups * PANEL));
+  int32_t *order = malloc((size_t)k * 4);
+  for (int64_t i = 0; i < n * k; i++) codes[i] = (uint8_t)((i * 37 + i / 256) & ((1 << info.bits) - 1));
+  for (int64_t i = 0; i < panels * groups * PANEL; i++) small[i] = (uint8_t)(i * 11 % 60);
+  for (int64_t i = 0; i < k; i++) order[i] = (int32_t)((i * 7 + 3) % k); /* a permutation unless 7 divides k */
+  const int minimum = info.offset_type == OFFSET_MINIMUM, is_super = info.super_groups > 0;
+  info.group = group, info.scales = is_super ? (void *)small : scales;
+  info.offsets = minimum && !is_super ? (void *)minima : small;
+  if (is_super) info.super_groups = SUPER, info.scale_type = SCALE_INT8, info.super_scales = super_scales;
+  if (is_super && minimum) info.super_minima = super_minima;
+  if (info.order) info.order = order;
+  const linear_weight weight = {.panels = packed, .n = n, .k = k, .dtype = dt, .codes = &info};
+  memset(packed, 0, bytes);
+  quire_pack_codes(&weight, codes, k, 1, 0, 0, n, k);
+  char *out = malloc((size_t)(m * n * 4)), *alone = malloc((size_t)(n * 4)), *row = malloc((size_t)(k * 4));
+  float *matrix = malloc((size_t)(n * k) * 4); /* what the codes mean, by input */
+  for (int64_t j = 0; j < n; j++)
+    for (int64_t l = 0; l < k; l++) {
+      const int64_t at = (j / PANEL * groups + l / group) * PANEL + j % PANEL;
+      const int64_t above = (j / PANEL * supers + l / group / SUPER) * PANEL + j % PANEL;
+      const int code = codes[j * k + l], value = info.has_values ? info.values[code] : code;
+      const int zero = info.offset_type == OFFSET_ZERO ? small[at] : info.zero;
+      const float scale = is_super ? (float)small[at] * get(super_scales, above, F16) : scales[at];
+      float w = scale * (float)(value - zero);
+      if (minimum) w += is_super ? -get(super_minima, above, F16) * (float)small[at] : minima[at];
+      matrix[j * k + (info.order ? order[l] : l)] = w;
+    }
+  expect(quire_linear(&weight, x, k, out, n, m, LINEAR_STORE, 2) == 0, "codes", dt, m, n);
+  for (int64_t i = 0; i < m; i++) {
+    double largest = 0;
+    for (int64_t l = 0; l < k; l++) largest = fmax(largest, fabs(get(x, i * k + l, dt)));
+    for (int64_t j = 0; j < n; j++) {
+      double sum = 0, magnitude = 0;
+      for (int64_t l = 0; l < k; l++) sum += (double)get(x, i * k + l, dt) * matrix[j * k + l], magnitude += fabs(matrix[j * k + l]);
+      const double error = fabs(get(out, i * n + j, dt) - sum);
+      const double unit = largest / (info.activation_bits == 8 ? 127 : 32512);
+      expect(error <= 0.51 * unit * magnitude + ulp(dt) * fabs(sum) + 1e-4, "codes", dt, i, j);
+    }
+    quire_linear(&weight, at(x, i * k, dt), k, alone, n, 1, LINEAR_STORE, 1);
+    expect(!memcmp(alone, out + i * n * (int64_t)elem_size(dt), (size_t)n * elem_size(dt)), "codes, row alone", dt, i, n);
+  }
+  for (int64_t j = 0; j < n; j += 7) {
+    expect(quire_gather_rows(&weight, &j, 1, row, 1) == 0, "codes, a row", dt, j, n);
+    for (int64_t l = 0; l < k; l++) expect(get(row, l, dt) == rounded(matrix[j * k + l], dt), "codes, a row", dt, j, l);
+  }
+}
+
+static void test_float8_conversions(void) {
+  for (int code = 0; code < 256; code++) {
+    vh codes = {0};
+    codes[0] = (uint16_t)code;
+    const float x = vfloat_from_f8(codes)[0];
+    if ((code & 127) == 127) {
+      expect(x != x && (vf8_from_float(vset(NAN))[0] & 127) == 127, "float8, NaN", F32, code, 0);
+      continue;
+    }
+    expect(x == (float)float8_value(code), "from float8", F32, code, 0);
+    expect(vf8_from_float(vset(x))[0] == code, "to float8", F32, code, 0);
+  }
+  expect(vf8_from_float(vset(-1e9f))[0] == 0xfe, "to float8, clipped", F32, 0, 0);
+}
+
 /* With residual: added first. The norm in place, of the left half of each row; wt: of the weight. */
 static void test_norm(int dt, int wt, int64_t rows, int64_t n) {
   void *x = make(rows * 2 * n, dt, 3), *residual = make(rows * n, dt, 3), *weight = make(n, wt, 1);
@@ -388,20 +459,34 @@ static void test_sampling(int64_t vocab, int values) {
 int main(void) {
   printf("vectors of %d floats%s\n", VW, HAVE_DOT ? ", bfloat16 dot products" : "");
   random_bits = 1;
-  test_conversions();
+  test_conversions(), test_float8_conversions();
   puts("conversions");
   for (int dt = F32; dt <= F16; dt++) {
     const int64_t shapes[][3] = {{1, 1, 1}, {3, 7, 5}, {1, 300, 65}, {7, 64, 128}, {20, 129, 70}, {2, 4101, 9}};
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++)
       test_linear(dt, shapes[i][0], shapes[i][1], shapes[i][2]);
     test_float8(dt, 1, 9, 3, 16), test_float8(dt, 9, 300, 70, 128), test_float8(dt, 3, 72, 64, 24);
+    const code_info forms[] = {
+        {.bits = 4, .zero = 8, .activation_bits = 16},
+        {.bits = 4, .offset_type = OFFSET_ZERO, .activation_bits = 16, .order = (int32_t[]){0}},
+        {.bits = 4, .offset_type = OFFSET_MINIMUM, .super_groups = 1, .activation_bits = 16},
+        {.bits = 8, .offset_type = OFFSET_MINIMUM, .zero = 9, .activation_bits = 16},
+        {.bits = 8, .zero = 32, .super_groups = 1, .activation_bits = 16},
+        {.bits = 4, .zero = 12, .has_values = 1, .activation_bits = 16,
+         .values = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0}},
+        {.bits = 8, .zero = 128, .activation_bits = 8},
+    };
+    for (size_t i = 0; i < sizeof forms / sizeof *forms; i++) {
+      test_codes(dt, 1, 9, 3, 16, forms[i]), test_codes(dt, 8, 300, 70, 32, forms[i]);
+      test_codes(dt, 3, 520, 20, 520, forms[i]);
+    }
     const int64_t sizes[][2] = {{5, 1}, {9, 37}, {40, 512}};
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
       const int64_t rows = sizes[i][0], n = sizes[i][1];
       test_norm(dt, dt, rows, n), test_norm(dt, F32, rows, n), test_gated(dt, rows, n), test_scaled(dt, rows, n);
     }
     test_attention(dt, 16, 40, 0, 0), test_attention(dt, 64, 150, 33, 0), test_attention(dt, 72, 70, 0, 5);
-    printf("linear, float8, norm, gates, scales, rope, attention: %s\n", names[dt]);
+    printf("linear, float8, codes, norm, gates, scales, rope, attention: %s\n", names[dt]);
   }
   test_attention(F32, 16, 1100, 0, 0); /* more than two segments of keys */
   for (int64_t vocab = 1; vocab < 2000; vocab = vocab * 3 + 2)
