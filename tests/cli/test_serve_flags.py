@@ -119,6 +119,8 @@ def _other_value(info: OptionInfo) -> object:
         return next(choice for choice in info.choices if choice != info.default)
     if info.metavar == "JSON":
         return '{"x": 1}'
+    if info.name == "cpu_activation_bits":
+        return 8
     if info.name == "block_size":
         return 32
     if info.name == "max_sequences_per_request":  # its default is the most
