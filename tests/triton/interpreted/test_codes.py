@@ -61,8 +61,13 @@ def assert_is_the_sum(
     assert bool(((actual.double() - exact).abs() <= bound).all())
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, torch.bfloat16) for name in ALL),
+        *(("q4_K", dtype) for dtype in DTYPES if dtype is not torch.bfloat16),
+    ],
+)
 def test_products_and_rows(name: str, dtype: torch.dtype) -> None:
     form = ALL[name]
     for n, k in ((70, 200), (3, 5), (130, 576)):
