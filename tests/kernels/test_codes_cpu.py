@@ -25,6 +25,7 @@ from quire.kernels.cpu.codes import (
 )
 from quire.kernels.cpu.library import load_library
 from quire.kernels.cpu.linear import PanelProduct
+from quire.kernels.cpu.tiles import Tiles
 from quire.kernels.dequantize import Scales, dequantize
 from quire.kernels.select import create_kernels
 from tests.kernels.cases import DTYPES, ULP, bits, dtypes, generator, randn, seeds
@@ -185,6 +186,20 @@ def test_a_stack_gives_each_products_bits_side_by_side() -> None:
     stack = PanelStack([dense, *products])
     assert torch.equal(stack(x), expected)
     assert torch.equal(stack(x[:1]), expected[:1])
+
+
+def test_by_tiles_a_chunk_of_a_stack_begins_at_a_whole_tile() -> None:
+    """Also if the first matrix is computed otherwise: rows behind the last one are read, and must exist."""
+    k = 4104
+    x = randn(202, k, rng=generator(13))
+    dense = PanelProduct(in_features=k, out_features=64, dtype=torch.float32, bias=False)
+    codes = filled(
+        PanelCodes, FORMS["q4_K"], *random_matrix(FORMS["q4_K"], 64, k, 14), torch.float32
+    )
+    assert isinstance(codes, PanelCodes)
+    expected = torch.cat((dense(x), codes(x)), dim=1)
+    codes.c_weight.tiles = Tiles.PLAIN
+    assert torch.equal(PanelStack([dense, codes])(x), expected)
 
 
 @pytest.mark.parametrize("kind", ["native", "reference"])

@@ -251,8 +251,8 @@ int quire_linear(const linear_weight *w, const void *x, int64_t x_stride, void *
                                                   .task = panel_task_of(each)};
     stack.panels += panels;
     n += each->n;
+    if (is_coded(each) && each->tiles != TILES_NONE) multiple = TILE_ROWS;
   }
-  if (is_coded(w) && w->tiles != TILES_NONE) multiple = TILE_ROWS;
   if (uses_tiles(w)) {
     multiple = 2 * TILE_ROWS;
     most = max64(TILES_CHUNK / (2 * w->k) / multiple, 2) * multiple;
