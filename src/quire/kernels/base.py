@@ -172,7 +172,7 @@ class LayerKernels(Protocol):
         be 0. Caches as `kv_cache_shapes`, same dtype as qkv. slot_mapping: [T] int64,
         `block_id * block_size + offset`; a negative slot is padding and stores nothing. q_norm, k_norm:
         [D], both in qkv's dtype or both in float32: each head is first `rms_norm`ed with them and eps, as
-        in Qwen3 or in Gemma 3. kv_scales: for caches in float8_e4m3fn, which GPUs have: [num_kv_heads]
+        in Qwen3 or in Gemma 3. kv_scales: for caches in float8_e4m3fn, and for no others: [num_kv_heads]
         float32 for keys and for values; a stored number times its head's scale is the number meant.
         """
         ...

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 PANEL = 64
-"""Rows of a matrix are held in panels of this number on a CPU. PANEL in kernels/cpu/linear.h."""
+"""Rows of a matrix are held in panels of this number on a CPU. PANEL in kernels/cpu/linear_panel.h."""
 
 ScaleType = Literal["float32", "float16", "bfloat16", "int8"]
 SCALE_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}

@@ -1,13 +1,15 @@
-"""What codes mean, in plain PyTorch: see `quire.kernels.codes`."""
+"""What codes mean, in plain PyTorch, and what products of all kinds share: see `quire.kernels.codes`."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from quire.kernels.codes import CodeFormat
+from quire.kernels.ops import LinearProduct
 
 
 class Scales(NamedTuple):
@@ -40,6 +42,48 @@ def dequantize(
     if order is not None:
         weight = torch.empty_like(weight).index_copy_(1, order.long(), weight)
     return weight
+
+
+def empty_scales(
+    form: CodeFormat, rows: int, in_features: int, *, device: torch.device | None = None
+) -> Scales:
+    """Zeros: the tensors that the format has."""
+    groups, supers = form.num_groups(in_features), form.num_supers(in_features)
+    stored: torch.dtype = getattr(torch, form.scale)
+    has_minimum = form.offset == "minimum"
+    offset = stored if has_minimum and not supers else torch.uint8
+
+    def zeros(count: int, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(rows, count, dtype=dtype, device=device)
+
+    return Scales(
+        scale=zeros(groups, stored),
+        offset=None if form.offset == "none" else zeros(groups, offset),
+        super_scale=zeros(supers, torch.float16) if supers else None,
+        super_minimum=zeros(supers, torch.float16) if supers and has_minimum else None,
+    )
+
+
+def round_to_int8(x: Tensor) -> Tensor:
+    """Each row as multiples of its largest magnitude / 127, in float32. x: [M, K]"""
+    wide = x.float()
+    scale = wide.abs().amax(dim=1, keepdim=True) / 127
+    return torch.where(scale > 0, (wide / scale).round(), 0.0) * scale
+
+
+class SideBySide:
+    """A stack of products that are computed one after the other."""
+
+    def __init__(self, products: Sequence[LinearProduct]) -> None:
+        self.products = tuple(products)
+        self.in_features = products[0].in_features
+        self.out_features = sum(product.out_features for product in products)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.cat([product(x) for product in self.products], dim=1)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        raise NotImplementedError("nothing looks up rows of a stack")
 
 
 def code_values(form: CodeFormat, codes: Tensor) -> Tensor:

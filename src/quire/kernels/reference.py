@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,10 +20,10 @@ from torch import Tensor
 
 from quire.kernels import checks
 from quire.kernels.checks import require
-from quire.kernels.codes import CodeFormat
 from quire.kernels.cpu import layout
-from quire.kernels.cpu.codes import ReferenceCodes, ReferenceStack
+from quire.kernels.cpu.codes import reference_codes
 from quire.kernels.cpu.linear import dense_product
+from quire.kernels.dequantize import SideBySide
 from quire.kernels.ops import Activation
 from quire.kernels.philox import gumbel_from_uniform, philox_words, uniform_from_words
 from quire.kernels.program import CachePart, Program
@@ -33,28 +34,11 @@ class ReferenceKernels:
     name = "reference"
     device = layout.device
     linear = staticmethod(dense_product)
-    stack = ReferenceStack
+    stack = SideBySide
     kv_cache_shapes = staticmethod(layout.kv_cache_shapes)
 
     def __init__(self, *, activation_bits: int = 16) -> None:
-        self._activation_bits = activation_bits
-
-    def codes(
-        self,
-        form: CodeFormat,
-        *,
-        in_features: int,
-        out_features: int,
-        dtype: torch.dtype,
-        bias: bool,
-    ) -> ReferenceCodes:
-        return ReferenceCodes(
-            form.with_activations(self._activation_bits),
-            in_features=in_features,
-            out_features=out_features,
-            dtype=dtype,
-            bias=bias,
-        )
+        self.codes = partial(reference_codes, activation_bits=activation_bits)
 
     def rms_norm(
         self, x: Tensor, weight: Tensor, eps: float, *, out: Tensor | None = None

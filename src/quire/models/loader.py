@@ -18,7 +18,7 @@ from quire.dtypes import FLOATS
 from quire.errors import ConfigError
 from quire.kernels.base import LayerKernels
 from quire.models.decoder import DecoderModel
-from quire.models.spec import ModelSpec
+from quire.models.spec import EMBEDDING, ModelSpec
 from quire.quantization.matrix import QuantizedMethod
 from quire.quantization.unquantized import UNQUANTIZED
 from quire.weights.load import load_random_weights, load_weights
@@ -28,7 +28,6 @@ from quire.weights.source import ModelSource
 logger = logging.getLogger(__name__)
 
 LoadFormat = Literal["auto", "safetensors", "dummy"]
-EMBEDDING = "model.embed_tokens.weight"
 
 
 @torch.inference_mode()
@@ -69,7 +68,7 @@ def load_model(
             raise ConfigError(
                 f"load_format {load_format!r} needs a model directory; name one or use dummy"
             )
-        tied = {EMBEDDING: HEAD} if spec.tie_word_embeddings else {}
+        tied = {f"{EMBEDDING}.weight": HEAD} if spec.tie_word_embeddings else {}
         with source.open() as checkpoint:
             load_weights(model.targets(), checkpoint, dtype=dtype, tied=tied)
     model.bind()

@@ -20,6 +20,7 @@ from quire.kernels.codes import CodeFormat
 from quire.quantization.base import LinearShape, TensorWant
 from quire.quantization.gguf_types import BLOCKS
 from quire.quantization.matrix import QuantizedMethod
+from quire.quantization.stored import E2M1
 
 if TYPE_CHECKING:
     import torch
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
 
 
 _IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-_E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
-"""Twice the values of E2M1."""
 
 FORMATS: Mapping[str, CodeFormat] = {
     "q4_0": CodeFormat(bits=4, group=32, scale="float16", zero=8),
@@ -44,7 +43,7 @@ FORMATS: Mapping[str, CodeFormat] = {
     "q6_K": CodeFormat(bits=8, group=16, scale="int8", super_groups=16, zero=32),
     "iq4_nl": CodeFormat(bits=4, group=32, scale="float16", values=_IQ4),
     "iq4_xs": CodeFormat(bits=4, group=32, scale="int8", super_groups=8, values=_IQ4),
-    "mxfp4": CodeFormat(bits=4, group=32, scale="bfloat16", values=_E2M1),
+    "mxfp4": CodeFormat(bits=4, group=32, scale="bfloat16", values=E2M1),
 }
 """What Quire computes with, in memory: 4 bits for codes of 2, 3 and 4, and 8 for codes of 5, 6 and 8."""
 

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from quire.kernels.codes import CodeFormat
-from quire.kernels.cpu.codes import round_to_int8
-from quire.kernels.dequantize import dequantize
+from quire.kernels.dequantize import dequantize, round_to_int8
 from quire.kernels.triton import codes as module
 from quire.kernels.triton.backend import TritonKernels
 from quire.kernels.triton.codes import TritonCodes

@@ -473,6 +473,7 @@ typedef struct {
   const void *x;
   int64_t x_stride, m;
   coded_input *out;
+  int failed; /* a thread could not allocate its scratch memory */
 } input_job;
 
 #define CODED_ROWS 8 /* rows of a unit */
@@ -559,10 +560,14 @@ static void code_row(const input_job *j, int64_t row, const float *wide) {
 }
 
 static void code_rows(void *context, int64_t unit) {
-  const input_job *j = context;
+  input_job *j = context;
   const linear_weight *w = j->w;
   const int64_t padded = padded_columns(w), end = min64((unit + 1) * CODED_ROWS, j->m);
   float *wide = quire_scratch(SCRATCH_CODES, (size_t)(2 * padded + VW) * sizeof *wide);
+  if (!wide) {
+    __atomic_store_n(&j->failed, 1, __ATOMIC_RELAXED);
+    return;
+  }
   float *ordered = w->codes->order ? wide + padded : wide;
   for (int64_t r = unit * CODED_ROWS; r < end; r++) {
     const int dt = w->dtype;
@@ -576,8 +581,8 @@ static void code_rows(void *context, int64_t unit) {
   }
 }
 
-/* x: [m, k], row stride given. memory: of quire_coded_bytes(w, m). */
-void quire_code_input(const linear_weight *w, const void *x, int64_t x_stride, int64_t m, int threads,
+/* x: [m, k], row stride given. memory: of quire_coded_bytes(w, m). 0, or 5: no memory for a row. */
+int quire_code_input(const linear_weight *w, const void *x, int64_t x_stride, int64_t m, int threads,
                       void *memory, coded_input *coded) {
   *coded = (coded_input){.stride = padded_columns(w) / 4};
   count_pieces(w, coded);
@@ -585,8 +590,9 @@ void quire_code_input(const linear_weight *w, const void *x, int64_t x_stride, i
   int32_t *planes = memory, *sums = planes + 2 * held * coded->stride;
   coded->planes[0] = planes, coded->planes[1] = planes + held * coded->stride;
   coded->sums = sums, coded->scales = (const float *)(sums + held * coded->segments);
-  input_job job = {w, x, x_stride, m, coded};
+  input_job job = {w, x, x_stride, m, coded, 0};
   quire_run(code_rows, &job, (m + CODED_ROWS - 1) / CODED_ROWS, m * w->k > SMALL_WORK ? threads : 1);
+  return job.failed ? 5 : 0;
 }
 
 /* ---- rows and packing ---- */

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from ctypes import addressof, byref, c_int64
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,13 @@ from quire.kernels.cpu import library
 from quire.kernels.cpu.build import BuildError
 from quire.kernels.cpu.linear import CProduct, ExactSumProduct, gather, multiply
 from quire.kernels.cpu.tiles import choose_tiles
-from quire.kernels.dequantize import Scales, dequantize
+from quire.kernels.dequantize import (
+    Scales,
+    SideBySide,
+    dequantize,
+    empty_scales,
+    round_to_int8,
+)
 from quire.kernels.fields import PackedCodes, spread
 from quire.kernels.memory import large_zeros
 from quire.kernels.ops import LinearProduct
@@ -86,7 +93,7 @@ class CodesProduct(ABC):
 class PanelCodes(CodesProduct):
     """Computed by codes.c, or float8.c, from panels of 64 rows."""
 
-    __slots__ = ("_codes", "_info", "_kept", "_lib", "_scales", "c_weight")
+    __slots__ = ("_codes", "_info", "_order", "_lib", "_scales", "c_weight")
 
     def __init__(
         self,
@@ -133,7 +140,7 @@ class PanelCodes(CodesProduct):
             self._info.values[:] = [value + lift for value in form.values]
             self._info.zero += lift
             self._info.has_values = 1
-        self._kept: Tensor | None = None
+        self._order: Tensor | None = None
         self.c_weight = library.LinearWeight(
             panels=self._codes.data_ptr(),
             bias=None if self.bias is None else self.bias.data_ptr(),
@@ -210,7 +217,7 @@ class PanelCodes(CodesProduct):
         for first in range(0, self.out_features, PANEL):
             rows = min(PANEL, self.out_features - first)
             self.fill_codes(first, 0, self._unpacked(first, rows)[:, order.long()].contiguous())
-        self._kept = order
+        self._order = order
         self._info.order = order.data_ptr()
 
     def _unpacked(self, first: int, rows: int) -> Tensor:
@@ -317,54 +324,28 @@ class PanelStack:
 
 
 def codes_product(
-    form: CodeFormat, *, in_features: int, out_features: int, dtype: torch.dtype, bias: bool
+    form: CodeFormat,
+    *,
+    in_features: int,
+    out_features: int,
+    dtype: torch.dtype,
+    bias: bool,
+    activation_bits: int = 16,
 ) -> CodesProduct:
-    """`PanelCodes`, or `ReferenceCodes` where there is no compiler."""
+    """`PanelCodes`, or `ReferenceCodes` where there is no compiler. activation_bits: 8 also if the format
+    says 16."""
     sizes = {"in_features": in_features, "out_features": out_features}
+    form = form.with_activations(activation_bits)
     try:
         return PanelCodes(form, **sizes, dtype=dtype, bias=bias)
     except BuildError:
         return ReferenceCodes(form, **sizes, dtype=dtype, bias=bias)
 
 
+def reference_codes(form: CodeFormat, *, activation_bits: int, **sizes: Any) -> ReferenceCodes:
+    return ReferenceCodes(form.with_activations(activation_bits), **sizes)
+
+
 def stack(products: Sequence[LinearProduct]) -> LinearProduct:
     c_products = [product for product in products if isinstance(product, CProduct)]
-    return PanelStack(c_products) if len(c_products) == len(products) else ReferenceStack(products)
-
-
-class ReferenceStack:
-    """The results of several products, side by side."""
-
-    def __init__(self, products: Sequence[LinearProduct]) -> None:
-        self.products = tuple(products)
-        self.in_features = products[0].in_features
-        self.out_features = sum(product.out_features for product in products)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return torch.cat([product(x) for product in self.products], dim=1)
-
-    def rows(self, ids: Tensor) -> Tensor:
-        raise NotImplementedError("nothing looks up rows of a stack")
-
-
-def empty_scales(form: CodeFormat, rows: int, in_features: int) -> Scales:
-    """Zeros."""
-    groups, supers = form.num_groups(in_features), form.num_supers(in_features)
-    stored = getattr(torch, form.scale)
-    offset = None
-    if form.offset != "none":
-        is_byte = form.offset == "zero" or form.super_groups
-        offset = torch.zeros(rows, groups, dtype=torch.uint8 if is_byte else stored)
-    has_minimum = form.super_groups and form.offset == "minimum"
-    return Scales(
-        scale=torch.zeros(rows, groups, dtype=stored),
-        offset=offset,
-        super_scale=torch.zeros(rows, supers, dtype=torch.float16) if supers else None,
-        super_minimum=torch.zeros(rows, supers, dtype=torch.float16) if has_minimum else None,
-    )
-
-
-def round_to_int8(x: Tensor) -> Tensor:
-    """Each row as multiples of its largest magnitude / 127. x: [M, K] float32."""
-    scale = x.abs().amax(dim=1, keepdim=True) / 127
-    return torch.where(scale > 0, (x / scale).round(), 0.0) * scale
+    return PanelStack(c_products) if len(c_products) == len(products) else SideBySide(products)

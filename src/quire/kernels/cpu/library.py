@@ -41,6 +41,16 @@ class CodeInfo(ctypes.Structure):
     ]
 
 
+class RoundJob(ctypes.Structure):
+    """Mirrors round_job in rounding.c."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("rows", "codes", "scales", "places")),
+        *((name, c_int64) for name in ("count", "k", "group", "num_places")),
+        *((name, c_int32) for name in ("dtype", "scale_dtype", "rounding")),
+    ]
+
+
 SCALE_TYPES = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3}
 OFFSET_TYPES = {"none": 0, "zero": 1, "minimum": 2}
 
@@ -104,7 +114,7 @@ _SIGNATURES = {
     "quire_pack_linear": [_P, _N, _N, _N, _N, _N, _P, _I],
     "quire_pack_codes": [POINTER(LinearWeight), _P, _N, _N, _N, _N, _N, _N],
     "quire_pack_fields": [POINTER(LinearWeight), _P, _N, _N, _P, _N, _N, _N, _N],
-    "quire_round_rows": [_P, _N, _N, _N, _I, _I, _P, _P, _I],
+    "quire_round_rows": [POINTER(RoundJob)],
     "quire_unpack_codes": [_P, _N, _N, _P, _N, _I, _I],
     "quire_gather_rows": [POINTER(LinearWeight), _P, _N, _P, _I],
     "quire_run_program": [_P, _P],

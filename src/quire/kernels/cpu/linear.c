@@ -228,7 +228,7 @@ static int prepare(stack_job *stack, const void *x, int64_t x_stride) {
     if (like[i] < i) {
       part->x = first->x, part->x_stride = first->x_stride, part->coded = first->coded;
     } else if (is_coded(part->w)) {
-      quire_code_input(part->w, x, x_stride, stack->m, stack->threads, memory, &part->coded);
+      if (quire_code_input(part->w, x, x_stride, stack->m, stack->threads, memory, &part->coded)) return 5;
     } else {
       part->x = x, part->x_stride = x_stride;
       if (bytes[i]) part->x = readable(part->w, x, &part->x_stride, stack->m, memory);
@@ -241,6 +241,7 @@ static int prepare(stack_job *stack, const void *x, int64_t x_stride) {
  * Returns 5 if there is no memory. */
 int quire_linear(const linear_weight *w, const void *x, int64_t x_stride, void *out,
                  int64_t out_stride, int64_t m, int epilogue, int threads) {
+  if (m == 0) return 0;
   stack_job stack = {.m = m, .threads = threads};
   int64_t n = 0, most = ROW_CHUNK, multiple = 1;
   const int ot = epilogue == LINEAR_FLOAT ? F32 : w->dtype;

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 from quire.kernels import checks
+from quire.kernels.codes import PANEL
 from quire.kernels.cpu import library
 from quire.kernels.cpu.build import BuildError
 from quire.kernels.cpu.tiles import choose_tiles
 from quire.kernels.memory import large_zeros
 
-_PANEL = 64  # output columns packed together; PANEL in linear.c
 _EXACT_BLOCK = 1 << 17  # weights made exact at a time, for the L2 cache
 
 
@@ -142,7 +142,7 @@ class PanelProduct(CPUProduct):
         self._lib = library.load_library()
         super().__init__(in_features=in_features, out_features=out_features, dtype=dtype, bias=bias)
         pair = _pair(dtype)
-        shape = (-(-out_features // _PANEL), -(-in_features // pair), _PANEL, pair)
+        shape = (-(-out_features // PANEL), -(-in_features // pair), PANEL, pair)
         self._panels = large_zeros(shape, dtype)
         self.c_weight = library.LinearWeight(
             panels=self._panels.data_ptr(),

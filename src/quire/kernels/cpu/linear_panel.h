@@ -176,7 +176,7 @@ INLINE void any_block(const linear_job *job, const void *x, const char *panel, s
 /* codes.c: integer codes */
 void quire_codes_panel(const linear_job *job, int64_t begin, int64_t end, int64_t panel, int64_t next_panel);
 size_t quire_coded_bytes(const linear_weight *w, int64_t m);
-void quire_code_input(const linear_weight *w, const void *x, int64_t x_stride, int64_t m, int threads,
+int quire_code_input(const linear_weight *w, const void *x, int64_t x_stride, int64_t m, int threads,
                       void *memory, coded_input *coded);
 void quire_codes_row(const linear_weight *w, int64_t row, void *out);
 

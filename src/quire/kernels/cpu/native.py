@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from ctypes import addressof, byref, c_char
+from functools import partial
 from typing import NoReturn
 
 import numpy as np
@@ -18,9 +19,8 @@ from torch import Tensor
 
 from quire.kernels import checks
 from quire.kernels.checks import KernelArgumentError
-from quire.kernels.codes import CodeFormat
 from quire.kernels.cpu import layout
-from quire.kernels.cpu.codes import CodesProduct, codes_product, stack
+from quire.kernels.cpu.codes import codes_product, stack
 from quire.kernels.cpu.library import (
     ACTIVATIONS,
     DTYPES,
@@ -61,24 +61,7 @@ class NativeKernels:
 
     def __init__(self, *, march: str = "native", activation_bits: int = 16) -> None:
         self._lib = load_library(march)
-        self._activation_bits = activation_bits
-
-    def codes(
-        self,
-        form: CodeFormat,
-        *,
-        in_features: int,
-        out_features: int,
-        dtype: torch.dtype,
-        bias: bool,
-    ) -> CodesProduct:
-        return codes_product(
-            form.with_activations(self._activation_bits),
-            in_features=in_features,
-            out_features=out_features,
-            dtype=dtype,
-            bias=bias,
-        )
+        self.codes = partial(codes_product, activation_bits=activation_bits)
 
     def rms_norm(
         self, x: Tensor, weight: Tensor, eps: float, *, out: Tensor | None = None

@@ -6,6 +6,15 @@ enum rounding { ROUND_INT8 = 0, ROUND_INT4 = 1, ROUND_FLOAT8 = 2 }; /* rounding.
 
 #define SUM_VECTORS (16 / VW)
 
+typedef struct { /* mirrored by RoundJob in library.py */
+  const void *rows;     /* [count, k] of dtype */
+  uint8_t *codes;       /* [count, k] */
+  void *scales;         /* [count, groups] of scale_dtype */
+  const float *places;  /* of int4: where the largest weight of a group may be among the codes */
+  int64_t count, k, group, num_places;
+  int32_t dtype, scale_dtype, rounding;
+} round_job;
+
 INLINE float sum16(const vf lanes[SUM_VECTORS]) {
   float a[16];
   for (int i = 0; i < SUM_VECTORS; i++) vstore(a + i * VW, lanes[i], F32);
@@ -23,25 +32,24 @@ INLINE vf clamp(vf x, float low, float high) {
 
 /* The scale of int4 codes in [-8, 7]: of several places for the largest weight, that with the least error. x: `count`
  * floats, a multiple of 16; those behind the last weight are zero. */
-static float search_scale(const float *x, int64_t count, int64_t group, float end) {
-  static const float places[] = {-7.0f, -7.5f, -8.0f, -8.5f, -9.0f, -9.5f, -10.0f, -11.0f};
+static float search_scale(const round_job *j, const float *x, int64_t count, float end) {
   vf squares[SUM_VECTORS] = {{0}};
   for (int64_t i = 0; i < count; i += 16)
-    for (int j = 0; j < SUM_VECTORS; j++) {
-      const vf v = vload(x + i + j * VW, F32);
-      squares[j] += v * v;
+    for (int v = 0; v < SUM_VECTORS; v++) {
+      const vf w = vload(x + i + v * VW, F32);
+      squares[v] += w * w;
     }
-  const float mean = sum16(squares) / (float)group;
+  const float mean = sum16(squares) / (float)j->group;
   float best = 0.0f, scale = 0.0f;
-  for (size_t p = 0; p < sizeof places / sizeof *places; p++) {
-    const float inverse = places[p] / end;
+  for (int64_t p = 0; p < j->num_places; p++) {
+    const float inverse = j->places[p] / end;
     vf xq[SUM_VECTORS] = {{0}}, qq[SUM_VECTORS] = {{0}};
     for (int64_t i = 0; i < count; i += 16)
-      for (int j = 0; j < SUM_VECTORS; j++) {
-        const vf v = vload(x + i + j * VW, F32), q = clamp(round_even(v * inverse), -8.0f, 7.0f);
-        const vf importance = v * v + mean;
-        xq[j] += importance * v * q;
-        qq[j] += importance * q * q;
+      for (int v = 0; v < SUM_VECTORS; v++) {
+        const vf w = vload(x + i + v * VW, F32), q = clamp(round_even(w * inverse), -8.0f, 7.0f);
+        const vf importance = w * w + mean;
+        xq[v] += importance * w * q;
+        qq[v] += importance * q * q;
       }
     const float above = sum16(xq), below = sum16(qq);
     const float gain = below > 0.0f ? above * above / below : 0.0f;
@@ -51,8 +59,8 @@ static float search_scale(const float *x, int64_t count, int64_t group, float en
 }
 
 /* One group: its codes, and its scale as it is stored. */
-INLINE float round_group(const float *x, int64_t count, int64_t weights, int64_t group, int rounding, int dt,
-                         uint8_t *codes) {
+INLINE float round_group(const round_job *j, const float *x, int64_t count, int64_t weights, uint8_t *codes) {
+  const int rounding = j->rounding;
   vf most = vset(0.0f), least = most;
   int finite = 1;
   for (int64_t i = 0; i < count; i += VW) {
@@ -63,8 +71,8 @@ INLINE float round_group(const float *x, int64_t count, int64_t weights, int64_t
   const float high = vlargest(most), low = vlargest(least), largest = high > low ? high : low;
   float scale = rounding == ROUND_INT4 ? 0.0f : largest / (rounding == ROUND_INT8 ? 127.0f : 448.0f);
   if (rounding == ROUND_INT4 && largest > 0.0f && finite)
-    scale = search_scale(x, count, group, high >= low ? high : -low);
-  scale = finite ? vround(vset(scale), dt)[0] : NAN;
+    scale = search_scale(j, x, count, high >= low ? high : -low);
+  scale = finite ? vround(vset(scale), j->scale_dtype)[0] : NAN;
   const vf divisor = vset(scale != 0.0f ? scale : 1.0f);
   for (int64_t i = 0; i < weights; i += VW) {
     const vf q = vload(x + i, F32) / divisor;
@@ -75,26 +83,26 @@ INLINE float round_group(const float *x, int64_t count, int64_t weights, int64_t
       code = __builtin_convertvector(clamp(round_even(q), -127.0f, 127.0f), vi) + 128;
     else
       code = __builtin_convertvector(clamp(round_even(q), -8.0f, 7.0f), vi) + 8;
-    for (int64_t j = 0; j < min64(weights - i, VW); j++) codes[i + j] = (uint8_t)code[j];
+    for (int64_t lane = 0; lane < min64(weights - i, VW); lane++) codes[i + lane] = (uint8_t)code[lane];
   }
   return scale;
 }
 
-/* rows: [rows, k] of dtype; codes: [rows, k]; scales: [rows, groups] of scale_dtype. 0; 5: no memory. */
-int quire_round_rows(const void *rows, int64_t count, int64_t k, int64_t group, int dtype, int rounding, uint8_t *codes,
-                     void *scales, int scale_dtype) {
-  const int64_t groups = (k + group - 1) / group, held = (group + 15) / 16 * 16;
+/* 0; 5: no memory. */
+int quire_round_rows(const round_job *j) {
+  const int64_t groups = (j->k + j->group - 1) / j->group, held = (j->group + 15) / 16 * 16;
   float *x = quire_scratch(SCRATCH_CODES, (size_t)held * sizeof *x);
   if (!x) return 5;
-  for (int64_t r = 0; r < count; r++)
+  for (int64_t r = 0; r < j->count; r++)
     for (int64_t g = 0; g < groups; g++) {
-      const int64_t first = r * k + g * group, weights = min64(group, k - g * group);
+      const int64_t first = r * j->k + g * j->group, weights = min64(j->group, j->k - g * j->group);
       for (int64_t i = 0; i < weights; i += VW)
-        FOR_DTYPE(dtype, vstore_upto(x + i, vload_upto(at(rows, first + i, dt), weights - i, dt), weights - i, F32));
+        FOR_DTYPE(j->dtype,
+                  vstore_upto(x + i, vload_upto(at(j->rows, first + i, dt), weights - i, dt), weights - i, F32));
       const int64_t padded = (weights + 15) / 16 * 16;
       memset(x + weights, 0, (size_t)(padded - weights) * sizeof *x);
-      const float scale = round_group(x, padded, weights, group, rounding, scale_dtype, codes + first);
-      vstore_n(at_mut(scales, r * groups + g, scale_dtype), vset(scale), 1, scale_dtype);
+      const float scale = round_group(j, x, padded, weights, j->codes + first);
+      vstore_n(at_mut(j->scales, r * groups + g, j->scale_dtype), vset(scale), 1, j->scale_dtype);
     }
   return 0;
 }

@@ -11,10 +11,11 @@ from torch import Tensor
 from quire.kernels.base import KVCacheShapes
 from quire.kernels.checks import require
 from quire.kernels.codes import CodeFormat
+from quire.kernels.dequantize import SideBySide
 from quire.kernels.ops import Activation
 from quire.kernels.program import CachePart, Program
 from quire.kernels.triton import attention, layers
-from quire.kernels.triton.codes import Stack, TritonCodes
+from quire.kernels.triton.codes import TritonCodes
 from quire.kernels.triton.matmul import matmul
 
 
@@ -59,7 +60,7 @@ class TritonKernels:
             invariant=self.batch_invariant,
         )
 
-    stack = Stack
+    stack = SideBySide
 
     def kv_cache_shapes(
         self,

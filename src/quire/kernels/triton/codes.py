@@ -11,8 +11,6 @@ column 4 + i in its high half. Scales are [groups, N].
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 import triton
@@ -21,9 +19,8 @@ from torch import Tensor
 
 from quire.kernels.checks import require
 from quire.kernels.codes import CodeFormat
-from quire.kernels.dequantize import Scales
+from quire.kernels.dequantize import Scales, empty_scales, round_to_int8
 from quire.kernels.fields import PackedCodes, spread
-from quire.kernels.ops import LinearProduct
 from quire.kernels.triton.matmul import Tile
 
 HALF = Tile(64, 64, 64, warps=4, stages=4)
@@ -172,25 +169,19 @@ class TritonCodes:
         self.form, self.in_features, self.out_features = form, in_features, out_features
         self.dtype, self.invariant = dtype, invariant
 
-        def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=device)
-
-        self._codes = zeros(out_features, -(-in_features // 8) * form.bits, dtype=torch.uint8)
+        width = -(-in_features // 8) * form.bits
+        self._codes = torch.zeros(out_features, width, dtype=torch.uint8, device=device)
         self._values = None
         if form.values:
             self._values = torch.tensor(form.values, dtype=torch.float32, device=device)
-        groups, supers = form.num_groups(in_features), form.num_supers(in_features)
-        stored: torch.dtype = getattr(torch, form.scale)
-        has_minimum = form.offset == "minimum"
-        offset_type = stored if has_minimum and not supers else torch.uint8
         self._scales = Scales(
-            zeros(groups, out_features, dtype=stored),
-            None if form.offset == "none" else zeros(groups, out_features, dtype=offset_type),
-            zeros(supers, out_features, dtype=torch.float16) if supers else None,
-            zeros(supers, out_features, dtype=torch.float16) if supers and has_minimum else None,
+            *(
+                None if each is None else each.t().contiguous()
+                for each in empty_scales(form, out_features, in_features, device=device)
+            )
         )
         self._order: Tensor | None = None
-        self.bias = zeros(out_features, dtype=dtype) if bias else None
+        self.bias = torch.zeros(out_features, dtype=dtype, device=device) if bias else None
 
     def fill_codes(self, row: int, column: int, codes: Tensor) -> None:
         packed = codes if self.form.bits == 8 else _pack(codes)
@@ -215,7 +206,7 @@ class TritonCodes:
         for first in range(0, self.out_features, _BLOCK):
             rows = self._codes[first : first + _BLOCK]
             if self.form.bits == 8:
-                rows.copy_(torch.nn.functional.pad(rows[:, self._order], (0, -len(order) % 8)))
+                rows.copy_(F.pad(rows[:, self._order], (0, -len(order) % 8)))
             else:
                 both = rows.view(len(rows), -1, 1, 4)
                 codes = torch.cat((both & 15, both >> 4), dim=2).flatten(1)
@@ -227,7 +218,7 @@ class TritonCodes:
             f"x is {x.dtype} {tuple(x.shape)}; need {self.dtype} [M, {self.in_features}]",
         )
         if self.form.activation_bits == 8 and not self.form.float8:
-            x = _round_to_int8(x)
+            x = round_to_int8(x).to(x.dtype)
         if x.shape[0] > MANY_ROWS and not self.invariant:
             return F.linear(x, self._dequantized(None, self.out_features), self.bias)
         if self._order is not None:
@@ -283,21 +274,6 @@ class TritonCodes:
         }
 
 
-class Stack:
-    """Products over one input: their results side by side."""
-
-    def __init__(self, products: Sequence[LinearProduct]) -> None:
-        self.products = tuple(products)
-        self.in_features = products[0].in_features
-        self.out_features = sum(product.out_features for product in products)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return torch.cat([product(x) for product in self.products], dim=1)
-
-    def rows(self, ids: Tensor) -> Tensor:
-        raise NotImplementedError("nothing looks up rows of a stack")
-
-
 def _split(n: int, k: int, tile: Tile) -> tuple[int, int]:
     """Columns of a part, and the number of parts. A part has at least four tiles of k."""
     blocks = triton.cdiv(k, tile.k)
@@ -310,10 +286,3 @@ def _pack(codes: Tensor) -> Tensor:
     """[rows, K] codes of 4 bits. Returns [rows, ceil(K / 8) * 4] bytes."""
     eights = F.pad(codes, (0, -codes.shape[1] % 8)).reshape(len(codes), -1, 2, 4)
     return (eights[:, :, 0] | eights[:, :, 1] << 4).flatten(1)
-
-
-def _round_to_int8(x: Tensor) -> Tensor:
-    """Each row as multiples of its largest magnitude / 127, rounded to its dtype."""
-    wide = x.float()
-    scale = wide.abs().amax(dim=1, keepdim=True) / 127
-    return (torch.where(scale > 0, (wide / scale).round(), 0.0) * scale).to(x.dtype)
