@@ -118,6 +118,16 @@ def test_products_and_rows(
 
 
 @pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize(("n", "k"), [(1, 8), (70, 200), (192, 1024)])
+def test_the_planned_bytes_are_those_held(name: str, n: int, k: int) -> None:
+    form = replace(FORMS[name], reordered=True)
+    product = PanelCodes(form, in_features=k, out_features=n, dtype=torch.float32, bias=False)
+    product.reorder(torch.arange(k))
+    held = [product._codes, *product._scales, product._order]
+    assert form.num_bytes(n, k) == sum(each.nbytes for each in held if each is not None)
+
+
+@pytest.mark.parametrize("name", FORMS)
 def test_rows_threads_and_instructions_do_not_change_bits(name: str) -> None:
     form = FORMS[name]
     codes, scales = random_matrix(form, 320, 1096, 3)

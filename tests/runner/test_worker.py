@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import subprocess
+from dataclasses import replace
 
 import pytest
+import torch
 
 from quire.config import from_flat
 from quire.errors import ConfigError, MemoryFitError
@@ -64,6 +66,27 @@ def test_a_worker_that_cannot_wake_up_sleeps_on(
     assert worker.runner is None
     worker.wake_up()
     assert worker.runner is not None and worker.runner.model is model
+
+
+def test_every_cache_in_fp8_has_the_models_scales(
+    spec: WorkerSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = Worker(CONFIG, replace(spec, kv_cache_dtype="float8_e4m3fn"))
+    made, make = [], worker.platform.cache
+    monkeypatch.setattr(worker.platform, "cache", lambda n: made.append(make(n)) or made[-1])
+    worker.load()
+    assert worker.runner is not None
+    for layer, scales in enumerate(worker.runner.model.kv_scales):
+        heads = len(scales.tensors["k"])
+        scales.tensors = {"k": torch.full((heads,), 2.0 + layer), "v": torch.full((heads,), 0.5)}
+    worker.open_cache(4, 32)
+    worker.sleep(1)
+    worker.wake_up()
+    for cache in made:
+        for layer, part in enumerate(cache.parts):
+            assert part.scales is not None
+            assert [set(each.tolist()) for each in part.scales] == [{2.0 + layer}, {0.5}]
+    assert len(made) == 2
 
 
 @pytest.mark.parametrize(
