@@ -14,6 +14,7 @@ import pytest
 from quire.kvcache import KVCacheManager
 from quire.messages import SampledRow, StepPlan, StepResult
 from quire.scheduler import Scheduler, SchedulerLimits
+from quire.scheduler.invariants import check_invariants
 from tests.scheduler.requests import add_request
 
 ROOT = Path(__file__).parents[1]
@@ -261,7 +262,7 @@ class Story:
                 f"{request.num_computed_tokens:<20} {request.num_tokens:<11} "
                 f"{request.status.value}: {why}"
             )
-        scheduler.check_invariants()
+        check_invariants(scheduler)
 
     @staticmethod
     def note(plan: StepPlan, request_id: int) -> list[str]:

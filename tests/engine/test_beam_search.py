@@ -20,6 +20,7 @@ from quire.errors import InvalidParameterError, PromptTooLongError
 from quire.messages import StepOutputs
 from quire.outputs import Logprob
 from quire.sampling_params import BeamSearchParams, SamplingParams, StructuredOutputsParams
+from quire.scheduler.invariants import check_invariants
 from tests.engine.checkpoints import ServableCheckpoint
 
 OPTIONS: dict[str, Any] = {
@@ -51,7 +52,7 @@ def llm(checkpoint: ServableCheckpoint, eos: int):
     with LLM(directory, override_generation_config=override, **OPTIONS) as llm:
         yield llm
         scheduler = llm._core._core.scheduler
-        scheduler.check_invariants()
+        check_invariants(scheduler)
         assert scheduler.kv.pool.num_free == scheduler.kv.pool.num_usable, "a block leaked"
 
 

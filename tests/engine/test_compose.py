@@ -23,6 +23,7 @@ from quire.sampling_params import (
     SamplingParams,
     StructuredOutputsParams,
 )
+from quire.scheduler.invariants import check_invariants
 from tests.engine.checkpoints import VOCAB_SIZE, ServableCheckpoint, prompts
 from tests.engine.test_exactness import (
     GREEDY,
@@ -133,7 +134,7 @@ def test_any_mix_of_parameters_gives_each_request_its_own_answer(
         assert said(one) == said(other)
     for engine in (llms["alone"], llms[schedule]):
         scheduler = engine._core._core.scheduler
-        scheduler.check_invariants()
+        check_invariants(scheduler)
         assert not scheduler.requests and scheduler.kv.num_referenced == 0
         assert not engine._core._core.executor.runner.seats.prompts
 

@@ -28,6 +28,7 @@ from quire.errors import (
     UnsupportedModelError,
 )
 from quire.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
+from quire.scheduler.invariants import check_invariants
 from tests.engine.checkpoints import VOCAB_SIZE, ServableCheckpoint, prompts, write_checkpoint
 
 OPTIONS: dict[str, Any] = {
@@ -44,7 +45,7 @@ def llm(servable: Callable[[str], ServableCheckpoint]):
     with LLM(str(servable("llama").directory), **OPTIONS) as llm:
         yield llm
         scheduler = llm._core._core.scheduler
-        scheduler.check_invariants()
+        check_invariants(scheduler)
         assert scheduler.kv.pool.num_free == scheduler.kv.pool.num_usable, "a block leaked"
 
 

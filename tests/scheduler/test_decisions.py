@@ -17,6 +17,7 @@ from quire.scheduler import (
     Wait,
     WaitReason,
 )
+from quire.scheduler.invariants import check_invariants
 from tests.scheduler.requests import add_request
 
 
@@ -44,7 +45,7 @@ class Engine:
         for _ in range(count):
             self.decisions.clear()
             self.core.step()
-            self.scheduler.check_invariants()
+            check_invariants(self.scheduler)
 
     def of(self, kind: DecisionKind) -> list[Decision]:
         return [decision for decision in self.decisions if decision.kind is kind]

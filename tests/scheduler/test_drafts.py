@@ -15,6 +15,7 @@ from quire.messages import (
     StepPlan,
 )
 from quire.scheduler import Scheduler, SchedulerLimits
+from quire.scheduler.invariants import check_invariants
 from tests.scheduler.fake_executor import CheckingExecutor, Drafter, expected_output
 from tests.scheduler.requests import add_request
 
@@ -83,7 +84,7 @@ class Engine:
         for _ in range(count):
             outputs = self.core.step()
             assert isinstance(outputs, StepOutputs)
-            self.scheduler.check_invariants()
+            check_invariants(self.scheduler)
             for update in outputs.updates:
                 self.updates[update.request_id].append(update)
 

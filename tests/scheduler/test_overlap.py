@@ -17,6 +17,7 @@ from quire.messages import (
     StepPlan,
 )
 from quire.scheduler import Scheduler, SchedulerLimits
+from quire.scheduler.invariants import check_invariants
 from tests.scheduler.fake_executor import CheckingExecutor, expected_output
 from tests.scheduler.requests import add_request
 
@@ -75,7 +76,7 @@ class Overlapped:
     def step(self, count: int = 1) -> None:
         for _ in range(count):
             self.keep(self.core.step())
-            self.scheduler.check_invariants()
+            check_invariants(self.scheduler)
 
     def run(self) -> None:
         for _ in range(60):

@@ -12,6 +12,7 @@ from quire.executor.mock import MockExecutor
 from quire.kvcache import KVCacheManager
 from quire.placement import Placement
 from quire.scheduler import POLICIES, Request, Scheduler, SchedulerLimits
+from quire.scheduler.invariants import check_invariants
 from tests.scheduler.requests import add_request
 from tests.scheduler.test_scheduler_properties import OverlappedMachine
 
@@ -81,7 +82,7 @@ def run(policy: str, tenants: list[int], *, num_blocks: int = 400, length: int =
         if not core.has_work:
             break
         core.step()
-        scheduler.check_invariants()
+        check_invariants(scheduler)
     assert not core.has_work, "not everybody finished"
     return [message.request_id for plan in executor.plans for message in plan.admitted]
 

@@ -11,6 +11,7 @@ from quire.kvcache import CacheKey, KVCacheManager
 from quire.messages import AbortRequests, StepOutputs, StepPlan
 from quire.placement import Placement
 from quire.scheduler import Scheduler, SchedulerLimits
+from quire.scheduler.invariants import check_invariants
 from tests.scheduler.requests import add_request
 
 BUDGET = 2048
@@ -72,7 +73,7 @@ class Engine:
     def step(self, count: int = 1) -> None:
         for _ in range(count):
             assert isinstance(self.core.step(), StepOutputs)
-            self.scheduler.check_invariants()
+            check_invariants(self.scheduler)
             number = len(self.plans)
             for message in self.plans[-1].admitted:
                 self.admitted.setdefault(message.request_id, number)

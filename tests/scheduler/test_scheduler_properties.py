@@ -19,6 +19,7 @@ from quire.messages import (
 )
 from quire.placement import Placement
 from quire.scheduler import Scheduler, SchedulerLimits, WaitReason
+from quire.scheduler.invariants import check_invariants
 from quire.scheduler.request import RequestStatus
 from tests.scheduler.fake_executor import CheckingExecutor, expected_output
 from tests.scheduler.requests import add_request
@@ -172,14 +173,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.wanted = {r.request_id: self.wants(r) for r in self.was_running}
         self.must_admit = self.head_that_fits()
         self.record(self.core.step())
-        self.scheduler.check_invariants()
+        check_invariants(self.scheduler)
         if first is not None and self.max_in_flight <= 2:  # deeper, it may wait for two results
             after = (len(first.token_ids), first.num_computed_tokens)
             assert after > before or first.request_id in self.finished, "the first did not advance"
 
     def check_plan(self, plan):
         """Between planning a step and carrying it out."""
-        self.scheduler.check_invariants()
+        check_invariants(self.scheduler)
         assert plan.num_tokens <= self.limits.max_num_batched_tokens
         assert len(plan.rows) <= self.limits.max_num_seqs
         rows = {row.request_id: row for row in plan.rows}
@@ -349,7 +350,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def consistent(self):
         if not hasattr(self, "scheduler"):
             return
-        self.scheduler.check_invariants()
+        check_invariants(self.scheduler)
         live = set(self.scheduler.requests)
         assert live | set(self.finished) == set(self.messages)
         assert not live & set(self.finished)

@@ -10,6 +10,7 @@ from quire.engine.core import EngineCore
 from quire.kvcache import CacheKey, KVCacheManager
 from quire.messages import AbortRequests, BlockName, StepOutputs, StepPlan, Transfer, TransferResult
 from quire.scheduler import Scheduler, SchedulerLimits, WaitReason
+from quire.scheduler.invariants import check_invariants
 from tests.scheduler.fake_executor import CheckingExecutor, expected_output
 from tests.scheduler.requests import add_request
 from tests.scheduler.test_scheduler_properties import OverlappedMachine, WindowMachine
@@ -146,7 +147,7 @@ class Engine:
     def step(self) -> None:
         outputs = self.core.step()
         assert isinstance(outputs, StepOutputs)
-        self.scheduler.check_invariants()
+        check_invariants(self.scheduler)
         for update in outputs.updates:
             self.tokens[update.request_id] += update.new_token_ids
 
@@ -205,7 +206,7 @@ def test_what_was_saved_is_evicted_first() -> None:
     kv, transfers = engine.scheduler.kv, engine.scheduler.transfers
     block = next(block for block in kv.pool.next_free(29) if block.content is not None)
     transfers.save([(block.content.block_hash, 0)], [block])
-    engine.scheduler.check_invariants()
+    check_invariants(engine.scheduler)
     (transfer,) = transfers.take()[1]
     transfers.finish(transfer.transfer_id, 1, 9)
     assert kv.pool.next_free(1) == [block] and block.content is not None

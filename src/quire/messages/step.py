@@ -6,6 +6,7 @@ import msgspec
 
 from quire.decoding import Decoding
 from quire.messages.core import PromptLogprobs, TokenLogprobs
+from quire.placement import Placement
 
 BlockIds = tuple[list[int], ...]
 """By group of layers, see `quire.kv_layout`."""
@@ -21,6 +22,7 @@ class AdmittedRequest(msgspec.Struct, kw_only=True):
     block_ids: BlockIds
     """Its block tables. 0, the null block, where all tokens are behind the group's window."""
     decoding: Decoding
+    placement: Placement = Placement()
     num_prompt_logprobs: int = 0
     """The number of prompt tokens whose logprobs are known already, from before a preemption."""
 
@@ -45,6 +47,8 @@ class PlannedRow(msgspec.Struct, kw_only=True):
     draft_token_ids: tuple[int, ...] = ()
     """Guesses at what follows the last token. One is accepted if it equals the token sampled before it and
     all drafts before it were. What is sampled after the first that was not is meaningless."""
+    num_drafts: int = 0
+    """The most drafts to propose for the next plan, if the row samples."""
 
 
 BlockName = tuple[bytes, int]
@@ -107,6 +111,8 @@ class SampledRow(msgspec.Struct, kw_only=True, omit_defaults=True):
 class StepResult(msgspec.Struct, kw_only=True):
     step_id: int
     sampled: list[SampledRow] = []
+    draft_seconds: float = 0.0
+    """Time that proposing drafts took, which is part of the step's time."""
     transferred: list[TransferResult] = []
     """Transfers of this plan or earlier ones that are over. For a plan without rows, at least one if any
     are under way."""

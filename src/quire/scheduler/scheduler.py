@@ -453,6 +453,7 @@ class Scheduler:
                 num_prompt_tokens=request.num_prompt_tokens,
                 block_ids=growth.block_ids,
                 decoding=request.decoding,
+                placement=request.placement,
                 num_prompt_logprobs=request.num_prompt_logprobs,
             )
         )
@@ -645,25 +646,6 @@ class Scheduler:
         """Why a waiting request did not run in the last step."""
         behind = Wait(WaitReason.BEHIND, self._stopped_at)
         return self._waits.get(request.request_id, behind)
-
-    def check_invariants(self) -> None:
-        """Check that queues, requests and blocks are consistent. Raises AssertionError."""
-        queued = [r.request_id for r in self.waiting] + [r.request_id for r in self.running]
-        assert sorted(queued) == sorted(self.requests), "a request is lost or queued twice"
-        for queue in (self.waiting, self.running):
-            keys = [request.sort_key for request in queue]
-            assert keys == sorted(keys)
-        assert len(self.running) <= self.limits.max_num_seqs
-        for request in self.running:
-            assert request.status is RequestStatus.RUNNING
-            assert request.num_computed_tokens < request.num_tokens or not request.generates
-            held = self.kv.num_blocks_of(request.request_id) * self.kv.block_size
-            assert held >= request.num_computed_tokens
-        for request in self.waiting:
-            assert request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
-            assert not request.num_computed_tokens and not request.draft_token_ids
-        self.kv.check_invariants(self.transfers.blocks() if self.transfers is not None else ())
-        assert set(self.kv.tables) == {request.request_id for request in self.running}
 
 
 def _news_of_prompt(request: Request, row: SampledRow) -> PromptLogprobs | None:

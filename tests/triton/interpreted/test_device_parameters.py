@@ -21,6 +21,7 @@ from quire.runner.gpu_step import GPUBackend
 from quire.runner.runner import Runner, RunningStep
 from quire.runner.worker import Worker
 from quire.sampling_params import PoolingParams, SamplingParams, StructuredOutputsParams
+from quire.scheduler.invariants import check_invariants
 from quire.text.parsing.base import ThinkingTokens
 from tests.engine.checkpoints import ServableCheckpoint, prompts, write_checkpoint
 
@@ -96,7 +97,7 @@ def answers(llm: LLM, names: list[str]) -> dict[str, RequestOutput]:
     ids = llm._submit([PROMPTS[name] for name in names], [MIX[name] for name in names])
     llm._front.read = read  # type: ignore[method-assign]
     outputs = llm._wait(ids, use_tqdm=False)
-    llm._core._core.scheduler.check_invariants()  # type: ignore[union-attr]
+    check_invariants(llm._core._core.scheduler)  # type: ignore[union-attr]
     return dict(zip(names, outputs, strict=True))
 
 

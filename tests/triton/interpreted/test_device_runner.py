@@ -28,6 +28,7 @@ from quire.runner.gpu_step import GPUBackend
 from quire.runner.graphs import graph_sizes, mixed_rows, mixed_tokens
 from quire.runner.worker import Worker
 from quire.scheduler import Scheduler, SchedulerLimits
+from quire.scheduler.invariants import check_invariants
 from tests.models.variants import build_reference, save
 from tests.runner.drafting import COUNT, generate, nearly_right
 from tests.scheduler.requests import add_request
@@ -236,7 +237,7 @@ def run(
         for update in core.step().updates:
             outcome.tokens.setdefault(update.request_id, []).extend(update.new_token_ids)
             outcome.updates.append(update)
-        core.scheduler.check_invariants()
+        check_invariants(core.scheduler)
     assert not core.has_work
     return outcome
 
