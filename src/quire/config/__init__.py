@@ -19,6 +19,7 @@ from quire.config.flat import (
 )
 from quire.config.foreign import foreign_flags, without_foreign
 from quire.config.server import ServerConfig
+from quire.config.speculative import Speculation, SpeculativeConfig
 
 __all__ = [
     "CacheConfig",
@@ -27,6 +28,8 @@ __all__ = [
     "RuntimeConfig",
     "SchedulerConfig",
     "ServerConfig",
+    "Speculation",
+    "SpeculativeConfig",
     "StructuredOutputsConfig",
     "engine_options",
     "foreign_flags",

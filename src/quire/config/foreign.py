@@ -34,7 +34,6 @@ def _idle(why: str, default: object = None, *short: str) -> Foreign:
 _ONE_DEVICE = "one device serves a model; start one server per device, behind a balancer"
 _TEXT_ONLY = "models read text only"
 _NO_ADAPTERS = "adapters are not served; merge them into the checkpoint"
-_NO_DRAFTS = "there is no speculative decoding yet"
 _KV_STAYS = "KV stays where it is computed"
 _NO_TRACES = "there are no traces yet; see /metrics and --enable-log-requests"
 _PREEMPTED = "preempted requests are computed again"
@@ -113,10 +112,6 @@ FOREIGN: dict[str, Foreign] = {
     "attention_config": Foreign("see attention_backend", None, ({},)),
     "profiler_config": Foreign("see quire bench", None, ({},)),
     # Decoding.
-    "speculative_config": Foreign(_NO_DRAFTS),
-    "spec_method": Foreign(_NO_DRAFTS),
-    "spec_model": Foreign(_NO_DRAFTS),
-    "spec_tokens": Foreign(_NO_DRAFTS),
     "structured_outputs_config": Foreign(
         _ONE_GRAMMAR_BACKEND + "; see --json-whitespace none for its disable_any_whitespace",
         None,
