@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from quire.config import EngineConfig
@@ -13,7 +15,10 @@ from quire.runner.footprint import Footprint, WorkerSpec
 from quire.runner.platform import Platform
 from quire.runner.runner import FinishedStep, Runner, RunningStep
 from quire.sampling.sampler import GrammarSource
+from quire.speculative.base import DraftContext, Drafter
 from quire.weights.source import open_source
+
+CreateDrafter = Callable[[DecoderModel], Drafter]
 
 
 class Worker:
@@ -26,11 +31,14 @@ class Worker:
         *,
         grammars: GrammarSource | None = None,
         platform: Platform | None = None,
+        create_drafter: CreateDrafter | None = None,
     ) -> None:
-        """platform: if None, that of the spec's device. Raises `ConfigError` if it cannot be used."""
+        """platform: if None, that of the spec's device. Raises `ConfigError` if it cannot be used.
+        create_drafter: called with the loaded model, instead of what the configuration says."""
         self._config = config
         self._spec = spec
         self._grammars = grammars
+        self._create_drafter = create_drafter
         self.platform = platform or _create_platform(config, spec)
         self.max_in_flight = self.platform.max_in_flight
         self.runner: Runner | None = None
@@ -92,6 +100,26 @@ class Worker:
             self.platform.backend(model),
             max_num_seqs=self._config.scheduler.max_num_seqs,
             grammars=self._grammars,
+            drafter=self._drafter(model),
+        )
+
+    def _drafter(self, model: DecoderModel) -> Drafter | None:
+        if self._create_drafter is not None:
+            return self._create_drafter(model)
+        options = self._config.speculative.speculation
+        if options is None:
+            return None
+        from quire.speculative.create import create_drafter
+
+        return create_drafter(
+            DraftContext(
+                options=options,
+                target=model,
+                kernels=self.platform.kernels,
+                draft=self._spec.draft,
+                load_format=self._config.model.load_format,
+                seed=self._config.model.seed,
+            )
         )
 
     def _load_model(self) -> DecoderModel:

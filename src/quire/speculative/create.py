@@ -9,10 +9,9 @@ from quire.speculative.base import DraftContext, Drafter
 DRAFTERS: dict[str, str] = {
     "draft_model": "quire.speculative.draft_model",
     "ngram": "quire.speculative.ngram",
-    "scripted": "quire.speculative.scripted",
     "suffix": "quire.speculative.suffix",
 }
-"""Method -> module. "scripted" is for tests: no configuration names it."""
+"""Method -> module."""
 
 
 def create_drafter(context: DraftContext) -> Drafter:

@@ -76,6 +76,13 @@ class DraftModel:
         self._num_random -= bool(self._samples[seat]["temperature"] > 0)
         self._samples[seat] = 0
 
+    def _can_read(self, seat: int, first: int, end: int) -> bool:
+        """Whether the tokens are in the draft model's vocabulary, which may lack the target's last ids."""
+        size = self._model.spec.vocab_size
+        if size >= self._vocab_size:
+            return True
+        return bool((self._rows.token_ids[seat, first:end] < size).all())
+
     def propose(self, tasks: Sequence[DraftTask]) -> Sequence[Sequence[int]]:
         """A task whose context the draft model has not computed yet catches up first, as far as a call may."""
         drafts: list[Sequence[int]] = [()] * len(tasks)
@@ -87,13 +94,15 @@ class DraftModel:
             if most <= 0:
                 continue
             first = self._cache.first_missing(seat, n)
-            count = min(n - first, left + 1)
-            if count > 1:
+            if n - first > 1:
                 block = self._cache.block_of(seat, first)
-                if block in taken or count <= 1 < n - first:
+                if block in taken or not left:
                     continue  # another row computes it now, or there is no budget left
                 taken.add(block)
-                left -= count - 1
+            count = min(n - first, left + 1)
+            left -= count - 1
+            if not self._can_read(seat, first, first + count):
+                continue
             if count < n - first or not self._cache.lend(seat, n + most - 1):
                 most = 0
             table.append((seat, first, count, int(most > 0)))
@@ -174,6 +183,7 @@ def create(context: DraftContext) -> DraftModel:
         kernels=kernels,
         load_format=context.load_format,  # type: ignore[arg-type]
         max_model_len=draft.max_model_len,
+        layout=draft.kv,
         seed=context.seed,
     )
     return DraftModel(
