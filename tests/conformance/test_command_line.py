@@ -34,6 +34,8 @@ some/model --model=m --served-model-name a b
 --enable-auto-tool-choice --tool-call-parser hermes --reasoning-parser qwen3
 --return-tokens-as-token-ids --enable-tokenizer-info-endpoint --enable-force-include-usage
 --sse-keep-alive-interval 5 --shutdown-timeout 0 --attention-backend FLASH_ATTN
+--speculative-config {"method":"ngram","num_speculative_tokens":5,"prompt_lookup_max":4,"prompt_lookup_min":2}
+--spec-method suffix --spec-model d --speculative-model [ngram] --speculative-model owner/draft
 """
 
 SILENT = """

@@ -1,7 +1,7 @@
 """Speculative decoding: `--speculative-config` with vLLM's keys, and its shorthands.
 
-No value changes a token, so keys that only tune another engine's drafting are accepted and have no effect. Keys that
-ask for other tokens than the model's own, or for what is not there, are errors that say so.
+No value changes a token, so keys that only tune another engine's drafting are accepted and have no effect.
+Keys that ask for other tokens than the model's own, or for what is not there, are errors that say so.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ _SAME_TOKENS = "a draft model has the target's vocabulary"
 IDLE_KEYS = frozenset(
     "enforce_eager code_revision moe_backend attention_backend kv_cache_dtype index_share_for_mtp_iteration "
     "disable_padded_drafter_batch disable_eagle_block_drop use_local_argmax_reduction draft_load_config "
-    "num_speculative_tokens_per_batch_size enable_adaptive_verification dspark_draft_topk disable_by_batch_size "
-    "disable_logprobs disable_mqa_scorer".split()
+    "num_speculative_tokens_per_batch_size enable_adaptive_verification dspark_draft_topk "
+    "disable_by_batch_size disable_logprobs disable_mqa_scorer".split()
 )
 """Keys that tune how another engine drafts; they are accepted and have no effect."""
 REFUSED_KEYS: Mapping[str, tuple[tuple[object, ...], str]] = {
@@ -75,7 +75,8 @@ class Speculation:
     revision: str | None = None
     quantization: str | None = None
     max_model_len: int | None = None
-    """Positions that a draft model may reach; requests go on without drafts beyond. None: as its config says."""
+    """Positions that a draft model may reach; requests go on without drafts beyond. None: as its config
+    says."""
     draft_sample_method: str = "probabilistic"
     """"greedy": a draft model's likeliest tokens. "probabilistic": its tokens drawn with the request's own
     parameters and random stream."""
@@ -93,7 +94,7 @@ class Speculation:
 
 
 _KEYS = {item.name: item for item in fields(Speculation)}
-_AT_LEAST = {name: 1 for name in ("num_speculative_tokens", "max_model_len", "prompt_lookup_min")} | {
+_AT_LEAST = dict.fromkeys(("num_speculative_tokens", "max_model_len", "prompt_lookup_min"), 1) | {
     "prompt_lookup_max": 1,
     "suffix_decoding_max_tree_depth": 1,
     "suffix_decoding_max_cached_requests": 0,
@@ -156,7 +157,7 @@ def _speculation(values: dict[str, object]) -> Speculation:
         if key in REFUSED_KEYS:
             accepted, why = REFUSED_KEYS[key]
             if not any(type(value) is type(each) and value == each for each in accepted):
-                raise ConfigError(f"speculative_config: {key} {value!r} is not supported: {why}.")
+                raise ConfigError(f"speculative_config {key} {value!r} is not supported: {why}.")
         elif key in _KEYS:
             known[key] = _checked(key, value)
         elif key not in IDLE_KEYS:
@@ -174,12 +175,12 @@ def _speculation(values: dict[str, object]) -> Speculation:
     made = Speculation(**known)  # type: ignore[arg-type]
     if made.prompt_lookup_min > made.prompt_lookup_max:
         raise ConfigError(
-            f"speculative_config: prompt_lookup_min {made.prompt_lookup_min} is above prompt_lookup_max "
+            f"speculative_config prompt_lookup_min {made.prompt_lookup_min} is above prompt_lookup_max "
             f"{made.prompt_lookup_max}."
         )
     if made.num_speculative_tokens > MOST_TOKENS:
         raise ConfigError(
-            f"speculative_config: num_speculative_tokens must be at most {MOST_TOKENS}, got "
+            f"speculative_config num_speculative_tokens must be at most {MOST_TOKENS}, got "
             f"{made.num_speculative_tokens}."
         )
     return made
@@ -201,7 +202,7 @@ def _method(values: Mapping[str, object]) -> str:
         return "mtp"  # vLLM had one name per family
     if method not in DEFAULT_TOKENS:
         why = NOT_HERE.get(method, f"methods are {', '.join(DEFAULT_TOKENS)}")
-        raise ConfigError(f"speculative_config: method {method!r} is not supported: {why}.")
+        raise ConfigError(f"speculative_config method {method!r} is not supported: {why}.")
     return method
 
 
@@ -213,7 +214,7 @@ def _checked(key: str, value: object) -> object:
         "str": (lambda v: isinstance(v, str) and v != "", "a string"),
     }
     is_right, name = kinds[str(_KEYS[key].type).removesuffix(" | None")]
-    wrong = f"speculative_config: {key} must be {name}"
+    wrong = f"speculative_config {key} must be {name}"
     if not is_right(value):
         raise ConfigError(f"{wrong}, got {value!r}.")
     if key in _AT_LEAST and isinstance(value, int) and value < _AT_LEAST[key]:

@@ -1,4 +1,4 @@
-"""The draft model of a configuration: where it is, what it is, and whether it fits the target. Without torch."""
+"""The draft model of a configuration: where it is, what it is, whether it fits the target. Without torch."""
 
 from __future__ import annotations
 
@@ -6,24 +6,39 @@ import dataclasses
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from quire.config import EngineConfig, ModelConfig, Speculation, SpeculativeConfig
 from quire.errors import ConfigError
+from quire.models.spec import ModelSpec
 from quire.speculative.spec import DraftSpec
 from quire.weights.resolve import resolve_model
 from quire.weights.source import open_source
-
-if TYPE_CHECKING:
-    from quire.engine.setup import ResolvedModel
 
 MODEL_METHODS = ("draft_model",)
 """Methods whose draft is a model of its own."""
 
 
+class Resolved(Protocol):
+    """`quire.engine.setup.ResolvedModel`."""
+
+    @property
+    def model_dir(self) -> Path: ...
+    @property
+    def tokenizer_dir(self) -> Path: ...
+    @property
+    def spec(self) -> ModelSpec: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def device(self) -> str: ...
+    @property
+    def max_model_len(self) -> int: ...
+
+
 def locate_draft(config: EngineConfig) -> SpeculativeConfig:
-    """The same options with the draft as a local directory or file, downloaded if need be. The built-in model has
-    a built-in draft."""
+    """The same options with the draft as a local directory or file, downloaded if need be. The built-in
+    model has a built-in draft."""
     speculation = config.speculative.speculation
     if speculation is None or speculation.method not in MODEL_METHODS:
         return config.speculative
@@ -39,20 +54,20 @@ def locate_draft(config: EngineConfig) -> SpeculativeConfig:
         from quire.builtin import DRAFT_DIR as directory
     else:
         raise ConfigError(
-            f"speculative_config: method {speculation.method} needs a model: a directory, GGUF file or hub id "
-            "(only the built-in model has a built-in draft)."
+            f"speculative_config: method {speculation.method} needs a model: a directory, GGUF file or hub "
+            "id. Only the built-in model has a built-in draft."
         )
     values = dataclasses.asdict(dataclasses.replace(speculation, model=str(directory)))
     return SpeculativeConfig(speculative_config=values)
 
 
 def resolve_draft(
-    config: EngineConfig, target: ResolvedModel, resolve: Callable[[EngineConfig], ResolvedModel]
+    config: EngineConfig, target: Resolved, resolve: Callable[[EngineConfig], Resolved]
 ) -> DraftSpec | None:
     """None for methods without a model. `config` comes from `locate`. resolve: `quire.engine.setup.resolve`.
 
-    Raises `ConfigError` if the draft does not fit the target, `CheckpointError` or `UnsupportedModelError` as for
-    any model.
+    Raises `ConfigError` if the draft does not fit the target, `CheckpointError` or `UnsupportedModelError`
+    as for any model.
     """
     speculation = config.speculative.speculation
     if speculation is None or speculation.method not in MODEL_METHODS:
@@ -60,7 +75,8 @@ def resolve_draft(
     assert speculation.model is not None, "locate() first"
     if target.device != "cpu":
         raise ConfigError(
-            "speculative_config: method draft_model drafts on the CPU only so far; on a GPU use ngram or suffix."
+            "speculative_config: method draft_model drafts on the CPU only so far; on a GPU use ngram or "
+            "suffix."
         )
     own = config.model
     draft = resolve(
@@ -77,8 +93,8 @@ def resolve_draft(
     )
     if target.spec.kv.windows[0] is not None:
         raise ConfigError(
-            f"speculative_config: every layer of the model keeps only {target.spec.kv.windows[0]} tokens, and a draft "
-            "model needs the blocks of all; use ngram or suffix."
+            f"speculative_config: every layer of the model keeps only {target.spec.kv.windows[0]} "
+            "tokens, and a draft model needs the blocks of all; use ngram or suffix."
         )
     _check_vocabulary(target.tokenizer_dir, draft.tokenizer_dir)
     return DraftSpec(
@@ -89,13 +105,13 @@ def resolve_draft(
     )
 
 
-def _positions(speculation: Speculation, draft: ResolvedModel, wanted: int) -> int:
+def _positions(speculation: Speculation, draft: Resolved, wanted: int) -> int:
     limit = draft.max_model_len
     if speculation.max_model_len is not None:
         if speculation.max_model_len > limit:
             raise ConfigError(
-                f"speculative_config: max_model_len {speculation.max_model_len} exceeds the draft model's {limit} "
-                "positions."
+                f"speculative_config: max_model_len {speculation.max_model_len} exceeds the draft model's "
+                f"{limit} positions."
             )
         limit = speculation.max_model_len
     return min(limit, wanted)
@@ -115,9 +131,9 @@ def _check_vocabulary(target: Path, draft: Path) -> None:
     differ = sorted(of_target.items() ^ of_draft.items(), key=lambda item: (item[1], item[0]))
     shown = ", ".join(f"{token!r} is {number}" for token, number in differ[:4])
     raise ConfigError(
-        f"speculative_config: the draft model {draft} has another vocabulary ({len(of_draft):,} tokens) than the "
-        f"model ({len(of_target):,}): {len(differ):,} entries differ, such as {shown}. Choose a draft of the same "
-        "family, or use suffix."
+        f"speculative_config: the draft model {draft} has another vocabulary ({len(of_draft):,} tokens) than "
+        f"the model ({len(of_target):,}): {len(differ):,} entries differ, such as {shown}. Choose a draft of "
+        "the same family, or use suffix."
     )
 
 

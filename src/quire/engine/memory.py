@@ -74,9 +74,9 @@ def plan_memory(
 ) -> MemoryPlan:
     """Size the KV cache.
 
-    kv_dtype_bytes: of the cache's elements. draft_slot_bytes: a draft model's keys and values of one token, which
-    each slot has too. may_shrink: a shorter length is accepted if max_model_len
-    does not fit. gpu: the memory is a GPU's.
+    kv_dtype_bytes: of the cache's elements. draft_slot_bytes: a draft model's keys and values of one token,
+    which each slot has too. may_shrink: a shorter length is accepted if max_model_len does not fit. gpu:
+    the memory is a GPU's.
 
     Raises `MemoryFitError`, with the options and values that would fit, if not even one sequence of
     full length does.

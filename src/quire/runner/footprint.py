@@ -54,8 +54,8 @@ def estimate(
     max_model_len: int,
     draft: DraftSpec | None = None,
 ) -> Footprint:
-    """Estimate from the model's shape, before anything is loaded. A draft's weights are counted too; its steps
-    use the memory of the target's."""
+    """Estimate from the model's shape, before anything is loaded. A draft's weights are counted too; its
+    steps use the memory of the target's."""
     weights = spec.weight_bytes(dtype_bytes) + _rotary_bytes(spec, max_model_len)
     if draft is not None:
         weights += draft.weight_bytes + _rotary_bytes(draft.model, draft.max_model_len)

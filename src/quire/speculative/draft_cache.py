@@ -1,14 +1,16 @@
 """The KV cache of a draft model, which uses the block ids of the target's.
 
-So prefix hits, forks and preemption need no second manager: a block that the target finds may have the draft's keys
-and values too. For each block there is a count of its leading tokens for which they are valid. A draft catches up
-when drafts are wanted, not before. Validity decides how good drafts are, and never a token.
+So prefix hits, forks and preemption need no second manager: a block that the target finds may have the
+draft's keys and values too. For each block there is a count of its leading tokens for which they are valid.
+A draft catches up when drafts are wanted, not before. Validity decides how good drafts are, and never a
+token.
 
-* A block that a request is given empty has no valid tokens, whatever it held before.
-* A copied block has as many as its source, and at most as many as the request takes over.
-* After a proposal, all known tokens are valid. Drafts that were computed are too, if they turn out right: the seat
+* A block that a request is given empty has no valid tokens, whatever it held before. * A copied block has
+as many as its source, and at most as many as the request takes over. * After a proposal, all known tokens
+are valid. Drafts that were computed are too, if they turn out right: the seat
   remembers them.
-* Drafts may need slots beyond the request's blocks. They are in spare blocks that no request has, and are lost.
+* Drafts may need slots beyond the request's blocks. They are in spare blocks that no request has, and are
+lost.
 """
 
 from __future__ import annotations
@@ -47,8 +49,8 @@ class DraftCache:
         dtype: torch.dtype,
         kernels: Kernels,
     ) -> None:
-        """rows: the target's arrays; the block tables of its first group are used. Entries after a request's own
-        blocks are written here, which nobody reads before they are written again."""
+        """rows: the target's arrays; the block tables of its first group are used. Entries after a
+        request's own blocks are written here, which nobody reads before they are written again."""
         self._kernels = kernels
         self._block_size = block_size
         self._tokens, self._tables = rows.token_ids, rows.block_ids[0]
@@ -104,8 +106,11 @@ class DraftCache:
                     break
                 at += 1
         if num_tokens - at > 1:  # others may have computed some of its blocks
-            blocks = self._tables[seat]
-            while at < num_tokens and (valid := int(self._valid[blocks[at // size]])) > at % size:
+            blocks, own = self._tables[seat], state.num_blocks * size
+            while (
+                at < min(num_tokens, own)
+                and (valid := int(self._valid[blocks[at // size]])) > at % size
+            ):
                 at += valid - at % size
                 if valid < size:
                     break
@@ -115,8 +120,8 @@ class DraftCache:
         return int(self._tables[seat, position // self._block_size])
 
     def lend(self, seat: int, reach: int) -> bool:
-        """Give the seat slots for tokens before index `reach`, until its next own blocks. False if that is beyond
-        its table."""
+        """Give the seat slots for tokens before index `reach`, until its next own blocks. False if that is
+        beyond its table."""
         have = self._seats[seat].num_blocks
         missing = -(-reach // self._block_size) - have
         if missing <= 0:
@@ -130,8 +135,9 @@ class DraftCache:
     def computed(self, seat: int, num_tokens: int, guessed: Sequence[int] = ()) -> None:
         """The KV of that many known tokens is valid now, and after them that of guessed ones."""
         state, size = self._seats[seat], self._block_size
+        own = state.num_blocks * size - num_tokens  # the last token may be in a lent slot
+        num_tokens += min(0, own)
         for index in range(state.num_valid // size, -(-num_tokens // size)):
             self._valid[self._tables[seat, index]] = min(size, num_tokens - index * size)
         state.num_valid = num_tokens
-        own = state.num_blocks * size - num_tokens
-        state.guessed = guessed[:own]
+        state.guessed = guessed[: max(0, own)]

@@ -1,8 +1,8 @@
 """A small model of the same vocabulary drafts; the target verifies its tokens in one step.
 
-Its drafts are drawn with the request's own parameters and random stream: the noise of a position is the same for
-both models, so they agree far more often than two independent draws would ("drafter-invariant" coupling, arXiv
-2408.07978). With `draft_sample_method` "greedy" they are its likeliest tokens.
+Its drafts are drawn with the request's own parameters and random stream: the noise of a position is the
+same for both models, so they agree far more often than two independent draws would ("drafter-invariant"
+coupling, arXiv 2408.07978). With `draft_sample_method` "greedy" they are its likeliest tokens.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from quire.speculative.draft_cache import DraftCache
 from quire.weights.source import open_source
 
 MOST_CATCH_UP = 2048
-"""Tokens that a call computes besides one for each task. Requests that lack more get no drafts in that step."""
+"""Tokens that a call computes besides one for each task. Requests that lack more get no drafts in that
+step."""
 
 
 class DraftModel:
@@ -84,7 +85,8 @@ class DraftModel:
         return bool((self._rows.token_ids[seat, first:end] < size).all())
 
     def propose(self, tasks: Sequence[DraftTask]) -> Sequence[Sequence[int]]:
-        """A task whose context the draft model has not computed yet catches up first, as far as a call may."""
+        """A task whose context the draft model has not computed yet catches up first, as far as a call
+        may."""
         drafts: list[Sequence[int]] = [()] * len(tasks)
         table, wanted, numbers, ends = [], [], [], []
         left, taken = MOST_CATCH_UP, set()

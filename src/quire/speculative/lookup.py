@@ -1,26 +1,28 @@
 """Drafts from texts: what followed the last tokens where they occurred before.
 
-A request's own tokens are one text. Past outputs are others, in a ring of bounded size: the oldest are overwritten.
-For each position, an index has a link to the latest earlier one whose last `anchor` tokens fall into the same bucket
-of a hash table. A search follows the links of the text's end: it compares at most 32 occurrences backwards, token by
-token, so hashes decide only what is compared. Its cost does not depend on the length of the texts.
+A request's own tokens are one text. Past outputs are others, in a ring of bounded size: the oldest are
+overwritten. For each position, an index has a link to the latest earlier one whose last `anchor` tokens
+fall into the same bucket of a hash table. A search follows the links of the text's end: it compares at most
+32 occurrences backwards, token by token, so hashes decide only what is compared. Its cost does not depend
+on the length of the texts.
 
-With votes (suffix decoding, arXiv 2411.04975, here without trees): the occurrences that agree in at least m tokens
-propose their continuations, and at each step the one that most of them have is followed while its share of votes,
-multiplied over the steps, is large enough. The m with the largest sum of these products is chosen: the expected number
-of accepted drafts. Without votes (prompt lookup): the continuation of the longest occurrence, the latest if several are.
+With votes (suffix decoding, arXiv 2411.04975, here without trees): the occurrences that agree in at least m
+tokens propose their continuations, and at each step the one that most of them have is followed while its
+share of votes, multiplied over the steps, is large enough. The m with the largest sum of these products is
+chosen: the expected number of accepted drafts. Without votes (prompt lookup): the continuation of the
+longest occurrence, the latest if several are.
 
-An occurrence counts only if its text has the asker's owner. C (kernels/cpu/lookup.c) does the same with the same
-results; the code here serves where there is no compiler.
+An occurrence counts only if its text has the asker's owner. C (kernels/cpu/lookup.c) does the same with the
+same results; the code here serves where there is no compiler.
 """
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,7 +55,7 @@ class LookupRules:
 
 def owner_of(placement: Placement) -> int:
     """Whose texts may become drafts for a request: those of the same tenant, salt and adapter."""
-    parts = (placement.tenant, placement.salt, placement.adapter)
+    parts = (placement.tenant, placement.cache_salt, placement.adapter)
     digest = hashlib.sha256(repr(parts).encode()).digest()
     return int.from_bytes(digest[:8], "little", signed=True)
 
@@ -68,8 +70,8 @@ class Lookup:
         most_texts: int = 0,
         plain: bool = False,
     ) -> None:
-        """rows: whose `token_ids` are the requests' texts. capacity: tokens of past outputs, a power of two; 0 for
-        none. most_texts: past outputs that are kept. plain: do not use C."""
+        """rows: whose `token_ids` are the requests' texts. capacity: tokens of past outputs, a power of
+        two; 0 for none. most_texts: past outputs that are kept. plain: do not use C."""
         seats, length = rows.token_ids.shape
         self.rules, self._rows = rules, rows
         self._bits = min(15, max(6, length.bit_length() - 1))
@@ -239,8 +241,6 @@ class SharedTexts:
 
     @property
     def address(self) -> int:
-        import ctypes
-
         return ctypes.addressof(self._struct)
 
     def index(self) -> _Index:
@@ -277,7 +277,8 @@ class SharedTexts:
                 index.add(position, tokens[i + 1 - anchor : i + 1])
 
 
-class _Index(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class _Index:
     """text_index in lookup.c."""
 
     tokens: NDArray[np.int64]
@@ -305,7 +306,8 @@ class _Index(NamedTuple):
         self.heads[head] = position + 1
 
 
-class _Occurrence(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class _Occurrence:
     index: _Index
     at: int
     """The position of the last token that agrees."""

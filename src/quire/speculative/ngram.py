@@ -1,4 +1,4 @@
-"""Prompt lookup: drafts are what followed the longest suffix of the request's tokens where it occurred before."""
+"""Prompt lookup: drafts are what followed the longest suffix of the request's tokens where it was before."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Suffix decoding (arXiv 2411.04975): drafts from the request's own tokens and from past outputs.
 
-Past outputs are kept in a ring of bounded size. They become drafts only for requests of the same tenant, salt and
-adapter: else how fast an answer comes would say what others were answered.
+Past outputs are kept in a ring of bounded size. They become drafts only for requests of the same tenant,
+salt and adapter: else how fast an answer comes would say what others were answered.
 """
 
 from __future__ import annotations

@@ -46,9 +46,9 @@ class NativeDrafting:
         )
 
     def run(self, wanted: list[int], samples: NDArray[np.void] | None) -> list[list[int]]:
-        """The drafts of each row of `StepRows.rows`, which wants one result, or none where `wanted` is 0. They are
-        also written to `StepRows.token_ids`, after the row's tokens. samples: a `SAMPLE_ROW` for the first draft of
-        each row; None: the likeliest tokens.
+        """The drafts of each row of `StepRows.rows`, which wants one result, or none where `wanted` is 0.
+        They are also written to `StepRows.token_ids`, after the row's tokens. samples: a `SAMPLE_ROW` for
+        the first draft of each row; None: the likeliest tokens.
 
         Raises `KernelArgumentError` as a `ForwardPass` does.
         """
