@@ -9,6 +9,7 @@ from quire.layers.kv_scales import give_scales
 from quire.messages import StepPlan
 from quire.models.decoder import DecoderModel
 from quire.models.loader import load_model
+from quire.runner.adapters import AdapterTable
 from quire.runner.footprint import Footprint, WorkerSpec
 from quire.runner.platform import Platform
 from quire.runner.runner import FinishedStep, Runner, RunningStep
@@ -37,6 +38,10 @@ class Worker:
         """None before loading, while asleep and when closed."""
         self._cache_size = (0, 0)
         self._kept: DecoderModel | None = None
+
+    @property
+    def adapters(self) -> AdapterTable | None:
+        return None if self.runner is None else self.runner.adapters
 
     def load(self, model: DecoderModel | None = None) -> Footprint:
         """model: one that is loaded already, over the platform's kernels."""
@@ -87,11 +92,18 @@ class Worker:
 
     def _start(self, model: DecoderModel | None) -> Runner:
         model = model or self._load_model()
+        lora = self._config.lora
+        adapters = None
+        if lora.enable_lora:
+            adapters = AdapterTable(
+                model, max_rank=lora.max_lora_rank, capacity=lora.capacity, slots=lora.max_loras
+            )
         return Runner(
             model,
             self.platform.backend(model),
             max_num_seqs=self._config.scheduler.max_num_seqs,
             grammars=self._grammars,
+            adapters=adapters,
         )
 
     def _load_model(self) -> DecoderModel:
