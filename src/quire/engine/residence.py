@@ -94,7 +94,7 @@ class AdapterMemory:
         self._forget(key)
 
     def waiting_names(self, running: Mapping[str, int]) -> list[str]:
-        """Names of the adapters of requests that wait, sorted. running: the number of running requests of each
+        """Names of the adapters of requests that wait, sorted. running: the number of running requests by
         adapter."""
         keys = (key for key, count in self._users.items() if count > running.get(key, 0))
         return sorted({name_of(key) for key in keys})

@@ -35,13 +35,10 @@ class Worker:
         self.platform = platform or _create_platform(config, spec)
         self.max_in_flight = self.platform.max_in_flight
         self.runner: Runner | None = None
-        """None before loading, while asleep and when closed."""
+        self.adapters: AdapterTable | None = None
+        """Both None before loading, while asleep and when closed; the second also without adapters."""
         self._cache_size = (0, 0)
         self._kept: DecoderModel | None = None
-
-    @property
-    def adapters(self) -> AdapterTable | None:
-        return None if self.runner is None else self.runner.adapters
 
     def load(self, model: DecoderModel | None = None) -> Footprint:
         """model: one that is loaded already, over the platform's kernels."""
@@ -68,7 +65,7 @@ class Worker:
     def sleep(self, level: int) -> None:
         assert self.runner is not None, "it sleeps already"
         self._kept = self.runner.model if level < 2 else None
-        self.runner = None
+        self.runner = self.adapters = None
         self.platform.release()
 
     def wake_up(self) -> None:
@@ -82,20 +79,19 @@ class Worker:
             failure = error.with_traceback(None)  # its frames hold tensors
             failure.__context__ = None
         if failure is not None:
-            self.runner = None
+            self.runner = self.adapters = None
             self.platform.release()
             raise failure
         self._kept = None
 
     def close(self) -> None:
-        self.runner = self._kept = None
+        self.runner = self.adapters = self._kept = None
 
     def _start(self, model: DecoderModel | None) -> Runner:
         model = model or self._load_model()
         lora = self._config.lora
-        adapters = None
         if lora.enable_lora:
-            adapters = AdapterTable(
+            self.adapters = AdapterTable(
                 model, max_rank=lora.max_lora_rank, capacity=lora.capacity, slots=lora.max_loras
             )
         return Runner(
@@ -103,7 +99,7 @@ class Worker:
             self.platform.backend(model),
             max_num_seqs=self._config.scheduler.max_num_seqs,
             grammars=self._grammars,
-            adapters=adapters,
+            adapters=self.adapters,
         )
 
     def _load_model(self) -> DecoderModel:
