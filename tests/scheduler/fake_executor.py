@@ -3,9 +3,9 @@
 Every slot of its "KV cache" holds the group of layers and the whole prefix that were written there. Reading a
 row's context through its block tables, as far as each group's window reaches, must find exactly the row's own
 prefix, so any sharing of the wrong block, missing copy or reuse of a live block fails at once. The sampled
-token is a hash of the prefix, the seed and the adapter: what a request produces cannot depend on how it was scheduled. A
-plan is carried out when it is launched, however late its result is taken, and tokens are fed back on this
-side alone. Drafts come from a script, which may be wrong.
+token is a hash of the prefix, the seed and the adapter: what a request produces cannot depend on how it was
+scheduled. A plan is carried out when it is launched, however late its result is taken, and tokens are fed
+back on this side alone. Drafts come from a script, which may be wrong.
 """
 
 from __future__ import annotations
