@@ -39,8 +39,8 @@ class Seating:
         copy_of: int | None = None,
         **decoding: object,
     ) -> list[int]:
-        """Plan a new request that computes all its tokens from `start` on. shared: its first blocks. copy_of: a
-        block that is copied into its next one. Returns its blocks."""
+        """Plan a new request that computes all its tokens from `start` on. shared: its first blocks.
+        copy_of: a block that is copied into its next one. Returns its blocks."""
         seat = self.seat_of[request_id] = self._free_seats.pop(0)
         count = -(-len(token_ids) // self.block_size)
         blocks = [*shared, *(self._free.pop(0) for _ in range(count - len(shared)))]

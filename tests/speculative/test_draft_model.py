@@ -1,4 +1,4 @@
-"""A draft model: its loop in C and in Python, its second KV cache, and the built-in pair in a whole engine."""
+"""A draft model: its loop in C and in Python, its second KV cache, and the built-in pair in an engine."""
 
 from __future__ import annotations
 

@@ -18,12 +18,15 @@ from quire.config.flat import (
     split_flat,
 )
 from quire.config.foreign import foreign_flags, without_foreign
+from quire.config.lora import ADAPTER_NAME, LoRAConfig
 from quire.config.server import ServerConfig
 from quire.config.speculative import Speculation, SpeculativeConfig
 
 __all__ = [
+    "ADAPTER_NAME",
     "CacheConfig",
     "EngineConfig",
+    "LoRAConfig",
     "ModelConfig",
     "RuntimeConfig",
     "SchedulerConfig",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from quire.config.lora import LoRAConfig
 from quire.config.options import option, parse_json_object, parse_max_model_len, parse_size
 from quire.config.speculative import SpeculativeConfig
 from quire.dtypes import FLOAT_SPELLINGS
@@ -299,6 +300,7 @@ class EngineConfig:
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     structured: StructuredOutputsConfig = field(default_factory=StructuredOutputsConfig)
     speculative: SpeculativeConfig = field(default_factory=SpeculativeConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
 
     @property
     def max_drafts(self) -> int:

@@ -14,6 +14,7 @@ from quire.config.engine import (
     SchedulerConfig,
     StructuredOutputsConfig,
 )
+from quire.config.lora import LoRAConfig
 from quire.config.options import OptionInfo, check_type, describe
 from quire.config.server import ServerConfig
 from quire.config.speculative import SpeculativeConfig
@@ -26,6 +27,7 @@ ENGINE_GROUPS: dict[str, type] = {
     "runtime": RuntimeConfig,
     "structured": StructuredOutputsConfig,
     "speculative": SpeculativeConfig,
+    "lora": LoRAConfig,
 }
 
 

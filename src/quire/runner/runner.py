@@ -20,6 +20,7 @@ from torch import Tensor
 from quire.attention.base import KVCache
 from quire.messages import PlannedRow, SampledRow, StepPlan, StepResult
 from quire.models.decoder import DecoderModel
+from quire.runner.adapters import AdapterTable
 from quire.runner.backend import LaunchedSamples, StepBackend, StepInput, StepSamples
 from quire.runner.prompt_work import PromptWork
 from quire.runner.seats import Seats, independent
@@ -45,6 +46,7 @@ class Runner:
         grammars: GrammarSource | None = None,
         drafter: Drafter | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        adapters: AdapterTable | None = None,
     ) -> None:
         self.model = model
         self.backend = backend
@@ -53,6 +55,7 @@ class Runner:
         self._max_num_seqs = max_num_seqs
         self._every = np.arange(max_num_seqs)
         self._grammars = grammars
+        self._adapters = adapters
 
     def open_cache(self, kv_cache: KVCache, max_model_len: int) -> None:
         """Called before the first plan, and again if the size changes."""
@@ -64,6 +67,7 @@ class Runner:
             num_groups=len(self.model.spec.kv.groups),
             vocab_size=self.model.spec.vocab_size,
             grammars=self._grammars,
+            adapters=self._adapters,
         )
         self.backend.open_cache(kv_cache, self.seats)
         if self.drafter is not None:
@@ -115,6 +119,7 @@ class Runner:
             last = np.cumsum(columns[:, 3])[sample_rows] - 1
             positions -= last - np.arange(len(last))
         seats.step.num_rows, seats.step.num_wanted = len(table), num_samples
+        seats.step.has_adapters = seats.has_adapters(columns[:, 0])
         extras = None
         if has_drafts or seats.rules or seats.prompts:
             extras = self._extras(rows, columns, sample_seats, has_drafts)
