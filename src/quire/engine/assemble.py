@@ -55,7 +55,10 @@ def build_core(
     memory = _plan(config, resolved, executor.load(), longest)
     executor.open_cache(memory.num_blocks, memory.max_model_len)
     core = EngineCore(
-        build_scheduler(config, resolved.spec.kv, memory), executor, grammars=grammars
+        build_scheduler(config, resolved.spec.kv, memory),
+        executor,
+        grammars=grammars,
+        max_adapters=config.lora.capacity,
     )
     ready = EngineReady(
         num_blocks=memory.num_blocks,
@@ -143,7 +146,9 @@ def build_scheduler(config: EngineConfig, layout: KVLayout, memory: MemoryPlan) 
         long_prefill_token_threshold=options.long_prefill_token_threshold,
         enable_chunked_prefill=options.enable_chunked_prefill,
         policy=options.scheduling_policy,
-        max_samples=options.max_num_seqs,  # a backend has memory for the logits of so many
+        max_adapters=config.lora.max_loras,
+        max_samples=config.max_samples,
+        max_drafts=config.max_drafts,
     )
     return Scheduler(
         limits, kv, needs_token_before_next=lambda message: message.decoding.rules is not None

@@ -46,6 +46,8 @@ class Code(IntEnum):
     NARROW = 11
     """From here on a buffer has the wanted rows only."""
     LOGITS = 12
+    TAP = 13
+    """Copies the rows of a buffer to columns of an output of the step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +90,10 @@ class Program:
     num_hidden_ops: int
     """The number of operations up to the hidden states; the others compute logits from them."""
     num_cache_ops: int
-    """The number of operations that write all keys and values: a step without wanted results stops there."""
+    """The number of operations up to the last that writes keys and values or taps: a step without wanted
+    results stops there."""
+    tap_width: int
+    """Columns of the output of `tap`."""
     hidden: Buffer
     offsets: tuple[int, ...]
     """Where each buffer's memory begins, in bytes per token of the step."""
@@ -144,6 +149,10 @@ class StepRows:
 class ForwardPass(Protocol):
     """A model's forward pass over one cache."""
 
+    tapped: Tensor
+    """What the last step's operations `tap` have copied, in the model's dtype: [T, columns], of all its
+    tokens. Valid until the next call. No columns if the model has no taps."""
+
     def forward(self, rows: StepRows) -> Tensor:
         """Write every token's keys and values to the cache, and compute the wanted logits, in the order
         of the rows: [R, vocab_size] float32, valid until the next call.
@@ -166,6 +175,7 @@ class ProgramOps:
     _ops: list[Op] = field(default_factory=list)
     _widths: list[int] = field(default_factory=list)
     _num_products: int = 0
+    _tap_width: int = 0
 
     def embed(self, embedding: LinearProduct | Tensor) -> Buffer:
         width = embedding.shape[1] if isinstance(embedding, Tensor) else embedding.in_features
@@ -225,6 +235,12 @@ class ProgramOps:
     def scale(self, x: Buffer, factor: float) -> Buffer:
         return self._record(Code.SCALE, "scale", x, x, factor=factor)
 
+    def tap(self, x: Buffer) -> None:
+        narrowed = any(op.code is Code.NARROW for op in self._ops)
+        require(not narrowed, "a buffer is tapped while it has all rows")
+        self._record(Code.TAP, "tap", x, x, first=self._tap_width, width=x.width)
+        self._tap_width += x.width
+
     def keep_wanted(self, *bufs: Buffer) -> Sequence[Buffer]:
         for buffer in bufs:
             self._record(Code.KEEP, "keep", buffer, buffer)
@@ -249,12 +265,14 @@ class ProgramOps:
         )
         num_sites = self._num_products + 2
         ops = tuple(replace(op, site=op.site % num_sites) for op in self._ops)
-        writes = [index for index, code in enumerate(codes) if code is Code.ROPE_WRITE]
+        effects = (Code.ROPE_WRITE, Code.TAP)
+        writes = [index for index, code in enumerate(codes) if code in effects]
         offsets, size = _place(ops, [width * self.dtype.itemsize for width in self._widths])
         return Program(
             ops=ops,
             num_hidden_ops=num_hidden_ops,
             num_cache_ops=1 + max(writes, default=-1),
+            tap_width=self._tap_width,
             hidden=hidden,
             offsets=tuple(offsets),
             bytes_per_token=size,

@@ -23,6 +23,7 @@ class EagerModel(Protocol):
         metadata: Sequence[AttentionMetadata],
         kv_cache: KVCache,
         wanted: torch.Tensor | None = None,
+        tapped: list[torch.Tensor] | None = None,
         adapters: AdaptedRows | None = None,
     ) -> torch.Tensor: ...
 
@@ -37,6 +38,7 @@ class EagerPass:
     def __init__(self, model: EagerModel, kv_cache: KVCache) -> None:
         self._model = model
         self._kv_cache = kv_cache
+        self.tapped = torch.empty(0, 0)
 
     def forward(self, rows: StepRows) -> torch.Tensor:
         hidden, adapters = self._compute(rows)
@@ -54,8 +56,11 @@ class EagerPass:
         )
         picked = [np.arange(end - count, end) for end, count in zip(ends, wanted, strict=True)]
         indices = torch.from_numpy(np.concatenate(picked))
+        tapped: list[torch.Tensor] = []
         adapters = adapted_tokens(rows)
-        hidden = self._model.compute(input_ids, metadata, self._kv_cache, indices, adapters)
+        hidden = self._model.compute(input_ids, metadata, self._kv_cache, indices, tapped, adapters)
+        if tapped:
+            self.tapped = torch.cat(tapped, dim=1)
         return hidden, None if adapters is None else adapters.keep(indices)
 
 
