@@ -87,6 +87,19 @@ def test_a_step_that_wants_nothing_stops_after_the_last_write_to_the_cache() -> 
     assert program.num_hidden_ops == len(program.ops) - 1
 
 
+def test_a_step_that_wants_nothing_still_taps() -> None:
+    ops = ProgramOps(torch.float32)
+    x = ops.embed(torch.empty(VOCAB, HIDDEN))
+    ops.tap(x)
+    ops.tap(x)
+    with pytest.raises(KernelArgumentError, match="all rows"):
+        ops.keep_wanted(x)
+        ops.tap(x)
+    program = ops.finish(ops.norm(x, NORM), HEAD)
+    assert program.num_cache_ops == 3 and program.tap_width == 2 * HIDDEN
+    assert [op.first for op in program.ops if op.code is Code.TAP] == [0, HIDDEN]
+
+
 def test_more_layers_take_no_more_memory() -> None:
     assert record(2).bytes_per_token == record(20).bytes_per_token
 

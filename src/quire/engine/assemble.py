@@ -58,6 +58,7 @@ def build_core(
         build_scheduler(config, resolved.spec.kv, memory, gpu=resolved.device == "cuda"),
         executor,
         grammars=grammars,
+        max_adapters=config.lora.capacity,
     )
     ready = EngineReady(
         num_blocks=memory.num_blocks,
@@ -148,6 +149,7 @@ def build_scheduler(
         long_prefill_token_threshold=options.long_prefill_token_threshold,
         enable_chunked_prefill=options.enable_chunked_prefill,
         policy=options.scheduling_policy,
+        max_adapters=config.lora.max_loras,
         max_samples=config.max_samples,
         max_drafts=config.max_drafts,
     )

@@ -140,6 +140,11 @@ class Ops(Protocol[Buf]):
         """round(x * factor), in place of x, which is returned."""
         ...
 
+    def tap(self, x: Buf) -> None:
+        """Copy x, [T, N], to the next columns of what the pass leaves beside its result
+        (`ForwardPass.tapped`). Before `keep_wanted`."""
+        ...
+
     def keep_wanted(self, *bufs: Buf) -> Sequence[Buf]:
         """The same buffers, reduced to the tokens whose result is wanted. For the last layer, after all
         tokens' keys and values have been written."""

@@ -45,6 +45,8 @@ class Code(IntEnum):
     NARROW = 11
     """From here on a buffer has the wanted rows only."""
     LOGITS = 12
+    TAP = 13
+    """Copies the rows of a buffer to columns of an output of the step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +87,10 @@ class Program:
     num_hidden_ops: int
     """The number of operations up to the hidden states; the others compute logits from them."""
     num_cache_ops: int
-    """The number of operations that write all keys and values: a step without wanted results stops there."""
+    """The number of operations up to the last that writes keys and values or taps: a step without wanted
+    results stops there."""
+    tap_width: int
+    """Columns of the output of `tap`."""
     hidden: Buffer
     offsets: tuple[int, ...]
     """Where each buffer's memory begins, in bytes per token of the step."""
@@ -123,10 +128,19 @@ class StepRows:
     """How many of `rows` are this step's; at most max_rows."""
     num_wanted: int = 0
     """How many results they want in all."""
+    adapters: NDArray[np.int32] | None = None
+    """[seats]: index of the LoRA adapter of the request in each seat (`quire.runner.adapters`), -1 for
+    none; None if the engine has no adapters."""
+    has_adapters: bool = False
+    """Whether any row of this step has one: else the step does not look at `adapters`."""
 
 
 class ForwardPass(Protocol):
     """A model's forward pass over one cache."""
+
+    tapped: Tensor
+    """What the last step's operations `tap` have copied, in the model's dtype: [T, columns], of all its
+    tokens. Valid until the next call. No columns if the model has no taps."""
 
     def forward(self, rows: StepRows) -> Tensor:
         """Write every token's keys and values to the cache, and compute the wanted logits, in the order
@@ -149,6 +163,7 @@ class ProgramOps:
     dtype: torch.dtype
     _ops: list[Op] = field(default_factory=list)
     _widths: list[int] = field(default_factory=list)
+    _tap_width: int = 0
 
     def embed(self, embedding: LinearProduct | Tensor) -> Buffer:
         width = embedding.shape[1] if isinstance(embedding, Tensor) else embedding.in_features
@@ -206,6 +221,12 @@ class ProgramOps:
     def scale(self, x: Buffer, factor: float) -> Buffer:
         return self._record(Code.SCALE, "scale", x, x, factor=factor)
 
+    def tap(self, x: Buffer) -> None:
+        narrowed = any(op.code is Code.NARROW for op in self._ops)
+        require(not narrowed, "a buffer is tapped while it has all rows")
+        self._record(Code.TAP, "tap", x, x, first=self._tap_width, width=x.width)
+        self._tap_width += x.width
+
     def keep_wanted(self, *bufs: Buffer) -> Sequence[Buffer]:
         for buffer in bufs:
             self._record(Code.KEEP, "keep", buffer, buffer)
@@ -228,12 +249,14 @@ class ProgramOps:
             softcap=head.softcap,
         )
         ops = tuple(self._ops)
-        writes = [index for index, code in enumerate(codes) if code is Code.ROPE_WRITE]
+        effects = (Code.ROPE_WRITE, Code.TAP)
+        writes = [index for index, code in enumerate(codes) if code in effects]
         offsets, size = _place(ops, [width * self.dtype.itemsize for width in self._widths])
         return Program(
             ops=ops,
             num_hidden_ops=num_hidden_ops,
             num_cache_ops=1 + max(writes, default=-1),
+            tap_width=self._tap_width,
             hidden=hidden,
             offsets=tuple(offsets),
             bytes_per_token=size,

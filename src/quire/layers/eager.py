@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -30,6 +30,8 @@ class EagerOps:
     """For each group of layers; they differ in slots and block tables."""
     wanted: Tensor | None = None
     """Tokens whose result is wanted, as indices into the step's; None for all."""
+    tapped: list[Tensor] = field(default_factory=list)
+    """Copies made by `tap`, in order."""
     _sum: tuple[Tensor, Tensor] | None = None
     """(residual, the tensor that must still be added to it)"""
 
@@ -94,6 +96,9 @@ class EagerOps:
     def scale(self, x: Tensor, factor: float) -> Tensor:
         self.kernels.scale(x, factor)
         return x
+
+    def tap(self, x: Tensor) -> None:
+        self.tapped.append(self._whole(x).clone())
 
     def keep_wanted(self, *bufs: Tensor) -> Sequence[Tensor]:
         if self.wanted is None:

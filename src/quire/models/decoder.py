@@ -18,7 +18,7 @@ import torch
 from quire.attention.base import AttentionBackend, AttentionMetadata, KVCache
 from quire.attention.paged import PagedAttention
 from quire.kernels.base import LayerKernels
-from quire.kernels.ops import Buf, Head, LinearProduct, Ops
+from quire.kernels.ops import Buf, Head, LinearProduct, NormWeight, Ops
 from quire.kernels.program import ForwardPass, ProgramOps
 from quire.kv_layout import KVPlace
 from quire.layers.attention import Attention
@@ -151,6 +151,9 @@ class DecoderModel:
         self.spec = spec
         self.dtype = dtype
         self.max_model_len = max_model_len
+        self.taps: tuple[int, ...] = ()
+        """Layers whose input, the residual, a drafter reads: ascending. One more than the last layer's index
+        is the residual before the final norm. Set before `over`."""
         self._kernels = kernels
         self._attention = attention or PagedAttention(kernels)
         tables = [
@@ -196,6 +199,10 @@ class DecoderModel:
             )
         self._lm_head = Linear(spec.head, dtype=dtype, method=spec.quantization, kernels=kernels)
 
+    @property
+    def final_norm(self) -> NormWeight:
+        return self._norm.weight
+
     def targets(self) -> Iterator[WeightTarget]:
         """Every tensor the model takes from a checkpoint."""
         if self._embedding is not None:
@@ -225,8 +232,15 @@ class DecoderModel:
         residual = ops.embed(self._embedded)
         if self._embed_scale != 1.0:
             residual = ops.scale(residual, self._embed_scale)
-        for layer in self._layers:
-            residual = layer.forward(ops, residual, is_last=layer is self._layers[-1])
+        count = len(self._layers)
+        narrows_in = count - 1 if count not in self.taps else None
+        for index, layer in enumerate(self._layers):
+            if index in self.taps:
+                ops.tap(residual)
+            residual = layer.forward(ops, residual, is_last=index == narrows_in)
+        if narrows_in is None:
+            ops.tap(residual)
+            [residual] = ops.keep_wanted(residual)
         return ops.norm(residual, self._norm.weight)
 
     @torch.inference_mode()
@@ -236,13 +250,16 @@ class DecoderModel:
         metadata: Sequence[AttentionMetadata],
         kv_cache: KVCache,
         wanted: torch.Tensor | None = None,
+        tapped: list[torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """`forward` on tensors. input_ids: [T] int64, below vocab_size, and positions below max_model_len
         (not checked here). metadata: of each group of layers. wanted: [R] int64 or int32, indices of
-        tokens; None for all. Returns [R or T, hidden_size] in the model's dtype.
+        tokens; None for all. tapped: gets the residual at each of the model's taps, [T, hidden_size].
+        Returns [R or T, hidden_size] in the model's dtype.
         """
+        tapped = [] if tapped is None else tapped
         return self.forward(
-            EagerOps(self._kernels, self._attention, kv_cache, input_ids, metadata, wanted)
+            EagerOps(self._kernels, self._attention, kv_cache, input_ids, metadata, wanted, tapped)
         )
 
     @torch.inference_mode()

@@ -21,6 +21,7 @@ class EagerModel(Protocol):
         metadata: Sequence[AttentionMetadata],
         kv_cache: KVCache,
         wanted: torch.Tensor | None = None,
+        tapped: list[torch.Tensor] | None = None,
     ) -> torch.Tensor: ...
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor: ...
@@ -32,6 +33,7 @@ class EagerPass:
     def __init__(self, model: EagerModel, kv_cache: KVCache) -> None:
         self._model = model
         self._kv_cache = kv_cache
+        self.tapped = torch.empty(0, 0)
 
     def forward(self, rows: StepRows) -> torch.Tensor:
         return self._model.compute_logits(self.hidden(rows))
@@ -44,7 +46,11 @@ class EagerPass:
         )
         picked = [np.arange(end - count, end) for end, count in zip(ends, wanted, strict=True)]
         indices = torch.from_numpy(np.concatenate(picked))
-        return self._model.compute(input_ids, metadata, self._kv_cache, indices)
+        tapped: list[torch.Tensor] = []
+        hidden = self._model.compute(input_ids, metadata, self._kv_cache, indices, tapped)
+        if tapped:
+            self.tapped = torch.cat(tapped, dim=1)
+        return hidden
 
 
 def gather(rows: StepRows, block_size: int) -> tuple[torch.Tensor, list[AttentionMetadata]]:

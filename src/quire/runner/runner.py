@@ -11,7 +11,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import takewhile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,12 +19,14 @@ from torch import Tensor
 from quire.attention.base import KVCache
 from quire.messages import PlannedRow, SampledRow, StepPlan, StepResult
 from quire.models.decoder import DecoderModel
+from quire.runner.adapters import AdapterTable
 from quire.runner.backend import LaunchedSamples, StepBackend, StepInput, StepSamples
 from quire.runner.prompt_work import PromptWork
+from quire.runner.proposing import ask_for, propose
 from quire.runner.seats import Seats, independent
 from quire.sampling.rules import RequestRules
 from quire.sampling.sampler import NO_DRAFT, GrammarSource
-from quire.speculative.base import Drafter, DraftTask
+from quire.speculative.base import Drafter
 from quire.structured.base import GrammarError
 from quire.structured.masks import Mask
 
@@ -45,6 +46,7 @@ class Runner:
         grammars: GrammarSource | None = None,
         drafter: Drafter | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        adapters: AdapterTable | None = None,
     ) -> None:
         self.model = model
         self.backend = backend
@@ -53,6 +55,7 @@ class Runner:
         self._max_num_seqs = max_num_seqs
         self._every = np.arange(max_num_seqs)
         self._grammars = grammars
+        self._adapters = adapters
 
     def open_cache(self, kv_cache: KVCache, max_model_len: int) -> None:
         """Called before the first plan, and again if the size changes."""
@@ -64,6 +67,7 @@ class Runner:
             num_groups=len(self.model.spec.kv.groups),
             vocab_size=self.model.spec.vocab_size,
             grammars=self._grammars,
+            adapters=self._adapters,
         )
         self.backend.open_cache(kv_cache, self.seats)
         if self.drafter is not None:
@@ -117,6 +121,7 @@ class Runner:
             follows = to_come < columns[sample_rows, 3] - 1
             draft_ids = np.where(follows, seats.token_ids[sample_seats, positions - 1], NO_DRAFT)
         seats.step.num_rows, seats.step.num_wanted = len(table), num_samples
+        seats.step.has_adapters = seats.has_adapters(columns[:, 0])
         extras = None
         if has_drafts or seats.rules or seats.prompts:
             extras = self._extras(rows, columns, has_drafts)
@@ -236,37 +241,13 @@ class RunningStep:
             self._finish(self.extras, samples, found)
         result = StepResult(step_id=self.step_id, sampled=found)
         if (drafter := self.runner.drafter) is not None:
-            result.draft_seconds = self._propose(drafter, found)
+            started = self.runner.clock()
+            vocab_size = self.runner.model.spec.vocab_size
+            asked = ask_for(self.rows, found, self.seats, self.positions, seats)
+            if asked:
+                propose(drafter, asked, seats, vocab_size)
+                result.draft_seconds = self.runner.clock() - started
         return result
-
-    def _propose(self, drafter: Drafter, found: Sequence[SampledRow]) -> float:
-        """Add drafts to the rows that ask for some. Returns the seconds that this took."""
-        seats, started = self.runner.seats, self.runner.clock()
-        asked, begin = 0, 0
-        open_tasks: list[tuple[SampledRow, DraftTask]] = []
-        for row, result in zip(self.rows, found, strict=False):
-            seat = int(self.seats[begin])
-            end = int(self.positions[begin]) + len(result.token_ids)
-            begin += row.samples
-            most = min(row.num_drafts, seats.max_model_len - end)
-            if most <= 0 or result.error is not None or seats.seat_of.get(row.request_id) != seat:
-                continue
-            asked += 1
-            if (rules := seats.rules.get(seat)) is not None:
-                result.draft_token_ids = tuple(rules.certain(most))
-            if not result.draft_token_ids:
-                open_tasks.append((result, DraftTask(seat, end, most)))
-        if not asked:
-            return 0.0
-        proposed = drafter.propose([task for _, task in open_tasks]) if open_tasks else ()
-        vocab_size = self.runner.model.spec.vocab_size
-        for (result, task), drafts in zip(open_tasks, proposed, strict=True):
-            known = takewhile(lambda draft: 0 <= draft < vocab_size, drafts[: task.most])
-            result.draft_token_ids = tuple(map(int, known))
-            if (rules := seats.rules.get(task.seat)) is not None:
-                allowed = rules.num_allowed(result.draft_token_ids)
-                result.draft_token_ids = result.draft_token_ids[:allowed]
-        return self.runner.clock() - started
 
     def _present(self) -> list[int]:
         """Indices of the samples whose seats still belong to their requests."""

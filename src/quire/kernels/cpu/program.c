@@ -23,7 +23,8 @@ enum op_code { /* Code in program.py */
   OP_SCALE_BY_POSITION,
   OP_KEEP,
   OP_NARROW,
-  OP_LOGITS
+  OP_LOGITS,
+  OP_TAP
 };
 
 typedef struct { /* mirrored by _Op in program.py */
@@ -54,6 +55,7 @@ typedef struct { /* mirrored by _Program in program.py */
   const int64_t *windows; /* of each group: the widest, 0 if one is unbounded */
   int64_t num_groups;
   int64_t vocab, max_position, block_size, num_blocks, q_heads, kv_heads, head_dim;
+  int64_t tap_width; /* columns of the step's `tapped` */
   int32_t dtype, tiles;
 } program;
 
@@ -67,6 +69,7 @@ typedef struct { /* mirrored by _Step in program.py */
   const step_row *rows;     /* [requests] */
   float *logits;            /* [num_wanted, vocab] */
   void *hidden;             /* [num_wanted, hidden]; if not NULL, computed instead of logits */
+  void *tapped;             /* [tokens, tap_width]: the copies of all OP_TAP, side by side */
   double *seconds;          /* [num_ops]; if not NULL, the time of each operation is added */
   int64_t num_seats, max_tokens, max_blocks, requests;
   int64_t num_wanted; /* of all rows */
@@ -261,6 +264,15 @@ static int keep(const run *r, const program_op *op) {
   return 0;
 }
 
+static int tap(const run *r, const program_op *op) {
+  const int64_t size = (int64_t)elem_size(r->p->dtype), row = op->width * size;
+  const char *x = buffer(r, op->source);
+  char *out = (char *)r->s->tapped + op->first * size;
+  for (int64_t t = 0; t < r->in.tokens; t++)
+    memcpy(out + t * r->p->tap_width * size, x + t * row, (size_t)row);
+  return 0;
+}
+
 static int perform(run *r, const program_op *op) {
   switch (op->code) {
     case OP_EMBED: return embed(r, op);
@@ -280,6 +292,7 @@ static int perform(run *r, const program_op *op) {
     case OP_KEEP: return keep(r, op);
     case OP_NARROW: r->rows = r->s->num_wanted; return 0;
     case OP_LOGITS: return logits(r, op);
+    case OP_TAP: return tap(r, op);
   }
   return 1;
 }

@@ -58,7 +58,7 @@ class _Program(ctypes.Structure):
         ("windows", c_void_p),
         *((name, c_int64) for name in ("num_groups", "vocab", "max_position")),
         *((name, c_int64) for name in ("block_size", "num_blocks")),
-        *((name, c_int64) for name in ("q_heads", "kv_heads", "head_dim")),
+        *((name, c_int64) for name in ("q_heads", "kv_heads", "head_dim", "tap_width")),
         *((name, c_int32) for name in ("dtype", "tiles")),
     ]
 
@@ -68,7 +68,7 @@ class _Step(ctypes.Structure):
 
     _fields_ = [
         *((name, c_void_p) for name in ("token_ids", "block_ids", "rows")),
-        *((name, c_void_p) for name in ("logits", "hidden", "seconds")),
+        *((name, c_void_p) for name in ("logits", "hidden", "tapped", "seconds")),
         *((name, c_int64) for name in ("num_seats", "max_tokens", "max_blocks", "requests")),
         ("num_wanted", c_int64),
         ("threads", c_int32),
@@ -110,6 +110,7 @@ class NativeProgram:
         self._rows: StepRows | None = None
         self._num_wanted = 0
         self._buffer = self._logits = torch.empty(0, self._vocab_size)
+        self._taps = self.tapped = torch.empty(0, program.tap_width, dtype=program.dtype)
         windows = [0] * (1 + max(layer.group for layer in layers))
         for group in range(len(windows)):
             found = [layer.window for layer in layers if layer.group == group]
@@ -132,6 +133,7 @@ class NativeProgram:
             q_heads=layers[0].num_heads,
             kv_heads=geometry.num_kv_heads,
             head_dim=geometry.head_dim,
+            tap_width=program.tap_width,
             dtype=DTYPES[program.dtype],
             tiles=choose_tiles().tiles,
         )
@@ -171,6 +173,8 @@ class NativeProgram:
         step = self._step
         step.requests, step.num_wanted = rows.num_rows, rows.num_wanted
         step.threads = torch.get_num_threads()
+        if self._program.tap_width:
+            self._make_taps(int(rows.rows[: rows.num_rows, 2].sum()))
         if code := self._lib.quire_run_program(byref(self._struct), byref(step)):
             if code not in _ERRORS:
                 raise MemoryError(f"no memory for the activations of {rows.num_rows} rows")
@@ -205,6 +209,12 @@ class NativeProgram:
             self._buffer = torch.empty(count, self._vocab_size)
             self._step.logits = self._buffer.data_ptr()
         self._num_wanted, self._logits = count, self._buffer[:count]
+
+    def _make_taps(self, count: int) -> None:
+        if count > len(self._taps):
+            self._taps = torch.empty(count, self._program.tap_width, dtype=self._program.dtype)
+            self._step.tapped = self._taps.data_ptr()
+        self.tapped = self._taps[: max(count, 0)]
 
     # --- from operations to structs -------------------------------------------------------------------
 
