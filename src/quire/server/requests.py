@@ -282,5 +282,6 @@ class LoadAdapterRequest(Strict):
 
 class UnloadAdapterRequest(Strict):
     lora_name: Name = ""
+    """The adapter that is to go."""
     lora_int_id: int | None = None
     """Accepted for vLLM's clients; the name decides."""
