@@ -12,6 +12,7 @@
 #include "fields.c"
 #include "kv_cache.c"
 #include "linear.c"
+#include "lora.c"
 #include "pool.c"
 #include "rounding.c"
 #include "sampling.c"
