@@ -92,8 +92,8 @@ class AsyncAdapters:
         """
         if not ADAPTER_NAME.fullmatch(name):
             raise InvalidParameterError(
-                "lora_name must have 1 to 128 letters, digits and _ . : -, perhaps in parts separated "
-                "by /.",
+                "lora_name must have 1 to 128 letters, digits and _ . : -, or two such parts with / between "
+                "them.",
                 param="lora_name",
             )
         if name in self._model_names:
