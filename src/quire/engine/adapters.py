@@ -7,11 +7,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
+
 from quire.config import LoRAConfig
 from quire.engine.setup import ServedModel
 from quire.errors import InvalidParameterError, ModelNotFoundError
 from quire.lora.request import LoRARequest
 from quire.messages import AddAdapter, CoreInput, DropAdapter
+from quire.placement import Placement
 from quire.weights.adapter import CONFIG_FILE, TENSOR_FILE, check_adapter
 
 MAX_ADAPTERS = 16_384
@@ -58,6 +61,14 @@ class AdapterRegistry:
                 f"The model `{name[:256]}` does not exist.", param="model", value=name
             )
         return adapter
+
+    def place(self, placement: Placement) -> tuple[Placement, LoRARequest | None]:
+        """The placement of a request, with the current version for the adapter's name. Raises
+        `ModelNotFoundError`."""
+        if placement.adapter is None:
+            return placement, None
+        adapter = self.named(placement.adapter)
+        return msgspec.structs.replace(placement, adapter=adapter.key), adapter.request
 
     def of(self, request: LoRARequest) -> Adapter | None:
         """The version that was read for such a request before. None: read it."""

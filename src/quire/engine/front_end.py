@@ -134,11 +134,7 @@ class FrontEnd:
             raise InvalidParameterError(
                 f"request_id {request_id!r} is in use.", param="request_id", value=request_id
             )
-        lora_request = None
-        if placement.adapter is not None:
-            adapter = self.adapters.named(placement.adapter)
-            placement = msgspec.structs.replace(placement, adapter=adapter.key)
-            lora_request = adapter.request
+        placement, lora_request = self.adapters.place(placement)
         return self._input.process(
             prompt,
             params,
