@@ -113,6 +113,7 @@ class FakeModel:
     default_sampling: dict[str, object] = field(default_factory=dict)
     tokenizer: WordTokenizer = field(default_factory=WordTokenizer)
     chat_template: PlainTemplate | None = field(default_factory=PlainTemplate)
+    spec: None = None
 
     @property
     def name(self) -> str:
