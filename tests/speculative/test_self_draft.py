@@ -1,5 +1,5 @@
-"""A model that drafts for itself is always right, if its second KV cache is: through prefix hits, copies, forks,
-preemption, chunks and evicted blocks."""
+"""A model that drafts for itself is always right, if its second KV cache is: through prefix hits, copies,
+forks, preemption, chunks and evicted blocks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from quire import LLM, SamplingParams
 from quire.builtin import MODEL_DIR
 
 SMALL = {
-    "speculative_config": {"method": "draft_model", "model": str(MODEL_DIR), "num_speculative_tokens": 4},
+    "speculative_config": {
+        "method": "draft_model",
+        "model": str(MODEL_DIR),
+        "num_speculative_tokens": 4,
+    },
     "max_model_len": 160,
     "max_num_seqs": 6,
     "max_num_batched_tokens": 48,
@@ -42,7 +46,12 @@ def test_every_draft_is_right(num_blocks: int, temperature: float) -> None:
         stem = [random_.randrange(3, 4000) for _ in range(70)]
         for round_ in range(3):
             prompts = [
-                {"prompt_token_ids": stem[: random_.randrange(1, 70)] + [random_.randrange(3, 4000)]}
+                {
+                    "prompt_token_ids": [
+                        *stem[: random_.randrange(1, 70)],
+                        random_.randrange(3, 4000),
+                    ]
+                }
                 for _ in range(8)
             ]
             params = [
@@ -57,10 +66,11 @@ def test_every_draft_is_right(num_blocks: int, temperature: float) -> None:
                 for i in range(8)
             ]
             for output in llm.generate(prompts, params, use_tqdm=False):
-                texts += [
-                    [*output.prompt_token_ids, *each.token_ids] for each in output.outputs
-                ]
+                texts += [[*output.prompt_token_ids, *each.token_ids] for each in output.outputs]
     assert len(seen) > 50
     for known, drafts in seen:
         text = [*known, *drafts]
-        assert any(t[: len(text)] == text[: len(t)] and len(t) >= len(known) for t in texts), (known, drafts)
+        assert any(t[: len(text)] == text[: len(t)] and len(t) >= len(known) for t in texts), (
+            known,
+            drafts,
+        )
