@@ -222,14 +222,14 @@ class DecoderModel:
             softcap=self.spec.logits_softcap,
         )
         embedding = self._embedding
-        self._embedded: LinearProduct | torch.Tensor = self._head.product
+        self.embedded: LinearProduct | torch.Tensor = self._head.product
         if embedding is not None:
-            self._embedded = embedding.bind() if isinstance(embedding, Linear) else embedding.weight
+            self.embedded = embedding.bind() if isinstance(embedding, Linear) else embedding.weight
 
     def forward(self, ops: Ops[Buf]) -> Buf:
         """Hidden states after the final norm of the wanted tokens. Writes this step's keys and values to
         the cache."""
-        residual = ops.embed(self._embedded)
+        residual = ops.embed(self.embedded)
         if self._embed_scale != 1.0:
             residual = ops.scale(residual, self._embed_scale)
         count = len(self._layers)
