@@ -25,7 +25,7 @@ from quire.decoding import Decoding
 from quire.kvcache import KVCacheManager
 from quire.messages import AddRequest, PlannedRow, SampledRow, StepResult
 from quire.placement import Placement
-from quire.scheduler.scheduler import Scheduler, SchedulerLimits
+from quire.scheduler import Scheduler, SchedulerLimits
 
 VOCAB_SIZE = 32000
 BLOCK_SIZE = 16

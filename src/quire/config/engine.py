@@ -8,6 +8,9 @@ from quire.config.options import option, parse_json_object, parse_max_model_len,
 from quire.dtypes import FLOAT_SPELLINGS
 from quire.errors import ConfigError
 
+MAX_DRAFTED_SAMPLES = 128
+"""Bound on the tokens that a step samples if more than `max_num_seqs` are possible because of drafts."""
+
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
@@ -294,3 +297,15 @@ class EngineConfig:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     structured: StructuredOutputsConfig = field(default_factory=StructuredOutputsConfig)
+
+    @property
+    def max_drafts(self) -> int:
+        """The most drafts that are proposed and verified for a request in a step; 0 without speculation."""
+        return 0
+
+    @property
+    def max_samples(self) -> int:
+        """The most tokens that a step samples: for so many logits every device has memory. Many requests
+        leave no time for drafts, so there is no need for room for all drafts of all requests."""
+        most = self.scheduler.max_num_seqs
+        return max(most, min(most * (1 + self.max_drafts), MAX_DRAFTED_SAMPLES))

@@ -143,7 +143,8 @@ def build_scheduler(config: EngineConfig, layout: KVLayout, memory: MemoryPlan) 
         long_prefill_token_threshold=options.long_prefill_token_threshold,
         enable_chunked_prefill=options.enable_chunked_prefill,
         policy=options.scheduling_policy,
-        max_samples=options.max_num_seqs,  # a backend has memory for the logits of so many
+        max_samples=config.max_samples,
+        max_drafts=config.max_drafts,
     )
     return Scheduler(
         limits, kv, needs_token_before_next=lambda message: message.decoding.rules is not None

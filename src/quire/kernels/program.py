@@ -128,6 +128,11 @@ class StepRows:
     """How many of `rows` are this step's; at most max_rows."""
     num_wanted: int = 0
     """How many results they want in all."""
+    adapters: NDArray[np.int32] | None = None
+    """[seats]: index of the LoRA adapter of the request in each seat (`quire.runner.adapters`), -1 for
+    none; None if the engine has no adapters."""
+    has_adapters: bool = False
+    """Whether any row of this step has one: else the step does not look at `adapters`."""
 
 
 class ForwardPass(Protocol):

@@ -68,7 +68,7 @@ def _step_bytes(config: EngineConfig, spec: ModelSpec, dtype_bytes: int) -> int:
         for layer in spec.layers
     )
     width = 3 * spec.hidden_size + widest
-    logits = 3 * 4 * scheduler.max_num_seqs * spec.vocab_size
+    logits = 3 * 4 * config.max_samples * spec.vocab_size
     return scheduler.max_num_batched_tokens * width * dtype_bytes + logits
 
 

@@ -2,13 +2,16 @@
 
 A row may end in drafts (`PlannedRow.draft_token_ids`). Then a token is sampled after each draft, with the
 request's own random stream. The result is these tokens up to the first one that differs from the next
-draft: the same tokens as without drafts, in fewer steps.
+draft: the same tokens as without drafts, in fewer steps. When they are known, the drafter is asked for the
+drafts of the next plan.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,11 +20,13 @@ from torch import Tensor
 from quire.attention.base import KVCache
 from quire.messages import PlannedRow, SampledRow, StepPlan, StepResult
 from quire.models.decoder import DecoderModel
+from quire.runner.adapters import AdapterTable
 from quire.runner.backend import LaunchedSamples, StepBackend, StepInput, StepSamples
 from quire.runner.prompt_work import PromptWork
 from quire.runner.seats import Seats, independent
 from quire.sampling.rules import RequestRules
 from quire.sampling.sampler import GrammarSource
+from quire.speculative.base import Drafter, DraftTask
 from quire.structured.base import GrammarError
 from quire.structured.masks import Mask
 
@@ -39,12 +44,18 @@ class Runner:
         *,
         max_num_seqs: int,
         grammars: GrammarSource | None = None,
+        drafter: Drafter | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+        adapters: AdapterTable | None = None,
     ) -> None:
         self.model = model
         self.backend = backend
+        self.drafter = drafter
+        self.clock = clock
         self._max_num_seqs = max_num_seqs
         self._every = np.arange(max_num_seqs)
         self._grammars = grammars
+        self._adapters = adapters
 
     def open_cache(self, kv_cache: KVCache, max_model_len: int) -> None:
         """Called before the first plan, and again if the size changes."""
@@ -56,26 +67,31 @@ class Runner:
             num_groups=len(self.model.spec.kv.groups),
             vocab_size=self.model.spec.vocab_size,
             grammars=self._grammars,
+            adapters=self._adapters,
         )
         self.backend.open_cache(kv_cache, self.seats)
+        if self.drafter is not None:
+            self.drafter.open_cache(self.seats.step, kv_cache.num_blocks, kv_cache.block_size)
 
     def launch(self, plan: StepPlan) -> RunningStep | FinishedStep:
         """Apply the plan: release, admit, copy, compute, sample."""
         assert not plan.loads and not plan.saves, "no worker moves KV in or out yet"
         for request_id in plan.released:
-            self.backend.release(self.seats.release(request_id))
+            seat = self.seats.release(request_id)
+            self.backend.release(seat)
+            if self.drafter is not None:
+                self.drafter.release(seat)
         for request in plan.admitted:
             self.backend.admit(self.seats.admit(request), request)
-        for copies in independent(plan.copies):
-            self.backend.copy(copies)
-        return self._launch(plan.step_id, plan.rows) if plan.rows else FinishedStep(plan.step_id)
+        return self._launch(plan) if plan.rows else FinishedStep(plan.step_id)
 
     def prepare(self) -> bool:
         """See `Executor.prepare`."""
         return self.backend.prepare()
 
-    def _launch(self, step_id: int, rows: Sequence[PlannedRow]) -> RunningStep:
-        seats, table, num_samples, has_drafts = self.seats, [], 0, False
+    def _launch(self, plan: StepPlan) -> RunningStep:
+        rows, seats, table = plan.rows, self.seats, []
+        num_samples, has_drafts = 0, False
         for row in rows:
             seat = seats.seat_of[row.request_id]
             if row.new_block_ids:
@@ -86,11 +102,15 @@ class Runner:
                 has_drafts = True
             table.append((seat, row.start, row.num_tokens, row.samples))
             num_samples += row.samples
+        if self.drafter is not None:
+            self.drafter.begin(plan, seats.seat_of)
+        for copies in independent(plan.copies):
+            self.backend.copy(copies)
         columns = seats.step.rows[: len(table)]
         columns[:] = table
         sample_rows = self._every[: len(table)]
         sample_seats, positions = columns[:, 0].copy(), columns[:, 1] + columns[:, 2]
-        sampling = rows
+        sampling: Sequence[PlannedRow] = rows
         if has_drafts or num_samples < len(table):
             sampling = [row for row in rows if row.samples]
             sample_rows = np.repeat(sample_rows, columns[:, 3])
@@ -99,6 +119,7 @@ class Runner:
             last = np.cumsum(columns[:, 3])[sample_rows] - 1
             positions -= last - np.arange(len(last))
         seats.step.num_rows, seats.step.num_wanted = len(table), num_samples
+        seats.step.has_adapters = seats.has_adapters(columns[:, 0])
         extras = None
         if has_drafts or seats.rules or seats.prompts:
             extras = self._extras(rows, columns, sample_seats, has_drafts)
@@ -111,7 +132,7 @@ class Runner:
             masks=dict if extras is None else extras.masks,
         )
         return RunningStep(
-            step_id=step_id,
+            step_id=plan.step_id,
             runner=self,
             launched=self.backend.launch(step),
             rows=sampling,
@@ -214,7 +235,34 @@ class RunningStep:
                     _fail(found[index], NAN_ERROR)
         if self.extras is not None:
             self._finish(self.extras, samples, found)
-        return StepResult(step_id=self.step_id, sampled=found)
+        result = StepResult(step_id=self.step_id, sampled=found)
+        if (drafter := self.runner.drafter) is not None:
+            result.draft_seconds = self._propose(drafter, found)
+        return result
+
+    def _propose(self, drafter: Drafter, found: Sequence[SampledRow]) -> float:
+        """Add drafts to the rows that ask for some. Returns the seconds that this took."""
+        seats, asking = self.runner.seats, []
+        begin = 0
+        for row, result in zip(self.rows, found, strict=False):
+            seat = int(self.seats[begin])
+            end = int(self.positions[begin]) + len(result.token_ids)
+            begin += row.samples
+            most = min(row.num_drafts, seats.max_model_len - end)
+            if most > 0 and result.error is None and seats.seat_of.get(row.request_id) == seat:
+                asking.append((result, DraftTask(seat, end, most)))
+        if not asking:
+            return 0.0
+        started = self.runner.clock()
+        proposed = drafter.propose([task for _, task in asking])
+        for (result, task), drafts in zip(asking, proposed, strict=True):
+            result.draft_token_ids = self._usable(drafts[: task.most])
+        return self.runner.clock() - started
+
+    def _usable(self, drafts: Sequence[int]) -> tuple[int, ...]:
+        """The drafts before the first that is no token of the model."""
+        vocab_size = self.runner.model.spec.vocab_size
+        return tuple(takewhile(lambda draft: 0 <= draft < vocab_size, map(int, drafts)))
 
     def _present(self) -> list[int]:
         """Indices of the samples whose seats still belong to their requests."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from quire.kernels.program import StepRows
 from quire.messages import AdmittedRequest, BlockIds
+from quire.runner.adapters import AdapterTable
 from quire.runner.prompt_work import PromptWork
 from quire.sampling.rules import RequestRules
 from quire.sampling.sampler import GrammarSource, rules_of
@@ -28,10 +30,12 @@ class Seats:
         num_groups: int,
         vocab_size: int,
         grammars: GrammarSource | None = None,
+        adapters: AdapterTable | None = None,
     ) -> None:
         self.max_model_len = max_model_len
         self._vocab_size = vocab_size
         self._grammars = grammars
+        self._adapters = adapters
         max_blocks = -(-max_model_len // block_size)
         self.token_ids = np.empty((max_num_seqs, max_model_len + 1), dtype=np.int64)
         """Tokens of the requests; those sampled by a step in flight are missing."""
@@ -40,6 +44,8 @@ class Seats:
         self.step = StepRows(
             self.token_ids, self.block_ids, np.zeros((max_num_seqs, 4), dtype=np.int64)
         )
+        if adapters is not None:
+            self.step.adapters = np.full(max_num_seqs, -1, dtype=np.int32)
         self.num_blocks = np.zeros(max_num_seqs, dtype=np.int64)
         self.num_brought = np.zeros(max_num_seqs, dtype=np.int64)
         """Number of tokens in `token_ids` that may be unknown to a device which keeps sampled tokens
@@ -53,6 +59,8 @@ class Seats:
         """By seat, like the next one, for the requests that have rules."""
         self.prompts: dict[int, PromptWork] = {}
         """For the requests with prompt work."""
+        self._num_adapted = 0
+        """Number of seats whose request has an adapter."""
         self._free = list(range(max_num_seqs - 1, -1, -1))
 
     def admit(self, request: AdmittedRequest) -> int:
@@ -63,6 +71,9 @@ class Seats:
         self.num_prompt_tokens[seat] = request.num_prompt_tokens
         self.num_blocks[seat] = 0
         self.add_blocks(seat, request.block_ids)
+        if self._adapters is not None and self.step.adapters is not None:
+            self.step.adapters[seat] = self._adapters.acquire(request.placement.adapter)
+            self._num_adapted += bool(self.step.adapters[seat] >= 0)
         if (rules := rules_of(request, self._vocab_size, self._grammars)) is not None:
             self.rules[seat] = rules
         if (work := PromptWork.of(request)) is not None:
@@ -73,9 +84,17 @@ class Seats:
         seat = self.seat_of.pop(request_id)
         self.rules.pop(seat, None)
         self.prompts.pop(seat, None)
+        if self._adapters is not None and self.step.adapters is not None:
+            self._adapters.release(int(self.step.adapters[seat]))
+            self._num_adapted -= bool(self.step.adapters[seat] >= 0)
         self._free.append(seat)
         self.num_released += 1
         return seat
+
+    def has_adapters(self, seats: NDArray[np.int64]) -> bool:
+        """Whether a request in one of these seats has an adapter."""
+        adapters = self.step.adapters
+        return bool(self._num_adapted and adapters is not None and (adapters[seats] >= 0).any())
 
     def add_blocks(self, seat: int, block_ids: BlockIds) -> None:
         start = self.num_blocks[seat]

@@ -8,9 +8,10 @@ from quire.scheduler.decisions import (
     Wait,
     WaitReason,
 )
+from quire.scheduler.limits import SchedulerLimits
 from quire.scheduler.policy import POLICIES, Policy, RequestQueue
 from quire.scheduler.request import Request, RequestStatus
-from quire.scheduler.scheduler import Scheduler, SchedulerLimits
+from quire.scheduler.scheduler import Scheduler
 
 __all__ = [
     "POLICIES",

@@ -22,8 +22,9 @@ class Request:
     flight are done. Those plans sample the last `num_pending_tokens`, whose ids are not known yet."""
 
     __slots__ = (
-        "_common", "arrival_time", "cache_key", "decoding", "draft_token_ids", "finish_reason",
-        "fork_of", "generates", "needs_token_before_next", "num_cached_tokens", "num_computed_tokens",
+        "_common", "arrival_time", "awaits_drafts", "cache_key", "decoding", "draft_token_ids",
+        "finish_reason", "fork_of", "generates", "needs_token_before_next", "num_cached_tokens",
+        "num_computed_tokens",
         "num_drafts_in_flight", "num_pending_tokens", "num_preemptions", "num_prompt_logprobs",
         "num_prompt_tokens", "placement", "queued_time", "request_id", "scheduled_time", "sort_key",
         "status", "stop_token", "token_ids",
@@ -42,6 +43,8 @@ class Request:
         self.num_drafts_in_flight = 0
         """The number of drafts that a plan in flight verifies. Until its result has come, they count as
         computed, and the most tokens that it may sample count as pending."""
+        self.awaits_drafts = False
+        """Whether the last plan that samples a token of this request asked for drafts."""
         self.needs_token_before_next = needs_token_before_next
         """Whether a pending token must become known before the next one is computed."""
         self.num_cached_tokens: int | None = None
@@ -78,6 +81,15 @@ class Request:
     def num_output_tokens(self) -> int:
         """Known output tokens."""
         return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_tokens_left(self) -> int:
+        """The most tokens that it may generate after its known and pending ones."""
+        return self.decoding.max_tokens - self.num_output_tokens - self.num_pending_tokens
+
+    @property
+    def takes_drafts(self) -> bool:
+        return self.generates and self.decoding.takes_drafts
 
     @property
     def most_cached(self) -> int | None:

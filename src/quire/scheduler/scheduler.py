@@ -13,10 +13,7 @@ and a token that is being sampled is in the list as *pending*, its id not known 
 waits until it is known: sharing the block that it fills, and ending the request with it. If it turns out to
 be the last token, the result of the row planned after it is discarded.
 
-A row may end in drafts: guesses at the tokens that follow. They are computed like known tokens, with what is
-left of the budget and only in free blocks, and the executor samples after each. With the result, drafts that
-were right are known tokens whose KV exists; for the others `num_computed_tokens` is reduced, and
-their slots are written again before they are read. No block is shared before its tokens are known.
+A row may end in drafts, guesses at the tokens that follow (`scheduler/drafting.py`).
 
 Four rules keep it fair and free of deadlock (docs/adr/0002-one-order.md):
 
@@ -34,8 +31,7 @@ from __future__ import annotations
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
-from itertools import takewhile
+from dataclasses import replace
 
 from quire.kvcache import KVCacheManager, KVConnector, PrefixMatch, Transfers
 from quire.messages import (
@@ -52,25 +48,10 @@ from quire.messages import (
     StepResult,
 )
 from quire.scheduler.decisions import DecisionKind, Observer, Reporter, Wait, WaitReason
+from quire.scheduler.drafting import Drafting
+from quire.scheduler.limits import SchedulerLimits
 from quire.scheduler.policy import RequestQueue, create_policy
 from quire.scheduler.request import Request, RequestStatus
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerLimits:
-    """The limits of a step. Plain numbers, so that tests and the simulator need no model."""
-
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    max_model_len: int
-    watermark_blocks: int = 0
-    """Blocks kept free when a request is admitted beside running ones."""
-    long_prefill_token_threshold: int = 0
-    enable_chunked_prefill: bool = True
-    policy: str = "fcfs"
-    max_samples: int = 1 << 30
-    """Tokens that a step may sample. Those after drafts are counted; without drafts there is one for each
-    sequence at most."""
 
 
 class Scheduler:
@@ -109,7 +90,7 @@ class Scheduler:
         """By request id, for those that the last step considered; the others wait behind `_stopped_at`."""
         self._num_deferred = 0
         self._stopped_at: int | None = None
-        self._has_drafts = False
+        self.drafting = Drafting(limits, kv)
         self._loading: dict[int, int] = {}
         """By request id, the id of the load that a waiting request started."""
         self.transfers: Transfers | None = None
@@ -185,8 +166,7 @@ class Scheduler:
         self.report.step(self._step_id, quantum, self.kv.num_free, budget)
         budget -= self._schedule_waiting(plan, max(quantum, budget - sum(wanted)))
         self._schedule_running(plan, running, wanted, budget, quantum)
-        if self._has_drafts:
-            self._add_drafts(plan)
+        self.drafting.plan(plan, self.requests)
         plan.released, self._released = self._released, []
         if self.transfers is not None:
             self.transfers.save_evicted()
@@ -260,45 +240,9 @@ class Scheduler:
             return False
         if request.ends_with_pending:
             return True
-        held = request.needs_token_before_next or request.num_drafts_in_flight > 0
+        held = request.needs_token_before_next or self.drafting.holds(request)
         self._stats.rows_held += held
         return held
-
-    def _add_drafts(self, plan: StepPlan) -> None:
-        """Let rows verify drafts, in order, within the rest of the budget and samples and the free
-        blocks. Drafts that do not fit are dropped."""
-        self._has_drafts = False
-        left = min(
-            self.limits.max_num_batched_tokens - plan.num_tokens,
-            self.limits.max_samples - sum(row.samples for row in plan.rows),
-        )
-        for row in plan.rows:
-            request = self.requests[row.request_id]
-            drafts, request.draft_token_ids = request.draft_token_ids, ()
-            if not drafts or not row.samples:
-                continue
-            reach = row.start + row.num_tokens
-            count = min(
-                len(drafts), left, request.decoding.max_tokens - request.num_output_tokens - 1
-            )
-            missing = self.kv.num_missing(row.request_id, reach + count)
-            if missing > max(0, self.kv.num_free - self.limits.watermark_blocks):
-                slots = self.kv.num_blocks_of(row.request_id) * self.kv.block_size
-                count = min(count, slots - reach)
-            if count <= 0:
-                continue
-            growth = self.kv.grow(row.request_id, reach + count)
-            assert growth is not None
-            if row.new_block_ids and growth.block_ids:
-                pairs = zip(row.new_block_ids, growth.block_ids, strict=True)
-                row.new_block_ids = tuple(old + new for old, new in pairs)
-            else:
-                row.new_block_ids = row.new_block_ids or growth.block_ids
-            row.draft_token_ids = drafts[:count]
-            row.num_tokens += count
-            row.samples += count
-            request.num_drafts_in_flight += count
-            left -= count
 
     def _advance(self, plan: StepPlan) -> None:
         """Count planned tokens as computed. Only at the end, because within the step their KV cannot be
@@ -533,7 +477,7 @@ class Scheduler:
         first = request.num_output_tokens == 0
         drafts = planned.draft_token_ids
         if drafts:
-            self._reject_drafts(request, drafts, row.token_ids)
+            self.drafting.learn(request, planned, row.token_ids)
         accepted: list[int] = []
         for token in row.token_ids:
             request.append_token(token)
@@ -552,7 +496,7 @@ class Scheduler:
             if request.num_computed_tokens >= known:  # in a plan in flight
                 self.kv.register(request.request_id, request.token_ids, known, self._step_id)
             if row.draft_token_ids:
-                self._keep_drafts(request, row.draft_token_ids)
+                self.drafting.keep(request, row)
         update.new_token_ids = accepted
         update.logprobs = row.logprobs[: len(accepted)] if row.logprobs is not None else None
         update.prompt_logprobs = prompt_logprobs
@@ -560,22 +504,6 @@ class Scheduler:
             update.num_cached_tokens = request.num_cached_tokens
             update.times = request.times
         return update
-
-    def _reject_drafts(
-        self, request: Request, drafts: tuple[int, ...], token_ids: list[int]
-    ) -> None:
-        """Count only the accepted drafts as computed."""
-        request.num_drafts_in_flight -= len(drafts)
-        if request.status is RequestStatus.RUNNING:
-            pairs = zip(drafts, token_ids, strict=False)
-            accepted = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-            request.num_computed_tokens -= len(drafts) - accepted
-
-    def _keep_drafts(self, request: Request, drafts: tuple[int, ...]) -> None:
-        """Keep drafts for the next plan, unless that plan is in flight already."""
-        is_waited_for = request.status is RequestStatus.RUNNING and not request.num_pending_tokens
-        if is_waited_for and request.decoding.takes_drafts:
-            request.draft_token_ids, self._has_drafts = drafts, True
 
     def _learn_of_prompt(
         self, request: Request, row: PlannedRow, found: SampledRow | None

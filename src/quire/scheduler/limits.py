@@ -1,0 +1,24 @@
+"""The limits of a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerLimits:
+    """Plain numbers, so that tests and the simulator need no model."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    watermark_blocks: int = 0
+    """Blocks kept free when a request is admitted beside running ones."""
+    long_prefill_token_threshold: int = 0
+    enable_chunked_prefill: bool = True
+    policy: str = "fcfs"
+    max_samples: int = 1 << 30
+    """Tokens that a step may sample. Those after drafts are counted; without drafts there is one for each
+    sequence at most."""
+    max_drafts: int = 0
+    """Most drafts that a request verifies in a step; 0 if there is no drafter."""

@@ -1,0 +1,3 @@
+from tests.engine.conftest import servable
+
+__all__ = ["servable"]
