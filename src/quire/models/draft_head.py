@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from types import TracebackType
 
 import torch
 
@@ -25,7 +24,7 @@ from quire.layers.rotary import cos_sin_table
 from quire.models.decoder import DecoderModel
 from quire.models.head_spec import EMBEDDING, HeadSpec
 from quire.weights.load import load_random_weights, load_weights
-from quire.weights.source import Checkpoint, ModelSource, TensorInfo
+from quire.weights.source import ModelSource, Selected
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,28 +231,3 @@ def load_head(
             load_weights(head.targets(), selected, dtype=head.dtype)
     head.bind()
     return head
-
-
-@dataclass(frozen=True, slots=True)
-class Selected:
-    """A `Checkpoint` with some of another's tensors, maybe under other names."""
-
-    checkpoint: Checkpoint
-    tensors: Mapping[str, TensorInfo]
-
-    def read(self, info: TensorInfo, begin: int, into: memoryview) -> None:
-        self.checkpoint.read(info, begin, into)
-
-    def check_unchanged(self) -> None:
-        self.checkpoint.check_unchanged()
-
-    def __enter__(self) -> Selected:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """The other one is closed by whoever opened it."""

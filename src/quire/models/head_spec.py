@@ -22,11 +22,13 @@ from quire.models.registry import resolve_spec
 from quire.models.spec import LayerSpec, ModelSpec
 from quire.quantization.base import LinearMethod, LinearPart, LinearShape
 from quire.quantization.unquantized import UNQUANTIZED
-from quire.weights.source import ModelSource, TensorInfo
+from quire.weights.source import Checkpoint, ModelSource, TensorInfo
 
 FUSE, HEAD, EMBEDDING = "model.fc", "lm_head", "model.embed_tokens"
 MODEL_TYPES = ("llama", "qwen3", "mistral", "qwen2")
 """Families of layers that a head may have."""
+EMBEDDING_SAMPLE = 1 << 20
+"""Bytes."""
 SPECULATORS_FIELDS = frozenset(
     "architectures auto_map base_model_ep_plan dtype torch_dtype embed_requires_grad has_no_defaults_at_init "
     "speculators_model_type speculators_version tie_word_embeddings transformers_version".split()
@@ -145,17 +147,18 @@ def _own_name(name: str) -> str:
     return name.replace("midlayer.", "layers.0.")
 
 
-def resolve_head(method: str, source: ModelSource, target: ModelSpec) -> HeadSpec:
-    """method: "eagle", "eagle3" or "mtp". source: of the head, or of the target for MTP.
+def resolve_head(
+    method: str, source: ModelSource, target: ModelSpec, target_source: ModelSource
+) -> HeadSpec:
+    """method: "eagle", "eagle3" or "mtp". source: of the head; MTP layers are in the target's.
 
     Raises:
         UnsupportedModelError: for a field or value that is not implemented, or does not fit the target.
         CheckpointError: for a file that is missing or damaged.
     """
-    with source.open() as checkpoint:
-        tensors = checkpoint.tensors
     if method == "mtp":
-        return _resolve_mtp(target, tensors)
+        with target_source.open() as checkpoint:
+            return _resolve_mtp(target, checkpoint.tensors)
     config = source.config()
     if "speculators_model_type" in config:
         config, num_tokens = _from_speculators(config, method)
@@ -164,9 +167,28 @@ def resolve_head(method: str, source: ModelSource, target: ModelSpec) -> HeadSpe
         if isinstance(config.get("model"), dict):  # vLLM's EAGLEConfig
             config = {**config["model"], **{k: v for k, v in config.items() if k != "model"}}  # type: ignore[dict-item]
             config["model_type"] = config.get("model_type", "llama")
-    spec = _resolve_eagle3 if method == "eagle3" else _resolve_eagle
-    names = {_own_name(name).removeprefix("model.") for name in tensors}
-    return replace(spec(config, names, target), num_tokens=num_tokens)
+    read = _resolve_eagle3 if method == "eagle3" else _resolve_eagle
+    with source.open() as checkpoint:
+        names = {_own_name(name).removeprefix("model.") for name in checkpoint.tensors}
+        spec = read(config, names, target)
+        if spec.has_embedding and spec.hidden_size == target.hidden_size:
+            with target_source.open() as other:
+                spec = replace(spec, has_embedding=not _same_embedding(checkpoint, other))
+    return replace(spec, num_tokens=num_tokens)
+
+
+def _same_embedding(checkpoint: Checkpoint, other: Checkpoint) -> bool:
+    """Whether both begin with the same bytes: EAGLE's files hold a copy of the target's."""
+    found = []
+    for each in (checkpoint, other):
+        names = [name for name in each.tensors if name.endswith("embed_tokens.weight")]
+        if len(names) != 1:
+            return False
+        info = each.tensors[names[0]]
+        data = bytearray(min(info.num_bytes, EMBEDDING_SAMPLE))
+        each.read(info, 0, memoryview(data))
+        found.append((info.dtype, info.shape, data))
+    return found[0] == found[1]
 
 
 # --- MTP --------------------------------------------------------------------------------------------------
@@ -297,6 +319,7 @@ def _resolve_eagle(config: dict[str, object], names: set[str], target: ModelSpec
         taps=(target.num_layers,),
         reads_normed=True,
         join_bias="fc.bias" in names,
+        has_embedding="embed_tokens.weight" in names,
         quantization=spec.quantization,
     )
 

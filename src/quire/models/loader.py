@@ -18,12 +18,13 @@ from quire.dtypes import FLOATS
 from quire.errors import ConfigError
 from quire.kernels.base import LayerKernels
 from quire.models.decoder import DecoderModel
+from quire.models.head_spec import draft_tensors
 from quire.models.spec import EMBEDDING, ModelSpec
 from quire.quantization.matrix import QuantizedMethod
 from quire.quantization.unquantized import UNQUANTIZED
 from quire.weights.load import load_random_weights, load_weights
-from quire.weights.names import HEAD
-from quire.weights.source import ModelSource
+from quire.weights.names import HEAD, list_names
+from quire.weights.source import Checkpoint, ModelSource, Selected
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ def load_model(
             )
         tied = {f"{EMBEDDING}.weight": HEAD} if spec.tie_word_embeddings else {}
         with source.open() as checkpoint:
-            load_weights(model.targets(), checkpoint, dtype=dtype, tied=tied)
+            load_weights(model.targets(), _without_drafts(checkpoint, spec), dtype=dtype, tied=tied)
     model.bind()
     seconds = time.perf_counter() - started
     logger.info(
@@ -82,6 +83,20 @@ def load_model(
     if isinstance(spec.quantization, QuantizedMethod):
         logger.info("%s", _describe(spec, spec.quantization, dtype))
     return model
+
+
+def _without_drafts(checkpoint: Checkpoint, spec: ModelSpec) -> Checkpoint:
+    """Without the tensors of layers for multi-token prediction; `load_head` loads those."""
+    if not spec.num_draft_layers:
+        return checkpoint
+    pattern, tensors = draft_tensors(spec), checkpoint.tensors
+    kept = {name: info for name, info in tensors.items() if not pattern.search(name)}
+    if len(kept) < len(tensors):
+        drafts = [name for name in tensors if name not in kept]
+        logger.info(
+            "left out %s: layers that draft, for speculative_config's method mtp", list_names(drafts)
+        )
+    return Selected(checkpoint, kept)
 
 
 def _describe(spec: ModelSpec, method: QuantizedMethod, dtype: torch.dtype) -> str:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
 
 from quire.kernels.program import StepRows
 from quire.messages import StepPlan
@@ -45,4 +47,17 @@ class Drafter(Protocol):
     def propose(self, tasks: Sequence[DraftTask]) -> Sequence[Sequence[int]]:
         """For each task the drafts, in order: at most `most`, and fewer or none where it has no good
         guess."""
+        ...
+
+
+@runtime_checkable
+class StateReader(Protocol):
+    """A drafter that reads the target's hidden states."""
+
+    taps: tuple[int, ...]
+    """For `DecoderModel.taps`."""
+
+    def read(self, tapped: Tensor) -> None:
+        """The tokens of the last plan have been computed, drafts among them. Called after `begin`, for every plan
+        with rows, before `propose`. tapped: as `ForwardPass.tapped`."""
         ...

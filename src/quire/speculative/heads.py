@@ -25,10 +25,9 @@ from quire.kernels.base import Kernels
 from quire.kernels.program import StepRows
 from quire.kernels.sampling import SAMPLE_ROW, sample_row
 from quire.messages import StepPlan
-from quire.models.draft_head import DraftHead, HeadResult, load_head
-from quire.speculative.base import DraftContext, DraftTask
+from quire.models.draft_head import DraftHead, HeadResult
+from quire.speculative.base import DraftTask
 from quire.speculative.draft_cache import DraftCache
-from quire.weights.source import open_source
 
 MOST_HELD = 16
 """States of a request that wait for the next call. More are computed at once, without drafts."""
@@ -262,7 +261,3 @@ class HeadDrafter:
         return (tokens if ids is None else ids[tokens]).tolist(), found.valid.tolist()
 
 
-def create(context: DraftContext) -> HeadDrafter:
-    """Raises as loading any model does."""
-    spec, kernels = context.draft, context.kernels
-    raise NotImplementedError
