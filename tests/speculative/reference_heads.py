@@ -159,6 +159,7 @@ def save_head(form: Form, target: transformers.PretrainedConfig, directory: Path
 class ReferenceHead:
     def __init__(self, form: Form, target: transformers.PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
         self.form, self.target = form, target
+        self._states: list[tuple[list[int], Tensor]] = []
         self.w = {name.removeprefix(form.prefix): each.float() for name, each in tensors.items() if name != "d2t"}
         self.offsets = tensors.get(form.prefix + "d2t")
         config = target.config
@@ -176,9 +177,16 @@ class ReferenceHead:
     def linear(self, x: Tensor, name: str) -> Tensor:
         return F.linear(x, self.w[f"{name}.weight"], self.w.get(f"{name}.bias"))
 
-    @torch.no_grad()
     def target_states(self, tokens: Sequence[int]) -> Tensor:
-        """What the head reads of the target, for each token."""
+        """What the head reads of the target, for each token. Ask for the longest sequences first."""
+        for known, states in self._states:
+            if known[: len(tokens)] == list(tokens):
+                return states[: len(tokens)]
+        self._states.append((list(tokens), self._target_states(tokens)))
+        return self._states[-1][1]
+
+    @torch.no_grad()
+    def _target_states(self, tokens: Sequence[int]) -> Tensor:
         before: list[Tensor] = []
         model, form = self.target.model, self.form
         hook = model.norm.register_forward_pre_hook(lambda _, args: before.append(args[0]))

@@ -4,7 +4,7 @@ them when requests share blocks, are preempted, or want no drafts for a while.""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
@@ -64,7 +64,8 @@ class Recording(HeadDrafter):
     """Keeps what was proposed for which tokens. It returns the right tokens instead, if a test knows them: drafts
     of random weights are never accepted."""
 
-    made: list[tuple[list[int], list[int], Decoding]]
+    made: list[tuple[list[int], list[int], Decoding, int]]
+    """Known tokens, drafts, parameters, and the first token of the head's context."""
     answer: Callable[[list[int], int], Sequence[int]] | None = None
     silent = False
 
@@ -84,7 +85,8 @@ class Recording(HeadDrafter):
         known = [self._rows.token_ids[task.seat, : task.num_tokens].tolist() for task in tasks]
         for task, tokens, drafts in zip(tasks, known, found, strict=True):
             assert len(drafts) in (0, task.most)
-            self.made.append((tokens, list(drafts), self.decoding[task.seat]))
+            context = self._seats[task.seat].context
+            self.made.append((tokens, list(drafts), self.decoding[task.seat], context))
         if self.answer is None:
             return found
         return [self.answer(tokens, task.most) for task, tokens in zip(tasks, known, strict=True)]
@@ -125,20 +127,36 @@ class Setup:
     def check(self) -> None:
         """All drafts are those of the reference."""
         assert self.drafter is not None and self.drafter.made
-        for tokens, drafts, decoding in self.drafter.made:
-            assert drafts == self.expected(tokens, len(drafts), decoding)
+        longest_first = sorted(self.drafter.made, key=lambda each: -len(each[0]))
+        for tokens, drafts, decoding, context in longest_first:
+            if drafts:
+                assert drafts == self.expected(tokens, len(drafts), decoding, context=context)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads of models so small wait for each other only."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
 def setup(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Setup]:
     @cache
+    def target_of(family: str, folder: Path) -> ServableCheckpoint:
+        shape = {"num_hidden_layers": 4, "tie_word_embeddings": False}
+        return write_checkpoint(family, folder / "target", **shape)
+
+    shared = tmp_path_factory.mktemp("llama")
+
+    @cache
     def make(name: str) -> Setup:
         form, folder = FORMS[name], tmp_path_factory.mktemp(name)
-        family = "qwen2" if form.method == "mtp" else "llama"
-        target = write_checkpoint(
-            family, folder / "target", num_hidden_layers=4, tie_word_embeddings=False
-        )
-        if form.method != "mtp":
+        is_mtp = form.method == "mtp"
+        target = target_of("qwen2", folder) if is_mtp else target_of("llama", shared)
+        if not is_mtp:
             return Setup(form, target, save_head(form, target.reference.config, folder / "head"))
         path = target.directory / "config.json"
         config = json.loads(path.read_text()) | {
@@ -153,19 +171,110 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Setup]:
     return make
 
 
-@pytest.mark.parametrize("params", [GREEDY, DRAWN], ids=["greedy", "drawn"])
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize(
+    ("name", "params"),
+    [(name, GREEDY) for name in FORMS] + [(name, DRAWN) for name in ("eagle", "eagle3", "mimo")],
+)
 def test_drafts_are_those_of_plain_pytorch(
     name: str, params: SamplingParams, setup: Callable[[str], Setup]
 ) -> None:
     """Prompts in chunks and in company; tokens, and what drafts change of the steps."""
-    used, batch = setup(name), prompts(5, longest=60)
-    options = {"max_num_batched_tokens": 32, "max_num_seqs": 4}
+    used, batch = setup(name), prompts(4, longest=60)
+    options = {"max_num_batched_tokens": 32, "max_num_seqs": 3}
     with make_llm(used.checkpoint, **options) as llm:
         expected = tokens_of(llm.generate(batch, params, use_tqdm=False))
     with used.drafting(), make_llm(used.checkpoint, **options) as llm:
         assert tokens_of(llm.generate(batch, params, use_tqdm=False)) == expected
     used.check()
     assert used.drafter is not None
-    drafts = [drafts for _, drafts, _ in used.drafter.made]
+    assert not any(context for *_, context in used.drafter.made)
+    drafts = [drafts for _, drafts, *_ in used.drafter.made]
     assert all(drafts) and len({tuple(each) for each in drafts}) > len(drafts) / 2
+
+
+def right(outputs: Sequence[Sequence[int]], batch: Sequence[list[int]], *, wrong: int) -> Callable[[list[int], int], list[int]]:
+    """The tokens that follow; each `wrong`-th draft is another."""
+    texts = [[*prompt, *output] for prompt, output in zip(batch, outputs, strict=True)]
+
+    def answer(tokens: list[int], most: int) -> list[int]:
+        [text] = {tuple(each) for each in texts if each[: len(tokens)] == tokens}
+        drafts = text[len(tokens) : len(tokens) + most]
+        return [(t + 1) % 300 if (len(tokens) + i) % wrong == 0 else t for i, t in enumerate(drafts)]
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"), [("eagle", 2), ("eagle3", 3), ("eagle3", 1000), ("mimo", 2)]
+)
+def test_accepted_and_rejected_drafts_leave_right_states(
+    name: str, wrong: int, setup: Callable[[str], Setup]
+) -> None:
+    used, batch = setup(name), prompts(4, longest=50)
+    params = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
+    with make_llm(used.checkpoint) as llm:
+        expected = tokens_of(llm.generate(batch, params, use_tqdm=False))
+    with used.drafting(), make_llm(used.checkpoint) as llm:
+        assert used.drafter is not None
+        used.drafter.answer = right(expected, batch, wrong=wrong)
+        assert tokens_of(llm.generate(batch, params, use_tqdm=False)) == expected
+    used.check()
+    assert all(drafts for _, drafts, *_ in used.drafter.made)
+
+
+@pytest.mark.parametrize("name", ["eagle", "eagle3"])
+def test_blocks_keep_the_heads_keys_and_values(name: str, setup: Callable[[str], Setup]) -> None:
+    """Prefix hits, samples that share a prompt, and requests that are preempted."""
+    used, prompt = setup(name), [(7 * i) % 300 for i in range(70)]
+    several = SamplingParams(n=3, temperature=0.8, seed=4, max_tokens=20, ignore_eos=True)
+    batch = [prompt, prompt[:48], [*prompt, 7, 8, 9], *prompts(4, longest=90)]
+    options = {"num_gpu_blocks_override": 12, "max_model_len": 192, "max_num_batched_tokens": 64}
+
+    def run() -> tuple[list[list[int]], list[list[int]], list[list[int]]]:
+        with make_llm(used.checkpoint, **options) as llm:
+            first = tokens_of(llm.generate([prompt], GREEDY, use_tqdm=False))
+            [samples] = llm.generate([prompt], several, use_tqdm=False)
+            last = llm.generate(batch, DRAWN, use_tqdm=False)
+        assert any(output.metrics.num_preemptions for output in last)
+        assert any(output.num_cached_tokens for output in last)
+        return first, [list(each.token_ids) for each in samples.outputs], tokens_of(last)
+
+    plain = run()
+    with used.drafting():
+        assert run() == plain
+    used.check()
+
+
+def test_a_head_begins_again_at_a_block_after_a_gap(setup: Callable[[str], Setup]) -> None:
+    used, prompt = setup("eagle3"), prompts(1, longest=40, seed=1)[0][:20]
+    count = MOST_IDLE + 60
+    params = SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True)
+    with make_llm(used.checkpoint) as llm:
+        expected = tokens_of(llm.generate([prompt], params, use_tqdm=False))
+    with used.drafting(), make_llm(used.checkpoint) as llm:
+        drafter = used.drafter
+        assert drafter is not None
+        steps = 0
+
+        def answer(tokens: list[int], most: int) -> list[int]:
+            nonlocal steps
+            steps += 1
+            drafter.silent = steps == 3
+            return []
+
+        drafter.answer = answer
+        awake = len(prompt) + 3 + MOST_IDLE + 5
+        begin = type(drafter).begin
+
+        def wake(plan: StepPlan, seat_of: Mapping[int, int]) -> None:
+            begin(drafter, plan, seat_of)
+            if any(row.start >= awake for row in plan.rows):
+                drafter.silent = False
+
+        drafter.begin = wake  # type: ignore[method-assign]
+        assert tokens_of(llm.generate([prompt], params, use_tqdm=False)) == expected
+    used.check()
+    contexts = [context for tokens, drafts, _, context in drafter.made if drafts]
+    lengths = [len(tokens) for tokens, drafts, *_ in drafter.made if not drafts]
+    assert contexts[:3] == [0, 0, 0] and set(contexts[3:]) == {-(-awake // 16) * 16}
+    assert lengths and min(lengths) > awake
