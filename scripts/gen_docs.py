@@ -31,6 +31,7 @@ TITLES = {
     "scheduler": "Scheduler",
     "runtime": "Runtime",
     "structured": "Structured outputs",
+    "lora": "LoRA adapters",
     "server": "Server",
 }
 
@@ -49,6 +50,11 @@ VLLM = {
     "log_format": "no such flag",
     "max_grammar_bytes": "no such flag, no limit",
     "json_whitespace": "`any`; its `disable_any_whitespace` is `none`",
+    "lora_modules": "no such keyword of `LLM`",
+    "lora_dir": "`VLLM_LORA_RESOLVER_CACHE_DIR`; its load endpoint reads any directory",
+    "max_loras": "1",
+    "max_cpu_loras": "max_loras",
+    "max_lora_rank": "16; 1, 8, 16, 32, 64, 128, 256, 320 or 512",
     "shutdown_timeout": "0",
     "sse_keep_alive_interval": "0",
     "health_timeout": "no such flag",

@@ -33,6 +33,7 @@ some/model --model=m --served-model-name a b
 --chat-template t.jinja --chat-template-content-format openai --response-role bot
 --enable-auto-tool-choice --tool-call-parser hermes --reasoning-parser qwen3
 --return-tokens-as-token-ids --enable-tokenizer-info-endpoint --enable-force-include-usage
+--enable-lora --no-enable-lora --max-loras 4 --max-cpu-loras 9 --max-lora-rank 320
 --sse-keep-alive-interval 5 --shutdown-timeout 0 --attention-backend FLASH_ATTN
 """
 
@@ -40,7 +41,7 @@ SILENT = """
 --tokenizer-mode auto --runner auto --runner generate --convert none --task generate
 --tensor-parallel-size 1 -tp 1 -pp 1 -dp 1 --no-enable-expert-parallel
 --distributed-executor-backend mp --cpu-offload-gb 0 --kv-offloading-size 0 --kv-offloading-backend native
---structured-outputs-config {"backend":"auto"} --no-enable-lora --max-lora-rank 16 -O2
+--structured-outputs-config {"backend":"auto"} --lora-dtype auto -O2
 --compilation-config {} --prefix-caching-hash-algo sha256 --limit-mm-per-prompt {}
 --no-skip-tokenizer-init
 """
@@ -53,12 +54,12 @@ WARNS = """
 --enable-request-id-headers --enable-server-load-tracking --otlp-traces-endpoint http://h
 --collect-detailed-traces model worker --kv-cache-metrics --enable-sleep-mode --swap-space 4
 --num-scheduler-steps 8 --use-v2-block-manager --max-seq-len-to-capture 8192 --disable-log-requests
---guided-decoding-backend outlines --disable-custom-all-reduce --max-loras 4 --max-cpu-loras 4
+--guided-decoding-backend outlines --disable-custom-all-reduce --fully-sharded-loras --specialize-active-lora
 """
 
 REFUSED = """
 --middleware a.b --skip-tokenizer-init --tensor-parallel-size 2 -tp 2 -pp 2 -dp=2 --enable-expert-parallel
---distributed-executor-backend ray --enable-lora --lora-modules n=p m=q
+--distributed-executor-backend ray --lora-modules n=p m=q --lora-target-modules q_proj --lora-dtype float16
 --speculative-config {"method":"ngram"} --spec-method ngram --spec-model d --spec-tokens 3
 --kv-transfer-config {"kv_connector":"X"} --kv-offloading-size 4 --cpu-offload-gb 2.5
 --structured-outputs-config {"disable_any_whitespace":true} --task classify --convert classify

@@ -159,6 +159,7 @@ def test_the_labels_of_the_metrics() -> None:
     deferred = {reason for reason in WaitReason if reason.label == "deferred"}
     assert deferred == {
         WaitReason.PREFIX, WaitReason.FORK, WaitReason.TOKEN, WaitReason.LOAD, WaitReason.GRAMMAR,
+        WaitReason.ADAPTER, WaitReason.PLACE,
     }  # fmt: skip
     assert {reason.label for reason in WaitReason} == {"capacity", "deferred"}
 

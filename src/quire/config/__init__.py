@@ -18,11 +18,14 @@ from quire.config.flat import (
     split_flat,
 )
 from quire.config.foreign import foreign_flags, without_foreign
+from quire.config.lora import ADAPTER_NAME, LoRAConfig
 from quire.config.server import ServerConfig
 
 __all__ = [
+    "ADAPTER_NAME",
     "CacheConfig",
     "EngineConfig",
+    "LoRAConfig",
     "ModelConfig",
     "RuntimeConfig",
     "SchedulerConfig",

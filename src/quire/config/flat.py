@@ -14,6 +14,7 @@ from quire.config.engine import (
     SchedulerConfig,
     StructuredOutputsConfig,
 )
+from quire.config.lora import LoRAConfig
 from quire.config.options import OptionInfo, check_type, describe
 from quire.config.server import ServerConfig
 from quire.errors import ConfigError
@@ -24,6 +25,7 @@ ENGINE_GROUPS: dict[str, type] = {
     "scheduler": SchedulerConfig,
     "runtime": RuntimeConfig,
     "structured": StructuredOutputsConfig,
+    "lora": LoRAConfig,
 }
 
 

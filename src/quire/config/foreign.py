@@ -33,7 +33,8 @@ def _idle(why: str, default: object = None, *short: str) -> Foreign:
 
 _ONE_DEVICE = "one device serves a model; start one server per device, behind a balancer"
 _TEXT_ONLY = "models read text only"
-_NO_ADAPTERS = "adapters are not served; merge them into the checkpoint"
+_AS_FILED = "an adapter is computed in the type of its file"
+_NO_MOE_ADAPTERS = "adapters apply to dense layers only"
 _NO_DRAFTS = "there is no speculative decoding yet"
 _KV_STAYS = "KV stays where it is computed"
 _NO_TRACES = "there are no traces yet; see /metrics and --enable-log-requests"
@@ -127,11 +128,17 @@ FOREIGN: dict[str, Foreign] = {
     "tool_parser_plugin": Foreign(_NO_CODE, ""),
     "reasoning_parser_plugin": Foreign(_NO_CODE, ""),
     # Adapters.
-    "enable_lora": Foreign(_NO_ADAPTERS, False),
-    "lora_modules": Foreign(_NO_ADAPTERS, ()),
-    "max_loras": _idle(_NO_ADAPTERS, 1),
-    "max_lora_rank": _idle(_NO_ADAPTERS, 16),
-    "max_cpu_loras": _idle(_NO_ADAPTERS),
+    "lora_dtype": Foreign(_AS_FILED, "auto"),
+    "fully_sharded_loras": _idle(_ONE_DEVICE, False),
+    "lora_target_modules": Foreign("an adapter applies to every module that its file has", ()),
+    "lora_extra_vocab_size": Foreign("adapters add no tokens", 0, (256,)),
+    "enable_lora_bias": Foreign(_DROPPED, False),
+    "default_mm_loras": _idle(_TEXT_ONLY, {}),
+    "enable_tower_connector_lora": _idle(_TEXT_ONLY, False),
+    "specialize_active_lora": _idle("a step computes the adapters that it has", False),
+    "enable_mixed_moe_lora_format": Foreign(_NO_MOE_ADAPTERS, False),
+    "enable_moe_shared_loras": Foreign(_NO_MOE_ADAPTERS, False),
+    "max_lora_cls_labels": _idle("no model here classifies"),
     # The server and its logs and metrics.
     "middleware": Foreign(_NO_CODE, ()),
     "enable_prompt_tokens_details": _idle("usage always has them", False),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -92,6 +93,8 @@ def check_type(info: OptionInfo, value: object) -> object:
         value = (value,)
     if info.is_list and isinstance(value, tuple) and len(value) == 1 and str(value[0])[:1] == "[":
         value = _json_list(value[0])  # vLLM: --allowed-origins '["https://a"]'
+    if info.is_list and isinstance(value, tuple):
+        value = tuple(json.dumps(part) if isinstance(part, dict) else part for part in value)
     allowed = _allowed(info)
     ok = _is_instance(value, allowed)
     if isinstance(value, tuple):
@@ -167,8 +170,6 @@ def parse_max_model_len(text: str) -> int:
 
 def _json_list(text: str) -> object:
     """A JSON array as a tuple; other values unchanged."""
-    import json
-
     try:
         value = json.loads(text)
     except ValueError:
@@ -178,8 +179,6 @@ def _json_list(text: str) -> object:
 
 def parse_json_object(text: str) -> dict[str, object]:
     """A JSON object given on the command line."""
-    import json
-
     try:
         value = json.loads(text)
     except ValueError:

@@ -55,7 +55,10 @@ def build_core(
     memory = _plan(config, resolved, executor.load(), longest)
     executor.open_cache(memory.num_blocks, memory.max_model_len)
     core = EngineCore(
-        build_scheduler(config, resolved.spec.kv, memory), executor, grammars=grammars
+        build_scheduler(config, resolved.spec.kv, memory),
+        executor,
+        grammars=grammars,
+        max_adapters=config.lora.capacity,
     )
     ready = EngineReady(
         num_blocks=memory.num_blocks,
@@ -143,6 +146,7 @@ def build_scheduler(config: EngineConfig, layout: KVLayout, memory: MemoryPlan) 
         long_prefill_token_threshold=options.long_prefill_token_threshold,
         enable_chunked_prefill=options.enable_chunked_prefill,
         policy=options.scheduling_policy,
+        max_adapters=config.lora.max_loras,
         max_samples=config.max_samples,
         max_drafts=config.max_drafts,
     )

@@ -9,17 +9,21 @@ from collections.abc import Callable
 
 from quire.decoding import GrammarSpec
 from quire.engine.failures import failure_of
+from quire.engine.pending import PendingRequests, failed
+from quire.engine.residence import AdapterMemory, name_of
 from quire.errors import EngineError, EngineSleepingError
 from quire.executor.base import Executor, StepFuture
 from quire.messages import (
     AbortRequests,
+    AddAdapter,
     AddRequest,
     Answer,
     Control,
     ControlAction,
     CoreInput,
     CoreOutput,
-    FinishReason,
+    DropAdapter,
+    LoadAdapter,
     Ping,
     Pong,
     RequestUpdate,
@@ -29,12 +33,10 @@ from quire.messages import (
     StepPlan,
 )
 from quire.scheduler import Scheduler, Wait, WaitReason
-from quire.structured.base import GrammarError
 from quire.structured.store import GrammarStore
 
 logger = logging.getLogger(__name__)
 
-COMPILE_WAIT_SECONDS = 0.005
 ANY_JSON = GrammarSpec("json_schema", '{"type":"object"}')
 
 
@@ -47,26 +49,29 @@ class EngineCore:
         executor: Executor,
         *,
         grammars: GrammarStore | None = None,
+        max_adapters: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """max_adapters: the most that are in memory."""
         self.scheduler = scheduler
         self.executor = executor
         self._clock = clock
         self._in_flight: deque[tuple[StepPlan, StepFuture]] = deque()
         self._grammars = grammars
         self._sleep_level = 0
-        self._compiling: dict[int, AddRequest] = {}
-        """Requests whose grammar is being compiled while steps run. They are not in the scheduler yet."""
+        self._adapters = AdapterMemory(executor, max_adapters)
+        self._pending = PendingRequests(grammars, self._adapters, scheduler.policy.waiting_key)
+        self._answers: list[Answer] = []
 
     @property
     def has_work(self) -> bool:
-        return bool(self._in_flight or self._compiling) or self.scheduler.has_work
+        return bool(self._in_flight) or self._pending.has_work or self.scheduler.has_work
 
     def step(self) -> StepOutputs:
         """One iteration of continuous batching: launch a plan, then take the result of the oldest one in
         flight, which is the same one unless the executor overlaps. A plan without rows overlaps with
         nothing, so then no plan stays in flight."""
-        updates = self._admit_compiled()
+        updates = self._admit_ready()
         plan = self.scheduler.schedule()
         self._in_flight.append((plan, self.executor.execute(plan)))
         may_stay = self.executor.max_in_flight - 1 if plan.rows else 0
@@ -89,21 +94,29 @@ class EngineCore:
             try:
                 self._add(message)
             except Exception as error:
-                return self._outputs([_failed(message, error)])
+                return self._outputs([failed(message, error)])
         elif isinstance(message, AbortRequests):
             return self._outputs(self._abort(message.request_ids))
         elif isinstance(message, Ping):
             return Pong(message.nonce, self._clock())
         elif isinstance(message, Control):
             return self._control(message)
+        elif isinstance(message, AddAdapter):
+            self._adapters.add(message.key, message.path)
+        elif isinstance(message, DropAdapter):
+            self._adapters.drop(message.key)
         return None
 
-    def _control(self, message: Control) -> Answer:
+    def _control(self, message: Control) -> Answer | None:
         """Carry out one call. An error is returned to its caller; the engine continues."""
         if isinstance(message.action, Sleep):
             self._drain()  # outside the try: an error in a step must end the engine
         failure = None
         try:
+            if isinstance(message.action, LoadAdapter):
+                self._check_awake()
+                self._pending.load(message, message.action)
+                return None  # answered with the outputs of a later step
             self._carry_out(message.action)
         except Exception as error:
             what = f"The engine failed on {type(message.action).__name__}"
@@ -113,7 +126,7 @@ class EngineCore:
 
     def _drain(self) -> None:
         """Drain: no request is left; finish the steps in flight and send pending releases."""
-        while self.has_work and not (self.scheduler.requests or self._compiling):
+        while self.has_work and not (self.scheduler.requests or self._pending):
             self.step()
 
     def _carry_out(self, action: ControlAction) -> None:
@@ -134,60 +147,51 @@ class EngineCore:
         if level:
             self.scheduler.reset_prefix_cache()
             self.executor.sleep(level)
+            self._adapters.clear()
             self._sleep_level = level
 
     def close(self) -> None:
         self.executor.close()
 
-    def _add(self, message: AddRequest) -> None:
+    def _check_awake(self) -> None:
         if self._sleep_level:
             raise EngineSleepingError("The engine sleeps.")
-        grammar = message.decoding.grammar
-        if grammar is None:
-            self.scheduler.add_request(message)
-            return
-        if self._grammars is None:
-            raise ValueError("this engine has no grammars")
-        self._grammars.prepare(grammar)
-        self._compiling[message.request_id] = message
-        self.scheduler.report.waits(message.request_id, Wait(WaitReason.GRAMMAR))
 
-    def _admit_compiled(self) -> list[RequestUpdate]:
-        """Add the requests whose grammar has been compiled; without other work, wait a short time for one."""
-        if not self._compiling:
+    def _add(self, message: AddRequest) -> None:
+        self._check_awake()
+        reason = self._pending.add(message)
+        if reason is None:
+            self.scheduler.add_request(message)
+        else:
+            self.scheduler.report.waits(message.request_id, Wait(reason))
+
+    def _admit_ready(self) -> list[RequestUpdate]:
+        """Add the requests whose grammar and adapter are there now. Returns the end of those that failed."""
+        if not self._pending.has_work:
             return []
-        assert self._grammars is not None
-        if not self._in_flight and not self.scheduler.has_work:
-            self._grammars.wait(COMPILE_WAIT_SECONDS)
-        updates = []
-        for message in list(self._compiling.values()):
-            spec = message.decoding.grammar
-            assert spec is not None
-            grammar = self._grammars.ready(spec)
-            if grammar is None:
-                continue
-            del self._compiling[message.request_id]
-            if isinstance(grammar, GrammarError):
-                updates.append(_failed(message, grammar))
-            else:
-                self.scheduler.add_request(message)
-        return updates
+        arrivals = self._pending.take(wait=not self._in_flight and not self.scheduler.has_work)
+        for message in arrivals.ready:
+            self.scheduler.add_request(message)
+        for control, error in arrivals.loaded:
+            failure = (
+                None if error is None else failure_of(error, "The adapter could not be loaded")
+            )
+            self._answers.append(Answer(control.id, self._sleep_level, failure))
+        return arrivals.failed
 
     def _abort(self, request_ids: list[int]) -> list[RequestUpdate]:
-        compiling = [i for i in request_ids if self._compiling.pop(i, None) is not None]
-        updates = [RequestUpdate(request_id=i, finish_reason=FinishReason.ABORT) for i in compiling]
-        return updates + self.scheduler.abort(request_ids)
+        return self._pending.abort(request_ids) + self.scheduler.abort(request_ids)
 
     def _outputs(self, updates: list[RequestUpdate]) -> StepOutputs:
         stats = self.scheduler.take_stats()
-        stats.num_waiting += len(self._compiling)
-        stats.waiting_by_reason[WaitReason.GRAMMAR.label] += len(self._compiling)
-        return StepOutputs(updates=updates, stats=stats, timestamp=self._clock())
-
-
-def _failed(message: AddRequest, error: Exception) -> RequestUpdate:
-    return RequestUpdate(
-        request_id=message.request_id,
-        finish_reason=FinishReason.ERROR,
-        error=failure_of(error, "The engine could not accept the request").message,
-    )
+        waiting = len(self._pending)
+        stats.num_waiting += waiting
+        stats.waiting_by_reason[WaitReason.GRAMMAR.label] += waiting
+        for update in updates:
+            if update.finish_reason is not None:
+                self._adapters.end(update.request_id)
+        running = self.scheduler.adapters.in_use
+        stats.running_adapters = sorted({name_of(key) for key in running})
+        stats.waiting_adapters = self._adapters.waiting_names(running)
+        answers, self._answers = self._answers, []
+        return StepOutputs(updates=updates, stats=stats, timestamp=self._clock(), answers=answers)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
 from quire.messages import StepPlan, StepResult
@@ -16,6 +18,38 @@ class StepFuture(Protocol):
         ...
 
 
+class AdapterLoad(Protocol):
+    """The end of loading an adapter."""
+
+    @property
+    def key(self) -> str: ...
+    @property
+    def error(self) -> str | None:
+        """None: it is in memory. Else why it is not, for a client: names no path."""
+        ...
+
+
+class AdapterStore(Protocol):
+    """The LoRA adapters in a worker's memory, by key (`Placement.adapter`)."""
+
+    def load(self, key: str, path: Path) -> None:
+        """Begin to load the adapter in a directory, in another thread. It may be named by plans once it has
+        been polled."""
+        ...
+
+    def poll(self) -> Sequence[AdapterLoad]:
+        """What has ended since the last call. Does not wait."""
+        ...
+
+    def wait(self, seconds: float) -> None:
+        """Wait until there is something to poll, at most so long."""
+        ...
+
+    def drop(self, key: str) -> None:
+        """Free its memory, as soon as no plan in flight uses it. No later plan does."""
+        ...
+
+
 class Executor(Protocol):
     """Runs plans in the given order: each reads the KV and the sampled tokens of those before it, and
     writes only after they have read. The engine knows nothing else about devices."""
@@ -24,6 +58,11 @@ class Executor(Protocol):
     def max_in_flight(self) -> int:
         """The number of plans that may be launched before the result of the first is taken. 1: each is
         finished before the next is made. 2: the next one is made and launched while one runs."""
+        ...
+
+    @property
+    def adapters(self) -> AdapterStore | None:
+        """None if adapters are not served, and while asleep: sleeping drops them."""
         ...
 
     def load(self) -> Footprint:

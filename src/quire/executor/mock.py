@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from quire.executor.base import AdapterStore
 from quire.messages import SampledRow, StepPlan, StepResult
 from quire.runner.footprint import Footprint, host_memory
 
@@ -21,6 +22,7 @@ class MockExecutor:
         self.plans: list[StepPlan] = []
         self.events: list[tuple[str, int]] = []
         """("launched" or "taken", step_id), in the order in which it happened."""
+        self.adapters: AdapterStore | None = None
 
     def load(self) -> Footprint:
         return Footprint(weight_bytes=0, step_bytes=0, memory=host_memory())

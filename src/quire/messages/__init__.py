@@ -6,6 +6,7 @@ boundary. Encoded with msgspec's msgpack (typed on decoding, never pickle).
 
 from quire.messages.core import (
     AbortRequests,
+    AddAdapter,
     AddRequest,
     Answer,
     Control,
@@ -13,9 +14,11 @@ from quire.messages.core import (
     CoreFailed,
     CoreInput,
     CoreOutput,
+    DropAdapter,
     EngineReady,
     Failure,
     FinishReason,
+    LoadAdapter,
     Ping,
     Pong,
     PromptLogprobs,
@@ -44,6 +47,7 @@ from quire.messages.step import (
 
 __all__ = [
     "AbortRequests",
+    "AddAdapter",
     "AddRequest",
     "AdmittedRequest",
     "BlockIds",
@@ -54,9 +58,11 @@ __all__ = [
     "CoreFailed",
     "CoreInput",
     "CoreOutput",
+    "DropAdapter",
     "EngineReady",
     "Failure",
     "FinishReason",
+    "LoadAdapter",
     "Ping",
     "PlannedRow",
     "Pong",

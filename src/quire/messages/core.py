@@ -56,15 +56,35 @@ class WakeUp(msgspec.Struct, tag="wake_up", frozen=True):
     """Allocate the memory again; weights that were dropped are loaded again."""
 
 
-ControlAction = ResetPrefixCache | Sleep | WakeUp
+class LoadAdapter(msgspec.Struct, tag="load_adapter", frozen=True):
+    """Load an adapter now, ahead of its first request. Answered when it is in memory."""
+
+    key: str
+
+
+ControlAction = ResetPrefixCache | Sleep | WakeUp | LoadAdapter
 
 
 class Control(msgspec.Struct, tag="control", frozen=True):
-    """A call for the whole engine, carried out between two steps. Answered by an `Answer` with its id;
-    calls are carried out and answered in the order in which they were sent."""
+    """A call for the whole engine, carried out between two steps. Answered by an `Answer` with its id, in the
+    order in which they were sent; except a `LoadAdapter`, which takes its time beside the steps."""
 
     id: int
     action: ControlAction
+
+
+class AddAdapter(msgspec.Struct, tag="add_adapter", frozen=True):
+    """A version of a LoRA adapter that requests may name. It is read when the first of them comes."""
+
+    key: str
+    """`Placement.adapter` of its requests: NAME@HASH, with a hash of its content."""
+    path: str
+
+
+class DropAdapter(msgspec.Struct, tag="drop_adapter", frozen=True):
+    """No later request names this version. It is dropped when those that name it have ended."""
+
+    key: str
 
 
 class Ping(msgspec.Struct, tag="ping", frozen=True):
@@ -77,7 +97,7 @@ class Shutdown(msgspec.Struct, tag="shutdown", frozen=True):
     """Abort all requests and exit."""
 
 
-CoreInput = AddRequest | AbortRequests | Control | Ping | Shutdown
+CoreInput = AddRequest | AbortRequests | Control | AddAdapter | DropAdapter | Ping | Shutdown
 
 # --- engine core -> front end ---------------------------------------------------------------------
 
@@ -143,7 +163,8 @@ class SchedulerStats(msgspec.Struct, kw_only=True, omit_defaults=True):
     num_waiting: int = 0
     waiting_by_reason: dict[str, int] = {}
     """`capacity`: no free blocks, no sequence slot or no token budget, for it or for one before it.
-    `deferred`: a prompt that another request computes, a pending token, or its grammar is awaited."""
+    `deferred`: a prompt that another request computes, a pending token, its grammar, its adapter or a place
+    for that is awaited."""
     kv_usage: float = 0.0
     """Share of blocks referenced by requests, 0-1."""
     kv_slots_allocated: int = 0
@@ -155,6 +176,9 @@ class SchedulerStats(msgspec.Struct, kw_only=True, omit_defaults=True):
     prefix_hits: int = 0
     """Tokens looked up in the prefix cache and found there, since the last report."""
     num_preemptions: int = 0
+    running_adapters: list[str] = []
+    waiting_adapters: list[str] = []
+    """Names of the adapters of running and of waiting requests, sorted."""
     step_tokens: int = 0
     """Tokens scheduled in this step."""
     blocks_copied: int = 0
@@ -172,6 +196,8 @@ class StepOutputs(msgspec.Struct, tag="outputs", kw_only=True, omit_defaults=Tru
     stats: SchedulerStats | None = None
     timestamp: float = 0.0
     """`time.monotonic()` when the step's tokens were known."""
+    answers: list[Answer] = []
+    """To calls that were carried out beside the steps."""
 
 
 class EngineReady(msgspec.Struct, tag="ready", kw_only=True):

@@ -11,6 +11,7 @@ from quire.layers.kv_scales import give_scales
 from quire.messages import StepPlan
 from quire.models.decoder import DecoderModel
 from quire.models.loader import load_model
+from quire.runner.adapters import AdapterTable
 from quire.runner.footprint import Footprint, WorkerSpec
 from quire.runner.platform import Platform
 from quire.runner.runner import FinishedStep, Runner, RunningStep
@@ -42,7 +43,8 @@ class Worker:
         self.platform = platform or _create_platform(config, spec)
         self.max_in_flight = self.platform.max_in_flight
         self.runner: Runner | None = None
-        """None before loading, while asleep and when closed."""
+        self.adapters: AdapterTable | None = None
+        """Both None before loading, while asleep and when closed; the second also without adapters."""
         self._cache_size = (0, 0)
         self._kept: DecoderModel | None = None
 
@@ -71,7 +73,7 @@ class Worker:
     def sleep(self, level: int) -> None:
         assert self.runner is not None, "it sleeps already"
         self._kept = self.runner.model if level < 2 else None
-        self.runner = None
+        self.runner = self.adapters = None
         self.platform.release()
 
     def wake_up(self) -> None:
@@ -85,21 +87,27 @@ class Worker:
             failure = error.with_traceback(None)  # its frames hold tensors
             failure.__context__ = None
         if failure is not None:
-            self.runner = None
+            self.runner = self.adapters = None
             self.platform.release()
             raise failure
         self._kept = None
 
     def close(self) -> None:
-        self.runner = self._kept = None
+        self.runner = self.adapters = self._kept = None
 
     def _start(self, model: DecoderModel | None) -> Runner:
         model = model or self._load_model()
+        lora = self._config.lora
+        if lora.enable_lora:
+            self.adapters = AdapterTable(
+                model, max_rank=lora.max_lora_rank, capacity=lora.capacity, slots=lora.max_loras
+            )
         return Runner(
             model,
             self.platform.backend(model),
             max_num_seqs=self._config.scheduler.max_num_seqs,
             grammars=self._grammars,
+            adapters=self.adapters,
             drafter=None if self._create_drafter is None else self._create_drafter(model),
         )
 

@@ -29,6 +29,10 @@ class WaitReason(str, Enum):
     LOAD = "its KV is being loaded"
     """From a store outside the cache."""
     GRAMMAR = "its grammar is being compiled"
+    ADAPTER = "its adapter is not in memory"
+    PLACE = "no place for its adapter"
+    """Running requests use as many adapters as may be used at once; or a request before it has waited long
+    for a place, and running requests' adapters get no new requests until it has one."""
 
     @property
     def label(self) -> str:
@@ -40,6 +44,7 @@ class WaitReason(str, Enum):
 _DEFERRED = frozenset(
     {
         WaitReason.PREFIX, WaitReason.FORK, WaitReason.TOKEN, WaitReason.LOAD, WaitReason.GRAMMAR,
+        WaitReason.ADAPTER, WaitReason.PLACE,
     }
 )  # fmt: skip
 

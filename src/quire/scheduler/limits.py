@@ -22,3 +22,5 @@ class SchedulerLimits:
     sequence at most."""
     max_drafts: int = 0
     """Most drafts that a request verifies in a step; 0 if there is no drafter."""
+    max_adapters: int = 1 << 30
+    """Distinct adapters that running requests use at once."""

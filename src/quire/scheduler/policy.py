@@ -14,9 +14,22 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from quire.errors import ConfigError
+from quire.placement import Placement
 from quire.scheduler.request import Request
 
-SortKey = Callable[[Request], tuple[float, ...]]
+
+class Placed(Protocol):
+    """What keys are made of: a `Request` has it, and so has an `AddRequest`."""
+
+    @property
+    def request_id(self) -> int: ...
+    @property
+    def arrival_time(self) -> float: ...
+    @property
+    def placement(self) -> Placement: ...
+
+
+SortKey = Callable[[Placed], tuple[float, ...]]
 
 
 class Policy(Protocol):
@@ -25,7 +38,7 @@ class Policy(Protocol):
         """Whether keys of waiting requests change from step to step. If so, the queue is sorted by new
         keys once a step."""
 
-    def waiting_key(self, request: Request) -> tuple[float, ...]:
+    def waiting_key(self, request: Placed) -> tuple[float, ...]:
         """The sort key of a request that was never admitted; no two keys are equal."""
 
     def served(self, request: Request, num_tokens: int) -> None:
@@ -43,12 +56,12 @@ class FixedOrder:
         pass
 
 
-def fcfs(request: Request) -> tuple[float, ...]:
+def fcfs(request: Placed) -> tuple[float, ...]:
     """First come, first served."""
     return (request.arrival_time, request.request_id)
 
 
-def priority(request: Request) -> tuple[float, ...]:
+def priority(request: Placed) -> tuple[float, ...]:
     """Lower `priority` first, then first come."""
     return (request.placement.priority, request.arrival_time, request.request_id)
 

@@ -47,6 +47,7 @@ from quire.messages import (
     StepPlan,
     StepResult,
 )
+from quire.scheduler.adapters import AdapterPlaces
 from quire.scheduler.decisions import DecisionKind, Observer, Reporter, Wait, WaitReason
 from quire.scheduler.drafting import Drafting
 from quire.scheduler.limits import SchedulerLimits
@@ -81,6 +82,7 @@ class Scheduler:
         self.waiting = RequestQueue()
         self.requests: dict[int, Request] = {}
         self.policy = create_policy(limits.policy)
+        self.adapters = AdapterPlaces(limits.max_adapters)
         self.report = Reporter(observe)
         self._clock = clock
         self._needs_token_before_next = needs_token_before_next
@@ -153,6 +155,7 @@ class Scheduler:
         plan = StepPlan(step_id=self._step_id)
         self._waits.clear()
         self._num_deferred, self._stopped_at = 0, None
+        self.adapters.begin(self._step_id, self.requests)
         if self.policy.moves:
             self.waiting.sort(self.policy.waiting_key)
         budget = self.limits.max_num_batched_tokens
@@ -274,7 +277,7 @@ class Scheduler:
             if len(self.running) >= self.limits.max_num_seqs:
                 self._stop_at(request, Wait(WaitReason.SEAT, budget=left))
                 break
-            match = self._match(request, leaders)
+            match = self.adapters.wait_of(request) or self._match(request, leaders)
             if isinstance(match, Wait):
                 self._waits[request.request_id] = match
                 self._num_deferred += 1
@@ -379,6 +382,7 @@ class Scheduler:
         growth = self.kv.admit(request.request_id, match, request.cache_key, reach)
         self.waiting.remove(request)
         self.running.add(request)
+        self.adapters.enter(request)
         self._loading.pop(request.request_id, None)
         request.status = RequestStatus.RUNNING
         request.num_computed_tokens = match.num_tokens
@@ -442,6 +446,7 @@ class Scheduler:
     def _stop(self, request: Request, *, keep_tail: bool = True) -> None:
         """Free a running request's blocks. They stay in the prefix cache, the partial one too."""
         self.running.remove(request)
+        self.adapters.leave(request)
         known = request.token_ids[: request.num_computed_tokens] if keep_tail else ()
         self.kv.release(request.request_id, known, step_id=self._step_id)
         self._released.append(request.request_id)

@@ -37,14 +37,16 @@ class Entry:
     num_bytes: int
 
 
-def read_header(file: BinaryIO, file_bytes: int) -> dict[str, Entry]:
-    """All tensors, by name. The file's length must match its tensors exactly.
+def read_header(
+    file: BinaryIO, file_bytes: int, most_bytes: int = MOST_HEADER_BYTES
+) -> dict[str, Entry]:
+    """All tensors, by name. The file's length must match its tensors exactly. most_bytes: of the header.
 
     Raises `HeaderError`; `OSError` comes through.
     """
     file.seek(0)
     length = int.from_bytes(file.read(LENGTH_BYTES), "little")
-    if file_bytes < LENGTH_BYTES or length > min(MOST_HEADER_BYTES, file_bytes - LENGTH_BYTES):
+    if file_bytes < LENGTH_BYTES or length > min(most_bytes, file_bytes - LENGTH_BYTES):
         raise HeaderError(f"a header of {length} bytes does not fit")
     try:
         fields = json.loads(file.read(length), object_pairs_hook=_without_repeats)
