@@ -43,7 +43,9 @@ class Form:
         return bool(self.config.get("norm_before_residual", self.speculators))
 
 
-def tensors_of(form: Form, target: transformers.PretrainedConfig, *, seed: int = 0) -> dict[str, Tensor]:
+def tensors_of(
+    form: Form, target: transformers.PretrainedConfig, *, seed: int = 0
+) -> dict[str, Tensor]:
     """Random tensors under the names of a published file."""
     generator = torch.Generator().manual_seed(seed)
     hidden, inner = target.hidden_size, 48
@@ -70,7 +72,11 @@ def tensors_of(form: Form, target: transformers.PretrainedConfig, *, seed: int =
         if form.has_head:
             made["lm_head.weight"] = random(form.draft_vocab or target.vocab_size, hidden)
         if form.draft_vocab is not None:
-            ids = torch.randperm(target.vocab_size, generator=generator)[: form.draft_vocab].sort().values
+            ids = (
+                torch.randperm(target.vocab_size, generator=generator)[: form.draft_vocab]
+                .sort()
+                .values
+            )
             made["d2t"] = ids - torch.arange(form.draft_vocab)
             made["t2d"] = torch.zeros(target.vocab_size, dtype=torch.bool).index_fill(0, ids, True)
     elif form.config.get("kind") == "mimo":
@@ -124,7 +130,9 @@ def layer_config(form: Form, target: transformers.PretrainedConfig) -> dict[str,
     }
 
 
-def save_head(form: Form, target: transformers.PretrainedConfig, directory: Path, *, seed: int = 0) -> Path:
+def save_head(
+    form: Form, target: transformers.PretrainedConfig, directory: Path, *, seed: int = 0
+) -> Path:
     """An EAGLE or EAGLE-3 head as a directory."""
     directory.mkdir(parents=True, exist_ok=True)
     layer = layer_config(form, target)
@@ -157,10 +165,16 @@ def save_head(form: Form, target: transformers.PretrainedConfig, directory: Path
 
 
 class ReferenceHead:
-    def __init__(self, form: Form, target: transformers.PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, form: Form, target: transformers.PreTrainedModel, tensors: Mapping[str, Tensor]
+    ) -> None:
         self.form, self.target = form, target
         self._states: list[tuple[list[int], Tensor]] = []
-        self.w = {name.removeprefix(form.prefix): each.float() for name, each in tensors.items() if name != "d2t"}
+        self.w = {
+            name.removeprefix(form.prefix): each.float()
+            for name, each in tensors.items()
+            if name != "d2t"
+        }
         self.offsets = tensors.get(form.prefix + "d2t")
         config = target.config
         is_mtp = form.method == "mtp"
@@ -168,11 +182,15 @@ class ReferenceHead:
         self.theta = config.rope_parameters["rope_theta"] if is_mtp else 300.0
 
     @classmethod
-    def load(cls, form: Form, target: transformers.PreTrainedModel, directory: Path) -> ReferenceHead:
+    def load(
+        cls, form: Form, target: transformers.PreTrainedModel, directory: Path
+    ) -> ReferenceHead:
         return cls(form, target, load_file(directory / "model.safetensors"))
 
     def norm(self, x: Tensor, name: str) -> Tensor:
-        return self.w[f"{name}.weight"] * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+        return (
+            self.w[f"{name}.weight"] * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+        )
 
     def linear(self, x: Tensor, name: str) -> Tensor:
         return F.linear(x, self.w[f"{name}.weight"], self.w.get(f"{name}.bias"))
@@ -223,13 +241,17 @@ class ReferenceHead:
             residual = self.linear(both, f"{layer}.input_proj")
             x = self.norm(residual, f"{layer}.input_layernorm")
         else:
-            both = torch.cat((self.norm(embedded, f"{layer}.enorm"), self.norm(states, f"{layer}.hnorm")), -1)
+            both = torch.cat(
+                (self.norm(embedded, f"{layer}.enorm"), self.norm(states, f"{layer}.hnorm")), -1
+            )
             residual = self.linear(both, f"{layer}.eh_proj")
             x = self.norm(residual, f"{layer}.input_layernorm")
         residual = residual + self.attention(x, first)
         inner = self.norm(residual, f"{layer}.post_attention_layernorm")
         gate = F.silu(self.linear(inner, f"{layer}.mlp.gate_proj"))
-        residual = residual + self.linear(gate * self.linear(inner, f"{layer}.mlp.up_proj"), f"{layer}.mlp.down_proj")
+        residual = residual + self.linear(
+            gate * self.linear(inner, f"{layer}.mlp.up_proj"), f"{layer}.mlp.down_proj"
+        )
         if form.method == "eagle":
             return residual, residual
         if form.method == "eagle3":
@@ -273,7 +295,9 @@ class ReferenceHead:
         every[torch.arange(len(values)) + self.offsets] = values
         return every
 
-    def drafts(self, tokens: Sequence[int], count: int, *, context: int = 0, draw: Any = None) -> list[int]:
+    def drafts(
+        self, tokens: Sequence[int], count: int, *, context: int = 0, draw: Any = None
+    ) -> list[int]:
         """After these tokens, with the inputs from `context` on. draw: (logits, position) -> token."""
         draw = draw or (lambda logits, position: int(logits.argmax()))
         states = self.target_states(tokens[:-1])[context:]

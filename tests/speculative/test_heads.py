@@ -1,5 +1,5 @@
-"""Heads that read the target's hidden states, against plain PyTorch: which drafts they propose, and what is left of
-them when requests share blocks, are preempted, or want no drafts for a while."""
+"""Heads that read the target's hidden states, against plain PyTorch: which drafts they propose, also when
+requests share blocks, are preempted, or want no drafts for a while."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ FORMS: Mapping[str, Form] = {
     "eagle3-embedding": Form(
         "eagle3", EAGLE3, taps=(0, 2, 3), has_embedding=True, prefix="model.", draft_vocab=100
     ),
-    "eagle3-shared-head": Form("eagle3", {**EAGLE3, "norm_before_residual": True}, taps=(0, 2, 3), has_head=False),
+    "eagle3-shared-head": Form(
+        "eagle3", {**EAGLE3, "norm_before_residual": True}, taps=(0, 2, 3), has_head=False
+    ),
     "eagle3-norms": Form(
         "eagle3", {**EAGLE3, "fc_norm": True, "norm_output": True}, taps=(0, 2, 3),
         tap_norms=("fc_norm.0", "fc_norm.1", "fc_norm.2"),
@@ -61,8 +63,8 @@ DRAWN = SamplingParams(temperature=0.7, top_p=0.9, top_k=20, seed=3, max_tokens=
 
 
 class Recording(HeadDrafter):
-    """Keeps what was proposed for which tokens. It returns the right tokens instead, if a test knows them: drafts
-    of random weights are never accepted."""
+    """Keeps what was proposed for which tokens. It returns the right tokens instead, if a test knows them:
+    drafts of random weights are never accepted."""
 
     made: list[tuple[list[int], list[int], Decoding, int]]
     """Known tokens, drafts, parameters, and the first token of the head's context."""
@@ -101,7 +103,9 @@ class Setup:
         tensors = load_file(directory / "model.safetensors")
         self.reference = ReferenceHead(form, checkpoint.reference, tensors)
 
-    def create(self, kernels: str = "auto", *, most: int = 3, greedy: bool = False) -> Callable[[DecoderModel], Recording]:
+    def create(
+        self, kernels: str = "auto", *, most: int = 3, greedy: bool = False
+    ) -> Callable[[DecoderModel], Recording]:
         def make(model: DecoderModel) -> Recording:
             source, used = open_source(self.directory), create_kernels(kernels)  # type: ignore[arg-type]
             own = open_source(self.checkpoint.directory)
@@ -115,7 +119,9 @@ class Setup:
     def drafting(self, **options: Any) -> AbstractContextManager[None]:
         return drafting(self.create(**options), options.get("most", 3))
 
-    def expected(self, tokens: list[int], count: int, decoding: Decoding, *, context: int = 0) -> list[int]:
+    def expected(
+        self, tokens: list[int], count: int, decoding: Decoding, *, context: int = 0
+    ) -> list[int]:
         kernels, row = ReferenceKernels(), sample_row(decoding)
 
         def draw(logits: torch.Tensor, position: int) -> int:
@@ -192,14 +198,18 @@ def test_drafts_are_those_of_plain_pytorch(
     assert all(drafts) and len({tuple(each) for each in drafts}) > len(drafts) / 2
 
 
-def right(outputs: Sequence[Sequence[int]], batch: Sequence[list[int]], *, wrong: int) -> Callable[[list[int], int], list[int]]:
+def right(
+    outputs: Sequence[Sequence[int]], batch: Sequence[list[int]], *, wrong: int
+) -> Callable[[list[int], int], list[int]]:
     """The tokens that follow; each `wrong`-th draft is another."""
     texts = [[*prompt, *output] for prompt, output in zip(batch, outputs, strict=True)]
 
     def answer(tokens: list[int], most: int) -> list[int]:
         [text] = {tuple(each) for each in texts if each[: len(tokens)] == tokens}
         drafts = text[len(tokens) : len(tokens) + most]
-        return [(t + 1) % 300 if (len(tokens) + i) % wrong == 0 else t for i, t in enumerate(drafts)]
+        return [
+            (t + 1) % 300 if (len(tokens) + i) % wrong == 0 else t for i, t in enumerate(drafts)
+        ]
 
     return answer
 

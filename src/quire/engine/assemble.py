@@ -49,6 +49,7 @@ def build_core(
         kv_cache_dtype=resolved.kv_cache_dtype,
         device=resolved.device,
         max_model_len=longest,
+        draft=resolved.draft,
     )
     grammars = GrammarStore(lambda: grammar_compiler(resolved))
     executor = (create_executor or _in_this_process)(config, spec, grammars)
@@ -102,6 +103,7 @@ def _longest_by_estimate(config: EngineConfig, resolved: ResolvedModel) -> int:
         memory,
         dtype_bytes=element_bytes(resolved.dtype),
         max_model_len=resolved.max_model_len,
+        draft=resolved.draft,
     )
     longest = _plan(config, resolved, footprint, resolved.max_model_len).max_model_len
     scheduler = config.scheduler
@@ -123,6 +125,7 @@ def _plan(
         footprint,
         kv_dtype_bytes=element_bytes(resolved.kv_cache_dtype),
         max_model_len=longest,
+        draft_slot_bytes=0 if resolved.draft is None else resolved.draft.slot_bytes,
         may_shrink=config.model.max_model_len == -1,
         gpu=resolved.device == "cuda",
     )

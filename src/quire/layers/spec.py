@@ -47,6 +47,10 @@ class RopeSpec:
     rounded: bool = True
     """Whether cos and sin are rounded to the model's dtype (all but OLMo 2 and 3)."""
 
+    def table_bytes(self, max_model_len: int) -> int:
+        """Memory of cos and sin for every position."""
+        return 4 * max_model_len * self.rotary_dim
+
 
 NormOrder = Literal["round_then_scale", "scale_then_round"]
 

@@ -20,7 +20,7 @@ from quire.attention.paged import PagedAttention
 from quire.kernels.base import LayerKernels
 from quire.kernels.ops import Buf, Head, LinearProduct, NormWeight, Ops
 from quire.kernels.program import ForwardPass, ProgramOps
-from quire.kv_layout import KVPlace
+from quire.kv_layout import KVLayout, KVPlace
 from quire.layers.attention import Attention
 from quire.layers.eager import EagerOps, compute_logits
 from quire.layers.embedding import Embedding
@@ -144,9 +144,10 @@ class DecoderModel:
         kernels: LayerKernels,
         max_model_len: int,
         attention: AttentionBackend | None = None,
+        layout: KVLayout | None = None,
     ) -> None:
         """`max_model_len` is the number of positions a request may reach; rotary tables have that many rows.
-        attention: the backend, if it is not the kernels' own.
+        attention: the backend, if it is not the kernels' own. layout: of the cache, if not the spec's own.
         """
         self.spec = spec
         self.dtype = dtype
@@ -160,7 +161,7 @@ class DecoderModel:
             cos_sin_table(rope, max_model_len=max_model_len, dtype=dtype).to(kernels.device)
             for rope in spec.ropes
         ]
-        places = spec.kv.places()
+        places = (layout or spec.kv).places()
         no_rope = torch.empty(max_model_len, 0, device=kernels.device)
         self._layers = [
             DecoderLayer(

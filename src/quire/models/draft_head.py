@@ -136,7 +136,7 @@ class DraftHead:
         if self._offsets is not None:
             ids = self._offsets + torch.arange(len(self._offsets))
             vocab_size = self.spec.target.vocab_size
-            if len(ids) and not (0 <= int(ids.min()) and int(ids.max()) < vocab_size):
+            if len(ids) and not (int(ids.min()) >= 0 and int(ids.max()) < vocab_size):
                 raise CheckpointError(
                     f"tensor d2t maps the head's tokens to ids from {int(ids.min())} to {int(ids.max())}, "
                     f"but the target has {vocab_size} tokens; the head is for another model"
@@ -199,7 +199,9 @@ class DraftHead:
         if spec.joins_taps:
             return (state if spec.norm_before_residual else states), both
         residual = ops.linear(both, self._join_product, "join")
-        return residual, residual if self._input_norm is None else ops.norm(residual, self._input_norm)
+        return residual, residual if self._input_norm is None else ops.norm(
+            residual, self._input_norm
+        )
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

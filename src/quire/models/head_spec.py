@@ -1,12 +1,12 @@
 """Layers that draft tokens from the hidden states of another model, in numbers; torch-free.
 
-EAGLE (Li et al. 2401.15077), EAGLE-3 (Li et al. 2503.01840) and the layers for multi-token prediction (MTP;
-DeepSeek-V3, 2412.19437, section 2.2) are one decoder layer each. Its input for the token at position i is the
-embedding of token i + 1 and the target's hidden state at i; its result predicts token i + 2, and is the hidden
-state for the next draft. They differ in how the two inputs are joined, which this module reads from the files.
+EAGLE (Li et al. 2401.15077), EAGLE-3 (Li et al. 2503.01840) and the layers for multi-token prediction
+(MTP; DeepSeek-V3, 2412.19437, section 2.2) are one decoder layer each. Its input for the token at position
+i is the embedding of token i + 1 and the target's hidden state at i; its result predicts token i + 2, and is
+the hidden state for the next draft. How the two inputs are joined differs.
 
-EAGLE and EAGLE-3 are directories of their own, with a config.json in the form of a Llama or Qwen3 model, or in
-that of vllm-project/speculators. MTP layers are in the target's checkpoint.
+EAGLE and EAGLE-3 are directories of their own, with a config.json in the form of a Llama or Qwen3 model, or
+in that of vllm-project/speculators. MTP layers are in the target's checkpoint.
 """
 
 from __future__ import annotations
@@ -90,8 +90,6 @@ class HeadSpec:
     """Whether token i of its own head is token i + d2t[i] of the target."""
     has_embedding: bool = False
     """Whether it has its own embedding; else it uses the target's."""
-    num_tokens: int | None = None
-    """The number of drafts that its file recommends."""
     quantization: LinearMethod = UNQUANTIZED
 
     @property
@@ -140,7 +138,9 @@ class HeadSpec:
             }
         unused = {"t2d"} | (set() if self.has_embedding else {"embed_tokens.weight"})
         found = {_own_name(name): info for name, info in tensors.items()}
-        return {name: info for name, info in found.items() if name.removeprefix("model.") not in unused}
+        return {
+            name: info for name, info in found.items() if name.removeprefix("model.") not in unused
+        }
 
 
 def _own_name(name: str) -> str:
@@ -161,12 +161,7 @@ def resolve_head(
             return _resolve_mtp(target, checkpoint.tensors)
     config = source.config()
     if "speculators_model_type" in config:
-        config, num_tokens = _from_speculators(config, method)
-    else:
-        config, num_tokens = dict(config), None
-        if isinstance(config.get("model"), dict):  # vLLM's EAGLEConfig
-            config = {**config["model"], **{k: v for k, v in config.items() if k != "model"}}  # type: ignore[dict-item]
-            config["model_type"] = config.get("model_type", "llama")
+        config = _from_speculators(config, method)
     read = _resolve_eagle3 if method == "eagle3" else _resolve_eagle
     with source.open() as checkpoint:
         names = {_own_name(name).removeprefix("model.") for name in checkpoint.tensors}
@@ -174,7 +169,7 @@ def resolve_head(
         if spec.has_embedding and spec.hidden_size == target.hidden_size:
             with target_source.open() as other:
                 spec = replace(spec, has_embedding=not _same_embedding(checkpoint, other))
-    return replace(spec, num_tokens=num_tokens)
+    return spec
 
 
 def _same_embedding(checkpoint: Checkpoint, other: Checkpoint) -> bool:
@@ -256,10 +251,8 @@ def _resolve_mtp(target: ModelSpec, tensors: Mapping[str, TensorInfo]) -> HeadSp
 # --- EAGLE ------------------------------------------------------------------------------------------------
 
 
-def _from_speculators(
-    config: Mapping[str, object], method: str
-) -> tuple[dict[str, object], int | None]:
-    """A config of vllm-project/speculators, as a flat one, and its number of drafts."""
+def _from_speculators(config: Mapping[str, object], method: str) -> dict[str, object]:
+    """A config of vllm-project/speculators, as a flat one."""
     reader = ConfigReader(config)
     kind = reader.text("speculators_model_type", default="")
     if kind != method:
@@ -267,21 +260,11 @@ def _from_speculators(
     layer = reader.mapping("transformer_layer_config")
     if layer is None:
         raise reader.bad("transformer_layer_config", "it must be an object")
-    num_tokens = None
-    methods = (reader.mapping("speculators_config") or {}).get("proposal_methods")
-    if isinstance(methods, list) and methods and isinstance(methods[0], dict):
-        num_tokens = ConfigReader(methods[0], prefix="proposal_methods[0].").integer(
-            "speculative_tokens", default=0, at_least=0
-        )
     # The trainer's default, unlike that of flat files.
     before = reader.boolean("norm_before_residual", default=True)
-    others = {
-        field: value
-        for field, value in config.items()
-        if field not in SPECULATORS_FIELDS
-        and field not in ("transformer_layer_config", "speculators_config")
-    }
-    return {**layer, **others, "norm_before_residual": before}, num_tokens or None
+    own = {"transformer_layer_config", "speculators_config", *SPECULATORS_FIELDS}
+    others = {field: value for field, value in config.items() if field not in own}
+    return {**layer, **others, "norm_before_residual": before}
 
 
 def _layer_spec(config: Mapping[str, object], reader: ConfigReader, target: ModelSpec) -> ModelSpec:
@@ -315,7 +298,9 @@ def _resolve_eagle(config: dict[str, object], names: set[str], target: ModelSpec
         norm=spec.norm,
         rope=spec.ropes[0],
         hidden_size=spec.hidden_size,
-        names=replace(EAGLE, input_norm=f"model.{own_norm}" if f"{own_norm}.weight" in names else None),
+        names=replace(
+            EAGLE, input_norm=f"model.{own_norm}" if f"{own_norm}.weight" in names else None
+        ),
         taps=(target.num_layers,),
         reads_normed=True,
         join_bias="fc.bias" in names,
@@ -327,10 +312,14 @@ def _resolve_eagle(config: dict[str, object], names: set[str], target: ModelSpec
 def _resolve_eagle3(config: dict[str, object], names: set[str], target: ModelSpec) -> HeadSpec:
     reader = ConfigReader(config)
     nested = reader.mapping("eagle_config") or {}
-    inner = ConfigReader({"norm_before_fc": config.get("norm_before_fc"), **nested}, prefix="eagle_config.")
+    inner = ConfigReader(
+        {"norm_before_fc": config.get("norm_before_fc"), **nested}, prefix="eagle_config."
+    )
     reader.raw("norm_before_fc")
     if not inner.boolean("use_aux_hidden_state", default=True):
-        raise inner.bad("use_aux_hidden_state", "heads that read one hidden state are not supported")
+        raise inner.bad(
+            "use_aux_hidden_state", "heads that read one hidden state are not supported"
+        )
     layer_ids = reader.raw("eagle_aux_hidden_state_layer_ids") or nested.get(
         "eagle_aux_hidden_state_layer_ids"
     )
@@ -338,7 +327,12 @@ def _resolve_eagle3(config: dict[str, object], names: set[str], target: ModelSpe
     if reader.integer("num_aux_hidden_states", default=len(taps)) != len(taps):
         raise reader.bad("num_aux_hidden_states", f"it must be {len(taps)}, as many as layer ids")
     own_width = target.hidden_size
-    _same_width(reader, "target_hidden_size", reader.integer("target_hidden_size", default=own_width), target)
+    _same_width(
+        reader,
+        "target_hidden_size",
+        reader.integer("target_hidden_size", default=own_width),
+        target,
+    )
     norm_before_residual = reader.boolean("norm_before_residual", default=False)
     recycles_normed = reader.boolean("norm_output", default=False)
     tap_norms: tuple[str, ...] = ()
@@ -356,10 +350,12 @@ def _resolve_eagle3(config: dict[str, object], names: set[str], target: ModelSpe
             f"config.json: draft_vocab_size is {draft_vocab}, but the checkpoint lacks tensor d2t or "
             "lm_head.weight, which a vocabulary of its own needs; download the head again"
         )
-    if spec.hidden_size != target.hidden_size and not ({"embed_tokens.weight", "lm_head.weight"} <= names):
+    if spec.hidden_size != target.hidden_size and not (
+        {"embed_tokens.weight", "lm_head.weight"} <= names
+    ):
         raise CheckpointError(
-            f"config.json: hidden_size is {spec.hidden_size}, the target's {target.hidden_size}: then the head "
-            "needs tensors embed_tokens.weight and lm_head.weight of its own; download it again"
+            f"config.json: hidden_size is {spec.hidden_size}, the target's {target.hidden_size}: then the "
+            "head needs tensors embed_tokens.weight and lm_head.weight of its own; download it again"
         )
     layer = spec.layers[0]
     return HeadSpec(
@@ -391,8 +387,8 @@ def _same_width(reader: ConfigReader, field: str, width: int, target: ModelSpec)
 def _taps(layer_ids: object, reader: ConfigReader, target: ModelSpec) -> tuple[int, ...]:
     """Layers whose input the head reads, ascending.
 
-    Files number them in two ways. Where the first is 1, they mean the results of these layers: nobody reads the
-    input of layer 1 (SGLang #25454). Else they mean the layers' inputs, as vLLM reads all files.
+    Files number them in two ways. If the first is 1, they mean the results of these layers: no head reads
+    the input of layer 1 (SGLang #25454). Else they mean the layers' inputs, as vLLM reads all files.
     """
     count, field = target.num_layers, "eagle_aux_hidden_state_layer_ids"
     if not layer_ids:

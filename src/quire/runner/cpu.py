@@ -62,6 +62,7 @@ class CPU:
             self._memory,
             dtype_bytes=model.dtype.itemsize,
             max_model_len=self._spec.max_model_len,
+            draft=self._spec.draft,
         )
 
     def cache(self, num_blocks: int) -> KVCache:

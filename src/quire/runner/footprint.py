@@ -7,6 +7,7 @@ from pathlib import Path
 
 from quire.config import EngineConfig
 from quire.models.spec import ModelSpec
+from quire.speculative.spec import DraftSpec, HeadDraftSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,7 @@ class WorkerSpec:
     """"cpu" or "cuda"."""
     max_model_len: int
     """The most tokens of a request. The cache may hold fewer."""
+    draft: DraftSpec | HeadDraftSpec | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +52,14 @@ def estimate(
     *,
     dtype_bytes: int,
     max_model_len: int,
+    draft: DraftSpec | HeadDraftSpec | None = None,
 ) -> Footprint:
-    """Estimate from the model's shape, before anything is loaded."""
-    rotary_tables = 4 * max_model_len * sum(rope.rotary_dim for rope in spec.ropes)
+    """Estimate from the model's shape, before anything is loaded. A draft's weights are counted too; its
+    steps use the memory of the target's."""
+    rotary_tables = sum(rope.table_bytes(max_model_len) for rope in spec.ropes)
+    drafts = 0 if draft is None else draft.weight_bytes
     return Footprint(
-        weight_bytes=spec.weight_bytes(dtype_bytes) + rotary_tables,
+        weight_bytes=spec.weight_bytes(dtype_bytes) + rotary_tables + drafts,
         step_bytes=_step_bytes(config, spec, dtype_bytes),
         memory=memory,
     )

@@ -13,8 +13,27 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+from quire.config import Speculation
+from quire.kernels.base import LayerKernels
 from quire.kernels.program import StepRows
 from quire.messages import StepPlan
+from quire.models.decoder import DecoderModel
+from quire.speculative.spec import DraftSpec, HeadDraftSpec
+
+
+@dataclass(frozen=True, slots=True)
+class DraftContext:
+    """What a drafter is made from."""
+
+    options: Speculation
+    target: DecoderModel
+    kernels: LayerKernels
+    """Of the target's device."""
+    draft: DraftSpec | HeadDraftSpec | None = None
+    """For the methods with a model."""
+    load_format: str = "auto"
+    seed: int = 0
+    """Of dummy weights."""
 
 
 @dataclass(slots=True)
@@ -58,6 +77,6 @@ class StateReader(Protocol):
     """For `DecoderModel.taps`."""
 
     def read(self, tapped: Tensor) -> None:
-        """The tokens of the last plan have been computed, drafts among them. Called after `begin`, for every plan
-        with rows, before `propose`. tapped: as `ForwardPass.tapped`."""
+        """The tokens of the last plan have been computed, drafts among them. Called after `begin`, for every
+        plan with rows, before `propose`. tapped: as `ForwardPass.tapped`."""
         ...

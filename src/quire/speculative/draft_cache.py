@@ -5,12 +5,12 @@ draft's keys and values too. For each block there is a count of its leading toke
 A draft catches up when drafts are wanted, not before. Validity decides how good drafts are, and never a
 token.
 
-* A block that a request is given empty has no valid tokens, whatever it held before. * A copied block has
-as many as its source, and at most as many as the request takes over. * After a proposal, all known tokens
-are valid. Drafts that were computed are too, if they turn out right: the seat
-  remembers them.
+* A block that a request is given empty has no valid tokens, whatever it held before.
+* A copied block has as many as its source, and at most as many as the request takes over.
+* After a proposal, all known tokens are valid. Drafts that were computed are too, if they turn out right:
+  the seat remembers them.
 * Drafts may need slots beyond the request's blocks. They are in spare blocks that no request has, and are
-lost.
+  lost.
 """
 
 from __future__ import annotations
@@ -118,16 +118,15 @@ class DraftCache:
         return min(at, num_tokens - 1)
 
     def join(self, seat: int, start: int) -> tuple[int, int]:
-        """For a draft that cannot catch up: the first token from `start` on that may be computed next, and the
-        first one of the blocks before it that are valid without a gap."""
+        """For a draft that cannot catch up: the first token from `start` on that may be computed next, and
+        the first of the blocks before it that are valid without a gap."""
         state, size, tables = self._seats[seat], self._block_size, self._tables[seat]
         index, before = divmod(start, size)
-        first = start
         if before and self._valid[tables[index]] < before:
-            first = (index + 1) * size
             index += 1
-        begin = index
-        if first == start:
+            first, begin = index * size, index
+        else:
+            first, begin = start, index
             while begin and self._valid[tables[begin - 1]] == size:
                 begin -= 1
         state.num_valid = first

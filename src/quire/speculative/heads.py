@@ -1,13 +1,14 @@
 """Drafts of heads that read the target's hidden states: EAGLE, EAGLE-3 and MTP.
 
-For the token at position i a head takes the target's hidden state at i and the token at i + 1. So the last state
-of a row is held until its next token is sampled. States of tokens that turn out to be rejected drafts are
-dropped. The head's first draft follows from the last known token; for each further one its own result takes the
-place of the target's hidden state.
+For the token at position i a head takes the target's hidden state at i and the token at i + 1. So the last
+state of a row is held until its next token is sampled. States of rejected drafts are dropped. The head's
+first draft follows from the last known token; for each further one its own result takes the place of the
+target's hidden state.
 
-Hidden states exist only in the step that computes a token, so a head cannot compute what it has missed: the tokens
-of a prefix hit, or those of a time in which no drafts were wanted. It attends over the blocks with valid draft KV
-before the token, as far as there is no gap, and ignores all tokens before them. That costs acceptance only.
+Hidden states exist only in the step that computes a token, so a head cannot compute what it has missed: the
+tokens of a prefix hit, or those of a time in which no drafts were wanted. It attends over the blocks with
+valid draft KV before the token, as far as there is no gap, and ignores all tokens before them. That costs
+acceptance only.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ from quire.kernels.base import Kernels
 from quire.kernels.program import StepRows
 from quire.kernels.sampling import SAMPLE_ROW, sample_row
 from quire.messages import StepPlan
-from quire.models.draft_head import DraftHead, HeadResult
-from quire.speculative.base import DraftTask
+from quire.models.draft_head import DraftHead, HeadResult, load_head
+from quire.speculative.base import DraftContext, DraftTask
 from quire.speculative.draft_cache import DraftCache
+from quire.speculative.spec import HeadDraftSpec
+from quire.weights.source import open_source
 
 MOST_HELD = 16
 """States of a request that wait for the next call. More are computed at once, without drafts."""
@@ -64,11 +67,18 @@ class _Row:
 
 class HeadDrafter:
     def __init__(
-        self, head: DraftHead, kernels: Kernels, *, most: int, greedy: bool = False
+        self,
+        head: DraftHead,
+        kernels: Kernels,
+        *,
+        most: int,
+        greedy: bool = False,
+        max_model_len: int = 2**31,
     ) -> None:
-        """most: drafts of a step. greedy: drafts are the likeliest tokens."""
+        """most: drafts of a step. greedy: drafts are the likeliest tokens. max_model_len: longer requests
+        get no drafts."""
         self._head, self._kernels = head, kernels
-        self._most, self._greedy = most, greedy
+        self._most, self._greedy, self._longest = most, greedy, max_model_len
         self.taps = head.spec.taps
 
     def open_cache(self, rows: StepRows, num_blocks: int, block_size: int) -> None:
@@ -154,6 +164,8 @@ class HeadDrafter:
         numbers, rows, most = [], [], []
         for number, task in enumerate(tasks):
             held, last = self._seats[task.seat], task.num_tokens - 2
+            if last + 1 + task.most >= self._longest:
+                continue
             held.num_idle = 0
             if held.first is None or not held.first <= last < held.end:
                 continue
@@ -172,7 +184,11 @@ class HeadDrafter:
         alive = list(range(len(rows)))
         while result is not None:
             seats = [rows[i].seat for i in alive]
-            found, valid = self._draw(result.hidden, seats, [tasks[numbers[i]].num_tokens + len(made[numbers[i]]) for i in alive])
+            found, valid = self._draw(
+                result.hidden,
+                seats,
+                [tasks[numbers[i]].num_tokens + len(made[numbers[i]]) for i in alive],
+            )
             left = []
             for place, i in enumerate(alive):
                 if valid[place]:
@@ -182,12 +198,17 @@ class HeadDrafter:
             if not left:
                 break
             alive = [alive[place] for place in left]
-            result = self._recycle(result, left, [rows[i] for i in alive], [made[numbers[i]] for i in alive])
+            result = self._recycle(
+                result, left, [rows[i] for i in alive], [made[numbers[i]] for i in alive]
+            )
         return made
 
     def _compute(self, rows: Sequence[_Row], wanted: Sequence[int]) -> HeadResult | None:
         """Known tokens, whose states are held. wanted: indices among all tokens."""
-        ids = [self._rows.token_ids[row.seat, row.start + 1 : row.start + row.count + 1] for row in rows]
+        ids = [
+            self._rows.token_ids[row.seat, row.start + 1 : row.start + row.count + 1]
+            for row in rows
+        ]
         states = []
         for row in rows:
             held = self._seats[row.seat]
@@ -198,7 +219,11 @@ class HeadDrafter:
         return self._run(rows, np.concatenate(ids), torch.cat(states), wanted)
 
     def _recycle(
-        self, result: HeadResult, places: Sequence[int], rows: Sequence[_Row], made: Sequence[Sequence[int]]
+        self,
+        result: HeadResult,
+        places: Sequence[int],
+        rows: Sequence[_Row],
+        made: Sequence[Sequence[int]],
     ) -> HeadResult | None:
         """The next pass after each row's drafts. places: in the last result."""
         after = [
@@ -209,7 +234,11 @@ class HeadDrafter:
         return self._run(after, ids, result.state[torch.tensor(places)], list(range(len(after))))
 
     def _run(
-        self, rows: Sequence[_Row], next_ids: NDArray[np.int64], states: Tensor, wanted: Sequence[int]
+        self,
+        rows: Sequence[_Row],
+        next_ids: NDArray[np.int64],
+        states: Tensor,
+        wanted: Sequence[int],
     ) -> HeadResult | None:
         return self._head.compute(
             torch.from_numpy(next_ids),
@@ -223,7 +252,9 @@ class HeadDrafter:
         """Block tables and lengths begin with each seat's context; positions do not."""
         size, tables = self._block_size, self._tables
         contexts = [self._seats[row.seat].context for row in rows]
-        lens = [row.start + row.count - context for row, context in zip(rows, contexts, strict=True)]
+        lens = [
+            row.start + row.count - context for row, context in zip(rows, contexts, strict=True)
+        ]
         width = -(-max(lens) // size)
         blocks = np.zeros((len(rows), width), dtype=np.int32)
         positions, slots = [], []
@@ -246,7 +277,7 @@ class HeadDrafter:
     def _draw(
         self, hidden: Tensor, seats: Sequence[int], positions: Sequence[int]
     ) -> tuple[list[int], list[bool]]:
-        """Tokens of the target for each row, and whether they mean anything. positions: where they would be."""
+        """A token of the target for each row, and whether it is valid. positions: where it would be."""
         logits, ids = self._head.logits(hidden), self._head.token_ids
         samples = None
         if self._num_random and not self._greedy:
@@ -261,3 +292,21 @@ class HeadDrafter:
         return (tokens if ids is None else ids[tokens]).tolist(), found.valid.tolist()
 
 
+def create(context: DraftContext) -> HeadDrafter:
+    """Raises `CheckpointError` as loading any model does."""
+    draft, options = context.draft, context.options
+    assert isinstance(draft, HeadDraftSpec), "the configuration was resolved without a head"
+    head = load_head(
+        draft.head,
+        open_source(draft.directory),
+        context.target,
+        kernels=context.kernels,
+        random_seed=context.seed if context.load_format == "dummy" else None,
+    )
+    return HeadDrafter(
+        head,
+        context.kernels,  # type: ignore[arg-type]
+        most=options.num_speculative_tokens,
+        greedy=options.draft_sample_method == "greedy",
+        max_model_len=draft.max_model_len,
+    )

@@ -41,6 +41,7 @@ enum scratch_use {
   SCRATCH_ATTENTION,
   SCRATCH_ATTENTION_PLAN,
   SCRATCH_SAMPLING,
+  SCRATCH_DRAFT,
   SCRATCH_USES
 };
 void *quire_scratch(enum scratch_use use, size_t bytes);

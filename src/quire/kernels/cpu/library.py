@@ -118,6 +118,9 @@ _SIGNATURES = {
     "quire_unpack_codes": [_P, _N, _N, _P, _N, _I, _I],
     "quire_gather_rows": [POINTER(LinearWeight), _P, _N, _P, _I],
     "quire_run_program": [_P, _P],
+    "quire_draft": [_P],
+    "quire_lookup": [_P],
+    "quire_lookup_add": [_P, _P, _N, _N, _N],
     "quire_paged_attention": [POINTER(AttentionArgs)],
 }
 

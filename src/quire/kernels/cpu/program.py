@@ -166,6 +166,16 @@ class NativeProgram:
         return out
 
     def _run(self, rows: StepRows) -> None:
+        self.prepare(rows)
+        self.check(self._lib.quire_run_program(byref(self._struct), byref(self._step)), rows)
+
+    @property
+    def addresses(self) -> tuple[int, int]:
+        """Of program and program_step."""
+        return ctypes.addressof(self._struct), ctypes.addressof(self._step)
+
+    def prepare(self, rows: StepRows) -> None:
+        """Make the step that of these rows."""
         if rows is not self._rows:
             self._adopt(rows)
         if not 0 <= rows.num_rows <= len(rows.rows):
@@ -175,10 +185,14 @@ class NativeProgram:
         step.threads = torch.get_num_threads()
         if self._program.tap_width:
             self._make_taps(int(rows.rows[: rows.num_rows, 2].sum()))
-        if code := self._lib.quire_run_program(byref(self._struct), byref(step)):
-            if code not in _ERRORS:
-                raise MemoryError(f"no memory for the activations of {rows.num_rows} rows")
-            raise checks.KernelArgumentError(_ERRORS[code])
+
+    def check(self, code: int, rows: StepRows) -> None:
+        """Raises the error of a C call's result."""
+        if not code:
+            return
+        if code not in _ERRORS:
+            raise MemoryError(f"no memory for the activations of {rows.num_rows} rows")
+        raise checks.KernelArgumentError(_ERRORS[code])
 
     def _adopt(self, rows: StepRows) -> None:
         """Check the arrays, and keep their addresses for all steps that use them."""

@@ -1,0 +1,57 @@
+"""A draft model or head as files and numbers, before anything is loaded. Without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from quire.dtypes import element_bytes
+from quire.kv_layout import KVGroup, KVLayout
+from quire.models.head_spec import HeadSpec
+from quire.models.spec import ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class DraftSpec:
+    model: ModelSpec
+    directory: Path
+    dtype: str
+    """Dtype of weights, activations and KV cache, by torch's name."""
+    max_model_len: int
+    """Positions that it reaches. A longer request goes on without drafts."""
+
+    @property
+    def kv(self) -> KVLayout:
+        """All layers are in one group, which uses the block table of the target's first."""
+        return KVLayout((KVGroup(tuple(range(self.model.num_layers))),), self.model.kv.layer_size)
+
+    @property
+    def slot_bytes(self) -> int:
+        """Of one token's keys and values."""
+        return self.kv.page_bytes(1, element_bytes(self.dtype))
+
+    @property
+    def weight_bytes(self) -> int:
+        """With rotary tables."""
+        weights = self.model.weight_bytes(element_bytes(self.dtype))
+        return weights + sum(rope.table_bytes(self.max_model_len) for rope in self.model.ropes)
+
+
+@dataclass(frozen=True, slots=True)
+class HeadDraftSpec:
+    """A head that reads the target's hidden states: as `DraftSpec`."""
+
+    head: HeadSpec
+    directory: Path
+    """For MTP, the target's."""
+    dtype: str
+    max_model_len: int
+
+    @property
+    def slot_bytes(self) -> int:
+        return self.head.kv_bytes_per_token(element_bytes(self.dtype))
+
+    @property
+    def weight_bytes(self) -> int:
+        weights = self.head.weight_bytes(element_bytes(self.dtype))
+        return weights + self.head.rope.table_bytes(self.max_model_len)
