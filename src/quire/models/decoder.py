@@ -18,8 +18,9 @@ import torch
 from quire.attention.base import AttentionBackend, AttentionMetadata, KVCache
 from quire.attention.paged import PagedAttention
 from quire.kernels.base import LayerKernels
+from quire.kernels.lora import AdaptedRows
 from quire.kernels.ops import Buf, Head, LinearProduct, NormWeight, Ops
-from quire.kernels.program import ForwardPass, ProgramOps
+from quire.kernels.program import ForwardPass, Program, ProgramOps
 from quire.kv_layout import KVLayout, KVPlace
 from quire.layers.attention import Attention
 from quire.layers.eager import EagerOps, compute_logits
@@ -152,10 +153,10 @@ class DecoderModel:
         self.spec = spec
         self.dtype = dtype
         self.max_model_len = max_model_len
+        self.kernels = kernels
         self.taps: tuple[int, ...] = ()
         """Layers whose input, the residual, a drafter reads: ascending. One more than the last layer's index
         is the residual before the final norm. Set before `over`."""
-        self._kernels = kernels
         self._attention = attention or PagedAttention(kernels)
         tables = [
             cos_sin_table(rope, max_model_len=max_model_len, dtype=dtype).to(kernels.device)
@@ -252,6 +253,7 @@ class DecoderModel:
         kv_cache: KVCache,
         wanted: torch.Tensor | None = None,
         tapped: list[torch.Tensor] | None = None,
+        adapters: AdaptedRows | None = None,
     ) -> torch.Tensor:
         """`forward` on tensors. input_ids: [T] int64, below vocab_size, and positions below max_model_len
         (not checked here). metadata: of each group of layers. wanted: [R] int64 or int32, indices of
@@ -259,24 +261,29 @@ class DecoderModel:
         Returns [R or T, hidden_size] in the model's dtype.
         """
         tapped = [] if tapped is None else tapped
-        return self.forward(
-            EagerOps(self._kernels, self._attention, kv_cache, input_ids, metadata, wanted, tapped)
+        ops = EagerOps(
+            self.kernels, self._attention, kv_cache, input_ids, metadata, wanted, tapped, adapters
         )
+        return self.forward(ops)
 
     @torch.inference_mode()
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden: [R, hidden_size]. Returns [R, vocab_size] with values of the model's dtype: as float32 on a
-        CPU."""
-        return compute_logits(self._kernels, self._head, hidden)
+    def logits(self, hidden: torch.Tensor, adapters: AdaptedRows | None = None) -> torch.Tensor:
+        """hidden: [R, hidden_size]. adapters: of these rows. Returns [R, vocab_size] with values of the
+        model's dtype: as float32 on a CPU."""
+        return compute_logits(self.kernels, self._head, hidden, adapters)
 
-    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def compute_logits(
+        self, hidden: torch.Tensor, adapters: AdaptedRows | None = None
+    ) -> torch.Tensor:
         """The same, float32 everywhere."""
-        return self.logits(hidden).float()
+        return self.logits(hidden, adapters).float()
 
     def over(self, kv_cache: KVCache) -> ForwardPass:
         """The pass with this cache: a recorded program where the kernels can run one, else operation by
         operation. The bits are the same.
         """
+        return self.kernels.compile(self.record(), kv_cache.parts) or EagerPass(self, kv_cache)
+
+    def record(self) -> Program:
         recorder = ProgramOps(self.dtype)
-        program = recorder.finish(self.forward(recorder), self._head)
-        return self._kernels.compile(program, kv_cache.parts) or EagerPass(self, kv_cache)
+        return recorder.finish(self.forward(recorder), self._head)

@@ -99,9 +99,7 @@ class Worker:
         model = model or self._load_model()
         lora = self._config.lora
         if lora.enable_lora:
-            self.adapters = AdapterTable(
-                model, max_rank=lora.max_lora_rank, capacity=lora.capacity, slots=lora.max_loras
-            )
+            self.adapters = AdapterTable(model, max_rank=lora.max_lora_rank, slots=lora.max_loras)
         return Runner(
             model,
             self.platform.backend(model),

@@ -13,6 +13,7 @@
 #include "kv_cache.c"
 #include "linear.c"
 #include "lookup.c"
+#include "lora.c"
 #include "pool.c"
 #include "rounding.c"
 #include "sampling.c"
