@@ -130,7 +130,7 @@ def _resolve_head(speculation: Speculation, target: Resolved) -> HeadDraftSpec:
             speculation.method, open_source(directory), target.spec, open_source(target.model_dir)
         )
     except UnsupportedModelError as error:
-        raise UnsupportedModelError(f"speculative_config model {directory}: {error}") from error
+        raise UnsupportedModelError(f"speculative_config, {directory}: {error}") from error
     longest = min(speculation.max_model_len or target.max_model_len, target.max_model_len)
     return HeadDraftSpec(head=head, directory=directory, dtype=target.dtype, max_model_len=longest)
 

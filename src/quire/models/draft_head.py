@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -11,7 +11,6 @@ from quire.attention.base import AttentionMetadata, KVCache
 from quire.attention.paged import PagedAttention
 from quire.errors import CheckpointError
 from quire.kernels.base import LayerKernels
-from quire.kernels.ops import LinearProduct, NormWeight
 from quire.kv_layout import KVPlace
 from quire.layers.attention import Attention
 from quire.layers.eager import EagerOps
@@ -24,11 +23,10 @@ from quire.layers.rotary import cos_sin_table
 from quire.models.decoder import DecoderModel
 from quire.models.head_spec import EMBEDDING, HeadSpec
 from quire.weights.load import load_random_weights, load_weights
-from quire.weights.source import ModelSource, Selected
+from quire.weights.source import ModelSource
 
 
-@dataclass(frozen=True, slots=True)
-class HeadResult:
+class HeadResult(NamedTuple):
     """[R, hidden_size] each, for the wanted tokens."""
 
     hidden: torch.Tensor
@@ -43,10 +41,9 @@ class DraftHead:
     def __init__(self, spec: HeadSpec, target: DecoderModel, kernels: LayerKernels) -> None:
         """target: the bound model that it drafts for. kernels: its kernels."""
         self.spec, self._target, self._kernels = spec, target, kernels
-        self.dtype = target.dtype
+        self.dtype, method, names = target.dtype, spec.quantization, spec.names
+        hidden_size, vocab_size = spec.hidden_size, spec.target.vocab_size
         self._paged = PagedAttention(kernels)
-        shared = {"dtype": self.dtype, "kernels": kernels}
-        names, hidden_size = spec.names, spec.hidden_size
         cos_sin = cos_sin_table(spec.rope, max_model_len=target.max_model_len, dtype=self.dtype)
         self._attention = Attention(
             spec.layer.attention,
@@ -55,91 +52,63 @@ class DraftHead:
             hidden_size=hidden_size,
             norm=spec.norm,
             cos_sin=cos_sin.to(kernels.device),
-            method=spec.quantization,
-            **shared,
+            dtype=self.dtype,
+            kernels=kernels,
+            method=method,
         )
         self._mlp = Mlp(
             spec.layer.mlp,
             f"{names.layer}.mlp",
             hidden_size=hidden_size,
-            method=spec.quantization,
-            **shared,
+            dtype=self.dtype,
+            kernels=kernels,
+            method=method,
         )
-        self._join, self._head = (
-            None if shape is None else Linear(shape, method=spec.quantization, **shared)
-            for shape in (spec.join, spec.head)
-        )
+        self._join = Linear(spec.join, dtype=self.dtype, method=method, kernels=kernels)
+        self._head: Linear | None = None
+        if spec.head is not None:
+            self._head = Linear(spec.head, dtype=self.dtype, method=method, kernels=kernels)
+        where = {"dtype": self.dtype, "device": kernels.device}
         self._embedding: Embedding | None = None
         if spec.has_embedding:
             self._embedding = Embedding(
-                EMBEDDING,
-                vocab_size=spec.target.vocab_size,
-                hidden_size=hidden_size,
-                dtype=self.dtype,
-                device=kernels.device,
+                EMBEDDING, vocab_size=vocab_size, hidden_size=hidden_size, **where
             )
-        self._norms: dict[str, RMSNorm] = {}
-        after_attention = f"{names.layer}.post_attention_layernorm"
-        self._after_attention = self._norm(after_attention, hidden_size)
-        self._embedding_norm = self._norm(names.embedding_norm, hidden_size)
-        self._state_norm = self._norm(names.state_norm, hidden_size)
-        self._input_norm = self._norm(names.input_norm, hidden_size)
-        self._final_norm = self._norm(names.final_norm, hidden_size)
-        width = len(spec.taps) * spec.target.hidden_size
-        self._tap_norms = [
-            self._norm(name, width // len(spec.tap_norms)) for name in spec.tap_norms
-        ]
-        self._offsets: torch.Tensor | None = None
-        if spec.has_offsets:
-            self._offsets = torch.zeros(spec.draft_vocab_size or 0, dtype=torch.int64)
+        self._norms = {
+            name: RMSNorm(name, size=size, spec=spec.norm, **where)
+            for name, size in spec.norms.items()
+        }
+        self._offsets = torch.zeros(spec.draft_vocab_size or 0, dtype=torch.int64)
         self.token_ids: torch.Tensor | None = None
         """[draft_vocab_size]: the target's ids of the head's tokens; None if they are the same."""
 
-    def _norm(self, name: str | None, size: int) -> NormWeight | None:
-        if name is None:
-            return None
-        norm = RMSNorm(
-            name, size=size, spec=self.spec.norm, dtype=self.dtype, device=self._kernels.device
-        )
-        self._norms[name] = norm
-        return norm.weight
-
     def targets(self) -> Iterator[WeightTarget]:
-        yield from self._attention.targets()
-        yield from self._mlp.targets()
-        for linear in (self._join, self._head):
-            if linear is not None:
-                yield from linear.targets()
-        for norm in self._norms.values():
-            yield from norm.targets()
-        if self._embedding is not None:
-            yield from self._embedding.targets()
-        if self._offsets is not None:
-            yield WeightTarget(
-                "d2t", tuple(self._offsets.shape), self._load_offsets, "bias", dtypes=("int64",)
-            )
+        parts = (self._attention, self._mlp, self._join, self._head, self._embedding)
+        for part in (*parts, *self._norms.values()):
+            if part is not None:
+                yield from part.targets()
+        if self.spec.has_offsets:
+            shape = tuple(self._offsets.shape)
+            yield WeightTarget("d2t", shape, self._load_offsets, "bias", dtypes=("int64",))
 
     def _load_offsets(self, first: int, rows: torch.Tensor) -> None:
-        assert self._offsets is not None
         self._offsets[first : first + len(rows)] = rows
 
     def bind(self) -> None:
         """Raises `CheckpointError` if the head's tokens are not the target's."""
         self._attention.bind()
         self._mlp.bind()
-        assert self._join is not None
         self._join_product = self._join.bind()
         self._head_product = None if self._head is None else self._head.bind()
-        self._embedded: LinearProduct | torch.Tensor = self._target.embedded
-        if self._embedding is not None:
-            self._embedded = self._embedding.weight
-        if self._offsets is not None:
+        own = self._embedding
+        self._embedded = self._target.embedded if own is None else own.weight
+        if self.spec.has_offsets:
             ids = self._offsets + torch.arange(len(self._offsets))
-            vocab_size = self.spec.target.vocab_size
-            if len(ids) and not (int(ids.min()) >= 0 and int(ids.max()) < vocab_size):
+            low, high, vocab_size = int(ids.min()), int(ids.max()), self.spec.target.vocab_size
+            if low < 0 or high >= vocab_size:
                 raise CheckpointError(
-                    f"tensor d2t maps the head's tokens to ids from {int(ids.min())} to {int(ids.max())}, "
-                    f"but the target has {vocab_size} tokens; the head is for another model"
+                    f"tensor d2t maps the head's tokens to ids from {low} to {high}, but the target has "
+                    f"{vocab_size} tokens; the head is for another model"
                 )
             self.token_ids = ids.to(self._kernels.device)
 
@@ -150,12 +119,11 @@ class DraftHead:
         if not spec.joins_taps:
             norm = self._target.final_norm
             return rms_norm(tapped, norm.weight, norm.eps) if spec.reads_normed else tapped
-        if self._tap_norms:
-            parts = tapped.chunk(len(self._tap_norms), dim=1)
-            pairs = zip(parts, self._tap_norms, strict=True)
-            normed = [rms_norm(x, norm.weight, norm.eps) for x, norm in pairs if norm]
-            tapped = torch.cat(normed, dim=1)
-        return self._join_product(tapped.contiguous())
+        if names := spec.tap_norms:
+            weights = [self._norms[name].weight for name in names]
+            pairs = zip(tapped.chunk(len(names), dim=1), weights, strict=True)
+            tapped = torch.cat([rms_norm(x, norm.weight, norm.eps) for x, norm in pairs], dim=1)
+        return self._join_product(tapped)
 
     @torch.inference_mode()
     def compute(
@@ -168,40 +136,33 @@ class DraftHead:
     ) -> HeadResult | None:
         """Write the keys and values of T tokens, and compute the result of the wanted ones.
 
-        next_ids: [T] int64, the token after each. states: [T, hidden_size]; overwritten. wanted: [R] int64,
-        indices of tokens. None if R = 0.
+        next_ids: [T] int64, the token after each. states: [T, hidden_size]. wanted: [R] int64, indices of
+        tokens. None if R = 0.
         """
+        spec, names = self.spec, self.spec.names
         ops = EagerOps(self._kernels, self._paged, cache, next_ids, [metadata], wanted)
-        residual, x = self._joined(ops, states)
+        embedded = self._normed(ops, ops.embed(self._embedded), names.embedding_norm)
+        state = self._normed(ops, states, names.state_norm)
+        both = torch.cat((state, embedded) if spec.state_first else (embedded, state), dim=1)
+        if spec.joins_taps:
+            residual, x = state if spec.norm_before_residual else states, both
+        else:
+            residual = ops.linear(both, self._join_product, "join")
+            x = self._normed(ops, residual, names.input_norm)
         mixed = self._attention.mix(ops, x)
         if not len(wanted):
             return None
         residual, mixed = ops.keep_wanted(residual, mixed)
         residual = ops.add(residual, self._attention.project(ops, mixed))
-        assert self._after_attention is not None
-        out = self._mlp.forward(ops, ops.norm(residual, self._after_attention))
-        residual = ops.add(residual, out)
+        x = self._normed(ops, residual, names.mlp_norm)
+        residual = ops.add(residual, self._mlp.forward(ops, x))
         ops.tap(residual)
-        hidden = state = ops.tapped[0]
-        if self._final_norm is not None:
-            hidden = ops.norm(residual, self._final_norm)
-        return HeadResult(hidden, hidden if self.spec.recycles_normed else state)
+        state = ops.tapped[0]
+        hidden = state if names.final_norm is None else self._normed(ops, state, names.final_norm)
+        return HeadResult(hidden, hidden if spec.recycles_normed else state)
 
-    def _joined(self, ops: EagerOps, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The residual, and the input of attention."""
-        spec = self.spec
-        embedded, state = ops.embed(self._embedded), states
-        if self._embedding_norm is not None:
-            embedded = ops.norm(embedded, self._embedding_norm)
-        if self._state_norm is not None:
-            state = ops.norm(states, self._state_norm)
-        both = torch.cat((state, embedded) if spec.state_first else (embedded, state), dim=1)
-        if spec.joins_taps:
-            return (state if spec.norm_before_residual else states), both
-        residual = ops.linear(both, self._join_product, "join")
-        return residual, residual if self._input_norm is None else ops.norm(
-            residual, self._input_norm
-        )
+    def _normed(self, ops: EagerOps, x: torch.Tensor, name: str | None) -> torch.Tensor:
+        return x if name is None else ops.norm(x, self._norms[name].weight)
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -229,7 +190,7 @@ def load_head(
         load_random_weights(head.targets(), dtype=head.dtype, seed=random_seed)
     else:
         with source.open() as checkpoint:
-            selected = Selected(checkpoint, spec.select(checkpoint.tensors))
-            load_weights(head.targets(), selected, dtype=head.dtype)
+            selected = spec.select(checkpoint.tensors)
+            load_weights(head.targets(), checkpoint, dtype=head.dtype, selected=selected)
     head.bind()
     return head

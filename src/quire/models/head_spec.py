@@ -50,6 +50,10 @@ class HeadNames:
     final_norm: str | None = None
     """Before the output head."""
 
+    @property
+    def mlp_norm(self) -> str:
+        return f"{self.layer}.post_attention_layernorm"
+
 
 EAGLE = HeadNames(layer="model.layers.0", join=FUSE)
 EAGLE3 = HeadNames(
@@ -109,6 +113,21 @@ class HeadSpec:
         if self.draft_vocab_size is None:
             return None
         return LinearShape(self.hidden_size, (LinearPart(HEAD, self.draft_vocab_size),), bias=False)
+
+    @property
+    def norms(self) -> dict[str, int]:
+        """Sizes of the norms, by name."""
+        names = self.names
+        own = (
+            names.embedding_norm,
+            names.state_norm,
+            names.input_norm,
+            names.mlp_norm,
+            names.final_norm,
+        )
+        width = len(self.taps) * self.target.hidden_size
+        taps = dict.fromkeys(self.tap_norms, width // max(1, len(self.tap_norms)))
+        return {name: self.hidden_size for name in own if name is not None} | taps
 
     def linears(self) -> Iterator[LinearShape]:
         yield self.join
@@ -210,11 +229,11 @@ def _mtp_names(prefix: str) -> Mapping[str, HeadNames]:
     return {mimo.join: mimo, deepseek.join: deepseek}
 
 
-def draft_tensors(target: ModelSpec) -> re.Pattern[str]:
-    """Names of a target's tensors that belong to its MTP layers."""
-    first = target.num_layers
-    numbers = "|".join(str(first + i) for i in range(target.num_draft_layers))
-    return re.compile(rf"(^|\.)(mtp_layers\.\d+|layers\.({numbers or 'none'}))\.")
+def draft_tensors(target: ModelSpec) -> re.Pattern[str] | None:
+    """Names of a target's tensors that belong to its MTP layers, if it has any."""
+    first, count = target.num_layers, target.num_draft_layers
+    numbers = "|".join(str(first + i) for i in range(count))
+    return re.compile(rf"(^|\.)(mtp_layers\.\d+|layers\.({numbers}))\.") if count else None
 
 
 def _resolve_mtp(target: ModelSpec, tensors: Mapping[str, TensorInfo]) -> HeadSpec:
@@ -224,9 +243,9 @@ def _resolve_mtp(target: ModelSpec, tensors: Mapping[str, TensorInfo]) -> HeadSp
     found = [names for join, names in forms.items() if f"{join}.weight" in tensors]
     if not target.num_draft_layers or not found:
         raise UnsupportedModelError(
-            "speculative_config: method is 'mtp', but the checkpoint of this model has no layer for it that "
-            f"Quire knows (num_nextn_predict_layers is {target.num_draft_layers} in config.json, and no "
-            f"tensor is called like {next(iter(forms))}.weight); use method suffix or eagle3"
+            "method mtp needs layers for multi-token prediction, and this model's checkpoint has none that "
+            f"Quire knows (config.json: num_nextn_predict_layers is {target.num_draft_layers}; tensors: none "
+            f"of {', '.join(forms)}); use method suffix or eagle3"
         )
     names = found[0]
     # MiMo's layer reads and makes hidden states before a norm and has them first: exllamav3 #238.

@@ -9,6 +9,7 @@ import dataclasses
 import logging
 import time
 from collections import Counter
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -25,7 +26,7 @@ from quire.quantization.matrix import QuantizedMethod
 from quire.quantization.unquantized import UNQUANTIZED
 from quire.weights.load import load_random_weights, load_weights
 from quire.weights.names import HEAD, list_names
-from quire.weights.source import Checkpoint, ModelSource, Selected
+from quire.weights.source import ModelSource, TensorInfo
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +79,8 @@ def load_model(
             )
         tied = {f"{EMBEDDING}.weight": HEAD} if spec.tie_word_embeddings else {}
         with source.open() as checkpoint:
-            load_weights(model.targets(), _without_drafts(checkpoint, spec), dtype=dtype, tied=tied)
+            selected = _without_drafts(checkpoint.tensors, spec)
+            load_weights(model.targets(), checkpoint, dtype=dtype, tied=tied, selected=selected)
     model.bind()
     seconds = time.perf_counter() - started
     logger.info(
@@ -92,19 +94,15 @@ def load_model(
     return model
 
 
-def _without_drafts(checkpoint: Checkpoint, spec: ModelSpec) -> Checkpoint:
-    """Without the tensors of layers for multi-token prediction; `load_head` loads those."""
-    if not spec.num_draft_layers:
-        return checkpoint
-    pattern, tensors = draft_tensors(spec), checkpoint.tensors
-    kept = {name: info for name, info in tensors.items() if not pattern.search(name)}
-    if len(kept) < len(tensors):
-        drafts = [name for name in tensors if name not in kept]
-        logger.info(
-            "left out %s: layers that draft, for speculative_config's method mtp",
-            list_names(drafts),
-        )
-    return Selected(checkpoint, kept)
+def _without_drafts(tensors: Mapping[str, TensorInfo], spec: ModelSpec) -> Mapping[str, TensorInfo]:
+    """Without those of layers for multi-token prediction, which `load_head` loads."""
+    pattern = draft_tensors(spec)
+    if pattern is None or not (drafts := [name for name in tensors if pattern.search(name)]):
+        return tensors
+    logger.info(
+        "left out %s: layers that draft, for method mtp of speculative_config", list_names(drafts)
+    )
+    return {name: info for name, info in tensors.items() if name not in drafts}
 
 
 def _describe(spec: ModelSpec, method: QuantizedMethod, dtype: torch.dtype) -> str:

@@ -65,31 +65,6 @@ class Checkpoint(Protocol):
     ) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Selected:
-    """A `Checkpoint` with some of another's tensors, maybe under other names."""
-
-    checkpoint: Checkpoint
-    tensors: Mapping[str, TensorInfo]
-
-    def read(self, info: TensorInfo, begin: int, into: memoryview) -> None:
-        self.checkpoint.read(info, begin, into)
-
-    def check_unchanged(self) -> None:
-        self.checkpoint.check_unchanged()
-
-    def __enter__(self) -> Selected:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """The other one is closed by whoever opened it."""
-
-
 class ModelSource(Protocol):
     """Each method raises `CheckpointError`, naming the file, where it is missing or damaged."""
 
