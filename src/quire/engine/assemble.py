@@ -57,7 +57,7 @@ def build_core(
     memory = _plan(config, resolved, executor.load(), longest)
     executor.open_cache(memory.num_blocks, memory.max_model_len)
     core = EngineCore(
-        build_scheduler(config, resolved.spec.kv, memory),
+        build_scheduler(config, resolved.spec.kv, memory, gpu=resolved.device == "cuda"),
         executor,
         grammars=grammars,
         max_adapters=config.lora.capacity,
@@ -151,8 +151,11 @@ def _plan(
     )
 
 
-def build_scheduler(config: EngineConfig, layout: KVLayout, memory: MemoryPlan) -> Scheduler:
-    """The engine's scheduler, without a model."""
+def build_scheduler(
+    config: EngineConfig, layout: KVLayout, memory: MemoryPlan, *, gpu: bool = False
+) -> Scheduler:
+    """The engine's scheduler, without a model. On a GPU the counts of penalties are updated as tokens are
+    sampled, so a request with penalties samples one token a step."""
     options = config.scheduler
     kv = KVCacheManager(
         memory.num_blocks,
@@ -174,7 +177,10 @@ def build_scheduler(config: EngineConfig, layout: KVLayout, memory: MemoryPlan) 
         max_drafts=config.max_drafts,
     )
     return Scheduler(
-        limits, kv, needs_token_before_next=lambda message: message.decoding.rules is not None
+        limits,
+        kv,
+        needs_token_before_next=lambda message: message.decoding.rules is not None,
+        takes_drafts=lambda message: not (gpu and message.decoding.has_penalties),
     )
 
 
