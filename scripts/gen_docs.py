@@ -31,6 +31,7 @@ TITLES = {
     "scheduler": "Scheduler",
     "runtime": "Runtime",
     "structured": "Structured outputs",
+    "speculative": "Speculative decoding",
     "lora": "LoRA adapters",
     "server": "Server",
 }

@@ -35,6 +35,8 @@ some/model --model=m --served-model-name a b
 --return-tokens-as-token-ids --enable-tokenizer-info-endpoint --enable-force-include-usage
 --enable-lora --no-enable-lora --max-loras 4 --max-cpu-loras 9 --max-lora-rank 320
 --sse-keep-alive-interval 5 --shutdown-timeout 0 --attention-backend FLASH_ATTN
+--speculative-config {"method":"ngram","num_speculative_tokens":5,"prompt_lookup_max":4,"prompt_lookup_min":2}
+--spec-method suffix --spec-model d --speculative-model [ngram] --speculative-model owner/draft
 """
 
 SILENT = """
@@ -60,7 +62,7 @@ WARNS = """
 REFUSED = """
 --middleware a.b --skip-tokenizer-init --tensor-parallel-size 2 -tp 2 -pp 2 -dp=2 --enable-expert-parallel
 --distributed-executor-backend ray --lora-modules n=p m=q --lora-target-modules q_proj --lora-dtype float16
---speculative-config {"method":"ngram"} --spec-method ngram --spec-model d --spec-tokens 3
+--speculative-config {"method":"medusa"} --spec-method custom_class --spec-tokens 3
 --kv-transfer-config {"kv_connector":"X"} --kv-offloading-size 4 --cpu-offload-gb 2.5
 --structured-outputs-config {"disable_any_whitespace":true} --task classify --convert classify
 --load-format tensorizer --logits-processors my.module --tokenizer-revision v1
@@ -124,7 +126,9 @@ def test_a_yaml_file_may_hold_them(tmp_path) -> None:
     assert _given(["--config", str(path)])[1] == [
         "trust_remote_code has no effect: no code of a checkpoint is ever run."
     ]
-    path.write_text("speculative_config: {method: ngram}\n")
+    path.write_text("speculative_config: {method: ngram}\nnum-speculative-tokens: 3\n")
+    assert configs(["--config", str(path)])[0].speculative.speculation.num_speculative_tokens == 3
+    path.write_text("speculative_config: {method: ngam}\n")
     with pytest.raises(ConfigError, match="speculative"):
         configs(["--config", str(path)])
 

@@ -16,9 +16,10 @@ import numpy as np
 import torch
 
 from quire.attention.base import AttentionMetadata, KVCache
+from quire.kernels.lora import AdaptedRows, AdapterSet
 from quire.kernels.program import StepRows
 from quire.models.decoder import DecoderModel
-from quire.models.eager_pass import gather
+from quire.models.eager_pass import adapted_seats, gather
 
 
 @dataclass
@@ -29,6 +30,8 @@ class Request:
     num_computed: int = 0
     blocks: list[list[int]] = field(default_factory=list)
     """Of each group of layers."""
+    adapter: int = -1
+    """Index in the harness's adapters."""
 
     @property
     def num_left(self) -> int:
@@ -41,6 +44,8 @@ class PagedHarness:
     ) -> None:
         spec = model.spec
         self.model = model
+        self.adapters: AdapterSet | None = None
+        """Set it to use adapters."""
         self._num_groups = len(spec.kv.groups)
         num_blocks *= self._num_groups
         self.cache = KVCache(
@@ -98,8 +103,12 @@ class PagedHarness:
             )
             for group in range(self._num_groups)
         ]
-        hidden = self.model.compute(torch.tensor(input_ids), metadata, self.cache)
-        logits = self.model.compute_logits(hidden)
+        adapted: AdaptedRows | None = None
+        if self.adapters is not None and any(each.adapter >= 0 for each, _ in work):
+            indices = [each.adapter for each, count in work for _ in range(count)]
+            adapted = self.adapters.rows(torch.tensor(indices, dtype=torch.int32))
+        hidden = self.model.compute(torch.tensor(input_ids), metadata, self.cache, adapters=adapted)
+        logits = self.model.compute_logits(hidden, adapted)
         assert logits.dtype == torch.float32
         self._assert_one_call_is_the_same(work, torch.tensor(input_ids), metadata, logits)
         return list(logits.split([count for _, count in work]))
@@ -134,13 +143,18 @@ class PagedHarness:
             num_rows=len(work),
             num_wanted=sum(wanted),
         )
+        if self.adapters is not None:
+            rows.adapters = np.array([requests[i].adapter for i in order], dtype=np.int32)
+            rows.adapter_set = self.adapters
+            rows.has_adapters = bool((rows.adapters >= 0).any())
         parts = logits.split([count for _, count in work])
         expected = torch.cat(
             [part[len(part) - some :] for part, some in zip(parts, wanted, strict=True)]
         )
         actual = self.one_call.forward(rows)
         assert torch.equal(actual.view(torch.int32), expected.view(torch.int32))
-        again = self.model.compute_logits(self.one_call.hidden(rows))
+        row_of = np.repeat(rows.rows[:, 0], wanted)
+        again = self.model.compute_logits(self.one_call.hidden(rows), adapted_seats(rows, row_of))
         assert torch.equal(again.view(torch.int32), expected.view(torch.int32))
         ours, theirs = (c.storage.view(torch.uint8) for c in (self.cache, self._mirror))
         assert torch.equal(ours, theirs)

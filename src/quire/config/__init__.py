@@ -20,6 +20,7 @@ from quire.config.flat import (
 from quire.config.foreign import foreign_flags, without_foreign
 from quire.config.lora import ADAPTER_NAME, LoRAConfig
 from quire.config.server import ServerConfig
+from quire.config.speculative import Speculation, SpeculativeConfig
 
 __all__ = [
     "ADAPTER_NAME",
@@ -30,6 +31,8 @@ __all__ = [
     "RuntimeConfig",
     "SchedulerConfig",
     "ServerConfig",
+    "Speculation",
+    "SpeculativeConfig",
     "StructuredOutputsConfig",
     "engine_options",
     "foreign_flags",

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from quire.config.lora import LoRAConfig
 from quire.config.options import option, parse_json_object, parse_max_model_len, parse_size
+from quire.config.speculative import SpeculativeConfig
 from quire.dtypes import FLOAT_SPELLINGS
 from quire.errors import ConfigError
 
@@ -298,12 +299,14 @@ class EngineConfig:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     structured: StructuredOutputsConfig = field(default_factory=StructuredOutputsConfig)
+    speculative: SpeculativeConfig = field(default_factory=SpeculativeConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
 
     @property
     def max_drafts(self) -> int:
         """The most drafts that are proposed and verified for a request in a step; 0 without speculation."""
-        return 0
+        speculation = self.speculative.speculation
+        return 0 if speculation is None else speculation.num_speculative_tokens
 
     @property
     def max_samples(self) -> int:

@@ -17,6 +17,7 @@ from quire.config.engine import (
 from quire.config.lora import LoRAConfig
 from quire.config.options import OptionInfo, check_type, describe
 from quire.config.server import ServerConfig
+from quire.config.speculative import SpeculativeConfig
 from quire.errors import ConfigError
 
 ENGINE_GROUPS: dict[str, type] = {
@@ -25,6 +26,7 @@ ENGINE_GROUPS: dict[str, type] = {
     "scheduler": SchedulerConfig,
     "runtime": RuntimeConfig,
     "structured": StructuredOutputsConfig,
+    "speculative": SpeculativeConfig,
     "lora": LoRAConfig,
 }
 
@@ -41,7 +43,7 @@ def server_options() -> list[OptionInfo]:
 def from_flat(values: Mapping[str, object]) -> EngineConfig:
     """Build an `EngineConfig`. Unknown names and wrong types raise `ConfigError`."""
     infos = {info.name: info for info in engine_options()}
-    checked = _checked(values, infos)
+    checked = _checked(_renamed(values), infos)
     groups: dict[str, dict[str, object]] = {group: {} for group in ENGINE_GROUPS}
     for name, value in checked.items():
         groups[infos[name].group][name] = value
@@ -56,6 +58,7 @@ def server_from_flat(values: Mapping[str, object]) -> ServerConfig:
 
 def split_flat(values: Mapping[str, object]) -> tuple[EngineConfig, ServerConfig]:
     """Build both from one flat mapping, such as all flags of `quire serve`."""
+    values = _renamed(values)
     server_names = {info.name for info in server_options()}
     server = {name: value for name, value in values.items() if name in server_names}
     engine = {name: value for name, value in values.items() if name not in server_names}
@@ -79,6 +82,20 @@ def load_yaml(path: str | Path) -> dict[str, object]:
     if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
         raise ConfigError(f"config file {path} must hold a mapping of option names to values.")
     return {key.replace("-", "_"): value for key, value in loaded.items()}
+
+
+def _renamed(values: Mapping[str, object]) -> dict[str, object]:
+    """`values` with an option's other long spelling replaced by its name."""
+    names = {
+        alias[2:].replace("-", "_"): info.name
+        for info in (*engine_options(), *server_options())
+        for alias in info.aliases
+        if alias.startswith("--")
+    }
+    renamed = {names.get(name, name): value for name, value in values.items()}
+    if len(renamed) < len(values):
+        raise ConfigError("an option is given under two names; leave one out.")
+    return renamed
 
 
 def _checked(values: Mapping[str, object], infos: Mapping[str, OptionInfo]) -> dict[str, object]:

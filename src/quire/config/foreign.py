@@ -35,7 +35,6 @@ _ONE_DEVICE = "one device serves a model; start one server per device, behind a 
 _TEXT_ONLY = "models read text only"
 _AS_FILED = "an adapter is computed in the type of its file"
 _NO_MOE_ADAPTERS = "adapters apply to dense layers only"
-_NO_DRAFTS = "there is no speculative decoding yet"
 _KV_STAYS = "KV stays where it is computed"
 _NO_TRACES = "there are no traces yet; see /metrics and --enable-log-requests"
 _PREEMPTED = "preempted requests are computed again"
@@ -114,10 +113,6 @@ FOREIGN: dict[str, Foreign] = {
     "attention_config": Foreign("see attention_backend", None, ({},)),
     "profiler_config": Foreign("see quire bench", None, ({},)),
     # Decoding.
-    "speculative_config": Foreign(_NO_DRAFTS),
-    "spec_method": Foreign(_NO_DRAFTS),
-    "spec_model": Foreign(_NO_DRAFTS),
-    "spec_tokens": Foreign(_NO_DRAFTS),
     "structured_outputs_config": Foreign(
         _ONE_GRAMMAR_BACKEND + "; see --json-whitespace none for its disable_any_whitespace",
         None,

@@ -68,20 +68,22 @@ def plan_memory(
     *,
     kv_dtype_bytes: int,
     max_model_len: int,
+    draft_slot_bytes: int = 0,
     may_shrink: bool = False,
     gpu: bool = False,
 ) -> MemoryPlan:
     """Size the KV cache.
 
-    kv_dtype_bytes: of the cache's elements. may_shrink: a shorter length is accepted if max_model_len
-    does not fit. gpu: the memory is a GPU's.
+    kv_dtype_bytes: of the cache's elements. draft_slot_bytes: a draft model's keys and values of one token,
+    which each slot has too. may_shrink: a shorter length is accepted if max_model_len does not fit. gpu:
+    the memory is a GPU's.
 
     Raises `MemoryFitError`, with the options and values that would fit, if not even one sequence of
     full length does.
     """
     cache, size = config.cache, config.cache.block_size
     layout = spec.kv
-    block_bytes = layout.page_bytes(size, kv_dtype_bytes)
+    block_bytes = layout.page_bytes(size, kv_dtype_bytes) + size * draft_slot_bytes
     row_tokens = config.scheduler.max_num_batched_tokens
 
     def blocks_for(num_tokens: int) -> int:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from quire.config import EngineConfig, ModelConfig
 from quire.dtypes import FLOAT_SPELLINGS, FLOATS
+from quire.engine.drafts import locate_draft, resolve_draft
 from quire.engine.end_tokens import EndTokens, EosSource, end_tokens
 from quire.engine.generation_config import (
     OVERRIDE,
@@ -25,6 +26,7 @@ from quire.models.fields import QUANTIZATION_FIELDS
 from quire.models.registry import resolve_spec, text_config
 from quire.models.spec import ModelSpec
 from quire.quantization import choose_method
+from quire.speculative.spec import DraftSpec
 from quire.structured.base import DEFAULT_LIMITS, Limits
 from quire.weights.resolve import resolve_model, resolve_tokenizer
 from quire.weights.source import FILES, ModelSource, TensorInfo, open_source
@@ -57,6 +59,8 @@ class ResolvedModel:
     """The end tokens in the configs; `read_tokens` joins them with the tokenizer's."""
     warnings: tuple[str, ...]
     """For the operator: values of the model's files that were dropped."""
+    draft: DraftSpec | None = None
+    """The model of speculative decoding, if its method has one."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,7 @@ def locate(config: EngineConfig) -> EngineConfig:
             tokenizer=tokenizer,
             served_model_name=model.served_model_name or _names(model.model),
         )
-    return dataclasses.replace(config, model=located)
+    return dataclasses.replace(config, model=located, speculative=locate_draft(config))
 
 
 def _names(model: str) -> tuple[str, ...]:
@@ -132,7 +136,7 @@ def resolve(config: EngineConfig) -> ResolvedModel:
     default_sampling, warnings = sampling_defaults(model, generation)
     device = choose_device(config.runtime.device)
     kv_cache_dtype = dtype if config.cache.kv_cache_dtype == "auto" else "float8_e4m3fn"
-    return ResolvedModel(
+    resolved = ResolvedModel(
         model_dir=directory,
         tokenizer_dir=Path(model.tokenizer) if model.tokenizer else directory,
         spec=spec,
@@ -144,6 +148,8 @@ def resolve(config: EngineConfig) -> ResolvedModel:
         eos_sources=eos_sources(model, hf_config, generation),
         warnings=tuple(warnings),
     )
+    draft = resolve_draft(config, resolved, resolve)
+    return resolved if draft is None else dataclasses.replace(resolved, draft=draft)
 
 
 def read_tokens(resolved: ResolvedModel) -> tuple[Tokenizer, EndTokens]:

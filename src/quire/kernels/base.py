@@ -23,6 +23,7 @@ from torch import Tensor
 from quire.kernels.codes import CodeFormat
 from quire.kernels.dequantize import Scales
 from quire.kernels.fields import PackedCodes
+from quire.kernels.lora import AdapterSet
 from quire.kernels.ops import Activation, LinearProduct
 from quire.kernels.program import CachePart, ForwardPass, Program
 from quire.kernels.sampling import SampledTokens
@@ -242,6 +243,16 @@ class LayerKernels(Protocol):
 
         logits: [R, V] contiguous: float32 on a CPU, in dtype on a GPU. dtype: the model's, which the
         values are rounded to before, between and after.
+        """
+        ...
+
+    def adapters(
+        self, products: Sequence[LinearProduct], *, dtype: torch.dtype, capacity: int, max_rank: int
+    ) -> AdapterSet:
+        """An empty set of adapters for a model with these products (`Program.products`). capacity: indices
+        are below it. max_rank: of each matrix.
+
+        Raises `KernelArgumentError` if this implementation cannot.
         """
         ...
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from quire.kernels.checks import require
+from quire.kernels.lora import EMBEDDING, HEAD, AdapterSet
 from quire.kernels.ops import Activation, AttentionLayer, Head, LinearProduct, NormWeight
 
 ALIGNMENT = 64
@@ -77,6 +78,8 @@ class Op:
     factor: float = 1.0
     """A scale, or the divisor of logits."""
     softcap: float = 0.0
+    site: int = 0
+    """Of a product, the head or the embedding: its number for adapters (`quire.kernels.lora`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +99,12 @@ class Program:
     """Where each buffer's memory begins, in bytes per token of the step."""
     bytes_per_token: int
     dtype: torch.dtype
+
+    @property
+    def products(self) -> list[LinearProduct]:
+        """Of all sites for adapters but the last, the embedding."""
+        codes = (Code.LINEAR, Code.LINEAR_ADD, Code.LOGITS)
+        return [op.argument for op in self.ops if op.code in codes]  # type: ignore[misc]
 
 
 class CachePart(Protocol):
@@ -133,6 +142,8 @@ class StepRows:
     none; None if the engine has no adapters."""
     has_adapters: bool = False
     """Whether any row of this step has one: else the step does not look at `adapters`."""
+    adapter_set: AdapterSet | None = None
+    """What the indices mean. None if `adapters` is."""
 
 
 class ForwardPass(Protocol):
@@ -163,11 +174,13 @@ class ProgramOps:
     dtype: torch.dtype
     _ops: list[Op] = field(default_factory=list)
     _widths: list[int] = field(default_factory=list)
+    _num_products: int = 0
     _tap_width: int = 0
 
     def embed(self, embedding: LinearProduct | Tensor) -> Buffer:
         width = embedding.shape[1] if isinstance(embedding, Tensor) else embedding.in_features
-        return self._record(Code.EMBED, "embed", None, self._buffer(width), argument=embedding)
+        out = self._buffer(width)
+        return self._record(Code.EMBED, "embed", None, out, argument=embedding, site=EMBEDDING)
 
     def norm(self, x: Buffer, norm: NormWeight) -> Buffer:
         self._check_norm(norm, x.width)
@@ -182,8 +195,9 @@ class ProgramOps:
 
     def linear(self, x: Buffer, product: LinearProduct, label: str) -> Buffer:
         self._check_product(x, product, label)
-        out = self._buffer(product.out_features)
-        return self._record(Code.LINEAR, label, x, out, argument=product)
+        out, site = self._buffer(product.out_features), self._num_products
+        self._num_products += 1
+        return self._record(Code.LINEAR, label, x, out, argument=product, site=site)
 
     def rope_write_kv(self, qkv: Buffer, layer: AttentionLayer) -> None:
         width = (layer.num_heads + 2 * layer.num_kv_heads) * layer.head_dim
@@ -247,8 +261,10 @@ class ProgramOps:
             argument=head.product,
             factor=head.divisor,
             softcap=head.softcap,
+            site=HEAD,
         )
-        ops = tuple(self._ops)
+        num_sites = self._num_products + 2
+        ops = tuple(replace(op, site=op.site % num_sites) for op in self._ops)
         effects = (Code.ROPE_WRITE, Code.TAP)
         writes = [index for index, code in enumerate(codes) if code in effects]
         offsets, size = _place(ops, [width * self.dtype.itemsize for width in self._widths])

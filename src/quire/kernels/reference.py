@@ -23,6 +23,7 @@ from quire.kernels.checks import require
 from quire.kernels.cpu import layout
 from quire.kernels.cpu.codes import reference_codes
 from quire.kernels.cpu.linear import dense_product
+from quire.kernels.cpu.lora import HostAdapters
 from quire.kernels.dequantize import SideBySide
 from quire.kernels.ops import Activation
 from quire.kernels.philox import gumbel_from_uniform, philox_words, uniform_from_words
@@ -35,6 +36,7 @@ class ReferenceKernels:
     device = layout.device
     linear = staticmethod(dense_product)
     stack = SideBySide
+    adapters = HostAdapters
     kv_cache_shapes = staticmethod(layout.kv_cache_shapes)
 
     def __init__(self, *, activation_bits: int = 16) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from quire.attention.base import AttentionBackend, AttentionMetadata, KVCache
 from quire.kernels.base import LayerKernels
+from quire.kernels.lora import HEAD, AdaptedRows
 from quire.kernels.ops import Activation, AttentionLayer, Head, LinearProduct, NormWeight
 
 
@@ -32,13 +33,19 @@ class EagerOps:
     """Tokens whose result is wanted, as indices into the step's; None for all."""
     tapped: list[Tensor] = field(default_factory=list)
     """Copies made by `tap`, in order."""
+    adapters: AdaptedRows | None = None
+    """The tokens, if any has an adapter."""
+    _num_products: int = 0
+    """The products that have been computed."""
     _sum: tuple[Tensor, Tensor] | None = None
     """(residual, the tensor that must still be added to it)"""
 
     def embed(self, embedding: LinearProduct | Tensor) -> Tensor:
         if isinstance(embedding, Tensor):
-            return torch.index_select(embedding, 0, self.input_ids)
-        return embedding.rows(self.input_ids)
+            out = torch.index_select(embedding, 0, self.input_ids)
+        else:
+            out = embedding.rows(self.input_ids)
+        return out if self.adapters is None else self.adapters.embed(out, self.input_ids)
 
     def norm(self, x: Tensor, norm: NormWeight) -> Tensor:
         if self._sum is not None and self._sum[0] is x:
@@ -51,7 +58,9 @@ class EagerOps:
         self.kernels.rms_norm(columns, norm.weight, norm.eps, out=columns)
 
     def linear(self, x: Tensor, product: LinearProduct, label: str) -> Tensor:
-        return product(self._whole(x))
+        x, site = self._whole(x), self._num_products
+        self._num_products += 1
+        return product(x) if self.adapters is None else self.adapters.linear(site, product, x)
 
     def rope_write_kv(self, qkv: Tensor, layer: AttentionLayer) -> None:
         cache, metadata = self.cache.parts[layer.part], self.metadata[layer.group]
@@ -103,6 +112,8 @@ class EagerOps:
     def keep_wanted(self, *bufs: Tensor) -> Sequence[Tensor]:
         if self.wanted is None:
             return bufs
+        if self.adapters is not None:
+            self.adapters = self.adapters.keep(self.wanted)
         return [self._whole(x).index_select(0, self.wanted) for x in bufs]
 
     def _whole(self, x: Tensor) -> Tensor:
@@ -113,10 +124,16 @@ class EagerOps:
         return x
 
 
-def compute_logits(kernels: LayerKernels, head: Head, hidden: Tensor) -> Tensor:
+def compute_logits(
+    kernels: LayerKernels, head: Head, hidden: Tensor, adapters: AdaptedRows | None = None
+) -> Tensor:
     """hidden: [R, H]. Returns [R, vocab_size], rounded to the model's dtype: as float32 on a CPU, as it is
     on a GPU."""
-    dtype, logits = hidden.dtype, head.product(hidden)
+    dtype = hidden.dtype
+    if adapters is None:
+        logits = head.product(hidden)
+    else:
+        logits = adapters.linear(HEAD, head.product, hidden)
     if logits.is_cpu:
         logits = logits.float()
     if head.divisor != 1.0 or head.softcap != 0.0:

@@ -18,9 +18,10 @@ import torch
 from quire.attention.base import AttentionBackend, AttentionMetadata, KVCache
 from quire.attention.paged import PagedAttention
 from quire.kernels.base import LayerKernels
+from quire.kernels.lora import AdaptedRows
 from quire.kernels.ops import Buf, Head, LinearProduct, NormWeight, Ops
-from quire.kernels.program import ForwardPass, ProgramOps
-from quire.kv_layout import KVPlace
+from quire.kernels.program import ForwardPass, Program, ProgramOps
+from quire.kv_layout import KVLayout, KVPlace
 from quire.layers.attention import Attention
 from quire.layers.eager import EagerOps, compute_logits
 from quire.layers.embedding import Embedding
@@ -144,23 +145,24 @@ class DecoderModel:
         kernels: LayerKernels,
         max_model_len: int,
         attention: AttentionBackend | None = None,
+        layout: KVLayout | None = None,
     ) -> None:
         """`max_model_len` is the number of positions a request may reach; rotary tables have that many rows.
-        attention: the backend, if it is not the kernels' own.
+        attention: the backend, if it is not the kernels' own. layout: of the cache, if not the spec's own.
         """
         self.spec = spec
         self.dtype = dtype
         self.max_model_len = max_model_len
+        self.kernels = kernels
         self.taps: tuple[int, ...] = ()
         """Layers whose input, the residual, a drafter reads: ascending. One more than the last layer's index
         is the residual before the final norm. Set before `over`."""
-        self._kernels = kernels
         self._attention = attention or PagedAttention(kernels)
         tables = [
             cos_sin_table(rope, max_model_len=max_model_len, dtype=dtype).to(kernels.device)
             for rope in spec.ropes
         ]
-        places = spec.kv.places()
+        places = (layout or spec.kv).places()
         no_rope = torch.empty(max_model_len, 0, device=kernels.device)
         self._layers = [
             DecoderLayer(
@@ -222,14 +224,14 @@ class DecoderModel:
             softcap=self.spec.logits_softcap,
         )
         embedding = self._embedding
-        self._embedded: LinearProduct | torch.Tensor = self._head.product
+        self.embedded: LinearProduct | torch.Tensor = self._head.product
         if embedding is not None:
-            self._embedded = embedding.bind() if isinstance(embedding, Linear) else embedding.weight
+            self.embedded = embedding.bind() if isinstance(embedding, Linear) else embedding.weight
 
     def forward(self, ops: Ops[Buf]) -> Buf:
         """Hidden states after the final norm of the wanted tokens. Writes this step's keys and values to
         the cache."""
-        residual = ops.embed(self._embedded)
+        residual = ops.embed(self.embedded)
         if self._embed_scale != 1.0:
             residual = ops.scale(residual, self._embed_scale)
         count = len(self._layers)
@@ -251,6 +253,7 @@ class DecoderModel:
         kv_cache: KVCache,
         wanted: torch.Tensor | None = None,
         tapped: list[torch.Tensor] | None = None,
+        adapters: AdaptedRows | None = None,
     ) -> torch.Tensor:
         """`forward` on tensors. input_ids: [T] int64, below vocab_size, and positions below max_model_len
         (not checked here). metadata: of each group of layers. wanted: [R] int64 or int32, indices of
@@ -258,24 +261,29 @@ class DecoderModel:
         Returns [R or T, hidden_size] in the model's dtype.
         """
         tapped = [] if tapped is None else tapped
-        return self.forward(
-            EagerOps(self._kernels, self._attention, kv_cache, input_ids, metadata, wanted, tapped)
+        ops = EagerOps(
+            self.kernels, self._attention, kv_cache, input_ids, metadata, wanted, tapped, adapters
         )
+        return self.forward(ops)
 
     @torch.inference_mode()
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden: [R, hidden_size]. Returns [R, vocab_size] with values of the model's dtype: as float32 on a
-        CPU."""
-        return compute_logits(self._kernels, self._head, hidden)
+    def logits(self, hidden: torch.Tensor, adapters: AdaptedRows | None = None) -> torch.Tensor:
+        """hidden: [R, hidden_size]. adapters: of these rows. Returns [R, vocab_size] with values of the
+        model's dtype: as float32 on a CPU."""
+        return compute_logits(self.kernels, self._head, hidden, adapters)
 
-    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def compute_logits(
+        self, hidden: torch.Tensor, adapters: AdaptedRows | None = None
+    ) -> torch.Tensor:
         """The same, float32 everywhere."""
-        return self.logits(hidden).float()
+        return self.logits(hidden, adapters).float()
 
     def over(self, kv_cache: KVCache) -> ForwardPass:
         """The pass with this cache: a recorded program where the kernels can run one, else operation by
         operation. The bits are the same.
         """
+        return self.kernels.compile(self.record(), kv_cache.parts) or EagerPass(self, kv_cache)
+
+    def record(self) -> Program:
         recorder = ProgramOps(self.dtype)
-        program = recorder.finish(self.forward(recorder), self._head)
-        return self._kernels.compile(program, kv_cache.parts) or EagerPass(self, kv_cache)
+        return recorder.finish(self.forward(recorder), self._head)

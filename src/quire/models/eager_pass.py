@@ -7,8 +7,10 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from quire.attention.base import AttentionMetadata, KVCache
+from quire.kernels.lora import AdaptedRows
 from quire.kernels.program import StepRows
 
 
@@ -22,9 +24,12 @@ class EagerModel(Protocol):
         kv_cache: KVCache,
         wanted: torch.Tensor | None = None,
         tapped: list[torch.Tensor] | None = None,
+        adapters: AdaptedRows | None = None,
     ) -> torch.Tensor: ...
 
-    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor: ...
+    def compute_logits(
+        self, hidden: torch.Tensor, adapters: AdaptedRows | None = None
+    ) -> torch.Tensor: ...
 
 
 class EagerPass:
@@ -36,9 +41,14 @@ class EagerPass:
         self.tapped = torch.empty(0, 0)
 
     def forward(self, rows: StepRows) -> torch.Tensor:
-        return self._model.compute_logits(self.hidden(rows))
+        hidden, adapters = self._compute(rows)
+        return self._model.compute_logits(hidden, adapters)
 
     def hidden(self, rows: StepRows) -> torch.Tensor:
+        return self._compute(rows)[0]
+
+    def _compute(self, rows: StepRows) -> tuple[torch.Tensor, AdaptedRows | None]:
+        """Hidden states of the wanted tokens, and their adapters."""
         input_ids, metadata = gather(rows, self._kv_cache.block_size)
         ends, wanted = (
             metadata[0].query_start_loc[1:].tolist(),
@@ -47,10 +57,25 @@ class EagerPass:
         picked = [np.arange(end - count, end) for end, count in zip(ends, wanted, strict=True)]
         indices = torch.from_numpy(np.concatenate(picked))
         tapped: list[torch.Tensor] = []
-        hidden = self._model.compute(input_ids, metadata, self._kv_cache, indices, tapped)
+        adapters = adapted_tokens(rows)
+        hidden = self._model.compute(input_ids, metadata, self._kv_cache, indices, tapped, adapters)
         if tapped:
             self.tapped = torch.cat(tapped, dim=1)
-        return hidden
+        return hidden, None if adapters is None else adapters.keep(indices)
+
+
+def adapted_tokens(rows: StepRows) -> AdaptedRows | None:
+    """A step's tokens, if any has an adapter."""
+    seats, _, counts, _ = rows.rows[: rows.num_rows].T
+    return adapted_seats(rows, np.repeat(seats, counts)) if rows.has_adapters else None
+
+
+def adapted_seats(rows: StepRows, seats: NDArray[np.int64]) -> AdaptedRows | None:
+    """Rows of these seats, if any of the step has an adapter."""
+    if not rows.has_adapters:
+        return None
+    assert rows.adapters is not None and rows.adapter_set is not None
+    return rows.adapter_set.rows(torch.from_numpy(rows.adapters[seats]))
 
 
 def gather(rows: StepRows, block_size: int) -> tuple[torch.Tensor, list[AttentionMetadata]]:

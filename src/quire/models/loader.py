@@ -17,6 +17,7 @@ from quire.attention.base import AttentionBackend
 from quire.dtypes import FLOATS
 from quire.errors import ConfigError
 from quire.kernels.base import LayerKernels
+from quire.kv_layout import KVLayout
 from quire.models.decoder import DecoderModel
 from quire.models.spec import EMBEDDING, ModelSpec
 from quire.quantization.matrix import QuantizedMethod
@@ -40,6 +41,7 @@ def load_model(
     load_format: LoadFormat = "auto",
     max_model_len: int,
     attention: AttentionBackend | None = None,
+    layout: KVLayout | None = None,
     seed: int = 0,
 ) -> DecoderModel:
     """A `DecoderModel` ready for `forward`.
@@ -59,7 +61,12 @@ def load_model(
         raise ConfigError(f"load_format is {load_format!r}; use auto, safetensors or dummy")
     started = time.perf_counter()
     model = DecoderModel(
-        spec, dtype=dtype, kernels=kernels, max_model_len=max_model_len, attention=attention
+        spec,
+        dtype=dtype,
+        kernels=kernels,
+        max_model_len=max_model_len,
+        attention=attention,
+        layout=layout,
     )
     if load_format == "dummy":
         load_random_weights(model.targets(), dtype=dtype, seed=seed)

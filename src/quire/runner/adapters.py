@@ -1,17 +1,42 @@
 """The worker's table of LoRA adapters: loading them beside the steps, and finding them for a request.
 
-An adapter is known by its key, NAME@HASH (`AdapterInfo.key`). Its place in the table is an index, with
-which a step's arrays name it. On a GPU the index is a slot at a fixed address, filled when a request first
-needs it.
+An adapter is known by its key, NAME@HASH (`AdapterInfo.key`). A request that is admitted acquires its
+adapter, which gives a slot: the index with which a step's arrays name it. On a GPU a slot is memory at a
+fixed address, filled when a request needs it; on the CPU it is a pointer.
 """
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import os
+import sys
+import threading
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from queue import SimpleQueue
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
+from quire.errors import CheckpointError, QuireError, UnsupportedModelError
+from quire.kernels.checks import KernelArgumentError
+from quire.kernels.lora import Deltas, MatrixDelta, PackedAdapter, matrix_rows
 from quire.models.decoder import DecoderModel
+from quire.models.spec import EMBEDDING
+from quire.quantization.matrix import is_quantized
+from quire.weights import adapter as files
+from quire.weights.peft import AdapterTensors, read_adapter
+
+logger = logging.getLogger(__name__)
+
+ROWS_AT_ONCE = 16
+"""Of a base matrix. The kernels' threads stay with the steps: so few are looked up by one thread."""
+NICENESS = 10
+"""Of the loading thread: beside steps that use every core, about a tenth of one."""
 
 
 class LoadedAdapter(NamedTuple):
@@ -24,46 +49,212 @@ class LoadedAdapter(NamedTuple):
     seconds: float = 0.0
 
 
+@dataclass(slots=True)
+class _Entry:
+    """An adapter that is loaded."""
+
+    packed: PackedAdapter
+    slot: int = -1
+    """-1: none yet."""
+    users: int = 0
+    dropped: bool = False
+
+
+@dataclass(slots=True)
+class _Job:
+    key: str
+    path: Path
+    result: PackedAdapter | str | None = None
+    seconds: float = 0.0
+    done: threading.Event = field(default_factory=threading.Event)
+
+
 class AdapterTable:
-    """Used by one thread, the engine core's; loading is done in another, of the lowest priority."""
+    """Used by one thread, the engine core's; loading is done in another, of low priority."""
 
-    def __init__(self, model: DecoderModel, *, max_rank: int, capacity: int, slots: int) -> None:
-        """capacity: the most adapters in memory, loading ones included (`max_cpu_loras`). slots: the most
-        that requests use at the same time (`max_loras`).
+    def __init__(self, model: DecoderModel, *, max_rank: int, slots: int) -> None:
+        """slots: the most adapters that requests use at the same time (`max_loras`).
 
-        Raises `UnsupportedModelError` if the model or its device cannot have adapters.
+        Raises `UnsupportedModelError` if the model's products cannot have adapters on its device.
         """
-        raise NotImplementedError
+        self._model = model
+        self._max_rank = max_rank
+        try:
+            self._products = model.record().products
+            self.packed = model.kernels.adapters(
+                self._products, dtype=model.dtype, capacity=slots, max_rank=max_rank
+            )
+        except KernelArgumentError as error:
+            raise UnsupportedModelError(f"LoRA adapters are not served here: {error}") from None
+        self._entries: dict[str, _Entry] = {}
+        """The oldest use first."""
+        self._slots: list[_Entry | None] = [None] * slots
+        self._jobs: dict[str, _Job] = {}
+        self._queue: SimpleQueue[_Job | None] = SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._news = threading.Event()
 
     @property
     def num_bytes(self) -> int:
-        """Memory of the adapters that are loaded."""
-        raise NotImplementedError
+        """Host memory of the adapters that are loaded."""
+        return sum(entry.packed.num_bytes for entry in self._entries.values())
 
     def load(self, key: str, path: Path) -> None:
         """Begin to load, unless the key is loaded or loading. The directory is checked again: its content
         must be what the key's hash says."""
-        raise NotImplementedError
+        if key in self._entries or key in self._jobs:
+            return
+        self._jobs[key] = job = _Job(key, path)
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="adapters", daemon=True)
+            self._thread.start()
+        self._queue.put(job)
 
     def poll(self) -> Sequence[LoadedAdapter]:
         """What has ended since the last call, for better or worse. Does not wait."""
-        raise NotImplementedError
+        if not self._jobs:
+            return ()
+        self._news.clear()
+        ended = []
+        for job in [job for job in self._jobs.values() if job.done.is_set()]:
+            del self._jobs[job.key]
+            if isinstance(job.result, str):
+                ended.append(LoadedAdapter(job.key, job.result, seconds=job.seconds))
+                continue
+            assert job.result is not None
+            self._entries[job.key] = _Entry(job.result)
+            ended.append(LoadedAdapter(job.key, None, job.result.num_bytes, job.seconds))
+        return ended
 
     def wait(self, seconds: float) -> None:
         """Wait until there is something to poll; at most `seconds`."""
-        raise NotImplementedError
+        if self._jobs:
+            self._news.wait(seconds)
+
+    def close(self) -> None:
+        """End the loading thread, which else keeps the model in memory."""
+        self._queue.put(None)
 
     def drop(self, key: str) -> None:
         """Free its memory: at once, or when the last request that uses it has released it. Unknown keys are
         ignored; one that is loading will not be polled."""
-        raise NotImplementedError
+        self._jobs.pop(key, None)
+        if (entry := self._entries.pop(key, None)) is not None:
+            entry.dropped = True
+            self._free(entry)
 
     def acquire(self, key: str | None) -> int:
         """The adapter's index for a request that is admitted (`StepRows.adapters`); -1 for None. It stays
-        valid until the request's `release`. The key is loaded and not dropped: the engine holds requests
-        back until then."""
-        raise NotImplementedError
+        valid until the request's `release`. The key is loaded and not dropped, and a slot is free or its
+        adapter is not in use: the engine holds requests back until then."""
+        if key is None:
+            return -1
+        entry = self._entries.pop(key)
+        self._entries[key] = entry  # the newest use is the last
+        if entry.slot < 0:
+            entry.slot = self._free_slot()
+            self._slots[entry.slot] = entry
+            self.packed.put(entry.slot, entry.packed)
+        entry.users += 1
+        return entry.slot
 
     def release(self, index: int) -> None:
         """The counterpart of `acquire`; -1 does nothing."""
-        raise NotImplementedError
+        if index < 0:
+            return
+        entry = self._slots[index]
+        assert entry is not None and entry.users > 0
+        entry.users -= 1
+        self._free(entry)
+
+    def _free(self, entry: _Entry) -> None:
+        if entry.dropped and entry.users == 0 and entry.slot >= 0:
+            self.packed.clear(entry.slot)
+            self._slots[entry.slot], entry.slot = None, -1
+
+    def _free_slot(self) -> int:
+        if None in self._slots:
+            return self._slots.index(None)
+        oldest = next(each for each in self._entries.values() if each.slot >= 0 and not each.users)
+        slot, oldest.slot = oldest.slot, -1
+        return slot
+
+    # --- in the loading thread ------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        if sys.platform == "linux":
+            with contextlib.suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+        while (job := self._queue.get()) is not None:
+            started = time.monotonic()
+            try:
+                job.result = self._read(job.key, job.path)
+            except QuireError as error:
+                job.result = str(error)
+            except Exception:
+                logger.exception("loading an adapter failed")
+                job.result = "it could not be loaded; the engine's log says why"
+            job.seconds = time.monotonic() - started
+            job.done.set()
+            self._news.set()
+
+    @torch.inference_mode()
+    def _read(self, key: str, path: Path) -> PackedAdapter:
+        model = self._model
+        info, tensors = read_adapter(path, model.spec, max_rank=self._max_rank, dtype=model.dtype)
+        if info.content_hash != key.rpartition("@")[2]:
+            raise CheckpointError(
+                "the adapter's files have changed since it was registered; load it again"
+            )
+        deltas: dict[int, list[MatrixDelta]] = {}
+        for each in tensors:
+            if each.base is not None:
+                self._check_base(each)
+            matrix = each.matrix
+            deltas.setdefault(matrix.site, []).append(
+                MatrixDelta(matrix.first, each.a, each.b, matrix.scale, self._gains(each))
+            )
+        return self._pack(deltas)
+
+    def _pack(self, deltas: Deltas) -> PackedAdapter:
+        try:
+            return self.packed.pack(deltas)
+        except KernelArgumentError as error:
+            raise UnsupportedModelError(str(error)) from None
+
+    def _gains(self, each: AdapterTensors) -> Tensor | None:
+        """m / ||W + s * B A|| of each output."""
+        if each.magnitude is None:
+            return None
+        matrix, norms = each.matrix, torch.empty(each.matrix.outputs)
+        a = each.a.float()
+        for first in range(0, matrix.outputs, ROWS_AT_ONCE):
+            b = each.b[first : first + ROWS_AT_ONCE].float()
+            weight = matrix_rows(self._products[matrix.site], matrix.first + first, len(b))
+            rows = torch.addmm(weight.float().cpu(), b, a, alpha=matrix.scale)
+            norms[first : first + len(b)] = torch.linalg.vector_norm(rows, dim=1)
+        gains = each.magnitude / norms
+        if not bool(torch.isfinite(gains).all()):
+            raise CheckpointError(f"{matrix.name}: a row of the base weights and the delta is zero")
+        return gains
+
+    def _check_base(self, each: AdapterTensors) -> None:
+        """The embedding or head that PEFT saves with an adapter is the model's own."""
+        matrix, base, spec = each.matrix, each.base, self._model.spec
+        assert base is not None
+        is_head = matrix.name != EMBEDDING
+        name = files.HEAD if is_head and not spec.tie_word_embeddings else EMBEDDING
+        if is_quantized(spec.quantization, name):
+            return  # the file has what it was rounded from
+        for first in range(0, spec.vocab_size, ROWS_AT_ONCE):
+            theirs = base[first : first + ROWS_AT_ONCE]
+            if is_head:
+                ours = matrix_rows(self._products[matrix.site], first, len(theirs))
+            else:
+                ids, embedded = torch.arange(first, first + len(theirs)), self._model.embedded
+                ours = embedded[ids] if isinstance(embedded, Tensor) else embedded.rows(ids)
+            if not torch.equal(theirs.to(ours.dtype), ours.cpu()):
+                raise UnsupportedModelError(
+                    f"{matrix.base.name if matrix.base else ''} differs from the model's: the adapter was "
+                    "trained on another base, or changes the embedding; merge it into the base model instead"
+                )

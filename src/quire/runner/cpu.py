@@ -16,6 +16,7 @@ from quire.kernels.memory import reserve_in_background
 from quire.kernels.select import create_kernels
 from quire.messages import AdmittedRequest
 from quire.models.decoder import DecoderModel
+from quire.models.eager_pass import adapted_seats
 from quire.runner.backend import StepInput, StepSamples
 from quire.runner.footprint import Footprint, WorkerSpec, estimate, host_memory
 from quire.runner.platform import make_cache
@@ -62,6 +63,7 @@ class CPU:
             self._memory,
             dtype_bytes=model.dtype.itemsize,
             max_model_len=self._spec.max_model_len,
+            draft=self._spec.draft,
         )
 
     def cache(self, num_blocks: int) -> KVCache:
@@ -126,7 +128,9 @@ class CPUBackend:
                 (starts + counts)[step.sample_rows] - step.positions + 1
             )  # counted from the row's end
             picked = torch.from_numpy(ends[step.sample_rows] - back)
-            logits = self._model.compute_logits(states[picked])
+            logits = self._model.compute_logits(
+                states[picked], adapted_seats(step.rows, step.sample_seats)
+            )
         sampled = self._sampler.sample(
             logits,
             self._sampling,

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from quire.kernels.lora import AdapterSet
 from quire.messages import AdmittedRequest, PromptLogprobs, TokenLogprobs
 from quire.models.decoder import DecoderModel
 from quire.sampling.logprobs import log_softmax, top_logprobs
@@ -35,6 +36,8 @@ class PromptWork:
     """The first prompt token whose logprobs are wanted; the prompt's length if none are."""
     num_logprobs: int
     also: list[int]
+    adapter: tuple[AdapterSet, int] | None = None
+    """With which logits are computed."""
     sum: NDArray[np.float64] | None = None
     """[hidden_size]: the sum of the hidden states so far, for a mean."""
 
@@ -87,7 +90,11 @@ class PromptWork:
         size = max(1, LOGITS_BYTES // (4 * model.spec.vocab_size))
         entries: list[TokenLogprobs] = []
         for at in range(0, len(targets), size):
-            logprobs = log_softmax(model.compute_logits(hidden[at : at + size]))
+            part, adapters = hidden[at : at + size], None
+            if self.adapter is not None:
+                packed, index = self.adapter
+                adapters = packed.rows(torch.full((len(part),), index, dtype=torch.int32))
+            logprobs = log_softmax(model.compute_logits(part, adapters))
             entries += top_logprobs(logprobs, targets[at : at + size], self.num_logprobs, self.also)
         return entries
 

@@ -46,6 +46,7 @@ class Seats:
         )
         if adapters is not None:
             self.step.adapters = np.full(max_num_seqs, -1, dtype=np.int32)
+            self.step.adapter_set = adapters.packed
         self.num_blocks = np.zeros(max_num_seqs, dtype=np.int64)
         self.num_brought = np.zeros(max_num_seqs, dtype=np.int64)
         """Number of tokens in `token_ids` that may be unknown to a device which keeps sampled tokens
@@ -73,23 +74,29 @@ class Seats:
         self.add_blocks(seat, request.block_ids)
         if self._adapters is not None and self.step.adapters is not None:
             self.step.adapters[seat] = self._adapters.acquire(request.placement.adapter)
-            self._num_adapted += bool(self.step.adapters[seat] >= 0)
+            self._num_adapted += self.adapter_of(seat) >= 0
         if (rules := rules_of(request, self._vocab_size, self._grammars)) is not None:
             self.rules[seat] = rules
         if (work := PromptWork.of(request)) is not None:
             self.prompts[seat] = work
+            if self._adapters is not None and (adapter := self.adapter_of(seat)) >= 0:
+                work.adapter = (self._adapters.packed, adapter)
         return seat
 
     def release(self, request_id: int) -> int:
         seat = self.seat_of.pop(request_id)
         self.rules.pop(seat, None)
         self.prompts.pop(seat, None)
-        if self._adapters is not None and self.step.adapters is not None:
-            self._adapters.release(int(self.step.adapters[seat]))
-            self._num_adapted -= bool(self.step.adapters[seat] >= 0)
+        if self._adapters is not None:
+            self._adapters.release(self.adapter_of(seat))
+            self._num_adapted -= self.adapter_of(seat) >= 0
         self._free.append(seat)
         self.num_released += 1
         return seat
+
+    def adapter_of(self, seat: int) -> int:
+        """The index of its request's adapter, -1 for none."""
+        return -1 if self.step.adapters is None else int(self.step.adapters[seat])
 
     def has_adapters(self, seats: NDArray[np.int64]) -> bool:
         """Whether a request in one of these seats has an adapter."""

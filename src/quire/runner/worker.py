@@ -16,7 +16,7 @@ from quire.runner.footprint import Footprint, WorkerSpec
 from quire.runner.platform import Platform
 from quire.runner.runner import FinishedStep, Runner, RunningStep
 from quire.sampling.sampler import GrammarSource
-from quire.speculative.base import Drafter
+from quire.speculative.base import DraftContext, Drafter
 from quire.weights.source import open_source
 
 CreateDrafter = Callable[[DecoderModel], Drafter]
@@ -35,7 +35,7 @@ class Worker:
         create_drafter: CreateDrafter | None = None,
     ) -> None:
         """platform: if None, that of the spec's device. Raises `ConfigError` if it cannot be used.
-        create_drafter: called with the loaded model; without it nothing is drafted."""
+        create_drafter: called with the loaded model, instead of what the configuration says."""
         self._config = config
         self._spec = spec
         self._grammars = grammars
@@ -73,7 +73,7 @@ class Worker:
     def sleep(self, level: int) -> None:
         assert self.runner is not None, "it sleeps already"
         self._kept = self.runner.model if level < 2 else None
-        self.runner = self.adapters = None
+        self._drop_runner()
         self.platform.release()
 
     def wake_up(self) -> None:
@@ -87,28 +87,51 @@ class Worker:
             failure = error.with_traceback(None)  # its frames hold tensors
             failure.__context__ = None
         if failure is not None:
-            self.runner = self.adapters = None
+            self._drop_runner()
             self.platform.release()
             raise failure
         self._kept = None
 
     def close(self) -> None:
-        self.runner = self.adapters = self._kept = None
+        self._drop_runner()
+        self._kept = None
+
+    def _drop_runner(self) -> None:
+        if self.adapters is not None:
+            self.adapters.close()
+        self.runner = self.adapters = None
 
     def _start(self, model: DecoderModel | None) -> Runner:
         model = model or self._load_model()
         lora = self._config.lora
         if lora.enable_lora:
-            self.adapters = AdapterTable(
-                model, max_rank=lora.max_lora_rank, capacity=lora.capacity, slots=lora.max_loras
-            )
+            self.adapters = AdapterTable(model, max_rank=lora.max_lora_rank, slots=lora.max_loras)
         return Runner(
             model,
             self.platform.backend(model),
             max_num_seqs=self._config.scheduler.max_num_seqs,
             grammars=self._grammars,
             adapters=self.adapters,
-            drafter=None if self._create_drafter is None else self._create_drafter(model),
+            drafter=self._drafter(model),
+        )
+
+    def _drafter(self, model: DecoderModel) -> Drafter | None:
+        if self._create_drafter is not None:
+            return self._create_drafter(model)
+        options = self._config.speculative.speculation
+        if options is None:
+            return None
+        from quire.speculative.create import create_drafter
+
+        return create_drafter(
+            DraftContext(
+                options=options,
+                target=model,
+                kernels=self.platform.kernels,
+                draft=self._spec.draft,
+                load_format=self._config.model.load_format,
+                seed=self._config.model.seed,
+            )
         )
 
     def _load_model(self) -> DecoderModel:

@@ -11,8 +11,27 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from quire.config import Speculation
+from quire.kernels.base import LayerKernels
 from quire.kernels.program import StepRows
 from quire.messages import StepPlan
+from quire.models.decoder import DecoderModel
+from quire.speculative.spec import DraftSpec
+
+
+@dataclass(frozen=True, slots=True)
+class DraftContext:
+    """What a drafter is made from."""
+
+    options: Speculation
+    target: DecoderModel
+    kernels: LayerKernels
+    """Of the target's device."""
+    draft: DraftSpec | None = None
+    """For the methods with a model."""
+    load_format: str = "auto"
+    seed: int = 0
+    """Of dummy weights."""
 
 
 @dataclass(slots=True)

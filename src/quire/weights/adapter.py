@@ -37,6 +37,13 @@ PANEL = 64
 """Outputs that are computed together; B is held in panels of as many."""
 
 
+class Digest(Protocol):
+    """Of hashlib."""
+
+    def update(self, data: memoryview, /) -> None: ...
+    def hexdigest(self) -> str: ...
+
+
 class AdaptedModel(Protocol):
     """What is used of a `ModelSpec`."""
 
@@ -153,61 +160,69 @@ def check_adapter(directory: Path, model: AdaptedModel, *, max_rank: int) -> Ada
         UnsupportedModelError: the adapter uses something that is not served, by its name in the config; or a
             rank is above `max_rank`.
     """
-    raw = _read_config(directory / CONFIG_FILE)
-    config = _Config(raw)
-    with AdapterFile(directory) as file:
-        matrices = _matrices(file.tensors, config, model, max_rank)
-        digest = hashlib.sha256(hashlib.sha256(raw).digest())
-        file.hash_into(digest)
+    with AdapterFile(directory, model, max_rank=max_rank) as file:
+        digest = file.digest()
+        buffer = memoryview(bytearray(min(HASHED_BYTES, file.num_bytes)))
+        for begin in range(0, file.num_bytes, HASHED_BYTES):
+            part = buffer[: min(HASHED_BYTES, file.num_bytes - begin)]
+            file.read_bytes(begin, part)
+            digest.update(part)
         file.check_unchanged()
-    base = config.fields.get("base_model_name_or_path")
-    return AdapterInfo(
-        digest.hexdigest()[:32], matrices, base if isinstance(base, str) and base else None
-    )
+    return file.info(digest)
 
 
 class AdapterFile(OpenFiles):
-    """The open file of tensors, its header checked."""
+    """The open file of tensors. Config and header have been checked: errors as in `check_adapter`."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, model: AdaptedModel, *, max_rank: int) -> None:
         super().__init__()
+        self._raw = _read_config(directory / CONFIG_FILE)
+        config = _Config(self._raw)
+        self._base = config.fields.get("base_model_name_or_path")
         path = directory / TENSOR_FILE
         if not path.is_file():
-            pickled = [
-                each
-                for each in ("adapter_model.bin", "adapter_model.pt")
-                if (directory / each).exists()
-            ]
+            for pickled in ("adapter_model.bin", "adapter_model.pt"):
+                if (directory / pickled).exists():
+                    raise CheckpointError(
+                        f"the adapter has only {pickled}, a pickle, which can run code when loaded: "
+                        "save it again with save_pretrained(..., safe_serialization=True)"
+                    )
             raise CheckpointError(
-                f"the adapter has only {pickled[0]}, a pickle, which can run code when loaded: save it again "
-                "with save_pretrained(..., safe_serialization=True)"
-                if pickled
-                else f"the adapter has no {TENSOR_FILE}; give the directory that PEFT's save_pretrained wrote"
+                f"the adapter has no {TENSOR_FILE}; give the directory that PEFT's "
+                "save_pretrained wrote"
             )
         try:
             handle, status = self.add_file(path)
-            for name, entry in read_header(handle, status.num_bytes, MOST_HEADER_BYTES).items():
+            entries = read_header(handle, status.num_bytes, MOST_HEADER_BYTES)
+            self.num_bytes = status.num_bytes
+            for name, entry in entries.items():
                 self.tensors[name] = TensorInfo(
-                    name, path.name, entry.shape, entry.dtype, entry.begin, entry.num_bytes
+                    name, TENSOR_FILE, entry.shape, entry.dtype, entry.begin, entry.num_bytes
                 )
+            self.matrices = _matrices(self.tensors, config, model, max_rank)
         except OSError as error:
             self.close()
-            raise unreadable(Path(path.name), error) from None
+            raise unreadable(Path(TENSOR_FILE), error) from None
         except HeaderError as error:
             self.close()
             raise CheckpointError(
-                f"{TENSOR_FILE} is not a complete safetensors file ({error}): copy it again"
+                f"{TENSOR_FILE} is not a complete safetensors file ({error}); copy it again"
             ) from None
-        self._num_bytes = status.num_bytes
+        except BaseException:
+            self.close()
+            raise
 
-    def hash_into(self, digest: hashlib._Hash) -> None:
-        """The whole file."""
-        whole = TensorInfo("", TENSOR_FILE, (), "", 0, self._num_bytes)
-        buffer = memoryview(bytearray(min(HASHED_BYTES, self._num_bytes)))
-        for begin in range(0, self._num_bytes, HASHED_BYTES):
-            part = buffer[: min(HASHED_BYTES, self._num_bytes - begin)]
-            self.read(whole, begin, part)
-            digest.update(part)
+    def read_bytes(self, begin: int, into: memoryview) -> None:
+        """Of the whole file."""
+        self.read(TensorInfo("", TENSOR_FILE, (), "", 0, self.num_bytes), begin, into)
+
+    def digest(self) -> Digest:
+        """To be updated with the bytes of the whole file, then for `info`."""
+        return hashlib.sha256(hashlib.sha256(self._raw).digest())
+
+    def info(self, digest: Digest) -> AdapterInfo:
+        base = self._base if isinstance(self._base, str) and self._base else None
+        return AdapterInfo(digest.hexdigest()[:32], self.matrices, base)
 
 
 def _read_config(path: Path) -> bytes:
@@ -245,7 +260,7 @@ class _Config:
             if not any(value == each and type(value) is type(each) for each in known):
                 remedy = REMEDIES.get(name, "merge the adapter into the base model instead")
                 raise UnsupportedModelError(
-                    f"{CONFIG_FILE}: {name} is {_short(value)}, which is not served; {remedy}"
+                    f"{CONFIG_FILE}: {name[:80]} is {_short(value)}, which is not served; {remedy}"
                 )
         self.dora = self._flag("use_dora")
         self.tied = self._flag("ensure_weight_tying")
@@ -315,8 +330,7 @@ def _matrices(
                 matrix = _matrix(
                     part, shape.in_features, group, config, modules[part.name], max_rank
                 )
-                if matrix is not None:
-                    matrices.append(replace(matrix, site=site, first=first))
+                matrices.append(replace(matrix, site=site, first=first))
             first += part.out_features
     if found:
         names = sorted(info.name for group in found.values() for info in group.values())
@@ -341,8 +355,8 @@ def _matrix(
     config: _Config,
     module: str,
     max_rank: int,
-) -> AdaptedMatrix | None:
-    """None: only the embedding's own matrix is there. site and first are set by the caller."""
+) -> AdaptedMatrix:
+    """site and first are set by the caller."""
     embeds, outputs = part.name == EMBEDDING, part.out_features
     base = group.pop("base_layer", None)
     if base is not None:
@@ -354,8 +368,6 @@ def _matrix(
         _check_tensor(base, whole)
     names = ("lora_embedding_A", "lora_embedding_B") if embeds else ("lora_A", "lora_B")
     magnitude = group.pop("lora_magnitude_vector", None)
-    if not group and magnitude is None and base is not None:
-        return None
     if wrong := [info.name for kind, info in group.items() if kind not in names]:
         raise CheckpointError(
             f"{TENSOR_FILE} has {wrong[0]}, but {part.name} needs {' and '.join(names)}"
@@ -365,9 +377,11 @@ def _matrix(
             f"{TENSOR_FILE} has no {missing[0]} for {module}; save the adapter again"
         )
     a, b = (group[kind] for kind in names)
-    rank = a.shape[0] if a.shape else 0
-    if rank < 1:
-        raise CheckpointError(f"{a.name} is {list(a.shape)}: the rank must be at least 1")
+    if len(a.shape) != 2 or a.shape[0] < 1:
+        raise CheckpointError(
+            f"{a.name} is {list(a.shape)}; need [rank, {inputs}], rank at least 1"
+        )
+    rank = a.shape[0]
     if rank > max_rank:
         raise UnsupportedModelError(
             f"{a.name} has rank {rank}, but the engine serves at most {max_rank}; set --max-lora-rank {rank}"

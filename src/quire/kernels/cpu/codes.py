@@ -273,6 +273,10 @@ class ReferenceCodes(CodesProduct):
         self._codes = self._codes[:, self._order]
 
     def _multiply(self, x: Tensor) -> Tensor:
+        return self.rounded(self.sums(x))
+
+    def sums(self, x: Tensor) -> Tensor:
+        """The result without bias, not rounded: [M, out_features] float32."""
         x32 = x.float()
         if self.form.activation_bits == 8 and not self.form.float8:
             x32 = round_to_int8(x32)
@@ -288,9 +292,10 @@ class ReferenceCodes(CodesProduct):
             )
             product.fill(0, weight)
             out[:, first : first + step] = product(x32)
-        if self.bias is not None:
-            out += self.bias
-        return out.to(x.dtype)
+        return out
+
+    def rounded(self, sums: Tensor) -> Tensor:
+        return (sums if self.bias is None else sums.add_(self.bias)).to(self.dtype)
 
     def _rows(self, ids: Tensor) -> Tensor:
         inside = bool(((ids >= 0) & (ids < self.out_features)).all())

@@ -41,6 +41,9 @@ enum scratch_use {
   SCRATCH_ATTENTION,
   SCRATCH_ATTENTION_PLAN,
   SCRATCH_SAMPLING,
+  SCRATCH_DRAFT,
+  SCRATCH_LORA,
+  SCRATCH_LORA_ROWS,
   SCRATCH_USES
 };
 void *quire_scratch(enum scratch_use use, size_t bytes);
@@ -91,11 +94,53 @@ enum linear_epilogue { LINEAR_STORE = 0, LINEAR_ADD = 1, LINEAR_FLOAT = 2 };
 
 int quire_linear(const linear_weight *w, const void *x, int64_t x_stride, void *out,
                  int64_t out_stride, int64_t m, int epilogue, int threads);
+struct lora_rows;
+/* The same where some rows have an adapter, which changes product number `site`; NULL if there are none. */
+int quire_adapted_linear(const linear_weight *w, const void *x, int64_t x_stride, void *out, int64_t out_stride,
+                         int64_t m, int epilogue, int threads, const struct lora_rows *lora, int64_t site);
 int quire_pack_linear(const void *weight, int64_t first, int64_t rows, int64_t k, int64_t size, int64_t step,
                       void *panels, int threads);
 int quire_pack_codes(const linear_weight *w, const uint8_t *codes, int64_t row_stride, int64_t column_stride,
                      int64_t row, int64_t column, int64_t rows, int64_t columns);
 int quire_gather_rows(const linear_weight *w, const int64_t *ids, int64_t tokens, void *out, int threads);
+
+/* ---- adapters (lora.c) ---- */
+
+#define LORA_RANKS 2048 /* the most ranks of one product's matrices together; Python makes no more */
+
+typedef struct { /* of B, for one panel of outputs */
+  int32_t first, count; /* ranks */
+  int64_t start;        /* its first row of PANEL elements in `b` */
+} lora_panel;
+
+typedef struct { /* what an adapter does to one product; mirrored by LoraSite in lora.py */
+  const void *a;            /* [rank][k]; of an embedding [k][rank] */
+  const void *b;            /* of each panel [count][PANEL] */
+  const lora_panel *panels; /* of the whole stack; NULL: the product is not changed */
+  const float *scales;      /* [rank] */
+  const float *gains;       /* [panels][PANEL], or NULL: ones */
+  int64_t rank, k;          /* rank: of all parts, whose A's are one below the other */
+  int64_t dtype;
+} lora_site;
+
+typedef struct { /* mirrored by LoraTable in lora.py */
+  const lora_site *const *adapters; /* [size]: by site, or NULL */
+  int64_t size;
+} lora_table;
+
+typedef struct lora_rows { /* rows with an adapter, grouped by adapter */
+  const lora_site *const *table;
+  const int32_t *rows;     /* [count], rising in a group */
+  const int32_t *starts;   /* [groups + 1]: of each group in `rows` */
+  const int32_t *adapters; /* [groups] */
+  int64_t groups, count;
+} lora_rows;
+
+int32_t quire_group_bytes(int64_t spans, int64_t rows);
+int quire_group_rows(const lora_table *table, const int32_t *adapters, const int32_t *ends, int64_t spans, void *memory,
+                     lora_rows *out);
+int quire_adapt_embedding(const lora_rows *rows, int64_t site, const int64_t *ids, void *out, int64_t width, int dt,
+                          int threads);
 
 /* ---- rows (elementwise.c) ---- */
 

@@ -28,6 +28,15 @@ class LinearWeight(ctypes.Structure):
     ]
 
 
+class LoraRows(ctypes.Structure):
+    """Mirrors lora_rows in kernels.h."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("table", "rows", "starts", "adapters")),
+        *((name, c_int64) for name in ("groups", "count")),
+    ]
+
+
 class CodeInfo(ctypes.Structure):
     """Mirrors code_info in kernels.h."""
 
@@ -111,6 +120,10 @@ _SIGNATURES = {
     "quire_philox_uniform": [c_uint64, c_uint64, _P, _N],
     "quire_sample": [POINTER(SampleArgs)],
     "quire_linear": [POINTER(LinearWeight), _P, _N, _P, _N, _N, _I, _I],
+    "quire_adapted_linear": [POINTER(LinearWeight), _P, _N, _P, _N, _N, _I, _I, _P, _N],
+    "quire_group_bytes": [_N, _N],
+    "quire_group_rows": [_P, _P, _P, _N, _P, _P],
+    "quire_adapt_embedding": [_P, _N, _P, _P, _N, _I, _I],
     "quire_pack_linear": [_P, _N, _N, _N, _N, _N, _P, _I],
     "quire_pack_codes": [POINTER(LinearWeight), _P, _N, _N, _N, _N, _N, _N],
     "quire_pack_fields": [POINTER(LinearWeight), _P, _N, _N, _P, _N, _N, _N, _N],
@@ -118,6 +131,9 @@ _SIGNATURES = {
     "quire_unpack_codes": [_P, _N, _N, _P, _N, _I, _I],
     "quire_gather_rows": [POINTER(LinearWeight), _P, _N, _P, _I],
     "quire_run_program": [_P, _P],
+    "quire_draft": [_P],
+    "quire_lookup": [_P],
+    "quire_lookup_add": [_P, _P, _N, _N, _N],
     "quire_paged_attention": [POINTER(AttentionArgs)],
 }
 

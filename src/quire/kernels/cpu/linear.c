@@ -64,6 +64,7 @@ INLINE void panel_rows(const linear_job *job, int64_t begin, int64_t end, int64_
       }
     }
   }
+  if (job->lora) quire_add_delta(job, sums, begin, rows, panel);
   const int64_t column = panel * PANEL, n = w->n - column < PANEL ? w->n - column : PANEL;
   const int ot = job->epilogue == LINEAR_FLOAT ? F32 : dt;
   finish(job, sums, w->bias ? at(w->bias, column, dt) : NULL,
@@ -100,7 +101,8 @@ INLINE void panel_tiles(const linear_job *job, int64_t begin, int64_t end, int64
     const int64_t pass = (r - begin) / TILE_ROWS;
     const stream next = passes == 1 ? (stream){base + TILES_AHEAD, K_STEP}
                                     : (stream){after + pass * (steps * K_STEP / passes), K_STEP / passes};
-    const float *first = tile_rows(&t, job->x, stride, r, end, &view, next, sums, kind);
+    float *first = tile_rows(&t, job->x, stride, r, end, &view, next, sums, kind);
+    if (job->lora) quire_add_delta(job, first, r, min64(end - r, 2 * TILE_ROWS), panel);
     finish(job, first, bias, at_mut(job->out, r * job->out_stride + column, ot),
            min64(end - r, 2 * TILE_ROWS), n, BF16);
   }
@@ -239,16 +241,20 @@ static int prepare(stack_job *stack, const void *x, int64_t x_stride) {
 
 /* x: [m, k], row stride given. out: [m, n of all parts], row stride given; `epilogue` says how the result is stored.
  * Returns 5 if there is no memory. */
-int quire_linear(const linear_weight *w, const void *x, int64_t x_stride, void *out,
-                 int64_t out_stride, int64_t m, int epilogue, int threads) {
+int quire_adapted_linear(const linear_weight *w, const void *x, int64_t x_stride, void *out, int64_t out_stride,
+                         int64_t m, int epilogue, int threads, const lora_rows *lora, int64_t site) {
   if (m == 0) return 0;
   stack_job stack = {.m = m, .threads = threads};
+  lora_use use = {.rows = lora, .site = site};
+  const int shrunk = lora ? quire_shrink(&use, x, x_stride, w->dtype, threads) : 1;
+  if (shrunk == 5) return 5;
   int64_t n = 0, most = ROW_CHUNK, multiple = 1;
   const int ot = epilogue == LINEAR_FLOAT ? F32 : w->dtype;
   for (const linear_weight *each = w; each; each = each->next) {
     const int64_t panels = (each->n + PANEL - 1) / PANEL;
     stack.parts[stack.num_parts++] = (linear_job){.w = each, .out = at_mut(out, n, ot), .out_stride = out_stride,
                                                   .panels = panels, .epilogue = epilogue,
+                                                  .lora = shrunk ? NULL : &use, .first_panel = stack.panels,
                                                   .task = panel_task_of(each)};
     stack.panels += panels;
     n += each->n;
@@ -263,6 +269,11 @@ int quire_linear(const linear_weight *w, const void *x, int64_t x_stride, void *
   if (prepare(&stack, x, x_stride)) return 5;
   quire_run(linear_unit, &stack, stack.panels * ((m + stack.chunk - 1) / stack.chunk), stack.threads);
   return 0;
+}
+
+int quire_linear(const linear_weight *w, const void *x, int64_t x_stride, void *out,
+                 int64_t out_stride, int64_t m, int epilogue, int threads) {
+  return quire_adapted_linear(w, x, x_stride, out, out_stride, m, epilogue, threads, NULL, 0);
 }
 
 /* The floats of a vector, plus 256 with dot products of bfloat16: for people. */

@@ -172,10 +172,18 @@ class PanelProduct(CPUProduct):
         return gather(self._lib, self, ids)
 
 
-def multiply(lib: CDLL, weight: library.LinearWeight, out_features: int, x: Tensor) -> Tensor:
-    """out_features: of the whole stack. x: [M, in_features] in the weight's dtype, rows dense."""
+def multiply(
+    lib: CDLL,
+    weight: library.LinearWeight,
+    out_features: int,
+    x: Tensor,
+    adapted: tuple[library.LoraRows, int] | None = None,
+) -> Tensor:
+    """out_features: of the whole stack. x: [M, in_features] in the weight's dtype, rows dense. adapted: the
+    rows with an adapter, and the product's number for it."""
+    rows, site = adapted or (None, 0)
     out = x.new_empty((x.shape[0], out_features))
-    code = lib.quire_linear(
+    code = lib.quire_adapted_linear(
         byref(weight),
         x.data_ptr(),
         x.stride(0),
@@ -184,6 +192,8 @@ def multiply(lib: CDLL, weight: library.LinearWeight, out_features: int, x: Tens
         x.shape[0],
         0,
         torch.get_num_threads(),
+        None if rows is None else byref(rows),
+        site,
     )
     if code:
         raise MemoryError("linear could not allocate its scratch memory")
@@ -240,6 +250,10 @@ class ExactSumProduct(CPUProduct):
         self._to_grid[rows] = _to_grid(weight, self._bits)
 
     def _multiply(self, x: Tensor) -> Tensor:
+        return self.rounded(self.sums(x))
+
+    def sums(self, x: Tensor) -> Tensor:
+        """The result without bias, not rounded: [M, out_features] float64."""
         rows, in_features = x.shape
         exact = _split(x, _to_grid(x, self._bits), self._bits, 2)  # [2 * M, K]
         out_features = self._weight.shape[0]
@@ -256,10 +270,10 @@ class ExactSumProduct(CPUProduct):
             if self._parts == 2:  # the product of two second parts is below float32's precision
                 lesser = lesser + products[:rows, n:]
             torch.add(products[:rows, :n], lesser, out=out[:, columns])
-        out += 0.0  # a library may sum zeros to -0
-        if self.bias is not None:
-            out += self.bias
-        return out.to(x.dtype)
+        return out.add_(0.0)  # a library may sum zeros to -0
+
+    def rounded(self, sums: Tensor) -> Tensor:
+        return (sums if self.bias is None else sums.add_(self.bias)).to(self.dtype)
 
     def _rows(self, ids: Tensor) -> Tensor:
         inside = bool(((ids >= 0) & (ids < self._weight.shape[0])).all())

@@ -50,6 +50,13 @@ typedef struct { /* rows of x as integers (codes.c) */
   int64_t stride, pieces, segments;
 } coded_input;
 
+typedef struct { /* of one product, for the rows with an adapter */
+  const lora_rows *rows;
+  int64_t site;
+  float *t; /* [rows->count][stride]: s * A x */
+  int64_t stride;
+} lora_use;
+
 struct linear_job { /* one matrix of a stack */
   const linear_weight *w;
   const void *x;     /* [m, k], fp32 where `widens`; NULL: only `coded` */
@@ -59,6 +66,8 @@ struct linear_job { /* one matrix of a stack */
   int64_t panels;
   int epilogue;
   panel_task task; /* rows [begin, end) times one panel */
+  const lora_use *lora; /* NULL: no row has an adapter */
+  int64_t first_panel;  /* of the stack's */
 };
 
 /* The memory to prefetch during one pass over a panel: `stride` bytes for each step of k. */
@@ -123,6 +132,10 @@ INLINE void block(const linear_job *job, const void *x, const char *panel, strea
   }
 }
 
+/* lora.c */
+int quire_shrink(lora_use *use, const void *x, int64_t x_stride, int dt, int threads);
+void quire_add_delta(const linear_job *job, float *sums, int64_t begin, int64_t rows, int64_t panel);
+
 /* Bias and epilogue for rows x n columns of finished sums; `out` at the first of them. */
 INLINE void finish(const linear_job *job, const float *sums, const void *bias, void *out,
                    int64_t rows, int64_t n, const int dt) {
@@ -141,8 +154,9 @@ INLINE void finish(const linear_job *job, const float *sums, const void *bias, v
     }
 }
 
-/* Bias and epilogue for `rows` rows, from `begin` on, times one panel: sums [rows][PANEL]. */
-INLINE void finish_panel(const linear_job *job, const float *sums, int64_t begin, int64_t rows, int64_t panel) {
+/* Adapters, bias and epilogue for `rows` rows, from `begin` on, times one panel: sums [rows][PANEL]. */
+INLINE void finish_panel(const linear_job *job, float *sums, int64_t begin, int64_t rows, int64_t panel) {
+  if (job->lora) quire_add_delta(job, sums, begin, rows, panel);
   const linear_weight *w = job->w;
   const int64_t column = panel * PANEL, n = min64(w->n - column, PANEL);
   const void *bias = w->bias ? at(w->bias, column, w->dtype) : NULL;

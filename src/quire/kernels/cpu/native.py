@@ -30,6 +30,7 @@ from quire.kernels.cpu.library import (
     load_library,
 )
 from quire.kernels.cpu.linear import dense_product
+from quire.kernels.cpu.lora import HostAdapters
 from quire.kernels.cpu.program import NativeProgram, can_run
 from quire.kernels.cpu.tiles import choose_tiles
 from quire.kernels.ops import Activation
@@ -57,6 +58,7 @@ class NativeKernels:
     device = layout.device
     linear = staticmethod(dense_product)
     stack = staticmethod(stack)
+    adapters = HostAdapters
     kv_cache_shapes = staticmethod(layout.kv_cache_shapes)
 
     def __init__(self, *, march: str = "native", activation_bits: int = 16) -> None:

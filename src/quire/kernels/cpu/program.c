@@ -33,6 +33,7 @@ typedef struct { /* mirrored by _Op in program.py */
   int64_t first, width;   /* columns */
   const void *argument;   /* linear_weight, attention_layer, a norm's weight, a table */
   float factor, softcap;  /* factor: also a norm's eps */
+  int64_t site;           /* of a product or an embedding: its number for adapters */
 } program_op;
 
 typedef struct { /* mirrored by _Layer in program.py */
@@ -73,6 +74,8 @@ typedef struct { /* mirrored by _Step in program.py */
   double *seconds;          /* [num_ops]; if not NULL, the time of each operation is added */
   int64_t num_seats, max_tokens, max_blocks, requests;
   int64_t num_wanted; /* of all rows */
+  const int32_t *adapters;  /* [num_seats]: index in `table`, -1 for none; NULL: no row has one */
+  const lora_table *table;
   int32_t threads;
 } program_step;
 
@@ -91,6 +94,8 @@ typedef struct { /* one step while it runs */
   step_inputs in;
   char *memory;
   int64_t rows; /* of a buffer: the step's tokens, then the wanted ones */
+  lora_rows lora[2];       /* the tokens with an adapter; of these, the wanted ones */
+  const lora_rows *adapted; /* of the rows; NULL: none has an adapter */
 } run;
 
 /* A code of quire_run_program if a row is outside its seat, else 0; *tokens is the number of tokens. */
@@ -158,6 +163,27 @@ static int gather_inputs(const program *p, const program_step *s, step_inputs *i
   return 0;
 }
 
+/* The rows with an adapter. 0, 7 or 8. */
+static int group_rows(run *r) {
+  const program_step *s = r->s;
+  const int64_t n = s->requests;
+  size_t bytes[2] = {(size_t)quire_group_bytes(n, r->in.tokens), (size_t)quire_group_bytes(n, s->num_wanted)};
+  for (int i = 0; i < 2; i++) bytes[i] = (bytes[i] + 63) / 64 * 64;
+  char *memory = quire_scratch(SCRATCH_LORA_ROWS, bytes[0] + bytes[1] + (size_t)n * 3 * sizeof(int32_t));
+  if (!memory) return 7;
+  int32_t *adapters = (int32_t *)(memory + bytes[0] + bytes[1]), *ends = adapters + n, *wanted = ends + n;
+  for (int64_t i = 0; i < n; i++) {
+    adapters[i] = s->adapters[s->rows[i].seat];
+    ends[i] = r->in.query_start_loc[i + 1];
+    wanted[i] = (i ? wanted[i - 1] : 0) + (int32_t)s->rows[i].wanted;
+  }
+  if (quire_group_rows(s->table, adapters, ends, n, memory, &r->lora[0]) ||
+      quire_group_rows(s->table, adapters, wanted, n, memory + bytes[0], &r->lora[1]))
+    return 8;
+  r->adapted = r->lora[0].count ? &r->lora[0] : NULL;
+  return 0;
+}
+
 static char *buffer(const run *r, int32_t number) {
   return r->memory + r->in.tokens * r->p->offsets[number];
 }
@@ -197,11 +223,16 @@ static int check_inputs(const run *r) {
 static int embed(const run *r, const program_op *op) {
   const int64_t *ids = r->in.input_ids;
   char *out = buffer(r, op->target);
-  if (op->flag) return quire_gather_rows(op->argument, ids, r->rows, out, r->s->threads);
-  const size_t row = (size_t)r->p->widths[op->target] * elem_size(r->p->dtype);
-  for (int64_t t = 0; t < r->rows; t++)
-    memcpy(out + t * (int64_t)row, (const char *)op->argument + ids[t] * (int64_t)row, row);
-  return 0;
+  const int64_t width = r->p->widths[op->target];
+  const size_t row = (size_t)width * elem_size(r->p->dtype);
+  if (op->flag) {
+    if (quire_gather_rows(op->argument, ids, r->rows, out, r->s->threads)) return 1;
+  } else {
+    for (int64_t t = 0; t < r->rows; t++)
+      memcpy(out + t * (int64_t)row, (const char *)op->argument + ids[t] * (int64_t)row, row);
+  }
+  if (!r->adapted) return 0;
+  return quire_adapt_embedding(r->adapted, op->site, ids, out, width, r->p->dtype, r->s->threads);
 }
 
 static int norm(const run *r, const program_op *op) {
@@ -215,7 +246,8 @@ static int norm(const run *r, const program_op *op) {
 
 static int linear(const run *r, const program_op *op, void *out, int64_t width, int epilogue) {
   const linear_weight *w = op->argument;
-  return quire_linear(w, buffer(r, op->source), w->k, out, width, r->rows, epilogue, r->s->threads);
+  return quire_adapted_linear(w, buffer(r, op->source), w->k, out, width, r->rows, epilogue, r->s->threads, r->adapted,
+                              op->site);
 }
 
 /* By one factor, or by a table at the tokens' positions. */
@@ -290,7 +322,10 @@ static int perform(run *r, const program_op *op) {
     case OP_SCALE: return scale(r, op, r->p->widths[op->target]);
     case OP_SCALE_BY_POSITION: return scale(r, op, op->width);
     case OP_KEEP: return keep(r, op);
-    case OP_NARROW: r->rows = r->s->num_wanted; return 0;
+    case OP_NARROW:
+      r->rows = r->s->num_wanted;
+      if (r->adapted) r->adapted = &r->lora[1];
+      return 0;
     case OP_LOGITS: return logits(r, op);
     case OP_TAP: return tap(r, op);
   }
@@ -304,7 +339,7 @@ static double now(void) {
 }
 
 /* 0; 1 a token id, 2 a position, 3 a slot, 4 a block id, 5 a row, 6 a seat out of range: nothing was written
- * then; 7 no memory. */
+ * then; 7 no memory; 8 an adapter that is not in the table: nothing was written. */
 int quire_run_program(const program *p, const program_step *s) {
   run r = {.p = p, .s = s};
   int wrong = gather_inputs(p, s, &r.in);
@@ -313,6 +348,7 @@ int quire_run_program(const program *p, const program_step *s) {
   r.memory = quire_scratch(SCRATCH_PROGRAM, (size_t)(r.in.tokens * p->bytes_per_token));
   if (!r.memory) return 7;
   if ((wrong = check_inputs(&r))) return wrong;
+  if (s->adapters && (wrong = group_rows(&r))) return wrong;
   const int64_t end = !s->num_wanted ? p->num_cache_ops : s->hidden ? p->num_hidden_ops : p->num_ops;
   double last = s->seconds ? now() : 0.0;
   int failed = 0;

@@ -19,6 +19,7 @@ from quire.kernels import checks
 from quire.kernels.checks import require
 from quire.kernels.cpu.library import ACTIVATIONS, DTYPES, load_library
 from quire.kernels.cpu.linear import CProduct
+from quire.kernels.cpu.lora import HostAdapters
 from quire.kernels.cpu.tiles import choose_tiles
 from quire.kernels.ops import AttentionLayer, NormWeight
 from quire.kernels.program import CachePart, Code, Op, Program, StepRows
@@ -32,6 +33,7 @@ class _Op(ctypes.Structure):
         *((name, c_int64) for name in ("first", "width")),
         ("argument", c_void_p),
         *((name, c_float) for name in ("factor", "softcap")),
+        ("site", c_int64),
     ]
 
 
@@ -71,6 +73,7 @@ class _Step(ctypes.Structure):
         *((name, c_void_p) for name in ("logits", "hidden", "tapped", "seconds")),
         *((name, c_int64) for name in ("num_seats", "max_tokens", "max_blocks", "requests")),
         ("num_wanted", c_int64),
+        *((name, c_void_p) for name in ("adapters", "table")),
         ("threads", c_int32),
     ]
 
@@ -82,6 +85,7 @@ _ERRORS = {
     4: "a block id is outside the cache",
     5: "a row has tokens that its seat has no room for, or wants more results than it has tokens",
     6: "a seat is outside the batch, or the results wanted are not as many as said",
+    8: "an adapter is not in the table",
 }
 
 
@@ -108,6 +112,8 @@ class NativeProgram:
         self._ops = (_Op * len(program.ops))(*map(self._op, program.ops))
         self._step = _Step()
         self._rows: StepRows | None = None
+        self._adapters: int | None = None
+        """Address of the adapter of each seat."""
         self._num_wanted = 0
         self._buffer = self._logits = torch.empty(0, self._vocab_size)
         self._taps = self.tapped = torch.empty(0, program.tap_width, dtype=program.dtype)
@@ -166,6 +172,16 @@ class NativeProgram:
         return out
 
     def _run(self, rows: StepRows) -> None:
+        self.prepare(rows)
+        self.check(self._lib.quire_run_program(byref(self._struct), byref(self._step)), rows)
+
+    @property
+    def addresses(self) -> tuple[int, int]:
+        """Of program and program_step."""
+        return ctypes.addressof(self._struct), ctypes.addressof(self._step)
+
+    def prepare(self, rows: StepRows) -> None:
+        """Make the step that of these rows."""
         if rows is not self._rows:
             self._adopt(rows)
         if not 0 <= rows.num_rows <= len(rows.rows):
@@ -173,12 +189,17 @@ class NativeProgram:
         step = self._step
         step.requests, step.num_wanted = rows.num_rows, rows.num_wanted
         step.threads = torch.get_num_threads()
+        step.adapters = self._adapters if rows.has_adapters else None
         if self._program.tap_width:
             self._make_taps(int(rows.rows[: rows.num_rows, 2].sum()))
-        if code := self._lib.quire_run_program(byref(self._struct), byref(step)):
-            if code not in _ERRORS:
-                raise MemoryError(f"no memory for the activations of {rows.num_rows} rows")
-            raise checks.KernelArgumentError(_ERRORS[code])
+
+    def check(self, code: int, rows: StepRows) -> None:
+        """Raises the error of a C call's result."""
+        if not code:
+            return
+        if code not in _ERRORS:
+            raise MemoryError(f"no memory for the activations of {rows.num_rows} rows")
+        raise checks.KernelArgumentError(_ERRORS[code])
 
     def _adopt(self, rows: StepRows) -> None:
         """Check the arrays, and keep their addresses for all steps that use them."""
@@ -199,6 +220,19 @@ class NativeProgram:
         require(len(rows.token_ids) == seats, "seats differ in number")
         require(groups == self._struct.num_groups, f"block tables of {groups} groups")
         self._step.num_seats, self._step.max_tokens = rows.token_ids.shape
+        self._adapters = None
+        if (adapters := rows.adapters) is not None:
+            require(
+                adapters.dtype == np.int32 and adapters.shape == (seats,),
+                "an adapter for each seat",
+            )
+            require(
+                isinstance(rows.adapter_set, HostAdapters)
+                and rows.adapter_set.products == tuple(self._program.products),
+                "the adapters are of another model",
+            )
+            assert isinstance(rows.adapter_set, HostAdapters)
+            self._adapters, self._step.table = adapters.ctypes.data, rows.adapter_set.address
         self._rows = rows
 
     def _make_logits(self, rows: StepRows) -> None:
@@ -227,6 +261,7 @@ class NativeProgram:
             width=op.width,
             factor=op.factor,
             softcap=op.softcap,
+            site=op.site,
         )
         argument = op.argument
         if isinstance(argument, CProduct):

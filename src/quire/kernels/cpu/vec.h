@@ -414,15 +414,20 @@ INLINE vf vtanh(vf x) {
   return vselect((vi)(magnitude < 0.25f), small, big);
 }
 
+/* The sum of all lanes, by a fixed tree. */
+INLINE float vsum(vf x) {
+  float a[VW];
+  vstore(a, x, F32);
+  for (int w = VW / 2; w > 0; w >>= 1)
+    for (int i = 0; i < w; i++) a[i] += a[i + w];
+  return a[0];
+}
+
 /* The fixed tree at the end of every row sum: of 64 partial sums. */
 INLINE float sum64(vf acc[64 / VW]) {
   for (int w = 64 / VW / 2; w > 0; w >>= 1)
     for (int i = 0; i < w; i++) acc[i] += acc[i + w];
-  float a[VW];
-  vstore(a, acc[0], F32);
-  for (int w = VW / 2; w > 0; w >>= 1)
-    for (int i = 0; i < w; i++) a[i] += a[i + w];
-  return a[0];
+  return vsum(acc[0]);
 }
 
 #endif

@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quire.kernels.base import KVCacheShapes
-from quire.kernels.checks import require
+from quire.kernels.checks import KernelArgumentError, require
 from quire.kernels.codes import CodeFormat
 from quire.kernels.dequantize import SideBySide
-from quire.kernels.ops import Activation
+from quire.kernels.lora import AdapterSet
+from quire.kernels.ops import Activation, LinearProduct
 from quire.kernels.program import CachePart, Program
 from quire.kernels.triton import attention, layers
 from quire.kernels.triton.codes import TritonCodes
@@ -61,6 +62,11 @@ class TritonKernels:
         )
 
     stack = SideBySide
+
+    def adapters(
+        self, products: Sequence[LinearProduct], *, dtype: torch.dtype, capacity: int, max_rank: int
+    ) -> AdapterSet:
+        raise KernelArgumentError("the GPU kernels have none yet; run on a CPU")
 
     def kv_cache_shapes(
         self,

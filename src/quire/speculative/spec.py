@@ -1,0 +1,29 @@
+"""A draft model as files and numbers, before anything is loaded. Without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from quire.dtypes import element_bytes
+from quire.models.spec import ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class DraftSpec:
+    model: ModelSpec
+    """Its layers are in one group, which uses the block table of the target's first."""
+    directory: Path
+    dtype: str
+    """Dtype of weights, activations and KV cache, by torch's name."""
+    max_model_len: int
+    """Positions that it reaches. A longer request goes on without drafts."""
+
+    @property
+    def slot_bytes(self) -> int:
+        """Of one token's keys and values."""
+        return self.model.kv.page_bytes(1, element_bytes(self.dtype))
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.model.weight_bytes(element_bytes(self.dtype))
