@@ -95,7 +95,7 @@ def texts(prompts: list[list[int]], outputs: list[RequestOutput]) -> list[list[i
 
 
 @settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(REQUESTS, st.sampled_from(sorted(SCHEDULES)), st.sampled_from(Guesses.KINDS))
 def test_every_parameter_with_every_guess(
