@@ -23,6 +23,7 @@ from unittest import mock
 from bench.copying import prompts as copying
 
 from quire import LLM, SamplingParams
+from quire.bench.drafts import DraftWatch
 from quire.bench.record import run_record
 from quire.speculative.base import DraftTask
 from quire.speculative.create import DRAFTERS
@@ -197,12 +198,12 @@ def run(case: Case, llm: LLM, round_: int) -> Run:
 def measure(case: Case, rounds: int) -> dict[str, object]:
     plain, drafting = engine(case, {}), engine(case, case.speculation)
     core: Any = drafting._core._core  # type: ignore[union-attr]
-    ratios, whole, speeds, shares, steps = [], [], [], [], []
+    ratios, whole, speeds, shares, steps, rates = [], [], [], [], [], []
     for round_ in range(rounds + 1):
         for llm in (plain, drafting):  # cached prefixes and past outputs are dropped
             llm.sleep(1)
             llm.wake_up()
-        seconds = watched(core.executor.runner.drafter)
+        seconds, drafts = watched(core.executor.runner.drafter), DraftWatch(drafting)
         before = core.scheduler._step_id
         turns = ((plain, drafting), (drafting, plain))[round_ % 2]
         found = {llm: run(case, llm, round_) for llm in turns}
@@ -214,6 +215,8 @@ def measure(case: Case, rounds: int) -> dict[str, object]:
             whole.append(off.seconds / on.seconds)
             speeds.append((tokens / off.decode_seconds, tokens / on.decode_seconds))
             shares.append(sum(seconds) / on.seconds)
+            counts = drafts.counts
+            rates.append(counts.accepted_tokens / max(1, counts.draft_tokens))
             steps.append(tokens / (core.scheduler._step_id - before))
     plain.close()
     drafting.close()
@@ -226,6 +229,7 @@ def measure(case: Case, rounds: int) -> dict[str, object]:
         "reach": case.reach,
         "tokens_per_second": [round(middle(each), 1) for each in zip(*speeds, strict=True)],
         "tokens_per_step": round(middle(steps), 2),
+        "acceptance": round(middle(rates), 3),
         "share_of_proposing": round(middle(shares), 4),
     }
 
@@ -238,7 +242,7 @@ def main() -> int:
     parser.add_argument("--smollm2", nargs="*", default=["smollm2"], help="models that are SmolLM2")
     args = parser.parse_args()
     results = []
-    heads = ("ratio", "reach", "with prompts", "off", "on tok/s", "a step", "proposing")
+    heads = ("ratio", "reach", "with prompts", "off", "on tok/s", "a step", "accepted", "proposing")
     print(f"{'case':<46}" + "".join(f"{head:>13}" for head in heads))
     for case in cases(args.smollm2):
         if args.cases and not any(part in case.name for part in args.cases):
@@ -247,7 +251,11 @@ def main() -> int:
         results.append(result)
         off, on = result["tokens_per_second"]
         figures = [result["ratio"], case.reach, result["ratio_with_prompts"], off, on]
-        figures += [result["tokens_per_step"], f"{result['share_of_proposing']:.2%}"]
+        figures += [
+            result["tokens_per_step"],
+            result["acceptance"],
+            f"{result['share_of_proposing']:.2%}",
+        ]
         print(f"{case.name:<46}" + "".join(f"{figure:>13}" for figure in figures), flush=True)
     if args.json:
         args.json.write_text(

@@ -266,11 +266,13 @@ def test_offline_benchmarks(tmp_path: Path, capsys: Capture) -> None:
 def test_speculation_beside_none(tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "t.json"
     words = ["bench", "throughput", *SMALL, "--output-json", str(out), "--disable-tqdm"]
-    assert main([*words, "--spec-method", "ngram", "--compare-speculation", "2"]) == 0
+    words += ["--random-output-len", "40"]
+    assert main([*words, "--spec-method", "draft_model", "--compare-speculation", "2"]) == 0
     result = json.loads(out.read_text())
     plain = result["without_speculation"]
-    assert plain["total_output_tokens"] == result["total_output_tokens"] == 24
+    assert plain["total_output_tokens"] == result["total_output_tokens"] == 240
     assert len(result["speculation_ratios"]) == 2
+    assert result["spec_decode_draft_tokens"] > result["spec_decode_accepted_tokens"] >= 0
     shown = capsys.readouterr().out
     assert "Without speculation: " in shown and "With speculation / without: " in shown
     assert main([*words, "--compare-speculation", "2"]) == 2

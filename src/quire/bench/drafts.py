@@ -1,11 +1,17 @@
-"""What speculative decoding did in a run: from a server's counters before and after, under vLLM's keys."""
+"""What speculative decoding did in a run, under vLLM's keys: from a server's counters, or an engine's."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from quire.bench.client import HttpPool
+from quire.metrics import NullMetrics
+
+if TYPE_CHECKING:
+    from quire.engine.llm import LLM
+    from quire.messages import StepOutputs
 
 _LINE = re.compile(r"^vllm:spec_decode_num_(\w+?)_total(?:\{([^}]*)\})? (\S+)", re.MULTILINE)
 _POSITION = re.compile(r'position="(\d+)"')
@@ -42,6 +48,23 @@ def parse_counts(text: str) -> DraftCounts | None:
             field_name = "num_drafts" if name == "drafts" else name
             setattr(counts, field_name, getattr(counts, field_name) + number)
     return counts if lines else None
+
+
+class DraftWatch(NullMetrics):
+    """Counts the drafts of an `LLM` from now on."""
+
+    def __init__(self, llm: LLM) -> None:
+        self.counts = DraftCounts()
+        llm._front.metrics = self
+
+    def on_step(self, outputs: StepOutputs) -> None:
+        counts = self.counts
+        if outputs.stats is not None and (found := outputs.stats.drafts) is not None:
+            counts.num_drafts += found.num_drafts
+            counts.draft_tokens += found.num_draft_tokens
+            counts.accepted_tokens += found.num_accepted_tokens
+            for at, accepted in enumerate(found.accepted_per_position):
+                counts.accepted_at[at] = counts.accepted_at.get(at, 0) + accepted
 
 
 def draft_figures(before: DraftCounts | None, after: DraftCounts | None) -> dict[str, object]:

@@ -7,6 +7,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 from quire.bench.datasets import BenchRequest
+from quire.bench.drafts import DraftCounts, DraftWatch, draft_figures
 from quire.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def compare(
     """`run` by turns with an engine without speculation and one with it, so that what else the machine does
     disturbs both alike. Before each turn an engine forgets prompts and outputs. The result is the run of
     the median ratio."""
-    found = []
+    watch, found = DraftWatch(drafting), []
     for number in range(rounds):
         figures = {}
         for llm in ((plain, drafting), (drafting, plain))[number % 2]:
@@ -65,11 +66,16 @@ def compare(
         off, on = (number_of(figures[llm], "output_tokens_per_second") for llm in (plain, drafting))
         found.append((on / off, figures[plain], figures[drafting]))
     ratio, off_figures, on_figures = sorted(found, key=lambda each: each[0])[(rounds - 1) // 2]
-    return on_figures | {
-        "without_speculation": off_figures,
-        "speculation_ratio": ratio,
-        "speculation_ratios": [each[0] for each in found],
-    }
+    drafts = draft_figures(DraftCounts(), watch.counts)  # of all rounds
+    return (
+        on_figures
+        | drafts
+        | {
+            "without_speculation": off_figures,
+            "speculation_ratio": ratio,
+            "speculation_ratios": [each[0] for each in found],
+        }
+    )
 
 
 def number_of(figures: dict[str, object], key: str) -> float:

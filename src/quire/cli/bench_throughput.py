@@ -91,5 +91,9 @@ def _print(figures: dict[str, object]) -> None:
             )
     if plain is not None:
         print(f"With speculation / without: {figures['speculation_ratio']:.3f}")
+        rate, length = (
+            figures.get(f"spec_decode_acceptance_{what}", 0.0) for what in ("rate", "length")
+        )
+        print(f"Acceptance rate: {rate:.1f} %, acceptance length: {length:.2f}")
     print(f"Total num prompt tokens:  {figures['total_prompt_tokens']}")
     print(f"Total num output tokens:  {figures['total_output_tokens']}")
