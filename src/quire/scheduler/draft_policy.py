@@ -89,8 +89,11 @@ class AdaptivePolicy(DraftPolicy):
         self, num_tokens: int, num_samples: int, asked: int, seconds: float, draft_seconds: float
     ) -> None:
         if asked:
-            each = draft_seconds / asked
-            self.propose_seconds += 0.1 * (each - self.propose_seconds)
+            each, known = draft_seconds / asked, self.propose_seconds
+            # What disturbs a measurement makes it longer: down at once, up slowly.
+            self.propose_seconds += (
+                0.5 * (each - known) if each < known else 0.1 * (min(each, 2 * known or each) - known)
+            )
         self._probe_seconds += PROBE_SHARE * seconds
         seconds = max(seconds - draft_seconds, 1e-9)
         if num_tokens == num_samples:
