@@ -127,12 +127,6 @@ class Decoding(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
         return self.has_penalties or bool(self.logit_bias) or self.restricts_tokens
 
     @property
-    def takes_drafts(self) -> bool:
-        """Whether several positions can be sampled in one step. Penalties and masks at a position depend on
-        the tokens before it, which drafts only guess."""
-        return not (self.has_penalties or self.restricts_tokens)
-
-    @property
     def grammar(self) -> GrammarSpec | None:
         return None if self.rules is None else self.rules.grammar
 

@@ -47,13 +47,13 @@ class Recorder:
         runner.backend._sampler = self
 
     def sample(
-        self, logits: torch.Tensor, table: Any, seats: Any, positions: Any, masks: Any
+        self, logits: torch.Tensor, table: Any, seats: Any, positions: Any, *rest: Any
     ) -> Any:
         for seat, position, values in zip(seats, positions.tolist(), logits, strict=True):
             count = self._seats.num_prompt_tokens[seat]
             prompt = tuple(self._seats.token_ids[seat, :count].tolist())
             self.logits[prompt, position] = values.clone()
-        return self._sampler.sample(logits, table, seats, positions, masks)
+        return self._sampler.sample(logits, table, seats, positions, *rest)
 
 
 def make_llm(checkpoint: ServableCheckpoint, **options: Any) -> LLM:

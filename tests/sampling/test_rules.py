@@ -55,8 +55,10 @@ class Sequence:
         def forced(self) -> list[int]:
             raise AssertionError("the rules look at the whole mask")
 
-        def copy(self):
-            raise AssertionError
+        def copy(self) -> Sequence.Matcher:
+            twin = Sequence.Matcher(self._texts)
+            twin._at = self._at
+            return twin
 
 
 def rules(decoding=None, *, output=(), grammar=None, **fields) -> RequestRules:
@@ -235,3 +237,77 @@ def test_logprobs_of_asked_tokens():
     entry = sample(values, [row(params)]).logprobs[0]
     assert entry.top_ids == []
     np.testing.assert_allclose(entry.asked_logprobs, raw[[9, 2]])
+
+
+def masks(of: RequestRules, drafts: list[int]) -> list[set[int]]:
+    found = of.masks_along(drafts)
+    return [ALL if mask is None else set(tokens_of(mask).tolist()) for mask in found]
+
+
+FIELDS = {
+    "bad_words": [[0, 1], [2, 2, 3]], "think_start": [4], "think_end": [5, 0], "thinking_budget": 3,
+}  # fmt: skip
+
+
+@given(
+    st.lists(st.integers(0, 5), max_size=8), st.lists(st.integers(0, 5), max_size=6), st.booleans()
+)
+def test_masks_along_drafts_are_those_after_them_and_leave_no_trace(output, drafts, thinking):
+    one = rules(output=output, thinking=thinking, **FIELDS)
+    expected = [
+        allowed(rules(output=[*output, *drafts[:count]], thinking=thinking, **FIELDS))
+        for count in range(len(drafts) + 1)
+    ]
+    assert masks(one, drafts) == expected
+    pairs = zip(drafts, expected, strict=False)
+    right = next((n for n, (draft, may) in enumerate(pairs) if draft not in may), len(drafts))
+    assert one.num_allowed(drafts) == right
+    assert allowed(one) == expected[0]
+
+
+def test_drafts_along_a_grammar():
+    texts = [[1, 2, 3], [1, 2, 4, 5], [7]]
+    one = rules(grammar=Sequence(*texts))
+    assert masks(one, [1, 2, 4]) == [{1, 7}, {2}, {3, 4}, {5}]
+    assert masks(one, [1, 9, 4]) == [{1, 7}, {2}], (
+        "nothing is accepted after a token that is refused"
+    )
+    assert masks(one, [7, EOS, 1]) == [{1, 7}, {EOS}], "nor after the end"
+    assert [one.num_allowed(d) for d in ([1, 2, 4, 5], [1, 2, 9], [7, EOS], [8])] == [4, 2, 1, 0]
+    assert allowed(one) == {1, 7}
+
+
+def test_an_error_behind_a_draft_is_the_drafts_own():
+    class Fragile(Sequence.Matcher):
+        def accept(self, token_id: int) -> bool:
+            found = super().accept(token_id)
+            if self._at == 2:
+                self._texts = []  # the next mask raises
+            return found
+
+    class Grammar(Sequence):
+        def matcher(self):
+            return Fragile(self.texts)
+
+    Fragile.copy = lambda self: _moved(Fragile(self._texts), self._at)
+    one = rules(grammar=Grammar([1, 2, 3]))
+    along = one.masks_along([1, 2])
+    assert [set(tokens_of(next(along))) for _ in range(2)] == [{1}, {2}]
+    with pytest.raises(GrammarError):
+        next(along)
+    assert allowed(one) == {1}
+
+
+def _moved(matcher, at):
+    matcher._at = at
+    return matcher
+
+
+def test_forced_tokens_that_need_logprobs_are_drafts():
+    grammar = Sequence([1, 2, 3, 4, 5], [1, 2, 3, 6])
+    one = rules(Decoding(logprobs=0), grammar=grammar)
+    assert one.forced(9) == [] and one.certain(9) == [1, 2, 3] and one.certain(2) == [1, 2]
+    assert allowed(one) == {1}
+    one = rules(grammar=grammar)
+    assert one.certain(9) == [] and one.forced(9) == [1, 2, 3]
+    assert rules().certain(9) == []

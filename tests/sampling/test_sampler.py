@@ -17,7 +17,7 @@ from quire.kernels.reference import filtered_scores
 from quire.kernels.select import create_kernels
 from quire.messages import AdmittedRequest
 from quire.sampling.logprobs import log_softmax, top_logprobs
-from quire.sampling.sampler import Sampled, Sampler, SamplingSeats
+from quire.sampling.sampler import NO_DRAFT, Sampled, Sampler, SamplingSeats
 
 VOCAB = 40
 SAMPLER = Sampler(create_kernels("auto"))
@@ -212,6 +212,45 @@ def test_no_end_token_before_min_tokens():
         sampled = SAMPLER.sample(values.clone(), table, seat, np.array([position]))
         assert sampled.token_ids.tolist() == [expected]
     assert table.states(seat, np.array([4])) == {}
+
+
+def test_a_wrong_draft_past_min_tokens_does_not_lift_the_ban():
+    params = Decoding(temperature=0.0, min_tokens=3)
+    values = torch.zeros(3, VOCAB)
+    values[:, 2], values[:, 6] = 9.0, 7.0
+    table, seats = seated([row(params, output=[1], eos=[2])]), np.zeros(3, dtype=np.int64)
+    drafts = np.array([NO_DRAFT, 7, 7])
+    sampled = SAMPLER.sample(values.clone(), table, seats, np.array([1, 2, 3]), None, drafts)
+    assert sampled.token_ids.tolist() == [6, 6, 2]
+    sampled = SAMPLER.sample(values[:1].clone(), table, seats[:1], np.array([2]))
+    assert sampled.token_ids.tolist() == [6]
+
+
+def test_penalties_after_drafts_count_them_and_forget_them():
+    """As if each draft were known; afterwards only the first token is."""
+    params = Decoding(
+        presence_penalty=2.0, frequency_penalty=1.0, repetition_penalty=2.0, logprobs=0
+    )
+    values = torch.zeros(3, VOCAB)
+    values[:, 3], values[:, 4], values[:, 5] = 12.0, 11.0, 10.0
+    one, seats = row(params, prompt=[9], output=[4]), np.zeros(3, dtype=np.int64)
+    drafts = [3, 5]
+    expected = [
+        tokens_of(values[:1].clone(), [row(params, prompt=[9], output=[4, *drafts[:count]])])[0]
+        for count in range(3)
+    ]
+    table, positions = seated([one]), np.arange(2, 5)
+    sampled = SAMPLER.sample(
+        values.clone(), table, seats, positions, None, np.array([NO_DRAFT, *drafts])
+    )
+    assert sampled.token_ids.tolist() == expected == [3, 5, 3]
+    assert set(sampled.logprobs) == {0, 1, 2}, "both drafts are right"
+    [state] = table.states(seats[:1], positions[1:2]).values()
+    assert state.counts.nonzero().flatten().tolist() == [3, 4]
+    assert state.seen.nonzero().flatten().tolist() == [3, 4, 9]
+    wrong = np.array([NO_DRAFT, 8, 3])
+    sampled = SAMPLER.sample(values.clone(), seated([one]), seats, positions, None, wrong)
+    assert set(sampled.logprobs) == {0}
 
 
 def test_nan_is_that_rows_error_alone():

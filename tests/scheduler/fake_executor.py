@@ -163,9 +163,11 @@ class CheckingExecutor:
             state.tokens.append(tokens[-1])
             if draft != tokens[-1]:
                 break
+            if next_token(tuple(state.tokens), -1, self.vocab_size) == self.vocab_size - 1:
+                break  # sometimes nothing can be sampled after a draft, and the next step has to
         self.num_drafts += len(row.draft_token_ids)
         self.num_accepted += len(tokens) - 1
-        drafts = tuple(self.drafter(tuple(state.tokens), state.seed))
+        drafts = tuple(self.drafter(tuple(state.tokens), state.seed)) if row.num_drafts else ()
         return SampledRow(request_id=row.request_id, token_ids=tokens, draft_token_ids=drafts)
 
     def close(self) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from quire.decoding import TokenRules
 from quire.engine.core import EngineCore
 from quire.kvcache import KVCacheManager
 from quire.messages import (
+    AddRequest,
     FinishReason,
     PlannedRow,
     RequestUpdate,
@@ -44,13 +47,15 @@ class Engine:
         budget: int = 32,
         max_in_flight: int = 1,
         needs_token: bool = True,
+        takes_drafts: Callable[[AddRequest], bool] = lambda message: True,
         **limits: int,
     ) -> None:
-        bounds = {"max_model_len": 40, "watermark_blocks": 0, **limits}
+        bounds = {"max_model_len": 40, "watermark_blocks": 0, "max_drafts": 8, **limits}
         self.scheduler = Scheduler(
             SchedulerLimits(4, budget, **bounds),
             KVCacheManager(num_blocks, 4, enable_prefix_caching=True),
             needs_token_before_next=lambda message: needs_token,
+            takes_drafts=takes_drafts,
         )
         self.plans: list[StepPlan] = []
         self.executor = CheckingExecutor(
@@ -122,20 +127,22 @@ def test_right_drafts_are_several_tokens_a_step() -> None:
 
 
 @pytest.mark.parametrize(
-    "decoding",
+    ("decoding", "drafted"),
     [
-        {"presence_penalty": 0.5},
-        {"repetition_penalty": 1.2},
-        {"allowed_token_ids": [1, 2]},
-        {"rules": TokenRules(bad_words=[[5]])},
+        ({"presence_penalty": 0.5}, False),
+        ({"allowed_token_ids": [1, 2], "temperature": 1.0}, True),
+        ({"rules": TokenRules(bad_words=[[5]])}, True),
     ],
 )
-def test_what_depends_on_the_tokens_before_is_not_drafted(decoding: dict[str, object]) -> None:
-    engine = Engine(right(3))
+def test_a_device_may_sample_some_requests_one_token_at_a_time(
+    decoding: dict[str, object], drafted: bool
+) -> None:
+    engine = Engine(right(3), takes_drafts=lambda message: not message.decoding.has_penalties)
     engine.add(1, max_tokens=10, **decoding)
     engine.run()
     assert engine.tokens(1) == expected_output(PROMPT, 1, 10)
-    assert all(row.samples == 1 and not row.draft_token_ids for row in engine.rows(1))
+    assert any(row.samples > 1 for row in engine.rows(1)) == drafted
+    assert any(row.num_drafts > 0 for row in engine.rows(1)) == drafted
 
 
 def test_wrong_drafts_cost_their_slots_for_a_step() -> None:
@@ -261,7 +268,13 @@ def test_with_overlap_a_row_with_drafts_is_waited_for() -> None:
     engine.add(1, max_tokens=10)
     engine.run()
     assert engine.tokens(1) == expected_output(PROMPT, 1, 10)
-    assert engine.executor.num_drafts == 0, "they came when the next row was planned already"
+    assert [plan.step_id for plan in engine.plans if plan.rows] == [1, 3, 5, 7], "it is asked"
+    engine = Engine(right(3), max_in_flight=2, needs_token=False, max_drafts=0)
+    engine.add(1, max_tokens=10)
+    engine.run()
+    assert engine.tokens(1) == expected_output(PROMPT, 1, 10)
+    assert [plan.step_id for plan in engine.plans if plan.rows] == list(range(1, 11))
+    assert engine.executor.num_drafts == 0
 
 
 def test_whoever_plans_before_the_result_gets_no_row_for_it() -> None:

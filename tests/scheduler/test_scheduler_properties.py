@@ -80,6 +80,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             long_prefill_token_threshold=threshold if chunked else 0,
             enable_chunked_prefill=chunked,
             policy=self.policy or policy,
+            max_drafts=5 if self.drafts else 0,
         )
         windows = self.layouts[layout % len(self.layouts)]
         sizes = {"windows": windows, "max_row_tokens": budget, "enable_prefix_caching": caching}
@@ -325,7 +326,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         message = self.messages[request.request_id]
         last = len(message.prompt_token_ids) + message.decoding.max_tokens
         ends = request.num_tokens == last
-        held = needs_token_before_next(message) or request.num_drafts_in_flight
+        held = needs_token_before_next(message) or self.scheduler.drafting.holds(request)
         return request.num_pending_tokens and (ends or held)
 
     def first_in_order(self):

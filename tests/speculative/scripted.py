@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -63,3 +64,46 @@ def drafting(create: Callable[[DecoderModel], Any], most: int = 4) -> Iterator[N
         mock.patch.object(EngineConfig, "max_drafts", most),
     ):
         yield
+
+
+class Guesses:
+    """Scripted guesses of every kind, given what requests will say."""
+
+    KINDS = (
+        "right",
+        "wrong",
+        "mostly right",
+        "random",
+        "too long",
+        "ends",
+        "not in the vocabulary",
+    )
+
+    def __init__(self, vocab_size: int, ends: Sequence[int]) -> None:
+        self.kind = "right"
+        self.texts: list[list[int]] = []
+        """Prompts with their outputs, if they are known."""
+        self._vocab_size = vocab_size
+        self._ends = ends
+
+    def __call__(self, tokens: list[int], most: int) -> list[int]:
+        chance = random.Random(repr((self.kind, tokens)))
+        length = chance.randint(0, 3 * most) if self.kind == "too long" else most
+        found = next((t for t in self.texts if t[: len(tokens)] == tokens), tokens)
+        guess = found[len(tokens) : len(tokens) + length]
+        if self.kind == "right":
+            return guess
+        strange = {
+            "ends": list(self._ends),
+            "not in the vocabulary": [-1, self._vocab_size, 2**40],
+            "too long": range(self._vocab_size),
+        }.get(self.kind, [])
+        share = {"wrong": 1.0, "random": 1.0}.get(self.kind, 0.2)
+        guess += [chance.randrange(self._vocab_size) for _ in range(length - len(guess))]
+        for index in range(length):
+            if chance.random() < share:
+                other = chance.choice(strange) if strange else chance.randrange(self._vocab_size)
+                if self.kind == "wrong":
+                    other = (guess[index] + 1) % self._vocab_size
+                guess[index] = other
+        return guess

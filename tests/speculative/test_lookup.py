@@ -14,7 +14,7 @@ from quire.speculative.lookup import Lookup, LookupRules, owner_of
 
 LENGTH = 200
 SUFFIX = LookupRules(anchor=3, depth=8, most=6, votes=True, factor=2.0, least=0.3)
-NGRAM = LookupRules(anchor=2, depth=5, most=6)
+NGRAM = LookupRules(anchor=2, depth=5, most=6, factor=2.0)
 
 
 def make(rules: LookupRules, *, seats: int = 3, **options: object) -> Lookup:
@@ -41,7 +41,7 @@ TEXT = st.lists(st.integers(0, 2), max_size=60)
 
 @settings(max_examples=150, deadline=None)
 @given(
-    rules=st.sampled_from([SUFFIX, NGRAM, LookupRules(anchor=1, depth=1, most=3)]),
+    rules=st.sampled_from([SUFFIX, NGRAM, LookupRules(anchor=1, depth=1, most=3, factor=9.0)]),
     texts=st.lists(st.tuples(st.integers(0, 1), TEXT), max_size=6),
     asked=st.lists(st.tuples(TEXT, st.lists(st.integers(1, 9), min_size=1)), max_size=3),
     capacity=st.sampled_from([0, 64, 256]),
@@ -68,7 +68,7 @@ def longest_suffix(tokens: list[int], rules: LookupRules) -> list[int]:
         for end in range(len(tokens) - 1, length - 1, -1):
             if tokens[end - length : end] == tokens[-length:]:
                 drafts: list[int] = []
-                while len(drafts) < rules.most:
+                while len(drafts) < min(rules.most, rules.factor * length):
                     drafts.append([*tokens, *drafts][end + len(drafts)])
                 return drafts
     return []
@@ -156,6 +156,6 @@ def test_a_text_longer_than_the_ring_keeps_its_end(plain: bool) -> None:
 def test_an_admitted_seat_has_nothing_of_the_request_before(plain: bool) -> None:
     lookup = make(NGRAM, plain=plain)
     lookup.admit(0, 0)
-    assert ask(lookup, 0, [1, 2, 3, 4, 1, 2]) == [3, 4, 1, 2, 3, 4]
+    assert ask(lookup, 0, [1, 2, 3, 4, 1, 2]) == [3, 4, 1, 2]
     lookup.admit(0, 0)
     assert ask(lookup, 0, [8, 1, 2]) == []

@@ -14,7 +14,7 @@ from quire.config.options import option, parse_json_object
 from quire.errors import ConfigError
 
 DEFAULT_TOKENS: Mapping[str, int] = {
-    "ngram": 8,
+    "ngram": 16,
     "suffix": 16,
     "draft_model": 5,
     "eagle": 4,
@@ -80,16 +80,16 @@ class Speculation:
     draft_sample_method: str = "probabilistic"
     """"greedy": a draft model's likeliest tokens. "probabilistic": its tokens drawn with the request's own
     parameters and random stream."""
-    prompt_lookup_min: int = 3
+    prompt_lookup_min: int = 2
     prompt_lookup_max: int = 16
     """Lengths of the suffix that is looked up."""
     suffix_decoding_max_tree_depth: int = 64
     """The longest suffix that is compared."""
     suffix_decoding_max_cached_requests: int = 10000
     """Most past requests of which outputs are kept; 0 keeps none."""
-    suffix_decoding_max_spec_factor: float = 4.0
+    suffix_decoding_max_spec_factor: float = 1.5
     """Most drafts, as a multiple of the length of the suffix that was found."""
-    suffix_decoding_min_token_prob: float = 0.1
+    suffix_decoding_min_token_prob: float = 0.3
     """Drafts end where the share of continuations that agree falls below it."""
 
 

@@ -98,7 +98,7 @@ def resolve_draft(
         )
     _check_vocabulary(target.tokenizer_dir, draft.tokenizer_dir)
     return DraftSpec(
-        model=draft.spec,
+        model=dataclasses.replace(draft.spec, keeps_all=True),
         directory=draft.model_dir,
         dtype=draft.dtype,
         max_model_len=_positions(speculation, draft, target.max_model_len),

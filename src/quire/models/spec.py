@@ -70,6 +70,9 @@ class ModelSpec:
     """Logits become softcap * tanh(logit / softcap); 0 leaves them (Gemma 2)."""
     quantization: LinearMethod = UNQUANTIZED
     """How the checkpoint stores the matrices of linear layers."""
+    keeps_all: bool = False
+    """Whether layers with a window keep all tokens too: then there is one group of layers, as a draft model
+    needs, which has the block table of another model."""
 
     @property
     def num_layers(self) -> int:
@@ -91,7 +94,8 @@ class ModelSpec:
     def kv(self) -> KVLayout:
         """Which layers keep which keys and values, and how they share blocks."""
         largest = max(layer.attention.kv_size for layer in self.layers)
-        return group_layers(self.windows, 2 * largest)
+        windows = [None] * self.num_layers if self.keeps_all else self.windows
+        return group_layers(windows, 2 * largest)
 
     def num_parameters(self) -> int:
         """Trained values, counting a tied embedding once."""

@@ -32,6 +32,9 @@ class StepInput:
     """[R]"""
     positions: NDArray[np.int64]
     """[R]: index in its request of the token to be sampled."""
+    drafts: NDArray[np.int64] | None
+    """[R]: the draft after which a token is sampled, as if it were right, or `NO_DRAFT`. None if the step
+    verifies no drafts."""
     read_rows: Sequence[int]
     """Rows whose wanted hidden states are returned."""
     masks: Callable[[], Mapping[int, Mask]]
@@ -81,8 +84,9 @@ class StepBackend(Protocol):
 
     def release(self, seat: int) -> None: ...
 
-    def force(self, seat: int, token_ids: Sequence[int]) -> None:
-        """Tokens were added to the request's output after a sampled token; `Seats` has them already."""
+    def append(self, seat: int, token_ids: Sequence[int]) -> None:
+        """Tokens follow the one that was sampled first in the last step: those of accepted drafts, and
+        forced ones. `Seats` has them already."""
         ...
 
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:

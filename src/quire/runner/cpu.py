@@ -105,7 +105,7 @@ class CPUBackend:
     def release(self, seat: int) -> None:
         self._sampling.release(seat)
 
-    def force(self, seat: int, token_ids: Sequence[int]) -> None:
+    def append(self, seat: int, token_ids: Sequence[int]) -> None:
         self._sampling.count(seat, token_ids)
 
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
@@ -132,7 +132,12 @@ class CPUBackend:
                 states[picked], adapted_seats(step.rows, step.sample_seats)
             )
         sampled = self._sampler.sample(
-            logits, self._sampling, step.sample_seats, step.positions, step.masks()
+            logits,
+            self._sampling,
+            step.sample_seats,
+            step.positions,
+            step.masks(),
+            step.drafts,
         )
         return StepSamples(sampled.token_ids, sampled.valid, sampled.logprobs, hidden)
 

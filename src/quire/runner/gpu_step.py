@@ -118,7 +118,7 @@ class GPUBackend:
         self._sampling.release(seat)
 
     @_on_device
-    def force(self, seat: int, token_ids: Sequence[int]) -> None:
+    def append(self, seat: int, token_ids: Sequence[int]) -> None:
         """The tokens are sent with the next step; here only the penalties' counts are updated."""
         seats = self._seats
         known = seats.token_ids[seat, : seats.num_brought[seat]]

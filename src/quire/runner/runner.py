@@ -11,7 +11,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import takewhile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,10 +22,11 @@ from quire.models.decoder import DecoderModel
 from quire.runner.adapters import AdapterTable
 from quire.runner.backend import LaunchedSamples, StepBackend, StepInput, StepSamples
 from quire.runner.prompt_work import PromptWork
+from quire.runner.proposing import ask_for, propose
 from quire.runner.seats import Seats, independent
 from quire.sampling.rules import RequestRules
-from quire.sampling.sampler import GrammarSource
-from quire.speculative.base import Drafter, DraftTask
+from quire.sampling.sampler import NO_DRAFT, GrammarSource
+from quire.speculative.base import Drafter
 from quire.structured.base import GrammarError
 from quire.structured.masks import Mask
 
@@ -97,7 +97,6 @@ class Runner:
             if row.new_block_ids:
                 seats.add_blocks(seat, row.new_block_ids)
             if drafts := row.draft_token_ids:
-                assert seat not in seats.rules, "rules follow tokens that are known"
                 seats.bring(seat, row.start + row.num_tokens - len(drafts), drafts)
                 has_drafts = True
             table.append((seat, row.start, row.num_tokens, row.samples))
@@ -111,23 +110,27 @@ class Runner:
         sample_rows = self._every[: len(table)]
         sample_seats, positions = columns[:, 0].copy(), columns[:, 1] + columns[:, 2]
         sampling: Sequence[PlannedRow] = rows
+        draft_ids = None
         if has_drafts or num_samples < len(table):
             sampling = [row for row in rows if row.samples]
             sample_rows = np.repeat(sample_rows, columns[:, 3])
             sample_seats, positions = sample_seats[sample_rows], positions[sample_rows]
         if has_drafts:  # `positions` has those of each row's last sample
-            last = np.cumsum(columns[:, 3])[sample_rows] - 1
-            positions -= last - np.arange(len(last))
+            to_come = np.cumsum(columns[:, 3])[sample_rows] - 1 - np.arange(num_samples)
+            positions -= to_come
+            follows = to_come < columns[sample_rows, 3] - 1
+            draft_ids = np.where(follows, seats.token_ids[sample_seats, positions - 1], NO_DRAFT)
         seats.step.num_rows, seats.step.num_wanted = len(table), num_samples
         seats.step.has_adapters = seats.has_adapters(columns[:, 0])
         extras = None
         if has_drafts or seats.rules or seats.prompts:
-            extras = self._extras(rows, columns, sample_seats, has_drafts)
+            extras = self._extras(rows, columns, has_drafts)
         step = StepInput(
             rows=seats.step,
             sample_rows=sample_rows,
             sample_seats=sample_seats,
             positions=positions,
+            drafts=draft_ids,
             read_rows=() if extras is None else list(extras.reads),
             masks=dict if extras is None else extras.masks,
         )
@@ -146,16 +149,17 @@ class Runner:
         self,
         rows: Sequence[PlannedRow],
         columns: NDArray[np.int64],
-        sample_seats: NDArray[np.int64],
         has_drafts: bool,
     ) -> _Extras:
         """What the step has besides plain rows. Writes to `columns` where hidden states are wanted."""
         seats = self.seats
-        numbered = enumerate(sample_seats.tolist()) if seats.rules else ()
-        extras = _Extras(
-            rules={i: seats.rules[seat] for i, seat in numbered if seat in seats.rules},
-            has_drafts=has_drafts,
-        )
+        extras = _Extras(has_drafts)
+        if seats.rules:
+            index = 0
+            for row, seat in zip(rows, columns[:, 0].tolist(), strict=True):
+                if row.samples and seat in seats.rules:
+                    extras.rules[index] = (seats.rules[seat], row.draft_token_ids)
+                index += row.samples
         if not seats.prompts:
             return extras
         for index, (row, seat) in enumerate(zip(rows, columns[:, 0].tolist(), strict=True)):
@@ -174,9 +178,9 @@ class Runner:
 class _Extras:
     """What only some steps have."""
 
-    rules: Mapping[int, RequestRules]
-    """By index of the sample."""
     has_drafts: bool
+    rules: dict[int, tuple[RequestRules, tuple[int, ...]]] = field(default_factory=dict)
+    """By index of the row's first sample, with the row's drafts."""
     reads: dict[int, tuple[PlannedRow, PromptWork]] = field(default_factory=dict)
     """By index of the row, for the rows whose hidden states are read."""
     errors: dict[int, str] = field(default_factory=dict)
@@ -184,16 +188,16 @@ class _Extras:
 
     def masks(self) -> dict[int, Mask]:
         found = {}
-        for index, rules in self.rules.items():
+        for index, (rules, drafts) in self.rules.items():
             try:
-                mask = rules.mask()
-                if mask is not None and not mask.any():
-                    raise GrammarError(NOTHING_ALLOWED)
+                for mask in rules.masks_along(drafts):
+                    if mask is not None:
+                        if not mask.any():
+                            raise GrammarError(NOTHING_ALLOWED)
+                        found[index] = mask
+                    index += 1
             except GrammarError as error:
                 self.errors[index] = str(error)
-                continue
-            if mask is not None:
-                found[index] = mask
         return found
 
 
@@ -237,32 +241,13 @@ class RunningStep:
             self._finish(self.extras, samples, found)
         result = StepResult(step_id=self.step_id, sampled=found)
         if (drafter := self.runner.drafter) is not None:
-            result.draft_seconds = self._propose(drafter, found)
+            started = self.runner.clock()
+            vocab_size = self.runner.model.spec.vocab_size
+            asked = ask_for(self.rows, found, self.seats, self.positions, seats)
+            if asked:
+                propose(drafter, asked, seats, vocab_size)
+                result.draft_seconds = self.runner.clock() - started
         return result
-
-    def _propose(self, drafter: Drafter, found: Sequence[SampledRow]) -> float:
-        """Add drafts to the rows that ask for some. Returns the seconds that this took."""
-        seats, asking = self.runner.seats, []
-        begin = 0
-        for row, result in zip(self.rows, found, strict=False):
-            seat = int(self.seats[begin])
-            end = int(self.positions[begin]) + len(result.token_ids)
-            begin += row.samples
-            most = min(row.num_drafts, seats.max_model_len - end)
-            if most > 0 and result.error is None and seats.seat_of.get(row.request_id) == seat:
-                asking.append((result, DraftTask(seat, end, most)))
-        if not asking:
-            return 0.0
-        started = self.runner.clock()
-        proposed = drafter.propose([task for _, task in asking])
-        for (result, task), drafts in zip(asking, proposed, strict=True):
-            result.draft_token_ids = self._usable(drafts[: task.most])
-        return self.runner.clock() - started
-
-    def _usable(self, drafts: Sequence[int]) -> tuple[int, ...]:
-        """The drafts before the first that is no token of the model."""
-        vocab_size = self.runner.model.spec.vocab_size
-        return tuple(takewhile(lambda draft: 0 <= draft < vocab_size, map(int, drafts)))
 
     def _present(self) -> list[int]:
         """Indices of the samples whose seats still belong to their requests."""
@@ -272,25 +257,27 @@ class RunningStep:
         return [index for index, (owned, seat) in pairs if owned == seat]
 
     def _verified(self, samples: StepSamples, errors: Mapping[int, str]) -> list[SampledRow]:
-        """Results of the rows: the accepted drafts and the token after them."""
-        seats, token_ids, found, begin = self.runner.seats, samples.token_ids.tolist(), [], 0
+        """Results of the rows: the accepted drafts and the token after them. An error after a draft is left
+        to the next step, which finds it again if the draft was right."""
+        runner, token_ids, valid = self.runner, samples.token_ids.tolist(), samples.valid.tolist()
+        found, begin = [], 0
         for row in self.rows:
-            accepted = 0
+            end = begin + 1
             for draft in row.draft_token_ids:
-                if draft != token_ids[begin + accepted]:
+                if draft != token_ids[end - 1] or not valid[end] or end in errors:
                     break
-                accepted += 1
-            end = begin + accepted + 1
-            result = SampledRow(request_id=row.request_id, token_ids=token_ids[begin:end])
-            if begin in samples.logprobs:
-                result.logprobs = [
-                    samples.logprobs[i] for i in range(begin, end) if samples.valid[i]
-                ]
-            if not samples.valid[begin:end].all():
+                end += 1
+            tokens = token_ids[begin:end]
+            result = SampledRow(request_id=row.request_id, token_ids=tokens)
+            if not valid[begin]:
                 _fail(result, NAN_ERROR)
+            elif begin in samples.logprobs:
+                result.logprobs = [samples.logprobs[i] for i in range(begin, end)]
             seat = int(self.seats[begin])
-            if row.draft_token_ids and seats.seat_of.get(row.request_id) == seat:
-                seats.num_brought[seat] = self.positions[begin] + accepted + 1
+            if row.draft_token_ids and runner.seats.seat_of.get(row.request_id) == seat:
+                runner.seats.num_brought[seat] = self.positions[begin] + len(tokens)
+                if len(tokens) > 1:
+                    runner.backend.append(seat, tokens[1:])
             found.append(result)
             begin += row.samples
         return found
@@ -298,25 +285,26 @@ class RunningStep:
     def _finish(self, extras: _Extras, samples: StepSamples, found: list[SampledRow]) -> None:
         """Add the results of rules and of prompt work to those of the rows that sample."""
         row_of = [n for n, row in enumerate(self.rows) for _ in range(row.samples)]
-        for index, rules in extras.rules.items():
+        for index, (rules, _) in extras.rules.items():
             row = found[row_of[index]]
             if index in extras.errors:
                 _fail(row, extras.errors[index])
             elif row.error is None and self.runner.seats.rules.get(int(self.seats[index])) is rules:
-                row.token_ids += self._learn(index, rules, row.token_ids[0])
+                row.token_ids += self._learn(index, rules, row.token_ids)
         if extras.reads:
             with self.runner.backend.active():
                 self._read_prompts(extras.reads.values(), samples.hidden, found)
 
-    def _learn(self, index: int, rules: RequestRules, token: int) -> list[int]:
-        """Apply a token that was sampled with rules. Returns the grammar-forced tokens after it."""
+    def _learn(self, index: int, rules: RequestRules, token_ids: Sequence[int]) -> list[int]:
+        """Apply tokens that were sampled with rules. Returns the grammar-forced tokens after them."""
         seats = self.runner.seats
-        seat, position = int(self.seats[index]), int(self.positions[index])
-        rules.learn(token)
-        forced = rules.forced(seats.max_model_len - 1 - position)
-        seats.bring(seat, position, [token, *forced])
+        seat, end = int(self.seats[index]), int(self.positions[index]) + len(token_ids)
+        for token in token_ids:
+            rules.learn(token)
+        forced = rules.forced(seats.max_model_len - end)
+        seats.bring(seat, end - 1, [token_ids[-1], *forced])
         if forced:
-            self.runner.backend.force(seat, forced)
+            self.runner.backend.append(seat, forced)
         return forced
 
     def _read_prompts(

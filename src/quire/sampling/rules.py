@@ -7,13 +7,14 @@ while the model computes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from copy import copy
 
 import numpy as np
 
 from quire.decoding import Decoding, TokenRules
 from quire.structured.base import Grammar
-from quire.structured.masks import Mask, mask_of, num_mask_words, tokens_of
+from quire.structured.masks import Mask, is_allowed, mask_of, num_mask_words, tokens_of
 
 MAX_FORCED = 64
 """Most tokens that one step adds because the grammar allows only them."""
@@ -43,6 +44,7 @@ class RequestRules:
         self._longest_bad = max(map(len, self._bad), default=0)
         self._matcher = None if grammar is None else grammar.matcher()
         self._may_force = grammar is not None and decoding.logprobs is None
+        """Else each token needs the model's logits, so forced tokens are only drafts."""
         self._start, self._end = tuple(rules.think_start), tuple(rules.think_end)
         self._budget = rules.thinking_budget
         self._thinking = rules.thinking
@@ -66,6 +68,43 @@ class RequestRules:
             return True
         return self._matcher.accept(token)
 
+    def copy(self) -> RequestRules:
+        """An independent state, to look ahead with."""
+        twin = copy(self)
+        if self._matcher is not None:
+            twin._matcher = self._matcher.copy()
+        return twin
+
+    def masks_along(self, drafts: Sequence[int]) -> Iterator[Mask | None]:
+        """What `mask` would be now and after each draft. Ends early at a draft that is not allowed: what is
+        sampled after it is meaningless."""
+        yield self.mask()
+        ahead = self.copy() if drafts else self
+        for draft in drafts:
+            if draft in self._ends or not ahead.learn(draft):
+                return
+            yield ahead.mask()
+
+    def num_allowed(self, drafts: Sequence[int]) -> int:
+        """The number of leading drafts that the rules allow. An end token is not counted: no token follows
+        it, so it is no use as a draft."""
+        ahead = self.copy()
+        for count, draft in enumerate(drafts):
+            if draft in self._ends or not ahead._allows(draft) or not ahead.learn(draft):
+                return count
+        return len(drafts)
+
+    def _allows(self, token: int) -> bool:
+        """Whether the token may come next, if the grammar has nothing against it."""
+        if self._thinking and self._is_over_budget:
+            return token == self._next_of_end()
+        banned = any(word[-1] == token and self._begun(word) for word in self._bad)
+        return not banned and (self._allowed is None or is_allowed(self._allowed, token))
+
+    @property
+    def _is_over_budget(self) -> bool:
+        return self._budget is not None and self._num_thought >= self._budget and bool(self._end)
+
     def _ends_with(self, marker: tuple[int, ...]) -> bool:
         return bool(marker) and tuple(self._tail[-len(marker) :]) == marker
 
@@ -73,7 +112,7 @@ class RequestRules:
         """The tokens that may come next; None for all; all zero for none. Raises `GrammarError` if the
         grammar cannot be followed any further."""
         if self._thinking:
-            if self._budget is not None and self._num_thought >= self._budget and self._end:
+            if self._is_over_budget:
                 return mask_of([self._next_of_end()], self._vocab_size)
             return self._plain()
         if self._matcher is None:
@@ -112,3 +151,12 @@ class RequestRules:
                 break
             found.append(tokens[0])
         return found
+
+    def certain(self, most: int) -> list[int]:
+        """The next tokens as long as the grammar allows only one, at most `most`, where `forced` may not
+        apply them."""
+        if self._matcher is None or self._may_force:
+            return []
+        ahead = self.copy()
+        ahead._may_force = True
+        return ahead.forced(most)

@@ -26,6 +26,9 @@ from quire.sampling.rules import RequestRules
 from quire.structured.base import Grammar
 from quire.structured.masks import Mask, tokens_of
 
+NO_DRAFT = -1
+"""In an array of drafts, where a token follows a known token and not a draft."""
+
 
 class GrammarSource(Protocol):
     """The source of compiled grammars."""
@@ -78,11 +81,21 @@ class SamplingState:
             ids, values = zip(*decoding.logit_bias.items(), strict=True)
             self.bias = torch.tensor(ids), torch.tensor(values, dtype=torch.float32)
 
-    def count(self, token_id: int) -> None:
-        """A token was added to the output."""
+    def count(self, token_id: int) -> bool:
+        """A token was added to the output. Returns whether it was in prompt or output before, if penalties
+        need that."""
+        if self.counts is None or self.seen is None:
+            return True
+        was_seen = bool(self.seen[token_id])
+        self.counts[token_id] += 1.0
+        self.seen[token_id] = True
+        return was_seen
+
+    def uncount(self, token_id: int, was_seen: bool) -> None:
+        """Undo the last `count`, which returned `was_seen`."""
         if self.counts is not None and self.seen is not None:
-            self.counts[token_id] += 1.0
-            self.seen[token_id] = True
+            self.counts[token_id] -= 1.0
+            self.seen[token_id] = was_seen
 
     def is_needed(self, position: int) -> bool:
         """Whether it is needed for the token at this index in the request, or a later one."""
@@ -156,7 +169,10 @@ class SamplingSeats:
         return rows
 
     def states(
-        self, seats: NDArray[np.int64], positions: NDArray[np.int64]
+        self,
+        seats: NDArray[np.int64],
+        positions: NDArray[np.int64],
+        drafts: NDArray[np.int64] | None = None,
     ) -> dict[int, SamplingState]:
         """The states of the seats that need one, by index. A state that is no longer needed is dropped."""
         found: dict[int, SamplingState] = {}
@@ -168,7 +184,7 @@ class SamplingSeats:
                 continue
             if state.is_needed(int(positions[index])):
                 found[index] = state
-            else:
+            elif drafts is None or drafts[index] == NO_DRAFT:
                 del self._states[seat]
         return found
 
@@ -201,23 +217,29 @@ class Sampler:
         seats: NDArray[np.int64],
         positions: NDArray[np.int64],
         masks: Mapping[int, Mask] | None = None,
+        drafts: NDArray[np.int64] | None = None,
     ) -> Sampled:
-        """logits: [R, V] float32, row i for seats[i], none with penalties twice; may be overwritten.
-        positions: [R], index in its request of the token to be sampled. masks: by index, of rows in which not
-        every token may be."""
-        states = table.states(seats, positions)
+        """logits: [R, V] float32, row i for seats[i]; may be overwritten. positions: [R], index in its
+        request of the token to be sampled. masks: by index, of rows in which not every token may be.
+        drafts: [R], see `StepInput.drafts`; of each seat only the first token is counted here."""
+        states = table.states(seats, positions, drafts)
         rows = table.rows(seats, positions)
         if not states:
             result = self._kernels.sample(logits, rows)
             return Sampled(result.token_ids, result.valid, NO_LOGPROBS)
-        told = self._prepare(logits, states, positions, rows, masks or {})
+        told = self._prepare(logits, states, positions, rows, masks or {}, drafts)
         result = self._kernels.sample(logits, rows)
-        logprobs = {}
+        logprobs, wrong = {}, False
         for index, state in states.items():
-            if not result.valid[index]:
+            if drafts is None or drafts[index] == NO_DRAFT:
+                wrong = not result.valid[index]
+                if not wrong:
+                    state.count(int(result.token_ids[index]))
+            else:
+                wrong |= drafts[index] != result.token_ids[index - 1] or not result.valid[index]
+            if wrong:
                 continue
             token = int(result.token_ids[index])
-            state.count(token)
             if index in told:
                 decoding = state.decoding
                 [logprobs[index]] = top_logprobs(
@@ -233,16 +255,22 @@ class Sampler:
         positions: NDArray[np.int64],
         rows: NDArray[np.void] | None,
         masks: Mapping[int, Mask],
+        drafts: NDArray[np.int64] | None,
     ) -> dict[int, Tensor]:
-        """Edits logits of the rows that need it, in place. Returns the reported logprobs of the rows that
-        ask for them, by index: [V]."""
+        """Edits logits of the rows that need it, in place, each as if the drafts before it were right.
+        Returns the reported logprobs of the rows that ask for them, by index: [V]."""
         told: dict[int, Tensor] = {}
+        counted: list[tuple[SamplingState, int, bool]] = []
         for index, state in states.items():
             values = logits[index]
+            if drafts is not None and (draft := int(drafts[index])) != NO_DRAFT:
+                counted.append((state, draft, state.count(draft)))
             if state.wants_logprobs and not self._mode.processed:
                 told[index] = self._mode.reported(values.clone())
             state.edit(values, int(positions[index]), masks.get(index))
             if state.wants_logprobs and self._mode.processed:
                 drawn_from = processed(values, None if rows is None else rows[index])
                 told[index] = self._mode.reported(drawn_from)
+        for state, draft, was_seen in reversed(counted):
+            state.uncount(draft, was_seen)
         return told

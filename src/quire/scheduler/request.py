@@ -27,17 +27,23 @@ class Request:
         "num_computed_tokens",
         "num_drafts_in_flight", "num_pending_tokens", "num_preemptions", "num_prompt_logprobs",
         "num_prompt_tokens", "placement", "queued_time", "request_id", "scheduled_time", "sort_key",
-        "status", "stop_token", "token_ids",
+        "status", "stop_token", "takes_drafts", "token_ids",
     )  # fmt: skip
 
     def __init__(
-        self, message: AddRequest, *, queued_time: float, needs_token_before_next: bool = False
+        self,
+        message: AddRequest,
+        *,
+        queued_time: float,
+        needs_token_before_next: bool = False,
+        takes_drafts: bool = True,
     ) -> None:
         self.request_id = message.request_id
         self.token_ids = list(message.prompt_token_ids)
         self.num_prompt_tokens = len(message.prompt_token_ids)
         self.num_computed_tokens = 0
         self.num_pending_tokens = 0
+        self.takes_drafts = takes_drafts and message.decoding.generates
         self.draft_token_ids: tuple[int, ...] = ()
         """Guesses at the tokens that follow, to be verified by the next plan if there is room."""
         self.num_drafts_in_flight = 0
@@ -86,10 +92,6 @@ class Request:
     def num_tokens_left(self) -> int:
         """The most tokens that it may generate after its known and pending ones."""
         return self.decoding.max_tokens - self.num_output_tokens - self.num_pending_tokens
-
-    @property
-    def takes_drafts(self) -> bool:
-        return self.generates and self.decoding.takes_drafts
 
     @property
     def most_cached(self) -> int | None:

@@ -65,11 +65,13 @@ class Scheduler:
         *,
         clock: Callable[[], float] = time.monotonic,
         needs_token_before_next: Callable[[AddRequest], bool] = lambda message: False,
+        takes_drafts: Callable[[AddRequest], bool] = lambda message: True,
         observe: Observer | None = None,
         connector: KVConnector | None = None,
     ) -> None:
         """needs_token_before_next: says of a request that it cannot be overlapped, because its next token
         cannot be sampled, or its drafts be made, before this side has seen the last one.
+        takes_drafts: says of a request that several of its tokens can be sampled in one step.
         observe: called with every decision. Without it none are recorded.
         connector: of a store outside the cache, if there is one. Transfers leave free the blocks that one
         request of full length needs, so that the first running request always advances."""
@@ -86,6 +88,7 @@ class Scheduler:
         self.report = Reporter(observe)
         self._clock = clock
         self._needs_token_before_next = needs_token_before_next
+        self._takes_drafts = takes_drafts
         self._step_id = 0
         self._released: list[int] = []
         self._waits: dict[int, Wait] = {}
@@ -118,6 +121,7 @@ class Scheduler:
             message,
             queued_time=self._clock(),
             needs_token_before_next=self._needs_token_before_next(message),
+            takes_drafts=self._takes_drafts(message),
         )
         request.sort_key = self.policy.waiting_key(request)
         self.requests[request.request_id] = request

@@ -185,7 +185,6 @@ def create(context: DraftContext) -> DraftModel:
         kernels=kernels,
         load_format=context.load_format,  # type: ignore[arg-type]
         max_model_len=draft.max_model_len,
-        layout=draft.kv,
         seed=context.seed,
     )
     return DraftModel(

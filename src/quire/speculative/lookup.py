@@ -46,9 +46,9 @@ class LookupRules:
     """The longest that is compared."""
     most: int
     """Drafts of a step."""
+    factor: float
+    """Drafts for each token that agrees."""
     votes: bool = False
-    factor: float = 0.0
-    """With votes: drafts for each token that agrees."""
     least: float = 0.0
     """With votes: the smallest share that is followed."""
 
@@ -190,14 +190,17 @@ class Lookup:
             return []
         if not self.rules.votes:
             longest = next(each for each in found if each.length == lengths[0])
-            return self._follow([longest], most)[0]
+            return self._follow([longest], self._allowed(longest.length, most))[0]
         best, drafts = 0.0, []
         for length in lengths:
             agreeing = [each for each in found if each.length >= length]
-            made, score = self._follow(agreeing, min(most, int(self.rules.factor * length)))
+            made, score = self._follow(agreeing, self._allowed(length, most))
             if score > best:
                 best, drafts = score, made
         return drafts
+
+    def _allowed(self, length: int, most: int) -> int:
+        return min(most, int(self.rules.factor * length))
 
     def _follow(self, alive: list[_Occurrence], most: int) -> tuple[list[int], float]:
         drafts: list[int] = []

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quire.dtypes import element_bytes
-from quire.kv_layout import KVGroup, KVLayout
 from quire.models.spec import ModelSpec
 
 
 @dataclass(frozen=True, slots=True)
 class DraftSpec:
     model: ModelSpec
+    """Its layers are in one group, which uses the block table of the target's first."""
     directory: Path
     dtype: str
     """Dtype of weights, activations and KV cache, by torch's name."""
@@ -20,14 +20,9 @@ class DraftSpec:
     """Positions that it reaches. A longer request goes on without drafts."""
 
     @property
-    def kv(self) -> KVLayout:
-        """All layers are in one group, which uses the block table of the target's first."""
-        return KVLayout((KVGroup(tuple(range(self.model.num_layers))),), self.model.kv.layer_size)
-
-    @property
     def slot_bytes(self) -> int:
         """Of one token's keys and values."""
-        return self.kv.page_bytes(1, element_bytes(self.dtype))
+        return self.model.kv.page_bytes(1, element_bytes(self.dtype))
 
     @property
     def weight_bytes(self) -> int:

@@ -13,7 +13,7 @@ from quire.messages import StepPlan
 from quire.speculative.base import DraftContext, DraftTask
 from quire.speculative.lookup import Lookup, LookupRules, owner_of
 
-ANCHOR = 4
+ANCHOR = 2
 MOST_TOKENS = 1 << 20
 """Of past outputs: 28 MB when the ring is full."""
 TOKENS_PER_TEXT = 512

@@ -61,6 +61,9 @@ class TokenMatcher(Protocol):
     def accept(self, token_id: int) -> bool:
         """Advance by one token. Returns False, and changes nothing, if the token is not allowed."""
 
+    def copy(self) -> TokenMatcher:
+        """An independent matcher in the same state, to look ahead with. An error that it meets is its own."""
+
     @property
     def is_finished(self) -> bool:
         """Whether only the end may follow."""

@@ -114,6 +114,12 @@ class GuidanceMatcher:
             return True
         return self._matcher.try_consume_tokens([token_id]) == 1
 
+    def copy(self) -> GuidanceMatcher:
+        # Not a rollback, which a matcher that has met an error does not survive.
+        twin = GuidanceMatcher(self._grammar, self._matcher.deep_copy())
+        twin._ended = self._ended
+        return twin
+
     @property
     def is_finished(self) -> bool:
         return self._ended or (self._matcher.is_stopped() and not self._matcher.is_error())

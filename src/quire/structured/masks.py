@@ -23,5 +23,9 @@ def tokens_of(mask: Mask) -> NDArray[np.int64]:
     return np.flatnonzero(np.unpackbits(mask.astype("<i4").view(np.uint8), bitorder="little"))
 
 
+def is_allowed(mask: Mask, token_id: int) -> bool:
+    return bool(mask[token_id // 32] >> (token_id % 32) & 1)
+
+
 def num_mask_words(vocab_size: int) -> int:
     return -(-vocab_size // 32)

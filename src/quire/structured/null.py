@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from quire.structured.base import TokenMatcher
-from quire.structured.masks import Mask, mask_of
+from quire.structured.masks import Mask, is_allowed, mask_of
 
 
 class NullGrammar:
@@ -30,4 +30,7 @@ class NullMatcher:
         row[:] = self._mask
 
     def accept(self, token_id: int) -> bool:
-        return bool(self._mask[token_id // 32] >> (token_id % 32) & 1)
+        return is_allowed(self._mask, token_id)
+
+    def copy(self) -> NullMatcher:
+        return self

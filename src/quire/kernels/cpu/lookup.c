@@ -116,7 +116,7 @@ static int64_t choose(const lookup_job *job, const occurrence *found, int64_t n,
   if (!job->votes) {
     int64_t i = 0;
     while (found[i].length < longest) i++;
-    return follow(job, found + i, 1, longest, most, drafts, &score);
+    return follow(job, found + i, 1, longest, min64(most, (int64_t)(job->factor * (double)longest)), drafts, &score);
   }
   for (int64_t length = longest; length > 0;) {
     const int64_t allowed = min64(most, (int64_t)(job->factor * (double)length));
