@@ -176,6 +176,11 @@ class DeviceAdapters:
     def clear(self, index: int) -> None:
         """Nothing to do: the slot is filled again before it is used."""
 
+    def tensors(self) -> list[Tensor]:
+        """All slots, whose addresses CUDA graphs contain."""
+        parts = [each for site in self._sites for _, *part in site.parts for each in part]
+        return [*parts, *(each for site in self._sites for each in (site.a, site.scales))]
+
     def rows(self, adapters: Tensor) -> DeviceRows:
         """adapters: on any device."""
         device = self._sites[0].a.device
