@@ -3,11 +3,11 @@
     python bench/lora.py --models DIR [--model M2] [--peers DIR] [--repeats 5] [--json FILE]
 
 Engines take turns in each repeat, so that what else runs on the machine disturbs all alike: Quire without
-`enable_lora`, Quire with it, vLLM with it, and llama.cpp's server with all adapters loaded. Cases: no request has
-an adapter; all have the same one; each has one of 16. A speed is generated tokens per second of the whole run,
-prompts included. Adapters are random, of rank 16, for all seven matrices of a layer.
+`enable_lora`, Quire with it, vLLM with it, and llama.cpp's server with all adapters loaded. Cases: no request
+has an adapter; all have the same one; each has one of 16. A speed is generated tokens per second of the whole
+run, prompts included. Adapters are random, of rank 16, for all seven matrices of a layer.
 
---lock FILE: held during each repeat. --realtime: an engine that is measured runs with SCHED_FIFO (needs root).
+--lock FILE: held during each case. --realtime: an engine that is measured runs with SCHED_FIFO (needs root).
 """
 
 from __future__ import annotations
@@ -175,12 +175,12 @@ class LlamaCpp:
     def run(self, case: str, inputs: list[list[int]]) -> None:
         async def one(index: int, ids: list[int]) -> None:
             adapter = adapter_of(case, index)
-            body = json.dumps(
-                {"prompt": ids, "n_predict": NEW, "temperature": 0.0, "ignore_eos": True, "cache_prompt": False,
-                 "lora": [] if adapter is None else [{"id": adapter, "scale": 1.0}]}
-            )  # fmt: skip
+            fields = {"prompt": ids, "n_predict": NEW, "temperature": 0.0, "ignore_eos": True}
+            lora = [] if adapter is None else [{"id": adapter, "scale": 1.0}]
+            body = json.dumps({**fields, "cache_prompt": False, "lora": lora})
             reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
-            head = f"POST /completion HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
+            head = "POST /completion HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+            head += f"Content-Length: {len(body)}\r\n\r\n"
             writer.write((head + body).encode())
             answer = await reader.read()
             writer.close()
@@ -224,8 +224,9 @@ class Engine:
         python = (
             args.peers / "venvs" / "vllm" / "bin" / "python" if name == "vllm" else sys.executable
         )
-        command = [str(python), __file__, "--worker", name, "--models", str(args.models), "--model", args.model,
-                   "--adapters", str(args.adapters), "--peers", str(args.peers), "--threads", str(args.threads)]  # fmt: skip
+        command = [str(python), __file__, "--worker", name, "--model", args.model]
+        for option in ("models", "adapters", "peers", "threads"):
+            command += [f"--{option}", str(getattr(args, option))]
         environment = {
             **os.environ,
             "PYTHONPATH": f"{REPOSITORY}"
@@ -347,10 +348,8 @@ def main() -> None:
         of = "quire-off" if name == "quire" else name
         base = speeds.get((of, batch, "base"), values)
         ratio = statistics.median(v / b for v, b in zip(values, base, strict=True))
-        table.append(
-            {"engine": name, "batch": batch, "case": case, "tok_s": statistics.median(values), "of_base": ratio,
-             "all": values}
-        )  # fmt: skip
+        row = {"engine": name, "batch": batch, "case": case, "tok_s": statistics.median(values)}
+        table.append({**row, "of_base": ratio, "all": values})
         print(
             f"{name:10} {batch:3} {case:12} {table[-1]['tok_s']:8.1f} tok/s  {ratio:.3f} of its base"
         )
