@@ -73,17 +73,21 @@ class AdaptivePolicy(DraftPolicy):
         self._num_probes = 0
         self._rest = self._rest_rows = 0
         """For so many steps none are asked for, if at least so many rows are sampled."""
+        self._asked_rows = 0
+        """The number of rows for which drafts were asked last."""
         self._num_drafted = 0
         """Steps with drafts."""
 
     # --- what happened --------------------------------------------------------------------------------
 
     def learn(self, request: Request, num_drafts: int, num_accepted: int) -> None:
-        for right in [1.0] * num_accepted + [0.0] * (num_accepted < num_drafts):
-            request.drafts_right = MEMORY * request.drafts_right + right
-            request.drafts_tried = MEMORY * request.drafts_tried + 1
-            self._right = DRAFTER_MEMORY * self._right + right
+        right, tried = request.drafts_right, request.drafts_tried
+        for index in range(min(num_accepted + 1, num_drafts)):
+            right = MEMORY * right + (index < num_accepted)
+            tried = MEMORY * tried + 1
+            self._right = DRAFTER_MEMORY * self._right + (index < num_accepted)
             self._tried = DRAFTER_MEMORY * self._tried + 1
+        request.drafts_right, request.drafts_tried = right, tried
 
     def measure(
         self, num_tokens: int, num_samples: int, asked: int, seconds: float, draft_seconds: float
@@ -114,7 +118,9 @@ class AdaptivePolicy(DraftPolicy):
         return self._probe_seconds < self._probe_price(num_rows)
 
     def ask(self, requests: Sequence[Request], limits: Sequence[int]) -> Sequence[int]:
-        rows = len(requests)
+        rows = self._asked_rows = len(requests)
+        for request in requests:
+            request.probes = False
         if not self.cost.knows(rows):
             return [0] * rows  # the next step shows what one without drafts takes
         counts = self._best(requests, limits, rows, extra=self.propose_seconds)
@@ -130,10 +136,12 @@ class AdaptivePolicy(DraftPolicy):
     def grant(
         self, requests: Sequence[Request], limits: Sequence[int], num_rows: int, prompts: bool
     ) -> Sequence[int]:
+        if num_rows <= self._asked_rows and not prompts:
+            return limits  # as decided when they were asked for
         counts = self._best(requests, limits, num_rows, prompts=prompts)
         for index, request in enumerate(requests):
             if request.probes:
-                counts[index], request.probes = limits[index], False
+                counts[index] = limits[index]
         return counts
 
     def _best(

@@ -124,8 +124,11 @@ class Drafting:
         """Count only the accepted drafts as computed. Before the request has learned `token_ids`."""
         drafts = planned.draft_token_ids
         request.num_drafts_in_flight -= len(drafts)
-        pairs = zip(drafts, token_ids, strict=False)
-        accepted = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        accepted = 0
+        for draft, token in zip(drafts, token_ids, strict=False):
+            if draft != token:
+                break
+            accepted += 1
         self._counts.add(len(drafts), accepted)
         request.draft_steps.append((len(drafts), accepted))
         self.policy.learn(request, len(drafts), accepted)
