@@ -9,6 +9,7 @@ import pytest
 
 from quire import LLM, SamplingParams
 from quire.builtin import MODEL_DIR
+from quire.scheduler.draft_policy import DraftPolicy
 
 SMALL = {
     "speculative_config": {
@@ -24,7 +25,9 @@ SMALL = {
 
 def watch(llm: LLM) -> list[tuple[list[int], list[int]]]:
     """Known tokens and drafts of every proposal from now on."""
-    drafter = llm._core._core.executor.runner.drafter
+    core = llm._core._core
+    core.scheduler.drafting.policy = DraftPolicy()  # all there may be, whatever the clock says
+    drafter = core.executor.runner.drafter
     seen, propose = [], drafter.propose
 
     def watched(tasks):

@@ -96,7 +96,9 @@ class AdaptivePolicy(DraftPolicy):
             each, known = draft_seconds / asked, self.propose_seconds
             # What disturbs a measurement makes it longer: down at once, up slowly.
             self.propose_seconds += (
-                0.5 * (each - known) if each < known else 0.1 * (min(each, 2 * known or each) - known)
+                0.5 * (each - known)
+                if each < known
+                else 0.1 * (min(each, 2 * known or each) - known)
             )
         self._probe_seconds += PROBE_SHARE * seconds
         seconds = max(seconds - draft_seconds, 1e-9)
