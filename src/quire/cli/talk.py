@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from quire.cli.model_flags import ModelChoice
     from quire.config import EngineConfig
     from quire.engine.async_llm import AsyncLLM
+    from quire.outputs import RequestSpecDecodeMetrics, RequestStateStats
     from quire.sampling_params import SamplingParams
 
 Message = Mapping[str, str]
@@ -43,7 +44,18 @@ class Speaker(Protocol):
         """The continuation of `prompt`, without a template."""
         ...
 
+    @property
+    def note(self) -> str:
+        """What the last answer's drafts did, in a line; empty without speculative decoding."""
+        ...
+
     async def close(self) -> None: ...
+
+
+def print_note(speaker: Speaker) -> None:
+    """On a terminal; a file gets nothing but the text."""
+    if speaker.note and sys.stderr.isatty():
+        print(speaker.note, file=sys.stderr)
 
 
 class LocalModel:
@@ -51,6 +63,7 @@ class LocalModel:
 
     def __init__(self, engine: AsyncLLM) -> None:
         self._engine = engine
+        self.note = ""
 
     @classmethod
     async def start(cls, config: EngineConfig) -> LocalModel:
@@ -92,6 +105,8 @@ class LocalModel:
                     raise EngineError(output.error)
                 for sequence in output.outputs:
                     yield sequence.text
+                    if (drafts := sequence.spec_decode_metrics) is not None:
+                        self.note = _note(output.metrics, drafts)
             stream = None
         except PromptTooLongError as error:
             raise ContextFullError(str(error)) from None
@@ -109,11 +124,18 @@ class LocalModel:
         await self._engine.shutdown()
 
 
+def _note(times: RequestStateStats, drafts: RequestSpecDecodeMetrics) -> str:
+    count, seconds = times.num_generation_tokens, times.last_token_ts - times.first_token_ts
+    rate = f", {(count - 1) / seconds:.0f} tokens/s" if seconds > 0 else ""
+    return f"({count} tokens{rate}; {drafts.num_accepted} of {drafts.num_draft_tokens} drafts accepted)"
+
+
 class RemoteModel:
     """A running server: Quire's, or any with OpenAI's API."""
 
     can_chat = True
     """Not known before the first request."""
+    note = ""
 
     def __init__(self, client: HttpClient, model: str) -> None:
         self._client = client
