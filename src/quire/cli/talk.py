@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from quire.cli.http import HttpClient, HttpError
@@ -15,6 +16,8 @@ from quire.errors import (
     PromptTooLongError,
     QuireError,
 )
+from quire.lora.request import LoRARequest
+from quire.placement import Placement
 from quire.util.terminal import printable
 
 if TYPE_CHECKING:
@@ -61,15 +64,22 @@ def print_note(speaker: Speaker) -> None:
 class LocalModel:
     """An engine started for this command."""
 
-    def __init__(self, engine: AsyncLLM) -> None:
+    def __init__(self, engine: AsyncLLM, adapter: str | None = None) -> None:
         self._engine = engine
         self.note = ""
+        self._adapter = adapter
 
     @classmethod
-    async def start(cls, config: EngineConfig) -> LocalModel:
+    async def start(cls, config: EngineConfig, adapter: str | None = None) -> LocalModel:
+        """adapter: a directory or a name, as in `ModelChoice`."""
         from quire.engine.async_llm import AsyncLLM
 
-        return cls(await AsyncLLM.start(config))
+        engine = await AsyncLLM.start(config)
+        try:
+            return cls(engine, None if adapter is None else await _adapter_name(engine, adapter))
+        except BaseException:
+            await engine.shutdown()
+            raise
 
     @property
     def can_chat(self) -> bool:
@@ -97,9 +107,10 @@ class LocalModel:
     async def _stream(
         self, prompt: str | list[int], sampling: Mapping[str, object]
     ) -> AsyncIterator[str]:
-        stream = None
+        stream, self.note = None, ""
         try:
-            stream = self._engine.submit(prompt, self._params(sampling))
+            placement = Placement(adapter=self._adapter)
+            stream = self._engine.submit(prompt, self._params(sampling), placement=placement)
             async for output in stream:
                 if output.error is not None:
                     raise EngineError(output.error)
@@ -128,6 +139,16 @@ def _note(times: RequestStateStats, drafts: RequestSpecDecodeMetrics) -> str:
     count, seconds = times.num_generation_tokens, times.last_token_ts - times.first_token_ts
     rate = f", {(count - 1) / seconds:.0f} tokens/s" if seconds > 0 else ""
     return f"({count} tokens{rate}; {drafts.num_accepted} of {drafts.num_draft_tokens} drafts accepted)"
+
+
+async def _adapter_name(engine: AsyncLLM, adapter: str) -> str:
+    """The name under which the engine serves it."""
+    if Path(adapter).is_dir():
+        return await engine.adapters.use(LoRARequest(Path(adapter).resolve().name, 1, adapter))
+    found = await engine.adapters.find(adapter)
+    if found is None:
+        raise ConfigError(f"--lora {adapter}: no such directory, and no adapter of that name.")
+    return found.name
 
 
 class RemoteModel:
@@ -195,7 +216,7 @@ async def open_speaker(choice: ModelChoice) -> LocalModel | RemoteModel:
         return await RemoteModel.connect(choice.url, model=choice.model, api_key=choice.api_key)
     if sys.stdin.isatty() and sys.stderr.isatty():
         print("loading the model ...", file=sys.stderr)
-    return await LocalModel.start(choice.engine)
+    return await LocalModel.start(choice.engine, choice.adapter)
 
 
 def converse(

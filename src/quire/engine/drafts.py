@@ -1,4 +1,5 @@
-"""The draft model of a configuration: where it is, what it is, whether it fits the target. Without torch."""
+"""The draft model or head of a configuration: where it is, what it is, whether it fits the target. Without
+torch."""
 
 from __future__ import annotations
 
@@ -9,14 +10,17 @@ from pathlib import Path
 from typing import Protocol
 
 from quire.config import EngineConfig, ModelConfig, Speculation, SpeculativeConfig
-from quire.errors import ConfigError
+from quire.errors import ConfigError, UnsupportedModelError
+from quire.models.head_spec import resolve_head
 from quire.models.spec import ModelSpec
-from quire.speculative.spec import DraftSpec
+from quire.speculative.spec import DraftSpec, HeadDraftSpec
 from quire.weights.resolve import resolve_model
 from quire.weights.source import open_source
 
 MODEL_METHODS = ("draft_model",)
 """Methods whose draft is a model of its own."""
+HEAD_METHODS = ("eagle", "eagle3", "mtp")
+"""Methods whose draft is a head that reads the target's hidden states."""
 
 
 class Resolved(Protocol):
@@ -40,9 +44,16 @@ def locate_draft(config: EngineConfig) -> SpeculativeConfig:
     """The same options with the draft as a local directory or file, downloaded if need be. The built-in
     model has a built-in draft."""
     speculation = config.speculative.speculation
-    if speculation is None or speculation.method not in MODEL_METHODS:
+    if speculation is None or speculation.method not in (*MODEL_METHODS, *HEAD_METHODS):
         return config.speculative
     options = config.model
+    if speculation.method == "mtp":
+        if speculation.model not in (None, options.model):
+            raise ConfigError(
+                f"speculative_config model is {speculation.model!r}, but method mtp uses layers of the model "
+                "itself; leave it out, or use eagle3 or draft_model."
+            )
+        return config.speculative
     if speculation.model is not None:
         directory = resolve_model(
             speculation.model,
@@ -50,7 +61,7 @@ def locate_draft(config: EngineConfig) -> SpeculativeConfig:
             download_dir=options.download_dir,
             hf_token=options.hf_token,
         )
-    elif options.model is None:
+    elif options.model is None and speculation.method in MODEL_METHODS:
         from quire.builtin import DRAFT_DIR as directory
     else:
         raise ConfigError(
@@ -63,21 +74,28 @@ def locate_draft(config: EngineConfig) -> SpeculativeConfig:
 
 def resolve_draft(
     config: EngineConfig, target: Resolved, resolve: Callable[[EngineConfig], Resolved]
-) -> DraftSpec | None:
+) -> DraftSpec | HeadDraftSpec | None:
     """None for methods without a model. `config` comes from `locate`. resolve: `quire.engine.setup.resolve`.
 
     Raises `ConfigError` if the draft does not fit the target, `CheckpointError` or `UnsupportedModelError`
     as for any model.
     """
     speculation = config.speculative.speculation
-    if speculation is None or speculation.method not in MODEL_METHODS:
+    if speculation is None or speculation.method not in (*MODEL_METHODS, *HEAD_METHODS):
         return None
-    assert speculation.model is not None, "locate() first"
     if target.device != "cpu":
         raise ConfigError(
-            "speculative_config: method draft_model drafts on the CPU only so far; on a GPU use ngram or "
-            "suffix."
+            f"speculative_config: method {speculation.method} drafts on the CPU only so far; on a GPU use "
+            "ngram or suffix."
         )
+    if target.spec.kv.windows[0] is not None:
+        raise ConfigError(
+            f"speculative_config: every layer of the model keeps only {target.spec.kv.windows[0]} "
+            f"tokens, and method {speculation.method} needs the blocks of all; use ngram or suffix."
+        )
+    if speculation.method in HEAD_METHODS:
+        return _resolve_head(speculation, target)
+    assert speculation.model is not None, "locate() first"
     own = config.model
     draft = resolve(
         EngineConfig(
@@ -91,11 +109,6 @@ def resolve_draft(
             runtime=config.runtime,
         )
     )
-    if target.spec.kv.windows[0] is not None:
-        raise ConfigError(
-            f"speculative_config: every layer of the model keeps only {target.spec.kv.windows[0]} "
-            "tokens, and a draft model needs the blocks of all; use ngram or suffix."
-        )
     _check_vocabulary(target.tokenizer_dir, draft.tokenizer_dir)
     return DraftSpec(
         model=dataclasses.replace(draft.spec, keeps_all=True),
@@ -103,6 +116,23 @@ def resolve_draft(
         dtype=draft.dtype,
         max_model_len=_positions(speculation, draft, target.max_model_len),
     )
+
+
+def _resolve_head(speculation: Speculation, target: Resolved) -> HeadDraftSpec:
+    if speculation.quantization is not None:
+        raise ConfigError(
+            f"speculative_config quantization is {speculation.quantization!r}, but heads are computed as "
+            "they are stored; leave it out."
+        )
+    directory = target.model_dir if speculation.model is None else Path(speculation.model)
+    try:
+        head = resolve_head(
+            speculation.method, open_source(directory), target.spec, open_source(target.model_dir)
+        )
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"speculative_config, {directory}: {error}") from error
+    longest = min(speculation.max_model_len or target.max_model_len, target.max_model_len)
+    return HeadDraftSpec(head=head, directory=directory, dtype=target.dtype, max_model_len=longest)
 
 
 def _positions(speculation: Speculation, draft: Resolved, wanted: int) -> int:

@@ -26,7 +26,7 @@ from quire.models.fields import QUANTIZATION_FIELDS
 from quire.models.registry import resolve_spec, text_config
 from quire.models.spec import ModelSpec
 from quire.quantization import choose_method
-from quire.speculative.spec import DraftSpec
+from quire.speculative.spec import DraftSpec, HeadDraftSpec
 from quire.structured.base import DEFAULT_LIMITS, Limits
 from quire.weights.resolve import resolve_model, resolve_tokenizer
 from quire.weights.source import FILES, ModelSource, TensorInfo, open_source
@@ -59,7 +59,7 @@ class ResolvedModel:
     """The end tokens in the configs; `read_tokens` joins them with the tokenizer's."""
     warnings: tuple[str, ...]
     """For the operator: values of the model's files that were dropped."""
-    draft: DraftSpec | None = None
+    draft: DraftSpec | HeadDraftSpec | None = None
     """The model of speculative decoding, if its method has one."""
 
 

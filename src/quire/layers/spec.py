@@ -47,6 +47,10 @@ class RopeSpec:
     rounded: bool = True
     """Whether cos and sin are rounded to the model's dtype (all but OLMo 2 and 3)."""
 
+    def table_bytes(self, max_model_len: int) -> int:
+        """Memory of cos and sin for every position."""
+        return 4 * max_model_len * self.rotary_dim
+
 
 NormOrder = Literal["round_then_scale", "scale_then_round"]
 
@@ -110,6 +114,8 @@ class AttentionSpec:
     fused_qkv: bool = False
     """The checkpoint holds q, k and v as one matrix, `qkv_proj`."""
     query_temperature: QueryTemperature | None = None
+    fused_input: bool = False
+    """Queries, keys and values are made of two vectors of the hidden size, side by side (EAGLE-3)."""
 
     @property
     def heads(self) -> HeadShape:
@@ -131,8 +137,9 @@ class AttentionSpec:
             sizes = {"qkv_proj": self.q_size + 2 * self.kv_size}
         qkv = tuple(LinearPart(f"{prefix}.{name}", size) for name, size in sizes.items())
         o = (LinearPart(f"{prefix}.o_proj", hidden_size),)
+        inputs = 2 * hidden_size if self.fused_input else hidden_size
         return (
-            LinearShape(hidden_size, qkv, bias=self.qkv_bias),
+            LinearShape(inputs, qkv, bias=self.qkv_bias),
             LinearShape(self.q_size, o, bias=self.o_bias),
         )
 

@@ -109,6 +109,9 @@ class ConfigReader:
         """Whether the field is present and null, which for a few fields differs from absent."""
         return field in self._config and self._config[field] is None
 
+    def was_read(self, field: str) -> bool:
+        return field in self._read
+
     def raw(self, field: str) -> object:
         """The value as in the JSON, or None. Marks the field as read."""
         self._read.add(field)

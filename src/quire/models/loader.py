@@ -9,6 +9,7 @@ import dataclasses
 import logging
 import time
 from collections import Counter
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -19,12 +20,13 @@ from quire.errors import ConfigError
 from quire.kernels.base import LayerKernels
 from quire.kv_layout import KVLayout
 from quire.models.decoder import DecoderModel
+from quire.models.head_spec import draft_tensors
 from quire.models.spec import EMBEDDING, ModelSpec
 from quire.quantization.matrix import QuantizedMethod
 from quire.quantization.unquantized import UNQUANTIZED
 from quire.weights.load import load_random_weights, load_weights
-from quire.weights.names import HEAD
-from quire.weights.source import ModelSource
+from quire.weights.names import HEAD, list_names
+from quire.weights.source import ModelSource, TensorInfo
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +79,8 @@ def load_model(
             )
         tied = {f"{EMBEDDING}.weight": HEAD} if spec.tie_word_embeddings else {}
         with source.open() as checkpoint:
-            load_weights(model.targets(), checkpoint, dtype=dtype, tied=tied)
+            selected = _without_drafts(checkpoint.tensors, spec)
+            load_weights(model.targets(), checkpoint, dtype=dtype, tied=tied, selected=selected)
     model.bind()
     seconds = time.perf_counter() - started
     logger.info(
@@ -89,6 +92,17 @@ def load_model(
     if isinstance(spec.quantization, QuantizedMethod):
         logger.info("%s", _describe(spec, spec.quantization, dtype))
     return model
+
+
+def _without_drafts(tensors: Mapping[str, TensorInfo], spec: ModelSpec) -> Mapping[str, TensorInfo]:
+    """Without those of layers for multi-token prediction, which `load_head` loads."""
+    pattern = draft_tensors(spec)
+    if pattern is None or not (drafts := [name for name in tensors if pattern.search(name)]):
+        return tensors
+    logger.info(
+        "left out %s: layers that draft, for method mtp of speculative_config", list_names(drafts)
+    )
+    return {name: info for name, info in tensors.items() if name not in drafts}
 
 
 def _describe(spec: ModelSpec, method: QuantizedMethod, dtype: torch.dtype) -> str:

@@ -68,6 +68,8 @@ class ModelSpec:
     """Divides the logits (Granite)."""
     logits_softcap: float = 0.0
     """Logits become softcap * tanh(logit / softcap); 0 leaves them (Gemma 2)."""
+    num_draft_layers: int = 0
+    """Layers for multi-token prediction that the checkpoint has beside the model's."""
     quantization: LinearMethod = UNQUANTIZED
     """How the checkpoint stores the matrices of linear layers."""
     keeps_all: bool = False

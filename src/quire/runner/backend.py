@@ -56,6 +56,8 @@ class StepSamples:
     hidden: Sequence[Tensor]
     """For each of `read_rows`, the hidden states of its last tokens after the final norm: [at least as
     many as wanted, hidden_size]."""
+    tapped: Tensor | None = None
+    """`ForwardPass.tapped`, if the model has taps."""
 
     @classmethod
     def none(cls, hidden: Sequence[Tensor] = ()) -> StepSamples:

@@ -112,6 +112,12 @@ class CPUBackend:
         self._kernels.copy_blocks(self._kv_cache.pairs, pairs)
 
     def launch(self, step: StepInput) -> StepSamples:
+        samples = self._compute(step)
+        if self._model.taps:
+            samples.tapped = self._pass.tapped
+        return samples
+
+    def _compute(self, step: StepInput) -> StepSamples:
         hidden: list[torch.Tensor] = []
         if not step.read_rows:
             logits = self._pass.forward(step.rows)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from quire.config import EngineConfig
 from quire.models.spec import ModelSpec
-from quire.speculative.spec import DraftSpec
+from quire.speculative.spec import DraftSpec, HeadDraftSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class WorkerSpec:
     """"cpu" or "cuda"."""
     max_model_len: int
     """The most tokens of a request. The cache may hold fewer."""
-    draft: DraftSpec | None = None
+    draft: DraftSpec | HeadDraftSpec | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,22 +52,17 @@ def estimate(
     *,
     dtype_bytes: int,
     max_model_len: int,
-    draft: DraftSpec | None = None,
+    draft: DraftSpec | HeadDraftSpec | None = None,
 ) -> Footprint:
     """Estimate from the model's shape, before anything is loaded. A draft's weights are counted too; its
     steps use the memory of the target's."""
-    weights = spec.weight_bytes(dtype_bytes) + _rotary_bytes(spec, max_model_len)
-    if draft is not None:
-        weights += draft.weight_bytes + _rotary_bytes(draft.model, draft.max_model_len)
+    rotary_tables = sum(rope.table_bytes(max_model_len) for rope in spec.ropes)
+    drafts = 0 if draft is None else draft.weight_bytes
     return Footprint(
-        weight_bytes=weights,
+        weight_bytes=spec.weight_bytes(dtype_bytes) + rotary_tables + drafts,
         step_bytes=_step_bytes(config, spec, dtype_bytes),
         memory=memory,
     )
-
-
-def _rotary_bytes(spec: ModelSpec, max_model_len: int) -> int:
-    return 4 * max_model_len * sum(rope.rotary_dim for rope in spec.ropes)
 
 
 def _step_bytes(config: EngineConfig, spec: ModelSpec, dtype_bytes: int) -> int:

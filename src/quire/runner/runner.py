@@ -26,7 +26,7 @@ from quire.runner.proposing import ask_for, propose, samples_of
 from quire.runner.seats import Seats, independent
 from quire.sampling.rules import RequestRules
 from quire.sampling.sampler import GrammarSource
-from quire.speculative.base import Drafter
+from quire.speculative.base import Drafter, StateReader
 from quire.structured.base import GrammarError
 from quire.structured.masks import Mask
 
@@ -51,6 +51,8 @@ class Runner:
         self.model = model
         self.backend = backend
         self.drafter = drafter
+        self.reader = drafter if isinstance(drafter, StateReader) else None
+        model.taps = () if self.reader is None else self.reader.taps
         self.clock = clock
         self._max_num_seqs = max_num_seqs
         self._every = np.arange(max_num_seqs)
@@ -239,6 +241,8 @@ class RunningStep:
                     _fail(found[index], NAN_ERROR)
         if self.extras is not None:
             self._finish(self.extras, samples, found)
+        if self.runner.reader is not None and samples.tapped is not None:
+            self.runner.reader.read(samples.tapped)
         result = StepResult(step_id=self.step_id, sampled=found)
         if (drafter := self.runner.drafter) is not None:
             started = self.runner.clock()

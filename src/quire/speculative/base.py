@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
 
 from quire.config import Speculation
 from quire.kernels.base import LayerKernels
 from quire.kernels.program import StepRows
 from quire.messages import StepPlan
 from quire.models.decoder import DecoderModel
-from quire.speculative.spec import DraftSpec
+from quire.speculative.spec import DraftSpec, HeadDraftSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +29,7 @@ class DraftContext:
     target: DecoderModel
     kernels: LayerKernels
     """Of the target's device."""
-    draft: DraftSpec | None = None
+    draft: DraftSpec | HeadDraftSpec | None = None
     """For the methods with a model."""
     load_format: str = "auto"
     seed: int = 0
@@ -64,4 +66,17 @@ class Drafter(Protocol):
     def propose(self, tasks: Sequence[DraftTask]) -> Sequence[Sequence[int]]:
         """For each task the drafts, in order: at most `most`, and fewer or none where it has no good
         guess."""
+        ...
+
+
+@runtime_checkable
+class StateReader(Protocol):
+    """A drafter that reads the target's hidden states."""
+
+    taps: tuple[int, ...]
+    """For `DecoderModel.taps`."""
+
+    def read(self, tapped: Tensor) -> None:
+        """The tokens of the last plan have been computed, drafts among them. Called after `begin`, for every
+        plan with rows, before `propose`. tapped: as `ForwardPass.tapped`."""
         ...

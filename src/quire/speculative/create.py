@@ -8,6 +8,9 @@ from quire.speculative.base import DraftContext, Drafter
 
 DRAFTERS: dict[str, str] = {
     "draft_model": "quire.speculative.draft_model",
+    "eagle": "quire.speculative.heads",
+    "eagle3": "quire.speculative.heads",
+    "mtp": "quire.speculative.heads",
     "ngram": "quire.speculative.ngram",
     "suffix": "quire.speculative.suffix",
 }

@@ -5,12 +5,12 @@ draft's keys and values too. For each block there is a count of its leading toke
 A draft catches up when drafts are wanted, not before. Validity decides how good drafts are, and never a
 token.
 
-* A block that a request is given empty has no valid tokens, whatever it held before. * A copied block has
-as many as its source, and at most as many as the request takes over. * After a proposal, all known tokens
-are valid. Drafts that were computed are too, if they turn out right: the seat
-  remembers them.
-* Drafts may need slots beyond the request's blocks. They are in spare blocks that no request has, and are
-lost.
+* A block that a request is given empty has no valid tokens, whatever it held before.
+* A copied block has as many as its source, and at most as many as the request takes over.
+* After a proposal, all known tokens are valid. Drafts that were computed are too, if they turn out right:
+  the seat remembers them.
+* Drafts may need slots beyond the request's blocks. They are in spare blocks that no request has, and
+  are lost.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ import torch
 from quire.attention.base import KVCache
 from quire.kernels.base import Kernels
 from quire.kernels.program import StepRows
+from quire.layers.spec import HeadShape
 from quire.messages import StepPlan
-from quire.models.spec import ModelSpec
 
 
 @dataclass(slots=True)
@@ -40,11 +40,12 @@ class _Seat:
 class DraftCache:
     def __init__(
         self,
-        model: ModelSpec,
         rows: StepRows,
         num_blocks: int,
         block_size: int,
         *,
+        num_layers: int,
+        heads: HeadShape,
         most_drafts: int,
         dtype: torch.dtype,
         kernels: Kernels,
@@ -58,10 +59,10 @@ class DraftCache:
         self._num_spare = -(-most_drafts // block_size)
         self._first_spare = num_blocks
         self.kv = KVCache(
-            num_parts=model.num_layers,
+            num_parts=num_layers,
             num_blocks=num_blocks + max_num_seqs * self._num_spare,
-            num_kv_heads=model.heads.num_kv_heads,
-            head_dim=model.heads.head_dim,
+            num_kv_heads=heads.num_kv_heads,
+            head_dim=heads.head_dim,
             block_size=block_size,
             dtype=dtype,
             kernels=kernels,
@@ -115,6 +116,21 @@ class DraftCache:
                 if valid < size:
                     break
         return min(at, num_tokens - 1)
+
+    def join(self, seat: int, start: int) -> tuple[int, int]:
+        """For a draft that cannot catch up: the first token from `start` on that may be computed next, and
+        the first of the blocks before it that are valid without a gap."""
+        state, size, tables = self._seats[seat], self._block_size, self._tables[seat]
+        index, before = divmod(start, size)
+        if before and self._valid[tables[index]] < before:
+            index += 1
+            first, begin = index * size, index
+        else:
+            first, begin = start, index
+            while begin and self._valid[tables[begin - 1]] == size:
+                begin -= 1
+        state.num_valid = first
+        return first, begin * size
 
     def block_of(self, seat: int, position: int) -> int:
         return int(self._tables[seat, position // self._block_size])

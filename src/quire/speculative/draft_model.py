@@ -22,6 +22,7 @@ from quire.models.decoder import DecoderModel
 from quire.models.loader import load_model
 from quire.speculative.base import DraftContext, DraftTask
 from quire.speculative.draft_cache import DraftCache
+from quire.speculative.spec import DraftSpec
 from quire.weights.source import open_source
 
 MOST_CATCH_UP = 2048
@@ -47,10 +48,11 @@ class DraftModel:
     def open_cache(self, rows: StepRows, num_blocks: int, block_size: int) -> None:
         seats = len(rows.token_ids)
         self._cache = DraftCache(
-            self._model.spec,
             rows,
             num_blocks,
             block_size,
+            num_layers=self._model.spec.num_layers,
+            heads=self._model.spec.heads,
             most_drafts=self._most,
             dtype=self._model.dtype,
             kernels=self._kernels,
@@ -175,7 +177,7 @@ def drafting_loop(forward: ForwardPass, kernels: Kernels, rows: StepRows, most: 
 def create(context: DraftContext) -> DraftModel:
     """Raises as loading any model does."""
     draft, kernels = context.draft, context.kernels
-    assert draft is not None, "the configuration was resolved without a draft"
+    assert isinstance(draft, DraftSpec), "the configuration was resolved without a draft"
     if kernels.name not in ("native", "reference"):
         raise ConfigError("method draft_model drafts on the CPU only so far; use ngram or suffix.")
     model = load_model(

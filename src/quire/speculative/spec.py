@@ -1,4 +1,4 @@
-"""A draft model as files and numbers, before anything is loaded. Without torch."""
+"""A draft model or head as files and numbers, before anything is loaded. Without torch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quire.dtypes import element_bytes
+from quire.models.head_spec import HeadSpec
 from quire.models.spec import ModelSpec
 
 
@@ -26,4 +27,26 @@ class DraftSpec:
 
     @property
     def weight_bytes(self) -> int:
-        return self.model.weight_bytes(element_bytes(self.dtype))
+        """With rotary tables."""
+        weights = self.model.weight_bytes(element_bytes(self.dtype))
+        return weights + sum(rope.table_bytes(self.max_model_len) for rope in self.model.ropes)
+
+
+@dataclass(frozen=True, slots=True)
+class HeadDraftSpec:
+    """A head that reads the target's hidden states: as `DraftSpec`."""
+
+    head: HeadSpec
+    directory: Path
+    """For MTP, the target's."""
+    dtype: str
+    max_model_len: int
+
+    @property
+    def slot_bytes(self) -> int:
+        return self.head.kv_bytes_per_token(element_bytes(self.dtype))
+
+    @property
+    def weight_bytes(self) -> int:
+        weights = self.head.weight_bytes(element_bytes(self.dtype))
+        return weights + self.head.rope.table_bytes(self.max_model_len)

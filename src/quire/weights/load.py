@@ -34,12 +34,14 @@ def load_weights(
     *,
     dtype: torch.dtype,
     tied: Mapping[str, str] = MappingProxyType({}),
+    selected: Mapping[str, TensorInfo] | None = None,
 ) -> None:
     """Stream every wanted tensor to its targets, in pieces of rows, with as many threads as PyTorch has.
 
     Names are the model's; `map_names` finds them in the file. `tied` maps a wanted name to another under
     which the file may hold the same matrix (the output head of a tied model): it is read if the first is
-    absent, and unused otherwise. If `dtype`, the model's, is not that of most floats in the files, the
+    absent, and unused otherwise. selected: those of the checkpoint's tensors that count, maybe renamed; None
+    for all. If `dtype`, the model's, is not that of most floats in the files, the
     targets convert; then one thread loads, because PyTorch converts with all of its own threads.
 
     Raises:
@@ -47,7 +49,7 @@ def load_weights(
             file that cannot be read or was written to while it was read.
     """
     wanted = _by_name(targets)
-    tensors = map_names(checkpoint.tensors, {*wanted, *tied.values()})
+    tensors = map_names(selected or checkpoint.tensors, {*wanted, *tied.values()})
     for name, other in tied.items():
         _tie(checkpoint, tensors, name, other)
     _drop_zero_biases(checkpoint, tensors, wanted)
