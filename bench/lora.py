@@ -268,7 +268,10 @@ class Engine:
     def close(self) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
-        self._process.wait(30)
+        try:
+            self._process.wait(30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
 
 
 @contextlib.contextmanager
@@ -333,8 +336,6 @@ def main() -> None:
                         speed = engine.run(case, batch, repeat)
                         if repeat:
                             speeds.setdefault((engine.name, batch, case), []).append(speed)
-    for engine in engines:
-        engine.close()
     table = []
     for (name, batch, case), values in speeds.items():
         of = "quire-off" if name == "quire" else name
@@ -351,6 +352,8 @@ def main() -> None:
         record = {**run_record(), "command": sys.argv, "versions": {e.name: e.version for e in engines},
                   "prompt": PROMPT, "new": NEW, "rank": RANK, "results": table}  # fmt: skip
         args.json.write_text(json.dumps(record, indent=1))
+    for engine in engines:
+        engine.close()
 
 
 if __name__ == "__main__":
