@@ -165,7 +165,8 @@ def build_scheduler(
     config: EngineConfig, layout: KVLayout, memory: MemoryPlan, *, gpu: bool = False
 ) -> Scheduler:
     """The engine's scheduler, without a model. On a GPU the counts of penalties are updated as tokens are
-    sampled, so a request with penalties samples one token a step."""
+    sampled, so a request with penalties samples one token a step, and its buffers have room for
+    `max_num_seqs` samples."""
     options = config.scheduler
     kv = KVCacheManager(
         memory.num_blocks,
@@ -183,7 +184,7 @@ def build_scheduler(
         enable_chunked_prefill=options.enable_chunked_prefill,
         policy=options.scheduling_policy,
         max_adapters=config.lora.max_loras,
-        max_samples=config.max_samples,
+        max_samples=options.max_num_seqs if gpu else config.max_samples,
         max_drafts=config.max_drafts,
     )
     return Scheduler(
