@@ -21,6 +21,7 @@ PUBLIC = {
     "PoolingParams": "quire.sampling_params",
     "StructuredOutputsParams": "quire.sampling_params",
     "RepetitionDetectionParams": "quire.sampling_params",
+    "LoRARequest": "quire.lora.request",
     "RequestOutput": "quire.outputs",
     "CompletionOutput": "quire.outputs",
     "BeamSearchOutput": "quire.engine.beam_search",

@@ -38,6 +38,7 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time `__getattr__` be
         RequestError,
         UnsupportedModelError,
     )
+    from quire.lora.request import LoRARequest
     from quire.outputs import (
         CompletionOutput,
         EmbeddingRequestOutput,
@@ -57,6 +58,7 @@ _HOMES = {
     "LLM": "quire.engine.llm",
     "AsyncLLM": "quire.engine.async_llm",
     "EngineConfig": "quire.config",
+    "LoRARequest": "quire.lora.request",
     "BeamSearchOutput": "quire.engine.beam_search",
     "BeamSearchSequence": "quire.engine.beam_search",
 }
@@ -108,6 +110,7 @@ __all__ = [
     "PoolingParams",
     "StructuredOutputsParams",
     "RepetitionDetectionParams",
+    "LoRARequest",
     "RequestOutput",
     "CompletionOutput",
     "BeamSearchOutput",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from quire.lora.request import LoRARequest
+
 
 @dataclass(slots=True)
 class Logprob:
@@ -71,6 +73,8 @@ class RequestOutput:
     """Of a request with `PoolingParams`, when finished."""
     error: str | None = None
     """With finish_reason `error`: a message that may be shown to a client."""
+    lora_request: LoRARequest | None = None
+    """The adapter with which it was computed."""
 
 
 @dataclass(slots=True)

@@ -19,6 +19,7 @@ from tests.scheduler.requests import add_request
 
 class ThreadExecutor:
     max_in_flight = 2
+    adapters = None
 
     def __init__(self, config: EngineConfig, spec: WorkerSpec, grammars: GrammarSource) -> None:
         self._thread = ThreadPoolExecutor(1)

@@ -3,6 +3,8 @@ themselves."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import random
 import time
 from collections.abc import Callable
@@ -10,11 +12,20 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from safetensors.torch import load_file, save_file
 
 from quire.kernels.base import Kernels
+from quire.kernels.lora import matrix_rows
+from quire.kernels.select import create_kernels
 from quire.models.decoder import DecoderModel
+from quire.models.loader import load_model
+from quire.models.registry import resolve_spec
+from quire.models.spec import ModelSpec
+from quire.quantization.online import read_online
 from quire.runner.adapters import AdapterTable
-from quire.weights.adapter import check_adapter
+from quire.weights.adapter import EMBEDDING, check_adapter, sites
+from quire.weights.source import open_source
 from tests.models.conftest import Pair
 from tests.models.harness import PagedHarness, Request
 from tests.models.variants import VARIANTS, prompt_tokens, reference_logits
@@ -188,3 +199,48 @@ def test_logits_do_not_depend_on_the_number_of_threads(
     torch.set_num_threads(before)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4", "fp8_per_channel"])
+def test_quantized_bases(
+    quantization: str,
+    checkpoint: Callable[..., tuple[transformers.PreTrainedModel, Path]],
+    tmp_path: Path,
+) -> None:
+    """Against the model with the dequantized matrices, and a row's bits in a batch."""
+    _, directory = checkpoint("qwen2")
+    config = json.loads((directory / "config.json").read_text())
+    kernels = create_kernels("auto")
+
+    def loaded(spec: ModelSpec, source: Path) -> DecoderModel:
+        return load_model(
+            spec, open_source(source), dtype=torch.float32, kernels=kernels, max_model_len=256
+        )
+
+    plain = resolve_spec(dict(config))
+    model = loaded(dataclasses.replace(plain, quantization=read_online(quantization)), directory)
+    tensors = load_file(directory / "model.safetensors")
+    for product, shape in zip(model.record().products, sites(plain), strict=False):
+        first = 0
+        for part in shape.parts:
+            name = f"{EMBEDDING if part.name == 'lm_head' else part.name}.weight"
+            tensors[name] = matrix_rows(product, first, part.out_features).contiguous()
+            first += part.out_features
+    (tmp_path / "dense").mkdir()
+    save_file(tensors, tmp_path / "dense" / "model.safetensors")
+    dense = loaded(plain, tmp_path / "dense")
+    adapters = [
+        write_adapter(tmp_path / str(i), plain, [*ALL, "lm_head"], seed=i, use_dora=bool(i))
+        for i in range(2)
+    ]
+    batched = harness(model, load(model, *adapters))
+    tokens = prompt_tokens(30)
+    requests = [Request(tokens, adapter=index) for index in (0, 1, -1, 0)]
+    together = batched.step([(request, 30) for request in requests])
+    assert torch.equal(together[0], together[3])
+    expected = harness(dense, load(dense, *adapters))
+    for index, logits in zip((0, 1, -1), together, strict=False):
+        alone = harness(model, load(model, *adapters))
+        assert torch.equal(alone.prefill(Request(tokens, adapter=index), chunk=7), logits)
+        theirs = expected.prefill(Request(tokens, adapter=index), chunk=30)
+        torch.testing.assert_close(logits, theirs, rtol=0, atol=2e-3 * float(theirs.abs().max()))

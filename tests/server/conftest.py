@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from scripted_engine import ScriptedEngine
 
-from quire.config import ServerConfig
+from quire.config import EngineConfig, ServerConfig
 from quire.server.app import build_app
 from quire.server.state import ServerState
 
@@ -26,11 +26,14 @@ async def engine() -> ScriptedEngine:
 
 @pytest.fixture
 async def make_client(engine) -> AsyncIterator[Callable[..., httpx.AsyncClient]]:
-    """`make_client(loaded=True, api_keys=(), **ServerConfig fields)`; `.state` is the app's."""
+    """`make_client(loaded=True, api_keys=(), engine_config=..., **ServerConfig fields)`; `.state` is the
+    app's."""
     clients = []
 
-    def make(*, loaded: bool = True, api_keys=(), **config) -> httpx.AsyncClient:
-        state = ServerState(replace(ServerConfig(), **config))
+    def make(
+        *, loaded: bool = True, api_keys=(), engine_config: EngineConfig | None = None, **config
+    ) -> httpx.AsyncClient:
+        state = ServerState(replace(ServerConfig(), **config), engine_config or EngineConfig())
         if loaded:
             state.engine_loaded(engine)
         app = build_app(state, api_keys=api_keys)

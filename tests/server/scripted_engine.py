@@ -7,6 +7,9 @@ import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
+from quire.config import LoRAConfig
+from quire.engine.adapters import AdapterRegistry
+from quire.engine.async_adapters import AsyncAdapters
 from quire.engine.input_processor import InputProcessor
 from quire.errors import (
     EngineDeadError,
@@ -14,7 +17,7 @@ from quire.errors import (
     QueueFullError,
     QuireError,
 )
-from quire.messages import EngineReady, SchedulerStats, StepOutputs
+from quire.messages import ControlAction, CoreInput, EngineReady, SchedulerStats, StepOutputs
 from quire.metrics import MetricsSink, NullMetrics
 from quire.outputs import CompletionOutput, Logprob, RequestOutput
 from quire.placement import Placement
@@ -110,6 +113,7 @@ class FakeModel:
     default_sampling: dict[str, object] = field(default_factory=dict)
     tokenizer: WordTokenizer = field(default_factory=WordTokenizer)
     chat_template: PlainTemplate | None = field(default_factory=PlainTemplate)
+    spec: None = None
 
     @property
     def name(self) -> str:
@@ -241,13 +245,19 @@ class ScriptedEngine:
     `hold()` closes the valve: no token comes until `release()`. `fail_at` raises at that token.
     """
 
-    def __init__(self, **model: object) -> None:
+    def __init__(self, *, lora: LoRAConfig = LoRAConfig(), **model: object) -> None:
         self.model = FakeModel(**model)
         self.checks = InputProcessor(self.model)  # the real one: rules are nobody's to script
         self.ready = EngineReady(
             num_blocks=101, block_size=16, max_model_len=64, vocab_size=1000, ledger=[]
         )
         self.stats = SchedulerStats()
+        self.registry = AdapterRegistry(lora, self.model)
+        self.sent: list[CoreInput] = []
+        self.controls: list[ControlAction] = []
+        self.adapters = AsyncAdapters(
+            self.registry, self.model.names, self.sent.extend, self._control
+        )
         self.health_now = FakeHealth()
         self.is_dead = False
         self.answer = list(ANSWER)
@@ -266,6 +276,9 @@ class ScriptedEngine:
         self.resets = 0
         self._open = asyncio.Event()
         self._open.set()
+
+    async def _control(self, action: ControlAction) -> None:
+        self.controls.append(action)
 
     def hold(self) -> None:
         self._open.clear()

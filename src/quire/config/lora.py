@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from quire.config.options import option
 from quire.errors import ConfigError
 
-ADAPTER_NAME = re.compile(r"[\w.:-]{1,128}(?:/[\w.:-]{1,128}){0,3}", re.ASCII)
+ADAPTER_NAME = re.compile(r"\w[\w.:-]{0,127}(?:/\w[\w.:-]{0,127})?", re.ASCII)
+"""As in "sql" and "owner/sql-v2". No part begins with a dot."""
 MAX_RANK = 512
 
 
@@ -95,7 +96,7 @@ def read_module(text: str) -> AdapterModule:
         )
     if not ADAPTER_NAME.fullmatch(found["name"]):
         raise ConfigError(
-            "the name of an adapter has 1 to 128 letters, digits and _ . : -, perhaps in parts "
-            f"separated by /, got {found['name']!r}."
+            "the name of an adapter has 1 to 128 letters, digits and _ . : -, or two such parts with / "
+            f"between them, got {found['name']!r}."
         )
     return AdapterModule(found["name"], found["path"], found.get("base_model_name"))

@@ -62,8 +62,8 @@ class ServerConfig:
     )
     enable_admin_endpoints: bool = option(
         False,
-        "Serve /server_info, /reset_prefix_cache, /sleep, /wake_up and /is_sleeping, to all clients "
-        "that may send requests.",
+        "Serve /server_info, /reset_prefix_cache, /sleep, /wake_up and /is_sleeping, and with --enable-lora "
+        "/v1/load_lora_adapter and /v1/unload_lora_adapter, to all clients that may send requests.",
     )
     enable_force_include_usage: bool = option(
         False, "End every stream with the usage, whether or not the client asked for it."

@@ -14,7 +14,7 @@ from quire.engine.core import EngineCore
 from quire.engine.gpu import gpu_memory
 from quire.engine.memory import MemoryPlan, plan_memory
 from quire.engine.setup import ResolvedModel, locate, read_tokens, resolve
-from quire.errors import ConfigError
+from quire.errors import ConfigError, ModelError
 from quire.executor.base import Executor
 from quire.kv_layout import KVLayout
 from quire.kvcache import KVCacheManager
@@ -23,6 +23,7 @@ from quire.runner.footprint import Footprint, WorkerSpec, estimate, host_memory
 from quire.scheduler import Scheduler, SchedulerLimits
 from quire.structured.base import GrammarCompiler
 from quire.structured.store import GrammarStore
+from quire.weights.adapter import check_adapter
 from quire.weights.resolve import find_local
 
 logger = logging.getLogger(__name__)
@@ -83,9 +84,28 @@ def check_local(config: EngineConfig) -> None:
         read_chat_template(model.chat_template)
     if model.model is not None and find_local(model.model) is None:
         return
+    for directory in config.lora.lora_dir:
+        if not Path(directory).expanduser().is_dir():
+            raise ConfigError(f"lora_dir {directory!r} is not a directory.")
     if model.tokenizer is None or Path(model.tokenizer).expanduser().is_dir():
         located = locate(config)
-        _longest_by_estimate(located, resolve(located))
+        resolved = resolve(located)
+        _longest_by_estimate(located, resolved)
+        _check_modules(located, resolved)
+
+
+def _check_modules(config: EngineConfig, resolved: ResolvedModel) -> None:
+    """The configured adapters' files, all but their numbers."""
+    served = config.model.served_model_name
+    for module in config.lora.modules:
+        if module.name in served:
+            raise ConfigError(f"lora_modules: {module.name!r} is the name of the model itself.")
+        try:
+            check_adapter(
+                Path(module.path).expanduser(), resolved.spec, max_rank=config.lora.max_lora_rank
+            )
+        except ModelError as error:
+            raise type(error)(f"lora_modules: {module.name}: {error}") from None
 
 
 def _in_this_process(config: EngineConfig, spec: WorkerSpec, grammars: GrammarStore) -> Executor:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import zmq
 
 from quire.config import EngineConfig
+from quire.engine.async_adapters import AsyncAdapters
 from quire.engine.core_client import CoreProcess
 from quire.engine.failures import error_of
 from quire.engine.front_end import Effects, FrontEnd
@@ -19,6 +20,7 @@ from quire.engine.input_processor import PromptInput
 from quire.engine.setup import ServedModel, locate, resolve, serve_model
 from quire.engine.stream import RequestStream
 from quire.errors import EngineDeadError
+from quire.lora.request import LoRARequest
 from quire.messages import (
     Answer,
     ControlAction,
@@ -65,7 +67,10 @@ class AsyncLLM:
         self.model = model
         self.ready = ready
         self._core = core
-        self._front = FrontEnd(model, config.scheduler)
+        self._front = FrontEnd(model, config.scheduler, lora=config.lora)
+        self.adapters = AsyncAdapters(
+            self._front.adapters, model.names, self._send_all, self._control
+        )
         self._streams: dict[str, RequestStream] = {}
         self._calls: dict[int, asyncio.Future[Answer]] = {}
         self._stats_listeners: list[Callable[[StepOutputs], None]] = []
@@ -103,7 +108,13 @@ class AsyncLLM:
             raise
         # With max_model_len auto, the core has decided the length when it sized its cache.
         model = dataclasses.replace(model, max_model_len=ready.max_model_len)
-        return cls(located, core, model, ready)
+        llm = cls(located, core, model, ready)
+        try:
+            await llm.adapters.start()
+        except BaseException:
+            await llm.shutdown()
+            raise
+        return llm
 
     # --- requests ---------------------------------------------------------------------------------
 
@@ -139,10 +150,21 @@ class AsyncLLM:
         return stream
 
     async def generate(
-        self, prompt: PromptInput, params: SamplingParams, request_id: str | None = None
+        self,
+        prompt: PromptInput,
+        params: SamplingParams,
+        request_id: str | None = None,
+        *,
+        lora_request: LoRARequest | None = None,
     ) -> AsyncIterator[RequestOutput]:
-        """`submit` as an iterator, vLLM's form."""
-        async for output in self.submit(prompt, params, request_id=request_id):
+        """`submit` as an iterator, vLLM's form. The adapter is read first, if it is new.
+
+        Raises also `ModelError` for an adapter that cannot be served.
+        """
+        placement = Placement()
+        if lora_request is not None:
+            placement = Placement(adapter=await self.adapters.use(lora_request))
+        async for output in self.submit(prompt, params, request_id=request_id, placement=placement):
             yield output
 
     def abort(self, request_id: str) -> None:
@@ -201,6 +223,10 @@ class AsyncLLM:
         the edge."""
         self._core.send(message)
         self._loop.call_soon(self._drain)
+
+    def _send_all(self, messages: Sequence[CoreInput]) -> None:
+        if not self.is_dead:
+            self._apply(Effects(send=list(messages)))
 
     def _drain(self) -> None:
         """Handle the messages that have come, and let other tasks run from time to time."""

@@ -207,6 +207,7 @@ class SearchRequest:
             finished=True,
             num_cached_tokens=self._num_cached_tokens,
             error=self._error,
+            lora_request=self.request.lora_request,
         )
 
     def _completion(

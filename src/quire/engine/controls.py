@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 
-from quire.messages import Answer, Control, ControlAction, Failure, Sleep
+from quire.messages import Answer, Control, ControlAction, Failure, LoadAdapter, Sleep
 
 CALLED_OFF = Failure("wake_up was called before the engine slept.", "EngineError")
 
@@ -28,6 +28,11 @@ class Controls:
         """Whether the engine sleeps or is about to, so that it takes no requests."""
         sleep_sent = any(isinstance(control.action, Sleep) for control in self._sent.values())
         return bool(self.sleep_level or self._held or sleep_sent)
+
+    @property
+    def is_loading(self) -> bool:
+        """Whether adapters are being loaded, for which a sleep waits."""
+        return any(isinstance(control.action, LoadAdapter) for control in self._sent.values())
 
     def new(self, action: ControlAction) -> Control:
         return Control(next(self._ids), action)

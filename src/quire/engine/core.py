@@ -10,7 +10,7 @@ from collections.abc import Callable
 from quire.decoding import GrammarSpec
 from quire.engine.failures import failure_of
 from quire.engine.pending import PendingRequests, failed
-from quire.engine.residence import AdapterMemory, name_of
+from quire.engine.residence import AdapterMemory
 from quire.errors import EngineError, EngineSleepingError
 from quire.executor.base import Executor, StepFuture
 from quire.messages import (
@@ -32,7 +32,7 @@ from quire.messages import (
     StepOutputs,
     StepPlan,
 )
-from quire.scheduler import Scheduler, Wait, WaitReason
+from quire.scheduler import Scheduler, Wait
 from quire.structured.store import GrammarStore
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,6 @@ class EngineCore:
         self._sleep_level = 0
         self._adapters = AdapterMemory(executor, max_adapters)
         self._pending = PendingRequests(grammars, self._adapters, scheduler.policy.waiting_key)
-        self._answers: list[Answer] = []
 
     @property
     def has_work(self) -> bool:
@@ -96,7 +95,8 @@ class EngineCore:
             except Exception as error:
                 return self._outputs([failed(message, error)])
         elif isinstance(message, AbortRequests):
-            return self._outputs(self._abort(message.request_ids))
+            ids = message.request_ids
+            return self._outputs(self._pending.abort(ids) + self.scheduler.abort(ids))
         elif isinstance(message, Ping):
             return Pong(message.nonce, self._clock())
         elif isinstance(message, Control):
@@ -114,7 +114,6 @@ class EngineCore:
         failure = None
         try:
             if isinstance(message.action, LoadAdapter):
-                self._check_awake()
                 self._pending.load(message, message.action)
                 return None  # answered with the outputs of a later step
             self._carry_out(message.action)
@@ -153,12 +152,9 @@ class EngineCore:
     def close(self) -> None:
         self.executor.close()
 
-    def _check_awake(self) -> None:
+    def _add(self, message: AddRequest) -> None:
         if self._sleep_level:
             raise EngineSleepingError("The engine sleeps.")
-
-    def _add(self, message: AddRequest) -> None:
-        self._check_awake()
         reason = self._pending.add(message)
         if reason is None:
             self.scheduler.add_request(message)
@@ -169,29 +165,16 @@ class EngineCore:
         """Add the requests whose grammar and adapter are there now. Returns the end of those that failed."""
         if not self._pending.has_work:
             return []
-        arrivals = self._pending.take(wait=not self._in_flight and not self.scheduler.has_work)
-        for message in arrivals.ready:
+        may_wait = not self._in_flight and not self.scheduler.has_work
+        ready, ends = self._pending.take(wait=may_wait)
+        for message in ready:
             self.scheduler.add_request(message)
-        for control, error in arrivals.loaded:
-            failure = (
-                None if error is None else failure_of(error, "The adapter could not be loaded")
-            )
-            self._answers.append(Answer(control.id, self._sleep_level, failure))
-        return arrivals.failed
-
-    def _abort(self, request_ids: list[int]) -> list[RequestUpdate]:
-        return self._pending.abort(request_ids) + self.scheduler.abort(request_ids)
+        return ends
 
     def _outputs(self, updates: list[RequestUpdate]) -> StepOutputs:
-        stats = self.scheduler.take_stats()
-        waiting = len(self._pending)
-        stats.num_waiting += waiting
-        stats.waiting_by_reason[WaitReason.GRAMMAR.label] += waiting
         for update in updates:
             if update.finish_reason is not None:
                 self._adapters.end(update.request_id)
-        running = self.scheduler.adapters.in_use
-        stats.running_adapters = sorted({name_of(key) for key in running})
-        stats.waiting_adapters = self._adapters.waiting_names(running)
-        answers, self._answers = self._answers, []
+        stats = self.scheduler.take_stats()
+        answers = self._pending.report(stats, self.scheduler.adapters.in_use)
         return StepOutputs(updates=updates, stats=stats, timestamp=self._clock(), answers=answers)

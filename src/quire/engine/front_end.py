@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from quire.config import SchedulerConfig
+from quire.config import LoRAConfig, SchedulerConfig
+from quire.engine.adapters import AdapterRegistry
 from quire.engine.beam_search import SearchRequest
 from quire.engine.controls import Controls
 from quire.engine.input_processor import EngineRequest, InputProcessor, PromptInput
@@ -72,6 +73,7 @@ class FrontEnd:
         limits: SchedulerConfig,
         *,
         final_only: bool = False,
+        lora: LoRAConfig = LoRAConfig(),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """final_only: one output per request, whatever its `output_kind`."""
@@ -80,6 +82,7 @@ class FrontEnd:
         """The scheduler's state after the last step."""
         self.dead: EngineDeadError | None = None
         """The error with which the engine died, if it did."""
+        self.adapters = AdapterRegistry(lora, model)
         self._checker = GrammarChecker(
             model.tokenizer, vocab_size=model.vocab_size, eos_token_ids=model.eos_token_ids
         )
@@ -104,7 +107,7 @@ class FrontEnd:
 
     @property
     def is_busy(self) -> bool:
-        return bool(self._output.requests or self._searches)
+        return bool(self._output.requests or self._searches or self._controls.is_loading)
 
     def read(
         self,
@@ -117,7 +120,8 @@ class FrontEnd:
         thinking: ThinkingTokens | None = None,
         fit_max_tokens: bool = False,
     ) -> EngineRequest:
-        """Validate and tokenize a request, to be passed to `start`.
+        """Validate and tokenize a request, to be passed to `start`. `placement.adapter` is a name here, of
+        which the request gets the current version.
 
         Raises `RequestError`, `EngineSleepingError`, or `EngineDeadError` if the engine has died.
         """
@@ -130,6 +134,7 @@ class FrontEnd:
             raise InvalidParameterError(
                 f"request_id {request_id!r} is in use.", param="request_id", value=request_id
             )
+        placement, lora_request = self.adapters.place(placement)
         return self._input.process(
             prompt,
             params,
@@ -138,6 +143,7 @@ class FrontEnd:
             add_special_tokens=add_special_tokens,
             thinking=thinking,
             fit_max_tokens=fit_max_tokens,
+            lora_request=lora_request,
         )
 
     def check_grammar(self, params: SamplingParams) -> Sequence[str]:
@@ -280,11 +286,16 @@ class FrontEnd:
                     effects.outputs.append(output)
                 elif search.take(output):
                     self._go_on(search, effects)
+            for answer in message.answers:
+                self._take_answer(answer, effects)
         elif isinstance(message, Answer):
-            self._controls.take(message)
-            self.metrics.on_sleep_state(message.sleep_level)
-            effects.answers.append(message)
+            self._take_answer(message, effects)
         return self._settle(effects)
+
+    def _take_answer(self, answer: Answer, effects: Effects) -> None:
+        self._controls.take(answer)
+        self.metrics.on_sleep_state(answer.sleep_level)
+        effects.answers.append(answer)
 
     def _go_on(self, search: SearchRequest, effects: Effects) -> None:
         """Continue a search after a round."""

@@ -16,6 +16,7 @@ import msgspec
 from quire.decoding import MAX_TOP_K, Decoding, Task, TokenRules, signed_64
 from quire.engine.setup import ServedModel
 from quire.errors import InvalidParameterError, PromptTooLongError
+from quire.lora.request import LoRARequest
 from quire.messages import AddRequest
 from quire.placement import Placement
 from quire.sampling_params import BeamSearchParams, PoolingParams, SamplingParams
@@ -47,6 +48,7 @@ class EngineRequest:
     arrival_ts: float
     sequences: list[AddRequest]
     """For the engine core. Empty for a beam search, whose beams are separate requests."""
+    lora_request: LoRARequest | None = None
 
 
 class InputProcessor:
@@ -77,6 +79,7 @@ class InputProcessor:
         thinking: ThinkingTokens | None = None,
         max_logprobs: int | None = None,
         fit_max_tokens: bool = False,
+        lora_request: LoRARequest | None = None,
     ) -> EngineRequest:
         """thinking: the tokens around a reasoning model's reasoning.
         fit_max_tokens: max_tokens is a default, which is reduced to what the context has room for.
@@ -117,6 +120,7 @@ class InputProcessor:
                 )
                 for index, decoding in enumerate(decodings)
             ],
+            lora_request=lora_request,
         )
 
     def _decodings(

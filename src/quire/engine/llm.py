@@ -26,16 +26,18 @@ from quire.engine.offline import (
     as_pooling,
     as_scores,
     for_each,
-    refuse_lora,
+    lora_for_each,
     wants_special_tokens,
 )
 from quire.engine.progress import Progress
 from quire.engine.setup import ServedModel, locate, resolve, serve_model
 from quire.errors import ConfigError, EngineDeadError, InvalidParameterError
+from quire.lora.request import LoRARequest
 from quire.messages import (
     ControlAction,
     CoreFailed,
     EngineReady,
+    LoadAdapter,
     ResetPrefixCache,
     SchedulerStats,
     Sleep,
@@ -60,6 +62,9 @@ if TYPE_CHECKING:
     from quire.metrics.reader import Metric
 
 logger = logging.getLogger(__name__)
+
+Adapters = LoRARequest | Sequence[LoRARequest | None] | None
+"""One for all prompts, or one or None per prompt."""
 
 
 class LLM:
@@ -116,7 +121,7 @@ class LLM:
             )
         self.model = dataclasses.replace(self.model, max_model_len=self.ready.max_model_len)
         logger.info("memory: %s", describe_ledger(self.ready))
-        self._front = FrontEnd(self.model, config.scheduler, final_only=True)
+        self._front = FrontEnd(self.model, config.scheduler, final_only=True, lora=config.lora)
         weakref.finalize(self, self._front.close)
         self._num_submitted = 0
         self._enqueued: list[str] = []
@@ -134,7 +139,13 @@ class LLM:
                 self._metrics,
                 model_name=self.model.name,
                 max_model_len=self.model.max_model_len,
+                max_adapters=config.lora.max_loras if config.lora.enable_lora else None,
             )
+        try:
+            self._load_modules()
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def stats(self) -> SchedulerStats:
@@ -149,7 +160,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
-        lora_request: None = None,
+        lora_request: Adapters = None,
         priority: Sequence[int] | None = None,
         tokenization_kwargs: Mapping[str, object] | None = None,
     ) -> list[RequestOutput]:
@@ -157,9 +168,10 @@ class LLM:
 
         prompts: one, or a sequence: text, token ids, or a mapping (see `PromptInput`).
         sampling_params: one for all, or one per prompt; None is the model's defaults.
-        lora_request: only None; adapters are not served.
+        lora_request: an adapter for all, or one or None per prompt; needs `enable_lora=True`.
         tokenization_kwargs: `add_special_tokens` is all it may hold.
-        Raises `RequestError` before anything runs if any prompt or parameter is wrong.
+        Raises `RequestError` before anything runs if any prompt or parameter is wrong, and `ModelError` if an
+        adapter is.
         """
         ids = self._queue(
             prompts, sampling_params, priority, lora_request, tokenization_kwargs or {}
@@ -172,7 +184,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
-        lora_request: None = None,
+        lora_request: Adapters = None,
         priority: Sequence[int] | None = None,
         tokenization_kwargs: Mapping[str, object] | None = None,
     ) -> list[str]:
@@ -195,6 +207,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
+        lora_request: Adapters = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: Sequence[Mapping[str, object]] | None = None,
@@ -219,7 +232,11 @@ class LLM:
         ]
         params = self._params_for(batch, sampling_params)
         ids = self._submit(
-            batch, params, add_special_tokens=False, fit_max_tokens=sampling_params is None
+            batch,
+            params,
+            lora_request=lora_request,
+            add_special_tokens=False,
+            fit_max_tokens=sampling_params is None,
         )
         return self._wait(ids, use_tqdm=use_tqdm)
 
@@ -228,7 +245,7 @@ class LLM:
         prompts: PromptInput | Sequence[PromptInput],
         params: BeamSearchParams,
         *,
-        lora_request: None = None,
+        lora_request: Adapters = None,
         use_tqdm: bool = False,
         concurrency_limit: int | None = None,
     ) -> list[BeamSearchOutput]:
@@ -236,14 +253,16 @@ class LLM:
 
         concurrency_limit: most prompts that are searched at once.
         """
-        refuse_lora(lora_request)
         batch = as_batch(prompts)
         limit = concurrency_limit or max(1, len(batch))
+        adapters = lora_for_each(lora_request, len(batch))
         outputs: list[RequestOutput] = []
         with Progress(len(batch), enabled=use_tqdm) as progress:
             for start in range(0, len(batch), limit):
                 part = batch[start : start + limit]
-                outputs += self._wait(self._submit(part, [params] * len(part)), use_tqdm=False)
+                loras = adapters[start : start + limit]
+                ids = self._submit(part, [params] * len(part), lora_request=loras)
+                outputs += self._wait(ids, use_tqdm=False)
                 progress.advance(len(part))
         return [as_beams(output, self.model.tokenizer) for output in outputs]
 
@@ -255,7 +274,7 @@ class LLM:
         *,
         pooling_params: PoolingParams | Sequence[PoolingParams] | None = None,
         use_tqdm: bool = True,
-        lora_request: None = None,
+        lora_request: Adapters = None,
     ) -> list[EmbeddingRequestOutput]:
         """One vector per prompt: the last token's hidden state (or the mean of all), of length 1."""
         outputs = self._pool(prompts, pooling_params, use_tqdm, lora_request)
@@ -267,7 +286,7 @@ class LLM:
         pooling_params: PoolingParams | Sequence[PoolingParams] | None = None,
         *,
         use_tqdm: bool = True,
-        lora_request: None = None,
+        lora_request: Adapters = None,
         pooling_task: Literal["embed"] = "embed",
     ) -> list[PoolingRequestOutput]:
         """The vectors of `embed`, in the format of vLLM's `encode`."""
@@ -286,7 +305,7 @@ class LLM:
         *,
         pooling_params: PoolingParams | None = None,
         use_tqdm: bool = True,
-        lora_request: None = None,
+        lora_request: Adapters = None,
     ) -> list[ScoringRequestOutput]:
         """The similarity of texts: the cosine of their vectors. 1:1, 1:N or N:N."""
         lefts, rights = as_pairs(data_1, data_2)
@@ -364,10 +383,9 @@ class LLM:
         prompts: PromptInput | Sequence[PromptInput],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         priority: Sequence[int] | None,
-        lora_request: None,
+        lora_request: Adapters,
         tokenization: Mapping[str, object],
     ) -> list[str]:
-        refuse_lora(lora_request)
         batch = as_batch(prompts)
         params = self._params_for(batch, sampling_params)
         if priority is not None and len(priority) != len(batch):
@@ -379,6 +397,7 @@ class LLM:
             batch,
             params,
             priority,
+            lora_request=lora_request,
             add_special_tokens=wants_special_tokens(tokenization),
             fit_max_tokens=sampling_params is None,
         )
@@ -396,12 +415,12 @@ class LLM:
         prompts: PromptInput | Sequence[PromptInput],
         params: PoolingParams | Sequence[PoolingParams] | None,
         use_tqdm: bool,
-        lora_request: None,
+        lora_request: Adapters,
     ) -> list[RequestOutput]:
-        refuse_lora(lora_request)
         batch = as_batch(prompts)
         given = PoolingParams() if params is None else params
-        ids = self._submit(batch, for_each(given, len(batch), PoolingParams, "pooling_params"))
+        each = for_each(given, len(batch), PoolingParams, "pooling_params")
+        ids = self._submit(batch, each, lora_request=lora_request)
         return self._wait(ids, use_tqdm=use_tqdm)
 
     def _submit(
@@ -410,18 +429,25 @@ class LLM:
         params: Sequence[SamplingParams | PoolingParams | BeamSearchParams],
         priorities: Sequence[int] | None = None,
         *,
+        lora_request: Adapters = None,
         add_special_tokens: bool = True,
         fit_max_tokens: bool = False,
     ) -> list[str]:
         """Submit all requests or none: they are sent after all have been checked."""
         self._alive()
         requests: list[EngineRequest] = []
+        adapters = lora_for_each(lora_request, len(prompts))
         for index, (prompt, param) in enumerate(zip(prompts, params, strict=True)):
+            adapter = adapters[index]
+            place = Placement(
+                priority=priorities[index] if priorities is not None else 0,
+                adapter=None if adapter is None else self._use(adapter),
+            )
             request = self._front.read(
                 prompt,
                 param,
                 request_id=str(self._num_submitted + index),
-                placement=Placement(priority=priorities[index] if priorities is not None else 0),
+                placement=place,
                 add_special_tokens=add_special_tokens,
                 fit_max_tokens=fit_max_tokens,
             )
@@ -438,6 +464,24 @@ class LLM:
             self._abort(ids)
             raise
         return ids
+
+    def _use(self, lora_request: LoRARequest) -> str:
+        """The name under which the next request finds this adapter, which is read if it is new. Raises
+        `InvalidParameterError` or `ModelError`."""
+        registry = self._front.adapters
+        adapter = registry.of(lora_request) or registry.read(lora_request)
+        self._apply(Effects(send=registry.publish(adapter, replaces=False)))
+        return adapter.name
+
+    def _load_modules(self) -> None:
+        """The adapters of `lora_modules`: proof that they can be served."""
+        lora = self.config.lora
+        for index, module in enumerate(lora.modules):
+            request = self._front.adapters.new_request(module.name, module.path)
+            self._use(request)
+            if index < lora.capacity:
+                adapter = self._front.adapters.named(module.name)
+                self._control(LoadAdapter(adapter.key))
 
     def _wait(self, ids: Sequence[str], *, use_tqdm: bool) -> list[RequestOutput]:
         """Wait for these requests. Outputs of other, enqueued requests are kept for `wait_for_completion`."""

@@ -9,6 +9,7 @@ from typing import TypeVar
 from quire.engine.beam_search import BeamSearchOutput, BeamSearchSequence
 from quire.engine.input_processor import PromptInput
 from quire.errors import EngineError, InvalidParameterError
+from quire.lora.request import LoRARequest
 from quire.outputs import (
     CompletionOutput,
     EmbeddingOutput,
@@ -95,12 +96,24 @@ def wants_special_tokens(tokenization: Mapping[str, object]) -> bool:
     return tokenization.get("add_special_tokens", True) is not False
 
 
-def refuse_lora(lora_request: object) -> None:
-    if lora_request is not None:
+def lora_for_each(
+    lora_request: LoRARequest | Sequence[LoRARequest | None] | None, count: int
+) -> Sequence[LoRARequest | None]:
+    """The adapter of each prompt."""
+    if lora_request is None or isinstance(lora_request, LoRARequest):
+        return [lora_request] * count
+    if isinstance(lora_request, str) or len(lora_request) != count:
         raise InvalidParameterError(
-            "lora_request is not supported; merge the adapter into the checkpoint.",
+            f"lora_request must be one LoRARequest for all prompts, or a list of {count} (or None).",
             param="lora_request",
         )
+    for each in lora_request:
+        if each is not None and not isinstance(each, LoRARequest):
+            raise InvalidParameterError(
+                f"lora_request must hold LoRARequest(...) or None, got {type(each).__name__}.",
+                param="lora_request",
+            )
+    return lora_request
 
 
 # --- results --------------------------------------------------------------------------------------

@@ -359,6 +359,7 @@ def _show(state: RequestState, deltas: dict[int, str]) -> RequestOutput | None:
         prompt_logprobs=state.prompt_logprobs,
         embedding=state.embedding,
         error=state.error,
+        lora_request=state.request.lora_request,
     )
 
 

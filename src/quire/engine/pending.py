@@ -9,12 +9,20 @@ none of them passes until it has got room.
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from quire.engine.failures import failure_of
-from quire.engine.residence import AdapterMemory, Residence
-from quire.messages import AddRequest, Control, FinishReason, LoadAdapter, RequestUpdate
+from quire.engine.residence import AdapterMemory, Residence, name_of
+from quire.messages import (
+    AddRequest,
+    Answer,
+    Control,
+    FinishReason,
+    LoadAdapter,
+    RequestUpdate,
+    SchedulerStats,
+)
 from quire.scheduler import WaitReason
 from quire.scheduler.adapters import PATIENCE
 from quire.structured.base import Grammar, GrammarError
@@ -32,16 +40,6 @@ class _Entry:
     """The first pass in which its adapter found no room."""
 
 
-@dataclass(slots=True)
-class Arrivals:
-    """What `take` found."""
-
-    ready: list[AddRequest]
-    failed: list[RequestUpdate]
-    loaded: list[tuple[Control, Exception | None]]
-    """Calls that have been carried out."""
-
-
 class PendingRequests:
     """Used by one thread, the engine core's."""
 
@@ -55,6 +53,8 @@ class PendingRequests:
         self._grammars = grammars
         self._order = order
         self._entries: list[_Entry] = []
+        self._answers: list[Answer] = []
+        """To calls, for the next report."""
         self._pass = 0
 
     def __len__(self) -> int:
@@ -86,36 +86,36 @@ class PendingRequests:
         last = self._entries[-1].order if self._entries else ()
         self._entries.append(_Entry(last, control, action.key))
 
-    def take(self, *, wait: bool) -> Arrivals:
-        """The requests that are ready, and those that have failed. wait: there is no other work, so wait a
-        short time for news."""
-        arrivals = Arrivals([], [], [])
-        if wait:
-            if self.adapters.is_loading:
-                self.adapters.wait(WAIT_SECONDS)
-            elif self._grammars is not None:
-                self._grammars.wait(WAIT_SECONDS)
+    def take(self, *, wait: bool) -> tuple[list[AddRequest], list[RequestUpdate]]:
+        """The requests that are ready, and the ends of those that have failed. wait: there is no other work,
+        so wait a short time for news."""
+        if wait and self.adapters.is_loading:
+            self.adapters.wait(WAIT_SECONDS)
+        elif wait and self._grammars is not None:
+            self._grammars.wait(WAIT_SECONDS)
         self.adapters.collect()
         self._pass += 1
         overdue = False
-        left = []
+        ready, ends, left = [], [], []
         for entry in self._entries:
+            failure, message = None, entry.message
             try:
                 done = self._is_ready(entry, overdue)
             except Exception as error:
-                self._fail(entry, error, arrivals)
-                continue
+                failure, done = error, True
             since = entry.blocked_since
             overdue = overdue or (since is not None and self._pass - since >= PATIENCE)
             if not done:
                 left.append(entry)
-            elif isinstance(entry.message, AddRequest):
-                self.adapters.pin(entry.message)
-                arrivals.ready.append(entry.message)
+            elif isinstance(message, Control):
+                self._answers.append(_answer(message, failure))
+            elif failure is not None:
+                ends.append(failed(message, failure))
             else:
-                arrivals.loaded.append((entry.message, None))
+                self.adapters.pin(message)
+                ready.append(message)
         self._entries = left
-        return arrivals
+        return ready, ends
 
     def _is_ready(self, entry: _Entry, overdue: bool) -> bool:
         """overdue: one before it has waited for long. Raises the error of its grammar or its adapter."""
@@ -137,12 +137,6 @@ class PendingRequests:
             entry.blocked_since = self._pass
         return False
 
-    def _fail(self, entry: _Entry, error: Exception, arrivals: Arrivals) -> None:
-        if isinstance(entry.message, Control):
-            arrivals.loaded.append((entry.message, error))
-        else:
-            arrivals.failed.append(failed(entry.message, error))
-
     def abort(self, request_ids: Iterable[int]) -> list[RequestUpdate]:
         """End those of the requests that wait here."""
         ids = set(request_ids)
@@ -156,6 +150,21 @@ class PendingRequests:
                 e for e in self._entries if getattr(e.message, "request_id", None) not in gone
             ]
         return [RequestUpdate(request_id=i, finish_reason=FinishReason.ABORT) for i in sorted(gone)]
+
+    def report(self, stats: SchedulerStats, running: Mapping[str, int]) -> list[Answer]:
+        """Add what waits here to `stats`, and return the answers to calls. running: the number of running
+        requests by adapter."""
+        stats.num_waiting += len(self)
+        stats.waiting_by_reason[WaitReason.ADAPTER.label] += len(self)
+        stats.running_adapters = sorted({name_of(key) for key in running})
+        stats.waiting_adapters = self.adapters.waiting_names(running)
+        answers, self._answers = self._answers, []
+        return answers
+
+
+def _answer(control: Control, error: Exception | None) -> Answer:
+    what = "The adapter could not be loaded"
+    return Answer(control.id, 0, None if error is None else failure_of(error, what))
 
 
 def failed(message: AddRequest, error: Exception) -> RequestUpdate:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
 
-from quire.errors import CheckpointError
+from quire.errors import CheckpointError, EngineSleepingError
 from quire.executor.base import Executor
 from quire.messages import AddRequest
 
@@ -61,7 +61,7 @@ class AdapterMemory:
     # --- requests ---------------------------------------------------------------------------------
 
     def accept(self, message: AddRequest) -> None:
-        """Raises `CheckpointError` if its adapter is not known."""
+        """Raises as `check`."""
         key = message.placement.adapter
         if key is not None:
             self.check(key)
@@ -69,7 +69,9 @@ class AdapterMemory:
             self._users[key] += 1
 
     def check(self, key: str) -> None:
-        """Raises `CheckpointError` if the version is not known."""
+        """Raises `CheckpointError` if the version is not known, and `EngineSleepingError`."""
+        if self._executor.adapters is None:
+            raise EngineSleepingError("The engine sleeps.")
         if key not in self._paths:
             raise CheckpointError(f"The adapter {name_of(key)} is not loaded.")
 

@@ -39,13 +39,26 @@ class EngineMetrics:
         max_model_len: int,
         engine: str = "0",
         cache_info: Mapping[str, object] | None = None,
+        max_adapters: int | None = None,
     ) -> None:
+        """max_adapters: that requests use at once; None if adapters are not served."""
         make = _Family(registry, model_name, engine)
         self._carried_tokens = 0
         self._make_gauges(make)
         self._make_counters(make)
         self._make_latencies(make)
         self._make_sizes(make, buckets.one_two_five(max(1, max_model_len)))
+        self._max_adapters = max_adapters
+        self._adapters: Gauge | None = None
+        if max_adapters is not None:
+            labels = ["max_lora", "running_lora_adapters", "waiting_lora_adapters"]
+            self._adapters = Gauge(
+                "vllm:lora_requests_info",
+                "Adapters of running and waiting requests, as labels; the value is the time.",
+                [*make.base, *labels],
+                registry=registry,
+            )
+            self._adapter_labels = make.base
         if cache_info is not None:
             make.info("vllm:cache_config_info", "The KV cache, as labels.", cache_info)
 
@@ -220,6 +233,18 @@ class EngineMetrics:
         self._blocks_copied.inc(stats.blocks_copied)
         self._rows_held.inc(stats.rows_held)
         self._rows_discarded.inc(stats.rows_discarded)
+        self._on_adapters(stats)
+
+    def _on_adapters(self, stats: SchedulerStats) -> None:
+        """One sample, so that the labels do not pile up."""
+        if self._adapters is not None:
+            self._adapters.clear()
+            self._adapters.labels(
+                **self._adapter_labels,
+                max_lora=str(self._max_adapters),
+                running_lora_adapters=",".join(stats.running_adapters),
+                waiting_lora_adapters=",".join(stats.waiting_adapters),
+            ).set_to_current_time()
 
     def on_first_token(
         self, ttft_seconds: float | None, *, prompt_tokens: int, cached_tokens: int
@@ -270,28 +295,28 @@ class _Family:
 
     def __init__(self, registry: CollectorRegistry, model_name: str, engine: str) -> None:
         self._registry = registry
-        self._base = {"model_name": model_name, "engine": engine}
+        self.base = {"model_name": model_name, "engine": engine}
         self._made: dict[str, Gauge | Counter | Histogram] = {}
 
     def gauge(self, name: str, text: str, **labels: str) -> Gauge:
         family = self._made.get(name)
         if family is None:
-            family = Gauge(name, text, [*self._base, *labels], registry=self._registry)
+            family = Gauge(name, text, [*self.base, *labels], registry=self._registry)
             self._made[name] = family
-        return family.labels(**self._base, **labels)  # type: ignore[return-value]
+        return family.labels(**self.base, **labels)  # type: ignore[return-value]
 
     def counter(self, name: str, text: str, **labels: str) -> Counter:
         family = self._made.get(name)
         if family is None:
-            family = Counter(name, text, [*self._base, *labels], registry=self._registry)
+            family = Counter(name, text, [*self.base, *labels], registry=self._registry)
             self._made[name] = family
-        return family.labels(**self._base, **labels)  # type: ignore[return-value]
+        return family.labels(**self.base, **labels)  # type: ignore[return-value]
 
     def histogram(self, name: str, text: str, edges: tuple[float, ...]) -> Histogram:
-        family = Histogram(name, text, [*self._base], buckets=edges, registry=self._registry)
-        return family.labels(**self._base)
+        family = Histogram(name, text, [*self.base], buckets=edges, registry=self._registry)
+        return family.labels(**self.base)
 
     def info(self, name: str, text: str, labels: Mapping[str, object]) -> None:
-        shown = {key: str(value) for key, value in labels.items() if key not in self._base}
-        family = Gauge(name, text, [*self._base, *shown], registry=self._registry)
-        family.labels(**self._base, **shown).set(1)
+        shown = {key: str(value) for key, value in labels.items() if key not in self.base}
+        family = Gauge(name, text, [*self.base, *shown], registry=self._registry)
+        family.labels(**self.base, **shown).set(1)

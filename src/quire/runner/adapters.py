@@ -90,7 +90,7 @@ class AdapterTable:
         """The oldest use first."""
         self._slots: list[_Entry | None] = [None] * slots
         self._jobs: dict[str, _Job] = {}
-        self._queue: SimpleQueue[_Job] = SimpleQueue()
+        self._queue: SimpleQueue[_Job | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
         self._news = threading.Event()
 
@@ -130,6 +130,10 @@ class AdapterTable:
         """Wait until there is something to poll; at most `seconds`."""
         if self._jobs:
             self._news.wait(seconds)
+
+    def close(self) -> None:
+        """End the loading thread, which else keeps the model in memory."""
+        self._queue.put(None)
 
     def drop(self, key: str) -> None:
         """Free its memory: at once, or when the last request that uses it has released it. Unknown keys are
@@ -181,8 +185,7 @@ class AdapterTable:
         if sys.platform == "linux":
             with contextlib.suppress(OSError):
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
-        while True:
-            job = self._queue.get()
+        while (job := self._queue.get()) is not None:
             started = time.monotonic()
             try:
                 job.result = self._read(job.key, job.path)

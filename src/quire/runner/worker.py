@@ -73,7 +73,7 @@ class Worker:
     def sleep(self, level: int) -> None:
         assert self.runner is not None, "it sleeps already"
         self._kept = self.runner.model if level < 2 else None
-        self.runner = self.adapters = None
+        self._drop_runner()
         self.platform.release()
 
     def wake_up(self) -> None:
@@ -87,13 +87,19 @@ class Worker:
             failure = error.with_traceback(None)  # its frames hold tensors
             failure.__context__ = None
         if failure is not None:
-            self.runner = self.adapters = None
+            self._drop_runner()
             self.platform.release()
             raise failure
         self._kept = None
 
     def close(self) -> None:
-        self.runner = self.adapters = self._kept = None
+        self._drop_runner()
+        self._kept = None
+
+    def _drop_runner(self) -> None:
+        if self.adapters is not None:
+            self.adapters.close()
+        self.runner = self.adapters = None
 
     def _start(self, model: DecoderModel | None) -> Runner:
         model = model or self._load_model()

@@ -8,21 +8,22 @@ in vLLM.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import msgspec
 from fastapi import APIRouter
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
-from quire.errors import ConfigError
+from quire.errors import ConfigError, InvalidParameterError
 from quire.server.body import parse, read_json
 from quire.server.engine_protocol import ServedModel, SleepingEngine
 from quire.server.errors import ApiError, bad_request
 from quire.server.middleware import owner_of
 from quire.server.openapi import request_body
-from quire.server.requests import AbortRequest
+from quire.server.requests import AbortRequest, LoadAdapterRequest, UnloadAdapterRequest
 from quire.server.state import ServerState
 from quire.util.version import VERSION
 
@@ -55,6 +56,8 @@ def admin_router(state: ServerState) -> APIRouter:
 
     if state.config.enable_admin_endpoints:
         _add_admin_routes(router, state)
+        if state.engine_config.lora.enable_lora:
+            _add_adapter_routes(router, state)
     return router
 
 
@@ -102,6 +105,47 @@ def _add_admin_routes(router: APIRouter, state: ServerState) -> None:
     async def is_sleeping() -> Response:
         """Whether the engine sleeps or is about to: it refuses requests."""
         return _json({"is_sleeping": _sleeper(state).is_sleeping})
+
+
+def _add_adapter_routes(router: APIRouter, state: ServerState) -> None:
+    @router.post("/v1/load_lora_adapter", openapi_extra=request_body(LoadAdapterRequest))
+    async def load_lora_adapter(request: Request) -> Response:
+        """Serve the LoRA adapter in a directory below --lora-dir. Answered when it is in memory."""
+        asked = parse(LoadAdapterRequest, await read_json(request)).request
+        adapters = state.serving_engine().adapters
+        if not asked.lora_name or not asked.lora_path:
+            raise ApiError(
+                400,
+                "Both 'lora_name' and 'lora_path' must be provided.",
+                param=None,
+                kind="InvalidUserInput",
+            )
+        with _user_input():
+            await adapters.load(asked.lora_name, asked.lora_path, replace=asked.load_inplace)
+        return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' added successfully.")
+
+    @router.post("/v1/unload_lora_adapter", openapi_extra=request_body(UnloadAdapterRequest))
+    async def unload_lora_adapter(request: Request) -> Response:
+        """Serve it no longer. Requests that were accepted finish; then it leaves the memory."""
+        asked = parse(UnloadAdapterRequest, await read_json(request)).request
+        if not asked.lora_name:
+            raise ApiError(
+                400,
+                "'lora_name' needs to be provided to unload a LoRA adapter.",
+                param=None,
+                kind="InvalidUserInput",
+            )
+        await state.loaded_engine().adapters.unload(asked.lora_name)
+        return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' removed successfully.")
+
+
+@contextlib.contextmanager
+def _user_input() -> Iterator[None]:
+    """Errors about an adapter have vLLM's type."""
+    try:
+        yield
+    except InvalidParameterError as error:
+        raise ApiError(400, str(error), param=error.param, kind="InvalidUserInput") from None
 
 
 def _sleeper(state: ServerState) -> SleepingEngine:

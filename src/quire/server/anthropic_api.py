@@ -62,7 +62,7 @@ def messages_router(state: ServerState) -> APIRouter:
         """Answer a conversation, in Anthropic's format."""
         asked, chat_request, warnings = await read(request, MessagesRequest)
         model = state.serving_engine().model
-        frame = Frame.make("msg", model, warnings, separator="_")
+        frame = Frame.make("msg", model, warnings, name=asked.model, separator="_")
         with renaming(_names(asked)):
             chat = await start_chat(state, request, chat_request, frame)
         encoder = MessagesEncoder(chat)
@@ -92,7 +92,7 @@ def messages_router(state: ServerState) -> APIRouter:
         body = await read_json(request)
         parsed = parse(kind, body, unsupported=unsupported.MESSAGES)
         asked = parsed.request
-        check_model(asked.model, model)
+        await check_model(asked.model, state)
         thinks = served_format(state, model).reasoning is not None
         turns, tools = Turns(), ToolSet(asked.tools or ())
         add_system(turns, asked.system)

@@ -69,8 +69,8 @@ def chat_router(state: ServerState) -> APIRouter:
         parsed = parse(ChatCompletionRequest, body, unsupported=unsupported.CHAT)
         asked = parsed.request
         apply_server_flags(asked, state.config)
-        check_model(asked.model, model)
-        frame = Frame.make("chatcmpl", model, parsed.warnings)
+        await check_model(asked.model, state)
+        frame = Frame.make("chatcmpl", model, parsed.warnings, name=asked.model)
         chat = await start_chat(state, request, asked, frame)
         role = answer_role(asked, state.config.response_role)
         encoder = ChatEncoder(asked, chat.frame, model, chat.prompt, chat.reader, role)

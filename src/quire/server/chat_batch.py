@@ -42,14 +42,14 @@ def chat_batch_router(state: ServerState) -> APIRouter:
         model = state.serving_engine().model
         parsed = parse(ChatBatchRequest, await read_json(request), unsupported=unsupported.CHAT)
         asked = parsed.request
-        check_model(asked.model, model)
+        await check_model(asked.model, state)
         if asked.stream:
             raise bad_request("A batch cannot be streamed; leave stream out.", param="stream")
         count = len(asked.messages)
         check_count(count, state.config.max_prompts_per_request, param="messages")
         params = chat_params(asked, model)
         use = tool_use(asked, served_format(state, model), params)
-        frame = Frame.make("chatcmpl", model, [*parsed.warnings, *use.warnings])
+        frame = Frame.make("chatcmpl", model, [*parsed.warnings, *use.warnings], name=asked.model)
         work, encoders = [], []
         for conversation in asked.messages:
             one = asked.model_copy(update={"messages": conversation})

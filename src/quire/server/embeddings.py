@@ -83,11 +83,11 @@ async def _vectors(
         raise malformed("Give either input or messages.", param="body.input")
     asked: EmbeddingChatRequest | EmbeddingRequest
     if "messages" in body:
-        chat = parse_pooling(EmbeddingChatRequest, body, model)
+        chat = await parse_pooling(EmbeddingChatRequest, body, state)
         asked, warnings = chat.request, chat.warnings
         prompts = await _encode_chat(chat.request, model)
     else:
-        plain = parse_pooling(EmbeddingRequest, body, model)
+        plain = await parse_pooling(EmbeddingRequest, body, state)
         asked, warnings = plain.request, plain.warnings
         texts = split_prompts(
             plain.request.input, limit=state.config.max_prompts_per_request, param="input"
@@ -95,7 +95,7 @@ async def _vectors(
         special = asked.add_special_tokens is not False
         prompts = await encode_all(texts, asked, model, param="input", add_special_tokens=special)
     params = encoding_params(asked)
-    frame = Frame.make(prefix, model, warnings)
+    frame = Frame.make(prefix, model, warnings, name=asked.model)
     return await make_vectors(state, request, asked, prompts, params, frame), asked
 
 

@@ -3,9 +3,11 @@ fakes in tests."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
+from quire.lora.request import LoRARequest
 from quire.messages import EngineReady, SchedulerStats, StepOutputs
 from quire.metrics import MetricsSink
 from quire.outputs import RequestOutput
@@ -81,6 +83,27 @@ class ServedModel(Protocol):
     def chat_template(self) -> ServedTemplate | None: ...
 
 
+class ServedAdapter(Protocol):
+    @property
+    def name(self) -> str: ...
+    @property
+    def path(self) -> Path: ...
+    @property
+    def request(self) -> LoRARequest: ...
+
+
+class ServedAdapters(Protocol):
+    """See `quire.engine.async_adapters.AsyncAdapters`."""
+
+    def __iter__(self) -> Iterator[ServedAdapter]: ...
+
+    async def find(self, name: str) -> ServedAdapter | None: ...
+
+    async def load(self, name: str, path: str, *, replace: bool = False) -> None: ...
+
+    async def unload(self, name: str) -> None: ...
+
+
 class RequestStream(Protocol):
     """Outputs of one request. Ends after the output with `finished`; raises `EngineError`s."""
 
@@ -110,6 +133,8 @@ class ServingEngine(Protocol):
     def ready(self) -> EngineReady: ...
     @property
     def stats(self) -> SchedulerStats: ...
+    @property
+    def adapters(self) -> ServedAdapters: ...
 
     def submit(
         self,

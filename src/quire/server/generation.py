@@ -43,14 +43,28 @@ class Frame:
     created: int
     model: str
     warnings: list[str]
+    adapter: str | None = None
+    """With which the answer is computed."""
 
     @classmethod
     def make(
-        cls, prefix: str, model: ServedModel, warnings: list[str], *, separator: str = "-"
+        cls,
+        prefix: str,
+        model: ServedModel,
+        warnings: list[str],
+        *,
+        name: str | None,
+        separator: str = "-",
     ) -> Frame:
-        """The id is random and made here: text from a client is never used as a key."""
+        """name: the model that was asked for, which `check_model` has found. The id is random and made here:
+        text from a client is never used as a key."""
+        adapter = None if name in model.names else name
         return cls(
-            f"{prefix}{separator}{secrets.token_hex(16)}", int(time.time()), model.name, warnings
+            f"{prefix}{separator}{secrets.token_hex(16)}",
+            int(time.time()),
+            adapter or model.name,
+            warnings,
+            adapter,
         )
 
 
@@ -91,11 +105,14 @@ def apply_server_flags(request: SamplingFields, config: ServerConfig) -> None:
         request.stream_options = options.model_copy(update={"include_usage": True})
 
 
-def check_model(name: str | None, model: ServedModel) -> None:
-    """Raises `ModelNotFoundError` (a 404). No name means the server's model."""
-    if name is not None and name not in model.names:
+async def check_model(name: str | None, state: ServerState) -> None:
+    """Raises `ModelNotFoundError` (a 404) unless it is a name of the model or of an adapter. No name means
+    the model."""
+    engine = state.loaded_engine()
+    names = engine.model.names
+    if name is not None and name not in names and await engine.adapters.find(name) is None:
         raise ModelNotFoundError(
-            f"The model `{name}` does not exist. Valid aliases: {', '.join(model.names)}.",
+            f"The model `{name}` does not exist. Valid aliases: {', '.join(names)}.",
             param="model",
             value=name,
         )
@@ -108,7 +125,9 @@ def submit_all(
     frame: Frame,
 ) -> list[RequestStream]:
     """Submit all prompts or none: if one is refused, those before it are aborted."""
-    placement = Placement(priority=request.priority or 0, cache_salt=request.cache_salt)
+    placement = Placement(
+        priority=request.priority or 0, cache_salt=request.cache_salt, adapter=frame.adapter
+    )
     streams: list[RequestStream] = []
     try:
         for index, (prompt, params) in enumerate(prompts):

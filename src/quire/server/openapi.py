@@ -26,8 +26,10 @@ from quire.server.requests import (
     ChatCompletionRequest,
     CompletionRequest,
     DetokenizeRequest,
+    LoadAdapterRequest,
     TokenizeChatRequest,
     TokenizeCompletionRequest,
+    UnloadAdapterRequest,
 )
 
 MODELS: tuple[type[BaseModel], ...] = (
@@ -45,6 +47,8 @@ MODELS: tuple[type[BaseModel], ...] = (
     ScoreRequest,
     RerankRequest,
     AbortRequest,
+    LoadAdapterRequest,
+    UnloadAdapterRequest,
 )
 _REF = "#/components/schemas/{model}"
 

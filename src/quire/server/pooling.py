@@ -47,9 +47,9 @@ class Vectors:
         return Response(encode(body), media_type="application/json", headers=headers)
 
 
-def parse_pooling(kind: type[P], body: dict[str, object], model: ServedModel) -> Parsed[P]:
+async def parse_pooling(kind: type[P], body: dict[str, object], state: ServerState) -> Parsed[P]:
     parsed = parse(kind, body, unsupported=unsupported.POOLING)
-    check_model(parsed.request.model, model)
+    await check_model(parsed.request.model, state)
     return parsed
 
 

@@ -267,3 +267,21 @@ class AbortRequest(Strict):
         Field(fail_fast=True, min_length=1, max_length=1024),
     ]
     """Ids of answers: chatcmpl-..., cmpl-..., embd-..."""
+
+
+class LoadAdapterRequest(Strict):
+    lora_name: Name = ""
+    """The name that requests then give as `model`."""
+    lora_path: Annotated[str, Field(max_length=4096)] = ""
+    """Its directory, below one of --lora-dir."""
+    load_inplace: bool = False
+    """Replace the adapter that has this name."""
+    is_3d_lora_weight: Literal[False] = False
+    """Of MoE models; only false is accepted."""
+
+
+class UnloadAdapterRequest(Strict):
+    lora_name: Name = ""
+    """The adapter that is to go."""
+    lora_int_id: int | None = None
+    """Accepted for vLLM's clients; the name decides."""

@@ -130,7 +130,7 @@ class _Responses:
         read = await self._read(request)
         asked, chat_request = read.asked, read.chat
         model = self._state.serving_engine().model
-        frame = Frame.make("resp", model, read.warnings, separator="_")
+        frame = Frame.make("resp", model, read.warnings, name=asked.model, separator="_")
         with renaming(_names(asked)):
             if asked.truncation == "auto":
                 chat_request = await shortened(chat_request, model)
@@ -174,11 +174,11 @@ class _Responses:
         return _json({"object": "response.input_tokens", "input_tokens": count}, read.warnings)
 
     async def _read(self, request: Request) -> _Read:
-        model = self._state.serving_engine().model
+        self._state.serving_engine()  # raises if it cannot take a request
         body = await read_json(request)
         parsed = parse(ResponsesRequest, body, unsupported=unsupported.RESPONSES)
         asked = parsed.request
-        check_model(asked.model, model)
+        await check_model(asked.model, self._state)
         _check_modes(asked)
         owner = owner_of(request.scope)
         before = self._before(asked.previous_response_id, owner)

@@ -47,7 +47,7 @@ def scoring_router(state: ServerState) -> APIRouter:
     async def create_score(request: Request) -> Response:
         """The similarity of texts: the cosine of their embeddings, -1 to 1."""
         model = state.serving_engine().model
-        parsed = parse_pooling(ScoreRequest, await read_json(request), model)
+        parsed = await parse_pooling(ScoreRequest, await read_json(request), state)
         asked = parsed.request
         lefts, rights = sides(asked)
         check_count(len(lefts) + len(rights), state.config.max_prompts_per_request, param="text_2")
@@ -55,7 +55,7 @@ def scoring_router(state: ServerState) -> APIRouter:
             *await encode_all(lefts, asked, model, param="text_1"),
             *await encode_all(rights, asked, model, param="text_2"),
         ]
-        frame = Frame.make("score", model, parsed.warnings)
+        frame = Frame.make("score", model, parsed.warnings, name=asked.model)
         made = await make_vectors(state, request, asked, prompts, score_params(asked), frame)
         scores = await cosines(made.vectors[: len(lefts)], made.vectors[len(lefts) :])
         return made.answer(
@@ -75,7 +75,7 @@ def scoring_router(state: ServerState) -> APIRouter:
     async def rerank(request: Request) -> Response:
         """Documents ordered by similarity to the query: by the cosine of embeddings."""
         model = state.serving_engine().model
-        parsed = parse_pooling(RerankRequest, await read_json(request), model)
+        parsed = await parse_pooling(RerankRequest, await read_json(request), state)
         asked = parsed.request
         if (asked.top_n or 0) < 0:
             raise bad_request(f"top_n must be at least 0, got {asked.top_n}.", param="top_n")
@@ -85,7 +85,7 @@ def scoring_router(state: ServerState) -> APIRouter:
             *await encode_all([asked.query], asked, model, param="query"),
             *await encode_all(texts, asked, model, param="documents"),
         ]
-        frame = Frame.make("rerank", model, parsed.warnings)
+        frame = Frame.make("rerank", model, parsed.warnings, name=asked.model)
         made = await make_vectors(state, request, asked, prompts, score_params(asked), frame)
         scores = await cosines(made.vectors[:1], made.vectors[1:])
         best = sorted(range(len(texts)), key=lambda i: -scores[i])[: asked.top_n or None]

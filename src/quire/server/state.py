@@ -48,11 +48,13 @@ class ServerState:
 
     def engine_loaded(self, engine: ServingEngine) -> None:
         """Start serving. Metrics are created here, because their buckets and labels depend on the model."""
+        lora = self.engine_config.lora
         metrics = EngineMetrics(
             self.registry,
             model_name=engine.model.name,
             max_model_len=engine.model.max_model_len,
             cache_info=cache_info(engine, self.engine_config),
+            max_adapters=lora.max_loras if lora.enable_lora else None,
         )
         engine.attach_metrics(metrics)
         engine.add_stats_listener(self.stats_log.on_step)

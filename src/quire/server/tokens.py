@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from quire.server import unsupported
 from quire.server.body import parse, read_json
-from quire.server.engine_protocol import ServedModel
+from quire.server.engine_protocol import ServedAdapter, ServedModel
 from quire.server.errors import malformed
 from quire.server.generation import check_model, warning_headers
 from quire.server.openapi import request_body
@@ -47,12 +47,12 @@ def tokens_router(state: ServerState) -> APIRouter:
         if "messages" in body:
             chat = parse(TokenizeChatRequest, body, unsupported=unsupported.CHAT)
             asked, warnings = chat.request, chat.warnings
-            check_model(asked.model, model)
+            await check_model(asked.model, state)
             text, special = render_chat(chat.request, model), asked.add_special_tokens is True
         else:
             plain = parse(TokenizeCompletionRequest, body)
             asked, warnings = plain.request, plain.warnings
-            check_model(asked.model, model)
+            await check_model(asked.model, state)
             text, special = plain.request.prompt, asked.add_special_tokens is not False
         ids = await encode_text(model.tokenizer, text, add_special_tokens=special, cut=Truncation())
         strings = [model.tokenizer.token_str(i) for i in ids] if asked.return_token_strs else None
@@ -70,7 +70,7 @@ def tokens_router(state: ServerState) -> APIRouter:
         """The text of token ids, special tokens included."""
         model = state.loaded_engine().model
         parsed = parse(DetokenizeRequest, await read_json(request))
-        check_model(parsed.request.model, model)
+        await check_model(parsed.request.model, state)
         ids = parsed.request.tokens
         check_ids(ids, model, param="tokens")
         if len(ids) <= INLINE_CHARS:
@@ -89,16 +89,22 @@ def models_router(state: ServerState) -> APIRouter:
 
     @router.get("/v1/models")
     async def list_models() -> Response:
-        """All names of the model."""
-        model = state.loaded_engine().model
-        return _json(ModelList(data=[model_card(model, name) for name in model.names]), [])
+        """All names of the model, and the adapters."""
+        engine = state.loaded_engine()
+        cards = [model_card(engine.model, name) for name in engine.model.names]
+        cards += [adapter_card(engine.model, adapter) for adapter in engine.adapters]
+        return _json(ModelList(data=cards), [])
 
     @router.get("/v1/models/{model_id:path}")
     async def get_model(model_id: str) -> Response:
         """One model, by name."""
-        model = state.loaded_engine().model
-        check_model(model_id[:256], model)
-        return _json(model_card(model, model_id), [])
+        engine = state.loaded_engine()
+        await check_model(model_id[:256], state)
+        if model_id in engine.model.names:
+            return _json(model_card(engine.model, model_id), [])
+        adapter = await engine.adapters.find(model_id)
+        assert adapter is not None
+        return _json(adapter_card(engine.model, adapter), [])
 
     return router
 
@@ -106,6 +112,17 @@ def models_router(state: ServerState) -> APIRouter:
 def model_card(model: ServedModel, name: str) -> ModelCard:
     return ModelCard(
         id=name, created=model.created, root=model.name, max_model_len=model.max_model_len
+    )
+
+
+def adapter_card(model: ServedModel, adapter: ServedAdapter) -> ModelCard:
+    """As vLLM's, but the root is the name of its directory, without the path."""
+    return ModelCard(
+        id=adapter.name,
+        created=model.created,
+        root=adapter.path.name,
+        parent=adapter.request.base_model_name or model.name,
+        max_model_len=model.max_model_len,
     )
 
 

@@ -260,7 +260,7 @@ class _Config:
             if not any(value == each and type(value) is type(each) for each in known):
                 remedy = REMEDIES.get(name, "merge the adapter into the base model instead")
                 raise UnsupportedModelError(
-                    f"{CONFIG_FILE}: {name} is {_short(value)}, which is not served; {remedy}"
+                    f"{CONFIG_FILE}: {name[:80]} is {_short(value)}, which is not served; {remedy}"
                 )
         self.dora = self._flag("use_dora")
         self.tied = self._flag("ensure_weight_tying")
@@ -330,8 +330,7 @@ def _matrices(
                 matrix = _matrix(
                     part, shape.in_features, group, config, modules[part.name], max_rank
                 )
-                if matrix is not None:
-                    matrices.append(replace(matrix, site=site, first=first))
+                matrices.append(replace(matrix, site=site, first=first))
             first += part.out_features
     if found:
         names = sorted(info.name for group in found.values() for info in group.values())
@@ -356,8 +355,8 @@ def _matrix(
     config: _Config,
     module: str,
     max_rank: int,
-) -> AdaptedMatrix | None:
-    """None: only the embedding's own matrix is there. site and first are set by the caller."""
+) -> AdaptedMatrix:
+    """site and first are set by the caller."""
     embeds, outputs = part.name == EMBEDDING, part.out_features
     base = group.pop("base_layer", None)
     if base is not None:
@@ -369,8 +368,6 @@ def _matrix(
         _check_tensor(base, whole)
     names = ("lora_embedding_A", "lora_embedding_B") if embeds else ("lora_A", "lora_B")
     magnitude = group.pop("lora_magnitude_vector", None)
-    if not group and magnitude is None and base is not None:
-        return None
     if wrong := [info.name for kind, info in group.items() if kind not in names]:
         raise CheckpointError(
             f"{TENSOR_FILE} has {wrong[0]}, but {part.name} needs {' and '.join(names)}"
@@ -380,9 +377,11 @@ def _matrix(
             f"{TENSOR_FILE} has no {missing[0]} for {module}; save the adapter again"
         )
     a, b = (group[kind] for kind in names)
-    rank = a.shape[0] if a.shape else 0
-    if rank < 1:
-        raise CheckpointError(f"{a.name} is {list(a.shape)}: the rank must be at least 1")
+    if len(a.shape) != 2 or a.shape[0] < 1:
+        raise CheckpointError(
+            f"{a.name} is {list(a.shape)}; need [rank, {inputs}], rank at least 1"
+        )
+    rank = a.shape[0]
     if rank > max_rank:
         raise UnsupportedModelError(
             f"{a.name} has rank {rank}, but the engine serves at most {max_rank}; set --max-lora-rank {rank}"

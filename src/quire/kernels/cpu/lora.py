@@ -149,7 +149,12 @@ def _split(product: LinearProduct) -> Iterator[_Leaf]:
         return
     first = 0
     for each in leaves(product):
-        yield _Leaf(each, first, (each.out_features,), isinstance(each, CProduct))
+        in_c = isinstance(each, CProduct)
+        require(
+            in_c or isinstance(each, ExactSumProduct | ReferenceCodes),
+            f"products of {type(each).__name__} cannot have adapters",
+        )
+        yield _Leaf(each, first, (each.out_features,), in_c)
         first += each.out_features
 
 
