@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from quire.config import ServerConfig
+from quire.config import EngineConfig, LoRAConfig, ServerConfig
 from quire.sampling_params import (
     PoolingParams,
     RepetitionDetectionParams,
@@ -55,6 +55,8 @@ VLLM_ENDPOINTS = {
     "/reset_prefix_cache": "with `VLLM_SERVER_DEV_MODE`",
     "/sleep": "with `VLLM_SERVER_DEV_MODE` and `--enable-sleep-mode`",
     "/wake_up": "with `VLLM_SERVER_DEV_MODE` and `--enable-sleep-mode`",
+    "/v1/load_lora_adapter": "with `VLLM_ALLOW_RUNTIME_LORA_UPDATING`, from any path; a bad file is a 500",
+    "/v1/unload_lora_adapter": "with `VLLM_ALLOW_RUNTIME_LORA_UPDATING`",
     "/is_sleeping": "with `VLLM_SERVER_DEV_MODE` and `--enable-sleep-mode`",
 }
 VLLM_FIELDS = {
@@ -128,7 +130,8 @@ def problems() -> list[str]:
 
 def _openapi(**options: bool) -> dict[str, Any]:
     config = replace(ServerConfig(), **(options or dict.fromkeys(OPTIONAL_ROUTES, True)))
-    return build_app(ServerState(config)).openapi()
+    engine = EngineConfig(lora=LoRAConfig(enable_lora=True))
+    return build_app(ServerState(config, engine)).openapi()
 
 
 def _endpoints(document: Mapping[str, Any]) -> str:

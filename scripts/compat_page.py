@@ -37,7 +37,7 @@ is ignored: a complete text ends.
 
 ## Outputs
 
-Absent from `RequestOutput`: `lora_request`, `encoder_prompt`, `encoder_prompt_token_ids`,
+Absent from `RequestOutput`: `encoder_prompt`, `encoder_prompt_token_ids`,
 `num_cache_creation_tokens`, `prompt_token_id_logprobs`, `kv_transfer_params`, `ec_transfer_params`; from
 `CompletionOutput`: `routed_experts`, `lora_request`, `sampling_mask`, `spec_decode_metrics`, `weight_versions`; from
 `metrics`: `is_corrupted` (such a request ends with finish_reason `error`), and the names of vLLM's V0. Added:
@@ -50,7 +50,7 @@ Absent from `LLM`: `classify`, `collective_rpc`, `apply_model`, `start_profile`,
 Names, labels, buckets and counts are vLLM's, and `gpu_cache_usage_perc`, `time_per_output_token_seconds`,
 `gpu_prefix_cache_queries` and `gpu_prefix_cache_hits`, which vLLM has removed and dashboards still read, are always
 there. Absent, because there is nothing that they could count: `external_prefix_cache_queries`,
-`external_prefix_cache_hits`, `mm_cache_queries`, `mm_cache_hits`, `lora_requests_info`, `corrupted_requests`,
+`external_prefix_cache_hits`, `mm_cache_queries`, `mm_cache_hits`, `corrupted_requests`,
 `spec_decode_num_drafts`, `spec_decode_num_draft_tokens`, `spec_decode_num_accepted_tokens`,
 `spec_decode_num_accepted_tokens_per_pos`, `estimated_flops_per_gpu`, `estimated_read_bytes_per_gpu`,
 `estimated_write_bytes_per_gpu`, `kv_block_lifetime_seconds`, `kv_block_idle_before_evict_seconds`,
@@ -73,6 +73,9 @@ no traces.
 | `custom` tools and `namespace`s of `/v1/responses` | left out, or returned as flat names | served as functions; a call has the client's own form; the format of a custom tool is not enforced | Codex edits files with the one, and finds MCP servers by the other |
 | Claude Code's line `x-anthropic-billing-header: ...` in a system text | left out of `/v1/messages` | left out everywhere | gateways pass it on to the other endpoints; it changes at every request, so nothing after it would be cached |
 | a media part | 422 or served | 400 | models read text |
+| an adapter's file that cannot be served | 500 | 400 that says why | the file is wrong, not the server |
+| an adapter reloaded in place | finds KV of its old content | does not: the prefix cache knows the content | answers of two versions would be mixed |
+| requests of more adapters than `max_loras` | a popular one may starve others | those of running adapters pass for 32 steps only | every request is served |
 | SIGTERM | aborts what runs | lets it finish, `--shutdown-timeout` 30 s | restarts without failed requests |
 | a grammar that no token satisfies, once tokens are chosen | not tried | 400, in a stream an error event with code 400 | it ends one request |
 """

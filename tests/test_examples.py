@@ -20,6 +20,8 @@ OFFLINE = {
     "structured_output.py": '"stars"',
     "logit_bias.py": "digits only",
     "run_batch.py": "vector 200",
+    "speculation.py": "the same answers",
+    "lora.py": "mine: 'I am an adapter of rank 8.'",
 }
 """File -> a word that its output must have."""
 WITH_SERVER = {

@@ -263,6 +263,20 @@ def test_offline_benchmarks(tmp_path: Path, capsys: Capture) -> None:
     assert len(result["latencies"]) == 2 and set(result["percentiles"]) >= {"50", "99"}
 
 
+def test_speculation_beside_none(tmp_path: Path, capsys: Capture) -> None:
+    out = tmp_path / "t.json"
+    words = ["bench", "throughput", *SMALL, "--output-json", str(out), "--disable-tqdm"]
+    assert main([*words, "--spec-method", "ngram", "--compare-speculation", "2"]) == 0
+    result = json.loads(out.read_text())
+    plain = result["without_speculation"]
+    assert plain["total_output_tokens"] == result["total_output_tokens"] == 24
+    assert len(result["speculation_ratios"]) == 2
+    shown = capsys.readouterr().out
+    assert "Without speculation: " in shown and "With speculation / without: " in shown
+    assert main([*words, "--compare-speculation", "2"]) == 2
+    assert "--spec-method" in capsys.readouterr().err
+
+
 def test_kernels(tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "k.json"
     small = "--hidden 64 --ffn 64 --q-heads 2 --kv-heads 1 --head-dim 32 --vocab 100 --context 40"

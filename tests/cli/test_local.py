@@ -9,8 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.weights.adapter_writer import write_adapter
 
 import quire
+from quire.config import from_flat
+from quire.engine.setup import locate, resolve
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(quire.__file__).parents[1])}
 
@@ -99,3 +102,17 @@ def test_what_cannot_work_is_one_line(words: list[str], complaint: str) -> None:
     assert complaint in done.stderr
     assert done.stderr.startswith("quire: error: ")
     assert "Traceback" not in done.stderr
+
+
+def test_an_adapter_answers(tmp_path: Path) -> None:
+    spec = resolve(locate(from_flat({}))).spec
+    adapter = write_adapter(tmp_path / "mine", spec, ["_proj"])
+    asked = ("generate", "what is a block?", "--temperature", "0", "--max-tokens", "8")
+    plain = run(*asked)
+    by_path = run(*asked, "--lora", str(adapter))
+    by_name = run(*asked, "--lora", "mine", "--lora-dir", str(tmp_path))
+    assert by_path.returncode == by_name.returncode == 0, by_path.stderr + by_name.stderr
+    assert by_path.stdout == by_name.stdout != plain.stdout
+    for words in (("--lora", "absent"), ("--lora", "mine", "--url", "http://127.0.0.1:1")):
+        wrong = run(*asked, *words)
+        assert wrong.returncode == 2 and "--lora" in wrong.stderr, wrong.stderr

@@ -27,12 +27,13 @@ request_max_num_generation_tokens request_prefill_kv_computed_tokens
 """.split()
 
 
-def make_metrics(max_model_len: int = 4096):
+def make_metrics(max_model_len: int = 4096, max_adapters: int | None = None):
     registry = new_registry()
     metrics = EngineMetrics(
         registry,
         model_name="tiny",
         max_model_len=max_model_len,
+        max_adapters=max_adapters,
         cache_info={
             "block_size": 16, "num_gpu_blocks": 100,
             "kv_cache_size_tokens": 1584, "kv_cache_max_concurrency": "0.39",
@@ -243,6 +244,22 @@ def test_text_format_keeps_the_colon_and_has_process_metrics():
     assert b"\nvllm:generation_tokens_total{" in body
     names = {family.name for family in text_string_to_metric_families(body.decode())}
     assert any(name.startswith("process_") for name in names)
+
+
+def test_adapters_are_one_sample_whose_labels_change():
+    def shown():
+        return [name for name in read(registry) if "lora" in name]
+
+    registry, metrics = make_metrics()
+    metrics.on_step(step(tokens=1, running_adapters=["a"]))
+    assert shown() == [], "adapters are not served"
+    registry, metrics = make_metrics(max_adapters=2)
+    name = "vllm:lora_requests_info{max_lora=2,running_lora_adapters=%s,waiting_lora_adapters=%s}"
+    assert shown() == [name % ("", "")]
+    metrics.on_step(step(tokens=1, running_adapters=["a", "b"], waiting_adapters=["c"]))
+    assert shown() == [name % ("a,b", "c")] and read(registry)[shown()[0]] > 1.7e9
+    metrics.on_step(step(tokens=1))
+    assert shown() == [name % ("", "")]
 
 
 def test_http_metrics_bound_their_labels():

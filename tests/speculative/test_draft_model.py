@@ -95,8 +95,8 @@ def test_drafts_are_those_of_a_draft_that_computes_all_anew(draft) -> None:
         seating.step(drafter, 0, text)
         [drafts] = drafter.propose([DraftTask(seating.seat_of[0], len(text), 4)])
         assert list(drafts) == fresh(draft, seating, text, 4)
-        right = int(random.integers(0, 5))
-        text = [*text, *drafts[:right], int(random.integers(3, 4000))]
+        right, more = int(random.integers(0, 5)), int(random.integers(1, 4))  # more: nobody asked
+        text = [*text, *drafts[:right], *random.integers(3, 4000, size=more).tolist()]
 
 
 def test_blocks_that_are_found_need_no_catching_up(draft) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from time import perf_counter
 from typing import TYPE_CHECKING
 
@@ -47,6 +47,35 @@ def throughput(
         "total_prompt_tokens": num_prompt,
         "total_output_tokens": num_output,
     }
+
+
+def compare(
+    plain: LLM, drafting: LLM, run: Callable[[LLM], dict[str, object]], rounds: int
+) -> dict[str, object]:
+    """`run` by turns with an engine without speculation and one with it, so that what else the machine does
+    disturbs both alike. Before each turn an engine forgets prompts and outputs. The result is the run of
+    the median ratio."""
+    found = []
+    for number in range(rounds):
+        figures = {}
+        for llm in ((plain, drafting), (drafting, plain))[number % 2]:
+            llm.sleep(1)
+            llm.wake_up()
+            figures[llm] = run(llm)
+        off, on = (number_of(figures[llm], "output_tokens_per_second") for llm in (plain, drafting))
+        found.append((on / off, figures[plain], figures[drafting]))
+    ratio, off_figures, on_figures = sorted(found, key=lambda each: each[0])[(rounds - 1) // 2]
+    return on_figures | {
+        "without_speculation": off_figures,
+        "speculation_ratio": ratio,
+        "speculation_ratios": [each[0] for each in found],
+    }
+
+
+def number_of(figures: dict[str, object], key: str) -> float:
+    value = figures[key]
+    assert isinstance(value, int | float)
+    return float(value)
 
 
 def latency(

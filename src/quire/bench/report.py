@@ -50,6 +50,11 @@ def table(run: ServeRun, load: LoadOptions, report: ReportOptions) -> str:
         "Total token throughput (tok/s):": "total_token_throughput",
         "Sessions:": "sessions",
         "Interactivity, 1 / P90 per token (tok/s):": "interactivity",
+        "Acceptance rate (%):": "spec_decode_acceptance_rate",
+        "Acceptance length:": "spec_decode_acceptance_length",
+        "Drafts:": "spec_decode_num_drafts",
+        "Draft tokens:": "spec_decode_draft_tokens",
+        "Accepted tokens:": "spec_decode_accepted_tokens",
     }
     shown = {text: figures.get(key) for text, key in rows.items()}
     lines += [_row(text, value) for text, value in shown.items() if value is not None]

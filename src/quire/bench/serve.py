@@ -19,6 +19,7 @@ from quire.bench.arrivals import arrival_times
 from quire.bench.client import Exchange, HttpPool
 from quire.bench.datasets import BenchRequest
 from quire.bench.datasets.agents import AgentContents
+from quire.bench.drafts import draft_figures, read_counts
 from quire.bench.load import (
     LoadResult,
     Script,
@@ -108,21 +109,25 @@ def run_serve(
     def prepare(request: BenchRequest) -> bytes:
         return pool.prepare(target.options.path, request_body(target, request, send_ids=send_ids))
 
+    drafts: dict[str, object] = {}
     prepared = [prepare(request) for request in requests]
     warmups = [prepare(request) for request in _warmups(target, requests, load.num_warmups)]
 
     async def main() -> LoadResult:
         zeros = [0.0] * len(warmups)
         await run_load(pool, warmups, zeros, max_concurrency=WARMUP_CONCURRENCY)
+        before = await read_counts(pool)
         result = await run_load(
             pool, prepared, times, max_concurrency=load.max_concurrency, on_done=on_done
         )
+        drafts.update(draft_figures(before, await read_counts(pool)))
         pool.close()
         return result
 
     allow_many_sockets()
     prompt_lens = [request.prompt_len for request in requests]
-    return _figures(target, prompt_lens, run_async(main()), percentiles, slos)
+    run = _figures(target, prompt_lens, run_async(main()), percentiles, slos)
+    return replace(run, figures=run.figures | drafts)
 
 
 def run_agents(
@@ -170,6 +175,7 @@ def run_agents(
 
     async def main() -> LoadResult:
         await run_load(pool, warmups, [0.0] * len(warmups), max_concurrency=WARMUP_CONCURRENCY)
+        before = await read_counts(pool)
         result = await run_sessions(
             pool,
             scripts,
@@ -177,14 +183,16 @@ def run_agents(
             max_concurrency=load.max_concurrency,
             on_done=on_done,
         )
+        figures.update(draft_figures(before, await read_counts(pool)))
         pool.close()
         return result
 
     allow_many_sockets()
+    figures: dict[str, object] = {}
     prompt_lens = [s.prompt_len(turn) for s in sessions for turn in range(len(s.turns))]
     run = _figures(target, prompt_lens, run_async(main()), percentiles, slos)
     done = [times for times in run.times if not times.error]
-    figures = {
+    figures |= {
         "sessions": len(sessions),
         "interactivity": interactivity([(t.e2el + t.sent - t.due, t.output_len) for t in done]),
     }

@@ -45,6 +45,8 @@ class ModelChoice:
     url: str | None = None
     model: str | None = None
     api_key: str | None = None
+    adapter: str | None = None
+    """Answer with this LoRA adapter: a directory, or a name that the engine's options define."""
 
 
 def add_model_flags(parser: Parser) -> None:
@@ -58,6 +60,10 @@ def add_model_flags(parser: Parser) -> None:
     parser.add_argument(
         "--api-key", metavar="KEY", help="its key (default: QUIRE_API_KEY, OPENAI_API_KEY)"
     )
+    parser.add_argument(
+        "--lora", metavar="DIR",
+        help="answer with this LoRA adapter: its directory, or its name in --lora-modules or --lora-dir",
+    )  # fmt: skip
     parser.add_argument("--config", metavar="FILE", help="YAML file of engine options")
     _add_sampling_flags(parser)
     add_options(parser, _OPTIONS)
@@ -71,6 +77,10 @@ def model_choice(args: argparse.Namespace, *, model: str | None = None) -> Model
     name = model or args.model
     values = load_yaml(args.config) if args.config else {}
     values |= given(args, _OPTIONS)
+    if args.lora is not None:
+        if args.url is not None:
+            raise ConfigError("--lora is for a model started here; with --url, --model names it.")
+        values.setdefault("enable_lora", True)
     if args.url is not None and values:
         raise ConfigError(
             f"--url talks with a server that has its own configuration; remove {', '.join(values)}."
@@ -83,7 +93,7 @@ def model_choice(args: argparse.Namespace, *, model: str | None = None) -> Model
     level = os.environ.get("QUIRE_LOG_LEVEL", "WARNING")
     setup_logging(log_format=engine.runtime.log_format, level=level)
     key = args.api_key or os.environ.get("QUIRE_API_KEY") or os.environ.get("OPENAI_API_KEY")
-    return ModelChoice(engine, sampling, args.url, name, key)
+    return ModelChoice(engine, sampling, args.url, name, key, args.lora)
 
 
 def refuse_text_for_model(word: str | None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from quire.cli.http import HttpClient, HttpError
@@ -15,6 +16,8 @@ from quire.errors import (
     PromptTooLongError,
     QuireError,
 )
+from quire.lora.request import LoRARequest
+from quire.placement import Placement
 from quire.util.terminal import printable
 
 if TYPE_CHECKING:
@@ -49,14 +52,21 @@ class Speaker(Protocol):
 class LocalModel:
     """An engine started for this command."""
 
-    def __init__(self, engine: AsyncLLM) -> None:
+    def __init__(self, engine: AsyncLLM, adapter: str | None = None) -> None:
         self._engine = engine
+        self._adapter = adapter
 
     @classmethod
-    async def start(cls, config: EngineConfig) -> LocalModel:
+    async def start(cls, config: EngineConfig, adapter: str | None = None) -> LocalModel:
+        """adapter: a directory or a name, as in `ModelChoice`."""
         from quire.engine.async_llm import AsyncLLM
 
-        return cls(await AsyncLLM.start(config))
+        engine = await AsyncLLM.start(config)
+        try:
+            return cls(engine, None if adapter is None else await _adapter_name(engine, adapter))
+        except BaseException:
+            await engine.shutdown()
+            raise
 
     @property
     def can_chat(self) -> bool:
@@ -86,7 +96,8 @@ class LocalModel:
     ) -> AsyncIterator[str]:
         stream = None
         try:
-            stream = self._engine.submit(prompt, self._params(sampling))
+            placement = Placement(adapter=self._adapter)
+            stream = self._engine.submit(prompt, self._params(sampling), placement=placement)
             async for output in stream:
                 if output.error is not None:
                     raise EngineError(output.error)
@@ -107,6 +118,16 @@ class LocalModel:
 
     async def close(self) -> None:
         await self._engine.shutdown()
+
+
+async def _adapter_name(engine: AsyncLLM, adapter: str) -> str:
+    """The name under which the engine serves it."""
+    if Path(adapter).is_dir():
+        return await engine.adapters.use(LoRARequest(Path(adapter).resolve().name, 1, adapter))
+    found = await engine.adapters.find(adapter)
+    if found is None:
+        raise ConfigError(f"--lora {adapter}: no such directory, and no adapter of that name.")
+    return found.name
 
 
 class RemoteModel:
@@ -173,7 +194,7 @@ async def open_speaker(choice: ModelChoice) -> LocalModel | RemoteModel:
         return await RemoteModel.connect(choice.url, model=choice.model, api_key=choice.api_key)
     if sys.stdin.isatty() and sys.stderr.isatty():
         print("loading the model ...", file=sys.stderr)
-    return await LocalModel.start(choice.engine)
+    return await LocalModel.start(choice.engine, choice.adapter)
 
 
 def converse(

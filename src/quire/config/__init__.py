@@ -10,6 +10,7 @@ from quire.config.engine import (
     StructuredOutputsConfig,
 )
 from quire.config.flat import (
+    canonical,
     engine_options,
     from_flat,
     load_yaml,
@@ -34,6 +35,7 @@ __all__ = [
     "Speculation",
     "SpeculativeConfig",
     "StructuredOutputsConfig",
+    "canonical",
     "engine_options",
     "foreign_flags",
     "from_flat",

@@ -43,7 +43,7 @@ def server_options() -> list[OptionInfo]:
 def from_flat(values: Mapping[str, object]) -> EngineConfig:
     """Build an `EngineConfig`. Unknown names and wrong types raise `ConfigError`."""
     infos = {info.name: info for info in engine_options()}
-    checked = _checked(_renamed(values), infos)
+    checked = _checked(canonical(values), infos)
     groups: dict[str, dict[str, object]] = {group: {} for group in ENGINE_GROUPS}
     for name, value in checked.items():
         groups[infos[name].group][name] = value
@@ -58,7 +58,7 @@ def server_from_flat(values: Mapping[str, object]) -> ServerConfig:
 
 def split_flat(values: Mapping[str, object]) -> tuple[EngineConfig, ServerConfig]:
     """Build both from one flat mapping, such as all flags of `quire serve`."""
-    values = _renamed(values)
+    values = canonical(values)
     server_names = {info.name for info in server_options()}
     server = {name: value for name, value in values.items() if name in server_names}
     engine = {name: value for name, value in values.items() if name not in server_names}
@@ -84,7 +84,7 @@ def load_yaml(path: str | Path) -> dict[str, object]:
     return {key.replace("-", "_"): value for key, value in loaded.items()}
 
 
-def _renamed(values: Mapping[str, object]) -> dict[str, object]:
+def canonical(values: Mapping[str, object]) -> dict[str, object]:
     """`values` with an option's other long spelling replaced by its name."""
     names = {
         alias[2:].replace("-", "_"): info.name

@@ -16,7 +16,7 @@ from quire.errors import ConfigError
 DEFAULT_TOKENS: Mapping[str, int] = {
     "ngram": 16,
     "suffix": 16,
-    "draft_model": 5,
+    "draft_model": 8,
     "eagle": 4,
     "eagle3": 4,
     "mtp": 1,

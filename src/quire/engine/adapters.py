@@ -77,7 +77,8 @@ class AdapterRegistry:
         return self._versions.get((request.lora_name, str(request.lora_path)))
 
     def publish(self, adapter: Adapter, *, replaces: bool = True) -> list[CoreInput]:
-        """Make it the current version of its name. Returns messages for the core.
+        """Make it the current version of its name. Returns messages for the core. Raises
+        `InvalidParameterError` if there are too many.
 
         replaces: no later request will name the version before it.
         """
@@ -87,6 +88,8 @@ class AdapterRegistry:
                 param="lora_name",
             )
         before = self._current.get(adapter.name)
+        if before is adapter:
+            return []
         self._current[adapter.name] = adapter
         messages: list[CoreInput] = [AddAdapter(adapter.key, str(adapter.path))]
         if replaces and before is not None and before.key != adapter.key:

@@ -12,7 +12,7 @@ from quire.config import EngineConfig
 from quire.dtypes import element_bytes
 from quire.engine.core import EngineCore
 from quire.engine.gpu import gpu_memory
-from quire.engine.memory import MemoryPlan, plan_memory
+from quire.engine.memory import MemoryPlan, format_bytes, plan_memory
 from quire.engine.setup import ResolvedModel, locate, read_tokens, resolve
 from quire.errors import ConfigError, ModelError
 from quire.executor.base import Executor
@@ -23,7 +23,7 @@ from quire.runner.footprint import Footprint, WorkerSpec, estimate, host_memory
 from quire.scheduler import Scheduler, SchedulerLimits
 from quire.structured.base import GrammarCompiler
 from quire.structured.store import GrammarStore
-from quire.weights.adapter import check_adapter
+from quire.weights.adapter import check_adapter, largest_adapter_bytes
 from quire.weights.resolve import find_local
 
 logger = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ def build_core(
         block_size=memory.block_size,
         max_model_len=memory.max_model_len,
         vocab_size=resolved.spec.vocab_size,
-        ledger=memory.rows(),
+        ledger=[*memory.rows(), *_adapter_rows(config, resolved)],
         weight_bytes=memory.weight_bytes,
         kv_bytes=memory.kv_bytes,
         load_seconds=time.monotonic() - started,
@@ -92,6 +92,16 @@ def check_local(config: EngineConfig) -> None:
         resolved = resolve(located)
         _longest_by_estimate(located, resolved)
         _check_modules(located, resolved)
+
+
+def _adapter_rows(config: EngineConfig, resolved: ResolvedModel) -> list[tuple[str, str]]:
+    """The ledger's line about adapters: the most that they may take, beside what is planned."""
+    lora = config.lora
+    if not lora.enable_lora:
+        return []
+    most = largest_adapter_bytes(resolved.spec, lora.max_lora_rank, element_bytes(resolved.dtype))
+    what = f"adapters, if all {lora.capacity} have rank {lora.max_lora_rank}"
+    return [(what, format_bytes(lora.capacity * most))]
 
 
 def _check_modules(config: EngineConfig, resolved: ResolvedModel) -> None:

@@ -10,7 +10,7 @@ when it was sampled, and is subtracted.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -48,17 +48,16 @@ class EngineMetrics:
         self._make_counters(make)
         self._make_latencies(make)
         self._make_sizes(make, buckets.one_two_five(max(1, max_model_len)))
-        self._max_adapters = max_adapters
         self._adapters: Gauge | None = None
         if max_adapters is not None:
-            labels = ["max_lora", "running_lora_adapters", "waiting_lora_adapters"]
+            self._adapter_labels = {**make.base, "max_lora": str(max_adapters)}
             self._adapters = Gauge(
                 "vllm:lora_requests_info",
                 "Adapters of running and waiting requests, as labels; the value is the time.",
-                [*make.base, *labels],
+                [*self._adapter_labels, "running_lora_adapters", "waiting_lora_adapters"],
                 registry=registry,
             )
-            self._adapter_labels = make.base
+            self._show_adapters((), ())
         if cache_info is not None:
             make.info("vllm:cache_config_info", "The KV cache, as labels.", cache_info)
 
@@ -233,17 +232,16 @@ class EngineMetrics:
         self._blocks_copied.inc(stats.blocks_copied)
         self._rows_held.inc(stats.rows_held)
         self._rows_discarded.inc(stats.rows_discarded)
-        self._on_adapters(stats)
+        self._show_adapters(stats.running_adapters, stats.waiting_adapters)
 
-    def _on_adapters(self, stats: SchedulerStats) -> None:
+    def _show_adapters(self, running: Sequence[str], waiting: Sequence[str]) -> None:
         """One sample, so that the labels do not pile up."""
         if self._adapters is not None:
             self._adapters.clear()
             self._adapters.labels(
                 **self._adapter_labels,
-                max_lora=str(self._max_adapters),
-                running_lora_adapters=",".join(stats.running_adapters),
-                waiting_lora_adapters=",".join(stats.waiting_adapters),
+                running_lora_adapters=",".join(running),
+                waiting_lora_adapters=",".join(waiting),
             ).set_to_current_time()
 
     def on_first_token(

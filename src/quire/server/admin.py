@@ -110,7 +110,8 @@ def _add_admin_routes(router: APIRouter, state: ServerState) -> None:
 def _add_adapter_routes(router: APIRouter, state: ServerState) -> None:
     @router.post("/v1/load_lora_adapter", openapi_extra=request_body(LoadAdapterRequest))
     async def load_lora_adapter(request: Request) -> Response:
-        """Serve the LoRA adapter in a directory below --lora-dir. Answered when it is in memory."""
+        """Serve the LoRA adapter in a directory below `--lora-dir`; answered when it is in memory. With
+        `--enable-lora`."""
         asked = parse(LoadAdapterRequest, await read_json(request)).request
         adapters = state.serving_engine().adapters
         if not asked.lora_name or not asked.lora_path:
@@ -126,7 +127,8 @@ def _add_adapter_routes(router: APIRouter, state: ServerState) -> None:
 
     @router.post("/v1/unload_lora_adapter", openapi_extra=request_body(UnloadAdapterRequest))
     async def unload_lora_adapter(request: Request) -> Response:
-        """Serve it no longer. Requests that were accepted finish; then it leaves the memory."""
+        """Serve an adapter no longer. Requests that were accepted finish; then it leaves the memory. With
+        `--enable-lora`."""
         asked = parse(UnloadAdapterRequest, await read_json(request)).request
         if not asked.lora_name:
             raise ApiError(

@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from quire.server.errors import ApiError, bad_request
 from quire.server.neutral import ONLY_NULL, Neutral
 
-_BOTH: dict[str, Neutral] = {
+_ADAPTERS = {"lora_path": Neutral("", []), "lora_request": Neutral({}), "lora": Neutral([])}
+_BOTH: dict[str, Neutral] = _ADAPTERS | {
     "guided_json": ONLY_NULL,
     "guided_regex": Neutral(""),
     "guided_choice": Neutral([]),
@@ -58,7 +59,7 @@ MESSAGES = _BOTH | {
     "container": Neutral(""),
     "stop": Neutral("", []),
 }
-POOLING: dict[str, Neutral] = {
+POOLING: dict[str, Neutral] = _ADAPTERS | {
     "embed_dtype": Neutral("float32"),
     "endianness": Neutral("native", "little"),
     "padding": Neutral("do_not_pad", False),
@@ -74,6 +75,7 @@ POOLING: dict[str, Neutral] = {
 
 _RENAMED = 'vLLM removed it; use structured_outputs: {{"{}": ...}}.'
 WHY: dict[str, str] = {
+    **dict.fromkeys(_ADAPTERS, "an adapter is chosen by its name; give that as model."),
     "guided_json": _RENAMED.format("json"),
     "guided_regex": _RENAMED.format("regex"),
     "guided_choice": _RENAMED.format("choice"),

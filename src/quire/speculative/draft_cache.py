@@ -9,8 +9,8 @@ token.
 * A copied block has as many as its source, and at most as many as the request takes over.
 * After a proposal, all known tokens are valid. Drafts that were computed are too, if they turn out right:
   the seat remembers them.
-* Drafts may need slots beyond the request's blocks. They are in spare blocks that no request has, and are
-  lost.
+* Drafts may need slots beyond the request's blocks. They are in spare blocks that no request has, and
+  are lost.
 """
 
 from __future__ import annotations

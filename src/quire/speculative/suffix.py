@@ -40,8 +40,10 @@ class SuffixDrafter:
         for request in plan.admitted:
             seat, owner = seat_of[request.request_id], owner_of(request.placement)
             self._seats[seat] = (owner, max(0, len(request.token_ids) - LEAD))
-            self._known[seat] = len(request.token_ids)
             self._lookup.admit(seat, owner)
+        for row in plan.rows:  # also of requests that nobody asks about
+            known = row.start + row.num_tokens - len(row.draft_token_ids)
+            self._known[seat_of[row.request_id]] = known
 
     def release(self, seat: int) -> None:
         owner, start = self._seats.pop(seat)

@@ -60,8 +60,8 @@ def find_files(model_dir: Path) -> list[str]:
         return shards or model
     if any(name.startswith("adapter") for name in names):
         raise CheckpointError(
-            f"{model_dir} holds an adapter ({names[0]}), not a model; merge it into its base model with "
-            "PeftModel.merge_and_unload() and save the result"
+            f"{model_dir} holds an adapter ({names[0]}), not a model; serve its base model "
+            f"with --enable-lora --lora-modules NAME={model_dir}, or merge them (merge_and_unload())"
         )
     if any(name.startswith("consolidated") for name in names):
         raise CheckpointError(

@@ -122,7 +122,7 @@ def _refuse_adapters(tensors: Collection[str]) -> None:
     if adapter := [name for name in tensors if ADAPTERS.search(name)]:
         raise CheckpointError(
             f"the checkpoint has {list_names(adapter)}: it is an adapter, or a model with one that is not "
-            "merged; merge it with PeftModel.merge_and_unload() and save the result"
+            "merged; merge it (PeftModel.merge_and_unload()), or serve an adapter with --lora-modules"
         )
 
 

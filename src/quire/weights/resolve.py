@@ -95,8 +95,8 @@ def _no_model(path: Path) -> str:
     """An error message with the kind of files that the directory contains."""
     if (path / "adapter_config.json").is_file():
         return (
-            f"{path} holds an adapter (adapter_config.json), not a model; merge it into its base model "
-            "with PeftModel.merge_and_unload() and save the result"
+            f"{path} holds an adapter (adapter_config.json), not a model; serve its base model with "
+            f"--enable-lora --lora-modules NAME={path}, or merge them (merge_and_unload())"
         )
     if (path / "params.json").is_file():
         return (
