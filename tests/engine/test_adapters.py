@@ -382,6 +382,25 @@ async def test_loading_replacing_and_unloading(
 
 
 @pytest.mark.asyncio(loop_scope="module")
+async def test_a_beam_search_keeps_its_version(engine: AsyncLLM) -> None:
+    """Between two rounds, no request of it is in the engine core."""
+    params = BeamSearchParams(beam_width=2, max_tokens=30, ignore_eos=True)
+    for change in ("replace", "unload"):
+        await engine.adapters.load("beams", "a1", replace=True)
+        stream = engine.submit(PROMPT, params, placement=Placement(adapter="beams"))
+        await asyncio.sleep(0.05)
+        if change == "replace":
+            await engine.adapters.load("beams", "a2", replace=True)
+        else:
+            await engine.adapters.unload("beams")
+        assert not stream._ended
+        [output] = [output async for output in stream]
+        assert output.error is None and len(output.outputs[0].token_ids) == 30
+    await ask(engine, None)
+    assert not engine._front.adapters._dropped
+
+
+@pytest.mark.asyncio(loop_scope="module")
 async def test_names_are_found_in_the_directory(
     engine: AsyncLLM, llm: LLM, adapters: list[LoRARequest]
 ) -> None:

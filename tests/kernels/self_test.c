@@ -138,6 +138,65 @@ static void test_linear(int dt, int64_t m, int64_t k, int64_t n) {
   }
 }
 
+/* Every third row with no adapter, the others with one of two. */
+static void test_adapters(int dt, int64_t m, int64_t k, int64_t n, int64_t rank, int scaled) {
+  const int64_t step = pair_of(dt), padded = (k + step - 1) / step * step, panels = (n + PANEL - 1) / PANEL;
+  void *x = make(m * k, dt, 1), *w = make(n * k, dt, 0.1f), *bias = make(n, dt, 1);
+  void *packed = aligned_alloc(64, (size_t)(panels * PANEL * padded * 4));
+  memset(packed, 0, (size_t)(panels * PANEL * padded * 4));
+  quire_pack_linear(w, 0, n, k, (int64_t)elem_size(dt), step, packed, 2);
+  const linear_weight weight = {packed, bias, n, k, dt};
+  lora_site sites[2];
+  void *a[2], *b[2];
+  float *gains[2];
+  for (int s = 0; s < 2; s++) {
+    const int64_t r = rank + s;
+    lora_panel *of = malloc((size_t)panels * sizeof *of);
+    float *scales = malloc((size_t)r * 4);
+    a[s] = make(r * k, dt, 0.3f), b[s] = make(panels * r * PANEL, dt, 0.3f), gains[s] = make(panels * PANEL, F32, 2);
+    for (int64_t p = 0; p < panels; p++) of[p] = (lora_panel){0, (int32_t)r, p * r};
+    for (int64_t i = 0; i < r; i++) scales[i] = 0.5f + 0.01f * (float)i;
+    sites[s] = (lora_site){.a = a[s], .b = b[s], .panels = of, .scales = scales, .gains = scaled ? gains[s] : NULL,
+                           .rank = r, .k = k, .dtype = dt};
+  }
+  const lora_site *adapters[] = {&sites[0], &sites[1]};
+  const lora_table table = {adapters, 2};
+  int32_t *chosen = malloc((size_t)m * 4), *ends = malloc((size_t)m * 4);
+  for (int64_t i = 0; i < m; i++) chosen[i] = (int32_t)(i % 3) - 1, ends[i] = (int32_t)i + 1;
+  lora_rows rows, one;
+  expect(!quire_group_rows(&table, chosen, ends, m, malloc((size_t)quire_group_bytes(m, m)), &rows), "group", dt, m, n);
+  const size_t row = (size_t)n * elem_size(dt);
+  char *out = malloc((size_t)m * row), *alone = malloc(row), *base = malloc(row), memory[64];
+  expect(!quire_adapted_linear(&weight, x, k, out, n, m, LINEAR_STORE, 2, &rows, 0), "adapters", dt, m, n);
+  for (int64_t i = 0; i < m; i++) {
+    const int s = chosen[i];
+    quire_linear(&weight, at(x, i * k, dt), k, base, n, 1, LINEAR_STORE, 1);
+    if (s < 0) expect(!memcmp(base, out + (size_t)i * row, row), "no adapter", dt, i, n);
+    const int32_t end = 1;
+    quire_group_rows(&table, chosen + i, &end, 1, memory, &one);
+    quire_adapted_linear(&weight, at(x, i * k, dt), k, alone, n, 1, LINEAR_STORE, 1, &one, 0);
+    expect(!memcmp(alone, out + (size_t)i * row, row), "adapters, row alone", dt, i, n);
+    for (int64_t j = 0; s >= 0 && j < n; j++) {
+      double sum = 0, magnitude = 0;
+      for (int64_t l = 0; l < k; l++) {
+        const double product = (double)get(x, i * k + l, dt) * get(w, j * k + l, dt);
+        sum += product, magnitude += fabs(product);
+      }
+      for (int64_t r = 0; r < sites[s].rank; r++) {
+        double t = 0, size = 0;
+        for (int64_t l = 0; l < k; l++) {
+          const double product = (double)get(x, i * k + l, dt) * get(a[s], r * k + l, dt);
+          t += product, size += fabs(product);
+        }
+        const double factor = sites[s].scales[r] * get(b[s], (j / PANEL * sites[s].rank + r) * PANEL + j % PANEL, dt);
+        sum += t * factor, magnitude += size * fabs(factor);
+      }
+      const double gain = scaled ? gains[s][j] : 1, expected = sum * gain + get(bias, j, dt);
+      expect(close_to(get(out, i * n + j, dt), expected, 2 * magnitude + 2, dt), "adapters", dt, i, j);
+    }
+  }
+}
+
 /* Sign, four bits of exponent, three of mantissa. */
 static double float8_value(int code) {
   const int exponent = code >> 3 & 15, mantissa = code & 7;
@@ -465,6 +524,7 @@ int main(void) {
     const int64_t shapes[][3] = {{1, 1, 1}, {3, 7, 5}, {1, 300, 65}, {7, 64, 128}, {20, 129, 70}, {2, 4101, 9}};
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++)
       test_linear(dt, shapes[i][0], shapes[i][1], shapes[i][2]);
+    test_adapters(dt, 1, 7, 5, 1, 0), test_adapters(dt, 20, 70, 130, 5, 1), test_adapters(dt, 4, 600, 65, 16, 0);
     test_float8(dt, 1, 9, 3, 16), test_float8(dt, 9, 300, 70, 128), test_float8(dt, 3, 72, 64, 24);
     const code_info forms[] = {
         {.bits = 4, .zero = 8, .activation_bits = 16},
@@ -486,7 +546,7 @@ int main(void) {
       test_norm(dt, dt, rows, n), test_norm(dt, F32, rows, n), test_gated(dt, rows, n), test_scaled(dt, rows, n);
     }
     test_attention(dt, 16, 40, 0, 0), test_attention(dt, 64, 150, 33, 0), test_attention(dt, 72, 70, 0, 5);
-    printf("linear, float8, codes, norm, gates, scales, rope, attention: %s\n", names[dt]);
+    printf("linear, adapters, float8, codes, norm, gates, scales, rope, attention: %s\n", names[dt]);
   }
   test_attention(F32, 16, 1100, 0, 0); /* more than two segments of keys */
   for (int64_t vocab = 1; vocab < 2000; vocab = vocab * 3 + 2)

@@ -116,7 +116,7 @@ def test_the_delta_is_added_before_the_result_is_rounded(
 ) -> None:
     dtype = torch.float32
     made = product(kind, sizes, k, dtype, seed)
-    adapters = HostAdapters([made, made], dtype=dtype, capacity=3, max_rank=64)
+    adapters = HostAdapters([made, made], dtype=dtype, capacity=3, max_rank=64, parts=())
     given = [deltas(sizes, k, dtype, seed + i, scaled) for i in range(2)]
     for index, each in enumerate(given):
         adapters.put(index, adapters.pack({0: each}))
@@ -148,7 +148,7 @@ def test_a_row_has_the_bits_that_it_has_alone(
     kind: str, k: int, sizes: list[int], rows: int, dtype: torch.dtype, scaled: bool, seed: int
 ) -> None:
     made = product(kind, sizes, k, dtype, seed)
-    adapters = HostAdapters([made, made], dtype=dtype, capacity=4, max_rank=64)
+    adapters = HostAdapters([made, made], dtype=dtype, capacity=4, max_rank=64, parts=())
     for index in range(4):
         adapters.put(index, adapters.pack({0: deltas(sizes, k, dtype, seed + index, scaled)}))
     x = randn(rows, k, rng=generator(seed), dtype=dtype)
@@ -165,7 +165,7 @@ def test_a_row_has_the_bits_that_it_has_alone(
 def test_sixteen_bits_are_rounded_once(dtype: torch.dtype) -> None:
     sizes, k = (130, 70), 257
     made = product("dense", sizes, k, dtype, 3)
-    adapters = HostAdapters([made, made], dtype=dtype, capacity=1, max_rank=64)
+    adapters = HostAdapters([made, made], dtype=dtype, capacity=1, max_rank=64, parts=())
     adapter = deltas(sizes, k, dtype, 1, False)
     adapters.put(0, adapters.pack({0: adapter}))
     x = randn(33, k, rng=generator(1), dtype=dtype)
@@ -178,21 +178,21 @@ def test_sixteen_bits_are_rounded_once(dtype: torch.dtype) -> None:
 
 def test_an_adapter_that_is_not_there() -> None:
     made = product("dense", [64], 16, torch.float32, 0)
-    adapters = HostAdapters([made, made], dtype=torch.float32, capacity=2, max_rank=64)
+    adapters = HostAdapters([made, made], dtype=torch.float32, capacity=2, max_rank=64, parts=())
     adapters.put(1, adapters.pack({}))
     adapters.clear(1)
     for index in (1, 2, 100):
         with pytest.raises(KernelArgumentError, match="not in the table"):
             adapters.rows(torch.tensor([-1, index], dtype=torch.int32))
     with pytest.raises(KernelArgumentError, match="cannot have adapters"):
-        HostAdapters([torch.nn.Identity()], dtype=torch.float32, capacity=1, max_rank=1)  # type: ignore[list-item]
+        HostAdapters([torch.nn.Identity()], dtype=torch.float32, capacity=1, max_rank=1, parts=())  # type: ignore[list-item]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_embedding(dtype: torch.dtype) -> None:
     vocab, hidden, rank = 50, 100, 21
     made = product("dense", [vocab], hidden, dtype, 0)
-    adapters = HostAdapters([made], dtype=dtype, capacity=2, max_rank=64)
+    adapters = HostAdapters([made], dtype=dtype, capacity=2, max_rank=64, parts=())
     a, b = (
         randn(rank, vocab, rng=generator(1), dtype=dtype),
         randn(hidden, rank, rng=generator(2), dtype=dtype),

@@ -36,6 +36,9 @@ def test_the_kernels_are_what_plain_loops_say(tmp_path: Path) -> None:
     ("file", "right", "wrong"),
     [
         ("linear_panel.h", "[r * x_stride + k + half]", "[r * x_stride + k]"),
+        ("lora.c", "u->site->scales[rank + c] *", ""),
+        ("lora.c", "vset(t[r * stride + k])", "vset(t[k])"),
+        ("lora.c", "(all->rows[i + r] - begin)", "r"),
         ("sampling.c", "c.ties-- <= 0", "c.ties-- < 0"),
         ("vec.h", "u + 0x7fffu + ((u >> 16) & 1u)", "u + 0x8000u"),
         ("vec.h", "- (120u << 3)", "- (121u << 3)"),

@@ -50,7 +50,8 @@ class Engine:
         takes_drafts: Callable[[AddRequest], bool] = lambda message: True,
         **limits: int,
     ) -> None:
-        bounds = {"max_model_len": 40, "watermark_blocks": 0, "max_drafts": 8, **limits}
+        drafts = {"max_drafts": 8, "adaptive_drafts": False}
+        bounds = {"max_model_len": 40, "watermark_blocks": 0, **drafts, **limits}
         self.scheduler = Scheduler(
             SchedulerLimits(4, budget, **bounds),
             KVCacheManager(num_blocks, 4, enable_prefix_caching=True),
@@ -175,7 +176,7 @@ def test_an_end_token_among_accepted_drafts_ends_the_request(kept: int) -> None:
     assert engine.updates[1][-1].finish_reason is FinishReason.STOP
     engine.add(2, [*PROMPT, *output[: kept + 1], 7])
     engine.step()
-    computed = len(PROMPT) + kept + 1  # the end token too was a draft
+    computed = len(PROMPT) + kept  # the end token was no draft: nothing follows it
     assert engine.rows(2)[0].start == computed // 4 * 4, "whole blocks of what was accepted"
 
 

@@ -81,6 +81,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             enable_chunked_prefill=chunked,
             policy=self.policy or policy,
             max_drafts=5 if self.drafts else 0,
+            adaptive_drafts=watermark == 1,
         )
         windows = self.layouts[layout % len(self.layouts)]
         sizes = {"windows": windows, "max_row_tokens": budget, "enable_prefix_caching": caching}
@@ -90,7 +91,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler = Scheduler(
             limits,
             kv,
-            clock=lambda: 0.0,
+            clock=iter(range(10**6)).__next__,
             needs_token_before_next=needs_token_before_next,
             connector=self.make_connector(),
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from quire.engine.llm import LLM
+from quire.scheduler.draft_policy import DraftPolicy
 from tests.engine.checkpoints import ServableCheckpoint, prompts
 from tests.engine.test_exactness import GREEDY, make_llm, tokens_of
 from tests.speculative.scripted import ScriptedDrafter, drafting
@@ -29,6 +30,7 @@ def test_right_drafts_save_steps_and_change_nothing(
 
     drafter = ScriptedDrafter(guess)
     with drafting(lambda model: drafter), make_llm(servable("llama")) as llm:
+        llm._core._core.scheduler.drafting.policy = DraftPolicy()
         assert tokens_of(llm.generate(batch, GREEDY, use_tqdm=False)) == expected
         assert steps_of(llm) < plain / 3
     assert drafter.asked

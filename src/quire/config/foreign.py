@@ -33,7 +33,7 @@ def _idle(why: str, default: object = None, *short: str) -> Foreign:
 
 _ONE_DEVICE = "one device serves a model; start one server per device, behind a balancer"
 _TEXT_ONLY = "models read text only"
-_AS_FILED = "an adapter is computed in the type of its file"
+_AS_FILED = "an adapter is held in the model's dtype"
 _NO_MOE_ADAPTERS = "adapters apply to dense layers only"
 _KV_STAYS = "KV stays where it is computed"
 _NO_TRACES = "there are no traces yet; see /metrics and --enable-log-requests"

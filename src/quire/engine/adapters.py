@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,6 +46,8 @@ class AdapterRegistry:
         self._versions: dict[tuple[str, str], Adapter] = {}
         """By name and path of `LoRARequest`s."""
         self._num_read = 0
+        self._dropped: set[str] = set()
+        """Keys that no later request names, and that the core has not been told about."""
 
     def __iter__(self) -> Iterator[Adapter]:
         return iter(self._current.values())
@@ -91,16 +93,29 @@ class AdapterRegistry:
         if before is adapter:
             return []
         self._current[adapter.name] = adapter
-        messages: list[CoreInput] = [AddAdapter(adapter.key, str(adapter.path))]
+        self._dropped.discard(adapter.key)
         if replaces and before is not None and before.key != adapter.key:
-            messages.append(DropAdapter(before.key))
+            self._dropped.add(before.key)
         if not replaces:
             self._versions[adapter.name, str(adapter.request.lora_path)] = adapter
-        return messages
+        return [AddAdapter(adapter.key, str(adapter.path))]
 
-    def remove(self, name: str) -> list[CoreInput]:
-        """Later requests do not find it. Returns messages for the core."""
-        return [DropAdapter(self._current.pop(name).key)]
+    def remove(self, name: str) -> None:
+        """Later requests do not find it."""
+        self._dropped.add(self._current.pop(name).key)
+
+    def discard(self, adapter: Adapter) -> None:
+        """It could not be loaded."""
+        current = self._current.get(adapter.name)
+        if current is None or current.key != adapter.key:
+            self._dropped.add(adapter.key)
+
+    def take_dropped(self, in_use: Iterable[str | None]) -> list[CoreInput]:
+        """Messages for the core about versions that are no longer needed. in_use: keys of beam searches,
+        whose later rounds name them again."""
+        ready = self._dropped.difference(in_use) if self._dropped else ()
+        self._dropped.difference_update(ready)
+        return [DropAdapter(key) for key in ready]
 
     # --- reading files ----------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from quire.config import ADAPTER_NAME
 from quire.engine.adapters import Adapter, AdapterRegistry
 from quire.errors import InvalidParameterError, ModelError, ModelNotFoundError
 from quire.lora.request import LoRARequest
-from quire.messages import AddAdapter, ControlAction, CoreInput, DropAdapter, LoadAdapter
+from quire.messages import AddAdapter, ControlAction, CoreInput, LoadAdapter
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +32,7 @@ class AsyncAdapters:
         send: Callable[[Sequence[CoreInput]], None],
         control: Callable[[ControlAction], Awaitable[None]],
     ) -> None:
+        """send: sends these messages, and those about versions that are no longer needed."""
         self._registry = registry
         self._model_names = model_names
         self._send = send
@@ -131,7 +132,8 @@ class AsyncAdapters:
                     param="lora_name",
                     value=name,
                 )
-            self._send(self._registry.remove(name))
+            self._registry.remove(name)
+            self._send([])
             logger.info("removed adapter %s", name)
 
     async def use(self, request: LoRARequest) -> str:
@@ -149,9 +151,8 @@ class AsyncAdapters:
             try:
                 await self._control(LoadAdapter(adapter.key))
             except BaseException:
-                before = self._registry.find(adapter.name)
-                if before is None or before.key != adapter.key:
-                    self._send([DropAdapter(adapter.key)])
+                self._registry.discard(adapter)
+                self._send([])
                 raise
         self._send(self._registry.publish(adapter))
 

@@ -226,7 +226,7 @@ class AsyncLLM:
 
     def _send_all(self, messages: Sequence[CoreInput]) -> None:
         if not self.is_dead:
-            self._apply(Effects(send=list(messages)))
+            self._apply(self._front.settle(Effects(send=list(messages))))
 
     def _drain(self) -> None:
         """Handle the messages that have come, and let other tasks run from time to time."""

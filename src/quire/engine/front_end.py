@@ -244,7 +244,7 @@ class FrontEnd:
                 effects.outputs.append(search.output("abort"))
         if ended and self.dead is None:
             effects.send.append(AbortRequests(ended))
-        return self._settle(effects)
+        return self.settle(effects)
 
     # --- control calls ----------------------------------------------------------------------------
 
@@ -290,7 +290,7 @@ class FrontEnd:
                 self._take_answer(answer, effects)
         elif isinstance(message, Answer):
             self._take_answer(message, effects)
-        return self._settle(effects)
+        return self.settle(effects)
 
     def _take_answer(self, answer: Answer, effects: Effects) -> None:
         self._controls.take(answer)
@@ -305,12 +305,14 @@ class FrontEnd:
         else:
             self._extend(search, effects)
 
-    def _settle(self, effects: Effects) -> Effects:
-        """Effects of requests having ended."""
+    def settle(self, effects: Effects) -> Effects:
+        """Add the effects of requests having ended, and of changes of `adapters`."""
         now = self._clock()
         self._finish_times += [now for output in effects.outputs if output.finished]
         if not self.is_busy:
             effects.send += self._controls.release()
+        used = (search.request.placement.adapter for search in self._searches.values())
+        effects.send += self.adapters.take_dropped(used)
         return effects
 
     def fail(self, message: str) -> None:

@@ -247,10 +247,16 @@ class LayerKernels(Protocol):
         ...
 
     def adapters(
-        self, products: Sequence[LinearProduct], *, dtype: torch.dtype, capacity: int, max_rank: int
+        self,
+        products: Sequence[LinearProduct],
+        *,
+        dtype: torch.dtype,
+        capacity: int,
+        max_rank: int,
+        parts: Sequence[Sequence[int]],
     ) -> AdapterSet:
         """An empty set of adapters for a model with these products (`Program.products`). capacity: indices
-        are below it. max_rank: of each matrix.
+        are below it. max_rank: of each matrix. parts: outputs of each matrix of each product.
 
         Raises `KernelArgumentError` if this implementation cannot.
         """

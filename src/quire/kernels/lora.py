@@ -87,11 +87,13 @@ def leaves(product: LinearProduct) -> Sequence[LinearProduct]:
     return parts
 
 
-def matrix_rows(product: LinearProduct, first: int, count: int) -> Tensor:
+def matrix_rows(
+    product: LinearProduct, first: int, count: int, device: torch.device | None = None
+) -> Tensor:
     """Rows [first, first + count) of a product's matrix, in its dtype (dequantized) and on its device. They
     belong to one matrix of a stack. [count, in_features]"""
     for leaf in leaves(product):
         if first < leaf.out_features:
-            return leaf.rows(torch.arange(first, first + count))
+            return leaf.rows(torch.arange(first, first + count, device=device))
         first -= leaf.out_features
     raise AssertionError("rows past the product's end")

@@ -154,6 +154,29 @@ class RequestUpdate(msgspec.Struct, kw_only=True, omit_defaults=True):
     """Sent with the first token."""
     num_preemptions: int = 0
     """The number so far; sent when finished."""
+    draft_steps: list[tuple[int, int]] = []
+    """Of each row that verified drafts: how many, and how many of them were right. Sent when finished."""
+
+
+class DraftCounts(msgspec.Struct, array_like=True):
+    """Drafts that were verified, as vLLM counts them."""
+
+    num_drafts: int = 0
+    """Rows that verified at least one draft."""
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    accepted_per_position: list[int] = []
+    """Accepted drafts by their place in the row, from 0."""
+
+    def add(self, num_drafts: int, num_accepted: int) -> None:
+        """A row was verified."""
+        self.num_drafts += 1
+        self.num_draft_tokens += num_drafts
+        self.num_accepted_tokens += num_accepted
+        missing = num_accepted - len(self.accepted_per_position)
+        self.accepted_per_position += [0] * missing
+        for position in range(num_accepted):
+            self.accepted_per_position[position] += 1
 
 
 class SchedulerStats(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -186,6 +209,8 @@ class SchedulerStats(msgspec.Struct, kw_only=True, omit_defaults=True):
     rows_held: int = 0
     """Number of times that a request was left out of a step because its pending token had to be known
     first, since the last report. Zero without overlap."""
+    drafts: DraftCounts | None = None
+    """Since the last report; None if no drafts were verified."""
     rows_discarded: int = 0
     """Sampled tokens that were discarded, since the last report: their request had been aborted, or had
     ended with the token before (which is found one step late, with overlap)."""

@@ -28,7 +28,7 @@ from quire.kernels.lora import Deltas, MatrixDelta, PackedAdapter, matrix_rows
 from quire.models.decoder import DecoderModel
 from quire.models.spec import EMBEDDING
 from quire.quantization.matrix import is_quantized
-from quire.weights import adapter as files
+from quire.weights.adapter import HEAD, sites
 from quire.weights.peft import AdapterTensors, read_adapter
 
 logger = logging.getLogger(__name__)
@@ -82,7 +82,11 @@ class AdapterTable:
         try:
             self._products = model.record().products
             self.packed = model.kernels.adapters(
-                self._products, dtype=model.dtype, capacity=slots, max_rank=max_rank
+                self._products,
+                dtype=model.dtype,
+                capacity=slots,
+                max_rank=max_rank,
+                parts=[[part.out_features for part in site.parts] for site in sites(model.spec)],
             )
         except KernelArgumentError as error:
             raise UnsupportedModelError(f"LoRA adapters are not served here: {error}") from None
@@ -227,10 +231,11 @@ class AdapterTable:
         if each.magnitude is None:
             return None
         matrix, norms = each.matrix, torch.empty(each.matrix.outputs)
+        device = self._model.kernels.device
         a = each.a.float()
         for first in range(0, matrix.outputs, ROWS_AT_ONCE):
             b = each.b[first : first + ROWS_AT_ONCE].float()
-            weight = matrix_rows(self._products[matrix.site], matrix.first + first, len(b))
+            weight = matrix_rows(self._products[matrix.site], matrix.first + first, len(b), device)
             rows = torch.addmm(weight.float().cpu(), b, a, alpha=matrix.scale)
             norms[first : first + len(b)] = torch.linalg.vector_norm(rows, dim=1)
         gains = each.magnitude / norms
@@ -242,16 +247,20 @@ class AdapterTable:
         """The embedding or head that PEFT saves with an adapter is the model's own."""
         matrix, base, spec = each.matrix, each.base, self._model.spec
         assert base is not None
+        device = self._model.kernels.device
         is_head = matrix.name != EMBEDDING
-        name = files.HEAD if is_head and not spec.tie_word_embeddings else EMBEDDING
+        name = HEAD if is_head and not spec.tie_word_embeddings else EMBEDDING
         if is_quantized(spec.quantization, name):
             return  # the file has what it was rounded from
         for first in range(0, spec.vocab_size, ROWS_AT_ONCE):
             theirs = base[first : first + ROWS_AT_ONCE]
             if is_head:
-                ours = matrix_rows(self._products[matrix.site], first, len(theirs))
+                ours = matrix_rows(self._products[matrix.site], first, len(theirs), device)
             else:
-                ids, embedded = torch.arange(first, first + len(theirs)), self._model.embedded
+                ids, embedded = (
+                    torch.arange(first, first + len(theirs), device=device),
+                    self._model.embedded,
+                )
                 ours = embedded[ids] if isinstance(embedded, Tensor) else embedded.rows(ids)
             if not torch.equal(theirs.to(ours.dtype), ours.cpu()):
                 raise UnsupportedModelError(

@@ -105,6 +105,11 @@ class GPUBackend:
     def open_cache(self, kv_cache: KVCache, seats: Seats) -> None:
         self._seats = seats
         self._kv_cache = kv_cache
+        if seats.step.adapters is not None:
+            tokens = self._packer.shape.max_tokens
+            self._slots = torch.full(
+                (tokens,), -1, dtype=torch.int32, device=kv_cache.storage.device
+            )
         self._blocks = kv_cache.storage.view(len(kv_cache.parts), 2, *kv_cache.parts[0].k.shape)
 
     # --- requests -------------------------------------------------------------------------------------
@@ -137,6 +142,8 @@ class GPUBackend:
         rows, count = step.rows.rows[: step.rows.num_rows], len(step.positions)
         counts = rows[:, 2]
         self._send(step, rows)
+        if step.rows.has_adapters:
+            self._send_slots(rows)
         self._sampling.upload()
         wants = self._sampling.wants(step.sample_seats, step.positions)
         inside = not (wants.outside_graph or step.read_rows)
@@ -146,6 +153,7 @@ class GPUBackend:
             samples=count,
             most_tokens=int(counts.max()),
             level=wants.level if inside else None,
+            adapted=step.rows.has_adapters,
         )
         hidden: list[Tensor] = []
         if step.read_rows:
@@ -197,6 +205,15 @@ class GPUBackend:
         )
         self._upload(size)
 
+    def _send_slots(self, rows: NDArray[np.int64]) -> None:
+        """Send the adapter of each token, -1 for padding."""
+        adapters = self._seats.step.adapters
+        assert adapters is not None
+        slots = np.full(len(self._slots), -1, dtype=np.int32)
+        of_tokens = np.repeat(adapters[rows[:, 0]], rows[:, 2])
+        slots[: len(of_tokens)] = of_tokens
+        self._device.upload(self._slots, torch.from_numpy(slots))
+
     def _upload(self, size: int) -> None:
         packed = torch.from_numpy(self._packer.buffer[:size])
         self._device.upload(self._batch.packed[:size], packed)
@@ -247,7 +264,14 @@ class GPUBackend:
             )
             for slots, blocks in zip(batch.slot_mapping, batch.block_table, strict=True)
         ]
-        return self._model.compute(batch.input_ids[:tokens], metadata, self._kv_cache)
+        adapters = None
+        if shape.adapted:
+            of = self._seats.step.adapter_set
+            assert of is not None
+            adapters = of.rows(self._slots[:tokens])
+        return self._model.compute(
+            batch.input_ids[:tokens], metadata, self._kv_cache, adapters=adapters
+        )
 
     def _sampled_rows(self, shape: StepShape, hidden: Tensor) -> Tensor:
         """[samples, hidden_size]: the sampled rows of the hidden states."""

@@ -46,6 +46,8 @@ class StepShape(NamedTuple):
     """The largest number of tokens of a row."""
     level: SamplerLevel | None
     """Sampler level; None if it is sampled outside the graph."""
+    adapted: bool = False
+    """Whether any row has a LoRA adapter: else its kernels are not launched."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,12 +145,12 @@ class Graphs:
         """The padded shape for the step; None if it can have no graph."""
         if exact.most_tokens == 1 and exact.samples == exact.rows:
             size = _least(self._decode_rows, exact.rows)
-            return None if size is None else _decoding(size, exact.level)
+            return None if size is None else _decoding(size, exact.level, exact.adapted)
         rows = _least(self._mixed_rows, max(exact.rows, exact.samples))
         tokens = _least(self._mixed_tokens, exact.tokens)
         if rows is None or tokens is None:
             return None
-        return StepShape(rows, tokens, samples=rows, most_tokens=tokens, level=exact.level)
+        return exact._replace(rows=rows, tokens=tokens, samples=rows, most_tokens=tokens)
 
     def _work(self, shape: StepShape) -> Compute:
         """The CUDA graph for this shape; else a graph with a superset sampler, which gives the same
@@ -167,5 +169,5 @@ class Graphs:
         return partial(self._compute, shape)
 
 
-def _decoding(size: int, level: SamplerLevel | None) -> StepShape:
-    return StepShape(size, size, samples=size, most_tokens=1, level=level)
+def _decoding(size: int, level: SamplerLevel | None, adapted: bool = False) -> StepShape:
+    return StepShape(size, size, samples=size, most_tokens=1, level=level, adapted=adapted)

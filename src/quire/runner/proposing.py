@@ -1,4 +1,4 @@
-"""From the tokens of a step to the drafts that the next plan may verify."""
+"""Drafts at the runner: the samples of rows that verify some, and the drafts for the next plan."""
 
 from __future__ import annotations
 
@@ -10,9 +10,23 @@ from numpy.typing import NDArray
 
 from quire.messages import PlannedRow, SampledRow
 from quire.runner.seats import Seats
+from quire.sampling.sampler import NO_DRAFT
 from quire.speculative.base import Drafter, DraftTask
 
 Asked = list[tuple[SampledRow, DraftTask]]
+
+
+def samples_of(rows: Sequence[PlannedRow]) -> tuple[list[int], list[int]]:
+    """Of the samples of rows with and without drafts, in order: the index in its request of the token to be
+    sampled, and the draft before it (`StepInput.drafts`)."""
+    positions: list[int] = []
+    drafts: list[int] = []
+    for row in rows:
+        end = row.start + row.num_tokens
+        positions += range(end - row.samples + 1, end + 1)
+        drafts.append(NO_DRAFT)
+        drafts += row.draft_token_ids
+    return positions, drafts
 
 
 def ask_for(

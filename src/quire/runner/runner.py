@@ -22,10 +22,10 @@ from quire.models.decoder import DecoderModel
 from quire.runner.adapters import AdapterTable
 from quire.runner.backend import LaunchedSamples, StepBackend, StepInput, StepSamples
 from quire.runner.prompt_work import PromptWork
-from quire.runner.proposing import ask_for, propose
+from quire.runner.proposing import ask_for, propose, samples_of
 from quire.runner.seats import Seats, independent
 from quire.sampling.rules import RequestRules
-from quire.sampling.sampler import NO_DRAFT, GrammarSource
+from quire.sampling.sampler import GrammarSource
 from quire.speculative.base import Drafter, StateReader
 from quire.structured.base import GrammarError
 from quire.structured.masks import Mask
@@ -115,13 +115,13 @@ class Runner:
         draft_ids = None
         if has_drafts or num_samples < len(table):
             sampling = [row for row in rows if row.samples]
+        if has_drafts:
+            every = samples_of(sampling)
+            sample_rows = np.repeat(sample_rows, columns[:, 3])
+            sample_seats, (positions, draft_ids) = sample_seats[sample_rows], np.array(every)
+        elif num_samples < len(table):
             sample_rows = np.repeat(sample_rows, columns[:, 3])
             sample_seats, positions = sample_seats[sample_rows], positions[sample_rows]
-        if has_drafts:  # `positions` has those of each row's last sample
-            to_come = np.cumsum(columns[:, 3])[sample_rows] - 1 - np.arange(num_samples)
-            positions -= to_come
-            follows = to_come < columns[sample_rows, 3] - 1
-            draft_ids = np.where(follows, seats.token_ids[sample_seats, positions - 1], NO_DRAFT)
         seats.step.num_rows, seats.step.num_wanted = len(table), num_samples
         seats.step.has_adapters = seats.has_adapters(columns[:, 0])
         extras = None

@@ -78,6 +78,8 @@ class DecisionKind(str, Enum):
     """A running request wanted `needed` tokens and got `budget`."""
     PREEMPTED = "preempted"
     """`because_of` needed `needed` blocks, and `free` were free."""
+    DRAFTS = "drafts"
+    """A row verifies `budget` of `needed` proposed drafts."""
     FINISHED = "finished"
 
 
@@ -123,6 +125,9 @@ class Reporter:
     def finished(self, request_id: int, reason: FinishReason) -> None:
         self._report(request_id, DecisionKind.FINISHED, reason)
 
+    def drafts(self, request_id: int, proposed: int, verified: int) -> None:
+        self._report(request_id, DecisionKind.DRAFTS, needed=proposed, budget=verified)
+
     def rows(
         self, waits: Mapping[int, Wait], wanted: Iterable[tuple[int, int]], plan: StepPlan
     ) -> None:
@@ -133,7 +138,7 @@ class Reporter:
         for request_id, wait in waits.items():
             if wait.reason is not WaitReason.PREEMPTED:  # reported before
                 self.waits(request_id, wait)
-        given = {row.request_id: row.num_tokens for row in plan.rows}
+        given = {row.request_id: row.num_tokens - len(row.draft_token_ids) for row in plan.rows}
         for request_id, count in wanted:
             if request_id in waits:
                 continue

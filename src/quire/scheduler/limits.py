@@ -22,5 +22,8 @@ class SchedulerLimits:
     sequence at most."""
     max_drafts: int = 0
     """Most drafts that a request verifies in a step; 0 if there is no drafter."""
+    adaptive_drafts: bool = True
+    """Whether the number of drafts follows their acceptance and the measured time of steps. Else there are
+    as many as possible."""
     max_adapters: int = 1 << 30
     """Distinct adapters that running requests use at once."""

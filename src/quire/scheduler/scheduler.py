@@ -95,7 +95,7 @@ class Scheduler:
         """By request id, for those that the last step considered; the others wait behind `_stopped_at`."""
         self._num_deferred = 0
         self._stopped_at: int | None = None
-        self.drafting = Drafting(limits, kv)
+        self.drafting = Drafting(limits, kv, self.report)
         self._loading: dict[int, int] = {}
         """By request id, the id of the load that a waiting request started."""
         self.transfers: Transfers | None = None
@@ -173,7 +173,8 @@ class Scheduler:
         self.report.step(self._step_id, quantum, self.kv.num_free, budget)
         budget -= self._schedule_waiting(plan, max(quantum, budget - sum(wanted)))
         self._schedule_running(plan, running, wanted, budget, quantum)
-        self.drafting.plan(plan, self.requests)
+        if self.limits.max_drafts:
+            self.drafting.plan(plan, self.requests, self._clock())
         plan.released, self._released = self._released, []
         if self.transfers is not None:
             self.transfers.save_evicted()
@@ -474,6 +475,8 @@ class Scheduler:
             elif found is not None or not request.generates:
                 updates += self._learn_of_prompt(request, row, found)
         self._stats.step_tokens += plan.num_tokens
+        if self.limits.max_drafts:
+            self.drafting.measure(plan, self.requests, result.draft_seconds, self._clock())
         return updates
 
     def _learn(self, request: Request, planned: PlannedRow, row: SampledRow) -> RequestUpdate:
@@ -554,6 +557,7 @@ class Scheduler:
             request_id=request.request_id,
             finish_reason=reason,
             num_preemptions=request.num_preemptions,
+            draft_steps=request.draft_steps,
         )
 
     # --- accounting -------------------------------------------------------------------------------
@@ -561,6 +565,7 @@ class Scheduler:
     def take_stats(self) -> SchedulerStats:
         """The current state, and counts since the last call."""
         stats, self._stats = self._stats, SchedulerStats()
+        stats.drafts = self.drafting.take_counts()
         stats.num_running = len(self.running)
         stats.num_waiting = len(self.waiting)
         stats.waiting_by_reason = {

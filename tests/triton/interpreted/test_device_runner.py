@@ -18,8 +18,9 @@ from quire.config import EngineConfig, from_flat
 from quire.engine.core import EngineCore
 from quire.executor.base import Executor
 from quire.kvcache import KVCacheManager
-from quire.messages import AddRequest, FinishReason, RequestUpdate
+from quire.messages import AddAdapter, AddRequest, FinishReason, RequestUpdate
 from quire.models.registry import resolve_spec
+from quire.placement import Placement
 from quire.runner.cpu import CPU
 from quire.runner.device import CannotRecordError, HostDevice
 from quire.runner.footprint import WorkerSpec
@@ -29,9 +30,11 @@ from quire.runner.graphs import graph_sizes, mixed_rows, mixed_tokens
 from quire.runner.worker import Worker
 from quire.scheduler import Scheduler, SchedulerLimits
 from quire.scheduler.invariants import check_invariants
+from quire.weights.adapter import check_adapter
 from tests.models.variants import build_reference, save
 from tests.runner.drafting import COUNT, generate, nearly_right
 from tests.scheduler.requests import add_request
+from tests.weights.adapter_writer import write_adapter
 
 MAX_LEN = 48
 BLOCK_SIZE = 16
@@ -174,8 +177,8 @@ def opened(config: EngineConfig, spec: WorkerSpec, platform: CPU | GPU) -> Worke
     return worker
 
 
-def on_cpu(checkpoint: Path) -> Executor:
-    config = from_flat(SIZES)
+def on_cpu(checkpoint: Path, **options: Any) -> Executor:
+    config = from_flat({**SIZES, **options})
     return opened(config, spec_of(checkpoint), CPU(config, spec_of(checkpoint)))
 
 
@@ -186,9 +189,16 @@ def on_device(
     overlap: bool = True,
     eager: bool = False,
     seqs: int = SEQS,
+    **options: Any,
 ) -> Worker:
     config = from_flat(
-        {**SIZES, "async_scheduling": overlap, "enforce_eager": eager, "max_num_seqs": seqs}
+        {
+            **SIZES,
+            "async_scheduling": overlap,
+            "enforce_eager": eager,
+            "max_num_seqs": seqs,
+            **options,
+        }
     )
     gpu = GPU(config, spec_of(checkpoint), device)
     worker = opened(config, spec_of(checkpoint), gpu)
@@ -199,6 +209,8 @@ def on_device(
         *(batch.input_ids, batch.positions, batch.slot_mapping, batch.block_table),
         *(batch.seat_blocks, backend._sampling._table),
     ]
+    if worker.adapters is not None:
+        device.lasting += [backend._slots, *worker.adapters.packed.tensors()]  # type: ignore[attr-defined]
     return worker
 
 
@@ -207,15 +219,20 @@ def backend_of(worker: Worker) -> GPUBackend:
     return worker.runner.backend
 
 
-def core_of(executor: Executor, windows: Sequence[int | None] = (None,)) -> EngineCore:
+def core_of(
+    executor: Executor, windows: Sequence[int | None] = (None,), adapters: int = 0
+) -> EngineCore:
     limits = SchedulerLimits(
-        max_num_seqs=SEQS, max_num_batched_tokens=BUDGET, max_model_len=MAX_LEN
+        max_num_seqs=SEQS,
+        max_num_batched_tokens=BUDGET,
+        max_model_len=MAX_LEN,
+        max_adapters=adapters,
     )
     kv = KVCacheManager(
         NUM_BLOCKS * len(windows), BLOCK_SIZE, enable_prefix_caching=True, windows=windows,
         max_row_tokens=BUDGET,
     )  # fmt: skip
-    return EngineCore(Scheduler(limits, kv), executor, clock=lambda: 0.0)
+    return EngineCore(Scheduler(limits, kv), executor, max_adapters=2 * adapters, clock=lambda: 0.0)
 
 
 def run(
@@ -414,3 +431,28 @@ def test_graph_sizes() -> None:
     assert mixed_tokens(8_000_000_000, 8192) == [64, 128]
     assert mixed_tokens(1_000_000, 100) == [64, 100]
     assert mixed_tokens(70_000_000_000, 8192) == []
+
+
+def test_adapters(checkpoint: Path, device: FaithfulDevice, tmp_path: Path) -> None:
+    """Two of three adapters at a time, in graphs, beside requests without one: the tokens of the CPU."""
+    options = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8}
+    spec = spec_of(checkpoint).model
+    keys, messages = [], []
+    for index in range(3):
+        path = write_adapter(tmp_path / str(index), spec, ["_proj"], seed=index, rank=5 + index)
+        keys.append(check_adapter(path, spec, max_rank=8).key(f"a{index}"))
+        messages.append(AddAdapter(key=keys[-1], path=str(path)))
+    requests = [
+        add_request(
+            i, [3 + i % 7] * (9 + i), max_tokens=5, seed=i, placement=Placement(adapter=key)
+        )
+        for i, key in enumerate([keys[0], None, keys[1], keys[0], keys[2]], 1)
+    ]
+    outcomes = []
+    for executor in (on_cpu(checkpoint, **options), on_device(checkpoint, device, **options)):
+        core = core_of(executor, adapters=2)
+        for message in messages:
+            core.handle(message)
+        outcomes.append(run(executor, requests, core=core).tokens)
+    assert outcomes[0] == outcomes[1] and len(outcomes[0]) == 5
+    assert any(shape.adapted for shape in backend_of(executor).graphs.recorded)

@@ -82,9 +82,10 @@ class HostAdapters:
         dtype: torch.dtype,
         capacity: int,
         max_rank: int,
+        parts: Sequence[Sequence[int]],
     ) -> None:
         """products: of all sites but the last, the embedding. capacity: indices are below it.
-        max_rank: not needed here, where no memory is reserved."""
+        max_rank and parts are not needed here, where no memory is reserved."""
         self.products = tuple(products)
         self._dtype = dtype
         self._leaves: list[_Leaf] = []

@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quire.kernels.base import KVCacheShapes
-from quire.kernels.checks import KernelArgumentError, require
+from quire.kernels.checks import require
 from quire.kernels.codes import CodeFormat
 from quire.kernels.dequantize import SideBySide
-from quire.kernels.lora import AdapterSet
 from quire.kernels.ops import Activation, LinearProduct
 from quire.kernels.program import CachePart, Program
 from quire.kernels.triton import attention, layers
 from quire.kernels.triton.codes import TritonCodes
+from quire.kernels.triton.lora import DeviceAdapters
 from quire.kernels.triton.matmul import matmul
 
 
@@ -64,9 +64,22 @@ class TritonKernels:
     stack = SideBySide
 
     def adapters(
-        self, products: Sequence[LinearProduct], *, dtype: torch.dtype, capacity: int, max_rank: int
-    ) -> AdapterSet:
-        raise KernelArgumentError("the GPU kernels have none yet; run on a CPU")
+        self,
+        products: Sequence[LinearProduct],
+        *,
+        dtype: torch.dtype,
+        capacity: int,
+        max_rank: int,
+        parts: Sequence[Sequence[int]],
+    ) -> DeviceAdapters:
+        return DeviceAdapters(
+            products,
+            dtype=dtype,
+            capacity=capacity,
+            max_rank=max_rank,
+            parts=parts,
+            device=self.device,
+        )
 
     def kv_cache_shapes(
         self,
