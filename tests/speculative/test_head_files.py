@@ -18,9 +18,9 @@ from quire.errors import CheckpointError, ConfigError, QuireError, UnsupportedMo
 from quire.speculative.heads import HeadDrafter
 from quire.speculative.spec import HeadDraftSpec
 from tests.engine.checkpoints import ServableCheckpoint, prompts, write_checkpoint
-from tests.engine.test_exactness import make_llm, tokens_of
+from tests.engine.test_exactness import tokens_of
 from tests.speculative.reference_heads import save_head, tensors_of
-from tests.speculative.test_heads import DRAWN, FORMS, GREEDY
+from tests.speculative.test_heads import DRAWN, FORMS, GREEDY, make_llm
 
 FLAT, TRAINED = FORMS["eagle3"], FORMS["speculators"]
 
