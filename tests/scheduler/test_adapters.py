@@ -114,6 +114,18 @@ def test_waiting_is_counted_for_each_request() -> None:
     assert engine.why(new) == Wait(WaitReason.PLACE)
 
 
+def test_counts_of_waiting_end_with_the_waiting() -> None:
+    engine = Engine(most=1)
+    first, second, third = engine.add("a"), engine.add("b"), engine.add("c")
+    engine.step(3)
+    assert engine.scheduler.adapters._lacking == {second: 1, third: 1}
+    engine.core.handle(AbortRequests([third]))
+    engine.step()
+    assert engine.scheduler.adapters._lacking == {second: 1}
+    engine.core.handle(AbortRequests([first]))
+    assert engine.step() == [second] and engine.scheduler.adapters._lacking == {}
+
+
 def test_a_preempted_request_gives_up_its_place_and_comes_back() -> None:
     engine = Engine(most=2, num_blocks=101, max_num_seqs=4)
     first, second = engine.add("a", 360), engine.add("b", 360)

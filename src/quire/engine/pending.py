@@ -3,7 +3,7 @@ memory, while steps run.
 
 They are in the policy's order. One whose adapter finds no room, because requests in the scheduler use all
 adapters in memory, is passed by those behind it whose adapter is there; but only for `PATIENCE` passes. Then
-none of them passes until it has got room.
+none of them passes until it is in memory.
 """
 
 from __future__ import annotations
@@ -130,12 +130,9 @@ class PendingRequests:
         if entry.adapter is None:
             return True
         found = self.adapters.find(entry.adapter)
-        if found is not Residence.NO_ROOM:
-            entry.blocked_since = None
-            return found is Residence.LOADED and not overdue
-        if entry.blocked_since is None:
+        if found is Residence.NO_ROOM and entry.blocked_since is None:
             entry.blocked_since = self._pass
-        return False
+        return found is Residence.LOADED and not overdue
 
     def abort(self, request_ids: Iterable[int]) -> list[RequestUpdate]:
         """End those of the requests that wait here."""
