@@ -21,7 +21,8 @@ from quire.layers.norm import RMSNorm
 from quire.layers.parameter import WeightTarget
 from quire.layers.rotary import cos_sin_table
 from quire.models.decoder import DecoderModel
-from quire.models.head_spec import EMBEDDING, HeadSpec
+from quire.models.head_spec import HeadSpec
+from quire.models.spec import EMBEDDING
 from quire.weights.load import load_random_weights, load_weights
 from quire.weights.source import ModelSource
 

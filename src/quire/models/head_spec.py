@@ -24,16 +24,16 @@ from quire.quantization.base import LinearMethod, LinearPart, LinearShape
 from quire.quantization.unquantized import UNQUANTIZED
 from quire.weights.source import Checkpoint, ModelSource, TensorInfo
 
-FUSE, HEAD, EMBEDDING = "model.fc", "lm_head", "model.embed_tokens"
 MODEL_TYPES = ("llama", "qwen3", "mistral", "qwen2")
 """Families of layers that a head may have."""
 EMBEDDING_SAMPLE = 1 << 20
 """Bytes."""
 SPECULATORS_FIELDS = frozenset(
     "architectures auto_map base_model_ep_plan dtype torch_dtype embed_requires_grad has_no_defaults_at_init "
-    "speculators_model_type speculators_version tie_word_embeddings transformers_version".split()
+    "speculators_config speculators_model_type speculators_version tie_word_embeddings "
+    "transformer_layer_config transformers_version".split()
 )
-"""Fields of the speculators format that do not change what a head computes."""
+"""Fields of the speculators format that are read, or do not change what a head computes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +55,18 @@ class HeadNames:
         return f"{self.layer}.post_attention_layernorm"
 
 
-EAGLE = HeadNames(layer="model.layers.0", join=FUSE)
-EAGLE3 = HeadNames(
-    layer="model.layers.0",
-    join=FUSE,
+EAGLE = HeadNames(layer="model.layers.0", join="model.fc")
+EAGLE3 = replace(
+    EAGLE,
     embedding_norm="model.layers.0.input_layernorm",
     state_norm="model.layers.0.hidden_norm",
     final_norm="model.norm",
 )
+MTP_NAMES = {
+    # product that joins: norms of embedding and state, and before the output head
+    "input_proj": ("token_layernorm", "hidden_layernorm", "final_layernorm"),  # MiMo
+    "eh_proj": ("enorm", "hnorm", "shared_head.norm"),  # DeepSeek-V3, GLM-4.5
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,22 +116,17 @@ class HeadSpec:
     def head(self) -> LinearShape | None:
         if self.draft_vocab_size is None:
             return None
-        return LinearShape(self.hidden_size, (LinearPart(HEAD, self.draft_vocab_size),), bias=False)
+        parts = (LinearPart("lm_head", self.draft_vocab_size),)
+        return LinearShape(self.hidden_size, parts, bias=False)
 
     @property
     def norms(self) -> dict[str, int]:
         """Sizes of the norms, by name."""
         names = self.names
-        own = (
-            names.embedding_norm,
-            names.state_norm,
-            names.input_norm,
-            names.mlp_norm,
-            names.final_norm,
-        )
+        own = (names.embedding_norm, names.state_norm, names.input_norm, names.final_norm)
         width = len(self.taps) * self.target.hidden_size
         taps = dict.fromkeys(self.tap_norms, width // max(1, len(self.tap_norms)))
-        return {name: self.hidden_size for name in own if name is not None} | taps
+        return dict.fromkeys(filter(None, (*own, names.mlp_norm)), self.hidden_size) | taps
 
     def linears(self) -> Iterator[LinearShape]:
         yield self.join
@@ -142,24 +141,19 @@ class HeadSpec:
         embedding = self.target.vocab_size * self.hidden_size if self.has_embedding else 0
         return linears + embedding * dtype_bytes
 
-    def kv_bytes_per_token(self, dtype_bytes: int) -> int:
-        return 2 * self.layer.attention.kv_size * dtype_bytes
-
     def select(self, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
         """The head's tensors among a checkpoint's, under the names that `names` has."""
-        if self.method == "mtp":
-            ours = [f"{self.names.layer}.", f"{self.names.join}."]
+        if self.method == "mtp":  # its embedding and head are copies of the target's
+            unused = tuple(
+                f"{self.names.layer}.{n}" for n in ("embed_tokens.", "shared_head.head.")
+            )
+            own = f"{self.names.layer}."
             return {
-                name: info
-                for name, info in tensors.items()
-                if any(name.startswith(prefix) for prefix in ours)
-                and not name.endswith((".shared_head.head.weight", ".embed_tokens.weight"))
+                n: i for n, i in tensors.items() if n.startswith(own) and not n.startswith(unused)
             }
-        unused = {"t2d"} | (set() if self.has_embedding else {"embed_tokens.weight"})
+        unused = ("t2d",) if self.has_embedding else ("t2d", "embed_tokens.weight")
         found = {_own_name(name): info for name, info in tensors.items()}
-        return {
-            name: info for name, info in found.items() if name.removeprefix("model.") not in unused
-        }
+        return {n: i for n, i in found.items() if n.removeprefix("model.") not in unused}
 
 
 def _own_name(name: str) -> str:
@@ -182,51 +176,30 @@ def resolve_head(
     if "speculators_model_type" in config:
         config = _from_speculators(config, method)
     read = _resolve_eagle3 if method == "eagle3" else _resolve_eagle
-    with source.open() as checkpoint:
+    with source.open() as checkpoint, target_source.open() as other:
         names = {_own_name(name).removeprefix("model.") for name in checkpoint.tensors}
         spec = read(config, names, target)
-        if spec.has_embedding and spec.hidden_size == target.hidden_size:
-            with target_source.open() as other:
-                spec = replace(spec, has_embedding=not _same_embedding(checkpoint, other))
+        if spec.has_embedding and _same_embedding(checkpoint, other):
+            spec = replace(spec, has_embedding=False)
     return spec
 
 
-def _same_embedding(checkpoint: Checkpoint, other: Checkpoint) -> bool:
+def _same_embedding(*checkpoints: Checkpoint) -> bool:
     """Whether both begin with the same bytes: EAGLE's files hold a copy of the target's."""
-    found = []
-    for each in (checkpoint, other):
-        names = [name for name in each.tensors if name.endswith("embed_tokens.weight")]
-        if len(names) != 1:
+    found: list[object] = []
+    for each in checkpoints:
+        infos = [
+            info for name, info in each.tensors.items() if name.endswith("embed_tokens.weight")
+        ]
+        if len(infos) != 1:
             return False
-        info = each.tensors[names[0]]
-        data = bytearray(min(info.num_bytes, EMBEDDING_SAMPLE))
-        each.read(info, 0, memoryview(data))
-        found.append((info.dtype, info.shape, data))
+        data = bytearray(min(infos[0].num_bytes, EMBEDDING_SAMPLE))
+        each.read(infos[0], 0, memoryview(data))
+        found.append((infos[0].dtype, infos[0].shape, data))
     return found[0] == found[1]
 
 
 # --- MTP --------------------------------------------------------------------------------------------------
-
-
-def _mtp_names(prefix: str) -> Mapping[str, HeadNames]:
-    """By the product that joins the inputs, which no two forms call the same."""
-    mimo = HeadNames(
-        layer=prefix,
-        join=f"{prefix}.input_proj",
-        embedding_norm=f"{prefix}.token_layernorm",
-        state_norm=f"{prefix}.hidden_layernorm",
-        input_norm=f"{prefix}.input_layernorm",
-        final_norm=f"{prefix}.final_layernorm",
-    )
-    deepseek = HeadNames(
-        layer=prefix,
-        join=f"{prefix}.eh_proj",
-        embedding_norm=f"{prefix}.enorm",
-        state_norm=f"{prefix}.hnorm",
-        input_norm=f"{prefix}.input_layernorm",
-        final_norm=f"{prefix}.shared_head.norm",
-    )
-    return {mimo.join: mimo, deepseek.join: deepseek}
 
 
 def draft_tensors(target: ModelSpec) -> re.Pattern[str] | None:
@@ -239,18 +212,19 @@ def draft_tensors(target: ModelSpec) -> re.Pattern[str] | None:
 def _resolve_mtp(target: ModelSpec, tensors: Mapping[str, TensorInfo]) -> HeadSpec:
     """The first of several layers drafts all tokens."""
     prefixes = "model.mtp_layers.0", f"model.layers.{target.num_layers}"
-    forms = {join: names for prefix in prefixes for join, names in _mtp_names(prefix).items()}
-    found = [names for join, names in forms.items() if f"{join}.weight" in tensors]
+    places = [(prefix, join) for join in MTP_NAMES for prefix in prefixes]
+    found = [(prefix, join) for prefix, join in places if f"{prefix}.{join}.weight" in tensors]
     if not target.num_draft_layers or not found:
         raise UnsupportedModelError(
             "method mtp needs layers for multi-token prediction, and this model's checkpoint has none that "
             f"Quire knows (config.json: num_nextn_predict_layers is {target.num_draft_layers}; tensors: none "
-            f"of {', '.join(forms)}); use method suffix or eagle3"
+            f"of {', '.join('.'.join(place) for place in places)}); use method suffix or eagle3"
         )
-    names = found[0]
-    # MiMo's layer reads and makes hidden states before a norm and has them first: exllamav3 #238.
-    is_mimo = names.join.endswith("input_proj")
+    prefix, join = found[0]
+    embedding_norm, state_norm, final_norm = (f"{prefix}.{name}" for name in MTP_NAMES[join])
     layer = target.layers[-1]
+    # MiMo's layer has hidden states first, and reads and makes them before a norm: exllamav3 #238.
+    is_mimo = join == "input_proj"
     return HeadSpec(
         method="mtp",
         target=target,
@@ -258,7 +232,14 @@ def _resolve_mtp(target: ModelSpec, tensors: Mapping[str, TensorInfo]) -> HeadSp
         norm=target.norm,
         rope=target.ropes[layer.attention.rope or 0],
         hidden_size=target.hidden_size,
-        names=names,
+        names=HeadNames(
+            layer=prefix,
+            join=f"{prefix}.{join}",
+            embedding_norm=embedding_norm,
+            state_norm=state_norm,
+            input_norm=f"{prefix}.input_layernorm",
+            final_norm=final_norm,
+        ),
         taps=(target.num_layers,),
         reads_normed=not is_mimo,
         recycles_normed=not is_mimo,
@@ -273,21 +254,21 @@ def _resolve_mtp(target: ModelSpec, tensors: Mapping[str, TensorInfo]) -> HeadSp
 def _from_speculators(config: Mapping[str, object], method: str) -> dict[str, object]:
     """A config of vllm-project/speculators, as a flat one."""
     reader = ConfigReader(config)
-    kind = reader.text("speculators_model_type", default="")
-    if kind != method:
+    if reader.text("speculators_model_type", default="") != method:
         raise reader.bad("speculators_model_type", f"with method {method!r} it must be the same")
     layer = reader.mapping("transformer_layer_config")
     if layer is None:
         raise reader.bad("transformer_layer_config", "it must be an object")
-    # The trainer's default, unlike that of flat files.
-    before = reader.boolean("norm_before_residual", default=True)
-    own = {"transformer_layer_config", "speculators_config", *SPECULATORS_FIELDS}
-    others = {field: value for field, value in config.items() if field not in own}
-    return {**layer, **others, "norm_before_residual": before}
+    others = {field: value for field, value in config.items() if field not in SPECULATORS_FIELDS}
+    return {
+        **layer,
+        "norm_before_residual": True,
+        **others,
+    }  # the trainer's default, not that of flat files
 
 
-def _layer_spec(config: Mapping[str, object], reader: ConfigReader, target: ModelSpec) -> ModelSpec:
-    """The head's layer as a model of its family. reader: has read the fields that only heads have."""
+def _base(reader: ConfigReader, config: Mapping[str, object], target: ModelSpec) -> HeadSpec:
+    """The head's layer, by its family. reader: has read the fields of config that only heads have."""
     model_type = reader.text("model_type", default="llama")
     if model_type not in MODEL_TYPES:
         raise reader.bad("model_type", f"heads have layers of {', '.join(MODEL_TYPES)}")
@@ -298,18 +279,6 @@ def _layer_spec(config: Mapping[str, object], reader: ConfigReader, target: Mode
     if spec.vocab_size != target.vocab_size:
         rule = f"the target has {target.vocab_size} tokens; the head is for another model"
         raise reader.bad("vocab_size", rule)
-    return spec
-
-
-def _resolve_eagle(config: dict[str, object], names: set[str], target: ModelSpec) -> HeadSpec:
-    reader = ConfigReader(config)
-    for field in ("bias", "truncated_vocab_size", "method"):
-        reader.raw(field)
-    if reader.integer("draft_vocab_size", default=target.vocab_size) != target.vocab_size:
-        raise reader.bad("draft_vocab_size", "with method 'eagle' it is vocab_size; try eagle3")
-    spec = _layer_spec(config, reader, target)
-    _same_width(reader, "hidden_size", spec.hidden_size, target)
-    own_norm = "layers.0.input_layernorm"
     return HeadSpec(
         method="eagle",
         target=target,
@@ -317,109 +286,105 @@ def _resolve_eagle(config: dict[str, object], names: set[str], target: ModelSpec
         norm=spec.norm,
         rope=spec.ropes[0],
         hidden_size=spec.hidden_size,
-        names=replace(
-            EAGLE, input_norm=f"model.{own_norm}" if f"{own_norm}.weight" in names else None
-        ),
+        names=EAGLE,
         taps=(target.num_layers,),
-        reads_normed=True,
-        join_bias="fc.bias" in names,
-        has_embedding="embed_tokens.weight" in names,
         quantization=spec.quantization,
     )
 
 
-def _resolve_eagle3(config: dict[str, object], names: set[str], target: ModelSpec) -> HeadSpec:
-    reader = ConfigReader(config)
-    nested = reader.mapping("eagle_config") or {}
-    inner = ConfigReader(
-        {"norm_before_fc": config.get("norm_before_fc"), **nested}, prefix="eagle_config."
-    )
-    reader.raw("norm_before_fc")
-    if not inner.boolean("use_aux_hidden_state", default=True):
-        raise inner.bad(
-            "use_aux_hidden_state", "heads that read one hidden state are not supported"
-        )
-    layer_ids = reader.raw("eagle_aux_hidden_state_layer_ids") or nested.get(
-        "eagle_aux_hidden_state_layer_ids"
-    )
-    taps = _taps(layer_ids, reader, target)
-    if reader.integer("num_aux_hidden_states", default=len(taps)) != len(taps):
-        raise reader.bad("num_aux_hidden_states", f"it must be {len(taps)}, as many as layer ids")
-    own_width = target.hidden_size
-    _same_width(
-        reader,
-        "target_hidden_size",
-        reader.integer("target_hidden_size", default=own_width),
-        target,
-    )
-    norm_before_residual = reader.boolean("norm_before_residual", default=False)
-    recycles_normed = reader.boolean("norm_output", default=False)
-    tap_norms: tuple[str, ...] = ()
-    if inner.boolean("norm_before_fc", default=False):
-        tap_norms = ("model.input_norm",)
-    elif reader.boolean("fc_norm", default=False):
-        tap_norms = tuple(f"model.fc_norm.{i}" for i in range(len(taps)))
-    draft_vocab = reader.integer("draft_vocab_size", default=target.vocab_size)
-    for field in ("target_model_type", "modal_type", "fc_norm"):
-        reader.raw(field)
-    spec = _layer_spec(config, reader, target)
-    has_head = "lm_head.weight" in names
-    if draft_vocab != target.vocab_size and not ({"d2t", "lm_head.weight"} <= names):
-        raise CheckpointError(
-            f"config.json: draft_vocab_size is {draft_vocab}, but the checkpoint lacks tensor d2t or "
-            "lm_head.weight, which a vocabulary of its own needs; download the head again"
-        )
-    if spec.hidden_size != target.hidden_size and not (
-        {"embed_tokens.weight", "lm_head.weight"} <= names
-    ):
-        raise CheckpointError(
-            f"config.json: hidden_size is {spec.hidden_size}, the target's {target.hidden_size}: then the "
-            "head needs tensors embed_tokens.weight and lm_head.weight of its own; download it again"
-        )
-    layer = spec.layers[0]
-    return HeadSpec(
-        method="eagle3",
-        target=target,
-        layer=replace(layer, attention=replace(layer.attention, fused_input=True)),
-        norm=spec.norm,
-        rope=spec.ropes[0],
-        hidden_size=spec.hidden_size,
-        names=EAGLE3,
-        taps=taps,
-        recycles_normed=recycles_normed,
-        norm_before_residual=norm_before_residual,
-        tap_norms=tap_norms,
-        join_bias="fc.bias" in names,
-        draft_vocab_size=draft_vocab if has_head else None,
-        has_offsets=has_head and "d2t" in names,
-        has_embedding="embed_tokens.weight" in names,
-        quantization=spec.quantization,
-    )
-
-
-def _same_width(reader: ConfigReader, field: str, width: int, target: ModelSpec) -> None:
+def _check_width(reader: ConfigReader, field: str, width: int, target: ModelSpec) -> None:
     if width != target.hidden_size:
         rule = f"the target's hidden_size is {target.hidden_size}; the head is for another model"
         raise reader.bad(field, rule)
 
 
-def _taps(layer_ids: object, reader: ConfigReader, target: ModelSpec) -> tuple[int, ...]:
+def _resolve_eagle(config: Mapping[str, object], names: set[str], target: ModelSpec) -> HeadSpec:
+    reader = ConfigReader(config)
+    reader.raw("bias")  # seen from the tensors
+    if reader.integer("draft_vocab_size", default=target.vocab_size) != target.vocab_size:
+        raise reader.bad("draft_vocab_size", "with method 'eagle' it is vocab_size; try eagle3")
+    base = _base(reader, config, target)
+    _check_width(reader, "hidden_size", base.hidden_size, target)
+    norm = "layers.0.input_layernorm"
+    has_norm = f"{norm}.weight" in names
+    return replace(
+        base,
+        names=replace(EAGLE, input_norm=f"model.{norm}" if has_norm else None),
+        reads_normed=True,
+        join_bias="fc.bias" in names,
+        has_embedding="embed_tokens.weight" in names,
+    )
+
+
+def _resolve_eagle3(config: Mapping[str, object], names: set[str], target: ModelSpec) -> HeadSpec:
+    reader = ConfigReader(config)
+    nested = reader.mapping("eagle_config") or {}
+    inner = ConfigReader(
+        {"norm_before_fc": reader.raw("norm_before_fc"), **nested}, prefix="eagle_config."
+    )
+    if not inner.boolean("use_aux_hidden_state", default=True):
+        raise inner.bad(
+            "use_aux_hidden_state", "heads that read one hidden state are not supported"
+        )
+    field = "eagle_aux_hidden_state_layer_ids"
+    taps = _taps(field, reader.raw(field) or nested.get(field), target)
+    if reader.integer("num_aux_hidden_states", default=len(taps)) != len(taps):
+        raise reader.bad("num_aux_hidden_states", f"it must be {len(taps)}, as many as layer ids")
+    width = reader.integer("target_hidden_size", default=target.hidden_size)
+    _check_width(reader, "target_hidden_size", width, target)
+    tap_norms: tuple[str, ...] = ()
+    if reader.boolean("fc_norm", default=False):
+        tap_norms = tuple(f"model.fc_norm.{i}" for i in range(len(taps)))
+    if inner.boolean("norm_before_fc", default=False):
+        tap_norms = ("model.input_norm",)
+    vocab_size = reader.integer("draft_vocab_size", default=target.vocab_size)
+    before = reader.boolean("norm_before_residual", default=False)
+    recycles_normed = reader.boolean("norm_output", default=False)
+    for unused in ("target_model_type", "modal_type"):
+        reader.raw(unused)
+    base = _base(reader, config, target)
+    needed = {"d2t", "lm_head.weight"} if vocab_size != target.vocab_size else set()
+    if base.hidden_size != target.hidden_size:
+        needed |= {"embed_tokens.weight", "lm_head.weight"}
+    if missing := sorted(needed - names):
+        raise CheckpointError(
+            f"the checkpoint lacks tensor {missing[0]}, which a head with hidden_size {base.hidden_size} and "
+            f"draft_vocab_size {vocab_size} needs for a model with {target.hidden_size} and "
+            f"{target.vocab_size}; download it again"
+        )
+    has_head, layer = "lm_head.weight" in names, base.layer
+    return replace(
+        base,
+        method="eagle3",
+        layer=replace(layer, attention=replace(layer.attention, fused_input=True)),
+        names=EAGLE3,
+        taps=taps,
+        recycles_normed=recycles_normed,
+        norm_before_residual=before,
+        tap_norms=tap_norms,
+        join_bias="fc.bias" in names,
+        draft_vocab_size=vocab_size if has_head else None,
+        has_offsets=has_head and "d2t" in names,
+        has_embedding="embed_tokens.weight" in names,
+    )
+
+
+def _taps(field: str, layer_ids: object, target: ModelSpec) -> tuple[int, ...]:
     """Layers whose input the head reads, ascending.
 
     Files number them in two ways. If the first is 1, they mean the results of these layers: no head reads
     the input of layer 1 (SGLang #25454). Else they mean the layers' inputs, as vLLM reads all files.
     """
-    count, field = target.num_layers, "eagle_aux_hidden_state_layer_ids"
-    if not layer_ids:
-        layer_ids = [2, count // 2, count - 3]
-    is_list = isinstance(layer_ids, list) and all(type(each) is int for each in layer_ids)
-    ids = sorted(set(layer_ids)) if is_list else [-1]  # type: ignore[call-overload]
-    shift = 1 if ids[0] == 1 else 0
+    count = target.num_layers
+    given = layer_ids or [2, count // 2, count - 3]
+    ids = sorted(each for each in given if type(each) is int) if isinstance(given, list) else []
+    shift = 1 if ids[:1] == [1] else 0
     taps = tuple(each + shift for each in ids)
-    if taps[0] < 0 or taps[-1] > count or len(taps) != len(layer_ids):  # type: ignore[arg-type]
+    is_whole = isinstance(given, list) and len(set(ids)) == len(given)
+    if not is_whole or taps[0] < 0 or taps[-1] > count:
         raise unsupported(
             field,
-            layer_ids,
+            given,
             rule=f"it must be different numbers from 0 to {count}, the target's layers",
             remedy="use a head that was made for this model",
         )

@@ -14,7 +14,7 @@ acceptance only.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -32,37 +32,55 @@ from quire.speculative.draft_cache import DraftCache
 from quire.speculative.spec import HeadDraftSpec
 from quire.weights.source import open_source
 
-MOST_HELD = 16
-"""States of a request that wait for the next call. More are computed at once, without drafts."""
+LEAST_PROMPT = 16
+"""So many tokens of a prompt are computed at once; fewer wait for the first drafts."""
 MOST_IDLE = 64
-"""A request that wants no drafts for so many tokens costs the head nothing until it wants some again."""
+"""A request that wants no drafts for so many tokens costs nothing until it wants some again."""
+LEAST_SHARE = 0.05
+"""Where fewer of the requests want drafts, only each `ONE_IN`-th new one is followed from its first token, so
+that there are drafts to find out whether they pay."""
+ONE_IN = 16
+SHARE_MEMORY = 0.95
 
 
 @dataclass(slots=True)
 class _Seat:
     num_known: int
     """Tokens known at admission."""
+    num_idle: int
+    """Tokens since drafts were wanted."""
     first: int | None = None
-    """The token of the first state that is held; None: nothing is held, and the head's context has a gap."""
+    """The first token whose state is held; None: none is, and the head's context has a gap."""
+    end: int = 0
     context: int = 0
     """First token of its context, the first of a block."""
-    states: Tensor | None = None
-    """[n, hidden_size]: those of the tokens from `first` on."""
-    num_idle: int = 0
-    """Tokens since drafts were wanted."""
+    parts: list[Tensor] = field(default_factory=list)
+    """What is tapped of the tokens from `first` to `end`."""
 
-    @property
-    def end(self) -> int:
-        return (self.first or 0) + (0 if self.states is None else len(self.states))
+    def hold(self, start: int, tapped: Tensor) -> None:
+        """tapped: of the tokens from `start` on, which may be before the end: after rejected drafts."""
+        while self.end > start:
+            last = self.parts.pop()
+            self.end -= len(last)
+            if self.end < start:
+                self.parts.append(last[: start - self.end])
+                self.end = start
+        self.parts.append(tapped)
+        self.end += len(tapped)
+
+    def drop(self) -> None:
+        self.first, self.parts = None, []
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Row:
-    """Tokens [start, start + count) of a seat to compute."""
+    """Tokens [start, end) of a seat to compute, and the drafts that follow."""
 
     seat: int
     start: int
-    count: int
+    end: int
+    most: int = 0
+    drafts: list[int] = field(default_factory=list)
 
 
 class HeadDrafter:
@@ -97,13 +115,17 @@ class HeadDrafter:
         self._tables = rows.block_ids[0]
         self._seats: dict[int, _Seat] = {}
         self._samples = np.zeros(len(rows.token_ids), dtype=SAMPLE_ROW)
-        self._num_random = 0
+        self._num_random = self._num_admitted = self._num_asked = 0
+        self._share = 1.0
+        """Of the requests that could want drafts: how many did lately."""
 
     def begin(self, plan: StepPlan, seat_of: Mapping[int, int]) -> None:
         self._cache.begin(plan, seat_of)
         for request in plan.admitted:
             seat = seat_of[request.request_id]
-            self._seats[seat] = _Seat(len(request.token_ids))
+            self._num_admitted += 1
+            follows = self._share > LEAST_SHARE or self._num_admitted % ONE_IN == 0
+            self._seats[seat] = _Seat(len(request.token_ids), 0 if follows else MOST_IDLE + 1)
             self._samples[seat] = sample_row(request.decoding)
             self._num_random += not request.decoding.is_greedy
 
@@ -117,121 +139,91 @@ class HeadDrafter:
 
     def read(self, tapped: Tensor) -> None:
         """As `StateReader.read`."""
-        taken, begin = [], 0
+        kept: Tensor | None = None
+        ready, stop, num_sampled = [], 0, 0
         for seat, start, count, _ in self._rows.rows[: self._rows.num_rows].tolist():
-            skipped = self._skipped(self._seats[seat], seat, start, count)
-            if skipped < count:
-                taken.append((seat, start + skipped, begin + skipped, begin + count))
-            begin += count
-        if not taken:
-            return
-        states = self._head.states(tapped)
-        if states is tapped:
-            states = states.clone()  # its memory is the next step's
-        ready = []
-        for seat, start, first, last in taken:
-            held = self._seats[seat]
-            new = states[first:last]
-            if held.states is not None and held.first is not None and held.first < start:
-                new = torch.cat((held.states[: start - held.first], new))
-            held.states = new
-            # The token after a state is known inside the prompt, and before the row.
-            count = min(held.end, max(start, held.num_known - 1)) - (held.first or 0)
-            if count >= MOST_HELD:
-                ready.append(_Row(seat, held.first or 0, count))
+            held, end, stop = self._seats[seat], start + count, stop + count
+            if end >= held.num_known:
+                num_sampled += 1
+                held.num_idle += count
+            if held.num_idle > MOST_IDLE:
+                held.drop()
+                continue
+            if held.first is None or not held.first <= start <= held.end:
+                held.drop()
+                held.first, held.context = self._cache.join(seat, start)
+                held.end = held.first
+            first = max(start, held.first)
+            if first >= end:
+                held.drop()
+                continue
+            if kept is None:
+                kept = tapped.clone()  # its memory is the next step's
+            held.hold(first, kept[stop - (end - first) : stop])
+            inside = min(end, held.num_known - 1)  # the token after each of these is known
+            if inside - held.first >= LEAST_PROMPT:
+                ready.append(_Row(seat, held.first, inside))
+        if num_sampled:
+            share, self._num_asked = min(1.0, self._num_asked / num_sampled), 0
+            self._share = SHARE_MEMORY * self._share + (1 - SHARE_MEMORY) * share
         if ready:
             self._compute(ready, wanted=[])
-
-    def _skipped(self, held: _Seat, seat: int, start: int, count: int) -> int:
-        """How many of a row's first states are not needed."""
-        held.num_idle += count if start + count >= held.num_known else 0
-        if held.num_idle > MOST_IDLE:
-            held.first = held.states = None
-            return count
-        if held.first is not None and held.first <= start <= held.end:
-            return 0  # after rejected drafts, start is before the end
-        held.first, held.context = self._cache.join(seat, start)
-        held.states = None
-        if held.first >= start + count:
-            held.first = None
-            return count
-        return held.first - start
 
     # --- drafts ---------------------------------------------------------------------------------------
 
     def propose(self, tasks: Sequence[DraftTask]) -> Sequence[Sequence[int]]:
-        made: list[list[int]] = [[] for _ in tasks]
-        numbers, rows, most = [], [], []
-        for number, task in enumerate(tasks):
-            held, last = self._seats[task.seat], task.num_tokens - 2
-            if last + 1 + task.most >= self._longest:
+        self._num_asked += len(tasks)
+        made, rows = [], []
+        for task in tasks:
+            held, end = self._seats[task.seat], task.num_tokens - 1
+            row = _Row(task.seat, held.first or 0, end, task.most)
+            made.append(row.drafts)
+            if end + task.most >= self._longest:
                 continue
             held.num_idle = 0
-            if held.first is None or not held.first <= last < held.end:
+            if held.first is None or not held.first < end <= held.end:
                 continue
-            # Drafts but the last are computed too, after the last known token but one.
-            fits = self._cache.lend(task.seat, last + task.most)
-            numbers.append(number)
-            rows.append(_Row(task.seat, held.first, last + 1 - held.first))
-            most.append(task.most if fits else 1)
+            # Each draft but the last is computed too, from the slot after the last known token but one.
+            if not self._cache.lend(task.seat, end + task.most - 1):
+                row.most = 1
+            rows.append(row)
         if not rows:
             return made
-        ends = np.cumsum([row.count for row in rows])
-        result = self._compute(rows, wanted=(ends - 1).tolist())
-        for row in rows:
-            held = self._seats[row.seat]
-            held.first, held.states = row.start + row.count, None
-        alive = list(range(len(rows)))
+        stops = np.cumsum([row.end - row.start for row in rows])
+        result = self._compute(rows, wanted=(stops - 1).tolist())
         while result is not None:
-            seats = [rows[i].seat for i in alive]
-            found, valid = self._draw(
-                result.hidden,
-                seats,
-                [tasks[numbers[i]].num_tokens + len(made[numbers[i]]) for i in alive],
-            )
-            left = []
-            for place, i in enumerate(alive):
-                if valid[place]:
-                    made[numbers[i]].append(found[place])
-                    if len(made[numbers[i]]) < most[i]:
-                        left.append(place)
+            found, valid = self._draw(result.hidden, rows)
+            for row, token, is_valid in zip(rows, found, valid, strict=True):
+                if is_valid:
+                    row.drafts.append(token)
+                else:
+                    row.most = 0
+            left = [i for i, row in enumerate(rows) if len(row.drafts) < row.most]
             if not left:
                 break
-            alive = [alive[place] for place in left]
-            result = self._recycle(
-                result, left, [rows[i] for i in alive], [made[numbers[i]] for i in alive]
-            )
+            rows = [rows[i] for i in left]
+            # The result at the last token, and its draft, are the inputs at the next one.
+            after = [_Row(row.seat, at := row.end + len(row.drafts) - 1, at + 1) for row in rows]
+            ids = np.array([row.drafts[-1] for row in rows])
+            states = result.state[torch.tensor(left)]
+            result = self._run(after, ids, states, wanted=range(len(rows)))
         return made
 
     def _compute(self, rows: Sequence[_Row], wanted: Sequence[int]) -> HeadResult | None:
-        """Known tokens, whose states are held. wanted: indices among all tokens."""
-        ids = [
-            self._rows.token_ids[row.seat, row.start + 1 : row.start + row.count + 1]
-            for row in rows
-        ]
-        states = []
+        """Known tokens, from the first that is held. wanted: indices among all tokens."""
+        ids, tapped = [], []
         for row in rows:
             held = self._seats[row.seat]
-            assert held.states is not None and held.first == row.start
-            states.append(held.states[: row.count])
-            held.first, held.states = row.start + row.count, held.states[row.count :].clone()
-            self._cache.computed(row.seat, held.first)
-        return self._run(rows, np.concatenate(ids), torch.cat(states), wanted)
-
-    def _recycle(
-        self,
-        result: HeadResult,
-        places: Sequence[int],
-        rows: Sequence[_Row],
-        made: Sequence[Sequence[int]],
-    ) -> HeadResult | None:
-        """The next pass after each row's drafts. places: in the last result."""
-        after = [
-            _Row(row.seat, row.start + row.count + len(drafts) - 1, 1)
-            for row, drafts in zip(rows, made, strict=True)
-        ]
-        ids = np.array([drafts[-1] for drafts in made])
-        return self._run(after, ids, result.state[torch.tensor(places)], list(range(len(after))))
+            ids.append(self._rows.token_ids[row.seat, row.start + 1 : row.end + 1])
+            whole = torch.cat(held.parts) if len(held.parts) > 1 else held.parts[0]
+            count = row.end - row.start
+            tapped.append(whole[:count])
+            held.first, held.end, held.parts = row.end, row.end, []
+            if count < len(whole):
+                held.hold(row.end, whole[count:].clone())
+            self._cache.computed(row.seat, row.end)
+        states = self._head.states(torch.cat(tapped))
+        return self._run(rows, np.concatenate(ids), states, wanted)
 
     def _run(
         self,
@@ -252,20 +244,17 @@ class HeadDrafter:
         """Block tables and lengths begin with each seat's context; positions do not."""
         size, tables = self._block_size, self._tables
         contexts = [self._seats[row.seat].context for row in rows]
-        lens = [
-            row.start + row.count - context for row, context in zip(rows, contexts, strict=True)
-        ]
-        width = -(-max(lens) // size)
-        blocks = np.zeros((len(rows), width), dtype=np.int32)
+        lens = [row.end - context for row, context in zip(rows, contexts, strict=True)]
+        blocks = np.zeros((len(rows), -(-max(lens) // size)), dtype=np.int32)
         positions, slots = [], []
         for into, row, context, length in zip(blocks, rows, contexts, lens, strict=True):
             first, count = context // size, -(-length // size)
             into[:count] = tables[row.seat, first : first + count]
-            at = np.arange(row.start, row.start + row.count)
+            at = np.arange(row.start, row.end)
             positions.append(at)
             slots.append(tables[row.seat, at // size].astype(np.int64) * size + at % size)
         starts = np.zeros(len(rows) + 1, dtype=np.int32)
-        starts[1:] = np.cumsum([row.count for row in rows])
+        starts[1:] = np.cumsum([row.end - row.start for row in rows])
         return AttentionMetadata(
             positions=torch.from_numpy(np.concatenate(positions)),
             slot_mapping=torch.from_numpy(np.concatenate(slots)),
@@ -274,15 +263,13 @@ class HeadDrafter:
             block_table=torch.from_numpy(blocks),
         )
 
-    def _draw(
-        self, hidden: Tensor, seats: Sequence[int], positions: Sequence[int]
-    ) -> tuple[list[int], list[bool]]:
-        """A token of the target for each row, and whether it is valid. positions: where it would be."""
+    def _draw(self, hidden: Tensor, rows: Sequence[_Row]) -> tuple[list[int], list[bool]]:
+        """A token of the target for each row, and whether it is valid."""
         logits, ids = self._head.logits(hidden), self._head.token_ids
         samples = None
         if self._num_random and not self._greedy:
-            samples = self._samples.take(seats)
-            samples["position"] = positions
+            samples = self._samples.take([row.seat for row in rows])
+            samples["position"] = [row.end + 1 + len(row.drafts) for row in rows]
             if ids is not None:  # noise and filters are those of the target's tokens
                 every = torch.full((len(logits), self._head.spec.target.vocab_size), -torch.inf)
                 every[:, ids] = logits

@@ -44,7 +44,7 @@ class HeadDraftSpec:
 
     @property
     def slot_bytes(self) -> int:
-        return self.head.kv_bytes_per_token(element_bytes(self.dtype))
+        return 2 * self.head.layer.attention.kv_size * element_bytes(self.dtype)
 
     @property
     def weight_bytes(self) -> int:
