@@ -27,6 +27,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from bench.peers import cpu, rivals, servers
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 RANK, ADAPTERS, PROMPT, NEW = 16, 16, 64, 64
 BATCHES = (64, 16, 1)
@@ -115,7 +117,6 @@ class Quire:
 class VLLM:
     def __init__(self, args: argparse.Namespace) -> None:
         import vllm
-        from bench.peers import cpu
         from vllm.lora.request import LoRARequest
 
         self.version = vllm.__version__
@@ -152,8 +153,6 @@ class VLLM:
 
 class LlamaCpp:
     def __init__(self, args: argparse.Namespace) -> None:
-        from bench.peers import cpu, servers
-
         self.version = "llama-server of llama-cpp-python 0.3.36"
         self.port = servers.free_port()
         file = args.peers / "models" / f"{args.model}-{cpu.gguf_dtype()}.gguf"
@@ -176,7 +175,7 @@ class LlamaCpp:
         async def one(index: int, ids: list[int]) -> None:
             adapter = adapter_of(case, index)
             fields = {"prompt": ids, "n_predict": NEW, "temperature": 0.0, "ignore_eos": True}
-            lora = [] if adapter is None else [{"id": adapter, "scale": 1.0}]
+            lora = [{"id": i, "scale": float(i == adapter)} for i in range(ADAPTERS)]
             body = json.dumps({**fields, "cache_prompt": False, "lora": lora})
             reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
             head = "POST /completion HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
@@ -227,15 +226,10 @@ class Engine:
         command = [str(python), __file__, "--worker", name, "--model", args.model]
         for option in ("models", "adapters", "peers", "threads"):
             command += [f"--{option}", str(getattr(args, option))]
-        environment = {
-            **os.environ,
-            "PYTHONPATH": f"{REPOSITORY}"
-            if name == "vllm"
-            else f"{REPOSITORY / 'src'}:{REPOSITORY}",
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_CPU_OMP_THREADS_BIND": "all",
-            "VLLM_LOGGING_LEVEL": "ERROR",
-        }
+        paths = [REPOSITORY] if name == "vllm" else [REPOSITORY / "src", REPOSITORY]
+        environment = {**os.environ, "PYTHONPATH": ":".join(map(str, paths))}
+        if name == "vllm":
+            environment |= rivals.vllm_env(args.peers, args.threads, in_process=True)
         with (args.adapters / f"{name}.log").open("w") as log:
             self._process = subprocess.Popen(
                 command,
@@ -274,7 +268,10 @@ class Engine:
     def close(self) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
-        self._process.wait(30)
+        try:
+            self._process.wait(30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
 
 
 @contextlib.contextmanager
@@ -320,8 +317,6 @@ def main() -> None:
     if args.worker:
         serve(args)
         return
-    from quire.bench.record import run_record
-
     if not (args.adapters / str(ADAPTERS - 1) / "adapter_config.json").exists():
         write_adapters(args.models / args.model, args.adapters)
     names = args.engines.split(",")
@@ -341,8 +336,6 @@ def main() -> None:
                         speed = engine.run(case, batch, repeat)
                         if repeat:
                             speeds.setdefault((engine.name, batch, case), []).append(speed)
-    for engine in engines:
-        engine.close()
     table = []
     for (name, batch, case), values in speeds.items():
         of = "quire-off" if name == "quire" else name
@@ -354,9 +347,13 @@ def main() -> None:
             f"{name:10} {batch:3} {case:12} {table[-1]['tok_s']:8.1f} tok/s  {ratio:.3f} of its base"
         )
     if args.json:
+        from quire.bench.record import run_record
+
         record = {**run_record(), "command": sys.argv, "versions": {e.name: e.version for e in engines},
                   "prompt": PROMPT, "new": NEW, "rank": RANK, "results": table}  # fmt: skip
         args.json.write_text(json.dumps(record, indent=1))
+    for engine in engines:
+        engine.close()
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ is ignored: a complete text ends.
 
 Absent from `RequestOutput`: `encoder_prompt`, `encoder_prompt_token_ids`,
 `num_cache_creation_tokens`, `prompt_token_id_logprobs`, `kv_transfer_params`, `ec_transfer_params`; from
-`CompletionOutput`: `routed_experts`, `lora_request`, `sampling_mask`, `spec_decode_metrics`, `weight_versions`; from
+`CompletionOutput`: `routed_experts`, `lora_request`, `sampling_mask`, `weight_versions`; from
 `metrics`: `is_corrupted` (such a request ends with finish_reason `error`), and the names of vLLM's V0. Added:
 `RequestOutput.error`, which says what a finish_reason `error` was.
 
@@ -51,8 +51,7 @@ Names, labels, buckets and counts are vLLM's, and `gpu_cache_usage_perc`, `time_
 `gpu_prefix_cache_queries` and `gpu_prefix_cache_hits`, which vLLM has removed and dashboards still read, are always
 there. Absent, because there is nothing that they could count: `external_prefix_cache_queries`,
 `external_prefix_cache_hits`, `mm_cache_queries`, `mm_cache_hits`, `corrupted_requests`,
-`spec_decode_num_drafts`, `spec_decode_num_draft_tokens`, `spec_decode_num_accepted_tokens`,
-`spec_decode_num_accepted_tokens_per_pos`, `estimated_flops_per_gpu`, `estimated_read_bytes_per_gpu`,
+`estimated_flops_per_gpu`, `estimated_read_bytes_per_gpu`,
 `estimated_write_bytes_per_gpu`, `kv_block_lifetime_seconds`, `kv_block_idle_before_evict_seconds`,
 `kv_block_reuse_gap_seconds`. `/metrics` is always in the text format: OpenMetrics would rewrite the colon. There are
 no traces.

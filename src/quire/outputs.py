@@ -33,6 +33,51 @@ class RequestStateStats:
 
 
 @dataclass(slots=True)
+class RequestSpecDecodeMetrics:
+    """How the drafts of one sequence fared. Each step that verified drafts counts once."""
+
+    num_spec_tokens: int
+    """The most drafts of a step."""
+    num_draft_tokens: int = 0
+    per_step_accepted: list[int] = field(default_factory=list)
+    per_step_drafted: list[int] = field(default_factory=list)
+
+    @property
+    def num_accepted(self) -> int:
+        return sum(self.per_step_accepted)
+
+    @property
+    def histogram(self) -> list[int]:
+        """The number of steps that accepted j drafts, by j."""
+        counts = [0] * (self.num_spec_tokens + 1)
+        for accepted in self.per_step_accepted:
+            counts[accepted] += 1
+        return counts
+
+    def observe(self, num_draft_tokens: int, num_accepted: int) -> None:
+        self.num_draft_tokens += num_draft_tokens
+        self.per_step_drafted.append(num_draft_tokens)
+        self.per_step_accepted.append(num_accepted)
+
+    def to_dict(self, *, detailed: bool = False) -> dict[str, object]:
+        """vLLM's `metrics.speculative_decoding`. The mean length counts the token after the drafts too."""
+        steps, drafted = len(self.per_step_accepted), self.num_draft_tokens
+        found: dict[str, object] = {
+            "mean_acceptance_length": 1.0 + self.num_accepted / max(1, steps),
+            "draft_acceptance_rate": self.num_accepted / max(1, drafted),
+            "acceptance_histogram": self.histogram,
+            "num_spec_steps": steps,
+            "num_accepted_draft_tokens": self.num_accepted,
+            "num_draft_tokens": drafted,
+            "num_spec_tokens": self.num_spec_tokens,
+        }
+        if detailed:
+            found["per_step_accepted"] = self.per_step_accepted
+            found["per_step_drafted"] = self.per_step_drafted
+        return found
+
+
+@dataclass(slots=True)
 class CompletionOutput:
     """One of the `n` sequences of a request."""
 
@@ -45,6 +90,8 @@ class CompletionOutput:
     """stop | length | repetition | abort | error, or None while the sequence continues."""
     stop_reason: str | int | None = None
     """The stop string or stop token id that ended it; None for end of sequence."""
+    spec_decode_metrics: RequestSpecDecodeMetrics | None = None
+    """With speculative decoding, when finished."""
 
     @property
     def finished(self) -> bool:

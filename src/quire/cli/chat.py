@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from quire.cli.model_flags import add_model_flags, model_choice, refuse_text_for_model
 from quire.cli.parser import Parser
-from quire.cli.talk import ContextFullError, Speaker, ask, converse, open_speaker
+from quire.cli.talk import ContextFullError, Speaker, ask, converse, open_speaker, print_note
 from quire.util.terminal import printable
 
 HELP = "/reset begins anew, /exit leaves (so does Ctrl-D); Ctrl-C stops an answer."
@@ -92,3 +92,4 @@ async def _answer(
             if said:
                 conversation.exchanges.append((question, "".join(said)))
                 print()
+                print_note(speaker)

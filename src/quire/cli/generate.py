@@ -7,7 +7,7 @@ import sys
 
 from quire.cli.model_flags import ModelChoice, add_model_flags, model_choice
 from quire.cli.parser import Parser
-from quire.cli.talk import open_speaker
+from quire.cli.talk import open_speaker, print_note
 from quire.errors import ConfigError
 from quire.util.terminal import printable
 
@@ -62,5 +62,7 @@ async def _generate(
             sys.stdout.write(text if plain else printable(text, keep_newlines=True))
             sys.stdout.flush()
         sys.stdout.write("\n")
+        sys.stdout.flush()
+        print_note(speaker)
     finally:
         await speaker.close()

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from quire.cli.model_flags import ModelChoice
     from quire.config import EngineConfig
     from quire.engine.async_llm import AsyncLLM
+    from quire.outputs import RequestSpecDecodeMetrics, RequestStateStats
     from quire.sampling_params import SamplingParams
 
 Message = Mapping[str, str]
@@ -46,7 +47,18 @@ class Speaker(Protocol):
         """The continuation of `prompt`, without a template."""
         ...
 
+    @property
+    def note(self) -> str:
+        """What the last answer's drafts did, in a line; empty without speculative decoding."""
+        ...
+
     async def close(self) -> None: ...
+
+
+def print_note(speaker: Speaker) -> None:
+    """On a terminal; a file gets nothing but the text."""
+    if speaker.note and sys.stderr.isatty():
+        print(speaker.note, file=sys.stderr)
 
 
 class LocalModel:
@@ -54,6 +66,7 @@ class LocalModel:
 
     def __init__(self, engine: AsyncLLM, adapter: str | None = None) -> None:
         self._engine = engine
+        self.note = ""
         self._adapter = adapter
 
     @classmethod
@@ -94,7 +107,7 @@ class LocalModel:
     async def _stream(
         self, prompt: str | list[int], sampling: Mapping[str, object]
     ) -> AsyncIterator[str]:
-        stream = None
+        stream, self.note = None, ""
         try:
             placement = Placement(adapter=self._adapter)
             stream = self._engine.submit(prompt, self._params(sampling), placement=placement)
@@ -103,6 +116,8 @@ class LocalModel:
                     raise EngineError(output.error)
                 for sequence in output.outputs:
                     yield sequence.text
+                    if (drafts := sequence.spec_decode_metrics) is not None:
+                        self.note = _note(output.metrics, drafts)
             stream = None
         except PromptTooLongError as error:
             raise ContextFullError(str(error)) from None
@@ -120,6 +135,12 @@ class LocalModel:
         await self._engine.shutdown()
 
 
+def _note(times: RequestStateStats, drafts: RequestSpecDecodeMetrics) -> str:
+    count, seconds = times.num_generation_tokens, times.last_token_ts - times.first_token_ts
+    rate = f", {(count - 1) / seconds:.0f} tokens/s" if seconds > 0 else ""
+    return f"({count} tokens{rate}; {drafts.num_accepted} of {drafts.num_draft_tokens} drafts accepted)"
+
+
 async def _adapter_name(engine: AsyncLLM, adapter: str) -> str:
     """The name under which the engine serves it."""
     if Path(adapter).is_dir():
@@ -135,6 +156,7 @@ class RemoteModel:
 
     can_chat = True
     """Not known before the first request."""
+    note = ""
 
     def __init__(self, client: HttpClient, model: str) -> None:
         self._client = client

@@ -119,6 +119,12 @@ class ServerConfig:
         15.0, "Seconds without data before a stream gets a comment line; 0 is never."
     )
     log_stats_interval: float = option(10.0, "Seconds between throughput lines in the log.")
+    per_request_spec_decode_metrics: str = option(
+        "summary",
+        "With speculative decoding, what an answer with one sequence says of its drafts "
+        "(`metrics.speculative_decoding`): nothing, counts, or also the counts of every step.",
+        choices=("none", "summary", "detailed"),
+    )
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:

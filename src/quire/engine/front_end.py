@@ -90,7 +90,10 @@ class FrontEnd:
         self._clock = clock
         self._input = InputProcessor(model, has_head=model.spec.has_head)
         self._output = OutputProcessor(
-            model.tokenizer, stream_interval=limits.stream_interval, final_only=final_only
+            model.tokenizer,
+            stream_interval=limits.stream_interval,
+            final_only=final_only,
+            max_drafts=model.max_drafts,
         )
         self._controls = Controls()
         self._searches: dict[str, SearchRequest] = {}

@@ -140,6 +140,7 @@ class LLM:
                 model_name=self.model.name,
                 max_model_len=self.model.max_model_len,
                 max_adapters=config.lora.max_loras if config.lora.enable_lora else None,
+                max_drafts=config.max_drafts,
             )
         try:
             self._load_modules()

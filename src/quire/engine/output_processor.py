@@ -11,7 +11,13 @@ from quire.decoding import Task
 from quire.engine.input_processor import EngineRequest
 from quire.messages import FinishReason, RequestUpdate, StepOutputs, TokenLogprobs
 from quire.metrics import FinishedRequest, MetricsSink, NullMetrics
-from quire.outputs import CompletionOutput, Logprob, RequestOutput, RequestStateStats
+from quire.outputs import (
+    CompletionOutput,
+    Logprob,
+    RequestOutput,
+    RequestSpecDecodeMetrics,
+    RequestStateStats,
+)
 from quire.sampling_params import RequestOutputKind, SamplingParams
 from quire.text.detokenizer import IncrementalDetokenizer
 from quire.text.tokenizer import Tokenizer
@@ -32,6 +38,7 @@ class _Sequence:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     last_token_ts: float = 0.0
+    drafts: RequestSpecDecodeMetrics | None = None
     sent: int = 0
     """Tokens already in a DELTA output."""
 
@@ -78,12 +85,14 @@ class OutputProcessor:
         metrics: MetricsSink | None = None,
         stream_interval: int = 1,
         final_only: bool = False,
+        max_drafts: int = 0,
     ) -> None:
         """stream_interval: tokens per output, for requests that do not set it.
         final_only: one output per request, whatever its `output_kind`."""
         self._tokenizer = tokenizer
         self._stream_interval = stream_interval
         self._final_only = final_only
+        self._max_drafts = max_drafts
         self.metrics: MetricsSink = metrics or NullMetrics()
         self._states: dict[int, tuple[RequestState, _Sequence]] = {}
         self.requests: dict[str, RequestState] = {}
@@ -123,6 +132,8 @@ class OutputProcessor:
             sequence = _Sequence(message.request_id, index, detokenizer)
             if message.decoding.logprobs is not None:
                 sequence.logprobs, sequence.cumulative_logprob = [], 0.0
+            if self._max_drafts and params is not None:
+                sequence.drafts = RequestSpecDecodeMetrics(self._max_drafts)
             sequences.append(sequence)
         stats = RequestStateStats(arrival_time=time.time(), arrival_ts=request.arrival_ts)
         state = RequestState(request, params, kind, sequences, stats)
@@ -236,6 +247,8 @@ class OutputProcessor:
                 finish, stop_reason = FinishReason.STOP, None
                 sequence.stop_reason = result.stop.stop_string
         sequence.token_ids.extend(token_ids)
+        if update.drafts is not None and sequence.drafts is not None:
+            sequence.drafts.observe(*update.drafts)
         state.metrics.num_generation_tokens += len(token_ids)
         self._note_logprobs(state, sequence, (update.logprobs or [])[: len(token_ids)])
         if finish is not None:
@@ -389,4 +402,5 @@ def _completion(
         logprobs=logprobs,
         finish_reason=None if sequence.finish_reason is None else sequence.finish_reason.value,
         stop_reason=sequence.stop_reason,
+        spec_decode_metrics=None if sequence.finish_reason is None else sequence.drafts,
     )

@@ -78,6 +78,8 @@ class ServedModel:
     root: str
     grammars: Limits = DEFAULT_LIMITS
     """Limits for the grammars of requests."""
+    max_drafts: int = 0
+    """The most drafts of a step; 0 without speculative decoding."""
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -202,6 +204,7 @@ def serve_model(config: EngineConfig, resolved: ResolvedModel) -> ServedModel:
         chat_template=template,
         root=str(resolved.model_dir),
         grammars=Limits(config.structured.max_grammar_bytes, config.structured.json_whitespace),
+        max_drafts=config.max_drafts,
     )
 
 

@@ -154,8 +154,8 @@ class RequestUpdate(msgspec.Struct, kw_only=True, omit_defaults=True):
     """Sent with the first token."""
     num_preemptions: int = 0
     """The number so far; sent when finished."""
-    draft_steps: list[tuple[int, int]] = []
-    """Of each row that verified drafts: how many, and how many of them were right. Sent when finished."""
+    drafts: tuple[int, int] | None = None
+    """If the row verified drafts: how many, and how many of them were right."""
 
 
 class DraftCounts(msgspec.Struct, array_like=True):

@@ -19,7 +19,7 @@ from quire.metrics import buckets
 from quire.metrics.request_stats import FinishedRequest
 
 if TYPE_CHECKING:
-    from quire.messages import SchedulerStats, StepOutputs
+    from quire.messages import DraftCounts, SchedulerStats, StepOutputs
 
 FINISH_REASONS = ("stop", "length", "abort", "error", "repetition")
 WAIT_REASONS = ("capacity", "deferred")
@@ -40,14 +40,17 @@ class EngineMetrics:
         engine: str = "0",
         cache_info: Mapping[str, object] | None = None,
         max_adapters: int | None = None,
+        max_drafts: int = 0,
     ) -> None:
-        """max_adapters: that requests use at once; None if adapters are not served."""
+        """max_adapters: that requests use at once; None if adapters are not served. max_drafts: of a request
+        in a step; 0 without speculative decoding."""
         make = _Family(registry, model_name, engine)
         self._carried_tokens = 0
         self._make_gauges(make)
         self._make_counters(make)
         self._make_latencies(make)
         self._make_sizes(make, buckets.one_two_five(max(1, max_model_len)))
+        self._drafts = _DraftCounters(make, max_drafts) if max_drafts else None
         self._adapters: Gauge | None = None
         if max_adapters is not None:
             self._adapter_labels = {**make.base, "max_lora": str(max_adapters)}
@@ -232,6 +235,8 @@ class EngineMetrics:
         self._blocks_copied.inc(stats.blocks_copied)
         self._rows_held.inc(stats.rows_held)
         self._rows_discarded.inc(stats.rows_discarded)
+        if self._drafts is not None and stats.drafts is not None:
+            self._drafts.add(stats.drafts)
         self._show_adapters(stats.running_adapters, stats.waiting_adapters)
 
     def _show_adapters(self, running: Sequence[str], waiting: Sequence[str]) -> None:
@@ -286,6 +291,32 @@ class EngineMetrics:
     def on_sleep_state(self, level: int) -> None:
         for state, gauge in enumerate(self._sleep_state):
             gauge.set(state == level)
+
+
+class _DraftCounters:
+    """There only with speculative decoding, as in vLLM."""
+
+    def __init__(self, make: _Family, max_drafts: int) -> None:
+        self._drafts = make.counter(
+            "vllm:spec_decode_num_drafts", "Times that a request's drafts were verified."
+        )
+        self._tokens = make.counter("vllm:spec_decode_num_draft_tokens", "Drafts verified.")
+        self._accepted = make.counter("vllm:spec_decode_num_accepted_tokens", "Of those, right.")
+        self._per_position = [
+            make.counter(
+                "vllm:spec_decode_num_accepted_tokens_per_pos",
+                "Right drafts, by their place.",
+                position=str(position),
+            )
+            for position in range(max_drafts)
+        ]
+
+    def add(self, counts: DraftCounts) -> None:
+        self._drafts.inc(counts.num_drafts)
+        self._tokens.inc(counts.num_draft_tokens)
+        self._accepted.inc(counts.num_accepted_tokens)
+        for counter, count in zip(self._per_position, counts.accepted_per_position, strict=False):
+            counter.inc(count)
 
 
 class _Family:

@@ -22,6 +22,7 @@ class StatsLogger:
         self._queries = 0
         self._hits = 0
         self._preemptions = 0
+        self._drafts = self._accepted = 0
         self._stats: SchedulerStats | None = None
         self._was_idle = True
         self._since: float | None = None
@@ -38,6 +39,9 @@ class StatsLogger:
             self._queries += outputs.stats.prefix_queries
             self._hits += outputs.stats.prefix_hits
             self._preemptions += outputs.stats.num_preemptions
+            if (drafts := outputs.stats.drafts) is not None:
+                self._drafts += drafts.num_draft_tokens
+                self._accepted += drafts.num_accepted_tokens
 
     def line(self, now: float) -> str | None:
         """The line for the interval that ends `now` (monotonic seconds), or None when idle.
@@ -64,7 +68,11 @@ class StatsLogger:
             parts.append(f"Preemptions: {self._preemptions}")
         parts.append(f"GPU KV cache usage: {100.0 * stats.kv_usage:.1f}%")
         parts.append(f"Prefix cache hit rate: {100.0 * hit_rate:.1f}%")
+        if self._drafts:
+            rate = 100.0 * self._accepted / self._drafts
+            parts.append(f"Draft acceptance rate: {rate:.1f}% of {self._drafts}")
         self._prompt_tokens = self._generation_tokens = self._preemptions = 0
+        self._drafts = self._accepted = 0
         return f"Engine {self._engine}: " + ", ".join(parts)
 
     def log(self, now: float) -> None:

@@ -120,8 +120,9 @@ class Drafting:
 
     # --- results --------------------------------------------------------------------------------------
 
-    def learn(self, request: Request, planned: PlannedRow, token_ids: list[int]) -> None:
-        """Count only the accepted drafts as computed. Before the request has learned `token_ids`."""
+    def learn(self, request: Request, planned: PlannedRow, token_ids: list[int]) -> tuple[int, int]:
+        """Count only the accepted drafts as computed. Before the request has learned `token_ids`. Returns
+        the numbers of verified and of accepted drafts."""
         drafts = planned.draft_token_ids
         request.num_drafts_in_flight -= len(drafts)
         accepted = 0
@@ -130,12 +131,12 @@ class Drafting:
                 break
             accepted += 1
         self._counts.add(len(drafts), accepted)
-        request.draft_steps.append((len(drafts), accepted))
         self.policy.learn(request, len(drafts), accepted)
         if request.status is RequestStatus.RUNNING:
             # If no token follows the accepted drafts, the last of them is computed again for it.
             computed = min(accepted, len(token_ids) - 1)
             request.num_computed_tokens -= len(drafts) - computed
+        return len(drafts), accepted
 
     def keep(self, request: Request, row: SampledRow) -> None:
         """Keep drafts for the next plan, unless that plan is in flight already. An end token is no use as a

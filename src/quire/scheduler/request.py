@@ -22,9 +22,9 @@ class Request:
     flight are done. Those plans sample the last `num_pending_tokens`, whose ids are not known yet."""
 
     __slots__ = (
-        "_common", "arrival_time", "awaits_drafts", "cache_key", "decoding", "draft_steps",
-        "draft_token_ids", "drafts_right", "drafts_tried", "last_probe", "probes",
-        "finish_reason", "fork_of", "generates", "needs_token_before_next", "num_cached_tokens",
+        "_common", "arrival_time", "awaits_drafts", "cache_key", "decoding",
+        "draft_token_ids", "drafts_right", "drafts_tried", "last_probe", "probes", "finish_reason",
+        "fork_of", "generates", "needs_token_before_next", "num_cached_tokens",
         "num_computed_tokens",
         "num_drafts_in_flight", "num_pending_tokens", "num_preemptions", "num_prompt_logprobs",
         "num_prompt_tokens", "placement", "queued_time", "request_id", "scheduled_time", "sort_key",
@@ -47,10 +47,8 @@ class Request:
         self.takes_drafts = takes_drafts and message.decoding.generates
         self.draft_token_ids: tuple[int, ...] = ()
         """Guesses at the tokens that follow, to be verified by the next plan if there is room."""
-        self.draft_steps: list[tuple[int, int]] = []
-        """Of each row that verified drafts: how many, and how many of them were right."""
         self.drafts_right = self.drafts_tried = 0.0
-        """The same, of the last few outcomes, for `AdaptivePolicy`."""
+        """Of the last few drafts, for `AdaptivePolicy`."""
         self.last_probe = 0
         self.probes = False
         """Whether its drafts are verified although they may not pay."""

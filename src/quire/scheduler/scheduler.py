@@ -487,9 +487,9 @@ class Scheduler:
             update.error, update.prompt_logprobs = row.error, prompt_logprobs
             return update
         first = request.num_output_tokens == 0
-        drafts = planned.draft_token_ids
+        drafts, verified = planned.draft_token_ids, None
         if drafts:
-            self.drafting.learn(request, planned, row.token_ids)
+            verified = self.drafting.learn(request, planned, row.token_ids)
         accepted: list[int] = []
         for token in row.token_ids:
             request.append_token(token)
@@ -509,7 +509,7 @@ class Scheduler:
                 self.kv.register(request.request_id, request.token_ids, known, self._step_id)
             if row.draft_token_ids:
                 self.drafting.keep(request, row)
-        update.new_token_ids = accepted
+        update.new_token_ids, update.drafts = accepted, verified
         update.logprobs = row.logprobs[: len(accepted)] if row.logprobs is not None else None
         update.prompt_logprobs = prompt_logprobs
         if first:
@@ -557,7 +557,6 @@ class Scheduler:
             request_id=request.request_id,
             finish_reason=reason,
             num_preemptions=request.num_preemptions,
-            draft_steps=request.draft_steps,
         )
 
     # --- accounting -------------------------------------------------------------------------------

@@ -49,6 +49,7 @@ from quire.server.wire import (
     Delta,
     FunctionCall,
     FunctionDelta,
+    Metrics,
     StreamUsage,
     ToolCall,
     ToolCallDelta,
@@ -73,7 +74,8 @@ def chat_router(state: ServerState) -> APIRouter:
         frame = Frame.make("chatcmpl", model, parsed.warnings, name=asked.model)
         chat = await start_chat(state, request, asked, frame)
         role = answer_role(asked, state.config.response_role)
-        encoder = ChatEncoder(asked, chat.frame, model, chat.prompt, chat.reader, role)
+        drafts = state.config.per_request_spec_decode_metrics
+        encoder = ChatEncoder(asked, chat.frame, model, chat.prompt, chat.reader, role, drafts)
         return await respond(state, request, asked, chat.streams, encoder)
 
     return router
@@ -162,6 +164,7 @@ class ChatEncoder:
         prompt: EncodedPrompt,
         reader: AnswerReader,
         role: str,
+        drafts: str = "none",
     ) -> None:
         self.frame = frame
         self._role = role
@@ -171,7 +174,7 @@ class ChatEncoder:
         self._return_ids = request.return_token_ids is True
         self._prompt = prompt
         self._reader = reader
-        self._meter = UsageMeter()
+        self._meter = UsageMeter(drafts)
         options = request.stream_options
         self._include_usage = bool(options and options.include_usage)
         self._usage_in_each = bool(options and options.continuous_usage_stats)
@@ -246,7 +249,9 @@ class ChatEncoder:
         choice = ChatChunkChoice(index=index, delta=delta, **fields)  # type: ignore[arg-type]
         return self._chunk([choice], self._chunk_usage())
 
-    def _chunk(self, choices: list[ChatChunkChoice], usage: StreamUsage) -> bytes:
+    def _chunk(
+        self, choices: list[ChatChunkChoice], usage: StreamUsage, metrics: Metrics = UNSET
+    ) -> bytes:
         frame, first = self.frame, self._first_chunk
         self._first_chunk = False
         return event(
@@ -262,6 +267,7 @@ class ChatEncoder:
                     ),
                     effective_params=self._effective if first else UNSET,
                     warnings=frame.warnings if first and frame.warnings else UNSET,
+                    metrics=metrics,
                 )
             )
         )
@@ -281,7 +287,9 @@ class ChatEncoder:
         return self._logprobs.chat(part.token_ids, part.logprobs)
 
     def last(self) -> bytes:
-        return self._chunk([], self._usage()) if self._include_usage else b""
+        if not self._include_usage:
+            return b""
+        return self._chunk([], self._usage(), self._meter.metrics())
 
     def whole(self, outputs: Sequence[RequestOutput]) -> bytes:
         choices = []
@@ -315,6 +323,7 @@ class ChatEncoder:
                 ),
                 effective_params=self._effective,
                 warnings=self.frame.warnings or UNSET,
+                metrics=self._meter.metrics(),
             )
         )
 

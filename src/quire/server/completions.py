@@ -33,6 +33,7 @@ from quire.server.usage import UsageMeter
 from quire.server.wire import (
     CompletionChoice,
     CompletionResponse,
+    Metrics,
     StreamUsage,
     encode,
 )
@@ -52,7 +53,8 @@ def completions_router(state: ServerState) -> APIRouter:
         params = completion_params(parsed.request, model)
         prompts = await _prompts(parsed.request, params, model, state)
         frame = Frame.make("cmpl", model, parsed.warnings, name=parsed.request.model)
-        encoder = CompletionEncoder(parsed.request, frame, model, prompts)
+        drafts = state.config.per_request_spec_decode_metrics
+        encoder = CompletionEncoder(parsed.request, frame, model, prompts, drafts)
         engine = await admit(state, len(prompts), params, frame.warnings)
         log_request(state, request, frame, prompts)
         streams = submit_all(engine, prompts, parsed.request, frame)
@@ -94,6 +96,7 @@ class CompletionEncoder:
         frame: Frame,
         model: ServedModel,
         prompts: Sequence[tuple[EncodedPrompt, SamplingParams]],
+        drafts: str = "none",
     ) -> None:
         self.frame = frame
         self._n = request.n or 1
@@ -102,7 +105,7 @@ class CompletionEncoder:
         self._return_prompt_logprobs = request.prompt_logprobs is not None
         self._prompts = [prompt for prompt, _ in prompts]
         self._effective = effective_params(request, prompts, model)
-        self._meter = UsageMeter()
+        self._meter = UsageMeter(drafts)
         options = request.stream_options
         self._include_usage = bool(options and options.include_usage)
         self._usage_in_each = bool(options and options.continuous_usage_stats)
@@ -136,7 +139,9 @@ class CompletionEncoder:
         )
 
     def last(self) -> bytes:
-        return self._event([], self._meter.usage()) if self._include_usage else b""
+        if not self._include_usage:
+            return b""
+        return event(self._response([], self._meter.usage(), self._meter.metrics()))
 
     def whole(self, outputs: Sequence[RequestOutput]) -> bytes:
         choices = []
@@ -144,7 +149,7 @@ class CompletionEncoder:
             self._note(prompt_index, output)
             parts = sorted(output.outputs, key=lambda part: part.index)
             choices += [self._choice(prompt_index, part) for part in parts]
-        return self._response(choices, self._meter.usage())
+        return self._response(choices, self._meter.usage(), self._meter.metrics())
 
     def _note(self, prompt_index: int, output: RequestOutput) -> None:
         self._meter.add(prompt_index, output)
@@ -192,7 +197,9 @@ class CompletionEncoder:
     def _event(self, choices: list[CompletionChoice], usage: StreamUsage) -> bytes:
         return event(self._response(choices, usage))
 
-    def _response(self, choices: list[CompletionChoice], usage: StreamUsage) -> bytes:
+    def _response(
+        self, choices: list[CompletionChoice], usage: StreamUsage, metrics: Metrics = UNSET
+    ) -> bytes:
         frame, first = self.frame, self._first_chunk
         self._first_chunk = False
         return encode(
@@ -204,6 +211,7 @@ class CompletionEncoder:
                 usage=usage,
                 effective_params=self._effective if first else UNSET,
                 warnings=frame.warnings if first and frame.warnings else UNSET,
+                metrics=metrics,
             )
         )
 

@@ -55,6 +55,7 @@ class ServerState:
             max_model_len=engine.model.max_model_len,
             cache_info=cache_info(engine, self.engine_config),
             max_adapters=lora.max_loras if lora.enable_lora else None,
+            max_drafts=self.engine_config.max_drafts,
         )
         engine.attach_metrics(metrics)
         engine.add_stats_listener(self.stats_log.on_step)

@@ -32,6 +32,8 @@ StreamUsage = Usage | None | UnsetType
 Warnings = list[str] | UnsetType
 EffectiveParams = dict[str, object] | UnsetType
 """With `return_effective_params`: see `sampling.effective_params`."""
+Metrics = dict[str, object] | UnsetType
+"""What vLLM says of one request: `speculative_decoding`."""
 
 
 class VocabLogprob(Struct, frozen=True):
@@ -77,6 +79,7 @@ class CompletionResponse(Struct, frozen=True, kw_only=True):
     usage: StreamUsage = UNSET
     effective_params: EffectiveParams = UNSET
     warnings: Warnings = UNSET
+    metrics: Metrics = UNSET
 
 
 # --- chat -----------------------------------------------------------------------------------------
@@ -140,6 +143,7 @@ class ChatResponse(Struct, frozen=True, kw_only=True):
     prompt_logprobs: PromptLogprobs | UnsetType = UNSET
     effective_params: EffectiveParams = UNSET
     warnings: Warnings = UNSET
+    metrics: Metrics = UNSET
 
 
 class FunctionDelta(Struct, frozen=True, kw_only=True):
@@ -183,6 +187,7 @@ class ChatChunk(Struct, frozen=True, kw_only=True):
     prompt_token_ids: list[int] | UnsetType = UNSET
     effective_params: EffectiveParams = UNSET
     warnings: Warnings = UNSET
+    metrics: Metrics = UNSET
 
 
 # --- the rest -------------------------------------------------------------------------------------
