@@ -64,8 +64,8 @@ NAMES = {
 def ours(kind: str) -> set[str]:
     if kind == "metrics":
         registry = CollectorRegistry(auto_describe=True)
-        info = {"block_size": 16}
-        EngineMetrics(registry, model_name="m", max_model_len=8, cache_info=info, max_adapters=2)
+        options = {"cache_info": {"block_size": 16}, "max_adapters": 2, "max_drafts": 2}
+        EngineMetrics(registry, model_name="m", max_model_len=8, **options)
         samples: list[Sample] = [s for family in registry.collect() for s in family.samples]
         assert {"model_name", "engine"} <= set.intersection(*(set(s.labels) for s in samples))
         return {family.name.partition(":")[2] for family in registry.collect()}

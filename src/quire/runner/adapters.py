@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 ROWS_AT_ONCE = 16
 """Of a base matrix. The kernels' threads stay with the steps: so few are looked up by one thread."""
+CLOSE_SECONDS = 10.0
 NICENESS = 10
 """Of the loading thread: beside steps that use every core, about a tenth of one."""
 
@@ -136,8 +137,11 @@ class AdapterTable:
             self._news.wait(seconds)
 
     def close(self) -> None:
-        """End the loading thread, which else keeps the model in memory."""
+        """End the loading thread, after what it is loading. Else it would keep the model in memory, and abort
+        the process if it is in torch when the interpreter exits."""
         self._queue.put(None)
+        if self._thread is not None:
+            self._thread.join(CLOSE_SECONDS)
 
     def drop(self, key: str) -> None:
         """Free its memory: at once, or when the last request that uses it has released it. Unknown keys are
