@@ -49,9 +49,14 @@ def test_near_the_best_number_and_never_much_slower_than_none(
 
 
 def test_a_large_batch_proposes_almost_nothing() -> None:
-    simulation = Simulation(knee(8), 0.9, rows=64, propose=0.001)
-    assert simulation.run(300) > 0.97 * 64 / simulation.cost(64)
-    assert simulation.num_drafts < 0.005 * 64 * 300
+    """Mostly; noise makes a probe look good now and then."""
+    shares, speeds = [], []
+    for seed in range(9):
+        simulation = Simulation(knee(8), 0.9, rows=64, propose=0.001, seed=seed)
+        speeds.append(simulation.run(300) / (64 / simulation.cost(64)))
+        shares.append(simulation.num_drafts / (64 * 300))
+    assert sum(speeds) / len(speeds) > 0.97
+    assert sorted(shares)[4] < 0.005
 
 
 def test_a_change_is_noticed() -> None:

@@ -25,7 +25,10 @@ MEMORY = 7 / 8
 DRAFTER_MEMORY = 127 / 128
 PRIOR_WEIGHT = 2.0
 REST_STEPS = 8
-"""For so many steps nothing is decided again after drafts did not pay."""
+"""For so many steps nothing is decided again after drafts did not pay: a decision takes a tenth of a small
+model's step."""
+MEASURED_AT_REST = 4
+"""Of the steps without a decision, one in so many is measured."""
 REFRESH_STEPS = 128
 """After so many steps with drafts one is made with none, or with half of them, to compare."""
 
@@ -43,7 +46,11 @@ class DraftPolicy:
         draft_seconds: the part of its time that proposing took."""
 
     def rests(self, num_rows: int) -> bool:
-        """Whether no drafts are asked for in this step, which samples so many rows."""
+        """Whether no drafts are asked for in this step, which has so many rows."""
+        return False
+
+    def skips(self, seconds: float) -> bool:
+        """Whether a step of so many seconds, which is over, need not be measured."""
         return False
 
     def ask(self, requests: Sequence[Request], limits: Sequence[int]) -> Sequence[int]:
@@ -70,6 +77,8 @@ class AdaptivePolicy(DraftPolicy):
         """Time of proposing, per draft asked for."""
         self._probe_seconds = 0.0
         """Time that probes may take."""
+        self._next_probe = 0.0
+        """What the next one takes, about."""
         self._num_probes = 0
         self._rest = self._rest_rows = 0
         """For so many steps none are asked for, if at least so many rows are sampled."""
@@ -115,9 +124,16 @@ class AdaptivePolicy(DraftPolicy):
 
     def rests(self, num_rows: int) -> bool:
         if not self._rest or num_rows < self._rest_rows:
+            self._rest = 0
             return False
         self._rest -= 1
-        return self._probe_seconds < self._probe_price(num_rows)
+        return self._probe_seconds < self._next_probe
+
+    def skips(self, seconds: float) -> bool:
+        if self._rest % MEASURED_AT_REST == 0:
+            return False
+        self._probe_seconds += PROBE_SHARE * seconds
+        return True
 
     def ask(self, requests: Sequence[Request], limits: Sequence[int]) -> Sequence[int]:
         rows = self._asked_rows = len(requests)
@@ -182,7 +198,8 @@ class AdaptivePolicy(DraftPolicy):
     def _probe(self, requests: Sequence[Request], limits: Sequence[int]) -> Sequence[int]:
         """Now and then drafts for one request, the one that was tried longest ago."""
         counts, able = [0] * len(requests), [i for i, limit in enumerate(limits) if limit > 0]
-        if not able or self._probe_seconds < self._probe_price(len(requests)):
+        self._next_probe = self._probe_price(len(requests))
+        if not able or self._probe_seconds < self._next_probe:
             return counts
         chosen = min(able, key=lambda i: requests[i].last_probe)
         counts[chosen] = min(self._probe_size, limits[chosen])

@@ -35,6 +35,8 @@ class Drafting:
         self._counts = DraftCounts()
         self._since: float | None = None
         """When the step under way began: when the result of the one before it came, if there was one."""
+        self._asking: set[int] = set()
+        """Ids of the plans in flight that ask for drafts."""
 
     # --- planning -------------------------------------------------------------------------------------
 
@@ -42,12 +44,14 @@ class Drafting:
         """The last pass over a plan: rows verify the drafts that there are, and ask for new ones."""
         if self._since is None:
             self._since = now
+        if not self._has_drafts and self.policy.rests(len(plan.rows)):
+            return
         sampling = [row for row in plan.rows if row.samples]
         if self._has_drafts:
             self._has_drafts = False
             self._verify(plan, sampling, requests)
-        if sampling and not self.policy.rests(len(sampling)):
-            self._ask(sampling, requests)
+        if sampling and self._ask(sampling, requests):
+            self._asking.add(plan.step_id)
 
     def _verify(
         self, plan: StepPlan, sampling: Sequence[PlannedRow], requests: Mapping[int, Request]
@@ -97,8 +101,8 @@ class Drafting:
         row.samples += count
         return count
 
-    def _ask(self, sampling: Sequence[PlannedRow], requests: Mapping[int, Request]) -> None:
-        """Ask for the drafts that the next plan may verify."""
+    def _ask(self, sampling: Sequence[PlannedRow], requests: Mapping[int, Request]) -> bool:
+        """Ask for the drafts that the next plan may verify. Returns whether any are wanted."""
         asked = [requests[row.request_id] for row in sampling]
         # At least one token is sampled now, and one after the drafts.
         limits = [
@@ -111,6 +115,7 @@ class Drafting:
         for row, request, count in zip(sampling, asked, counts, strict=True):
             row.num_drafts = count
             request.awaits_drafts = count > 0
+        return any(counts)
 
     @staticmethod
     def holds(request: Request) -> bool:
@@ -160,17 +165,28 @@ class Drafting:
     ) -> None:
         """A plan is done. If no request is left, the time until the next plan is not a step's."""
         if plan.rows and self._since is not None:
-            asked = 0
-            for row in plan.rows:
-                if row.num_drafts:
-                    asked += row.num_drafts
-                    if (request := requests.get(row.request_id)) is not None:
-                        request.awaits_drafts = False
-            samples = sum(row.samples for row in plan.rows)
-            self.policy.measure(plan.num_tokens, samples, asked, now - self._since, draft_seconds)
-            self._since = now
+            seconds, self._since = now - self._since, now
+            if plan.step_id in self._asking or not self.policy.skips(seconds):
+                self._measure(plan, requests, draft_seconds, seconds)
         if not requests:
             self._since = None
+
+    def _measure(
+        self,
+        plan: StepPlan,
+        requests: Mapping[int, Request],
+        draft_seconds: float,
+        seconds: float,
+    ) -> None:
+        self._asking.discard(plan.step_id)
+        asked = samples = 0
+        for row in plan.rows:
+            samples += row.samples
+            if row.num_drafts:
+                asked += row.num_drafts
+                if (request := requests.get(row.request_id)) is not None:
+                    request.awaits_drafts = False
+        self.policy.measure(plan.num_tokens, samples, asked, seconds, draft_seconds)
 
     def take_counts(self) -> DraftCounts | None:
         """What was verified since the last call; None if nothing was."""
