@@ -83,6 +83,23 @@ def test_only_allowed_tokens():
     assert allowed(rules(Decoding(allowed_token_ids=[3, 0, 31, 32]))) == {0, 3, 31, 32}
 
 
+def test_before_min_tokens_an_allowed_end_is_no_way_out():
+    """Else all tokens are banned, and one of them is sampled."""
+    decoding = Decoding(
+        max_tokens=9,
+        min_tokens=2,
+        allowed_token_ids=[7],
+        stop_token_ids=frozenset({7}),
+    )
+    mine = RequestRules(decoding, None, vocab_size=64, output=[])
+    allowed = []
+    for _ in range(3):
+        mask = mine.mask()
+        allowed.append(bool(mask.any()))
+        mine.learn(1)
+    assert allowed == [False, False, True]
+
+
 def test_bad_words_are_banned_where_they_would_be_completed():
     one = rules(bad_words=[[5], [1, 2], [1, 2, 3], [7, 7]])
     assert allowed(one) == ALL - {5}

@@ -41,6 +41,9 @@ class RequestRules:
             self._allowed = mask_of(decoding.allowed_token_ids, vocab_size)
         elif self._bad:
             self._allowed = mask_of(range(vocab_size), vocab_size)
+        self._too_early = mask_of(decoding.final_ids, vocab_size) if decoding.min_tokens else None
+        """Tokens that may not come before `min_tokens`. (The sampler bans them too, without a mask.)"""
+        self._num_to_go = decoding.min_tokens
         self._longest_bad = max(map(len, self._bad), default=0)
         self._matcher = None if grammar is None else grammar.matcher()
         self._may_force = grammar is not None and decoding.logprobs is None
@@ -58,6 +61,7 @@ class RequestRules:
         """Apply a generated token. Returns False if the grammar does not allow it: then no token may
         follow."""
         self._tail = [*self._tail, token][-self._tail_size :]
+        self._num_to_go -= 1
         if self._thinking:
             self._num_thought += 1
             self._thinking = not self._ends_with(self._end)
@@ -130,9 +134,12 @@ class RequestRules:
     def _plain(self) -> Mask | None:
         """The mask without the grammar."""
         banned = [word[-1] for word in self._bad if self._begun(word)]
-        if self._allowed is None or not banned:
-            return self._allowed
-        return self._allowed & ~mask_of(banned, self._vocab_size)
+        mask = self._allowed
+        if mask is not None and banned:
+            mask = mask & ~mask_of(banned, self._vocab_size)
+        if mask is not None and self._too_early is not None and self._num_to_go > 0:
+            mask = mask & ~self._too_early
+        return mask
 
     def _begun(self, word: tuple[int, ...]) -> bool:
         before = word[:-1]
