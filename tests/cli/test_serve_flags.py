@@ -93,6 +93,22 @@ def test_mistakes_are_one_line_and_exit_2(
     assert error.count("\n") == 1
 
 
+WITH = {
+    **dict.fromkeys(("lora_modules", "lora_dir"), ["--enable-lora"]),
+    **dict.fromkeys(
+        ("spec_tokens", "ngram_prompt_lookup_max", "ngram_prompt_lookup_min"),
+        ["--speculative-config", '{"method": "ngram"}'],
+    ),
+}
+"""Flags without which an option is an error."""
+LEGAL = {
+    "speculative_config": '{"method": "suffix"}',
+    "spec_method": "suffix",
+    "spec_tokens": "4",
+    "lora_modules": "name=/directory",
+}
+
+
 @pytest.mark.parametrize("info", ALL, ids=lambda info: info.name)
 def test_every_option_is_a_flag(info: OptionInfo) -> None:
     """Each flag sets its own field and no other."""
@@ -102,8 +118,9 @@ def test_every_option_is_a_flag(info: OptionInfo) -> None:
         words.append(str(value))
     if info.name in ("ssl_keyfile", "ssl_certfile"):  # they come as a pair
         words = ["--ssl-keyfile", str(value), "--ssl-certfile", str(value)]
-    changed = _flat(configs(words))
-    default = _flat(configs([]))
+    others = WITH.get(info.name, [])
+    changed = _flat(configs([*others, *words]))
+    default = _flat(configs(others))
     differing = {name for name in changed if changed[name] != default[name]}
     expected = {info.name}
     if info.name in ("ssl_keyfile", "ssl_certfile"):
@@ -113,6 +130,8 @@ def test_every_option_is_a_flag(info: OptionInfo) -> None:
 
 def _other_value(info: OptionInfo) -> object:
     """A legal value that is not the default."""
+    if info.name in LEGAL:
+        return LEGAL[info.name]
     if info.is_bool:
         return not info.default
     if info.choices:
