@@ -93,12 +93,14 @@ def test_mistakes_are_one_line_and_exit_2(
     assert error.count("\n") == 1
 
 
+LORA = ("--enable-lora",)
+NGRAM = ("--speculative-config", '{"method": "ngram"}')
 WITH = {
-    **dict.fromkeys(("lora_modules", "lora_dir"), ["--enable-lora"]),
-    **dict.fromkeys(
-        ("spec_tokens", "ngram_prompt_lookup_max", "ngram_prompt_lookup_min"),
-        ["--speculative-config", '{"method": "ngram"}'],
-    ),
+    "lora_modules": LORA,
+    "lora_dir": LORA,
+    "spec_tokens": NGRAM,
+    "ngram_prompt_lookup_max": NGRAM,
+    "ngram_prompt_lookup_min": NGRAM,
 }
 """Flags without which an option is an error."""
 LEGAL = {
@@ -118,9 +120,9 @@ def test_every_option_is_a_flag(info: OptionInfo) -> None:
         words.append(str(value))
     if info.name in ("ssl_keyfile", "ssl_certfile"):  # they come as a pair
         words = ["--ssl-keyfile", str(value), "--ssl-certfile", str(value)]
-    others = WITH.get(info.name, [])
+    others = WITH.get(info.name, ())
     changed = _flat(configs([*others, *words]))
-    default = _flat(configs(others))
+    default = _flat(configs([*others]))
     differing = {name for name in changed if changed[name] != default[name]}
     expected = {info.name}
     if info.name in ("ssl_keyfile", "ssl_certfile"):
