@@ -24,10 +24,10 @@ MEMORY = 7 / 8
 """What an outcome leaves of the weight of those before it, for a request; the drafter's is longer."""
 DRAFTER_MEMORY = 127 / 128
 PRIOR_WEIGHT = 2.0
-REST_STEPS = 8
-"""For so many steps nothing is decided again after drafts did not pay: a decision takes a tenth of a small
-model's step."""
-MEASURED_AT_REST = 4
+REST_STEPS, MOST_REST_STEPS = 8, 64
+"""For so many steps nothing is decided again after drafts did not pay; twice as many after each time until a
+draft is right. A decision takes a tenth of a small model's step."""
+MEASURED_AT_REST = 8
 """Of the steps without a decision, one in so many is measured."""
 REFRESH_STEPS = 128
 """After so many steps with drafts one is made with none, or with half of them, to compare."""
@@ -80,7 +80,7 @@ class AdaptivePolicy(DraftPolicy):
         self._next_probe = 0.0
         """What the next one takes, about."""
         self._num_probes = 0
-        self._rest = self._rest_rows = 0
+        self._rest_size, self._rest, self._rest_rows = REST_STEPS, 0, 0
         """For so many steps none are asked for, if at least so many rows are sampled."""
         self._asked_rows = 0
         """The number of rows for which drafts were asked last."""
@@ -97,6 +97,8 @@ class AdaptivePolicy(DraftPolicy):
             self._right = DRAFTER_MEMORY * self._right + (index < num_accepted)
             self._tried = DRAFTER_MEMORY * self._tried + 1
         request.drafts_right, request.drafts_tried = right, tried
+        if num_accepted:
+            self._rest_size, self._rest = REST_STEPS, 0
 
     def measure(
         self, num_tokens: int, num_samples: int, asked: int, seconds: float, draft_seconds: float
@@ -148,7 +150,8 @@ class AdaptivePolicy(DraftPolicy):
                 return self._probe_more(requests, limits, counts)
             half = self._num_drafted // REFRESH_STEPS % 2
             return [(count + 1) // 2 * half for count in counts]
-        self._rest, self._rest_rows = REST_STEPS, rows
+        self._rest, self._rest_rows = self._rest_size, rows
+        self._rest_size = min(2 * self._rest_size, MOST_REST_STEPS)
         return self._probe(requests, limits)
 
     def grant(
