@@ -24,7 +24,8 @@ from quire.models.registry import resolve_spec
 from quire.models.spec import ModelSpec
 from quire.quantization.online import read_online
 from quire.runner.adapters import AdapterTable
-from quire.weights.adapter import EMBEDDING, check_adapter, sites
+from quire.weights.adapter import check_adapter, sites
+from quire.weights.names import EMBEDDING
 from quire.weights.source import open_source
 from tests.models.conftest import Pair
 from tests.models.harness import PagedHarness, Request

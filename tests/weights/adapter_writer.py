@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from quire.models.spec import ModelSpec
-from quire.weights.adapter import EMBEDDING, sites
+from quire.weights.adapter import sites
+from quire.weights.names import EMBEDDING
 
 CONFIG: Mapping[str, Any] = {
     "peft_type": "LORA",

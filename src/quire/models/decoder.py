@@ -31,7 +31,8 @@ from quire.layers.norm import RMSNorm
 from quire.layers.parameter import WeightTarget
 from quire.layers.rotary import cos_sin_table
 from quire.models.eager_pass import EagerPass
-from quire.models.spec import EMBEDDING, LayerSpec, ModelSpec
+from quire.models.spec import LayerSpec, ModelSpec
+from quire.weights.names import EMBEDDING
 
 NORM_NAMES = {
     # placement: names of the norms before and after attention, before and after the MLP

@@ -22,8 +22,8 @@ from quire.layers.parameter import WeightTarget
 from quire.layers.rotary import cos_sin_table
 from quire.models.decoder import DecoderModel
 from quire.models.head_spec import HeadSpec
-from quire.models.spec import EMBEDDING
 from quire.weights.load import load_random_weights, load_weights
+from quire.weights.names import EMBEDDING
 from quire.weights.source import ModelSource
 
 

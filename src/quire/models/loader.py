@@ -21,11 +21,11 @@ from quire.kernels.base import LayerKernels
 from quire.kv_layout import KVLayout
 from quire.models.decoder import DecoderModel
 from quire.models.head_spec import draft_tensors
-from quire.models.spec import EMBEDDING, ModelSpec
+from quire.models.spec import ModelSpec
 from quire.quantization.matrix import QuantizedMethod
 from quire.quantization.unquantized import UNQUANTIZED
 from quire.weights.load import load_random_weights, load_weights
-from quire.weights.names import HEAD, list_names
+from quire.weights.names import EMBEDDING, HEAD, list_names
 from quire.weights.source import ModelSource, TensorInfo
 
 logger = logging.getLogger(__name__)

@@ -19,8 +19,8 @@ from quire.layers.spec import AttentionSpec, HeadShape, MlpSpec, NormSpec, RopeS
 from quire.quantization.base import LinearMethod, LinearPart, LinearShape
 from quire.quantization.matrix import is_quantized
 from quire.quantization.unquantized import UNQUANTIZED
+from quire.weights.names import EMBEDDING
 
-EMBEDDING = "model.embed_tokens"
 Placement = Literal["pre", "post", "sandwich"]
 
 

@@ -26,9 +26,9 @@ from quire.errors import CheckpointError, QuireError, UnsupportedModelError
 from quire.kernels.checks import KernelArgumentError
 from quire.kernels.lora import Deltas, MatrixDelta, PackedAdapter, matrix_rows
 from quire.models.decoder import DecoderModel
-from quire.models.spec import EMBEDDING
 from quire.quantization.matrix import is_quantized
 from quire.weights.adapter import HEAD, sites
+from quire.weights.names import EMBEDDING
 from quire.weights.peft import AdapterTensors, read_adapter
 
 logger = logging.getLogger(__name__)

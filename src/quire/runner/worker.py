@@ -127,7 +127,6 @@ class Worker:
             DraftContext(
                 options=options,
                 target=model,
-                kernels=self.platform.kernels,
                 draft=self._spec.draft,
                 load_format=self._config.model.load_format,
                 seed=self._config.model.seed,

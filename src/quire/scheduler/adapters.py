@@ -17,6 +17,7 @@ from quire.scheduler.request import Request
 
 PATIENCE = 32
 """Number of steps."""
+NO_PLACE = Wait(WaitReason.PLACE)
 
 
 class AdapterPlaces:
@@ -31,7 +32,8 @@ class AdapterPlaces:
         """By request id, the step in which a place was lacking first."""
         self._step_id = 0
         self._taken: set[str] = set()
-        self._overdue: int | None = None
+        self._overdue: Wait | None = None
+        """What those behind a request that has waited for long wait for."""
 
     def begin(self, step_id: int, waiting: Container[int]) -> None:
         """waiting: contains the ids of waiting requests."""
@@ -46,14 +48,14 @@ class AdapterPlaces:
         if adapter is None:
             return None
         if adapter in self._taken:
-            return None if self._overdue is None else Wait(WaitReason.PLACE, self._overdue)
+            return self._overdue
         if len(self._taken) < self._most:
             self._taken.add(adapter)  # reserved, so that no request behind it takes the place
             return None
         since = self._lacking.setdefault(request.request_id, self._step_id)
         if self._overdue is None and self._step_id - since >= self._patience:
-            self._overdue = request.request_id
-        return Wait(WaitReason.PLACE)
+            self._overdue = Wait(WaitReason.PLACE, request.request_id)
+        return NO_PLACE
 
     def enter(self, request: Request) -> None:
         """The request runs."""

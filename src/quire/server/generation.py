@@ -21,7 +21,7 @@ from quire.outputs import RequestOutput
 from quire.placement import Placement
 from quire.sampling_params import PoolingParams, SamplingParams
 from quire.server.beam import as_asked
-from quire.server.engine_protocol import RequestStream, ServedModel, ServingEngine
+from quire.server.engine_protocol import RequestStream, ServedAdapter, ServedModel, ServingEngine
 from quire.server.errors import ApiError, bad_request
 from quire.server.live import Receive
 from quire.server.middleware import owner_of, request_id_of
@@ -105,17 +105,21 @@ def apply_server_flags(request: SamplingFields, config: ServerConfig) -> None:
         request.stream_options = options.model_copy(update={"include_usage": True})
 
 
-async def check_model(name: str | None, state: ServerState) -> None:
-    """Raises `ModelNotFoundError` (a 404) unless it is a name of the model or of an adapter. No name means
-    the model."""
+async def check_model(name: str | None, state: ServerState) -> ServedAdapter | None:
+    """The adapter of this name; None for a name of the model, and for no name, which means the model.
+    Raises `ModelNotFoundError` (a 404) for others."""
     engine = state.loaded_engine()
     names = engine.model.names
-    if name is not None and name not in names and await engine.adapters.find(name) is None:
+    if name is None or name in names:
+        return None
+    adapter = await engine.adapters.find(name)
+    if adapter is None:
         raise ModelNotFoundError(
-            f"The model `{name}` does not exist. Valid aliases: {', '.join(names)}.",
+            f"The model `{name[:256]}` does not exist. Valid aliases: {', '.join(names)}.",
             param="model",
             value=name,
         )
+    return adapter
 
 
 def submit_all(

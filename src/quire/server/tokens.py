@@ -99,11 +99,9 @@ def models_router(state: ServerState) -> APIRouter:
     async def get_model(model_id: str) -> Response:
         """One model, by name."""
         engine = state.loaded_engine()
-        await check_model(model_id[:256], state)
-        if model_id in engine.model.names:
+        adapter = await check_model(model_id, state)
+        if adapter is None:
             return _json(model_card(engine.model, model_id), [])
-        adapter = await engine.adapters.find(model_id)
-        assert adapter is not None
         return _json(adapter_card(engine.model, adapter), [])
 
     return router

@@ -14,7 +14,6 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 from quire.config import Speculation
-from quire.kernels.base import LayerKernels
 from quire.kernels.program import StepRows
 from quire.messages import StepPlan
 from quire.models.decoder import DecoderModel
@@ -27,8 +26,6 @@ class DraftContext:
 
     options: Speculation
     target: DecoderModel
-    kernels: LayerKernels
-    """Of the target's device."""
     draft: DraftSpec | HeadDraftSpec | None = None
     """For the methods with a model."""
     load_format: str = "auto"

@@ -176,7 +176,7 @@ def drafting_loop(forward: ForwardPass, kernels: Kernels, rows: StepRows, most: 
 
 def create(context: DraftContext) -> DraftModel:
     """Raises as loading any model does."""
-    draft, kernels = context.draft, context.kernels
+    draft, kernels = context.draft, context.target.kernels
     assert isinstance(draft, DraftSpec), "the configuration was resolved without a draft"
     if kernels.name not in ("native", "reference"):
         raise ConfigError("method draft_model drafts on the CPU only so far; use ngram or suffix.")

@@ -287,12 +287,12 @@ def create(context: DraftContext) -> HeadDrafter:
         draft.head,
         open_source(draft.directory),
         context.target,
-        kernels=context.kernels,
+        kernels=context.target.kernels,
         random_seed=context.seed if context.load_format == "dummy" else None,
     )
     return HeadDrafter(
         head,
-        context.kernels,  # type: ignore[arg-type]
+        context.target.kernels,  # type: ignore[arg-type]
         most=options.num_speculative_tokens,
         greedy=options.draft_sample_method == "greedy",
         max_model_len=draft.max_model_len,

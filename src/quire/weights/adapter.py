@@ -19,8 +19,9 @@ from typing import Protocol
 
 from quire.dtypes import FLOATS
 from quire.errors import CheckpointError, UnsupportedModelError
+from quire.kernels.codes import PANEL
 from quire.quantization.base import LinearPart, LinearShape
-from quire.weights.names import TOWERS, list_names
+from quire.weights.names import EMBEDDING, TOWERS, list_names
 from quire.weights.open_files import OpenFiles, unreadable
 from quire.weights.safetensors_header import HeaderError, read_header
 from quire.weights.source import TensorInfo
@@ -32,9 +33,6 @@ MOST_HEADER_BYTES = 16 << 20
 HASHED_BYTES = 1 << 20
 """Read at once for the hash."""
 HEAD = "lm_head"
-EMBEDDING = "model.embed_tokens"
-PANEL = 64
-"""Outputs that are computed together; B is held in panels of as many."""
 
 
 class Digest(Protocol):

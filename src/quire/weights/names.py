@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 TRUNK = "model."
 """Prefix of all names in our models, except the output head's."""
 HEAD = "lm_head.weight"
+EMBEDDING = "model.embed_tokens"
 MOST_NAMES = 4
 
 BUFFERS = re.compile(
