@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import pytest
 
+from quire.messages import SampledRow, StepResult
+from quire.scheduler.draft_policy import DraftPolicy
 from quire.scheduler.request import Request
 from quire.scheduler.step_cost import StepCost
 from tests.scheduler.requests import add_request
@@ -132,3 +135,43 @@ def test_acceptance_begins_as_the_drafters() -> None:
     assert policy.acceptance(fresh) == pytest.approx(0.9, abs=0.08)
     policy.learn(fresh, 4, 0)
     assert policy.acceptance(fresh) < 0.65
+
+
+def test_a_right_draft_ends_the_rest() -> None:
+    simulation = Simulation(knee(1), 0.0, noise=0.0)
+    simulation.run(100)
+    policy = simulation.scheduler.drafting.policy
+    [request] = simulation.scheduler.running
+    while not policy.rests(1):
+        simulation.run(1)
+    policy.learn(request, 2, 1)
+    assert not policy.rests(1)
+
+
+class AsksOnce(DraftPolicy):
+    """Asks one request in the first step, then rests, and would rather measure nothing."""
+
+    asked = False
+
+    def rests(self, num_rows: int) -> bool:
+        return self.asked
+
+    def skips(self, seconds: float) -> bool:
+        return True
+
+    def ask(self, requests: Sequence[Request], limits: Sequence[int]) -> Sequence[int]:
+        self.asked = True
+        return [2] + [0] * (len(limits) - 1)
+
+
+def test_a_request_that_was_asked_is_held_until_its_result_and_no_longer() -> None:
+    """With plans in flight, a later one may rest before the one that asked is done."""
+    scheduler = Simulation(knee(8), 0.0, rows=2).scheduler
+    scheduler.drafting.policy = AsksOnce()
+    first = scheduler.schedule()
+    assert [row.num_drafts for row in first.rows] == [2, 0]
+    assert [row.request_id for row in scheduler.schedule().rows] == [1], "0 waits for its drafts"
+    sampled = [SampledRow(request_id=row.request_id, token_ids=[5]) for row in first.rows]
+    scheduler.update(first, StepResult(step_id=first.step_id, sampled=sampled))
+    for _ in range(2):  # the second computes a pending token
+        assert 0 in [row.request_id for row in scheduler.schedule().rows]
