@@ -76,7 +76,25 @@ def adapter_of(case: str, index: int) -> int | None:
 # ---- engines, each in a process of its own --------------------------------------------------------------
 
 
-class Quire:
+class Offline:
+    """An engine with vLLM's `LLM.generate`."""
+
+    llm: Any
+    params: Any
+    adapters: list[Any]
+
+    def run(self, case: str, inputs: list[list[int]]) -> None:
+        chosen = [adapter_of(case, i) for i in range(len(inputs))]
+        loras = [None if i is None else self.adapters[i] for i in chosen]
+        self.llm.generate(
+            [{"prompt_token_ids": ids} for ids in inputs],
+            self.params,
+            lora_request=loras if any(loras) else None,
+            use_tqdm=False,
+        )
+
+
+class Quire(Offline):
     def __init__(self, args: argparse.Namespace) -> None:
         import quire
 
@@ -100,21 +118,10 @@ class Quire:
             quire.LoRARequest(f"a{i}", i + 1, str(args.adapters / str(i))) for i in range(ADAPTERS)
         ]
 
-    def run(self, case: str, inputs: list[list[int]]) -> None:
-        import quire
-
-        params = quire.SamplingParams(temperature=0.0, max_tokens=NEW, ignore_eos=True)
-        chosen = [adapter_of(case, i) for i in range(len(inputs))]
-        loras = [None if i is None else self.adapters[i] for i in chosen]
-        self.llm.generate(
-            [{"prompt_token_ids": ids} for ids in inputs],
-            params,
-            lora_request=loras if any(loras) else None,
-            use_tqdm=False,
-        )
+        self.params = quire.SamplingParams(temperature=0.0, max_tokens=NEW, ignore_eos=True)
 
 
-class VLLM:
+class VLLM(Offline):
     def __init__(self, args: argparse.Namespace) -> None:
         import vllm
         from vllm.lora.request import LoRARequest
@@ -137,17 +144,8 @@ class VLLM:
             LoRARequest(f"a{i}", i + 1, str(args.adapters / str(i))) for i in range(ADAPTERS)
         ]
 
-    def run(self, case: str, inputs: list[list[int]]) -> None:
-        from vllm import SamplingParams
-
-        params = SamplingParams(temperature=0.0, max_tokens=NEW, ignore_eos=True, detokenize=False)
-        chosen = [adapter_of(case, i) for i in range(len(inputs))]
-        loras = [None if i is None else self.adapters[i] for i in chosen]
-        self.llm.generate(
-            [{"prompt_token_ids": ids} for ids in inputs],
-            params,
-            lora_request=loras if any(loras) else None,
-            use_tqdm=False,
+        self.params = vllm.SamplingParams(
+            temperature=0.0, max_tokens=NEW, ignore_eos=True, detokenize=False
         )
 
 

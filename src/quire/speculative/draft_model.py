@@ -8,6 +8,7 @@ coupling, arXiv 2408.07978). With `draft_sample_method` "greedy" they are its li
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -129,7 +130,7 @@ class DraftModel:
 
 
 class PlainDrafting:
-    """As `NativeDrafting`: pass by pass."""
+    """Pass by pass."""
 
     def __init__(self, forward: ForwardPass, kernels: Kernels, rows: StepRows, most: int) -> None:
         self._forward, self._kernels, self._rows = forward, kernels, rows
@@ -163,7 +164,16 @@ class PlainDrafting:
             rows.num_rows = rows.num_wanted = len(alive)
 
 
-def drafting_loop(forward: ForwardPass, kernels: Kernels, rows: StepRows, most: int):
+class DraftingLoop(Protocol):
+    def run(self, wanted: list[int], samples: NDArray[np.void] | None) -> list[list[int]]:
+        """wanted: how many drafts, by row of the first pass; 0 only computes the row. samples: of the first
+        drafts, as for `Kernels.sample`. Returns the drafts by row."""
+        ...
+
+
+def drafting_loop(
+    forward: ForwardPass, kernels: Kernels, rows: StepRows, most: int
+) -> DraftingLoop:
     """The loop in C where the pass is a recorded program."""
     from quire.kernels.cpu.program import NativeProgram
 
