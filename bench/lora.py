@@ -1,6 +1,6 @@
 """What LoRA adapters cost, here and in other engines: decoding of a batch and of one request.
 
-    python bench/lora.py --models DIR [--model M2] [--peers DIR] [--repeats 5] [--json FILE]
+    python -m bench.lora --models DIR [--model M2] [--peers DIR] [--repeats 5] [--json FILE]
 
 Engines take turns in each repeat, so that what else runs on the machine disturbs all alike: Quire without
 `enable_lora`, Quire with it, vLLM with it, and llama.cpp's server with all adapters loaded. Cases: no request

@@ -131,12 +131,11 @@ class Scheduler:
 
     def abort(self, request_ids: Iterable[int]) -> list[RequestUpdate]:
         """End requests now, waiting or running. Unknown ids (already finished) are ignored."""
-        updates = []
-        for request_id in request_ids:
-            request = self.requests.get(request_id)
-            if request is not None:
-                updates.append(self._finish(request, FinishReason.ABORT))
-        return updates
+        return [
+            self._finish(request, FinishReason.ABORT)
+            for request_id in request_ids
+            if (request := self.requests.get(request_id)) is not None
+        ]
 
     def reset_prefix_cache(self) -> None:
         """Drop all cached content. Requests keep their blocks, but no other request finds them."""
