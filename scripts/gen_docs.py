@@ -33,6 +33,7 @@ TITLES = {
     "structured": "Structured outputs",
     "speculative": "Speculative decoding",
     "lora": "LoRA adapters",
+    "parallel": "Several devices",
     "server": "Server",
 }
 

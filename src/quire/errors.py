@@ -14,6 +14,7 @@
     └── EngineError            the engine failed, not the request
         ├── EngineSleepingError     its memory is freed; wake it up first
         └── EngineDeadError         the engine core is gone; no request can be served
+            └── WorkerError             because one of its ranks has died or does not answer
 
 A `RequestError` has `param` and `value`: the wrong field and its value. Messages end with a
 remedy. HTTP clients never get the text of other libraries' exceptions.
@@ -85,3 +86,7 @@ class EngineSleepingError(EngineError):
 
 class EngineDeadError(EngineError):
     """The engine core has stopped; nothing can be served until it is restarted."""
+
+
+class WorkerError(EngineDeadError):
+    """A rank of the engine has died, or is late. The message names the rank."""

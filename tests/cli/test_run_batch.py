@@ -129,8 +129,8 @@ def test_the_built_in_model_answers_a_file(
 
 def test_vllms_flags_are_known_here_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["run-batch", "-i", str(tmp_path / "none"), "-o", str(tmp_path / "out")]
-    assert main([*words, "-tp", "1", "-tp", "2"]) == 2
-    assert "one device" in capsys.readouterr().err
+    assert main([*words, "-asc", "1", "-asc", "2"]) == 2
+    assert "one process" in capsys.readouterr().err
 
 
 def test_a_full_disk_ends_the_run_with_one_line_and_the_next_run_goes_on(

@@ -101,6 +101,8 @@ WITH = {
     "spec_tokens": NGRAM,
     "ngram_prompt_lookup_max": NGRAM,
     "ngram_prompt_lookup_min": NGRAM,
+    "nnodes": ("-tp", "2"),
+    "node_rank": ("-tp", "2", "--nnodes", "2"),
 }
 """Flags without which an option is an error."""
 LEGAL = {

@@ -20,6 +20,7 @@ from quire.config.flat import (
 )
 from quire.config.foreign import foreign_flags, without_foreign
 from quire.config.lora import ADAPTER_NAME, LoRAConfig
+from quire.config.parallel import ParallelConfig
 from quire.config.server import ServerConfig
 from quire.config.speculative import Speculation, SpeculativeConfig
 
@@ -29,6 +30,7 @@ __all__ = [
     "EngineConfig",
     "LoRAConfig",
     "ModelConfig",
+    "ParallelConfig",
     "RuntimeConfig",
     "SchedulerConfig",
     "ServerConfig",

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from quire.config.lora import LoRAConfig
 from quire.config.options import option, parse_json_object, parse_max_model_len, parse_size
+from quire.config.parallel import ParallelConfig
 from quire.config.speculative import SpeculativeConfig
 from quire.dtypes import FLOAT_SPELLINGS
 from quire.errors import ConfigError
@@ -301,6 +302,7 @@ class EngineConfig:
     structured: StructuredOutputsConfig = field(default_factory=StructuredOutputsConfig)
     speculative: SpeculativeConfig = field(default_factory=SpeculativeConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     @property
     def max_drafts(self) -> int:

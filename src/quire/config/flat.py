@@ -16,6 +16,7 @@ from quire.config.engine import (
 )
 from quire.config.lora import LoRAConfig
 from quire.config.options import OptionInfo, check_type, describe
+from quire.config.parallel import ParallelConfig
 from quire.config.server import ServerConfig
 from quire.config.speculative import SpeculativeConfig
 from quire.errors import ConfigError
@@ -28,6 +29,7 @@ ENGINE_GROUPS: dict[str, type] = {
     "structured": StructuredOutputsConfig,
     "speculative": SpeculativeConfig,
     "lora": LoRAConfig,
+    "parallel": ParallelConfig,
 }
 
 

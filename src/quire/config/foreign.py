@@ -82,11 +82,7 @@ FOREIGN: dict[str, Foreign] = {
     "allowed_local_media_path": _idle(_TEXT_ONLY, ""),
     "allowed_media_domains": _idle(_TEXT_ONLY, ()),
     # Several devices.
-    "tensor_parallel_size": Foreign(_ONE_DEVICE, 1, short=("-tp",)),
-    "pipeline_parallel_size": Foreign(_ONE_DEVICE, 1, short=("-pp",)),
-    "data_parallel_size": Foreign(_ONE_DEVICE, 1, short=("-dp",)),
     "enable_expert_parallel": Foreign(_ONE_DEVICE, False, short=("-ep",)),
-    "distributed_executor_backend": Foreign(_ONE_DEVICE, None, ("auto", "uni", "mp")),
     "disable_custom_all_reduce": _idle(_ONE_DEVICE, False),
     "api_server_count": Foreign("one process serves HTTP", 1, short=("-asc",)),
     "max_parallel_loading_workers": _idle("weights are read in one pass"),
