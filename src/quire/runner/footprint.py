@@ -24,6 +24,10 @@ class WorkerSpec:
     max_model_len: int
     """The most tokens of a request. The cache may hold fewer."""
     draft: DraftSpec | HeadDraftSpec | None = None
+    rank: int = 0
+    """Of all ranks of the replica: stage * tensor_parallel_size + rank in the stage."""
+    samples: bool = True
+    """Whether this rank samples. The others follow it: `quire.runner.following`."""
 
 
 @dataclass(frozen=True, slots=True)

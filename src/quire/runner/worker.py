@@ -119,7 +119,7 @@ class Worker:
         if self._create_drafter is not None:
             return self._create_drafter(model)
         options = self._config.speculative.speculation
-        if options is None:
+        if options is None or not self._spec.samples:
             return None
         from quire.speculative.create import create_drafter
 
