@@ -14,7 +14,7 @@ import zmq
 from quire.config import EngineConfig
 from quire.engine.async_adapters import AsyncAdapters
 from quire.engine.core_client import CoreProcess
-from quire.engine.failures import error_of
+from quire.messages.failures import error_of
 from quire.engine.front_end import Effects, FrontEnd
 from quire.engine.input_processor import PromptInput
 from quire.engine.setup import ServedModel, locate, resolve, serve_model

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable
 
 from quire.decoding import GrammarSpec
-from quire.engine.failures import failure_of
+from quire.messages.failures import failure_of
 from quire.engine.pending import PendingRequests, failed
 from quire.engine.residence import AdapterMemory
 from quire.errors import EngineError, EngineSleepingError

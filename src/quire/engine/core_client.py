@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 import signal
@@ -18,11 +17,11 @@ import msgspec
 import zmq
 
 from quire.config import EngineConfig
-from quire.engine.failures import error_of
+from quire.messages.failures import error_of
 from quire.errors import EngineDeadError
 from quire.messages import CoreFailed, CoreInput, CoreOutput, EngineReady, Shutdown
+from quire.util.environment import child_environment
 from quire.util.interrupts import interrupts_deferred
-from quire.util.logging import LEVELS
 
 if TYPE_CHECKING:  # `quire serve` starts the core before it imports the scheduler
     from quire.engine.core import EngineCore
@@ -89,7 +88,7 @@ class CoreProcess:
             [sys.executable, "-m", "quire.engine.core_process", address, kernels],
             stdin=subprocess.PIPE,  # when it ends, the core knows that this process has ended
             start_new_session=True,  # on Ctrl-C, this process decides
-            env=_child_environment(),
+            env=child_environment(),
         )
 
     def configure(self, config: EngineConfig) -> None:
@@ -162,17 +161,3 @@ class CoreProcess:
         self.socket.close()
         self._context.term()
         shutil.rmtree(self._directory, ignore_errors=True)
-
-
-def _child_environment() -> dict[str, str]:
-    """This process's environment, with the package importable even if it is not installed, and with this
-    process's log level."""
-    environment = dict(os.environ)
-    level = logging.getLogger("quire").getEffectiveLevel()
-    environment["QUIRE_LOG_LEVEL"] = next(
-        (name for name in LEVELS if level <= logging.getLevelName(name)), LEVELS[-1]
-    )
-    source = str(Path(__file__).resolve().parents[2])
-    paths = [source, *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
-    environment["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
-    return environment

@@ -22,7 +22,7 @@ import zmq
 
 from quire.config import EngineConfig
 from quire.engine.core import EngineCore
-from quire.engine.failures import failure_of
+from quire.messages.failures import failure_of
 from quire.errors import QuireError
 from quire.kernels.cpu.build import report_compiling
 from quire.messages import CoreFailed, CoreInput, CoreOutput, Shutdown

@@ -12,7 +12,7 @@ from bisect import insort
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from quire.engine.failures import failure_of
+from quire.messages.failures import failure_of
 from quire.engine.residence import AdapterMemory, Residence, name_of
 from quire.messages import (
     AddRequest,
