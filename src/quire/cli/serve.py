@@ -20,7 +20,7 @@ def run(argv: list[str]) -> int:
     from quire.engine.core_client import CoreProcess
 
     # Start it first: it imports torch while this process imports the HTTP server.
-    core = CoreProcess(kernels=engine.runtime.kernels)
+    core = CoreProcess(kernels=engine.runtime.kernels, parallel=engine.parallel)
     try:
         from quire.server.run import serve
 

@@ -14,7 +14,6 @@ import zmq
 from quire.config import EngineConfig
 from quire.engine.async_adapters import AsyncAdapters
 from quire.engine.core_client import CoreProcess
-from quire.messages.failures import error_of
 from quire.engine.front_end import Effects, FrontEnd
 from quire.engine.input_processor import PromptInput
 from quire.engine.setup import ServedModel, locate, resolve, serve_model
@@ -35,6 +34,7 @@ from quire.messages import (
     StepOutputs,
     WakeUp,
 )
+from quire.messages.failures import error_of
 from quire.metrics import MetricsSink
 from quire.outputs import RequestOutput
 from quire.placement import Placement
@@ -88,7 +88,7 @@ class AsyncLLM:
         core: one that was started earlier and not configured yet; this object closes it.
         Raises the error of the start: `ConfigError`, `ModelError`, `MemoryFitError`, ...
         """
-        core = core or CoreProcess(kernels=config.runtime.kernels)
+        core = core or CoreProcess(kernels=config.runtime.kernels, parallel=config.parallel)
         waiting: asyncio.Future[EngineReady] | None = None
         try:
             located = await asyncio.to_thread(locate, config)

@@ -17,9 +17,10 @@ import msgspec
 import zmq
 
 from quire.config import EngineConfig
-from quire.messages.failures import error_of
+from quire.config.parallel import ParallelConfig
 from quire.errors import EngineDeadError
 from quire.messages import CoreFailed, CoreInput, CoreOutput, EngineReady, Shutdown
+from quire.messages.failures import error_of
 from quire.util.environment import child_environment
 from quire.util.interrupts import interrupts_deferred
 
@@ -66,8 +67,9 @@ class CoreProcess:
     configuration. So create it as early as possible, then import, find the model, and call `configure`.
     """
 
-    def __init__(self, *, kernels: str = "auto") -> None:
-        """`kernels` as in `RuntimeConfig`: "reference" needs nothing compiled."""
+    def __init__(self, *, kernels: str = "auto", parallel: ParallelConfig | None = None) -> None:
+        """`kernels` as in `RuntimeConfig`: "reference" needs nothing compiled. `parallel`: of the engine, if
+        it has several ranks; they start at once too."""
         self._directory = tempfile.mkdtemp(prefix="quire-")  # mode 0700: other users cannot connect
         address = f"ipc://{Path(self._directory, 'core.sock')}"
         self._context = zmq.Context()
@@ -85,7 +87,14 @@ class CoreProcess:
         self._closed = False
         self._given_up = False
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "quire.engine.core_process", address, kernels],
+            [
+                sys.executable,
+                "-m",
+                "quire.engine.core_process",
+                address,
+                kernels,
+                msgspec.json.encode(parallel or ParallelConfig()).decode(),
+            ],
             stdin=subprocess.PIPE,  # when it ends, the core knows that this process has ended
             start_new_session=True,  # on Ctrl-C, this process decides
             env=child_environment(),

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Literal
 from quire.config import EngineConfig, from_flat, without_foreign
 from quire.engine.beam_search import BeamSearchOutput
 from quire.engine.core_client import CoreProcess, InlineCore
-from quire.messages.failures import error_of
 from quire.engine.front_end import Effects, FrontEnd
 from quire.engine.input_processor import EngineRequest, PromptInput
 from quire.engine.offline import (
@@ -44,6 +43,7 @@ from quire.messages import (
     WakeUp,
     describe_ledger,
 )
+from quire.messages.failures import error_of
 from quire.outputs import (
     EmbeddingRequestOutput,
     PoolingRequestOutput,
@@ -96,7 +96,7 @@ class LLM:
         resolved = resolve(config)
         self._core: InlineCore | CoreProcess | None = None
         if engine == "process":
-            process = CoreProcess(kernels=config.runtime.kernels)
+            process = CoreProcess(kernels=config.runtime.kernels, parallel=config.parallel)
             self._core = process
             weakref.finalize(
                 self, process.close

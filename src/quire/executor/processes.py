@@ -27,6 +27,11 @@ GRACE_SECONDS = 1.0
 """Until a rank whose standard input has ended is killed."""
 
 
+def ranks_of(parallel: ParallelConfig) -> ProcessRanks | None:
+    """Start what the options ask for; None if that is nothing."""
+    return ProcessRanks(parallel) if parallel.world_size > 1 else None
+
+
 @dataclass(slots=True)
 class ProcessRank:
     """A `Rank`."""
@@ -89,7 +94,7 @@ class ProcessRanks:
             raise self._error
 
     @property
-    def group_memory(self) -> int | None:
+    def group_memory(self) -> int:
         return self._memory[-1]
 
     def close(self) -> None:
@@ -128,34 +133,3 @@ class ProcessRanks:
             )
         name = link.peer = f"rank {number} (pid {process.pid})"
         return ProcessRank(number, process, link, name)
-
-
-def shares_of_cores(count: int, allowed: Sequence[int] | None = None) -> list[list[int]]:
-    """The processors that this process may use, divided among ranks: each has neighbours, of one NUMA node if it
-    can be, and both threads of a core. With fewer cores than ranks, some have the same one."""
-    cores: dict[tuple[int, int], list[int]] = {}
-    for cpu in sorted(os.sched_getaffinity(0) if allowed is None else allowed):
-        cores.setdefault((_node_of(cpu), _first_sibling(cpu)), []).append(cpu)
-    groups = [cores[key] for key in sorted(cores)]
-    shares = []
-    for index in range(count):
-        first = index * len(groups) // count
-        last = max(first + 1, (index + 1) * len(groups) // count)
-        shares.append(sorted(cpu for group in groups[first:last] for cpu in group))
-    return shares
-
-
-def _first_sibling(cpu: int) -> int:
-    try:
-        with open(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") as file:
-            return int(file.read().replace("-", ",").split(",")[0])
-    except (OSError, ValueError):
-        return cpu
-
-
-def _node_of(cpu: int) -> int:
-    try:
-        names = os.listdir(f"/sys/devices/system/cpu/cpu{cpu}")
-    except OSError:
-        return 0
-    return next((int(name[4:]) for name in names if name[:4] == "node" and name[4:].isdigit()), 0)

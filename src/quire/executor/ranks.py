@@ -40,9 +40,8 @@ class Ranks(Protocol):
     def ranks(self) -> list[Rank]: ...
 
     @property
-    def group_memory(self) -> int | None:
-        """The descriptor of the memory that the ranks of this process's stage share; None if they share
-        none."""
+    def group_memory(self) -> int:
+        """The descriptor of the memory that the ranks of this process's stage share."""
         ...
 
     def close(self) -> None:

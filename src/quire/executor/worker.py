@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-import select
-import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -101,9 +99,7 @@ class WorkerLoop:
         self._worker = self._make_worker(config, message.max_model_len)
         found = self._worker.load()
         memory = found.memory
-        self._send(
-            Loaded(found.weight_bytes, found.step_bytes, found.block_bytes, memory.total, memory.available)
-        )
+        self._send(Loaded(found.weight_bytes, found.step_bytes, memory.total, memory.available))
 
     def _handle(self, worker: Worker, message: WorkerInput) -> bool:
         """Returns False for a message that has no meaning now."""
@@ -150,17 +146,3 @@ class WorkerLoop:
 
     def _send(self, message: WorkerOutput) -> None:
         self._link.send(msgspec.msgpack.encode(message))
-
-
-def exit_with(descriptors: Iterable[int]) -> None:
-    """End this process at once when the other end of one of these is closed, whatever its main thread does."""
-
-    def watch() -> None:
-        poller = select.poll()
-        for descriptor in descriptors:
-            poller.register(descriptor, select.POLLRDHUP | select.POLLHUP)
-        while not poller.poll():
-            pass
-        os._exit(0)
-
-    threading.Thread(target=watch, name="death watch", daemon=True).start()

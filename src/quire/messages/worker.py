@@ -75,7 +75,6 @@ class Loaded(msgspec.Struct, tag="loaded", frozen=True):
 
     weight_bytes: int
     step_bytes: int
-    block_bytes: int
     total_memory: int
     available_memory: int
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from quire.config import EngineConfig
+from quire.config.parallel import ParallelConfig
+from quire.dtypes import element_bytes
 from quire.models.spec import ModelSpec
 from quire.speculative.spec import DraftSpec, HeadDraftSpec
 
@@ -47,6 +51,32 @@ class Footprint:
     step_bytes: int
     """Temporaries of the largest step."""
     memory: DeviceMemory
+    ranks: tuple[Footprint, ...] = ()
+    """Of several ranks, those of each."""
+
+    @classmethod
+    def of_ranks(cls, ranks: Sequence[Footprint]) -> Footprint:
+        """On one machine. Its memory is what was free before the first of them was loaded."""
+        return cls(
+            weight_bytes=sum(each.weight_bytes for each in ranks),
+            step_bytes=sum(each.step_bytes for each in ranks),
+            memory=max((each.memory for each in ranks), key=lambda memory: memory.available),
+            ranks=tuple(ranks),
+        )
+
+
+def spec_of_rank(spec: WorkerSpec, parallel: ParallelConfig, number: int) -> WorkerSpec:
+    """A rank's part. spec: of the whole."""
+    samples = number == parallel.world_size - parallel.tensor_parallel_size
+    draft = spec.draft if samples else None
+    return dataclasses.replace(spec, rank=number, samples=samples, draft=draft)
+
+
+def block_bytes(config: EngineConfig, spec: WorkerSpec) -> int:
+    """KV of one block, a draft model's included."""
+    size = config.cache.block_size
+    slot = 0 if spec.draft is None else spec.draft.slot_bytes
+    return spec.model.kv.page_bytes(size, element_bytes(spec.kv_cache_dtype)) + size * slot
 
 
 def estimate(
@@ -64,12 +94,12 @@ def estimate(
     drafts = 0 if draft is None else draft.weight_bytes
     return Footprint(
         weight_bytes=spec.weight_bytes(dtype_bytes) + rotary_tables + drafts,
-        step_bytes=_step_bytes(config, spec, dtype_bytes),
+        step_bytes=step_bytes(config, spec, dtype_bytes),
         memory=memory,
     )
 
 
-def _step_bytes(config: EngineConfig, spec: ModelSpec, dtype_bytes: int) -> int:
+def step_bytes(config: EngineConfig, spec: ModelSpec, dtype_bytes: int) -> int:
     """The largest step's temporaries: one layer's widest tensors, and the logits in float32."""
     scheduler = config.scheduler
     widest = max(
