@@ -7,7 +7,6 @@ from collections.abc import Callable
 import torch
 
 from quire.config import EngineConfig
-from quire.kernels.group import Group
 from quire.layers.kv_scales import give_scales
 from quire.messages import StepPlan
 from quire.models.decoder import DecoderModel
@@ -34,15 +33,13 @@ class Worker:
         grammars: GrammarSource | None = None,
         platform: Platform | None = None,
         create_drafter: CreateDrafter | None = None,
-        group: Group | None = None,
     ) -> None:
-        """group: of the ranks that share each layer, if the spec's model is one's part. platform: if None, that of the spec's device. Raises `ConfigError` if it cannot be used.
+        """platform: if None, that of the spec's device. Raises `ConfigError` if it cannot be used.
         create_drafter: called with the loaded model, instead of what the configuration says."""
         self._config = config
         self._spec = spec
         self._grammars = grammars
         self._create_drafter = create_drafter
-        self._group = group
         self.platform = platform or _create_platform(config, spec)
         self.max_in_flight = self.platform.max_in_flight
         self.runner: Runner | None = None
@@ -146,7 +143,6 @@ class Worker:
             load_format=options.load_format,  # type: ignore[arg-type]
             attention=self.platform.attention(),
             max_model_len=spec.max_model_len,
-            group=self._group,
             seed=options.seed,
         )
         return model
