@@ -129,8 +129,7 @@ def plan_ranks(
     gpu: bool = False,
 ) -> MemoryPlan:
     """Size the cache of all ranks: as many blocks as the tightest memory holds. A GPU is one rank's; a
-    machine is shared by its ranks. footprints, block_bytes: of each rank. The rest, and what is raised, is as for
-    `plan_memory`."""
+    machine is shared by its ranks. footprints, block_bytes: of each rank. Else as `plan_memory`."""
     ranks = tuple(zip(footprints, block_bytes, strict=True))
     together = 1 if gpu else len(ranks) // config.parallel.nnodes
     plans = []

@@ -42,7 +42,7 @@ from quire.runner.footprint import DeviceMemory, Footprint, WorkerSpec, spec_of_
 from quire.runner.runner import FinishedStep, RunningStep
 from quire.runner.worker import Worker
 from quire.sampling.sampler import GrammarSource
-from quire.util.cores import physical_cores, shares_of_cores
+from quire.util.cores import physical_cores, shares
 
 
 class WorkersExecutor:
@@ -62,7 +62,10 @@ class WorkersExecutor:
         parallel = config.parallel
         tensor = parallel.tensor_parallel_size
         self._number = parallel.world_size - tensor
-        self._shares = shares_of_cores(parallel.world_size)
+        self._shares = shares(parallel.world_size)
+        self._threads = [
+            sum(not core.isdisjoint(share) for core in physical_cores()) for share in self._shares
+        ]
         self._config = config
         self._spec = spec
         self._ranks = ranks
@@ -79,7 +82,7 @@ class WorkersExecutor:
                 size_memory(ranks.group_memory, config, spec)
                 self._group = join(config, self._number, ranks.group_memory)
             self._worker = Worker(
-                with_threads(config, self._shares[self._number]),
+                self._config_of(self._number),
                 spec_of_rank(spec, parallel, self._number),
                 grammars=grammars,
                 group=self._group,
@@ -109,11 +112,10 @@ class WorkersExecutor:
 
     def load(self) -> Footprint:
         for rank in self._others.ranks:
-            cores = self._shares[rank.number]
             message = LoadModel(
-                config=msgspec.json.encode(with_threads(self._config, cores)),
+                config=msgspec.json.encode(self._config_of(rank.number)),
                 max_model_len=self._spec.max_model_len,
-                cores=cores,
+                cores=sorted(self._shares[rank.number]),
             )
             self._others.send(message, [rank])
         found = {self._number: self._others.beside(self._worker.load)}
@@ -176,6 +178,14 @@ class WorkersExecutor:
         if self._group is not None:
             self._group.close()
 
+    def _config_of(self, number: int) -> EngineConfig:
+        """A rank's, with the threads of its share of the cores."""
+        runtime = self._config.runtime
+        if runtime.cpu_threads is not None:
+            return self._config
+        runtime = dataclasses.replace(runtime, cpu_threads=self._threads[number])
+        return dataclasses.replace(self._config, runtime=runtime)
+
     def _call(self, message: WorkerInput, own: Callable[[], None]) -> None:
         for error in self._others.call(self._number, message, own).values():
             raise error
@@ -201,14 +211,6 @@ class LaunchedStep:
     def result(self) -> StepResult:
         result = self.executor._others.beside(self.running.result)
         return self.executor.took(self.running, result)
-
-
-def with_threads(config: EngineConfig, cores: Sequence[int]) -> EngineConfig:
-    """The configuration of a rank with these processors."""
-    if config.runtime.cpu_threads is not None:
-        return config
-    runtime = dataclasses.replace(config.runtime, cpu_threads=physical_cores(cores))
-    return dataclasses.replace(config, runtime=runtime)
 
 
 class AdapterEnd(NamedTuple):

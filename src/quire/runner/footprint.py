@@ -68,8 +68,10 @@ class Footprint:
 def spec_of_rank(spec: WorkerSpec, parallel: ParallelConfig, number: int) -> WorkerSpec:
     """A rank's part. spec: of the whole."""
     samples = number == parallel.world_size - parallel.tensor_parallel_size
+    size = parallel.tensor_parallel_size
+    model = spec.model if size == 1 else spec.model.divided(number % size, size)
     draft = spec.draft if samples else None
-    return dataclasses.replace(spec, rank=number, samples=samples, draft=draft)
+    return dataclasses.replace(spec, model=model, rank=number, samples=samples, draft=draft)
 
 
 def block_bytes(config: EngineConfig, spec: WorkerSpec) -> int:

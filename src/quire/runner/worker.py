@@ -151,6 +151,7 @@ class Worker:
             load_format=options.load_format,  # type: ignore[arg-type]
             attention=self.platform.attention(),
             max_model_len=spec.max_model_len,
+            group=self._group,
             seed=options.seed,
         )
         return model
