@@ -1,10 +1,11 @@
-"""Which rows share a plan, if plans pass through several stages.
+"""How a step is divided among requests, and the work of a pipeline among its plans.
 
-Each stage computes another plan, and a request waits for its token until the last stage has sampled it. So
-stages are idle if all requests share a plan, and if consecutive plans differ in work. One rule avoids both: a
-plan takes at most an equal share of all work there is, the work of the plans in flight included. Work is rows
-that compute a single token, and tokens of prompts, whose chunks follow each other without waiting. Since the
-plans in flight are counted, requests that begin or end change all shares alike, and the division stays even.
+Each stage of a pipeline computes another plan, and a request waits for its token until the last stage has
+sampled it. So stages are idle if all requests share a plan, and if consecutive plans differ in work. One rule
+avoids both: a plan takes at most an equal share of all work there is, the work of the plans in flight
+included. Work is rows that compute a single token, and tokens of prompts, whose chunks follow each other
+without waiting. Since the plans in flight are counted, requests that begin or end change all shares alike,
+and the division stays even.
 
 That is not slower than one plan for all. If a stage takes t(n) for n rows, a token takes d * t(n) in one plan
 and d * t(n / d) in d plans, and t does not fall. The tokens of prompts are divided among twice as many plans
@@ -14,6 +15,7 @@ size, below which a chunk takes nearly as long as a larger one.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable
 from itertools import islice
 
@@ -78,6 +80,29 @@ class MicroBatches:
 
     def done(self, plan: StepPlan) -> None:
         del self._in_flight[plan.step_id]
+
+
+def least_share(wanted: list[int], budget: int, block_size: int) -> int:
+    """The quantum: the number of tokens that a running request, or the head of the queue, gets at least if it
+    wants them.
+
+    A quarter of the budget that single tokens leave is divided into equal parts: one for each request
+    that wants more than one token. The first of those needs no part, as it gets the other three
+    quarters; its part goes to the queue. What a request does not want is divided among the others.
+    """
+    counts = sorted(wanted)
+    first = bisect_right(counts, 1)
+    prompts = counts[first:]
+    share = (budget - sum(counts[:first])) // 4
+    sharers = len(prompts)
+    for count in prompts:
+        if count * sharers >= share:
+            break
+        share -= count
+        sharers -= 1
+    quantum = share // max(1, sharers)
+    whole_blocks = quantum - quantum % block_size
+    return whole_blocks or max(1, quantum)
 
 
 def _returns(request: Request) -> bool:

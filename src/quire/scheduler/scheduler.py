@@ -29,7 +29,6 @@ Four rules keep it fair and free of deadlock (docs/adr/0002-one-order.md):
 from __future__ import annotations
 
 import time
-from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
@@ -50,7 +49,7 @@ from quire.scheduler.adapters import AdapterPlaces
 from quire.scheduler.decisions import DecisionKind, Observer, Reporter, Wait, WaitReason
 from quire.scheduler.drafting import Drafting
 from quire.scheduler.limits import SchedulerLimits
-from quire.scheduler.micro_batches import MicroBatches
+from quire.scheduler.micro_batches import MicroBatches, least_share
 from quire.scheduler.policy import RequestQueue, create_policy
 from quire.scheduler.request import Request, RequestStatus
 
@@ -170,7 +169,7 @@ class Scheduler:
         wanted = [self._wanted(request) for request in running]
         budget, left_out = self._micro_batches.share(running, wanted, self.waiting)
         self._waits |= dict.fromkeys(left_out, Wait(WaitReason.SHARE))
-        quantum = self._quantum(wanted, budget)
+        quantum = least_share(wanted, budget, self.kv.block_size)
         self.report.step(self._step_id, quantum, self.kv.num_free, budget)
         budget -= self._schedule_waiting(plan, max(quantum, budget - sum(wanted)))
         self._schedule_running(plan, running, wanted, budget, quantum)
@@ -193,28 +192,6 @@ class Scheduler:
         if (request.num_pending_tokens or not request.generates) and self._is_idle(request):
             return 0
         return self._capped(request.num_tokens - request.num_computed_tokens)
-
-    def _quantum(self, wanted: list[int], budget: int) -> int:
-        """The number of tokens that a running request, or the head of the queue, gets at least if it
-        wants them.
-
-        A quarter of the budget that single tokens leave is divided into equal parts: one for each request
-        that wants more than one token. The first of those needs no part, as it gets the other three
-        quarters; its part goes to the queue. What a request does not want is divided among the others.
-        """
-        counts = sorted(wanted)
-        first = bisect_right(counts, 1)
-        prompts = counts[first:]
-        share = (budget - sum(counts[:first])) // 4
-        sharers = len(prompts)
-        for count in prompts:
-            if count * sharers >= share:
-                break
-            share -= count
-            sharers -= 1
-        quantum = share // max(1, sharers)
-        whole_blocks = quantum - quantum % self.kv.block_size
-        return whole_blocks or max(1, quantum)
 
     def _schedule_running(
         self,
