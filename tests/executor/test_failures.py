@@ -71,7 +71,7 @@ def failure_of(core: CoreProcess) -> Exception:
 
 
 def assert_gone(*processes: psutil.Process) -> None:
-    gone, alive = psutil.wait_procs(processes, timeout=SECONDS)
+    _, alive = psutil.wait_procs(processes, timeout=SECONDS)
     assert not alive, alive
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from quire.config import EngineConfig
 from quire.dtypes import element_bytes
 from quire.engine.core import EngineCore
-from quire.engine.gpu import gpu_memory
+from quire.engine.gpu import gpu_count, gpu_memory
 from quire.engine.memory import MemoryPlan, format_bytes, plan_ranks
 from quire.engine.setup import ResolvedModel, locate, read_tokens, resolve
 from quire.errors import ConfigError, ModelError
@@ -154,6 +154,12 @@ def executor_of(ranks: Ranks | None = None, *, pin: bool = False) -> CreateExecu
 def _longest_by_estimate(config: EngineConfig, resolved: ResolvedModel) -> int:
     """The length to load for. A model that cannot fit is refused here, before its weights are read."""
     memory = (gpu_memory() if resolved.device == "cuda" else None) or host_memory()
+    of_node = config.parallel.world_size // config.parallel.nnodes
+    if resolved.device == "cuda" and of_node > max(1, gpu_count()):
+        raise ConfigError(
+            f"{of_node} ranks on this machine (tensor_parallel_size x pipeline_parallel_size) need a GPU each, "
+            f"and there are {gpu_count()}; make the sizes smaller, or use --device cpu."
+        )
     ranks = [
         estimate(
             config,
