@@ -111,7 +111,7 @@ static int wait_for_rank(quire_group *g, int32_t rank, uint32_t count, double be
 }
 
 int quire_group_barrier(quire_group *g) {
-  if (!g->words) return g->exchange(NULL, 0, 0, 0, 0, 0) ? GROUP_FAILED : GROUP_OK;
+  if (!g->words) return g->exchange && !g->exchange(NULL, 0, 0, 0, 0, 0) ? GROUP_OK : GROUP_FAILED;
   if (has_failed(g->words)) return GROUP_FAILED;
   group_rank *own = &g->words->ranks[g->rank];
   const uint32_t count = atomic_load_explicit(&own->sequence, memory_order_relaxed) + 1;
@@ -134,24 +134,26 @@ int quire_group_abort(quire_group *g, const char *message) {
   return 0;
 }
 
-int quire_group_open(quire_group *g, int descriptor, int64_t total) {
+int quire_group_open(quire_group *g, int descriptor, int64_t total, int64_t reserved) {
   void *memory = mmap(NULL, (size_t)total, PROT_READ | PROT_WRITE, MAP_SHARED, descriptor, 0);
   if (memory == MAP_FAILED) return errno;
   g->words = memory;
-  g->data = (char *)memory + sizeof(group_words);
-  g->bytes = total - (int64_t)sizeof(group_words);
+  g->data = (char *)memory + sizeof(group_words) + reserved;
+  g->bytes = total - (int64_t)sizeof(group_words) - reserved;
   atomic_store(&g->words->ranks[g->rank].pid, (int32_t)getpid());
   return 0;
 }
 
 int quire_group_close(quire_group *g) {
-  if (g->words) munmap(g->words, (size_t)g->bytes + sizeof(group_words));
+  if (g->words) munmap(g->words, (size_t)(g->data + g->bytes - (char *)g->words));
   g->words = NULL, g->data = NULL, g->bytes = 0;
   return 0;
 }
 
-#else /* Python does not call these: create.py refuses the group */
-int quire_group_open(quire_group *g, int descriptor, int64_t total) { return (void)g, (void)descriptor, (void)total, ENOSYS; }
+#else /* Python does not call these: shared_memory.py refuses to make the memory */
+int quire_group_open(quire_group *g, int descriptor, int64_t total, int64_t reserved) {
+  return (void)g, (void)descriptor, (void)total, (void)reserved, ENOSYS;
+}
 int quire_group_close(quire_group *g) { return (void)g, 0; }
 int quire_group_abort(quire_group *g, const char *message) { return (void)g, (void)message, 0; }
 int quire_group_barrier(quire_group *g) {

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 from ctypes import byref
 from typing import NoReturn, Protocol
 
 import torch
-from torch import Tensor
 
 from quire.errors import WorkerError
 from quire.kernels.cpu.library import GROUP_MESSAGE, GroupExchange, GroupWords, load_library
@@ -43,28 +43,33 @@ def c_group(group: Group) -> CGroup:
 
 
 class SharedGroup:
-    """This process's view of the memory of a descriptor, as one rank. The memory is a file without a name,
-    HEADER bytes and then the data; it lasts until its last rank has closed it."""
+    """This process's view of the memory of a descriptor, as one rank. The memory is a file without a name:
+    HEADER bytes, `reserved` bytes, and the data. It lasts until its last rank has closed it."""
 
-    def __init__(self, descriptor: int, *, rank: int, size: int, timeout: float) -> None:
+    def __init__(
+        self, descriptor: int, *, rank: int, size: int, timeout: float, reserved: int = 0
+    ) -> None:
         """timeout: seconds. The descriptor may be closed afterwards. Raises `BuildError`, and `OSError` if
         the memory cannot be mapped."""
         self._lib = load_library()
+        self._closing = threading.Lock()
         self.native = NativeGroup(rank=rank, size=size, timeout=timeout)
         total = os.fstat(descriptor).st_size
-        if code := self._lib.quire_group_open(byref(self.native), descriptor, total):
+        if code := self._lib.quire_group_open(byref(self.native), descriptor, total, reserved):
             raise OSError(code, f"a group's shared memory: {os.strerror(code)}")
+        area = (ctypes.c_uint8 * reserved).from_address(
+            ctypes.addressof(self.native.words.contents) + HEADER
+        )
+        self.reserved = torch.frombuffer(area, dtype=torch.uint8) if reserved else torch.empty(0)
+        """The bytes between header and data; empty after `close`."""
 
     def barrier(self) -> None:
         if code := self._lib.quire_group_barrier(byref(self.native)):
             self.fail(code)
 
-    def data(self, first: int, size: int) -> Tensor:
-        """Bytes [first, first + size) of the shared area, [size] uint8. Not to be used after `close`."""
-        area = (ctypes.c_uint8 * size).from_address(self.native.data + first)
-        return torch.frombuffer(area, dtype=torch.uint8)
-
     def fail(self, code: int) -> NoReturn:
+        if not self.native.words:
+            raise WorkerError("This rank's group is closed.")
         if code == LATE:
             late = self.native.late
             who = f"Rank {late} (pid {self.native.words.contents.ranks[late].pid})"
@@ -74,13 +79,17 @@ class SharedGroup:
         raise WorkerError(message or "A rank has failed.")
 
     def abort(self, message: str) -> None:
-        """End every wait of every rank with this message; the first call's counts. From any thread."""
+        """End every wait of every rank with this message; the first call's counts. From any thread, also
+        after `close`, when it does nothing."""
         text = message.encode()[: GROUP_MESSAGE - 1]
-        self._lib.quire_group_abort(byref(self.native), text)
+        with self._closing:
+            self._lib.quire_group_abort(byref(self.native), text)
 
     def close(self) -> None:
-        """Idempotent. No call of this view may be under way."""
-        self._lib.quire_group_close(byref(self.native))
+        """Idempotent. No other call but `abort` may be under way."""
+        self.reserved = torch.empty(0)
+        with self._closing:
+            self._lib.quire_group_close(byref(self.native))
 
 
 class CalledGroup:
