@@ -126,9 +126,9 @@ class NativeProgram:
         self._buffer = self._logits = torch.empty(0, self._vocab_size)
         self._taps = self.tapped = torch.empty(0, program.tap_width, dtype=program.dtype)
         windows = [0] * (1 + max(layer.group for layer in layers))
-        for group in range(len(windows)):
-            found = [layer.window for layer in layers if layer.group == group]
-            windows[group] = 0 if 0 in found else max(found)
+        for index in range(len(windows)):
+            found = [layer.window for layer in layers if layer.group == index]
+            windows[index] = 0 if 0 in found else max(found)
         self._struct = _Program(
             ops=ctypes.addressof(self._ops),
             offsets=self._keep((c_int64 * len(numbers))(*program.offsets)),
@@ -266,12 +266,13 @@ class NativeProgram:
         first = -(-tokens * self._program.shared_bytes_per_token // 64) * 64
         if self._common == (first, count):
             return
-        size = 4 * count * self._vocab_size
-        if first + size > group.native.bytes:
+        size = count * self._vocab_size
+        if first + 4 * size > group.native.bytes:
             raise checks.KernelArgumentError(_ERRORS[9])
-        self._common = (first, count)
-        area = (ctypes.c_uint8 * size).from_address(group.native.data + first)
-        self._logits = torch.frombuffer(area, dtype=torch.float32).view(count, -1) if count else self._buffer[:0]
+        self._common, self._logits = (first, count), self._buffer[:0]
+        if count:
+            area = (c_float * size).from_address(group.native.data + first)
+            self._logits = torch.frombuffer(area, dtype=torch.float32).view(count, -1)
 
     def _make_taps(self, count: int) -> None:
         if count > len(self._taps):
@@ -340,7 +341,7 @@ class NativeProgram:
             norm_dtype=DTYPES[layer.q_norm.weight.dtype] if layer.q_norm is not None else 0,
         )
 
-    def _keep(self, struct: ctypes.Structure | Array[c_int64]) -> int:
+    def _keep(self, struct: ctypes.Structure | Array[c_int64] | Array[c_int32]) -> int:
         self._kept.append(struct)
         return ctypes.addressof(struct)
 
