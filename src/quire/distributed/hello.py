@@ -37,6 +37,8 @@ HELLO_SECONDS = 10.0
 HELLO_BYTES = 4096
 MOST_STRANGERS = 64
 """Connections that have not said hello; one more closes the oldest."""
+LINGER_SECONDS = 1.0
+"""After a failure, for hellos that are under way."""
 RETRY_SECONDS = 0.2
 NONCE = MAC = 32
 
@@ -126,6 +128,8 @@ class _Gate:
     ) -> None:
         self._listener, self._key, self._facts = listener, key, dict(facts)
         self._ranks = set(ranks)
+        self._refusal = ""
+        """Why all that still come are refused."""
         self._selector = selectors.DefaultSelector()
         self._strangers: dict[int, _Stranger] = {}
         self._accepted: dict[int, _Stranger] = {}
@@ -144,14 +148,21 @@ class _Gate:
             for stranger in list(self._strangers.values()):
                 if now >= stranger.deadline:
                     self._drop(stranger, "said nothing")
-            for event, _ in self._selector.select(min(deadline - now, 0.5)):
-                if event.fileobj is self._listener:
-                    self._accept()
-                else:
-                    self._read(event.data)
+            self._turn(min(deadline - now, 0.5))
+
+    def _turn(self, seconds: float) -> None:
+        for event, _ in self._selector.select(seconds):
+            if event.fileobj is self._listener:
+                self._accept()
+            else:
+                self._read(event.data)
 
     def close(self, refusal: str) -> dict[int, Link]:
-        """Answer all that were accepted, and forget all others."""
+        """Answer all that were accepted, and if they are refused, those whose hello is under way."""
+        self._refusal = refusal
+        end = time.monotonic() + LINGER_SECONDS
+        while refusal and self._strangers and time.monotonic() < end:
+            self._turn(0.05)
         links = {}
         for rank, stranger in self._accepted.items():
             self._answer(stranger, refusal)
@@ -207,6 +218,8 @@ class _Gate:
         hello = None
         if not message.startswith(MAGIC):
             wrong = f"{peer} has another version of Quire's links; install the same version on every node."
+        elif self._refusal:
+            wrong = self._refusal
         elif not hmac.compare_digest(
             mac, _mac(self._key, b"rank", stranger.ours, stranger.theirs, text)
         ):
@@ -217,10 +230,16 @@ class _Gate:
             except msgspec.DecodeError as error:
                 wrong = f"{peer} sent a wrong hello: {error}."
         if hello is not None:
+            if hello.rank in self._accepted:
+                self._read(
+                    self._accepted[hello.rank]
+                )  # it may have ended, and this be its next start
             wrong = self._misfit(hello)
         if wrong or hello is None:
             self._answer(stranger, wrong)
             self._drop(stranger, "")
+            if self._refusal:
+                return
             raise ConfigError(wrong)
         del self._strangers[stranger.link.fileno()]
         self._accepted[hello.rank] = stranger
