@@ -157,8 +157,8 @@ def _longest_by_estimate(config: EngineConfig, resolved: ResolvedModel) -> int:
     of_node = config.parallel.world_size // config.parallel.nnodes
     if resolved.device == "cuda" and of_node > max(1, gpu_count()):
         raise ConfigError(
-            f"{of_node} ranks on this machine (tensor_parallel_size x pipeline_parallel_size) need a GPU each, "
-            f"and there are {gpu_count()}; make the sizes smaller, or use --device cpu."
+            f"{of_node} ranks on this machine (tensor_parallel_size x pipeline_parallel_size) need a GPU "
+            f"each, and there are {gpu_count()}; make the sizes smaller, or use --device cpu."
         )
     ranks = [
         estimate(
