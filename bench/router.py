@@ -4,9 +4,9 @@
     python -m bench.router --real                                         # and by `-dp` on the built-in model
 
 Each replica is the real scheduler and cache, over an executor that samples scripted tokens; a step takes
-simulated time by its tokens. `oracle` is the same rule with knowledge in place of the router's guess: it looks into the
-replicas' caches, and at the prompts that are under way to them. `--real` sends the requests one after another
-through `AsyncLLM`, and simulates the same.
+simulated time by its tokens. `oracle` is the same rule with knowledge in place of the router's guess: it
+looks into the replicas' caches, and at the prompts that are under way to them. `--real` sends the
+requests one after another through `AsyncLLM`, and simulates the same.
 """
 
 from __future__ import annotations

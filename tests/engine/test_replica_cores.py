@@ -30,7 +30,7 @@ from quire.sampling_params import (
     RequestOutputKind,
     SamplingParams,
 )
-from quire.util.cores import pinned, shares_of_cores
+from quire.util.cores import pinned, shares
 from tests.engine.checkpoints import ServableCheckpoint, prompts
 from tests.weights.adapter_writer import write_adapter
 
@@ -274,7 +274,7 @@ def test_each_replica_has_its_own_cores() -> None:
     try:
         assert isinstance(group, ReplicaCores)
         masks = [os.sched_getaffinity(core.process.pid) for core in group._cores]
-        assert masks == [set(share) for share in shares_of_cores(2)]
+        assert masks == [set(share) for share in shares(2)]
     finally:
         group.close()
     assert all(core.process.poll() is not None for core in group._cores)

@@ -15,7 +15,7 @@ from quire.engine.core_client import PING_SECONDS, CoreProcess
 from quire.engine.replicas import Replicas, merged_ready
 from quire.errors import ConfigError, EngineDeadError
 from quire.messages import CoreInput, CoreOutput, EngineReady
-from quire.util.cores import shares_of_cores
+from quire.util.cores import shares
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class ReplicaCores:
         self._poller = zmq.Poller()
         self._cores: list[CoreProcess] = []
         try:
-            for cpus, environment in zip(shares_of_cores(count), environments, strict=True):
+            for cpus, environment in zip(shares(count), environments, strict=True):
                 core = CoreProcess(
                     kernels=config.runtime.kernels,
                     parallel=config.parallel,

@@ -36,7 +36,7 @@ class CPU:
         self._config = config
         self._spec = spec
         self._memory = host_memory()  # before anything is loaded
-        torch.set_num_threads(config.runtime.cpu_threads or physical_cores())
+        torch.set_num_threads(config.runtime.cpu_threads or len(physical_cores()))
         self.kernels = create_kernels(
             config.runtime.kernels,  # type: ignore[arg-type]
             activation_bits=config.runtime.cpu_activation_bits,

@@ -1,41 +1,23 @@
-"""The processors of this machine."""
+"""The processor cores of this process, and shares of them."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 
 
-def physical_cores(allowed: Iterable[int] | None = None) -> int:
-    """The number of cores of these processors, by default those that this process may use; hyper-threads of
-    one core count once."""
-    cpus = os.sched_getaffinity(0) if allowed is None else allowed
-    return len({_core_of(cpu) for cpu in cpus})
-
-
-def shares_of_cores(count: int, allowed: Iterable[int] | None = None) -> list[list[int]]:
-    """These processors divided among ranks: each has neighbours, of one NUMA node if it can be, and all
-    hyper-threads of a core. With fewer cores than ranks, several have the same one."""
-    cores: dict[tuple[int, int], list[int]] = {}
-    for cpu in sorted(os.sched_getaffinity(0) if allowed is None else allowed):
-        cores.setdefault((_node_of(cpu), _core_of(cpu)), []).append(cpu)
-    groups = [cores[key] for key in sorted(cores)]
-    shares = []
-    for index in range(count):
-        first = index * len(groups) // count
-        last = max(first + 1, (index + 1) * len(groups) // count)
-        shares.append(sorted(cpu for group in groups[first:last] for cpu in group))
-    return shares
-
-
-def _core_of(cpu: int) -> int:
-    """The core's first processor."""
-    try:
-        with open(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") as file:
-            return int(file.read().replace("-", ",").split(",")[0])
-    except (OSError, ValueError):
-        return cpu
+def physical_cores() -> list[set[int]]:
+    """The hyper-threads of each core that this process may use. Cores of a NUMA node follow each other."""
+    allowed = os.sched_getaffinity(0)
+    cores: dict[str, set[int]] = {}
+    for cpu in sorted(allowed, key=lambda cpu: (_node_of(cpu), cpu)):
+        try:
+            with open(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") as file:
+                cores.setdefault(file.read(), set()).add(cpu)
+        except OSError:
+            return [{each} for each in sorted(allowed)]
+    return list(cores.values())
 
 
 def _node_of(cpu: int) -> int:
@@ -47,9 +29,19 @@ def _node_of(cpu: int) -> int:
     return next((int(name[4:]) for name in names if name[:4] == "node" and name[4:].isdigit()), 0)
 
 
+def shares(count: int) -> list[set[int]]:
+    """The cores, divided into `count` runs of neighbours, as equal as possible. With fewer cores than
+    that, each share is one core, and some are the same."""
+    cores = physical_cores()
+    if len(cores) < count:
+        return [cores[index % len(cores)] for index in range(count)]
+    ends = [len(cores) * index // count for index in range(count + 1)]
+    return [set().union(*cores[ends[i] : ends[i + 1]]) for i in range(count)]
+
+
 @contextlib.contextmanager
 def pinned(cpus: Collection[int] | None) -> Iterator[None]:
-    """Processes that this thread starts may use these processors only. None: no change."""
+    """Threads and processes that this thread starts may use these cores only. None: no change."""
     if cpus is None:
         yield
         return
