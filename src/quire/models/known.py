@@ -1,5 +1,5 @@
-"""The sizes of public models, to plan with before anything is downloaded: the fields of their config.json that
-decide a model's shape, as published."""
+"""The sizes of public models, to plan with before anything is downloaded: the fields of their config.json
+that decide the shape, as published."""
 
 from __future__ import annotations
 
