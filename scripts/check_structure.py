@@ -20,7 +20,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "src" / "quire"
 
 STAND_INS = {"MockExecutor", "ScriptedFuture", "SimulatedExecutor"}
 """Executors without a model."""
-OPEN_TO_MODELS = {f"quire.kernels.{name}" for name in ("base", "lora", "ops", "program")}
+OPEN_TO_MODELS = {f"quire.kernels.{name}" for name in ("base", "group", "lora", "ops", "program")}
 """The modules of kernels/ that models may import: the protocols they are written against."""
 C_LIBRARIES = {"ctypes", "cffi"}
 FAMILY_LINES = 120

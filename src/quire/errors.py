@@ -87,6 +87,9 @@ class EngineSleepingError(EngineError):
 class EngineDeadError(EngineError):
     """The engine core has stopped; nothing can be served until it is restarted."""
 
+    REPLICA_LOST = "The engine core of replica"
+    """Beginning of the message with which requests end whose replica has stopped; the others go on."""
+
 
 class WorkerError(EngineDeadError):
     """A rank of the engine has died, or is late. The message names the rank."""

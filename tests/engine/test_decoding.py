@@ -8,11 +8,12 @@ import msgspec
 import pytest
 
 from quire.decoding import Decoding, GrammarSpec, Task, TokenRules
-from quire.engine.input_processor import InputProcessor, resolve_decoding
+from quire.engine.input_processor import InputProcessor, check_first_token, resolve_decoding
 from quire.errors import InvalidParameterError
 from quire.messages import AddRequest
 from quire.placement import Placement
 from quire.sampling_params import BeamSearchParams, PoolingParams, SamplingParams
+from quire.structured.base import NoTokenLeftError
 from tests.server.scripted_engine import FakeModel
 
 GRAMMAR = TokenRules(grammar=GrammarSpec("lark", 'start: "a"'))
@@ -44,6 +45,40 @@ def test_a_grammar_says_itself_when_the_text_may_end() -> None:
     assert decoding.end_token_ids == {2, 7}
     assert decoding.min_tokens == 0 and decoding.banned_until(10) == 0
     assert resolved(TokenRules(bad_words=[[1]]), min_tokens=3).min_tokens == 3
+
+
+EVERY = list(range(20))
+
+
+@pytest.mark.parametrize(
+    ("rules", "params", "named"),
+    [
+        (None, {"min_tokens": 1, "allowed_token_ids": [7, 2]}, ["allowed_token_ids", "min_tokens"]),
+        (None, {"min_tokens": 1, "stop_token_ids": EVERY}, ["min_tokens"]),
+        (None, {"min_tokens": 1, "allowed_token_ids": [7], "ignore_eos": True}, None),
+        (None, {"allowed_token_ids": [7]}, None),
+        (None, {"min_tokens": 1, "allowed_token_ids": [7, 8]}, None),
+        (TokenRules(bad_words=[[i] for i in EVERY]), {}, ["bad_words"]),
+        (TokenRules(bad_words=[[i] for i in EVERY[1:]]), {}, None),
+        (TokenRules(bad_words=[[5], [6]]), {"allowed_token_ids": [5, 6]},
+         ["allowed_token_ids", "bad_words"]),
+        (TokenRules(bad_words=[[5, 6]]), {"allowed_token_ids": [5, 6]}, None),
+        (TokenRules(bad_words=[[5]]), {"min_tokens": 1, "allowed_token_ids": [5, 2]},
+         ["allowed_token_ids", "bad_words", "min_tokens"]),
+        (GRAMMAR, {"min_tokens": 1, "allowed_token_ids": [2]}, None),
+        (TokenRules(thinking_budget=1), {"min_tokens": 1, "allowed_token_ids": [2]}, None),
+    ],
+)  # fmt: skip
+def test_constraints_that_leave_no_first_token_are_refused(
+    rules: TokenRules | None, params: dict[str, Any], named: list[str] | None
+) -> None:
+    decoding = resolved(rules, **params)
+    if named is None:
+        check_first_token(decoding, len(EVERY))
+        return
+    with pytest.raises(NoTokenLeftError) as raised:
+        check_first_token(decoding, len(EVERY))
+    assert str(raised.value) == str(NoTokenLeftError(named))
 
 
 def test_numbers_fit_where_they_are_kept() -> None:

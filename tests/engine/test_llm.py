@@ -206,6 +206,11 @@ def test_the_likeliest_token_alone_is_greedy_whatever_the_seed(kernels: str) -> 
         ([1], GREEDY.replace(logprobs=21), "logprobs"),
         ([1], GREEDY.replace(logprobs=-1), "logprobs"),
         ([1], GREEDY.replace(stop_token_ids=[VOCAB_SIZE]), "stop_token_ids"),
+        (
+            [1],
+            GREEDY.replace(allowed_token_ids=[3], stop_token_ids=[3], min_tokens=1),
+            "allowed_token_ids",
+        ),
     ],
 )
 def test_bad_requests_are_typed_and_harm_nobody(

@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from quire.kernels.select import create_kernels
 from quire.quantization import read_method
-from quire.quantization.base import WHOLE, LinearPart, LinearShape, Shard
+from quire.quantization.base import LinearPart, LinearShape
 from quire.quantization.matrix import QuantizedMethod
 
 DATA = Path(__file__).parents[1] / "data" / "quantized"
@@ -65,12 +65,11 @@ def dequantized(
     shape: Sequence[int],
     *,
     step: int = 64,
-    outputs: Shard = WHOLE,
-    inputs: Shard = WHOLE,
+    outputs: range | None = None,
 ) -> torch.Tensor:
     """Read like a file: `step` rows at a time, the last ones first."""
     method = method_of(config, tensors)
-    whole = LinearShape(shape[1], (LinearPart(NAME, shape[0], outputs),), bias=False, shard=inputs)
+    whole = LinearShape(shape[1], (LinearPart(NAME, shape[0], outputs),), bias=False)
     state = method.create(whole, dtype=torch.float32, kernels=create_kernels("reference"))
     wants = {want.suffix: want for want in state.wants(whole.parts[0])}
     assert set(wants) == set(tensors)

@@ -14,7 +14,7 @@ from quire.errors import CheckpointError, UnsupportedModelError
 from quire.kernels.base import Kernels
 from quire.kernels.select import create_kernels
 from quire.quantization import read_method
-from quire.quantization.base import LinearPart, LinearShape, Shard
+from quire.quantization.base import LinearPart, LinearShape
 from quire.quantization.gguf import FORMATS, Gguf
 from quire.quantization.gguf_types import BLOCKS
 from tests.quantization.gguf_rows import HALVES, SHAPES, raw_rows, values
@@ -56,8 +56,8 @@ def product(kind: str, raw: torch.Tensor, shape: LinearShape, kernels: Kernels, 
     (want,) = state.wants(shape.parts[0])
     assert want.shape == tuple(raw.shape) and want.dtypes == (kind,)
     assert want.taken is not None
-    rows, columns = want.taken
-    mine = raw[rows.start : rows.stop, columns.start : columns.stop]
+    (rows,) = want.taken
+    mine = raw[rows.start : rows.stop]
     for first in reversed(range(0, len(mine), step)):
         state.load(0, "weight", first, mine[first : first + step].contiguous())
     return state.finish()
@@ -78,18 +78,15 @@ def test_a_product_has_these_rows(kind: str, rows: int, blocks: int, kernels: Ke
 
 def test_rows_may_be_sharded(kernels: Kernels) -> None:
     raw = torch.from_numpy(raw_rows("q4_K", 10, 2))
-    part = LinearPart("layer.proj", 10, Shard(1, 2))
+    part = LinearPart("layer.proj", 10, range(5, 10))
     filled = product("q4_K", raw, LinearShape(512, (part,), bias=False), kernels)
     assert torch.equal(filled.rows(torch.arange(5)), values("q4_K", raw)[5:])
 
 
-def test_inputs_may_be_sharded_between_blocks(kernels: Kernels) -> None:
+def test_rows_are_whole_blocks(kernels: Kernels) -> None:
     raw = torch.from_numpy(raw_rows("q4_K", 5, 4))
-    shape = LinearShape(1024, (LinearPart("layer.proj", 5),), bias=False, shard=Shard(1, 2))
-    filled = product("q4_K", raw, shape, kernels)
-    assert torch.equal(filled.rows(torch.arange(5)), values("q4_K", raw)[:, 512:])
-    shape = LinearShape(1024, (LinearPart("layer.proj", 5),), bias=False, shard=Shard(1, 8))
-    with pytest.raises(UnsupportedModelError, match=r"rows of 128 of 1024 inputs.*256.*q4_K"):
+    shape = LinearShape(1000, (LinearPart("layer.proj", 5),), bias=False)
+    with pytest.raises(UnsupportedModelError, match=r"1000 inputs, no multiple of the 256.*q4_K"):
         product("q4_K", raw, shape, kernels)
 
 

@@ -15,8 +15,9 @@ from quire.attention.base import KVCache
 from quire.decoding import Decoding, TokenRules
 from quire.messages import AdmittedRequest, PlannedRow, SampledRow, StepPlan, TokenLogprobs
 from quire.runner.backend import StepInput, StepSamples
-from quire.runner.runner import NAN_ERROR, NOTHING_ALLOWED, Runner
+from quire.runner.runner import NAN_ERROR, Runner
 from quire.runner.seats import Seats, independent
+from quire.structured.base import NoTokenLeftError
 
 VOCAB = 50
 NAN = -1
@@ -210,7 +211,8 @@ def test_rules_allow_force_and_fail() -> None:
         runner,
         StepPlan(step_id=1, admitted=admissions, rows=[row(i, 0, 5) for i in (3, 1, 2)]),
     )
-    assert NOTHING_ALLOWED in (rows[1].error or "") and rows[1].token_ids == []
+    assert rows[1].error == str(NoTokenLeftError(["allowed_token_ids", "bad_words"]))
+    assert rows[1].token_ids == []
     assert rows[2].token_ids == rows[3].token_ids == [6]
     assert list(backend.steps[0]["masks"]) == [2]
 

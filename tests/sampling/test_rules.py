@@ -13,7 +13,7 @@ from quire.decoding import Decoding, TokenRules
 from quire.kernels.select import create_kernels
 from quire.sampling.rules import MAX_FORCED, RequestRules
 from quire.sampling.sampler import Sampler
-from quire.structured.base import GrammarError
+from quire.structured.base import GrammarError, NoTokenLeftError
 from quire.structured.masks import Mask, mask_of, tokens_of
 from tests.sampling.test_sampler import SAMPLER, VOCAB, logits, row, sample, seated
 
@@ -98,6 +98,34 @@ def test_before_min_tokens_an_allowed_end_is_no_way_out():
         allowed.append(bool(mask.any()))
         mine.learn(1)
     assert allowed == [False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"min_tokens": 2, "allowed_token_ids": [EOS]}, ["allowed_token_ids", "min_tokens"]),
+        ({"allowed_token_ids": [5], "bad_words": [[5]]}, ["allowed_token_ids", "bad_words"]),
+        ({"bad_words": [[token] for token in ALL]}, ["bad_words"]),
+        (
+            {"min_tokens": 1, "thinking": True, "think_end": [EOS], "thinking_budget": 0},
+            ["thinking_token_budget", "min_tokens"],
+        ),
+    ],
+)
+def test_constraints_that_leave_no_token_are_named(fields, named):
+    """Also after a draft, which may be why."""
+    own = ("min_tokens", "allowed_token_ids")
+    decoding = Decoding(max_tokens=9, **{k: v for k, v in fields.items() if k in own})
+    one = rules(decoding, **{k: v for k, v in fields.items() if k not in own})
+    with pytest.raises(NoTokenLeftError) as raised:
+        list(one.masks_along([3]))
+    assert str(raised.value) == str(NoTokenLeftError(named))
+    assert raised.value.param == named[0] and all(name in str(raised.value) for name in named)
+    later = rules(Decoding(allowed_token_ids=[1, 5]), bad_words=[[1, 1], [1, 5]])
+    masks = later.masks_along([1, 1])
+    assert next(masks).any()
+    with pytest.raises(NoTokenLeftError, match="allowed_token_ids and bad_words"):
+        next(masks)
 
 
 def test_bad_words_are_banned_where_they_would_be_completed():

@@ -199,6 +199,20 @@ def test_history_grows_with_what_is_sampled():
     assert tokens == [0, 1, 2, 0]
 
 
+@pytest.mark.parametrize("mode", ["raw", "processed"])
+def test_no_logprob_is_nan_where_a_penalty_makes_logits_infinite(mode):
+    params = Decoding(temperature=1.0, repetition_penalty=1e-38, logprobs=3)
+    values = torch.full((1, VOCAB), -1.0)
+    values[0, 4], values[0, 7] = 5.0, 6.0
+    table, seat = seated([row(params, output=[4, 7])]), np.array([0])
+    sampler = Sampler(create_kernels("native"), logprobs_mode=f"{mode}_logprobs")
+    found = sampler.sample(values, table, seat, np.array([2])).logprobs[0]
+    assert not any(map(math.isnan, [found.logprob, *found.top_logprobs]))
+    if mode == "processed":
+        assert found.top_ids == [4, 7, 0]
+        assert found.top_logprobs == pytest.approx([-math.log(2), -math.log(2), -math.inf])
+
+
 def test_no_end_token_before_min_tokens():
     params = Decoding(temperature=0.0, min_tokens=2, stop_token_ids=frozenset({5}))
     values = torch.zeros(1, VOCAB)

@@ -9,6 +9,7 @@ import pytest
 from scripted_engine import data_lines, queue_full
 
 from quire.errors import EngineDeadError, EngineError
+from quire.structured.base import GrammarError, NoTokenLeftError
 
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
@@ -261,15 +262,23 @@ async def test_one_failing_prompt_aborts_its_siblings(client, engine):
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-async def test_request_that_failed_alone(client, engine, streamed):
+@pytest.mark.parametrize(
+    ("code", "text"),
+    [
+        (500, "The model produced NaN for this request."),
+        (400, str(NoTokenLeftError(["thinking_token_budget", "min_tokens"]))),
+        (400, str(GrammarError("it is too complex."))),
+    ],
+)
+async def test_request_that_failed_alone(client, engine, streamed, code, text):
     engine.answer, engine.finish_reason = ["x"], "error"
-    engine.error_text = "The model produced NaN for this request."
+    engine.error_text = text
     response = await client.post(COMPLETIONS, json={"prompt": "a", "stream": streamed})
     if streamed:
         error = json.loads(data_lines(response.content)[-2])["error"]
     else:
         error = error_of(response)
-    assert (error["code"], error["message"]) == (500, engine.error_text)
+    assert (error["code"], error["message"]) == (code, text)
 
 
 async def test_a_bug_in_a_route_is_a_plain_500(make_client, engine, monkeypatch):

@@ -15,9 +15,10 @@ from quire.outputs import RequestOutput
 from quire.sampling_params import SamplingParams
 from quire.scheduler.draft_policy import DraftPolicy
 from quire.scheduler.invariants import check_invariants
+from quire.structured.base import NoTokenLeftError
 from quire.text.parsing.base import ThinkingTokens
 from tests.engine.checkpoints import VOCAB_SIZE, ServableCheckpoint, prompts
-from tests.engine.test_compose import said, sampling_params
+from tests.engine.test_compose import generated, said, sampling_params
 from tests.engine.test_exactness import SCHEDULES, make_llm
 from tests.speculative.scripted import Guesses, ScriptedDrafter, drafting
 
@@ -105,7 +106,7 @@ def test_every_parameter_with_every_guess(
     batch = [known[index] for index, _ in requests]
     wanted = [one for _, one in requests]
     pair.guesses.kind, pair.guesses.texts = "wrong", []
-    off = pair.off.generate(batch, wanted, use_tqdm=False)
+    off = generated(pair.off, batch, wanted)
     pair.guesses.kind, pair.guesses.texts = kind, texts(batch, off)
     on = pair.on[schedule].generate(batch, wanted, use_tqdm=False)
     for one, other in zip(off, on, strict=True):
@@ -113,6 +114,21 @@ def test_every_parameter_with_every_guess(
     scheduler = pair.on[schedule]._core._core.scheduler
     check_invariants(scheduler)
     assert not scheduler.requests and scheduler.kv.num_referenced == 0
+
+
+def test_constraints_that_leave_no_token_end_a_request(pair: Pair) -> None:
+    """The reasoning has to end, with a token that may not come so early. Not with a banned token, whose
+    logprob is no number."""
+    wanted = SamplingParams(
+        temperature=0.0, max_tokens=9, min_tokens=9, thinking_token_budget=2, stop_token_ids=[61], logprobs=1
+    )  # fmt: skip
+    batch = prompts(1, seed=3)
+    [off] = pair.off.generate(batch, wanted, use_tqdm=False)
+    pair.guesses.kind, pair.guesses.texts = "right", texts(batch, [off])
+    [on] = pair.on["budget 2048"].generate(batch, wanted, use_tqdm=False)
+    assert said(on) == said(off)
+    assert off.outputs[0].finish_reason == "error" and len(off.outputs[0].token_ids) == 3
+    assert off.error == str(NoTokenLeftError(["thinking_token_budget", "min_tokens"]))
 
 
 def test_something_was_drafted(pair: Pair) -> None:

@@ -17,10 +17,10 @@ def run(argv: list[str]) -> int:
     setup_logging(log_format=engine.runtime.log_format)
     for note in notes:
         logger.warning(note)
-    from quire.engine.core_client import CoreProcess
+    from quire.engine.replica_cores import start_cores
 
     # Start it first: it imports torch while this process imports the HTTP server.
-    core = CoreProcess(kernels=engine.runtime.kernels)
+    core = start_cores(engine)
     try:
         from quire.server.run import serve
 

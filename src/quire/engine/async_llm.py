@@ -1,4 +1,4 @@
-"""The asyncio front end for serving: many requests at once over one engine-core process."""
+"""The asyncio front end for serving: many requests at once over one engine-core process, or several."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 
-import zmq
-
 from quire.config import EngineConfig
 from quire.engine.async_adapters import AsyncAdapters
-from quire.engine.core_client import CoreProcess
+from quire.engine.core_client import PING_SECONDS, CoreProcess
 from quire.engine.failures import error_of
 from quire.engine.front_end import Effects, FrontEnd
 from quire.engine.input_processor import PromptInput
+from quire.engine.replica_cores import ReplicaCores, start_cores
 from quire.engine.setup import ServedModel, locate, resolve, serve_model
 from quire.engine.stream import RequestStream
 from quire.errors import EngineDeadError
@@ -28,7 +27,6 @@ from quire.messages import (
     CoreInput,
     CoreOutput,
     EngineReady,
-    Ping,
     ResetPrefixCache,
     SchedulerStats,
     Sleep,
@@ -41,7 +39,6 @@ from quire.placement import Placement
 from quire.sampling_params import BeamSearchParams, PoolingParams, SamplingParams
 from quire.text.parsing.base import ThinkingTokens
 
-PING_SECONDS = 2.0
 DRAIN_BATCH = 16
 """Messages that are handled before other tasks get a turn."""
 DEFAULT_HEALTH_TIMEOUT = 60.0
@@ -55,40 +52,51 @@ class Health:
     heartbeat_age: float
     """Seconds since the loop's last message."""
     reason: str
+    replicas: tuple[str, ...] = ()
+    """Of each engine core: "ok", "silent" or "stopped". Alive: one is ok."""
 
 
 class AsyncLLM:
     """One model, served. Build with `await AsyncLLM.start(config)`; all calls from one event loop."""
 
     def __init__(
-        self, config: EngineConfig, core: CoreProcess, model: ServedModel, ready: EngineReady
+        self,
+        config: EngineConfig,
+        core: CoreProcess | ReplicaCores,
+        model: ServedModel,
+        ready: EngineReady,
     ) -> None:
         self.config = config
         self.model = model
         self.ready = ready
         self._core = core
-        self._front = FrontEnd(model, config.scheduler, lora=config.lora)
+        replicas = config.parallel.data_parallel_size
+        running = replicas * config.scheduler.max_num_seqs
+        limits = dataclasses.replace(config.scheduler, max_num_seqs=running)
+        self._front = FrontEnd(model, limits, lora=config.lora)
         self.adapters = AsyncAdapters(
             self._front.adapters, model.names, self._send_all, self._control
         )
         self._streams: dict[str, RequestStream] = {}
         self._calls: dict[int, asyncio.Future[Answer]] = {}
         self._stats_listeners: list[Callable[[StepOutputs], None]] = []
-        self._heartbeat = time.monotonic()
         self._closing = False
         self._loop = asyncio.get_running_loop()
-        self._descriptor = int(core.socket.getsockopt(zmq.FD))
-        self._loop.add_reader(self._descriptor, self._drain)
+        self._descriptors = core.descriptors
+        for descriptor in self._descriptors:
+            self._loop.add_reader(descriptor, self._drain)
         self._pinger = asyncio.create_task(self._ping(), name="quire-ping")
 
     @classmethod
-    async def start(cls, config: EngineConfig, core: CoreProcess | None = None) -> AsyncLLM:
-        """Spawn the engine core, load tokenizer and template meanwhile, and wait until it serves.
+    async def start(
+        cls, config: EngineConfig, core: CoreProcess | ReplicaCores | None = None
+    ) -> AsyncLLM:
+        """Spawn the engine core or cores, load tokenizer and template meanwhile, and wait until they serve.
 
         core: one that was started earlier and not configured yet; this object closes it.
         Raises the error of the start: `ConfigError`, `ModelError`, `MemoryFitError`, ...
         """
-        core = core or CoreProcess(kernels=config.runtime.kernels)
+        core = core or start_cores(config)
         waiting: asyncio.Future[EngineReady] | None = None
         try:
             located = await asyncio.to_thread(locate, config)
@@ -244,7 +252,6 @@ class AsyncLLM:
             raise
 
     def _take(self, message: CoreOutput) -> None:
-        self._heartbeat = time.monotonic()
         if isinstance(message, CoreFailed):
             self._die(message.failure.message)
             return
@@ -270,8 +277,12 @@ class AsyncLLM:
         """The engine has died: all live requests end with the error, and later ones are refused."""
         if self.is_dead:
             return
-        self._loop.remove_reader(self._descriptor)
+        self._stop_reading()
         self._fail(message)
+
+    def _stop_reading(self) -> None:
+        for descriptor in self._descriptors:
+            self._loop.remove_reader(descriptor)
 
     def _fail(self, message: str) -> None:
         self._front.fail(message)
@@ -284,28 +295,27 @@ class AsyncLLM:
                 call.set_exception(EngineDeadError(message))
 
     async def _ping(self) -> None:
-        """Send a ping if there was no message for a while, and notice a core that has died."""
-        nonce = 0
+        """Notice a core that has died or does not answer."""
         while not self.is_dead:
             await asyncio.sleep(PING_SECONDS)
-            if self._core.process.poll() is not None:
-                self._die(f"The engine core exited with status {self._core.process.returncode}.")
-            elif time.monotonic() - self._heartbeat >= PING_SECONDS:
-                nonce += 1
-                self._send(Ping(nonce))
+            if (reason := self._core.check()) is not None:
+                self._die(reason)
+            self._drain()
 
     # --- for operators ----------------------------------------------------------------------------
 
     def health(self, timeout: float = DEFAULT_HEALTH_TIMEOUT) -> Health:
         """Whether the latest message of the scheduler loop is recent."""
-        age = time.monotonic() - self._heartbeat
-        if not self.is_dead and self._core.process.poll() is not None:
-            self._die(f"The engine core exited with status {self._core.process.returncode}.")
+        age = time.monotonic() - self._core.heartbeat
+        if not self.is_dead and (reason := self._core.exited()) is not None:
+            self._die(reason)
+        states = tuple(self._core.states(timeout))
         if self._front.dead is not None:
-            return Health(False, age, str(self._front.dead))
+            return Health(False, age, str(self._front.dead), states)
         if age > timeout:
-            return Health(False, age, f"The scheduler loop has not answered for {age:.0f} s.")
-        return Health(True, age, "ok")
+            reason = f"The scheduler loop has not answered for {age:.0f} s."
+            return Health(False, age, reason, states)
+        return Health(True, age, "ok", states)
 
     @property
     def is_dead(self) -> bool:
@@ -332,7 +342,7 @@ class AsyncLLM:
         self._pinger.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._pinger
-        self._loop.remove_reader(self._descriptor)
+        self._stop_reading()
         self._fail("The engine has been shut down.")
         self._front.close()
         await asyncio.to_thread(self._core.close)

@@ -13,9 +13,12 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from heapq import nlargest
 
+import msgspec
+
 from quire.engine.input_processor import EngineRequest
 from quire.engine.setup import ServedModel
 from quire.errors import EngineError
+from quire.messages import AddRequest
 from quire.outputs import CompletionOutput, Logprob, RequestOutput
 from quire.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
 from quire.text.detokenizer import IncrementalDetokenizer
@@ -150,6 +153,7 @@ class SearchRequest:
         self.request = request
         self.step_params = step_params(params, model.vocab_size)
         """The parameters of requests that extend a beam."""
+        self._group: int | None = None
         self._search = BeamSearch(
             request.prompt_token_ids, params, model.eos_token_ids, request.max_tokens
         )
@@ -171,6 +175,12 @@ class SearchRequest:
     def beams(self) -> list[list[int]]:
         """The token lists to extend next."""
         return [beam.tokens for beam in self._search.live]
+
+    def placed(self, sequence: AddRequest) -> AddRequest:
+        """A beam's message, with the search's place in the queue, and all beams in one group."""
+        self._group = self._group or sequence.request_id
+        arrival_time = self.request.arrival_ts
+        return msgspec.structs.replace(sequence, arrival_time=arrival_time, group=self._group)
 
     def start_round(self, request_ids: Sequence[str]) -> None:
         """request_ids: of the requests that extend `beams()`, in that order."""

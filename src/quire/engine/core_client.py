@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections import deque
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,8 @@ import zmq
 from quire.config import EngineConfig
 from quire.engine.failures import error_of
 from quire.errors import EngineDeadError
-from quire.messages import CoreFailed, CoreInput, CoreOutput, EngineReady, Shutdown
+from quire.messages import CoreFailed, CoreInput, CoreOutput, EngineReady, Ping, Shutdown
+from quire.util.cores import pinned
 from quire.util.interrupts import interrupts_deferred
 from quire.util.logging import LEVELS
 
@@ -30,6 +32,8 @@ if TYPE_CHECKING:  # `quire serve` starts the core before it imports the schedul
 START_POLL_SECONDS = 0.1
 RECONNECT_MILLISECONDS = 5
 EXIT_GRACE_SECONDS = 5.0
+PING_SECONDS = 2.0
+"""How often `check` is to be called."""
 
 
 class InlineCore:
@@ -67,8 +71,15 @@ class CoreProcess:
     configuration. So create it as early as possible, then import, find the model, and call `configure`.
     """
 
-    def __init__(self, *, kernels: str = "auto") -> None:
-        """`kernels` as in `RuntimeConfig`: "reference" needs nothing compiled."""
+    def __init__(
+        self,
+        *,
+        kernels: str = "auto",
+        cpus: Collection[int] | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        """`kernels` as in `RuntimeConfig`: "reference" needs nothing compiled. cpus: that the process may
+        use; None: as this one. environment: variables beside this process's."""
         self._directory = tempfile.mkdtemp(prefix="quire-")  # mode 0700: other users cannot connect
         address = f"ipc://{Path(self._directory, 'core.sock')}"
         self._context = zmq.Context()
@@ -83,14 +94,19 @@ class CoreProcess:
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode = msgspec.msgpack.Decoder(CoreOutput).decode
         self._configured = False
-        self._closed = False
+        self._asked_to_end = self._closed = False
         self._given_up = False
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "quire.engine.core_process", address, kernels],
-            stdin=subprocess.PIPE,  # when it ends, the core knows that this process has ended
-            start_new_session=True,  # on Ctrl-C, this process decides
-            env=_child_environment(),
-        )
+        self.heartbeat = time.monotonic()
+        """When the latest message came."""
+        self.silent_checks = 0
+        """Calls of `check` since then."""
+        with pinned(cpus):
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "quire.engine.core_process", address, kernels],
+                stdin=subprocess.PIPE,  # when it ends, the core knows that this process has ended
+                start_new_session=True,  # on Ctrl-C, this process decides
+                env={**_child_environment(), **(environment or {})},
+            )
 
     def configure(self, config: EngineConfig) -> None:
         """Load this model. Call once, with a `config` from `locate`."""
@@ -103,13 +119,18 @@ class CoreProcess:
 
     def wait_ready(self) -> EngineReady:
         """Block until the model is loaded. Raises the core's error."""
-        while not self._given_up:
-            message = self.receive(timeout=START_POLL_SECONDS)
-            if isinstance(message, EngineReady):
-                return message
-            if isinstance(message, CoreFailed):
-                raise error_of(message.failure)
-        raise EngineDeadError("The start of the engine core was given up.")
+        while (ready := self.poll_ready()) is None:
+            pass
+        return ready
+
+    def poll_ready(self) -> EngineReady | None:
+        """As `wait_ready`; None if it takes longer than a moment."""
+        if self._given_up:
+            raise EngineDeadError("The start of the engine core was given up.")
+        message = self.receive(timeout=START_POLL_SECONDS)
+        if isinstance(message, CoreFailed):
+            raise error_of(message.failure)
+        return message if isinstance(message, EngineReady) else None
 
     def stop_waiting(self) -> None:
         """Make `wait_ready` return, from another thread."""
@@ -122,10 +143,8 @@ class CoreProcess:
             message = self.try_receive()
             if message is not None:
                 return message
-            if self.process.poll() is not None and not self.socket.poll(0):
-                raise EngineDeadError(
-                    f"The engine core exited with status {self.process.returncode}."
-                )
+            if (reason := self.exited()) is not None and not self.socket.poll(0):
+                raise EngineDeadError(reason)
             if deadline is not None and time.monotonic() >= deadline:
                 return None
             self.socket.poll(1000 if timeout is None else int(timeout * 1000) + 1)
@@ -137,28 +156,59 @@ class CoreProcess:
         except zmq.Again:
             return None
         message: CoreOutput = self._decode(received)
+        self.heartbeat, self.silent_checks = time.monotonic(), 0
         return message
 
-    def close(self) -> None:
-        """End the core: with a message, then with a signal. Idempotent."""
-        if self._closed:
+    def exited(self) -> str | None:
+        """The reason, if the process has ended."""
+        if self.process.poll() is None:
+            return None
+        return f"The engine core exited with status {self.process.returncode}."
+
+    def check(self) -> str | None:
+        """Call it every `PING_SECONDS`: `exited`, and a ping for a core that sends nothing."""
+        if (reason := self.exited()) is None:
+            if self.silent_checks:
+                self.send(Ping(self.silent_checks))
+            self.silent_checks += 1
+        return reason
+
+    def states(self, timeout: float) -> list[str]:
+        """Of each core: "ok", "stopped", or "silent" if it has sent nothing for this many seconds."""
+        if self.exited() is not None:
+            return ["stopped"]
+        return ["silent" if time.monotonic() - self.heartbeat > timeout else "ok"]
+
+    @property
+    def descriptors(self) -> list[int]:
+        """Readable when there may be messages. Edge-triggered, and `send` may consume the edge."""
+        return [int(self.socket.getsockopt(zmq.FD))]
+
+    def ask_to_end(self) -> None:
+        """Begin `close`, without waiting. Idempotent."""
+        if self._asked_to_end:
             return
-        self._closed = True
+        self._asked_to_end = True
         if self.process.poll() is None and not self._configured:
             # It has no state yet, and would first finish its imports. The compiler ends with it.
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
         if self.process.poll() is None:
             self.send(Shutdown())
-            if self.process.stdin is not None:
-                self.process.stdin.close()
-            try:
-                self.process.wait(EXIT_GRACE_SECONDS)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
-        elif self.process.stdin is not None:
+        if self.process.stdin is not None:
             self.process.stdin.close()
+
+    def close(self) -> None:
+        """End the core: with a message, then with a signal. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        self.ask_to_end()
+        try:
+            self.process.wait(EXIT_GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
         self.socket.close()
         self._context.term()
         shutil.rmtree(self._directory, ignore_errors=True)

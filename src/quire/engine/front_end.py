@@ -13,14 +13,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-import msgspec
-
 from quire.config import LoRAConfig, SchedulerConfig
 from quire.engine.adapters import AdapterRegistry
 from quire.engine.beam_search import SearchRequest
 from quire.engine.controls import Controls
 from quire.engine.input_processor import EngineRequest, InputProcessor, PromptInput
 from quire.engine.output_processor import OutputProcessor
+from quire.engine.replicas import merged_stats
 from quire.engine.setup import ServedModel
 from quire.errors import (
     EngineDeadError,
@@ -79,7 +78,8 @@ class FrontEnd:
         """final_only: one output per request, whatever its `output_kind`."""
         self.model = model
         self.stats = SchedulerStats()
-        """The scheduler's state after the last step."""
+        """The scheduler's state after the last step; of several, their sum."""
+        self._stats_of: dict[int, SchedulerStats] = {}
         self.dead: EngineDeadError | None = None
         """The error with which the engine died, if it did."""
         self.adapters = AdapterRegistry(lora, model)
@@ -211,22 +211,18 @@ class FrontEnd:
 
     def _extend(self, search: SearchRequest, effects: Effects) -> None:
         """Request one more token for each beam. Beams are not refused because of a full queue or a
-        pending sleep, and have the search's place in the queue."""
-        request = search.request
+        pending sleep."""
         beams = []
         for token_ids in search.beams():
             beam = self._input.process(
                 token_ids,
                 search.step_params,
-                placement=request.placement,
+                placement=search.request.placement,
                 max_logprobs=-1,
             )
             self._output.add(beam)
             self._search_of_beam[beam.request_id] = search
-            effects.send += [
-                msgspec.structs.replace(sequence, arrival_time=request.arrival_ts)
-                for sequence in beam.sequences
-            ]
+            effects.send += map(search.placed, beam.sequences)
             beams.append(beam.request_id)
         search.start_round(beams)
 
@@ -279,7 +275,7 @@ class FrontEnd:
         """Handle one message, except `CoreFailed`, which is for `fail`."""
         effects = Effects()
         if isinstance(message, StepOutputs):
-            self.stats = message.stats or self.stats
+            self.stats = merged_stats(self._stats_of, message)
             processed = self._output.process(message)
             if processed.aborts:
                 effects.send.append(AbortRequests(processed.aborts))

@@ -53,6 +53,23 @@ class _Memory(ctypes.Structure):
     _fields_ = [("total", c_ulonglong), ("free", c_ulonglong), ("used", c_ulonglong)]
 
 
+def gpu_count() -> int:
+    """How many GPUs PyTorch would find here; 0 if it was built without CUDA."""
+    if gpu_memory() is None or not torch_is_built_for_gpus():
+        return 0
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible:
+        return len(visible.split(","))
+    count = c_uint()
+    nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    if nvml.nvmlInit_v2() != 0:
+        return 0
+    try:
+        return count.value if nvml.nvmlDeviceGetCount_v2(byref(count)) == 0 else 0
+    finally:
+        nvml.nvmlShutdown()
+
+
 def gpu_memory() -> DeviceMemory | None:
     """The memory of the first GPU in CUDA_VISIBLE_DEVICES, from the driver's NVML; None without one."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()

@@ -20,6 +20,7 @@ from quire.lora.request import LoRARequest
 from quire.messages import AddRequest
 from quire.placement import Placement
 from quire.sampling_params import BeamSearchParams, PoolingParams, SamplingParams
+from quire.structured.base import NoTokenLeftError
 from quire.structured.spec import Wanted, wanted
 from quire.text.parsing.base import ThinkingTokens
 
@@ -137,6 +138,7 @@ class InputProcessor:
             rules=rules,
             seed=seed,
         )
+        check_first_token(first, self._model.vocab_size)
         others = (
             msgspec.structs.replace(
                 first, seed=signed_64((seed + index) % 2**64), prompt_logprobs=None
@@ -388,6 +390,21 @@ def resolve_decoding(
         first_prompt_logprob=max(1, params.prompt_logprob_start or 0),
         reads_prefix_cache=not params.skip_reading_prefix_cache,
     )
+
+
+def check_first_token(decoding: Decoding, vocab_size: int) -> None:
+    """Raises `NoTokenLeftError` if no first token is allowed, whatever the model does. (A grammar, or a limit
+    of the reasoning, is known only when it is followed: `RequestRules`.)"""
+    rules = decoding.rules or TokenRules()
+    if not decoding.generates or rules.grammar is not None or rules.thinking_budget is not None:
+        return
+    allowed, bad = decoding.allowed_token_ids, {w[0] for w in rules.bad_words if len(w) == 1}
+    early = set(decoding.final_ids) if decoding.min_tokens else set()
+    banned = bad | early
+    if len(banned) < vocab_size if allowed is None else not banned.issuperset(allowed):
+        return
+    asked = {"allowed_token_ids": allowed is not None, "bad_words": bad, "min_tokens": early}
+    raise NoTokenLeftError([name for name, is_asked in asked.items() if is_asked])
 
 
 def _pooling_decoding(params: PoolingParams) -> Decoding:

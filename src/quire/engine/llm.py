@@ -30,6 +30,7 @@ from quire.engine.offline import (
     wants_special_tokens,
 )
 from quire.engine.progress import Progress
+from quire.engine.replica_cores import ReplicaCores, start_cores
 from quire.engine.setup import ServedModel, locate, resolve, serve_model
 from quire.errors import ConfigError, EngineDeadError, InvalidParameterError
 from quire.lora.request import LoRARequest
@@ -74,7 +75,8 @@ class LLM:
     flags of `quire serve` with underscores, and those of vLLM that have no effect here. An unknown
     keyword raises `ConfigError`.
 
-    engine: "inline" runs the model in this process, "process" in a child process.
+    engine: "inline" runs the model in this process, "process" in a child process. With
+    `data_parallel_size` above 1 there are always child processes.
 
     Not thread-safe. Close it, or use it as a context manager, to free its memory; else that happens when
     it is garbage-collected. Ctrl-C ends a call between two steps, and the next call works.
@@ -94,9 +96,9 @@ class LLM:
         config = locate(from_flat({"model": model, **given}))
         self.config: EngineConfig = config
         resolved = resolve(config)
-        self._core: InlineCore | CoreProcess | None = None
-        if engine == "process":
-            process = CoreProcess(kernels=config.runtime.kernels)
+        self._core: InlineCore | CoreProcess | ReplicaCores | None = None
+        if engine == "process" or (engine == "inline" and config.parallel.data_parallel_size > 1):
+            process = start_cores(config)
             self._core = process
             weakref.finalize(
                 self, process.close
@@ -534,7 +536,7 @@ class LLM:
             for message in self._front.abort(request_ids).send:
                 self._alive().send(message)
 
-    def _alive(self) -> InlineCore | CoreProcess:
+    def _alive(self) -> InlineCore | CoreProcess | ReplicaCores:
         if self._core is None:
             raise EngineDeadError("This LLM is closed.")
         return self._core

@@ -22,8 +22,8 @@ class Group(Protocol):
 
     def gather(self, x: Tensor, first: int, width: int) -> Tensor:
         """x: [T, n], this rank's columns [first, first + n) of a whole with `width`. The columns of the ranks
-        follow one another in the order of the ranks, and n may differ. Returns the whole, [T, width], which
-        must not be changed and is valid until the gather after the next one."""
+        follow one another in the order of the ranks, and n may differ. Returns the whole, [T, width], a new
+        tensor."""
         ...
 
     def barrier(self) -> None: ...

@@ -90,14 +90,30 @@ class Head:
     product: LinearProduct
     divisor: float = 1.0
     softcap: float = 0.0
+    first: int = 0
+    """Of a rank of a group: its first token, and the number of tokens of all ranks."""
+    width: int = 0
 
 
 class Ops(Protocol[Buf]):
     """The operations. H: hidden size; T: rows; `round` is to the model's dtype."""
 
-    def embed(self, embedding: LinearProduct | Tensor) -> Buf:
+    def embed(self, embedding: LinearProduct | Tensor, starts: Sequence[int] = (0,)) -> Buf:
         """Rows of the matrix for the step's token ids: [T, H]. A product's rows are used if head and
-        embedding are one matrix."""
+        embedding are one matrix. starts: the first token of each rank's rows; each row is its owner's."""
+        ...
+
+    def gather(self, x: Buf, first: int, width: int) -> Buf:
+        """x: [T, n], this rank's columns from `first` on -> [T, width], those of all ranks, which must not be
+        changed. x itself if it has them all."""
+        ...
+
+    def columns(self, x: Buf, first: int, width: int) -> Buf:
+        """A copy of some columns: [T, width]."""
+        ...
+
+    def put_columns(self, x: Buf, first: int, width: int, target: Buf, at: int) -> None:
+        """Some columns of x replace those of `target` from `at` on."""
         ...
 
     def norm(self, x: Buf, norm: NormWeight) -> Buf:

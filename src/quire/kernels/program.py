@@ -48,6 +48,10 @@ class Code(IntEnum):
     LOGITS = 12
     TAP = 13
     """Copies the rows of a buffer to columns of an output of the step."""
+    GATHER = 14
+    """When this rank's columns of a shared buffer are written: waits for those of the other ranks."""
+    COPY = 15
+    """Copies columns of one buffer to another; or each token's embedding, from its owner's columns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +60,8 @@ class Buffer:
 
     number: int
     width: int
+    shared: bool = False
+    """Whether it is in the memory of all ranks; an operation that writes it writes this rank's columns."""
 
 
 Argument: TypeAlias = LinearProduct | Tensor | NormWeight | AttentionLayer | None
@@ -72,8 +78,10 @@ class Op:
     target: Buffer | None = None
     argument: Argument = None
     first: int = 0
-    """First column, and number of columns."""
+    """First column, and number of columns: of the target where that is shared."""
     width: int = 0
+    at: int = 0
+    """First column of the source (COPY)."""
     activation: Activation = "silu"
     factor: float = 1.0
     """A scale, or the divisor of logits."""
@@ -96,9 +104,15 @@ class Program:
     """Columns of the output of `tap`."""
     hidden: Buffer
     offsets: tuple[int, ...]
-    """Where each buffer's memory begins, in bytes per token of the step."""
+    """Where each buffer's memory begins, in bytes per token of the step: in the memory of this rank, or of
+    all ranks."""
     bytes_per_token: int
     dtype: torch.dtype
+    vocab_size: int
+    """Columns of the logits."""
+    shared_bytes_per_token: int = 0
+    starts: tuple[int, ...] = (0,)
+    """The first token of each rank's part of the embedding."""
 
     @property
     def products(self) -> list[LinearProduct]:
@@ -169,18 +183,46 @@ class ForwardPass(Protocol):
 
 @dataclass(slots=True)
 class ProgramOps:
-    """`Ops` that records."""
+    """`Ops` that records. Shared buffers have the same places at every rank: their widths and lifetimes do
+    not depend on the rank."""
 
     dtype: torch.dtype
+    rank: int = 0
+    _starts: tuple[int, ...] = (0,)
     _ops: list[Op] = field(default_factory=list)
     _widths: list[int] = field(default_factory=list)
     _num_products: int = 0
     _tap_width: int = 0
 
-    def embed(self, embedding: LinearProduct | Tensor) -> Buffer:
+    def embed(self, embedding: LinearProduct | Tensor, starts: Sequence[int] = (0,)) -> Buffer:
         width = embedding.shape[1] if isinstance(embedding, Tensor) else embedding.in_features
         out = self._buffer(width)
-        return self._record(Code.EMBED, "embed", None, out, argument=embedding, site=EMBEDDING)
+        if len(starts) == 1:
+            return self._record(Code.EMBED, "embed", None, out, argument=embedding, site=EMBEDDING)
+        self._starts = tuple(starts)
+        rows = self._buffer(width)
+        self._record(Code.EMBED, "embed", None, rows, argument=embedding)
+        by_owner = self.gather(rows, self.rank * width, len(starts) * width)
+        return self._record(Code.COPY, "embed", by_owner, out, width=width, site=EMBEDDING)
+
+    def gather(self, x: Buffer, first: int, width: int) -> Buffer:
+        if x.width == width:
+            return x
+        whole = self._buffer(width, shared=True)
+        for index, op in enumerate(self._ops):  # they write to their columns of the whole
+            if op.target == x:
+                source = whole if op.source == x else op.source
+                self._ops[index] = replace(
+                    op, source=source, target=whole, first=first, width=x.width
+                )
+            require(op.target == x or op.source != x, "a part is read after it was gathered")
+        return self._record(Code.GATHER, "gather", whole, whole, first=first, width=x.width)
+
+    def columns(self, x: Buffer, first: int, width: int) -> Buffer:
+        return self._record(Code.COPY, "copy", x, self._buffer(width), at=first, width=width)
+
+    def put_columns(self, x: Buffer, first: int, width: int, target: Buffer, at: int) -> None:
+        self._record(Code.COPY, "copy", x, target, at=first, first=at, width=width)
 
     def norm(self, x: Buffer, norm: NormWeight) -> Buffer:
         self._check_norm(norm, x.width)
@@ -252,6 +294,8 @@ class ProgramOps:
         self._check_product(hidden, head.product, "head")
         codes = [op.code for op in self._ops]
         require(Code.NARROW in codes, "a program keeps the wanted rows before it ends")
+        changed = [op.label for op in self._ops if op.target and op.target.shared]
+        require("add" not in changed and "scale" not in changed, "a gathered buffer is not changed")
         num_hidden_ops = len(codes)
         self._record(
             Code.LOGITS,
@@ -262,26 +306,35 @@ class ProgramOps:
             factor=head.divisor,
             softcap=head.softcap,
             site=HEAD,
+            first=head.first,
+            width=head.product.out_features,
         )
+        if len(self._starts) > 1:
+            own = self._ops[-1]
+            self._ops.append(Op(Code.GATHER, "gather", first=own.first, width=own.width))
         num_sites = self._num_products + 2
         ops = tuple(replace(op, site=op.site % num_sites) for op in self._ops)
         effects = (Code.ROPE_WRITE, Code.TAP)
         writes = [index for index, code in enumerate(codes) if code in effects]
-        offsets, size = _place(ops, [width * self.dtype.itemsize for width in self._widths])
+        sizes = [width * self.dtype.itemsize for width in self._widths]
+        placed = [_place(ops, sizes, shared=shared) for shared in (False, True)]
         return Program(
             ops=ops,
             num_hidden_ops=num_hidden_ops,
             num_cache_ops=1 + max(writes, default=-1),
             tap_width=self._tap_width,
             hidden=hidden,
-            offsets=tuple(offsets),
-            bytes_per_token=size,
+            offsets=tuple(max(both) for both in zip(*(each[0] for each in placed), strict=True)),
+            bytes_per_token=placed[0][1],
             dtype=self.dtype,
+            vocab_size=head.width or head.product.out_features,
+            shared_bytes_per_token=placed[1][1],
+            starts=self._starts,
         )
 
-    def _buffer(self, width: int) -> Buffer:
+    def _buffer(self, width: int, *, shared: bool = False) -> Buffer:
         self._widths.append(width)
-        return Buffer(len(self._widths) - 1, width)
+        return Buffer(len(self._widths) - 1, width, shared)
 
     def _record(
         self, code: Code, label: str, source: Buffer | None, target: Buffer, **rest: object
@@ -302,15 +355,22 @@ class ProgramOps:
         )
 
 
-def _place(ops: Sequence[Op], sizes: Sequence[int]) -> tuple[list[int], int]:
+def _place(ops: Sequence[Op], sizes: Sequence[int], *, shared: bool) -> tuple[list[int], int]:
     """An offset for each buffer, in bytes per token, and the total bytes. Each buffer gets the lowest
-    place that no buffer with an overlapping lifetime has."""
+    place that no buffer with an overlapping lifetime has. A shared one lives until the GATHER after its last
+    use: another rank may still read it until then."""
     first, last = [0] * len(sizes), [0] * len(sizes)
+    used: set[int] = set()  # since the last GATHER
     for index, op in enumerate(ops):
         for buffer in (op.source, op.target):
-            if buffer is not None:
+            if buffer is not None and buffer.shared == shared:
                 first[buffer.number] = first[buffer.number] or index + 1
                 last[buffer.number] = index + 1
+                used.add(buffer.number)
+        if shared and op.code is Code.GATHER:
+            for number in used:
+                last[number] = index + 1
+            used.clear()
     offsets = [0] * len(sizes)
     placed: list[int] = []
     total = 0

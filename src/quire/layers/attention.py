@@ -3,21 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 
 from quire.kernels.base import LayerKernels
-from quire.kernels.ops import AttentionLayer, Buf, Ops
+from quire.kernels.ops import AttentionLayer, Buf, NormWeight, Ops
 from quire.kv_layout import KVPlace
 from quire.layers.kv_scales import NAMES, KVScales
 from quire.layers.linear import Linear
 from quire.layers.norm import RMSNorm
 from quire.layers.parameter import WeightTarget
 from quire.layers.rotary import query_temperatures
+from quire.layers.share import WHOLE, Share
 from quire.layers.spec import AttentionSpec, NormSpec
 from quire.quantization.base import LinearMethod
 from quire.quantization.matrix import QuantizedMethod
 from quire.quantization.stored import Entry
+
+
+class _WholeNorm(NamedTuple):
+    """Of all query heads together, or of all key heads."""
+
+    norm: NormWeight
+    first: int
+    """Column of the projection that has the rank's own ones from there on."""
+    own: range
+    """Those, of the columns of all heads."""
+    given: range
+    """Of these, what the rank gives to the gather: several ranks may have the same head."""
 
 
 class Attention:
@@ -35,12 +49,17 @@ class Attention:
         dtype: torch.dtype,
         kernels: LayerKernels,
         method: LinearMethod,
+        share: Share = WHOLE,
     ) -> None:
         """cos_sin: [max_position, R], as in `AttentionLayer`."""
         self._qkv, self._o = (
             Linear(shape, dtype=dtype, method=method, kernels=kernels)
-            for shape in spec.linears(prefix, hidden_size)
+            for shape in spec.linears(prefix, hidden_size, share)
         )
+        q_heads, kv_heads = spec.own_heads(share)
+        self._mixed = (q_heads.start * spec.head_dim, spec.q_size)
+        """First own column, and width of the whole."""
+        self._hidden = (share.columns(hidden_size).start, hidden_size)
         entries: dict[str, Entry] = {}
         if isinstance(method, QuantizedMethod):
             for matrix in ("", ".k_proj", ".v_proj"):
@@ -50,6 +69,7 @@ class Attention:
             prefix,
             {name: entries[name] for name in NAMES if name in entries},
             spec.num_kv_heads,
+            kv_heads,
         )
         self._norms: dict[str, RMSNorm] = {}
         if spec.qk_norm != "none":
@@ -59,14 +79,23 @@ class Attention:
                     f"{prefix}.{name}", size=size, spec=norm, dtype=dtype, device=kernels.device
                 )
         norms = [norm.weight for norm in self._norms.values()]
-        self._whole_norms = norms if spec.qk_norm == "whole" else []
-        """Norms over all query heads together, and over all key heads."""
+        self._whole_norms: list[_WholeNorm] = []
+        if spec.qk_norm == "whole":
+            q, k = (
+                range(heads.start * spec.head_dim, heads.stop * spec.head_dim)
+                for heads in (q_heads, kv_heads)
+            )
+            given = share.k_columns(spec.num_kv_heads, spec.head_dim)
+            self._whole_norms = [
+                _WholeNorm(norms[0], 0, q, q),
+                _WholeNorm(norms[1], len(q), k, given),
+            ]
         q_norm, k_norm = norms if spec.qk_norm == "head" else (None, None)
         self._layer = AttentionLayer(
             part=place.part,
             group=place.group,
-            num_heads=spec.num_heads,
-            num_kv_heads=spec.num_kv_heads,
+            num_heads=len(q_heads),
+            num_kv_heads=len(kv_heads),
             head_dim=spec.head_dim,
             cos_sin=cos_sin,
             q_norm=q_norm,
@@ -92,16 +121,24 @@ class Attention:
         self._qkv_product, self._o_product = self._qkv.bind(), self._o.bind()
 
     def mix(self, ops: Ops[Buf], x: Buf) -> Buf:
-        """Attention of each token over those before it: [T, q_size]. x: [T, hidden_size]"""
+        """Attention of each token over those before it, of the rank's heads: [T, its q_size]. x: [T,
+        hidden_size]"""
         layer = self._layer
         qkv = ops.linear(x, self._qkv_product, "qkv")
-        for norm, first in zip(self._whole_norms, (0, layer.q_size), strict=False):
-            ops.norm_columns(qkv, norm, first)
+        for norm, first, own, given in self._whole_norms:
+            width = norm.weight.shape[0]
+            if len(own) == width:
+                ops.norm_columns(qkv, norm, first)
+                continue
+            part = ops.columns(qkv, first + given.start - own.start, len(given))
+            whole = ops.norm(ops.gather(part, given.start, width), norm)
+            ops.put_columns(whole, own.start, len(own), qkv, first)
         ops.rope_write_kv(qkv, layer)
         if self._temperatures is not None:
             ops.scale_by_position(qkv, layer.q_size, self._temperatures)
         return ops.attend(qkv, layer)
 
     def project(self, ops: Ops[Buf], mixed: Buf) -> Buf:
-        """[T, q_size] -> [T, hidden_size], token by token."""
-        return ops.linear(mixed, self._o_product, "o")
+        """From what `mix` returns to [T, hidden_size], token by token."""
+        mixed = ops.gather(mixed, *self._mixed)
+        return ops.gather(ops.linear(mixed, self._o_product, "o"), *self._hidden)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from quire.attention.base import AttentionBackend, AttentionMetadata, KVCache
 from quire.kernels.base import LayerKernels
+from quire.kernels.group import Group
 from quire.kernels.lora import HEAD, AdaptedRows
 from quire.kernels.ops import Activation, AttentionLayer, Head, LinearProduct, NormWeight
 
@@ -35,17 +36,42 @@ class EagerOps:
     """Copies made by `tap`, in order."""
     adapters: AdaptedRows | None = None
     """The tokens, if any has an adapter."""
+    group: Group | None = None
+    """The ranks that compute each layer together."""
     _num_products: int = 0
     """The products that have been computed."""
     _sum: tuple[Tensor, Tensor] | None = None
     """(residual, the tensor that must still be added to it)"""
 
-    def embed(self, embedding: LinearProduct | Tensor) -> Tensor:
-        if isinstance(embedding, Tensor):
-            out = torch.index_select(embedding, 0, self.input_ids)
+    def embed(self, embedding: LinearProduct | Tensor, starts: Sequence[int] = (0,)) -> Tensor:
+        if self.group is None:
+            out = _rows(embedding, self.input_ids)
         else:
-            out = embedding.rows(self.input_ids)
+            out = self._embed_by_owner(self.group, embedding, starts)
         return out if self.adapters is None else self.adapters.embed(out, self.input_ids)
+
+    def _embed_by_owner(
+        self, group: Group, embedding: LinearProduct | Tensor, starts: Sequence[int]
+    ) -> Tensor:
+        first = torch.tensor(starts, device=self.input_ids.device)
+        owners = torch.searchsorted(first, self.input_ids, right=True) - 1
+        own = torch.where(owners == group.rank, self.input_ids - starts[group.rank], 0)
+        rows = _rows(embedding, own)
+        width = rows.shape[1]
+        found = group.gather(rows, group.rank * width, group.size * width)
+        return found.view(-1, group.size, width)[torch.arange(len(owners)), owners]
+
+    def gather(self, x: Tensor, first: int, width: int) -> Tensor:
+        if x.shape[1] == width:
+            return x
+        assert self.group is not None, "a part of the model needs a group"
+        return self.group.gather(x, first, width)
+
+    def columns(self, x: Tensor, first: int, width: int) -> Tensor:
+        return x[:, first : first + width].contiguous()
+
+    def put_columns(self, x: Tensor, first: int, width: int, target: Tensor, at: int) -> None:
+        target[:, at : at + width] = x[:, first : first + width]
 
     def norm(self, x: Tensor, norm: NormWeight) -> Tensor:
         if self._sum is not None and self._sum[0] is x:
@@ -124,11 +150,21 @@ class EagerOps:
         return x
 
 
+def _rows(embedding: LinearProduct | Tensor, ids: Tensor) -> Tensor:
+    if isinstance(embedding, Tensor):
+        return torch.index_select(embedding, 0, ids)
+    return embedding.rows(ids)
+
+
 def compute_logits(
-    kernels: LayerKernels, head: Head, hidden: Tensor, adapters: AdaptedRows | None = None
+    kernels: LayerKernels,
+    head: Head,
+    hidden: Tensor,
+    adapters: AdaptedRows | None = None,
+    group: Group | None = None,
 ) -> Tensor:
     """hidden: [R, H]. Returns [R, vocab_size], rounded to the model's dtype: as float32 on a CPU, as it is
-    on a GPU."""
+    on a GPU. All ranks of a group call it, and each gets all columns."""
     dtype = hidden.dtype
     if adapters is None:
         logits = head.product(hidden)
@@ -138,4 +174,6 @@ def compute_logits(
         logits = logits.float()
     if head.divisor != 1.0 or head.softcap != 0.0:
         kernels.finish_logits(logits, dtype, divisor=head.divisor, cap=head.softcap)
+    if group is not None:
+        logits = group.gather(logits, head.first, head.width)
     return logits

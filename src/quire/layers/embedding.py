@@ -20,16 +20,19 @@ class Embedding:
         name: str,
         *,
         vocab_size: int,
+        own: range | None = None,
         hidden_size: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
+        """own: ids of the tokens whose rows it has; None: all."""
         self.name = name
-        self.weight = torch.empty(vocab_size, hidden_size, dtype=dtype, device=device)
+        self._vocab_size, self._own = vocab_size, range(vocab_size) if own is None else own
+        self.weight = torch.empty(len(self._own), hidden_size, dtype=dtype, device=device)
 
     def targets(self) -> list[WeightTarget]:
-        shape = (self.weight.shape[0], self.weight.shape[1])
-        return [WeightTarget(name=f"{self.name}.weight", shape=shape, load=self._load)]
+        shape = (self._vocab_size, self.weight.shape[1])
+        return [WeightTarget(f"{self.name}.weight", shape, self._load, taken=(self._own,))]
 
     def _load(self, first: int, rows: torch.Tensor) -> None:
         kept = self.weight[first : first + len(rows)]

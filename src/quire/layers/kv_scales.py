@@ -24,11 +24,14 @@ NAMES: Mapping[str, str] = {
 class KVScales:
     """Of one layer: 1 for each KV head until loaded."""
 
-    def __init__(self, prefix: str, entries: Mapping[str, Entry], num_kv_heads: int) -> None:
-        """entries: the tensors of `NAMES` that the checkpoint has."""
+    def __init__(
+        self, prefix: str, entries: Mapping[str, Entry], num_kv_heads: int, own: range
+    ) -> None:
+        """entries: the tensors of `NAMES` that the checkpoint has. own: the rank's heads."""
         self._prefix = prefix
         self._entries = entries
-        self.tensors = {name: torch.ones(num_kv_heads) for name in "kv"}
+        self._num_heads, self._own = num_kv_heads, own
+        self.tensors = {name: torch.ones(len(own)) for name in "kv"}
 
     def targets(self) -> Iterator[WeightTarget]:
         for name, entry in self._entries.items():
@@ -43,12 +46,13 @@ class KVScales:
             )
         for each in whose:
             kept = self.tensors[each]
-            if len(scales) not in (1, len(kept)):
+            if len(scales) not in (1, self._num_heads):
                 raise CheckpointError(
-                    f"tensor {name} has {len(scales)} scales for {len(kept)} heads; the weights and the "
-                    "config are of different models"
+                    f"tensor {name} has {len(scales)} scales for {self._num_heads} heads; the weights and "
+                    "the config are of different models"
                 )
-            kept[:] = scales
+            own = slice(self._own.start, self._own.stop)
+            kept[:] = scales if len(scales) == 1 else scales[own]
 
 
 def give_scales(cache: KVCache, layers: Sequence[KVScales], places: Mapping[int, KVPlace]) -> None:

@@ -10,6 +10,7 @@ from quire.kernels.base import LayerKernels
 from quire.kernels.ops import Buf, Ops
 from quire.layers.linear import Linear
 from quire.layers.parameter import WeightTarget
+from quire.layers.share import WHOLE, Share
 from quire.layers.spec import MlpSpec
 from quire.quantization.base import LinearMethod
 
@@ -26,11 +27,16 @@ class Mlp:
         dtype: torch.dtype,
         kernels: LayerKernels,
         method: LinearMethod,
+        share: Share = WHOLE,
     ) -> None:
         self._activation = spec.activation
+        self._inner, self._hidden = (
+            (share.columns(size).start, size) for size in (spec.intermediate_size, hidden_size)
+        )
+        """First own column, and width of the whole."""
         self._gate_up, self._down = (
             Linear(shape, dtype=dtype, method=method, kernels=kernels)
-            for shape in spec.linears(prefix, hidden_size)
+            for shape in spec.linears(prefix, hidden_size, share)
         )
 
     def targets(self) -> Iterator[WeightTarget]:
@@ -43,4 +49,5 @@ class Mlp:
     def forward(self, ops: Ops[Buf], x: Buf) -> Buf:
         """x: [T, hidden_size] -> [T, hidden_size], token by token."""
         inner = ops.gated(ops.linear(x, self._gate_up_product, "gate_up"), self._activation)
-        return ops.linear(inner, self._down_product, "down")
+        inner = ops.gather(inner, *self._inner)
+        return ops.gather(ops.linear(inner, self._down_product, "down"), *self._hidden)

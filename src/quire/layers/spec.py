@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from quire.layers.share import WHOLE, Share, spans
 from quire.quantization.base import LinearPart, LinearShape
 
 if TYPE_CHECKING:
@@ -129,14 +130,24 @@ class AttentionSpec:
     def kv_size(self) -> int:
         return self.heads.kv_size
 
-    def linears(self, prefix: str, hidden_size: int) -> tuple[LinearShape, LinearShape]:
+    def own_heads(self, share: Share) -> tuple[range, range]:
+        """The query heads and KV heads of a rank."""
+        kv = share.kv_heads(self.num_kv_heads)
+        return share.q_heads(self.num_heads, self.num_kv_heads), kv
+
+    def linears(
+        self, prefix: str, hidden_size: int, share: Share = WHOLE
+    ) -> tuple[LinearShape, LinearShape]:
         """The projections that make queries, keys and values, and the output projection. prefix: of their
         names."""
+        q, kv = (
+            range(heads.start * self.head_dim, heads.stop * self.head_dim)
+            for heads in self.own_heads(share)
+        )
         sizes = {"q_proj": self.q_size, "k_proj": self.kv_size, "v_proj": self.kv_size}
-        if self.fused_qkv:
-            sizes = {"qkv_proj": self.q_size + 2 * self.kv_size}
-        qkv = tuple(LinearPart(f"{prefix}.{name}", size) for name, size in sizes.items())
-        o = (LinearPart(f"{prefix}.o_proj", hidden_size),)
+        fused = "qkv_proj" if self.fused_qkv else None
+        qkv = _parts(prefix, sizes, (q, kv, kv), share, fused)
+        o = (LinearPart(f"{prefix}.o_proj", hidden_size, share.columns(hidden_size)),)
         inputs = 2 * hidden_size if self.fused_input else hidden_size
         return (
             LinearShape(inputs, qkv, bias=self.qkv_bias),
@@ -155,15 +166,30 @@ class MlpSpec:
     fused_gate_up: bool = False
     """The checkpoint holds gate and up as one matrix, `gate_up_proj`."""
 
-    def linears(self, prefix: str, hidden_size: int) -> tuple[LinearShape, LinearShape]:
+    def linears(
+        self, prefix: str, hidden_size: int, share: Share = WHOLE
+    ) -> tuple[LinearShape, LinearShape]:
         """The gate and up projections, and the down projection. prefix: of their names."""
         inner = self.intermediate_size
         sizes = {"gate_proj": inner, "up_proj": inner}
-        if self.fused_gate_up:
-            sizes = {"gate_up_proj": 2 * inner}
-        gate_up = tuple(LinearPart(f"{prefix}.{name}", size) for name, size in sizes.items())
-        down = (LinearPart(f"{prefix}.down_proj", hidden_size),)
+        fused = "gate_up_proj" if self.fused_gate_up else None
+        gate_up = _parts(prefix, sizes, (share.columns(inner),) * 2, share, fused)
+        down = (LinearPart(f"{prefix}.down_proj", hidden_size, share.columns(hidden_size)),)
         return (
             LinearShape(hidden_size, gate_up, bias=self.bias),
             LinearShape(inner, down, bias=self.bias),
         )
+
+
+def _parts(
+    prefix: str, sizes: dict[str, int], own: tuple[range, ...], share: Share, fused: str | None
+) -> tuple[LinearPart, ...]:
+    """The parts of a stack. sizes: of each matrix; own: its outputs that the rank computes. fused: the name
+    of the one matrix that the checkpoint has for all of them."""
+    if fused is None:
+        items = zip(sizes.items(), own, strict=True)
+        return tuple(LinearPart(f"{prefix}.{name}", size, rows) for (name, size), rows in items)
+    name, total = f"{prefix}.{fused}", sum(sizes.values())
+    if share.size == 1:
+        return (LinearPart(name, total),)
+    return tuple(LinearPart(name, total, rows) for rows in spans(tuple(sizes.values()), own))

@@ -24,7 +24,7 @@ class FinishReason(str, Enum):
 # --- front end -> engine core ---------------------------------------------------------------------
 
 
-class AddRequest(msgspec.Struct, tag="add", kw_only=True, frozen=True):
+class AddRequest(msgspec.Struct, tag="add", kw_only=True, frozen=True, omit_defaults=True):
     """One sequence to generate. A request with n > 1 becomes n of these. All but the first name the first as
     `fork_of`, so that they share its prompt blocks."""
 
@@ -36,6 +36,8 @@ class AddRequest(msgspec.Struct, tag="add", kw_only=True, frozen=True):
     arrival_time: float = 0.0
     """Seconds of `time.monotonic()` in the front end (one machine, one clock)."""
     fork_of: int | None = None
+    group: int | None = None
+    """Requests of one group are computed by one replica: the beams of a search."""
 
 
 class AbortRequests(msgspec.Struct, tag="abort", frozen=True):
@@ -223,6 +225,8 @@ class StepOutputs(msgspec.Struct, tag="outputs", kw_only=True, omit_defaults=Tru
     """`time.monotonic()` when the step's tokens were known."""
     answers: list[Answer] = []
     """To calls that were carried out beside the steps."""
+    replica: int = 0
+    """Which of several cores sent it; set by the receiver."""
 
 
 class EngineReady(msgspec.Struct, tag="ready", kw_only=True):
@@ -237,6 +241,8 @@ class EngineReady(msgspec.Struct, tag="ready", kw_only=True):
     weight_bytes: int = 0
     kv_bytes: int = 0
     load_seconds: float = 0.0
+    replicas: list[EngineReady] = []
+    """If this is the sum of several cores: what each of them has."""
 
 
 def describe_ledger(ready: EngineReady) -> str:

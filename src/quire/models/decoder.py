@@ -18,6 +18,7 @@ import torch
 from quire.attention.base import AttentionBackend, AttentionMetadata, KVCache
 from quire.attention.paged import PagedAttention
 from quire.kernels.base import LayerKernels
+from quire.kernels.group import Group
 from quire.kernels.lora import AdaptedRows
 from quire.kernels.ops import Buf, Head, LinearProduct, NormWeight, Ops
 from quire.kernels.program import ForwardPass, Program, ProgramOps
@@ -85,6 +86,7 @@ class DecoderLayer:
             dtype=dtype,
             kernels=kernels,
             method=model.quantization,
+            share=model.share,
         )
         self.kv_scales = self._attention.kv_scales
         self._mlp = Mlp(
@@ -94,6 +96,7 @@ class DecoderLayer:
             dtype=dtype,
             kernels=kernels,
             method=model.quantization,
+            share=model.share,
         )
         names = NORM_NAMES[spec.placement]
         self._before_attention, self._after_attention = norm(names[0]), norm(names[1])
@@ -133,7 +136,7 @@ def _normed(ops: Ops[Buf], x: Buf, norm: RMSNorm | None) -> Buf:
 
 
 class DecoderModel:
-    """A whole model: token ids and positions in, hidden states and logits out.
+    """A model, or a rank's part of it: token ids and positions in, hidden states and logits out.
 
     The KV cache belongs to the caller.
     """
@@ -147,14 +150,19 @@ class DecoderModel:
         max_model_len: int,
         attention: AttentionBackend | None = None,
         layout: KVLayout | None = None,
+        group: Group | None = None,
     ) -> None:
         """`max_model_len` is the number of positions a request may reach; rotary tables have that many rows.
         attention: the backend, if it is not the kernels' own. layout: of the cache, if not the spec's own.
+        group: of the ranks among which the model is divided, if spec is a part (`ModelSpec.divided`).
         """
+        share = (0, 1) if group is None else (group.rank, group.size)
+        assert share == (spec.share.rank, spec.share.size), (share, spec.share)
         self.spec = spec
         self.dtype = dtype
         self.max_model_len = max_model_len
         self.kernels = kernels
+        self.group = group
         self.taps: tuple[int, ...] = ()
         """Layers whose input, the residual, a drafter reads: ascending. One more than the last layer's index
         is the residual before the final norm. Set before `over`."""
@@ -187,6 +195,7 @@ class DecoderModel:
         self._embed_scale = spec.embed_scale
         if spec.embed_scale_rounded:
             self._embed_scale = float(torch.tensor(spec.embed_scale).to(dtype))
+        self._starts = spec.share.starts(spec.vocab_size)
         self._embedding: Embedding | Linear | None = None  # with a tied head, its rows are used
         if spec.embedding is not None:
             self._embedding = Linear(
@@ -196,6 +205,7 @@ class DecoderModel:
             self._embedding = Embedding(
                 EMBEDDING,
                 vocab_size=spec.vocab_size,
+                own=spec.share.columns(spec.vocab_size),
                 hidden_size=spec.hidden_size,
                 dtype=dtype,
                 device=kernels.device,
@@ -223,6 +233,8 @@ class DecoderModel:
             self._lm_head.bind(),
             divisor=self.spec.logits_divisor,
             softcap=self.spec.logits_softcap,
+            first=self._starts[self.spec.share.rank],
+            width=self.spec.vocab_size,
         )
         embedding = self._embedding
         self.embedded: LinearProduct | torch.Tensor = self._head.product
@@ -232,7 +244,7 @@ class DecoderModel:
     def forward(self, ops: Ops[Buf]) -> Buf:
         """Hidden states after the final norm of the wanted tokens. Writes this step's keys and values to
         the cache."""
-        residual = ops.embed(self.embedded)
+        residual = ops.embed(self.embedded, self._starts)
         if self._embed_scale != 1.0:
             residual = ops.scale(residual, self._embed_scale)
         count = len(self._layers)
@@ -263,15 +275,16 @@ class DecoderModel:
         """
         tapped = [] if tapped is None else tapped
         ops = EagerOps(
-            self.kernels, self._attention, kv_cache, input_ids, metadata, wanted, tapped, adapters
-        )
+            self.kernels, self._attention, kv_cache, input_ids, metadata, wanted, tapped, adapters,
+            self.group,
+        )  # fmt: skip
         return self.forward(ops)
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor, adapters: AdaptedRows | None = None) -> torch.Tensor:
         """hidden: [R, hidden_size]. adapters: of these rows. Returns [R, vocab_size] with values of the
-        model's dtype: as float32 on a CPU."""
-        return compute_logits(self.kernels, self._head, hidden, adapters)
+        model's dtype: as float32 on a CPU. All ranks of a group make the call."""
+        return compute_logits(self.kernels, self._head, hidden, adapters, self.group)
 
     def compute_logits(
         self, hidden: torch.Tensor, adapters: AdaptedRows | None = None
@@ -283,8 +296,10 @@ class DecoderModel:
         """The pass with this cache: a recorded program where the kernels can run one, else operation by
         operation. The bits are the same.
         """
+        if self.group is not None:
+            return EagerPass(self, kv_cache)
         return self.kernels.compile(self.record(), kv_cache.parts) or EagerPass(self, kv_cache)
 
     def record(self) -> Program:
-        recorder = ProgramOps(self.dtype)
+        recorder = ProgramOps(self.dtype, self.spec.share.rank)
         return recorder.finish(self.forward(recorder), self._head)

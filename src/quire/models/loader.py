@@ -18,6 +18,7 @@ from quire.attention.base import AttentionBackend
 from quire.dtypes import FLOATS
 from quire.errors import ConfigError
 from quire.kernels.base import LayerKernels
+from quire.kernels.group import Group
 from quire.kv_layout import KVLayout
 from quire.models.decoder import DecoderModel
 from quire.models.head_spec import draft_tensors
@@ -44,9 +45,10 @@ def load_model(
     max_model_len: int,
     attention: AttentionBackend | None = None,
     layout: KVLayout | None = None,
+    group: Group | None = None,
     seed: int = 0,
 ) -> DecoderModel:
-    """A `DecoderModel` ready for `forward`.
+    """A `DecoderModel` ready for `forward`. group: as for `DecoderModel`; a part reads only its own rows.
 
     "auto" is "safetensors"; "dummy" takes random weights from `seed` and reads no file
     (`source` may be None).
@@ -69,6 +71,7 @@ def load_model(
         max_model_len=max_model_len,
         attention=attention,
         layout=layout,
+        group=group,
     )
     if load_format == "dummy":
         load_random_weights(model.targets(), dtype=dtype, seed=seed)

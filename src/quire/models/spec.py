@@ -11,10 +11,12 @@ neutral value: what a plain Llama layer has. Sizes are counts of elements, never
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from quire.errors import ConfigError
 from quire.kv_layout import KVLayout, group_layers
+from quire.layers.share import WHOLE, Share, can_divide
 from quire.layers.spec import AttentionSpec, HeadShape, MlpSpec, NormSpec, RopeSpec
 from quire.quantization.base import LinearMethod, LinearPart, LinearShape
 from quire.quantization.matrix import is_quantized
@@ -75,6 +77,9 @@ class ModelSpec:
     keeps_all: bool = False
     """Whether layers with a window keep all tokens too: then there is one group of layers, as a draft model
     needs, which has the block table of another model."""
+    share: Share = WHOLE
+    """The part of one rank. Bytes, products and `heads` are those of the part; all other fields describe the
+    whole."""
 
     @property
     def num_layers(self) -> int:
@@ -85,7 +90,8 @@ class ModelSpec:
         """Of every layer: the KV cache has one shape, and so has every family so far."""
         shapes = {layer.attention.heads for layer in self.layers}
         assert len(shapes) == 1, shapes
-        return shapes.pop()
+        q, kv = self.layers[0].attention.own_heads(self.share)
+        return HeadShape(len(q), len(kv), shapes.pop().head_dim)
 
     @property
     def windows(self) -> tuple[int | None, ...]:
@@ -95,9 +101,31 @@ class ModelSpec:
     @property
     def kv(self) -> KVLayout:
         """Which layers keep which keys and values, and how they share blocks."""
-        largest = max(layer.attention.kv_size for layer in self.layers)
         windows = [None] * self.num_layers if self.keeps_all else self.windows
-        return group_layers(windows, 2 * largest)
+        return group_layers(windows, 2 * self.heads.kv_size)
+
+    def divided(self, rank: int, size: int) -> ModelSpec:
+        """The part of one of `size` ranks. Raises `ConfigError` if some rank had no part of a matrix."""
+        smallest = min(self.hidden_size, *(layer.mlp.intermediate_size for layer in self.layers))
+        attention = [layer.attention for layer in self.layers]
+
+        def works(size: int) -> bool:
+            heads = all(can_divide(each.num_heads, each.num_kv_heads, size) for each in attention)
+            return heads and size <= min(smallest, self.vocab_size)
+
+        if not works(size):
+            first = attention[0]
+            known = ", ".join(str(n) for n in range(1, first.num_heads + 1) if works(n))
+            raise ConfigError(
+                f"tensor_parallel_size is {size}, but {self.architecture} has {first.num_heads} query heads "
+                f"and {first.num_kv_heads} key and value heads, which can be divided among {known}; use one "
+                "of these."
+            )
+        return replace(self, share=Share(rank, size))
+
+    @property
+    def whole(self) -> ModelSpec:
+        return replace(self, share=WHOLE)
 
     def num_parameters(self) -> int:
         """Trained values, counting a tied embedding once."""
@@ -118,8 +146,8 @@ class ModelSpec:
         """Every product of the model."""
         for index, layer in enumerate(self.layers):
             prefix = f"model.layers.{index}"
-            yield from layer.attention.linears(f"{prefix}.self_attn", self.hidden_size)
-            yield from layer.mlp.linears(f"{prefix}.mlp", self.hidden_size)
+            yield from layer.attention.linears(f"{prefix}.self_attn", self.hidden_size, self.share)
+            yield from layer.mlp.linears(f"{prefix}.mlp", self.hidden_size, self.share)
         yield self.head
         if self.embedding is not None:
             yield self.embedding
@@ -129,7 +157,7 @@ class ModelSpec:
         """The product that turns a hidden state into logits. A tied one is also where tokens' embeddings are
         looked up."""
         name = EMBEDDING if self.tie_word_embeddings else "lm_head"
-        return LinearShape(self.hidden_size, (LinearPart(name, self.vocab_size),), bias=False)
+        return self._of_tokens(name)
 
     @property
     def embedding(self) -> LinearShape | None:
@@ -137,12 +165,17 @@ class ModelSpec:
         quantized."""
         if self.tie_word_embeddings or not is_quantized(self.quantization, EMBEDDING):
             return None
-        return LinearShape(self.hidden_size, (LinearPart(EMBEDDING, self.vocab_size),), bias=False)
+        return self._of_tokens(EMBEDDING)
+
+    def _of_tokens(self, name: str) -> LinearShape:
+        part = LinearPart(name, self.vocab_size, self.share.columns(self.vocab_size))
+        return LinearShape(self.hidden_size, (part,), bias=False)
 
     def _other_parameters(self) -> int:
         """Of norms, and of an embedding that is no product."""
         is_product = self.tie_word_embeddings or self.embedding is not None
-        embedding = 0 if is_product else self.vocab_size * self.hidden_size
+        rows = len(self.share.columns(self.vocab_size))
+        embedding = 0 if is_product else rows * self.hidden_size
         norms = sum(_norm_parameters(layer, self.hidden_size) for layer in self.layers)
         return embedding + norms + self.hidden_size
 
@@ -150,7 +183,7 @@ class ModelSpec:
         """Keys and values of one token in all layers. A layer with a sliding window keeps those of its window
         only: see `kv`.
         """
-        return 2 * sum(layer.attention.kv_size for layer in self.layers) * dtype_bytes
+        return 2 * self.num_layers * self.heads.kv_size * dtype_bytes
 
 
 def _norm_parameters(layer: LayerSpec, hidden_size: int) -> int:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from quire.dtypes import FLOATS
 
@@ -23,36 +23,20 @@ if TYPE_CHECKING:
     from quire.kernels.base import LayerKernels, LinearProduct
 
 
-class Shard(NamedTuple):
-    """One of `size` equal pieces of a dimension."""
-
-    rank: int = 0
-    size: int = 1
-
-    def indices(self, length: int) -> range:
-        """The indices of a dimension of `length` that belong to it."""
-        assert length % self.size == 0, (length, self)
-        piece = length // self.size
-        return range(self.rank * piece, (self.rank + 1) * piece)
-
-
-WHOLE = Shard()
-
-
 @dataclass(frozen=True, slots=True)
 class LinearPart:
-    """One matrix of the checkpoint, [out_features, in_features]."""
+    """Rows of one matrix of the checkpoint, [out_features, in_features]."""
 
     name: str
-    """Its path without the trailing `.weight`."""
+    """Its path without the trailing `.weight`. Several parts of a stack may be of one matrix."""
     out_features: int
-    """In the checkpoint, whatever the shard."""
-    shard: Shard = WHOLE
-    """The outputs that the layer computes."""
+    """In the checkpoint."""
+    taken: range | None = None
+    """The outputs that the layer computes; None for all."""
 
     @property
     def outputs(self) -> range:
-        return self.shard.indices(self.out_features)
+        return range(self.out_features) if self.taken is None else self.taken
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,16 +44,8 @@ class LinearShape:
     """A stack of matrices over one input."""
 
     in_features: int
-    """In the checkpoint, whatever the shard."""
     parts: tuple[LinearPart, ...]
     bias: bool
-    """In the checkpoint."""
-    shard: Shard = WHOLE
-    """The inputs that the layer gets. The results of all shards add up to the whole result."""
-
-    @property
-    def inputs(self) -> range:
-        return self.shard.indices(self.in_features)
 
     @property
     def num_outputs(self) -> int:
@@ -77,13 +53,8 @@ class LinearShape:
         return sum(len(part.outputs) for part in self.parts)
 
     @property
-    def adds_bias(self) -> bool:
-        """Whether this shard adds the bias. If the inputs are sharded, only the first one does."""
-        return self.bias and self.shard.rank == 0
-
-    @property
     def num_parameters(self) -> int:
-        return self.num_outputs * (len(self.inputs) + (1 if self.adds_bias else 0))
+        return self.num_outputs * (self.in_features + (1 if self.bias else 0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +72,8 @@ class TensorWant:
 
 
 def bias_wants(shape: LinearShape, part: LinearPart) -> tuple[TensorWant, ...]:
-    """The bias, for most formats. It is in the checkpoint even if this shard does not add it."""
-    taken = part.outputs if shape.adds_bias else range(0)
-    return (TensorWant("bias", (part.out_features,), taken=(taken,)),) if shape.bias else ()
+    """The bias, for most formats."""
+    return (TensorWant("bias", (part.out_features,), taken=(part.outputs,)),) if shape.bias else ()
 
 
 class LinearState(Protocol):

@@ -69,11 +69,6 @@ class StoredFormat:
 
     def wants(self, shape: LinearShape) -> Sequence[TensorWant]:
         stored = self.stored
-        if stored.form.reordered and shape.shard.size > 1:
-            raise UnsupportedModelError(
-                f"{shape.parts[0].name} cannot be cut at {shape.inputs.stop}, because its groups are not of "
-                "consecutive inputs; use one device"
-            )
         tensors = (
             stored.codes,
             stored.scale,
@@ -92,29 +87,18 @@ class StoredFormat:
 
 def _want(tensor: StoredTensor, shape: LinearShape) -> TensorWant:
     (part,) = shape.parts
-    spans = {"N": (part.out_features, part.outputs), "K": (shape.in_features, shape.inputs)}
+    totals = {"N": part.out_features, "K": shape.in_features}
     sizes, taken = [], []
     for axis in tensor.axes:
-        total, indices = spans.get(axis.of, (1, range(1)))
-        size, begin, end = (
-            -(-n * axis.num // axis.den) for n in (total, indices.start, indices.stop)
-        )
+        total = totals.get(axis.of, 1)
         if axis.exact and total * axis.num % axis.den:
             raise UnsupportedModelError(
                 f"{part.name}.{tensor.suffix}: {total} {'outputs' if axis.of == 'N' else 'inputs'} are no "
                 f"multiple of {axis.den // axis.num}, as the config demands; quantize the model with groups "
                 "that divide them"
             )
-        blocks = axis.of == "N" and axis.den > 1 == axis.num
-        if blocks and not axis.exact:  # blocks of rows: a shard may begin inside of one
-            begin = indices.start // axis.den
-        elif indices.start * axis.num % axis.den:
-            raise UnsupportedModelError(
-                f"{part.name}.{tensor.suffix} cannot be cut at {indices.start}, inside of a group; use fewer "
-                "devices"
-            )
-        sizes.append(size)
-        taken.append(range(begin, end))
+        sizes.append(-(-total * axis.num // axis.den))
+        taken.append(axis.holding(part.outputs) if axis.of == "N" else range(sizes[-1]))
     return TensorWant(tensor.suffix, tuple(sizes), tensor.dtypes, tuple(taken))
 
 

@@ -90,15 +90,13 @@ class GgufMatrix:
     def wants(self, shape: LinearShape) -> Sequence[TensorWant]:
         (part,) = shape.parts
         elements, size = BLOCKS[self.kind]
-        inputs = shape.inputs
-        if shape.in_features % elements or inputs.start % elements or len(inputs) % elements:
+        if shape.in_features % elements:
             raise UnsupportedModelError(
-                f"{part.name} has rows of {len(inputs)} of {shape.in_features} inputs, no multiple of the "
-                f"{elements} of a block of {self.kind}; use another type"
+                f"{part.name} has {shape.in_features} inputs, no multiple of the {elements} of a block of "
+                f"{self.kind}; use another type"
             )
-        taken = range(inputs.start // elements * size, inputs.stop // elements * size)
         stored = (part.out_features, shape.in_features // elements * size)
-        return [TensorWant("weight", stored, (self.kind,), (part.outputs, taken))]
+        return [TensorWant("weight", stored, (self.kind,), (part.outputs,))]
 
     def reader(self, shape: LinearShape, product: CodesProduct) -> GgufReader:
         return GgufReader(self.kind, shape.parts[0].name, product)

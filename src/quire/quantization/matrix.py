@@ -78,8 +78,8 @@ class QuantizedMethod(ABC):
             if form is None:
                 total += UNQUANTIZED.weight_bytes(single, dtype_bytes)
                 continue
-            bias = single.num_outputs * dtype_bytes if single.adds_bias else 0
-            total += form.memory(single).num_bytes(single.num_outputs, len(single.inputs)) + bias
+            bias = single.num_outputs * dtype_bytes if single.bias else 0
+            total += form.memory(single).num_bytes(single.num_outputs, single.in_features) + bias
         return total
 
     def create(
@@ -115,10 +115,10 @@ class _MatrixState:
         self._form = form
         self._product = kernels.codes(
             form.memory(shape),
-            in_features=len(shape.inputs),
+            in_features=shape.in_features,
             out_features=shape.num_outputs,
             dtype=dtype,
-            bias=shape.adds_bias,
+            bias=shape.bias,
         )
         self._reader = form.reader(shape, self._product)
 

@@ -38,14 +38,14 @@ class OnlineMatrix:
             return CodeFormat(bits=8, float8=True)
         if self.label == "int8":
             return CodeFormat(bits=8, zero=128)
-        inputs = len(shape.inputs)
+        inputs = shape.in_features
         group = next((group for group in GROUPS if inputs % group == 0), GROUPS[-1])
         return CodeFormat(bits=4, group=group, scale="bfloat16", zero=8)
 
     def wants(self, shape: LinearShape) -> Sequence[TensorWant]:
         (part,) = shape.parts
-        taken = (part.outputs, shape.inputs)
-        return [TensorWant("weight", (part.out_features, shape.in_features), taken=taken)]
+        stored = (part.out_features, shape.in_features)
+        return [TensorWant("weight", stored, taken=(part.outputs,))]
 
     def reader(self, shape: LinearShape, product: CodesProduct) -> MatrixReader:
         return _Reader(shape.parts[0].name, self.memory(shape), product)

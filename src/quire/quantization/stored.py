@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import gcd
 from typing import Literal, NamedTuple
 
 from quire.dtypes import FLOATS
@@ -39,6 +40,17 @@ class Axis(NamedTuple):
     den: int = 1
     exact: bool = False
     """Whether the format demands that nothing is rounded."""
+
+    @property
+    def unit(self) -> int:
+        """The fewest outputs or inputs that end where an index does: those of a word, or of a group."""
+        return self.den // gcd(self.num, self.den)
+
+    def holding(self, wanted: range) -> range:
+        """The indices that hold the wanted outputs. They begin at a unit, so up to `unit` - 1 others may be
+        before these."""
+        first = wanted.start // self.unit * self.unit
+        return range(first * self.num // self.den, -(-wanted.stop * self.num // self.den))
 
 
 ONE = Axis("1")

@@ -14,7 +14,7 @@ from quire.kernels.cpu.build import BuildError
 from quire.kernels.cpu.library import load_library
 from quire.kernels.dequantize import Scales
 from quire.quantization.base import LinearShape
-from quire.quantization.stored import StoredMatrix, StoredTensor
+from quire.quantization.stored import Axis, StoredMatrix, StoredTensor
 
 
 class Reader:
@@ -43,7 +43,7 @@ class Reader:
     def _gather(self, first: int, rows: Tensor) -> None:
         suffix, total = (
             self._stored.codes.suffix,
-            -(-len(self._shape.inputs) * self._stored.bits // 32),
+            -(-self._shape.in_features * self._stored.bits // 32),
         )
         with self._lock:
             pieces = self._kept.setdefault(suffix, [])
@@ -53,10 +53,10 @@ class Reader:
         self._fill(0, self._take(suffix))
 
     def _fill(self, first: int, rows: Tensor) -> None:
-        stored, inputs = self._stored, len(self._shape.inputs)
+        stored, inputs = self._stored, self._shape.in_features
         fill = self._product.fill_codes
         if stored.packing == "awq":
-            fill(0, first, unpack(rows, 4, awq=True).T)
+            fill(0, first, self._own(unpack(rows, 4, awq=True), stored.codes.axes[1]).T)
         elif stored.packing == "columns":
             column = first * 32 // stored.bits
             fill(0, column, unpack(rows.T.contiguous(), stored.bits)[:, : inputs - column])
@@ -107,9 +107,13 @@ class Reader:
         if axes[0].of == "K":
             return scale.T
         if axes[0].den > 1:
-            scale = scale.repeat_interleave(axes[0].den, dim=0)
-            scale = scale[self._outputs.start % axes[0].den :][:count]
+            scale = self._own(scale.repeat_interleave(axes[0].den, dim=0).T, axes[0]).T
         return scale.reshape(count, -1)
+
+    def _own(self, columns: Tensor, axis: Axis) -> Tensor:
+        """Those of this matrix's outputs. columns: of outputs, from the first in `axis.holding` on."""
+        first = self._outputs.start % axis.unit
+        return columns[:, first : first + len(self._outputs)]
 
     def _times_all(self, scale: Tensor, tensor: StoredTensor) -> Tensor:
         factor = self._take(tensor.suffix).float().reshape(())
@@ -122,20 +126,19 @@ class Reader:
         stored = self._stored
         if stored.zero is None:
             return None
-        words, count = self._take(stored.zero.suffix), len(self._outputs)
+        words = self._take(stored.zero.suffix)
         if words.dtype is torch.int8:
             return words.view(torch.uint8) + 128
-        if stored.packing == "awq":
-            zero = unpack(words, 4, awq=True).T
-        elif stored.packing == "columns":
-            zero = unpack(words, stored.bits)[:, :count].T
-        else:
-            zero = unpack(words.T.contiguous(), stored.bits)[:, :count].T
+        if stored.packing not in ("awq", "columns"):
+            words = words.T.contiguous()
+        zero = unpack(words, stored.bits, awq=stored.packing == "awq")
+        axis = next(axis for axis in stored.zero.axes if axis.of == "N")
+        zero = self._own(zero, axis).T
         return (zero + stored.zero_added & (1 << stored.bits) - 1).contiguous()
 
     def _reorder(self, group_index: Tensor) -> None:
         group = self._stored.form.group
-        group_index = group_index.long() - self._shape.inputs.start // group
+        group_index = group_index.long()
         inputs = torch.arange(len(group_index))
         order = torch.argsort(group_index, stable=True)
         if not torch.equal(group_index[order], inputs // group):

@@ -37,23 +37,18 @@ class _State:
         self._shape = shape
         self._dtype = dtype
         self._product = kernels.linear(
-            in_features=len(shape.inputs),
+            in_features=shape.in_features,
             out_features=shape.num_outputs,
             dtype=dtype,
-            bias=shape.adds_bias,
+            bias=shape.bias,
         )
         self._waiting = {
-            (i, want.suffix)
-            for i, part in enumerate(shape.parts)
-            for want in self.wants(part)
-            if want.taken is None or all(want.taken)
+            (i, want.suffix) for i, part in enumerate(shape.parts) for want in self.wants(part)
         }
 
     def wants(self, part: LinearPart) -> Sequence[TensorWant]:
         shape = self._shape
-        weight = TensorWant(
-            "weight", (part.out_features, shape.in_features), taken=(part.outputs, shape.inputs)
-        )
+        weight = TensorWant("weight", (part.out_features, shape.in_features), taken=(part.outputs,))
         return [weight, *bias_wants(shape, part)]
 
     def load(self, index: int, suffix: str, first: int, rows: torch.Tensor) -> None:

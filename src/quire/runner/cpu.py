@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -22,6 +21,7 @@ from quire.runner.footprint import Footprint, WorkerSpec, estimate, host_memory
 from quire.runner.platform import make_cache
 from quire.runner.seats import Seats
 from quire.sampling.sampler import Sampler, SamplingSeats
+from quire.util.cores import physical_cores
 
 _NO_GUARD = nullcontext()
 
@@ -35,7 +35,7 @@ class CPU:
         self._config = config
         self._spec = spec
         self._memory = host_memory()  # before anything is loaded
-        torch.set_num_threads(config.runtime.cpu_threads or physical_cores())
+        torch.set_num_threads(config.runtime.cpu_threads or len(physical_cores()))
         self.kernels = create_kernels(
             config.runtime.kernels,  # type: ignore[arg-type]
             activation_bits=config.runtime.cpu_activation_bits,
@@ -149,16 +149,3 @@ class CPUBackend:
 
     def prepare(self) -> bool:
         return False
-
-
-def physical_cores() -> int:
-    """The number of cores that this process may use; hyper-threads of one core count once."""
-    allowed = os.sched_getaffinity(0)
-    seen: set[str] = set()
-    for cpu in allowed:
-        try:
-            with open(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") as file:
-                seen.add(file.read())
-        except OSError:
-            return len(allowed)
-    return len(seen)

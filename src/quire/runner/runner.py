@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from quire.attention.base import KVCache
+from quire.errors import InvalidParameterError
 from quire.messages import PlannedRow, SampledRow, StepPlan, StepResult
 from quire.models.decoder import DecoderModel
 from quire.runner.adapters import AdapterTable
@@ -27,10 +28,8 @@ from quire.runner.seats import Seats, independent
 from quire.sampling.rules import RequestRules
 from quire.sampling.sampler import GrammarSource
 from quire.speculative.base import Drafter, StateReader
-from quire.structured.base import GrammarError
 from quire.structured.masks import Mask
 
-NOTHING_ALLOWED = "no token satisfies its constraints, or it is too complex to follow; simplify it."
 NAN_ERROR = "The model produced invalid numbers (NaN) for this request."
 
 
@@ -194,11 +193,9 @@ class _Extras:
             try:
                 for mask in rules.masks_along(drafts):
                     if mask is not None:
-                        if not mask.any():
-                            raise GrammarError(NOTHING_ALLOWED)
                         found[index] = mask
                     index += 1
-            except GrammarError as error:
+            except InvalidParameterError as error:
                 self.errors[index] = str(error)
         return found
 

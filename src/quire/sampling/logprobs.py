@@ -43,11 +43,15 @@ def processed(logits: Tensor, row: np.void | None) -> Tensor:
 
 
 def log_softmax(logits: Tensor) -> Tensor:
-    """logits: [R, V]. Row by row on a CPU: PyTorch's sums over several rows may depend on their number."""
+    """logits: [R, V]; those of +inf share the whole probability. Row by row on a CPU: PyTorch's sums over
+    several rows may depend on their number."""
     if not logits.is_cpu:
         return torch.log_softmax(logits, dim=-1)
     out = torch.empty_like(logits)
     for row, to in zip(logits, out, strict=True):
+        endless = row == torch.inf
+        if bool(endless.any()):
+            row = torch.where(endless, 0.0, -torch.inf)
         to.copy_(torch.log_softmax(row.clone(), dim=-1))
     return out
 

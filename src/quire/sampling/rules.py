@@ -13,9 +13,11 @@ from copy import copy
 import numpy as np
 
 from quire.decoding import Decoding, TokenRules
-from quire.structured.base import Grammar
+from quire.errors import InvalidParameterError
+from quire.structured.base import Grammar, GrammarError, NoTokenLeftError
 from quire.structured.masks import Mask, is_allowed, mask_of, num_mask_words, tokens_of
 
+NOTHING_ALLOWED = "no token satisfies its constraints, or it is too complex to follow; simplify it."
 MAX_FORCED = 64
 """Most tokens that one step adds because the grammar allows only them."""
 
@@ -36,6 +38,7 @@ class RequestRules:
         self._vocab_size = vocab_size
         self._ends = sorted(decoding.end_token_ids)
         self._bad = [tuple(word) for word in rules.bad_words]
+        self._has_allowed = decoding.allowed_token_ids is not None
         self._allowed: Mask | None = None
         if decoding.allowed_token_ids is not None:
             self._allowed = mask_of(decoding.allowed_token_ids, vocab_size)
@@ -81,13 +84,16 @@ class RequestRules:
 
     def masks_along(self, drafts: Sequence[int]) -> Iterator[Mask | None]:
         """What `mask` would be now and after each draft. Ends early at a draft that is not allowed: what is
-        sampled after it is meaningless."""
-        yield self.mask()
+        sampled after it is meaningless. Raises `GrammarError` or `NoTokenLeftError` where a mask would allow
+        no token."""
         ahead = self.copy() if drafts else self
-        for draft in drafts:
-            if draft in self._ends or not ahead.learn(draft):
+        for draft in (*drafts, None):
+            mask = ahead.mask()
+            if mask is not None and not mask.any():
+                raise ahead._nothing_left()
+            yield mask
+            if draft is None or draft in self._ends or not ahead.learn(draft):
                 return
-            yield ahead.mask()
 
     def num_allowed(self, drafts: Sequence[int]) -> int:
         """The number of leading drafts that the rules allow. An end token is not counted: no token follows
@@ -115,11 +121,27 @@ class RequestRules:
     def mask(self) -> Mask | None:
         """The tokens that may come next; None for all; all zero for none. Raises `GrammarError` if the
         grammar cannot be followed any further."""
-        if self._thinking:
-            if self._is_over_budget:
-                return mask_of([self._next_of_end()], self._vocab_size)
-            return self._plain()
-        if self._matcher is None:
+        mask = self._mask()
+        if mask is not None and self._too_early is not None and self._num_to_go > 0:
+            mask = mask & ~self._too_early
+        return mask
+
+    def _nothing_left(self) -> InvalidParameterError:
+        """The error for a mask that allows no token."""
+        if self._matcher is not None and not self._thinking:
+            return GrammarError(NOTHING_ALLOWED)
+        asked = {
+            "thinking_token_budget": self._thinking and self._is_over_budget,
+            "allowed_token_ids": self._has_allowed,
+            "bad_words": bool(self._bad),
+            "min_tokens": self._too_early is not None and self._num_to_go > 0,
+        }
+        return NoTokenLeftError([name for name, is_asked in asked.items() if is_asked])
+
+    def _mask(self) -> Mask | None:
+        if self._thinking and self._is_over_budget:
+            return mask_of([self._next_of_end()], self._vocab_size)
+        if self._thinking or self._matcher is None:
             return self._plain()
         mask = np.zeros(num_mask_words(self._vocab_size), dtype=np.int32)
         self._matcher.fill_mask(mask)
@@ -137,8 +159,6 @@ class RequestRules:
         mask = self._allowed
         if mask is not None and banned:
             mask = mask & ~mask_of(banned, self._vocab_size)
-        if mask is not None and self._too_early is not None and self._num_to_go > 0:
-            mask = mask & ~self._too_early
         return mask
 
     def _begun(self, word: tuple[int, ...]) -> bool:

@@ -30,7 +30,7 @@ from quire.server.requests import SamplingFields, StreamOptions
 from quire.server.sampling import log_values
 from quire.server.sse import Ending, EventStream
 from quire.server.state import ServerState
-from quire.structured.base import GrammarError
+from quire.structured.base import GrammarError, NoTokenLeftError
 
 logger = logging.getLogger(__name__)
 
@@ -239,12 +239,14 @@ async def _final(stream: RequestStream) -> RequestOutput:
 
 
 def raise_if_failed(output: RequestOutput) -> None:
-    """Raise an error for a request that failed in the engine. An unsatisfiable grammar shows up only during
-    sampling; that is the client's mistake, so it is a 400 and not a 500."""
+    """Raise an error for a request that failed in the engine. Constraints that leave no token may show up
+    only during sampling; that is the client's mistake, so it is a 400 and not a 500."""
     if any(part.finish_reason == "error" for part in output.outputs):
         reason = output.error or "The engine failed on this request."
         if reason.startswith(GrammarError.BEGINNING):
             raise bad_request(reason, param="structured_outputs")
+        if reason.startswith(NoTokenLeftError.BEGINNING):
+            raise bad_request(reason, param=None)
         raise ApiError(500, reason)
 
 

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 from quire.config import EngineConfig, ServerConfig
 from quire.engine.assemble import check_local
 from quire.engine.core_client import CoreProcess
+from quire.engine.replica_cores import ReplicaCores
 from quire.messages import describe_ledger
 from quire.server.app import build_app
 from quire.server.auth import configured_keys, exposure
@@ -66,7 +67,9 @@ class StopSignals:
                 loop.remove_signal_handler(number)
 
 
-def serve(engine_config: EngineConfig, server_config: ServerConfig, core: CoreProcess) -> int:
+def serve(
+    engine_config: EngineConfig, server_config: ServerConfig, core: CoreProcess | ReplicaCores
+) -> int:
     """Run the server on `core`, which is not configured yet, until a signal. Returns the exit status.
 
     Raises errors during the start. Errors in a local model's files are raised before the port is bound.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -38,6 +39,20 @@ class GrammarError(InvalidParameterError):
     def __init__(self, reason: str) -> None:
         self.reason = reason
         super().__init__(self.BEGINNING + reason, param="structured_outputs")
+
+
+class NoTokenLeftError(InvalidParameterError):
+    """The constraints of a request, without a grammar, leave no next token. It ends only this request."""
+
+    BEGINNING = "No token is left for this request: "
+    """As `GrammarError.BEGINNING`."""
+
+    def __init__(self, params: Sequence[str]) -> None:
+        """params: the parameters that leave none together."""
+        text = f"{self.BEGINNING}none satisfies {' and '.join(params)}."
+        if "min_tokens" in params:
+            text += " (Before min_tokens, no end token and none of stop_token_ids may come.)"
+        super().__init__(text, param=params[0])
 
 
 def invalid(what: str, value: object = None) -> InvalidParameterError:

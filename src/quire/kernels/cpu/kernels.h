@@ -3,6 +3,7 @@
 #ifndef QUIRE_KERNELS_H
 #define QUIRE_KERNELS_H
 
+#include <stdatomic.h>
 #include <stdlib.h>
 
 #include "vec.h"
@@ -199,5 +200,53 @@ typedef struct { /* mirrored by QKVArgs in library.py; strides in elements */
 int quire_check_qkv(const qkv_args *a);
 int quire_rope_write_kv_unchecked(const qkv_args *a); /* 0 */
 int quire_rope_write_kv(const qkv_args *a);           /* both; writes nothing if the check fails */
+
+/* ---- ranks of one layer (group.c) ---- */
+
+/* Also what a program returns. Python makes the error: `CGroup.fail` in group.py. */
+enum group_result { GROUP_OK = 0, GROUP_FAILED = 32, GROUP_LATE = 33 };
+
+/* Fills the other ranks' columns of `whole`, [rows, width] dense elements of `size` bytes; this rank's are
+ * [first, first + count). 0, or another number on failure. Every rank calls it with its own columns. */
+typedef int (*group_exchange)(void *whole, int64_t rows, int64_t width, int64_t first, int64_t count, int64_t size);
+
+#define GROUP_RANKS 64     /* the most */
+#define GROUP_MESSAGE 480  /* bytes of the reason of a failure, with the final zero */
+
+typedef struct { /* of one rank, on a cache line of its own */
+  _Alignas(64) _Atomic uint32_t sequence; /* barriers that it has reached */
+  _Atomic uint32_t sleepers;              /* ranks that sleep until `sequence` changes */
+  _Atomic int32_t pid;
+} group_rank;
+
+typedef struct { /* the start of the memory that all ranks map */
+  _Alignas(64) _Atomic uint32_t failed; /* 0; 1: the message is being written; 2: every wait ends with it */
+  char message[GROUP_MESSAGE];
+  group_rank ranks[GROUP_RANKS];
+} group_words;
+
+typedef struct { /* one rank's view of its group; mirrored by Group in library.py */
+  group_words *words;      /* NULL: the ranks share no memory, and `exchange` is called */
+  char *data;              /* the shared data area, the same bytes at every rank, 64-byte aligned; or NULL */
+  int64_t bytes;           /* of data */
+  group_exchange exchange; /* NULL where the ranks share memory */
+  double timeout;          /* seconds that a rank may be late */
+  int32_t rank, size;
+  int32_t late, dead;      /* after GROUP_LATE: which rank; whether its process has ended */
+} quire_group;
+
+/* Maps the memory of `descriptor`, `total` bytes long, and enters this process as g->rank: 0, or an errno.
+ * g->rank, g->size and g->timeout are set before. The words and `reserved` bytes come before g->data. */
+int quire_group_open(quire_group *g, int descriptor, int64_t total, int64_t reserved);
+int quire_group_close(quire_group *g);
+/* Waits until every rank has called it as often as this one. What a rank wrote before it, all read after it. */
+int quire_group_barrier(quire_group *g);
+/* Ends every wait, of this rank and the others, now and later, with GROUP_FAILED and this message. The first call counts.
+ * Any thread may call it. */
+int quire_group_abort(quire_group *g, const char *message);
+/* When this rank's columns of `whole` are written: returns when those of all ranks are. In memory that is shared,
+ * `whole` lies at the same place of g->data at every rank, and this is a barrier. */
+int quire_group_gather(quire_group *g, void *whole, int64_t rows, int64_t width, int64_t first, int64_t count,
+                       int64_t size);
 
 #endif

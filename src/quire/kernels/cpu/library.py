@@ -4,7 +4,20 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from ctypes import POINTER, c_float, c_int32, c_int64, c_uint8, c_uint64, c_void_p
+from ctypes import (
+    CFUNCTYPE,
+    POINTER,
+    c_char,
+    c_char_p,
+    c_double,
+    c_float,
+    c_int32,
+    c_int64,
+    c_uint8,
+    c_uint32,
+    c_uint64,
+    c_void_p,
+)
 
 import torch
 
@@ -104,6 +117,46 @@ class SampleArgs(ctypes.Structure):
     ]
 
 
+GroupExchange = CFUNCTYPE(c_int32, c_void_p, *[c_int64] * 5)
+"""group_exchange in kernels.h."""
+GROUP_RANKS, GROUP_MESSAGE = 64, 480
+
+
+class GroupRank(ctypes.Structure):
+    """Mirrors group_rank in kernels.h: 64 bytes."""
+
+    _fields_ = [
+        ("sequence", c_uint32),
+        ("sleepers", c_uint32),
+        ("pid", c_int32),
+        ("_", c_uint8 * 52),
+    ]
+
+
+class GroupWords(ctypes.Structure):
+    """Mirrors group_words in kernels.h: what lies before the shared data."""
+
+    _fields_ = [
+        ("failed", c_uint32),
+        ("message", c_char * GROUP_MESSAGE),
+        ("_", c_uint8 * (-(4 + GROUP_MESSAGE) % 64)),
+        ("ranks", GroupRank * GROUP_RANKS),
+    ]
+
+
+class Group(ctypes.Structure):
+    """Mirrors quire_group in kernels.h."""
+
+    _fields_ = [
+        ("words", POINTER(GroupWords)),
+        ("data", c_void_p),
+        ("bytes", c_int64),
+        ("exchange", GroupExchange),
+        ("timeout", c_double),
+        *((name, c_int32) for name in ("rank", "size", "late", "dead")),
+    ]
+
+
 _P, _N, _I = c_void_p, c_int64, c_int32
 _SIGNATURES = {
     "quire_vectors": [],
@@ -130,6 +183,11 @@ _SIGNATURES = {
     "quire_round_rows": [POINTER(RoundJob)],
     "quire_unpack_codes": [_P, _N, _N, _P, _N, _I, _I],
     "quire_gather_rows": [POINTER(LinearWeight), _P, _N, _P, _I],
+    "quire_group_open": [POINTER(Group), _I, _N, _N],
+    "quire_group_close": [POINTER(Group)],
+    "quire_group_barrier": [POINTER(Group)],
+    "quire_group_abort": [POINTER(Group), c_char_p],
+    "quire_group_gather": [POINTER(Group), _P, *[_N] * 5],
     "quire_run_program": [_P, _P],
     "quire_draft": [_P],
     "quire_lookup": [_P],

@@ -1,5 +1,5 @@
 /* The whole library as one unit; with QUIRE_UNITS, all but attention and float8, which are then compiled in parallel. */
-#define _GNU_SOURCE /* CPU affinity, in pool.c */
+#define _GNU_SOURCE /* CPU affinity, in pool.c; system calls, in group.c */
 
 #ifndef QUIRE_UNITS
 #include "attention.c"
@@ -10,6 +10,7 @@
 #include "program.c"
 #include "elementwise.c"
 #include "fields.c"
+#include "group.c"
 #include "kv_cache.c"
 #include "linear.c"
 #include "lookup.c"

@@ -1,0 +1,1 @@
+"""What ranks exchange: results of a layer (groups), plans and answers (links)."""

@@ -1,0 +1,32 @@
+"""The kinds of groups by name. Each is imported when it is wanted."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from quire.errors import ConfigError
+from quire.kernels.group import Group
+
+GROUPS = {
+    "shared_memory": "quire.distributed.shared_memory:SharedMemoryGroup",
+}
+
+
+def create_group(
+    kind: str, *, rank: int, size: int, timeout: float, descriptor: int = -1, address: str = ""
+) -> Group:
+    """Join a group of `size` ranks. timeout: seconds that a rank may be late.
+
+    descriptor: of the memory that `create_memory` has made (shared_memory); of rank 0's listening socket
+    (gloo, nccl). address: HOST:PORT of that socket (gloo, nccl). Raises `ConfigError`, `WorkerError`.
+    """
+    if kind not in GROUPS:
+        raise ConfigError(f"A group's kind must be one of {', '.join(GROUPS)}, got {kind!r}.")
+    module, _, name = GROUPS[kind].partition(":")
+    join = getattr(import_module(module), name)
+    where = (
+        {"descriptor": descriptor}
+        if kind == "shared_memory"
+        else {"descriptor": descriptor, "address": address}
+    )
+    return join(**where, rank=rank, size=size, timeout=timeout)

@@ -1,0 +1,215 @@
+"""Chooses a replica for each request, by its prompt and by load. Pure Python, without I/O and clocks.
+
+The router does not see the replicas' caches. It keeps, for each replica, which prefixes it has sent there, as
+hashes of the prompt's *chunks* (`_chunks`), each chained to the one before it, and forgets the least
+recently used beyond the size of the replica's cache. A wrong guess costs time, never a result.
+
+The rule is SGLang's (`cache_aware`): if the load is out of balance, the least loaded replica; else the one
+with the longest known prefix, if that is a fair share of the prompt; else the least loaded again, which
+learns the prompt. So a prefix that many requests share comes to be on several replicas.
+"""
+
+from __future__ import annotations
+
+import secrets
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Collection, Hashable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Generic, TypeVar
+
+Name = TypeVar("Name", bound=Hashable)
+
+FINE_TOKENS = 16
+COARSE_TOKENS = 64
+NUM_FINE = 16
+"""The first chunks of a prompt have 16 tokens, the others 64: what a choice costs is mostly the number
+of chunks, and the length of a short prefix matters more than that of a long one."""
+MAX_CHUNKS = 65_536
+"""Most chunks that are remembered of a replica: about 10 MB."""
+
+
+@dataclass(frozen=True, slots=True)
+class RoutingRule:
+    """Loads are in prompt tokens to be computed."""
+
+    min_share: float = 0.25
+    """A known prefix counts if it is at least this share of the prompt."""
+    row_tokens: int = 64
+    """The load of a request that generates."""
+    unbalanced_tokens: int = 4096
+    unbalanced_ratio: float = 1.5
+    """Loads are out of balance if the greatest exceeds the least by more than both."""
+
+
+@dataclass(slots=True)
+class _Target:
+    """One replica, as far as the router knows it."""
+
+    capacity: int
+    """Tokens that its cache holds."""
+    max_adapters: int
+    load: int = 0
+    num_tokens: int = 0
+    chunks: OrderedDict[int, int] = field(default_factory=OrderedDict)
+    """Hash -> tokens of the chunk, the least recently used first. A chunk was always used at least as lately
+    as those that continue it, so the prefixes of a known chunk are known."""
+    adapters: OrderedDict[str, None] = field(default_factory=OrderedDict)
+    """Those used last."""
+
+    def num_known(self, hashes: Sequence[int]) -> int:
+        """How many chunks of a prompt are known, from its beginning."""
+        chunks = self.chunks
+        if not hashes or hashes[0] not in chunks:
+            return 0
+        if hashes[-1] in chunks:
+            return len(hashes)
+        return bisect_right(hashes, False, key=lambda value: value not in chunks)
+
+    def learn(self, hashes: Sequence[int]) -> None:
+        chunks = self.chunks
+        for index in range(len(hashes) - 1, -1, -1):
+            value = hashes[index]
+            if value in chunks:
+                chunks.move_to_end(value)
+            else:
+                size = FINE_TOKENS if index < NUM_FINE else COARSE_TOKENS
+                chunks[value] = size
+                self.num_tokens += size
+        while self.num_tokens > self.capacity or len(chunks) > MAX_CHUNKS:
+            self.num_tokens -= chunks.popitem(last=False)[1]
+
+
+@dataclass(slots=True)
+class _Live:
+    """A request, from its choice to its end."""
+
+    target: _Target
+    load: int
+    """What it adds to the target's."""
+
+
+class Router(Generic[Name]):
+    """Replicas have names, requests have ids: whatever the caller has."""
+
+    def __init__(self, rule: RoutingRule = RoutingRule()) -> None:
+        self._rule = rule
+        self._targets: dict[Name, _Target] = {}
+        self._live: dict[Hashable, _Live] = {}
+        self._seed = secrets.randbits(60)
+        self._turn = 0
+        self._cut(4096)
+
+    # --- replicas ---------------------------------------------------------------------------------
+
+    def add(self, name: Name, *, cache_tokens: int, max_adapters: int = 1) -> None:
+        """A replica to choose from. cache_tokens: of its KV cache; 0 if it caches no prefixes.
+        max_adapters: that it has in memory."""
+        self._targets[name] = _Target(cache_tokens, max_adapters)
+
+    def remove(self, name: Name) -> None:
+        """It is chosen no longer. Its requests may still be reported."""
+        self._targets.pop(name, None)
+
+    def forget(self) -> None:
+        """The caches are empty now."""
+        for target in self._targets.values():
+            target.chunks.clear()
+            target.num_tokens = 0
+
+    def load(self, name: Name) -> int:
+        """In tokens; see `RoutingRule`."""
+        return self._targets[name].load
+
+    # --- requests ---------------------------------------------------------------------------------
+
+    def choose(
+        self,
+        request: Hashable,
+        tokens: Sequence[int],
+        *,
+        salt: str | None = None,
+        adapter: str | None = None,
+        among: Collection[Name] | None = None,
+        reads_cache: bool = True,
+    ) -> Name:
+        """The replica for a request, which then counts as load until `end`.
+
+        tokens: of the prompt. salt, adapter: requests that differ in one of them share no KV.
+        among: the replicas that may be chosen; None: all. There must be one.
+        """
+        names = [name for name in self._targets if among is None or name in among]
+        assert names, "no replica"
+        self._turn += 1
+        first = self._turn % len(names)
+        names = names[first:] + names[:first]  # so that equals are chosen in turn
+        targets = [self._targets[name] for name in names]
+        hashes = self._chunks(tokens, (salt, adapter))
+        known = [target.num_known(hashes) if reads_cache else 0 for target in targets]
+        chosen = self._pick(targets, known, len(tokens), adapter)
+        target = targets[chosen]
+        target.learn(hashes)
+        if adapter is not None:
+            target.adapters[adapter] = None
+            target.adapters.move_to_end(adapter)
+            if len(target.adapters) > target.max_adapters:
+                target.adapters.popitem(last=False)
+        missing = len(tokens) - self._cuts[known[chosen]]
+        self._start(request, target, missing + self._rule.row_tokens)
+        return names[chosen]
+
+    def _pick(
+        self, targets: list[_Target], known: list[int], num_tokens: int, adapter: str | None
+    ) -> int:
+        rule, loads = self._rule, [target.load for target in targets]
+        least, most, longest = min(loads), max(loads), max(known)
+        among: Sequence[int] = range(len(targets))
+        if most - least <= rule.unbalanced_tokens or most <= rule.unbalanced_ratio * least:
+            if longest and self._cuts[longest] >= rule.min_share * num_tokens:
+                among = [index for index in among if known[index] == longest]
+            elif adapter is not None:
+                among = [i for i in among if adapter in targets[i].adapters] or among
+        return min(among, key=loads.__getitem__)
+
+    def follow(self, request: Hashable, name: Name) -> None:
+        """A request that shares the prompt of another, or has to be where another is."""
+        if name in self._targets:
+            self._start(request, self._targets[name], self._rule.row_tokens)
+
+    def _start(self, request: Hashable, target: _Target, load: int) -> None:
+        target.load += load
+        self._live[request] = _Live(target, load)
+
+    def computed(self, request: Hashable) -> None:
+        """Its prompt has been computed; it generates."""
+        live = self._live.get(request)
+        if live is not None:
+            live.target.load -= live.load - self._rule.row_tokens
+            live.load = self._rule.row_tokens
+
+    def end(self, request: Hashable) -> None:
+        """It has ended, in any way. Unknown ids are ignored."""
+        live = self._live.pop(request, None)
+        if live is not None:
+            live.target.load -= live.load
+
+    def _chunks(self, tokens: Sequence[int], namespace: Hashable) -> list[int]:
+        """The chained hashes of the whole chunks of a prompt. Hashing slices as tuples takes 10 ns a token.
+        A collision, even one that a client has made, only leads to a worse choice."""
+        if self._cuts[-1] < len(tokens):
+            self._cut(2 * len(tokens))
+        whole = tuple(tokens)
+        value = hash((self._seed, namespace))
+        hashes = []
+        for part in self._slices[: bisect_right(self._cuts, len(whole)) - 1]:
+            value = hash((value, whole[part]))
+            hashes.append(value)
+        return hashes
+
+    def _cut(self, num_tokens: int) -> None:
+        """Say where the chunks of prompts of up to `num_tokens` tokens begin and end."""
+        fine = FINE_TOKENS * NUM_FINE
+        coarse = range(fine, num_tokens + COARSE_TOKENS, COARSE_TOKENS)
+        self._cuts = [*range(0, fine, FINE_TOKENS), *coarse]
+        self._slices = [slice(*ends) for ends in pairwise(self._cuts)]

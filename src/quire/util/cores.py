@@ -1,0 +1,44 @@
+"""The processor cores of this process, and shares of them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Collection, Iterator
+
+
+def physical_cores() -> list[set[int]]:
+    """The hyper-threads of each core that this process may use, in the order of their numbers."""
+    allowed = os.sched_getaffinity(0)
+    cores: dict[str, set[int]] = {}
+    for cpu in sorted(allowed):
+        try:
+            with open(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") as file:
+                cores.setdefault(file.read(), set()).add(cpu)
+        except OSError:
+            return [{each} for each in sorted(allowed)]
+    return list(cores.values())
+
+
+def shares(count: int) -> list[set[int]]:
+    """The cores, divided into `count` runs of neighbours, as equal as possible. With fewer cores than
+    that, each share is one core, and some are the same."""
+    cores = physical_cores()
+    if len(cores) < count:
+        return [cores[index % len(cores)] for index in range(count)]
+    ends = [len(cores) * index // count for index in range(count + 1)]
+    return [set().union(*cores[ends[i] : ends[i + 1]]) for i in range(count)]
+
+
+@contextlib.contextmanager
+def pinned(cpus: Collection[int] | None) -> Iterator[None]:
+    """Threads and processes that this thread starts may use these cores only. None: no change."""
+    if cpus is None:
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cpus)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)

@@ -1,0 +1,170 @@
+"""The router against a model of it that keeps whole prefixes, and the cases of its rule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quire.engine.router import Router, RoutingRule
+
+RULE = RoutingRule(unbalanced_tokens=1000)
+ENDS = [*range(16, 257, 16), *range(320, 2000, 64)]
+"""Where the chunks of a prompt end."""
+
+Prefix = tuple[object, ...]
+
+
+@dataclass
+class Model:
+    """One replica: its prefixes in the order of their use, and its live requests."""
+
+    capacity: int
+    prefixes: dict[Prefix, int] = field(default_factory=dict)
+    loads: dict[int, int] = field(default_factory=dict)
+
+    def known(self, namespace: object, tokens: list[int]) -> int:
+        whole = [end for end in ENDS if (namespace, *tokens[:end]) in self.prefixes]
+        return max((end for end in whole if end <= len(tokens)), default=0)
+
+    def learn(self, namespace: object, tokens: list[int]) -> None:
+        ends = [end for end in ENDS if end <= len(tokens)]
+        for end in reversed(ends):
+            self.prefixes.pop((namespace, *tokens[:end]), None)
+            self.prefixes[namespace, *tokens[:end]] = 16 if end <= 256 else 64
+        while sum(self.prefixes.values()) > self.capacity:
+            del self.prefixes[next(iter(self.prefixes))]
+
+    @property
+    def load(self) -> int:
+        return sum(self.loads.values())
+
+
+def allowed(
+    models: list[Model], namespace: object, tokens: list[int], among: list[int]
+) -> list[int]:
+    """The replicas that the rule allows."""
+    loads = {index: models[index].load for index in among}
+    known = {index: models[index].known(namespace, tokens) for index in among}
+    spread = max(loads.values()) - min(loads.values())
+    balanced = spread <= RULE.unbalanced_tokens or (
+        max(loads.values()) <= RULE.unbalanced_ratio * min(loads.values())
+    )
+    longest = max(known.values())
+    if balanced and longest and longest >= RULE.min_share * len(tokens):
+        among = [index for index in among if known[index] == longest]
+    least = min(loads[index] for index in among)
+    return [index for index in among if loads[index] == least]
+
+
+steps = st.lists(
+    st.one_of(
+        st.tuples(
+            st.just("request"),
+            st.sampled_from([None, "a", "b"]),
+            st.lists(st.sampled_from([0, 0, 0, 1, 2]), max_size=30),
+            st.integers(0, 15),
+        ),
+        st.tuples(st.sampled_from(["computed", "end"]), st.integers(0, 30)),
+        st.tuples(st.sampled_from(["remove", "forget"]), st.integers(0, 3)),
+    ),
+    max_size=40,
+)
+
+
+@given(st.lists(st.integers(0, 800), min_size=1, max_size=3), steps)
+@settings(max_examples=300, deadline=None)
+def test_it_chooses_as_a_model_that_keeps_everything(
+    capacities: list[int], script: list[Any]
+) -> None:
+    router: Router[int] = Router(RULE)
+    models = [Model(capacity) for capacity in capacities]
+    among = list(range(len(models)))
+    for index, model in enumerate(models):
+        router.add(index, cache_tokens=model.capacity)
+    sent: dict[int, int] = {}
+    for number, step in enumerate(script):
+        if step[0] == "request":
+            _, salt, words, more = step
+            tokens = [word for word in words for _ in range(16)] + [9] * more
+            may = allowed(models, salt, tokens, among)
+            chosen = router.choose(number, tokens, salt=salt)
+            assert chosen in may
+            model = models[chosen]
+            missing = len(tokens) - model.known(salt, tokens)
+            model.learn(salt, tokens)
+            model.loads[number] = missing + RULE.row_tokens
+            sent[number] = chosen
+        elif step[0] in ("computed", "end"):
+            getattr(router, step[0])(step[1])
+            if step[1] in sent:
+                loads = models[sent[step[1]]].loads
+                if step[0] == "end":
+                    loads.pop(step[1], None)
+                elif step[1] in loads:
+                    loads[step[1]] = RULE.row_tokens
+        elif step[0] == "forget":
+            router.forget()
+            for model in models:
+                model.prefixes.clear()
+        elif len(among) > 1 and step[1] in among:
+            router.remove(step[1])
+            among.remove(step[1])
+        for index in among:
+            assert router.load(index) == models[index].load
+
+
+def test_equals_are_chosen_in_turn() -> None:
+    router: Router[str] = Router()
+    for name in "abc":
+        router.add(name, cache_tokens=1000)
+    chosen = []
+    for number in range(6):
+        chosen.append(router.choose(number, [number] * 8))
+        router.end(number)
+    assert sorted(chosen) == sorted("aabbcc") and chosen[:3] == chosen[3:]
+
+
+def test_a_short_common_beginning_does_not_decide() -> None:
+    router: Router[int] = Router()
+    for name in range(2):
+        router.add(name, cache_tokens=10_000)
+    system = list(range(32))
+    first = router.choose(1, [*system, *range(100, 400)])
+    assert router.choose(2, [*system, *range(500, 800)]) != first
+    assert router.choose(3, [*system, *range(100, 400)]) == first
+
+
+def test_adapters_and_salts_are_namespaces() -> None:
+    router: Router[int] = Router()
+    for name in range(2):
+        router.add(name, cache_tokens=10_000)
+    tokens = list(range(320))
+    first = router.choose(1, tokens, salt="x")
+    assert router.choose(2, tokens, salt="y") != first
+    assert router.choose(3, tokens, salt="x", adapter="z") in (0, 1)
+    assert router.choose(4, tokens, salt="x") == first
+
+
+def test_an_adapter_stays_where_it_is_in_memory() -> None:
+    router: Router[int] = Router()
+    for name in range(2):
+        router.add(name, cache_tokens=10_000, max_adapters=1)
+    home = router.choose(1, [1] * 20, adapter="x")
+    for number in range(2, 6):
+        assert router.choose(number, [number] * 20, adapter="x") == home
+    assert router.choose(7, [7] * 20, adapter="y") != home
+    router.choose(8, [8] * 20, among=[home], adapter="y")  # takes the place of x
+    assert router.choose(9, [9] * 20, adapter="x") != home
+
+
+def test_a_burst_of_one_prompt_is_spread_when_loads_differ_too_much() -> None:
+    router: Router[int] = Router()
+    for name in range(2):
+        router.add(name, cache_tokens=100_000)
+    tokens = list(range(2000))
+    chosen = [router.choose(number, tokens) for number in range(200)]
+    assert {chosen.count(0), chosen.count(1)} != {200, 0}
+    assert abs(chosen.count(0) - chosen.count(1)) < 100
