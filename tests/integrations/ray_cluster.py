@@ -1,7 +1,7 @@
 """A Ray cluster of two nodes on this machine, in processes of its own, without a trace afterwards.
 
-`python -m tests.integrations.ray_cluster CPUS` is the process that has it: it writes the address, and ends the
-cluster when its stdin is closed.
+`python -m tests.integrations.ray_cluster CPUS` is the process that has it: it writes the address, and ends
+the cluster when its stdin is closed.
 """
 
 from __future__ import annotations

@@ -18,7 +18,13 @@ from quire.integrations.ray.bridge import (
 from quire.server.errors import unavailable
 from quire.server.live import ClientGoneError
 
-SCOPE = {"type": "http", "method": "POST", "path": "/v1/completions", "root_path": "", "headers": []}
+SCOPE = {
+    "type": "http",
+    "method": "POST",
+    "path": "/v1/completions",
+    "root_path": "",
+    "headers": [],
+}
 SSE = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"x-request-id", b"a")]
 
 
@@ -181,7 +187,9 @@ async def test_and_in_anthropics_dialect():
 
 
 async def test_a_replica_that_dies_within_a_body_breaks_the_connection():
-    answer = Answer([start([(b"content-type", b"application/json")]), part(b"{")], error=RuntimeError())
+    answer = Answer(
+        [start([(b"content-type", b"application/json")]), part(b"{")], error=RuntimeError()
+    )
     with pytest.raises(Exception, match="The replica has died"):
         await forwarded(answer)
 

@@ -14,7 +14,9 @@ def test_text_and_values_are_the_same_options(tmp_path):
     assert text == value
     assert value.engine.scheduler.max_num_seqs == 8 and value.serve.num_gpus == 0.5
     (tmp_path / "q.yaml").write_text("max-num-seqs: 8\nenable_lora: false\n")
-    mixed = read({"config": str(tmp_path / "q.yaml"), "enable_lora": "true", "num_gpus": 0.5, "model": "m"})
+    mixed = read(
+        {"config": str(tmp_path / "q.yaml"), "enable_lora": "true", "num_gpus": 0.5, "model": "m"}
+    )
     assert mixed == value
 
 
@@ -36,7 +38,10 @@ def test_vllms_names_and_vllms_options_are_read():
         ({"num_gpus": "-1"}, "num_gpus must be at least 0"),
         ({"enable_lora": "perhaps"}, "enable_lora must be true or false"),
         ({"port": 80}, "port has no effect on Ray"),
-        ({"num_replicas": 2, "max_stored_responses": 5}, "max_stored_responses must be 0 with several"),
+        (
+            {"num_replicas": 2, "max_stored_responses": 5},
+            "max_stored_responses must be 0 with several",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(args, message):

@@ -61,7 +61,7 @@ STARTING = unavailable("No replica has started.", retry_after=RETRY_SECONDS)
 class Replica:
     """One copy of the model: engine and server app in this process, the engine core in a child process."""
 
-    async def __init__(self, values: dict[str, object]) -> None:
+    async def __init__(self, values: dict[str, object]) -> None:  # type: ignore[misc]  # Serve awaits it
         engine, server = split_flat(values)
         setup_logging(log_format=engine.runtime.log_format)
         self._state = ServerState(server, engine)
@@ -85,10 +85,20 @@ class Replica:
         if not healthy:
             raise RuntimeError(f"Quire is not healthy: {body}")
 
+    async def record_replica_metadata(self) -> dict[str, int]:
+        """For `PrefixRouter`: how many tokens of prefixes this replica can keep."""
+        ready = self._engine.ready
+        caches = self._engine.config.cache.enable_prefix_caching
+        return {"cache_tokens": (ready.num_blocks - 1) * ready.block_size if caches else 0}
+
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """For an autoscaling policy of one's own: the engine's queue, in sequences."""
         stats = self._engine.stats
-        return {"running": stats.num_running, "waiting": stats.num_waiting, "kv_usage": stats.kv_usage}
+        return {
+            "running": stats.num_running,
+            "waiting": stats.num_waiting,
+            "kv_usage": stats.kv_usage,
+        }
 
     async def _exit_after_death(self) -> None:
         """A replica whose engine has died would answer quickest, with errors, and attract all requests. So
@@ -170,7 +180,7 @@ class Ingress:
             error = _explained(failed[0], scope) if failed else STARTING
             await send_error(error, scope, send)
             return
-        name, status, kind, body = max(good, key=lambda answer: (answer[1], len(answer[3])))
+        _, status, kind, body = max(good, key=lambda answer: (answer[1], len(answer[3])))
         if is_metrics and status == HTTPStatus.OK:
             body = merge_metrics({name: text.decode() for name, _, _, text in good}).encode()
         headers = [(b"content-type", kind.encode("latin-1"))]
@@ -184,10 +194,14 @@ def _explained(error: Exception, scope: Scope) -> ApiError:
         logger.error("request %s: its replica has died: %s", _request_id(scope), error)
         return unavailable("The replica that had this request has died.", retry_after=RETRY_SECONDS)
     if isinstance(error, DeploymentUnavailableError):
-        return unavailable("The model cannot be started; see Serve's status.", retry_after=RETRY_SECONDS)
+        return unavailable(
+            "The model cannot be started; see Serve's status.", retry_after=RETRY_SECONDS
+        )
     if isinstance(error, BackPressureError):
         status = HTTPStatus.TOO_MANY_REQUESTS
-        return ApiError(status, "Too many requests wait.", headers={"retry-after": str(RETRY_SECONDS)})
+        return ApiError(
+            status, "Too many requests wait.", headers={"retry-after": str(RETRY_SECONDS)}
+        )
     logger.error("request %s: unexpected error", _request_id(scope), exc_info=error)
     return internal_error(_request_id(scope))
 

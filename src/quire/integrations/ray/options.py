@@ -95,7 +95,9 @@ def read(args: Mapping[str, object]) -> AppConfig:
                 "the Serve config). Leave it out."
             )
     values = {name: _parsed(known[name], value) for name, value in given.items()}
-    serve_values = {name: check_type(of_serve[name], values.pop(name)) for name in of_serve if name in values}
+    serve_values = {
+        name: check_type(of_serve[name], values.pop(name)) for name in of_serve if name in values
+    }
     serve = ServeOptions(**serve_values)  # type: ignore[arg-type]
     if max(serve.num_replicas, serve.max_replicas or 1) > 1:
         # A response is stored by the replica that made it; another one would not find it.
