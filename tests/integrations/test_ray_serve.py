@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,23 +85,34 @@ class Served:
     def running(self, prefix: str = "") -> dict[str, float]:
         return self.metric("vllm:num_requests_running", prefix)
 
-    def wait_for_running(self, number: float) -> None:
-        wait_until(lambda: sum(self.running().values()) == number)
+    def wait_for_running(self, *numbers: int) -> None:
+        """Wait for a number of running requests in all, or for one of each replica."""
+        seen: list[dict[str, float]] = []
+
+        def reached() -> bool:
+            seen.append(self.running())
+            values = list(seen[-1].values())
+            return (values if len(numbers) > 1 else [sum(values)]) == list(numbers)
+
+        wait_until(reached, seen)
 
     @contextmanager
     def ask(self, **fields: object) -> Iterator[None]:
         """A request whose client disconnects at the end of the block, without reading the answer."""
         body = json.dumps(LONG | fields).encode()
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = (
+            "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(body)}\r\n\r\n"
+        )
         with socket.create_connection(("127.0.0.1", self.port)) as connection:
             connection.sendall(head.encode() + body)
             yield
 
 
-def wait_until(condition) -> None:
+def wait_until(condition: Callable[[], object], seen: Sequence[object] = ()) -> None:
     deadline = time.monotonic() + DEADLINE_SECONDS
     while not condition():
-        assert time.monotonic() < deadline, "it does not happen"
+        assert time.monotonic() < deadline, f"it does not happen: {seen[-5:]}"
         time.sleep(0.1)
 
 
@@ -200,7 +211,7 @@ def test_requests_are_spread_and_all_replicas_are_asked(served: Served):
     with ExitStack() as asked:
         for index in range(4):
             asked.enter_context(served.ask(request_id=f"id-{index}"))
-        wait_until(lambda: list(served.running().values()) == [2, 2])
+        served.wait_for_running(2, 2)
         names = [f"cmpl-id-{index}" for index in range(4)]
         answer = httpx.post(f"{served.url}/abort_requests", json={"request_ids": names[:1]})
         assert answer.json() == {"aborted": names[:1]}
@@ -221,7 +232,7 @@ def test_a_replica_that_dies_fails_its_own_requests_alone(served: Served):
     askers = [threading.Thread(target=ask) for _ in range(4)]
     for asker in askers:
         asker.start()
-    wait_until(lambda: list(served.running().values()) == [2, 2])
+    served.wait_for_running(2, 2)
     victim = served.replicas()[0]
     cores = children(victim)
     os.kill(victim, signal.SIGKILL)
