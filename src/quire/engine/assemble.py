@@ -223,6 +223,8 @@ def build_scheduler(
         max_adapters=config.lora.max_loras,
         max_samples=options.max_num_seqs if gpu else config.max_samples,
         max_drafts=config.max_drafts,
+        stages=config.parallel.pipeline_parallel_size,
+        least_prompt_tokens=256 if gpu else 64,
     )
     return Scheduler(
         limits,
