@@ -59,8 +59,16 @@ def test_it_fits_kuberays_schema(manifest):
         (["spec", "serveConfig"], "", "'serveConfig' was unexpected"),
         (["spec", "serveConfigV2"], {"applications": []}, "is not of type 'string'"),
         (["spec", "rayClusterConfig", "authOptions", "mode"], "none", "is not one of"),
-        (["spec", "rayClusterConfig", "headGroupSpec", "template", "spec", "volume"], [], "unexpected"),
-        (["spec", "rayClusterConfig", "headGroupSpec", "rayStartParams", "num-cpus"], 0, "not of type"),
+        (
+            ["spec", "rayClusterConfig", "headGroupSpec", "template", "spec", "volume"],
+            [],
+            "unexpected",
+        ),
+        (
+            ["spec", "rayClusterConfig", "headGroupSpec", "rayStartParams", "num-cpus"],
+            0,
+            "not of type",
+        ),
         (["spec", "rayClusterConfig", "workerGroupSpecs", 0, "replicas"], "1", "is not of type"),
         (["spec", "rayClusterConfig", "workerGroupSpecs", 0, "groupName"], None, "is not of type"),
     ],

@@ -49,6 +49,14 @@ def test_what_does_not_fit_is_named(args, message):
         read(args)
 
 
+def test_an_engine_has_as_many_threads_as_its_replica_has_cores():
+    threads = [
+        read(args).engine.runtime.cpu_threads
+        for args in ({}, {"num_cpus": 3}, {"num_cpus": 0.5}, {"num_cpus": 3, "cpu_threads": 2})
+    ]
+    assert threads == [1, 3, None, 2]
+
+
 def test_responses_are_stored_only_by_a_single_replica():
     assert read({}).server.max_stored_responses > 0
     assert read({"num_replicas": 2}).server.max_stored_responses == 0

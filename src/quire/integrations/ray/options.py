@@ -35,7 +35,7 @@ class ServeOptions:
         "Default: 1.25 x max_num_seqs.",
     )
     num_cpus: float | None = option(
-        None, "Cores of each copy. Default: 1, or cpu_threads. The engine uses so many threads."
+        None, "Cores of each copy, and threads of its engine. Default: cpu_threads, or 1."
     )
     num_gpus: float | None = option(
         None, "GPUs of each copy. Default: one per rank with device cuda, else none."
@@ -104,6 +104,8 @@ def read(args: Mapping[str, object]) -> AppConfig:
         if values.get("max_stored_responses"):
             raise ConfigError("max_stored_responses must be 0 with several replicas.")
         values["max_stored_responses"] = 0
+    if values.get("cpu_threads") is None and (serve.num_cpus or 1) >= 1:
+        values["cpu_threads"] = int(serve.num_cpus or 1)
     engine, server = split_flat(values)
     return AppConfig(serve, engine, server, values, notes)
 
