@@ -2,8 +2,8 @@
 
     python scripts/kuberay_schema.py ray.io_rayservices.yaml VERSION
 
-The file is the CustomResourceDefinition in helm-chart/kuberay-operator/crds of github.com/ray-project/kuberay at
-the tag VERSION. Descriptions and status are left out, and a part that occurs several times is written once.
+The file is the CustomResourceDefinition in helm-chart/kuberay-operator/crds of github.com/ray-project/kuberay
+at the tag VERSION. Descriptions and status are left out, and a part that occurs several times is written once.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ TARGET = Path(__file__).resolve().parent.parent / "tests/data/kuberay/rayservice
 SHARED_CHARS = 300
 NOTICE = (
     "From KubeRay {}, https://github.com/ray-project/kuberay: the v1 schema in "
-    "helm-chart/kuberay-operator/crds/ray.io_rayservices.yaml, without descriptions and status. Licensed under the "
-    "Apache License 2.0. Written by scripts/kuberay_schema.py."
+    "helm-chart/kuberay-operator/crds/ray.io_rayservices.yaml, without descriptions and status. Licensed "
+    "under the Apache License 2.0. Written by scripts/kuberay_schema.py."
 )
 
 
