@@ -2,8 +2,8 @@
 
     python scripts/kuberay_schema.py ray.io_rayservices.yaml VERSION
 
-The file is the CustomResourceDefinition in helm-chart/kuberay-operator/crds of github.com/ray-project/kuberay
-at the tag VERSION. Descriptions and status are left out, and a part that occurs several times is written once.
+The file is the CRD in helm-chart/kuberay-operator/crds of github.com/ray-project/kuberay
+at the tag VERSION. Descriptions and status are left out; a part that occurs several times is written once.
 """
 
 from __future__ import annotations
