@@ -168,7 +168,7 @@ def test_a_head_that_reads_a_divided_model_is_refused() -> None:
 def test_each_rank_has_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(assemble, "gpu_count", lambda: 1)
     resolved: Any = SimpleNamespace(draft=None, device="cuda")
-    with pytest.raises(ConfigError, match="4 ranks .* need a GPU each, and there are 1"):
+    with pytest.raises(ConfigError, match=r"4 ranks .* need a GPU each, and there are 1"):
         _check_ranks(from_flat({"tensor_parallel_size": 4}), resolved)
 
 
