@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import fcntl
 import json
+import os
 import random
 import statistics
 import time
@@ -81,6 +82,7 @@ def profile(model: str) -> dict[str, float]:
     """Of the sampling rank: shares of gathers in decoding, and microseconds that a step's plan takes."""
     with LLM(model, **LAYOUTS["tp2"], **OPTIONS) as llm:
         executor: Any = llm._core._core.executor
+        os.sched_setaffinity(0, executor._shares[0])  # as the engine's own process does
         decoder = executor._worker.runner.backend._pass
         send, spent = executor._others.run, [0.0]
 
