@@ -14,17 +14,24 @@ from quire.errors import ConfigError
 from quire.kernels.base import Kernels
 from quire.kernels.group import Group
 from quire.kernels.reference import ReferenceKernels
+from quire.kernels.select import create_kernels
 from quire.layers.share import Share, can_divide
 from quire.models.loader import load_model
 from quire.models.registry import resolve_spec
 from quire.models.spec import ModelSpec
-from quire.weights.source import open_source
+from quire.weights.safetensors import SafetensorsCheckpoint
+from quire.weights.source import TensorInfo, open_source
 from tests.models.conftest import Pair
 from tests.models.harness import PagedHarness, Request
-from tests.models.ranks import on_each_rank
-from tests.models.variants import VARIANTS, prompt_tokens, save
+from tests.models.ranks import Meeting, ThreadGroup, on_each_rank
+from tests.models.variants import SHAPE, VARIANTS, prompt_tokens, save
 
 SIZES = (2, 3, 4)
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+}
 UNEVEN = {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 72, "head_dim": 8}
 
 
@@ -125,6 +132,62 @@ def test_uneven_heads(size: int, dtype: torch.dtype, uneven: Path, kernels: Kern
     assert expected.std() > 0.1
     for logits in on_ranks(spec, uneven, size, kernels, dtype):
         assert same_bits(logits, expected)
+
+
+@pytest.mark.parametrize(("name", "size"), [("llama", 2), ("phi3", 2), ("olmo2-mha-tied", 4)])
+def test_a_rank_reads_its_part_of_the_file(
+    name: str, size: int, checkpoint: Callable[..., tuple[object, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """Norms are read by all ranks: a little in a model of this size, nothing in a large one."""
+    _, directory = checkpoint(name)
+    spec = resolve_spec(json.loads((directory / "config.json").read_text()))
+    read: list[int] = []
+    original = SafetensorsCheckpoint.read
+
+    def count(self: SafetensorsCheckpoint, info: TensorInfo, begin: int, into: memoryview) -> None:
+        read.append(len(into))
+        original(self, info, begin, into)
+
+    monkeypatch.setattr(SafetensorsCheckpoint, "read", count)
+    each = []
+    for rank in range(size):
+        load_model(
+            spec.divided(rank, size), open_source(directory), dtype=torch.float32,
+            kernels=create_kernels("reference"), max_model_len=64, group=ThreadGroup(rank, Meeting(size)),
+        )  # fmt: skip
+        each.append(sum(read))
+        read.clear()
+    file_bytes = (directory / "model.safetensors").stat().st_size
+    assert sum(each) <= 1.03 * file_bytes
+    assert max(each) <= 1.25 * file_bytes / size
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3", "gemma2"])
+def test_random_weights_are_those_of_the_whole(name: str, kernels: Kernels) -> None:
+    fields = {**SHAPE, **VARIANTS[name][1]}
+    config = VARIANTS[name][0](**fields).to_dict()
+    spec = resolve_spec({**config, "architectures": [ARCHITECTURES[name]]})
+    options = {"dtype": torch.bfloat16, "kernels": kernels, "max_model_len": 64}
+    expected = schedule(PagedHarness(load_model(spec, None, load_format="dummy", **options)))
+
+    @torch.inference_mode()
+    def work(group: Group) -> torch.Tensor:
+        part = spec.divided(group.rank, group.size)
+        model = load_model(part, None, load_format="dummy", group=group, **options)
+        return schedule(PagedHarness(model, num_blocks=16))
+
+    for logits in on_each_rank(2, work):
+        assert same_bits(logits, expected)
+
+
+def test_a_part_has_its_share_of_the_memory(uneven: Path) -> None:
+    spec = resolve_spec(json.loads((uneven / "config.json").read_text()))
+    parts = [spec.divided(rank, 3) for rank in range(3)]
+    norms = 2 * (2 * 2 * 72 + 72)
+    assert sum(part.weight_bytes(2) - norms for part in parts) == spec.weight_bytes(2) - norms
+    assert sum(part.kv_bytes_per_token(2) for part in parts) == spec.kv_bytes_per_token(2)
+    assert {part.kv.layer_size for part in parts} == {spec.kv.layer_size // 3}
+    assert parts[1].heads == (3, 1, 8)
 
 
 def test_a_size_that_cannot_be_is_one_error(uneven: Path) -> None:
