@@ -6,6 +6,8 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import cast
 
+import pytest
+
 from quire.engine.core import EngineCore
 from quire.engine.core_process import QUIET_MS, _Link, _serve
 from quire.errors import MemoryFitError
@@ -88,7 +90,25 @@ def test_a_plan_is_done_before_the_next_is_made() -> None:
 
 
 def test_with_overlap_a_plan_is_launched_before_the_last_result_is_asked_for() -> None:
-    assert launched_and_taken(*make_core(max_in_flight=2)) == "L1 L2 T1 L3 T2 L4 T3 T4 L5 T5"
+    assert launched_and_taken(*make_core(max_in_flight=2)) == "L1 L2 T1 L3 T2 T3 L5 T5"
+
+
+@pytest.mark.parametrize("stages", [3, 4])
+def test_a_pipeline_is_filled_before_a_result_is_asked_for(stages: int) -> None:
+    """The prompts are one plan; then each request has its own."""
+    limits = SchedulerLimits(
+        max_num_seqs=8, max_num_batched_tokens=8, max_model_len=32, stages=stages
+    )
+    executor = MockExecutor(lambda request_id, index: index, max_in_flight=stages)
+    scheduler = Scheduler(limits, KVCacheManager(20, 4, enable_prefix_caching=True))
+    core = EngineCore(scheduler, executor)
+    for request_id in range(stages):
+        core.handle(add(request_id, [request_id], max_tokens=4))
+    while core.has_work:
+        core.step()
+    assert [len(plan.rows) for plan in executor.plans[: 1 + stages]] == [stages] + [1] * stages
+    events = "".join(event[0] for event, _ in executor.events)
+    assert events.startswith("lt" + "l" * stages + "tl" * stages + "tl" * stages + "t" * stages)
 
 
 def test_messages_with_a_plan_in_flight() -> None:
@@ -101,6 +121,7 @@ def test_messages_with_a_plan_in_flight() -> None:
     assert isinstance(aborted, StepOutputs)
     assert [u.finish_reason for u in aborted.updates] == [FinishReason.ABORT]
     assert core.has_work, "a plan is in flight"
+    assert core.step().updates == [] and core.has_work, "the executor has not heard of the end"
     assert core.step().updates == [] and not core.has_work
     assert executor.plans[-1].released == [1]
 

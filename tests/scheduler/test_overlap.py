@@ -155,6 +155,8 @@ def test_a_core_whose_last_request_is_aborted_drains() -> None:
     engine.keep(engine.core.handle(AbortRequests([1])))
     assert engine.core.has_work
     engine.step()
+    assert len(engine.plans) == 1, "a plan without rows waits for the result in flight"
+    engine.step()
     assert engine.plans[-1].released == [1] and not engine.core.has_work
 
 

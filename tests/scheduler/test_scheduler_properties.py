@@ -18,7 +18,7 @@ from quire.messages import (
     StepOutputs,
 )
 from quire.placement import Placement
-from quire.scheduler import Scheduler, SchedulerLimits, WaitReason
+from quire.scheduler import DecisionKind, Scheduler, SchedulerLimits, WaitReason
 from quire.scheduler.invariants import check_invariants
 from quire.scheduler.request import RequestStatus
 from tests.scheduler.fake_executor import CheckingExecutor, expected_output
@@ -46,6 +46,7 @@ def known_tokens(row):
 
 class SchedulerMachine(RuleBasedStateMachine):
     max_in_flight = 1
+    stages = 1
     max_model_len = 24
     policy: str | None = None
     """None: one of those that there are."""
@@ -82,6 +83,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             policy=self.policy or policy,
             max_drafts=5 if self.drafts else 0,
             adaptive_drafts=watermark == 1,
+            stages=self.stages,
+            least_prompt_tokens=2,
         )
         windows = self.layouts[layout % len(self.layouts)]
         sizes = {"windows": windows, "max_row_tokens": budget, "enable_prefix_caching": caching}
@@ -94,6 +97,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             clock=iter(range(10**6)).__next__,
             needs_token_before_next=needs_token_before_next,
             connector=self.make_connector(),
+            observe=self.observe,
         )
         executor = self.make_executor(
             num_blocks,
@@ -112,6 +116,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.finished: dict[int, FinishReason] = {}
         self.prompts: list[list[int]] = []
         self.deferred: set[int] = set()
+        self.passed_over: dict[int, int] = {}
+
+    def observe(self, decision):
+        if decision.kind is DecisionKind.STEP:
+            self.budget = decision.budget
 
     def make_connector(self):
         return None
@@ -173,6 +182,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         before = first and (len(first.token_ids), first.num_computed_tokens)
         self.was_running = list(self.scheduler.running)
         self.wanted = {r.request_id: self.wants(r) for r in self.was_running}
+        singles = [
+            r
+            for r in self.was_running
+            if (r.num_pending_tokens and not r.ends_with_pending) or self.wanted[r.request_id] == 1
+        ]
+        self.most_rows = -(-len(singles) // self.stages)
         self.must_admit = self.head_that_fits()
         self.record(self.core.step())
         check_invariants(self.scheduler)
@@ -184,6 +199,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         """Between planning a step and carrying it out."""
         check_invariants(self.scheduler)
         assert plan.num_tokens <= self.limits.max_num_batched_tokens
+        assert plan.rows or not self.core._in_flight, "it occupies a place in the pipeline"
         assert len(plan.rows) <= self.limits.max_num_seqs
         rows = {row.request_id: row for row in plan.rows}
         assert len(rows) == len(plan.rows)
@@ -191,9 +207,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         for request in self.scheduler.running:
             row = rows.get(request.request_id)
             if row is None:
-                assert self.has_to_wait(request), "a running request got no token"
+                waits = self.has_to_wait(request) or self.is_passed_over(request, plan)
+                assert waits, "a running request got no token"
             else:
                 self.check_row(row, request)
+                self.passed_over.pop(request.request_id, None)
         for request in self.scheduler.waiting:
             if self.scheduler.why_waits(request).reason.label == "deferred":
                 self.deferred.add(request.request_id)
@@ -206,6 +224,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     def check_shares(self, plan, rows):
         """Of a step that preempts nobody: who is sure of what, and that nothing is left over."""
         quantum, wanted = self.least_quantum(), dict(self.wanted)
+        for request_id in self.passed_over:
+            wanted.pop(request_id, None)
         head = self.must_admit
         assert head is None or head.request_id in rows, "the head of the queue was not admitted"
         for message in plan.admitted:
@@ -216,9 +236,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert got <= most
             if request_id in self.wanted or (head and request_id == head.request_id):
                 assert got >= min(most, quantum), "less than a quantum"
-            if plan.num_tokens < self.limits.max_num_batched_tokens:
+            if plan.num_tokens < self.budget:
                 assert got == most, "budget is left"
-        if plan.num_tokens < self.limits.max_num_batched_tokens:
+        if plan.num_tokens < self.budget:
             assert self.head_that_fits() is None, "budget is left, and a seat and blocks"
 
     def check_reason(self, plan, request):
@@ -237,7 +257,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             case WaitReason.BUDGET if wait.needed > 1:
                 assert wait.needed > wait.budget and not self.limits.enable_chunked_prefill
             case WaitReason.BUDGET:
-                assert preempts or plan.num_tokens == self.limits.max_num_batched_tokens
+                assert preempts or plan.num_tokens == self.budget
             case WaitReason.BEHIND:
                 stopped = scheduler.why_waits(other).reason
                 assert stopped in (WaitReason.SEAT, WaitReason.BLOCKS, WaitReason.BUDGET)
@@ -270,7 +290,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def least_quantum(self):
         """An equal part of a quarter of the step, in whole blocks: what others leave makes it more."""
         prompts = sum(wanted > 1 for wanted in self.wanted.values())
-        share = (self.limits.max_num_batched_tokens - (len(self.wanted) - prompts)) // 4
+        share = (self.budget - (len(self.wanted) - prompts)) // 4
         part = share // max(1, prompts)
         return part - part % self.scheduler.kv.block_size or max(1, part)
 
@@ -328,7 +348,18 @@ class SchedulerMachine(RuleBasedStateMachine):
         last = len(message.prompt_token_ids) + message.decoding.max_tokens
         ends = request.num_tokens == last
         held = needs_token_before_next(message) or self.scheduler.drafting.holds(request)
-        return request.num_pending_tokens and (ends or held)
+        return request.num_pending_tokens and (ends or held or self.stages > 1)
+
+    def is_passed_over(self, request, plan):
+        """Whether a later plan has room for it, and soon."""
+        if self.scheduler.why_waits(request).reason is not WaitReason.SHARE:
+            return False
+        times = self.passed_over[request.request_id] = (
+            self.passed_over.get(request.request_id, 0) + 1
+        )
+        assert times < 2 * self.stages, "it starves"
+        assert self.wanted[request.request_id] == 1
+        return len(plan.rows) >= self.most_rows
 
     def first_in_order(self):
         """The request that must advance: the first in order that runs, and under fcfs the first of
@@ -426,6 +457,19 @@ class LongWindowMachine(LongPromptMachine):
     layouts = ((None, 20), (33,), (None, 7, 40))
 
 
+class PipelineMachine(SchedulerMachine):
+    max_in_flight = stages = 2
+
+
+class PipelineOfThreeMachine(SchedulerMachine):
+    max_in_flight = stages = 3
+
+
+class LongPipelineMachine(LongPromptMachine):
+    max_in_flight = stages = 4
+    drafts = True
+
+
 TestScheduler = SchedulerMachine.TestCase
 TestDrafts = DraftMachine.TestCase
 TestOverlappedDrafts = OverlappedDraftMachine.TestCase
@@ -443,4 +487,10 @@ TestLongWindows.settings = settings(TestScheduler.settings, max_examples=30)
 TestDrafts.settings = settings(TestScheduler.settings, max_examples=80)
 TestOverlappedDrafts.settings = settings(TestScheduler.settings, max_examples=50)
 TestLongPrompts.settings = settings(TestScheduler.settings, max_examples=50)
+TestPipeline = PipelineMachine.TestCase
+TestPipelineOfThree = PipelineOfThreeMachine.TestCase
+TestLongPipeline = LongPipelineMachine.TestCase
+TestPipeline.settings = settings(TestScheduler.settings, max_examples=80)
+TestPipelineOfThree.settings = settings(TestScheduler.settings, max_examples=50)
+TestLongPipeline.settings = settings(TestScheduler.settings, max_examples=50)
 TestDeeper.settings = settings(TestScheduler.settings, max_examples=30)

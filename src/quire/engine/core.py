@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Callable
 
 from quire.decoding import GrammarSpec
-from quire.engine.failures import failure_of
 from quire.engine.pending import PendingRequests, failed
 from quire.engine.residence import AdapterMemory
 from quire.errors import EngineError, EngineSleepingError
@@ -32,6 +31,7 @@ from quire.messages import (
     StepOutputs,
     StepPlan,
 )
+from quire.messages.failures import failure_of
 from quire.scheduler import Scheduler, Wait
 from quire.structured.store import GrammarStore
 
@@ -67,14 +67,13 @@ class EngineCore:
         return bool(self._in_flight) or self._pending.has_work or self.scheduler.has_work
 
     def step(self) -> StepOutputs:
-        """One iteration of continuous batching: launch a plan, then take the result of the oldest one in
-        flight, which is the same one unless the executor overlaps. A plan without rows overlaps with
-        nothing, so then no plan stays in flight."""
+        """One iteration of continuous batching: launch a plan, and take the oldest result once as many plans
+        as the executor may have are in flight, or no request can run before there is a result."""
         updates = self._admit_ready()
         plan = self.scheduler.schedule()
-        self._in_flight.append((plan, self.executor.execute(plan)))
-        may_stay = self.executor.max_in_flight - 1 if plan.rows else 0
-        while len(self._in_flight) > may_stay:
+        if plan.rows or not self._in_flight:
+            self._in_flight.append((plan, self.executor.execute(plan)))
+        if not plan.rows or len(self._in_flight) == self.executor.max_in_flight:
             launched, future = self._in_flight.popleft()
             updates += self.scheduler.update(launched, future.result())
         return self._outputs(updates)

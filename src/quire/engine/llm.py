@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Literal
 from quire.config import EngineConfig, from_flat, without_foreign
 from quire.engine.beam_search import BeamSearchOutput
 from quire.engine.core_client import CoreProcess, InlineCore
-from quire.engine.failures import error_of
 from quire.engine.front_end import Effects, FrontEnd
 from quire.engine.input_processor import EngineRequest, PromptInput
 from quire.engine.offline import (
@@ -45,6 +44,7 @@ from quire.messages import (
     WakeUp,
     describe_ledger,
 )
+from quire.messages.failures import error_of
 from quire.outputs import (
     EmbeddingRequestOutput,
     PoolingRequestOutput,
@@ -134,11 +134,12 @@ class LLM:
         ):  # as in vLLM: metrics take a tenth of a small model's time
             from prometheus_client import CollectorRegistry
 
-            from quire.metrics.engine_metrics import EngineMetrics
+            from quire.metrics import create_metrics
 
             self._metrics = CollectorRegistry(auto_describe=True)
-            self._front.metrics = EngineMetrics(
+            self._front.metrics = create_metrics(
                 self._metrics,
+                [None] * config.parallel.data_parallel_size,
                 model_name=self.model.name,
                 max_model_len=self.model.max_model_len,
                 max_adapters=config.lora.max_loras if config.lora.enable_lora else None,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from quire.config import CacheConfig, EngineConfig
 from quire.errors import MemoryFitError
@@ -34,6 +34,8 @@ class MemoryPlan:
     block_size: int
     max_model_len: int
     total_bytes: int
+    ranks: tuple[tuple[Footprint, int], ...] = ()
+    """Of several ranks, each one's footprint and its KV of one block, in bytes."""
 
     @property
     def full_length_sequences(self) -> float:
@@ -46,7 +48,12 @@ class MemoryPlan:
         return (self.num_blocks - 1) * self.max_model_len // self.sequence_blocks
 
     def rows(self) -> list[tuple[str, str]]:
-        """The ledger as text."""
+        """The ledger as text. It has a line for each rank if they differ."""
+        each = [
+            f"weights {format_bytes(rank.weight_bytes)}, KV cache {format_bytes(block * self.num_blocks)}"
+            for rank, block in self.ranks
+        ]
+        differ = enumerate(each) if len(set(each)) > 1 else ()
         return [
             ("machine memory", format_bytes(self.total_bytes)),
             ("weights", format_bytes(self.weight_bytes)),
@@ -58,6 +65,7 @@ class MemoryPlan:
                 f"sequences of {self.max_model_len:,} tokens",
                 f"{self.full_length_sequences:,.1f} at once",
             ),
+            *((f"rank {number}", text) for number, text in differ),
         ]
 
 
@@ -66,24 +74,22 @@ def plan_memory(
     spec: ModelSpec,
     footprint: Footprint,
     *,
-    kv_dtype_bytes: int,
+    block_bytes: int,
     max_model_len: int,
-    draft_slot_bytes: int = 0,
     may_shrink: bool = False,
     gpu: bool = False,
 ) -> MemoryPlan:
     """Size the KV cache.
 
-    kv_dtype_bytes: of the cache's elements. draft_slot_bytes: a draft model's keys and values of one token,
-    which each slot has too. may_shrink: a shorter length is accepted if max_model_len does not fit. gpu:
-    the memory is a GPU's.
+    block_bytes: of one block, in all that footprint is of. may_shrink: a shorter length is accepted if
+    max_model_len does not fit. gpu: the memory is a GPU's.
 
     Raises `MemoryFitError`, with the options and values that would fit, if not even one sequence of
     full length does.
     """
     cache, size = config.cache, config.cache.block_size
+    replicas = 1 if gpu else config.parallel.data_parallel_size
     layout = spec.kv
-    block_bytes = layout.page_bytes(size, kv_dtype_bytes) + size * draft_slot_bytes
     row_tokens = config.scheduler.max_num_batched_tokens
 
     def blocks_for(num_tokens: int) -> int:
@@ -93,14 +99,14 @@ def plan_memory(
         num_blocks = cache.num_gpu_blocks_override
     else:
         useful = config.scheduler.max_num_seqs * blocks_for(max_model_len)
-        budget = _kv_budget(cache, footprint, gpu=gpu)
+        budget = _kv_budget(cache, footprint, gpu=gpu, replicas=replicas)
         num_blocks = min(max(0, budget) // block_bytes, useful + 1)
-    fits = _longest(blocks_for, num_blocks - 1, max_model_len, size)
+    fits = _longest(blocks_for, max(0, num_blocks - 1), max_model_len, size)
     if may_shrink:
         max_model_len = min(max_model_len, fits)
     if max_model_len < 1 or fits < max_model_len:
         needed = (blocks_for(max_model_len) + 1) * block_bytes
-        raise _does_not_fit(cache, max_model_len, fits, needed, block_bytes, footprint)
+        raise _does_not_fit(cache, max_model_len, fits, needed, block_bytes, footprint, replicas)
     return MemoryPlan(
         weight_bytes=footprint.weight_bytes,
         activation_bytes=footprint.step_bytes,
@@ -110,6 +116,46 @@ def plan_memory(
         block_size=size,
         max_model_len=max_model_len,
         total_bytes=footprint.memory.total,
+    )
+
+
+def plan_ranks(
+    config: EngineConfig,
+    spec: ModelSpec,
+    footprints: Sequence[Footprint],
+    block_bytes: Sequence[int],
+    *,
+    max_model_len: int,
+    may_shrink: bool = False,
+    gpu: bool = False,
+) -> MemoryPlan:
+    """Size the cache of all ranks: as many blocks as the tightest memory holds. A GPU is one rank's; a
+    machine is shared by its ranks. footprints, block_bytes: of each rank. Else as `plan_memory`."""
+    ranks = tuple(zip(footprints, block_bytes, strict=True))
+    together = 1 if gpu else len(ranks) // config.parallel.nnodes
+    plans = []
+    for first in range(0, len(ranks), together):
+        these = ranks[first : first + together]
+        plan = plan_memory(
+            config,
+            spec,
+            these[0][0] if together == 1 else Footprint.of_ranks([each for each, _ in these]),
+            block_bytes=sum(block for _, block in these),
+            max_model_len=max_model_len,
+            may_shrink=may_shrink,
+            gpu=gpu,
+        )
+        plans.append(plan)
+    tightest = min(plans, key=lambda plan: plan.num_blocks)
+    if len(ranks) == 1:
+        return tightest
+    return replace(
+        tightest,
+        weight_bytes=sum(each.weight_bytes for each in footprints),
+        activation_bytes=sum(each.step_bytes for each in footprints),
+        kv_bytes=tightest.num_blocks * sum(block_bytes),
+        total_bytes=sum(plan.total_bytes for plan in plans),
+        ranks=ranks,
     )
 
 
@@ -123,7 +169,8 @@ def _longest(
     return whole[bisect_right(whole, num_blocks, key=blocks_for) - 1]
 
 
-def _kv_budget(cache: CacheConfig, footprint: Footprint, *, gpu: bool) -> int:
+def _kv_budget(cache: CacheConfig, footprint: Footprint, *, gpu: bool, replicas: int) -> int:
+    """replicas: that share the memory."""
     memory, others = footprint.memory, footprint.weight_bytes + footprint.step_bytes
     if cache.kv_cache_memory_bytes is not None:
         return cache.kv_cache_memory_bytes
@@ -132,8 +179,8 @@ def _kv_budget(cache: CacheConfig, footprint: Footprint, *, gpu: bool) -> int:
         allowed = int(memory.total * (DEFAULT_GPU_SHARE if share is None else share))
         return min(allowed, memory.available - GPU_RESERVE) - others
     if share is not None:
-        return int(memory.total * share) - others
-    return int(memory.available * DEFAULT_CPU_SHARE) - others
+        return int(memory.total * share) // replicas - others
+    return int(memory.available * DEFAULT_CPU_SHARE) // replicas - others
 
 
 def _does_not_fit(
@@ -143,21 +190,29 @@ def _does_not_fit(
     needed: int,
     block_bytes: int,
     footprint: Footprint,
+    replicas: int,
 ) -> MemoryFitError:
     memory, others = footprint.memory, footprint.weight_bytes + footprint.step_bytes
-    share = min(1.0, (needed + others) / memory.total + 0.005)
+    weights, step = format_bytes(footprint.weight_bytes), format_bytes(footprint.step_bytes)
+    besides = f"{weights} of weights and {step} of activations"
+    if others >= memory.total and cache.num_gpu_blocks_override is None:
+        return MemoryFitError(
+            f"{besides} do not fit in {format_bytes(memory.total)} of memory. Divide the model among more "
+            "devices (--tensor-parallel-size, --pipeline-parallel-size), store it in fewer bits "
+            "(--quantization), or take devices with more memory."
+        )
+    share = min(1.0, replicas * (needed + others) / memory.total + 0.005)
     if cache.num_gpu_blocks_override is not None:
         remedies = [f"--num-gpu-blocks-override {needed // block_bytes}"]
     else:
         remedies = [f"--kv-cache-memory-bytes {needed}"]
-    if cache.num_gpu_blocks_override is None and needed + others < memory.total:
+    if cache.num_gpu_blocks_override is None and replicas * (needed + others) < memory.total:
         remedies.append(f"--gpu-memory-utilization {share:.2f}")
     if fits >= cache.block_size:
         remedies.insert(0, f"--max-model-len {fits} (or -1 to fit it to memory)")
     return MemoryFitError(
         f"One sequence of {longest:,} tokens needs {format_bytes(needed)} of KV cache, but only "
-        f"{fits:,} tokens fit beside {format_bytes(footprint.weight_bytes)} of weights and "
-        f"{format_bytes(footprint.step_bytes)} of activations in {format_bytes(memory.total)} of memory "
+        f"{fits:,} tokens fit beside {besides} in {format_bytes(memory.total)} of memory "
         f"({format_bytes(memory.available)} available). Any of these would do: "
         + "; ".join(remedies)
         + "."

@@ -26,6 +26,8 @@ class WaitReason(str, Enum):
     FORK = "its fork's leader computes the prompt"
     TOKEN = "its last token is pending"
     """A plan in flight samples the token."""
+    SHARE = "the next plan has room for it"
+    """The rows are divided among the plans in flight."""
     LOAD = "its KV is being loaded"
     """From a store outside the cache."""
     GRAMMAR = "its grammar is being compiled"

@@ -27,3 +27,8 @@ class SchedulerLimits:
     as many as possible."""
     max_adapters: int = 1 << 30
     """Distinct adapters that running requests use at once."""
+    stages: int = 1
+    """Of a pipeline. With several, a request has no row while a token of it is pending, and rows are divided
+    among as many plans (`scheduler/micro_batches.py`)."""
+    least_prompt_tokens: int = 64
+    """Prompts are not divided into fewer tokens, which would not take less time: all weights are read."""

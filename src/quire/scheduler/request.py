@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import Enum
 
 from quire.kvcache import CacheKey
-from quire.messages import AddRequest, FinishReason, RequestTimes
+from quire.messages import AddRequest, FinishReason, PromptLogprobs, RequestTimes, SampledRow
 from quire.sampling_params import RepetitionDetectionParams
 
 
@@ -155,6 +155,19 @@ class Request:
             self.token_ids, produced, decoding.repetition_detection
         ):
             self.finish_reason = FinishReason.REPETITION
+
+    def news_of_prompt(self, row: SampledRow) -> PromptLogprobs | None:
+        """New prompt logprobs only; a resumed request recomputes some."""
+        found = row.prompt_logprobs
+        if found is None:
+            return None
+        known = self.num_prompt_logprobs - found.start
+        assert known >= 0, "some are missing"
+        entries = found.entries[known:]
+        if not entries:
+            return None
+        self.num_prompt_logprobs += len(entries)
+        return PromptLogprobs(found.start + known, entries)
 
     def __repr__(self) -> str:
         return (

@@ -29,7 +29,6 @@ Four rules keep it fair and free of deadlock (docs/adr/0002-one-order.md):
 from __future__ import annotations
 
 import time
-from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
@@ -40,7 +39,6 @@ from quire.messages import (
     BlockIds,
     FinishReason,
     PlannedRow,
-    PromptLogprobs,
     RequestUpdate,
     SampledRow,
     SchedulerStats,
@@ -51,6 +49,7 @@ from quire.scheduler.adapters import AdapterPlaces
 from quire.scheduler.decisions import DecisionKind, Observer, Reporter, Wait, WaitReason
 from quire.scheduler.drafting import Drafting
 from quire.scheduler.limits import SchedulerLimits
+from quire.scheduler.micro_batches import MicroBatches, least_share
 from quire.scheduler.policy import RequestQueue, create_policy
 from quire.scheduler.request import Request, RequestStatus
 
@@ -90,6 +89,7 @@ class Scheduler:
         self._needs_token_before_next = needs_token_before_next
         self._takes_drafts = takes_drafts
         self._step_id = 0
+        self._micro_batches = MicroBatches(limits)
         self._released: list[int] = []
         self._waits: dict[int, Wait] = {}
         """By request id, for those that the last step considered; the others wait behind `_stopped_at`."""
@@ -150,7 +150,7 @@ class Scheduler:
 
     def schedule(self) -> StepPlan:
         """Plan the next step, as if those in flight were done. A plan without rows means that no request
-        can run: there is none, or all wait for a pending token.
+        can run: there is none, or all wait for a pending token. Launch it only if none is in flight.
 
         The queue comes first: it gets what running requests do not want, and at least a quantum. They
         divide the rest: a quantum for each, and then in order what is left."""
@@ -161,23 +161,26 @@ class Scheduler:
         self.adapters.begin(self._step_id, self.requests)
         if self.policy.moves:
             self.waiting.sort(self.policy.waiting_key)
-        budget = self.limits.max_num_batched_tokens
         running = list(self.running)
         if self.kv.has_windows:
             for request in running:  # drafts in flight may have to be computed again
                 computed = request.num_computed_tokens - request.num_drafts_in_flight
                 self.kv.slide(request.request_id, computed)
         wanted = [self._wanted(request) for request in running]
-        quantum = self._quantum(wanted)
+        budget, left_out = self._micro_batches.share(running, wanted, self.waiting)
+        self._waits |= dict.fromkeys(left_out, Wait(WaitReason.SHARE))
+        quantum = least_share(wanted, budget, self.kv.block_size)
         self.report.step(self._step_id, quantum, self.kv.num_free, budget)
         budget -= self._schedule_waiting(plan, max(quantum, budget - sum(wanted)))
         self._schedule_running(plan, running, wanted, budget, quantum)
         if self.limits.max_drafts:
             self.drafting.plan(plan, self.requests, self._clock())
-        plan.released, self._released = self._released, []
-        if self.transfers is not None:
-            self.transfers.save_evicted()
-            plan.loads, plan.saves = self.transfers.take()
+        if plan.rows or not self._micro_batches.num_in_flight:
+            self._micro_batches.launched(plan)
+            plan.released, self._released = self._released, []
+            if self.transfers is not None:
+                self.transfers.save_evicted()
+                plan.loads, plan.saves = self.transfers.take()
         if self.report.is_observed:
             ids = (request.request_id for request in running)
             self.report.rows(self._waits, zip(ids, wanted, strict=True), plan)
@@ -189,27 +192,6 @@ class Scheduler:
         if (request.num_pending_tokens or not request.generates) and self._is_idle(request):
             return 0
         return self._capped(request.num_tokens - request.num_computed_tokens)
-
-    def _quantum(self, wanted: list[int]) -> int:
-        """The number of tokens that a running request, or the head of the queue, gets at least if it
-        wants them.
-
-        A quarter of the budget that single tokens leave is divided into equal parts: one for each request
-        that wants more than one token. The first of those needs no part, as it gets the other three
-        quarters; its part goes to the queue. What a request does not want is divided among the others.
-        """
-        counts = sorted(wanted)
-        prompts = counts[bisect_right(counts, 1) :]
-        share = (self.limits.max_num_batched_tokens - (len(counts) - len(prompts))) // 4
-        sharers = len(prompts)
-        for count in prompts:
-            if count * sharers >= share:
-                break
-            share -= count
-            sharers -= 1
-        quantum = share // max(1, sharers)
-        whole_blocks = quantum - quantum % self.kv.block_size
-        return whole_blocks or max(1, quantum)
 
     def _schedule_running(
         self,
@@ -249,7 +231,7 @@ class Scheduler:
             return True
         held = request.needs_token_before_next or self.drafting.holds(request)
         self._stats.rows_held += held
-        return held
+        return held or self.limits.stages > 1
 
     def _advance(self, plan: StepPlan) -> None:
         """Count planned tokens as computed. Only at the end, because within the step their KV cannot be
@@ -459,6 +441,7 @@ class Scheduler:
 
     def update(self, plan: StepPlan, result: StepResult) -> list[RequestUpdate]:
         """Apply the result of a step. Requests that have ended meanwhile are skipped."""
+        self._micro_batches.done(plan)
         for transfer in result.transferred:
             assert self.transfers is not None
             self.transfers.finish(transfer.transfer_id, transfer.num_good, self._step_id)
@@ -480,7 +463,7 @@ class Scheduler:
 
     def _learn(self, request: Request, planned: PlannedRow, row: SampledRow) -> RequestUpdate:
         request.num_pending_tokens -= planned.samples
-        prompt_logprobs = _news_of_prompt(request, row)
+        prompt_logprobs = request.news_of_prompt(row)
         if row.error is not None:
             update = self._finish(request, FinishReason.ERROR)
             update.error, update.prompt_logprobs = row.error, prompt_logprobs
@@ -526,7 +509,7 @@ class Scheduler:
             update = self._finish(request, FinishReason.ERROR)
             update.error = found.error
             return [update]
-        news = None if found is None else _news_of_prompt(request, found)
+        news = None if found is None else request.news_of_prompt(found)
         if not done and news is None:
             return []
         update = RequestUpdate(request_id=request.request_id)
@@ -586,17 +569,3 @@ class Scheduler:
         """Why a waiting request did not run in the last step."""
         behind = Wait(WaitReason.BEHIND, self._stopped_at)
         return self._waits.get(request.request_id, behind)
-
-
-def _news_of_prompt(request: Request, row: SampledRow) -> PromptLogprobs | None:
-    """New prompt logprobs only; a resumed request recomputes some."""
-    found = row.prompt_logprobs
-    if found is None:
-        return None
-    known = request.num_prompt_logprobs - found.start
-    assert known >= 0, "some are missing"
-    entries = found.entries[known:]
-    if not entries:
-        return None
-    request.num_prompt_logprobs += len(entries)
-    return PromptLogprobs(found.start + known, entries)
