@@ -26,7 +26,7 @@ from quire.config import EngineConfig
 from quire.config.parallel import ParallelConfig
 from quire.engine.core import EngineCore
 from quire.errors import QuireError
-from quire.executor.death import exit_when_closed
+from quire.executor.death import exit_now, exit_when_closed
 from quire.executor.processes import ProcessRanks, ranks_of
 from quire.kernels.cpu.build import report_compiling
 from quire.messages import CoreFailed, CoreInput, CoreOutput, Shutdown
@@ -159,4 +159,4 @@ def _serve(core: EngineCore, link: _Link) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    exit_now(main(*sys.argv[1:]))
