@@ -40,7 +40,7 @@ def plan(
         config,
         SPEC,
         footprint if measured is None else Footprint(*measured, machine),
-        kv_dtype_bytes=kv_dtype_bytes,
+        block_bytes=SPEC.kv.page_bytes(config.cache.block_size, kv_dtype_bytes),
         max_model_len=longest,
         may_shrink=max_model_len is None,
         gpu=gpu,

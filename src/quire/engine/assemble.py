@@ -12,14 +12,22 @@ from quire.config import EngineConfig
 from quire.dtypes import element_bytes
 from quire.engine.core import EngineCore
 from quire.engine.gpu import gpu_memory
-from quire.engine.memory import MemoryPlan, format_bytes, plan_memory
+from quire.engine.memory import MemoryPlan, format_bytes, plan_ranks
 from quire.engine.setup import ResolvedModel, locate, read_tokens, resolve
 from quire.errors import ConfigError, ModelError
 from quire.executor.base import Executor
+from quire.executor.ranks import Ranks
 from quire.kv_layout import KVLayout
 from quire.kvcache import KVCacheManager
 from quire.messages import EngineReady
-from quire.runner.footprint import Footprint, WorkerSpec, estimate, host_memory
+from quire.runner.footprint import (
+    Footprint,
+    WorkerSpec,
+    block_bytes,
+    estimate,
+    host_memory,
+    spec_of_rank,
+)
 from quire.scheduler import Scheduler, SchedulerLimits
 from quire.structured.base import GrammarCompiler
 from quire.structured.store import GrammarStore
@@ -43,19 +51,15 @@ def build_core(
     """
     started = time.monotonic()
     longest = _longest_by_estimate(config, resolved)
-    spec = WorkerSpec(
-        model=resolved.spec,
-        directory=resolved.model_dir,
-        dtype=resolved.dtype,
-        kv_cache_dtype=resolved.kv_cache_dtype,
-        device=resolved.device,
-        max_model_len=longest,
-        draft=resolved.draft,
-    )
     grammars = GrammarStore(lambda: grammar_compiler(resolved))
-    executor = (create_executor or _in_this_process)(config, spec, grammars)
-    memory = _plan(config, resolved, executor.load(), longest)
-    executor.open_cache(memory.num_blocks, memory.max_model_len)
+    spec = worker_spec(resolved, longest)
+    executor = (create_executor or executor_of())(config, spec, grammars)
+    try:
+        memory = _plan(config, resolved, executor.load(), longest)
+        executor.open_cache(memory.num_blocks, memory.max_model_len)
+    except BaseException:
+        executor.close()
+        raise
     core = EngineCore(
         build_scheduler(config, resolved.spec.kv, memory, gpu=resolved.device == "cuda"),
         executor,
@@ -118,23 +122,50 @@ def _check_modules(config: EngineConfig, resolved: ResolvedModel) -> None:
             raise type(error)(f"lora_modules: {module.name}: {error}") from None
 
 
-def _in_this_process(config: EngineConfig, spec: WorkerSpec, grammars: GrammarStore) -> Executor:
-    from quire.executor.inline import inline_executor
+def worker_spec(resolved: ResolvedModel, max_model_len: int) -> WorkerSpec:
+    """Of the whole model; see `spec_of_rank`."""
+    return WorkerSpec(
+        model=resolved.spec,
+        directory=resolved.model_dir,
+        dtype=resolved.dtype,
+        kv_cache_dtype=resolved.kv_cache_dtype,
+        device=resolved.device,
+        max_model_len=max_model_len,
+        draft=resolved.draft,
+    )
 
-    return inline_executor(config, spec, grammars)
+
+def executor_of(ranks: Ranks | None = None, *, pin: bool = False) -> CreateExecutor:
+    """What makes the executor that the configuration names. ranks: that were started earlier. pin: whether
+    this process may keep to its share of the cores."""
+
+    def create(config: EngineConfig, spec: WorkerSpec, grammars: GrammarStore) -> Executor:
+        if config.parallel.world_size > 1:
+            from quire.executor.workers import start
+
+            return start(config, spec, grammars, ranks, pin=pin)
+        from quire.executor.inline import inline_executor
+
+        return inline_executor(config, spec, grammars)
+
+    return create
 
 
 def _longest_by_estimate(config: EngineConfig, resolved: ResolvedModel) -> int:
     """The length to load for. A model that cannot fit is refused here, before its weights are read."""
     memory = (gpu_memory() if resolved.device == "cuda" else None) or host_memory()
-    footprint = estimate(
-        config,
-        resolved.spec,
-        memory,
-        dtype_bytes=element_bytes(resolved.dtype),
-        max_model_len=resolved.max_model_len,
-        draft=resolved.draft,
-    )
+    ranks = [
+        estimate(
+            config,
+            part.model,
+            memory,
+            dtype_bytes=element_bytes(resolved.dtype),
+            max_model_len=resolved.max_model_len,
+            draft=part.draft,
+        )
+        for part in _parts(config, resolved)
+    ]
+    footprint = ranks[0] if len(ranks) == 1 else Footprint.of_ranks(ranks)
     longest = _plan(config, resolved, footprint, resolved.max_model_len).max_model_len
     scheduler = config.scheduler
     if not scheduler.enable_chunked_prefill and scheduler.max_num_batched_tokens < longest:
@@ -146,16 +177,22 @@ def _longest_by_estimate(config: EngineConfig, resolved: ResolvedModel) -> int:
     return longest
 
 
+def _parts(config: EngineConfig, resolved: ResolvedModel) -> list[WorkerSpec]:
+    """Of each rank."""
+    whole = worker_spec(resolved, resolved.max_model_len)
+    numbers = range(config.parallel.world_size)
+    return [spec_of_rank(whole, config.parallel, number) for number in numbers]
+
+
 def _plan(
     config: EngineConfig, resolved: ResolvedModel, footprint: Footprint, longest: int
 ) -> MemoryPlan:
-    return plan_memory(
+    return plan_ranks(
         config,
         resolved.spec,
-        footprint,
-        kv_dtype_bytes=element_bytes(resolved.kv_cache_dtype),
+        footprint.ranks or (footprint,),
+        [block_bytes(config, part) for part in _parts(config, resolved)],
         max_model_len=longest,
-        draft_slot_bytes=0 if resolved.draft is None else resolved.draft.slot_bytes,
         may_shrink=config.model.max_model_len == -1,
         gpu=resolved.device == "cuda",
     )

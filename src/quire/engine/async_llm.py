@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from quire.config import EngineConfig
 from quire.engine.async_adapters import AsyncAdapters
 from quire.engine.core_client import PING_SECONDS, CoreProcess
-from quire.engine.failures import error_of
 from quire.engine.front_end import Effects, FrontEnd
 from quire.engine.input_processor import PromptInput
 from quire.engine.replica_cores import ReplicaCores, start_cores
@@ -33,6 +32,7 @@ from quire.messages import (
     StepOutputs,
     WakeUp,
 )
+from quire.messages.failures import error_of
 from quire.metrics import MetricsSink
 from quire.outputs import RequestOutput
 from quire.placement import Placement

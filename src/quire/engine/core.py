@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Callable
 
 from quire.decoding import GrammarSpec
-from quire.engine.failures import failure_of
 from quire.engine.pending import PendingRequests, failed
 from quire.engine.residence import AdapterMemory
 from quire.errors import EngineError, EngineSleepingError
@@ -32,6 +31,7 @@ from quire.messages import (
     StepOutputs,
     StepPlan,
 )
+from quire.messages.failures import failure_of
 from quire.scheduler import Scheduler, Wait
 from quire.structured.store import GrammarStore
 

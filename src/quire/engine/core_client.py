@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 import signal
@@ -19,12 +18,13 @@ import msgspec
 import zmq
 
 from quire.config import EngineConfig
-from quire.engine.failures import error_of
+from quire.config.parallel import ParallelConfig
 from quire.errors import EngineDeadError
 from quire.messages import CoreFailed, CoreInput, CoreOutput, EngineReady, Ping, Shutdown
+from quire.messages.failures import error_of
 from quire.util.cores import pinned
+from quire.util.environment import child_environment
 from quire.util.interrupts import interrupts_deferred
-from quire.util.logging import LEVELS
 
 if TYPE_CHECKING:  # `quire serve` starts the core before it imports the scheduler
     from quire.engine.core import EngineCore
@@ -75,10 +75,12 @@ class CoreProcess:
         self,
         *,
         kernels: str = "auto",
+        parallel: ParallelConfig | None = None,
         cpus: Collection[int] | None = None,
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        """`kernels` as in `RuntimeConfig`: "reference" needs nothing compiled. cpus: that the process may
+        """`kernels` as in `RuntimeConfig`: "reference" needs nothing compiled. parallel: of the engine,
+        if it may have several ranks; they start at once too. cpus: that the process may
         use; None: as this one. environment: variables beside this process's."""
         self._directory = tempfile.mkdtemp(prefix="quire-")  # mode 0700: other users cannot connect
         address = f"ipc://{Path(self._directory, 'core.sock')}"
@@ -102,10 +104,17 @@ class CoreProcess:
         """Calls of `check` since then."""
         with pinned(cpus):
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "quire.engine.core_process", address, kernels],
+                [
+                    sys.executable,
+                    "-m",
+                    "quire.engine.core_process",
+                    address,
+                    kernels,
+                    msgspec.json.encode(parallel or ParallelConfig()).decode(),
+                ],
                 stdin=subprocess.PIPE,  # when it ends, the core knows that this process has ended
                 start_new_session=True,  # on Ctrl-C, this process decides
-                env={**_child_environment(), **(environment or {})},
+                env={**child_environment(), **(environment or {})},
             )
 
     def configure(self, config: EngineConfig) -> None:
@@ -212,17 +221,3 @@ class CoreProcess:
         self.socket.close()
         self._context.term()
         shutil.rmtree(self._directory, ignore_errors=True)
-
-
-def _child_environment() -> dict[str, str]:
-    """This process's environment, with the package importable even if it is not installed, and with this
-    process's log level."""
-    environment = dict(os.environ)
-    level = logging.getLogger("quire").getEffectiveLevel()
-    environment["QUIRE_LOG_LEVEL"] = next(
-        (name for name in LEVELS if level <= logging.getLevelName(name)), LEVELS[-1]
-    )
-    source = str(Path(__file__).resolve().parents[2])
-    paths = [source, *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
-    environment["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
-    return environment

@@ -1,4 +1,4 @@
-"""The engine core's own process: `python -m quire.engine.core_process ADDRESS KERNELS`.
+"""The engine core's own process: `python -m quire.engine.core_process ADDRESS KERNELS PARALLEL`.
 
 ZeroMQ over a Unix socket in a private directory, msgspec structs, no pickle. The first message is the
 configuration. It may come late, because the slowest parts of the start, importing torch and compiling the
@@ -21,11 +21,13 @@ import msgspec
 import zmq
 
 from quire.config import EngineConfig
+from quire.config.parallel import ParallelConfig
 from quire.engine.core import EngineCore
-from quire.engine.failures import failure_of
 from quire.errors import QuireError
+from quire.executor.processes import ProcessRanks, ranks_of
 from quire.kernels.cpu.build import report_compiling
 from quire.messages import CoreFailed, CoreInput, CoreOutput, Shutdown
+from quire.messages.failures import failure_of
 from quire.util.logging import setup_logging
 
 logger = logging.getLogger("quire.engine")
@@ -35,10 +37,11 @@ QUIET_MS = 50
 request after another does not wait for a preparation."""
 
 
-def main(address: str, kernels: str) -> int:
+def main(address: str, kernels: str, parallel: str) -> int:
     gc.disable()  # until the start is over: it creates hundreds of thousands of objects that stay
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # the front end decides when the core ends
+    ranks = ranks_of(msgspec.json.decode(parallel, type=ParallelConfig))  # they import torch too
     context = zmq.Context()
     socket = context.socket(zmq.PAIR)
     socket.setsockopt(zmq.LINGER, 2000)
@@ -46,8 +49,10 @@ def main(address: str, kernels: str) -> int:
     socket.setsockopt(zmq.RCVHWM, 0)
     socket.bind(address)
     try:
-        return _run(_Link(socket), kernels)
+        return _run(_Link(socket), kernels, ranks)
     finally:
+        if ranks is not None:
+            ranks.close()
         socket.close()
         context.term()
 
@@ -63,6 +68,10 @@ class _Link:
         self._poller.register(socket, zmq.POLLIN)
         self._stdin = sys.stdin.fileno()
         self._poller.register(self._stdin, zmq.POLLIN)
+
+    def watch(self, descriptor: int) -> None:
+        """`receive` returns when it becomes readable."""
+        self._poller.register(descriptor, zmq.POLLIN)
 
     def receive_config(self) -> EngineConfig | None:
         """None if the parent has ended."""
@@ -92,12 +101,12 @@ class _Link:
         return self._stdin in dict(self._poller.poll(0))
 
 
-def _run(link: _Link, kernels: str) -> int:
+def _run(link: _Link, kernels: str, ranks: ProcessRanks | None) -> int:
     try:
         compiling = threading.Thread(target=_compile_kernels, args=(kernels,))
         compiling.start()
         import quire.executor.inline  # noqa: F401 (torch, while the configuration is on its way)
-        from quire.engine.assemble import build_core
+        from quire.engine.assemble import build_core, executor_of
         from quire.engine.setup import resolve
 
         config = link.receive_config()
@@ -106,7 +115,7 @@ def _run(link: _Link, kernels: str) -> int:
         setup_logging(log_format=config.runtime.log_format)
         report_compiling()
         compiling.join()
-        core, ready = build_core(config, resolve(config))
+        core, ready = build_core(config, resolve(config), executor_of(ranks, pin=True))
     except Exception as error:
         link.send(CoreFailed(failure_of(error, "The engine core failed")))
         if not isinstance(error, QuireError):
@@ -115,6 +124,8 @@ def _run(link: _Link, kernels: str) -> int:
     gc.freeze()  # torch's 200,000 objects stay; traversing them is a pause of 0.1 s
     gc.enable()
     link.send(ready)
+    if core.executor.watched is not None:
+        link.watch(core.executor.watched)
     try:
         _serve(core, link)
     except Exception as error:
@@ -149,6 +160,7 @@ def _serve(core: EngineCore, link: _Link) -> None:
             answer = core.handle(message)
             if answer is not None:
                 link.send(answer)
+        core.executor.check()
         if core.has_work:
             link.send(core.step())
             steps += 1

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Literal
 from quire.config import EngineConfig, from_flat, without_foreign
 from quire.engine.beam_search import BeamSearchOutput
 from quire.engine.core_client import CoreProcess, InlineCore
-from quire.engine.failures import error_of
 from quire.engine.front_end import Effects, FrontEnd
 from quire.engine.input_processor import EngineRequest, PromptInput
 from quire.engine.offline import (
@@ -45,6 +44,7 @@ from quire.messages import (
     WakeUp,
     describe_ledger,
 )
+from quire.messages.failures import error_of
 from quire.outputs import (
     EmbeddingRequestOutput,
     PoolingRequestOutput,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from quire.config import CacheConfig, EngineConfig
 from quire.errors import MemoryFitError
@@ -34,6 +34,8 @@ class MemoryPlan:
     block_size: int
     max_model_len: int
     total_bytes: int
+    ranks: tuple[tuple[Footprint, int], ...] = ()
+    """Of several ranks, each one's footprint and its KV of one block, in bytes."""
 
     @property
     def full_length_sequences(self) -> float:
@@ -46,7 +48,12 @@ class MemoryPlan:
         return (self.num_blocks - 1) * self.max_model_len // self.sequence_blocks
 
     def rows(self) -> list[tuple[str, str]]:
-        """The ledger as text."""
+        """The ledger as text. It has a line for each rank if they differ."""
+        each = [
+            f"weights {format_bytes(rank.weight_bytes)}, KV cache {format_bytes(block * self.num_blocks)}"
+            for rank, block in self.ranks
+        ]
+        differ = enumerate(each) if len(set(each)) > 1 else ()
         return [
             ("machine memory", format_bytes(self.total_bytes)),
             ("weights", format_bytes(self.weight_bytes)),
@@ -58,6 +65,7 @@ class MemoryPlan:
                 f"sequences of {self.max_model_len:,} tokens",
                 f"{self.full_length_sequences:,.1f} at once",
             ),
+            *((f"rank {number}", text) for number, text in differ),
         ]
 
 
@@ -66,24 +74,21 @@ def plan_memory(
     spec: ModelSpec,
     footprint: Footprint,
     *,
-    kv_dtype_bytes: int,
+    block_bytes: int,
     max_model_len: int,
-    draft_slot_bytes: int = 0,
     may_shrink: bool = False,
     gpu: bool = False,
 ) -> MemoryPlan:
     """Size the KV cache.
 
-    kv_dtype_bytes: of the cache's elements. draft_slot_bytes: a draft model's keys and values of one token,
-    which each slot has too. may_shrink: a shorter length is accepted if max_model_len does not fit. gpu:
-    the memory is a GPU's.
+    block_bytes: of one block, in all that footprint is of. may_shrink: a shorter length is accepted if
+    max_model_len does not fit. gpu: the memory is a GPU's.
 
     Raises `MemoryFitError`, with the options and values that would fit, if not even one sequence of
     full length does.
     """
     cache, size = config.cache, config.cache.block_size
     layout = spec.kv
-    block_bytes = layout.page_bytes(size, kv_dtype_bytes) + size * draft_slot_bytes
     row_tokens = config.scheduler.max_num_batched_tokens
 
     def blocks_for(num_tokens: int) -> int:
@@ -110,6 +115,46 @@ def plan_memory(
         block_size=size,
         max_model_len=max_model_len,
         total_bytes=footprint.memory.total,
+    )
+
+
+def plan_ranks(
+    config: EngineConfig,
+    spec: ModelSpec,
+    footprints: Sequence[Footprint],
+    block_bytes: Sequence[int],
+    *,
+    max_model_len: int,
+    may_shrink: bool = False,
+    gpu: bool = False,
+) -> MemoryPlan:
+    """Size the cache of all ranks: as many blocks as the tightest memory holds. A GPU is one rank's; a
+    machine is shared by its ranks. footprints, block_bytes: of each rank. Else as `plan_memory`."""
+    ranks = tuple(zip(footprints, block_bytes, strict=True))
+    together = 1 if gpu else len(ranks) // config.parallel.nnodes
+    plans = []
+    for first in range(0, len(ranks), together):
+        these = ranks[first : first + together]
+        plan = plan_memory(
+            config,
+            spec,
+            these[0][0] if together == 1 else Footprint.of_ranks([each for each, _ in these]),
+            block_bytes=sum(block for _, block in these),
+            max_model_len=max_model_len,
+            may_shrink=may_shrink,
+            gpu=gpu,
+        )
+        plans.append(plan)
+    tightest = min(plans, key=lambda plan: plan.num_blocks)
+    if len(ranks) == 1:
+        return tightest
+    return replace(
+        tightest,
+        weight_bytes=sum(each.weight_bytes for each in footprints),
+        activation_bytes=sum(each.step_bytes for each in footprints),
+        kv_bytes=tightest.num_blocks * sum(block_bytes),
+        total_bytes=sum(plan.total_bytes for plan in plans),
+        ranks=ranks,
     )
 
 

@@ -12,7 +12,6 @@ from bisect import insort
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from quire.engine.failures import failure_of
 from quire.engine.residence import AdapterMemory, Residence, name_of
 from quire.messages import (
     AddRequest,
@@ -23,6 +22,7 @@ from quire.messages import (
     RequestUpdate,
     SchedulerStats,
 )
+from quire.messages.failures import failure_of
 from quire.scheduler import WaitReason
 from quire.scheduler.adapters import PATIENCE
 from quire.structured.base import Grammar, GrammarError

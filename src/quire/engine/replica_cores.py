@@ -28,7 +28,7 @@ CHANGE_FACTOR = 10
 def start_cores(config: EngineConfig) -> CoreProcess | ReplicaCores:
     """The processes that the options ask for; not configured yet."""
     if config.parallel.data_parallel_size == 1:
-        return CoreProcess(kernels=config.runtime.kernels)
+        return CoreProcess(kernels=config.runtime.kernels, parallel=config.parallel)
     return ReplicaCores(config)
 
 
@@ -50,7 +50,10 @@ class ReplicaCores:
         try:
             for cpus, environment in zip(shares(count), environments, strict=True):
                 core = CoreProcess(
-                    kernels=config.runtime.kernels, cpus=cpus, environment=environment
+                    kernels=config.runtime.kernels,
+                    parallel=config.parallel,
+                    cpus=cpus,
+                    environment=environment,
                 )
                 self._cores.append(core)
                 self._poller.register(core.socket, zmq.POLLIN)

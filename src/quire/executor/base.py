@@ -65,8 +65,18 @@ class Executor(Protocol):
         """None if adapters are not served, and while asleep: sleeping drops them."""
         ...
 
+    @property
+    def watched(self) -> int | None:
+        """A descriptor that becomes readable when the executor can carry out no plan any more, though none is
+        under way. None if that cannot happen."""
+        ...
+
+    def check(self) -> None:
+        """Raises `WorkerError` if the executor can carry out no plan any more."""
+        ...
+
     def load(self) -> Footprint:
-        """Load the model; of several devices the tightest footprint. Before anything else.
+        """Load the model. Before anything else.
 
         Raises `ModelError`, `ConfigError` or `MemoryFitError`.
         """

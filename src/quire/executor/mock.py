@@ -23,6 +23,7 @@ class MockExecutor:
         self.events: list[tuple[str, int]] = []
         """("launched" or "taken", step_id), in the order in which it happened."""
         self.adapters: AdapterStore | None = None
+        self.watched: int | None = None
 
     def load(self) -> Footprint:
         return Footprint(weight_bytes=0, step_bytes=0, memory=host_memory())
@@ -34,6 +35,9 @@ class MockExecutor:
         self.plans.append(plan)
         self.events.append(("launched", plan.step_id))
         return ScriptedFuture(self, plan)
+
+    def check(self) -> None:
+        pass
 
     def prepare(self) -> bool:
         return False

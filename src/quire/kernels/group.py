@@ -28,6 +28,10 @@ class Group(Protocol):
 
     def barrier(self) -> None: ...
 
+    def abort(self, message: str) -> None:
+        """End every wait of every rank with a `WorkerError` of this message. From any thread."""
+        ...
+
     def close(self) -> None:
         """Idempotent."""
         ...

@@ -17,6 +17,7 @@ from quire.messages import AdmittedRequest
 from quire.models.decoder import DecoderModel
 from quire.models.eager_pass import adapted_seats
 from quire.runner.backend import StepInput, StepSamples
+from quire.runner.following import NoSampler
 from quire.runner.footprint import Footprint, WorkerSpec, estimate, host_memory
 from quire.runner.platform import make_cache
 from quire.runner.seats import Seats
@@ -52,7 +53,9 @@ class CPU:
             model,
             self.kernels,
             max_num_seqs=self._config.scheduler.max_num_seqs,
-            logprobs_mode=self._config.model.logprobs_mode,
+            sampler=Sampler(self.kernels, logprobs_mode=self._config.model.logprobs_mode)
+            if self._spec.samples
+            else NoSampler(),
         )
 
     def footprint(self, model: DecoderModel) -> Footprint:
@@ -85,12 +88,17 @@ class CPUBackend:
     """A `StepBackend`: one recorded program for the forward pass, one call to sample."""
 
     def __init__(
-        self, model: DecoderModel, kernels: Kernels, *, max_num_seqs: int, logprobs_mode: str
+        self,
+        model: DecoderModel,
+        kernels: Kernels,
+        *,
+        max_num_seqs: int,
+        sampler: Sampler | NoSampler,
     ) -> None:
         self._model = model
         self._kernels = kernels
         self._sampling = SamplingSeats(max_num_seqs, model.spec.vocab_size)
-        self._sampler = Sampler(kernels, logprobs_mode=logprobs_mode)
+        self._sampler = sampler
 
     def active(self) -> AbstractContextManager[object]:
         return _NO_GUARD

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from quire.config import EngineConfig
+from quire.config.parallel import ParallelConfig
+from quire.dtypes import element_bytes
 from quire.models.spec import ModelSpec
 from quire.speculative.spec import DraftSpec, HeadDraftSpec
 
@@ -24,6 +28,10 @@ class WorkerSpec:
     max_model_len: int
     """The most tokens of a request. The cache may hold fewer."""
     draft: DraftSpec | HeadDraftSpec | None = None
+    rank: int = 0
+    """Of all ranks of the replica: stage * tensor_parallel_size + rank in the stage."""
+    samples: bool = True
+    """Whether this rank samples. The others follow it: `quire.runner.following`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +51,34 @@ class Footprint:
     step_bytes: int
     """Temporaries of the largest step."""
     memory: DeviceMemory
+    ranks: tuple[Footprint, ...] = ()
+    """Of several ranks, those of each."""
+
+    @classmethod
+    def of_ranks(cls, ranks: Sequence[Footprint]) -> Footprint:
+        """On one machine. Its memory is what was free before the first of them was loaded."""
+        return cls(
+            weight_bytes=sum(each.weight_bytes for each in ranks),
+            step_bytes=sum(each.step_bytes for each in ranks),
+            memory=max((each.memory for each in ranks), key=lambda memory: memory.available),
+            ranks=tuple(ranks),
+        )
+
+
+def spec_of_rank(spec: WorkerSpec, parallel: ParallelConfig, number: int) -> WorkerSpec:
+    """A rank's part. spec: of the whole."""
+    samples = number == parallel.world_size - parallel.tensor_parallel_size
+    size = parallel.tensor_parallel_size
+    model = spec.model if size == 1 else spec.model.divided(number % size, size)
+    draft = spec.draft if samples else None
+    return dataclasses.replace(spec, model=model, rank=number, samples=samples, draft=draft)
+
+
+def block_bytes(config: EngineConfig, spec: WorkerSpec) -> int:
+    """KV of one block, a draft model's included."""
+    size = config.cache.block_size
+    slot = 0 if spec.draft is None else spec.draft.slot_bytes
+    return spec.model.kv.page_bytes(size, element_bytes(spec.kv_cache_dtype)) + size * slot
 
 
 def estimate(
@@ -60,12 +96,12 @@ def estimate(
     drafts = 0 if draft is None else draft.weight_bytes
     return Footprint(
         weight_bytes=spec.weight_bytes(dtype_bytes) + rotary_tables + drafts,
-        step_bytes=_step_bytes(config, spec, dtype_bytes),
+        step_bytes=step_bytes(config, spec, dtype_bytes),
         memory=memory,
     )
 
 
-def _step_bytes(config: EngineConfig, spec: ModelSpec, dtype_bytes: int) -> int:
+def step_bytes(config: EngineConfig, spec: ModelSpec, dtype_bytes: int) -> int:
     """The largest step's temporaries: one layer's widest tensors, and the logits in float32."""
     scheduler = config.scheduler
     widest = max(

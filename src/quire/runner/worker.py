@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from quire.config import EngineConfig
+from quire.kernels.group import Group
 from quire.layers.kv_scales import give_scales
 from quire.messages import StepPlan
 from quire.models.decoder import DecoderModel
@@ -33,15 +34,19 @@ class Worker:
         grammars: GrammarSource | None = None,
         platform: Platform | None = None,
         create_drafter: CreateDrafter | None = None,
+        group: Group | None = None,
     ) -> None:
-        """platform: if None, that of the spec's device. Raises `ConfigError` if it cannot be used.
-        create_drafter: called with the loaded model, instead of what the configuration says."""
+        """platform: if None, that of the spec's device. Raises `ConfigError` if it cannot be used. group: of
+        the ranks of its stage, if they are several. create_drafter: called with the loaded model, instead of
+        what the configuration says."""
         self._config = config
         self._spec = spec
         self._grammars = grammars
         self._create_drafter = create_drafter
+        self._group = group
         self.platform = platform or _create_platform(config, spec)
         self.max_in_flight = self.platform.max_in_flight
+        self.watched: int | None = None
         self.runner: Runner | None = None
         self.adapters: AdapterTable | None = None
         """Both None before loading, while asleep and when closed; the second also without adapters."""
@@ -66,6 +71,9 @@ class Worker:
     def execute(self, plan: StepPlan) -> RunningStep | FinishedStep:
         assert self.runner is not None, "the worker is closed"
         return self.runner.launch(plan)
+
+    def check(self) -> None:
+        pass
 
     def prepare(self) -> bool:
         return self.runner is not None and self.runner.prepare()
@@ -119,7 +127,7 @@ class Worker:
         if self._create_drafter is not None:
             return self._create_drafter(model)
         options = self._config.speculative.speculation
-        if options is None:
+        if options is None or not self._spec.samples:
             return None
         from quire.speculative.create import create_drafter
 
@@ -143,6 +151,7 @@ class Worker:
             load_format=options.load_format,  # type: ignore[arg-type]
             attention=self.platform.attention(),
             max_model_len=spec.max_model_len,
+            group=self._group,
             seed=options.seed,
         )
         return model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from quire import errors
 from quire.errors import EngineError, QuireError
-from quire.messages import Failure
+from quire.messages.core import Failure
 
 
 def failure_of(error: Exception, what: str) -> Failure:

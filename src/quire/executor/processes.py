@@ -1,0 +1,135 @@
+"""Ranks as child processes of this one. Without torch: they start before this process imports it.
+
+A rank ends at once when its standard input ends, which happens however this process dies. While it is
+stopped (SIGSTOP), the system ends it when the thread that started it ends; so a thread of its own starts
+the ranks and lives as long as they do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from quire.config.parallel import ParallelConfig
+from quire.distributed.links import Link, pair
+from quire.executor.ranks import Rank
+from quire.util.environment import child_environment
+
+MODULE = "quire.engine.worker_process"
+GRACE_SECONDS = 1.0
+"""Until a rank whose standard input has ended is killed."""
+
+
+def ranks_of(parallel: ParallelConfig) -> ProcessRanks | None:
+    """Start what the options ask for; None if that is nothing."""
+    return ProcessRanks(parallel) if parallel.world_size > 1 else None
+
+
+@dataclass(slots=True)
+class ProcessRank:
+    """A `Rank`."""
+
+    number: int
+    process: subprocess.Popen[bytes]
+    link: Link
+    name: str
+
+    def reason(self) -> str:
+        try:
+            status = self.process.wait(GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            return "has closed its link"
+        if status >= 0:
+            return f"exited with status {status}"
+        with contextlib.suppress(ValueError):
+            return f"was killed by {signal.Signals(-status).name}"
+        return f"was killed by signal {-status}"
+
+    def end(self) -> None:
+        self.hang_up()
+        self.wait(time.monotonic() + GRACE_SECONDS)
+
+    def hang_up(self) -> None:
+        if self.process.stdin is not None:
+            self.process.stdin.close()
+        self.link.close()
+
+    def wait(self, deadline: float) -> None:
+        try:
+            self.process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+class ProcessRanks:
+    """`Ranks` of this machine."""
+
+    def __init__(self, parallel: ParallelConfig) -> None:
+        """Starts the processes and returns."""
+        tensor, stages = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
+        self.ranks: list[Rank] = []
+        self._processes: list[ProcessRank] = []
+        self._memory = [os.memfd_create(f"quire-stage-{stage}") for stage in range(stages)]
+        self._timeout = parallel.worker_timeout
+        self._started, self._closed = threading.Event(), threading.Event()
+        self._error: BaseException | None = None
+        sampling = tensor * (stages - 1)
+        numbers = [number for number in range(parallel.world_size) if number != sampling]
+        groups = [self._memory[number // tensor] for number in numbers]
+        keeper = threading.Thread(
+            target=self._keep, args=(numbers, groups), name="ranks", daemon=True
+        )
+        keeper.start()
+        self._started.wait()
+        if self._error is not None:
+            self.close()
+            raise self._error
+
+    @property
+    def group_memory(self) -> int:
+        return self._memory[-1]
+
+    def close(self) -> None:
+        """Idempotent."""
+        for rank in self._processes:
+            rank.hang_up()
+        deadline = time.monotonic() + GRACE_SECONDS
+        for rank in self._processes:
+            rank.wait(deadline)
+        for descriptor in self._memory:
+            os.close(descriptor)
+        self._memory = []
+        self._closed.set()
+
+    def _keep(self, numbers: Sequence[int], groups: Sequence[int]) -> None:
+        try:
+            for number, memory in zip(numbers, groups, strict=True):
+                rank = self._start(number, memory)
+                self._processes.append(rank)
+                self.ranks.append(rank)
+        except BaseException as error:
+            self._error = error
+        self._started.set()
+        self._closed.wait()
+
+    def _start(self, number: int, memory: int) -> ProcessRank:
+        link, theirs = pair(f"rank {number}", timeout=self._timeout)
+        with theirs:
+            descriptors = (theirs.fileno(), memory)
+            process = subprocess.Popen(
+                [sys.executable, "-m", MODULE, str(number), *map(str, descriptors)],
+                stdin=subprocess.PIPE,
+                pass_fds=descriptors,
+                start_new_session=True,
+                env=child_environment(),
+            )
+        name = link.peer = f"rank {number} (pid {process.pid})"
+        return ProcessRank(number, process, link, name)

@@ -1,0 +1,285 @@
+"""Several ranks: this process samples, the others follow it.
+
+The worker in this process is rank 0 of the last stage. No result is ever encoded: the plan is, once, and the
+same bytes go to every other rank, with the tokens that were sampled since the last one. So a step costs one
+message to each rank, and what the sampling rank knows (grammars, penalties, drafts) stays here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from quire.config import EngineConfig
+from quire.executor.base import AdapterStore
+from quire.executor.followers import Followers
+from quire.executor.groups import join, size_memory
+from quire.executor.processes import ProcessRanks
+from quire.executor.ranks import Ranks
+from quire.kernels.group import Group
+from quire.messages import AddAdapter, DropAdapter, Sleep, StepPlan, StepResult, WakeUp
+from quire.messages.worker import (
+    Carried,
+    Loaded,
+    LoadModel,
+    OpenCache,
+    Prepare,
+    ReportTables,
+    SampledTokens,
+    Tables,
+    WorkerInput,
+)
+from quire.runner.adapters import AdapterTable
+from quire.runner.following import digest_of, tables_of
+from quire.runner.footprint import DeviceMemory, Footprint, WorkerSpec, spec_of_rank
+from quire.runner.runner import FinishedStep, RunningStep
+from quire.runner.worker import Worker
+from quire.sampling.sampler import GrammarSource
+from quire.util.cores import physical_cores, shares
+
+
+class WorkersExecutor:
+    """An `Executor`."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        spec: WorkerSpec,
+        grammars: GrammarSource,
+        ranks: Ranks,
+        *,
+        pin: bool = False,
+    ) -> None:
+        """ranks: closed with this object. pin: whether this process may keep to its share of the cores.
+        Raises `ConfigError`."""
+        parallel = config.parallel
+        tensor = parallel.tensor_parallel_size
+        self._number = parallel.world_size - tensor
+        self._shares = shares(parallel.world_size)
+        self._threads = [
+            sum(not core.isdisjoint(share) for core in physical_cores()) for share in self._shares
+        ]
+        self._config = config
+        self._spec = spec
+        self._ranks = ranks
+        self._sampled: list[SampledTokens] = []
+        self._stores: RankAdapters | None = None
+        self._group: Group | None = None
+        self._sleep_level = 0
+        self._closed = False
+        self.max_in_flight = 1
+        try:
+            if pin:
+                os.sched_setaffinity(0, self._shares[self._number])
+            if tensor > 1:
+                size_memory(ranks.group_memory, config, spec)
+                self._group = join(config, self._number, ranks.group_memory)
+            self._worker = Worker(
+                self._config_of(self._number),
+                spec_of_rank(spec, parallel, self._number),
+                grammars=grammars,
+                group=self._group,
+            )
+            self._others = Followers(
+                ranks.ranks, timeout=parallel.worker_timeout, on_failure=self._abort
+            )
+        except BaseException:
+            ranks.close()
+            raise
+
+    @property
+    def watched(self) -> int:
+        return self._others.watch.failed
+
+    def check(self) -> None:
+        self._others.watch.check()
+
+    @property
+    def adapters(self) -> AdapterStore | None:
+        own = self._worker.adapters
+        if own is None:
+            return None
+        if self._stores is None or self._stores.own is not own:
+            self._stores = RankAdapters(own, self._others)
+        return self._stores
+
+    def load(self) -> Footprint:
+        for rank in self._others.ranks:
+            message = LoadModel(
+                config=msgspec.json.encode(self._config_of(rank.number)),
+                max_model_len=self._spec.max_model_len,
+                cores=sorted(self._shares[rank.number]),
+            )
+            self._others.send(message, [rank])
+        found = {self._number: self._others.beside(self._worker.load)}
+        for number, each in self._others.answers(Loaded).items():
+            memory = DeviceMemory(each.total_memory, each.available_memory)
+            found[number] = Footprint(each.weight_bytes, each.step_bytes, memory)
+        return Footprint.of_ranks([found[number] for number in sorted(found)])
+
+    def open_cache(self, num_blocks: int, max_model_len: int) -> None:
+        self._call(
+            OpenCache(num_blocks, max_model_len),
+            lambda: self._worker.open_cache(num_blocks, max_model_len),
+        )
+
+    def execute(self, plan: StepPlan) -> LaunchedStep | FinishedStep:
+        sampled, self._sampled = self._sampled, []
+        self._others.run(plan, sampled)
+        running = self._others.beside(lambda: self._worker.execute(plan))
+        return LaunchedStep(self, running) if isinstance(running, RunningStep) else running
+
+    def prepare(self) -> bool:
+        if self._spec.device == "cpu":
+            return False
+        self._others.send(Prepare())
+        return self._others.beside(self._worker.prepare)
+
+    def sleep(self, level: int) -> None:
+        self._call(Sleep(level), lambda: self._worker.sleep(level))
+        self._sleep_level = level
+
+    def wake_up(self) -> None:
+        """All wake up, or all sleep on."""
+        failures = self._others.call(self._number, WakeUp(), self._worker.wake_up)
+        if not failures:
+            return
+        awake = [rank for rank in self._others.ranks if rank.number not in failures]
+        self._others.send(Sleep(self._sleep_level), awake)
+        if self._number not in failures:
+            self._worker.sleep(self._sleep_level)
+        for rank in awake:
+            self._others.watch.answer(rank, Carried, self._config.parallel.worker_timeout)
+        raise next(iter(failures.values()))
+
+    def table_digests(self, known: Mapping[int, int]) -> list[bytes]:
+        """A hash of the block tables and of so many tokens of these requests, by rank, this one first."""
+        self._others.send(ReportTables(dict(known)))
+        runner = self._worker.runner
+        assert runner is not None
+        own = digest_of(tables_of(runner.seats, known))
+        return [own, *(each.digest for each in self._others.answers(Tables).values())]
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._others.watch.close()
+        self._abort("The engine was closed.")
+        self._ranks.close()
+        self._worker.close()
+        if self._group is not None:
+            self._group.close()
+
+    def _config_of(self, number: int) -> EngineConfig:
+        """A rank's, with the threads of its share of the cores."""
+        runtime = self._config.runtime
+        if runtime.cpu_threads is not None:
+            return self._config
+        runtime = dataclasses.replace(runtime, cpu_threads=self._threads[number])
+        return dataclasses.replace(self._config, runtime=runtime)
+
+    def _call(self, message: WorkerInput, own: Callable[[], None]) -> None:
+        for error in self._others.call(self._number, message, own).values():
+            raise error
+
+    def _abort(self, text: str) -> None:
+        if self._group is not None:
+            self._group.abort(text)
+
+    def took(self, running: RunningStep, result: StepResult) -> StepResult:
+        """The other ranks learn the result's tokens with the next plan."""
+        tokens = [row.token_ids for row in result.sampled[: len(running.rows)]]
+        self._sampled.append(SampledTokens(result.step_id, tokens))
+        return result
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchedStep:
+    """A `StepFuture`."""
+
+    executor: WorkersExecutor
+    running: RunningStep
+
+    def result(self) -> StepResult:
+        result = self.executor._others.beside(self.running.result)
+        return self.executor.took(self.running, result)
+
+
+class AdapterEnd(NamedTuple):
+    """An `AdapterLoad`."""
+
+    key: str
+    error: str | None
+
+
+class RankAdapters:
+    """An `AdapterStore`: an adapter is in memory when every rank has its part."""
+
+    def __init__(self, own: AdapterTable, others: Followers) -> None:
+        self.own = own
+        self._others = others
+        self._watch = others.watch
+        self._missing: dict[str, set[int]] = {}
+        """The ranks that have not ended, by adapter that is loading. -1: this one."""
+        self._errors: dict[str, str] = {}
+
+    def load(self, key: str, path: Path) -> None:
+        self._missing[key] = {-1, *(rank.number for rank in self._others.ranks)}
+        self._errors.pop(key, None)
+        self._others.send(AddAdapter(key, str(path)))
+        self.own.load(key, path)
+
+    def poll(self) -> Sequence[AdapterEnd]:
+        for each in self.own.poll():
+            self._note(-1, each.key, each.error)
+        while self._watch.adapters:
+            number, ended = self._watch.adapters.popleft()
+            self._note(number, ended.key, ended.error)
+        over = [key for key, missing in self._missing.items() if not missing]
+        for key in over:
+            del self._missing[key]
+            if key in self._errors:
+                self._drop(key)
+        return [AdapterEnd(key, self._errors.pop(key, None)) for key in over]
+
+    def wait(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        if any(-1 in missing for missing in self._missing.values()):
+            self.own.wait(seconds)
+        if self._missing:
+            left = max(0.0, until - time.monotonic())
+            self._watch.wait(left, lambda: bool(self._watch.adapters))
+
+    def drop(self, key: str) -> None:
+        self._missing.pop(key, None)
+        self._drop(key)
+
+    def _drop(self, key: str) -> None:
+        self._others.send(DropAdapter(key))
+        self.own.drop(key)
+
+    def _note(self, number: int, key: str, error: str | None) -> None:
+        if key in self._missing:
+            self._missing[key].discard(number)
+            if error is not None:
+                self._errors.setdefault(key, error)
+
+
+def start(
+    config: EngineConfig,
+    spec: WorkerSpec,
+    grammars: GrammarSource,
+    ranks: Ranks | None = None,
+    *,
+    pin: bool = False,
+) -> WorkersExecutor:
+    """ranks: those that were started before this process had its configuration."""
+    return WorkersExecutor(config, spec, grammars, ranks or ProcessRanks(config.parallel), pin=pin)
