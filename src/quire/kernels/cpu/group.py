@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
+from collections.abc import Sequence
 from ctypes import byref
 from typing import NoReturn, Protocol
 
@@ -47,12 +48,20 @@ class SharedGroup:
     HEADER bytes, `reserved` bytes, and the data. It lasts until its last rank has closed it."""
 
     def __init__(
-        self, descriptor: int, *, rank: int, size: int, timeout: float, reserved: int = 0
+        self,
+        descriptor: int,
+        *,
+        rank: int,
+        size: int,
+        timeout: float,
+        reserved: int = 0,
+        numbers: Sequence[int] | None = None,
     ) -> None:
-        """timeout: seconds. The descriptor may be closed afterwards. Raises `BuildError`, and `OSError` if
-        the memory cannot be mapped."""
+        """timeout: seconds. numbers: of the ranks in errors, if not from 0. The descriptor may be closed
+        afterwards. Raises `BuildError`, and `OSError` if the memory cannot be mapped."""
         self._lib = load_library()
         self._closing = threading.Lock()
+        self._numbers = numbers or range(size)
         self.native = NativeGroup(rank=rank, size=size, timeout=timeout)
         total = os.fstat(descriptor).st_size
         if code := self._lib.quire_group_open(byref(self.native), descriptor, total, reserved):
@@ -67,12 +76,22 @@ class SharedGroup:
         if code := self._lib.quire_group_barrier(byref(self.native)):
             self.fail(code)
 
+    def post(self) -> None:
+        """Count one more of this rank's."""
+        if code := self._lib.quire_group_post(byref(self.native)):
+            self.fail(code)
+
+    def wait(self, rank: int, count: int) -> None:
+        """Until the rank has posted so many times, modulo 2**32."""
+        if code := self._lib.quire_group_wait(byref(self.native), rank, count % 2**32):
+            self.fail(code)
+
     def fail(self, code: int) -> NoReturn:
         if not self.native.words:
             raise WorkerError("This rank's group is closed.")
         if code == LATE:
             late = self.native.late
-            who = f"Rank {late} (pid {self.native.words.contents.ranks[late].pid})"
+            who = f"Rank {self._numbers[late]} (pid {self.native.words.contents.ranks[late].pid})"
             why = "has ended" if self.native.dead else f"is late by {self.native.timeout:g} s"
             self.abort(f"{who} {why}.")
         message = self.native.words.contents.message.decode(errors="replace")

@@ -187,6 +187,8 @@ _SIGNATURES = {
     "quire_group_open": [POINTER(Group), _I, _N, _N],
     "quire_group_close": [POINTER(Group)],
     "quire_group_barrier": [POINTER(Group)],
+    "quire_group_post": [POINTER(Group)],
+    "quire_group_wait": [POINTER(Group), _I, c_uint32],
     "quire_group_abort": [POINTER(Group), c_char_p],
     "quire_group_gather": [POINTER(Group), _P, *[_N] * 5],
     "quire_run_program": [_P, _P],
