@@ -28,9 +28,11 @@ class ParallelConfig:
         "Layers of each stage, like 20,12. Default: stages of equal weight. Also VLLM_PP_LAYER_PARTITION.",
     )
     data_parallel_size: int = option(
-        1, "Copies of the model behind one server, which sends each request to one of them.",
+        1,
+        "Copies of the model behind one server, which sends each request to one of them. They share the "
+        "machine's cores and memory; limits such as --max-num-seqs are each one's.",
         aliases=("-dp",),
-    )  # fmt: skip
+    )
     distributed_executor_backend: str = option(
         "auto",
         "Who starts the ranks. auto: mp if there are several; uni: one rank, in the engine's process; "
@@ -68,6 +70,11 @@ class ParallelConfig:
             raise ConfigError(
                 f"{self.world_size} ranks (tensor_parallel_size x pipeline_parallel_size) cannot be divided "
                 f"evenly among {self.nnodes} nodes; change nnodes or the sizes."
+            )
+        if self.data_parallel_size > 1 and self.nnodes > 1:
+            raise ConfigError(
+                f"data_parallel_size is {self.data_parallel_size} and nnodes {self.nnodes}: copies are on "
+                "one machine. Start one server on each machine, behind a balancer."
             )
         if self.distributed_executor_backend == "uni" and self.world_size > 1:
             raise ConfigError(

@@ -9,6 +9,8 @@ from quire.kernels.group import Group
 
 GROUPS = {
     "shared_memory": "quire.distributed.shared_memory:SharedMemoryGroup",
+    "gloo": "quire.distributed.gloo:GlooGroup",
+    "nccl": "quire.distributed.nccl:NcclGroup",
 }
 
 

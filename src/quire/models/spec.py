@@ -195,9 +195,12 @@ class ModelSpec:
         """Of norms, and of an embedding that is no product."""
         is_product = self.tie_word_embeddings or self.embedding is not None
         rows = len(self.share.columns(self.vocab_size)) if self.is_first and not is_product else 0
+        return rows * self.hidden_size + self.norm_parameters()
+
+    def norm_parameters(self) -> int:
         own = [self.layers[index] for index in self.own_layers]
         norms = sum(_norm_parameters(layer, self.hidden_size) for layer in own)
-        return (rows + self.is_last) * self.hidden_size + norms
+        return norms + self.is_last * self.hidden_size
 
     def kv_bytes_per_token(self, dtype_bytes: int) -> int:
         """Keys and values of one token in all layers. A layer with a sliding window keeps those of its window
