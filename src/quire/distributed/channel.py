@@ -33,22 +33,26 @@ class SharedMemoryChannel:
         slots: int,
         timeout: float = 60.0,
         numbers: tuple[int, int] = (0, 1),
+        area: range | None = None,
     ) -> None:
-        """descriptor: of the memory; it may be closed afterwards. sends: whether this is the sender's
-        end. timeout: seconds that the other rank may be late. numbers: of sender and receiver, for errors.
-        Raises `ConfigError`."""
+        """descriptor: of the memory; it may be closed afterwards. area: as in `SharedGroup`. sends: whether
+        this is the sender's end. timeout: seconds that the other rank may be late. numbers: of sender and
+        receiver, for errors. Raises `ConfigError`."""
+        area = range(os.fstat(descriptor).st_size) if area is None else area
         try:
             self._group = SharedGroup(
                 descriptor,
                 rank=0 if sends else 1,
                 size=2,
                 timeout=timeout,
-                reserved=os.fstat(descriptor).st_size - HEADER,
+                reserved=len(area) - HEADER,
                 numbers=numbers,
+                area=area,
             )
         except (BuildError, OSError) as error:
             raise ConfigError(f"Stages cannot share memory: {error}.") from error
-        self._slots = self._group.reserved.view(slots, -1)
+        size = len(self._group.reserved) // slots
+        self._slots = self._group.reserved[: slots * size].view(slots, size)
         self._count = 0
         self._kept = torch.empty(0, dtype=torch.uint8)
 
@@ -111,6 +115,9 @@ class LinkChannel:
         if len(data) != size:
             raise WorkerError(f"{self._link.peer} sent {len(data)} bytes; the step has {size}.")
         return torch.frombuffer(bytearray(data), dtype=dtype).view(num_rows, width)
+
+    def abort(self, message: str) -> None:
+        self._error = self._error or WorkerError(message)
 
     def close(self) -> None:
         self._link.close()

@@ -50,6 +50,10 @@ class Channel(Protocol):
         """What was sent next, valid until the next call."""
         ...
 
+    def abort(self, message: str) -> None:
+        """End every wait with a `WorkerError` of this message. From any thread."""
+        ...
+
     def close(self) -> None:
         """Idempotent."""
         ...

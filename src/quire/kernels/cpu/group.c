@@ -151,8 +151,8 @@ int quire_group_abort(quire_group *g, const char *message) {
   return 0;
 }
 
-int quire_group_open(quire_group *g, int descriptor, int64_t total, int64_t reserved) {
-  void *memory = mmap(NULL, (size_t)total, PROT_READ | PROT_WRITE, MAP_SHARED, descriptor, 0);
+int quire_group_open(quire_group *g, int descriptor, int64_t offset, int64_t total, int64_t reserved) {
+  void *memory = mmap(NULL, (size_t)total, PROT_READ | PROT_WRITE, MAP_SHARED, descriptor, (off_t)offset);
   if (memory == MAP_FAILED) return errno;
   g->words = memory;
   g->data = (char *)memory + sizeof(group_words) + reserved;
@@ -168,8 +168,8 @@ int quire_group_close(quire_group *g) {
 }
 
 #else /* Python does not call these: shared_memory.py refuses to make the memory */
-int quire_group_open(quire_group *g, int descriptor, int64_t total, int64_t reserved) {
-  return (void)g, (void)descriptor, (void)total, (void)reserved, ENOSYS;
+int quire_group_open(quire_group *g, int descriptor, int64_t offset, int64_t total, int64_t reserved) {
+  return (void)g, (void)descriptor, (void)offset, (void)total, (void)reserved, ENOSYS;
 }
 int quire_group_close(quire_group *g) { return (void)g, 0; }
 int quire_group_abort(quire_group *g, const char *message) { return (void)g, (void)message, 0; }

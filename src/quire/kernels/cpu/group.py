@@ -56,15 +56,19 @@ class SharedGroup:
         timeout: float,
         reserved: int = 0,
         numbers: Sequence[int] | None = None,
+        area: range | None = None,
     ) -> None:
-        """timeout: seconds. numbers: of the ranks in errors, if not from 0. The descriptor may be closed
-        afterwards. Raises `BuildError`, and `OSError` if the memory cannot be mapped."""
+        """timeout: seconds. numbers: of the ranks in errors, if not from 0. area: the bytes of the file that
+        are this group's, from the start of a page; None: all. The descriptor may be closed afterwards.
+        Raises `BuildError`, and `OSError` if the memory cannot be mapped."""
         self._lib = load_library()
         self._closing = threading.Lock()
         self._numbers = numbers or range(size)
         self.native = NativeGroup(rank=rank, size=size, timeout=timeout)
-        total = os.fstat(descriptor).st_size
-        if code := self._lib.quire_group_open(byref(self.native), descriptor, total, reserved):
+        area = range(os.fstat(descriptor).st_size) if area is None else area
+        if code := self._lib.quire_group_open(
+            byref(self.native), descriptor, area.start, len(area), reserved
+        ):
             raise OSError(code, f"a group's shared memory: {os.strerror(code)}")
         area = (ctypes.c_uint8 * reserved).from_address(
             ctypes.addressof(self.native.words.contents) + HEADER

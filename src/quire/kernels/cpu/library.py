@@ -184,7 +184,7 @@ _SIGNATURES = {
     "quire_round_rows": [POINTER(RoundJob)],
     "quire_unpack_codes": [_P, _N, _N, _P, _N, _I, _I],
     "quire_gather_rows": [POINTER(LinearWeight), _P, _N, _P, _I],
-    "quire_group_open": [POINTER(Group), _I, _N, _N],
+    "quire_group_open": [POINTER(Group), _I, _N, _N, _N],
     "quire_group_close": [POINTER(Group)],
     "quire_group_barrier": [POINTER(Group)],
     "quire_group_post": [POINTER(Group)],
