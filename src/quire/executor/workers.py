@@ -135,12 +135,18 @@ class WorkersExecutor:
     def execute(self, plan: StepPlan) -> LaunchedStep | LaterStep | FinishedStep:
         sampled, self._sampled = self._sampled, []
         self._others.run(plan, sampled)
-        return LaterStep(self, plan) if self.max_in_flight > 1 else self.launch(plan)
 
-    def launch(self, plan: StepPlan) -> LaunchedStep | FinishedStep:
+        def start() -> RunningStep | FinishedStep:
+            return self._worker.execute(plan)
+
+        return LaterStep(self, start) if self.max_in_flight > 1 else self.launch(start)
+
+    def launch(
+        self, start: Callable[[], RunningStep | FinishedStep]
+    ) -> LaunchedStep | FinishedStep:
         """This rank's part."""
         with pinned(self._pinned_to):
-            running = self._others.beside(lambda: self._worker.execute(plan))
+            running = self._others.beside(start)
         return LaunchedStep(self, running) if isinstance(running, RunningStep) else running
 
     def prepare(self) -> bool:
@@ -241,10 +247,10 @@ class LaterStep:
     plans what the other stages compute meanwhile."""
 
     executor: WorkersExecutor
-    plan: StepPlan
+    start: Callable[[], RunningStep | FinishedStep]
 
     def result(self) -> StepResult:
-        return self.executor.launch(self.plan).result()
+        return self.executor.launch(self.start).result()
 
 
 class AdapterEnd(NamedTuple):

@@ -28,24 +28,12 @@ from quire.layers.eager import EagerOps, compute_logits
 from quire.layers.embedding import Embedding
 from quire.layers.linear import Linear
 from quire.layers.mlp import Mlp
-from quire.layers.norm import RMSNorm
+from quire.layers.norm import NORM_NAMES, RMSNorm
 from quire.layers.parameter import WeightTarget
 from quire.layers.rotary import cos_sin_table
 from quire.models.eager_pass import EagerPass, StagePass
 from quire.models.spec import LayerSpec, ModelSpec
 from quire.weights.names import EMBEDDING
-
-NORM_NAMES = {
-    # placement: names of the norms before and after attention, before and after the MLP
-    "pre": ("input_layernorm", None, "post_attention_layernorm", None),
-    "post": (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
-    "sandwich": (
-        "input_layernorm",
-        "post_attention_layernorm",
-        "pre_feedforward_layernorm",
-        "post_feedforward_layernorm",
-    ),
-}
 
 
 class DecoderLayer:
@@ -68,12 +56,9 @@ class DecoderLayer:
         def norm(name: str | None) -> RMSNorm | None:
             if name is None:
                 return None
+            size, device = model.hidden_size, kernels.device
             return RMSNorm(
-                f"{prefix}.{name}",
-                size=model.hidden_size,
-                spec=model.norm,
-                dtype=dtype,
-                device=kernels.device,
+                f"{prefix}.{name}", size=size, spec=model.norm, dtype=dtype, device=device
             )
 
         self._attention = Attention(
@@ -189,11 +174,7 @@ class DecoderModel:
         }
         self.kv_scales = {index: layer.kv_scales for index, layer in self._layers.items()}
         self._norm = RMSNorm(
-            "model.norm",
-            size=spec.hidden_size,
-            spec=spec.norm,
-            dtype=dtype,
-            device=kernels.device,
+            "model.norm", size=spec.hidden_size, spec=spec.norm, dtype=dtype, device=kernels.device
         )
         self._embed_scale = spec.embed_scale
         if spec.embed_scale_rounded:

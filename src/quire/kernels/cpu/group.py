@@ -65,15 +65,15 @@ class SharedGroup:
         self._closing = threading.Lock()
         self._numbers = numbers or range(size)
         self.native = NativeGroup(rank=rank, size=size, timeout=timeout)
-        area = range(os.fstat(descriptor).st_size) if area is None else area
+        own = range(os.fstat(descriptor).st_size) if area is None else area
         if code := self._lib.quire_group_open(
-            byref(self.native), descriptor, area.start, len(area), reserved
+            byref(self.native), descriptor, own.start, len(own), reserved
         ):
             raise OSError(code, f"a group's shared memory: {os.strerror(code)}")
-        area = (ctypes.c_uint8 * reserved).from_address(
+        between = (ctypes.c_uint8 * reserved).from_address(
             ctypes.addressof(self.native.words.contents) + HEADER
         )
-        self.reserved = torch.frombuffer(area, dtype=torch.uint8) if reserved else torch.empty(0)
+        self.reserved = torch.frombuffer(between, dtype=torch.uint8) if reserved else torch.empty(0)
         """The bytes between header and data; empty after `close`."""
 
     def barrier(self) -> None:
