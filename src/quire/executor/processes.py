@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from quire.config.parallel import ParallelConfig
 from quire.distributed.links import Link, pair
-from quire.executor.ranks import Rank
+from quire.executor.ranks import Meeting, Rank
 from quire.util.environment import child_environment
 
 MODULE = "quire.engine.worker_process"
@@ -29,7 +29,8 @@ GRACE_SECONDS = 1.0
 
 def ranks_of(parallel: ParallelConfig) -> ProcessRanks | None:
     """Start what the options ask for; None if that is nothing."""
-    return ProcessRanks(parallel) if parallel.world_size > 1 else None
+    ray = parallel.distributed_executor_backend == "ray"  # which needs the whole configuration
+    return ProcessRanks(parallel) if parallel.world_size > 1 and not ray else None
 
 
 @dataclass(slots=True)
@@ -93,9 +94,11 @@ class ProcessRanks:
             self.close()
             raise self._error
 
+    elsewhere = False
+
     @property
-    def group_memory(self) -> int:
-        return self._memory[-1]
+    def meeting(self) -> Meeting:
+        return Meeting(self._memory[-1])
 
     def close(self) -> None:
         """Idempotent."""

@@ -76,11 +76,11 @@ class WorkersExecutor:
         self._closed = False
         self.max_in_flight = 1
         try:
-            if pin:
+            if pin and not ranks.elsewhere:
                 os.sched_setaffinity(0, self._shares[self._number])
             if tensor > 1:
-                size_memory(ranks.group_memory, config, spec)
-                self._group = join(config, self._number, ranks.group_memory)
+                size_memory(ranks.meeting, config, spec)
+                self._group = join(config, self._number, ranks.meeting)
             self._worker = Worker(
                 self._config_of(self._number),
                 spec_of_rank(spec, parallel, self._number),
@@ -115,7 +115,7 @@ class WorkersExecutor:
             message = LoadModel(
                 config=msgspec.json.encode(self._config_of(rank.number)),
                 max_model_len=self._spec.max_model_len,
-                cores=sorted(self._shares[rank.number]),
+                cores=[] if self._ranks.elsewhere else sorted(self._shares[rank.number]),
             )
             self._others.send(message, [rank])
         found = {self._number: self._others.beside(self._worker.load)}
@@ -282,4 +282,19 @@ def start(
     pin: bool = False,
 ) -> WorkersExecutor:
     """ranks: those that were started before this process had its configuration."""
+    if ranks is None and config.parallel.distributed_executor_backend == "ray":
+        from quire.executor.ray import RayRanks
+
+        config = with_threads(config)
+        ranks = RayRanks(config)
     return WorkersExecutor(config, spec, grammars, ranks or ProcessRanks(config.parallel), pin=pin)
+
+
+def with_threads(config: EngineConfig) -> EngineConfig:
+    """Every rank has as many threads as this machine could give each, unless `cpu_threads` says it."""
+    if config.runtime.cpu_threads is not None:
+        return config
+    threads = max(1, len(physical_cores()) // config.parallel.world_size)
+    return dataclasses.replace(
+        config, runtime=dataclasses.replace(config.runtime, cpu_threads=threads)
+    )

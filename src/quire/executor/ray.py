@@ -1,0 +1,315 @@
+"""Ranks as actors of a Ray cluster: Ray places them, and that is all. Plans go over their links, so no step
+calls Ray, and the end of a link reports a death at once; Ray then says why.
+
+The ranks of this machine share this process's memory; those of a stage that is on several machines meet
+through gloo.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, NamedTuple
+
+from quire.config import EngineConfig
+from quire.distributed import hello
+from quire.distributed.links import Link
+from quire.errors import ConfigError, QuireError, WorkerError
+from quire.executor.processes import GRACE_SECONDS
+from quire.executor.ranks import Meeting, Rank
+from quire.util.environment import child_environment
+from quire.util.version import VERSION
+
+RUN = "quire.engine.rank:run_rank"
+PLACE_HERE_SECONDS = 2.0
+PLACE_SECONDS = 60.0
+"""Until a cluster has room for all ranks: one that scales may add machines."""
+
+
+class SharedMemory(NamedTuple):
+    """A descriptor of another process of one machine."""
+
+    process: int
+    descriptor: int
+    inode: int
+
+    def open(self) -> int:
+        """Raises `WorkerError`."""
+        path = f"/proc/{self.process}/fd/{self.descriptor}"
+        try:
+            found = os.open(path, os.O_RDWR)
+        except OSError as error:
+            raise WorkerError(
+                f"The memory of the engine core (pid {self.process}) cannot be opened: {error.strerror}. "
+                "Its ranks on one machine must run as one user, in one container."
+            ) from None
+        if os.fstat(found).st_ino != self.inode:
+            os.close(found)
+            raise WorkerError(f"{path} is another file; run the ranks in one container.")
+        return found
+
+
+class RankActor:
+    """A rank. Ray calls `run` once, which returns when the rank ends."""
+
+    def __init__(self) -> None:
+        self._listener: socket.socket | None = None
+
+    def where(self) -> tuple[str, str, int]:
+        """The node's id and address, and this process's id."""
+        import ray
+
+        context = ray.get_runtime_context()
+        return context.get_node_id(), ray.util.get_node_ip_address(), os.getpid()
+
+    def listen(self, address: str) -> str:
+        """Bind a port where the ranks of this one's stage meet. Returns HOST:PORT."""
+        self._listener = socket.create_server((address, 0))
+        return f"{address}:{self._listener.getsockname()[1]}"
+
+    def run(
+        self, number: int, core: tuple[str, int], key: bytes, meeting: SharedMemory | str, seconds: float
+    ) -> int:
+        """meeting: the memory of this rank's group, or the address where it meets. Returns the status."""
+        link = hello.connect(*core, key, facts(), number, timeout=seconds)
+        with contextlib.closing(link):
+            module, _, name = RUN.partition(":")
+            descriptor = -1 if self._listener is None else self._listener.detach()
+            if isinstance(meeting, SharedMemory):
+                found = Meeting(meeting.open())
+            else:
+                found = Meeting(descriptor, meeting)
+            return int(getattr(import_module(module), name)(link, number, found))
+
+
+def facts() -> dict[str, str | int]:
+    return {"version": VERSION}
+
+
+@dataclass(slots=True)
+class RayRank:
+    """A `Rank`."""
+
+    number: int
+    name: str
+    actor: Any
+    running: Any
+    """The reference of `run`'s result."""
+    link: Link
+
+    def reason(self) -> str:
+        return _reason(self.running)
+
+    def end(self) -> None:
+        import ray
+
+        self.link.close()
+        with contextlib.suppress(Exception):  # the cluster may be gone
+            ray.wait([self.running], timeout=GRACE_SECONDS)
+            ray.kill(self.actor)
+
+
+class _Placed(NamedTuple):
+    """An actor, and where it is."""
+
+    actor: Any
+    node: str
+    address: str
+    process: int
+
+
+class RayRanks:
+    """`Ranks` of a cluster: of the one at RAY_ADDRESS, else of the one that runs here, else of a new one that
+    ends with this process."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        """Returns when all ranks have connected. Raises `ConfigError`, `WorkerError`."""
+        parallel = config.parallel
+        self.ranks: list[Rank] = []
+        self._config = config
+        self._memory: list[int] = []
+        self._meetings: list[Meeting] = []
+        self._group: Any = None
+        self._started = _connect(config)
+        try:
+            self._sampling = parallel.world_size - parallel.tensor_parallel_size
+            self._start(self._place(parallel.world_size - 1))
+        except BaseException:
+            self.close()
+            raise
+
+    elsewhere = True
+
+    @property
+    def meeting(self) -> Meeting:
+        return self._meetings[-1]
+
+    def close(self) -> None:
+        """Idempotent."""
+        import ray
+
+        for rank in self.ranks:
+            rank.link.close()
+        for rank in self.ranks:
+            rank.end()
+        self.ranks = []
+        with contextlib.suppress(Exception):
+            if self._group is not None:
+                ray.util.remove_placement_group(self._group)
+        self._group = None
+        for descriptor in self._memory:
+            os.close(descriptor)
+        self._memory = []
+        if self._started:
+            self._started = False
+            ray.shutdown()
+
+    def _place(self, count: int) -> list[_Placed]:
+        """Actors that are together as far as there is room."""
+        import ray
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        cpus = self._config.runtime.cpu_threads or 1
+        bundles, here = [{"CPU": cpus}] * count, ray.get_runtime_context().get_node_id()
+        self._group = ray.util.placement_group(
+            bundles, strategy="PACK", bundle_label_selector=[{"ray.io/node-id": here}] * count
+        )
+        if not self._group.wait(PLACE_HERE_SECONDS):
+            ray.util.remove_placement_group(self._group)
+            self._group = ray.util.placement_group(bundles, strategy="PACK")
+        if not self._group.wait(PLACE_SECONDS):
+            raise ConfigError(
+                f"The Ray cluster has no room for {count} more ranks with {cpus} CPUs each; it has "
+                f"{ray.available_resources().get('CPU', 0):g} CPUs free of "
+                f"{ray.cluster_resources().get('CPU', 0):g}. Add nodes, or lower tensor_parallel_size or "
+                "pipeline_parallel_size."
+            )
+        make = ray.remote(max_restarts=0, max_concurrency=2, num_cpus=cpus)(RankActor)
+        actors = [
+            make.options(
+                scheduling_strategy=PlacementGroupSchedulingStrategy(
+                    self._group, placement_group_bundle_index=index
+                )
+            ).remote()
+            for index in range(count)
+        ]
+        try:
+            return [
+                _Placed(actor, *place)
+                for actor, place in zip(
+                    actors, ray.get([each.where.remote() for each in actors]), strict=True
+                )
+            ]
+        except ray.exceptions.RayError as error:
+            raise WorkerError(f"A rank could not be started: {_first_line(error)}") from None
+
+    def _start(self, actors: Sequence[_Placed]) -> None:
+        import ray
+
+        here, address = ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address()
+        parallel = self._config.parallel
+        tensor, seconds = parallel.tensor_parallel_size, parallel.worker_timeout
+        placed = _numbered(actors, self._sampling, parallel.world_size, here)
+        told: dict[int, SharedMemory | str] = {}
+        for first in range(0, self._sampling + tensor, tensor):
+            told |= self._meet(
+                {number: placed.get(number) for number in range(first, first + tensor)}, here, address
+            )
+        key = secrets.token_bytes(32)
+        with hello.listen(address, 0, key) as listener:
+            core = (address, int(listener.getsockname()[1]))
+            running = {
+                number: each.actor.run.remote(number, core, key, told[number], seconds)
+                for number, each in placed.items()
+            }
+            try:
+                links = hello.accept_all(listener, key, facts(), placed.keys(), timeout=seconds)
+            except QuireError as error:
+                ended, _ = ray.wait(list(running.values()), timeout=0.1)
+                raise WorkerError(f"A rank {_reason(ended[0])}" if ended else str(error)) from None
+        for number, each in placed.items():
+            name = f"rank {number} (pid {each.process} on node {each.address})"
+            link = links[number]
+            link.peer = name
+            self.ranks.append(RayRank(number, name, each.actor, running[number], link))
+
+    def _meet(
+        self, stage: dict[int, _Placed | None], here: str, address: str
+    ) -> dict[int, SharedMemory | str]:
+        """Where each rank of a stage meets the others. None: this process, the first rank of its stage."""
+        import ray
+
+        if all(each is None or each.node == here for each in stage.values()):
+            memory = os.memfd_create(f"quire-stage-{len(self._meetings)}")
+            self._memory.append(memory)
+            self._meetings.append(Meeting(memory))
+            shared = SharedMemory(os.getpid(), memory, os.fstat(memory).st_ino)
+            return dict.fromkeys(stage, shared)
+        first = next(iter(stage.values()))
+        if first is not None:
+            where = ray.get(first.actor.listen.remote(first.address))
+            self._meetings.append(Meeting(-1, where))
+        else:
+            listener = socket.create_server((address, 0))
+            where = f"{address}:{listener.getsockname()[1]}"
+            self._meetings.append(Meeting(listener.detach(), where))
+        return dict.fromkeys(stage, where)
+
+
+def _connect(config: EngineConfig) -> bool:
+    """Returns whether this has connected to a cluster, which it then leaves. Raises `ConfigError`."""
+    if config.runtime.device.startswith("cuda"):
+        raise ConfigError(
+            "distributed_executor_backend ray places ranks on CPUs only; use mp for the GPUs of one machine."
+        )
+    try:
+        import ray
+    except ModuleNotFoundError:
+        raise ConfigError(
+            "distributed_executor_backend ray needs Ray, which is not installed; `pip install 'quire[ray]'`."
+        ) from None
+    if ray.is_initialized():
+        return False
+    os.environ.update({"RAY_USAGE_STATS_ENABLED": os.environ.get("RAY_USAGE_STATS_ENABLED", "0")})
+    environment = {"PYTHONPATH": child_environment()["PYTHONPATH"]}
+    try:
+        ray.init(namespace="quire", runtime_env={"env_vars": environment})
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"No Ray cluster at RAY_ADDRESS={os.environ.get('RAY_ADDRESS', '')!r}: {_first_line(error)}"
+        ) from None
+    return True
+
+
+def _numbered(
+    placed: Sequence[_Placed], sampling: int, world_size: int, here: str
+) -> dict[int, _Placed]:
+    """The ranks of a stage are together, those of this process's stage with it, as far as possible."""
+    numbers = [*range(sampling + 1, world_size), *range(sampling)]
+    ordered = sorted(placed, key=lambda each: (each.node != here, each.node))
+    return dict(zip(numbers, ordered, strict=True))
+
+
+def _reason(running: Any) -> str:
+    """Why a rank's `run` has ended."""
+    import ray
+
+    ended, _ = ray.wait([running], timeout=GRACE_SECONDS)
+    if not ended:
+        return "has closed its link"
+    try:
+        return f"exited with status {ray.get(running)}"
+    except ray.exceptions.ActorDiedError as error:
+        return f"died: {_first_line(error)}"
+    except ray.exceptions.RayError as error:
+        return f"failed: {_first_line(error)}"
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
