@@ -101,7 +101,7 @@ def plan_memory(
         useful = config.scheduler.max_num_seqs * blocks_for(max_model_len)
         budget = _kv_budget(cache, footprint, gpu=gpu, replicas=replicas)
         num_blocks = min(max(0, budget) // block_bytes, useful + 1)
-    fits = _longest(blocks_for, num_blocks - 1, max_model_len, size)
+    fits = _longest(blocks_for, max(0, num_blocks - 1), max_model_len, size)
     if may_shrink:
         max_model_len = min(max_model_len, fits)
     if max_model_len < 1 or fits < max_model_len:
@@ -193,6 +193,14 @@ def _does_not_fit(
     replicas: int,
 ) -> MemoryFitError:
     memory, others = footprint.memory, footprint.weight_bytes + footprint.step_bytes
+    weights, step = format_bytes(footprint.weight_bytes), format_bytes(footprint.step_bytes)
+    besides = f"{weights} of weights and {step} of activations"
+    if others >= memory.total and cache.num_gpu_blocks_override is None:
+        return MemoryFitError(
+            f"{besides} do not fit in {format_bytes(memory.total)} of memory. Divide the model among more "
+            "devices (--tensor-parallel-size, --pipeline-parallel-size), store it in fewer bits "
+            "(--quantization), or take devices with more memory."
+        )
     share = min(1.0, replicas * (needed + others) / memory.total + 0.005)
     if cache.num_gpu_blocks_override is not None:
         remedies = [f"--num-gpu-blocks-override {needed // block_bytes}"]
@@ -204,8 +212,7 @@ def _does_not_fit(
         remedies.insert(0, f"--max-model-len {fits} (or -1 to fit it to memory)")
     return MemoryFitError(
         f"One sequence of {longest:,} tokens needs {format_bytes(needed)} of KV cache, but only "
-        f"{fits:,} tokens fit beside {format_bytes(footprint.weight_bytes)} of weights and "
-        f"{format_bytes(footprint.step_bytes)} of activations in {format_bytes(memory.total)} of memory "
+        f"{fits:,} tokens fit beside {besides} in {format_bytes(memory.total)} of memory "
         f"({format_bytes(memory.available)} available). Any of these would do: "
         + "; ".join(remedies)
         + "."
