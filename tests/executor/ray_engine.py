@@ -1,4 +1,4 @@
-"""Engines on a Ray cluster, one after the other, in a process of their own: what they say, as lines of JSON."""
+"""Engines on a Ray cluster, one after another, in a process of their own. What they say is lines of JSON."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ def main() -> None:
         options = {} if ranks == 1 else {"distributed_executor_backend": "ray"}
         try:
             llm = LLM(
-                max_model_len=2048, num_gpu_blocks_override=300, tensor_parallel_size=ranks, **options
+                max_model_len=2048,
+                num_gpu_blocks_override=300,
+                tensor_parallel_size=ranks,
+                **options,
             )
         except QuireError as error:
             say(error)

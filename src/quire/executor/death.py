@@ -8,10 +8,12 @@ import threading
 from collections.abc import Iterable
 
 
-def exit_when_closed(descriptors: Iterable[int]) -> None:
-    """End this process at once when the other end of one of these is closed, whatever its main thread is
-    doing."""
+def exit_when_closed(descriptors: Iterable[int], processes: Iterable[int] = ()) -> None:
+    """End this process at once when the other end of one of these is closed, or one of these processes has
+    ended, whatever its main thread is doing."""
     poller = select.poll()
+    for process in processes:
+        poller.register(os.pidfd_open(process), select.POLLIN)
     for descriptor in descriptors:
         poller.register(descriptor, select.POLLRDHUP | select.POLLHUP)
 

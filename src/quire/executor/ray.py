@@ -1,5 +1,6 @@
 """Ranks as actors of a Ray cluster: Ray places them, and that is all. Plans go over their links, so no step
-calls Ray, and the end of a link reports a death at once; Ray then says why.
+calls Ray, and the end of a link reports a death at once; Ray then says why. An actor ends with its node's
+raylet, which Ray itself notices only after a while, and with the engine core.
 
 The ranks of this machine share this process's memory; those of a stage that is on several machines meet
 through gloo.
@@ -9,10 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -20,12 +22,15 @@ from quire.config import EngineConfig
 from quire.distributed import hello
 from quire.distributed.links import Link
 from quire.errors import ConfigError, QuireError, WorkerError
-from quire.executor.processes import GRACE_SECONDS
+from quire.executor.death import exit_when_closed
 from quire.executor.ranks import Meeting, Rank
+from quire.util.cores import physical_cores
 from quire.util.environment import child_environment
 from quire.util.version import VERSION
 
 RUN = "quire.engine.rank:run_rank"
+REASON_SECONDS = 0.5
+"""Until Ray is no longer asked why a rank has ended: less than `EXPLAIN_SECONDS` of `Followers`."""
 PLACE_HERE_SECONDS = 2.0
 PLACE_SECONDS = 60.0
 """Until a cluster has room for all ranks: one that scales may add machines."""
@@ -73,10 +78,16 @@ class RankActor:
         return f"{address}:{self._listener.getsockname()[1]}"
 
     def run(
-        self, number: int, core: tuple[str, int], key: bytes, meeting: SharedMemory | str, seconds: float
+        self,
+        number: int,
+        core: tuple[str, int],
+        key: bytes,
+        meeting: SharedMemory | str,
+        seconds: float,
     ) -> int:
         """meeting: the memory of this rank's group, or the address where it meets. Returns the status."""
         link = hello.connect(*core, key, facts(), number, timeout=seconds)
+        exit_when_closed([link.fileno()], [os.getppid()])  # the parent is the node's raylet
         with contextlib.closing(link):
             module, _, name = RUN.partition(":")
             descriptor = -1 if self._listener is None else self._listener.detach()
@@ -108,10 +119,9 @@ class RayRank:
     def end(self) -> None:
         import ray
 
-        self.link.close()
         with contextlib.suppress(Exception):  # the cluster may be gone
-            ray.wait([self.running], timeout=GRACE_SECONDS)
             ray.kill(self.actor)
+        self.link.close()
 
 
 class _Placed(NamedTuple):
@@ -127,7 +137,7 @@ class RayRanks:
     """`Ranks` of a cluster: of the one at RAY_ADDRESS, else of the one that runs here, else of a new one that
     ends with this process."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, device: str) -> None:
         """Returns when all ranks have connected. Raises `ConfigError`, `WorkerError`."""
         parallel = config.parallel
         self.ranks: list[Rank] = []
@@ -135,7 +145,7 @@ class RayRanks:
         self._memory: list[int] = []
         self._meetings: list[Meeting] = []
         self._group: Any = None
-        self._started = _connect(config)
+        self._started = _connect(device)
         try:
             self._sampling = parallel.world_size - parallel.tensor_parallel_size
             self._start(self._place(parallel.world_size - 1))
@@ -153,8 +163,6 @@ class RayRanks:
         """Idempotent."""
         import ray
 
-        for rank in self.ranks:
-            rank.link.close()
         for rank in self.ranks:
             rank.end()
         self.ranks = []
@@ -206,7 +214,7 @@ class RayRanks:
                 )
             ]
         except ray.exceptions.RayError as error:
-            raise WorkerError(f"A rank could not be started: {_first_line(error)}") from None
+            raise WorkerError(f"A rank could not be started: {_last_line(error)}") from None
 
     def _start(self, actors: Sequence[_Placed]) -> None:
         import ray
@@ -218,7 +226,9 @@ class RayRanks:
         told: dict[int, SharedMemory | str] = {}
         for first in range(0, self._sampling + tensor, tensor):
             told |= self._meet(
-                {number: placed.get(number) for number in range(first, first + tensor)}, here, address
+                {number: placed.get(number) for number in range(first, first + tensor)},
+                here,
+                address,
             )
         key = secrets.token_bytes(32)
         with hello.listen(address, 0, key) as listener:
@@ -261,9 +271,17 @@ class RayRanks:
         return dict.fromkeys(stage, where)
 
 
-def _connect(config: EngineConfig) -> bool:
+def with_threads(config: EngineConfig) -> EngineConfig:
+    """Every rank has as many threads as this machine could give each, unless `cpu_threads` says it."""
+    if config.runtime.cpu_threads is not None:
+        return config
+    threads = max(1, len(physical_cores()) // config.parallel.world_size)
+    return replace(config, runtime=replace(config.runtime, cpu_threads=threads))
+
+
+def _connect(device: str) -> bool:
     """Returns whether this has connected to a cluster, which it then leaves. Raises `ConfigError`."""
-    if config.runtime.device.startswith("cuda"):
+    if device != "cpu":
         raise ConfigError(
             "distributed_executor_backend ray places ranks on CPUs only; use mp for the GPUs of one machine."
         )
@@ -275,13 +293,13 @@ def _connect(config: EngineConfig) -> bool:
         ) from None
     if ray.is_initialized():
         return False
-    os.environ.update({"RAY_USAGE_STATS_ENABLED": os.environ.get("RAY_USAGE_STATS_ENABLED", "0")})
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     environment = {"PYTHONPATH": child_environment()["PYTHONPATH"]}
     try:
         ray.init(namespace="quire", runtime_env={"env_vars": environment})
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise ConfigError(
-            f"No Ray cluster at RAY_ADDRESS={os.environ.get('RAY_ADDRESS', '')!r}: {_first_line(error)}"
+            f"No Ray cluster at RAY_ADDRESS={os.environ.get('RAY_ADDRESS', '')!r}: {_last_line(error)}"
         ) from None
     return True
 
@@ -299,17 +317,19 @@ def _reason(running: Any) -> str:
     """Why a rank's `run` has ended."""
     import ray
 
-    ended, _ = ray.wait([running], timeout=GRACE_SECONDS)
+    ended, _ = ray.wait([running], timeout=REASON_SECONDS)
     if not ended:
-        return "has closed its link"
+        return "has ended, or its node has"
     try:
         return f"exited with status {ray.get(running)}"
-    except ray.exceptions.ActorDiedError as error:
-        return f"died: {_first_line(error)}"
+    except ray.exceptions.RayActorError as error:
+        found = re.search(r"The actor (?:is dead|died) because (.*?)\.(?:\s|$)", str(error))
+        return f"died: {found[1] if found else _last_line(error)}"
     except ray.exceptions.RayError as error:
-        return f"failed: {_first_line(error)}"
+        return f"failed: {_last_line(error)}"
 
 
-def _first_line(error: BaseException) -> str:
+def _last_line(error: BaseException) -> str:
+    """Ray's errors are pages; their last line says what it was."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    return lines[-1][:300] if lines else type(error).__name__

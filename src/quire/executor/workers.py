@@ -283,18 +283,8 @@ def start(
 ) -> WorkersExecutor:
     """ranks: those that were started before this process had its configuration."""
     if ranks is None and config.parallel.distributed_executor_backend == "ray":
-        from quire.executor.ray import RayRanks
+        from quire.executor.ray import RayRanks, with_threads
 
         config = with_threads(config)
-        ranks = RayRanks(config)
+        ranks = RayRanks(config, spec.device)
     return WorkersExecutor(config, spec, grammars, ranks or ProcessRanks(config.parallel), pin=pin)
-
-
-def with_threads(config: EngineConfig) -> EngineConfig:
-    """Every rank has as many threads as this machine could give each, unless `cpu_threads` says it."""
-    if config.runtime.cpu_threads is not None:
-        return config
-    threads = max(1, len(physical_cores()) // config.parallel.world_size)
-    return dataclasses.replace(
-        config, runtime=dataclasses.replace(config.runtime, cpu_threads=threads)
-    )
