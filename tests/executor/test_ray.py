@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -64,22 +65,28 @@ def actors(cluster: RayCluster) -> list[int]:
     return [pid for pid, command in cluster.processes() if "RankActor" in command]
 
 
-def test_the_tokens_of_one_device_and_a_rank_that_dies(cluster: RayCluster) -> None:
-    """Two ranks are on one node and share memory; of four, one is on the other node, so they use gloo."""
+def test_the_tokens_of_one_device_and_ranks_that_die(cluster: RayCluster) -> None:
+    """Two ranks are on one node and share memory; of four, some are on the other node, so they use gloo.
+    A rank is killed, and then a node: Ray's daemon there, which its actors must not survive."""
     engines = Engines(cluster.environ, 1, 2, 4)
     try:
         expected = engines.says()
         engines.tell("next")
-        assert engines.says() == expected and len(actors(cluster)) == 1
-        engines.tell("next")
+        assert engines.says() == expected
+        (rank,) = actors(cluster)
+        engines.tell("endless")
+        time.sleep(0.5)
+        os.kill(rank, signal.SIGKILL)
+        error = str(engines.says())
+        assert error.startswith(f"WorkerError: Rank 1 (pid {rank} on node ")
+        assert "its worker process has died" in error
+
         assert engines.says() == expected and len(actors(cluster)) == 3
         engines.tell("endless")
         time.sleep(0.5)
-        victim = actors(cluster)[0]
-        os.kill(victim, signal.SIGKILL)
-        error = str(engines.says())
-        assert f"(pid {victim} on node " in error and "its worker process has died" in error
-        assert error.startswith("WorkerError: Rank ")
+        daemons = [pid for pid, command in cluster.processes() if "/raylet/raylet " in command]
+        os.kill(daemons[-1], signal.SIGKILL)
+        assert re.match(r"WorkerError: Rank \d \(pid \d+ on node ", str(engines.says()))
     finally:
         engines.close()
     deadline = time.monotonic() + 30
@@ -88,9 +95,7 @@ def test_the_tokens_of_one_device_and_a_rank_that_dies(cluster: RayCluster) -> N
         time.sleep(0.1)
 
 
-def test_a_cluster_without_room_is_an_error(
-    cluster: RayCluster, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cluster_without_room_is_an_error(cluster: RayCluster) -> None:
     code = (
         "import quire.executor.ray as r; from quire.config.flat import from_flat\n"
         "r.PLACE_HERE_SECONDS = r.PLACE_SECONDS = 0.5\n"
@@ -116,6 +121,8 @@ def test_ray_that_is_absent_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None
         RayRanks(from_flat(PARALLEL), "cpu")
     with pytest.raises(ConfigError, match="places ranks on CPUs only; use mp"):
         RayRanks(from_flat(PARALLEL), "cuda")
+    with pytest.raises(ConfigError, match="ray has no pipeline_parallel_size yet"):
+        RayRanks(from_flat(PARALLEL | {"pipeline_parallel_size": 2}), "cpu")
 
 
 def test_memory_of_another_process_is_known_by_its_inode() -> None:

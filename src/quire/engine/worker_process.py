@@ -25,9 +25,8 @@ def main(number: int, link: int, memory: int) -> int:
     if sys.platform == "linux":  # while it is stopped, it notices no end of a pipe
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     from quire.engine.rank import run_rank
-    from quire.executor.ranks import Meeting
 
-    return run_rank(Link(socket.socket(fileno=link), "the engine core"), number, Meeting(memory))
+    return run_rank(Link(socket.socket(fileno=link), "the engine core"), number, memory)
 
 
 if __name__ == "__main__":

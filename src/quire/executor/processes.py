@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from quire.config.parallel import ParallelConfig
 from quire.distributed.links import Link, pair
-from quire.executor.ranks import Meeting, Rank
+from quire.executor.ranks import Rank
 from quire.util.environment import child_environment
 
 MODULE = "quire.engine.worker_process"
@@ -94,11 +94,11 @@ class ProcessRanks:
             self.close()
             raise self._error
 
-    elsewhere = False
+    host = None
 
     @property
-    def meeting(self) -> Meeting:
-        return Meeting(self._memory[-1])
+    def group_memory(self) -> int:
+        return self._memory[-1]
 
     def close(self) -> None:
         """Idempotent."""

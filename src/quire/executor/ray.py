@@ -2,8 +2,7 @@
 calls Ray, and the end of a link reports a death at once; Ray then says why. An actor ends with its node's
 raylet, which Ray itself notices only after a while, and with the engine core.
 
-The ranks of this machine share this process's memory; those of a stage that is on several machines meet
-through gloo.
+The ranks of this machine share this process's memory; those of several machines meet through gloo.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import contextlib
 import os
 import re
 import secrets
-import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -23,7 +21,7 @@ from quire.distributed import hello
 from quire.distributed.links import Link
 from quire.errors import ConfigError, QuireError, WorkerError
 from quire.executor.death import exit_when_closed
-from quire.executor.ranks import Meeting, Rank
+from quire.executor.ranks import Rank
 from quire.util.cores import physical_cores
 from quire.util.environment import child_environment
 from quire.util.version import VERSION
@@ -62,9 +60,6 @@ class SharedMemory(NamedTuple):
 class RankActor:
     """A rank. Ray calls `run` once, which returns when the rank ends."""
 
-    def __init__(self) -> None:
-        self._listener: socket.socket | None = None
-
     def where(self) -> tuple[str, str, int]:
         """The node's id and address, and this process's id."""
         import ray
@@ -72,30 +67,21 @@ class RankActor:
         context = ray.get_runtime_context()
         return context.get_node_id(), ray.util.get_node_ip_address(), os.getpid()
 
-    def listen(self, address: str) -> str:
-        """Bind a port where the ranks of this one's stage meet. Returns HOST:PORT."""
-        self._listener = socket.create_server((address, 0))
-        return f"{address}:{self._listener.getsockname()[1]}"
-
     def run(
         self,
         number: int,
         core: tuple[str, int],
         key: bytes,
-        meeting: SharedMemory | str,
+        memory: SharedMemory | None,
         seconds: float,
     ) -> int:
-        """meeting: the memory of this rank's group, or the address where it meets. Returns the status."""
+        """memory: of all ranks, if they are on one machine. Returns the exit status."""
         link = hello.connect(*core, key, facts(), number, timeout=seconds)
         exit_when_closed([link.fileno()], [os.getppid()])  # the parent is the node's raylet
         with contextlib.closing(link):
             module, _, name = RUN.partition(":")
-            descriptor = -1 if self._listener is None else self._listener.detach()
-            if isinstance(meeting, SharedMemory):
-                found = Meeting(meeting.open())
-            else:
-                found = Meeting(descriptor, meeting)
-            return int(getattr(import_module(module), name)(link, number, found))
+            shared = -1 if memory is None else memory.open()
+            return int(getattr(import_module(module), name)(link, number, shared))
 
 
 def facts() -> dict[str, str | int]:
@@ -139,25 +125,17 @@ class RayRanks:
 
     def __init__(self, config: EngineConfig, device: str) -> None:
         """Returns when all ranks have connected. Raises `ConfigError`, `WorkerError`."""
-        parallel = config.parallel
         self.ranks: list[Rank] = []
+        self.group_memory = -1
+        self.host: str | None = None
         self._config = config
-        self._memory: list[int] = []
-        self._meetings: list[Meeting] = []
         self._group: Any = None
-        self._started = _connect(device)
+        self._started = _connect(config, device)
         try:
-            self._sampling = parallel.world_size - parallel.tensor_parallel_size
-            self._start(self._place(parallel.world_size - 1))
+            self._start(self._place(config.parallel.world_size - 1))
         except BaseException:
             self.close()
             raise
-
-    elsewhere = True
-
-    @property
-    def meeting(self) -> Meeting:
-        return self._meetings[-1]
 
     def close(self) -> None:
         """Idempotent."""
@@ -170,9 +148,9 @@ class RayRanks:
             if self._group is not None:
                 ray.util.remove_placement_group(self._group)
         self._group = None
-        for descriptor in self._memory:
-            os.close(descriptor)
-        self._memory = []
+        if self.group_memory >= 0:
+            os.close(self.group_memory)
+            self.group_memory = -1
         if self._started:
             self._started = False
             ray.shutdown()
@@ -194,8 +172,7 @@ class RayRanks:
             raise ConfigError(
                 f"The Ray cluster has no room for {count} more ranks with {cpus} CPUs each; it has "
                 f"{ray.available_resources().get('CPU', 0):g} CPUs free of "
-                f"{ray.cluster_resources().get('CPU', 0):g}. Add nodes, or lower tensor_parallel_size or "
-                "pipeline_parallel_size."
+                f"{ray.cluster_resources().get('CPU', 0):g}. Add nodes, or lower tensor_parallel_size."
             )
         make = ray.remote(max_restarts=0, max_concurrency=2, num_cpus=cpus)(RankActor)
         actors = [
@@ -219,22 +196,20 @@ class RayRanks:
     def _start(self, actors: Sequence[_Placed]) -> None:
         import ray
 
-        here, address = ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address()
-        parallel = self._config.parallel
-        tensor, seconds = parallel.tensor_parallel_size, parallel.worker_timeout
-        placed = _numbered(actors, self._sampling, parallel.world_size, here)
-        told: dict[int, SharedMemory | str] = {}
-        for first in range(0, self._sampling + tensor, tensor):
-            told |= self._meet(
-                {number: placed.get(number) for number in range(first, first + tensor)},
-                here,
-                address,
+        here, self.host = ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address()
+        seconds = self._config.parallel.worker_timeout
+        placed = dict(enumerate(sorted(actors, key=lambda each: (each.node != here, each.node)), 1))
+        shared = None
+        if all(each.node == here for each in actors):
+            self.group_memory = os.memfd_create("quire-stage-0")
+            shared = SharedMemory(
+                os.getpid(), self.group_memory, os.fstat(self.group_memory).st_ino
             )
         key = secrets.token_bytes(32)
-        with hello.listen(address, 0, key) as listener:
-            core = (address, int(listener.getsockname()[1]))
+        with hello.listen(self.host, 0, key) as listener:
+            core = (self.host, int(listener.getsockname()[1]))
             running = {
-                number: each.actor.run.remote(number, core, key, told[number], seconds)
+                number: each.actor.run.remote(number, core, key, shared, seconds)
                 for number, each in placed.items()
             }
             try:
@@ -248,28 +223,6 @@ class RayRanks:
             link.peer = name
             self.ranks.append(RayRank(number, name, each.actor, running[number], link))
 
-    def _meet(
-        self, stage: dict[int, _Placed | None], here: str, address: str
-    ) -> dict[int, SharedMemory | str]:
-        """Where each rank of a stage meets the others. None: this process, the first rank of its stage."""
-        import ray
-
-        if all(each is None or each.node == here for each in stage.values()):
-            memory = os.memfd_create(f"quire-stage-{len(self._meetings)}")
-            self._memory.append(memory)
-            self._meetings.append(Meeting(memory))
-            shared = SharedMemory(os.getpid(), memory, os.fstat(memory).st_ino)
-            return dict.fromkeys(stage, shared)
-        first = next(iter(stage.values()))
-        if first is not None:
-            where = ray.get(first.actor.listen.remote(first.address))
-            self._meetings.append(Meeting(-1, where))
-        else:
-            listener = socket.create_server((address, 0))
-            where = f"{address}:{listener.getsockname()[1]}"
-            self._meetings.append(Meeting(listener.detach(), where))
-        return dict.fromkeys(stage, where)
-
 
 def with_threads(config: EngineConfig) -> EngineConfig:
     """Every rank has as many threads as this machine could give each, unless `cpu_threads` says it."""
@@ -279,8 +232,13 @@ def with_threads(config: EngineConfig) -> EngineConfig:
     return replace(config, runtime=replace(config.runtime, cpu_threads=threads))
 
 
-def _connect(device: str) -> bool:
+def _connect(config: EngineConfig, device: str) -> bool:
     """Returns whether this has connected to a cluster, which it then leaves. Raises `ConfigError`."""
+    if config.parallel.pipeline_parallel_size > 1:
+        raise ConfigError(
+            "distributed_executor_backend ray has no pipeline_parallel_size yet; use "
+            "tensor_parallel_size, or mp."
+        )
     if device != "cpu":
         raise ConfigError(
             "distributed_executor_backend ray places ranks on CPUs only; use mp for the GPUs of one machine."
@@ -302,15 +260,6 @@ def _connect(device: str) -> bool:
             f"No Ray cluster at RAY_ADDRESS={os.environ.get('RAY_ADDRESS', '')!r}: {_last_line(error)}"
         ) from None
     return True
-
-
-def _numbered(
-    placed: Sequence[_Placed], sampling: int, world_size: int, here: str
-) -> dict[int, _Placed]:
-    """The ranks of a stage are together, those of this process's stage with it, as far as possible."""
-    numbers = [*range(sampling + 1, world_size), *range(sampling)]
-    ordered = sorted(placed, key=lambda each: (each.node != here, each.node))
-    return dict(zip(numbers, ordered, strict=True))
 
 
 def _reason(running: Any) -> str:
