@@ -17,11 +17,15 @@ def exit_now(status: int) -> NoReturn:
 
 
 def exit_when_closed(
-    descriptors: Iterable[int], before: Callable[[], object] = lambda: None
+    descriptors: Iterable[int],
+    before: Callable[[], object] = lambda: None,
+    processes: Iterable[int] = (),
 ) -> None:
-    """End this process at once when the other end of one of these is closed, whatever its main thread is
-    doing. before: called first."""
+    """End this process at once when the other end of one of these is closed, or one of these processes has
+    ended, whatever its main thread is doing. before: called first."""
     poller = select.poll()
+    for process in processes:
+        poller.register(os.pidfd_open(process), select.POLLIN)
     for descriptor in descriptors:
         poller.register(descriptor, select.POLLRDHUP | select.POLLHUP)
 

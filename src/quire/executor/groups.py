@@ -100,14 +100,17 @@ def _pages(size: int) -> int:
     return -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
-def arrange(config: EngineConfig, spec: WorkerSpec, memory: int) -> Meeting:
-    """For the first rank of the last stage, before any other rank joins. spec: of the whole. memory: the
-    descriptor of what the machine's ranks share. Raises `ConfigError`."""
+def arrange(
+    config: EngineConfig, spec: WorkerSpec, memory: int, host: str | None = None
+) -> Meeting:
+    """For the first rank of the last stage, before any other rank joins. spec: of the whole. memory, host: see
+    `Ranks`. Raises `ConfigError`."""
     parallel = config.parallel
-    if parallel.tensor_parallel_size == 1 or (spec.device == "cpu" and parallel.nnodes == 1):
+    together = memory >= 0 and spec.device == "cpu" and parallel.nnodes == 1
+    if parallel.tensor_parallel_size == 1 or together:
         os.ftruncate(memory, Areas(config, spec).num_bytes)
         return Meeting("shared_memory", descriptor=memory)
-    host = "127.0.0.1" if parallel.nnodes == 1 else parallel.master_addr
+    host = host or ("127.0.0.1" if parallel.nnodes == 1 else parallel.master_addr)
     listening = socket.create_server((host, 0))
     address = f"{host}:{listening.getsockname()[1]}"
     return Meeting("nccl" if spec.device == "cuda" else "gloo", address, listening.detach())

@@ -29,7 +29,8 @@ GRACE_SECONDS = 1.0
 
 def ranks_of(parallel: ParallelConfig) -> ProcessRanks | None:
     """Start what the options ask for; None if that is nothing."""
-    return ProcessRanks(parallel) if parallel.world_size > 1 else None
+    ray = parallel.distributed_executor_backend == "ray"  # which needs the whole configuration
+    return ProcessRanks(parallel) if parallel.world_size > 1 and not ray else None
 
 
 @dataclass(slots=True)
@@ -92,6 +93,8 @@ class ProcessRanks:
         if self._error is not None:
             self.close()
             raise self._error
+
+    host = None
 
     @property
     def group_memory(self) -> int:

@@ -80,12 +80,13 @@ class WorkersExecutor:
         with contextlib.ExitStack() as undo:
             undo.callback(ranks.close)
             share = self._shares[self._number]
-            if pin:
+            placed = ranks.host is not None
+            if pin and not placed:
                 os.sched_setaffinity(0, share)
-            self._pinned_to = None if pin else share
+            self._pinned_to = None if pin or placed else share
             """While it computes: the thread is the caller's."""
             own = spec_of_rank(spec, parallel, self._number)
-            meeting = arrange(config, spec, ranks.group_memory)
+            meeting = arrange(config, spec, ranks.group_memory, ranks.host)
             self._others = Followers(
                 ranks.ranks, timeout=parallel.worker_timeout, on_failure=self._abort
             )
@@ -196,7 +197,7 @@ class WorkersExecutor:
             message = LoadModel(
                 config=msgspec.json.encode(self._config_of(rank.number)),
                 max_model_len=self._spec.max_model_len,
-                cores=sorted(self._shares[rank.number]),
+                cores=sorted(self._shares[rank.number]) if self._ranks.host is None else [],
                 group=meeting.kind,
                 address=meeting.address,
             )
@@ -322,4 +323,9 @@ def start(
     pin: bool = False,
 ) -> WorkersExecutor:
     """ranks: those that were started before this process had its configuration."""
+    if ranks is None and config.parallel.distributed_executor_backend == "ray":
+        from quire.executor.ray import RayRanks, with_threads
+
+        config = with_threads(config)
+        ranks = RayRanks(config, spec.device)
     return WorkersExecutor(config, spec, grammars, ranks or ProcessRanks(config.parallel), pin=pin)
