@@ -155,7 +155,7 @@ def executor_of(ranks: Ranks | None = None, *, pin: bool = False) -> CreateExecu
 
 def _longest_by_estimate(config: EngineConfig, resolved: ResolvedModel) -> int:
     """The length to load for. A model that cannot fit is refused here, before its weights are read."""
-    _check_gpus(config, resolved)
+    _check_ranks(config, resolved)
     _check_stages(config, resolved)
     footprint = estimate_ranks(config, resolved, device_memory(resolved.device))
     longest = plan(config, resolved, footprint, resolved.max_model_len).max_model_len
@@ -169,7 +169,13 @@ def _longest_by_estimate(config: EngineConfig, resolved: ResolvedModel) -> int:
     return longest
 
 
-def _check_gpus(config: EngineConfig, resolved: ResolvedModel) -> None:
+def _check_ranks(config: EngineConfig, resolved: ResolvedModel) -> None:
+    if config.parallel.world_size > 1 and isinstance(resolved.draft, HeadDraftSpec):
+        speculation = config.speculative.speculation
+        raise ConfigError(
+            f"speculative method {speculation and speculation.method} reads the model's embedding and head, "
+            "which are divided among ranks; use draft_model, ngram or suffix, or one rank."
+        )
     here = config.parallel.world_size // config.parallel.nnodes
     if resolved.device == "cuda" and here > max(1, gpu_count()):
         raise ConfigError(
@@ -181,12 +187,10 @@ def _check_gpus(config: EngineConfig, resolved: ResolvedModel) -> None:
 def _check_stages(config: EngineConfig, resolved: ResolvedModel) -> None:
     if config.parallel.pipeline_parallel_size == 1:
         return
-    has_draft_head = isinstance(resolved.draft, HeadDraftSpec)
     for is_so, what in (
         (resolved.device == "cuda", "device cuda"),
         (config.parallel.nnodes > 1, "nnodes above 1"),
         (config.lora.enable_lora, "enable_lora"),
-        (has_draft_head, "a draft head (methods eagle, eagle3 and mtp of speculative_config)"),
     ):
         if is_so:
             raise ConfigError(
