@@ -41,6 +41,7 @@ STEP_SECONDS, TOKEN_SECONDS = 0.004, 0.0001
 BLOCK_SIZE = 16
 OUTPUT_TOKENS = 32
 VOCABULARY = 4000
+MAX_LENGTH = 2048
 
 
 @dataclass(slots=True)
@@ -98,6 +99,12 @@ def few_shot(dice: random.Random, count: int) -> list[Talk]:
     return talks
 
 
+def short(talk: Talk) -> Talk:
+    """The turns that fit the built-in model's context."""
+    sizes = itertools.accumulate(len(turn.tokens) + OUTPUT_TOKENS for turn in talk)
+    return [turn for turn, size in zip(talk, sizes, strict=True) if size < MAX_LENGTH]
+
+
 WORKLOADS = {"chats": chats, "shared": shared, "few-shot": few_shot}
 
 
@@ -128,7 +135,7 @@ def common(tokens: Sequence[int], other: Sequence[int]) -> int:
 
 
 def new_replica(num_blocks: int) -> Replica:
-    limits = SchedulerLimits(max_num_seqs=16, max_num_batched_tokens=512, max_model_len=8192)
+    limits = SchedulerLimits(max_num_seqs=16, max_num_batched_tokens=512, max_model_len=MAX_LENGTH)
     kv = KVCacheManager(num_blocks, BLOCK_SIZE, enable_prefix_caching=True)
     executor = MockExecutor(lambda request, index: (request * 31 + index * 7) % VOCABULARY)
     return Replica(EngineCore(Scheduler(limits, kv), executor))
@@ -252,7 +259,7 @@ async def real(talks: list[Talk], replicas: int, num_blocks: int) -> dict[str, f
     """One after another, so that it does not depend on this machine's speed."""
     options = {
         "data_parallel_size": replicas, "num_gpu_blocks_override": num_blocks, "max_num_seqs": 16,
-        "max_num_batched_tokens": 512, "max_model_len": 2048,
+        "max_num_batched_tokens": 512, "max_model_len": MAX_LENGTH,
     }  # fmt: skip
     engine = await AsyncLLM.start(from_flat(options))
     hits = queries = 0
@@ -290,7 +297,7 @@ def main() -> None:
     args = parser.parse_args()
     record: dict[str, object] = {}
     for name, make in WORKLOADS.items():
-        talks = make(random.Random(0), args.requests)
+        talks = [short(talk) for talk in make(random.Random(0), args.requests)]
         rate = None if args.real else args.rate * args.replicas / statistics.mean(map(len, talks))
         results = {}
         for policy in ("router",) if args.real else POLICIES:
