@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import select
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import NoReturn
 
 
-def exit_when_closed(descriptors: Iterable[int]) -> None:
+def exit_now(status: int) -> NoReturn:
+    """Without the interpreter's own end, which aborts if a thread that it does not wait for wakes up then."""
+    logging.shutdown()
+    os._exit(status)
+
+
+def exit_when_closed(
+    descriptors: Iterable[int], before: Callable[[], object] = lambda: None
+) -> None:
     """End this process at once when the other end of one of these is closed, whatever its main thread is
-    doing."""
+    doing. before: called first."""
     poller = select.poll()
     for descriptor in descriptors:
         poller.register(descriptor, select.POLLRDHUP | select.POLLHUP)
 
     def watch() -> None:
         poller.poll()
+        before()
         os._exit(0)
 
     threading.Thread(target=watch, name="death watch", daemon=True).start()
