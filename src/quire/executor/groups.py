@@ -103,8 +103,8 @@ def _pages(size: int) -> int:
 def arrange(
     config: EngineConfig, spec: WorkerSpec, memory: int, host: str | None = None
 ) -> Meeting:
-    """For the first rank of the last stage, before any other rank joins. spec: of the whole. memory, host: of
-    `Ranks`. Raises `ConfigError`."""
+    """For the first rank of the last stage, before any other rank joins. spec: of the whole. memory, host:
+    see `Ranks`. Raises `ConfigError`."""
     parallel = config.parallel
     together = memory >= 0 and spec.device == "cpu" and parallel.nnodes == 1
     if parallel.tensor_parallel_size == 1 or together:
