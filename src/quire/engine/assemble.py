@@ -11,7 +11,7 @@ from pathlib import Path
 from quire.config import EngineConfig
 from quire.dtypes import element_bytes
 from quire.engine.core import EngineCore
-from quire.engine.gpu import gpu_memory
+from quire.engine.gpu import gpu_count, gpu_memory
 from quire.engine.memory import MemoryPlan, format_bytes, plan_ranks
 from quire.engine.setup import ResolvedModel, locate, read_tokens, resolve
 from quire.errors import ConfigError, ModelError
@@ -154,6 +154,7 @@ def executor_of(ranks: Ranks | None = None, *, pin: bool = False) -> CreateExecu
 
 def _longest_by_estimate(config: EngineConfig, resolved: ResolvedModel) -> int:
     """The length to load for. A model that cannot fit is refused here, before its weights are read."""
+    _check_gpus(config, resolved)
     footprint = estimate_ranks(config, resolved, device_memory(resolved.device))
     longest = plan(config, resolved, footprint, resolved.max_model_len).max_model_len
     scheduler = config.scheduler
@@ -164,6 +165,15 @@ def _longest_by_estimate(config: EngineConfig, resolved: ResolvedModel) -> int:
             "Raise the first, lower the second, or leave chunking on."
         )
     return longest
+
+
+def _check_gpus(config: EngineConfig, resolved: ResolvedModel) -> None:
+    here = config.parallel.world_size // config.parallel.nnodes
+    if resolved.device == "cuda" and here > max(1, gpu_count()):
+        raise ConfigError(
+            f"{here} ranks on this machine (tensor_parallel_size x pipeline_parallel_size) need a GPU each, "
+            f"and there are {gpu_count()}; make the sizes smaller, or use --device cpu."
+        )
 
 
 def device_memory(device: str) -> DeviceMemory:

@@ -7,6 +7,7 @@ message to each rank, and what the sampling rank knows (grammars, penalties, dra
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import time
@@ -20,7 +21,7 @@ import msgspec
 from quire.config import EngineConfig
 from quire.executor.base import AdapterStore
 from quire.executor.followers import Followers
-from quire.executor.groups import join, size_memory
+from quire.executor.groups import Meeting, arrange
 from quire.executor.processes import ProcessRanks
 from quire.executor.ranks import Ranks
 from quire.kernels.group import Group
@@ -42,7 +43,7 @@ from quire.runner.footprint import DeviceMemory, Footprint, WorkerSpec, spec_of_
 from quire.runner.runner import FinishedStep, RunningStep
 from quire.runner.worker import Worker
 from quire.sampling.sampler import GrammarSource
-from quire.util.cores import physical_cores, shares
+from quire.util.cores import physical_cores, pinned, shares
 
 
 class WorkersExecutor:
@@ -75,24 +76,25 @@ class WorkersExecutor:
         self._sleep_level = 0
         self._closed = False
         self.max_in_flight = 1
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(ranks.close)
+            share = self._shares[self._number]
             if pin:
-                os.sched_setaffinity(0, self._shares[self._number])
-            if tensor > 1:
-                size_memory(ranks.group_memory, config, spec)
-                self._group = join(config, self._number, ranks.group_memory)
-            self._worker = Worker(
-                self._config_of(self._number),
-                spec_of_rank(spec, parallel, self._number),
-                grammars=grammars,
-                group=self._group,
-            )
+                os.sched_setaffinity(0, share)
+            self._pinned_to = None if pin else share
+            """While it computes: the thread is the caller's."""
+            own = spec_of_rank(spec, parallel, self._number)
+            meeting = arrange(config, spec, ranks.group_memory)
             self._others = Followers(
                 ranks.ranks, timeout=parallel.worker_timeout, on_failure=self._abort
             )
-        except BaseException:
-            ranks.close()
-            raise
+            undo.callback(self._others.watch.close)
+            self._send_model(meeting)
+            self._group = self._others.beside(lambda: meeting.join(config, self._number))
+            self._worker = Worker(
+                self._config_of(self._number), own, grammars=grammars, group=self._group
+            )
+            undo.pop_all()
 
     @property
     def watched(self) -> int:
@@ -111,14 +113,8 @@ class WorkersExecutor:
         return self._stores
 
     def load(self) -> Footprint:
-        for rank in self._others.ranks:
-            message = LoadModel(
-                config=msgspec.json.encode(self._config_of(rank.number)),
-                max_model_len=self._spec.max_model_len,
-                cores=sorted(self._shares[rank.number]),
-            )
-            self._others.send(message, [rank])
-        found = {self._number: self._others.beside(self._worker.load)}
+        with pinned(self._pinned_to):
+            found = {self._number: self._others.beside(self._worker.load)}
         for number, each in self._others.answers(Loaded).items():
             memory = DeviceMemory(each.total_memory, each.available_memory)
             found[number] = Footprint(each.weight_bytes, each.step_bytes, memory)
@@ -133,7 +129,8 @@ class WorkersExecutor:
     def execute(self, plan: StepPlan) -> LaunchedStep | FinishedStep:
         sampled, self._sampled = self._sampled, []
         self._others.run(plan, sampled)
-        running = self._others.beside(lambda: self._worker.execute(plan))
+        with pinned(self._pinned_to):
+            running = self._others.beside(lambda: self._worker.execute(plan))
         return LaunchedStep(self, running) if isinstance(running, RunningStep) else running
 
     def prepare(self) -> bool:
@@ -177,6 +174,17 @@ class WorkersExecutor:
         self._worker.close()
         if self._group is not None:
             self._group.close()
+
+    def _send_model(self, meeting: Meeting) -> None:
+        for rank in self._others.ranks:
+            message = LoadModel(
+                config=msgspec.json.encode(self._config_of(rank.number)),
+                max_model_len=self._spec.max_model_len,
+                cores=sorted(self._shares[rank.number]),
+                group=meeting.kind,
+                address=meeting.address,
+            )
+            self._others.send(message, [rank])
 
     def _config_of(self, number: int) -> EngineConfig:
         """A rank's, with the threads of its share of the cores."""
