@@ -12,7 +12,7 @@ from quire.distributed.shared_memory import HALF_BYTES
 from quire.errors import ConfigError
 from quire.kernels.cpu.group import HEADER
 from quire.kernels.group import Group
-from quire.runner.footprint import WorkerSpec, step_bytes
+from quire.runner.footprint import WorkerSpec, group_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ def arrange(config: EngineConfig, spec: WorkerSpec, memory: int) -> Meeting:
     parallel = config.parallel
     if parallel.tensor_parallel_size == 1 or (spec.device == "cpu" and parallel.nnodes == 1):
         # An upper limit: pages are taken as they are written.
-        data = 2 * step_bytes(config, spec.model, 4) + (64 << 20)
+        data = group_bytes(config, spec.model, 4)
         os.ftruncate(memory, HEADER + 2 * HALF_BYTES + data)
         return Meeting("shared_memory", descriptor=memory)
     if parallel.pipeline_parallel_size > 1:
