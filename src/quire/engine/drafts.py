@@ -96,8 +96,9 @@ def resolve_draft(
     ranks = config.parallel.tensor_parallel_size
     if speculation.method in HEAD_METHODS and ranks > 1:
         raise ConfigError(
-            f"speculative_config: method {speculation.method} reads the model's whole embedding and head, but "
-            f"with tensor_parallel_size {ranks} each rank has a part of them; use draft_model, ngram or suffix."
+            f"speculative_config: method {speculation.method} reads the model's whole embedding and head, "
+            f"but with tensor_parallel_size {ranks} each rank has a part of them; use draft_model, ngram "
+            "or suffix."
         )
     if speculation.method in HEAD_METHODS:
         return _resolve_head(speculation, target)
