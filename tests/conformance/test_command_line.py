@@ -58,8 +58,8 @@ WARNS = """
 --enable-request-id-headers --enable-server-load-tracking --otlp-traces-endpoint http://h
 --collect-detailed-traces model worker --kv-cache-metrics --enable-sleep-mode --swap-space 4
 --num-scheduler-steps 8 --use-v2-block-manager --max-seq-len-to-capture 8192 --disable-log-requests
---guided-decoding-backend outlines --disable-custom-all-reduce --enable-expert-parallel -ep
---fully-sharded-loras --specialize-active-lora
+--guided-decoding-backend outlines --disable-custom-all-reduce
+--enable-expert-parallel -ep --fully-sharded-loras --specialize-active-lora
 """
 
 REFUSED = """

@@ -126,6 +126,21 @@ def test_the_ranks_add_up_to_the_whole(name: str, ranks: int, quantization: str 
     assert kv == copies * whole.spec.kv_bytes_per_token(2)
 
 
+@pytest.mark.parametrize("stages", [2, 3])
+@pytest.mark.parametrize("name", ["llama-3.1-8b", "qwen2.5-0.5b"])
+def test_the_stages_add_up_to_the_whole(name: str, stages: int) -> None:
+    config, resolved = configured(name, pipeline_parallel_size=stages)
+    parts, spec = parts_of(config, resolved), resolved.spec
+    total = sum(part.model.weight_bytes(2) for part in parts)
+    copies = spec.vocab_size * spec.hidden_size * 2 if spec.tie_word_embeddings else 0
+    assert total == spec.weight_bytes(2) + copies, (
+        "a tied matrix is on the first and the last stage"
+    )
+    kv = sum(part.model.kv_bytes_per_token(2) for part in parts)
+    assert kv == spec.kv_bytes_per_token(2)
+    assert sum(len(part.model.own_layers) for part in parts) == spec.num_layers
+
+
 def test_the_ledger_is_the_plan_of_a_start(capsys: pytest.CaptureFixture[str]) -> None:
     words = ("--hf-config", "meta-llama/Llama-3.1-70B", "-tp", "4", "--device-memory", "80G")
     out = asked(capsys, *words, "--max-model-len", "32k")

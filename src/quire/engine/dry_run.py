@@ -133,6 +133,7 @@ def _column(resolved: ResolvedModel, part: WorkerSpec, footprint: Footprint) -> 
     kv = spec.kv_bytes_per_token(element_bytes(part.kv_cache_dtype))
     kv += 0 if part.draft is None else part.draft.slot_bytes
     return {
+        "layers": f"{len(spec.own_layers)}",
         "query heads, KV heads": f"{heads.num_heads}, {heads.num_kv_heads}",
         "weights": format_bytes(footprint.weight_bytes),
         **{f"  {kind}": format_bytes(count) for kind, count in kinds.items() if count},
