@@ -32,6 +32,8 @@ if TYPE_CHECKING:  # `quire serve` starts the core before it imports the schedul
 START_POLL_SECONDS = 0.1
 RECONNECT_MILLISECONDS = 5
 EXIT_GRACE_SECONDS = 5.0
+LAST_MESSAGE_MS = 200
+"""Until what an ended process had sent has passed through this process's I/O thread."""
 PING_SECONDS = 2.0
 """How often `check` is to be called."""
 
@@ -97,7 +99,7 @@ class CoreProcess:
         self._decode = msgspec.msgpack.Decoder(CoreOutput).decode
         self._configured = False
         self._asked_to_end = self._closed = False
-        self._given_up = False
+        self._given_up = self._is_over = False
         self.heartbeat = time.monotonic()
         """When the latest message came."""
         self.silent_checks = 0
@@ -152,7 +154,7 @@ class CoreProcess:
             message = self.try_receive()
             if message is not None:
                 return message
-            if (reason := self.exited()) is not None and not self.socket.poll(0):
+            if (reason := self.exited()) is not None:
                 raise EngineDeadError(reason)
             if deadline is not None and time.monotonic() >= deadline:
                 return None
@@ -169,9 +171,12 @@ class CoreProcess:
         return message
 
     def exited(self) -> str | None:
-        """The reason, if the process has ended."""
+        """The reason, if the process has ended and all that it had sent is read."""
         if self.process.poll() is None:
             return None
+        if not self._closed and self.socket.poll(0 if self._is_over else LAST_MESSAGE_MS):
+            return None
+        self._is_over = True
         return f"The engine core exited with status {self.process.returncode}."
 
     def check(self) -> str | None:
