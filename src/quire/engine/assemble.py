@@ -156,6 +156,7 @@ def executor_of(ranks: Ranks | None = None, *, pin: bool = False) -> CreateExecu
 def _longest_by_estimate(config: EngineConfig, resolved: ResolvedModel) -> int:
     """The length to load for. A model that cannot fit is refused here, before its weights are read."""
     _check_ranks(config, resolved)
+    _check_stages(config, resolved)
     footprint = estimate_ranks(config, resolved, device_memory(resolved.device))
     longest = plan(config, resolved, footprint, resolved.max_model_len).max_model_len
     scheduler = config.scheduler
@@ -181,6 +182,20 @@ def _check_ranks(config: EngineConfig, resolved: ResolvedModel) -> None:
             f"{here} ranks on this machine (tensor_parallel_size x pipeline_parallel_size) need a GPU each, "
             f"and there are {gpu_count()}; make the sizes smaller, or use --device cpu."
         )
+
+
+def _check_stages(config: EngineConfig, resolved: ResolvedModel) -> None:
+    if config.parallel.pipeline_parallel_size == 1:
+        return
+    for is_so, what in (
+        (resolved.device == "cuda", "device cuda"),
+        (config.parallel.nnodes > 1, "nnodes above 1"),
+        (config.lora.enable_lora, "enable_lora"),
+    ):
+        if is_so:
+            raise ConfigError(
+                f"pipeline_parallel_size above 1 does not work with {what} yet; use tensor_parallel_size."
+            )
 
 
 def device_memory(device: str) -> DeviceMemory:

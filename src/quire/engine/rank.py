@@ -18,8 +18,8 @@ from quire.util.logging import setup_logging
 
 
 def run_rank(link: Link, number: int, memory: int = -1) -> int:
-    """Until the link ends. memory: the descriptor of what the stage's ranks share, if they are on one
-    machine. Returns the exit status."""
+    """Until the link ends. memory: the descriptor of what the machine's ranks share, if they share any.
+    Returns the exit status."""
 
     def make_worker(config: EngineConfig, message: LoadModel) -> Worker:
         setup_logging(log_format=config.runtime.log_format)
@@ -29,7 +29,8 @@ def run_rank(link: Link, number: int, memory: int = -1) -> int:
         worker = Worker(
             config,
             spec_of_rank(whole, config.parallel, number),
-            group=meeting.join(config, number),
+            group=meeting.join(config, whole, number),
+            channels=meeting.connect(config, whole, number),
         )
         gc.freeze()
         gc.enable()
