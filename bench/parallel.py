@@ -1,4 +1,4 @@
-"""Two ranks of one thread each against one device with two threads, on one machine.
+"""Two ranks, or two stages, of one thread each against one device with two threads, on one machine.
 
     python -m bench.parallel --model DIR [--rows 1 16 64] [--repeats 5] [--lock FILE] [--json FILE]
 
@@ -42,6 +42,7 @@ OPTIONS: dict[str, Any] = {
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tp1": {"cpu_threads": 2},
     "tp2": {"tensor_parallel_size": 2, "cpu_threads": 1},
+    "pp2": {"pipeline_parallel_size": 2, "cpu_threads": 1},
 }
 
 
@@ -174,12 +175,16 @@ def main() -> None:
         name: {case: statistics.median(run[case] for run in each) for case in each[0]}
         for name, each in runs.items()
     }
-    ratios = {case: medians["tp2"][case] / medians["tp1"][case] for case in medians["tp1"]}
+    ratios = {
+        f"{name}_over_tp1": {case: each[case] / medians["tp1"][case] for case in each}
+        for name, each in medians.items()
+        if name != "tp1"
+    }
     with held(args.lock):
         parts = profile(args.model, args.rows)
     result = {
         "tokens_per_second": medians,
-        "tp2_over_tp1": ratios,
+        **ratios,
         "start_seconds": {name: statistics.median(each) for name, each in starts.items()},
         "idle_processor_share": idle,
         "parts": parts,

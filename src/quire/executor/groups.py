@@ -14,7 +14,7 @@ from quire.distributed.shared_memory import HALF_BYTES
 from quire.dtypes import element_bytes
 from quire.kernels.cpu.group import HEADER
 from quire.kernels.group import Channels, Group
-from quire.runner.footprint import WorkerSpec, step_bytes
+from quire.runner.footprint import WorkerSpec, group_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ class Areas:
     def __init__(self, config: EngineConfig, spec: WorkerSpec) -> None:
         parallel = config.parallel
         self._stages = parallel.pipeline_parallel_size
-        data = 2 * step_bytes(config, spec.model, 4) + (64 << 20)
+        data = group_bytes(config, spec.model, 4)
         alone = parallel.tensor_parallel_size == 1
         self._group = 0 if alone else _pages(HEADER + 2 * HALF_BYTES + data)
         step = config.scheduler.max_num_batched_tokens * spec.model.hidden_size

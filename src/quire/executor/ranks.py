@@ -41,7 +41,7 @@ class Ranks(Protocol):
 
     @property
     def group_memory(self) -> int:
-        """The descriptor of the memory that all ranks share; -1 if they are on several machines."""
+        """The descriptor of the memory that all ranks share; -1 if they do not."""
         ...
 
     @property
