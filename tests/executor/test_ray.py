@@ -121,8 +121,6 @@ def test_ray_that_is_absent_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None
         RayRanks(from_flat(PARALLEL), "cpu")
     with pytest.raises(ConfigError, match="places ranks on CPUs only; use mp"):
         RayRanks(from_flat(PARALLEL), "cuda")
-    with pytest.raises(ConfigError, match="ray has no pipeline_parallel_size yet"):
-        RayRanks(from_flat(PARALLEL | {"pipeline_parallel_size": 2}), "cpu")
 
 
 def test_memory_of_another_process_is_known_by_its_inode() -> None:

@@ -40,7 +40,7 @@ MODEL = "slow"
 OPTIONS = {"load_format": "dummy", "seed": 3, "served_model_name": MODEL, "max_model_len": 16384}
 LONG: dict[str, Any] = {"model": MODEL, "prompt": "The sun", "max_tokens": 8000, "ignore_eos": True}
 """Half a minute of work."""
-DEADLINE_SECONDS = 60
+DEADLINE_SECONDS = 120
 
 CONFIG = """
 http_options: {{host: 127.0.0.1, port: {port}}}
@@ -78,7 +78,7 @@ class Served:
 
     def metric(self, name: str, prefix: str = "") -> dict[str, float]:
         """A metric's value for each replica."""
-        text = httpx.get(f"{self.url}{prefix}/metrics", timeout=30).text
+        text = httpx.get(f"{self.url}{prefix}/metrics", timeout=60).text
         pattern = rf'^{name}{{replica="([^"]*)"[^}}]*}} (\S+)$'
         return {replica: float(value) for replica, value in re.findall(pattern, text, re.MULTILINE)}
 

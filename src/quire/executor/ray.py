@@ -132,7 +132,7 @@ class RayRanks:
         self.host: str | None = None
         self._config = config
         self._group: Any = None
-        self._started = _connect(config, device)
+        self._started = _connect(device)
         try:
             self._start(self._place(config.parallel.world_size - 1))
         except BaseException:
@@ -200,12 +200,21 @@ class RayRanks:
 
         here, self.host = ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address()
         seconds = self._config.parallel.worker_timeout
-        placed = dict(enumerate(sorted(actors, key=lambda each: (each.node != here, each.node)), 1))
+        parallel = self._config.parallel
+        sampling = parallel.world_size - parallel.tensor_parallel_size
+        numbers = [number for number in range(parallel.world_size) if number != sampling]
+        ordered = sorted(actors, key=lambda each: (each.node != here, each.node))
+        placed = dict(zip(numbers, ordered, strict=True))
         shared = None
         if all(each.node == here for each in actors):
-            self.group_memory = os.memfd_create("quire-stage-0")
+            self.group_memory = os.memfd_create("quire-ranks")
             shared = SharedMemory(
                 os.getpid(), self.group_memory, os.fstat(self.group_memory).st_ino
+            )
+        elif parallel.pipeline_parallel_size > 1:
+            raise ConfigError(
+                "The ranks of a pipeline must be on one node so far, and this one has no room for all; lower "
+                "pipeline_parallel_size, or use tensor_parallel_size alone."
             )
         key = secrets.token_bytes(32)
         with hello.listen(self.host, 0, key) as listener:
@@ -234,13 +243,8 @@ def with_threads(config: EngineConfig) -> EngineConfig:
     return replace(config, runtime=replace(config.runtime, cpu_threads=threads))
 
 
-def _connect(config: EngineConfig, device: str) -> bool:
+def _connect(device: str) -> bool:
     """Returns whether this has connected to a cluster, which it then leaves. Raises `ConfigError`."""
-    if config.parallel.pipeline_parallel_size > 1:
-        raise ConfigError(
-            "distributed_executor_backend ray has no pipeline_parallel_size yet; use "
-            "tensor_parallel_size, or mp."
-        )
     if device != "cpu":
         raise ConfigError(
             "distributed_executor_backend ray places ranks on CPUs only; use mp for the GPUs of one machine."
