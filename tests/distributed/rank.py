@@ -90,7 +90,7 @@ def main(descriptor: str) -> None:
             os.dup2(descriptors[0], 1)
             os.close(descriptors[0])
             kind, rank, size, address = message.decode().split()
-            run(kind, rank, size, address, descriptors[-1])
+            run(kind, rank, size, address, descriptors[1] if len(descriptors) > 1 else -1)
             os._exit(0)
         for one in descriptors:
             os.close(one)

@@ -38,6 +38,14 @@ class ParallelConfig:
     )
     master_addr: str = option("127.0.0.1", "Address of the first machine.")
     master_port: int = option(29501, "Port there that the others connect to.")
+    node_key_file: str | None = option(
+        None,
+        "File with the key that all machines share (16 bytes or more). Default: QUIRE_NODE_KEY. Only "
+        "machines at a loopback address need none.",
+    )
+    headless: bool = option(
+        False, "No HTTP server on this machine. It is so wherever --node-rank is above 0."
+    )
     worker_timeout: float = option(
         60.0,
         "Seconds that a rank may be late within a step. Then the engine ends, and names it.",
@@ -57,6 +65,16 @@ class ParallelConfig:
             raise ConfigError(
                 f"{self.world_size} ranks (tensor_parallel_size x pipeline_parallel_size) cannot be divided "
                 f"evenly among {self.nnodes} nodes; change nnodes or the sizes."
+            )
+        for other in ("pipeline", "data"):
+            if self.nnodes > 1 and getattr(self, f"{other}_parallel_size") > 1:
+                raise ConfigError(
+                    f"{other}_parallel_size must be 1 with nnodes {self.nnodes}; only tensor_parallel_size "
+                    "may span machines."
+                )
+        if self.headless and not self.node_rank:
+            raise ConfigError(
+                "headless is for node_rank 1 and above: the first node answers requests."
             )
         if self.distributed_executor_backend == "uni" and self.world_size > 1:
             raise ConfigError(

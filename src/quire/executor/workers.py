@@ -76,11 +76,11 @@ class WorkersExecutor:
         self._closed = False
         self.max_in_flight = 1
         try:
-            if pin:
+            if pin and not ranks.elsewhere:
                 os.sched_setaffinity(0, self._shares[self._number])
             if tensor > 1:
-                size_memory(ranks.group_memory, config, spec)
-                self._group = join(config, self._number, ranks.group_memory)
+                size_memory(ranks.meeting, config, spec)
+                self._group = join(config, self._number, ranks.meeting)
             self._worker = Worker(
                 self._config_of(self._number),
                 spec_of_rank(spec, parallel, self._number),
@@ -115,7 +115,7 @@ class WorkersExecutor:
             message = LoadModel(
                 config=msgspec.json.encode(self._config_of(rank.number)),
                 max_model_len=self._spec.max_model_len,
-                cores=sorted(self._shares[rank.number]),
+                cores=[] if self._ranks.elsewhere else sorted(self._shares[rank.number]),
             )
             self._others.send(message, [rank])
         found = {self._number: self._others.beside(self._worker.load)}
@@ -181,7 +181,7 @@ class WorkersExecutor:
     def _config_of(self, number: int) -> EngineConfig:
         """A rank's, with the threads of its share of the cores."""
         runtime = self._config.runtime
-        if runtime.cpu_threads is not None:
+        if runtime.cpu_threads is not None or self._ranks.elsewhere:
             return self._config
         runtime = dataclasses.replace(runtime, cpu_threads=self._threads[number])
         return dataclasses.replace(self._config, runtime=runtime)
@@ -282,4 +282,8 @@ def start(
     pin: bool = False,
 ) -> WorkersExecutor:
     """ranks: those that were started before this process had its configuration."""
+    if ranks is None and config.parallel.nnodes > 1:
+        from quire.executor.nodes import NodeRanks
+
+        ranks = NodeRanks(config, spec, pin=pin)
     return WorkersExecutor(config, spec, grammars, ranks or ProcessRanks(config.parallel), pin=pin)
