@@ -43,7 +43,10 @@ def timed(call: Callable[[], object], rounds: int) -> dict[str, float]:
         call()
         times.append((time.perf_counter_ns() - began) / 1000)
     times.sort()
-    return {"median_us": round(statistics.median(times), 2), "p99_us": round(times[rounds * 99 // 100], 2)}
+    return {
+        "median_us": round(statistics.median(times), 2),
+        "p99_us": round(times[rounds * 99 // 100], 2),
+    }
 
 
 def measure(group: Group) -> dict[str, dict[str, float]]:
@@ -103,7 +106,9 @@ def main() -> None:
         record[kind] = found = run(kind)
         os.sched_setaffinity(0, before)
         for name, times in found.items():
-            print(f"{kind:14} {name:8} median {times['median_us']:8.2f} us, p99 {times['p99_us']:8.2f} us")
+            print(
+                f"{kind:14} {name:8} median {times['median_us']:8.2f} us, p99 {times['p99_us']:8.2f} us"
+            )
     if args.json:
         args.json.write_text(json.dumps(record, indent=1) + "\n")
 

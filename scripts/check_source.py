@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent / "src" / "quire"
-ABOVE_THE_ENGINE = {"server", "cli", "bench", "plan"}
-SIZE_LIMITS = {"engine": 52_500, "package": 69_500}
+ABOVE_THE_ENGINE = {"server", "cli", "bench", "plan", "integrations"}
+SIZE_LIMITS = {"engine": 54_500, "package": 71_500}
 """Lines of Python and C, blank lines and comments included; docs/adr/0021 gives the reasons. The engine is
 the package without the folders above it."""
 

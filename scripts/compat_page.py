@@ -53,7 +53,7 @@ there. Absent, because there is nothing that they could count: `external_prefix_
 `external_prefix_cache_hits`, `mm_cache_queries`, `mm_cache_hits`, `corrupted_requests`,
 `estimated_flops_per_gpu`, `estimated_read_bytes_per_gpu`,
 `estimated_write_bytes_per_gpu`, `kv_block_lifetime_seconds`, `kv_block_idle_before_evict_seconds`,
-`kv_block_reuse_gap_seconds`. `/metrics` is always in the text format: OpenMetrics would rewrite the colon. There are
+`kv_block_reuse_gap_seconds`. With `-dp` each replica has its `engine`. `/metrics` is always in the text format: OpenMetrics would rewrite the colon. There are
 no traces.
 
 ## HTTP

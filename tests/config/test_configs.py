@@ -19,6 +19,7 @@ from quire.config import (
     server_from_flat,
     split_flat,
 )
+from quire.config.foreign import without_foreign
 from quire.errors import ConfigError
 
 NAN = float("nan")
@@ -156,3 +157,14 @@ def test_a_missing_yaml_file_and_a_directory(tmp_path: Path) -> None:
         load_yaml(tmp_path / "none.yaml")
     with pytest.raises(ConfigError, match="cannot be read"):
         load_yaml(tmp_path)
+
+
+def test_copies_are_on_one_machine() -> None:
+    with pytest.raises(ConfigError, match="one machine"):
+        from_flat({"data_parallel_size": 2, "tensor_parallel_size": 2, "nnodes": 2})
+
+
+@pytest.mark.parametrize("option", ["data_parallel_rank", "data_parallel_external_lb"])
+def test_vllms_outside_balancing_is_refused_by_name(option: str) -> None:
+    with pytest.raises(ConfigError, match="balancer"):
+        without_foreign({option: True})

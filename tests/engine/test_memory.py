@@ -90,8 +90,20 @@ def test_an_override_that_is_too_small_is_named() -> None:
 
 def test_weights_alone_may_be_too_much() -> None:
     tiny = DeviceMemory(total=GIB // 4, available=GIB // 8)
-    with pytest.raises(MemoryFitError, match="weights"):
-        plan(machine=tiny)
+    for length in (4096, None):
+        with pytest.raises(
+            MemoryFitError, match=r"of weights and .* do not fit in 256.0 MiB .*--tensor"
+        ):
+            plan(length, machine=tiny)
+
+
+def test_no_room_for_a_block_is_no_room_for_a_token() -> None:
+    """Even if the length may shrink. Memory that others have taken may come back: the options are named."""
+    taken = DeviceMemory(total=16 * GIB, available=GIB // 8)
+    with pytest.raises(MemoryFitError, match=r"only 0 tokens fit .*--gpu-memory-utilization"):
+        plan(machine=taken)
+    with pytest.raises(MemoryFitError, match="only 0 tokens fit"):
+        plan(None, machine=taken)
 
 
 def test_auto_length_is_what_fits() -> None:

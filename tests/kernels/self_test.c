@@ -344,8 +344,8 @@ static void test_norm(int dt, int wt, int64_t rows, int64_t n) {
 static void test_gated(int dt, int64_t rows, int64_t n) {
   void *x = make(rows * 2 * n, dt, 3);
   char *silu = malloc((size_t)(rows * n * 4)), *gelu = malloc((size_t)(rows * n * 4));
-  quire_gated(x, silu, rows, n, SILU, dt, 3);
-  quire_gated(x, gelu, rows, n, GELU_TANH, dt, 3);
+  quire_gated(x, silu, n, rows, n, SILU, dt, 3);
+  quire_gated(x, gelu, n, rows, n, GELU_TANH, dt, 3);
   for (int64_t i = 0; i < rows; i++)
     for (int64_t j = 0; j < n; j++) {
       const double gate = get(x, i * 2 * n + j, dt), up = get(x, i * 2 * n + n + j, dt);

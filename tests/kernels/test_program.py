@@ -64,6 +64,93 @@ def record(num_layers: int, *, sandwich: bool = False, scale: float = 1.0) -> Pr
     return ops.finish(ops.norm(x, NORM), HEAD)
 
 
+def record_part(rank: int, num_layers: int, *, sandwich: bool = False) -> Program:
+    """The part of one of two ranks: a head, half of the columns, 32 or 18 tokens."""
+    ops = ProgramOps(torch.float32, rank)
+    tokens = (32, 18)[rank]
+    x = ops.embed(torch.empty(tokens, HIDDEN), (0, 32))
+    qkv_half, out = Product(HIDDEN, 3 * DIM), Product(HEADS * DIM, HIDDEN // 2)
+    gate_up, down = Product(HIDDEN, INNER), Product(INNER, HIDDEN // 2)
+    for index in range(num_layers):
+        layer = replace(attention(index), num_heads=1, num_kv_heads=1)
+        qkv = ops.linear(ops.norm(x, NORM), qkv_half, "qkv")
+        if sandwich:  # and a norm of all queries together
+            queries = ops.gather(ops.columns(qkv, 0, DIM), rank * DIM, HEADS * DIM)
+            ops.put_columns(ops.norm(queries, NORM), rank * DIM, DIM, qkv, 0)
+        ops.rope_write_kv(qkv, layer)
+        mixed = ops.attend(qkv, layer)
+        if index == num_layers - 1:
+            x, mixed = ops.keep_wanted(x, mixed)
+        y = ops.linear(ops.gather(mixed, rank * DIM, HEADS * DIM), out, "o")
+        y = ops.gather(y, rank * HIDDEN // 2, HIDDEN)
+        x = ops.add(x, ops.norm(y, NORM) if sandwich else y)
+        inner = ops.gated(ops.linear(ops.norm(x, NORM), gate_up, "gate_up"), "silu")
+        y = ops.linear(ops.gather(inner, rank * INNER // 2, INNER), down, "down")
+        y = ops.gather(y, rank * HIDDEN // 2, HIDDEN)
+        x = ops.add(x, ops.norm(y, NORM) if sandwich else y)
+    head = Head(Product(HIDDEN, tokens), first=32 * rank, width=VOCAB)
+    return ops.finish(ops.norm(x, NORM), head)
+
+
+def test_an_operation_writes_its_columns_of_what_all_ranks_read() -> None:
+    program = record_part(1, 1)
+    written = [
+        (op.code, op.first, op.width)
+        for op in program.ops
+        if op.target is not None and op.target.shared
+    ]
+    assert written == [
+        (Code.EMBED, HIDDEN, HIDDEN), (Code.GATHER, HIDDEN, HIDDEN),
+        (Code.ATTEND, DIM, DIM), (Code.KEEP, DIM, DIM), (Code.GATHER, DIM, DIM),
+        (Code.LINEAR, 32, 32), (Code.GATHER, 32, 32),
+        (Code.GATED, INNER // 2, INNER // 2), (Code.GATHER, INNER // 2, INNER // 2),
+        (Code.LINEAR, 32, 32), (Code.GATHER, 32, 32),
+    ]  # fmt: skip
+    assert [(op.code, op.first, op.width) for op in program.ops[-2:]] == [
+        (Code.LOGITS, 32, 18),
+        (Code.GATHER, 32, 18),
+    ]
+
+
+@given(num_layers=st.integers(1, 4), sandwich=st.booleans())
+def test_shared_memory_is_written_again_after_a_barrier(num_layers: int, sandwich: bool) -> None:
+    """By another rank, which may be an operation behind or ahead between two barriers. All ranks have the
+    same places."""
+    programs = [record_part(rank, num_layers, sandwich=sandwich) for rank in (0, 1)]
+    program = programs[0]
+    shared = [
+        [(number, each.offsets[number]) for number in sorted(each.shared)] for each in programs
+    ]
+    assert shared[0] == shared[1]
+    assert programs[0].shared_bytes_per_token == programs[1].shared_bytes_per_token
+    used: dict[
+        int, tuple[int, int]
+    ] = {}  # of each byte: the last buffer, and the barriers before it
+    barriers = 0
+    for op in program.ops:
+        for buffer in (op.source, op.target):
+            if buffer is None or not buffer.shared:
+                continue
+            start = program.offsets[buffer.number]
+            assert start % 64 == 0
+            assert start + 4 * buffer.width <= program.shared_bytes_per_token
+            for place in range(start, start + 4 * buffer.width, 4):
+                number, before = used.get(place, (buffer.number, -1))
+                assert number == buffer.number or before < barriers
+                used[place] = (buffer.number, barriers)
+        barriers += op.code is Code.GATHER
+    assert_nothing_is_overwritten(program)
+
+
+def test_what_is_gathered_is_not_changed() -> None:
+    ops = ProgramOps(torch.float32, 0)
+    x = ops.embed(torch.empty(32, HIDDEN), (0, 32))
+    whole = ops.gather(ops.linear(x, Product(HIDDEN, 32), "o"), 0, HIDDEN)  # type: ignore[arg-type]
+    [x] = ops.keep_wanted(ops.scale(whole, 2.0))
+    with pytest.raises(KernelArgumentError, match="not changed"):
+        ops.finish(x, HEAD)
+
+
 def test_a_product_that_is_added_at_once_is_one_operation() -> None:
     codes = [op.code for op in record(2).ops]
     layer = [Code.NORM, Code.LINEAR, Code.ROPE_WRITE, Code.ATTEND]
@@ -110,7 +197,7 @@ def assert_nothing_is_overwritten(program: Program) -> None:
         buffer.number: buffer.width * program.dtype.itemsize
         for op in program.ops
         for buffer in (op.source, op.target)
-        if buffer is not None
+        if buffer is not None and not buffer.shared
     }
     owner: dict[int, int] = {}
 
@@ -125,7 +212,7 @@ def assert_nothing_is_overwritten(program: Program) -> None:
 
     written: set[int] = set()
     for op in program.ops:
-        source, target = op.source, op.target
+        source, target = (b if b and not b.shared else None for b in (op.source, op.target))
         if source is not None:
             read(op, source.number)
         if target is not None:

@@ -32,31 +32,44 @@ def test_the_kernels_are_what_plain_loops_say(tmp_path: Path) -> None:
     assert done.returncode == 0 and done.stdout.endswith("ok\n"), done.stdout
 
 
-@pytest.mark.parametrize(
-    ("file", "right", "wrong"),
-    [
-        ("linear_panel.h", "[r * x_stride + k + half]", "[r * x_stride + k]"),
-        ("lora.c", "u->site->scales[rank + c] *", ""),
-        ("lora.c", "vset(t[r * stride + k])", "vset(t[k])"),
-        ("lora.c", "(all->rows[i + r] - begin)", "r"),
-        ("sampling.c", "c.ties-- <= 0", "c.ties-- < 0"),
-        ("vec.h", "u + 0x7fffu + ((u >> 16) & 1u)", "u + 0x8000u"),
-        ("vec.h", "- (120u << 3)", "- (121u << 3)"),
-        ("codes.c", "super_minimum = -vload_scales", "super_minimum = vload_scales"),
-        ("codes.c", "vset_int((int32_t)-((uint32_t)p", "vset_int((int32_t)((uint32_t)p"),
-        ("kv_cache.c", "offset / 2 * 2 * n + offset % 2", "offset / 2 * 2 * n"),
-        ("kv_cache.c", "low | high", "low"),
-        ("elementwise.c", "/ (float)n + eps", "/ (float)n"),
-        ("elementwise.c", "* scale, wt)", "* scale, dt)"),
+FAULTS = {
+    # Each group is compiled once: nothing but the fault itself fails the check with its name.
+    "one": [
+        ("linear_panel.h", "[r * x_stride + k + half]", "[r * x_stride + k]", "linear bfloat16"),
+        ("lora.c", "u->site->scales[rank + c] *", "", "adapters float32"),
+        ("sampling.c", "c.ties-- <= 0", "c.ties-- < 0", "sample float32"),
+        ("vec.h", "- (120u << 3)", "- (121u << 3)", "to float8 float32"),
+        ("codes.c", "super_minimum = -vload", "super_minimum = vload", "codes float32"),
+        ("kv_cache.c", "low | high", "low", "attention bfloat16"),
+        ("elementwise.c", "/ (float)n + eps", "/ (float)n", "norm float32"),
     ],
-)
-def test_it_notices_a_fault(tmp_path: Path, file: str, right: str, wrong: str) -> None:
+    "two": [
+        ("lora.c", "(all->rows[i + r] - begin)", "r", "no adapter float32"),
+        ("vec.h", "u + 0x7fffu + ((u >> 16) & 1u)", "u + 0x8000u",
+         "round to nearest even bfloat16"),
+        ("codes.c", "vset_int((int32_t)-((uint32_t)p", "vset_int((int32_t)((uint32_t)p",
+         "codes float32"),
+        ("kv_cache.c", "offset / 2 * 2 * n + offset % 2", "offset / 2 * 2 * n",
+         "attention bfloat16"),
+        ("elementwise.c", "* scale, wt)", "* scale, dt)", "norm float16"),
+    ],
+    "three": [
+        ("lora.c", "vset(t[r * stride + k])", "vset(t[k])", "adapters, row alone float32"),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("group", FAULTS)
+def test_it_notices_faults(tmp_path: Path, group: str) -> None:
     shutil.copytree(SOURCES, tmp_path / "cpu")
-    source = tmp_path / "cpu" / file
-    text = source.read_text()
-    assert text.count(right) >= 1
-    source.write_text(text.replace(right, wrong))
+    for file, right, wrong, _ in FAULTS[group]:
+        source = tmp_path / "cpu" / file
+        text = source.read_text()
+        assert text.count(right) >= 1, right
+        source.write_text(text.replace(right, wrong))
     test = shutil.copy(Path(__file__).parent / "self_test.c", tmp_path / "self_test.c")
     program = compiled(tmp_path, Path(test), include=tmp_path / "cpu", is_quick=True)
     done = subprocess.run([program], capture_output=True, text=True, timeout=120)
-    assert done.returncode != 0 and "FAILED" in done.stdout, done.stdout
+    assert done.returncode != 0
+    for _, _, wrong, check in FAULTS[group]:
+        assert f"FAILED {check} [" in done.stdout, wrong

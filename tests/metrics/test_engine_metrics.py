@@ -9,7 +9,14 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from quire.messages import FinishReason, RequestUpdate, SchedulerStats, StepOutputs
-from quire.metrics import EngineMetrics, FinishedRequest, HttpMetrics, new_registry, render
+from quire.metrics import (
+    EngineMetrics,
+    FinishedRequest,
+    HttpMetrics,
+    create_metrics,
+    new_registry,
+    render,
+)
 from quire.metrics import buckets as bucket_tables
 
 BOLD_NAMES = """
@@ -260,6 +267,24 @@ def test_adapters_are_one_sample_whose_labels_change():
     assert shown() == [name % ("a,b", "c")] and read(registry)[shown()[0]] > 1.7e9
     metrics.on_step(step(tokens=1))
     assert shown() == [name % ("", "")]
+
+
+def test_each_core_shows_its_own_adapters():
+    registry = new_registry()
+    metrics = create_metrics(
+        registry, [None, None], model_name="tiny", max_model_len=8, max_adapters=2
+    )
+    for replica, names in ((0, ["a"]), (1, ["b"]), (0, ["c"])):
+        stats = SchedulerStats(running_adapters=names)
+        metrics.on_step(StepOutputs(stats=stats, replica=replica))
+    body, _ = render(registry)
+    shown = [
+        (sample.labels["engine"], sample.labels["running_lora_adapters"])
+        for family in text_string_to_metric_families(body.decode())
+        for sample in family.samples
+        if family.name == "vllm:lora_requests_info"
+    ]
+    assert sorted(shown) == [("0", "c"), ("1", "b")]
 
 
 def test_http_metrics_bound_their_labels():

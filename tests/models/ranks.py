@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,8 +11,13 @@ from typing import TypeVar
 
 import torch
 
+from quire.distributed.shared_memory import SharedMemoryGroup, create_memory
+from quire.errors import WorkerError
+from quire.kernels.group import Group
+
 T = TypeVar("T")
 SECONDS = 60.0
+DATA_BYTES = 16 << 20
 
 
 @dataclass
@@ -54,26 +60,42 @@ class ThreadGroup:
     def barrier(self) -> None:
         self.meeting.barrier.wait(SECONDS)
 
+    def abort(self, message: str) -> None:
+        self.meeting.barrier.abort()
+
     def close(self) -> None:
         pass
 
 
-def on_each_rank(size: int, work: Callable[[ThreadGroup], T]) -> Sequence[T]:
-    """What `work` returns on each rank, all at the same time. Raises what the first one raises."""
+def on_each_rank(
+    size: int, work: Callable[[Group], T], *, share_memory: bool = True
+) -> Sequence[T]:
+    """What `work` returns on each rank, all at the same time. Raises what the first one raises.
+    share_memory: False: a program calls `ThreadGroup.gather`."""
     meeting = Meeting(size)
+    memory = create_memory(DATA_BYTES) if share_memory else -1
+    groups: list[ThreadGroup | SharedMemoryGroup] = [
+        SharedMemoryGroup(memory, rank=rank, size=size, timeout=SECONDS)
+        if share_memory
+        else ThreadGroup(rank, meeting)
+        for rank in range(size)
+    ]
 
-    def run(rank: int) -> T:
+    def run(group: ThreadGroup | SharedMemoryGroup) -> T:
         try:
-            return work(ThreadGroup(rank, meeting))
-        except threading.BrokenBarrierError:
-            raise
-        except BaseException:
-            meeting.barrier.abort()
+            return work(group)
+        except BaseException as error:
+            group.abort(str(error))
             raise
 
     with ThreadPoolExecutor(size) as pool:
-        running = [pool.submit(run, rank) for rank in range(size)]
+        running = [pool.submit(run, group) for group in groups]
+    for group in groups:
+        group.close()
+    if share_memory:
+        os.close(memory)
     errors = [error for each in running if (error := each.exception()) is not None]
-    for error in sorted(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
+    late = (threading.BrokenBarrierError, WorkerError)
+    for error in sorted(errors, key=lambda error: isinstance(error, late)):
         raise error
     return [each.result() for each in running]

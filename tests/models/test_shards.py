@@ -12,6 +12,7 @@ import transformers
 
 from quire.errors import ConfigError
 from quire.kernels.base import Kernels
+from quire.kernels.group import Group
 from quire.kernels.reference import ReferenceKernels
 from quire.layers.share import Share, can_divide
 from quire.models.loader import load_model
@@ -20,7 +21,7 @@ from quire.models.spec import ModelSpec
 from quire.weights.source import open_source
 from tests.models.conftest import Pair
 from tests.models.harness import PagedHarness, Request
-from tests.models.ranks import ThreadGroup, on_each_rank
+from tests.models.ranks import on_each_rank
 from tests.models.variants import VARIANTS, prompt_tokens, save
 
 SIZES = (2, 3, 4)
@@ -50,11 +51,14 @@ def on_ranks(
     size: int,
     kernels: Kernels,
     dtype: torch.dtype = torch.float32,
+    *,
+    share_memory: bool = True,
 ) -> Sequence[torch.Tensor]:
-    """The logits on each rank."""
+    """The logits on each rank, of the pass operation by operation; `PagedHarness` compares those of a
+    recorded program with them."""
 
     @torch.inference_mode()
-    def work(group: ThreadGroup) -> torch.Tensor:
+    def work(group: Group) -> torch.Tensor:
         model = load_model(
             spec.divided(group.rank, size),
             open_source(directory),
@@ -65,7 +69,7 @@ def on_ranks(
         )
         return schedule(PagedHarness(model, num_blocks=16))
 
-    return on_each_rank(size, work)
+    return on_each_rank(size, work, share_memory=share_memory)
 
 
 def same_bits(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
@@ -84,6 +88,18 @@ def test_logits_have_the_bits_of_one_device(
     for size in sizes:
         for logits in on_ranks(whole.spec, checkpoint(name)[1], size, kernels):
             assert same_bits(logits, expected), size
+
+
+@pytest.mark.parametrize("kernels", ["native"], indirect=True)
+@pytest.mark.parametrize("name", ["llama-mha-tied", "gemma2", "olmo2", "phi3"])
+def test_without_shared_memory(
+    name: str, pair: Callable[..., Pair], checkpoint: Callable[..., tuple[object, Path]], kernels: Kernels
+) -> None:  # fmt: skip
+    """As over gloo: C calls the group."""
+    _, whole = pair(name, kernels)
+    expected = schedule(PagedHarness(whole))
+    for logits in on_ranks(whole.spec, checkpoint(name)[1], 2, kernels, share_memory=False):
+        assert same_bits(logits, expected)
 
 
 @pytest.fixture(scope="module")

@@ -125,6 +125,7 @@ class FakeHealth:
     alive: bool = True
     heartbeat_age: float = 0.01
     reason: str = "ok"
+    replicas: tuple[str, ...] = ("ok",)
 
 
 @dataclass

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from scripted_engine import FakeHealth
 
-from quire.messages import SchedulerStats
+from quire.messages import RequestUpdate, SchedulerStats, StepOutputs
 from quire.util.version import VERSION
 
 
@@ -35,6 +36,49 @@ async def test_health_is_the_heartbeat(make_client, engine):
     engine.health_now = FakeHealth(heartbeat_age=31.0)
     response = await client.get("/health")
     assert (response.status_code, response.json()["status"]) == (503, "stalled")
+
+
+async def test_one_of_two_replicas_is_enough(client, engine):
+    engine.health_now = FakeHealth(replicas=("ok", "stopped"))
+    response = await client.get("/health")
+    assert response.status_code == 200
+    assert response.json() == {
+        "status": "degraded", "heartbeat_age": 0.01, "replicas": ["ok", "stopped"],
+    }  # fmt: skip
+    engine.health_now = FakeHealth(replicas=("ok", "ok"))
+    assert (await client.get("/health")).json()["status"] == "ok"
+
+
+async def test_each_replica_has_its_metrics(make_client, engine):
+    engine.ready = msgspec.structs.replace(engine.ready, replicas=[engine.ready] * 2)
+    engine.health_now = FakeHealth(replicas=("ok", "stopped"))
+    client = make_client()
+    for replica in (0, 1, 1):
+        stats = SchedulerStats(num_running=replica, step_tokens=1)
+        outputs = StepOutputs(
+            updates=[RequestUpdate(request_id=1, new_token_ids=[5])], stats=stats, replica=replica
+        )
+        engine.metrics.on_step(outputs)
+        engine.stats_listener(outputs)
+        engine.metrics.on_token_gap(0.1)
+    samples = [
+        sample
+        for family in text_string_to_metric_families((await client.get("/metrics")).text)
+        for sample in family.samples
+    ]
+
+    def read(name: str) -> list[float]:
+        return [s.value for engine in "01" for s in samples
+                if s.name == name and s.labels.get("engine") == engine]  # fmt: skip
+
+    assert read("vllm:num_requests_running") == [0, 1]
+    assert read("vllm:generation_tokens_total") == [1, 2]
+    assert read("vllm:inter_token_latency_seconds_count") == [1, 2]
+    assert read("vllm:cache_config_info") == [1, 1]
+    assert read("quire:replica_up") == [1, 0]
+    client.state.stats_logs[1].line(1.0)
+    line = client.state.stats_logs[1].line(2.0)
+    assert line is not None and line.startswith("Engine 001: ")
 
 
 async def test_dead_engine(client, engine):

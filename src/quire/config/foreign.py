@@ -32,6 +32,11 @@ def _idle(why: str, default: object = None, *short: str) -> Foreign:
 
 
 _ONE_DEVICE = "one device serves a model; start one server per device, behind a balancer"
+_ONE_MACHINE = "all copies of --data-parallel-size are processes of this machine"
+_ONE_DOOR = (
+    "the server itself chooses among its copies; behind a balancer of your own, start servers without "
+    "--data-parallel-size"
+)
 _TEXT_ONLY = "models read text only"
 _AS_FILED = "an adapter is held in the model's dtype"
 _NO_MOE_ADAPTERS = "adapters apply to dense layers only"
@@ -84,6 +89,17 @@ FOREIGN: dict[str, Foreign] = {
     # Several devices.
     "enable_expert_parallel": Foreign(_ONE_DEVICE, False, short=("-ep",)),
     "disable_custom_all_reduce": _idle(_ONE_DEVICE, False),
+    "data_parallel_size_local": Foreign(_ONE_MACHINE, short=("-dpl",)),
+    "data_parallel_rank": Foreign(_ONE_DOOR, short=("-dpn",)),
+    "data_parallel_start_rank": Foreign(_ONE_MACHINE, None, (0,), short=("-dpr",)),
+    "data_parallel_address": _idle(_ONE_MACHINE, None, "-dpa"),
+    "data_parallel_rpc_port": _idle(_ONE_MACHINE, None, "-dpp"),
+    "data_parallel_backend": Foreign(
+        _ONE_MACHINE + "; see quire.integrations.ray for a cluster", "mp", short=("-dpb",)
+    ),
+    "data_parallel_hybrid_lb": Foreign(_ONE_DOOR, False, short=("-dph",)),
+    "data_parallel_external_lb": Foreign(_ONE_DOOR, False, short=("-dpe",)),
+    "data_parallel_multi_port_external_lb": Foreign(_ONE_DOOR, False, short=("-dpm",)),
     "api_server_count": Foreign("one process serves HTTP", 1, short=("-asc",)),
     "max_parallel_loading_workers": _idle("weights are read in one pass"),
     # Memory and scheduling.
@@ -139,6 +155,7 @@ FOREIGN: dict[str, Foreign] = {
     "max_log_len": _idle("no text of a request is ever logged"),
     "enable_log_outputs": _idle("no text of an answer is ever logged", False),
     "enable_log_deltas": _idle("no text of an answer is ever logged", True),
+    "aggregate_engine_logging": _idle("the log has a line for each copy of the model", False),
     "disable_log_requests": _idle("requests are logged only with --enable-log-requests", False),
     "log_config_file": Foreign("see --log-format and QUIRE_LOG_LEVEL"),
     "disable_frontend_multiprocessing": _idle(_DROPPED, False),

@@ -21,9 +21,11 @@ class ParallelConfig:
         1, "Stages of consecutive layers, each on devices of its own.", aliases=("-pp",)
     )
     data_parallel_size: int = option(
-        1, "Copies of the model behind one server, which sends each request to one of them.",
+        1,
+        "Copies of the model behind one server, which sends each request to one of them. They share the "
+        "machine's cores and memory; limits such as --max-num-seqs are each one's.",
         aliases=("-dp",),
-    )  # fmt: skip
+    )
     distributed_executor_backend: str = option(
         "auto",
         "Who starts the ranks. auto: mp if there are several; uni: one rank, in the engine's process; "
@@ -66,16 +68,18 @@ class ParallelConfig:
                 f"{self.world_size} ranks (tensor_parallel_size x pipeline_parallel_size) cannot be divided "
                 f"evenly among {self.nnodes} nodes; change nnodes or the sizes."
             )
-        for other in ("pipeline", "data"):
-            if self.nnodes > 1 and getattr(self, f"{other}_parallel_size") > 1:
-                raise ConfigError(
-                    f"{other}_parallel_size must be 1 with nnodes {self.nnodes}; only tensor_parallel_size "
-                    "may span machines."
-                )
-        if self.headless and not self.node_rank:
+        if self.data_parallel_size > 1 and self.nnodes > 1:
             raise ConfigError(
-                "headless is for node_rank 1 and above: the first node answers requests."
+                f"data_parallel_size is {self.data_parallel_size} and nnodes {self.nnodes}: copies are on "
+                "one machine. Start one server on each machine, behind a balancer."
             )
+        if self.pipeline_parallel_size > 1 and self.nnodes > 1:
+            raise ConfigError(
+                f"pipeline_parallel_size must be 1 with nnodes {self.nnodes}: stages are on one machine. "
+                "Use tensor_parallel_size."
+            )
+        if self.headless and not self.node_rank:
+            raise ConfigError("headless is for node_rank 1 and above: the first node answers.")
         if self.distributed_executor_backend == "uni" and self.world_size > 1:
             raise ConfigError(
                 f"distributed_executor_backend uni is for one rank, but tensor_parallel_size x "

@@ -293,6 +293,7 @@ def connect(
     deadline = time.monotonic() + timeout
     where = f"{address}:{port}"
     link = Link(_connected(address, port, deadline), f"rank 0 ({where})", max_bytes=HELLO_BYTES)
+    link.reads_ahead = False  # what follows the hello may be another process's
     try:
         challenge = link.receive(timeout=min(HELLO_SECONDS, timeout))
         if challenge is None or challenge[:-NONCE] != MAGIC:
@@ -313,7 +314,7 @@ def connect(
     if refusal:
         link.close()
         raise ConfigError(refusal)
-    link.max_bytes = MAX_BYTES
+    link.max_bytes, link.reads_ahead = MAX_BYTES, True
     return link
 
 

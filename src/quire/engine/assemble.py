@@ -11,7 +11,7 @@ from pathlib import Path
 from quire.config import EngineConfig
 from quire.dtypes import element_bytes
 from quire.engine.core import EngineCore
-from quire.engine.gpu import gpu_memory
+from quire.engine.gpu import gpu_count, gpu_memory
 from quire.engine.memory import MemoryPlan, format_bytes, plan_ranks
 from quire.engine.setup import ResolvedModel, locate, read_tokens, resolve
 from quire.errors import ConfigError, ModelError
@@ -21,6 +21,7 @@ from quire.kv_layout import KVLayout
 from quire.kvcache import KVCacheManager
 from quire.messages import EngineReady
 from quire.runner.footprint import (
+    DeviceMemory,
     Footprint,
     WorkerSpec,
     block_bytes,
@@ -55,7 +56,7 @@ def build_core(
     spec = worker_spec(resolved, longest)
     executor = (create_executor or executor_of())(config, spec, grammars)
     try:
-        memory = _plan(config, resolved, executor.load(), longest)
+        memory = plan(config, resolved, executor.load(), longest)
         executor.open_cache(memory.num_blocks, memory.max_model_len)
     except BaseException:
         executor.close()
@@ -153,20 +154,9 @@ def executor_of(ranks: Ranks | None = None, *, pin: bool = False) -> CreateExecu
 
 def _longest_by_estimate(config: EngineConfig, resolved: ResolvedModel) -> int:
     """The length to load for. A model that cannot fit is refused here, before its weights are read."""
-    memory = (gpu_memory() if resolved.device == "cuda" else None) or host_memory()
-    ranks = [
-        estimate(
-            config,
-            part.model,
-            memory,
-            dtype_bytes=element_bytes(resolved.dtype),
-            max_model_len=resolved.max_model_len,
-            draft=part.draft,
-        )
-        for part in _parts(config, resolved)
-    ]
-    footprint = ranks[0] if len(ranks) == 1 else Footprint.of_ranks(ranks)
-    longest = _plan(config, resolved, footprint, resolved.max_model_len).max_model_len
+    _check_gpus(config, resolved)
+    footprint = estimate_ranks(config, resolved, device_memory(resolved.device))
+    longest = plan(config, resolved, footprint, resolved.max_model_len).max_model_len
     scheduler = config.scheduler
     if not scheduler.enable_chunked_prefill and scheduler.max_num_batched_tokens < longest:
         raise ConfigError(
@@ -177,21 +167,53 @@ def _longest_by_estimate(config: EngineConfig, resolved: ResolvedModel) -> int:
     return longest
 
 
-def _parts(config: EngineConfig, resolved: ResolvedModel) -> list[WorkerSpec]:
+def _check_gpus(config: EngineConfig, resolved: ResolvedModel) -> None:
+    here = config.parallel.world_size // config.parallel.nnodes
+    if resolved.device == "cuda" and here > max(1, gpu_count()):
+        raise ConfigError(
+            f"{here} ranks on this machine (tensor_parallel_size x pipeline_parallel_size) need a GPU each, "
+            f"and there are {gpu_count()}; make the sizes smaller, or use --device cpu."
+        )
+
+
+def device_memory(device: str) -> DeviceMemory:
+    """What is free now."""
+    return (gpu_memory() if device == "cuda" else None) or host_memory()
+
+
+def estimate_ranks(
+    config: EngineConfig, resolved: ResolvedModel, memory: DeviceMemory
+) -> Footprint:
+    """Of all ranks, before anything is loaded. memory: of each one's device, or of the machine."""
+    ranks = [
+        estimate(
+            config,
+            part.model,
+            memory,
+            dtype_bytes=element_bytes(resolved.dtype),
+            max_model_len=resolved.max_model_len,
+            draft=part.draft,
+        )
+        for part in parts_of(config, resolved)
+    ]
+    return ranks[0] if len(ranks) == 1 else Footprint.of_ranks(ranks)
+
+
+def parts_of(config: EngineConfig, resolved: ResolvedModel) -> list[WorkerSpec]:
     """Of each rank."""
     whole = worker_spec(resolved, resolved.max_model_len)
     numbers = range(config.parallel.world_size)
     return [spec_of_rank(whole, config.parallel, number) for number in numbers]
 
 
-def _plan(
+def plan(
     config: EngineConfig, resolved: ResolvedModel, footprint: Footprint, longest: int
 ) -> MemoryPlan:
     return plan_ranks(
         config,
         resolved.spec,
         footprint.ranks or (footprint,),
-        [block_bytes(config, part) for part in _parts(config, resolved)],
+        [block_bytes(config, part) for part in parts_of(config, resolved)],
         max_model_len=longest,
         may_shrink=config.model.max_model_len == -1,
         gpu=resolved.device == "cuda",

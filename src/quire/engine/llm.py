@@ -134,11 +134,12 @@ class LLM:
         ):  # as in vLLM: metrics take a tenth of a small model's time
             from prometheus_client import CollectorRegistry
 
-            from quire.metrics.engine_metrics import EngineMetrics
+            from quire.metrics import create_metrics
 
             self._metrics = CollectorRegistry(auto_describe=True)
-            self._front.metrics = EngineMetrics(
+            self._front.metrics = create_metrics(
                 self._metrics,
+                [None] * config.parallel.data_parallel_size,
                 model_name=self.model.name,
                 max_model_len=self.model.max_model_len,
                 max_adapters=config.lora.max_loras if config.lora.enable_lora else None,

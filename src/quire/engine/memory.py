@@ -88,6 +88,7 @@ def plan_memory(
     full length does.
     """
     cache, size = config.cache, config.cache.block_size
+    replicas = 1 if gpu else config.parallel.data_parallel_size
     layout = spec.kv
     row_tokens = config.scheduler.max_num_batched_tokens
 
@@ -98,14 +99,14 @@ def plan_memory(
         num_blocks = cache.num_gpu_blocks_override
     else:
         useful = config.scheduler.max_num_seqs * blocks_for(max_model_len)
-        budget = _kv_budget(cache, footprint, gpu=gpu)
+        budget = _kv_budget(cache, footprint, gpu=gpu, replicas=replicas)
         num_blocks = min(max(0, budget) // block_bytes, useful + 1)
-    fits = _longest(blocks_for, num_blocks - 1, max_model_len, size)
+    fits = _longest(blocks_for, max(0, num_blocks - 1), max_model_len, size)
     if may_shrink:
         max_model_len = min(max_model_len, fits)
     if max_model_len < 1 or fits < max_model_len:
         needed = (blocks_for(max_model_len) + 1) * block_bytes
-        raise _does_not_fit(cache, max_model_len, fits, needed, block_bytes, footprint)
+        raise _does_not_fit(cache, max_model_len, fits, needed, block_bytes, footprint, replicas)
     return MemoryPlan(
         weight_bytes=footprint.weight_bytes,
         activation_bytes=footprint.step_bytes,
@@ -168,7 +169,8 @@ def _longest(
     return whole[bisect_right(whole, num_blocks, key=blocks_for) - 1]
 
 
-def _kv_budget(cache: CacheConfig, footprint: Footprint, *, gpu: bool) -> int:
+def _kv_budget(cache: CacheConfig, footprint: Footprint, *, gpu: bool, replicas: int) -> int:
+    """replicas: that share the memory."""
     memory, others = footprint.memory, footprint.weight_bytes + footprint.step_bytes
     if cache.kv_cache_memory_bytes is not None:
         return cache.kv_cache_memory_bytes
@@ -177,8 +179,8 @@ def _kv_budget(cache: CacheConfig, footprint: Footprint, *, gpu: bool) -> int:
         allowed = int(memory.total * (DEFAULT_GPU_SHARE if share is None else share))
         return min(allowed, memory.available - GPU_RESERVE) - others
     if share is not None:
-        return int(memory.total * share) - others
-    return int(memory.available * DEFAULT_CPU_SHARE) - others
+        return int(memory.total * share) // replicas - others
+    return int(memory.available * DEFAULT_CPU_SHARE) // replicas - others
 
 
 def _does_not_fit(
@@ -188,21 +190,29 @@ def _does_not_fit(
     needed: int,
     block_bytes: int,
     footprint: Footprint,
+    replicas: int,
 ) -> MemoryFitError:
     memory, others = footprint.memory, footprint.weight_bytes + footprint.step_bytes
-    share = min(1.0, (needed + others) / memory.total + 0.005)
+    weights, step = format_bytes(footprint.weight_bytes), format_bytes(footprint.step_bytes)
+    besides = f"{weights} of weights and {step} of activations"
+    if others >= memory.total and cache.num_gpu_blocks_override is None:
+        return MemoryFitError(
+            f"{besides} do not fit in {format_bytes(memory.total)} of memory. Divide the model among more "
+            "devices (--tensor-parallel-size, --pipeline-parallel-size), store it in fewer bits "
+            "(--quantization), or take devices with more memory."
+        )
+    share = min(1.0, replicas * (needed + others) / memory.total + 0.005)
     if cache.num_gpu_blocks_override is not None:
         remedies = [f"--num-gpu-blocks-override {needed // block_bytes}"]
     else:
         remedies = [f"--kv-cache-memory-bytes {needed}"]
-    if cache.num_gpu_blocks_override is None and needed + others < memory.total:
+    if cache.num_gpu_blocks_override is None and replicas * (needed + others) < memory.total:
         remedies.append(f"--gpu-memory-utilization {share:.2f}")
     if fits >= cache.block_size:
         remedies.insert(0, f"--max-model-len {fits} (or -1 to fit it to memory)")
     return MemoryFitError(
         f"One sequence of {longest:,} tokens needs {format_bytes(needed)} of KV cache, but only "
-        f"{fits:,} tokens fit beside {format_bytes(footprint.weight_bytes)} of weights and "
-        f"{format_bytes(footprint.step_bytes)} of activations in {format_bytes(memory.total)} of memory "
+        f"{fits:,} tokens fit beside {besides} in {format_bytes(memory.total)} of memory "
         f"({format_bytes(memory.available)} available). Any of these would do: "
         + "; ".join(remedies)
         + "."

@@ -18,7 +18,7 @@ from quire.config import EngineConfig
 from quire.distributed.hello import connect, read_key
 from quire.distributed.links import Link
 from quire.engine.setup import locate, resolve
-from quire.executor.nodes import START_SECONDS, TOLD, facts, numbers_of
+from quire.executor.nodes import START_SECONDS, facts, numbers_of
 from quire.executor.processes import GRACE_SECONDS, start_rank
 from quire.util.cores import pinned, shares
 
@@ -37,12 +37,8 @@ def run_node(config: EngineConfig) -> int:
     where = (parallel.master_addr, parallel.master_port)
     logger.info("rank %s: waiting for the other nodes at %s:%d", _text(numbers), *where)
     links = _connect(numbers, lambda n: connect(*where, key, same, n, timeout=START_SECONDS))
-    address = b""
-    for link in links:
-        address = link.receive(timeout=START_SECONDS) or b""
-        link.send(TOLD)
     with _termination() as ended:
-        return _run(numbers, links, address.decode(), str(resolved.model_dir), ended)
+        return _run(numbers, links, str(resolved.model_dir), ended)
 
 
 def _connect(numbers: range, connect: Callable[[int], Link]) -> list[Link]:
@@ -66,7 +62,7 @@ def _connect(numbers: range, connect: Callable[[int], Link]) -> list[Link]:
     return [links[number] for number in numbers]
 
 
-def _run(numbers: range, links: list[Link], address: str, model: str, ended: int) -> int:
+def _run(numbers: range, links: list[Link], model: str, ended: int) -> int:
     processes: dict[int, subprocess.Popen[bytes]] = {}
     poller = select.poll()
     poller.register(ended, select.POLLIN)
@@ -74,7 +70,7 @@ def _run(numbers: range, links: list[Link], address: str, model: str, ended: int
     try:
         for number, link, cores in zip(numbers, links, shares(len(numbers)), strict=True):
             with pinned(cores), socket.socket(fileno=link.detach()) as sock:
-                processes[number] = start_rank(number, sock, -1, address, model)
+                processes[number] = start_rank(number, sock, model=model)
             opened.append(os.pidfd_open(processes[number].pid))
             poller.register(opened[-1], select.POLLIN)
         logger.info("rank %s: started, by the first node's options", _text(numbers))

@@ -55,6 +55,7 @@ class RequestState:
     metrics: RequestStateStats
     num_cached_tokens: int | None = None
     error: str | None = None
+    replica: int = 0
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     """As far as they are known; None if they were not requested."""
     embedding: list[float] | None = None
@@ -156,6 +157,7 @@ class OutputProcessor:
             if known is None:
                 continue  # it has ended here already: by a stop string, or aborted
             state, sequence = known
+            state.replica = outputs.replica
             self._note_prompt(state, update)
             if not update.new_token_ids and update.finish_reason is None:
                 continue  # only prompt logprobs, which are not complete yet
@@ -344,6 +346,7 @@ class OutputProcessor:
                 n=len(state.sequences),
                 max_tokens=None if state.params is None else state.params.max_tokens,
                 max_generation_tokens=max(len(s.token_ids) for s in state.sequences),
+                replica=state.replica,
             )
         )
 

@@ -9,29 +9,32 @@ from quire.config import EngineConfig
 from quire.distributed.links import Link
 from quire.engine.assemble import worker_spec
 from quire.engine.setup import resolve
-from quire.executor.groups import join
-from quire.executor.ranks import Meeting
+from quire.executor.groups import Meeting
 from quire.executor.worker import WorkerLoop
 from quire.kernels.cpu.build import report_compiling
+from quire.messages.worker import LoadModel
 from quire.runner.footprint import spec_of_rank
 from quire.runner.worker import Worker
 from quire.util.logging import setup_logging
 
 
-def run_rank(link: Link, number: int, meeting: Meeting, model: str = "") -> int:
-    """Until the link ends. meeting: of the stage's ranks. model: where this machine has the checkpoint, if
-    not where the configuration says. Returns the exit status."""
+def run_rank(link: Link, number: int, memory: int = -1, model: str = "") -> int:
+    """Until the link ends. memory: the descriptor of what the stage's ranks share, if they are on one
+    machine. model: where this machine has the checkpoint, if not where the configuration says. Returns
+    the exit status."""
 
-    def make_worker(config: EngineConfig, max_model_len: int) -> Worker:
+    def make_worker(config: EngineConfig, message: LoadModel) -> Worker:
         setup_logging(log_format=config.runtime.log_format)
         if model:
             config = replace(config, model=replace(config.model, model=model))
         report_compiling()
-        spec = spec_of_rank(worker_spec(resolve(config), max_model_len), config.parallel, number)
-        group = None
-        if config.parallel.tensor_parallel_size > 1:
-            group = join(config, number, meeting)
-        worker = Worker(config, spec, group=group)
+        whole = worker_spec(resolve(config), message.max_model_len)
+        meeting = Meeting(message.group, message.address, memory)
+        worker = Worker(
+            config,
+            spec_of_rank(whole, config.parallel, number),
+            group=meeting.join(config, number),
+        )
         gc.freeze()
         gc.enable()
         return worker

@@ -125,12 +125,13 @@ def _names(model: str) -> tuple[str, ...]:
     return (path.stem, model) if path.suffix in FILES and path.is_file() else (model,)
 
 
-def resolve(config: EngineConfig) -> ResolvedModel:
-    """Read the model's configs and derive everything that follows from them. `config` comes from `locate`."""
+def resolve(config: EngineConfig, source: ModelSource | None = None) -> ResolvedModel:
+    """Read the model's configs and derive everything that follows from them. `config` comes from `locate`.
+    source: instead of the model's files."""
     model = config.model
     assert model.model is not None, "locate() first"
     directory = Path(model.model)
-    source = open_source(directory)
+    source = source or open_source(directory)
     hf_config = text_config(source.config() | model.hf_overrides)
     spec, stored_dtype = _as_stored(_resolve_spec(hf_config, model), model, source)
     dtype = stored_dtype if model.dtype == "auto" else FLOAT_SPELLINGS[model.dtype]

@@ -1,7 +1,7 @@
-"""A rank's own process: `python -m quire.engine.worker_process NUMBER LINK MEMORY [ADDRESS MODEL]`.
+"""A rank's own process: `python -m quire.engine.worker_process NUMBER LINK MEMORY MODEL`.
 
-LINK and MEMORY are descriptors: of a socket to the executor, and of the memory that the stage's ranks share.
-ADDRESS is where they meet if they are on several machines, MODEL where this machine has the checkpoint.
+LINK and MEMORY are descriptors: of a socket to the executor, and of the memory that the stage's ranks share,
+if they do. MODEL is where this machine has the checkpoint, if it is not the executor's machine.
 Importing torch does not depend on the configuration, so it may come late. The process ends when its standard
 input or its link ends.
 """
@@ -17,7 +17,7 @@ import sys
 PR_SET_PDEATHSIG = 1
 
 
-def main(number: int, link: int, memory: int, address: str = "", model: str = "") -> int:
+def main(number: int, link: int, memory: int, model: str) -> int:
     gc.disable()  # as in `core_process`
     from quire.distributed.links import Link
     from quire.executor.death import exit_when_closed
@@ -26,12 +26,10 @@ def main(number: int, link: int, memory: int, address: str = "", model: str = ""
     if sys.platform == "linux":  # while it is stopped, it notices no end of a pipe
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     from quire.engine.rank import run_rank
-    from quire.executor.ranks import Meeting
 
-    meeting = Meeting(-1, address) if address else Meeting(memory)
-    return run_rank(Link(socket.socket(fileno=link), "the engine core"), number, meeting, model)
+    return run_rank(Link(socket.socket(fileno=link), "the engine core"), number, memory, model)
 
 
 if __name__ == "__main__":
-    first, second, third, *texts = sys.argv[1:]
-    sys.exit(main(int(first), int(second), int(third), *texts))
+    number, link, memory, model = sys.argv[1:]
+    sys.exit(main(int(number), int(link), int(memory), model))

@@ -7,9 +7,7 @@ a rank does not know where the other end is.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,17 +15,14 @@ from quire.config import EngineConfig
 from quire.config.parallel import ParallelConfig
 from quire.distributed.hello import Facts, accept_all, listen, read_key
 from quire.distributed.links import Link
-from quire.errors import ConfigError, WorkerError
+from quire.errors import ConfigError
 from quire.executor.processes import ProcessRanks
-from quire.executor.ranks import Meeting, Rank
+from quire.executor.ranks import Rank
 from quire.runner.footprint import WorkerSpec
-from quire.util.cores import shares
 from quire.util.version import VERSION
 
 START_SECONDS = 600.0
 """Until every node has been started."""
-TOLD = b"told"
-"""What a node answers when it has been told where the ranks meet. Then its rank has the link."""
 SAMPLE_BYTES = 64 << 10
 """Of each place of a file."""
 
@@ -90,11 +85,10 @@ class NodeRank:
 class NodeRanks:
     """`Ranks` of all nodes, at the first one."""
 
-    elsewhere = True
+    group_memory = -1
 
-    def __init__(self, config: EngineConfig, spec: WorkerSpec, *, pin: bool) -> None:
-        """Returns when every node has come. pin: whether this process may keep to its share of the cores.
-        Raises `ConfigError`."""
+    def __init__(self, config: EngineConfig, spec: WorkerSpec) -> None:
+        """Returns when every node has come. Raises `ConfigError`."""
         parallel = config.parallel
         if parallel.node_rank:
             raise ConfigError(
@@ -104,45 +98,22 @@ class NodeRanks:
             raise ConfigError(
                 f"nnodes {parallel.nnodes} is for --device cpu; use one node for GPUs."
             )
-        self.ranks: list[Rank] = []
-        self._local: ProcessRanks | None = None
-        here = numbers_of(parallel, 0)
-        cores = shares(len(here))
         key = read_key(parallel.node_key_file)
-        with contextlib.ExitStack() as opened:
-            listener = opened.enter_context(listen(parallel.master_addr, parallel.master_port, key))
-            store = opened.enter_context(listen(parallel.master_addr, 0, key))
-            where = f"{parallel.master_addr}:{store.getsockname()[1]}"
-            self.meeting = Meeting(store.fileno(), where)
+        same = facts(config, spec.dtype, spec.directory)
+        here = numbers_of(parallel, 0)
+        others = range(here.stop, parallel.world_size)
+        with listen(parallel.master_addr, parallel.master_port, key) as listener:
+            self._local = ProcessRanks(parallel, here[1:])
             try:
-                if len(here) > 1:
-                    self._local = ProcessRanks(
-                        parallel, here[1:], address=self.meeting.address, cores=cores[1:]
-                    )
-                    self.ranks += self._local.ranks
-                others = range(here.stop, parallel.world_size)
-                links = accept_all(
-                    listener,
-                    key,
-                    facts(config, spec.dtype, spec.directory),
-                    others,
-                    timeout=START_SECONDS,
-                )
-                for number, link in sorted(links.items()):
-                    self.ranks.append(NodeRank(number, link.peer, link))
-                    link.send(where.encode())
-                    if link.receive(timeout=parallel.worker_timeout) != TOLD:
-                        raise WorkerError(f"{link.peer} did not start.")
-                if pin:
-                    os.sched_setaffinity(0, cores[0])
+                links = accept_all(listener, key, same, others, timeout=START_SECONDS)
             except BaseException:
-                self.close()
+                self._local.close()
                 raise
-            store.detach()  # the group takes it over
+        self.ranks: list[Rank] = [*self._local.ranks]
+        self.ranks += [NodeRank(number, links[number].peer, links[number]) for number in others]
 
     def close(self) -> None:
         """Idempotent."""
-        if self._local is not None:
-            self._local.close()
         for rank in self.ranks:
-            rank.end()
+            rank.link.close()
+        self._local.close()

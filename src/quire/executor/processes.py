@@ -15,13 +15,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from quire.config.parallel import ParallelConfig
 from quire.distributed.links import Link, pair
-from quire.executor.ranks import Meeting, Rank
-from quire.util.cores import pinned
+from quire.executor.ranks import Rank
 from quire.util.environment import child_environment
 
 MODULE = "quire.engine.worker_process"
@@ -31,17 +30,17 @@ GRACE_SECONDS = 1.0
 
 def ranks_of(parallel: ParallelConfig) -> ProcessRanks | None:
     """Start what the options ask for; None if that is nothing."""
-    # Of several nodes the whole configuration is compared first.
+    # Nodes compare their configurations first.
     return ProcessRanks(parallel) if parallel.world_size > 1 and parallel.nnodes == 1 else None
 
 
 def start_rank(
-    number: int, link: socket.socket, memory: int, address: str = "", model: str = ""
+    number: int, link: socket.socket, memory: int = -1, model: str = ""
 ) -> subprocess.Popen[bytes]:
-    """See `quire.engine.worker_process`. memory: -1 for none."""
-    numbers = map(str, (number, link.fileno(), memory))
+    """See `quire.engine.worker_process`."""
+    words = map(str, (number, link.fileno(), memory))
     return subprocess.Popen(
-        [sys.executable, "-m", MODULE, *numbers, address, model],
+        [sys.executable, "-m", MODULE, *words, model],
         stdin=subprocess.PIPE,
         pass_fds=[each for each in (link.fileno(), memory) if each >= 0],
         start_new_session=True,
@@ -89,16 +88,8 @@ class ProcessRank:
 class ProcessRanks:
     """`Ranks` of this machine."""
 
-    def __init__(
-        self,
-        parallel: ParallelConfig,
-        numbers: Sequence[int] | None = None,
-        *,
-        address: str = "",
-        cores: Sequence[Collection[int]] = (),
-    ) -> None:
-        """Starts the processes and returns. numbers: of the ranks; None: all that do not sample. address:
-        as in `Meeting`. cores: those that each may use."""
+    def __init__(self, parallel: ParallelConfig, numbers: Sequence[int] | None = None) -> None:
+        """Starts the processes and returns. numbers: of the ranks; None: all that do not sample."""
         tensor, stages = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
         self.ranks: list[Rank] = []
         self._processes: list[ProcessRank] = []
@@ -109,8 +100,6 @@ class ProcessRanks:
         sampling = tensor * (stages - 1)
         if numbers is None:
             numbers = [number for number in range(parallel.world_size) if number != sampling]
-        self._address = address
-        self._cores = dict(zip(numbers, cores, strict=False))
         groups = [self._memory[number // tensor] for number in numbers]
         keeper = threading.Thread(
             target=self._keep, args=(numbers, groups), name="ranks", daemon=True
@@ -121,11 +110,9 @@ class ProcessRanks:
             self.close()
             raise self._error
 
-    elsewhere = False
-
     @property
-    def meeting(self) -> Meeting:
-        return Meeting(self._memory[-1])
+    def group_memory(self) -> int:
+        return self._memory[-1]
 
     def close(self) -> None:
         """Idempotent."""
@@ -152,7 +139,7 @@ class ProcessRanks:
 
     def _start(self, number: int, memory: int) -> ProcessRank:
         link, theirs = pair(f"rank {number}", timeout=self._timeout)
-        with theirs, pinned(self._cores.get(number)):
-            process = start_rank(number, theirs, memory, self._address)
+        with theirs:
+            process = start_rank(number, theirs, memory)
         name = link.peer = f"rank {number} (pid {process.pid})"
         return ProcessRank(number, process, link, name)

@@ -2,20 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
 from quire.distributed.links import Link
-
-
-@dataclass(frozen=True, slots=True)
-class Meeting:
-    """Where the ranks of a stage meet."""
-
-    descriptor: int
-    """Of the memory that they share; at the first rank of several machines, of a listening socket."""
-    address: str = ""
-    """HOST:PORT of that socket, if they are on several machines."""
 
 
 class Rank(Protocol):
@@ -51,13 +40,8 @@ class Ranks(Protocol):
     def ranks(self) -> list[Rank]: ...
 
     @property
-    def meeting(self) -> Meeting:
-        """Where the ranks of this process's stage meet."""
-        ...
-
-    @property
-    def elsewhere(self) -> bool:
-        """Whether they may be on other machines, so that they do not divide the cores of this one."""
+    def group_memory(self) -> int:
+        """The descriptor of the memory that the ranks of this process's stage share."""
         ...
 
     def close(self) -> None:

@@ -38,8 +38,8 @@ from quire.runner.worker import Worker
 logger = logging.getLogger("quire.executor")
 
 ADAPTER_POLL_SECONDS = 0.01
-MakeWorker = Callable[[EngineConfig, int], Worker]
-"""(config, the most tokens of a request) -> this rank's worker."""
+MakeWorker = Callable[[EngineConfig, LoadModel], Worker]
+"""(message's config, message) -> this rank's worker."""
 
 
 class WorkerLoop:
@@ -96,7 +96,7 @@ class WorkerLoop:
         if message.cores:
             os.sched_setaffinity(0, message.cores)
         config = msgspec.json.decode(message.config, type=EngineConfig)
-        self._worker = self._make_worker(config, message.max_model_len)
+        self._worker = self._make_worker(config, message)
         found = self._worker.load()
         memory = found.memory
         self._send(Loaded(found.weight_bytes, found.step_bytes, memory.total, memory.available))

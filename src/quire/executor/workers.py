@@ -7,6 +7,7 @@ message to each rank, and what the sampling rank knows (grammars, penalties, dra
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import time
@@ -20,7 +21,7 @@ import msgspec
 from quire.config import EngineConfig
 from quire.executor.base import AdapterStore
 from quire.executor.followers import Followers
-from quire.executor.groups import join, size_memory
+from quire.executor.groups import Meeting, arrange
 from quire.executor.processes import ProcessRanks
 from quire.executor.ranks import Ranks
 from quire.kernels.group import Group
@@ -42,7 +43,7 @@ from quire.runner.footprint import DeviceMemory, Footprint, WorkerSpec, spec_of_
 from quire.runner.runner import FinishedStep, RunningStep
 from quire.runner.worker import Worker
 from quire.sampling.sampler import GrammarSource
-from quire.util.cores import physical_cores, shares
+from quire.util.cores import physical_cores, pinned, shares
 
 
 class WorkersExecutor:
@@ -62,7 +63,8 @@ class WorkersExecutor:
         parallel = config.parallel
         tensor = parallel.tensor_parallel_size
         self._number = parallel.world_size - tensor
-        self._shares = shares(parallel.world_size)
+        self._here = range(parallel.world_size // parallel.nnodes)
+        self._shares = shares(len(self._here))
         self._threads = [
             sum(not core.isdisjoint(share) for core in physical_cores()) for share in self._shares
         ]
@@ -75,24 +77,25 @@ class WorkersExecutor:
         self._sleep_level = 0
         self._closed = False
         self.max_in_flight = 1
-        try:
-            if pin and not ranks.elsewhere:
-                os.sched_setaffinity(0, self._shares[self._number])
-            if tensor > 1:
-                size_memory(ranks.meeting, config, spec)
-                self._group = join(config, self._number, ranks.meeting)
-            self._worker = Worker(
-                self._config_of(self._number),
-                spec_of_rank(spec, parallel, self._number),
-                grammars=grammars,
-                group=self._group,
-            )
+        with contextlib.ExitStack() as undo:
+            undo.callback(ranks.close)
+            share = self._shares[self._number]
+            if pin:
+                os.sched_setaffinity(0, share)
+            self._pinned_to = None if pin else share
+            """While it computes: the thread is the caller's."""
+            own = spec_of_rank(spec, parallel, self._number)
+            meeting = arrange(config, spec, ranks.group_memory)
             self._others = Followers(
                 ranks.ranks, timeout=parallel.worker_timeout, on_failure=self._abort
             )
-        except BaseException:
-            ranks.close()
-            raise
+            undo.callback(self._others.watch.close)
+            self._send_model(meeting)
+            self._group = self._others.beside(lambda: meeting.join(config, self._number))
+            self._worker = Worker(
+                self._config_of(self._number), own, grammars=grammars, group=self._group
+            )
+            undo.pop_all()
 
     @property
     def watched(self) -> int:
@@ -111,14 +114,8 @@ class WorkersExecutor:
         return self._stores
 
     def load(self) -> Footprint:
-        for rank in self._others.ranks:
-            message = LoadModel(
-                config=msgspec.json.encode(self._config_of(rank.number)),
-                max_model_len=self._spec.max_model_len,
-                cores=[] if self._ranks.elsewhere else sorted(self._shares[rank.number]),
-            )
-            self._others.send(message, [rank])
-        found = {self._number: self._others.beside(self._worker.load)}
+        with pinned(self._pinned_to):
+            found = {self._number: self._others.beside(self._worker.load)}
         for number, each in self._others.answers(Loaded).items():
             memory = DeviceMemory(each.total_memory, each.available_memory)
             found[number] = Footprint(each.weight_bytes, each.step_bytes, memory)
@@ -133,7 +130,8 @@ class WorkersExecutor:
     def execute(self, plan: StepPlan) -> LaunchedStep | FinishedStep:
         sampled, self._sampled = self._sampled, []
         self._others.run(plan, sampled)
-        running = self._others.beside(lambda: self._worker.execute(plan))
+        with pinned(self._pinned_to):
+            running = self._others.beside(lambda: self._worker.execute(plan))
         return LaunchedStep(self, running) if isinstance(running, RunningStep) else running
 
     def prepare(self) -> bool:
@@ -178,10 +176,21 @@ class WorkersExecutor:
         if self._group is not None:
             self._group.close()
 
+    def _send_model(self, meeting: Meeting) -> None:
+        for rank in self._others.ranks:
+            message = LoadModel(
+                config=msgspec.json.encode(self._config_of(rank.number)),
+                max_model_len=self._spec.max_model_len,
+                cores=sorted(self._shares[rank.number]) if rank.number in self._here else [],
+                group=meeting.kind,
+                address=meeting.address,
+            )
+            self._others.send(message, [rank])
+
     def _config_of(self, number: int) -> EngineConfig:
-        """A rank's, with the threads of its share of the cores."""
+        """A rank's, with the threads of its share of the cores. Another machine shares out its own."""
         runtime = self._config.runtime
-        if runtime.cpu_threads is not None or self._ranks.elsewhere:
+        if runtime.cpu_threads is not None or number not in self._here:
             return self._config
         runtime = dataclasses.replace(runtime, cpu_threads=self._threads[number])
         return dataclasses.replace(self._config, runtime=runtime)
@@ -285,5 +294,5 @@ def start(
     if ranks is None and config.parallel.nnodes > 1:
         from quire.executor.nodes import NodeRanks
 
-        ranks = NodeRanks(config, spec, pin=pin)
+        ranks = NodeRanks(config, spec)
     return WorkersExecutor(config, spec, grammars, ranks or ProcessRanks(config.parallel), pin=pin)

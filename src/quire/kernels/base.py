@@ -23,6 +23,7 @@ from torch import Tensor
 from quire.kernels.codes import CodeFormat
 from quire.kernels.dequantize import Scales
 from quire.kernels.fields import PackedCodes
+from quire.kernels.group import Group
 from quire.kernels.lora import AdapterSet
 from quire.kernels.ops import Activation, LinearProduct
 from quire.kernels.program import CachePart, ForwardPass, Program
@@ -262,9 +263,11 @@ class LayerKernels(Protocol):
         """
         ...
 
-    def compile(self, program: Program, caches: Sequence[CachePart]) -> ForwardPass | None:
+    def compile(
+        self, program: Program, caches: Sequence[CachePart], group: Group | None = None
+    ) -> ForwardPass | None:
         """A recorded forward pass as one call, bit-equal to its operations one by one; None if this
-        implementation cannot. caches: of each layer.
+        implementation cannot. caches: of each layer. group: of the ranks whose parts the program has.
         """
         ...
 

@@ -111,6 +111,8 @@ class Program:
     vocab_size: int
     """Columns of the logits."""
     shared_bytes_per_token: int = 0
+    shared: frozenset[int] = frozenset()
+    """The buffers that all ranks share."""
     starts: tuple[int, ...] = (0,)
     """The first token of each rank's part of the embedding."""
 
@@ -329,6 +331,7 @@ class ProgramOps:
             dtype=self.dtype,
             vocab_size=head.width or head.product.out_features,
             shared_bytes_per_token=placed[1][1],
+            shared=frozenset(b.number for op in ops if (b := op.target) is not None and b.shared),
             starts=self._starts,
         )
 

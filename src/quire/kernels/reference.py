@@ -25,6 +25,7 @@ from quire.kernels.cpu.codes import reference_codes
 from quire.kernels.cpu.linear import dense_product
 from quire.kernels.cpu.lora import HostAdapters
 from quire.kernels.dequantize import SideBySide
+from quire.kernels.group import Group
 from quire.kernels.ops import Activation
 from quire.kernels.philox import gumbel_from_uniform, philox_words, uniform_from_words
 from quire.kernels.program import CachePart, Program
@@ -194,7 +195,9 @@ class ReferenceKernels:
                 bent = torch.tanh(_fresh((row / cap).to(dtype))).to(dtype)
                 row.copy_(bent * cap)
 
-    def compile(self, program: Program, caches: Sequence[CachePart]) -> None:
+    def compile(
+        self, program: Program, caches: Sequence[CachePart], group: Group | None = None
+    ) -> None:
         return None
 
     def philox_uniform(self, seed: int, position: int, n: int) -> Tensor:

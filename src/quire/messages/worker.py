@@ -19,6 +19,9 @@ class LoadModel(msgspec.Struct, tag="load", kw_only=True, frozen=True):
     """As `WorkerSpec.max_model_len`."""
     cores: list[int] = []
     """The worker's share of the machine's processors; empty for all."""
+    group: str = "shared_memory"
+    """How the ranks of its stage exchange results, as in `create_group`, and where they meet."""
+    address: str = ""
 
 
 class OpenCache(msgspec.Struct, tag="open_cache", frozen=True):

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from quire.metrics.exposition import new_registry, render
     from quire.metrics.http_metrics import HttpMetrics
     from quire.metrics.log_line import StatsLogger
+    from quire.metrics.replica_metrics import create_metrics
 
 __all__ = [
     "EngineMetrics",
@@ -24,6 +25,7 @@ __all__ = [
     "MetricsSink",
     "NullMetrics",
     "StatsLogger",
+    "create_metrics",
     "new_registry",
     "render",
 ]
@@ -32,6 +34,7 @@ _HOMES = {
     "EngineMetrics": "quire.metrics.engine_metrics",
     "HttpMetrics": "quire.metrics.http_metrics",
     "StatsLogger": "quire.metrics.log_line",
+    "create_metrics": "quire.metrics.replica_metrics",
     "new_registry": "quire.metrics.exposition",
     "render": "quire.metrics.exposition",
 }

@@ -11,7 +11,7 @@ when it was sampled, and is subtracted.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -20,6 +20,8 @@ from quire.metrics.request_stats import FinishedRequest
 
 if TYPE_CHECKING:
     from quire.messages import DraftCounts, SchedulerStats, StepOutputs
+
+M = TypeVar("M", Gauge, Counter, Histogram)
 
 FINISH_REASONS = ("stop", "length", "abort", "error", "repetition")
 WAIT_REASONS = ("capacity", "deferred")
@@ -41,10 +43,12 @@ class EngineMetrics:
         cache_info: Mapping[str, object] | None = None,
         max_adapters: int | None = None,
         max_drafts: int = 0,
+        families: EngineMetrics | None = None,
     ) -> None:
         """max_adapters: that requests use at once; None if adapters are not served. max_drafts: of a request
-        in a step; 0 without speculative decoding."""
-        make = _Family(registry, model_name, engine)
+        in a step; 0 without speculative decoding. families: of another core in this registry."""
+        self._made: dict[str, Any] = {} if families is None else families._made
+        make = _Family(registry, model_name, engine, self._made)
         self._carried_tokens = 0
         self._make_gauges(make)
         self._make_counters(make)
@@ -54,11 +58,12 @@ class EngineMetrics:
         self._adapters: Gauge | None = None
         if max_adapters is not None:
             self._adapter_labels = {**make.base, "max_lora": str(max_adapters)}
-            self._adapters = Gauge(
+            self._shown: tuple[str, ...] | None = None
+            self._adapters = make.family(
+                Gauge,
                 "vllm:lora_requests_info",
                 "Adapters of running and waiting requests, as labels; the value is the time.",
                 [*self._adapter_labels, "running_lora_adapters", "waiting_lora_adapters"],
-                registry=registry,
             )
             self._show_adapters((), ())
         if cache_info is not None:
@@ -242,12 +247,11 @@ class EngineMetrics:
     def _show_adapters(self, running: Sequence[str], waiting: Sequence[str]) -> None:
         """One sample, so that the labels do not pile up."""
         if self._adapters is not None:
-            self._adapters.clear()
-            self._adapters.labels(
-                **self._adapter_labels,
-                running_lora_adapters=",".join(running),
-                waiting_lora_adapters=",".join(waiting),
-            ).set_to_current_time()
+            labels = (*self._adapter_labels.values(), ",".join(running), ",".join(waiting))
+            if self._shown not in (None, labels):
+                self._adapters.remove(*self._shown)
+            self._shown = labels
+            self._adapters.labels(*labels).set_to_current_time()
 
     def on_first_token(
         self, ttft_seconds: float | None, *, prompt_tokens: int, cached_tokens: int
@@ -322,30 +326,35 @@ class _DraftCounters:
 class _Family:
     """Makes metrics of one registry, with the labels `model_name, engine` set."""
 
-    def __init__(self, registry: CollectorRegistry, model_name: str, engine: str) -> None:
+    def __init__(
+        self, registry: CollectorRegistry, model_name: str, engine: str, made: dict[str, Any]
+    ) -> None:
+        """made: the families that are there, by name."""
         self._registry = registry
         self.base = {"model_name": model_name, "engine": engine}
-        self._made: dict[str, Gauge | Counter | Histogram] = {}
+        self._made = made
+
+    def family(
+        self, kind: type[M], name: str, text: str, labels: Sequence[str], **options: Any
+    ) -> M:
+        found = self._made.get(name)
+        if found is None:
+            found = self._made[name] = kind(name, text, labels, registry=self._registry, **options)
+        assert isinstance(found, kind)
+        return found
 
     def gauge(self, name: str, text: str, **labels: str) -> Gauge:
-        family = self._made.get(name)
-        if family is None:
-            family = Gauge(name, text, [*self.base, *labels], registry=self._registry)
-            self._made[name] = family
-        return family.labels(**self.base, **labels)  # type: ignore[return-value]
+        family = self.family(Gauge, name, text, [*self.base, *labels])
+        return family.labels(**self.base, **labels)
 
     def counter(self, name: str, text: str, **labels: str) -> Counter:
-        family = self._made.get(name)
-        if family is None:
-            family = Counter(name, text, [*self.base, *labels], registry=self._registry)
-            self._made[name] = family
-        return family.labels(**self.base, **labels)  # type: ignore[return-value]
+        family = self.family(Counter, name, text, [*self.base, *labels])
+        return family.labels(**self.base, **labels)
 
     def histogram(self, name: str, text: str, edges: tuple[float, ...]) -> Histogram:
-        family = Histogram(name, text, [*self.base], buckets=edges, registry=self._registry)
+        family = self.family(Histogram, name, text, [*self.base], buckets=edges)
         return family.labels(**self.base)
 
     def info(self, name: str, text: str, labels: Mapping[str, object]) -> None:
         shown = {key: str(value) for key, value in labels.items() if key not in self.base}
-        family = Gauge(name, text, [*self.base, *shown], registry=self._registry)
-        family.labels(**self.base, **shown).set(1)
+        self.family(Gauge, name, text, [*self.base, *shown]).labels(**self.base, **shown).set(1)

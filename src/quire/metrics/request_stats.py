@@ -36,6 +36,8 @@ class FinishedRequest:
     """As the client sent it; None: the rest of the context."""
     max_generation_tokens: int = 0
     """The longest sequence's; 0 means the same as `generation_tokens` (n = 1)."""
+    replica: int = 0
+    """The engine core that computed it; 0 if it was aborted before it had an output."""
 
     @property
     def e2e_seconds(self) -> float | None:

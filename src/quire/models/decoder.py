@@ -296,9 +296,8 @@ class DecoderModel:
         """The pass with this cache: a recorded program where the kernels can run one, else operation by
         operation. The bits are the same.
         """
-        if self.group is not None:
-            return EagerPass(self, kv_cache)
-        return self.kernels.compile(self.record(), kv_cache.parts) or EagerPass(self, kv_cache)
+        compiled = self.kernels.compile(self.record(), kv_cache.parts, self.group)
+        return compiled or EagerPass(self, kv_cache)
 
     def record(self) -> Program:
         recorder = ProgramOps(self.dtype, self.spec.share.rank)

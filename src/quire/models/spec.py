@@ -176,8 +176,11 @@ class ModelSpec:
         is_product = self.tie_word_embeddings or self.embedding is not None
         rows = len(self.share.columns(self.vocab_size))
         embedding = 0 if is_product else rows * self.hidden_size
+        return embedding + self.norm_parameters()
+
+    def norm_parameters(self) -> int:
         norms = sum(_norm_parameters(layer, self.hidden_size) for layer in self.layers)
-        return embedding + norms + self.hidden_size
+        return norms + self.hidden_size
 
     def kv_bytes_per_token(self, dtype_bytes: int) -> int:
         """Keys and values of one token in all layers. A layer with a sliding window keeps those of its window

@@ -33,12 +33,12 @@ class GPU:
     def __init__(
         self, config: EngineConfig, spec: WorkerSpec, device: Device | None = None
     ) -> None:
-        """device: the first GPU if None. Raises `ConfigError` if it cannot be used."""
+        """device: the rank's GPU if None. Raises `ConfigError` if it cannot be used."""
         self._config = config
         self._spec = spec
         self.max_in_flight = 2 if config.runtime.async_scheduling else 1
         with self._explained():
-            self.device = device or CudaDevice()
+            self.device = device or CudaDevice(spec.rank)
         self.kernels = TritonKernels(
             self.device.torch_device, batch_invariant=config.runtime.batch_invariant
         )

@@ -124,6 +124,10 @@ class Health(Protocol):
     def heartbeat_age(self) -> float: ...
     @property
     def reason(self) -> str: ...
+    @property
+    def replicas(self) -> Sequence[str]:
+        """Of each engine core: "ok", "silent" or "stopped"."""
+        ...
 
 
 class ServingEngine(Protocol):

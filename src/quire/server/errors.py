@@ -122,6 +122,11 @@ def unavailable(message: str, *, retry_after: int) -> ApiError:
     return ApiError(503, message, headers={"retry-after": str(retry_after)})
 
 
+def replica_lost() -> ApiError:
+    """For a request whose engine core has stopped. Others serve it when it is sent again, as clients do."""
+    return unavailable("The engine core of this request has stopped.", retry_after=1)
+
+
 def to_api_error(error: BaseException, request_id: str) -> ApiError:
     """The answer for any exception. Logs those that are not the client's fault."""
     if isinstance(error, ApiError):

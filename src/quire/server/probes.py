@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import msgspec
 from fastapi import APIRouter
 from starlette.responses import Response
@@ -51,8 +53,12 @@ def probes_router(state: ServerState) -> APIRouter:
     return router
 
 
-def check_health(state: ServerState) -> tuple[bool, dict[str, str | float]]:
-    """(healthy, body). A draining server is alive; a loading one is not yet."""
+Body = Mapping[str, str | float | Sequence[str]]
+
+
+def check_health(state: ServerState) -> tuple[bool, Body]:
+    """(healthy, body). A draining server is alive; a loading one is not yet. One of several engine cores is
+    enough: the body says that it is degraded."""
     if state.phase is Phase.FAILED:
         return False, {"status": "failed", "reason": "the engine has stopped"}
     if state.engine is None:
@@ -63,10 +69,13 @@ def check_health(state: ServerState) -> tuple[bool, dict[str, str | float]]:
     age = round(health.heartbeat_age, 3)
     if not health.alive:
         return False, {"status": "stalled", "heartbeat_age": age}
-    return True, {"status": "ok", "heartbeat_age": age}
+    if len(health.replicas) < 2:
+        return True, {"status": "ok", "heartbeat_age": age}
+    status = "ok" if set(health.replicas) == {"ok"} else "degraded"
+    return True, {"status": status, "heartbeat_age": age, "replicas": health.replicas}
 
 
-def _answer(good: bool, body: dict[str, str] | dict[str, str | float]) -> Response:
+def _answer(good: bool, body: Body) -> Response:
     headers = {"cache-control": "no-store"}
     if not good:
         headers["retry-after"] = str(RETRY_AFTER_LOADING)

@@ -209,7 +209,8 @@ async def _death_of(engine: ServingEngine) -> str:
 async def _log_stats(state: ServerState) -> None:
     interval = state.config.log_stats_interval
     while interval > 0 and not state.engine_config.runtime.disable_log_stats:
-        state.stats_log.log(time.monotonic())
+        for log in state.stats_logs:
+            log.log(time.monotonic())
         await asyncio.sleep(interval)
 
 

@@ -8,7 +8,8 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from quire.config import EngineConfig, ServerConfig
-from quire.metrics import EngineMetrics, HttpMetrics, StatsLogger, new_registry
+from quire.messages import EngineReady, StepOutputs
+from quire.metrics import HttpMetrics, StatsLogger, create_metrics, new_registry
 from quire.server.engine_protocol import ServingEngine
 from quire.server.errors import RETRY_AFTER_DRAINING, RETRY_AFTER_LOADING, ApiError, unavailable
 from quire.server.live import LiveRequests
@@ -39,7 +40,8 @@ class ServerState:
     live: LiveRequests = field(default_factory=LiveRequests)
     registry: CollectorRegistry = field(default_factory=new_registry)
     http_metrics: HttpMetrics = field(init=False)
-    stats_log: StatsLogger = field(default_factory=StatsLogger)
+    stats_logs: list[StatsLogger] = field(default_factory=list)
+    """Of each engine core."""
 
     def __post_init__(self) -> None:
         self.http_metrics = HttpMetrics(self.registry)
@@ -49,19 +51,25 @@ class ServerState:
     def engine_loaded(self, engine: ServingEngine) -> None:
         """Start serving. Metrics are created here, because their buckets and labels depend on the model."""
         lora = self.engine_config.lora
-        metrics = EngineMetrics(
+        each = engine.ready.replicas or [engine.ready]
+        metrics = create_metrics(
             self.registry,
+            [cache_info(ready, engine, self.engine_config) for ready in each],
+            states=lambda: engine.health(self.config.health_timeout).replicas,
             model_name=engine.model.name,
             max_model_len=engine.model.max_model_len,
-            cache_info=cache_info(engine, self.engine_config),
             max_adapters=lora.max_loras if lora.enable_lora else None,
             max_drafts=self.engine_config.max_drafts,
         )
         engine.attach_metrics(metrics)
-        engine.add_stats_listener(self.stats_log.on_step)
+        self.stats_logs = [StatsLogger(engine=f"{index:03}") for index in range(len(each))]
+        engine.add_stats_listener(self._log_step)
         self.engine = engine
         if self.phase is Phase.LOADING:
             self.phase = Phase.READY
+
+    def _log_step(self, outputs: StepOutputs) -> None:
+        self.stats_logs[outputs.replica].on_step(outputs)
 
     def drain(self) -> None:
         """Refuse new requests; those in flight continue."""
@@ -96,9 +104,11 @@ class ServerState:
         return bool(limit and self.engine and self.engine.stats.num_waiting >= limit)
 
 
-def cache_info(engine: ServingEngine, config: EngineConfig) -> dict[str, object]:
+def cache_info(
+    ready: EngineReady, engine: ServingEngine, config: EngineConfig
+) -> dict[str, object]:
     """Labels of `vllm:cache_config_info`. Block 0 is the null block and is not counted."""
-    ready, cache = engine.ready, config.cache
+    cache = config.cache
     tokens = max(0, ready.num_blocks - 1) * ready.block_size
     return {
         "block_size": ready.block_size,

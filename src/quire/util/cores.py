@@ -8,16 +8,25 @@ from collections.abc import Collection, Iterator
 
 
 def physical_cores() -> list[set[int]]:
-    """The hyper-threads of each core that this process may use, in the order of their numbers."""
+    """The hyper-threads of each core that this process may use. Cores of a NUMA node follow each other."""
     allowed = os.sched_getaffinity(0)
     cores: dict[str, set[int]] = {}
-    for cpu in sorted(allowed):
+    for cpu in sorted(allowed, key=lambda cpu: (_node_of(cpu), cpu)):
         try:
             with open(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") as file:
                 cores.setdefault(file.read(), set()).add(cpu)
         except OSError:
             return [{each} for each in sorted(allowed)]
     return list(cores.values())
+
+
+def _node_of(cpu: int) -> int:
+    """The NUMA node; 0 if the system does not say."""
+    try:
+        names = os.listdir(f"/sys/devices/system/cpu/cpu{cpu}")
+    except OSError:
+        return 0
+    return next((int(name[4:]) for name in names if name[:4] == "node" and name[4:].isdigit()), 0)
 
 
 def shares(count: int) -> list[set[int]]:

@@ -272,7 +272,8 @@ INLINE void write_rows(const plan *p, const unit *u, const float *row, const int
         for (int i = 0; i < w; i++) sum[i] += sum[i + w];
       const int64_t token = u->first_row + r / u->group;
       const int64_t head = (u->kv_head + h) * u->group + r % u->group;
-      void *out = at_mut(a->out, (token * a->q_heads + head) * a->head_dim, dt);
+      const int64_t stride = a->out_stride ? a->out_stride : a->q_heads * a->head_dim;
+      void *out = at_mut(a->out, token * stride + head * a->head_dim, dt);
       for (int64_t d = 0; d < a->head_dim; d += VW)
         vstore_upto(at_mut(out, d, dt), vload(row + d, F32) / sum[0] * v_scale, a->head_dim - d, dt);
     }

@@ -146,16 +146,16 @@ int quire_rms_norm(const void *x, int64_t x_stride, int64_t inner, void *residua
 
 INLINE void gated_at(const row_job *j, int64_t r, const int activation, const int dt) {
   const int64_t n = j->n;
-  gated_row(at(j->x, r * 2 * n, dt), at(j->x, r * 2 * n + n, dt), at_mut(j->out, r * n, dt), n,
+  gated_row(at(j->x, r * 2 * n, dt), at(j->x, r * 2 * n + n, dt), at_mut(j->out, r * j->out_stride, dt), n,
             activation, dt);
 }
 ROW_TASK(silu_task, FOR_DTYPE(j->dt, gated_at(j, r, SILU, dt)))
 ROW_TASK(gelu_tanh_task, FOR_DTYPE(j->dt, gated_at(j, r, GELU_TANH, dt)))
 
-/* gate_up: [rows, 2n] -> out [rows, n]. */
-int quire_gated(const void *gate_up, void *out, int64_t rows, int64_t n, int activation, int dt,
+/* gate_up: [rows, 2n] -> out [rows, n], with out_stride elements between its rows. */
+int quire_gated(const void *gate_up, void *out, int64_t out_stride, int64_t rows, int64_t n, int activation, int dt,
                 int threads) {
-  const row_job job = {.x = gate_up, .out = out, .rows = rows, .n = n, .dt = dt};
+  const row_job job = {.x = gate_up, .out = out, .out_stride = out_stride, .rows = rows, .n = n, .dt = dt};
   return run_rows(activation == SILU ? silu_task : gelu_tanh_task, job, threads);
 }
 

@@ -151,7 +151,7 @@ enum activation { SILU = 0, GELU_TANH = 1 };
 int quire_rms_norm(const void *x, int64_t x_stride, int64_t inner, void *residual,
                    const void *weight, void *out, int64_t out_stride, int64_t rows, int64_t n,
                    float eps, int dt, int wt, int threads);
-int quire_gated(const void *gate_up, void *out, int64_t rows, int64_t n, int activation, int dt,
+int quire_gated(const void *gate_up, void *out, int64_t out_stride, int64_t rows, int64_t n, int activation, int dt,
                 int threads);
 int quire_add(const void *x, void *residual, int64_t count, float scale, int dt, int threads);
 int quire_scale(void *x, int64_t x_stride, const int64_t *positions, const float *table,
@@ -164,8 +164,8 @@ int quire_finish_logits(float *logits, int64_t count, float divisor, float cap, 
 typedef struct { /* mirrored by AttentionArgs in library.py; strides in elements */
   const void *q, *k_cache, *v_cache; /* q: [tokens, q_heads, head_dim], token stride q_stride */
   const int32_t *block_table, *query_start_loc, *seq_lens;
-  void *out; /* [tokens, q_heads, head_dim], dense */
-  int64_t q_stride, table_stride, requests, tokens, q_heads, kv_heads, head_dim;
+  void *out; /* [tokens, q_heads, head_dim], token stride out_stride, 0: dense */
+  int64_t q_stride, out_stride, table_stride, requests, tokens, q_heads, kv_heads, head_dim;
   int64_t block_size, num_blocks, window; /* window 0: unbounded */
   const float *k_scales, *v_scales; /* [kv_heads]: the cache holds floats of 8 bits over these; NULL: dtype */
   float scale, softcap;

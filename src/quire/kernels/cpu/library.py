@@ -83,7 +83,8 @@ class AttentionArgs(ctypes.Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("q", "k_cache", "v_cache", "block_table")),
         *((name, c_void_p) for name in ("query_start_loc", "seq_lens", "out")),
-        *((name, c_int64) for name in ("q_stride", "table_stride", "requests", "tokens")),
+        *((name, c_int64) for name in ("q_stride", "out_stride", "table_stride")),
+        *((name, c_int64) for name in ("requests", "tokens")),
         *((name, c_int64) for name in ("q_heads", "kv_heads", "head_dim")),
         *((name, c_int64) for name in ("block_size", "num_blocks", "window")),
         *((name, c_void_p) for name in ("k_scales", "v_scales")),
@@ -164,7 +165,7 @@ _SIGNATURES = {
     "quire_check_vectors": [],
     "quire_check_tiles": [_I],
     "quire_rms_norm": [_P, _N, _N, _P, _P, _P, _N, _N, _N, c_float, _I, _I, _I],
-    "quire_gated": [_P, _P, _N, _N, _I, _I, _I],
+    "quire_gated": [_P, _P, _N, _N, _N, _I, _I, _I],
     "quire_add": [_P, _P, _N, c_float, _I, _I],
     "quire_scale": [_P, _N, _P, _P, _N, c_float, _N, _N, _I, _I],
     "quire_finish_logits": [_P, _N, c_float, c_float, _I, _I],

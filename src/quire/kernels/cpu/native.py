@@ -33,6 +33,7 @@ from quire.kernels.cpu.linear import dense_product
 from quire.kernels.cpu.lora import HostAdapters
 from quire.kernels.cpu.program import NativeProgram, can_run
 from quire.kernels.cpu.tiles import choose_tiles
+from quire.kernels.group import Group
 from quire.kernels.ops import Activation
 from quire.kernels.program import CachePart, Program
 from quire.kernels.sampling import SampledTokens
@@ -225,6 +226,7 @@ class NativeKernels:
         self._lib.quire_gated(
             gate_up.data_ptr(),
             out.data_ptr(),
+            width,
             rows,
             width,
             ACTIVATIONS[activation],
@@ -233,8 +235,10 @@ class NativeKernels:
         )
         return out
 
-    def compile(self, program: Program, caches: Sequence[CachePart]) -> NativeProgram | None:
-        return NativeProgram(program, caches) if can_run(program) else None
+    def compile(
+        self, program: Program, caches: Sequence[CachePart], group: Group | None = None
+    ) -> NativeProgram | None:
+        return NativeProgram(program, caches, group) if can_run(program) else None
 
     def add(self, x: Tensor, residual: Tensor, *, scale: float = 1.0) -> None:
         checks.check_add(x, residual)

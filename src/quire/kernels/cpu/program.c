@@ -24,13 +24,17 @@ enum op_code { /* Code in program.py */
   OP_KEEP,
   OP_NARROW,
   OP_LOGITS,
-  OP_TAP
+  OP_TAP,
+  OP_GATHER,
+  OP_COPY
 };
 
 typedef struct { /* mirrored by _Op in program.py */
-  int32_t code, flag; /* flag: an activation; the dtype of a norm's weight; EMBED: whether a product's rows */
-  int32_t source, target; /* buffers */
-  int64_t first, width;   /* columns */
+  int32_t code, flag; /* flag: an activation; the dtype of a norm's weight; EMBED: whether a product's rows;
+                         COPY: whether each row's owner has it */
+  int32_t source, target; /* buffers; GATHER: none for the logits */
+  int64_t first, width;   /* columns: of the target, if ranks share it */
+  int64_t at;             /* COPY: the source's first column */
   const void *argument;   /* linear_weight, attention_layer, a norm's weight, a table */
   float factor, softcap;  /* factor: also a norm's eps */
   int64_t site;           /* of a product or an embedding: its number for adapters */
@@ -57,6 +61,11 @@ typedef struct { /* mirrored by _Program in program.py */
   int64_t num_groups;
   int64_t vocab, max_position, block_size, num_blocks, q_heads, kv_heads, head_dim;
   int64_t tap_width; /* columns of the step's `tapped` */
+  /* Of several ranks: */
+  quire_group *group;     /* NULL: one */
+  const int32_t *shared;  /* of each buffer: whether all ranks share its memory */
+  const int64_t *starts;  /* [ranks]: the first token whose embedding a rank has */
+  int64_t shared_bytes_per_token;
   int32_t dtype, tiles;
 } program;
 
@@ -92,7 +101,8 @@ typedef struct { /* one step while it runs */
   const program *p;
   const program_step *s;
   step_inputs in;
-  char *memory;
+  char *memory, *shared; /* of buffers */
+  float *logits;
   int64_t rows; /* of a buffer: the step's tokens, then the wanted ones */
   lora_rows lora[2];       /* the tokens with an adapter; of these, the wanted ones */
   const lora_rows *adapted; /* of the rows; NULL: none has an adapter */
@@ -185,7 +195,24 @@ static int group_rows(run *r) {
 }
 
 static char *buffer(const run *r, int32_t number) {
-  return r->memory + r->in.tokens * r->p->offsets[number];
+  const program *p = r->p;
+  return (p->group && p->shared[number] ? r->shared : r->memory) + r->in.tokens * p->offsets[number];
+}
+
+/* Memory for the buffers. 0; 7; 9: the ranks' common memory is too small. With common memory the logits are behind
+ * the buffers, at the same place at every rank. */
+static int take_memory(run *r) {
+  const program *p = r->p;
+  const quire_group *g = p->group;
+  const int64_t common = (r->in.tokens * p->shared_bytes_per_token + 63) / 64 * 64;
+  const int64_t logits = r->s->num_wanted * p->vocab * (int64_t)sizeof(float);
+  if (g && g->data && common + logits > g->bytes) return 9;
+  const int64_t own = (r->in.tokens * p->bytes_per_token + 63) / 64 * 64;
+  r->memory = quire_scratch(SCRATCH_PROGRAM, (size_t)(own + (g && !g->data ? common : 0)));
+  if (!r->memory) return 7;
+  r->shared = g && g->data ? g->data : r->memory + own;
+  r->logits = g && g->data ? (float *)(g->data + common) : r->s->logits;
+  return 0;
 }
 
 static attention_args attention_of(const run *r, int64_t group) {
@@ -220,7 +247,53 @@ static int check_inputs(const run *r) {
   return 0;
 }
 
+static int adapt_embedding(const run *r, const program_op *op) {
+  if (!r->adapted) return 0;
+  return quire_adapt_embedding(r->adapted, op->site, r->in.input_ids, buffer(r, op->target), r->p->widths[op->target],
+                               r->p->dtype, r->s->threads);
+}
+
+/* Rows of the tokens that this rank has, in its columns of a buffer. */
+static int embed_own(const run *r, const program_op *op) {
+  const program *p = r->p;
+  const int32_t rank = p->group->rank;
+  const int64_t start = p->starts[rank], end = rank + 1 < p->group->size ? p->starts[rank + 1] : p->vocab;
+  const int64_t size = (int64_t)elem_size(p->dtype), row = op->width * size;
+  char *out = buffer(r, op->target) + op->first * size;
+  for (int64_t t = 0; t < r->rows; t++, out += p->widths[op->target] * size) {
+    const int64_t id = r->in.input_ids[t] - start;
+    if (id < 0 || id >= end - start) continue;
+    if (!op->flag)
+      memcpy(out, (const char *)op->argument + id * row, (size_t)row);
+    else if (quire_gather_rows(op->argument, &id, 1, out, 1))
+      return 1;
+  }
+  return 0;
+}
+
+static int copy(const run *r, const program_op *op) {
+  const program *p = r->p;
+  const int64_t size = (int64_t)elem_size(p->dtype), row = op->width * size;
+  const char *from = buffer(r, op->source) + op->at * size;
+  char *to = buffer(r, op->target) + op->first * size;
+  for (int64_t t = 0; t < r->rows; t++) {
+    int32_t owner = op->flag ? p->group->size - 1 : 0;
+    while (owner && r->in.input_ids[t] < p->starts[owner]) owner--;
+    memcpy(to + t * p->widths[op->target] * size, from + t * p->widths[op->source] * size + owner * row, (size_t)row);
+  }
+  return op->flag ? adapt_embedding(r, op) : 0;
+}
+
+static int gather(const run *r, const program_op *op) {
+  const program *p = r->p;
+  if (op->target < 0)
+    return quire_group_gather(p->group, r->logits, r->rows, p->vocab, op->first, op->width, sizeof(float));
+  return quire_group_gather(p->group, buffer(r, op->target), r->rows, p->widths[op->target], op->first, op->width,
+                            (int64_t)elem_size(p->dtype));
+}
+
 static int embed(const run *r, const program_op *op) {
+  if (r->p->group) return embed_own(r, op);
   const int64_t *ids = r->in.input_ids;
   char *out = buffer(r, op->target);
   const int64_t width = r->p->widths[op->target];
@@ -231,8 +304,7 @@ static int embed(const run *r, const program_op *op) {
     for (int64_t t = 0; t < r->rows; t++)
       memcpy(out + t * (int64_t)row, (const char *)op->argument + ids[t] * (int64_t)row, row);
   }
-  if (!r->adapted) return 0;
-  return quire_adapt_embedding(r->adapted, op->site, ids, out, width, r->p->dtype, r->s->threads);
+  return adapt_embedding(r, op);
 }
 
 static int norm(const run *r, const program_op *op) {
@@ -258,10 +330,15 @@ static int scale(const run *r, const program_op *op, int64_t width) {
 }
 
 static int logits(const run *r, const program_op *op) {
-  if (linear(r, op, r->s->logits, r->p->vocab, LINEAR_FLOAT)) return 7;
+  const program *p = r->p;
+  float *own = r->logits + op->first;
+  if (linear(r, op, own, p->vocab, LINEAR_FLOAT)) return 7;
   if (op->factor == 1.0f && op->softcap == 0.0f) return 0;
-  return quire_finish_logits(r->s->logits, r->rows * r->p->vocab, op->factor, op->softcap,
-                             r->p->dtype, r->s->threads);
+  if (!p->group)
+    return quire_finish_logits(own, r->rows * p->vocab, op->factor, op->softcap, p->dtype, r->s->threads);
+  for (int64_t i = 0; i < r->rows; i++)
+    quire_finish_logits(own + i * p->vocab, op->width, op->factor, op->softcap, p->dtype, r->s->threads);
+  return 0;
 }
 
 static int rope_write(const run *r, const program_op *op) {
@@ -276,11 +353,15 @@ static int rope_write(const run *r, const program_op *op) {
   return quire_rope_write_kv_unchecked(&a);
 }
 
+static void *own_columns(const run *r, const program_op *op) {
+  return at_mut(buffer(r, op->target), op->first, r->p->dtype);
+}
+
 static int attend(const run *r, const program_op *op) {
   const attention_layer *l = op->argument;
   attention_args a = attention_of(r, l->group);
   a.q = buffer(r, op->source), a.q_stride = r->p->widths[op->source];
-  a.out = buffer(r, op->target);
+  a.out = own_columns(r, op), a.out_stride = r->p->widths[op->target];
   a.k_cache = l->k_cache, a.v_cache = l->v_cache, a.k_scales = l->k_scales, a.v_scales = l->v_scales;
   a.q_heads = l->q_heads, a.kv_heads = l->kv_heads, a.head_dim = l->head_dim;
   a.window = l->window, a.scale = l->scale, a.softcap = l->softcap;
@@ -289,10 +370,11 @@ static int attend(const run *r, const program_op *op) {
 
 /* Wanted rows are in ascending order, so no row is overwritten before it is read. */
 static int keep(const run *r, const program_op *op) {
-  const int64_t row = r->p->widths[op->target] * (int64_t)elem_size(r->p->dtype);
-  char *x = buffer(r, op->target);
+  const int64_t size = (int64_t)elem_size(r->p->dtype), row = r->p->widths[op->target] * size;
+  const size_t kept = (size_t)(op->width ? op->width * size : row);
+  char *x = own_columns(r, op);
   for (int64_t i = 0; i < r->s->num_wanted; i++)
-    if (r->in.wanted[i] != i) memcpy(x + i * row, x + r->in.wanted[i] * row, (size_t)row);
+    if (r->in.wanted[i] != i) memcpy(x + i * row, x + r->in.wanted[i] * row, kept);
   return 0;
 }
 
@@ -309,13 +391,13 @@ static int perform(run *r, const program_op *op) {
   switch (op->code) {
     case OP_EMBED: return embed(r, op);
     case OP_NORM: return norm(r, op);
-    case OP_LINEAR: return linear(r, op, buffer(r, op->target), r->p->widths[op->target], LINEAR_STORE);
+    case OP_LINEAR: return linear(r, op, own_columns(r, op), r->p->widths[op->target], LINEAR_STORE);
     case OP_LINEAR_ADD: return linear(r, op, buffer(r, op->target), r->p->widths[op->target], LINEAR_ADD);
     case OP_ROPE_WRITE: return rope_write(r, op);
     case OP_ATTEND: return attend(r, op);
     case OP_GATED:
-      return quire_gated(buffer(r, op->source), buffer(r, op->target), r->rows,
-                         r->p->widths[op->target], op->flag, r->p->dtype, r->s->threads);
+      return quire_gated(buffer(r, op->source), own_columns(r, op), r->p->widths[op->target], r->rows,
+                         r->p->widths[op->source] / 2, op->flag, r->p->dtype, r->s->threads);
     case OP_ADD:
       return quire_add(buffer(r, op->source), buffer(r, op->target),
                        r->rows * r->p->widths[op->target], op->factor, r->p->dtype, r->s->threads);
@@ -328,6 +410,8 @@ static int perform(run *r, const program_op *op) {
       return 0;
     case OP_LOGITS: return logits(r, op);
     case OP_TAP: return tap(r, op);
+    case OP_GATHER: return gather(r, op);
+    case OP_COPY: return copy(r, op);
   }
   return 1;
 }
@@ -339,21 +423,24 @@ static double now(void) {
 }
 
 /* 0; 1 a token id, 2 a position, 3 a slot, 4 a block id, 5 a row, 6 a seat out of range: nothing was written
- * then; 7 no memory; 8 an adapter that is not in the table: nothing was written. */
+ * then; 7 no memory; 8 an adapter that is not in the table, 9 the ranks' common memory is too small: nothing was
+ * written; enum group_result. */
 int quire_run_program(const program *p, const program_step *s) {
   run r = {.p = p, .s = s};
   int wrong = gather_inputs(p, s, &r.in);
   if (wrong) return wrong;
   r.rows = r.in.tokens;
-  r.memory = quire_scratch(SCRATCH_PROGRAM, (size_t)(r.in.tokens * p->bytes_per_token));
-  if (!r.memory) return 7;
-  if ((wrong = check_inputs(&r))) return wrong;
+  if ((wrong = take_memory(&r)) || (wrong = check_inputs(&r))) return wrong;
   if (s->adapters && (wrong = group_rows(&r))) return wrong;
+  /* Until then a rank may read what another one left in common memory in its last step. */
+  if (p->group && p->group->data && (wrong = quire_group_barrier(p->group))) return wrong;
   const int64_t end = !s->num_wanted ? p->num_cache_ops : s->hidden ? p->num_hidden_ops : p->num_ops;
   double last = s->seconds ? now() : 0.0;
   int failed = 0;
   for (int64_t i = 0; i < end; i++) {
-    failed |= perform(&r, &p->ops[i]);
+    const int code = perform(&r, &p->ops[i]);
+    if (code >= GROUP_FAILED) return code;
+    failed |= code;
     if (!s->seconds) continue;
     const double t = now();
     s->seconds[i] += t - last;

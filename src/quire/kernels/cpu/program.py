@@ -17,10 +17,12 @@ from torch import Tensor
 
 from quire.kernels import checks
 from quire.kernels.checks import require
+from quire.kernels.cpu.group import FAILED, LATE, CGroup, c_group
 from quire.kernels.cpu.library import ACTIVATIONS, DTYPES, load_library
 from quire.kernels.cpu.linear import CProduct
 from quire.kernels.cpu.lora import HostAdapters
 from quire.kernels.cpu.tiles import choose_tiles
+from quire.kernels.group import Group
 from quire.kernels.ops import AttentionLayer, NormWeight
 from quire.kernels.program import CachePart, Code, Op, Program, StepRows
 
@@ -30,7 +32,7 @@ class _Op(ctypes.Structure):
 
     _fields_ = [
         *((name, c_int32) for name in ("code", "flag", "source", "target")),
-        *((name, c_int64) for name in ("first", "width")),
+        *((name, c_int64) for name in ("first", "width", "at")),
         ("argument", c_void_p),
         *((name, c_float) for name in ("factor", "softcap")),
         ("site", c_int64),
@@ -61,6 +63,8 @@ class _Program(ctypes.Structure):
         *((name, c_int64) for name in ("num_groups", "vocab", "max_position")),
         *((name, c_int64) for name in ("block_size", "num_blocks")),
         *((name, c_int64) for name in ("q_heads", "kv_heads", "head_dim", "tap_width")),
+        *((name, c_void_p) for name in ("group", "shared", "starts")),
+        ("shared_bytes_per_token", c_int64),
         *((name, c_int32) for name in ("dtype", "tiles")),
     ]
 
@@ -86,6 +90,7 @@ _ERRORS = {
     5: "a row has tokens that its seat has no room for, or wants more results than it has tokens",
     6: "a seat is outside the batch, or the results wanted are not as many as said",
     8: "an adapter is not in the table",
+    9: "the memory that all ranks share is too small for the step",
 }
 
 
@@ -93,9 +98,11 @@ class NativeProgram:
     """A program for one model's weights and one cache. Keeps their tensors, so that the addresses stay
     valid."""
 
-    def __init__(self, program: Program, caches: Sequence[CachePart]) -> None:
-        """caches: each part of a block. Raises `KernelArgumentError` if a tensor is not
-        what the C code would read."""
+    def __init__(
+        self, program: Program, caches: Sequence[CachePart], group: Group | None = None
+    ) -> None:
+        """caches: each part of a block. group: of the ranks, if this is one's part. Raises
+        `KernelArgumentError` if a tensor is not what the C code would read."""
         self._lib = load_library()
         self._program = program
         self._caches = tuple(caches)
@@ -104,11 +111,12 @@ class NativeProgram:
         self._seconds: Array[c_double] | None = None
         layers = [op.argument for op in program.ops if isinstance(op.argument, AttentionLayer)]
         geometry = self._check_layers(layers)
-        head = program.ops[-1].argument
-        assert isinstance(head, CProduct)
         widths = {b.number: b.width for op in program.ops for b in (op.source, op.target) if b}
         numbers = range(len(program.offsets))
-        self._vocab_size, self._max_position = head.out_features, layers[0].cos_sin.shape[0]
+        self._vocab_size, self._max_position = program.vocab_size, layers[0].cos_sin.shape[0]
+        self._group = None if group is None else c_group(group)
+        self._common: tuple[int, int] | None = None
+        """Where the logits are in the memory that all ranks share, and how many rows."""
         self._ops = (_Op * len(program.ops))(*map(self._op, program.ops))
         self._step = _Step()
         self._rows: StepRows | None = None
@@ -118,9 +126,9 @@ class NativeProgram:
         self._buffer = self._logits = torch.empty(0, self._vocab_size)
         self._taps = self.tapped = torch.empty(0, program.tap_width, dtype=program.dtype)
         windows = [0] * (1 + max(layer.group for layer in layers))
-        for group in range(len(windows)):
-            found = [layer.window for layer in layers if layer.group == group]
-            windows[group] = 0 if 0 in found else max(found)
+        for index in range(len(windows)):
+            found = [layer.window for layer in layers if layer.group == index]
+            windows[index] = 0 if 0 in found else max(found)
         self._struct = _Program(
             ops=ctypes.addressof(self._ops),
             offsets=self._keep((c_int64 * len(numbers))(*program.offsets)),
@@ -140,6 +148,10 @@ class NativeProgram:
             kv_heads=geometry.num_kv_heads,
             head_dim=geometry.head_dim,
             tap_width=program.tap_width,
+            group=self._group and ctypes.addressof(self._group.native),
+            shared=self._keep((c_int32 * len(numbers))(*map(program.shared.__contains__, numbers))),
+            starts=self._keep((c_int64 * len(program.starts))(*program.starts)),
+            shared_bytes_per_token=program.shared_bytes_per_token,
             dtype=DTYPES[program.dtype],
             tiles=choose_tiles().tiles,
         )
@@ -157,7 +169,9 @@ class NativeProgram:
         return seconds
 
     def forward(self, rows: StepRows) -> Tensor:
-        if rows.num_wanted != self._num_wanted:
+        if self._group is not None and self._group.native.data:
+            self._find_logits(self._group, rows)
+        elif rows.num_wanted != self._num_wanted:
             self._make_logits(rows)
         self._run(rows)
         return self._logits
@@ -197,6 +211,8 @@ class NativeProgram:
         """Raises the error of a C call's result."""
         if not code:
             return
+        if self._group is not None and code in (FAILED, LATE):
+            self._group.fail(code)
         if code not in _ERRORS:
             raise MemoryError(f"no memory for the activations of {rows.num_rows} rows")
         raise checks.KernelArgumentError(_ERRORS[code])
@@ -244,6 +260,20 @@ class NativeProgram:
             self._step.logits = self._buffer.data_ptr()
         self._num_wanted, self._logits = count, self._buffer[:count]
 
+    def _find_logits(self, group: CGroup, rows: StepRows) -> None:
+        """They are behind the buffers, in the memory that all ranks share: see take_memory in program.c."""
+        tokens, count = int(rows.rows[: rows.num_rows, 2].sum()), rows.num_wanted
+        first = -(-tokens * self._program.shared_bytes_per_token // 64) * 64
+        if self._common == (first, count):
+            return
+        size = count * self._vocab_size
+        if first + 4 * size > group.native.bytes:
+            raise checks.KernelArgumentError(_ERRORS[9])
+        self._common, self._logits = (first, count), self._buffer[:0]
+        if count:
+            area = (c_float * size).from_address(group.native.data + first)
+            self._logits = torch.frombuffer(area, dtype=torch.float32).view(count, -1)
+
     def _make_taps(self, count: int) -> None:
         if count > len(self._taps):
             self._taps = torch.empty(count, self._program.tap_width, dtype=self._program.dtype)
@@ -259,6 +289,7 @@ class NativeProgram:
             target=op.target.number if op.target else -1,
             first=op.first,
             width=op.width,
+            at=op.at,
             factor=op.factor,
             softcap=op.softcap,
             site=op.site,
@@ -275,11 +306,14 @@ class NativeProgram:
             struct.argument = self._keep(self._layer(argument))
         elif isinstance(argument, Tensor):
             if op.code is Code.EMBED:
-                shape = (self._vocab_size, op.target.width if op.target else 0)
+                width = op.width or (op.target.width if op.target else 0)
+                shape = (argument.shape[0] if op.width else self._vocab_size, width)
                 checks.check_dense(op.label, argument, self._program.dtype, shape)
             else:
                 checks.check_dense(op.label, argument, torch.float32, (self._max_position,))
             struct.argument = argument.data_ptr()
+        if op.code is Code.COPY:
+            struct.flag = int(op.site == len(self._program.products))  # the embedding's
         if op.code is Code.GATED:
             struct.flag = ACTIVATIONS[op.activation]
         return struct
@@ -307,7 +341,7 @@ class NativeProgram:
             norm_dtype=DTYPES[layer.q_norm.weight.dtype] if layer.q_norm is not None else 0,
         )
 
-    def _keep(self, struct: ctypes.Structure | Array[c_int64]) -> int:
+    def _keep(self, struct: ctypes.Structure | Array[c_int64] | Array[c_int32]) -> int:
         self._kept.append(struct)
         return ctypes.addressof(struct)
 

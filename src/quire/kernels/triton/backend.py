@@ -12,6 +12,7 @@ from quire.kernels.base import KVCacheShapes
 from quire.kernels.checks import require
 from quire.kernels.codes import CodeFormat
 from quire.kernels.dequantize import SideBySide
+from quire.kernels.group import Group
 from quire.kernels.ops import Activation, LinearProduct
 from quire.kernels.program import CachePart, Program
 from quire.kernels.triton import attention, layers
@@ -212,7 +213,9 @@ class TritonKernels:
         require(logits.dtype is dtype, f"logits are {logits.dtype}, the model's dtype is {dtype}")
         layers.finish_logits(logits, divisor=divisor, cap=cap)
 
-    def compile(self, program: Program, caches: Sequence[CachePart]) -> None:
+    def compile(
+        self, program: Program, caches: Sequence[CachePart], group: Group | None = None
+    ) -> None:
         return None
 
 

@@ -1,0 +1,164 @@
+"""Several ranks answer as one device does, with every feature, and have the scheduler's block tables."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+
+from quire.engine.llm import LLM
+from quire.errors import MemoryFitError
+from quire.executor.workers import WorkersExecutor
+from quire.messages import StepOutputs
+from quire.runner.following import digest_of
+from quire.sampling_params import PoolingParams, SamplingParams
+from tests.engine.checkpoints import ServableCheckpoint, prompts
+from tests.engine.test_compose import REQUESTS, said
+from tests.engine.test_exactness import make_llm
+
+Servable = Callable[[str], ServableCheckpoint]
+OPTIONS: dict[str, Any] = {
+    "max_logprobs": -1,
+    "max_num_seqs": 16,
+    "max_num_batched_tokens": 64,
+    "num_gpu_blocks_override": 60,
+    "worker_timeout": 30.0,
+}
+GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
+
+
+def executor_of(llm: LLM) -> WorkersExecutor:
+    executor = llm._core._core.executor
+    assert isinstance(executor, WorkersExecutor)
+    return executor
+
+
+@pytest.fixture(scope="module", params=["qwen3", "mistral-window"])
+def engines(request: pytest.FixtureRequest, servable: Servable) -> Iterator[tuple[LLM, LLM]]:
+    """One device, and two ranks."""
+    checkpoint = servable(request.param)
+    with (
+        make_llm(checkpoint, **OPTIONS) as one,
+        make_llm(checkpoint, tensor_parallel_size=2, **OPTIONS) as two,
+    ):
+        yield one, two
+
+
+@settings(
+    max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(REQUESTS)
+def test_any_mix_of_parameters_gives_the_answers_of_one_device(
+    engines: tuple[LLM, LLM], requests: list[tuple[int, SamplingParams]]
+) -> None:
+    texts = prompts(6, seed=3)
+    batch = [texts[index] for index, _ in requests]
+    answers = [
+        engine.generate(batch, [params for _, params in requests], use_tqdm=False)
+        for engine in engines
+    ]
+    for one, two in zip(*answers, strict=True):
+        assert said(one) == said(two)
+
+
+def test_vectors_are_those_of_one_device(engines: tuple[LLM, LLM]) -> None:
+    for pooling in ("last", "mean"):
+        params = PoolingParams(pooling=pooling)
+        vectors = [
+            [
+                each.outputs.embedding
+                for each in llm.embed(prompts(5, seed=8), pooling_params=params, use_tqdm=False)
+            ]
+            for llm in engines
+        ]
+        assert vectors[0] == vectors[1]
+
+
+def test_every_rank_has_the_schedulers_tables(
+    engines: tuple[LLM, LLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After each step, with the tokens whose KV exists."""
+    core = engines[1]._core._core
+    executor, step, compared = executor_of(engines[1]), core.step, 0
+
+    def compare() -> StepOutputs:
+        nonlocal compared
+        outputs: StepOutputs = step()
+        known, tables, kv = {}, [], core.scheduler.kv
+        for request in sorted(core.scheduler.running, key=lambda each: each.request_id):
+            count = known[request.request_id] = request.num_computed_tokens
+            groups = range(len(executor._spec.model.kv.groups))
+            blocks = [list(kv.block_ids(request.request_id, group)) for group in groups]
+            tables.append((request.request_id, request.token_ids[:count], blocks))
+        if known:
+            digests = executor.table_digests(known)
+            assert len(set(digests)) == 1
+            if not kv.has_windows:  # what is behind one the scheduler has given back
+                assert digests[0] == digest_of(tables)
+            compared += 1
+        return outputs
+
+    monkeypatch.setattr(core, "step", compare)
+    engines[1].generate(prompts(12, seed=5), GREEDY, use_tqdm=False)
+    assert compared > 10
+
+
+def test_sleep_and_wake(engines: tuple[LLM, LLM]) -> None:
+    batch = prompts(4, seed=2)
+    expected = [said(each) for each in engines[0].generate(batch, GREEDY, use_tqdm=False)]
+    for level in (1, 2):
+        engines[1].sleep(level)
+        engines[1].wake_up()
+        found = engines[1].generate(batch, GREEDY, use_tqdm=False)
+        assert [said(each) for each in found] == expected
+
+
+def test_all_sleep_on_if_one_cannot_wake_up(
+    engines: tuple[LLM, LLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = engines[1]
+    executor = executor_of(llm)
+    expected = said(llm.generate([[1, 2, 3]], GREEDY, use_tqdm=False)[0])
+
+    def fails(num_blocks: int) -> None:
+        raise MemoryFitError("others took it")
+
+    llm.sleep(1)
+    with monkeypatch.context() as patched:
+        patched.setattr(executor._worker.platform, "cache", fails)
+        with pytest.raises(MemoryFitError, match="others took it"):
+            llm.wake_up()
+    llm.wake_up()
+    assert said(llm.generate([[1, 2, 3]], GREEDY, use_tqdm=False)[0]) == expected
+
+
+def test_a_line_of_the_ledger_for_each_rank_that_differs(engines: tuple[LLM, LLM]) -> None:
+    one, two = (dict(engine.ready.ledger) for engine in engines)
+    assert "rank 0" not in one and one["KV blocks"] == two["KV blocks"]
+    assert one["KV cache"] == two["KV cache"], "each rank has half of the heads"
+
+
+@pytest.mark.parametrize("method", ["ngram", "suffix"])
+def test_drafts_change_nothing(servable: Servable, method: str) -> None:
+    batch = [[1, 2, 3] * 12, [7, 8] * 9, [5] * 20]
+    found = []
+    for size in (1, 2):
+        options = {**OPTIONS, "speculative_config": {"method": method, "num_speculative_tokens": 3}}
+        with make_llm(servable("qwen3"), tensor_parallel_size=size, **options) as llm:
+            found.append([said(each) for each in llm.generate(batch, GREEDY, use_tqdm=False)])
+    assert found[0] == found[1]
+
+
+def test_a_closed_engine_leaves_nothing(servable: Servable) -> None:
+    with make_llm(servable("llama"), **OPTIONS) as llm:  # what is opened once and stays
+        llm.generate([[1, 2]], GREEDY, use_tqdm=False)
+    before = sorted(os.listdir("/proc/self/fd"))
+    with make_llm(servable("llama"), tensor_parallel_size=2, **OPTIONS) as llm:
+        llm.generate([[1, 2]], GREEDY, use_tqdm=False)
+        processes = [rank.process for rank in executor_of(llm)._others.ranks]
+    assert [process.returncode for process in processes] == [0]
+    assert len(os.listdir("/proc/self/fd")) == len(before)
+    llm.close()
