@@ -22,7 +22,7 @@ CUTS = {
     3: [(0, 3, 6, 9), (0, 4, 7, 10), (0, 2, 3, 10), (0, 1, 2, 577)],
 }
 """By ranks: where their columns begin, and the width. Some widths twice, divided in other ways."""
-DTYPES = (torch.float32, torch.bfloat16, torch.uint8)
+DTYPES = (torch.float32, torch.bfloat16)
 
 
 def whole(rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:

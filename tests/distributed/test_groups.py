@@ -112,7 +112,7 @@ def test_processes_that_share_memory(
     assert isinstance(group, SharedMemoryGroup)
     digests = [rank_program.gather_all(group), ranks.line(1), ranks.line(2)]
     assert set(digests) == {rank_program.expected(3)}
-    for _ in range(100):
+    for _ in range(10):
         group.barrier()
     view = group.c_group.native
     view.timeout = 5.0
