@@ -23,7 +23,7 @@ class KVGroup:
     """Layers that share a block table. The i-th of them has its KV in the i-th part of each page."""
 
     layers: tuple[int, ...]
-    """Ascending indices of the model's layers."""
+    """Ascending indices of the model's layers. A stage of a pipeline may have none."""
     window: int | None = None
     """Number of positions that a token attends to, its own included; None: to all before it."""
 
@@ -52,6 +52,12 @@ class KVLayout:
     def windows(self) -> tuple[int | None, ...]:
         """The window of each group."""
         return tuple(group.window for group in self.groups)
+
+    def only(self, layers: range) -> KVLayout:
+        """Of one stage of a pipeline: the same groups, so that block tables are the same, with the parts of
+        its layers."""
+        groups = [KVGroup(tuple(i for i in g.layers if i in layers), g.window) for g in self.groups]
+        return KVLayout(tuple(groups), self.layer_size)
 
     def places(self) -> dict[int, KVPlace]:
         """The place of each layer."""

@@ -15,7 +15,7 @@ import pytest
 import pytest_asyncio
 
 from quire.config import from_flat
-from quire.engine import gpu
+from quire.engine import gpu, replica_cores
 from quire.engine.async_llm import AsyncLLM
 from quire.engine.core_client import CoreProcess
 from quire.engine.llm import LLM
@@ -257,6 +257,34 @@ async def test_a_replica_that_hangs_is_ended(
         assert await engine.reset_prefix_cache()
     finally:
         await engine.shutdown()
+
+
+async def test_a_replica_that_computes_is_given_more_time(
+    servable: Callable[[str], ServableCheckpoint], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = await start(servable, 2, worker_timeout=0.5)
+    group = engine._core
+    assert isinstance(group, ReplicaCores)
+    try:
+        os.kill(cores(engine)[1].process.pid, signal.SIGSTOP)
+        ticks = iter(range(0, 10**6, 1000))
+        monkeypatch.setattr(replica_cores, "_processor_ticks", lambda pid: next(ticks))
+        cores(engine)[1].silent_checks = 9
+        group.check()
+        assert cores(engine)[1].silent_checks > 9 and 1 in group._alive
+        monkeypatch.setattr(replica_cores, "_processor_ticks", lambda pid: 10**6)
+        group.check()
+        group.check()
+        assert group._alive == {0}
+    finally:
+        await engine.shutdown()
+
+
+def test_the_processor_time_of_a_process() -> None:
+    before = replica_cores._processor_ticks(os.getpid())
+    while replica_cores._processor_ticks(os.getpid()) == before:
+        pass
+    assert replica_cores._processor_ticks(2**22 + 1) == 0
 
 
 async def test_a_start_that_fails_leaves_no_process(

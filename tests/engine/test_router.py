@@ -116,6 +116,25 @@ def test_it_chooses_as_a_model_that_keeps_everything(
             assert router.load(index) == models[index].load
 
 
+def missing(router: Router[int], tokens: list[int]) -> int:
+    """Tokens of a prompt that the only replica does not know. It knows them then."""
+    router.choose(0, tokens)
+    load = router.load(0)
+    router.end(0)
+    return load - RULE.row_tokens
+
+
+def test_the_least_recently_used_is_forgotten_and_of_a_prompt_the_end_first() -> None:
+    router: Router[int] = Router(RULE)
+    router.add(0, cache_tokens=64)
+    first, second, third = ([token] * 32 for token in (1, 2, 3))
+    assert [missing(router, tokens) for tokens in (first, second, first, third)] == [32, 32, 0, 32]
+    assert missing(router, first) == 0, "it was used after the second"
+    assert missing(router, second) == 32
+    assert missing(router, [4] * 96) == 96
+    assert missing(router, [4] * 64) == 0, "the end of it was forgotten, the beginning kept"
+
+
 def test_equals_are_chosen_in_turn() -> None:
     router: Router[str] = Router()
     for name in "abc":

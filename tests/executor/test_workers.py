@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 
+from quire.config import from_flat
+from quire.engine import assemble
+from quire.engine.assemble import _check_ranks
 from quire.engine.llm import LLM
-from quire.errors import MemoryFitError
+from quire.errors import ConfigError, MemoryFitError
 from quire.executor.workers import WorkersExecutor
 from quire.messages import StepOutputs
 from quire.runner.following import digest_of
 from quire.sampling_params import PoolingParams, SamplingParams
+from quire.speculative.spec import HeadDraftSpec
 from tests.engine.checkpoints import ServableCheckpoint, prompts
 from tests.engine.test_compose import REQUESTS, said
 from tests.engine.test_exactness import make_llm
@@ -150,6 +155,21 @@ def test_drafts_change_nothing(servable: Servable, method: str) -> None:
         with make_llm(servable("qwen3"), tensor_parallel_size=size, **options) as llm:
             found.append([said(each) for each in llm.generate(batch, GREEDY, use_tqdm=False)])
     assert found[0] == found[1]
+
+
+def test_a_head_that_reads_a_divided_model_is_refused() -> None:
+    head = {"method": "mtp", "num_speculative_tokens": 1}
+    config = from_flat({"tensor_parallel_size": 2, "speculative_config": head})
+    resolved: Any = SimpleNamespace(draft=object.__new__(HeadDraftSpec), device="cpu")
+    with pytest.raises(ConfigError, match="method mtp reads the model's embedding"):
+        _check_ranks(config, resolved)
+
+
+def test_each_rank_has_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assemble, "gpu_count", lambda: 1)
+    resolved: Any = SimpleNamespace(draft=None, device="cuda")
+    with pytest.raises(ConfigError, match=r"4 ranks .* need a GPU each, and there are 1"):
+        _check_ranks(from_flat({"tensor_parallel_size": 4}), resolved)
 
 
 def test_a_closed_engine_leaves_nothing(servable: Servable) -> None:

@@ -14,17 +14,28 @@ from quire.errors import ConfigError
 from quire.kernels.base import Kernels
 from quire.kernels.group import Group
 from quire.kernels.reference import ReferenceKernels
+from quire.kernels.select import create_kernels
 from quire.layers.share import Share, can_divide
+from quire.models.decoder import DecoderModel
 from quire.models.loader import load_model
 from quire.models.registry import resolve_spec
 from quire.models.spec import ModelSpec
-from quire.weights.source import open_source
+from quire.weights.safetensors import SafetensorsCheckpoint
+from quire.weights.source import TensorInfo, open_source
 from tests.models.conftest import Pair
 from tests.models.harness import PagedHarness, Request
-from tests.models.ranks import on_each_rank
-from tests.models.variants import VARIANTS, prompt_tokens, save
+from tests.models.ranks import Meeting, ThreadGroup, on_each_rank
+from tests.models.test_lora import harness as adapted
+from tests.models.test_lora import load as load_adapters
+from tests.models.variants import SHAPE, VARIANTS, prompt_tokens, save
+from tests.weights.adapter_writer import write_adapter
 
 SIZES = (2, 3, 4)
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+}
 UNEVEN = {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 72, "head_dim": 8}
 
 
@@ -72,6 +83,11 @@ def on_ranks(
     return on_each_rank(size, work, share_memory=share_memory)
 
 
+def skip_if_unequal(kernels: Kernels, *, split_groups: bool) -> None:
+    if isinstance(kernels, ReferenceKernels) and split_groups:
+        pytest.skip("PyTorch's product for one query of a KV head differs from that for several")
+
+
 def same_bits(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
     return torch.equal(ours.view(torch.int32), theirs.view(torch.int32))
 
@@ -117,14 +133,117 @@ def uneven(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("size", [2, 3, 6, 9])
 def test_uneven_heads(size: int, dtype: torch.dtype, uneven: Path, kernels: Kernels) -> None:
-    if isinstance(kernels, ReferenceKernels) and size > 3:
-        pytest.skip("PyTorch's product for one query of a KV head differs from that for three")
+    skip_if_unequal(kernels, split_groups=size > 3)
     spec = resolve_spec(json.loads((uneven / "config.json").read_text()))
     whole = load_model(spec, open_source(uneven), dtype=dtype, kernels=kernels, max_model_len=256)
     expected = schedule(PagedHarness(whole))
     assert expected.std() > 0.1
     for logits in on_ranks(spec, uneven, size, kernels, dtype):
         assert same_bits(logits, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "options"),
+    [
+        ("llama-mha-tied", 3, {"use_dora": True}),
+        ("qwen3-windows-bias", 4, {"embedding": True}),
+        ("phi3", 2, {"embedding": True}),
+        ("gemma2", 2, {"embedding": True}),
+        ("olmo2", 4, {"use_dora": True}),
+        ("granite", 2, {"embedding": True}),
+    ],
+)
+def test_adapters(
+    name: str, size: int, options: dict[str, bool], pair: Callable[..., Pair], kernels: Kernels,
+    checkpoint: Callable[..., tuple[object, Path]], tmp_path: Path,
+) -> None:  # fmt: skip
+    """Each rank has the rows of B, and the gains, of its outputs. A row without an adapter is beside it."""
+    skip_if_unequal(kernels, split_groups=size == 4)
+    _, whole = pair(name, kernels)
+    targets = ["_proj", "lm_head", *(["embed_tokens"] if "embedding" in options else [])]
+    adapter = write_adapter(
+        tmp_path, whole.spec, targets, ranks={"up_proj": 5}, use_dora="use_dora" in options
+    )
+
+    def batch(model: DecoderModel) -> torch.Tensor:
+        table = load_adapters(model, adapter)
+        batched = adapted(model, table)
+        adapted_row, plain = (
+            Request(prompt_tokens(21), adapter=0),
+            Request(prompt_tokens(9, seed=3)),
+        )
+        rows = batched.step([(adapted_row, 13), (plain, 8)])
+        rows += batched.step([(plain, 1), (adapted_row, 8)])
+        table.close()
+        return torch.cat(rows)
+
+    expected = batch(whole)
+    source = open_source(checkpoint(name)[1])
+    how = {"dtype": torch.float32, "kernels": kernels, "max_model_len": 256}
+
+    @torch.inference_mode()
+    def work(group: Group) -> torch.Tensor:
+        part = whole.spec.divided(group.rank, group.size)
+        return batch(load_model(part, source, group=group, **how))  # type: ignore[arg-type]
+
+    for logits in on_each_rank(size, work):
+        assert same_bits(logits, expected)
+
+
+@pytest.mark.parametrize(("name", "size"), [("llama", 2), ("phi3", 2), ("olmo2-mha-tied", 4)])
+def test_a_rank_reads_its_part_of_the_file(
+    name: str, size: int, checkpoint: Callable[..., tuple[object, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """Norms are read by all ranks: a little in a model of this size, nothing in a large one."""
+    _, directory = checkpoint(name)
+    spec = resolve_spec(json.loads((directory / "config.json").read_text()))
+    read: list[int] = []
+    original = SafetensorsCheckpoint.read
+
+    def count(self: SafetensorsCheckpoint, info: TensorInfo, begin: int, into: memoryview) -> None:
+        read.append(len(into))
+        original(self, info, begin, into)
+
+    monkeypatch.setattr(SafetensorsCheckpoint, "read", count)
+    each = []
+    for rank in range(size):
+        load_model(
+            spec.divided(rank, size), open_source(directory), dtype=torch.float32,
+            kernels=create_kernels("reference"), max_model_len=64, group=ThreadGroup(rank, Meeting(size)),
+        )  # fmt: skip
+        each.append(sum(read))
+        read.clear()
+    file_bytes = (directory / "model.safetensors").stat().st_size
+    assert sum(each) <= 1.03 * file_bytes
+    assert max(each) <= 1.25 * file_bytes / size
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3", "gemma2"])
+def test_random_weights_are_those_of_the_whole(name: str, kernels: Kernels) -> None:
+    fields = {**SHAPE, **VARIANTS[name][1]}
+    config = VARIANTS[name][0](**fields).to_dict()
+    spec = resolve_spec({**config, "architectures": [ARCHITECTURES[name]]})
+    options = {"dtype": torch.bfloat16, "kernels": kernels, "max_model_len": 64}
+    expected = schedule(PagedHarness(load_model(spec, None, load_format="dummy", **options)))
+
+    @torch.inference_mode()
+    def work(group: Group) -> torch.Tensor:
+        part = spec.divided(group.rank, group.size)
+        model = load_model(part, None, load_format="dummy", group=group, **options)
+        return schedule(PagedHarness(model, num_blocks=16))
+
+    for logits in on_each_rank(2, work):
+        assert same_bits(logits, expected)
+
+
+def test_a_part_has_its_share_of_the_memory(uneven: Path) -> None:
+    spec = resolve_spec(json.loads((uneven / "config.json").read_text()))
+    parts = [spec.divided(rank, 3) for rank in range(3)]
+    norms = 2 * (2 * 2 * 72 + 72)
+    assert sum(part.weight_bytes(2) - norms for part in parts) == spec.weight_bytes(2) - norms
+    assert sum(part.kv_bytes_per_token(2) for part in parts) == spec.kv_bytes_per_token(2)
+    assert {part.kv.layer_size for part in parts} == {spec.kv.layer_size // 3}
+    assert parts[1].heads == (3, 1, 8)
 
 
 def test_a_size_that_cannot_be_is_one_error(uneven: Path) -> None:

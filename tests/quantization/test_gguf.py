@@ -76,11 +76,18 @@ def test_a_product_has_these_rows(kind: str, rows: int, blocks: int, kernels: Ke
     assert error < 1e-3
 
 
-def test_rows_may_be_sharded(kernels: Kernels) -> None:
-    raw = torch.from_numpy(raw_rows("q4_K", 10, 2))
-    part = LinearPart("layer.proj", 10, range(5, 10))
-    filled = product("q4_K", raw, LinearShape(512, (part,), bias=False), kernels)
-    assert torch.equal(filled.rows(torch.arange(5)), values("q4_K", raw)[5:])
+@pytest.mark.parametrize("kind", FORMATS)
+def test_rows_may_be_sharded(kind: str, kernels: Kernels) -> None:
+    """With the bits of the whole, also in products."""
+    raw, inputs = torch.from_numpy(raw_rows(kind, 150, 2)), 2 * BLOCKS[kind].elements
+    whole = product(kind, raw, linear(kind, 150, 2), kernels)
+    x = torch.randn(3, inputs)
+    for outputs in (range(64), range(64, 150), range(7, 90)):
+        part = LinearPart("layer.proj", 150, outputs)
+        filled = product(kind, raw, LinearShape(inputs, (part,), bias=False), kernels)
+        ids = torch.arange(len(outputs))
+        assert torch.equal(filled.rows(ids), values(kind, raw)[outputs.start : outputs.stop])
+        assert torch.equal(filled(x), whole(x)[:, outputs.start : outputs.stop])
 
 
 def test_rows_are_whole_blocks(kernels: Kernels) -> None:

@@ -223,6 +223,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def check_shares(self, plan, rows):
         """Of a step that preempts nobody: who is sure of what, and that nothing is left over."""
+        num_tokens = sum(map(known_tokens, plan.rows))
         quantum, wanted = self.least_quantum(), dict(self.wanted)
         for request_id in self.passed_over:
             wanted.pop(request_id, None)
@@ -236,9 +237,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert got <= most
             if request_id in self.wanted or (head and request_id == head.request_id):
                 assert got >= min(most, quantum), "less than a quantum"
-            if plan.num_tokens < self.budget:
+            if num_tokens < self.budget:
                 assert got == most, "budget is left"
-        if plan.num_tokens < self.budget:
+        if num_tokens < self.budget:
             assert self.head_that_fits() is None, "budget is left, and a seat and blocks"
 
     def check_reason(self, plan, request):
@@ -257,7 +258,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             case WaitReason.BUDGET if wait.needed > 1:
                 assert wait.needed > wait.budget and not self.limits.enable_chunked_prefill
             case WaitReason.BUDGET:
-                assert preempts or plan.num_tokens == self.budget
+                assert preempts or sum(map(known_tokens, plan.rows)) == self.budget
             case WaitReason.BEHIND:
                 stopped = scheduler.why_waits(other).reason
                 assert stopped in (WaitReason.SEAT, WaitReason.BLOCKS, WaitReason.BUDGET)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 from quire.config.options import option
 from quire.errors import ConfigError
+
+LAYER_PARTITION = "VLLM_PP_LAYER_PARTITION"
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +22,10 @@ class ParallelConfig:
     )
     pipeline_parallel_size: int = option(
         1, "Stages of consecutive layers, each on devices of its own.", aliases=("-pp",)
+    )
+    pipeline_layer_partition: str = option(
+        "",
+        "Layers of each stage, like 20,12. Default: stages of equal weight. Also VLLM_PP_LAYER_PARTITION.",
     )
     data_parallel_size: int = option(
         1,
@@ -54,6 +61,10 @@ class ParallelConfig:
     )
 
     def __post_init__(self) -> None:
+        if not self.pipeline_layer_partition:
+            object.__setattr__(
+                self, "pipeline_layer_partition", os.environ.get(LAYER_PARTITION, "")
+            )
         sizes = [f"{name}_parallel_size" for name in ("tensor", "pipeline", "data")]
         for name in (*sizes, "nnodes"):
             if getattr(self, name) < 1:

@@ -15,19 +15,27 @@ GROUPS = {
 
 
 def create_group(
-    kind: str, *, rank: int, size: int, timeout: float, descriptor: int = -1, address: str = ""
+    kind: str,
+    *,
+    rank: int,
+    size: int,
+    timeout: float,
+    descriptor: int = -1,
+    address: str = "",
+    area: range | None = None,
 ) -> Group:
     """Join a group of `size` ranks. timeout: seconds that a rank may be late.
 
     descriptor: of the memory that `create_memory` has made (shared_memory); of rank 0's listening socket
-    (gloo, nccl). address: HOST:PORT of that socket (gloo, nccl). Raises `ConfigError`, `WorkerError`.
+    (gloo, nccl). address: HOST:PORT of that socket (gloo, nccl). area: the
+    bytes of the memory that are the group's; None: all. Raises `ConfigError`, `WorkerError`.
     """
     if kind not in GROUPS:
         raise ConfigError(f"A group's kind must be one of {', '.join(GROUPS)}, got {kind!r}.")
     module, _, name = GROUPS[kind].partition(":")
     join = getattr(import_module(module), name)
     where = (
-        {"descriptor": descriptor}
+        {"descriptor": descriptor, "area": area}
         if kind == "shared_memory"
         else {"descriptor": descriptor, "address": address}
     )

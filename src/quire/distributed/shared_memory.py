@@ -39,15 +39,28 @@ def create_memory(data_bytes: int) -> int:
 class SharedMemoryGroup:
     """A `Group` of processes that have the descriptor of one memory, or of threads."""
 
-    def __init__(self, descriptor: int, *, rank: int, size: int, timeout: float = 60.0) -> None:
-        """descriptor: of `create_memory`; it may be closed afterwards. timeout: seconds that another rank
-        may be late. Raises `ConfigError`."""
+    def __init__(
+        self,
+        descriptor: int,
+        *,
+        rank: int,
+        size: int,
+        timeout: float = 60.0,
+        area: range | None = None,
+    ) -> None:
+        """descriptor: of `create_memory`; it may be closed afterwards. area: as in `SharedGroup`. timeout:
+        seconds that another rank may be late. Raises `ConfigError`."""
         if size > GROUP_RANKS:
             raise ConfigError(f"{size} ranks are above {GROUP_RANKS}, the most that share memory.")
         self.rank, self.size = rank, size
         try:
             self.c_group = SharedGroup(
-                descriptor, rank=rank, size=size, timeout=timeout, reserved=2 * HALF_BYTES
+                descriptor,
+                rank=rank,
+                size=size,
+                timeout=timeout,
+                reserved=2 * HALF_BYTES,
+                area=area,
             )
         except (BuildError, OSError) as error:
             raise ConfigError(f"Ranks cannot share memory: {error}.") from error

@@ -30,6 +30,7 @@ from quire.runner.footprint import (
     spec_of_rank,
 )
 from quire.scheduler import Scheduler, SchedulerLimits
+from quire.speculative.spec import HeadDraftSpec
 from quire.structured.base import GrammarCompiler
 from quire.structured.store import GrammarStore
 from quire.weights.adapter import check_adapter, largest_adapter_bytes
@@ -154,7 +155,8 @@ def executor_of(ranks: Ranks | None = None, *, pin: bool = False) -> CreateExecu
 
 def _longest_by_estimate(config: EngineConfig, resolved: ResolvedModel) -> int:
     """The length to load for. A model that cannot fit is refused here, before its weights are read."""
-    _check_gpus(config, resolved)
+    _check_ranks(config, resolved)
+    _check_stages(config, resolved)
     footprint = estimate_ranks(config, resolved, device_memory(resolved.device))
     longest = plan(config, resolved, footprint, resolved.max_model_len).max_model_len
     scheduler = config.scheduler
@@ -167,13 +169,33 @@ def _longest_by_estimate(config: EngineConfig, resolved: ResolvedModel) -> int:
     return longest
 
 
-def _check_gpus(config: EngineConfig, resolved: ResolvedModel) -> None:
+def _check_ranks(config: EngineConfig, resolved: ResolvedModel) -> None:
+    if config.parallel.world_size > 1 and isinstance(resolved.draft, HeadDraftSpec):
+        speculation = config.speculative.speculation
+        raise ConfigError(
+            f"speculative method {speculation and speculation.method} reads the model's embedding and head, "
+            "which are divided among ranks; use draft_model, ngram or suffix, or one rank."
+        )
     here = config.parallel.world_size // config.parallel.nnodes
     if resolved.device == "cuda" and here > max(1, gpu_count()):
         raise ConfigError(
             f"{here} ranks on this machine (tensor_parallel_size x pipeline_parallel_size) need a GPU each, "
             f"and there are {gpu_count()}; make the sizes smaller, or use --device cpu."
         )
+
+
+def _check_stages(config: EngineConfig, resolved: ResolvedModel) -> None:
+    if config.parallel.pipeline_parallel_size == 1:
+        return
+    for is_so, what in (
+        (resolved.device == "cuda", "device cuda"),
+        (config.parallel.nnodes > 1, "nnodes above 1"),
+        (config.lora.enable_lora, "enable_lora"),
+    ):
+        if is_so:
+            raise ConfigError(
+                f"pipeline_parallel_size above 1 does not work with {what} yet; use tensor_parallel_size."
+            )
 
 
 def device_memory(device: str) -> DeviceMemory:

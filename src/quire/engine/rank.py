@@ -19,8 +19,8 @@ from quire.util.logging import setup_logging
 
 
 def run_rank(link: Link, number: int, memory: int = -1, model: str = "") -> int:
-    """Until the link ends. memory: the descriptor of what the stage's ranks share, if they are on one
-    machine. model: where this machine has the checkpoint, if not where the configuration says. Returns
+    """Until the link ends. memory: the descriptor of what the machine's ranks share, if they share
+    any. model: where this machine has the checkpoint, if not where the configuration says. Returns
     the exit status."""
 
     def make_worker(config: EngineConfig, message: LoadModel) -> Worker:
@@ -33,7 +33,8 @@ def run_rank(link: Link, number: int, memory: int = -1, model: str = "") -> int:
         worker = Worker(
             config,
             spec_of_rank(whole, config.parallel, number),
-            group=meeting.join(config, number),
+            group=meeting.join(config, whole, number),
+            channels=meeting.connect(config, whole, number),
         )
         gc.freeze()
         gc.enable()

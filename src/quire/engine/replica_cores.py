@@ -21,8 +21,11 @@ logger = logging.getLogger(__name__)
 
 SLOW_SECONDS = 10.0
 """New requests avoid a replica that has sent nothing for this long."""
-CHANGE_FACTOR = 10
-"""How much longer than a step a sleep or wake-up may take: it may load the weights."""
+PATIENCE = 10
+"""How many times longer a replica may be silent that computes (a step of a large model on few cores may
+take minutes), or that sleeps or wakes up."""
+BUSY_TICKS = 5
+"""Processor time since the last check, in hundredths of a second, by which one counts as computing."""
 
 
 def start_cores(config: EngineConfig) -> CoreProcess | ReplicaCores:
@@ -47,6 +50,8 @@ class ReplicaCores:
         self._checked = time.monotonic()
         self._poller = zmq.Poller()
         self._cores: list[CoreProcess] = []
+        self._ticks = [0] * count
+        """The processor time that each had used at the last check."""
         try:
             for cpus, environment in zip(shares(count), environments, strict=True):
                 core = CoreProcess(
@@ -155,14 +160,19 @@ class ReplicaCores:
         for index in sorted(self._alive):
             core = self._cores[index]
             reason, silence = core.check(), self._silence(index)
-            assert self._replicas is not None
-            limit = self._timeout * (CHANGE_FACTOR if self._replicas.is_changing(index) else 1)
-            if reason is None and silence > limit:
+            if reason is None and silence > self._timeout * self._patience(index):
                 core.process.kill()
                 reason = f"It has not answered for {silence:.0f} s, and was ended."
             if reason is not None:
                 self._lose(index, reason)
         return None
+
+    def _patience(self, index: int) -> int:
+        assert self._replicas is not None
+        before = self._ticks[index]
+        now = self._ticks[index] = _processor_ticks(self._cores[index].process.pid)
+        computes = now - before >= BUSY_TICKS
+        return PATIENCE if computes or self._replicas.is_changing(index) else 1
 
     def exited(self) -> str | None:
         """The reason, if all have ended."""
@@ -211,6 +221,16 @@ class ReplicaCores:
             core.ask_to_end()
         for core in self._cores:
             core.close()
+
+
+def _processor_ticks(pid: int) -> int:
+    """The processor time that a process has used; 0 if it has ended."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            fields = file.read().rpartition(")")[2].split()
+    except OSError:
+        return 0
+    return int(fields[11]) + int(fields[12])  # utime, stime: see proc(5)
 
 
 def _environments(config: EngineConfig) -> list[Mapping[str, str]]:

@@ -31,6 +31,7 @@ from quire.messages import (
     SchedulerStats,
     Sleep,
     StepOutputs,
+    WakeUp,
 )
 
 MAX_GROUPS = 65_536
@@ -42,6 +43,7 @@ class _Call:
     """A control call that was sent to all."""
 
     waits_for: set[int]
+    is_slow: bool
     answers: dict[int, Answer] = field(default_factory=dict)
 
 
@@ -78,8 +80,9 @@ class Replicas:
                     ids.setdefault(self.owners[request_id], []).append(request_id)
             return [(replica, AbortRequests(each)) for replica, each in ids.items()]
         if isinstance(message, Control):
-            self._calls[message.id] = _Call(set(self.alive))
-            if isinstance(message.action, ResetPrefixCache | Sleep):
+            action = message.action
+            self._calls[message.id] = _Call(set(self.alive), isinstance(action, Sleep | WakeUp))
+            if isinstance(action, ResetPrefixCache | Sleep):
                 self._router.forget()
         return [(replica, message) for replica in sorted(self.alive)]
 
@@ -110,8 +113,8 @@ class Replicas:
         return replica
 
     def is_changing(self, replica: int) -> bool:
-        """Whether a call is being carried out there, which may take long."""
-        return any(replica in call.waits_for for call in self._calls.values())
+        """Whether it goes to sleep or wakes up, which may take long."""
+        return any(call.is_slow and replica in call.waits_for for call in self._calls.values())
 
     # --- from the replicas ------------------------------------------------------------------------
 

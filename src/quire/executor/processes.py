@@ -93,14 +93,14 @@ class ProcessRanks:
         tensor, stages = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
         self.ranks: list[Rank] = []
         self._processes: list[ProcessRank] = []
-        self._memory = [os.memfd_create(f"quire-stage-{stage}") for stage in range(stages)]
+        self._memory = [os.memfd_create("quire-ranks")]
         self._timeout = parallel.worker_timeout
         self._started, self._closed = threading.Event(), threading.Event()
         self._error: BaseException | None = None
         sampling = tensor * (stages - 1)
         if numbers is None:
             numbers = [number for number in range(parallel.world_size) if number != sampling]
-        groups = [self._memory[number // tensor] for number in numbers]
+        groups = self._memory * len(numbers)
         keeper = threading.Thread(
             target=self._keep, args=(numbers, groups), name="ranks", daemon=True
         )

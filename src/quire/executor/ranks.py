@@ -41,7 +41,7 @@ class Ranks(Protocol):
 
     @property
     def group_memory(self) -> int:
-        """The descriptor of the memory that the ranks of this process's stage share."""
+        """The descriptor of the memory that the ranks of this machine share."""
         ...
 
     def close(self) -> None:

@@ -24,7 +24,7 @@ from quire.executor.followers import Followers
 from quire.executor.groups import Meeting, arrange
 from quire.executor.processes import ProcessRanks
 from quire.executor.ranks import Ranks
-from quire.kernels.group import Group
+from quire.kernels.group import Channel, Channels, Group
 from quire.messages import AddAdapter, DropAdapter, Sleep, StepPlan, StepResult, WakeUp
 from quire.messages.worker import (
     Carried,
@@ -74,9 +74,10 @@ class WorkersExecutor:
         self._sampled: list[SampledTokens] = []
         self._stores: RankAdapters | None = None
         self._group: Group | None = None
+        self._channels: Channels | None = None
         self._sleep_level = 0
         self._closed = False
-        self.max_in_flight = 1
+        self.max_in_flight = parallel.pipeline_parallel_size
         with contextlib.ExitStack() as undo:
             undo.callback(ranks.close)
             share = self._shares[self._number]
@@ -91,9 +92,14 @@ class WorkersExecutor:
             )
             undo.callback(self._others.watch.close)
             self._send_model(meeting)
-            self._group = self._others.beside(lambda: meeting.join(config, self._number))
+            self._group = self._others.beside(lambda: meeting.join(config, spec, self._number))
+            self._channels = meeting.connect(config, spec, self._number)
             self._worker = Worker(
-                self._config_of(self._number), own, grammars=grammars, group=self._group
+                self._config_of(self._number),
+                own,
+                grammars=grammars,
+                group=self._group,
+                channels=self._channels,
             )
             undo.pop_all()
 
@@ -127,11 +133,21 @@ class WorkersExecutor:
             lambda: self._worker.open_cache(num_blocks, max_model_len),
         )
 
-    def execute(self, plan: StepPlan) -> LaunchedStep | FinishedStep:
+    def execute(self, plan: StepPlan) -> LaunchedStep | LaterStep | FinishedStep:
         sampled, self._sampled = self._sampled, []
         self._others.run(plan, sampled)
+
+        def start() -> RunningStep | FinishedStep:
+            return self._worker.execute(plan)
+
+        return LaterStep(self, start) if self.max_in_flight > 1 else self.launch(start)
+
+    def launch(
+        self, start: Callable[[], RunningStep | FinishedStep]
+    ) -> LaunchedStep | FinishedStep:
+        """This rank's part."""
         with pinned(self._pinned_to):
-            running = self._others.beside(lambda: self._worker.execute(plan))
+            running = self._others.beside(start)
         return LaunchedStep(self, running) if isinstance(running, RunningStep) else running
 
     def prepare(self) -> bool:
@@ -173,8 +189,8 @@ class WorkersExecutor:
         self._abort("The engine was closed.")
         self._ranks.close()
         self._worker.close()
-        if self._group is not None:
-            self._group.close()
+        for each in self._waits_in():
+            each.close()
 
     def _send_model(self, meeting: Meeting) -> None:
         for rank in self._others.ranks:
@@ -200,8 +216,12 @@ class WorkersExecutor:
             raise error
 
     def _abort(self, text: str) -> None:
-        if self._group is not None:
-            self._group.abort(text)
+        for each in self._waits_in():
+            each.abort(text)
+
+    def _waits_in(self) -> list[Group | Channel]:
+        inlet = None if self._channels is None else self._channels.inlet
+        return [each for each in (self._group, inlet) if each is not None]
 
     def took(self, running: RunningStep, result: StepResult) -> StepResult:
         """The other ranks learn the result's tokens with the next plan."""
@@ -220,6 +240,18 @@ class LaunchedStep:
     def result(self) -> StepResult:
         result = self.executor._others.beside(self.running.result)
         return self.executor.took(self.running, result)
+
+
+@dataclass(frozen=True, slots=True)
+class LaterStep:
+    """A `StepFuture` of a pipeline. The last stage computes when the result is wanted: until then this thread
+    plans what the other stages compute meanwhile."""
+
+    executor: WorkersExecutor
+    start: Callable[[], RunningStep | FinishedStep]
+
+    def result(self) -> StepResult:
+        return self.executor.launch(self.start).result()
 
 
 class AdapterEnd(NamedTuple):

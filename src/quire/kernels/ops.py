@@ -103,6 +103,14 @@ class Ops(Protocol[Buf]):
         embedding are one matrix. starts: the first token of each rank's rows; each row is its owner's."""
         ...
 
+    def receive(self, width: int) -> Buf:
+        """The residual that the stage before this one has sent: [T, width]."""
+        ...
+
+    def send(self, x: Buf) -> Buf:
+        """x, all rows, as it is sent to the next stage. Nothing follows."""
+        ...
+
     def gather(self, x: Buf, first: int, width: int) -> Buf:
         """x: [T, n], this rank's columns from `first` on -> [T, width], those of all ranks, which must not be
         changed. x itself if it has them all."""

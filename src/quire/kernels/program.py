@@ -52,6 +52,8 @@ class Code(IntEnum):
     """When this rank's columns of a shared buffer are written: waits for those of the other ranks."""
     COPY = 15
     """Copies columns of one buffer to another; or each token's embedding, from its owner's columns."""
+    RECEIVE = 16
+    """Copies an input of the step to a buffer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +111,7 @@ class Program:
     bytes_per_token: int
     dtype: torch.dtype
     vocab_size: int
-    """Columns of the logits."""
+    """Columns of the logits, if there are any."""
     shared_bytes_per_token: int = 0
     shared: frozenset[int] = frozenset()
     """The buffers that all ranks share."""
@@ -167,7 +169,10 @@ class ForwardPass(Protocol):
 
     tapped: Tensor
     """What the last step's operations `tap` have copied, in the model's dtype: [T, columns], of all its
-    tokens. Valid until the next call. No columns if the model has no taps."""
+    tokens; or what a stage of a pipeline sends to the next. Valid until the next call. No columns if there
+    is neither."""
+    received: Tensor
+    """[T, hidden_size]: what the stage before this one has sent for the next step."""
 
     def forward(self, rows: StepRows) -> Tensor:
         """Write every token's keys and values to the cache, and compute the wanted logits, in the order
@@ -206,6 +211,13 @@ class ProgramOps:
         self._record(Code.EMBED, "embed", None, rows, argument=embedding)
         by_owner = self.gather(rows, self.rank * width, len(starts) * width)
         return self._record(Code.COPY, "embed", by_owner, out, width=width, site=EMBEDDING)
+
+    def receive(self, width: int) -> Buffer:
+        return self._record(Code.RECEIVE, "receive", None, self._buffer(width), width=width)
+
+    def send(self, x: Buffer) -> Buffer:
+        self.tap(x)
+        return x
 
     def gather(self, x: Buffer, first: int, width: int) -> Buffer:
         if x.width == width:
@@ -291,30 +303,18 @@ class ProgramOps:
         self._record(Code.NARROW, "keep", bufs[0], bufs[0])
         return bufs
 
-    def finish(self, hidden: Buffer, head: Head) -> Program:
-        """hidden: the result of the recorded calls, for the wanted rows."""
-        self._check_product(hidden, head.product, "head")
+    def finish(self, hidden: Buffer, head: Head | None, vocab_size: int = 0) -> Program:
+        """hidden: the result of the recorded calls, for the wanted rows. head: None if it is sent instead.
+        vocab_size: then that of the token ids."""
         codes = [op.code for op in self._ops]
-        require(Code.NARROW in codes, "a program keeps the wanted rows before it ends")
         changed = [op.label for op in self._ops if op.target and op.target.shared]
         require("add" not in changed and "scale" not in changed, "a gathered buffer is not changed")
         num_hidden_ops = len(codes)
-        self._record(
-            Code.LOGITS,
-            "head",
-            hidden,
-            hidden,
-            argument=head.product,
-            factor=head.divisor,
-            softcap=head.softcap,
-            site=HEAD,
-            first=head.first,
-            width=head.product.out_features,
-        )
-        if len(self._starts) > 1:
-            own = self._ops[-1]
-            self._ops.append(Op(Code.GATHER, "gather", first=own.first, width=own.width))
-        num_sites = self._num_products + 2
+        if head is not None:
+            require(Code.NARROW in codes, "a program keeps the wanted rows before it ends")
+            vocab_size = head.width or head.product.out_features
+            self._logits(hidden, head, vocab_size)
+        num_sites = self._num_products + 1 + (head is not None)
         ops = tuple(replace(op, site=op.site % num_sites) for op in self._ops)
         effects = (Code.ROPE_WRITE, Code.TAP)
         writes = [index for index, code in enumerate(codes) if code in effects]
@@ -329,11 +329,29 @@ class ProgramOps:
             offsets=tuple(max(both) for both in zip(*(each[0] for each in placed), strict=True)),
             bytes_per_token=placed[0][1],
             dtype=self.dtype,
-            vocab_size=head.width or head.product.out_features,
+            vocab_size=vocab_size,
             shared_bytes_per_token=placed[1][1],
             shared=frozenset(b.number for op in ops if (b := op.target) is not None and b.shared),
             starts=self._starts,
         )
+
+    def _logits(self, hidden: Buffer, head: Head, vocab_size: int) -> None:
+        self._check_product(hidden, head.product, "head")
+        own = head.product.out_features
+        self._record(
+            Code.LOGITS,
+            "head",
+            hidden,
+            hidden,
+            argument=head.product,
+            factor=head.divisor,
+            softcap=head.softcap,
+            site=HEAD,
+            first=head.first,
+            width=own,
+        )
+        if own != vocab_size:
+            self._ops.append(Op(Code.GATHER, "gather", first=head.first, width=own))
 
     def _buffer(self, width: int, *, shared: bool = False) -> Buffer:
         self._widths.append(width)

@@ -38,6 +38,8 @@ class EagerOps:
     """The tokens, if any has an adapter."""
     group: Group | None = None
     """The ranks that compute each layer together."""
+    received: Tensor | None = None
+    """From the stage before this one."""
     _num_products: int = 0
     """The products that have been computed."""
     _sum: tuple[Tensor, Tensor] | None = None
@@ -60,6 +62,13 @@ class EagerOps:
         width = rows.shape[1]
         found = group.gather(rows, group.rank * width, group.size * width)
         return found.view(-1, group.size, width)[torch.arange(len(owners)), owners]
+
+    def receive(self, width: int) -> Tensor:
+        assert self.received is not None and self.received.shape[1] == width
+        return self.received.clone()
+
+    def send(self, x: Tensor) -> Tensor:
+        return self._whole(x)
 
     def gather(self, x: Tensor, first: int, width: int) -> Tensor:
         if x.shape[1] == width:

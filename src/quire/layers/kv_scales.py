@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import partial
 
 import torch
@@ -55,11 +55,13 @@ class KVScales:
             kept[:] = scales if len(scales) == 1 else scales[own]
 
 
-def give_scales(cache: KVCache, layers: Sequence[KVScales], places: Mapping[int, KVPlace]) -> None:
+def give_scales(
+    cache: KVCache, layers: Mapping[int, KVScales], places: Mapping[int, KVPlace]
+) -> None:
     """Set a cache's scales. Of layers that share a part of it (those of several groups) the largest counts: a
     scale above its own costs a layer precision, not range."""
     for number, part in enumerate(cache.parts):
-        sharing = [scales for i, scales in enumerate(layers) if places[i].part == number]
+        sharing = [scales for i, scales in layers.items() if places[i].part == number]
         for name, given in zip("kv", part.scales or (), strict=False):
             if sharing:
                 given.copy_(torch.stack([scales.tensors[name] for scales in sharing]).amax(0))

@@ -8,6 +8,18 @@ from quire.kernels.ops import NormWeight
 from quire.layers.parameter import WeightTarget
 from quire.layers.spec import NormSpec
 
+NORM_NAMES = {
+    # placement: names of the norms before and after attention, before and after the MLP
+    "pre": ("input_layernorm", None, "post_attention_layernorm", None),
+    "post": (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+    "sandwich": (
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    ),
+}
+
 
 class RMSNorm:
     """The weight of a norm; `Ops.norm` computes it."""

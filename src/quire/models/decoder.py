@@ -18,7 +18,7 @@ import torch
 from quire.attention.base import AttentionBackend, AttentionMetadata, KVCache
 from quire.attention.paged import PagedAttention
 from quire.kernels.base import LayerKernels
-from quire.kernels.group import Group
+from quire.kernels.group import Channels, Group
 from quire.kernels.lora import AdaptedRows
 from quire.kernels.ops import Buf, Head, LinearProduct, NormWeight, Ops
 from quire.kernels.program import ForwardPass, Program, ProgramOps
@@ -28,24 +28,12 @@ from quire.layers.eager import EagerOps, compute_logits
 from quire.layers.embedding import Embedding
 from quire.layers.linear import Linear
 from quire.layers.mlp import Mlp
-from quire.layers.norm import RMSNorm
+from quire.layers.norm import NORM_NAMES, RMSNorm
 from quire.layers.parameter import WeightTarget
 from quire.layers.rotary import cos_sin_table
-from quire.models.eager_pass import EagerPass
+from quire.models.eager_pass import EagerPass, StagePass
 from quire.models.spec import LayerSpec, ModelSpec
 from quire.weights.names import EMBEDDING
-
-NORM_NAMES = {
-    # placement: names of the norms before and after attention, before and after the MLP
-    "pre": ("input_layernorm", None, "post_attention_layernorm", None),
-    "post": (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
-    "sandwich": (
-        "input_layernorm",
-        "post_attention_layernorm",
-        "pre_feedforward_layernorm",
-        "post_feedforward_layernorm",
-    ),
-}
 
 
 class DecoderLayer:
@@ -68,12 +56,9 @@ class DecoderLayer:
         def norm(name: str | None) -> RMSNorm | None:
             if name is None:
                 return None
+            size, device = model.hidden_size, kernels.device
             return RMSNorm(
-                f"{prefix}.{name}",
-                size=model.hidden_size,
-                spec=model.norm,
-                dtype=dtype,
-                device=kernels.device,
+                f"{prefix}.{name}", size=size, spec=model.norm, dtype=dtype, device=device
             )
 
         self._attention = Attention(
@@ -151,10 +136,12 @@ class DecoderModel:
         attention: AttentionBackend | None = None,
         layout: KVLayout | None = None,
         group: Group | None = None,
+        channels: Channels | None = None,
     ) -> None:
         """`max_model_len` is the number of positions a request may reach; rotary tables have that many rows.
         attention: the backend, if it is not the kernels' own. layout: of the cache, if not the spec's own.
         group: of the ranks among which the model is divided, if spec is a part (`ModelSpec.divided`).
+        channels: to the stages before and after this one, if spec is one of several.
         """
         share = (0, 1) if group is None else (group.rank, group.size)
         assert share == (spec.share.rank, spec.share.size), (share, spec.share)
@@ -162,7 +149,7 @@ class DecoderModel:
         self.dtype = dtype
         self.max_model_len = max_model_len
         self.kernels = kernels
-        self.group = group
+        self.group, self.channels = group, channels
         self.taps: tuple[int, ...] = ()
         """Layers whose input, the residual, a drafter reads: ascending. One more than the last layer's index
         is the residual before the final norm. Set before `over`."""
@@ -173,24 +160,21 @@ class DecoderModel:
         ]
         places = (layout or spec.kv).places()
         no_rope = torch.empty(max_model_len, 0, device=kernels.device)
-        self._layers = [
-            DecoderLayer(
+        self._layers = {
+            index: DecoderLayer(
                 spec,
                 index,
                 dtype=dtype,
                 kernels=kernels,
-                cos_sin=no_rope if layer.attention.rope is None else tables[layer.attention.rope],
+                cos_sin=no_rope if rope is None else tables[rope],
                 place=places[index],
             )
-            for index, layer in enumerate(spec.layers)
-        ]
-        self.kv_scales = [layer.kv_scales for layer in self._layers]
+            for index in spec.own_layers
+            for rope in [spec.layers[index].attention.rope]
+        }
+        self.kv_scales = {index: layer.kv_scales for index, layer in self._layers.items()}
         self._norm = RMSNorm(
-            "model.norm",
-            size=spec.hidden_size,
-            spec=spec.norm,
-            dtype=dtype,
-            device=kernels.device,
+            "model.norm", size=spec.hidden_size, spec=spec.norm, dtype=dtype, device=kernels.device
         )
         self._embed_scale = spec.embed_scale
         if spec.embed_scale_rounded:
@@ -201,7 +185,7 @@ class DecoderModel:
             self._embedding = Linear(
                 spec.embedding, dtype=dtype, method=spec.quantization, kernels=kernels
             )
-        elif not spec.tie_word_embeddings:
+        elif spec.is_first and not spec.tie_word_embeddings:
             self._embedding = Embedding(
                 EMBEDDING,
                 vocab_size=spec.vocab_size,
@@ -210,7 +194,11 @@ class DecoderModel:
                 dtype=dtype,
                 device=kernels.device,
             )
-        self._lm_head = Linear(spec.head, dtype=dtype, method=spec.quantization, kernels=kernels)
+        self._lm_head: Linear | None = None
+        if spec.has_logits:
+            self._lm_head = Linear(
+                spec.head, dtype=dtype, method=spec.quantization, kernels=kernels
+            )
 
     @property
     def final_norm(self) -> NormWeight:
@@ -220,39 +208,47 @@ class DecoderModel:
         """Every tensor the model takes from a checkpoint."""
         if self._embedding is not None:
             yield from self._embedding.targets()
-        for layer in self._layers:
+        for layer in self._layers.values():
             yield from layer.targets()
-        yield from self._norm.targets()
-        yield from self._lm_head.targets()
+        if self.spec.is_last:
+            yield from self._norm.targets()
+        if self._lm_head is not None:
+            yield from self._lm_head.targets()
 
     def bind(self) -> None:
         """Call once, after every target has been loaded and before the first `forward`."""
-        for layer in self._layers:
+        for layer in self._layers.values():
             layer.bind()
-        self._head = Head(
-            self._lm_head.bind(),
-            divisor=self.spec.logits_divisor,
-            softcap=self.spec.logits_softcap,
-            first=self._starts[self.spec.share.rank],
-            width=self.spec.vocab_size,
-        )
+        if self._lm_head is not None:
+            self._head = Head(
+                self._lm_head.bind(),
+                divisor=self.spec.logits_divisor,
+                softcap=self.spec.logits_softcap,
+                first=self._starts[self.spec.share.rank],
+                width=self.spec.vocab_size,
+            )
+            self.embedded: LinearProduct | torch.Tensor = self._head.product
         embedding = self._embedding
-        self.embedded: LinearProduct | torch.Tensor = self._head.product
         if embedding is not None:
             self.embedded = embedding.bind() if isinstance(embedding, Linear) else embedding.weight
 
     def forward(self, ops: Ops[Buf]) -> Buf:
-        """Hidden states after the final norm of the wanted tokens. Writes this step's keys and values to
-        the cache."""
-        residual = ops.embed(self.embedded, self._starts)
-        if self._embed_scale != 1.0:
-            residual = ops.scale(residual, self._embed_scale)
-        count = len(self._layers)
+        """Hidden states after the final norm of the wanted tokens; of a stage before the last, the residual.
+        Writes this step's keys and values to the cache."""
+        if not self.spec.is_first:
+            residual = ops.receive(self.spec.hidden_size)
+        else:
+            residual = ops.embed(self.embedded, self._starts)
+            if self._embed_scale != 1.0:
+                residual = ops.scale(residual, self._embed_scale)
+        count = self.spec.num_layers
         narrows_in = count - 1 if count not in self.taps else None
-        for index, layer in enumerate(self._layers):
+        for index, layer in self._layers.items():
             if index in self.taps:
                 ops.tap(residual)
             residual = layer.forward(ops, residual, is_last=index == narrows_in)
+        if not self.spec.is_last:
+            return ops.send(residual)
         if narrows_in is None:
             ops.tap(residual)
             [residual] = ops.keep_wanted(residual)
@@ -267,6 +263,7 @@ class DecoderModel:
         wanted: torch.Tensor | None = None,
         tapped: list[torch.Tensor] | None = None,
         adapters: AdaptedRows | None = None,
+        received: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """`forward` on tensors. input_ids: [T] int64, below vocab_size, and positions below max_model_len
         (not checked here). metadata: of each group of layers. wanted: [R] int64 or int32, indices of
@@ -276,7 +273,7 @@ class DecoderModel:
         tapped = [] if tapped is None else tapped
         ops = EagerOps(
             self.kernels, self._attention, kv_cache, input_ids, metadata, wanted, tapped, adapters,
-            self.group,
+            self.group, received,
         )  # fmt: skip
         return self.forward(ops)
 
@@ -297,8 +294,10 @@ class DecoderModel:
         operation. The bits are the same.
         """
         compiled = self.kernels.compile(self.record(), kv_cache.parts, self.group)
-        return compiled or EagerPass(self, kv_cache)
+        found = compiled or EagerPass(self, kv_cache)
+        return found if self.spec.stage is None else StagePass(self.spec, found, self.channels)
 
     def record(self) -> Program:
         recorder = ProgramOps(self.dtype, self.spec.share.rank)
-        return recorder.finish(self.forward(recorder), self._head)
+        head = self._head if self.spec.is_last else None
+        return recorder.finish(self.forward(recorder), head, self.spec.vocab_size)

@@ -1,4 +1,4 @@
-"""`ForwardPass` without a recorded program."""
+"""`ForwardPass` without a recorded program, and that of a stage."""
 
 from __future__ import annotations
 
@@ -10,12 +10,19 @@ import torch
 from numpy.typing import NDArray
 
 from quire.attention.base import AttentionMetadata, KVCache
+from quire.kernels.group import Channels
 from quire.kernels.lora import AdaptedRows
-from quire.kernels.program import StepRows
+from quire.kernels.program import ForwardPass, StepRows
+from quire.models.spec import ModelSpec
 
 
 class EagerModel(Protocol):
     """As `DecoderModel`."""
+
+    dtype: torch.dtype
+
+    @property
+    def spec(self) -> ModelSpec: ...
 
     def compute(
         self,
@@ -25,6 +32,7 @@ class EagerModel(Protocol):
         wanted: torch.Tensor | None = None,
         tapped: list[torch.Tensor] | None = None,
         adapters: AdaptedRows | None = None,
+        received: torch.Tensor | None = None,
     ) -> torch.Tensor: ...
 
     def compute_logits(
@@ -38,10 +46,13 @@ class EagerPass:
     def __init__(self, model: EagerModel, kv_cache: KVCache) -> None:
         self._model = model
         self._kv_cache = kv_cache
-        self.tapped = torch.empty(0, 0)
+        self.tapped = self.received = torch.empty(0, 0, dtype=model.dtype)
 
     def forward(self, rows: StepRows) -> torch.Tensor:
         hidden, adapters = self._compute(rows)
+        if not self._model.spec.is_last:
+            self.tapped = hidden
+            return torch.empty(rows.num_wanted, 0)
         return self._model.compute_logits(hidden, adapters)
 
     def hidden(self, rows: StepRows) -> torch.Tensor:
@@ -58,10 +69,43 @@ class EagerPass:
         indices = torch.from_numpy(np.concatenate(picked))
         tapped: list[torch.Tensor] = []
         adapters = adapted_tokens(rows)
-        hidden = self._model.compute(input_ids, metadata, self._kv_cache, indices, tapped, adapters)
+        hidden = self._model.compute(
+            input_ids, metadata, self._kv_cache, indices, tapped, adapters, self.received
+        )
         if tapped:
             self.tapped = torch.cat(tapped, dim=1)
         return hidden, None if adapters is None else adapters.keep(indices)
+
+
+class StagePass:
+    """A stage of a pipeline: over its own pass, it receives and sends the residual, the sum of what is
+    normed next."""
+
+    def __init__(self, spec: ModelSpec, own: ForwardPass, channels: Channels | None) -> None:
+        assert channels is not None, "a stage has channels"
+        self._spec, self._own, self._channels = spec, own, channels
+        self.received, self.tapped = own.received, own.tapped
+
+    def forward(self, rows: StepRows) -> torch.Tensor:
+        self._receive(rows)
+        logits = self._own.forward(rows)
+        self.tapped = self._own.tapped
+        if self._channels.outlet is not None:
+            self._channels.outlet.send(self.tapped)
+        return logits
+
+    def hidden(self, rows: StepRows) -> torch.Tensor:
+        assert self._spec.is_last
+        self._receive(rows)
+        hidden = self._own.hidden(rows)
+        self.tapped = self._own.tapped
+        return hidden
+
+    def _receive(self, rows: StepRows) -> None:
+        if (inlet := self._channels.inlet) is not None:
+            count = int(rows.rows[: rows.num_rows, 2].sum())
+            dtype = self._own.received.dtype
+            self._own.received = inlet.receive(count, self._spec.hidden_size, dtype)
 
 
 def adapted_tokens(rows: StepRows) -> AdaptedRows | None:

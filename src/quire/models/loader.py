@@ -18,11 +18,12 @@ from quire.attention.base import AttentionBackend
 from quire.dtypes import FLOATS
 from quire.errors import ConfigError
 from quire.kernels.base import LayerKernels
-from quire.kernels.group import Group
+from quire.kernels.group import Channels, Group
 from quire.kv_layout import KVLayout
 from quire.models.decoder import DecoderModel
 from quire.models.head_spec import draft_tensors
 from quire.models.spec import ModelSpec
+from quire.models.stages import of_stage
 from quire.quantization.matrix import QuantizedMethod
 from quire.quantization.unquantized import UNQUANTIZED
 from quire.weights.load import load_random_weights, load_weights
@@ -46,9 +47,11 @@ def load_model(
     attention: AttentionBackend | None = None,
     layout: KVLayout | None = None,
     group: Group | None = None,
+    channels: Channels | None = None,
     seed: int = 0,
 ) -> DecoderModel:
-    """A `DecoderModel` ready for `forward`. group: as for `DecoderModel`; a part reads only its own rows.
+    """A `DecoderModel` ready for `forward`. group, channels: as for `DecoderModel`; a part reads only its own
+    rows and layers.
 
     "auto" is "safetensors"; "dummy" takes random weights from `seed` and reads no file
     (`source` may be None).
@@ -72,6 +75,7 @@ def load_model(
         attention=attention,
         layout=layout,
         group=group,
+        channels=channels,
     )
     if load_format == "dummy":
         load_random_weights(model.targets(), dtype=dtype, seed=seed)
@@ -82,7 +86,7 @@ def load_model(
             )
         tied = {f"{EMBEDDING}.weight": HEAD} if spec.tie_word_embeddings else {}
         with source.open() as checkpoint:
-            selected = _without_drafts(checkpoint.tensors, spec)
+            selected = of_stage(_without_drafts(checkpoint.tensors, spec), spec)
             load_weights(model.targets(), checkpoint, dtype=dtype, tied=tied, selected=selected)
     model.bind()
     seconds = time.perf_counter() - started

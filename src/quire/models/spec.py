@@ -80,10 +80,30 @@ class ModelSpec:
     share: Share = WHOLE
     """The part of one rank. Bytes, products and `heads` are those of the part; all other fields describe the
     whole."""
+    stage: range | None = None
+    """The layers of one stage of a pipeline (`quire.models.stages`); None: all. Bytes, products and the
+    places of `kv` are those of the stage, which has the embedding if it is first, norm and head if last."""
 
     @property
     def num_layers(self) -> int:
         return len(self.layers)
+
+    @property
+    def own_layers(self) -> range:
+        return range(self.num_layers) if self.stage is None else self.stage
+
+    @property
+    def is_first(self) -> bool:
+        return self.own_layers.start == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.own_layers.stop == self.num_layers
+
+    @property
+    def has_logits(self) -> bool:
+        """Whether it has the head's matrix: to compute logits, or because the embedding is tied to it."""
+        return self.is_last or (self.is_first and self.tie_word_embeddings)
 
     @property
     def heads(self) -> HeadShape:
@@ -102,7 +122,7 @@ class ModelSpec:
     def kv(self) -> KVLayout:
         """Which layers keep which keys and values, and how they share blocks."""
         windows = [None] * self.num_layers if self.keeps_all else self.windows
-        return group_layers(windows, 2 * self.heads.kv_size)
+        return group_layers(windows, 2 * self.heads.kv_size).only(self.own_layers)
 
     def divided(self, rank: int, size: int) -> ModelSpec:
         """The part of one of `size` ranks. Raises `ConfigError` if some rank had no part of a matrix."""
@@ -125,7 +145,7 @@ class ModelSpec:
 
     @property
     def whole(self) -> ModelSpec:
-        return replace(self, share=WHOLE)
+        return replace(self, share=WHOLE, stage=None)
 
     def num_parameters(self) -> int:
         """Trained values, counting a tied embedding once."""
@@ -144,11 +164,12 @@ class ModelSpec:
 
     def linears(self) -> Iterator[LinearShape]:
         """Every product of the model."""
-        for index, layer in enumerate(self.layers):
-            prefix = f"model.layers.{index}"
+        for index in self.own_layers:
+            layer, prefix = self.layers[index], f"model.layers.{index}"
             yield from layer.attention.linears(f"{prefix}.self_attn", self.hidden_size, self.share)
             yield from layer.mlp.linears(f"{prefix}.mlp", self.hidden_size, self.share)
-        yield self.head
+        if self.has_logits:
+            yield self.head
         if self.embedding is not None:
             yield self.embedding
 
@@ -163,9 +184,8 @@ class ModelSpec:
     def embedding(self) -> LinearShape | None:
         """The product in which tokens' embeddings are looked up, if it is not the head and their matrix is
         quantized."""
-        if self.tie_word_embeddings or not is_quantized(self.quantization, EMBEDDING):
-            return None
-        return self._of_tokens(EMBEDDING)
+        is_product = is_quantized(self.quantization, EMBEDDING) and not self.tie_word_embeddings
+        return self._of_tokens(EMBEDDING) if is_product and self.is_first else None
 
     def _of_tokens(self, name: str) -> LinearShape:
         part = LinearPart(name, self.vocab_size, self.share.columns(self.vocab_size))
@@ -174,19 +194,19 @@ class ModelSpec:
     def _other_parameters(self) -> int:
         """Of norms, and of an embedding that is no product."""
         is_product = self.tie_word_embeddings or self.embedding is not None
-        rows = len(self.share.columns(self.vocab_size))
-        embedding = 0 if is_product else rows * self.hidden_size
-        return embedding + self.norm_parameters()
+        rows = len(self.share.columns(self.vocab_size)) if self.is_first and not is_product else 0
+        return rows * self.hidden_size + self.norm_parameters()
 
     def norm_parameters(self) -> int:
-        norms = sum(_norm_parameters(layer, self.hidden_size) for layer in self.layers)
-        return norms + self.hidden_size
+        own = [self.layers[index] for index in self.own_layers]
+        norms = sum(_norm_parameters(layer, self.hidden_size) for layer in own)
+        return norms + self.is_last * self.hidden_size
 
     def kv_bytes_per_token(self, dtype_bytes: int) -> int:
         """Keys and values of one token in all layers. A layer with a sliding window keeps those of its window
         only: see `kv`.
         """
-        return 2 * self.num_layers * self.heads.kv_size * dtype_bytes
+        return 2 * len(self.own_layers) * self.heads.kv_size * dtype_bytes
 
 
 def _norm_parameters(layer: LayerSpec, hidden_size: int) -> int:

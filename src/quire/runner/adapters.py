@@ -13,8 +13,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from queue import SimpleQueue
 from typing import NamedTuple
@@ -26,6 +26,7 @@ from quire.errors import CheckpointError, QuireError, UnsupportedModelError
 from quire.kernels.checks import KernelArgumentError
 from quire.kernels.lora import Deltas, MatrixDelta, PackedAdapter, matrix_rows
 from quire.models.decoder import DecoderModel
+from quire.models.spec import ModelSpec
 from quire.quantization.matrix import is_quantized
 from quire.weights.adapter import HEAD, sites
 from quire.weights.names import EMBEDDING
@@ -80,6 +81,7 @@ class AdapterTable:
         """
         self._model = model
         self._max_rank = max_rank
+        self._rows = own_rows(model.spec)
         try:
             self._products = model.record().products
             self.packed = model.kernels.adapters(
@@ -87,7 +89,7 @@ class AdapterTable:
                 dtype=model.dtype,
                 capacity=slots,
                 max_rank=max_rank,
-                parts=[[part.out_features for part in site.parts] for site in sites(model.spec)],
+                parts=[[len(rows) for rows in site] for site in self._rows],
             )
         except KernelArgumentError as error:
             raise UnsupportedModelError(f"LoRA adapters are not served here: {error}") from None
@@ -209,7 +211,9 @@ class AdapterTable:
     @torch.inference_mode()
     def _read(self, key: str, path: Path) -> PackedAdapter:
         model = self._model
-        info, tensors = read_adapter(path, model.spec, max_rank=self._max_rank, dtype=model.dtype)
+        info, tensors = read_adapter(
+            path, model.spec.whole, max_rank=self._max_rank, dtype=model.dtype
+        )
         if info.content_hash != key.rpartition("@")[2]:
             raise CheckpointError(
                 "the adapter's files have changed since it was registered; load it again"
@@ -218,11 +222,26 @@ class AdapterTable:
         for each in tensors:
             if each.base is not None:
                 self._check_base(each)
-            matrix = each.matrix
-            deltas.setdefault(matrix.site, []).append(
-                MatrixDelta(matrix.first, each.a, each.b, matrix.scale, self._gains(each))
-            )
+            for own in self._own(each):
+                deltas.setdefault(own.matrix.site, []).append(
+                    MatrixDelta(own.matrix.first, own.a, own.b, own.matrix.scale, self._gains(own))
+                )
         return self._pack(deltas)
+
+    def _own(self, each: AdapterTensors) -> Iterator[AdapterTensors]:
+        """What this rank computes of a matrix, where its product has it."""
+        matrix, at = each.matrix, 0
+        for rows in self._rows[matrix.site]:
+            first = max(rows.start, matrix.first)
+            count = min(rows.stop, matrix.first + matrix.outputs) - first
+            if count > 0:
+                cut = slice(first - matrix.first, first - matrix.first + count)
+                yield each._replace(
+                    matrix=replace(matrix, first=at + first - rows.start, outputs=count),
+                    b=each.b[cut],
+                    magnitude=None if each.magnitude is None else each.magnitude[cut],
+                )
+            at += len(rows)
 
     def _pack(self, deltas: Deltas) -> PackedAdapter:
         try:
@@ -256,7 +275,9 @@ class AdapterTable:
         name = HEAD if is_head and not spec.tie_word_embeddings else EMBEDDING
         if is_quantized(spec.quantization, name):
             return  # the file has what it was rounded from
-        for first in range(0, spec.vocab_size, ROWS_AT_ONCE):
+        own = spec.share.columns(spec.vocab_size)
+        base = base[own.start : own.stop]
+        for first in range(0, len(own), ROWS_AT_ONCE):
             theirs = base[first : first + ROWS_AT_ONCE]
             if is_head:
                 ours = matrix_rows(self._products[matrix.site], first, len(theirs), device)
@@ -271,3 +292,19 @@ class AdapterTable:
                     f"{matrix.base.name if matrix.base else ''} differs from the model's: the adapter was "
                     "trained on another base, or changes the embedding; merge it into the base model instead"
                 )
+
+
+def own_rows(spec: ModelSpec) -> list[list[range]]:
+    """Of each site's product the outputs that a rank has, counted in the whole product. An embedding's delta
+    is added to whole rows, at every rank."""
+    found = []
+    for shape in sites(spec):
+        starts: dict[str, int] = {}
+        total, rows = 0, []
+        for part in shape.parts:
+            start = starts.setdefault(part.name, total)
+            total = max(total, start + part.out_features)
+            rows.append(range(start + part.outputs.start, start + part.outputs.stop))
+        found.append(rows)
+    found[-2] = [spec.share.columns(spec.vocab_size)]
+    return found

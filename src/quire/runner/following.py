@@ -37,6 +37,9 @@ class Follower:
         for sampled in step.sampled:
             self._learn(sampled)
         plan = step.plan
+        if not self._runner.model.spec.is_last:  # the last stage alone has hidden states
+            for request in plan.admitted:
+                request.decoding = Decoding()
         running = self._runner.launch(plan)
         if isinstance(running, RunningStep):
             self._running[plan.step_id] = running

@@ -11,6 +11,7 @@ from quire.config import EngineConfig
 from quire.config.parallel import ParallelConfig
 from quire.dtypes import element_bytes
 from quire.models.spec import ModelSpec
+from quire.models.stages import staged
 from quire.speculative.spec import DraftSpec, HeadDraftSpec
 
 
@@ -70,6 +71,13 @@ def spec_of_rank(spec: WorkerSpec, parallel: ParallelConfig, number: int) -> Wor
     samples = number == parallel.world_size - parallel.tensor_parallel_size
     size = parallel.tensor_parallel_size
     model = spec.model if size == 1 else spec.model.divided(number % size, size)
+    model = staged(
+        model,
+        number // size,
+        parallel.pipeline_parallel_size,
+        dtype_bytes=element_bytes(spec.dtype),
+        partition=parallel.pipeline_layer_partition,
+    )
     draft = spec.draft if samples else None
     return dataclasses.replace(spec, model=model, rank=number, samples=samples, draft=draft)
 

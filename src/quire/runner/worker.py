@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from quire.config import EngineConfig
-from quire.kernels.group import Group
+from quire.kernels.group import Channels, Group
 from quire.layers.kv_scales import give_scales
 from quire.messages import StepPlan
 from quire.models.decoder import DecoderModel
@@ -35,6 +35,7 @@ class Worker:
         platform: Platform | None = None,
         create_drafter: CreateDrafter | None = None,
         group: Group | None = None,
+        channels: Channels | None = None,
     ) -> None:
         """platform: if None, that of the spec's device. Raises `ConfigError` if it cannot be used. group: of
         the ranks of its stage, if they are several. create_drafter: called with the loaded model, instead of
@@ -43,7 +44,7 @@ class Worker:
         self._spec = spec
         self._grammars = grammars
         self._create_drafter = create_drafter
-        self._group = group
+        self._group, self._channels = group, channels
         self.platform = platform or _create_platform(config, spec)
         self.max_in_flight = self.platform.max_in_flight
         self.watched: int | None = None
@@ -152,6 +153,7 @@ class Worker:
             attention=self.platform.attention(),
             max_model_len=spec.max_model_len,
             group=self._group,
+            channels=self._channels,
             seed=options.seed,
         )
         return model

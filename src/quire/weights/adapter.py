@@ -445,7 +445,7 @@ def matrix_bytes(inputs: int, outputs: int, rank: int, dtype_bytes: int, scaled:
 def largest_adapter_bytes(model: AdaptedModel, max_rank: int, dtype_bytes: int) -> int:
     """Memory of an adapter with `max_rank` for every matrix of the layers: for a ledger at start."""
     return sum(
-        matrix_bytes(shape.in_features, part.out_features, max_rank, dtype_bytes, True)
+        matrix_bytes(shape.in_features, len(part.outputs), max_rank, dtype_bytes, True)
         for shape in sites(model)[:-2]
         for part in shape.parts
     )

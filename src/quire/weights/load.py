@@ -18,7 +18,7 @@ from quire.dtypes import FLOATS
 from quire.errors import CheckpointError
 from quire.layers.parameter import WeightTarget
 from quire.weights.names import list_names, map_names
-from quire.weights.pieces import load_pieces
+from quire.weights.pieces import load_pieces, wanted_bytes
 from quire.weights.progress import LoadProgress
 from quire.weights.source import Checkpoint, TensorInfo
 
@@ -54,13 +54,16 @@ def load_weights(
         _tie(checkpoint, tensors, name, other)
     _drop_zero_biases(checkpoint, tensors, wanted)
     _check(wanted, tensors)
-    infos = [tensors[name] for name in wanted]
-    total = sum(info.num_bytes for info in infos)
+    needed = [(tensors[name], targets) for name, targets in wanted.items()]
+    sizes = [wanted_bytes(*each) for each in needed]
+    total = sum(sizes)
     others = set(FLOATS) - {str(dtype).removeprefix("torch.")}
-    converted = sum(info.num_bytes for info in infos if info.dtype in others)
+    converted = sum(
+        size for size, (info, _) in zip(sizes, needed, strict=True) if info.dtype in others
+    )
     with LoadProgress(total) as progress:
         load_pieces(
-            zip(infos, wanted.values(), strict=True),
+            needed,
             checkpoint,
             threads=torch.get_num_threads() if 2 * converted <= total else 1,
             progress=progress.add,

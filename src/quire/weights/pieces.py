@@ -78,20 +78,36 @@ def _cut(info: TensorInfo, targets: Sequence[WeightTarget]) -> Iterator[_Piece]:
     dtype, row_shape = getattr(torch, info.dtype, None), info.shape[1:]
     if dtype is None:
         dtype, row_shape = torch.uint8, (row_bytes,)
-    taken = [range(count) if target.taken is None else target.taken[0] for target in targets]
-    first = min((rows.start for rows in taken if rows), default=0)
-    end = max((rows.stop for rows in taken if rows), default=0)
-    for row in range(first, end, step):
-        rows = min(step, end - row)
-        yield _Piece(
-            info=info,
-            shape=(rows, *row_shape),
-            dtype=dtype,
-            row=row,
-            begin=row * row_bytes,
-            num_bytes=rows * row_bytes,
-            targets=targets,
-        )
+    for wanted in _runs(targets, count):
+        for row in range(wanted.start, wanted.stop, step):
+            rows = min(step, wanted.stop - row)
+            yield _Piece(
+                info=info,
+                shape=(rows, *row_shape),
+                dtype=dtype,
+                row=row,
+                begin=row * row_bytes,
+                num_bytes=rows * row_bytes,
+                targets=targets,
+            )
+
+
+def wanted_bytes(info: TensorInfo, targets: Sequence[WeightTarget]) -> int:
+    """How many of a tensor's are read."""
+    count = max(1, info.shape[0] if info.shape else 1)
+    return sum(map(len, _runs(targets, count))) * (info.num_bytes // count)
+
+
+def _runs(targets: Sequence[WeightTarget], count: int) -> Sequence[range]:
+    """The rows that any target takes: a rank has three parts of a fused matrix."""
+    runs: list[range] = []
+    every = (range(count) if each.taken is None else each.taken[0] for each in targets)
+    for rows in sorted(every, key=lambda rows: rows.start):
+        if runs and rows.start <= runs[-1].stop:
+            runs[-1] = range(runs[-1].start, max(rows.stop, runs[-1].stop))
+        elif rows:
+            runs.append(rows)
+    return runs
 
 
 class _Queue:

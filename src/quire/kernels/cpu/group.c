@@ -110,19 +110,36 @@ static int wait_for_rank(quire_group *g, int32_t rank, uint32_t count, double be
   return GROUP_OK;
 }
 
-int quire_group_barrier(quire_group *g) {
-  if (!g->words) return g->exchange && !g->exchange(NULL, 0, 0, 0, 0, 0) ? GROUP_OK : GROUP_FAILED;
-  if (has_failed(g->words)) return GROUP_FAILED;
+/* Returns the count. */
+static uint32_t count_one(quire_group *g) {
   group_rank *own = &g->words->ranks[g->rank];
   const uint32_t count = atomic_load_explicit(&own->sequence, memory_order_relaxed) + 1;
   atomic_store(&own->sequence, count);
   if (atomic_load(&own->sleepers)) wake_sleepers(&own->sequence);
+  return count;
+}
+
+int quire_group_barrier(quire_group *g) {
+  if (!g->words) return g->exchange && !g->exchange(NULL, 0, 0, 0, 0, 0) ? GROUP_OK : GROUP_FAILED;
+  if (has_failed(g->words)) return GROUP_FAILED;
+  const uint32_t count = count_one(g);
   const double began = group_seconds();
   for (int32_t step = 1; step < g->size; step++) {
     const int result = wait_for_rank(g, (g->rank + step) % g->size, count, began);
     if (result) return result;
   }
   return GROUP_OK;
+}
+
+int quire_group_post(quire_group *g) {
+  if (!g->words || has_failed(g->words)) return GROUP_FAILED;
+  count_one(g);
+  return GROUP_OK;
+}
+
+int quire_group_wait(quire_group *g, int32_t rank, uint32_t count) {
+  if (!g->words || has_failed(g->words)) return GROUP_FAILED;
+  return wait_for_rank(g, rank, count, group_seconds());
 }
 
 int quire_group_abort(quire_group *g, const char *message) {
@@ -134,8 +151,8 @@ int quire_group_abort(quire_group *g, const char *message) {
   return 0;
 }
 
-int quire_group_open(quire_group *g, int descriptor, int64_t total, int64_t reserved) {
-  void *memory = mmap(NULL, (size_t)total, PROT_READ | PROT_WRITE, MAP_SHARED, descriptor, 0);
+int quire_group_open(quire_group *g, int descriptor, int64_t offset, int64_t total, int64_t reserved) {
+  void *memory = mmap(NULL, (size_t)total, PROT_READ | PROT_WRITE, MAP_SHARED, descriptor, (off_t)offset);
   if (memory == MAP_FAILED) return errno;
   g->words = memory;
   g->data = (char *)memory + sizeof(group_words) + reserved;
@@ -151,13 +168,17 @@ int quire_group_close(quire_group *g) {
 }
 
 #else /* Python does not call these: shared_memory.py refuses to make the memory */
-int quire_group_open(quire_group *g, int descriptor, int64_t total, int64_t reserved) {
-  return (void)g, (void)descriptor, (void)total, (void)reserved, ENOSYS;
+int quire_group_open(quire_group *g, int descriptor, int64_t offset, int64_t total, int64_t reserved) {
+  return (void)g, (void)descriptor, (void)offset, (void)total, (void)reserved, ENOSYS;
 }
 int quire_group_close(quire_group *g) { return (void)g, 0; }
 int quire_group_abort(quire_group *g, const char *message) { return (void)g, (void)message, 0; }
 int quire_group_barrier(quire_group *g) {
   return g->exchange && !g->exchange(NULL, 0, 0, 0, 0, 0) ? GROUP_OK : GROUP_FAILED;
+}
+int quire_group_post(quire_group *g) { return (void)g, GROUP_FAILED; }
+int quire_group_wait(quire_group *g, int32_t rank, uint32_t count) {
+  return (void)g, (void)rank, (void)count, GROUP_FAILED;
 }
 #endif
 

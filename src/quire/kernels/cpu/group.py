@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
+from collections.abc import Sequence
 from ctypes import byref
 from typing import NoReturn, Protocol
 
@@ -47,24 +48,46 @@ class SharedGroup:
     HEADER bytes, `reserved` bytes, and the data. It lasts until its last rank has closed it."""
 
     def __init__(
-        self, descriptor: int, *, rank: int, size: int, timeout: float, reserved: int = 0
+        self,
+        descriptor: int,
+        *,
+        rank: int,
+        size: int,
+        timeout: float,
+        reserved: int = 0,
+        numbers: Sequence[int] | None = None,
+        area: range | None = None,
     ) -> None:
-        """timeout: seconds. The descriptor may be closed afterwards. Raises `BuildError`, and `OSError` if
-        the memory cannot be mapped."""
+        """timeout: seconds. numbers: of the ranks in errors, if not from 0. area: the bytes of the file that
+        are this group's, from the start of a page; None: all. The descriptor may be closed afterwards.
+        Raises `BuildError`, and `OSError` if the memory cannot be mapped."""
         self._lib = load_library()
         self._closing = threading.Lock()
+        self._numbers = numbers or range(size)
         self.native = NativeGroup(rank=rank, size=size, timeout=timeout)
-        total = os.fstat(descriptor).st_size
-        if code := self._lib.quire_group_open(byref(self.native), descriptor, total, reserved):
+        own = range(os.fstat(descriptor).st_size) if area is None else area
+        if code := self._lib.quire_group_open(
+            byref(self.native), descriptor, own.start, len(own), reserved
+        ):
             raise OSError(code, f"a group's shared memory: {os.strerror(code)}")
-        area = (ctypes.c_uint8 * reserved).from_address(
+        between = (ctypes.c_uint8 * reserved).from_address(
             ctypes.addressof(self.native.words.contents) + HEADER
         )
-        self.reserved = torch.frombuffer(area, dtype=torch.uint8) if reserved else torch.empty(0)
+        self.reserved = torch.frombuffer(between, dtype=torch.uint8) if reserved else torch.empty(0)
         """The bytes between header and data; empty after `close`."""
 
     def barrier(self) -> None:
         if code := self._lib.quire_group_barrier(byref(self.native)):
+            self.fail(code)
+
+    def post(self) -> None:
+        """Count one more of this rank's."""
+        if code := self._lib.quire_group_post(byref(self.native)):
+            self.fail(code)
+
+    def wait(self, rank: int, count: int) -> None:
+        """Until the rank has posted so many times, modulo 2**32."""
+        if code := self._lib.quire_group_wait(byref(self.native), rank, count % 2**32):
             self.fail(code)
 
     def fail(self, code: int) -> NoReturn:
@@ -72,7 +95,7 @@ class SharedGroup:
             raise WorkerError("This rank's group is closed.")
         if code == LATE:
             late = self.native.late
-            who = f"Rank {late} (pid {self.native.words.contents.ranks[late].pid})"
+            who = f"Rank {self._numbers[late]} (pid {self.native.words.contents.ranks[late].pid})"
             why = "has ended" if self.native.dead else f"is late by {self.native.timeout:g} s"
             self.abort(f"{who} {why}.")
         message = self.native.words.contents.message.decode(errors="replace")

@@ -235,12 +235,16 @@ typedef struct { /* one rank's view of its group; mirrored by Group in library.p
   int32_t late, dead;      /* after GROUP_LATE: which rank; whether its process has ended */
 } quire_group;
 
-/* Maps the memory of `descriptor`, `total` bytes long, and enters this process as g->rank: 0, or an errno.
+/* Maps `total` bytes of `descriptor` from `offset` on, the start of a page, and enters this process as g->rank: 0, or an errno.
  * g->rank, g->size and g->timeout are set before. The words and `reserved` bytes come before g->data. */
-int quire_group_open(quire_group *g, int descriptor, int64_t total, int64_t reserved);
+int quire_group_open(quire_group *g, int descriptor, int64_t offset, int64_t total, int64_t reserved);
 int quire_group_close(quire_group *g);
 /* Waits until every rank has called it as often as this one. What a rank wrote before it, all read after it. */
 int quire_group_barrier(quire_group *g);
+/* A channel between two ranks: one counts what it has written, the other what it has read. Wait until a rank has
+ * counted so many. */
+int quire_group_post(quire_group *g);
+int quire_group_wait(quire_group *g, int32_t rank, uint32_t count);
 /* Ends every wait, of this rank and the others, now and later, with GROUP_FAILED and this message. The first call counts.
  * Any thread may call it. */
 int quire_group_abort(quire_group *g, const char *message);

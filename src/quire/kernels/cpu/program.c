@@ -26,7 +26,8 @@ enum op_code { /* Code in program.py */
   OP_LOGITS,
   OP_TAP,
   OP_GATHER,
-  OP_COPY
+  OP_COPY,
+  OP_RECEIVE
 };
 
 typedef struct { /* mirrored by _Op in program.py */
@@ -80,6 +81,7 @@ typedef struct { /* mirrored by _Step in program.py */
   float *logits;            /* [num_wanted, vocab] */
   void *hidden;             /* [num_wanted, hidden]; if not NULL, computed instead of logits */
   void *tapped;             /* [tokens, tap_width]: the copies of all OP_TAP, side by side */
+  const void *received;     /* [tokens, hidden]: the residual, if the program does not begin with token ids */
   double *seconds;          /* [num_ops]; if not NULL, the time of each operation is added */
   int64_t num_seats, max_tokens, max_blocks, requests;
   int64_t num_wanted; /* of all rows */
@@ -387,6 +389,12 @@ static int tap(const run *r, const program_op *op) {
   return 0;
 }
 
+static int receive(const run *r, const program_op *op) {
+  const size_t row = (size_t)op->width * elem_size(r->p->dtype);
+  memcpy(buffer(r, op->target), r->s->received, (size_t)r->in.tokens * row);
+  return 0;
+}
+
 static int perform(run *r, const program_op *op) {
   switch (op->code) {
     case OP_EMBED: return embed(r, op);
@@ -412,6 +420,7 @@ static int perform(run *r, const program_op *op) {
     case OP_TAP: return tap(r, op);
     case OP_GATHER: return gather(r, op);
     case OP_COPY: return copy(r, op);
+    case OP_RECEIVE: return receive(r, op);
   }
   return 1;
 }

@@ -74,7 +74,7 @@ class _Step(ctypes.Structure):
 
     _fields_ = [
         *((name, c_void_p) for name in ("token_ids", "block_ids", "rows")),
-        *((name, c_void_p) for name in ("logits", "hidden", "tapped", "seconds")),
+        *((name, c_void_p) for name in ("logits", "hidden", "tapped", "received", "seconds")),
         *((name, c_int64) for name in ("num_seats", "max_tokens", "max_blocks", "requests")),
         ("num_wanted", c_int64),
         *((name, c_void_p) for name in ("adapters", "table")),
@@ -125,10 +125,12 @@ class NativeProgram:
         self._num_wanted = 0
         self._buffer = self._logits = torch.empty(0, self._vocab_size)
         self._taps = self.tapped = torch.empty(0, program.tap_width, dtype=program.dtype)
+        self.received = torch.empty(0, program.hidden.width, dtype=program.dtype)
+        self._receives = any(op.code is Code.RECEIVE for op in program.ops)
         windows = [0] * (1 + max(layer.group for layer in layers))
         for index in range(len(windows)):
             found = [layer.window for layer in layers if layer.group == index]
-            windows[index] = 0 if 0 in found else max(found)
+            windows[index] = 0 if 0 in found else max(found, default=1)
         self._struct = _Program(
             ops=ctypes.addressof(self._ops),
             offsets=self._keep((c_int64 * len(numbers))(*program.offsets)),
@@ -204,8 +206,13 @@ class NativeProgram:
         step.requests, step.num_wanted = rows.num_rows, rows.num_wanted
         step.threads = torch.get_num_threads()
         step.adapters = self._adapters if rows.has_adapters else None
-        if self._program.tap_width:
-            self._make_taps(int(rows.rows[: rows.num_rows, 2].sum()))
+        if self._program.tap_width or self._receives:
+            count = int(rows.rows[: rows.num_rows, 2].sum())
+            self._make_taps(count)
+            if self._receives:
+                shape = (count, self._program.hidden.width)
+                checks.check_dense("received", self.received, self._program.dtype, shape)
+                step.received = self.received.data_ptr()
 
     def check(self, code: int, rows: StepRows) -> None:
         """Raises the error of a C call's result."""
@@ -234,7 +241,8 @@ class NativeProgram:
         require(rows.rows.shape[1] == 4, f"rows is {rows.rows.shape}; need four columns")
         groups, seats, self._step.max_blocks = rows.block_ids.shape
         require(len(rows.token_ids) == seats, "seats differ in number")
-        require(groups == self._struct.num_groups, f"block tables of {groups} groups")
+        # A stage of a pipeline may have no layer of the last groups.
+        require(groups >= self._struct.num_groups, f"block tables of {groups} groups")
         self._step.num_seats, self._step.max_tokens = rows.token_ids.shape
         self._adapters = None
         if (adapters := rows.adapters) is not None:
