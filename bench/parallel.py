@@ -1,6 +1,6 @@
-"""Two ranks of one thread each against one device with two threads, on one machine.
+"""Two ranks, or two stages, of one thread each against one device with two threads, on one machine.
 
-    python -m bench.parallel --model DIR [--repeats 5] [--lock FILE] [--json FILE]
+    python -m bench.parallel --model DIR [--rows 1 16 64] [--repeats 5] [--lock FILE] [--json FILE]
 
 Engines take turns in each repeat. `decode` is generated tokens per second after the first of each request,
 `prefill` prompt tokens per second. `gathers` is the share of a decoding step's forward pass that the sampling
@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import fcntl
 import json
+import os
 import random
 import statistics
 import time
@@ -31,7 +32,6 @@ from quire.messages import PlannedRow, StepPlan
 from quire.messages.worker import RunStep, SampledTokens, WorkerInput
 
 PROMPT, NEW, LONG = 64, 33, 1024
-ROWS = (1, 16, 64)
 OPTIONS: dict[str, Any] = {
     "max_num_seqs": 64,
     "max_num_batched_tokens": 2048,
@@ -42,6 +42,7 @@ OPTIONS: dict[str, Any] = {
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tp1": {"cpu_threads": 2},
     "tp2": {"tensor_parallel_size": 2, "cpu_threads": 1},
+    "pp2": {"pipeline_parallel_size": 2, "cpu_threads": 1},
 }
 
 
@@ -67,20 +68,21 @@ def generate(llm: LLM, rows: int, prompt: int, new: int) -> float:
     return time.perf_counter() - start
 
 
-def speeds(llm: LLM) -> dict[str, float]:
+def speeds(llm: LLM, row_counts: list[int]) -> dict[str, float]:
     """Tokens per second."""
     found = {}
-    for rows in ROWS:
+    for rows in row_counts:
         prompts = generate(llm, rows, PROMPT, 1)
         found[f"decode {rows}"] = rows * (NEW - 1) / (generate(llm, rows, PROMPT, NEW) - prompts)
     found["prefill"] = LONG / generate(llm, 1, LONG, 1)
     return found
 
 
-def profile(model: str) -> dict[str, float]:
+def profile(model: str, row_counts: list[int]) -> dict[str, float]:
     """Of the sampling rank: shares of gathers in decoding, and microseconds that a step's plan takes."""
     with LLM(model, **LAYOUTS["tp2"], **OPTIONS) as llm:
         executor: Any = llm._core._core.executor
+        os.sched_setaffinity(0, executor._shares[0])  # as the engine's own process does
         decoder = executor._worker.runner.backend._pass
         send, spent = executor._others.run, [0.0]
 
@@ -91,7 +93,7 @@ def profile(model: str) -> dict[str, float]:
 
         executor._others.run = timed
         found = {}
-        for rows in ROWS:
+        for rows in row_counts:
             generate(llm, rows, PROMPT, 2)
             before, spent[0] = decoder.profile(), 0.0
             generate(llm, rows, PROMPT, NEW)
@@ -144,6 +146,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--lock")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -164,7 +167,7 @@ def main() -> None:
         for repeat in range(args.repeats + 1):
             for name, llm in engines.items():
                 with held(args.lock):
-                    found = speeds(llm)
+                    found = speeds(llm, args.rows)
                 if repeat:  # the first warms up
                     runs[name].append(found)
         idle = idle_share(engines["tp2"])
@@ -172,12 +175,16 @@ def main() -> None:
         name: {case: statistics.median(run[case] for run in each) for case in each[0]}
         for name, each in runs.items()
     }
-    ratios = {case: medians["tp2"][case] / medians["tp1"][case] for case in medians["tp1"]}
+    ratios = {
+        f"{name}_over_tp1": {case: each[case] / medians["tp1"][case] for case in each}
+        for name, each in medians.items()
+        if name != "tp1"
+    }
     with held(args.lock):
-        parts = profile(args.model)
+        parts = profile(args.model, args.rows)
     result = {
         "tokens_per_second": medians,
-        "tp2_over_tp1": ratios,
+        **ratios,
         "start_seconds": {name: statistics.median(each) for name, each in starts.items()},
         "idle_processor_share": idle,
         "parts": parts,

@@ -37,12 +37,14 @@ some/model --model=m --served-model-name a b
 --sse-keep-alive-interval 5 --shutdown-timeout 0 --attention-backend FLASH_ATTN
 --speculative-config {"method":"ngram","num_speculative_tokens":5,"prompt_lookup_max":4,"prompt_lookup_min":2}
 --spec-method suffix --spec-model d --speculative-model [ngram] --speculative-model owner/draft
+--tensor-parallel-size 2 -tp 1 -tp 2 -pp 2 -dp=2 --distributed-executor-backend mp
+--distributed-executor-backend ray --master-addr 10.0.0.1 --master-port 29502
 """
 
 SILENT = """
 --tokenizer-mode auto --runner auto --runner generate --convert none --task generate
---tensor-parallel-size 1 -tp 1 -pp 1 -dp 1 --no-enable-expert-parallel
---distributed-executor-backend mp --cpu-offload-gb 0 --kv-offloading-size 0 --kv-offloading-backend native
+--no-enable-expert-parallel --data-parallel-backend mp -dpr 0 -dcp 1
+--cpu-offload-gb 0 --kv-offloading-size 0 --kv-offloading-backend native
 --structured-outputs-config {"backend":"auto"} --lora-dtype auto -O2
 --compilation-config {} --prefix-caching-hash-algo sha256 --limit-mm-per-prompt {}
 --no-skip-tokenizer-init
@@ -56,12 +58,13 @@ WARNS = """
 --enable-request-id-headers --enable-server-load-tracking --otlp-traces-endpoint http://h
 --collect-detailed-traces model worker --kv-cache-metrics --enable-sleep-mode --swap-space 4
 --num-scheduler-steps 8 --use-v2-block-manager --max-seq-len-to-capture 8192 --disable-log-requests
---guided-decoding-backend outlines --disable-custom-all-reduce --fully-sharded-loras --specialize-active-lora
+--guided-decoding-backend outlines --disable-custom-all-reduce --enable-expert-parallel -ep
+--fully-sharded-loras --specialize-active-lora
 """
 
 REFUSED = """
---middleware a.b --skip-tokenizer-init --tensor-parallel-size 2 -tp 2 -pp 2 -dp=2 --enable-expert-parallel
---distributed-executor-backend ray --lora-modules n=p m=q --lora-target-modules q_proj --lora-dtype float16
+--middleware a.b --skip-tokenizer-init -dpl 1 -dpe --data-parallel-backend ray -dcp 2
+--lora-modules n=p m=q --lora-target-modules q_proj --lora-dtype float16
 --speculative-config {"method":"medusa"} --spec-method custom_class --spec-tokens 3
 --kv-transfer-config {"kv_connector":"X"} --kv-offloading-size 4 --cpu-offload-gb 2.5
 --structured-outputs-config {"disable_any_whitespace":true} --task classify --convert classify
@@ -120,7 +123,7 @@ def test_values_reach_their_options() -> None:
 def test_a_yaml_file_may_hold_them(tmp_path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(
-        "port: 9000\ntensor-parallel-size: 1\ntrust-remote-code: true\nlora_modules: []\n"
+        "port: 9000\ndecode-context-parallel-size: 1\ntrust-remote-code: true\nlora_modules: []\n"
     )
     assert configs(["--config", str(path)])[1].port == 9000
     assert _given(["--config", str(path)])[1] == [
@@ -161,7 +164,7 @@ def test_help_does_not_list_them(capsys) -> None:
         configs(["--help"])
     shown = capsys.readouterr().out
     assert "--port" in shown
-    assert "tensor-parallel" not in shown and "vLLM's options" not in shown
+    assert "expert-parallel" not in shown and "vLLM's options" not in shown
 
 
 KEYWORDS = {

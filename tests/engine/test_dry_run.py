@@ -137,6 +137,12 @@ def test_the_ledger_is_the_plan_of_a_start(capsys: pytest.CaptureFixture[str]) -
     assert "80.00 GiB of memory on each GPU" in out
 
 
+def test_the_page_shows_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    page = Path(__file__).parents[2] / "docs" / "distributed.md"
+    words = ("--hf-config", "llama-3.1-70b", "-tp", "4", "--device-memory", "80G")
+    assert f"```text\n{asked(capsys, *words)}```" in page.read_text(encoding="utf-8")
+
+
 def test_ranks_that_differ_have_columns(capsys: pytest.CaptureFixture[str]) -> None:
     out = asked(capsys, "--hf-config", "smollm2-135m", "-tp", "2", "--device", "cpu")
     heads = next(line for line in out.splitlines() if line.startswith("query heads"))

@@ -381,7 +381,7 @@ async def test_memory_is_planned_by_the_core_alone(
         raise AssertionError("the front end planned memory")
 
     monkeypatch.setattr("quire.engine.memory.plan_memory", fails)
-    monkeypatch.setattr("quire.engine.assemble.plan_memory", fails)
+    monkeypatch.setattr("quire.engine.assemble.plan_ranks", fails)
     config = from_flat({"model": str(base), **OPTIONS, "max_model_len": -1,
                         "kv_cache_memory_bytes": None, "num_gpu_blocks_override": 1 + 5})  # fmt: skip
     llm = await AsyncLLM.start(config)

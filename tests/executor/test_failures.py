@@ -141,13 +141,14 @@ def test_all_end_with_a_front_end_that_is_killed(servable: Servable, configured:
         if {configured}:
             core.configure(config)
             core.wait_ready()
-        print(core.process.pid, flush=True)
+        print(core.process.pid, core._directory, flush=True)
         time.sleep(60)
         """
     )
     parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
-    process = psutil.Process(int(parent.stdout.readline()))
+    pid, directory = parent.stdout.readline().split()
+    process = psutil.Process(int(pid))
     until = time.monotonic() + SECONDS
     while not (ranks := process.children()) and time.monotonic() < until:
         time.sleep(0.01)
@@ -156,6 +157,7 @@ def test_all_end_with_a_front_end_that_is_killed(servable: Servable, configured:
     parent.wait()
     parent.stdout.close()
     assert_gone(process, *ranks)
+    assert not os.path.exists(directory)
 
 
 def test_in_the_callers_process_every_call_has_the_error(servable: Servable) -> None:

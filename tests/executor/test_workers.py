@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,14 +17,17 @@ from quire.engine import assemble
 from quire.engine.assemble import _check_ranks
 from quire.engine.llm import LLM
 from quire.errors import ConfigError, MemoryFitError
-from quire.executor.workers import WorkersExecutor
-from quire.messages import StepOutputs
+from quire.executor.workers import AdapterEnd, RankAdapters, WorkersExecutor
+from quire.lora.request import LoRARequest
+from quire.messages import DropAdapter, StepOutputs
+from quire.messages.worker import AdapterEnded
 from quire.runner.following import digest_of
 from quire.sampling_params import PoolingParams, SamplingParams
 from quire.speculative.spec import HeadDraftSpec
 from tests.engine.checkpoints import ServableCheckpoint, prompts
 from tests.engine.test_compose import REQUESTS, said
 from tests.engine.test_exactness import make_llm
+from tests.weights.adapter_writer import write_adapter
 
 Servable = Callable[[str], ServableCheckpoint]
 OPTIONS: dict[str, Any] = {
@@ -155,6 +160,60 @@ def test_drafts_change_nothing(servable: Servable, method: str) -> None:
         with make_llm(servable("qwen3"), tensor_parallel_size=size, **options) as llm:
             found.append([said(each) for each in llm.generate(batch, GREEDY, use_tqdm=False)])
     assert found[0] == found[1]
+
+
+def test_adapters_are_loaded_on_every_rank(tmp_path: Path) -> None:
+    options = {"enable_lora": True, "max_loras": 2, "max_cpu_loras": 3, "max_model_len": 256}
+    params, found = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True), []
+    for size in (1, 2):
+        with LLM(tensor_parallel_size=size, kv_cache_memory_bytes=1 << 24, **options) as llm:
+            spec = llm.model.spec
+            adapters = [LoRARequest(f"a{i}", i + 1, str(tmp_path / f"a{i}")) for i in range(4)]
+            if size == 1:
+                for i, each in enumerate(adapters):
+                    write_adapter(Path(each.lora_path), spec, ["_proj"], seed=i)
+            prompts = ["What does os.path.join do?"] * 5
+            for _ in range(2):
+                outputs = llm.generate(
+                    prompts, params, lora_request=[None, *adapters], use_tqdm=False
+                )
+                found.append([output.outputs[0].token_ids for output in outputs])
+                llm.sleep(1)  # which drops them
+                llm.wake_up()
+    assert all(each == found[0] for each in found)
+    assert len({tuple(ids) for ids in found[0]}) == 5
+
+
+def test_an_adapter_that_one_rank_cannot_load() -> None:
+    own, sent, said = FakeTable(), [], deque([(1, AdapterEnded("b", "it is broken"))])
+    others: Any = SimpleNamespace(
+        send=sent.append, watch=SimpleNamespace(adapters=said), ranks=[SimpleNamespace(number=1)]
+    )
+    store = RankAdapters(own, others)  # type: ignore[arg-type]
+    store.load("a", Path("/a"))
+    store.load("b", Path("/b"))
+    assert store.poll() == [AdapterEnd("b", "it is broken")]
+    assert own.dropped == ["b"] and sent[-1] == DropAdapter("b")
+    said.append((1, AdapterEnded("a")))
+    assert store.poll() == [AdapterEnd("a", None)] and store.poll() == []
+
+
+class FakeTable:
+    """Loads at once."""
+
+    def __init__(self) -> None:
+        self.dropped: list[str] = []
+        self._loaded: list[AdapterEnd] = []
+
+    def load(self, key: str, path: Path) -> None:
+        self._loaded.append(AdapterEnd(key, None))
+
+    def poll(self) -> list[AdapterEnd]:
+        loaded, self._loaded = self._loaded, []
+        return loaded
+
+    def drop(self, key: str) -> None:
+        self.dropped.append(key)
 
 
 def test_a_head_that_reads_a_divided_model_is_refused() -> None:

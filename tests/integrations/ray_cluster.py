@@ -51,6 +51,8 @@ def two_nodes(cpus_per_node: int = 2) -> Iterator[RayCluster]:
     environ = os.environ | {
         "RAY_TMPDIR": directory,
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_raylet_start_wait_time_s": "120",
+        "RAY_gcs_server_request_timeout_seconds": "120",
         "RAY_memory_monitor_refresh_ms": "0",  # else Ray kills workers if others fill this machine
         "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}",
         "OMP_NUM_THREADS": "1",

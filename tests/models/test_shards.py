@@ -10,6 +10,8 @@ import pytest
 import torch
 import transformers
 
+from quire.config import EngineConfig
+from quire.config.parallel import ParallelConfig
 from quire.errors import ConfigError
 from quire.kernels.base import Kernels
 from quire.kernels.group import Group
@@ -20,6 +22,7 @@ from quire.models.decoder import DecoderModel
 from quire.models.loader import load_model
 from quire.models.registry import resolve_spec
 from quire.models.spec import ModelSpec
+from quire.runner.footprint import group_bytes
 from quire.weights.safetensors import SafetensorsCheckpoint
 from quire.weights.source import TensorInfo, open_source
 from tests.models.conftest import Pair
@@ -35,6 +38,8 @@ ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "phi3": "Phi3ForCausalLM",
     "gemma2": "Gemma2ForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
+    "granite": "GraniteForCausalLM",
 }
 UNEVEN = {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 72, "head_dim": 8}
 
@@ -244,6 +249,24 @@ def test_a_part_has_its_share_of_the_memory(uneven: Path) -> None:
     assert sum(part.kv_bytes_per_token(2) for part in parts) == spec.kv_bytes_per_token(2)
     assert {part.kv.layer_size for part in parts} == {spec.kv.layer_size // 3}
     assert parts[1].heads == (3, 1, 8)
+
+
+@pytest.mark.parametrize("name", ["llama", "olmo2", "phi3", "gemma2", "granite"])
+def test_the_memory_that_ranks_share_is_foreseen(name: str) -> None:
+    """`group_bytes` is before any rank has a program."""
+    config = VARIANTS[name][0](**{**SHAPE, **VARIANTS[name][1]}).to_dict()
+    spec = resolve_spec({**config, "architectures": [ARCHITECTURES[name]]})
+    kernels = create_kernels("reference")
+    for size in (2, 4):
+        options = EngineConfig(parallel=ParallelConfig(tensor_parallel_size=size))
+        tokens, rows = options.scheduler.max_num_batched_tokens, options.max_samples
+        foreseen = group_bytes(options, spec, 4)
+        model = load_model(
+            spec.divided(0, size), None, dtype=torch.float32, kernels=kernels, load_format="dummy",
+            max_model_len=64, group=ThreadGroup(0, Meeting(size)),
+        )  # fmt: skip
+        needed = tokens * model.record().shared_bytes_per_token + 4 * rows * spec.vocab_size
+        assert 0.2 * foreseen < needed <= foreseen
 
 
 def test_a_size_that_cannot_be_is_one_error(uneven: Path) -> None:

@@ -60,7 +60,7 @@ def drafting(create: Callable[[DecoderModel], Any], most: int = 4) -> Iterator[N
         return Worker(config, spec, grammars=grammars, create_drafter=create)
 
     with (
-        mock.patch("quire.engine.assemble._in_this_process", executor),
+        mock.patch("quire.executor.inline.inline_executor", executor),
         mock.patch.object(EngineConfig, "max_drafts", most),
     ):
         yield

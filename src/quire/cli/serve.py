@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 def run(argv: list[str]) -> int:
-    args, values, notes = _given(argv)
+    args, values, notes = _parsed(argv)
     engine, server = split_flat(values)
     if args.dry_run:
         return _dry_run(engine, args)
@@ -43,7 +43,7 @@ def run(argv: list[str]) -> int:
 
 def configs(argv: list[str]) -> tuple[EngineConfig, ServerConfig]:
     """The engine's and the server's config, from the words after `quire serve`."""
-    return split_flat(_given(argv)[1])
+    return split_flat(_given(argv)[0])
 
 
 def _dry_run(config: EngineConfig, args: argparse.Namespace) -> int:
@@ -56,8 +56,13 @@ def _dry_run(config: EngineConfig, args: argparse.Namespace) -> int:
     return 0
 
 
-def _given(argv: list[str]) -> tuple[argparse.Namespace, dict[str, object], list[str]]:
-    """The namespace, the options that were set, and the warnings about vLLM's among them."""
+def _given(argv: list[str]) -> tuple[dict[str, object], list[str]]:
+    """The options that were set, and the warnings about vLLM's among them."""
+    _, values, notes = _parsed(argv)
+    return values, notes
+
+
+def _parsed(argv: list[str]) -> tuple[argparse.Namespace, dict[str, object], list[str]]:
     infos = [*engine_options(), *server_options()]
     parser = Parser(
         prog="quire serve",

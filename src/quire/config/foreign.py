@@ -31,7 +31,7 @@ def _idle(why: str, default: object = None, *short: str) -> Foreign:
     return Foreign(why, default, refused=False, short=short)
 
 
-_ONE_DEVICE = "one device serves a model; start one server per device, behind a balancer"
+_NO_EXPERTS = "no model here has experts"
 _ONE_MACHINE = "all copies of --data-parallel-size are processes of this machine"
 _ONE_DOOR = (
     "the server itself chooses among its copies; behind a balancer of your own, start servers without "
@@ -87,8 +87,15 @@ FOREIGN: dict[str, Foreign] = {
     "allowed_local_media_path": _idle(_TEXT_ONLY, ""),
     "allowed_media_domains": _idle(_TEXT_ONLY, ()),
     # Several devices.
-    "enable_expert_parallel": Foreign(_ONE_DEVICE, False, short=("-ep",)),
-    "disable_custom_all_reduce": _idle(_ONE_DEVICE, False),
+    "enable_expert_parallel": _idle(_NO_EXPERTS, False, "-ep"),
+    "all2all_backend": _idle(_NO_EXPERTS),
+    "enable_eplb": _idle(_NO_EXPERTS, False),
+    "enable_dbo": _idle(_NO_EXPERTS, False),
+    "decode_context_parallel_size": Foreign("a token's keys are on one rank", 1, short=("-dcp",)),
+    "prefill_context_parallel_size": Foreign(
+        "a prompt is computed on all ranks", 1, short=("-pcp",)
+    ),
+    "disable_custom_all_reduce": _idle("ranks exchange columns; nothing is reduced", False),
     "data_parallel_size_local": Foreign(_ONE_MACHINE, short=("-dpl",)),
     "data_parallel_rank": Foreign(_ONE_DOOR, short=("-dpn",)),
     "data_parallel_start_rank": Foreign(_ONE_MACHINE, None, (0,), short=("-dpr",)),
@@ -136,7 +143,9 @@ FOREIGN: dict[str, Foreign] = {
     "reasoning_parser_plugin": Foreign(_NO_CODE, ""),
     # Adapters.
     "lora_dtype": Foreign(_AS_FILED, "auto"),
-    "fully_sharded_loras": _idle(_ONE_DEVICE, False),
+    "fully_sharded_loras": _idle(
+        "B of an adapter is divided as its matrix is, A is on every rank", False
+    ),
     "lora_target_modules": Foreign("an adapter applies to every module that its file has", ()),
     "lora_extra_vocab_size": Foreign("adapters add no tokens", 0, (256,)),
     "enable_lora_bias": Foreign(_DROPPED, False),

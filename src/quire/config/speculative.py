@@ -36,7 +36,7 @@ _BY_NAME = {"eagle3": "eagle3", "eagle-": "eagle", "dflash": "dflash", "dspark":
 """As in vLLM: a part of a draft model's name, and the method that it means."""
 
 _ADAPTIVE = "the number of drafts follows measured acceptance and step times"
-_ONE_DEVICE = "one device serves a model"
+_ONE_DEVICE = "a draft model is on one device, that of the rank that samples"
 _LOSSY = "drafts never change a token: one is accepted if it equals the sampled token"
 _SAME_TOKENS = "a draft model has the target's vocabulary"
 IDLE_KEYS = frozenset(

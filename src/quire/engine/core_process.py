@@ -4,8 +4,8 @@ ZeroMQ over a Unix socket in a private directory, msgspec structs, no pickle. Th
 configuration. It may come late, because the slowest parts of the start, importing torch and compiling the
 kernels, do not depend on it. The first answer is `EngineReady` or `CoreFailed`. Between steps the loop
 handles the messages that have arrived. Without work it lets the executor prepare, one piece at a time,
-and then blocks, so an idle engine uses no processor time. It exits on `Shutdown`, or when its standard
-input ends, which happens however the parent dies.
+and then blocks, so an idle engine uses no processor time. It exits on `Shutdown`, and at once when its
+standard input ends, which happens however the parent dies.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import shutil
 import signal
 import sys
 import threading
+from pathlib import Path
 
 import msgspec
 import zmq
@@ -24,6 +26,7 @@ from quire.config import EngineConfig
 from quire.config.parallel import ParallelConfig
 from quire.engine.core import EngineCore
 from quire.errors import QuireError
+from quire.executor.death import exit_now, exit_when_closed
 from quire.executor.processes import ProcessRanks, ranks_of
 from quire.kernels.cpu.build import report_compiling
 from quire.messages import CoreFailed, CoreInput, CoreOutput, Shutdown
@@ -41,6 +44,8 @@ def main(address: str, kernels: str, parallel: str) -> int:
     gc.disable()  # until the start is over: it creates hundreds of thousands of objects that stay
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # the front end decides when the core ends
+    folder = Path(address.removeprefix("ipc://")).parent
+    exit_when_closed([sys.stdin.fileno()], lambda: shutil.rmtree(folder, ignore_errors=True))
     ranks = ranks_of(msgspec.json.decode(parallel, type=ParallelConfig))  # they import torch too
     context = zmq.Context()
     socket = context.socket(zmq.PAIR)
@@ -66,17 +71,12 @@ class _Link:
         self._decode = msgspec.msgpack.Decoder(CoreInput).decode
         self._poller = zmq.Poller()
         self._poller.register(socket, zmq.POLLIN)
-        self._stdin = sys.stdin.fileno()
-        self._poller.register(self._stdin, zmq.POLLIN)
 
     def watch(self, descriptor: int) -> None:
         """`receive` returns when it becomes readable."""
         self._poller.register(descriptor, zmq.POLLIN)
 
-    def receive_config(self) -> EngineConfig | None:
-        """None if the parent has ended."""
-        if not dict(self._poller.poll()).get(self._socket):
-            return None
+    def receive_config(self) -> EngineConfig:
         return msgspec.json.decode(self._socket.recv(), type=EngineConfig)
 
     def send(self, message: CoreOutput) -> None:
@@ -85,20 +85,13 @@ class _Link:
             self._socket.send(self._encode(message), zmq.NOBLOCK)
 
     def receive(self, *, wait_ms: int | None) -> list[CoreInput]:
-        """All messages that have come, after waiting at most this long for one (None: without limit). A dead
-        parent is a `Shutdown`."""
+        """All messages that have come, after waiting at most this long for one (None: without limit)."""
         if wait_ms != 0:
-            ready = dict(self._poller.poll(wait_ms))
-            if self._stdin in ready:
-                return [Shutdown()]
+            self._poller.poll(wait_ms)
         messages = []
         while int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN:
             messages.append(self._decode(self._socket.recv(zmq.NOBLOCK)))
         return messages
-
-    @property
-    def parent_is_gone(self) -> bool:
-        return self._stdin in dict(self._poller.poll(0))
 
 
 def _run(link: _Link, kernels: str, ranks: ProcessRanks | None) -> int:
@@ -110,8 +103,6 @@ def _run(link: _Link, kernels: str, ranks: ProcessRanks | None) -> int:
         from quire.engine.setup import resolve
 
         config = link.receive_config()
-        if config is None:
-            return 0
         setup_logging(log_format=config.runtime.log_format)
         report_compiling()
         compiling.join()
@@ -149,7 +140,6 @@ def _compile_kernels(kernels: str) -> None:
 
 
 def _serve(core: EngineCore, link: _Link) -> None:
-    steps = 0
     may_prepare = True
     while True:
         wait_ms = 0 if core.has_work else QUIET_MS if may_prepare else None
@@ -163,13 +153,10 @@ def _serve(core: EngineCore, link: _Link) -> None:
         core.executor.check()
         if core.has_work:
             link.send(core.step())
-            steps += 1
             may_prepare = True
-            if steps % 64 == 0 and link.parent_is_gone:
-                return
         else:
             may_prepare = bool(messages) or core.prepare()
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    exit_now(main(*sys.argv[1:]))

@@ -14,14 +14,14 @@ import signal
 import socket
 import sys
 
+from quire.distributed.links import Link
+from quire.executor.death import exit_now, exit_when_closed
+
 PR_SET_PDEATHSIG = 1
 
 
 def main(number: int, link: int, memory: int, model: str) -> int:
     gc.disable()  # as in `core_process`
-    from quire.distributed.links import Link
-    from quire.executor.death import exit_when_closed
-
     exit_when_closed([sys.stdin.fileno(), link])
     if sys.platform == "linux":  # while it is stopped, it notices no end of a pipe
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -32,4 +32,4 @@ def main(number: int, link: int, memory: int, model: str) -> int:
 
 if __name__ == "__main__":
     number, link, memory, model = sys.argv[1:]
-    sys.exit(main(int(number), int(link), int(memory), model))
+    exit_now(main(int(number), int(link), int(memory), model))

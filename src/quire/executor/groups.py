@@ -14,7 +14,7 @@ from quire.distributed.shared_memory import HALF_BYTES
 from quire.dtypes import element_bytes
 from quire.kernels.cpu.group import HEADER
 from quire.kernels.group import Channels, Group
-from quire.runner.footprint import WorkerSpec, step_bytes
+from quire.runner.footprint import WorkerSpec, group_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ class Areas:
     def __init__(self, config: EngineConfig, spec: WorkerSpec) -> None:
         parallel = config.parallel
         self._stages = parallel.pipeline_parallel_size
-        data = 2 * step_bytes(config, spec.model, 4) + (64 << 20)
+        data = group_bytes(config, spec.model, 4)
         alone = parallel.tensor_parallel_size == 1
         self._group = 0 if alone else _pages(HEADER + 2 * HALF_BYTES + data)
         step = config.scheduler.max_num_batched_tokens * spec.model.hidden_size
@@ -100,14 +100,17 @@ def _pages(size: int) -> int:
     return -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
-def arrange(config: EngineConfig, spec: WorkerSpec, memory: int) -> Meeting:
-    """For the first rank of the last stage, before any other rank joins. spec: of the whole. memory: the
-    descriptor of what the machine's ranks share. Raises `ConfigError`."""
+def arrange(
+    config: EngineConfig, spec: WorkerSpec, memory: int, host: str | None = None
+) -> Meeting:
+    """For the first rank of the last stage, before any other rank joins. spec: of the whole. memory, host:
+    see `Ranks`. Raises `ConfigError`."""
     parallel = config.parallel
-    if parallel.tensor_parallel_size == 1 or (spec.device == "cpu" and parallel.nnodes == 1):
+    together = memory >= 0 and spec.device == "cpu" and parallel.nnodes == 1
+    if parallel.tensor_parallel_size == 1 or together:
         os.ftruncate(memory, Areas(config, spec).num_bytes)
         return Meeting("shared_memory", descriptor=memory)
-    host = "127.0.0.1" if parallel.nnodes == 1 else parallel.master_addr
+    host = host or ("127.0.0.1" if parallel.nnodes == 1 else parallel.master_addr)
     listening = socket.create_server((host, 0))
     address = f"{host}:{listening.getsockname()[1]}"
     return Meeting("nccl" if spec.device == "cuda" else "gloo", address, listening.detach())

@@ -86,6 +86,8 @@ class NodeRanks:
     """`Ranks` of all nodes, at the first one."""
 
     group_memory = -1
+    host = None
+    """The ranks of a node share its cores, and meet at `master_addr`."""
 
     def __init__(self, config: EngineConfig, spec: WorkerSpec) -> None:
         """Returns when every node has come. Raises `ConfigError`."""

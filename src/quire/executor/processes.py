@@ -30,8 +30,9 @@ GRACE_SECONDS = 1.0
 
 def ranks_of(parallel: ParallelConfig) -> ProcessRanks | None:
     """Start what the options ask for; None if that is nothing."""
-    # Nodes compare their configurations first.
-    return ProcessRanks(parallel) if parallel.world_size > 1 and parallel.nnodes == 1 else None
+    # Ray, and nodes that compare their configurations first, need the whole configuration.
+    later = parallel.distributed_executor_backend == "ray" or parallel.nnodes > 1
+    return ProcessRanks(parallel) if parallel.world_size > 1 and not later else None
 
 
 def start_rank(
@@ -109,6 +110,8 @@ class ProcessRanks:
         if self._error is not None:
             self.close()
             raise self._error
+
+    host = None
 
     @property
     def group_memory(self) -> int:

@@ -41,7 +41,12 @@ class Ranks(Protocol):
 
     @property
     def group_memory(self) -> int:
-        """The descriptor of the memory that the ranks of this machine share."""
+        """The descriptor of the memory that all ranks share; -1 if they do not."""
+        ...
+
+    @property
+    def host(self) -> str | None:
+        """This machine's address, for ranks that may be on others. None: all are here and share the cores."""
         ...
 
     def close(self) -> None:

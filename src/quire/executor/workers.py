@@ -81,12 +81,13 @@ class WorkersExecutor:
         with contextlib.ExitStack() as undo:
             undo.callback(ranks.close)
             share = self._shares[self._number]
-            if pin:
+            placed = ranks.host is not None
+            if pin and not placed:
                 os.sched_setaffinity(0, share)
-            self._pinned_to = None if pin else share
+            self._pinned_to = None if pin or placed else share
             """While it computes: the thread is the caller's."""
             own = spec_of_rank(spec, parallel, self._number)
-            meeting = arrange(config, spec, ranks.group_memory)
+            meeting = arrange(config, spec, ranks.group_memory, ranks.host)
             self._others = Followers(
                 ranks.ranks, timeout=parallel.worker_timeout, on_failure=self._abort
             )
@@ -197,7 +198,9 @@ class WorkersExecutor:
             message = LoadModel(
                 config=msgspec.json.encode(self._config_of(rank.number)),
                 max_model_len=self._spec.max_model_len,
-                cores=sorted(self._shares[rank.number]) if rank.number in self._here else [],
+                cores=sorted(self._shares[rank.number])
+                if self._ranks.host is None and rank.number in self._here
+                else [],
                 group=meeting.kind,
                 address=meeting.address,
             )
@@ -323,6 +326,11 @@ def start(
     pin: bool = False,
 ) -> WorkersExecutor:
     """ranks: those that were started before this process had its configuration."""
+    if ranks is None and config.parallel.distributed_executor_backend == "ray":
+        from quire.executor.ray import RayRanks, with_threads
+
+        config = with_threads(config)
+        ranks = RayRanks(config, spec.device)
     if ranks is None and config.parallel.nnodes > 1:
         from quire.executor.nodes import NodeRanks
 

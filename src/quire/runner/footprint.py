@@ -110,15 +110,26 @@ def estimate(
 
 
 def step_bytes(config: EngineConfig, spec: ModelSpec, dtype_bytes: int) -> int:
-    """The largest step's temporaries: one layer's widest tensors, and the logits in float32."""
-    scheduler = config.scheduler
-    widest = max(
-        2 * (layer.attention.q_size + 2 * layer.attention.kv_size) + 3 * layer.mlp.intermediate_size
-        for layer in spec.layers
-    )
+    """The largest step's temporaries: one layer's widest tensors, and the logits in float32. Of what ranks
+    share, a rank holds its columns."""
+    heads = spec.heads
+    inner = max(layer.mlp.intermediate_size for layer in spec.layers)
+    widest = 2 * (heads.q_size + 2 * heads.kv_size) + 3 * len(spec.share.columns(inner))
     width = 3 * spec.hidden_size + widest
     logits = 3 * 4 * config.max_samples * spec.vocab_size
-    return scheduler.max_num_batched_tokens * width * dtype_bytes + logits
+    return config.scheduler.max_num_batched_tokens * width * dtype_bytes + logits
+
+
+def group_bytes(config: EngineConfig, spec: ModelSpec, dtype_bytes: int) -> int:
+    """The most memory that the program of a step shares with other ranks: the gathered tensors of a layer, a
+    lookup's columns of each rank, and the logits."""
+    whole = spec.layers[0].attention
+    inner = max(layer.mlp.intermediate_size for layer in spec.layers)
+    ranks = config.parallel.tensor_parallel_size
+    width = (2 + ranks) * spec.hidden_size + 2 * whole.q_size + whole.kv_size + inner
+    row = width * dtype_bytes + 8 * 64  # each buffer begins at a cache line
+    logits = 4 * config.max_samples * spec.vocab_size
+    return config.scheduler.max_num_batched_tokens * row + logits + 64
 
 
 def host_memory() -> DeviceMemory:

@@ -1,0 +1,113 @@
+"""Channels between stages: order, running ahead, and who is named when one does not come."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from quire.distributed.channel import LinkChannel, SharedMemoryChannel, channel_bytes
+from quire.distributed.links import Link
+from quire.errors import WorkerError
+
+SLOTS = 3
+Ends = tuple[SharedMemoryChannel | LinkChannel, SharedMemoryChannel | LinkChannel]
+
+
+def open_ends(kind: str, timeout: float) -> Ends:
+    if kind == "link":
+        pair = socket.socketpair()
+        links = [Link(each, f"rank {number}") for each, number in zip(pair, (6, 4), strict=True)]
+        sender, receiver = (
+            LinkChannel(link, sends=sends, slots=SLOTS, timeout=timeout)
+            for link, sends in zip(links, (True, False), strict=True)
+        )
+        return sender, receiver
+    memory = os.memfd_create("test")
+    try:
+        os.ftruncate(memory, channel_bytes(SLOTS, 1 << 12))
+        sender, receiver = (
+            SharedMemoryChannel(memory, sends=sends, slots=SLOTS, timeout=timeout, numbers=(4, 6))
+            for sends in (True, False)
+        )
+    finally:
+        os.close(memory)
+    return sender, receiver
+
+
+@pytest.fixture(params=["memory", "link"])
+def ends(request: pytest.FixtureRequest) -> Iterator[Ends]:
+    found = open_ends(request.param, 0.3)
+    yield found
+    for each in found:
+        each.close()
+        each.close()
+
+
+def step(number: int) -> torch.Tensor:
+    return torch.full((1 + number % 5, 8), number, dtype=torch.bfloat16)
+
+
+def test_steps_come_in_order_and_the_sender_runs_ahead(ends: Ends) -> None:
+    sender, receiver = ends
+    for first in range(0, 30, SLOTS):
+        for number in range(first, first + SLOTS):
+            sender.send(step(number))  # does not wait
+        for number in range(first, first + SLOTS):
+            found = receiver.receive(1 + number % 5, 8, torch.bfloat16)
+            assert torch.equal(found, step(number))
+
+
+def test_from_another_thread(ends: Ends) -> None:
+    sender, receiver = ends
+    thread = threading.Thread(target=lambda: [sender.send(step(number)) for number in range(200)])
+    thread.start()
+    for number in range(200):
+        assert torch.equal(receiver.receive(1 + number % 5, 8, torch.bfloat16), step(number))
+    thread.join()
+
+
+def test_a_sender_that_does_not_come_is_named(ends: Ends) -> None:
+    with pytest.raises(WorkerError, match=r"ank 4 .*is late by 0\.3 s"):
+        ends[1].receive(1, 8, torch.float32)
+
+
+def test_a_receiver_that_does_not_come_is_named() -> None:
+    sender, receiver = open_ends("memory", 0.3)
+    for number in range(SLOTS):
+        sender.send(step(number))
+    with pytest.raises(WorkerError, match=r"Rank 6 .*is late by 0\.3 s"):
+        sender.send(step(SLOTS))
+    sender.close()
+    receiver.close()
+
+
+def test_an_abort_ends_every_wait() -> None:
+    sender, receiver = open_ends("memory", 60.0)
+    errors: list[str] = []
+
+    def wait() -> None:
+        with pytest.raises(WorkerError) as found:
+            receiver.receive(1, 8, torch.float32)
+        errors.append(str(found.value))
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    sender.abort("rank 2 was killed")
+    thread.join(30.0)
+    assert errors == ["rank 2 was killed"]
+    sender.close()
+    receiver.close()
+
+
+def test_another_size_than_the_plans_is_refused() -> None:
+    sender, receiver = open_ends("link", 5.0)
+    sender.send(step(1))
+    with pytest.raises(WorkerError, match="sent 32 bytes; the step has 16"):
+        receiver.receive(1, 8, torch.bfloat16)
+    sender.close()
+    receiver.close()
