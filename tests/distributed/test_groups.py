@@ -112,7 +112,7 @@ def test_processes_that_share_memory(
     assert isinstance(group, SharedMemoryGroup)
     digests = [rank_program.gather_all(group), ranks.line(1), ranks.line(2)]
     assert set(digests) == {rank_program.expected(3)}
-    for _ in range(100):
+    for _ in range(10):
         group.barrier()
     view = group.c_group.native
     view.timeout = 5.0
@@ -199,9 +199,11 @@ def in_threads(kind: str, size: int, timeout: float = 20.0) -> list[Group]:
     groups: dict[int, Group] = {}
 
     def join(rank: int) -> None:
+        own = descriptor if rank == 0 or kind == "shared_memory" else -1
         groups[rank] = create_group(
-            kind, rank=rank, size=size, timeout=timeout, descriptor=descriptor, address=address
+            kind, rank=rank, size=size, timeout=timeout, descriptor=own, address=address
         )
+        groups[rank].barrier()
 
     threads = [threading.Thread(target=join, args=(rank,)) for rank in range(size)]
     for thread in threads:
@@ -250,17 +252,14 @@ def test_columns_that_are_no_whole_are_an_error() -> None:
 def test_ranks_that_do_not_meet() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = f"127.0.0.1:{listener.getsockname()[1]}"
+        descriptor = os.dup(listener.fileno())
+        group = create_group(
+            "gloo", rank=0, size=2, timeout=0.5, descriptor=descriptor, address=address
+        )
         with pytest.raises(
             WorkerError, match=r"Rank 0 did not meet the other ranks at 127\.0\.0\.1"
         ):
-            create_group(
-                "gloo",
-                rank=0,
-                size=2,
-                timeout=0.5,
-                descriptor=os.dup(listener.fileno()),
-                address=address,
-            )
+            group.barrier()
 
 
 def test_wrong_kinds_and_sizes(native: None, monkeypatch: pytest.MonkeyPatch) -> None:

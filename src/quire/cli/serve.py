@@ -25,6 +25,10 @@ def run(argv: list[str]) -> int:
     setup_logging(log_format=engine.runtime.log_format)
     for note in notes:
         logger.warning(note)
+    if engine.parallel.node_rank:
+        from quire.engine.node import run_node
+
+        return run_node(engine)
     from quire.engine.replica_cores import start_cores
 
     # Start it first: it imports torch while this process imports the HTTP server.

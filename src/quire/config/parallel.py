@@ -47,6 +47,14 @@ class ParallelConfig:
     )
     master_addr: str = option("127.0.0.1", "Address of the first machine.")
     master_port: int = option(29501, "Port there that the others connect to.")
+    node_key_file: str | None = option(
+        None,
+        "File with the key that all machines share (16 bytes or more). Default: QUIRE_NODE_KEY. Only "
+        "machines at a loopback address need none.",
+    )
+    headless: bool = option(
+        False, "No HTTP server on this machine. It is so wherever --node-rank is above 0."
+    )
     worker_timeout: float = option(
         60.0,
         "Seconds that a rank may be late within a step. Then the engine ends, and names it.",
@@ -76,6 +84,13 @@ class ParallelConfig:
                 f"data_parallel_size is {self.data_parallel_size} and nnodes {self.nnodes}: copies are on "
                 "one machine. Start one server on each machine, behind a balancer."
             )
+        if self.pipeline_parallel_size > 1 and self.nnodes > 1:
+            raise ConfigError(
+                f"pipeline_parallel_size must be 1 with nnodes {self.nnodes}: stages are on one machine. "
+                "Use tensor_parallel_size."
+            )
+        if self.headless and not self.node_rank:
+            raise ConfigError("headless is for node_rank 1 and above: the first node answers.")
         if self.distributed_executor_backend == "uni" and self.world_size > 1:
             raise ConfigError(
                 f"distributed_executor_backend uni is for one rank, but tensor_parallel_size x "

@@ -34,26 +34,36 @@ class GlooGroup:
     def __init__(
         self, address: str, *, rank: int, size: int, timeout: float = 60.0, descriptor: int = -1
     ) -> None:
-        """address: HOST:PORT of the store. descriptor: at rank 0, the listening socket of that port,
-        which is taken over. timeout: seconds to meet, and that a rank may be late. Returns when all ranks
-        have come. Raises `WorkerError`."""
+        """address: HOST:PORT of the store. descriptor: at rank 0, the listening socket of that port, which is
+        taken over. timeout: seconds to meet, and that a rank may be late. The ranks meet in the first call
+        of another method, which raises `WorkerError` if they do not."""
         self.rank, self.size = rank, size
+        self._address = address
+        self._timeout = timedelta(seconds=timeout)
+        self._group: ProcessGroupGloo | None = None
         self._bounds: dict[int, int] = {}
         self._failure = ""
+        self._store = open_store(address, self._timeout, descriptor) if descriptor >= 0 else None
+
+    def _met(self) -> ProcessGroupGloo:
+        if self._group is not None:
+            return self._group
         options = ProcessGroupGloo._Options()
-        options._timeout = timedelta(seconds=timeout)
+        options._timeout = self._timeout
         options._threads = 1
         try:
-            store = open_store(address, rank, options._timeout, descriptor)
-            own = own_address(address.rpartition(":")[0])
+            store = self._store or open_store(self._address, self._timeout)
+            own = own_address(self._address.rpartition(":")[0])
             options._devices = [ProcessGroupGloo.create_device(hostname=own)]
-            self._group = ProcessGroupGloo(store, rank, size, options)
-            self.barrier()
+            self._group = ProcessGroupGloo(store, self.rank, self.size, options)
         except RuntimeError as error:
-            raise WorkerError(
-                f"Rank {rank} did not meet the other ranks at {address} in {timeout:g} s: "
-                f"{_reason(error)}"
-            ) from error
+            seconds = self._timeout.total_seconds()
+            self._failure = self._failure or (
+                f"Rank {self.rank} did not meet the other ranks at {self._address} in {seconds:g} s: "
+                f"{_reason(error)}."
+            )
+            raise WorkerError(self._failure) from error
+        return self._group
 
     def gather(self, x: Tensor, first: int, width: int) -> Tensor:
         size, rows = x.element_size(), len(x)
@@ -84,14 +94,14 @@ class GlooGroup:
             sent[:HEAD].view(torch.int64)[:] = torch.tensor([first, count])
             sent[HEAD:].view(rows, bound)[:, : min(count, bound)] = mine[:, :bound]
             pieces = [torch.empty_like(sent) for _ in range(self.size)]
-            self._wait(lambda: self._group.allgather([pieces], [sent]))  # noqa: B023
+            self._wait(lambda: self._met().allgather([pieces], [sent]))  # noqa: B023
             widest = max(int(piece[8:HEAD].view(torch.int64)) for piece in pieces)
             if widest <= bound:
                 return pieces
             self._bounds[row] = widest
 
     def barrier(self) -> None:
-        self._wait(lambda: self._group.barrier())
+        self._wait(lambda: self._met().barrier())
 
     def _wait(self, collective: Callable[[], Work]) -> None:
         try:
@@ -120,17 +130,15 @@ class GlooGroup:
         wait for gloo's thread."""
         if not self._failure:
             self._failure = "This rank's group is closed."
-            del self._group
+            self._group = self._store = None
 
 
-def open_store(address: str, rank: int, timeout: timedelta, descriptor: int) -> TCPStore:
-    """The store at HOST:PORT, which rank 0 serves on the listening socket `descriptor`. Raises
+def open_store(address: str, timeout: timedelta, descriptor: int = -1) -> TCPStore:
+    """The store at HOST:PORT. descriptor: the listening socket of that port, to serve it. Raises
     `RuntimeError`."""
     host, _, port = address.rpartition(":")
-    listening = {"master_listen_fd": descriptor} if rank == 0 else {}
-    return TCPStore(
-        host, int(port), is_master=rank == 0, timeout=timeout, wait_for_workers=False, **listening
-    )
+    serving = {"is_master": True, "master_listen_fd": descriptor} if descriptor >= 0 else {}
+    return TCPStore(host, int(port), timeout=timeout, wait_for_workers=False, **serving)
 
 
 def own_address(peer: str) -> str:

@@ -37,8 +37,8 @@ HELLO_SECONDS = 10.0
 HELLO_BYTES = 4096
 MOST_STRANGERS = 64
 """Connections that have not said hello; one more closes the oldest."""
-LINGER_SECONDS = 1.0
-"""After a failure, for hellos that are under way."""
+LINGER_SECONDS = 5.0
+"""After a rank that does not fit: until all others have come too, to get the error."""
 RETRY_SECONDS = 0.2
 NONCE = MAC = 32
 
@@ -130,6 +130,7 @@ class _Gate:
         self._ranks = set(ranks)
         self._refusal = ""
         """Why all that still come are refused."""
+        self._refused = 0
         self._selector = selectors.DefaultSelector()
         self._strangers: dict[int, _Stranger] = {}
         self._accepted: dict[int, _Stranger] = {}
@@ -158,10 +159,12 @@ class _Gate:
                 self._read(event.data)
 
     def close(self, refusal: str) -> dict[int, Link]:
-        """Answer all that were accepted, and if they are refused, those whose hello is under way."""
+        """Answer all that were accepted, and if one was refused, those that still come."""
         self._refusal = refusal
         end = time.monotonic() + LINGER_SECONDS
-        while refusal and self._strangers and time.monotonic() < end:
+        while self._refused and time.monotonic() < end:
+            if self._refused + len(self._accepted) >= len(self._ranks) and not self._strangers:
+                break
             self._turn(0.05)
         links = {}
         for rank, stranger in self._accepted.items():
@@ -238,6 +241,7 @@ class _Gate:
         if wrong or hello is None:
             self._answer(stranger, wrong)
             self._drop(stranger, "")
+            self._refused += 1
             if self._refusal:
                 return
             raise ConfigError(wrong)
@@ -289,6 +293,7 @@ def connect(
     deadline = time.monotonic() + timeout
     where = f"{address}:{port}"
     link = Link(_connected(address, port, deadline), f"rank 0 ({where})", max_bytes=HELLO_BYTES)
+    link.reads_ahead = False  # what follows the hello may be another process's
     try:
         challenge = link.receive(timeout=min(HELLO_SECONDS, timeout))
         if challenge is None or challenge[:-NONCE] != MAGIC:
@@ -309,7 +314,7 @@ def connect(
     if refusal:
         link.close()
         raise ConfigError(refusal)
-    link.max_bytes = MAX_BYTES
+    link.max_bytes, link.reads_ahead = MAX_BYTES, True
     return link
 
 

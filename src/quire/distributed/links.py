@@ -36,6 +36,8 @@ class Link:
         sock.setblocking(False)
         self.peer = peer
         self.max_bytes = max_bytes
+        self.reads_ahead = True
+        """False: nothing is received but the message that is asked for, so that `detach` loses nothing."""
         self._sock = sock
         self._timeout = timeout
         self._received = bytearray()
@@ -55,7 +57,7 @@ class Link:
         sent is read."""
         while (message := self._taken()) is None:
             try:
-                data = self._sock.recv(min(max(CHUNK, self._missing()), 16 * CHUNK))
+                data = self._sock.recv(self._wanted())
             except BlockingIOError:
                 return None
             except OSError as error:
@@ -84,16 +86,16 @@ class Link:
         self._sock.close()
 
     def detach(self) -> int:
-        """The descriptor, for another process; this object is closed. Nothing may have been received that was
-        not taken."""
+        """The descriptor, for another process; this object is closed. See `reads_ahead`."""
         assert not self._received and not self._unsent
         return self._sock.detach()
 
-    def _missing(self) -> int:
-        """Bytes of the message that has begun."""
-        if len(self._received) < _LENGTH.size:
-            return 0
-        return _LENGTH.unpack_from(self._received)[0] + _LENGTH.size - len(self._received)
+    def _wanted(self) -> int:
+        """Bytes to ask for."""
+        missing = _LENGTH.size - len(self._received)  # of the length, then of the message
+        if missing <= 0:
+            missing += _LENGTH.unpack_from(self._received)[0]
+        return min(max(CHUNK, missing), 16 * CHUNK) if self.reads_ahead else missing
 
     def _taken(self) -> bytes | None:
         if len(self._received) < _LENGTH.size:

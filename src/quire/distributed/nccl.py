@@ -127,7 +127,7 @@ def _connect(address: str, rank: int, size: int, timeout: float, descriptor: int
     options = ProcessGroupNCCL.Options()
     options._timeout = wait
     try:
-        return ProcessGroupNCCL(open_store(address, rank, wait, descriptor), rank, size, options)
+        return ProcessGroupNCCL(open_store(address, wait, descriptor), rank, size, options)
     except RuntimeError as error:
         raise WorkerError(
             f"Rank {rank} did not meet the other ranks at {address}: {error}"

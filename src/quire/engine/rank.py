@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 
 from quire.config import EngineConfig
 from quire.distributed.links import Link
@@ -17,12 +18,15 @@ from quire.runner.worker import Worker
 from quire.util.logging import setup_logging
 
 
-def run_rank(link: Link, number: int, memory: int = -1) -> int:
-    """Until the link ends. memory: the descriptor of what the machine's ranks share, if they share any.
-    Returns the exit status."""
+def run_rank(link: Link, number: int, memory: int = -1, model: str = "") -> int:
+    """Until the link ends. memory: the descriptor of what the machine's ranks share, if they share
+    any. model: where this machine has the checkpoint, if not where the configuration says. Returns
+    the exit status."""
 
     def make_worker(config: EngineConfig, message: LoadModel) -> Worker:
         setup_logging(log_format=config.runtime.log_format)
+        if model:
+            config = replace(config, model=replace(config.model, model=model))
         report_compiling()
         whole = worker_spec(resolve(config), message.max_model_len)
         meeting = Meeting(message.group, message.address, memory)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -29,8 +30,23 @@ GRACE_SECONDS = 1.0
 
 def ranks_of(parallel: ParallelConfig) -> ProcessRanks | None:
     """Start what the options ask for; None if that is nothing."""
-    ray = parallel.distributed_executor_backend == "ray"  # which needs the whole configuration
-    return ProcessRanks(parallel) if parallel.world_size > 1 and not ray else None
+    # Ray, and nodes that compare their configurations first, need the whole configuration.
+    later = parallel.distributed_executor_backend == "ray" or parallel.nnodes > 1
+    return ProcessRanks(parallel) if parallel.world_size > 1 and not later else None
+
+
+def start_rank(
+    number: int, link: socket.socket, memory: int = -1, model: str = ""
+) -> subprocess.Popen[bytes]:
+    """See `quire.engine.worker_process`."""
+    words = map(str, (number, link.fileno(), memory))
+    return subprocess.Popen(
+        [sys.executable, "-m", MODULE, *words, model],
+        stdin=subprocess.PIPE,
+        pass_fds=[each for each in (link.fileno(), memory) if each >= 0],
+        start_new_session=True,
+        env=child_environment(),
+    )
 
 
 @dataclass(slots=True)
@@ -73,8 +89,8 @@ class ProcessRank:
 class ProcessRanks:
     """`Ranks` of this machine."""
 
-    def __init__(self, parallel: ParallelConfig) -> None:
-        """Starts the processes and returns."""
+    def __init__(self, parallel: ParallelConfig, numbers: Sequence[int] | None = None) -> None:
+        """Starts the processes and returns. numbers: of the ranks; None: all that do not sample."""
         tensor, stages = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
         self.ranks: list[Rank] = []
         self._processes: list[ProcessRank] = []
@@ -83,7 +99,8 @@ class ProcessRanks:
         self._started, self._closed = threading.Event(), threading.Event()
         self._error: BaseException | None = None
         sampling = tensor * (stages - 1)
-        numbers = [number for number in range(parallel.world_size) if number != sampling]
+        if numbers is None:
+            numbers = [number for number in range(parallel.world_size) if number != sampling]
         groups = self._memory * len(numbers)
         keeper = threading.Thread(
             target=self._keep, args=(numbers, groups), name="ranks", daemon=True
@@ -126,13 +143,6 @@ class ProcessRanks:
     def _start(self, number: int, memory: int) -> ProcessRank:
         link, theirs = pair(f"rank {number}", timeout=self._timeout)
         with theirs:
-            descriptors = (theirs.fileno(), memory)
-            process = subprocess.Popen(
-                [sys.executable, "-m", MODULE, str(number), *map(str, descriptors)],
-                stdin=subprocess.PIPE,
-                pass_fds=descriptors,
-                start_new_session=True,
-                env=child_environment(),
-            )
+            process = start_rank(number, theirs, memory)
         name = link.peer = f"rank {number} (pid {process.pid})"
         return ProcessRank(number, process, link, name)

@@ -63,7 +63,8 @@ class WorkersExecutor:
         parallel = config.parallel
         tensor = parallel.tensor_parallel_size
         self._number = parallel.world_size - tensor
-        self._shares = shares(parallel.world_size)
+        self._here = range(parallel.world_size // parallel.nnodes)
+        self._shares = shares(len(self._here))
         self._threads = [
             sum(not core.isdisjoint(share) for core in physical_cores()) for share in self._shares
         ]
@@ -197,16 +198,18 @@ class WorkersExecutor:
             message = LoadModel(
                 config=msgspec.json.encode(self._config_of(rank.number)),
                 max_model_len=self._spec.max_model_len,
-                cores=sorted(self._shares[rank.number]) if self._ranks.host is None else [],
+                cores=sorted(self._shares[rank.number])
+                if self._ranks.host is None and rank.number in self._here
+                else [],
                 group=meeting.kind,
                 address=meeting.address,
             )
             self._others.send(message, [rank])
 
     def _config_of(self, number: int) -> EngineConfig:
-        """A rank's, with the threads of its share of the cores."""
+        """A rank's, with the threads of its share of the cores. Another machine shares out its own."""
         runtime = self._config.runtime
-        if runtime.cpu_threads is not None:
+        if runtime.cpu_threads is not None or number not in self._here:
             return self._config
         runtime = dataclasses.replace(runtime, cpu_threads=self._threads[number])
         return dataclasses.replace(self._config, runtime=runtime)
@@ -328,4 +331,8 @@ def start(
 
         config = with_threads(config)
         ranks = RayRanks(config, spec.device)
+    if ranks is None and config.parallel.nnodes > 1:
+        from quire.executor.nodes import NodeRanks
+
+        ranks = NodeRanks(config, spec)
     return WorkersExecutor(config, spec, grammars, ranks or ProcessRanks(config.parallel), pin=pin)
