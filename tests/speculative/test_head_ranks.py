@@ -88,10 +88,10 @@ def test_answers_and_drafts_are_those_of_one_device(
         given["model"] = str(save_head(form, used.reference.config, tmp_path))
 
     def run(llm: LLM) -> list[Any]:
-        found = []
-        for params in (GREEDY, DRAWN):
-            found.append([said(each) for each in llm.generate(batch, params, use_tqdm=False)])
-        return found
+        return [
+            [said(each) for each in llm.generate(batch, params, use_tqdm=False)]
+            for params in (GREEDY, DRAWN)
+        ]
 
     with make_llm(used) as llm:
         plain = run(llm)
@@ -190,5 +190,7 @@ def test_copies_are_the_targets(form: str, variant: str, load_format: Any, tmp_p
 
 def test_pipelines_are_refused(target: ServableCheckpoint, tmp_path: Path) -> None:
     head = save_head(FORMS["eagle"], target.reference.config, tmp_path)
-    with pytest.raises(ConfigError, match=r"pipeline_parallel_size above 1 .* method eagle, .* use tensor"):
+    with pytest.raises(
+        ConfigError, match=r"pipeline_parallel_size above 1 .* method eagle, .* use tensor"
+    ):
         make_llm(target, pipeline_parallel_size=2, speculative_config=options("eagle", head))

@@ -59,9 +59,9 @@ class TokenMatrices:
         self.embedded: LinearProduct | torch.Tensor | None = products.get(EMBEDDING, rows)
         """As `DecoderModel.embedded`; None if the draft head has its own."""
         product = products.get(spec.head.parts[0].name)
-        self._head = product and Head(
-            product, divisor=spec.logits_divisor, softcap=spec.logits_softcap
-        )
+        self._head: Head | None = None
+        if product is not None:
+            self._head = Head(product, spec.logits_divisor, spec.logits_softcap)
 
     @torch.inference_mode()
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:

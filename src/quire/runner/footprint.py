@@ -80,7 +80,7 @@ def spec_of_rank(spec: WorkerSpec, parallel: ParallelConfig, number: int) -> Wor
         dtype_bytes=element_bytes(spec.dtype),
         partition=parallel.pipeline_layer_partition,
     )
-    draft, taps = spec.draft, ()
+    draft, taps = spec.draft, spec.taps
     if isinstance(draft, HeadDraftSpec):
         taps = draft.head.taps
         if size > 1:
