@@ -1,5 +1,5 @@
-"""The promise of tests/engine/test_exactness.py on several ranks: the logits of one device, bit for bit, with every
-schedule."""
+"""What tests/engine/test_exactness.py promises, on several ranks: the logits of one device, bit for bit, with
+every schedule."""
 
 from __future__ import annotations
 
