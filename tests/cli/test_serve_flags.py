@@ -103,6 +103,7 @@ WITH = {
     "ngram_prompt_lookup_min": NGRAM,
     "nnodes": ("-tp", "2"),
     "node_rank": ("-tp", "2", "--nnodes", "2"),
+    "headless": ("-tp", "2", "--nnodes", "2", "--node-rank", "1"),
 }
 """Flags without which an option is an error."""
 LEGAL = {

@@ -230,8 +230,8 @@ def test_vllms_keywords_pass_where_they_ask_for_nothing(
     with caplog.at_level(logging.WARNING), LLM(str(checkpoint.directory), **vllms, **OPTIONS):
         assert "swap_space has no effect" in caplog.text
     for wrong, remedy in (
-        ({"tensor_parallel_size": 2}, "one device"),
-        ({"tensor_parallel_size": True}, "one device"),
+        ({"tensor_parallel_size": 0}, "at least 1"),
+        ({"tensor_parallel_size": True}, "tensor_parallel_size"),
         ({"task": "classify"}, "classifies"),
         ({"logits_processors": ["my.module"]}, "logit_bias"),
         ({"max_model_length": 5}, "max_model_len"),

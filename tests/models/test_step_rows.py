@@ -54,7 +54,7 @@ def test_rows_outside_are_refused(pair: Callable[..., Pair], kernels: Kernels) -
         *(("block_ids", ROWS.block_ids * block) for block in (-1, 3, 2**30)),
         *(("token_ids", ROWS.token_ids * token) for token in (-1, model.spec.vocab_size, far)),
         ("block_ids", ROWS.block_ids[:, :1].copy()),
-        ("block_ids", ROWS.block_ids.repeat(2, axis=0)),
+        ("block_ids", ROWS.block_ids[:0].copy()),
         ("token_ids", ROWS.token_ids[:, ::2]),
         ("rows", ROWS.rows[:, :3].copy()),
         ("rows", ROWS.rows.astype(np.float64)),
