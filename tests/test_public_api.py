@@ -44,6 +44,7 @@ PUBLIC = {
     "EngineError": "quire.errors",
     "EngineSleepingError": "quire.errors",
     "EngineDeadError": "quire.errors",
+    "WorkerError": "quire.errors",
 }
 
 

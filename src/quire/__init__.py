@@ -37,6 +37,7 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time `__getattr__` be
         QuireError,
         RequestError,
         UnsupportedModelError,
+        WorkerError,
     )
     from quire.lora.request import LoRARequest
     from quire.outputs import (
@@ -98,6 +99,7 @@ _HOMES |= dict.fromkeys(
         "EngineError",
         "EngineSleepingError",
         "EngineDeadError",
+        "WorkerError",
     ),
     "quire.errors",
 )
@@ -133,6 +135,7 @@ __all__ = [
     "EngineError",
     "EngineSleepingError",
     "EngineDeadError",
+    "WorkerError",
     "__version__",
 ]
 
