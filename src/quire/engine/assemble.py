@@ -190,7 +190,6 @@ def _check_stages(config: EngineConfig, resolved: ResolvedModel) -> None:
     for is_so, what in (
         (resolved.device == "cuda", "device cuda"),
         (config.parallel.nnodes > 1, "nnodes above 1"),
-        (config.lora.enable_lora, "enable_lora"),
         (
             resolved.kv_cache_dtype.startswith("float8") and len(resolved.spec.kv.groups) > 1,
             "kv_cache_dtype fp8 of a model whose layers differ in their windows",
