@@ -40,7 +40,10 @@ class Recorder:
 
     def __init__(self, llm: LLM) -> None:
         assert isinstance(llm._core, InlineCore)
-        runner = llm._core._core.executor.runner
+        executor = llm._core._core.executor
+        runner = getattr(
+            executor, "_worker", executor
+        ).runner  # of several ranks, the one that samples
         self._seats = runner.seats
         self._sampler: Sampler = runner.backend._sampler
         self.logits: Logits = {}

@@ -24,7 +24,6 @@ from quire.messages import DropAdapter, StepOutputs
 from quire.messages.worker import AdapterEnded
 from quire.runner.following import digest_of
 from quire.sampling_params import PoolingParams, SamplingParams
-from quire.speculative.spec import HeadDraftSpec
 from tests.engine.checkpoints import ServableCheckpoint, prompts
 from tests.engine.test_compose import REQUESTS, said
 from tests.engine.test_exactness import make_llm
@@ -215,14 +214,6 @@ class FakeTable:
 
     def drop(self, key: str) -> None:
         self.dropped.append(key)
-
-
-def test_a_head_that_reads_a_divided_model_is_refused() -> None:
-    head = {"method": "mtp", "num_speculative_tokens": 1}
-    config = from_flat({"tensor_parallel_size": 2, "speculative_config": head})
-    resolved: Any = SimpleNamespace(draft=object.__new__(HeadDraftSpec), device="cpu")
-    with pytest.raises(ConfigError, match="method mtp reads the model's embedding"):
-        _check_ranks(config, resolved)
 
 
 def test_each_rank_has_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

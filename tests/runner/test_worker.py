@@ -76,7 +76,7 @@ def test_every_cache_in_fp8_has_the_models_scales(
     monkeypatch.setattr(worker.platform, "cache", lambda n: made.append(make(n)) or made[-1])
     worker.load()
     assert worker.runner is not None
-    for layer, scales in enumerate(worker.runner.model.kv_scales):
+    for layer, scales in worker.runner.model.kv_scales.items():
         heads = len(scales.tensors["k"])
         scales.tensors = {"k": torch.full((heads,), 2.0 + layer), "v": torch.full((heads,), 0.5)}
     worker.open_cache(4, 32)

@@ -173,9 +173,6 @@ def test_options_that_do_not_go_together(target: ServableCheckpoint, tmp_path: P
     ]:
         with pytest.raises(error, match=message):
             make_llm(target, speculative_config=given).close()
-    with pytest.raises(ConfigError, match="tensor_parallel_size 2 each rank has a part"):
-        chosen = options("eagle3", head)
-        make_llm(target, speculative_config=chosen, tensor_parallel_size=2).close()
     with pytest.raises(ConfigError, match="keeps only 24 tokens, and method eagle3"):
         folder = tmp_path / "windows"
         made = write_checkpoint("mistral-window", folder)

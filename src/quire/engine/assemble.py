@@ -170,12 +170,6 @@ def _longest_by_estimate(config: EngineConfig, resolved: ResolvedModel) -> int:
 
 
 def _check_ranks(config: EngineConfig, resolved: ResolvedModel) -> None:
-    if config.parallel.world_size > 1 and isinstance(resolved.draft, HeadDraftSpec):
-        speculation = config.speculative.speculation
-        raise ConfigError(
-            f"speculative method {speculation and speculation.method} reads the model's embedding and head, "
-            "which are divided among ranks; use draft_model, ngram or suffix, or one rank."
-        )
     here = config.parallel.world_size // config.parallel.nnodes
     if resolved.device == "cuda" and here > max(1, gpu_count()):
         raise ConfigError(
@@ -190,6 +184,10 @@ def _check_stages(config: EngineConfig, resolved: ResolvedModel) -> None:
     for is_so, what in (
         (resolved.device == "cuda", "device cuda"),
         (config.parallel.nnodes > 1, "nnodes above 1"),
+        (
+            isinstance(resolved.draft, HeadDraftSpec),
+            "method eagle, eagle3 or mtp of speculative_config",
+        ),
         (
             resolved.kv_cache_dtype.startswith("float8") and len(resolved.spec.kv.groups) > 1,
             "kv_cache_dtype fp8 of a model whose layers differ in their windows",

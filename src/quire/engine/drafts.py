@@ -93,13 +93,6 @@ def resolve_draft(
             f"speculative_config: every layer of the model keeps only {target.spec.kv.windows[0]} "
             f"tokens, and method {speculation.method} needs the blocks of all; use ngram or suffix."
         )
-    ranks = config.parallel.tensor_parallel_size
-    if speculation.method in HEAD_METHODS and ranks > 1:
-        raise ConfigError(
-            f"speculative_config: method {speculation.method} reads the model's whole embedding and head, "
-            f"but with tensor_parallel_size {ranks} each rank has a part of them; use draft_model, ngram "
-            "or suffix."
-        )
     if speculation.method in HEAD_METHODS:
         return _resolve_head(speculation, target)
     assert speculation.model is not None, "locate() first"

@@ -94,17 +94,14 @@ class ProcessRanks:
         tensor, stages = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
         self.ranks: list[Rank] = []
         self._processes: list[ProcessRank] = []
-        self._memory = [os.memfd_create("quire-ranks")]
+        self.group_memory = os.memfd_create("quire-ranks")
         self._timeout = parallel.worker_timeout
         self._started, self._closed = threading.Event(), threading.Event()
         self._error: BaseException | None = None
         sampling = tensor * (stages - 1)
         if numbers is None:
             numbers = [number for number in range(parallel.world_size) if number != sampling]
-        groups = self._memory * len(numbers)
-        keeper = threading.Thread(
-            target=self._keep, args=(numbers, groups), name="ranks", daemon=True
-        )
+        keeper = threading.Thread(target=self._keep, args=(numbers,), name="ranks", daemon=True)
         keeper.start()
         self._started.wait()
         if self._error is not None:
@@ -113,10 +110,6 @@ class ProcessRanks:
 
     host = None
 
-    @property
-    def group_memory(self) -> int:
-        return self._memory[-1]
-
     def close(self) -> None:
         """Idempotent."""
         for rank in self._processes:
@@ -124,15 +117,14 @@ class ProcessRanks:
         deadline = time.monotonic() + GRACE_SECONDS
         for rank in self._processes:
             rank.wait(deadline)
-        for descriptor in self._memory:
-            os.close(descriptor)
-        self._memory = []
+        if not self._closed.is_set():
+            os.close(self.group_memory)
         self._closed.set()
 
-    def _keep(self, numbers: Sequence[int], groups: Sequence[int]) -> None:
+    def _keep(self, numbers: Sequence[int]) -> None:
         try:
-            for number, memory in zip(numbers, groups, strict=True):
-                rank = self._start(number, memory)
+            for number in numbers:
+                rank = self._start(number)
                 self._processes.append(rank)
                 self.ranks.append(rank)
         except BaseException as error:
@@ -140,9 +132,9 @@ class ProcessRanks:
         self._started.set()
         self._closed.wait()
 
-    def _start(self, number: int, memory: int) -> ProcessRank:
+    def _start(self, number: int) -> ProcessRank:
         link, theirs = pair(f"rank {number}", timeout=self._timeout)
         with theirs:
-            process = start_rank(number, theirs, memory)
+            process = start_rank(number, theirs, self.group_memory)
         name = link.peer = f"rank {number} (pid {process.pid})"
         return ProcessRank(number, process, link, name)

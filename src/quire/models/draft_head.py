@@ -20,6 +20,7 @@ from quire.layers.mlp import Mlp
 from quire.layers.norm import RMSNorm
 from quire.layers.parameter import WeightTarget
 from quire.layers.rotary import cos_sin_table
+from quire.models.copies import TokenMatrices
 from quire.models.decoder import DecoderModel
 from quire.models.head_spec import HeadSpec
 from quire.weights.load import load_random_weights, load_weights
@@ -39,8 +40,16 @@ class HeadResult(NamedTuple):
 class DraftHead:
     """Usable once every target has been loaded and `bind()` called. Its cache belongs to the caller."""
 
-    def __init__(self, spec: HeadSpec, target: DecoderModel, kernels: LayerKernels) -> None:
-        """target: the bound model that it drafts for. kernels: its kernels."""
+    def __init__(
+        self,
+        spec: HeadSpec,
+        target: DecoderModel,
+        kernels: LayerKernels,
+        copies: TokenMatrices | None = None,
+    ) -> None:
+        """target: the bound model that it drafts for. kernels: its kernels. copies: of what it reads of a
+        target that is divided among ranks."""
+        self._tokens = copies or target
         self.spec, self._target, self._kernels = spec, target, kernels
         self.dtype, method, names = target.dtype, spec.quantization, spec.names
         hidden_size, vocab_size = spec.hidden_size, spec.target.vocab_size
@@ -102,7 +111,9 @@ class DraftHead:
         self._join_product = self._join.bind()
         self._head_product = None if self._head is None else self._head.bind()
         own = self._embedding
-        self._embedded = self._target.embedded if own is None else own.weight
+        embedded = self._tokens.embedded if own is None else own.weight
+        assert embedded is not None
+        self._embedded = embedded
         if self.spec.has_offsets:
             ids = self._offsets + torch.arange(len(self._offsets))
             low, high, vocab_size = int(ids.min()), int(ids.max()), self.spec.target.vocab_size
@@ -169,7 +180,7 @@ class DraftHead:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[R, draft_vocab_size or the target's] float32, of the head's tokens. hidden: [R, hidden_size]"""
         if self._head_product is None:
-            return self._target.compute_logits(hidden)
+            return self._tokens.compute_logits(hidden)
         return self._head_product(hidden).float()
 
 
@@ -181,12 +192,13 @@ def load_head(
     *,
     kernels: LayerKernels,
     random_seed: int | None = None,
+    copies: TokenMatrices | None = None,
 ) -> DraftHead:
-    """A head ready to compute. random_seed: random weights, and no file is read.
+    """A head ready to compute. random_seed: random weights, and no file is read. copies: as for `DraftHead`.
 
     Raises `CheckpointError` if a tensor is missing, unexpected, or of the wrong shape or dtype.
     """
-    head = DraftHead(spec, target, kernels)
+    head = DraftHead(spec, target, kernels, copies)
     if random_seed is not None:
         load_random_weights(head.targets(), dtype=head.dtype, seed=random_seed)
     else:

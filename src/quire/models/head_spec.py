@@ -141,6 +141,31 @@ class HeadSpec:
         embedding = self.target.vocab_size * self.hidden_size if self.has_embedding else 0
         return linears + embedding * dtype_bytes
 
+    @property
+    def copied_linears(self) -> list[LinearShape]:
+        """Products that it reads of the target: of these it has copies if the target is divided among
+        ranks."""
+        target = self.target
+        found = []
+        if self.draft_vocab_size is None or (target.tie_word_embeddings and not self.has_embedding):
+            found.append(target.head)
+        if not self.has_embedding and target.embedding is not None:
+            found.append(target.embedding)
+        return found
+
+    @property
+    def copies_rows(self) -> bool:
+        """Whether it reads the target's embedding, which is no product: the same."""
+        is_product = self.target.tie_word_embeddings or self.target.embedding is not None
+        return not self.has_embedding and not is_product
+
+    def copied_bytes(self, dtype_bytes: int) -> int:
+        target = self.target
+        rows = target.vocab_size * target.hidden_size if self.copies_rows else 0
+        method = target.quantization
+        linears = sum(method.weight_bytes(each, dtype_bytes) for each in self.copied_linears)
+        return linears + rows * dtype_bytes
+
     def select(self, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
         """The head's tensors among a checkpoint's, under the names that `names` has."""
         if self.method == "mtp":  # its embedding and head are copies of the target's

@@ -33,6 +33,8 @@ class WorkerSpec:
     """Of all ranks of the replica: stage * tensor_parallel_size + rank in the stage."""
     samples: bool = True
     """Whether this rank samples. The others follow it: `quire.runner.following`."""
+    taps: tuple[int, ...] = ()
+    """Of all ranks, for `DecoderModel.taps`: they decide which rows are gathered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +80,19 @@ def spec_of_rank(spec: WorkerSpec, parallel: ParallelConfig, number: int) -> Wor
         dtype_bytes=element_bytes(spec.dtype),
         partition=parallel.pipeline_layer_partition,
     )
-    draft = spec.draft if samples else None
-    return dataclasses.replace(spec, model=model, rank=number, samples=samples, draft=draft)
+    draft, taps = spec.draft, spec.taps
+    if isinstance(draft, HeadDraftSpec):
+        taps = draft.head.taps
+        if size > 1:
+            draft = dataclasses.replace(draft, copied_from=spec.directory)
+    return dataclasses.replace(
+        spec,
+        model=model,
+        rank=number,
+        samples=samples,
+        draft=draft if samples else None,
+        taps=taps,
+    )
 
 
 def block_bytes(config: EngineConfig, spec: WorkerSpec) -> int:

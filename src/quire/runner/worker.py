@@ -115,7 +115,7 @@ class Worker:
         lora = self._config.lora
         if lora.enable_lora:
             self.adapters = AdapterTable(model, max_rank=lora.max_lora_rank, slots=lora.max_loras)
-        return Runner(
+        runner = Runner(
             model,
             self.platform.backend(model),
             max_num_seqs=self._config.scheduler.max_num_seqs,
@@ -123,6 +123,9 @@ class Worker:
             adapters=self.adapters,
             drafter=self._drafter(model),
         )
+        if not self._spec.samples:
+            model.taps = self._spec.taps
+        return runner
 
     def _drafter(self, model: DecoderModel) -> Drafter | None:
         if self._create_drafter is not None:

@@ -26,6 +26,7 @@ from quire.kernels.base import Kernels
 from quire.kernels.program import StepRows
 from quire.kernels.sampling import SAMPLE_ROW, sample_row
 from quire.messages import StepPlan
+from quire.models.copies import load_copies
 from quire.models.draft_head import DraftHead, HeadResult, load_head
 from quire.speculative.base import DraftContext, DraftTask
 from quire.speculative.draft_cache import DraftCache
@@ -283,16 +284,27 @@ def create(context: DraftContext) -> HeadDrafter:
     """Raises `CheckpointError` as loading any model does."""
     draft, options = context.draft, context.options
     assert isinstance(draft, HeadDraftSpec), "the configuration was resolved without a head"
+    target, copies = context.target, None
+    random_seed = context.seed if context.load_format == "dummy" else None
+    if draft.copied_from is not None:
+        copies = load_copies(
+            draft.head,
+            open_source(draft.copied_from),
+            dtype=target.dtype,
+            kernels=target.kernels,
+            random_seed=random_seed,
+        )
     head = load_head(
         draft.head,
         open_source(draft.directory),
-        context.target,
-        kernels=context.target.kernels,
-        random_seed=context.seed if context.load_format == "dummy" else None,
+        target,
+        kernels=target.kernels,
+        random_seed=random_seed,
+        copies=copies,
     )
     return HeadDrafter(
         head,
-        context.target.kernels,  # type: ignore[arg-type]
+        target.kernels,  # type: ignore[arg-type]
         most=options.num_speculative_tokens,
         greedy=options.draft_sample_method == "greedy",
         max_model_len=draft.max_model_len,

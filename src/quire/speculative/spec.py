@@ -41,6 +41,9 @@ class HeadDraftSpec:
     """For MTP, the target's."""
     dtype: str
     max_model_len: int
+    copied_from: Path | None = None
+    """The target's, if the target is divided among ranks: the head has whole copies of the embedding and the
+    output head."""
 
     @property
     def slot_bytes(self) -> int:
@@ -48,5 +51,7 @@ class HeadDraftSpec:
 
     @property
     def weight_bytes(self) -> int:
-        weights = self.head.weight_bytes(element_bytes(self.dtype))
+        size = element_bytes(self.dtype)
+        weights = self.head.weight_bytes(size)
+        weights += 0 if self.copied_from is None else self.head.copied_bytes(size)
         return weights + self.head.rope.table_bytes(self.max_model_len)
