@@ -124,7 +124,7 @@ def test_a_stage_that_is_killed_is_named(servable: Servable) -> None:
 
 
 def test_what_stages_do_not_do_is_refused(servable: Servable) -> None:
-    with pytest.raises(ConfigError, match=r"pipeline_parallel_size above 1 .* enable_lora yet"):
-        make_llm(servable("qwen3"), pipeline_parallel_size=2, enable_lora=True, **OPTIONS)
+    with pytest.raises(ConfigError, match=r"pipeline_parallel_size above 1 .* kv_cache_dtype fp8"):
+        make_llm(servable("gemma3"), pipeline_parallel_size=2, kv_cache_dtype="fp8", **OPTIONS)
     with pytest.raises(ConfigError, match=r"pipeline_parallel_size is 9, but Qwen3"):
         make_llm(servable("qwen3"), pipeline_parallel_size=9, **OPTIONS)

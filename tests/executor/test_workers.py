@@ -17,7 +17,8 @@ from quire.engine import assemble
 from quire.engine.assemble import _check_ranks
 from quire.engine.llm import LLM
 from quire.errors import ConfigError, MemoryFitError
-from quire.executor.workers import AdapterEnd, RankAdapters, WorkersExecutor
+from quire.executor.adapters import AdapterEnd, PlanOrder, RankAdapters
+from quire.executor.workers import WorkersExecutor
 from quire.lora.request import LoRARequest
 from quire.messages import DropAdapter, StepOutputs
 from quire.messages.worker import AdapterEnded
@@ -188,7 +189,7 @@ def test_an_adapter_that_one_rank_cannot_load() -> None:
     others: Any = SimpleNamespace(
         send=sent.append, watch=SimpleNamespace(adapters=said), ranks=[SimpleNamespace(number=1)]
     )
-    store = RankAdapters(own, others)  # type: ignore[arg-type]
+    store = RankAdapters(own, others, PlanOrder())  # type: ignore[arg-type]
     store.load("a", Path("/a"))
     store.load("b", Path("/b"))
     assert store.poll() == [AdapterEnd("b", "it is broken")]

@@ -39,7 +39,7 @@ def load(model: DecoderModel, *directories: Path) -> AdapterTable:
     """A table in which the adapters have the indices 0, 1, ..."""
     table = AdapterTable(model, max_rank=64, slots=len(directories))
     for index, directory in enumerate(directories):
-        key = check_adapter(directory, model.spec, max_rank=64).key(f"a{index}")
+        key = check_adapter(directory, model.spec.whole, max_rank=64).key(f"a{index}")
         table.load(key, directory)
         deadline = time.monotonic() + 60
         while not (ended := table.poll()):

@@ -30,7 +30,9 @@ from quire.models.registry import resolve_spec
 from quire.models.spec import ModelSpec
 from quire.models.stages import costs, divide, staged
 from quire.weights.source import open_source
+from tests.models.test_lora import load as load_adapters
 from tests.models.variants import VARIANTS, prompt_tokens
+from tests.weights.adapter_writer import write_adapter
 
 BLOCK_SIZE, NUM_BLOCKS = 16, 40
 SECONDS = 60.0
@@ -54,8 +56,10 @@ def steps(num_groups: int) -> Iterator[StepRows]:
         yield StepRows(tokens, tables, np.array(rows), len(rows), sum(row[3] for row in rows))
 
 
-def run(model: DecoderModel, num_groups: int, *, eager: bool) -> list[torch.Tensor]:
-    """The logits of each step."""
+def run(
+    model: DecoderModel, num_groups: int, *, eager: bool, adapter: Path | None = None
+) -> list[torch.Tensor]:
+    """The logits of each step. adapter: of the first request."""
     spec = model.spec
     cache = KVCache(
         num_parts=spec.kv.layers_per_page,
@@ -71,7 +75,16 @@ def run(model: DecoderModel, num_groups: int, *, eager: bool) -> list[torch.Tens
         forward = EagerPass(model, cache)
         if spec.stage is not None:
             forward = StagePass(spec, forward, model.channels)
-    return [forward.forward(rows).clone() for rows in steps(num_groups)]
+    table = None if adapter is None else load_adapters(model, adapter)
+    found = []
+    for rows in steps(num_groups):
+        if table is not None:
+            rows.adapters = np.array([0, -1], dtype=np.int32)
+            rows.adapter_set, rows.has_adapters = table.packed, True
+        found.append(forward.forward(rows).clone())
+    if table is not None:
+        table.close()
+    return found
 
 
 def load(
@@ -90,6 +103,7 @@ def in_stages(
     tensor: int = 1,
     dtype: torch.dtype = torch.float32,
     eager: bool = False,
+    adapter: Path | None = None,
 ) -> list[list[torch.Tensor]]:
     """The logits of each rank of the last stage."""
     count, num_groups = len(stages), len(stages[0].kv.groups)
@@ -121,7 +135,7 @@ def in_stages(
                 spec = spec.divided(rank, tensor)
             try:
                 model = load(spec, directory, kernels, dtype, group=group, channels=channels)
-                return run(model, num_groups, eager=eager)
+                return run(model, num_groups, eager=eager, adapter=adapter)
             except BaseException as error:
                 for each in (group, channels.inlet, channels.outlet):
                     if each is not None:
@@ -171,6 +185,28 @@ def test_stages_of_ranks(dtype: torch.dtype, checkpoint: Checkpoint, kernels: Ke
     stages = [staged(spec, stage, 2, dtype_bytes=4) for stage in range(2)]
     for logits in in_stages(stages, directory, kernels, tensor=2, dtype=dtype):
         assert equal(logits, expected)
+
+
+@pytest.mark.parametrize("kernels", ["native"], indirect=True)
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("name", ["llama", "llama-mha-tied", "phi3"])
+def test_each_stage_has_its_part_of_an_adapter(
+    name: str, dora: bool, checkpoint: Checkpoint, kernels: Kernels, tmp_path: Path
+) -> None:
+    """With the embedding on the first, the head on the last."""
+    directory = checkpoint(name)[1]
+    spec = resolve_spec(json.loads((directory / "config.json").read_text()))
+    ends = ["_proj", "lm_head"] + ["embed_tokens"] * (not dora)
+    adapter = write_adapter(tmp_path, spec, ends, use_dora=dora)
+    whole = load(spec, directory, kernels, torch.float32)
+    expected = run(whole, len(spec.kv.groups), eager=False, adapter=adapter)
+    assert not equal(expected, run(whole, len(spec.kv.groups), eager=False))
+    stages = [staged(spec, stage, 2, dtype_bytes=4) for stage in range(2)]
+    for tensor, eager in ((1, False), (1, True), (2, False)):
+        for logits in in_stages(
+            stages, directory, kernels, tensor=tensor, eager=eager, adapter=adapter
+        ):
+            assert equal(logits, expected)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])

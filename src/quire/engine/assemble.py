@@ -184,7 +184,6 @@ def _check_stages(config: EngineConfig, resolved: ResolvedModel) -> None:
     for is_so, what in (
         (resolved.device == "cuda", "device cuda"),
         (config.parallel.nnodes > 1, "nnodes above 1"),
-        (config.lora.enable_lora, "enable_lora"),
         (
             isinstance(resolved.draft, HeadDraftSpec),
             "method eagle, eagle3 or mtp of speculative_config",

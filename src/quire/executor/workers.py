@@ -10,22 +10,20 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple
 
 import msgspec
 
 from quire.config import EngineConfig
+from quire.executor.adapters import PlanOrder, RankAdapters
 from quire.executor.base import AdapterStore
 from quire.executor.followers import Followers
 from quire.executor.groups import Meeting, arrange
 from quire.executor.processes import ProcessRanks
 from quire.executor.ranks import Ranks
 from quire.kernels.group import Channel, Channels, Group
-from quire.messages import AddAdapter, DropAdapter, Sleep, StepPlan, StepResult, WakeUp
+from quire.messages import Sleep, StepPlan, StepResult, WakeUp
 from quire.messages.worker import (
     Carried,
     Loaded,
@@ -37,7 +35,6 @@ from quire.messages.worker import (
     Tables,
     WorkerInput,
 )
-from quire.runner.adapters import AdapterTable
 from quire.runner.following import digest_of, tables_of
 from quire.runner.footprint import DeviceMemory, Footprint, WorkerSpec, spec_of_rank
 from quire.runner.runner import FinishedStep, RunningStep
@@ -72,6 +69,7 @@ class WorkersExecutor:
         self._spec = spec
         self._ranks = ranks
         self._sampled: list[SampledTokens] = []
+        self._order = PlanOrder()
         self._stores: RankAdapters | None = None
         self._group: Group | None = None
         self._channels: Channels | None = None
@@ -117,7 +115,7 @@ class WorkersExecutor:
         if own is None:
             return None
         if self._stores is None or self._stores.own is not own:
-            self._stores = RankAdapters(own, self._others)
+            self._stores = RankAdapters(own, self._others, self._order)
         return self._stores
 
     def load(self) -> Footprint:
@@ -137,9 +135,12 @@ class WorkersExecutor:
     def execute(self, plan: StepPlan) -> LaunchedStep | LaterStep | FinishedStep:
         sampled, self._sampled = self._sampled, []
         self._others.run(plan, sampled)
+        self._order.sent()
 
         def start() -> RunningStep | FinishedStep:
-            return self._worker.execute(plan)
+            running = self._worker.execute(plan)
+            self._order.started()
+            return running
 
         return LaterStep(self, start) if self.max_in_flight > 1 else self.launch(start)
 
@@ -255,66 +256,6 @@ class LaterStep:
 
     def result(self) -> StepResult:
         return self.executor.launch(self.start).result()
-
-
-class AdapterEnd(NamedTuple):
-    """An `AdapterLoad`."""
-
-    key: str
-    error: str | None
-
-
-class RankAdapters:
-    """An `AdapterStore`: an adapter is in memory when every rank has its part."""
-
-    def __init__(self, own: AdapterTable, others: Followers) -> None:
-        self.own = own
-        self._others = others
-        self._watch = others.watch
-        self._missing: dict[str, set[int]] = {}
-        """The ranks that have not ended, by adapter that is loading. -1: this one."""
-        self._errors: dict[str, str] = {}
-
-    def load(self, key: str, path: Path) -> None:
-        self._missing[key] = {-1, *(rank.number for rank in self._others.ranks)}
-        self._errors.pop(key, None)
-        self._others.send(AddAdapter(key, str(path)))
-        self.own.load(key, path)
-
-    def poll(self) -> Sequence[AdapterEnd]:
-        for each in self.own.poll():
-            self._note(-1, each.key, each.error)
-        while self._watch.adapters:
-            number, ended = self._watch.adapters.popleft()
-            self._note(number, ended.key, ended.error)
-        over = [key for key, missing in self._missing.items() if not missing]
-        for key in over:
-            del self._missing[key]
-            if key in self._errors:
-                self._drop(key)
-        return [AdapterEnd(key, self._errors.pop(key, None)) for key in over]
-
-    def wait(self, seconds: float) -> None:
-        until = time.monotonic() + seconds
-        if any(-1 in missing for missing in self._missing.values()):
-            self.own.wait(seconds)
-        if self._missing:
-            left = max(0.0, until - time.monotonic())
-            self._watch.wait(left, lambda: bool(self._watch.adapters))
-
-    def drop(self, key: str) -> None:
-        self._missing.pop(key, None)
-        self._drop(key)
-
-    def _drop(self, key: str) -> None:
-        self._others.send(DropAdapter(key))
-        self.own.drop(key)
-
-    def _note(self, number: int, key: str, error: str | None) -> None:
-        if key in self._missing:
-            self._missing[key].discard(number)
-            if error is not None:
-                self._errors.setdefault(key, error)
 
 
 def start(

@@ -81,6 +81,7 @@ class AdapterTable:
         """
         self._model = model
         self._max_rank = max_rank
+        self._sites = own_sites(model.spec)
         self._rows = own_rows(model.spec)
         try:
             self._products = model.record().products
@@ -220,6 +221,9 @@ class AdapterTable:
             )
         deltas: dict[int, list[MatrixDelta]] = {}
         for each in tensors:
+            if (site := self._sites.get(each.matrix.site)) is None:
+                continue  # another stage's
+            each = each._replace(matrix=replace(each.matrix, site=site))
             if each.base is not None:
                 self._check_base(each)
             for own in self._own(each):
@@ -294,9 +298,23 @@ class AdapterTable:
                 )
 
 
+def own_sites(spec: ModelSpec) -> dict[int, int]:
+    """By the number of a site in the whole model, its number in the rank's program: of the matrices with
+    which the rank computes."""
+    count, num_sites = len(sites(spec)) - 2, len(sites(spec.whole))
+    before = replace(spec.whole, stage=range(spec.own_layers.start))
+    first = len(sites(before)) - 2
+    found = {first + site: site for site in range(count)}
+    if spec.is_last:
+        found[num_sites - 2] = count
+    if spec.is_first:
+        found[num_sites - 1] = count + spec.is_last
+    return found
+
+
 def own_rows(spec: ModelSpec) -> list[list[range]]:
     """Of each site's product the outputs that a rank has, counted in the whole product. An embedding's delta
-    is added to whole rows, at every rank."""
+    is added to whole rows, at every rank of the first stage. Only the last stage's program has a head."""
     found = []
     for shape in sites(spec):
         starts: dict[str, int] = {}
@@ -306,5 +324,5 @@ def own_rows(spec: ModelSpec) -> list[list[range]]:
             total = max(total, start + part.out_features)
             rows.append(range(start + part.outputs.start, start + part.outputs.stop))
         found.append(rows)
-    found[-2] = [spec.share.columns(spec.vocab_size)]
+    found[-2:-1] = [[spec.share.columns(spec.vocab_size)]] if spec.is_last else []
     return found

@@ -84,8 +84,9 @@ class HostAdapters:
         max_rank: int,
         parts: Sequence[Sequence[int]],
     ) -> None:
-        """products: of all sites but the last, the embedding. capacity: indices are below it.
-        max_rank and parts are not needed here, where no memory is reserved."""
+        """products: of all sites but the last, the embedding, which is as wide as the inputs of the first.
+        capacity: indices are below it. max_rank and parts are not needed here, where no memory is
+        reserved."""
         self.products = tuple(products)
         self._dtype = dtype
         self._leaves: list[_Leaf] = []
@@ -93,7 +94,7 @@ class HostAdapters:
         """By site."""
         for product in products:
             self._add([*_split(product)])
-        hidden = products[-1].in_features
+        hidden = products[0].in_features
         try:
             library.load_library()
             in_c = True
