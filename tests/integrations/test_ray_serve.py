@@ -190,10 +190,10 @@ def test_errors_are_openais(served: Served):
     with pytest.raises(openai.BadRequestError, match="max_tokens must be at least 1") as raised:
         served.client.completions.create(model=MODEL, prompt="a", max_tokens=0)
     assert raised.value.param == "max_tokens"
-    assert httpx.get(f"{served.url}/nowhere").json()["error"]["code"] == 404
-    large = httpx.post(f"{served.url}/v1/completions", content=b"x" * (9 * 2**20))
+    assert httpx.get(timeout=60, url=f"{served.url}/nowhere").json()["error"]["code"] == 404
+    large = httpx.post(timeout=60, url=f"{served.url}/v1/completions", content=b"x" * (9 * 2**20))
     assert large.status_code == 413 and large.json()["error"]["param"] == "body"
-    answer = httpx.get(f"{served.url}/health", headers={"x-request-id": "mine"})
+    answer = httpx.get(timeout=60, url=f"{served.url}/health", headers={"x-request-id": "mine"})
     assert answer.status_code == 200 and answer.headers.get_list("x-request-id") == ["mine"]
 
 
@@ -218,7 +218,9 @@ def test_requests_are_spread_and_each_is_found_wherever_it_is(served: Served):
         )
         name = next(stream).id
         served.wait_for_running(2, 2)
-        answer = httpx.post(f"{served.url}/abort_requests", json={"request_ids": [name]})
+        answer = httpx.post(
+            timeout=60, url=f"{served.url}/abort_requests", json={"request_ids": [name]}
+        )
         assert answer.json() == {"aborted": [name]}
         assert list(stream)[-1].choices[0].finish_reason == "abort"
     served.wait_for_running(0)
@@ -263,7 +265,7 @@ def test_a_replica_whose_engine_dies_is_replaced(served: Served):
 
 def test_waiting_requests_add_a_replica(served: Served):
     client = served.client.with_options(base_url=f"{served.url}/scaled/v1")
-    wait_until(lambda: httpx.get(f"{served.url}/scaled/health").status_code == 200)
+    wait_until(lambda: httpx.get(timeout=60, url=f"{served.url}/scaled/health").status_code == 200)
     assert len(served.running("/scaled")) == 1
     stopped = threading.Event()
 

@@ -37,8 +37,9 @@ HELLO_SECONDS = 10.0
 HELLO_BYTES = 4096
 MOST_STRANGERS = 64
 """Connections that have not said hello; one more closes the oldest."""
-LINGER_SECONDS = 5.0
-"""After a rank that does not fit: until all others have come too, to get the error."""
+LINGER_SECONDS = 30.0
+"""After a rank that does not fit, at most: until all others, which may start slower, have come and got the
+error."""
 RETRY_SECONDS = 0.2
 NONCE = MAC = 32
 
