@@ -45,7 +45,8 @@ def _processes(marker: str) -> list[tuple[int, str]]:
 
 @contextlib.contextmanager
 def two_nodes(cpus_per_node: int = 2) -> Iterator[RayCluster]:
-    """Sockets are in the directory, so its name must be short."""
+    """Sockets are in the directory, so its name must be short. A session of its own, as engine cores have: Linux
+    divides the processor among sessions, and Ray would get only its share of the caller's."""
     directory = tempfile.mkdtemp(prefix="quire-ray-", dir="/tmp")
     Path(directory, "ray").mkdir()
     environ = os.environ | {
@@ -62,7 +63,7 @@ def two_nodes(cpus_per_node: int = 2) -> Iterator[RayCluster]:
     log = Path(directory, "cluster.log")
     with log.open("wb") as output:
         owner = subprocess.Popen(
-            command, cwd=ROOT, env=environ, text=True,
+            command, cwd=ROOT, env=environ, text=True, start_new_session=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=output,
         )  # fmt: skip
     try:

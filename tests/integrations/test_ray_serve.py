@@ -57,10 +57,6 @@ applications:
         metrics_interval_s: 0.2}}
 """
 
-OPEN_FAULT = pytest.mark.skip(
-    reason="a call beside long streams may hang on a loaded machine: to be found (issue 15)"
-)
-
 
 @dataclass
 class Served:
@@ -213,7 +209,6 @@ def test_a_client_that_leaves_ends_its_request(served: Served, stream: bool):
     assert generated() - before < 8000
 
 
-@OPEN_FAULT
 def test_requests_are_spread_and_each_is_found_wherever_it_is(served: Served):
     with ExitStack() as asked:
         for _ in range(3):
@@ -231,7 +226,6 @@ def test_requests_are_spread_and_each_is_found_wherever_it_is(served: Served):
     served.wait_for_running(0)
 
 
-@OPEN_FAULT
 def test_a_replica_that_dies_fails_its_own_requests_alone(served: Served):
     """And Serve starts another one. What is left of the engine core ends with its replica."""
     outcomes: list[str] = []
@@ -260,7 +254,6 @@ def test_a_replica_that_dies_fails_its_own_requests_alone(served: Served):
     wait_until(lambda: len(served.running()) == 2)
 
 
-@OPEN_FAULT
 def test_a_replica_whose_engine_dies_is_replaced(served: Served):
     victim = served.replicas()[0]
     (core,) = children(victim)
@@ -270,7 +263,6 @@ def test_a_replica_whose_engine_dies_is_replaced(served: Served):
     wait_until(lambda: len(served.running()) == 2)
 
 
-@OPEN_FAULT
 def test_waiting_requests_add_a_replica(served: Served):
     client = served.client.with_options(base_url=f"{served.url}/scaled/v1")
     wait_until(lambda: httpx.get(timeout=60, url=f"{served.url}/scaled/health").status_code == 200)
