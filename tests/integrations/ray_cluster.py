@@ -45,7 +45,7 @@ def _processes(marker: str) -> list[tuple[int, str]]:
 
 @contextlib.contextmanager
 def two_nodes(cpus_per_node: int = 2) -> Iterator[RayCluster]:
-    """Sockets are in the directory, so its name must be short. It has a session of its own, as engine cores do:
+    """Sockets are in the directory, so its name must be short. It has its own session, as engine cores have:
     Linux divides the processor among sessions, and Ray would get only its share of the caller's."""
     directory = tempfile.mkdtemp(prefix="quire-ray-", dir="/tmp")
     Path(directory, "ray").mkdir()
