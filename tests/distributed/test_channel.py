@@ -3,30 +3,20 @@
 from __future__ import annotations
 
 import os
-import socket
 import threading
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-from quire.distributed.channel import LinkChannel, SharedMemoryChannel, channel_bytes
-from quire.distributed.links import Link
+from quire.distributed.channel import SharedMemoryChannel, channel_bytes
 from quire.errors import WorkerError
 
 SLOTS = 3
-Ends = tuple[SharedMemoryChannel | LinkChannel, SharedMemoryChannel | LinkChannel]
+Ends = tuple[SharedMemoryChannel, SharedMemoryChannel]
 
 
-def open_ends(kind: str, timeout: float) -> Ends:
-    if kind == "link":
-        pair = socket.socketpair()
-        links = [Link(each, f"rank {number}") for each, number in zip(pair, (6, 4), strict=True)]
-        sender, receiver = (
-            LinkChannel(link, sends=sends, slots=SLOTS, timeout=timeout)
-            for link, sends in zip(links, (True, False), strict=True)
-        )
-        return sender, receiver
+def open_ends(timeout: float) -> Ends:
     memory = os.memfd_create("test")
     try:
         os.ftruncate(memory, channel_bytes(SLOTS, 1 << 12))
@@ -39,9 +29,9 @@ def open_ends(kind: str, timeout: float) -> Ends:
     return sender, receiver
 
 
-@pytest.fixture(params=["memory", "link"])
-def ends(request: pytest.FixtureRequest) -> Iterator[Ends]:
-    found = open_ends(request.param, 0.3)
+@pytest.fixture
+def ends() -> Iterator[Ends]:
+    found = open_ends(0.3)
     yield found
     for each in found:
         each.close()
@@ -77,7 +67,7 @@ def test_a_sender_that_does_not_come_is_named(ends: Ends) -> None:
 
 
 def test_a_receiver_that_does_not_come_is_named() -> None:
-    sender, receiver = open_ends("memory", 0.3)
+    sender, receiver = open_ends(0.3)
     for number in range(SLOTS):
         sender.send(step(number))
     with pytest.raises(WorkerError, match=r"Rank 6 .*is late by 0\.3 s"):
@@ -87,7 +77,7 @@ def test_a_receiver_that_does_not_come_is_named() -> None:
 
 
 def test_an_abort_ends_every_wait() -> None:
-    sender, receiver = open_ends("memory", 60.0)
+    sender, receiver = open_ends(60.0)
     errors: list[str] = []
 
     def wait() -> None:
@@ -100,14 +90,5 @@ def test_an_abort_ends_every_wait() -> None:
     sender.abort("rank 2 was killed")
     thread.join(30.0)
     assert errors == ["rank 2 was killed"]
-    sender.close()
-    receiver.close()
-
-
-def test_another_size_than_the_plans_is_refused() -> None:
-    sender, receiver = open_ends("link", 5.0)
-    sender.send(step(1))
-    with pytest.raises(WorkerError, match="sent 32 bytes; the step has 16"):
-        receiver.receive(1, 8, torch.bfloat16)
     sender.close()
     receiver.close()

@@ -8,17 +8,28 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
 
 from quire.engine.llm import LLM
 from quire.errors import ConfigError, EngineDeadError, WorkerError
-from quire.sampling_params import PoolingParams, SamplingParams
 from tests.engine.checkpoints import ServableCheckpoint, prompts
-from tests.engine.test_compose import REQUESTS, said
+from tests.engine.test_compose import said
 from tests.engine.test_exactness import make_llm
-from tests.executor.test_workers import GREEDY, OPTIONS, executor_of
+from tests.executor.test_workers import (
+    GREEDY,
+    OPTIONS,
+    executor_of,
+    test_any_mix_of_parameters_gives_the_answers_of_one_device,
+    test_sleep_and_wake,
+    test_vectors_are_those_of_one_device,
+)
 
 Servable = Callable[[str], ServableCheckpoint]
+ON_EVERY_LAYOUT = (
+    test_any_mix_of_parameters_gives_the_answers_of_one_device,
+    test_sleep_and_wake,
+    test_vectors_are_those_of_one_device,
+)
+"""Collected here too, and run with this file's engines."""
 LAYOUTS: dict[str, tuple[str, dict[str, int]]] = {
     "two stages": ("qwen3", {"pipeline_parallel_size": 2}),
     "three stages, windows": ("gemma3", {"pipeline_parallel_size": 3}),
@@ -33,36 +44,6 @@ def engines(request: pytest.FixtureRequest, servable: Servable) -> Iterator[tupl
     checkpoint = servable(name)
     with make_llm(checkpoint, **OPTIONS) as one, make_llm(checkpoint, **sizes, **OPTIONS) as many:
         yield one, many
-
-
-@settings(
-    max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@given(REQUESTS)
-def test_any_mix_of_parameters_gives_the_answers_of_one_device(
-    engines: tuple[LLM, LLM], requests: list[tuple[int, SamplingParams]]
-) -> None:
-    texts = prompts(6, seed=3)
-    batch = [texts[index] for index, _ in requests]
-    answers = [
-        engine.generate(batch, [params for _, params in requests], use_tqdm=False)
-        for engine in engines
-    ]
-    for one, many in zip(*answers, strict=True):
-        assert said(one) == said(many)
-
-
-def test_vectors_are_those_of_one_device(engines: tuple[LLM, LLM]) -> None:
-    for pooling in ("last", "mean"):
-        params = PoolingParams(pooling=pooling)
-        vectors = [
-            [
-                each.outputs.embedding
-                for each in llm.embed(prompts(5, seed=8), pooling_params=params, use_tqdm=False)
-            ]
-            for llm in engines
-        ]
-        assert vectors[0] == vectors[1]
 
 
 def test_plans_are_in_flight_in_all_stages(
@@ -84,16 +65,6 @@ def test_plans_are_in_flight_in_all_stages(
     assert [said(each) for each in found] == [
         said(each) for each in one.generate(batch, GREEDY, use_tqdm=False)
     ]
-
-
-def test_sleep_and_wake(engines: tuple[LLM, LLM]) -> None:
-    batch = prompts(4, seed=2)
-    expected = [said(each) for each in engines[0].generate(batch, GREEDY, use_tqdm=False)]
-    for level in (1, 2):
-        engines[1].sleep(level)
-        engines[1].wake_up()
-        found = engines[1].generate(batch, GREEDY, use_tqdm=False)
-        assert [said(each) for each in found] == expected
 
 
 def test_the_ledger_has_each_stage(engines: tuple[LLM, LLM]) -> None:

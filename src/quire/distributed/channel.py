@@ -1,16 +1,13 @@
-"""Channels between the stages of a pipeline: `quire.kernels.group.Channel`."""
+"""A channel between stages on one machine: `quire.kernels.group.Channel`."""
 
 from __future__ import annotations
 
 import os
-import queue
-import threading
 
 import torch
 from torch import Tensor
 
-from quire.distributed.links import Link, LinkError
-from quire.errors import ConfigError, WorkerError
+from quire.errors import ConfigError
 from quire.kernels.cpu.build import BuildError
 from quire.kernels.cpu.group import HEADER, SharedGroup
 
@@ -83,55 +80,3 @@ class SharedMemoryChannel:
 
     def _slot(self) -> Tensor:
         return self._slots[self._count % len(self._slots)]
-
-
-class LinkChannel:
-    """Between machines, over a link. A thread sends, so that a stage may run ahead of the next one."""
-
-    def __init__(self, link: Link, *, sends: bool, slots: int, timeout: float = 60.0) -> None:
-        """The link is closed with this object."""
-        self._link = link
-        self._timeout = timeout
-        self._queue: queue.Queue[bytes | None] = queue.Queue(slots)
-        self._error: WorkerError | None = None
-        self._thread = threading.Thread(target=self._work, name="channel", daemon=True)
-        if sends:
-            self._thread.start()
-
-    def send(self, x: Tensor) -> None:
-        if self._error is not None:
-            raise self._error
-        data = bytes(x.contiguous().view(torch.uint8).flatten().numpy())
-        try:
-            self._queue.put(data, timeout=self._timeout)
-        except queue.Full:
-            raise self._late() from None
-
-    def receive(self, num_rows: int, width: int, dtype: torch.dtype) -> Tensor:
-        data = self._link.receive(timeout=self._timeout)
-        if data is None:
-            raise self._late()
-        size = num_rows * width * dtype.itemsize
-        if len(data) != size:
-            raise WorkerError(f"{self._link.peer} sent {len(data)} bytes; the step has {size}.")
-        return torch.frombuffer(bytearray(data), dtype=dtype).view(num_rows, width)
-
-    def abort(self, message: str) -> None:
-        self._error = self._error or WorkerError(message)
-
-    def close(self) -> None:
-        self._link.close()
-        if self._thread.is_alive():
-            self._queue.put(None)
-            self._thread.join()
-
-    def _late(self) -> WorkerError:
-        return WorkerError(f"{self._link.peer} is late by {self._timeout:g} s.")
-
-    def _work(self) -> None:
-        while (data := self._queue.get()) is not None:
-            try:
-                if self._error is None:
-                    self._link.send(data)
-            except LinkError as error:
-                self._error = error

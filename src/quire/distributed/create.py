@@ -27,8 +27,8 @@ def create_group(
     """Join a group of `size` ranks. timeout: seconds that a rank may be late.
 
     descriptor: of the memory that `create_memory` has made (shared_memory); of rank 0's listening socket
-    (gloo, nccl). address: HOST:PORT of that socket (gloo, nccl). area: the
-    bytes of the memory that are the group's; None: all. Raises `ConfigError`, `WorkerError`.
+    (gloo, nccl). address: HOST:PORT of that socket (gloo, nccl). area: the bytes of the memory that are the
+    group's; None: all. Raises `ConfigError`, `WorkerError`.
     """
     if kind not in GROUPS:
         raise ConfigError(f"A group's kind must be one of {', '.join(GROUPS)}, got {kind!r}.")

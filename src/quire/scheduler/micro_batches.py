@@ -75,8 +75,11 @@ class MicroBatches:
         return left + sum(request.num_tokens for request in islice(waiting, seats))
 
     def launched(self, plan: StepPlan) -> None:
-        counts = (row.num_tokens - len(row.draft_token_ids) for row in plan.rows)
-        self._in_flight[plan.step_id] = sum(count for count in counts if count > 1)
+        tokens = 0
+        if self._limits.stages > 1:  # else nothing is shared out
+            counts = (row.num_tokens - len(row.draft_token_ids) for row in plan.rows)
+            tokens = sum(count for count in counts if count > 1)
+        self._in_flight[plan.step_id] = tokens
 
     def done(self, plan: StepPlan) -> None:
         del self._in_flight[plan.step_id]
