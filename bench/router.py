@@ -208,7 +208,7 @@ class Simulation:
             replica.queries += outputs.stats.prefix_queries
             replica.hits += outputs.stats.prefix_hits
             for update in outputs.updates:
-                if update.num_cached_tokens is not None:
+                if update.prefix is not None:
                     self.router.computed(update.request_id)
                     self.latencies.append(replica.now - live[update.request_id][0])
                 live[update.request_id][4].extend(update.new_token_ids)

@@ -14,13 +14,15 @@ PROMPTS = ["The sun", "Once upon a time there was"]
 def main() -> None:
     tokens = SamplingParams(temperature=0, max_tokens=12)
     endless = SamplingParams(temperature=0, max_tokens=1500, ignore_eos=True)
-    for ranks in map(int, sys.argv[1:]):
-        options = {} if ranks == 1 else {"distributed_executor_backend": "ray"}
+    for layout in sys.argv[1:]:
+        tensor, stages = map(int, layout.split("x"))
+        options = {} if layout == "1x1" else {"distributed_executor_backend": "ray"}
         try:
             llm = LLM(
                 max_model_len=2048,
                 num_gpu_blocks_override=300,
-                tensor_parallel_size=ranks,
+                tensor_parallel_size=tensor,
+                pipeline_parallel_size=stages,
                 **options,
             )
         except QuireError as error:

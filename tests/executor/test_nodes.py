@@ -85,16 +85,16 @@ def free_port() -> int:
 
 
 class Pair:
-    """`quire serve` on two machines."""
+    """`quire serve` on two machines. layout: the options -tp and -pp."""
 
-    def __init__(self, machines: Machines, directory: Path) -> None:
+    def __init__(self, machines: Machines, layout: list[str], directory: Path) -> None:
         self.machines = machines
         master = free_port()
         self.port = free_port()
         self.logs = [directory / f"node{i}.log" for i in range(2)]
         self.processes = []
         for i in range(2):
-            command = [*machines.prefix[i], sys.executable, "-m", "quire", "serve", "-tp", "2"]
+            command = [*machines.prefix[i], sys.executable, "-m", "quire", "serve", *layout]
             command += ["--nnodes", "2", "--node-rank", str(i), "--master-addr", machines.address]
             command += ["--master-port", str(master), "--cpu-threads", "1"]
             command += ["--port", str(self.port)] if i == 0 else ["--headless"]
@@ -132,7 +132,7 @@ class Pair:
             time.sleep(0.5)
 
     def worker(self) -> int:
-        """The process of rank 1."""
+        """The process of the second machine's first rank."""
         pid = self.processes[1].pid
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
         return int(children[0])
@@ -144,9 +144,15 @@ class Pair:
             process.wait()
 
 
-def test_two_machines_give_the_tokens_of_one(machines: Machines, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("layout", "rank"), [("-tp 4", 2), ("-pp 2", 0), ("-tp 2 -pp 2", 0)], ids=str
+)
+def test_two_machines_give_the_tokens_of_one(
+    layout: str, rank: int, machines: Machines, tmp_path: Path
+) -> None:
+    """rank: the first one of the second machine."""
     prompt = "A quire is a set of sheets"
-    pair = Pair(machines, tmp_path)
+    pair = Pair(machines, layout.split(), tmp_path)
     try:
         text = pair.ask(prompt, 24)
         llm = LLM(enforce_eager=True)
@@ -159,9 +165,10 @@ def test_two_machines_give_the_tokens_of_one(machines: Machines, tmp_path: Path)
         first, second = (log.read_text() for log in pair.logs)
         address = "10.199.7.2" if machines.prefix[0] else "127.0.0.1"
         assert (
-            f"Rank 1 ({address}:" in first and "has ended, or its node cannot be reached" in first
+            f"Rank {rank} ({address}:" in first
+            and "has ended, or its node cannot be reached" in first
         )
-        assert "rank 1 ended with status -9" in second
+        assert f"rank {rank} ended with status -9" in second
         assert not Path(f"/proc/{worker}").exists()
     finally:
         pair.close()
@@ -243,9 +250,22 @@ def test_a_node_that_does_not_come_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     assert str(found[0]).startswith("Rank 1, 2 did not connect to 127.0.0.1:")
 
 
-def test_ranks_of_nodes() -> None:
-    parallel = ParallelConfig(tensor_parallel_size=6, nnodes=3)
-    assert [list(numbers_of(parallel, node)) for node in range(3)] == [[0, 1], [2, 3], [4, 5]]
+@pytest.mark.parametrize(
+    ("tensor", "stages", "nodes", "expected"),
+    [
+        (6, 1, 3, [[0, 1], [2, 3], [4, 5]]),
+        (1, 4, 2, [[2, 3], [0, 1]]),
+        (2, 2, 2, [[2, 3], [0, 1]]),
+        (2, 4, 2, [[4, 5, 6, 7], [0, 1, 2, 3]]),
+        (4, 2, 4, [[4, 5], [6, 7], [0, 1], [2, 3]]),
+        (3, 2, 3, [[3, 4], [5, 0], [1, 2]]),
+    ],
+)
+def test_ranks_of_nodes(tensor: int, stages: int, nodes: int, expected: list[list[int]]) -> None:
+    parallel = ParallelConfig(
+        tensor_parallel_size=tensor, pipeline_parallel_size=stages, nnodes=nodes
+    )
+    assert [numbers_of(parallel, node) for node in range(nodes)] == expected
 
 
 def test_what_makes_a_fingerprint(tmp_path: Path) -> None:
@@ -266,7 +286,6 @@ def test_what_makes_a_fingerprint(tmp_path: Path) -> None:
     ("options", "named"),
     [
         ({"nnodes": 2, "tensor_parallel_size": 3}, "cannot be divided evenly among 2 nodes"),
-        ({"nnodes": 2, "pipeline_parallel_size": 2}, "pipeline_parallel_size must be 1"),
         (
             {"nnodes": 2, "tensor_parallel_size": 2, "data_parallel_size": 2},
             "copies are on one machine",

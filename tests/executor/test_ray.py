@@ -24,19 +24,19 @@ PARALLEL = {"tensor_parallel_size": 2, "distributed_executor_backend": "ray"}
 
 
 class Engines:
-    """`ray_engine`: an engine of each of these numbers of ranks."""
+    """`ray_engine`: an engine of each of these layouts, TENSORxSTAGES."""
 
-    def __init__(self, environ: dict[str, str], *ranks: int) -> None:
+    def __init__(self, environ: dict[str, str], *layouts: str) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.executor.ray_engine", *map(str, ranks)],
+            [sys.executable, "-m", "tests.executor.ray_engine", *layouts],
             cwd=ROOT, env=environ, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
 
     def says(self) -> object:
         assert self.process.stdout is not None
         for line in self.process.stdout:
-            if line.startswith(("[[", '"')):  # others are Ray's
-                return json.loads(line)
+            if line.startswith(("[[", '"')):  # others, and what may follow in the line, are Ray's
+                return json.JSONDecoder().raw_decode(line)[0]
         raise AssertionError("the engine has ended")
 
     def tell(self, word: str) -> None:
@@ -66,9 +66,10 @@ def actors(cluster: RayCluster) -> list[int]:
 
 
 def test_the_tokens_of_one_device_and_ranks_that_die(cluster: RayCluster) -> None:
-    """Two ranks are on one node and share memory; of four, some are on the other node, so they use gloo.
+    """Two ranks are on one node and share memory; of four, some are on the other node, so they use gloo,
+    and the stages links.
     A rank is killed, and then a node: Ray's daemon there, which its actors must not survive."""
-    engines = Engines(cluster.environ, 1, 2, 4)
+    engines = Engines(cluster.environ, "1x1", "2x1", "2x2")
     try:
         expected = engines.says()
         engines.tell("next")
