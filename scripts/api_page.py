@@ -66,6 +66,7 @@ VLLM_FIELDS = {
     "best_of": "removed",
     "pooling": "fixed by the model",
     "return_effective_params": "no such field",
+    "return_prefix_details": "no such field",
     "prompt_logprobs": "does not read the prefix cache",
     "request_id": "becomes part of the answer's id",
     "vllm_xargs": "read by plugins",

@@ -6,6 +6,7 @@ the command line uses; `tests/conformance/test_names.py` checks that no other na
 from __future__ import annotations
 
 from quire.config.foreign import FOREIGN, Foreign
+from quire.config.kv_transfer import NOT_HERE
 
 HEAD = """\
 # Coming from vLLM
@@ -31,14 +32,14 @@ REST = """\
 ## Sampling parameters
 
 Names, defaults and rules are vLLM's. Absent, as they are about what Quire has not: `prompt_logprob_token_ids`,
-`watermarking`, `routed_experts_prompt_start`, `trace_decode_token_ids`, `skip_clone`. `extra_args` is taken and
-has no effect. `max_tokens` 0 is accepted where only the prompt is scored. With `structured_outputs`, `min_tokens`
+`watermarking`, `routed_experts_prompt_start`, `trace_decode_token_ids`, `skip_clone`. Of `extra_args`,
+`kv_transfer_params` has an effect. `max_tokens` 0 is accepted where only the prompt is scored. With `structured_outputs`, `min_tokens`
 is ignored: a complete text ends.
 
 ## Outputs
 
 Absent from `RequestOutput`: `encoder_prompt`, `encoder_prompt_token_ids`,
-`num_cache_creation_tokens`, `prompt_token_id_logprobs`, `kv_transfer_params`, `ec_transfer_params`; from
+`num_cache_creation_tokens`, `prompt_token_id_logprobs`, `ec_transfer_params`; from
 `CompletionOutput`: `routed_experts`, `lora_request`, `sampling_mask`, `weight_versions`; from
 `metrics`: `is_corrupted` (such a request ends with finish_reason `error`), and the names of vLLM's V0. Added:
 `RequestOutput.error`, which says what a finish_reason `error` was.
@@ -49,8 +50,7 @@ Absent from `LLM`: `classify`, `collective_rpc`, `apply_model`, `start_profile`,
 
 Names, labels, buckets and counts are vLLM's, and `gpu_cache_usage_perc`, `time_per_output_token_seconds`,
 `gpu_prefix_cache_queries` and `gpu_prefix_cache_hits`, which vLLM has removed and dashboards still read, are always
-there. Absent, because there is nothing that they could count: `external_prefix_cache_queries`,
-`external_prefix_cache_hits`, `mm_cache_queries`, `mm_cache_hits`, `corrupted_requests`,
+there. All are listed in [metrics.md](metrics.md). Absent, because there is nothing that they could count: `mm_cache_queries`, `mm_cache_hits`, `corrupted_requests`,
 `estimated_flops_per_gpu`, `estimated_read_bytes_per_gpu`,
 `estimated_write_bytes_per_gpu`, `kv_block_lifetime_seconds`, `kv_block_idle_before_evict_seconds`,
 `kv_block_reuse_gap_seconds`. With `-dp` each replica has its `engine`. `/metrics` is always in the text format: OpenMetrics would rewrite the colon. There are
@@ -77,6 +77,22 @@ no traces.
 | requests of more adapters than `max_loras` | a popular one may starve others | those of running adapters pass for 32 steps only | every request is served |
 | SIGTERM | aborts what runs | lets it finish, `--shutdown-timeout` 30 s | restarts without failed requests |
 | a grammar that no token satisfies, once tokens are chosen | not tried | 400, in a stream an error event with code 400 | it ends one request |
+
+## KV of other instances
+
+`--kv-transfer-config` has vLLM's keys, and `kv_transfer_params` its form, see [disaggregation.md](disaggregation.md).
+
+| case | vLLM 0.33 | Quire | why |
+|---|---|---|---|
+| KV that does not arrive | `kv_load_failure_policy` fail | recompute | the tokens are the same |
+| `remote_host` of a request | connected to | only if it is among `peers` of `kv_connector_extra_config` | a client could choose it |
+| `remote_block_ids` | places in P's cache | empty: KV is asked for by the hash of the prompt, with `ticket` | a stale place has another prompt's KV |
+| `kv_transfer_params` that cannot have an effect | depends on the connector | `warnings` in the answer, and the prompt is computed | a router may be wrong, its client is not |
+| `kv_connector_module_path` | imported | refused | the server runs no code of others |
+
+Connectors are `TCPConnector` and `SharedMemoryConnector`. Of vLLM's others each is an error
+that says what to use instead:
+
 """
 
 
@@ -88,7 +104,11 @@ def render() -> str:
         *rows,
         "",
     ]
-    return "\n".join([HEAD, *table, REST])
+    remedies: dict[str, list[str]] = {}
+    for name, remedy in NOT_HERE.items():
+        remedies.setdefault(remedy, []).append(f"`{name}`")
+    connectors = [f"- {', '.join(names)}: {remedy}." for remedy, names in remedies.items()]
+    return "\n".join([HEAD, *table, REST + "\n".join([*connectors, ""])])
 
 
 def _row(name: str, option: Foreign) -> list[str]:

@@ -1,5 +1,5 @@
-"""Write docs/options.md, docs/bench-options.md, docs/api.md, docs/compat.md and docs/json-schema.md from the
-code, so that they cannot disagree with the program.
+"""Write docs/options.md, docs/bench-options.md, docs/api.md, docs/compat.md, docs/json-schema.md,
+docs/metrics.md and some files of deploy/helm from the code, so that they cannot disagree with the program.
 
 python scripts/gen_docs.py            write
 python scripts/gen_docs.py --check    exit 1 if what is on disk is not what would be written
@@ -12,7 +12,9 @@ from pathlib import Path
 
 import api_page
 import compat_page
+import deploy_files
 import json_schema_page
+import metrics_page
 
 from quire.bench.options import bench_options
 from quire.config import engine_options, server_options
@@ -24,6 +26,7 @@ BENCH_PAGE = ROOT / "docs" / "bench-options.md"
 API_PAGE = ROOT / "docs" / "api.md"
 COMPAT_PAGE = ROOT / "docs" / "compat.md"
 JSON_SCHEMA_PAGE = ROOT / "docs" / "json-schema.md"
+METRICS_PAGE = ROOT / "docs" / "metrics.md"
 
 TITLES = {
     "model": "Model",
@@ -34,6 +37,9 @@ TITLES = {
     "speculative": "Speculative decoding",
     "lora": "LoRA adapters",
     "parallel": "Several devices",
+    "kv_tiers": "KV in host memory and on disk",
+    "kv_transfer": "Prefill/decode disaggregation",
+    "kv_events": "KV events",
     "server": "Server",
 }
 
@@ -47,6 +53,21 @@ VLLM = {
     "max_num_batched_tokens": "by GPU, 2048 to 16384; 2048 on a CPU, 4096 in `LLM`",
     "max_num_queued_reqs": "none; beyond a limit 503, ours 429",
     "max_num_queued_tokens": "none; beyond a limit 503, ours 429",
+    "retained_cache_share": "no such flag",
+    "scheduling_policy": "`fcfs`; no `fair`",
+    "priority_aging": "no such flag",
+    "pipeline_layer_partition": "`VLLM_PP_LAYER_PARTITION`",
+    "node_key_file": "no such flag",
+    "worker_timeout": "no such flag",
+    "swap_space": "no such flag any more",
+    "kv_disk_path": "no such flag",
+    "kv_disk_size": "no such flag",
+    "kv_write_policy": "no such flag",
+    "kv_load_failure_policy": "a key of its `kv_transfer_config`, `fail`",
+    "api_key": "all keys share one cache",
+    "api_keys_file": "no such flag",
+    "disable_playground": "no such flag",
+    "cpu_activation_bits": "no such flag",
     "kernels": "no such flag",
     "cpu_threads": "no such flag",
     "log_format": "no such flag",
@@ -59,6 +80,7 @@ VLLM = {
     "max_lora_rank": "16; 1, 8, 16, 32, 64, 128, 256, 320 or 512",
     "shutdown_timeout": "0",
     "sse_keep_alive_interval": "0",
+    "drain_delay": "no such flag",
     "health_timeout": "no such flag",
     "max_body_bytes": "no such flag",
     "max_prompts_per_request": "`VLLM_MAX_COMPLETION_PROMPTS`, 1024",
@@ -180,13 +202,15 @@ def main() -> int:
         (API_PAGE, api_page.render()),
         (COMPAT_PAGE, compat_page.render()),
         (JSON_SCHEMA_PAGE, json_schema_page.render()),
+        (METRICS_PAGE, metrics_page.render()),
+        *deploy_files.files().items(),
     )
     for page, text in pages:
         if "--check" not in sys.argv:
-            page.parent.mkdir(exist_ok=True)
+            page.parent.mkdir(parents=True, exist_ok=True)
             page.write_text(text, encoding="utf-8")
         elif not page.exists() or page.read_text(encoding="utf-8") != text:
-            print(f"docs/{page.name} is not up to date: run `make docs`")
+            print(f"{page.relative_to(ROOT)} is not up to date: run `make docs`")
             status = 1
     return status
 

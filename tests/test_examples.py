@@ -21,6 +21,7 @@ OFFLINE = {
     "logit_bias.py": "digits only",
     "run_batch.py": "vector 200",
     "speculation.py": "the same answers",
+    "disaggregation.py": "came from the prefill server",
     "lora.py": "mine: 'I am an adapter of rank 8.'",
 }
 """File -> a word that its output must have."""

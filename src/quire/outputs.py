@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from quire.lora.request import LoRARequest
+from quire.prefix_report import PrefixReport
 
 
 @dataclass(slots=True)
@@ -112,7 +113,9 @@ class RequestOutput:
     finished: bool
     metrics: RequestStateStats = field(default_factory=RequestStateStats)
     num_cached_tokens: int | None = None
-    """Prompt tokens whose KV was found in the prefix cache."""
+    """Prompt tokens whose KV was found in the prefix cache, or a store outside it."""
+    prefix: PrefixReport | None = None
+    """Where they were found, and why no more were."""
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     """One entry per prompt token (None for the first, and for those before `prompt_logprob_start`), once all
     are computed."""
@@ -122,6 +125,8 @@ class RequestOutput:
     """With finish_reason `error`: a message that may be shown to a client."""
     lora_request: LoRARequest | None = None
     """The adapter with which it was computed."""
+    kv_transfer_params: dict[str, object] | None = None
+    """Where another instance finds the prompt's KV, when finished, if it was asked to hold it."""
 
 
 @dataclass(slots=True)

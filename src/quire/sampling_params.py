@@ -227,7 +227,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=Tr
     flat_logprobs: bool = False
     """Accepted for compatibility: logprobs are always a list of mappings."""
     extra_args: dict[str, Any] | None = None
-    """For extensions; it has no effect here."""
+    """`kv_transfer_params`, for prefill/decode disaggregation; other keys have no effect."""
 
     def __post_init__(self) -> None:
         def set_(name: str, value: object) -> None:

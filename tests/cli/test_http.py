@@ -8,8 +8,9 @@ import socket
 
 import pytest
 
-from quire.cli.http import HttpClient, HttpError
+from quire.cli.http import HttpClient
 from quire.errors import ConfigError
+from quire.server.upstream import HttpError
 
 
 async def events_of(client: HttpClient) -> list[dict[str, object]]:

@@ -39,12 +39,15 @@ some/model --model=m --served-model-name a b
 --spec-method suffix --spec-model d --speculative-model [ngram] --speculative-model owner/draft
 --tensor-parallel-size 2 -tp 1 -tp 2 -pp 2 -dp=2 --distributed-executor-backend mp
 --distributed-executor-backend ray --master-addr 10.0.0.1 --master-port 29502
+--kv-transfer-config {"kv_connector":"TCPConnector","kv_role":"kv_both"}
+--swap-space 4 --kv-offloading-size 4 --kv-offloading-size 0 --kv-offloading-backend native
+--kv-load-failure-policy fail
 """
 
 SILENT = """
 --tokenizer-mode auto --runner auto --runner generate --convert none --task generate
 --no-enable-expert-parallel --data-parallel-backend mp -dpr 0 -dcp 1
---cpu-offload-gb 0 --kv-offloading-size 0 --kv-offloading-backend native
+--cpu-offload-gb 0
 --structured-outputs-config {"backend":"auto"} --lora-dtype auto -O2
 --compilation-config {} --prefix-caching-hash-algo sha256 --limit-mm-per-prompt {}
 --no-skip-tokenizer-init
@@ -56,7 +59,7 @@ WARNS = """
 --limit-mm-per-prompt {"image":2} --mm-processor-kwargs {"a":1}
 --allowed-local-media-path /m --enable-prompt-tokens-details --enable-per-request-metrics
 --enable-request-id-headers --enable-server-load-tracking --otlp-traces-endpoint http://h
---collect-detailed-traces model worker --kv-cache-metrics --enable-sleep-mode --swap-space 4
+--collect-detailed-traces model worker --kv-cache-metrics --enable-sleep-mode
 --num-scheduler-steps 8 --use-v2-block-manager --max-seq-len-to-capture 8192 --disable-log-requests
 --guided-decoding-backend outlines --disable-custom-all-reduce
 --enable-expert-parallel -ep --fully-sharded-loras --specialize-active-lora
@@ -66,7 +69,7 @@ REFUSED = """
 --middleware a.b --skip-tokenizer-init -dpl 1 -dpe --data-parallel-backend ray -dcp 2
 --lora-modules n=p m=q --lora-target-modules q_proj --lora-dtype float16
 --speculative-config {"method":"medusa"} --spec-method custom_class --spec-tokens 3
---kv-transfer-config {"kv_connector":"X"} --kv-offloading-size 4 --cpu-offload-gb 2.5
+--kv-transfer-config {"kv_connector":"X"} --kv-offloading-backend lmcache --cpu-offload-gb 2.5
 --structured-outputs-config {"disable_any_whitespace":true} --task classify --convert classify
 --load-format tensorizer --logits-processors my.module --tokenizer-revision v1
 """

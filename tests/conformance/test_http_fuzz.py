@@ -67,6 +67,7 @@ COMMON = {
     "stream_interval": one_of(1, 4), "return_tokens_as_token_ids": one_of(True),
     "prompt_logprobs": one_of(0, 2), "prompt_logprob_start": one_of(0, 2),
     "logprob_token_ids": few_tokens, "return_effective_params": one_of(True),
+    "return_prefix_details": one_of(True),
     "response_format": one_of(
         {"type": "text"}, {"type": "json_object"},
         {"type": "json_schema", "json_schema": {"name": "s", "schema": SCHEMA, "strict": True}},

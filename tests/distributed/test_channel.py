@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import threading
 from collections.abc import Iterator
 
@@ -10,10 +11,30 @@ import pytest
 import torch
 
 from quire.distributed.channel import SharedMemoryChannel, channel_bytes
+from quire.distributed.link_channel import LinkChannel
 from quire.errors import WorkerError
+from quire.kernels.group import Channel
 
 SLOTS = 3
-Ends = tuple[SharedMemoryChannel, SharedMemoryChannel]
+Ends = tuple[Channel, Channel]
+
+
+def open_links(timeout: float) -> Ends:
+    """Of one process, over TCP."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        receiver, sender = (
+            LinkChannel(
+                address,
+                sends=sends,
+                slots=SLOTS,
+                numbers=(4, 6),
+                timeout=timeout,
+                descriptor=-1 if sends else os.dup(listener.fileno()),
+            )
+            for sends in (False, True)
+        )
+    return sender, receiver
 
 
 def open_ends(timeout: float) -> Ends:
@@ -29,9 +50,9 @@ def open_ends(timeout: float) -> Ends:
     return sender, receiver
 
 
-@pytest.fixture
-def ends() -> Iterator[Ends]:
-    found = open_ends(0.3)
+@pytest.fixture(params=[open_ends, open_links], ids=["shared memory", "links"])
+def ends(request: pytest.FixtureRequest) -> Iterator[Ends]:
+    found = request.param(0.3)
     yield found
     for each in found:
         each.close()
@@ -76,8 +97,9 @@ def test_a_receiver_that_does_not_come_is_named() -> None:
     receiver.close()
 
 
-def test_an_abort_ends_every_wait() -> None:
-    sender, receiver = open_ends(60.0)
+@pytest.mark.parametrize("of_links", [False, True])
+def test_an_abort_ends_every_wait(of_links: bool) -> None:
+    sender, receiver = (open_links if of_links else open_ends)(60.0)
     errors: list[str] = []
 
     def wait() -> None:
@@ -87,8 +109,29 @@ def test_an_abort_ends_every_wait() -> None:
 
     thread = threading.Thread(target=wait)
     thread.start()
-    sender.abort("rank 2 was killed")
+    (receiver if of_links else sender).abort("rank 2 was killed")
     thread.join(30.0)
     assert errors == ["rank 2 was killed"]
     sender.close()
+    receiver.close()
+
+
+def test_a_stranger_is_not_the_sender() -> None:
+    sender, receiver = open_links(60.0)
+    assert isinstance(receiver, LinkChannel) and receiver._listener is not None
+    with socket.create_connection(receiver._listener.getsockname()) as stranger:
+        stranger.sendall(b"\x10\0\0\0" + bytes(16))
+        sender.send(step(1))
+        assert torch.equal(receiver.receive(2, 8, torch.bfloat16), step(1))
+    for each in (sender, receiver):
+        each.close()
+
+
+def test_another_end_that_has_closed_is_named() -> None:
+    sender, receiver = open_links(60.0)
+    sender.send(step(0))
+    receiver.receive(1, 8, torch.bfloat16)
+    sender.close()
+    with pytest.raises(WorkerError, match="rank 4 was closed"):
+        receiver.receive(1, 8, torch.bfloat16)
     receiver.close()

@@ -192,20 +192,27 @@ def together(groups: list[Group], x: torch.Tensor, cuts: list[int]) -> dict[int,
     return found
 
 
-def in_threads(kind: str, size: int, timeout: float = 20.0) -> list[Group]:
+def in_threads(kind: str, size: int, timeout: float = 20.0, num_groups: int = 1) -> list[Group]:
+    """The ranks of one group after those of another; groups of gloo share a store."""
     listener = socket.create_server(("127.0.0.1", 0))
     address = f"127.0.0.1:{listener.getsockname()[1]}"
     descriptor = create_memory(0) if kind == "shared_memory" else listener.detach()
     groups: dict[int, Group] = {}
 
-    def join(rank: int) -> None:
-        own = descriptor if rank == 0 or kind == "shared_memory" else -1
-        groups[rank] = create_group(
-            kind, rank=rank, size=size, timeout=timeout, descriptor=own, address=address
+    def join(number: int) -> None:
+        own = descriptor if number == 0 or kind == "shared_memory" else -1
+        groups[number] = create_group(
+            kind,
+            rank=number % size,
+            size=size,
+            timeout=timeout,
+            descriptor=own,
+            address=address,
+            name=f"group {number // size}",
         )
-        groups[rank].barrier()
+        groups[number].barrier()
 
-    threads = [threading.Thread(target=join, args=(rank,)) for rank in range(size)]
+    threads = [threading.Thread(target=join, args=(rank,)) for rank in range(num_groups * size)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -213,7 +220,7 @@ def in_threads(kind: str, size: int, timeout: float = 20.0) -> list[Group]:
     if kind == "shared_memory":
         os.close(descriptor)
         listener.close()
-    return [groups[rank] for rank in range(size)]
+    return [groups[number] for number in range(num_groups * size)]
 
 
 def test_a_result_is_kept_when_the_next_gathers_come(native: None) -> None:
@@ -245,6 +252,16 @@ def test_columns_that_are_no_whole_are_an_error() -> None:
     for error in found.values():
         assert isinstance(error, WorkerError)
         assert "no rank begins at byte 16 of 40 of a row" in str(error)
+    for group in groups:
+        group.close()
+
+
+def test_groups_that_meet_at_one_store() -> None:
+    groups = in_threads("gloo", 2, num_groups=2)
+    for number in range(2):
+        x = torch.full((3, 10), number)
+        found = together(groups[2 * number : 2 * number + 2], x, [0, 4, 10])
+        assert all(torch.equal(found[rank], x) for rank in range(2))  # type: ignore[arg-type]
     for group in groups:
         group.close()
 

@@ -166,7 +166,7 @@ def say_hello(link: Link, rank: int, key: bytes = KEY) -> bytes:
     assert challenge is not None
     theirs, ours = challenge[len(hello.MAGIC) :], os.urandom(32)
     text = hello.msgspec.json.encode({"rank": rank, "facts": FACTS})
-    message = hello.MAGIC + ours + hello._mac(key, b"rank", theirs, ours, text) + text
+    message = hello.MAGIC + ours + hello.proof(key, b"rank", theirs, ours, text) + text
     link.send(message)
     return message
 
@@ -292,7 +292,7 @@ def test_a_port_in_use_is_a_config_error() -> None:
 
 def test_the_mac_is_hmac_sha256() -> None:
     """RFC 4231, test case 2."""
-    assert hello._mac(b"Jefe", b"what do ya want for nothing?").hex() == (
+    assert hello.proof(b"Jefe", b"what do ya want for nothing?").hex() == (
         "5bdcc146bf60754e6a042426089575c75a003f089d2739839dec58b964ec3843"
     )
     assert hashlib.sha256().digest_size == hello.MAC

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 
 import pytest
 
+from quire.scheduler.rates import Rates
 from tests.engine.checkpoints import ServableCheckpoint, write_checkpoint
 
 
@@ -17,3 +18,12 @@ def servable(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Servab
         return write_checkpoint(name, tmp_path_factory.mktemp(f"servable-{name}"))
 
     return make
+
+
+@pytest.fixture(scope="module")
+def loads_pay() -> Iterator[None]:
+    """In this process, whatever is found in a tier or at a peer is loaded. Else small models compute their
+    prompts again where that takes less time, as measured."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Rates, "prompt_token", 1.0)
+        yield

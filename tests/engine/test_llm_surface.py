@@ -223,13 +223,16 @@ def test_vllms_keywords_pass_where_they_ask_for_nothing(
         "quantization": None,
         "logits_processors": [],
         "task": "generate",
-        "swap_space": 4,
+        "preemption_mode": "swap",
         "gpu_memory_utilization": 0.5,
         "enforce_eager": True,
     }
     with caplog.at_level(logging.WARNING), LLM(str(checkpoint.directory), **vllms, **OPTIONS):
-        assert "swap_space has no effect" in caplog.text
+        assert "preemption_mode has no effect" in caplog.text
+    with LLM(str(checkpoint.directory), swap_space=0.01, **OPTIONS) as llm:
+        assert llm.generate("a b c", use_tqdm=False)[0].outputs
     for wrong, remedy in (
+        ({"swap_space": 10**5}, "--swap-space .* or less"),
         ({"tensor_parallel_size": 0}, "at least 1"),
         ({"tensor_parallel_size": True}, "tensor_parallel_size"),
         ({"task": "classify"}, "classifies"),

@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 
 from quire.config import from_flat
-from quire.engine.memory import GPU_RESERVE, MemoryPlan, format_bytes, plan_memory
+from quire.engine.memory import (
+    GPU_RESERVE,
+    MemoryPlan,
+    check_tiers,
+    format_bytes,
+    plan_memory,
+    tier_rows,
+)
 from quire.errors import MemoryFitError
 from quire.models.registry import resolve_spec
 from quire.runner.footprint import DeviceMemory, Footprint, estimate, host_memory
@@ -147,3 +154,59 @@ def test_an_fp8_cache_has_twice_the_blocks() -> None:
         for size in (2, 1)
     )  # fmt: skip
     assert abs(half.num_blocks - 2 * plain.num_blocks) <= 1
+
+
+def test_kv_in_host_memory_is_in_the_ledger_and_must_fit_beside_the_rest() -> None:
+    options = {
+        "kv_cache_memory_bytes": 4 * GIB,
+        "max_num_seqs": 4000,
+        "max_num_batched_tokens": 4000,
+    }
+    found = plan(**options)
+    others = found.weight_bytes + found.activation_bytes + found.kv_bytes
+    assert others > 4 * GIB
+    assert tier_rows(from_flat(options)) == []
+    fits = from_flat({**options, "swap_space": 6})
+    check_tiers(fits, found, 12 * GIB, gpu=False)
+    assert tier_rows(fits) == [
+        ("KV in host memory, compressed", "6.00 GiB"),
+        ("KV on its way, at most", "256.0 MiB"),
+    ]
+    with pytest.raises(MemoryFitError, match=r"Set --swap-space 6\.\d\d or less") as caught:
+        check_tiers(from_flat({**options, "swap_space": 7}), found, 12 * GIB, gpu=False)
+    most = float(str(caught.value).partition("--swap-space ")[2].split()[0])
+    check_tiers(from_flat({**options, "swap_space": most}), found, 12 * GIB, gpu=False)
+    # a GPU has its own memory
+    check_tiers(from_flat({**options, "swap_space": 11.7}), found, 12 * GIB, gpu=True)
+
+
+def test_ranks_and_copies_on_a_machine_share_its_memory() -> None:
+    found = plan(kv_cache_memory_bytes=GIB)
+    for options in ({"tensor_parallel_size": 2}, {"data_parallel_size": 2}):
+        check_tiers(from_flat({**options, "swap_space": 3}), found, 12 * GIB, gpu=False)
+        with pytest.raises(MemoryFitError, match="host memory for KV"):
+            check_tiers(from_flat({**options, "swap_space": 6}), found, 12 * GIB, gpu=False)
+    together = from_flat({"tensor_parallel_size": 2, "kv_offloading_size": 11.5})
+    with pytest.raises(MemoryFitError, match="--kv-offloading-size"):
+        check_tiers(together, found, 12 * GIB, gpu=False)
+
+
+def test_the_disk_is_in_the_ledger() -> None:
+    config = from_flat({"kv_disk_path": "/d", "kv_disk_size": 2})
+    assert tier_rows(config)[-1] == ("KV on disk, /d", "2.00 GiB")
+
+
+def test_what_is_held_for_other_instances_is_in_the_ledger() -> None:
+    found = plan(kv_cache_memory_bytes=GIB)
+    exchange = {"kv_connector": "TCPConnector", "kv_role": "kv_producer", "kv_buffer_size": "3G"}
+    config = from_flat({"kv_transfer_config": exchange, "tensor_parallel_size": 2})
+    assert tier_rows(config) == [("KV on its way, at most", "6.00 GiB")]
+    check_tiers(config, found, 12 * GIB, gpu=False)
+    with pytest.raises(MemoryFitError, match=r"kv_buffer_size .* to \d+ or less") as caught:
+        check_tiers(config, found, 7 * GIB, gpu=False)
+    most = int(str(caught.value).partition(" to ")[2].split()[0])
+    fits = from_flat({"kv_transfer_config": exchange | {"kv_buffer_size": most}})
+    check_tiers(fits, found, 7 * GIB, gpu=False)
+    consumer = exchange | {"kv_role": "kv_consumer"}
+    consumer["kv_connector_extra_config"] = {"peers": ["p:1"]}
+    assert tier_rows(from_flat({"kv_transfer_config": consumer})) == []

@@ -83,13 +83,14 @@ class Engine:
         length: int = 5,
         n: int = 1,
         priority: int = 0,
+        deadline: float | None = None,
     ) -> int:
         leader = len(self.messages) + 1
         for index in range(n):
             request_id = leader + index
             message = add_request(
                 request_id, [leader] * length, max_tokens=max_tokens, seed=index,
-                arrival_time=float(leader), fork_of=leader if index else None,
+                arrival_time=float(leader), fork_of=leader if index else None, deadline=deadline,
                 placement=Placement(adapter=adapter, priority=priority),
             )  # fmt: skip
             self.messages[request_id] = message
@@ -347,3 +348,17 @@ def test_a_storm_loses_nobody(max_in_flight: int, seed: int) -> None:
     for number, last in version.items():
         engine.core.handle(DropAdapter(f"{number}@{last}"))
     assert engine.store.ready == set(), "what is unloaded leaves the memory"
+
+
+def test_one_whose_deadline_passes_before_its_adapter_is_there() -> None:
+    engine = Engine(polls=10**6)
+    engine.know("a@1")
+    late, other = engine.add("a@1", deadline=5.0), engine.add(None)
+    engine.step(2)
+    assert late not in engine.ends
+    engine.core._clock = lambda: 5.0
+    engine.step()
+    assert engine.ends[late].finish_reason is FinishReason.EXPIRED and not engine.tokens[late]
+    engine.step(4)
+    assert engine.ends[other].finish_reason is FinishReason.LENGTH
+    assert not engine.core._pending

@@ -11,25 +11,13 @@ import pytest
 import yaml
 
 from quire.integrations.ray.options import read
+from tests.deploy.kube import closed
 
 jsonschema = pytest.importorskip("jsonschema")
 
 ROOT = Path(__file__).resolve().parents[2]
 MANIFESTS = sorted((ROOT / "deploy/kubernetes/kuberay").glob("*.yaml"))
-SCHEMA = json.loads((ROOT / "tests/data/kuberay/rayservice.json").read_text())
-
-
-def closed(node: Any) -> Any:
-    """A schema that allows only the fields that it names, as `kubectl apply --validate=strict` does."""
-    if isinstance(node, list):
-        return [closed(part) for part in node]
-    if not isinstance(node, dict):
-        return node
-    inner = {key: closed(value) for key, value in node.items()}
-    named = isinstance(node.get("properties"), dict) and node.get("type") == "object"
-    if named and not node.get("x-kubernetes-preserve-unknown-fields"):
-        inner.setdefault("additionalProperties", False)
-    return inner
+SCHEMA = json.loads((ROOT / "tests/data/crds/rayservice.json").read_text())
 
 
 VALIDATOR = jsonschema.Draft202012Validator(closed(SCHEMA))

@@ -8,7 +8,7 @@ import sys
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from quire.messages import FinishReason, RequestUpdate, SchedulerStats, StepOutputs
+from quire.messages import FinishReason, RequestUpdate, SchedulerStats, StepOutputs, TierStats
 from quire.metrics import (
     EngineMetrics,
     FinishedRequest,
@@ -18,6 +18,8 @@ from quire.metrics import (
     render,
 )
 from quire.metrics import buckets as bucket_tables
+from quire.metrics.kv_metrics import TIER_COUNTERS, TIER_GAUGES
+from quire.prefix_report import MissReason, PrefixReport
 
 BOLD_NAMES = """
 num_requests_running num_requests_waiting num_requests_waiting_by_reason kv_cache_usage_perc
@@ -66,7 +68,8 @@ def step(*, tokens: int, updates=(), **stats) -> StepOutputs:
 
 
 def first(request_id: int = 1, cached: int = 0) -> RequestUpdate:
-    return RequestUpdate(request_id=request_id, new_token_ids=[7], num_cached_tokens=cached)
+    prefix = PrefixReport(device=cached, computed=4, reason=MissReason.UNSEEN)
+    return RequestUpdate(request_id=request_id, new_token_ids=[7], prefix=prefix)
 
 
 def later(request_id: int = 1, finish: FinishReason | None = None) -> RequestUpdate:
@@ -138,6 +141,44 @@ def test_cached_prompt_tokens_count_as_brought_in():
     assert samples["vllm:prompt_tokens_cached_by_source_total{source=device}"] == 32
     assert samples["vllm:prompt_tokens_by_source_total{source=local_compute}"] == 4
     assert samples["vllm:prompt_tokens_by_source_total{source=local_cache_hit}"] == 32
+
+
+def test_where_prompts_were_found_and_why_the_rest_was_not():
+    registry, metrics = make_metrics()
+    whole = PrefixReport(device=9, computed=1, reason=MissReason.WHOLE)
+    loaded = PrefixReport(device=16, ram=8, disk=4, peer=2, computed=5, reason=MissReason.EVICTED)
+    capped = PrefixReport(computed=7, reason=MissReason.CAPPED)
+    updates = [RequestUpdate(request_id=i, prefix=p) for i, p in enumerate((whole, loaded, capped))]
+    metrics.on_step(step(tokens=0, updates=updates))
+    assert read(registry)["vllm:external_prefix_cache_queries_total"] == 0, "there is no store"
+    tier = TierStats(blocks=3, bytes=100, capacity_bytes=500, saved_blocks=4, damaged_blocks=1)
+    for _ in range(2):
+        metrics.on_step(step(tokens=0, updates=updates, kv_tiers={"ram": tier}))
+    metrics.on_first_token(0.1, prompt_tokens=35, cached_tokens=30, external_tokens=14)
+    samples = read(registry)
+    found = dict.fromkeys(("device", "host", "disk", "p2p"), 0.0)
+    for source in found:
+        found[source] = samples[f"vllm:prompt_tokens_cached_by_source_total{{source={source}}}"]
+    assert found == {"device": 75, "host": 24, "disk": 12, "p2p": 6}
+    assert samples["vllm:external_prefix_cache_queries_total"] == 2 * (1 + 14 + 5)
+    assert samples["vllm:external_prefix_cache_hits_total"] == 2 * 14
+    assert samples["quire:prefix_miss_total{reason=evicted}"] == 3
+    assert samples["quire:prefix_miss_tokens_total{reason=evicted}"] == 15
+    assert samples["quire:prefix_miss_tokens_total{reason=capped}"] == 21
+    assert samples["quire:prefix_miss_total{reason=other_salt}"] == 0
+    assert not any("whole_prompt" in name for name in samples), "that is no miss"
+    assert samples["vllm:prompt_tokens_by_source_total{source=local_cache_hit}"] == 16
+    assert samples["vllm:prompt_tokens_by_source_total{source=external_kv_transfer}"] == 14
+    assert samples["vllm:prompt_tokens_by_source_total{source=local_compute}"] == 5
+    assert samples["quire:kv_tier_blocks{tier=ram}"] == 3
+    assert samples["quire:kv_tier_capacity_bytes{tier=ram}"] == 500
+    assert samples["quire:kv_tier_saved_blocks_total{tier=ram}"] == 8
+    assert samples["quire:kv_tier_damaged_blocks_total{tier=ram}"] == 2
+    assert samples["quire:kv_tier_off{tier=ram}"] == 0
+
+
+def test_every_field_of_a_tier_is_reported():
+    assert set(TierStats.__struct_fields__) == {*TIER_GAUGES, *TIER_COUNTERS}
 
 
 def test_mixed_step_counts_each_decode_token_once():

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
-from quire.messages import RequestUpdate, SchedulerStats, StepOutputs
+from quire.messages import RequestUpdate, SchedulerStats, StepOutputs, TierStats
 from quire.metrics import StatsLogger
+from quire.prefix_report import MissReason, PrefixReport
+
+PREFIX = PrefixReport(device=4, ram=3, computed=1, reason=MissReason.WHOLE)
 
 
 def test_line_has_vllms_words_and_the_intervals_rates():
@@ -9,7 +12,7 @@ def test_line_has_vllms_words_and_the_intervals_rates():
     assert log.line(0.0) is None
     log.on_step(
         StepOutputs(
-            updates=[RequestUpdate(request_id=1, new_token_ids=[5], num_cached_tokens=4)],
+            updates=[RequestUpdate(request_id=1, new_token_ids=[5], prefix=PREFIX)],
             stats=SchedulerStats(
                 step_tokens=100, num_running=2, num_waiting=1, kv_usage=0.25, prefix_queries=8,
                 prefix_hits=4,
@@ -20,6 +23,15 @@ def test_line_has_vllms_words_and_the_intervals_rates():
         "Engine 000: Avg prompt throughput: 10.0 tokens/s, Avg generation throughput: 0.1 tokens/s, "
         "Running: 2 reqs, Waiting: 1 reqs, GPU KV cache usage: 25.0%, Prefix cache hit rate: 50.0%"
     )
+
+
+def test_stores_outside_the_cache_have_their_hit_rate() -> None:
+    log = StatsLogger()
+    log.line(0.0)
+    update = RequestUpdate(request_id=1, new_token_ids=[5], prefix=PREFIX)
+    stats = SchedulerStats(step_tokens=1, kv_tiers={"ram": TierStats()})
+    log.on_step(StepOutputs(updates=[update], stats=stats))
+    assert (log.line(10.0) or "").endswith("External prefix cache hit rate: 75.0%")
 
 
 def test_idle_is_said_once():

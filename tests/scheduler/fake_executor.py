@@ -124,9 +124,10 @@ class CheckingExecutor:
             del self.states[request_id]
         for admitted in plan.admitted:
             self._admit(admitted)
-        transferred = self.load(plan)
+        self.save(plan)
         for source, destination in plan.copies:
             self._copy(source, destination)
+        transferred = self.load(plan)
         for row in plan.rows:
             state = self.states[row.request_id]
             if row.new_block_ids:
@@ -141,17 +142,15 @@ class CheckingExecutor:
         for row in plan.rows:
             self._read(row)
         sampled = [self._sample(row) for row in plan.rows if row.samples]
-        transferred += self.save(plan)
         return Done(StepResult(step_id=plan.step_id, sampled=sampled, transferred=transferred))
 
-    def load(self, plan: StepPlan) -> list[TransferResult]:
-        """Before copies and rows. Returns the transfers that are over."""
-        assert not plan.loads, "there is no store"
-        return []
+    def save(self, plan: StepPlan) -> None:
+        """Before copies, loads and rows."""
+        assert not plan.saves and not plan.clears_stores, "there is no store"
 
-    def save(self, plan: StepPlan) -> list[TransferResult]:
-        """After the rows."""
-        assert not plan.saves, "there is no store"
+    def load(self, plan: StepPlan) -> list[TransferResult]:
+        """After copies, before rows. Returns the loads that are over."""
+        assert not plan.loads, "there is no store"
         return []
 
     def _sample(self, row: PlannedRow) -> SampledRow:

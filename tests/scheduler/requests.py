@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from quire.decoding import Decoding
-from quire.messages import AddRequest
+from quire.messages import AddRequest, KVSource
 from quire.placement import Placement
 
 
@@ -16,6 +16,9 @@ def add_request(
     placement: Placement = Placement(),
     arrival_time: float = 0.0,
     fork_of: int | None = None,
+    source: KVSource | None = None,
+    hold_kv: bool = False,
+    deadline: float | None = None,
     **decoding: Any,
 ) -> AddRequest:
     """decoding: fields of `Decoding`."""
@@ -26,4 +29,7 @@ def add_request(
         placement=placement,
         arrival_time=arrival_time,
         fork_of=fork_of,
+        source=source,
+        hold_kv=hold_kv,
+        deadline=deadline,
     )

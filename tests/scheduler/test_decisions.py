@@ -8,6 +8,7 @@ from quire.engine.core import EngineCore
 from quire.executor.mock import MockExecutor
 from quire.kvcache import KVCacheManager
 from quire.messages import AbortRequests, FinishReason
+from quire.prefix_report import MissReason
 from quire.scheduler import (
     Decision,
     DecisionKind,
@@ -17,6 +18,7 @@ from quire.scheduler import (
     Wait,
     WaitReason,
 )
+from quire.scheduler.decisions import debug_log
 from quire.scheduler.invariants import check_invariants
 from tests.scheduler.requests import add_request
 
@@ -30,6 +32,7 @@ class Engine:
         self.scheduler = Scheduler(
             SchedulerLimits(max_num_seqs, budget, **bounds),
             KVCacheManager(num_blocks, 4, enable_prefix_caching=True),
+            clock=lambda: 0.0,
             observe=self.decisions.append,
         )
         executor = MockExecutor(lambda request_id, index: 7)
@@ -61,7 +64,7 @@ def test_a_step_an_admission_and_an_end() -> None:
     engine.step()
     assert engine.decisions == [
         Decision(1, None, DecisionKind.STEP, needed=8, free=39, budget=32),
-        Decision(1, 1, DecisionKind.ADMITTED, needed=10, free=36, budget=10),
+        Decision(1, 1, DecisionKind.ADMITTED, MissReason.UNSEEN, needed=10, free=36, budget=10),
         Decision(1, 1, DecisionKind.FINISHED, FinishReason.LENGTH),
     ]
 
@@ -178,3 +181,18 @@ def test_a_log_keeps_changes_and_is_bounded() -> None:
     for step in range(9):
         log(Decision(step, None, DecisionKind.STEP))
     assert [decision.step_id for decision in log] == [4, 5, 6, 7, 8]
+
+
+def test_the_debug_log_says_once_what_each_waits_for(caplog) -> None:
+    caplog.set_level("INFO", "quire.scheduler")
+    assert debug_log() is None
+    caplog.set_level("DEBUG", "quire.scheduler")
+    log = debug_log()
+    for step in (3, 4):
+        log(Decision(step, None, DecisionKind.STEP, free=9))
+        log(Decision(step, 2, DecisionKind.WAITS, WaitReason.COST, 1, free=9, gain=0.25, cost=1.5))
+    log(Decision(5, 1, DecisionKind.FINISHED, FinishReason.STOP))
+    assert [record.getMessage() for record in caplog.records] == [
+        "step 3: request 2 waits: it would be preempted too soon, because_of 1, free 9, gain 0.25, cost 1.5",
+        "step 5: request 1 finished: stop",
+    ]

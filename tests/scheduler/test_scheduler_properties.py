@@ -3,12 +3,15 @@ in flight while the next one is made."""
 
 from __future__ import annotations
 
+from collections import Counter
+
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from quire.engine.core import EngineCore
 from quire.kvcache import KVCacheManager
+from quire.kvcache.retention import Retention
 from quire.messages import (
     AbortRequests,
     AddRequest,
@@ -25,6 +28,7 @@ from tests.scheduler.fake_executor import CheckingExecutor, expected_output
 from tests.scheduler.requests import add_request
 
 EOS = 7
+WEIGHTS = {"a": 1.0, "b": 3.0}
 VOCAB = 9  # small, so that prompts share prefixes and EOS is common
 
 
@@ -50,9 +54,12 @@ class SchedulerMachine(RuleBasedStateMachine):
     max_model_len = 24
     policy: str | None = None
     """None: one of those that there are."""
+    aging = 0.0
     drafts = False
     layouts: tuple[tuple[int | None, ...], ...] = ((None,),)
     """Windows of the groups of layers, one of these."""
+    fails_with_loads = False
+    ends_early: tuple[FinishReason, ...] = (FinishReason.ABORT,)
 
     @initialize(
         block_size=st.sampled_from([1, 2, 4]),
@@ -60,7 +67,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_num_seqs=st.integers(1, 6),
         extra_budget=st.integers(0, 20),
         caching=st.booleans(),
-        policy=st.sampled_from(["fcfs", "priority"]),
+        policy=st.sampled_from(["fcfs", "priority", "fair"]),
         chunked=st.booleans(),
         threshold=st.sampled_from([0, 0, 3]),
         watermark=st.integers(0, 3),
@@ -81,15 +88,20 @@ class SchedulerMachine(RuleBasedStateMachine):
             long_prefill_token_threshold=threshold if chunked else 0,
             enable_chunked_prefill=chunked,
             policy=self.policy or policy,
+            aging=self.aging,
             max_drafts=5 if self.drafts else 0,
             adaptive_drafts=watermark == 1,
             stages=self.stages,
             least_prompt_tokens=2,
+            fails_with_loads=self.fails_with_loads,
         )
         windows = self.layouts[layout % len(self.layouts)]
         sizes = {"windows": windows, "max_row_tokens": budget, "enable_prefix_caching": caching}
         most = KVCacheManager(2, block_size, **sizes).blocks_for(self.max_model_len)
         num_blocks = 1 + most + spare_blocks
+        sizes["retention"] = Retention.of_blocks(
+            num_blocks - 1, 0.5, len(windows), lambda: self.now
+        )
         kv = KVCacheManager(num_blocks, block_size, **sizes)
         self.scheduler = Scheduler(
             limits,
@@ -99,6 +111,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             connector=self.make_connector(),
             observe=self.observe,
         )
+        if watermark == 2:
+            self.scheduler.worth.least_steps = 2.0
         executor = self.make_executor(
             num_blocks,
             block_size,
@@ -109,7 +123,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             drafter=draft if self.drafts else lambda tokens, seed: [],
         )
         self.core = EngineCore(self.scheduler, executor, clock=lambda: 0.0)
-        self.limits = limits
+        self.limits, self.now = limits, 0.0
         self.next_id = 1
         self.messages: dict[int, AddRequest] = {}
         self.outputs: dict[int, list[int]] = {}
@@ -117,6 +131,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.prompts: list[list[int]] = []
         self.deferred: set[int] = set()
         self.passed_over: dict[int, int] = {}
+        self.charged: Counter[str] = Counter()
+        self.computed: dict[int, tuple[int, set[int]]] = {}
+        """Of each request, the first position that it computed, and all of them."""
 
     def observe(self, decision):
         if decision.kind is DecisionKind.STEP:
@@ -128,23 +145,31 @@ class SchedulerMachine(RuleBasedStateMachine):
     def make_executor(self, *sizes, **options):
         return CheckingExecutor(*sizes, **options)
 
+    def transfers_of(self, data):
+        """Where a new request's KV is, and whether another will fetch it from here."""
+        return {}
+
+    def retains(self, data):
+        return ()
+
     def fresh_prompts(self):
         return st.lists(st.integers(0, 1), min_size=1, max_size=self.max_model_len - 1)
 
     @rule(
         data=st.data(),
         priority=st.integers(-2, 2),
+        tenant=st.sampled_from("aab"),
         n=st.sampled_from([1, 1, 1, 2, 3]),
         salt=st.sampled_from([None, None, "a"]),
         ignore_eos=st.booleans(),
         min_tokens=st.integers(0, 3),
     )
-    def add(self, data, priority, n, salt, ignore_eos, min_tokens):
+    def add(self, data, priority, tenant, n, salt, ignore_eos, min_tokens):
         known = [self.fresh_prompts()] + ([st.sampled_from(self.prompts)] if self.prompts else [])
         prompt = data.draw(st.one_of(known))
         self.prompts.append(prompt)
         max_tokens = data.draw(st.integers(1, self.max_model_len - len(prompt)))
-        leader = self.next_id
+        leader, retain = self.next_id, self.retains(data)
         for index in range(n):
             message = add_request(
                 self.next_id,
@@ -154,8 +179,15 @@ class SchedulerMachine(RuleBasedStateMachine):
                 min_tokens=min(min_tokens, max_tokens),
                 end_token_ids=frozenset(() if ignore_eos else (EOS,)),
                 arrival_time=float(leader),
-                placement=Placement(priority=priority, tenant=str(priority), cache_salt=salt),
+                placement=Placement(
+                    priority=priority,
+                    tenant=tenant,
+                    weight=WEIGHTS[tenant],
+                    cache_salt=salt,
+                    retain=retain,
+                ),
                 fork_of=leader if index else None,
+                **self.transfers_of(data),
             )
             self.messages[self.next_id] = message
             self.outputs[self.next_id] = []
@@ -193,7 +225,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         check_invariants(self.scheduler)
         if first is not None and self.max_in_flight <= 2:  # deeper, it may wait for two results
             after = (len(first.token_ids), first.num_computed_tokens)
-            assert after > before or first.request_id in self.finished, "the first did not advance"
+            assert after > before or first.request_id in self.finished or self.awaits_load(first), (
+                "the first did not advance"
+            )
 
     def check_plan(self, plan):
         """Between planning a step and carrying it out."""
@@ -203,6 +237,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert len(plan.rows) <= self.limits.max_num_seqs
         rows = {row.request_id: row for row in plan.rows}
         assert len(rows) == len(plan.rows)
+        for row in plan.rows:
+            computed = self.computed.setdefault(row.request_id, (row.start, set()))[1]
+            computed.update(range(row.start, row.start + row.num_tokens))
         assert rows.keys() <= {request.request_id for request in self.scheduler.running}
         for request in self.scheduler.running:
             row = rows.get(request.request_id)
@@ -228,10 +265,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         for request_id in self.passed_over:
             wanted.pop(request_id, None)
         head = self.must_admit
+        if head is not None and self.why_waits(head) is WaitReason.COST:
+            head = None
         assert head is None or head.request_id in rows, "the head of the queue was not admitted"
         for message in plan.admitted:
             row = rows[message.request_id]
             wanted[message.request_id] = self.capped(len(message.token_ids) - row.start)
+            request = self.scheduler.requests[message.request_id]
+            report = request.prefix
+            assert report.cached + report.computed == request.num_prompt_tokens
+            assert request.num_preemptions or row.start == report.cached
         for request_id, most in wanted.items():
             got = known_tokens(rows[request_id]) if request_id in rows else 0
             assert got <= most
@@ -240,7 +283,10 @@ class SchedulerMachine(RuleBasedStateMachine):
             if num_tokens < self.budget:
                 assert got == most, "budget is left"
         if num_tokens < self.budget:
-            assert self.head_that_fits() is None, "budget is left, and a seat and blocks"
+            head = self.head_that_fits()
+            assert head is None or self.why_waits(head) is WaitReason.COST, (
+                "budget is left, and a seat and blocks"
+            )
 
     def check_reason(self, plan, request):
         """Why it waits is true, as far as that can still be seen after planning."""
@@ -254,15 +300,23 @@ class SchedulerMachine(RuleBasedStateMachine):
             case WaitReason.BLOCKS:
                 assert wait.needed > wait.free
                 most = scheduler.kv.blocks_for(self.limits.max_model_len)
-                assert scheduler.running and wait.needed <= most + len(scheduler.kv.windows)
+                assert scheduler.running or scheduler.loading.is_under_way
+                assert wait.needed <= most + len(scheduler.kv.windows)
+            case WaitReason.COST:
+                assert preempts or other in scheduler.running
+                assert other.sort_key < request.sort_key and 0 <= wait.gain < 1.5 * wait.cost
             case WaitReason.BUDGET if wait.needed > 1:
                 assert wait.needed > wait.budget and not self.limits.enable_chunked_prefill
             case WaitReason.BUDGET:
                 assert preempts or sum(map(known_tokens, plan.rows)) == self.budget
             case WaitReason.BEHIND:
                 stopped = scheduler.why_waits(other).reason
-                assert stopped in (WaitReason.SEAT, WaitReason.BLOCKS, WaitReason.BUDGET)
-                assert other.sort_key < request.sort_key
+                stops = (WaitReason.SEAT, WaitReason.BLOCKS, WaitReason.BUDGET, WaitReason.COST)
+                assert stopped in stops
+                if self.limits.policy == "fair":
+                    assert other.was_admitted or not request.was_admitted
+                else:
+                    assert other.sort_key < request.sort_key
             case WaitReason.PREEMPTED:
                 assert request.status is RequestStatus.PREEMPTED and wait.needed > wait.free
                 assert other is request or other.sort_key < request.sort_key
@@ -276,9 +330,12 @@ class SchedulerMachine(RuleBasedStateMachine):
             case WaitReason.TOKEN:
                 assert request.num_pending_tokens
             case WaitReason.LOAD:
-                assert scheduler.transfers
+                assert scheduler.loading.is_under_way
             case _:
                 raise AssertionError(wait)
+
+    def why_waits(self, request):
+        return self.scheduler.why_waits(request).reason
 
     def capped(self, count):
         return min(count, self.limits.long_prefill_token_threshold or count)
@@ -301,7 +358,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         scheduler = self.scheduler
         if not scheduler.waiting or len(scheduler.running) >= self.limits.max_num_seqs:
             return None
-        head = scheduler.waiting[0]
+        head = next(scheduler.waiting.candidates())
         if not self.limits.enable_chunked_prefill or self.may_be_deferred(head):
             return None  # whole, it may be too long for what is left of the budget
         kv = scheduler.kv
@@ -351,8 +408,17 @@ class SchedulerMachine(RuleBasedStateMachine):
         held = needs_token_before_next(message) or self.scheduler.drafting.holds(request)
         return request.num_pending_tokens and (ends or held or self.stages > 1)
 
+    def awaits_load(self, request):
+        """Whether it runs alone, and loads hold the blocks that it lacks."""
+        reason = self.scheduler.why_waits(request).reason
+        return reason is WaitReason.LOAD and list(self.scheduler.running) == [request]
+
     def is_passed_over(self, request, plan):
         """Whether a later plan has room for it, and soon."""
+        if self.awaits_load(request):
+            assert self.scheduler.loading.is_under_way
+            self.passed_over[request.request_id] = 0
+            return True
         if self.scheduler.why_waits(request).reason is not WaitReason.SHARE:
             return False
         times = self.passed_over[request.request_id] = (
@@ -374,6 +440,8 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def record(self, outputs):
         assert isinstance(outputs, StepOutputs)
+        for tenant, stats in outputs.stats.tenants.items():
+            self.charged[tenant] += stats.charged
         for update in outputs.updates:
             assert update.request_id not in self.finished, "an update after the end"
             self.outputs[update.request_id] += update.new_token_ids
@@ -401,6 +469,19 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert pool.num_free == pool.num_usable, "a block leaked"
         for request_id, message in self.messages.items():
             self.check_output(request_id, message)
+        if self.limits.policy == "fair":
+            self.check_charges()
+
+    def check_charges(self):
+        """1 for each prompt token that was computed, however often, 2 for each that was generated."""
+        units = Counter()
+        for request_id, (first, computed) in self.computed.items():
+            message = self.messages[request_id]
+            end = len(message.prompt_token_ids)
+            prompt = sum(first <= position < end for position in computed)
+            paid = prompt * (message.fork_of is None) + 2 * len(self.outputs[request_id])
+            units[message.placement.tenant] += paid
+        assert units == self.charged
 
     def check_output(self, request_id, message):
         decoding = message.decoding
@@ -412,7 +493,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 expected, reason = full[: index + 1], FinishReason.STOP
                 break
         output = self.outputs[request_id]
-        if self.finished[request_id] is FinishReason.ABORT:
+        if self.finished[request_id] in self.ends_early:
             assert output == expected[: len(output)]
         else:
             assert output == expected

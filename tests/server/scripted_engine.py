@@ -21,6 +21,7 @@ from quire.messages import ControlAction, CoreInput, EngineReady, SchedulerStats
 from quire.metrics import MetricsSink, NullMetrics
 from quire.outputs import CompletionOutput, Logprob, RequestOutput
 from quire.placement import Placement
+from quire.prefix_report import PrefixReport
 from quire.sampling_params import (
     BeamSearchParams,
     PoolingParams,
@@ -114,6 +115,7 @@ class FakeModel:
     tokenizer: WordTokenizer = field(default_factory=WordTokenizer)
     chat_template: PlainTemplate | None = field(default_factory=PlainTemplate)
     spec: None = None
+    kv_transfer: None = None
 
     @property
     def name(self) -> str:
@@ -220,7 +222,8 @@ class FakeStream:
         return RequestOutput(
             request_id=self.request_id, prompt=None, prompt_token_ids=self.prompt, outputs=parts,
             finished=finished, num_cached_tokens=2, error=self.engine.error_text,
-            prompt_logprobs=self._prompt_logprobs(),
+            prompt_logprobs=self._prompt_logprobs(), prefix=self.engine.prefix,
+            kv_transfer_params=self.engine.kv_transfer_params if finished else None,
         )  # fmt: skip
 
     def _prompt_logprobs(self) -> list[dict[int, Logprob] | None] | None:
@@ -263,6 +266,7 @@ class ScriptedEngine:
         self.is_dead = False
         self.answer = list(ANSWER)
         self.finish_reason = "stop"
+        self.prefix: PrefixReport | None = None
         self.error_text: str | None = None
         self.submitted: list[Submitted] = []
         self.streams: list[FakeStream] = []
@@ -270,6 +274,8 @@ class ScriptedEngine:
         self.refuse: QuireError | Exception | None = None
         self.refuse_after = 0
         self.grammar_warnings: Sequence[str] = ()
+        self.kv_transfer_params: dict[str, object] | None = None
+        """Of the answer to a request that asks to hold KV."""
         self.grammar_threads: list[str] = []
         self.fail_at: int | None = None
         self.failure: Exception = EngineDeadError("core exited: secret detail")
@@ -340,7 +346,7 @@ class ScriptedEngine:
     def add_stats_listener(self, callback: Callable[[StepOutputs], None]) -> None:
         self.stats_listener = callback
 
-    def attach_metrics(self, metrics: MetricsSink) -> None:
+    def attach_metrics(self, metrics: MetricsSink, *, log_prefixes: bool = False) -> None:
         self.metrics = metrics
 
     async def shutdown(self) -> None:

@@ -94,7 +94,7 @@ async def test_bad_fields(client, engine, body, kind, param, streamed):
         ("guided_json", {"type": "object"}), ("guided_regex", "a"), ("guided_choice", ["a"]),
         ("guided_grammar", "x"), ("guided_decoding_backend", "outlines"),
         ("guided_whitespace_pattern", " "), ("structural_tag", "{}"),
-        ("best_of", 2), ("kv_transfer_params", {"a": 1}),
+        ("best_of", 2),
         ("logits_processors", ["x"]), ("prompt_logprob_token_ids", [1]),
         ("ec_transfer_params", {"a": 1}),
     ],

@@ -11,6 +11,7 @@ from scripted_engine import ScriptedEngine
 
 from quire.config import EngineConfig, ServerConfig
 from quire.server.auth import exposure
+from quire.server.keys import Keys
 from quire.server.process import bind
 from quire.server.run import StopSignals, serve_engine
 
@@ -30,7 +31,7 @@ def bound(host: str) -> SimpleNamespace:
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.9.10", "::1", "::ffff:127.0.0.1"])
 def test_loopback_is_not_exposed(host):
-    assert exposure(bound(host), ServerConfig(), ()) is None
+    assert exposure(bound(host), ServerConfig(), Keys()) is None
 
 
 @pytest.mark.parametrize(
@@ -45,29 +46,29 @@ def test_loopback_is_not_exposed(host):
     ],
 )
 def test_beyond_it_the_address_the_risk_and_both_remedies_are_named(host, shown):
-    text = exposure(bound(host), ServerConfig(), ())
+    text = exposure(bound(host), ServerConfig(), Keys())
     for part in (f"on {shown}, ", "/metrics", "--host 127.0.0.1", "--api-key", "QUIRE_API_KEY"):
         assert part in text
     assert "admin" not in text and "\n" not in text
 
 
 def test_admin_endpoints_are_named_where_they_are_served():
-    text = exposure(bound("0.0.0.0"), ServerConfig(enable_admin_endpoints=True), ())
+    text = exposure(bound("0.0.0.0"), ServerConfig(enable_admin_endpoints=True), Keys())
     assert "admin endpoints" in text
 
 
 def test_a_key_or_client_certificates_close_it():
-    assert exposure(bound("0.0.0.0"), ServerConfig(), ("secret",)) is None
+    assert exposure(bound("0.0.0.0"), ServerConfig(), Keys(["secret"])) is None
     tls = {"ssl_keyfile": "key.pem", "ssl_certfile": "cert.pem"}
-    assert exposure(bound("0.0.0.0"), ServerConfig(**tls, ssl_cert_reqs=2), ()) is None
-    assert exposure(bound("0.0.0.0"), ServerConfig(**tls, ssl_cert_reqs=1), ()) is not None
-    assert exposure(bound("0.0.0.0"), ServerConfig(ssl_cert_reqs=2), ()) is not None  # no TLS
+    assert exposure(bound("0.0.0.0"), ServerConfig(**tls, ssl_cert_reqs=2), Keys()) is None
+    assert exposure(bound("0.0.0.0"), ServerConfig(**tls, ssl_cert_reqs=1), Keys()) is not None
+    assert exposure(bound("0.0.0.0"), ServerConfig(ssl_cert_reqs=2), Keys()) is not None  # no TLS
 
 
 @pytest.mark.parametrize(("host", "exposed"), [("localhost", False), (None, True)])
 def test_a_name_counts_as_what_it_resolves_to(host, exposed):
     with bind(ServerConfig(host=host, port=0)) as listener:
-        assert (exposure(listener, ServerConfig(host=host), ()) is not None) == exposed
+        assert (exposure(listener, ServerConfig(host=host), Keys()) is not None) == exposed
 
 
 async def warnings_at_start(caplog, **options) -> list[str]:

@@ -54,6 +54,31 @@ class Running:
                 await asyncio.sleep(0.01)
 
 
+class Connection:
+    """One kept open, unlike a pool's."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader, self.writer = reader, writer
+
+    @classmethod
+    async def open(cls, server: Running) -> Connection:
+        url = httpx.URL(await server.url)
+        return cls(*await asyncio.open_connection(url.host, url.port))
+
+    async def ask(self, method: str, path: str, body: object = None) -> dict[str, str]:
+        content = b"" if body is None else json.dumps(body).encode()
+        head = f"{method} {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        self.writer.write(f"{head}content-length: {len(content)}\r\n\r\n".encode() + content)
+        first, *lines = (await self.reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
+        headers = dict(line.lower().split(": ", 1) for line in lines if line)
+        await self.reader.readexactly(int(headers["content-length"]))
+        return {"connection": "", **headers, "status": first.split()[1]}
+
+    async def close(self) -> None:
+        self.writer.close()
+        await self.writer.wait_closed()
+
+
 @asynccontextmanager
 async def running(engine=None, *, wait=True, factory=None, **config):
     server = Running(engine or ScriptedEngine())
@@ -212,6 +237,51 @@ async def test_drain_lets_running_requests_finish():
         assert await asyncio.wait_for(server.task, 5) == 0
         assert server.engine.shut_down
         assert [s.aborts for s in server.engine.streams] == [0, 0]
+
+
+async def test_a_connection_closes_after_the_answer_that_a_drain_waits_for():
+    """Else its client sends the next request there, and gets a 503."""
+    async with running() as server:
+        server.engine.hold()
+        idle = await Connection.open(server)
+        assert (await idle.ask("GET", "/ready"))["connection"] == ""
+        busy = await Connection.open(server)
+        asking = asyncio.create_task(busy.ask("POST", COMPLETIONS, ask()))
+        await server.until(lambda: len(server.engine.streams) == 1)
+        server.stop.hit()
+        assert await asyncio.wait_for(idle.reader.read(), 3) == b""
+        late = await Connection.open(server)
+        assert (await late.ask("GET", "/health"))["connection"] == "close"
+        server.engine.release()
+        assert (await asking)["connection"] == "close"
+        assert await asyncio.wait_for(busy.reader.read(), 3) == b""
+        for each in (idle, busy, late):
+            await each.close()
+        assert await asyncio.wait_for(server.task, 5) == 0
+
+
+async def test_requests_are_served_until_everyone_has_noticed_the_drain():
+    async with running(drain_delay=60.0) as server:
+        connection = await Connection.open(server)
+        assert (await connection.ask("POST", COMPLETIONS, ask()))["connection"] == ""
+        server.stop.hit()
+        async with asyncio.timeout(5):
+            while (await server.client.get("/ready")).status_code != 503:
+                await asyncio.sleep(0.01)
+        # On the connection that was open, and on a new one; each closes.
+        for each in (connection, await Connection.open(server)):
+            answer = await each.ask("POST", COMPLETIONS, ask())
+            assert (answer["status"], answer["connection"]) == ("200", "close")
+            assert await asyncio.wait_for(each.reader.read(), 3) == b""
+            await each.close()
+        server.stop.hit()  # a second signal ends the delay too
+        assert await asyncio.wait_for(server.task, 5) == 0
+
+
+async def test_the_delay_of_a_drain_ends():
+    async with running(drain_delay=0.2) as server:
+        server.stop.hit()
+        assert await asyncio.wait_for(server.task, 5) == 0
 
 
 @pytest.mark.parametrize("how", ["deadline", "second signal"])

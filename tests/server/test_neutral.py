@@ -131,7 +131,7 @@ VALUES: list[tuple[tuple[str, ...], str, list[object]]] = [
     (("messages",), "speed", ["standard"]),
     (("messages",), "betas", [[], ["x"]]),
     (("messages",), "container", [""]),
-    (("messages",), "cache_control", [{}, {"type": "ephemeral"}]),
+    (("messages",), "cache_control", [{}]),
     (("responses",), "instructions", [""]),
     (("responses",), "previous_response_id", [""]),
     (("responses",), "conversation", [""]),

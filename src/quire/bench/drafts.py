@@ -55,7 +55,7 @@ class DraftWatch(NullMetrics):
 
     def __init__(self, llm: LLM) -> None:
         self.counts = DraftCounts()
-        llm._front.metrics = self
+        llm._front.report_to(self)
 
     def on_step(self, outputs: StepOutputs) -> None:
         counts = self.counts

@@ -34,6 +34,10 @@ class Command:
 
 COMMANDS = {
     "serve": Command("quire.cli.serve", "serve a model over HTTP, in OpenAI's dialect"),
+    "pd-proxy": Command(
+        "quire.cli.pd_proxy", "one door for instances that compute prompts and those that generate"
+    ),
+    "api-key": Command("quire.cli.api_key", "make a key for --api-keys-file"),
     "chat": Command("quire.cli.chat", "talk with a model here, or with a running server (--url)"),
     "complete": Command("quire.cli.complete", "let a model continue texts, here or at --url"),
     "generate": Command("quire.cli.generate", "continue or answer one prompt, and leave"),

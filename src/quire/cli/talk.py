@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from quire.cli.http import HttpClient, HttpError
+from quire.cli.http import HttpClient
 from quire.errors import (
     ConfigError,
     EngineDeadError,
@@ -18,6 +18,7 @@ from quire.errors import (
 )
 from quire.lora.request import LoRARequest
 from quire.placement import Placement
+from quire.server.upstream import HttpError
 from quire.util.terminal import printable
 
 if TYPE_CHECKING:

@@ -19,6 +19,8 @@ from quire.config.flat import (
     split_flat,
 )
 from quire.config.foreign import foreign_flags, without_foreign
+from quire.config.kv import KVTiersConfig
+from quire.config.kv_transfer import KVTransfer, KVTransferConfig
 from quire.config.lora import ADAPTER_NAME, LoRAConfig
 from quire.config.parallel import ParallelConfig
 from quire.config.server import ServerConfig
@@ -28,6 +30,9 @@ __all__ = [
     "ADAPTER_NAME",
     "CacheConfig",
     "EngineConfig",
+    "KVTiersConfig",
+    "KVTransfer",
+    "KVTransferConfig",
     "LoRAConfig",
     "ModelConfig",
     "ParallelConfig",

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from quire.config.kv import STAGING_BYTES, KVTiersConfig
+from quire.config.kv_events import KVEventsConfig
+from quire.config.kv_transfer import KVTransferConfig
 from quire.config.lora import LoRAConfig
 from quire.config.options import option, parse_json_object, parse_max_model_len, parse_size
 from quire.config.parallel import ParallelConfig
@@ -125,6 +128,11 @@ class CacheConfig:
         "Share of blocks kept free when a request is admitted beside running ones, "
         "so that those can grow without preemption.",
     )
+    retained_cache_share: float = option(
+        0.5,
+        "Most of the blocks, as a share, that clients can have kept in the cache longer than others (fields "
+        "cache_control, prompt_cache_retention and retain_seconds). 0: none.",
+    )
 
     def __post_init__(self) -> None:
         if self.block_size not in (16, 32, 64, 128):
@@ -142,6 +150,10 @@ class CacheConfig:
             )
         if not 0.0 <= self.watermark < 1.0:
             raise ConfigError(f"watermark must be in [0, 1), got {self.watermark}.")
+        if not 0.0 <= self.retained_cache_share <= 1.0:
+            raise ConfigError(
+                f"retained_cache_share must be in [0, 1], got {self.retained_cache_share}."
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,9 +172,16 @@ class SchedulerConfig:
         parse=parse_size,
     )  # fmt: skip
     scheduling_policy: str = option(
-        "fcfs",
-        "fcfs: by arrival. priority: lower `priority` first, then arrival.",
-        choices=("fcfs", "priority"),
+        "auto",
+        "fcfs: by arrival. priority: lower `priority` first, then arrival. fair: lower `priority` first, "
+        "then equal shares for tenants, by their weights. auto: fair if a server has several API keys or a "
+        "file of them, else fcfs.",
+        choices=("auto", "fcfs", "priority", "fair"),
+    )
+    priority_aging: float = option(
+        60.0,
+        "With fair: seconds after which a tenant whose requests of some priority get no turn has its first "
+        "one moved up to the best priority, for each priority that is before it. 0: never.",
     )
     stream_interval: int = option(
         1, "Tokens per streamed output, at least; the first comes at once."
@@ -185,6 +204,10 @@ class SchedulerConfig:
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least "
                 f"max_num_seqs ({self.max_num_seqs}), so that every running request can advance in "
                 "every step. Raise the first or lower the second."
+            )
+        if not 0.0 <= self.priority_aging < float("inf"):
+            raise ConfigError(
+                f"priority_aging must be at least 0 seconds (0: never), got {self.priority_aging}."
             )
         if self.stream_interval < 1:
             raise ConfigError(f"stream_interval must be at least 1, got {self.stream_interval}.")
@@ -220,7 +243,8 @@ class RuntimeConfig:
     )
     cpu_threads: int | None = option(
         None,
-        "Threads that compute. Default: the physical cores this process may use.",
+        "Threads that compute. Default: the physical cores that this process may use, within its container's "
+        "CPU limit.",
     )
     cpu_activation_bits: int = option(
         16,
@@ -303,6 +327,47 @@ class EngineConfig:
     speculative: SpeculativeConfig = field(default_factory=SpeculativeConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    kv_tiers: KVTiersConfig = field(default_factory=KVTiersConfig)
+    kv_transfer: KVTransferConfig = field(default_factory=KVTransferConfig)
+    kv_events: KVEventsConfig = field(default_factory=KVEventsConfig)
+
+    def __post_init__(self) -> None:
+        if not self.moves_kv:
+            return
+        transfer = self.kv_transfer.transfer
+        if not self.cache.enable_prefix_caching:
+            names = ("kv_transfer_config", "swap_space", "kv_offloading_size", "kv_disk_path")
+            given = [name for name in names if self._gives(name)]
+            raise ConfigError(
+                f"{', '.join(given)} and enable_prefix_caching=False: KV outside the cache is found by the "
+                "hash of its prefix; leave one of them out."
+            )
+        if transfer is not None and self.parallel.nnodes > 1:
+            raise ConfigError(
+                f"kv_transfer_config needs all ranks on one machine; nnodes is {self.parallel.nnodes}."
+            )
+
+    def _gives(self, name: str) -> bool:
+        return bool(getattr(self.kv_tiers, name, None) or getattr(self.kv_transfer, name, None))
+
+    @property
+    def moves_kv(self) -> bool:
+        """Whether there is any store of KV outside the cache."""
+        return self.kv_tiers.has_tiers or self.kv_transfer.transfer is not None
+
+    def host_bytes(self, *, tier: bool = True) -> int:
+        """Host memory of each rank for KV outside the cache, at most. tier: with the tier there."""
+        transfer, tiers = self.kv_transfer.transfer, self.kv_tiers
+        found = tiers.ram_bytes(self.parallel.world_size) if tier else 0
+        found += STAGING_BYTES if tiers.has_tiers else 0
+        return found + (transfer.kv_buffer_size if transfer and transfer.produces else 0)
+
+    @property
+    def kv_load_failure_policy(self) -> str:
+        """recompute or fail."""
+        transfer = self.kv_transfer.transfer
+        own = None if transfer is None else transfer.kv_load_failure_policy
+        return own or self.kv_tiers.kv_load_failure_policy
 
     @property
     def max_drafts(self) -> int:

@@ -14,6 +14,9 @@ from quire.config.engine import (
     SchedulerConfig,
     StructuredOutputsConfig,
 )
+from quire.config.kv import KVTiersConfig
+from quire.config.kv_events import KVEventsConfig
+from quire.config.kv_transfer import KVTransferConfig
 from quire.config.lora import LoRAConfig
 from quire.config.options import OptionInfo, check_type, describe
 from quire.config.parallel import ParallelConfig
@@ -30,6 +33,9 @@ ENGINE_GROUPS: dict[str, type] = {
     "speculative": SpeculativeConfig,
     "lora": LoRAConfig,
     "parallel": ParallelConfig,
+    "kv_tiers": KVTiersConfig,
+    "kv_transfer": KVTransferConfig,
+    "kv_events": KVEventsConfig,
 }
 
 

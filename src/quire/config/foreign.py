@@ -40,9 +40,7 @@ _ONE_DOOR = (
 _TEXT_ONLY = "models read text only"
 _AS_FILED = "an adapter is held in the model's dtype"
 _NO_MOE_ADAPTERS = "adapters apply to dense layers only"
-_KV_STAYS = "KV stays where it is computed"
 _NO_TRACES = "there are no traces yet; see /metrics and --enable-log-requests"
-_PREEMPTED = "preempted requests are computed again"
 _OWN_KERNELS = "nothing is compiled but kernels; see --enforce-eager"
 _ONE_GRAMMAR_BACKEND = "there is one backend, llguidance"
 _NO_CODE = "the server runs no code of others; put a proxy in front"
@@ -113,13 +111,10 @@ FOREIGN: dict[str, Foreign] = {
     "prefix_caching_hash_algo": _idle(
         "prefixes are found by SHA-256 and compared token by token", "sha256"
     ),
-    "swap_space": _idle(_PREEMPTED),
-    "preemption_mode": _idle(_PREEMPTED),
+    "preemption_mode": _idle(
+        "preempted requests find their KV in the cache or in a tier, and compute the rest"
+    ),
     "cpu_offload_gb": Foreign("weights stay on the device", 0, (0.0,)),
-    "kv_transfer_config": Foreign(_KV_STAYS),
-    "kv_offloading_size": Foreign(_KV_STAYS, None, (0, 0.0)),
-    "kv_offloading_backend": _idle(_KV_STAYS, "native"),
-    "kv_events_config": Foreign(_KV_STAYS),
     "max_num_partial_prefills": _idle("a step takes as many prompts as its budget holds", 1),
     "max_long_partial_prefills": _idle("see --long-prefill-token-threshold", 1),
     "num_scheduler_steps": _idle(_DROPPED),

@@ -84,11 +84,6 @@ class ParallelConfig:
                 f"data_parallel_size is {self.data_parallel_size} and nnodes {self.nnodes}: copies are on "
                 "one machine. Start one server on each machine, behind a balancer."
             )
-        if self.pipeline_parallel_size > 1 and self.nnodes > 1:
-            raise ConfigError(
-                f"pipeline_parallel_size must be 1 with nnodes {self.nnodes}: stages are on one machine. "
-                "Use tensor_parallel_size."
-            )
         if self.headless and not self.node_rank:
             raise ConfigError("headless is for node_rank 1 and above: the first node answers.")
         if self.distributed_executor_backend == "uni" and self.world_size > 1:

@@ -35,6 +35,11 @@ class ServerConfig:
         "Keys that clients may use; with none, anyone who reaches the address may ask. "
         "Also VLLM_API_KEY, QUIRE_API_KEY.",
     )
+    api_keys_file: str | None = option(
+        None,
+        "File with digests of keys, and the tenants that they belong to, with weights and quotas (TOML; "
+        "docs/tenants.md). It is read again when it changes.",
+    )
     disable_playground: bool = option(False, "No page to chat with the model at /.")
     root_path: str = option("", "Path prefix that a proxy in front strips.")
     allowed_origins: tuple[str, ...] = option(("*",), "CORS: origins that browsers may call from.")
@@ -89,6 +94,12 @@ class ServerConfig:
         30.0,
         "Seconds that running requests get to finish after SIGTERM; 0 aborts them (vLLM's way).",
     )
+    drain_delay: float = option(
+        0.0,
+        "Seconds after SIGTERM in which /ready is 503 already and requests are still served, each on a "
+        "connection that is then closed: for proxies and clients that have not noticed yet. Then "
+        "shutdown_timeout begins.",
+    )
     health_timeout: float = option(
         60.0, "Seconds without a heartbeat of the scheduler loop before /health answers 503."
     )
@@ -130,8 +141,8 @@ class ServerConfig:
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port must be in [0, 65535], got {self.port}.")
         for name in (
-            "shutdown_timeout", "sse_keep_alive_interval", "health_timeout", "max_stored_responses",
-            "max_stored_response_bytes",
+            "shutdown_timeout", "drain_delay", "sse_keep_alive_interval", "health_timeout",
+            "max_stored_responses", "max_stored_response_bytes",
         ):  # fmt: skip
             if not getattr(self, name) >= 0:  # so written, NaN fails too
                 raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}.")

@@ -18,7 +18,7 @@ from datetime import timedelta
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroupGloo, TCPStore, Work
+from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore, Work
 
 from quire.errors import WorkerError
 
@@ -32,13 +32,21 @@ class GlooGroup:
     """A `Group` over TCP. Nothing is authenticated: the network must be private."""
 
     def __init__(
-        self, address: str, *, rank: int, size: int, timeout: float = 60.0, descriptor: int = -1
+        self,
+        address: str,
+        *,
+        rank: int,
+        size: int,
+        timeout: float = 60.0,
+        descriptor: int = -1,
+        name: str = "",
     ) -> None:
-        """address: HOST:PORT of the store. descriptor: at rank 0, the listening socket of that port, which is
-        taken over. timeout: seconds to meet, and that a rank may be late. The ranks meet in the first call
-        of another method, which raises `WorkerError` if they do not."""
+        """address: HOST:PORT of the store, which groups of several names may share. descriptor: where the
+        store is, the listening socket of that port, which is taken over. timeout: seconds to meet, and that
+        a rank may be late. The ranks meet in the first call of another method, which raises `WorkerError` if
+        they do not."""
         self.rank, self.size = rank, size
-        self._address = address
+        self._address, self._name = address, name
         self._timeout = timedelta(seconds=timeout)
         self._group: ProcessGroupGloo | None = None
         self._bounds: dict[int, int] = {}
@@ -55,7 +63,9 @@ class GlooGroup:
             store = self._store or open_store(self._address, self._timeout)
             own = own_address(self._address.rpartition(":")[0])
             options._devices = [ProcessGroupGloo.create_device(hostname=own)]
-            self._group = ProcessGroupGloo(store, self.rank, self.size, options)
+            self._group = ProcessGroupGloo(
+                PrefixStore(self._name, store), self.rank, self.size, options
+            )
         except RuntimeError as error:
             seconds = self._timeout.total_seconds()
             self._failure = self._failure or (

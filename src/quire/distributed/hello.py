@@ -53,28 +53,28 @@ class _Hello(msgspec.Struct, forbid_unknown_fields=True):
     facts: dict[str, str | int]
 
 
-def read_key(path: str | None = None) -> bytes:
-    """The shared key: a file's content, else the variable QUIRE_NODE_KEY, else b"". Raises `ConfigError`."""
+def read_key(path: str | None = None, variable: str = KEY_VARIABLE) -> bytes:
+    """The shared key: a file's content, else the variable's, else b"". Raises `ConfigError`."""
     if path:
         try:
-            key = Path(path).read_bytes().strip()
+            key = Path(path).expanduser().read_bytes().strip()
         except OSError as error:
             raise ConfigError(f"The key file {path} cannot be read: {error.strerror}.") from error
     else:
-        key = os.environ.get(KEY_VARIABLE, "").encode()
+        key = os.environ.get(variable, "").encode()
     if (key or path) and len(key) < MIN_KEY_BYTES:
         raise ConfigError(
-            f"The nodes' key has {len(key)} bytes, fewer than {MIN_KEY_BYTES}; make one with: openssl "
-            "rand -hex 32."
+            f"The key in {path or variable} has {len(key)} bytes, fewer than {MIN_KEY_BYTES}; make one with: "
+            "openssl rand -hex 32."
         )
     return key
 
 
-def require_key(address: str, key: bytes) -> None:
+def require_key(address: str, key: bytes, variable: str = KEY_VARIABLE) -> None:
     """Raises `ConfigError` for an address that other machines reach, without a key."""
     if not key and not is_loopback(address):
         raise ConfigError(
-            f"Nodes at {address} need a shared key: set {KEY_VARIABLE} to the same text on each "
+            f"Processes that meet at {address} need a shared key: set {variable} to the same text for each "
             "(openssl rand -hex 32)."
         )
 
@@ -83,16 +83,24 @@ def is_loopback(address: str) -> bool:
     return all(ipaddress.ip_address(found[4][0]).is_loopback for found in _resolve(address, 0))
 
 
-def listen(address: str, port: int, key: bytes) -> socket.socket:
-    """A listening socket; port 0: a free one. Raises `ConfigError`."""
-    require_key(address, key)
+def listen(
+    address: str,
+    port: int,
+    key: bytes,
+    variable: str = KEY_VARIABLE,
+    *,
+    fields: tuple[str, str] = ("master_addr", "master_port"),
+) -> socket.socket:
+    """A listening socket; port 0: a free one. variable: that of the key. fields: of the options, for errors.
+    Raises `ConfigError`."""
+    require_key(address, key, variable)
     family, *_, where = _resolve(address, port)[0]
     try:
         return socket.create_server(where[:2], family=family, backlog=MOST_STRANGERS)
     except OSError as error:
         raise ConfigError(
-            f"Cannot listen on {address}:{port}: {error.strerror}; choose another master_port, or an "
-            "address of this machine as master_addr."
+            f"Cannot listen on {address}:{port}: {error.strerror}; choose another {fields[1]}, or an "
+            f"address of this machine as {fields[0]}."
         ) from error
 
 
@@ -188,7 +196,7 @@ class _Gate:
             return
         if len(self._strangers) >= MOST_STRANGERS:
             self._drop(next(iter(self._strangers.values())), "said nothing, and others wait")
-        _keep_alive(sock)
+        keep_alive(sock)
         try:
             stranger = _Stranger(sock, _text(address))
         except LinkError:
@@ -225,7 +233,7 @@ class _Gate:
         elif self._refusal:
             wrong = self._refusal
         elif not hmac.compare_digest(
-            mac, _mac(self._key, b"rank", stranger.ours, stranger.theirs, text)
+            mac, proof(self._key, b"rank", stranger.ours, stranger.theirs, text)
         ):
             wrong = f"{peer} has another key than this node; set {KEY_VARIABLE} to the same text on each."
         else:
@@ -270,7 +278,7 @@ class _Gate:
 
     def _answer(self, stranger: _Stranger, refusal: str) -> None:
         text = refusal.encode()[: HELLO_BYTES - MAC]
-        mac = _mac(self._key, b"first", stranger.ours, stranger.theirs, text)
+        mac = proof(self._key, b"first", stranger.ours, stranger.theirs, text)
         try:
             stranger.link.send(mac + text)
         except LinkError as error:
@@ -303,7 +311,7 @@ def connect(
             )
         theirs, ours = challenge[len(MAGIC) :], os.urandom(NONCE)
         text = msgspec.json.encode(_Hello(rank, dict(facts)))
-        link.send(MAGIC + ours + _mac(key, b"rank", theirs, ours, text) + text)
+        link.send(MAGIC + ours + proof(key, b"rank", theirs, ours, text) + text)
         answer = link.receive(timeout=max(0.0, deadline - time.monotonic()))
     except LinkError as error:
         link.close()
@@ -323,7 +331,7 @@ def _refusal(answer: bytes | None, key: bytes, theirs: bytes, ours: bytes, where
     if answer is None:
         return f"Not all ranks have connected to {where} in time; start every node."
     mac, text = answer[:MAC], answer[MAC:]
-    if not hmac.compare_digest(mac, _mac(key, b"first", theirs, ours, text)):
+    if not hmac.compare_digest(mac, proof(key, b"first", theirs, ours, text)):
         return (
             f"{where} has another key than this node; set {KEY_VARIABLE} to the same text on each."
         )
@@ -343,11 +351,11 @@ def _connected(address: str, port: int, deadline: float) -> socket.socket:
                 ) from error
             time.sleep(RETRY_SECONDS)
         else:
-            _keep_alive(sock)
+            keep_alive(sock)
             return sock
 
 
-def _keep_alive(sock: socket.socket) -> None:
+def keep_alive(sock: socket.socket) -> None:
     """Small messages leave at once; a machine that is gone without a word is noticed in about 20 s."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (
@@ -361,7 +369,7 @@ def _keep_alive(sock: socket.socket) -> None:
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
-def _mac(key: bytes, *parts: bytes) -> bytes:
+def proof(key: bytes, *parts: bytes) -> bytes:
     """Only the last part's length varies."""
     return hmac.digest(key, b"\0".join(parts), "sha256")
 

@@ -12,13 +12,14 @@ from quire.config import EngineConfig
 from quire.dtypes import element_bytes
 from quire.engine.core import EngineCore
 from quire.engine.gpu import gpu_count, gpu_memory
-from quire.engine.memory import MemoryPlan, format_bytes, plan_ranks
+from quire.engine.memory import MemoryPlan, check_tiers, format_bytes, plan_ranks, tier_rows
 from quire.engine.setup import ResolvedModel, locate, read_tokens, resolve
 from quire.errors import ConfigError, ModelError
 from quire.executor.base import Executor
 from quire.executor.ranks import Ranks
 from quire.kv_layout import KVLayout
-from quire.kvcache import KVCacheManager
+from quire.kvcache import ChangeStream, KVCacheManager, KVConnector
+from quire.kvcache.retention import Retention
 from quire.messages import EngineReady
 from quire.runner.footprint import (
     DeviceMemory,
@@ -30,6 +31,7 @@ from quire.runner.footprint import (
     spec_of_rank,
 )
 from quire.scheduler import Scheduler, SchedulerLimits
+from quire.scheduler.decisions import debug_log
 from quire.speculative.spec import HeadDraftSpec
 from quire.structured.base import GrammarCompiler
 from quire.structured.store import GrammarStore
@@ -52,6 +54,10 @@ def build_core(
     `MemoryFitError`.
     """
     started = time.monotonic()
+    if config.moves_kv:
+        from quire.kvtransfer.create import named
+
+        config = named(config)
     longest = _longest_by_estimate(config, resolved)
     grammars = GrammarStore(lambda: grammar_compiler(resolved))
     spec = worker_spec(resolved, longest)
@@ -59,21 +65,26 @@ def build_core(
     try:
         memory = plan(config, resolved, executor.load(), longest)
         executor.open_cache(memory.num_blocks, memory.max_model_len)
+        gpu = resolved.device == "cuda"
+        connector = _connector(config, executor)
+        scheduler = build_scheduler(config, resolved.spec.kv, memory, gpu=gpu, connector=connector)
+        events = _event_stream(config, scheduler)
     except BaseException:
         executor.close()
         raise
     core = EngineCore(
-        build_scheduler(config, resolved.spec.kv, memory, gpu=resolved.device == "cuda"),
+        scheduler,
         executor,
         grammars=grammars,
         max_adapters=config.lora.capacity,
+        events=events,
     )
     ready = EngineReady(
         num_blocks=memory.num_blocks,
         block_size=memory.block_size,
         max_model_len=memory.max_model_len,
         vocab_size=resolved.spec.vocab_size,
-        ledger=[*memory.rows(), *_adapter_rows(config, resolved)],
+        ledger=[*memory.rows(), *tier_rows(config), *_adapter_rows(config, resolved)],
         weight_bytes=memory.weight_bytes,
         kv_bytes=memory.kv_bytes,
         load_seconds=time.monotonic() - started,
@@ -81,9 +92,39 @@ def build_core(
     return core, ready
 
 
+def _connector(config: EngineConfig, executor: Executor) -> KVConnector | None:
+    if not config.moves_kv:
+        return None
+    from quire.kvtransfer.create import create_connector
+
+    return create_connector(config, lambda: executor.store)
+
+
+def _event_stream(config: EngineConfig, scheduler: Scheduler) -> ChangeStream | None:
+    events = config.kv_events.events
+    if not events.is_on:
+        return None
+    if not scheduler.kv.enable_prefix_caching:
+        logger.warning("kv_events_config has no effect without enable_prefix_caching")
+        return None
+    from quire.engine.kv_events import KVEventStream
+
+    loading = scheduler.loading
+    transfers = None if loading is None else loading.transfers
+    return KVEventStream(events, scheduler.kv, transfers, rank=config.kv_events.rank)
+
+
 def check_local(config: EngineConfig) -> None:
     """Raise at once the errors of a start that can be found without the network and without the weights."""
-    model = config.model
+    model, tiers = config.model, config.kv_tiers
+    if tiers.kv_disk_path is not None and tiers.disk_bytes:
+        from quire.kvtransfer.disk_files import check_disk
+
+        check_disk(tiers.kv_disk_path, tiers.disk_bytes)
+    if (transfer := config.kv_transfer.transfer) is not None:
+        from quire.kvtransfer.peering import key_of
+
+        key_of(transfer)
     if model.chat_template is not None:
         from quire.text.chat_template import read_chat_template
 
@@ -183,7 +224,6 @@ def _check_stages(config: EngineConfig, resolved: ResolvedModel) -> None:
         return
     for is_so, what in (
         (resolved.device == "cuda", "device cuda"),
-        (config.parallel.nnodes > 1, "nnodes above 1"),
         (
             isinstance(resolved.draft, HeadDraftSpec),
             "method eagle, eagle3 or mtp of speculative_config",
@@ -232,19 +272,29 @@ def parts_of(config: EngineConfig, resolved: ResolvedModel) -> list[WorkerSpec]:
 def plan(
     config: EngineConfig, resolved: ResolvedModel, footprint: Footprint, longest: int
 ) -> MemoryPlan:
-    return plan_ranks(
+    gpu = resolved.device == "cuda"
+    found = plan_ranks(
         config,
         resolved.spec,
         footprint.ranks or (footprint,),
         [block_bytes(config, part) for part in parts_of(config, resolved)],
         max_model_len=longest,
         may_shrink=config.model.max_model_len == -1,
-        gpu=resolved.device == "cuda",
+        gpu=gpu,
     )
+    if config.moves_kv:
+        memory = host_memory() if gpu else footprint.memory
+        check_tiers(config, found, memory.available, gpu=gpu)
+    return found
 
 
 def build_scheduler(
-    config: EngineConfig, layout: KVLayout, memory: MemoryPlan, *, gpu: bool = False
+    config: EngineConfig,
+    layout: KVLayout,
+    memory: MemoryPlan,
+    *,
+    gpu: bool = False,
+    connector: KVConnector | None = None,
 ) -> Scheduler:
     """The engine's scheduler, without a model. On a GPU the counts of penalties are updated as tokens are
     sampled, so a request with penalties samples one token a step, and its buffers have room for
@@ -256,6 +306,9 @@ def build_scheduler(
         enable_prefix_caching=config.cache.enable_prefix_caching,
         windows=layout.windows,
         max_row_tokens=options.max_num_batched_tokens,
+        retention=Retention.of_blocks(
+            memory.num_blocks - 1, config.cache.retained_cache_share, len(layout.windows)
+        ),
     )
     limits = SchedulerLimits(
         max_num_seqs=options.max_num_seqs,
@@ -264,18 +317,22 @@ def build_scheduler(
         watermark_blocks=int(config.cache.watermark * memory.num_blocks),
         long_prefill_token_threshold=options.long_prefill_token_threshold,
         enable_chunked_prefill=options.enable_chunked_prefill,
-        policy=options.scheduling_policy,
+        policy="fcfs" if options.scheduling_policy == "auto" else options.scheduling_policy,
+        aging=options.priority_aging,
         max_adapters=config.lora.max_loras,
         max_samples=options.max_num_seqs if gpu else config.max_samples,
         max_drafts=config.max_drafts,
         stages=config.parallel.pipeline_parallel_size,
         least_prompt_tokens=256 if gpu else 64,
+        fails_with_loads=config.kv_load_failure_policy == "fail",
     )
     return Scheduler(
         limits,
         kv,
         needs_token_before_next=lambda message: message.decoding.rules is not None,
         takes_drafts=lambda message: not (gpu and message.decoding.has_penalties),
+        observe=debug_log(),
+        connector=connector,
     )
 
 

@@ -135,8 +135,10 @@ class AsyncLLM:
         placement: Placement = Placement(),
         add_special_tokens: bool = True,
         thinking: ThinkingTokens | None = None,
+        deadline: float | None = None,
     ) -> RequestStream:
-        """Validate, tokenize and queue a request. A grammar should have passed `check_grammar`.
+        """Validate, tokenize and queue a request. A grammar should have passed `check_grammar`. deadline: see
+        `FrontEnd.read`.
 
         Raises `RequestError` for a request that cannot be served, `QueueFullError` if too many wait,
         `EngineSleepingError` if the engine sleeps, `EngineDeadError` if it has died. After
@@ -149,6 +151,7 @@ class AsyncLLM:
             placement=placement,
             add_special_tokens=add_special_tokens,
             thinking=thinking,
+            deadline=deadline,
         )
         self._front.check_queue(request)
         effects = self._front.start(request)
@@ -326,9 +329,9 @@ class AsyncLLM:
         """The scheduler's state after the last step."""
         return self._front.stats
 
-    def attach_metrics(self, metrics: MetricsSink) -> None:
-        """Report all events to `metrics` from now on."""
-        self._front.metrics = metrics
+    def attach_metrics(self, metrics: MetricsSink, *, log_prefixes: bool = False) -> None:
+        """Report all events to `metrics` from now on. log_prefixes: log each request's `PrefixReport`."""
+        self._front.report_to(metrics, log_prefixes=log_prefixes)
 
     def add_stats_listener(self, callback: Callable[[StepOutputs], None]) -> None:
         self._stats_listeners.append(callback)

@@ -20,6 +20,7 @@ from quire.engine.setup import ServedModel
 from quire.errors import EngineError
 from quire.messages import AddRequest
 from quire.outputs import CompletionOutput, Logprob, RequestOutput
+from quire.prefix_report import PrefixReport
 from quire.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
 from quire.text.detokenizer import IncrementalDetokenizer
 
@@ -160,12 +161,14 @@ class SearchRequest:
         self._tokenizer = model.tokenizer
         self._round: dict[str, RequestOutput | None] = {}
         """The beams' requests, in the order of the beams, and their outputs."""
-        self._num_cached_tokens: int | None = None
+        self._prefix: PrefixReport | None = None
         self._error: str | None = None
+        self._late: str | None = None
+        """The finish reason, if its deadline has passed."""
 
     @property
     def is_done(self) -> bool:
-        return self._error is not None or self._search.done
+        return self._error is not None or self._late is not None or self._search.done
 
     @property
     def waiting(self) -> list[str]:
@@ -192,10 +195,13 @@ class SearchRequest:
         outputs = [output for output in self._round.values() if output is not None]
         if len(outputs) < len(self._round):
             return False
-        if self._num_cached_tokens is None:
-            self._num_cached_tokens = outputs[0].num_cached_tokens
+        if self._prefix is None:
+            self._prefix = outputs[0].prefix
         self._error = next((o.error for o in outputs if o.error is not None), None)
-        if self._error is None:
+        reasons = {output.outputs[0].finish_reason for output in outputs}
+        if reasons & {"timeout", "expired"}:
+            self._late = "expired" if reasons == {"expired"} and self._prefix is None else "timeout"
+        elif self._error is None:
             try:
                 self._search.advance([candidates(output) for output in outputs])
             except Exception:  # an error in one search ends only that search
@@ -205,7 +211,7 @@ class SearchRequest:
 
     def output(self, reason: str | None = None) -> RequestOutput:
         """The best sequences. reason: the finish reason, if the search was ended early."""
-        reason = "error" if self._error else reason
+        reason = "error" if self._error else self._late or reason
         return RequestOutput(
             request_id=self.request.request_id,
             prompt=self.request.prompt,
@@ -215,7 +221,8 @@ class SearchRequest:
                 for index, beam in enumerate(self._search.best())
             ],
             finished=True,
-            num_cached_tokens=self._num_cached_tokens,
+            num_cached_tokens=None if self._prefix is None else self._prefix.cached,
+            prefix=self._prefix,
             error=self._error,
             lora_request=self.request.lora_request,
         )

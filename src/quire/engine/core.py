@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections import deque
@@ -12,6 +13,7 @@ from quire.engine.pending import PendingRequests, failed
 from quire.engine.residence import AdapterMemory
 from quire.errors import EngineError, EngineSleepingError
 from quire.executor.base import Executor, StepFuture
+from quire.kvcache import ChangeStream
 from quire.messages import (
     AbortRequests,
     AddAdapter,
@@ -22,6 +24,7 @@ from quire.messages import (
     CoreInput,
     CoreOutput,
     DropAdapter,
+    FinishReason,
     LoadAdapter,
     Ping,
     Pong,
@@ -33,6 +36,7 @@ from quire.messages import (
 )
 from quire.messages.failures import failure_of
 from quire.scheduler import Scheduler, Wait
+from quire.scheduler.deadlines import Deadlines
 from quire.structured.store import GrammarStore
 
 logger = logging.getLogger(__name__)
@@ -50,17 +54,20 @@ class EngineCore:
         *,
         grammars: GrammarStore | None = None,
         max_adapters: int = 0,
+        events: ChangeStream | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """max_adapters: the most that are in memory."""
         self.scheduler = scheduler
         self.executor = executor
         self._clock = clock
+        self._events = events
         self._in_flight: deque[tuple[StepPlan, StepFuture]] = deque()
         self._grammars = grammars
         self._sleep_level = 0
         self._adapters = AdapterMemory(executor, max_adapters)
-        self._pending = PendingRequests(grammars, self._adapters, scheduler.policy.waiting_key)
+        self._deadlines = Deadlines()
+        self._pending = PendingRequests(grammars, self._adapters, scheduler.waiting.waiting_key)
 
     @property
     def has_work(self) -> bool:
@@ -70,6 +77,8 @@ class EngineCore:
         """One iteration of continuous batching: launch a plan, and take the oldest result once as many plans
         as the executor may have are in flight, or no request can run before there is a result."""
         updates = self._admit_ready()
+        if self._deadlines:
+            updates += self._end(self._deadlines.passed(self._clock()), FinishReason.EXPIRED)
         plan = self.scheduler.schedule()
         if plan.rows or not self._in_flight:
             self._in_flight.append((plan, self.executor.execute(plan)))
@@ -94,8 +103,7 @@ class EngineCore:
             except Exception as error:
                 return self._outputs([failed(message, error)])
         elif isinstance(message, AbortRequests):
-            ids = message.request_ids
-            return self._outputs(self._pending.abort(ids) + self.scheduler.abort(ids))
+            return self._outputs(self._end(message.request_ids, FinishReason.ABORT))
         elif isinstance(message, Ping):
             return Pong(message.nonce, self._clock())
         elif isinstance(message, Control):
@@ -132,6 +140,7 @@ class EngineCore:
             self.scheduler.reset_prefix_cache()
         else:
             self._set_sleep_level(action.level if isinstance(action, Sleep) else 0)
+        self._publish()
 
     def _set_sleep_level(self, level: int) -> None:
         """level 0: awake. If the executor raises, its state is unchanged."""
@@ -144,16 +153,24 @@ class EngineCore:
             self._sleep_level = 0
         if level:
             self.scheduler.reset_prefix_cache()
+            self._drain()
             self.executor.sleep(level)
             self._adapters.clear()
             self._sleep_level = level
 
     def close(self) -> None:
+        if self.scheduler.loading is not None:
+            with contextlib.suppress(Exception):  # of an executor that has failed
+                self._drain()  # saves what the last requests left
         self.executor.close()
+        if self._events is not None:
+            self._events.close()
 
     def _add(self, message: AddRequest) -> None:
         if self._sleep_level:
             raise EngineSleepingError("The engine sleeps.")
+        if message.deadline is not None:
+            self._deadlines.add(message.request_id, message.deadline)
         reason = self._pending.add(message)
         if reason is None:
             self.scheduler.add_request(message)
@@ -170,10 +187,20 @@ class EngineCore:
             self.scheduler.add_request(message)
         return ends
 
+    def _end(self, request_ids: list[int], reason: FinishReason) -> list[RequestUpdate]:
+        return self._pending.abort(request_ids, reason) + self.scheduler.abort(request_ids, reason)
+
     def _outputs(self, updates: list[RequestUpdate]) -> StepOutputs:
         for update in updates:
             if update.finish_reason is not None:
                 self._adapters.end(update.request_id)
+                self._deadlines.ended(update.request_id)
+        self._publish()
         stats = self.scheduler.take_stats()
         answers = self._pending.report(stats, self.scheduler.adapters.in_use)
         return StepOutputs(updates=updates, stats=stats, timestamp=self._clock(), answers=answers)
+
+    def _publish(self) -> None:
+        """Publish what has changed in the cache by the steps that are done."""
+        if self._events is not None:
+            self._events.flush([plan.step_id for plan, _ in self._in_flight])

@@ -60,7 +60,11 @@ class InlineCore:
         if self._answers:
             return self._answers.popleft()
         with interrupts_deferred():
-            return self._core.step()
+            output = self._core.step()
+            loading = self._core.scheduler.loading
+            while loading is not None and loading.transfers.is_held_for_others:
+                self._answers.append(self._core.step())  # there may be no other call for long
+            return output
 
     def close(self) -> None:
         self._core.close()

@@ -122,9 +122,11 @@ class FrontEnd:
         add_special_tokens: bool = True,
         thinking: ThinkingTokens | None = None,
         fit_max_tokens: bool = False,
+        deadline: float | None = None,
     ) -> EngineRequest:
         """Validate and tokenize a request, to be passed to `start`. `placement.adapter` is a name here, of
-        which the request gets the current version.
+        which the request gets the current version. deadline: seconds of `time.monotonic()` after which it
+        ends with "expired" if it has only waited, else "timeout".
 
         Raises `RequestError`, `EngineSleepingError`, or `EngineDeadError` if the engine has died.
         """
@@ -147,6 +149,7 @@ class FrontEnd:
             thinking=thinking,
             fit_max_tokens=fit_max_tokens,
             lora_request=lora_request,
+            deadline=deadline,
         )
 
     def check_grammar(self, params: SamplingParams) -> Sequence[str]:
@@ -219,6 +222,7 @@ class FrontEnd:
                 search.step_params,
                 placement=search.request.placement,
                 max_logprobs=-1,
+                deadline=search.request.deadline,
             )
             self._output.add(beam)
             self._search_of_beam[beam.request_id] = search
@@ -334,6 +338,5 @@ class FrontEnd:
     def metrics(self) -> MetricsSink:
         return self._output.metrics
 
-    @metrics.setter
-    def metrics(self, metrics: MetricsSink) -> None:
-        self._output.metrics = metrics
+    def report_to(self, metrics: MetricsSink, *, log_prefixes: bool = False) -> None:
+        self._output.metrics, self._output.log_prefixes = metrics, log_prefixes

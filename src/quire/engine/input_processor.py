@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import logging
 import secrets
 import threading
 import time
@@ -14,24 +15,28 @@ from dataclasses import dataclass
 import msgspec
 
 from quire.decoding import MAX_TOP_K, Decoding, Task, TokenRules, signed_64
+from quire.engine.handoff import read_handoff
 from quire.engine.setup import ServedModel
 from quire.errors import InvalidParameterError, PromptTooLongError
 from quire.lora.request import LoRARequest
 from quire.messages import AddRequest
-from quire.placement import Placement
+from quire.placement import LONGEST_RETENTION, Placement, Retain
 from quire.sampling_params import BeamSearchParams, PoolingParams, SamplingParams
 from quire.structured.base import NoTokenLeftError
 from quire.structured.spec import Wanted, wanted
 from quire.text.parsing.base import ThinkingTokens
 
+logger = logging.getLogger(__name__)
+
 Params = SamplingParams | PoolingParams | BeamSearchParams
 PromptInput = str | Sequence[int] | Mapping[str, object]
-"""Text, token ids, or a mapping with `prompt` or `prompt_token_ids`, and optionally `cache_salt`."""
+"""Text, token ids, or a mapping with `prompt` or `prompt_token_ids`, and optionally `cache_salt` and
+`retain_seconds`."""
 
 MAX_CACHE_SALT_CHARS = 1024
 NUM_GRAMMARS = 32
 """Number of grammars in the LRU cache."""
-_PROMPT_KEYS = frozenset({"prompt", "prompt_token_ids", "cache_salt"})
+_PROMPT_KEYS = frozenset({"prompt", "prompt_token_ids", "cache_salt", "retain_seconds"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +55,8 @@ class EngineRequest:
     sequences: list[AddRequest]
     """For the engine core. Empty for a beam search, whose beams are separate requests."""
     lora_request: LoRARequest | None = None
+    deadline: float | None = None
+    """Seconds of `time.monotonic()`."""
 
 
 class InputProcessor:
@@ -81,6 +88,7 @@ class InputProcessor:
         max_logprobs: int | None = None,
         fit_max_tokens: bool = False,
         lora_request: LoRARequest | None = None,
+        deadline: float | None = None,
     ) -> EngineRequest:
         """thinking: the tokens around a reasoning model's reasoning.
         fit_max_tokens: max_tokens is a default, which is reduced to what the context has room for.
@@ -96,6 +104,10 @@ class InputProcessor:
         if not isinstance(params, PoolingParams) and generates:
             max_tokens = self._max_tokens(len(token_ids), params, fit=fit_max_tokens)
         now, leader = time.monotonic(), next(self._ids)
+        extra_args = params.extra_args if isinstance(params, SamplingParams) else None
+        handoff = read_handoff(extra_args, self._model.kv_transfer)
+        if handoff.ignored:
+            logger.warning("a request's %s", handoff.ignored)
         decodings = []
         if isinstance(params, PoolingParams):
             decodings = [_pooling_decoding(params)]
@@ -118,10 +130,14 @@ class InputProcessor:
                     placement=placement,
                     arrival_time=now,
                     fork_of=leader if index else None,
+                    deadline=deadline,
+                    source=None if index else handoff.source,
+                    hold_kv=handoff.hold and not index,
                 )
                 for index, decoding in enumerate(decodings)
             ],
             lora_request=lora_request,
+            deadline=deadline,
         )
 
     def _decodings(
@@ -159,12 +175,16 @@ class InputProcessor:
             unknown = set(prompt) - _PROMPT_KEYS
             if unknown or not ("prompt" in prompt or "prompt_token_ids" in prompt):
                 raise InvalidParameterError(
-                    "a prompt mapping needs prompt or prompt_token_ids and may hold cache_salt; "
+                    "a prompt mapping needs prompt or prompt_token_ids and may hold cache_salt and "
+                    "retain_seconds; "
                     f"got {sorted(map(str, prompt))}.",
                     param="prompt",
                 )
             text, token_ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
             salt = prompt.get("cache_salt", salt)
+            if (seconds := prompt.get("retain_seconds")) is not None:
+                retain = (*placement.retain, Retain(_check_seconds(seconds)))
+                placement = msgspec.structs.replace(placement, retain=retain)
         else:
             token_ids = prompt
         if text is not None and not isinstance(text, str):
@@ -338,6 +358,16 @@ class InputProcessor:
                 value=params.max_tokens,
             )
         return params.max_tokens
+
+
+def _check_seconds(seconds: object) -> float:
+    is_number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
+    if not is_number or not 0 < float(seconds) <= LONGEST_RETENTION:  # type: ignore[arg-type]
+        raise InvalidParameterError(
+            f"retain_seconds must be a number above 0, at most {LONGEST_RETENTION:.0f}, got {seconds!r}.",
+            param="retain_seconds",
+        )
+    return float(seconds)  # type: ignore[arg-type]
 
 
 def _check_priority(priority: object) -> None:

@@ -137,13 +137,15 @@ class LLM:
             from quire.metrics import create_metrics
 
             self._metrics = CollectorRegistry(auto_describe=True)
-            self._front.metrics = create_metrics(
-                self._metrics,
-                [None] * config.parallel.data_parallel_size,
-                model_name=self.model.name,
-                max_model_len=self.model.max_model_len,
-                max_adapters=config.lora.max_loras if config.lora.enable_lora else None,
-                max_drafts=config.max_drafts,
+            self._front.report_to(
+                create_metrics(
+                    self._metrics,
+                    [None] * config.parallel.data_parallel_size,
+                    model_name=self.model.name,
+                    max_model_len=self.model.max_model_len,
+                    max_adapters=config.lora.max_loras if config.lora.enable_lora else None,
+                    max_drafts=config.max_drafts,
+                )
             )
         try:
             self._load_modules()

@@ -159,6 +159,43 @@ def plan_ranks(
     )
 
 
+def tier_rows(config: EngineConfig) -> list[tuple[str, str]]:
+    """The ledger's lines about KV outside the cache, of one replica."""
+    options, ranks = config.kv_tiers, config.parallel.world_size
+    ram, beside = options.ram_bytes(ranks), config.host_bytes(tier=False)
+    rows = [
+        ("KV in host memory, compressed", ranks * ram),
+        ("KV on its way, at most", ranks * beside),
+        (f"KV on disk, {options.kv_disk_path}", options.disk_bytes),
+    ]
+    return [(name, format_bytes(size)) for name, size in rows if size]
+
+
+def check_tiers(config: EngineConfig, plan: MemoryPlan, available: int, *, gpu: bool) -> None:
+    """plan: of one replica. available: bytes of this machine before anything is loaded. Raises
+    `MemoryFitError` if KV in host memory, outside the cache, does not fit beside the rest."""
+    parallel, each = config.parallel, config.host_bytes()
+    here = parallel.world_size // parallel.nnodes
+    others = 0 if gpu else plan.weight_bytes + plan.activation_bytes + plan.kv_bytes
+    left = available // parallel.data_parallel_size - others // parallel.nnodes
+    if here * each <= left:
+        return
+    beside = config.host_bytes(tier=False)
+    most = max(0.0, (left / here - beside) / 2**30 - 0.005)  # rounded down
+    remedy = f"Set --swap-space {most:.2f} or less"
+    if config.kv_tiers.kv_offloading_size:
+        remedy = f"Set --kv-offloading-size {most * parallel.world_size:.2f} or less"
+    transfer, over = config.kv_transfer.transfer, beside - left // here
+    if over > 0 and transfer is not None:
+        fits = max(0, transfer.kv_buffer_size - over)
+        remedy = f"Set kv_buffer_size (--kv-transfer-config) to {fits} or less"
+    raise MemoryFitError(
+        f"{format_bytes(here * each)} of host memory for KV ({here} x {format_bytes(each)}) do not fit in "
+        f"the {format_bytes(max(0, left))} that are left of {format_bytes(available)} beside the rest. "
+        f"{remedy}, or make the KV cache smaller (--kv-cache-memory-bytes)."
+    )
+
+
 def _longest(
     blocks_for: Callable[[int], int], num_blocks: int, wanted: int, block_size: int
 ) -> int:

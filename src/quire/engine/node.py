@@ -41,7 +41,7 @@ def run_node(config: EngineConfig) -> int:
         return _run(numbers, links, str(resolved.model_dir), ended)
 
 
-def _connect(numbers: range, connect: Callable[[int], Link]) -> list[Link]:
+def _connect(numbers: list[int], connect: Callable[[int], Link]) -> list[Link]:
     """All at once: none is answered before all have come. In threads that do not delay the process's end."""
     found: queue.SimpleQueue[tuple[int, Link | Exception]] = queue.SimpleQueue()
 
@@ -62,7 +62,7 @@ def _connect(numbers: range, connect: Callable[[int], Link]) -> list[Link]:
     return [links[number] for number in numbers]
 
 
-def _run(numbers: range, links: list[Link], model: str, ended: int) -> int:
+def _run(numbers: list[int], links: list[Link], model: str, ended: int) -> int:
     processes: dict[int, subprocess.Popen[bytes]] = {}
     poller = select.poll()
     poller.register(ended, select.POLLIN)
@@ -95,7 +95,7 @@ def _run(numbers: range, links: list[Link], model: str, ended: int) -> int:
     return 1 if failed else 0
 
 
-def _text(numbers: range) -> str:
+def _text(numbers: list[int]) -> str:
     return ", ".join(map(str, numbers))
 
 

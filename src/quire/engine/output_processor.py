@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from quire.decoding import Task
+from quire.engine.handoff import to_params
 from quire.engine.input_processor import EngineRequest
 from quire.messages import FinishReason, RequestUpdate, StepOutputs, TokenLogprobs
 from quire.metrics import FinishedRequest, MetricsSink, NullMetrics
@@ -18,6 +19,7 @@ from quire.outputs import (
     RequestSpecDecodeMetrics,
     RequestStateStats,
 )
+from quire.prefix_report import PrefixReport
 from quire.sampling_params import RequestOutputKind, SamplingParams
 from quire.text.detokenizer import IncrementalDetokenizer
 from quire.text.tokenizer import Tokenizer
@@ -53,14 +55,19 @@ class RequestState:
     kind: RequestOutputKind
     sequences: list[_Sequence]
     metrics: RequestStateStats
-    num_cached_tokens: int | None = None
+    prefix: PrefixReport | None = None
     error: str | None = None
     replica: int = 0
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     """As far as they are known; None if they were not requested."""
     embedding: list[float] | None = None
+    kv_transfer_params: dict[str, object] | None = None
     held: dict[int, str] = field(default_factory=dict)
     """Sequence index -> text that is buffered because of the stream interval."""
+
+    @property
+    def num_cached_tokens(self) -> int:
+        return 0 if self.prefix is None else self.prefix.cached
 
     @property
     def finished(self) -> bool:
@@ -95,6 +102,8 @@ class OutputProcessor:
         self._final_only = final_only
         self._max_drafts = max_drafts
         self.metrics: MetricsSink = metrics or NullMetrics()
+        self.log_prefixes = False
+        """Whether each request's `PrefixReport` is logged with its first token."""
         self._states: dict[int, tuple[RequestState, _Sequence]] = {}
         self.requests: dict[str, RequestState] = {}
 
@@ -267,10 +276,10 @@ class OutputProcessor:
         stats = state.metrics
         if update.times is not None and stats.scheduled_ts == 0.0:
             stats.queued_ts, stats.scheduled_ts = update.times.queued, update.times.scheduled
-        if update.num_cached_tokens is not None and state.num_cached_tokens is None:
-            state.num_cached_tokens = update.num_cached_tokens
+        if update.prefix is not None and state.prefix is None:
+            state.prefix = update.prefix
         if not update.new_token_ids:
-            if state.request.task is not Task.GENERATE and update.num_cached_tokens is not None:
+            if state.request.task is not Task.GENERATE and update.prefix is not None:
                 self._count_prompt(state, None)
             return
         if stats.first_token_ts == 0.0:
@@ -284,15 +293,20 @@ class OutputProcessor:
         sequence.last_token_ts = stats.last_token_ts = timestamp
 
     def _count_prompt(self, state: RequestState, ttft_seconds: float | None) -> None:
+        if self.log_prefixes:
+            logger.info("request %s: prompt: %s", state.request.request_id, state.prefix)
         self.metrics.on_first_token(
             ttft_seconds,
             prompt_tokens=len(state.request.prompt_token_ids),
-            cached_tokens=state.num_cached_tokens or 0,
+            cached_tokens=state.num_cached_tokens,
+            external_tokens=0 if state.prefix is None else state.prefix.external,
         )
 
     def _note_prompt(self, state: RequestState, update: RequestUpdate) -> None:
         if update.embedding is not None:
             state.embedding = update.embedding
+        if update.kv_source is not None:
+            state.kv_transfer_params = to_params(update.kv_source, state.request.request_id)
         if update.prompt_logprobs is not None and state.prompt_logprobs is not None:
             also = state.request.sequences[0].decoding.logprob_token_ids
             state.prompt_logprobs += [
@@ -334,7 +348,7 @@ class OutputProcessor:
             FinishedRequest(
                 prompt_tokens=len(request.prompt_token_ids),
                 generation_tokens=stats.num_generation_tokens,
-                cached_tokens=state.num_cached_tokens or 0,
+                cached_tokens=state.num_cached_tokens,
                 finish_reason=first_reason.value,
                 arrival_ts=stats.arrival_ts,
                 queued_ts=stats.queued_ts,
@@ -371,11 +385,13 @@ def _show(state: RequestState, deltas: dict[int, str]) -> RequestOutput | None:
         outputs=outputs,
         finished=finished,
         metrics=state.metrics,
-        num_cached_tokens=state.num_cached_tokens,
+        num_cached_tokens=None if state.prefix is None else state.prefix.cached,
+        prefix=state.prefix,
         prompt_logprobs=state.prompt_logprobs,
         embedding=state.embedding,
         error=state.error,
         lora_request=state.request.lora_request,
+        kv_transfer_params=state.kv_transfer_params,
     )
 
 

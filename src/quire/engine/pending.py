@@ -134,7 +134,9 @@ class PendingRequests:
             entry.blocked_since = self._pass
         return found is Residence.LOADED and not overdue
 
-    def abort(self, request_ids: Iterable[int]) -> list[RequestUpdate]:
+    def abort(
+        self, request_ids: Iterable[int], reason: FinishReason = FinishReason.ABORT
+    ) -> list[RequestUpdate]:
         """End those of the requests that wait here."""
         ids = set(request_ids)
         gone = {
@@ -146,7 +148,7 @@ class PendingRequests:
             self._entries = [
                 e for e in self._entries if getattr(e.message, "request_id", None) not in gone
             ]
-        return [RequestUpdate(request_id=i, finish_reason=FinishReason.ABORT) for i in sorted(gone)]
+        return [RequestUpdate(request_id=i, finish_reason=reason) for i in sorted(gone)]
 
     def report(self, stats: SchedulerStats, running: Mapping[str, int]) -> list[Answer]:
         """Add what waits here to `stats`, and return the answers to calls. running: the number of running

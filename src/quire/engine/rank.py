@@ -29,7 +29,8 @@ def run_rank(link: Link, number: int, memory: int = -1, model: str = "") -> int:
             config = replace(config, model=replace(config.model, model=model))
         report_compiling()
         whole = worker_spec(resolve(config), message.max_model_len)
-        meeting = Meeting(message.group, message.address, memory)
+        shared = message.group == "shared_memory"
+        meeting = Meeting(message.group, message.address, memory if shared else -1)
         worker = Worker(
             config,
             spec_of_rank(whole, config.parallel, number),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import time
@@ -69,8 +70,10 @@ class ReplicaCores:
     def configure(self, config: EngineConfig) -> None:
         """Load this model in all of them. Call once, with a `config` from `locate`."""
         self._config = config
-        for core in self._cores:
-            core.configure(config)
+        for rank, core in enumerate(self._cores):
+            events = dataclasses.replace(config.kv_events, rank=rank)
+            transfer = config.kv_transfer.of_replica(rank, config.parallel.world_size)
+            core.configure(dataclasses.replace(config, kv_events=events, kv_transfer=transfer))
 
     def wait_ready(self) -> EngineReady:
         """Block until all have loaded. Raises the error of the first that cannot."""

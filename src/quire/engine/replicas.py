@@ -131,7 +131,7 @@ class Replicas:
             for update in message.updates:
                 if update.finish_reason is not None:
                     self._end(update.request_id)
-                elif update.num_cached_tokens is not None:
+                elif update.prefix is not None:
                     self._router.computed(update.request_id)
             answers = (self._answer(replica, answer) for answer in message.answers)
             message.answers = [answer for answer in answers if answer is not None]

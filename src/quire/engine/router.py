@@ -181,6 +181,10 @@ class Router(Generic[Name]):
         target.load += load
         self._live[request] = _Live(target, load)
 
+    def missing(self, request: Hashable) -> int:
+        """Tokens of a chosen request's prompt that its replica has to compute, as far as is known."""
+        return self._live[request].load - self._rule.row_tokens
+
     def computed(self, request: Hashable) -> None:
         """Its prompt has been computed; it generates."""
         live = self._live.get(request)

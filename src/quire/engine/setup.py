@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quire.config import EngineConfig, ModelConfig
+from quire.config import EngineConfig, KVTransfer, ModelConfig
 from quire.dtypes import FLOAT_SPELLINGS, FLOATS
 from quire.engine.drafts import locate_draft, resolve_draft
 from quire.engine.end_tokens import EndTokens, EosSource, end_tokens
@@ -80,6 +80,8 @@ class ServedModel:
     """Limits for the grammars of requests."""
     max_drafts: int = 0
     """The most drafts of a step; 0 without speculative decoding."""
+    kv_transfer: KVTransfer | None = None
+    """How KV is exchanged with other instances, if it is."""
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -206,6 +208,7 @@ def serve_model(config: EngineConfig, resolved: ResolvedModel) -> ServedModel:
         root=str(resolved.model_dir),
         grammars=Limits(config.structured.max_grammar_bytes, config.structured.json_whitespace),
         max_drafts=config.max_drafts,
+        kv_transfer=config.kv_transfer.transfer,
     )
 
 

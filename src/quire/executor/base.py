@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
+from quire.kvtransfer.base import Store
 from quire.messages import StepPlan, StepResult
 from quire.runner.footprint import Footprint
 
@@ -63,6 +64,12 @@ class Executor(Protocol):
     @property
     def adapters(self) -> AdapterStore | None:
         """None if adapters are not served, and while asleep: sleeping drops them."""
+        ...
+
+    @property
+    def store(self) -> Store | None:
+        """What the sampling rank keeps of KV outside the cache. None if nothing is kept, and while
+        asleep."""
         ...
 
     @property

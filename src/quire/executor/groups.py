@@ -13,7 +13,7 @@ from quire.distributed.create import create_group
 from quire.distributed.shared_memory import HALF_BYTES
 from quire.dtypes import element_bytes
 from quire.kernels.cpu.group import HEADER
-from quire.kernels.group import Channels, Group
+from quire.kernels.group import Channel, Channels, Group
 from quire.runner.footprint import WorkerSpec, group_bytes
 
 
@@ -46,6 +46,7 @@ class Meeting:
             timeout=parallel.worker_timeout,
             descriptor=self.descriptor,
             address=self.address,
+            name=f"stage {number // size}",
             area=Areas(config, spec).of_stage(number // size) if shared else None,
         )
 
@@ -57,16 +58,28 @@ class Meeting:
             return None
         areas = Areas(config, spec)
 
-        def end(sender: int, *, sends: bool) -> SharedMemoryChannel | None:
+        def end(sender: int, *, sends: bool) -> Channel | None:
             if not 0 <= sender < (stages - 1) * size:
                 return None
-            return SharedMemoryChannel(
-                self.descriptor,
+            numbers, timeout = (sender, sender + size), parallel.worker_timeout
+            if self.kind == "shared_memory":
+                return SharedMemoryChannel(
+                    self.descriptor,
+                    sends=sends,
+                    slots=stages,
+                    timeout=timeout,
+                    numbers=numbers,
+                    area=areas.of_channel(sender),
+                )
+            from quire.distributed.link_channel import LinkChannel
+
+            return LinkChannel(
+                self.address,
                 sends=sends,
                 slots=stages,
-                timeout=parallel.worker_timeout,
-                numbers=(sender, sender + size),
-                area=areas.of_channel(sender),
+                timeout=timeout,
+                numbers=numbers,
+                descriptor=self.descriptor if size == 1 else -1,  # else the group serves the store
             )
 
         return Channels(end(number - size, sends=False), end(number, sends=True))
@@ -107,7 +120,7 @@ def arrange(
     see `Ranks`. Raises `ConfigError`."""
     parallel = config.parallel
     together = memory >= 0 and spec.device == "cpu" and parallel.nnodes == 1
-    if parallel.tensor_parallel_size == 1 or together:
+    if together:
         os.ftruncate(memory, Areas(config, spec).num_bytes)
         return Meeting("shared_memory", descriptor=memory)
     host = host or ("127.0.0.1" if parallel.nnodes == 1 else parallel.master_addr)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from quire.executor.base import AdapterStore
+from quire.kvtransfer.base import Store
 from quire.messages import SampledRow, StepPlan, StepResult
 from quire.runner.footprint import Footprint, host_memory
 
@@ -24,6 +25,7 @@ class MockExecutor:
         """("launched" or "taken", step_id), in the order in which it happened."""
         self.adapters: AdapterStore | None = None
         self.watched: int | None = None
+        self.store: Store | None = None
 
     def load(self) -> Footprint:
         return Footprint(weight_bytes=0, step_bytes=0, memory=host_memory())

@@ -1,6 +1,6 @@
 """Ranks on several machines of one command each: `quire serve MODEL -tp 4 --nnodes 2 --node-rank 0`, or 1.
 
-Node i has the ranks from i * n on, n to a node. The first node has the engine core. On the others a process
+The first node has the engine core, and so the rank that samples (`numbers_of`). On the others a process
 without HTTP (`quire.engine.node`) says hello for each of its ranks, and starts them with their links:
 a rank does not know where the other end is.
 """
@@ -27,10 +27,11 @@ SAMPLE_BYTES = 64 << 10
 """Of each place of a file."""
 
 
-def numbers_of(parallel: ParallelConfig, node: int) -> range:
-    """The ranks of a node."""
-    each = parallel.world_size // parallel.nnodes
-    return range(node * each, (node + 1) * each)
+def numbers_of(parallel: ParallelConfig, node: int) -> list[int]:
+    """The ranks of a node. The rank that samples, the first of the last stage, is on the first node."""
+    world, each = parallel.world_size, parallel.world_size // parallel.nnodes
+    first = world - max(parallel.tensor_parallel_size, each) + node * each
+    return [(first + index) % world for index in range(each)]
 
 
 def facts(config: EngineConfig, dtype: str, directory: Path) -> Facts:
@@ -41,6 +42,7 @@ def facts(config: EngineConfig, dtype: str, directory: Path) -> Facts:
         "model": fingerprint(directory),
         "dtype": dtype,
         "tensor_parallel_size": parallel.tensor_parallel_size,
+        "pipeline_parallel_size": parallel.pipeline_parallel_size,
         "nnodes": parallel.nnodes,
     }
 
@@ -102,10 +104,12 @@ class NodeRanks:
             )
         key = read_key(parallel.node_key_file)
         same = facts(config, spec.dtype, spec.directory)
+        sampling = parallel.world_size - parallel.tensor_parallel_size
         here = numbers_of(parallel, 0)
-        others = range(here.stop, parallel.world_size)
+        others = [number for number in range(parallel.world_size) if number not in here]
+        here.remove(sampling)
         with listen(parallel.master_addr, parallel.master_port, key) as listener:
-            self._local = ProcessRanks(parallel, here[1:])
+            self._local = ProcessRanks(parallel, here)
             try:
                 links = accept_all(listener, key, same, others, timeout=START_SECONDS)
             except BaseException:

@@ -22,7 +22,7 @@ from quire.distributed.links import Link
 from quire.errors import ConfigError, QuireError, WorkerError
 from quire.executor.death import exit_when_closed
 from quire.executor.ranks import Rank
-from quire.util.cores import physical_cores
+from quire.util.cores import default_threads, physical_cores
 from quire.util.environment import child_environment
 from quire.util.version import VERSION
 
@@ -211,11 +211,6 @@ class RayRanks:
             shared = SharedMemory(
                 os.getpid(), self.group_memory, os.fstat(self.group_memory).st_ino
             )
-        elif parallel.pipeline_parallel_size > 1:
-            raise ConfigError(
-                "The ranks of a pipeline must be on one node so far, and this one has no room for all; lower "
-                "pipeline_parallel_size, or use tensor_parallel_size alone."
-            )
         key = secrets.token_bytes(32)
         with hello.listen(self.host, 0, key) as listener:
             core = (self.host, int(listener.getsockname()[1]))
@@ -239,7 +234,8 @@ def with_threads(config: EngineConfig) -> EngineConfig:
     """Every rank has as many threads as this machine could give each, unless `cpu_threads` says it."""
     if config.runtime.cpu_threads is not None:
         return config
-    threads = max(1, len(physical_cores()) // config.parallel.world_size)
+    ranks = config.parallel.world_size
+    threads = min(max(1, len(physical_cores()) // ranks), default_threads(ranks))
     return replace(config, runtime=replace(config.runtime, cpu_threads=threads))
 
 

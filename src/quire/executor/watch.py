@@ -15,8 +15,9 @@ import msgspec
 from quire.distributed.links import LinkError
 from quire.errors import ConfigError, ModelError, QuireError, WorkerError
 from quire.executor.ranks import Rank
+from quire.messages import TransferResult
 from quire.messages.failures import error_of
-from quire.messages.worker import AdapterEnded, WorkerFailed, WorkerOutput
+from quire.messages.worker import AdapterEnded, LoadsEnded, WorkerFailed, WorkerOutput
 
 logger = logging.getLogger("quire.executor")
 
@@ -34,6 +35,8 @@ class Watch:
         self._answers: dict[int, deque[WorkerOutput]] = {rank.number: deque() for rank in ranks}
         self.adapters: deque[tuple[int, AdapterEnded]] = deque()
         """(rank, what it says), until someone takes it."""
+        self.loads: deque[tuple[int, TransferResult]] = deque()
+        """Likewise."""
         self.error: QuireError | None = None
         self._closing = False
         self._wake = os.eventfd(0)
@@ -62,6 +65,10 @@ class Watch:
         self.fail(WorkerError(f"{rank.name} is late by {timeout:g} s."))
         self.check()
         raise AssertionError
+
+    def have_answered(self) -> bool:
+        """Whether all ranks have an answer that nobody has taken."""
+        return all(self._answers.values())
 
     def wait(self, seconds: float, condition: Callable[[], object]) -> None:
         """Until the condition, which something that a rank sends makes true; at most so long."""
@@ -119,6 +126,8 @@ class Watch:
         with self._changed:
             if isinstance(message, AdapterEnded):
                 self.adapters.append((rank.number, message))
+            elif isinstance(message, LoadsEnded):
+                self.loads += [(rank.number, result) for result in message.results]
             else:
                 self._answers[rank.number].append(message)
             self._changed.notify_all()

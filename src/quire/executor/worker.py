@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -16,13 +16,14 @@ import msgspec
 from quire.config import EngineConfig
 from quire.distributed.links import Link, LinkError
 from quire.errors import QuireError
-from quire.messages import AddAdapter, DropAdapter, Failure, Shutdown, Sleep, WakeUp
+from quire.messages import AddAdapter, DropAdapter, Failure, Shutdown, Sleep, TransferResult, WakeUp
 from quire.messages.failures import failure_of
 from quire.messages.worker import (
     AdapterEnded,
     Carried,
     Loaded,
     LoadModel,
+    LoadsEnded,
     OpenCache,
     Prepare,
     ReportTables,
@@ -38,6 +39,7 @@ from quire.runner.worker import Worker
 logger = logging.getLogger("quire.executor")
 
 ADAPTER_POLL_SECONDS = 0.01
+LOAD_POLL_SECONDS = 0.001
 MakeWorker = Callable[[EngineConfig, LoadModel], Worker]
 """(message's config, message) -> this rank's worker."""
 
@@ -58,12 +60,17 @@ class WorkerLoop:
         """Until the link ends. Returns the exit status."""
         try:
             while True:
+                store = None if self._worker is None else self._worker.store
                 wait = ADAPTER_POLL_SECONDS if self._loading else None
+                if store is not None and store.is_loading:
+                    wait = LOAD_POLL_SECONDS
                 payload = self._link.receive(timeout=wait)
                 if payload is not None and not self._take(payload):
                     return 0
                 if self._loading:
                     self._poll_adapters()
+                if store is not None:
+                    self._report(store.collect())
         except LinkError:
             return 0
         except Exception as error:
@@ -80,7 +87,7 @@ class WorkerLoop:
             logger.error("a message that is not of the protocol was dropped: %s", error)
             return True
         if isinstance(message, RunStep) and self._follower is not None:
-            self._follower.run(message)
+            self._report(self._follower.run(message))
         elif isinstance(message, Shutdown):
             return False
         elif isinstance(message, LoadModel):
@@ -143,6 +150,10 @@ class WorkerLoop:
         for load in self._worker.adapters.poll():
             self._loading.discard(load.key)
             self._send(AdapterEnded(load.key, load.error))
+
+    def _report(self, results: Sequence[TransferResult]) -> None:
+        if results:
+            self._send(LoadsEnded(list(results)))
 
     def _send(self, message: WorkerOutput) -> None:
         self._link.send(msgspec.msgpack.encode(message))

@@ -16,13 +16,17 @@ from dataclasses import dataclass
 import msgspec
 
 from quire.config import EngineConfig
+from quire.errors import QuireError
 from quire.executor.adapters import PlanOrder, RankAdapters
 from quire.executor.base import AdapterStore
 from quire.executor.followers import Followers
 from quire.executor.groups import Meeting, arrange
+from quire.executor.loads import RankLoads
+from quire.executor.nodes import numbers_of
 from quire.executor.processes import ProcessRanks
 from quire.executor.ranks import Ranks
 from quire.kernels.group import Channel, Channels, Group
+from quire.kvtransfer.base import Store
 from quire.messages import Sleep, StepPlan, StepResult, WakeUp
 from quire.messages.worker import (
     Carried,
@@ -35,12 +39,13 @@ from quire.messages.worker import (
     Tables,
     WorkerInput,
 )
+from quire.runner.finished import FinishedStep
 from quire.runner.following import digest_of, tables_of
 from quire.runner.footprint import DeviceMemory, Footprint, WorkerSpec, spec_of_rank
-from quire.runner.runner import FinishedStep, RunningStep
+from quire.runner.runner import RunningStep
 from quire.runner.worker import Worker
 from quire.sampling.sampler import GrammarSource
-from quire.util.cores import physical_cores, pinned, shares
+from quire.util.cores import default_threads, physical_cores, pinned, shares
 
 
 class WorkersExecutor:
@@ -60,16 +65,22 @@ class WorkersExecutor:
         parallel = config.parallel
         tensor = parallel.tensor_parallel_size
         self._number = parallel.world_size - tensor
-        self._here = range(parallel.world_size // parallel.nnodes)
-        self._shares = shares(len(self._here))
-        self._threads = [
-            sum(not core.isdisjoint(share) for core in physical_cores()) for share in self._shares
-        ]
+        here = range(parallel.world_size) if parallel.nnodes == 1 else numbers_of(parallel, 0)
+        self._shares = dict(zip(here, shares(len(here)), strict=True))
+        """Of the ranks of this machine."""
+        self._threads = {
+            number: min(
+                sum(not core.isdisjoint(share) for core in physical_cores()),
+                default_threads(len(here) * parallel.data_parallel_size),
+            )
+            for number, share in self._shares.items()
+        }
         self._config = config
         self._spec = spec
         self._ranks = ranks
         self._sampled: list[SampledTokens] = []
         self._order = PlanOrder()
+        self._loads: RankLoads | None = None
         self._stores: RankAdapters | None = None
         self._group: Group | None = None
         self._channels: Channels | None = None
@@ -118,6 +129,10 @@ class WorkersExecutor:
             self._stores = RankAdapters(own, self._others, self._order)
         return self._stores
 
+    @property
+    def store(self) -> Store | None:
+        return self._worker.store
+
     def load(self) -> Footprint:
         with pinned(self._pinned_to):
             found = {self._number: self._others.beside(self._worker.load)}
@@ -131,11 +146,16 @@ class WorkersExecutor:
             OpenCache(num_blocks, max_model_len),
             lambda: self._worker.open_cache(num_blocks, max_model_len),
         )
+        if self._worker.store is not None:
+            watch, timeout = self._others.watch, self._config.parallel.worker_timeout
+            self._loads = RankLoads(watch, self._others.ranks, timeout=timeout)
 
     def execute(self, plan: StepPlan) -> LaunchedStep | LaterStep | FinishedStep:
         sampled, self._sampled = self._sampled, []
         self._others.run(plan, sampled)
         self._order.sent()
+        if self._loads is not None:
+            self._loads.started(plan)
 
         def start() -> RunningStep | FinishedStep:
             running = self._worker.execute(plan)
@@ -150,7 +170,9 @@ class WorkersExecutor:
         """This rank's part."""
         with pinned(self._pinned_to):
             running = self._others.beside(start)
-        return LaunchedStep(self, running) if isinstance(running, RunningStep) else running
+        if isinstance(running, FinishedStep) and self._loads is None:
+            return running
+        return LaunchedStep(self, running)
 
     def prepare(self) -> bool:
         if self._spec.device == "cpu":
@@ -187,6 +209,7 @@ class WorkersExecutor:
         if self._closed:
             return
         self._closed = True
+        self._flush()
         self._others.watch.close()
         self._abort("The engine was closed.")
         self._ranks.close()
@@ -194,14 +217,21 @@ class WorkersExecutor:
         for each in self._waits_in():
             each.close()
 
+    def _flush(self) -> None:
+        """Let all ranks write what is on its way to their disks, if they have any."""
+        store, watch = self._worker.store, self._others.watch
+        if store is not None and store.flush_seconds and watch.error is None:
+            with contextlib.suppress(QuireError):
+                self._others.send(Sleep(1))
+                store.close()
+                watch.wait(store.flush_seconds, watch.have_answered)
+
     def _send_model(self, meeting: Meeting) -> None:
         for rank in self._others.ranks:
             message = LoadModel(
                 config=msgspec.json.encode(self._config_of(rank.number)),
                 max_model_len=self._spec.max_model_len,
-                cores=sorted(self._shares[rank.number])
-                if self._ranks.host is None and rank.number in self._here
-                else [],
+                cores=sorted(self._shares.get(rank.number, ())) if self._ranks.host is None else [],
                 group=meeting.kind,
                 address=meeting.address,
             )
@@ -210,7 +240,7 @@ class WorkersExecutor:
     def _config_of(self, number: int) -> EngineConfig:
         """A rank's, with the threads of its share of the cores. Another machine shares out its own."""
         runtime = self._config.runtime
-        if runtime.cpu_threads is not None or number not in self._here:
+        if runtime.cpu_threads is not None or number not in self._threads:
             return self._config
         runtime = dataclasses.replace(runtime, cpu_threads=self._threads[number])
         return dataclasses.replace(self._config, runtime=runtime)
@@ -227,10 +257,14 @@ class WorkersExecutor:
         inlet = None if self._channels is None else self._channels.inlet
         return [each for each in (self._group, inlet) if each is not None]
 
-    def took(self, running: RunningStep, result: StepResult) -> StepResult:
+    def took(self, running: RunningStep | FinishedStep, result: StepResult) -> StepResult:
         """The other ranks learn the result's tokens with the next plan."""
-        tokens = [row.token_ids for row in result.sampled[: len(running.rows)]]
-        self._sampled.append(SampledTokens(result.step_id, tokens))
+        if self._loads is not None:
+            wait = isinstance(running, FinishedStep)
+            result.transferred = self._loads.merge(result.transferred, wait=wait)
+        if isinstance(running, RunningStep):
+            tokens = [row.token_ids for row in result.sampled[: len(running.rows)]]
+            self._sampled.append(SampledTokens(result.step_id, tokens))
         return result
 
 
@@ -239,7 +273,7 @@ class LaunchedStep:
     """A `StepFuture`."""
 
     executor: WorkersExecutor
-    running: RunningStep
+    running: RunningStep | FinishedStep
 
     def result(self) -> StepResult:
         result = self.executor._others.beside(self.running.result)

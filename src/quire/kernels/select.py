@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 from typing import Literal
 
+import torch
+
 from quire.errors import ConfigError
-from quire.kernels.base import Kernels
-from quire.kernels.cpu.build import BuildError
+from quire.kernels.base import Kernels, LayerKernels
+from quire.kernels.cpu.build import BuildError, hash_of_sources
 from quire.kernels.cpu.library import load_library
 from quire.kernels.cpu.native import NativeKernels
 from quire.kernels.cpu.tiles import choose_tiles
@@ -49,3 +51,14 @@ def describe_native() -> str:
     bits = 32 * (vectors % 256)
     dots = " with bfloat16 dot products" if vectors >= 256 else ""
     return f"{bits}-bit vectors{dots}; {choose_tiles().reason}"
+
+
+def numerics_of(kernels: LayerKernels) -> str:
+    """Equal where results are equal, bit for bit, as far as that is known without computing."""
+    if kernels.device.type == "cuda":
+        where = torch.cuda.get_device_name(kernels.device)
+    elif isinstance(kernels, NativeKernels):
+        where = f"{describe_native()}, sources {hash_of_sources().hexdigest()}"
+    else:
+        where = torch.backends.cpu.get_cpu_capability()
+    return f"{kernels.name}, PyTorch {torch.__version__}, {where}"

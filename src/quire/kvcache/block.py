@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 NULL_BLOCK_ID = 0
 """Never handed out: padding rows, and block-table entries that are not read, point at it."""
@@ -29,6 +29,16 @@ class CacheKey:
         return hashlib.sha256(b"quire" + lengths.tobytes() + b"".join(encoded)).digest()
 
 
+@dataclass(eq=False, slots=True)
+class Hold:
+    """A client's wish to keep content, see `quire.kvcache.retention`."""
+
+    tenant: str
+    seconds: float
+    """How long after its last use."""
+    until: float
+
+
 @dataclass(eq=False, repr=False, slots=True)
 class BlockContent:
     """Identity of a block's KV: its tokens and everything before them. A full block is shared by reference,
@@ -45,6 +55,14 @@ class BlockContent:
     tokens: tuple[int, ...]
     blocks: list[Block | None]
     """By group of layers: the block with its KV, if there is one."""
+    hold: Hold | None = None
+    num_hits: int = 0
+    """Requests that found it in the cache. Counted only if there is a connector."""
+    key: CacheKey = field(init=False)
+    """The namespace of the chain."""
+
+    def __post_init__(self) -> None:
+        self.key = self.parent if isinstance(self.parent, CacheKey) else self.parent.key
 
     def follows(self, parent: BlockContent | CacheKey, tokens: tuple[int, ...]) -> bool:
         same = self.parent is parent or self.parent == parent  # keys are equal, contents identical
@@ -84,7 +102,7 @@ class Block:
 
 
 class FreeList:
-    """Free blocks in eviction order, the next to be handed out first.
+    """Free blocks in eviction order, the next to be handed out first: ordinary ones, then kept ones.
 
     Doubly linked through the blocks themselves, not a deque, because a prefix hit takes a block out of
     the middle in constant time.
@@ -92,8 +110,11 @@ class FreeList:
 
     def __init__(self) -> None:
         self._head = Block(-1)
+        self._kept = Block(-3)
+        """Separates the two kinds."""
         self._tail = Block(-2)
-        self._head.next_free, self._tail.prev_free = self._tail, self._head
+        self._head.next_free, self._tail.prev_free = self._kept, self._kept
+        self._kept.prev_free, self._kept.next_free = self._head, self._tail
         self._size = 0
 
     def __len__(self) -> int:
@@ -102,13 +123,25 @@ class FreeList:
     def __iter__(self) -> Iterator[Block]:
         block = self._head.next_free
         while block is not None and block is not self._tail:
-            yield block
+            if block is not self._kept:
+                yield block
             block = block.next_free
 
     def append(self, block: Block) -> None:
-        """Add at the end: handed out last."""
+        """Add at the end of the ordinary ones."""
+        assert self._kept.prev_free is not None
+        self._insert_after(self._kept.prev_free, block)
+
+    def keep(self, block: Block) -> None:
+        """Add at the end of all: handed out last."""
         assert self._tail.prev_free is not None
         self._insert_after(self._tail.prev_free, block)
+
+    def kept(self) -> Iterator[Block]:
+        block = self._kept.next_free
+        while block is not None and block is not self._tail:
+            yield block
+            block = block.next_free
 
     def prepend(self, block: Block) -> None:
         """Add at the beginning: handed out first, because its content is of no use."""
@@ -116,6 +149,8 @@ class FreeList:
 
     def popleft(self) -> Block:
         block = self._head.next_free
+        if block is self._kept:
+            block = self._kept.next_free
         assert block is not None and block is not self._tail, "the free list is empty"
         self.remove(block)
         return block

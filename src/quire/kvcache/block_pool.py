@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from itertools import islice
+from collections.abc import Iterable, Iterator, Sequence
 
 from quire.kvcache.block import NULL_BLOCK_ID, Block, BlockContent, CacheKey, FreeList
+from quire.kvcache.observer import CacheObserver
+from quire.kvcache.retention import Retention
+from quire.placement import Placement
 
 MOST_TAILS = 16
 """Most tails that are kept after one full block, the latest ones: a lookup compares all of them."""
@@ -23,18 +25,24 @@ class BlockPool:
     group may take it: pages of all groups are equally large.
 
     num_blocks: blocks in the KV cache, including the null block (id 0).
+    retention: of content that is evicted last. A free block is in the free list's kept part exactly while its
+    content is retained.
     """
 
-    def __init__(self, num_blocks: int, *, num_groups: int = 1) -> None:
+    def __init__(
+        self, num_blocks: int, *, num_groups: int = 1, retention: Retention | None = None
+    ) -> None:
         assert num_blocks >= 2, "one null block and at least one real one"
         self.blocks = [Block(i) for i in range(num_blocks)]
         self.num_groups = num_groups
+        self.retention = Retention(0) if retention is None else retention
         self._free = FreeList()
         self._cached: dict[bytes, BlockContent] = {}
         """Hash -> content that at least one block has."""
         self._tails: dict[BlockContent | CacheKey, list[BlockContent]] = {}
         """Tails by the content before them."""
         self.num_shared = 0
+        self.observers: tuple[CacheObserver, ...] = ()
         for block in self.blocks[NULL_BLOCK_ID + 1 :]:
             self._free.append(block)
 
@@ -58,9 +66,15 @@ class BlockPool:
     def allocate(self, count: int) -> list[Block]:
         """`count` blocks with one reference each; their old content is dropped. The caller has
         checked `num_free`."""
+        if len(self.retention):
+            for content in self.retention.expired():
+                self._move(content)
         taken = []
         for _ in range(count):
             block = self._free.popleft()
+            if block.content is not None:
+                for observer in self.observers:
+                    observer.evicts(block)
             self._forget(block)
             block.ref_count = 1
             taken.append(block)
@@ -75,23 +89,43 @@ class BlockPool:
                 self.num_shared += 1
             block.ref_count += 1
 
-    def next_free(self, count: int) -> list[Block]:
-        """The blocks that will be reused next."""
-        return list(islice(self._free, count))
-
-    def release(self, blocks: Iterable[Block], *, evict_first: bool = False) -> None:
-        """Drop a reference from each block. Blocks without cached content are reused first; with
-        evict_first, all of them are."""
+    def release(self, blocks: Iterable[Block]) -> None:
+        """Drop a reference from each block. Blocks without cached content are reused first."""
         for block in blocks:
             assert block.ref_count > 0, f"double free of {block}"
             block.ref_count -= 1
             if block.ref_count == 1:
                 self.num_shared -= 1
             elif block.ref_count == 0:
-                if evict_first or block.content is None:
+                if block.content is None:
                     self._free.prepend(block)
-                else:
+                elif block.content.hold is None:
                     self._free.append(block)
+                else:
+                    self.retention.touch(block.content)
+                    self._free.keep(block)
+
+    def retain(self, contents: Sequence[BlockContent], placement: Placement) -> None:
+        """Evict content after others, as a request asks that begins with it and is about to release it."""
+        end = sum(len(content.tokens) for content in contents)
+        for content in reversed(contents):
+            wishes = [
+                wish.seconds
+                for wish in placement.retain
+                if wish.num_tokens is None or wish.num_tokens >= end
+            ]
+            end -= len(content.tokens)
+            if wishes and self.retention.most and any(content.blocks):
+                for lost in self.retention.keep(content, placement.tenant, max(wishes)):
+                    self._move(lost)
+                self._move(content)
+
+    def _move(self, content: BlockContent) -> None:
+        """Put its free blocks where they belong after it was kept, or is no longer."""
+        for block in content.blocks:
+            if block is not None and block.ref_count == 0:
+                self._free.remove(block)
+                (self._free.append if content.hold is None else self._free.keep)(block)
 
     def register(
         self,
@@ -143,6 +177,8 @@ class BlockPool:
                 block.content, block.group, block.step_id = content, group, step_id
                 content.blocks[group] = block
                 self._cached[content.block_hash] = content
+                for observer in self.observers:
+                    observer.stored(content, group)
 
     def lookup_tail(
         self, parent: BlockContent | CacheKey, tokens: Sequence[int]
@@ -172,8 +208,20 @@ class BlockPool:
 
     def reset_cache(self) -> None:
         """Drop all cached content. Blocks in use stay with their requests."""
-        for content in list(self._cached.values()):
+        dropped = list(self._cached.values())
+        observers, self.observers = self.observers, ()
+        for content in dropped:
             self._forget_content(content)
+        self.observers = observers
+        for observer in observers:
+            observer.cleared(dropped)
+
+    def cached(self) -> Iterator[tuple[BlockContent, int]]:
+        """All that is cached: content, and a group in which a block has it."""
+        for content in self._cached.values():
+            for group, block in enumerate(content.blocks):
+                if block is not None:
+                    yield content, group
 
     def _forget(self, block: Block) -> None:
         """Drop the block's content from the cache."""
@@ -182,22 +230,34 @@ class BlockPool:
             return
         block.content = None
         content.blocks[block.group] = None
+        for observer in self.observers:
+            observer.removed(content, block.group)
         if content in self._tails.get(content.parent, ()):
             self._forget_content(content)  # a tail is copied whole
         elif not any(content.blocks):
-            del self._cached[content.block_hash]
+            self._drop(content)
 
     def _forget_content(self, content: BlockContent) -> None:
         """Drop content that no block has any more."""
-        for block in filter(None, content.blocks):
-            block.content = None
-        content.blocks = [None] * self.num_groups
-        del self._cached[content.block_hash]
+        for group, block in enumerate(content.blocks):
+            if block is not None:
+                block.content = content.blocks[group] = None
+                if content.hold is not None and block.ref_count == 0:
+                    self._free.remove(block)
+                    self._free.prepend(block)
+                for observer in self.observers:
+                    observer.removed(content, group)
+        self._drop(content)
         tails = self._tails.get(content.parent, [])
         if content in tails:
             tails.remove(content)
             if not tails:
                 del self._tails[content.parent]
+
+    def _drop(self, content: BlockContent) -> None:
+        del self._cached[content.block_hash]
+        if content.hold is not None:
+            self.retention.drop(content)
 
     def check_invariants(self, references: dict[int, int]) -> None:
         """Check that counts, free list and cache are consistent with `references` (block id -> how many block
@@ -213,6 +273,11 @@ class BlockPool:
             if (content := block.content) is not None:
                 assert content.blocks[block.group] is block, f"{block} is not its content's"
                 assert self._cached.get(content.block_hash) is content, f"{block} unfindable"
+        kept = {block.block_id for block in self._free.kept()}
+        for block in self._free:
+            is_kept = block.content is not None and block.content.hold is not None
+            assert (block.block_id in kept) == is_kept, f"{block} is in the wrong part"
+        self.retention.check_invariants()
         for content in self._cached.values():
             held = [block for block in content.blocks if block is not None]
             assert held and all(block.content is content for block in held)

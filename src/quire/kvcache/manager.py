@@ -3,58 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from quire.kv_layout import most_held
-from quire.kvcache.block import NULL_BLOCK_ID, Block, BlockContent, CacheKey, hash_block
+from quire.kvcache.block import Block, BlockContent, CacheKey, hash_block
 from quire.kvcache.block_pool import BlockPool
-from quire.messages import BlockIds
+from quire.kvcache.retention import Retention
+from quire.kvcache.tables import Growth, PrefixMatch, Table, count_references, tail_first
+from quire.placement import Placement
 
 LEAST_COPIED = 4
 """Least number of tokens for which a tail is copied; fewer are computed in less time."""
-
-
-@dataclass(slots=True)
-class PrefixMatch:
-    """Existing KV for the first `num_tokens` tokens of a request, as far as the next token reads it.
-
-    `blocks` are full and will be shared by reference. `tails`, if any, hold the KV of some more tokens; they
-    belong to others, so they are copied (copy-on-write) before this request appends to them.
-    """
-
-    num_tokens: int
-    blocks: list[list[Block]]
-    """By group. The null block stands for blocks behind the window."""
-    contents: list[BlockContent] = field(default_factory=list)
-    """The contents of the full blocks, as far as they are known."""
-    tails: list[Block] = field(default_factory=list)
-    """One block of each group, or none."""
-
-
-@dataclass(slots=True)
-class _Table:
-    """One request's blocks, of each group as many. The first `len(contents)` are full, and their content is
-    known."""
-
-    key: CacheKey
-    blocks: list[list[Block]]
-    contents: list[BlockContent]
-    first: list[int]
-    """By group: index of the first block that is not behind the window. Entries before it are the null
-    block."""
-    slides_at: int
-    """See `KVCacheManager.slide`."""
-
-
-@dataclass(frozen=True, slots=True)
-class Growth:
-    """Blocks added to a request's tables, and the copies that must precede their use."""
-
-    block_ids: BlockIds
-    """Empty if no block was added."""
-    copies: list[tuple[int, int]]
-    """(source, destination) block ids."""
 
 
 class KVCacheManager:
@@ -81,12 +40,13 @@ class KVCacheManager:
         enable_prefix_caching: bool,
         windows: Sequence[int | None] = (None,),
         max_row_tokens: int = 0,
+        retention: Retention | None = None,
     ) -> None:
-        self.pool = BlockPool(num_blocks, num_groups=len(windows))
+        self.pool = BlockPool(num_blocks, num_groups=len(windows), retention=retention)
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
         self.windows = tuple(windows)
-        self.tables: dict[int, _Table] = {}
+        self.tables: dict[int, Table] = {}
         self._hashes: dict[int, list[bytes]] = {}
         self._full = [group for group, window in enumerate(windows) if window is None]
         self._sliding = [
@@ -207,21 +167,25 @@ class KVCacheManager:
     def _longest(self, chain: Sequence[BlockContent], count: int) -> int:
         """The number of leading blocks, at most `count`, that can be reused: every group must have the blocks
         that the next token reads."""
+        if not self._sliding:
+            return count
+        return self.longest(count, lambda group, index: chain[index].blocks[group] is not None)
+
+    def longest(self, count: int, has: Callable[[int, int], bool]) -> int:
+        """The number of leading blocks, at most `count`, after which all blocks that the next token reads in
+        groups with windows are there: `has(group, index)`."""
         found = -1
         while found != count:
             found = count
             for group, _ in self._sliding:
-                count = self._longest_in(group, chain, count)
+                end = count
+                for index in range(count - 1, -1, -1):
+                    if index < self.first_read(group, end * self.block_size):
+                        break
+                    if not has(group, index):
+                        end = index
+                count = end
         return count
-
-    def _longest_in(self, group: int, chain: Sequence[BlockContent], count: int) -> int:
-        end = count
-        for index in range(count - 1, -1, -1):
-            if index < self.first_read(group, end * self.block_size):
-                break
-            if chain[index].blocks[group] is None:
-                end = index
-        return end
 
     def _match(
         self, contents: list[BlockContent], num_tokens: int, tail: BlockContent | None
@@ -294,7 +258,7 @@ class KVCacheManager:
             self.pool.acquire(blocks[start:])
         tables = [list(blocks) for blocks in match.blocks]
         full = len(tables[0])
-        self.tables[request_id] = _Table(
+        self.tables[request_id] = Table(
             key, tables, list(match.contents), first, self._slides_at(first)
         )
         # Tails must not be handed out as their own copies' destinations.
@@ -365,12 +329,18 @@ class KVCacheManager:
             )
             table.contents.append(content)
 
-    def release(self, request_id: int, token_ids: Sequence[int] = (), *, step_id: int = 0) -> None:
+    def release(
+        self, request_id: int, token_ids: Sequence[int] = (), *, step_id: int = 0,
+        placement: Placement = Placement(),
+    ) -> None:  # fmt: skip
         """Drop the request's references, tail first, so that its head is evicted last.
 
         token_ids: tokens whose KV is valid; the partial last block is cached as a tail.
+        placement: says what is retained, and for whom.
         """
         table = self.tables.pop(request_id)
+        if placement.retain:
+            self.pool.retain(table.contents, placement)
         full = len(table.contents)
         tokens = tuple(token_ids[full * self.block_size : (full + 1) * self.block_size])
         if self.enable_prefix_caching and LEAST_COPIED <= len(tokens) < self.block_size:
@@ -382,7 +352,7 @@ class KVCacheManager:
                 self.pool.register_tail(
                     tails, hash_block(parent_hash, tokens), parent, tokens, step_id
                 )
-        self.pool.release(_tail_first(table))
+        self.pool.release(tail_first(table))
 
     def forget(self, request_id: int) -> None:
         """The request has ended: drop its hashes too."""
@@ -432,36 +402,12 @@ class KVCacheManager:
     def check_invariants(self, others: Iterable[Block] = ()) -> None:
         """Check that block tables, reference counts, free list and cache are consistent. others: blocks
         that transfers hold."""
-        references: dict[int, int] = {}
-        for request_id, table in self.tables.items():
-            ids = [block.block_id for block in _tail_first(table)]
-            assert len(ids) == len(set(ids)), f"request {request_id} holds a block twice"
-            assert NULL_BLOCK_ID not in ids
-            for block_id in ids:
-                references[block_id] = references.get(block_id, 0) + 1
-            full = len(table.contents)
-            for group, blocks in enumerate(table.blocks):
-                first, most = table.first[group], self._most_held[group]
-                assert len(blocks) == len(table.blocks[0])
-                assert set(blocks[:first]) <= {self.pool.null_block}
-                assert most is None or len(blocks) - first <= most
-                for block in blocks[max(first, full) :]:
-                    assert block.ref_count == 1 or not self.enable_prefix_caching, (
-                        f"request {request_id} may write shared {block}"
-                    )
+        references = count_references(
+            self.tables, self._most_held, self.pool.null_block, self.enable_prefix_caching
+        )
         for block in others:
-            references[block.block_id] = references.get(block.block_id, 0) + 1
+            references[block.block_id] += 1
         self.pool.check_invariants(references)
-
-
-def _tail_first(table: _Table) -> Iterator[Block]:
-    if len(table.blocks) == 1:
-        yield from reversed(table.blocks[0][table.first[0] :])
-        return
-    for index in range(len(table.blocks[0]) - 1, -1, -1):
-        for first, blocks in zip(table.first, table.blocks, strict=True):
-            if index >= first:
-                yield blocks[index]
 
 
 def _can_be_copied(block: Block, step_id: int) -> bool:

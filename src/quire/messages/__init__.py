@@ -19,6 +19,7 @@ from quire.messages.core import (
     EngineReady,
     Failure,
     FinishReason,
+    KVSource,
     LoadAdapter,
     Ping,
     Pong,
@@ -30,6 +31,8 @@ from quire.messages.core import (
     Shutdown,
     Sleep,
     StepOutputs,
+    TenantStats,
+    TierStats,
     TokenLogprobs,
     WakeUp,
     describe_ledger,
@@ -37,14 +40,12 @@ from quire.messages.core import (
 from quire.messages.step import (
     AdmittedRequest,
     BlockIds,
-    BlockName,
     PlannedRow,
     SampledRow,
     StepPlan,
     StepResult,
-    Transfer,
-    TransferResult,
 )
+from quire.messages.transfer import BlockName, Save, TierChange, Transfer, TransferResult
 
 __all__ = [
     "AbortRequests",
@@ -57,6 +58,8 @@ __all__ = [
     "Control",
     "ControlAction",
     "DraftCounts",
+    "KVSource",
+    "Save",
     "CoreFailed",
     "CoreInput",
     "CoreOutput",
@@ -77,6 +80,9 @@ __all__ = [
     "Shutdown",
     "Sleep",
     "StepOutputs",
+    "TenantStats",
+    "TierChange",
+    "TierStats",
     "StepPlan",
     "StepResult",
     "TokenLogprobs",

@@ -8,6 +8,7 @@ import msgspec
 
 from quire.decoding import Decoding
 from quire.placement import Placement
+from quire.prefix_report import PrefixReport
 
 
 class FinishReason(str, Enum):
@@ -19,9 +20,28 @@ class FinishReason(str, Enum):
     ERROR = "error"
     REPETITION = "repetition"
     """It repeated itself, and its parameters end it then."""
+    TIMEOUT = "timeout"
+    """Its deadline passed after it was admitted."""
+    EXPIRED = "expired"
+    """Its deadline passed while it was queued: nothing was computed."""
 
 
 # --- front end -> engine core ---------------------------------------------------------------------
+
+
+class KVSource(msgspec.Struct, frozen=True, kw_only=True):
+    """An instance that has computed a request's prompt and holds its KV for another (prefill/decode
+    disaggregation), as long as the lease of the ticket lasts."""
+
+    engine_id: str
+    host: str
+    """A host name or address, or unix:PATH on the same machine."""
+    ports: tuple[int, ...]
+    """Of each of its ranks, in their order."""
+    ticket: str
+    """Unforgeable, and valid once."""
+    num_tokens: int
+    """Of the prompt, that have KV there."""
 
 
 class AddRequest(msgspec.Struct, tag="add", kw_only=True, frozen=True, omit_defaults=True):
@@ -38,6 +58,12 @@ class AddRequest(msgspec.Struct, tag="add", kw_only=True, frozen=True, omit_defa
     fork_of: int | None = None
     group: int | None = None
     """Requests of one group are computed by one replica: the beams of a search."""
+    deadline: float | None = None
+    """Seconds of `time.monotonic()`. When it has passed, the request ends before the next step."""
+    source: KVSource | None = None
+    """Where its prompt's KV is."""
+    hold_kv: bool = False
+    """Hold the prompt's KV at its end, so that another instance can fetch it (`RequestUpdate.kv_source`)."""
 
 
 class AbortRequests(msgspec.Struct, tag="abort", frozen=True):
@@ -150,14 +176,16 @@ class RequestUpdate(msgspec.Struct, kw_only=True, omit_defaults=True):
     prompt_logprobs: PromptLogprobs | None = None
     embedding: list[float] | None = None
     """With `pooling`, when finished."""
-    num_cached_tokens: int | None = None
-    """Sent with the first token: prompt tokens whose KV came from the prefix cache."""
+    prefix: PrefixReport | None = None
+    """Sent with the first token: prompt tokens whose KV was found, where, and why no more were."""
     times: RequestTimes | None = None
     """Sent with the first token."""
     num_preemptions: int = 0
     """The number so far; sent when finished."""
     drafts: tuple[int, int] | None = None
     """If the row verified drafts: how many, and how many of them were right."""
+    kv_source: KVSource | None = None
+    """With `AddRequest.hold_kv`, when finished. None also then if its KV could not be held."""
 
 
 class DraftCounts(msgspec.Struct, array_like=True):
@@ -181,6 +209,37 @@ class DraftCounts(msgspec.Struct, array_like=True):
             self.accepted_per_position[position] += 1
 
 
+class TierStats(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """A store of KV outside the cache: its state, and counts since the previous report. Of the sampling
+    rank's store, which decides; the other ranks' have the same load."""
+
+    blocks: int = 0
+    bytes: int = 0
+    """Taken, after compression."""
+    capacity_bytes: int = 0
+    is_off: bool = False
+    """An error has ended its use."""
+    saved_blocks: int = 0
+    loaded_blocks: int = 0
+    evicted_blocks: int = 0
+    dropped_blocks: int = 0
+    """Offered and not kept: no room, or too many at a time."""
+    damaged_blocks: int = 0
+    """Not loaded, because their checksum was wrong or they could not be read."""
+    written_bytes: int = 0
+    read_bytes: int = 0
+
+
+class TenantStats(msgspec.Struct, omit_defaults=True):
+    """A tenant's requests, under the fair policy."""
+
+    waiting: int = 0
+    running: int = 0
+    charged: float = 0.0
+    """Since the last report: 1 for each prompt token that was not found in the cache, 2 for each generated
+    token. Negative if more was refunded."""
+
+
 class SchedulerStats(msgspec.Struct, kw_only=True, omit_defaults=True):
     """State after a step, and counts since the previous report."""
 
@@ -200,6 +259,9 @@ class SchedulerStats(msgspec.Struct, kw_only=True, omit_defaults=True):
     prefix_queries: int = 0
     prefix_hits: int = 0
     """Tokens looked up in the prefix cache and found there, since the last report."""
+    kv_tiers: dict[str, TierStats] = {}
+    """Stores outside the cache: "ram", "disk", "peer", "staging" (copies of blocks on their way to a tier),
+    "export" (held for other instances). Empty if there are none."""
     num_preemptions: int = 0
     running_adapters: list[str] = []
     waiting_adapters: list[str] = []
@@ -213,6 +275,8 @@ class SchedulerStats(msgspec.Struct, kw_only=True, omit_defaults=True):
     first, since the last report. Zero without overlap."""
     drafts: DraftCounts | None = None
     """Since the last report; None if no drafts were verified."""
+    tenants: dict[str, TenantStats] = {}
+    """Those that have changed, about once per second; under the fair policy."""
     rows_discarded: int = 0
     """Sampled tokens that were discarded, since the last report: their request had been aborted, or had
     ended with the token before (which is found one step late, with overlap)."""

@@ -6,6 +6,7 @@ import msgspec
 
 from quire.decoding import Decoding
 from quire.messages.core import PromptLogprobs, TokenLogprobs
+from quire.messages.transfer import Save, Transfer, TransferResult
 from quire.placement import Placement
 
 BlockIds = tuple[list[int], ...]
@@ -51,42 +52,23 @@ class PlannedRow(msgspec.Struct, kw_only=True):
     """The most drafts to propose for the next plan, if the row samples."""
 
 
-BlockName = tuple[bytes, int]
-"""Identifies KV in any store: the hash of a block's tokens and all before them, and the group of layers."""
-
-
-class Transfer(msgspec.Struct, kw_only=True, frozen=True):
-    """Blocks to move between the cache and a store outside it. The transfer holds them until its result
-    arrives, possibly with the result of a later plan."""
-
-    transfer_id: int
-    names: list[BlockName]
-    block_ids: list[int]
-    """Their places in the cache."""
-
-
-class TransferResult(msgspec.Struct, kw_only=True, frozen=True):
-    transfer_id: int
-    num_good: int
-    """The number of its leading blocks that were moved."""
-
-
 class StepPlan(msgspec.Struct, kw_only=True):
     """The rows that compute tokens, and the blocks they write. Applied in the order: released, admitted,
-    loads, copies, rows, saves. Plans may be launched before the results of earlier ones arrive, but they
-    are executed one after the other."""
+    clears_stores, saves, copies, loads, rows. Plans may be launched before the results of earlier ones
+    arrive, but they are executed one after the other."""
 
     step_id: int
     released: list[int] = []
     """Requests whose state the executor may drop (finished, aborted or preempted)."""
     admitted: list[AdmittedRequest] = []
+    clears_stores: bool = False
+    """The stores outside the cache drop all KV that this instance may load, copies under way included."""
+    saves: list[Save] = []
     loads: list[Transfer] = []
-    """From a store into the cache. No row of this plan reads these blocks."""
+    """No row of this plan reads these blocks, and no later one before the load's result is known."""
     copies: list[tuple[int, int]] = []
     """Copy-on-write: whole blocks to copy (source, destination) before the forward pass."""
     rows: list[PlannedRow] = []
-    saves: list[Transfer] = []
-    """From the cache into a store."""
 
     @property
     def num_tokens(self) -> int:
@@ -114,5 +96,5 @@ class StepResult(msgspec.Struct, kw_only=True):
     draft_seconds: float = 0.0
     """Time that proposing drafts took, which is part of the step's time."""
     transferred: list[TransferResult] = []
-    """Transfers of this plan or earlier ones that are over. For a plan without rows, at least one if any
+    """Loads of this plan or earlier ones that are over. A plan without rows waits a moment for one, if any
     are under way."""

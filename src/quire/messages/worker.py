@@ -6,6 +6,7 @@ import msgspec
 
 from quire.messages.core import AddAdapter, DropAdapter, Failure, Shutdown, Sleep, WakeUp
 from quire.messages.step import StepPlan
+from quire.messages.transfer import TransferResult
 
 # --- executor -> worker -----------------------------------------------------------------------------
 
@@ -95,6 +96,12 @@ class AdapterEnded(msgspec.Struct, tag="adapter", frozen=True):
     error: str | None = None
 
 
+class LoadsEnded(msgspec.Struct, tag="loads", frozen=True):
+    """Loads of plans are over at this rank. Sent when it is so."""
+
+    results: list[TransferResult]
+
+
 class Tables(msgspec.Struct, tag="tables", frozen=True):
     """A hash of these requests' tokens and block tables."""
 
@@ -107,4 +114,4 @@ class WorkerFailed(msgspec.Struct, tag="failed", frozen=True):
     failure: Failure
 
 
-WorkerOutput = Loaded | Carried | AdapterEnded | Tables | WorkerFailed
+WorkerOutput = Loaded | Carried | AdapterEnded | LoadsEnded | Tables | WorkerFailed

@@ -11,19 +11,20 @@ when it was sampled, and is subtracted.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Gauge
 
 from quire.metrics import buckets
+from quire.metrics.family import Family
+from quire.metrics.kv_metrics import KVMetrics
 from quire.metrics.request_stats import FinishedRequest
+from quire.metrics.tenant_metrics import TenantMetrics
 
 if TYPE_CHECKING:
     from quire.messages import DraftCounts, SchedulerStats, StepOutputs
 
-M = TypeVar("M", Gauge, Counter, Histogram)
-
-FINISH_REASONS = ("stop", "length", "abort", "error", "repetition")
+FINISH_REASONS = ("stop", "length", "abort", "error", "repetition", "timeout", "expired")
 WAIT_REASONS = ("capacity", "deferred")
 SLEEP_STATES = ("awake", "weights_offloaded", "discard_all")
 """Name by level of sleep."""
@@ -48,10 +49,12 @@ class EngineMetrics:
         """max_adapters: that requests use at once; None if adapters are not served. max_drafts: of a request
         in a step; 0 without speculative decoding. families: of another core in this registry."""
         self._made: dict[str, Any] = {} if families is None else families._made
-        make = _Family(registry, model_name, engine, self._made)
+        make = Family(registry, model_name, engine, self._made)
         self._carried_tokens = 0
         self._make_gauges(make)
         self._make_counters(make)
+        self._kv = KVMetrics(make)
+        self._tenants = TenantMetrics(make)
         self._make_latencies(make)
         self._make_sizes(make, buckets.one_two_five(max(1, max_model_len)))
         self._drafts = _DraftCounters(make, max_drafts) if max_drafts else None
@@ -69,7 +72,7 @@ class EngineMetrics:
         if cache_info is not None:
             make.info("vllm:cache_config_info", "The KV cache, as labels.", cache_info)
 
-    def _make_gauges(self, make: _Family) -> None:
+    def _make_gauges(self, make: Family) -> None:
         self._running = make.gauge("vllm:num_requests_running", "Requests that run.")
         self._waiting = make.gauge("vllm:num_requests_waiting", "Requests that wait.")
         self._waiting_by = {
@@ -90,18 +93,18 @@ class EngineMetrics:
         self._slots_allocated = make.gauge(
             "quire:kv_slots_allocated", "Token slots in blocks that requests hold."
         )
-        self._slots_used = make.gauge("quire:kv_slots_used", "Of those, slots that hold KV.")
+        self._slots_used = make.gauge("quire:kv_slots_used", "Token slots that hold KV.")
         self._blocks_shared = make.gauge(
             "quire:kv_blocks_shared", "KV blocks that more than one request holds."
         )
 
-    def _make_counters(self, make: _Family) -> None:
+    def _make_counters(self, make: Family) -> None:
         self._prefix_queries = (
             make.counter("vllm:prefix_cache_queries", "Tokens looked up in the prefix cache."),
             make.counter("vllm:gpu_prefix_cache_queries", "Old name of vllm:prefix_cache_queries."),
         )
         self._prefix_hits = (
-            make.counter("vllm:prefix_cache_hits", "Of those, tokens found."),
+            make.counter("vllm:prefix_cache_hits", "Tokens found in the prefix cache."),
             make.counter("vllm:gpu_prefix_cache_hits", "Old name of vllm:prefix_cache_hits."),
         )
         self._preemptions = make.counter("vllm:num_preemptions", "Requests sent back to wait.")
@@ -114,20 +117,13 @@ class EngineMetrics:
         )
         self._prompt_tokens = make.counter("vllm:prompt_tokens", "Prompt tokens prefilled.")
         self._prompt_cached = make.counter(
-            "vllm:prompt_tokens_cached", "Of those, found in the prefix cache."
-        )
-        self._prompt_cached_device = make.counter(
-            "vllm:prompt_tokens_cached_by_source",
-            "Of those, by where the cache was.",
-            source="device",
+            "vllm:prompt_tokens_cached", "Prompt tokens found in the prefix cache or outside it."
         )
         sources = "Prompt tokens by where their KV came from."
-        self._prompt_computed_source = make.counter(
-            "vllm:prompt_tokens_by_source", sources, source="local_compute"
-        )
-        self._prompt_cached_source = make.counter(
-            "vllm:prompt_tokens_by_source", sources, source="local_cache_hit"
-        )
+        self._prompt_sources = [
+            make.counter("vllm:prompt_tokens_by_source", sources, source=source)
+            for source in ("local_cache_hit", "external_kv_transfer", "local_compute")
+        ]
         self._generation_tokens = make.counter("vllm:generation_tokens", "Tokens generated.")
         self._success = {
             reason: make.counter(
@@ -142,7 +138,7 @@ class EngineMetrics:
             for reason in REJECT_REASONS
         }
 
-    def _make_latencies(self, make: _Family) -> None:
+    def _make_latencies(self, make: Family) -> None:
         self._ttft = make.histogram(
             "vllm:time_to_first_token_seconds", "Arrival to first token.", buckets.TTFT
         )
@@ -170,7 +166,7 @@ class EngineMetrics:
             )
         }
 
-    def _make_sizes(self, make: _Family, token_buckets: tuple[int, ...]) -> None:
+    def _make_sizes(self, make: Family, token_buckets: tuple[int, ...]) -> None:
         self._request_prompt = make.histogram(
             "vllm:request_prompt_tokens", "Prompt tokens of a request.", token_buckets
         )
@@ -207,10 +203,15 @@ class EngineMetrics:
     def on_step(self, outputs: StepOutputs) -> None:
         """A message of the engine core: tokens of one step, and the scheduler's state after it."""
         sampled = decode_rows = cached = 0
+        if outputs.stats is not None:
+            self._kv.on_tiers(outputs.stats.kv_tiers)
+            if outputs.stats.tenants:
+                self._tenants.on_tenants(outputs.stats.tenants)
         for update in outputs.updates:
             sampled += len(update.new_token_ids)
-            if update.num_cached_tokens is not None:
-                cached += update.num_cached_tokens
+            if update.prefix is not None:
+                cached += update.prefix.cached
+                self._kv.on_prefix(update.prefix)
             elif update.new_token_ids:
                 decode_rows += 1
         computed = outputs.stats.step_tokens if outputs.stats is not None else 0
@@ -254,15 +255,21 @@ class EngineMetrics:
             self._adapters.labels(*labels).set_to_current_time()
 
     def on_first_token(
-        self, ttft_seconds: float | None, *, prompt_tokens: int, cached_tokens: int
+        self,
+        ttft_seconds: float | None,
+        *,
+        prompt_tokens: int,
+        cached_tokens: int,
+        external_tokens: int = 0,
     ) -> None:
         if ttft_seconds is not None:
             self._ttft.observe(ttft_seconds)
         self._prompt_tokens.inc(prompt_tokens)
         self._prompt_cached.inc(cached_tokens)
-        self._prompt_cached_device.inc(cached_tokens)
-        self._prompt_cached_source.inc(cached_tokens)
-        self._prompt_computed_source.inc(max(0, prompt_tokens - cached_tokens))
+        computed = max(0, prompt_tokens - cached_tokens)
+        counts = (cached_tokens - external_tokens, external_tokens, computed)
+        for counter, count in zip(self._prompt_sources, counts, strict=True):
+            counter.inc(count)
 
     def on_token_gap(self, seconds: float) -> None:
         for histogram in self._itl:
@@ -300,12 +307,14 @@ class EngineMetrics:
 class _DraftCounters:
     """There only with speculative decoding, as in vLLM."""
 
-    def __init__(self, make: _Family, max_drafts: int) -> None:
+    def __init__(self, make: Family, max_drafts: int) -> None:
         self._drafts = make.counter(
             "vllm:spec_decode_num_drafts", "Times that a request's drafts were verified."
         )
         self._tokens = make.counter("vllm:spec_decode_num_draft_tokens", "Drafts verified.")
-        self._accepted = make.counter("vllm:spec_decode_num_accepted_tokens", "Of those, right.")
+        self._accepted = make.counter(
+            "vllm:spec_decode_num_accepted_tokens", "Drafts that were right."
+        )
         self._per_position = [
             make.counter(
                 "vllm:spec_decode_num_accepted_tokens_per_pos",
@@ -321,40 +330,3 @@ class _DraftCounters:
         self._accepted.inc(counts.num_accepted_tokens)
         for counter, count in zip(self._per_position, counts.accepted_per_position, strict=False):
             counter.inc(count)
-
-
-class _Family:
-    """Makes metrics of one registry, with the labels `model_name, engine` set."""
-
-    def __init__(
-        self, registry: CollectorRegistry, model_name: str, engine: str, made: dict[str, Any]
-    ) -> None:
-        """made: the families that are there, by name."""
-        self._registry = registry
-        self.base = {"model_name": model_name, "engine": engine}
-        self._made = made
-
-    def family(
-        self, kind: type[M], name: str, text: str, labels: Sequence[str], **options: Any
-    ) -> M:
-        found = self._made.get(name)
-        if found is None:
-            found = self._made[name] = kind(name, text, labels, registry=self._registry, **options)
-        assert isinstance(found, kind)
-        return found
-
-    def gauge(self, name: str, text: str, **labels: str) -> Gauge:
-        family = self.family(Gauge, name, text, [*self.base, *labels])
-        return family.labels(**self.base, **labels)
-
-    def counter(self, name: str, text: str, **labels: str) -> Counter:
-        family = self.family(Counter, name, text, [*self.base, *labels])
-        return family.labels(**self.base, **labels)
-
-    def histogram(self, name: str, text: str, edges: tuple[float, ...]) -> Histogram:
-        family = self.family(Histogram, name, text, [*self.base], buckets=edges)
-        return family.labels(**self.base)
-
-    def info(self, name: str, text: str, labels: Mapping[str, object]) -> None:
-        shown = {key: str(value) for key, value in labels.items() if key not in self.base}
-        self.family(Gauge, name, text, [*self.base, *shown]).labels(**self.base, **shown).set(1)

@@ -21,6 +21,7 @@ class StatsLogger:
         self._generation_tokens = 0
         self._queries = 0
         self._hits = 0
+        self._missed = self._external = 0
         self._preemptions = 0
         self._drafts = self._accepted = 0
         self._stats: SchedulerStats | None = None
@@ -31,7 +32,10 @@ class StatsLogger:
         decode_rows = 0
         for update in outputs.updates:
             self._generation_tokens += len(update.new_token_ids)
-            if update.num_cached_tokens is None and update.new_token_ids:
+            if update.prefix is not None:
+                self._missed += update.prefix.computed
+                self._external += update.prefix.external
+            elif update.new_token_ids:
                 decode_rows += 1
         if outputs.stats is not None:
             self._stats = outputs.stats
@@ -68,6 +72,9 @@ class StatsLogger:
             parts.append(f"Preemptions: {self._preemptions}")
         parts.append(f"GPU KV cache usage: {100.0 * stats.kv_usage:.1f}%")
         parts.append(f"Prefix cache hit rate: {100.0 * hit_rate:.1f}%")
+        if stats.kv_tiers:
+            rate = 100.0 * self._external / max(1, self._external + self._missed)
+            parts.append(f"External prefix cache hit rate: {rate:.1f}%")
         if self._drafts:
             rate = 100.0 * self._accepted / self._drafts
             parts.append(f"Draft acceptance rate: {rate:.1f}% of {self._drafts}")

@@ -34,9 +34,11 @@ def create_metrics(
     if len(each) == 1:
         return each[0]
     if states is not None:
-        up = Gauge("quire:replica_up", "Whether it serves.", ["engine"], registry=registry)
+        labels = ["model_name", "engine"]
+        up = Gauge("quire:replica_up", "Whether it serves.", labels, registry=registry)
         for index in range(len(each)):
-            up.labels(engine=str(index)).set_function(partial(_is_up, states, index))
+            one = up.labels(options["model_name"], str(index))
+            one.set_function(partial(_is_up, states, index))
     return ReplicaMetrics(each)
 
 
@@ -57,10 +59,18 @@ class ReplicaMetrics:
         self._current.on_step(outputs)
 
     def on_first_token(
-        self, ttft_seconds: float | None, *, prompt_tokens: int, cached_tokens: int
+        self,
+        ttft_seconds: float | None,
+        *,
+        prompt_tokens: int,
+        cached_tokens: int,
+        external_tokens: int = 0,
     ) -> None:
         self._current.on_first_token(
-            ttft_seconds, prompt_tokens=prompt_tokens, cached_tokens=cached_tokens
+            ttft_seconds,
+            prompt_tokens=prompt_tokens,
+            cached_tokens=cached_tokens,
+            external_tokens=external_tokens,
         )
 
     def on_token_gap(self, seconds: float) -> None:

@@ -83,13 +83,18 @@ class MetricsSink(Protocol):
 
     Order per request: `on_first_token` once per request (without a time if the prompt was all),
     `on_token_gap` once per later token of each sequence, `on_finished` once. `on_step` once per message
-    of the engine core.
+    of the engine core. external_tokens: of the cached ones, those loaded from outside the prefix cache.
     """
 
     def on_step(self, outputs: StepOutputs) -> None: ...
 
     def on_first_token(
-        self, ttft_seconds: float | None, *, prompt_tokens: int, cached_tokens: int
+        self,
+        ttft_seconds: float | None,
+        *,
+        prompt_tokens: int,
+        cached_tokens: int,
+        external_tokens: int = 0,
     ) -> None: ...
 
     def on_token_gap(self, seconds: float) -> None: ...
@@ -108,7 +113,12 @@ class NullMetrics:
         pass
 
     def on_first_token(
-        self, ttft_seconds: float | None, *, prompt_tokens: int, cached_tokens: int
+        self,
+        ttft_seconds: float | None,
+        *,
+        prompt_tokens: int,
+        cached_tokens: int,
+        external_tokens: int = 0,
     ) -> None:
         pass
 

@@ -22,7 +22,7 @@ from quire.runner.footprint import Footprint, WorkerSpec, estimate, host_memory
 from quire.runner.platform import make_cache
 from quire.runner.seats import Seats
 from quire.sampling.sampler import Sampler, SamplingSeats
-from quire.util.cores import physical_cores
+from quire.util.cores import default_threads
 
 _NO_GUARD = nullcontext()
 
@@ -31,12 +31,15 @@ class CPU:
     """A `Platform` whose steps run at once, in the caller's thread."""
 
     max_in_flight = 1
+    device = None
 
     def __init__(self, config: EngineConfig, spec: WorkerSpec) -> None:
         self._config = config
         self._spec = spec
         self._memory = host_memory()  # before anything is loaded
-        torch.set_num_threads(config.runtime.cpu_threads or len(physical_cores()))
+        torch.set_num_threads(
+            config.runtime.cpu_threads or default_threads(config.parallel.data_parallel_size)
+        )
         self.kernels = create_kernels(
             config.runtime.kernels,  # type: ignore[arg-type]
             activation_bits=config.runtime.cpu_activation_bits,

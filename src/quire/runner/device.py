@@ -53,6 +53,16 @@ class Device(Protocol):
         """
         ...
 
+    def mark(self) -> object:
+        """Everything launched so far, for `beside`."""
+        ...
+
+    def beside(self, after: object, work: Callable[[], None]) -> None:
+        """Carry out what `work` launches, after what the mark stands for and in parallel with later
+        launches. Returns when it is done. From any thread, and from
+        several at a time."""
+        ...
+
     def record(self, work: Callable[[], Result]) -> Callable[[], Result]:
         """Capture `work` as a CUDA graph; returns a function that replays it. The addresses of its inputs
         and outputs are fixed. Its result is valid until the next replay of any graph, because all share
@@ -79,7 +89,8 @@ class Device(Protocol):
 
 
 class CudaDevice:
-    """One GPU that PyTorch calls cuda, with its own streams: for steps, for downloads and for capturing.
+    """One GPU that PyTorch calls cuda, with its own streams: for steps, for downloads, for KV that is loaded,
+    and for capturing.
 
     PyTorch's default capture stream is shared with other engines in the process: cuBLAS keeps one
     workspace per stream, and the graphs of both would contain its address.
@@ -89,6 +100,7 @@ class CudaDevice:
         self.torch_device = torch.device("cuda", index)
         self._steps = torch.cuda.Stream(self.torch_device)
         self._copies = torch.cuda.Stream(self.torch_device)
+        self._loads = torch.cuda.Stream(self.torch_device)
         self._keep_free = 0
         self._start_recordings()
 
@@ -119,6 +131,16 @@ class CudaDevice:
                 )  # so that its memory is not reused before it is copied
             done.record()
         return _CudaDownload(hosts, done)
+
+    def mark(self) -> object:
+        return torch.cuda.current_stream(self.torch_device).record_event()
+
+    def beside(self, after: object, work: Callable[[], None]) -> None:
+        assert isinstance(after, torch.cuda.Event)
+        with torch.cuda.stream(self._loads):
+            self._loads.wait_event(after)
+            work()
+            self._loads.synchronize()
 
     def record(self, work: Callable[[], Result]) -> Callable[[], Result]:
         torch.cuda.empty_cache()  # a capture does this anyway; memory that is free now is free for steps
@@ -197,6 +219,12 @@ class HostDevice:
 
     def download(self, tensors: Sequence[Tensor]) -> Download:
         return _Copied([tensor.clone() for tensor in tensors])
+
+    def mark(self) -> object:
+        return None
+
+    def beside(self, after: object, work: Callable[[], None]) -> None:
+        work()
 
     def record(self, work: Callable[[], Result]) -> Callable[[], Result]:
         return work

@@ -8,14 +8,14 @@ penalties and drafters exist on the sampling rank alone.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import msgspec
 import numpy as np
 from torch import Tensor
 
 from quire.decoding import Decoding
-from quire.messages import AdmittedRequest, PlannedRow, StepPlan, TokenLogprobs
+from quire.messages import AdmittedRequest, PlannedRow, StepPlan, TokenLogprobs, TransferResult
 from quire.messages.worker import RunStep, SampledTokens
 from quire.runner.runner import Runner, RunningStep
 from quire.runner.seats import Seats
@@ -33,7 +33,8 @@ class Follower:
         self._running: dict[int, RunningStep] = {}
         """By step id, until its tokens are known."""
 
-    def run(self, step: RunStep) -> None:
+    def run(self, step: RunStep) -> Sequence[TransferResult]:
+        """Returns loads that are over."""
         for sampled in step.sampled:
             self._learn(sampled)
         plan = step.plan
@@ -43,7 +44,8 @@ class Follower:
         running = self._runner.launch(plan)
         if isinstance(running, RunningStep):
             self._running[plan.step_id] = running
-            running.result()  # the logits of prompts are gathered too
+            return running.result().transferred  # the logits of prompts are gathered too
+        return ()
 
     def _learn(self, sampled: SampledTokens) -> None:
         """Write the tokens where the sampling rank has them."""

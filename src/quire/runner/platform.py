@@ -12,11 +12,17 @@ from quire.config import EngineConfig
 from quire.kernels.base import LayerKernels
 from quire.models.decoder import DecoderModel
 from quire.runner.backend import StepBackend
+from quire.runner.device import Device
 from quire.runner.footprint import Footprint, WorkerSpec
 
 
 class Platform(Protocol):
     max_in_flight: int
+
+    @property
+    def device(self) -> Device | None:
+        """None: the CPU."""
+        ...
 
     @property
     def kernels(self) -> LayerKernels: ...

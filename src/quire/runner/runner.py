@@ -18,10 +18,12 @@ from torch import Tensor
 
 from quire.attention.base import KVCache
 from quire.errors import InvalidParameterError
+from quire.kvtransfer.mover import Mover
 from quire.messages import PlannedRow, SampledRow, StepPlan, StepResult
 from quire.models.decoder import DecoderModel
 from quire.runner.adapters import AdapterTable
 from quire.runner.backend import LaunchedSamples, StepBackend, StepInput, StepSamples
+from quire.runner.finished import FinishedStep
 from quire.runner.prompt_work import PromptWork
 from quire.runner.proposing import ask_for, propose, samples_of
 from quire.runner.seats import Seats, independent
@@ -57,6 +59,8 @@ class Runner:
         self._every = np.arange(max_num_seqs)
         self._grammars = grammars
         self._adapters = adapters
+        self.store: Mover | None = None
+        """Set when the cache is open, if KV is kept outside it."""
 
     def open_cache(self, kv_cache: KVCache, max_model_len: int) -> None:
         """Called before the first plan, and again if the size changes."""
@@ -75,8 +79,7 @@ class Runner:
             self.drafter.open_cache(self.seats.step, kv_cache.num_blocks, kv_cache.block_size)
 
     def launch(self, plan: StepPlan) -> RunningStep | FinishedStep:
-        """Apply the plan: release, admit, copy, compute, sample."""
-        assert not plan.loads and not plan.saves, "no worker moves KV in or out yet"
+        """Apply the plan: release, admit, save, copy, load, compute, sample."""
         for request_id in plan.released:
             seat = self.seats.release(request_id)
             self.backend.release(seat)
@@ -84,7 +87,15 @@ class Runner:
                 self.drafter.release(seat)
         for request in plan.admitted:
             self.backend.admit(self.seats.admit(request), request)
-        return self._launch(plan) if plan.rows else FinishedStep(plan.step_id)
+        if self.store is not None:
+            self.store.save(plan)
+        if plan.rows:
+            return self._launch(plan)
+        if plan.loads and self.drafter is not None:
+            self.drafter.begin(plan, self.seats.seat_of)
+        if self.store is not None:
+            self.store.load(plan.loads)
+        return FinishedStep(plan.step_id, self.store)
 
     def prepare(self) -> bool:
         """See `Executor.prepare`."""
@@ -106,6 +117,8 @@ class Runner:
             self.drafter.begin(plan, seats.seat_of)
         for copies in independent(plan.copies):
             self.backend.copy(copies)
+        if self.store is not None:
+            self.store.load(plan.loads)  # it may take blocks that were just copied
         columns = seats.step.rows[: len(table)]
         columns[:] = table
         sample_rows = self._every[: len(table)]
@@ -248,6 +261,8 @@ class RunningStep:
             if asked:
                 propose(drafter, asked, seats, vocab_size)
                 result.draft_seconds = self.runner.clock() - started
+        if self.runner.store is not None:
+            result.transferred = self.runner.store.collect()
         return result
 
     def _present(self) -> list[int]:
@@ -329,13 +344,3 @@ class RunningStep:
 
 def _fail(row: SampledRow, error: str) -> None:
     row.token_ids, row.logprobs, row.error = [], None, error
-
-
-@dataclass(frozen=True, slots=True)
-class FinishedStep:
-    """A `StepFuture` of a plan without rows."""
-
-    step_id: int
-
-    def result(self) -> StepResult:
-        return StepResult(step_id=self.step_id)

@@ -6,21 +6,28 @@ from collections.abc import Callable
 
 import torch
 
+from quire.attention.base import KVCache
 from quire.config import EngineConfig
 from quire.kernels.group import Channels, Group
+from quire.kvtransfer.base import KVMemory
+from quire.kvtransfer.fingerprint import Fingerprint
+from quire.kvtransfer.mover import Mover
 from quire.layers.kv_scales import give_scales
 from quire.messages import StepPlan
 from quire.models.decoder import DecoderModel
 from quire.models.loader import load_model
 from quire.runner.adapters import AdapterTable
+from quire.runner.finished import FinishedStep
 from quire.runner.footprint import Footprint, WorkerSpec
+from quire.runner.kv_memory import open_memory
 from quire.runner.platform import Platform
-from quire.runner.runner import FinishedStep, Runner, RunningStep
+from quire.runner.runner import Runner, RunningStep
 from quire.sampling.sampler import GrammarSource
 from quire.speculative.base import DraftContext, Drafter
 from quire.weights.source import open_source
 
 CreateDrafter = Callable[[DecoderModel], Drafter]
+CreateStore = Callable[[KVMemory], Mover]
 
 
 class Worker:
@@ -36,23 +43,28 @@ class Worker:
         create_drafter: CreateDrafter | None = None,
         group: Group | None = None,
         channels: Channels | None = None,
+        create_store: CreateStore | None = None,
     ) -> None:
         """platform: if None, that of the spec's device. Raises `ConfigError` if it cannot be used. group: of
-        the ranks of its stage, if they are several. create_drafter: called with the loaded model, instead of
-        what the configuration says."""
+        the ranks of its stage, if they are several. create_drafter, create_store: called with
+        the loaded model and with the open cache, instead of what the configuration says."""
         self._config = config
         self._spec = spec
         self._grammars = grammars
-        self._create_drafter = create_drafter
+        self._create_drafter, self._make_store = create_drafter, create_store
         self._group, self._channels = group, channels
         self.platform = platform or _create_platform(config, spec)
         self.max_in_flight = self.platform.max_in_flight
         self.watched: int | None = None
         self.runner: Runner | None = None
+        self.store: Mover | None = None
         self.adapters: AdapterTable | None = None
-        """Both None before loading, while asleep and when closed; the second also without adapters."""
+        """All None before loading, while asleep and when closed; the last two also if there is no such
+        thing."""
         self._cache_size = (0, 0)
         self._kept: DecoderModel | None = None
+        self._fingerprint: Fingerprint | None = None
+        """Of the loaded weights, once it was needed. Their files may be others by now."""
 
     def load(self, model: DecoderModel | None = None) -> Footprint:
         """model: one that is loaded already, over the platform's kernels."""
@@ -68,6 +80,8 @@ class Worker:
             model = self.runner.model
             give_scales(cache, model.kv_scales, model.spec.kv.places())
             self.runner.open_cache(cache, max_model_len)
+            self._close_store()
+            self.store = self.runner.store = self._create_store(cache)
 
     def execute(self, plan: StepPlan) -> RunningStep | FinishedStep:
         assert self.runner is not None, "the worker is closed"
@@ -108,7 +122,46 @@ class Worker:
     def _drop_runner(self) -> None:
         if self.adapters is not None:
             self.adapters.close()
+        self._close_store()
         self.runner = self.adapters = None
+
+    def _create_store(self, cache: KVCache) -> Mover | None:
+        if self._make_store is None and not self._config.moves_kv:
+            return None
+        spec = self._spec
+        memory = open_memory(cache, spec.model.kv, self.platform.device)
+        if self._make_store is not None:
+            return self._make_store(memory)
+        from quire.kvtransfer.create import create_store
+
+        return create_store(
+            self._config,
+            spec.model,
+            self._fingerprint or self._identify(),
+            kv_cache_dtype=spec.kv_cache_dtype,
+            rank=spec.rank,
+            memory=memory,
+        )
+
+    def _identify(self) -> Fingerprint:
+        from quire.kernels.select import numerics_of
+        from quire.kvtransfer.fingerprint import fingerprint_of
+
+        spec = self._spec
+        self._fingerprint = fingerprint_of(
+            self._config,
+            spec.model,
+            spec.directory,
+            dtype=spec.dtype,
+            kv_cache_dtype=spec.kv_cache_dtype,
+            numerics=numerics_of(self.platform.kernels),
+        )
+        return self._fingerprint
+
+    def _close_store(self) -> None:
+        if self.store is not None:
+            self.store.close()
+        self.store = None
 
     def _start(self, model: DecoderModel | None) -> Runner:
         model = model or self._load_model()
@@ -147,6 +200,7 @@ class Worker:
 
     def _load_model(self) -> DecoderModel:
         spec, options = self._spec, self._config.model
+        self._fingerprint = None
         model: DecoderModel = load_model(
             spec.model,
             open_source(spec.directory),

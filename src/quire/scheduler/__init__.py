@@ -9,7 +9,8 @@ from quire.scheduler.decisions import (
     WaitReason,
 )
 from quire.scheduler.limits import SchedulerLimits
-from quire.scheduler.policy import POLICIES, Policy, RequestQueue
+from quire.scheduler.policy import POLICIES, Policy
+from quire.scheduler.queue import RequestQueue
 from quire.scheduler.request import Request, RequestStatus
 from quire.scheduler.scheduler import Scheduler
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 from quire.messages import FinishReason, StepPlan
+from quire.prefix_report import MissReason
+
+logger = logging.getLogger(__name__)
 
 
 class WaitReason(str, Enum):
@@ -28,6 +34,8 @@ class WaitReason(str, Enum):
     """A plan in flight samples the token."""
     SHARE = "the next plan has room for it"
     """The rows are divided among the plans in flight."""
+    COST = "it would be preempted too soon"
+    """What it computes until then is expected to take less time than to restore what it loses."""
     LOAD = "its KV is being loaded"
     """From a store outside the cache."""
     GRAMMAR = "its grammar is being compiled"
@@ -51,6 +59,17 @@ _DEFERRED = frozenset(
 )  # fmt: skip
 
 
+_STOPS = frozenset({WaitReason.BLOCKS, WaitReason.SEAT, WaitReason.BUDGET, WaitReason.COST})
+"""Admission stops at a request that waits for one of these."""
+
+
+class Standing(NamedTuple):
+    """Whose turn it is under the fair policy, see `Decision`."""
+
+    tenant: str | None = None
+    counter: float = 0.0
+
+
 @dataclass(frozen=True, slots=True)
 class Wait:
     """Why a request has no row in a step. Numbers that do not apply are 0."""
@@ -64,6 +83,12 @@ class Wait:
     """Blocks that were free for it: without those promised to running requests, and the watermark."""
     budget: int = 0
     """Tokens of the step's budget that were left."""
+    gain: float = 0.0
+    cost: float = 0.0
+    """Expected seconds, see `scheduler/worth.py`."""
+
+
+Reason = WaitReason | FinishReason | MissReason
 
 
 class DecisionKind(str, Enum):
@@ -72,14 +97,14 @@ class DecisionKind(str, Enum):
     tokens."""
     ADMITTED = "admitted"
     """`needed`: tokens that the cache did not hold. `budget`: tokens it computes in this step. `free`: blocks
-    left."""
+    left. At the first admission, the reason is why no more of the prompt was found."""
     WAITS = "waits"
     """See `Wait`. A waiting request without a record in a step was not considered: it is behind the one
     whose record stopped admission (no free blocks, no sequence slot, no token budget)."""
     LIMITED = "limited"
     """A running request wanted `needed` tokens and got `budget`."""
     PREEMPTED = "preempted"
-    """`because_of` needed `needed` blocks, and `free` were free."""
+    """`because_of` needed `needed` blocks, and `free` were free. `cost`: of restoring its KV."""
     DRAFTS = "drafts"
     """A row verifies `budget` of `needed` proposed drafts."""
     FINISHED = "finished"
@@ -91,11 +116,28 @@ class Decision:
     request_id: int | None
     """None for a record about the whole step."""
     kind: DecisionKind
-    reason: WaitReason | FinishReason | None = None
+    reason: Reason | None = None
     because_of: int | None = None
     needed: int = 0
     free: int = 0
     budget: int = 0
+    gain: float = 0.0
+    cost: float = 0.0
+    tenant: str | None = None
+    counter: float = 0.0
+    """Under the fair policy, of an admission and of the request at which it stopped: whose turn it was, and
+    what the tenant has been charged then, divided by its weight."""
+
+    def __str__(self) -> str:
+        """On one line, without what does not apply."""
+        numbers = {
+            "because_of": self.because_of, "needed": self.needed, "free": self.free,
+            "budget": self.budget, "gain": self.gain, "cost": self.cost,
+        }  # fmt: skip
+        parts = [f"{name} {number:.4g}" for name, number in numbers.items() if number]
+        reason = [] if self.reason is None else [self.reason.value]
+        who = "" if self.request_id is None else f"request {self.request_id} "
+        return f"step {self.step_id}: {who}{self.kind.value}: {', '.join(reason + parts)}"
 
 
 Observer = Callable[[Decision], None]
@@ -104,8 +146,11 @@ Observer = Callable[[Decision], None]
 class Reporter:
     """Records decisions, if there is an observer."""
 
-    def __init__(self, observe: Observer | None) -> None:
-        self._observe = observe
+    def __init__(
+        self, observe: Observer | None, standing: Callable[[int], Standing] = lambda _: Standing()
+    ) -> None:
+        """standing: of a request that is queued or runs."""
+        self._observe, self._standing = observe, standing
         self._step_id = 0
 
     @property
@@ -116,13 +161,18 @@ class Reporter:
         self._step_id = step_id
         self._report(None, DecisionKind.STEP, needed=quantum, free=free, budget=budget)
 
-    def admitted(self, request_id: int, needed: int, free: int, budget: int) -> None:
-        self._report(request_id, DecisionKind.ADMITTED, needed=needed, free=free, budget=budget)
+    def admitted(
+        self, request_id: int, miss: MissReason | None, needed: int, free: int, budget: int
+    ) -> None:
+        """miss: None unless it is the first admission."""
+        self._report(request_id, DecisionKind.ADMITTED, miss, None, needed, free, budget)
 
     def waits(self, request_id: int, wait: Wait, kind: DecisionKind = DecisionKind.WAITS) -> None:
-        self._report(
-            request_id, kind, wait.reason, wait.because_of, wait.needed, wait.free, wait.budget
-        )
+        if self._observe is not None:
+            fields = dataclasses.asdict(wait)
+            if wait.reason in _STOPS:
+                fields |= self._standing(request_id)._asdict()
+            self._observe(Decision(self._step_id, request_id, kind, **fields))
 
     def finished(self, request_id: int, reason: FinishReason) -> None:
         self._report(request_id, DecisionKind.FINISHED, reason)
@@ -155,16 +205,20 @@ class Reporter:
         self,
         request_id: int | None,
         kind: DecisionKind,
-        reason: WaitReason | FinishReason | None = None,
+        reason: Reason | None = None,
         because_of: int | None = None,
         needed: int = 0,
         free: int = 0,
         budget: int = 0,
     ) -> None:
         if self._observe is not None:
+            standing = Standing()
+            if kind is DecisionKind.ADMITTED and request_id is not None:
+                standing = self._standing(request_id)
             decision = Decision(
-                self._step_id, request_id, kind, reason, because_of, needed, free, budget
-            )
+                self._step_id, request_id, kind, reason, because_of, needed, free, budget,
+                tenant=standing.tenant, counter=standing.counter,
+            )  # fmt: skip
             self._observe(decision)
 
 
@@ -174,7 +228,7 @@ class DecisionLog:
 
     def __init__(self, most: int = 65_536) -> None:
         self._ring: deque[Decision] = deque(maxlen=most)
-        self._waits: dict[int, tuple[WaitReason | FinishReason | None, int | None]] = {}
+        self._waits: dict[int, tuple[Reason | None, int | None]] = {}
 
     def __call__(self, decision: Decision) -> None:
         request_id = decision.request_id
@@ -186,6 +240,9 @@ class DecisionLog:
                 self._waits[request_id] = wait
             elif decision.kind is not DecisionKind.LIMITED:
                 self._waits.pop(request_id, None)
+        self.keep(decision)
+
+    def keep(self, decision: Decision) -> None:
         self._ring.append(decision)
 
     def __iter__(self) -> Iterator[Decision]:
@@ -194,3 +251,16 @@ class DecisionLog:
     def of(self, request_id: int) -> list[Decision]:
         """The decisions about the request, and those that were made because of it."""
         return [d for d in self._ring if request_id in (d.request_id, d.because_of)]
+
+
+class DebugLog(DecisionLog):
+    """Writes them to the log at debug level, but for those that most steps have."""
+
+    def keep(self, decision: Decision) -> None:
+        if decision.kind not in (DecisionKind.STEP, DecisionKind.LIMITED, DecisionKind.DRAFTS):
+            logger.debug("%s", decision)
+
+
+def debug_log() -> DebugLog | None:
+    """None if nobody reads it."""
+    return DebugLog() if logger.isEnabledFor(logging.DEBUG) else None

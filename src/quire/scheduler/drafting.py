@@ -33,17 +33,13 @@ class Drafting:
         self.policy = AdaptivePolicy(limits.max_drafts) if adaptive else DraftPolicy()
         self._has_drafts = False
         self._counts = DraftCounts()
-        self._since: float | None = None
-        """When the step under way began: when the result of the one before it came, if there was one."""
         self._asking: set[int] = set()
         """Ids of the plans in flight that ask for drafts."""
 
     # --- planning -------------------------------------------------------------------------------------
 
-    def plan(self, plan: StepPlan, requests: Mapping[int, Request], now: float) -> None:
+    def plan(self, plan: StepPlan, requests: Mapping[int, Request]) -> None:
         """The last pass over a plan: rows verify the drafts that there are, and ask for new ones."""
-        if self._since is None:
-            self._since = now
         if not self._has_drafts and self.policy.rests(len(plan.rows)):
             return
         sampling = [row for row in plan.rows if row.samples]
@@ -161,23 +157,11 @@ class Drafting:
         plan: StepPlan,
         requests: Mapping[int, Request],
         draft_seconds: float,
-        now: float,
-    ) -> None:
-        """A plan is done. If no request is left, the time until the next plan is not a step's."""
-        if plan.rows and self._since is not None:
-            seconds, self._since = now - self._since, now
-            if plan.step_id in self._asking or not self.policy.skips(seconds):
-                self._measure(plan, requests, draft_seconds, seconds)
-        if not requests:
-            self._since = None
-
-    def _measure(
-        self,
-        plan: StepPlan,
-        requests: Mapping[int, Request],
-        draft_seconds: float,
         seconds: float,
     ) -> None:
+        """A plan is done, and took so many seconds."""
+        if plan.step_id not in self._asking and self.policy.skips(seconds):
+            return
         self._asking.discard(plan.step_id)
         asked = samples = 0
         for row in plan.rows:

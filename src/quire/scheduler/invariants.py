@@ -15,9 +15,9 @@ def check_invariants(scheduler: Scheduler) -> None:
     waiting, running, kv = scheduler.waiting, scheduler.running, scheduler.kv
     queued = [r.request_id for r in waiting] + [r.request_id for r in running]
     assert sorted(queued) == sorted(scheduler.requests), "a request is lost or queued twice"
-    for queue in (waiting, running):
-        keys = [request.sort_key for request in queue]
-        assert keys == sorted(keys)
+    keys = [request.sort_key for request in running]
+    assert keys == sorted(keys)
+    waiting.check_invariants()
     assert len(running) <= scheduler.limits.max_num_seqs
     for request in running:
         assert request.status is RequestStatus.RUNNING
@@ -26,5 +26,7 @@ def check_invariants(scheduler: Scheduler) -> None:
     for request in waiting:
         assert request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
         assert not request.num_computed_tokens and not request.draft_token_ids
-    kv.check_invariants(scheduler.transfers.blocks() if scheduler.transfers is not None else ())
+    kv.check_invariants(
+        scheduler.loading.transfers.blocks() if scheduler.loading is not None else ()
+    )
     assert set(kv.tables) == {request.request_id for request in running}

@@ -17,6 +17,8 @@ class SchedulerLimits:
     long_prefill_token_threshold: int = 0
     enable_chunked_prefill: bool = True
     policy: str = "fcfs"
+    aging: float = 60.0
+    """Under the fair policy: see `SchedulerConfig.priority_aging`."""
     max_samples: int = 1 << 30
     """Tokens that a step may sample. Those after drafts are counted; without drafts there is one for each
     sequence at most."""
@@ -30,5 +32,7 @@ class SchedulerLimits:
     stages: int = 1
     """Of a pipeline. With several, a request has no row while a token of it is pending, and rows are divided
     among as many plans (`scheduler/micro_batches.py`)."""
+    fails_with_loads: bool = False
+    """Whether a request ends with an error if KV could not be loaded for it. Else the rest is computed."""
     least_prompt_tokens: int = 64
     """Prompts are not divided into fewer tokens, which would not take less time: all weights are read."""

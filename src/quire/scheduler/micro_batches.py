@@ -21,7 +21,6 @@ from itertools import islice
 
 from quire.messages import StepPlan
 from quire.scheduler.limits import SchedulerLimits
-from quire.scheduler.policy import RequestQueue
 from quire.scheduler.request import Request
 
 
@@ -36,7 +35,7 @@ class MicroBatches:
         return len(self._in_flight)
 
     def share(
-        self, running: list[Request], wanted: list[int], waiting: RequestQueue
+        self, running: list[Request], wanted: list[int], waiting: Iterable[Request]
     ) -> tuple[int, set[int]]:
         """The budget of the next plan, and the requests that have to wait for a later one. Reduces `wanted`
         to what the plan may take.

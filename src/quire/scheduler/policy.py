@@ -1,59 +1,89 @@
 """The order in which requests are served, and the queue in that order.
 
-A policy gives each waiting request a sort key. The scheduler admits in ascending order. A request keeps
-the key of its first admission: running requests get budget in ascending order of their keys, and are
-preempted in descending order. So one order decides admission, budget and victims, and no counter that
-changes while requests run can make two of them preempt each other in turn.
+A policy is the queue of the requests that wait. The scheduler asks it for one candidate after the other, and
+stops at the first that does not fit. When a request is admitted for the first time, its sort key is fixed:
+running requests get budget in ascending order of their keys, and are preempted in descending order. So one
+order decides admission, budget and victims, and nothing that changes while requests run can make two of them
+preempt each other in turn.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Protocol
 
 from quire.errors import ConfigError
-from quire.placement import Placement
+from quire.messages import TenantStats
+from quire.scheduler.decisions import Standing
+from quire.scheduler.fair import FairQueue
+from quire.scheduler.queue import Clock, Placed, RequestQueue, SortKey
 from quire.scheduler.request import Request
 
 
-class Placed(Protocol):
-    """What keys are made of: a `Request` has it, and so has an `AddRequest`."""
-
-    @property
-    def request_id(self) -> int: ...
-    @property
-    def arrival_time(self) -> float: ...
-    @property
-    def placement(self) -> Placement: ...
-
-
-SortKey = Callable[[Placed], tuple[float, ...]]
-
-
 class Policy(Protocol):
-    @property
-    def moves(self) -> bool:
-        """Whether keys of waiting requests change from step to step. If so, the queue is sorted by new
-        keys once a step."""
+    """The requests that wait: those that were never admitted, and those that were preempted."""
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[Request]:
+        """In their order, except that counters are not considered."""
 
     def waiting_key(self, request: Placed) -> tuple[float, ...]:
         """The sort key of a request that was never admitted; no two keys are equal."""
 
-    def served(self, request: Request, num_tokens: int) -> None:
-        """num_tokens of the request are computed in this step. Called only if `moves`."""
+    def add(self, request: Request) -> None: ...
+    def remove(self, request: Request) -> None: ...
+
+    def candidates(self) -> Iterator[Request]:
+        """The requests in the order in which they may be admitted. Each may be removed, and `admitted`,
+        before the next is asked for."""
+
+    def admitted(self, request: Request, num_found: int) -> None:
+        """A request that was removed will run. May change its key if this is its first admission.
+        num_found: tokens whose KV it does not compute."""
+
+    def stopped(self, request: Request) -> None:
+        """A running request ends, or is preempted."""
+
+    def ended(self, request: Request) -> None:
+        """A request that is in no queue any more has ended."""
+
+    def standing(self, request: Request) -> Standing: ...
+
+    def take_tenants(self) -> dict[str, TenantStats]:
+        """The state of tenants that has changed since the last report, if one is due."""
+
+    def check_invariants(self) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class FixedOrder:
+class FixedOrder(RequestQueue):
     """A policy whose keys depend on the request alone."""
 
-    waiting_key: SortKey
-    moves: bool = False
+    def __init__(self, key: SortKey) -> None:
+        super().__init__()
+        self.waiting_key = key
 
-    def served(self, request: Request, num_tokens: int) -> None:
+    def candidates(self) -> Iterator[Request]:
+        return iter(list(self._items))
+
+    def admitted(self, request: Request, num_found: int) -> None:
         pass
+
+    def stopped(self, request: Request) -> None:
+        pass
+
+    def ended(self, request: Request) -> None:
+        pass
+
+    def standing(self, request: Request) -> Standing:
+        return Standing()
+
+    def take_tenants(self) -> dict[str, TenantStats]:
+        return {}
+
+    def check_invariants(self) -> None:
+        keys = [request.sort_key for request in self]
+        assert keys == sorted(keys)
 
 
 def fcfs(request: Placed) -> tuple[float, ...]:
@@ -66,48 +96,15 @@ def priority(request: Placed) -> tuple[float, ...]:
     return (request.placement.priority, request.arrival_time, request.request_id)
 
 
-POLICIES: dict[str, Callable[[], Policy]] = {
-    "fcfs": lambda: FixedOrder(fcfs),
-    "priority": lambda: FixedOrder(priority),
+POLICIES: dict[str, Callable[[float, Clock], Policy]] = {
+    "fcfs": lambda aging, clock: FixedOrder(fcfs),
+    "priority": lambda aging, clock: FixedOrder(priority),
+    "fair": FairQueue,
 }
 
 
-def create_policy(name: str) -> Policy:
+def create_policy(name: str, *, aging: float = 0.0, clock: Clock = time.monotonic) -> Policy:
+    """aging: see `SchedulerLimits.aging`."""
     if name not in POLICIES:
         raise ConfigError(f"scheduling_policy must be one of {', '.join(POLICIES)}, got {name!r}.")
-    return POLICIES[name]()
-
-
-class RequestQueue:
-    """Requests in ascending `sort_key`, which changes only by `sort`."""
-
-    def __init__(self) -> None:
-        self._items: list[Request] = []
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def __iter__(self) -> Iterator[Request]:
-        return iter(self._items)
-
-    def __getitem__(self, index: int) -> Request:
-        return self._items[index]
-
-    def add(self, request: Request) -> None:
-        insort(self._items, request, key=_sort_key)
-
-    def remove(self, request: Request) -> None:
-        index = bisect_left(self._items, request.sort_key, key=_sort_key)
-        assert self._items[index] is request, f"{request} is not queued"
-        del self._items[index]
-
-    def sort(self, key: SortKey) -> None:
-        """Sort by new keys for the requests that were never admitted."""
-        for request in self._items:
-            if not request.was_admitted:
-                request.sort_key = key(request)
-        self._items.sort(key=_sort_key)
-
-
-def _sort_key(request: Request) -> tuple[float, ...]:
-    return request.sort_key
+    return POLICIES[name](aging, clock)

@@ -6,6 +6,7 @@ from enum import Enum
 
 from quire.kvcache import CacheKey
 from quire.messages import AddRequest, FinishReason, PromptLogprobs, RequestTimes, SampledRow
+from quire.prefix_report import PrefixReport
 from quire.sampling_params import RepetitionDetectionParams
 
 
@@ -24,11 +25,10 @@ class Request:
     __slots__ = (
         "_common", "arrival_time", "awaits_drafts", "cache_key", "decoding",
         "draft_token_ids", "drafts_right", "drafts_tried", "last_probe", "probes", "finish_reason",
-        "fork_of", "generates", "needs_token_before_next", "num_cached_tokens",
-        "num_computed_tokens",
+        "fork_of", "generates", "hold_kv", "needs_token_before_next", "num_computed_tokens",
         "num_drafts_in_flight", "num_pending_tokens", "num_preemptions", "num_prompt_logprobs",
-        "num_prompt_tokens", "placement", "queued_time", "request_id", "scheduled_time", "sort_key",
-        "status", "stop_token", "takes_drafts", "token_ids",
+        "num_prompt_tokens", "placement", "prefix", "queued_time", "request_id", "scheduled_time",
+        "sort_key", "source", "status", "stop_token", "takes_drafts", "token_ids",
     )  # fmt: skip
 
     def __init__(
@@ -59,8 +59,8 @@ class Request:
         """Whether the last plan that samples a token of this request asked for drafts."""
         self.needs_token_before_next = needs_token_before_next
         """Whether a pending token must become known before the next one is computed."""
-        self.num_cached_tokens: int | None = None
-        """Set at the first admission: prompt tokens whose KV was found in the cache."""
+        self.prefix: PrefixReport | None = None
+        """Set at the first admission."""
         self.decoding = message.decoding
         self.generates = message.decoding.generates
         self.placement = message.placement
@@ -69,6 +69,8 @@ class Request:
         self.arrival_time = message.arrival_time
         self.cache_key = CacheKey(message.placement.cache_salt, message.placement.adapter)
         self.fork_of = message.fork_of
+        self.source = message.source
+        self.hold_kv = message.hold_kv
         self.status = RequestStatus.WAITING
         self.finish_reason: FinishReason | None = None
         self.stop_token: int | None = None
@@ -82,7 +84,7 @@ class Request:
     @property
     def was_admitted(self) -> bool:
         """Whether it is running, or was before a preemption."""
-        return self.num_cached_tokens is not None
+        return self.prefix is not None
 
     @property
     def num_tokens(self) -> int:

@@ -23,7 +23,8 @@ Four rules keep it fair and free of deadlock (docs/adr/0002-one-order.md):
   head of the queue. The rest goes in order.
 * A waiting request does not compute what one before it is about to compute. It waits and finds it.
 * A waiting request is admitted only if all its known tokens fit beside what the running ones still
-  need. Preemption is only for what cannot be known before: how long outputs become.
+  need. Preemption is only for what cannot be known before: how long outputs become. If it is to be
+  expected too soon, the request waits (`scheduler/worth.py`).
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from quire.kvcache import KVCacheManager, KVConnector, PrefixMatch, Transfers
+from quire.kvcache import KVCacheManager, KVConnector, Misses, PrefixMatch
 from quire.messages import (
     AddRequest,
     AdmittedRequest,
@@ -49,9 +50,16 @@ from quire.scheduler.adapters import AdapterPlaces
 from quire.scheduler.decisions import DecisionKind, Observer, Reporter, Wait, WaitReason
 from quire.scheduler.drafting import Drafting
 from quire.scheduler.limits import SchedulerLimits
+from quire.scheduler.loading import Loading
 from quire.scheduler.micro_batches import MicroBatches, least_share
-from quire.scheduler.policy import RequestQueue, create_policy
+from quire.scheduler.policy import create_policy
+from quire.scheduler.queue import RequestQueue
+from quire.scheduler.rates import Rates
 from quire.scheduler.request import Request, RequestStatus
+from quire.scheduler.stats import add_state
+from quire.scheduler.worth import Worth
+
+_HOLDS_KV = (FinishReason.STOP, FinishReason.LENGTH, FinishReason.REPETITION)
 
 
 class Scheduler:
@@ -72,19 +80,19 @@ class Scheduler:
         cannot be sampled, or its drafts be made, before this side has seen the last one.
         takes_drafts: says of a request that several of its tokens can be sampled in one step.
         observe: called with every decision. Without it none are recorded.
-        connector: of a store outside the cache, if there is one. Transfers leave free the blocks that one
-        request of full length needs, so that the first running request always advances."""
+        connector: of stores outside the cache, if there are any."""
         # A single request can always grow to full length: this guarantees progress.
         assert kv.blocks_for(limits.max_model_len) <= kv.num_usable
         assert limits.max_num_batched_tokens >= limits.max_num_seqs
         self.limits = limits
         self.kv = kv
         self.running = RequestQueue()
-        self.waiting = RequestQueue()
+        self.waiting = create_policy(limits.policy, aging=limits.aging, clock=clock)
         self.requests: dict[int, Request] = {}
-        self.policy = create_policy(limits.policy)
         self.adapters = AdapterPlaces(limits.max_adapters)
-        self.report = Reporter(observe)
+        self.report = Reporter(
+            observe, lambda request_id: self.waiting.standing(self.requests[request_id])
+        )
         self._clock = clock
         self._needs_token_before_next = needs_token_before_next
         self._takes_drafts = takes_drafts
@@ -96,12 +104,13 @@ class Scheduler:
         self._num_deferred = 0
         self._stopped_at: int | None = None
         self.drafting = Drafting(limits, kv, self.report)
-        self._loading: dict[int, int] = {}
-        """By request id, the id of the load that a waiting request started."""
-        self.transfers: Transfers | None = None
+        self.rates = Rates()
+        self.worth = Worth(kv, self.rates, connector)
+        self.loading: Loading | None = None
+        self._connector = connector
         if connector is not None:
-            most_held = kv.num_usable - kv.blocks_for(limits.max_model_len)
-            self.transfers = Transfers(kv, connector, most_held)
+            self.loading = Loading(kv, connector, self.rates, clock)
+        self._misses = Misses(kv, None if self.loading is None else self.loading.transfers, clock)
         self._stats = SchedulerStats()
 
     # --- adding and ending requests ---------------------------------------------------------------
@@ -115,6 +124,8 @@ class Scheduler:
             raise ValueError(
                 "a request needs at least one prompt token, and max_tokens of 0 or more"
             )
+        if not 0.0 < message.placement.weight < float("inf"):
+            raise ValueError("a tenant's weight must be positive")
         if len(message.prompt_token_ids) + message.decoding.max_tokens > self.limits.max_model_len:
             raise ValueError("prompt and max_tokens exceed max_model_len")
         request = Request(
@@ -123,16 +134,22 @@ class Scheduler:
             needs_token_before_next=self._needs_token_before_next(message),
             takes_drafts=self._takes_drafts(message),
         )
-        request.sort_key = self.policy.waiting_key(request)
+        request.sort_key = self.waiting.waiting_key(request)
         self.requests[request.request_id] = request
         self.waiting.add(request)
         wait = self._waits[request.request_id] = Wait(WaitReason.ARRIVED)
         self.report.waits(request.request_id, wait)
+        if self.loading is not None:
+            self.loading.queued(request)
 
-    def abort(self, request_ids: Iterable[int]) -> list[RequestUpdate]:
-        """End requests now, waiting or running. Unknown ids (already finished) are ignored."""
+    def abort(
+        self, request_ids: Iterable[int], reason: FinishReason = FinishReason.ABORT
+    ) -> list[RequestUpdate]:
+        """End requests now, waiting or running. Unknown ids (already finished) are ignored. reason: of those
+        that are queued, `EXPIRED` becomes that of those that were admitted, `TIMEOUT`."""
+        late = FinishReason.TIMEOUT if reason is FinishReason.EXPIRED else reason
         return [
-            self._finish(request, FinishReason.ABORT)
+            self._finish(request, late if request.was_admitted else reason)
             for request_id in request_ids
             if (request := self.requests.get(request_id)) is not None
         ]
@@ -140,11 +157,15 @@ class Scheduler:
     def reset_prefix_cache(self) -> None:
         """Drop all cached content. Requests keep their blocks, but no other request finds them."""
         self.kv.reset_cache()
+        if self.loading is not None:
+            self.loading.transfers.reset()
 
     @property
     def has_work(self) -> bool:
         """Whether a step has anything to do (including sending releases to the executor)."""
-        return bool(self.requests) or bool(self._released) or bool(self.transfers)
+        if self.loading is not None and self.loading.transfers.has_work:
+            return True
+        return bool(self.requests) or bool(self._released)
 
     # --- a step -----------------------------------------------------------------------------------
 
@@ -155,12 +176,13 @@ class Scheduler:
         The queue comes first: it gets what running requests do not want, and at least a quantum. They
         divide the rest: a quantum for each, and then in order what is left."""
         self._step_id += 1
+        self._misses.step(self._step_id)
         plan = StepPlan(step_id=self._step_id)
         self._waits.clear()
         self._num_deferred, self._stopped_at = 0, None
         self.adapters.begin(self._step_id, self.requests)
-        if self.policy.moves:
-            self.waiting.sort(self.policy.waiting_key)
+        if self.loading is not None:
+            self.loading.transfers.step_id = self._step_id
         running = list(self.running)
         if self.kv.has_windows:
             for request in running:  # drafts in flight may have to be computed again
@@ -173,14 +195,14 @@ class Scheduler:
         self.report.step(self._step_id, quantum, self.kv.num_free, budget)
         budget -= self._schedule_waiting(plan, max(quantum, budget - sum(wanted)))
         self._schedule_running(plan, running, wanted, budget, quantum)
+        self.rates.begin(self._clock())
         if self.limits.max_drafts:
-            self.drafting.plan(plan, self.requests, self._clock())
+            self.drafting.plan(plan, self.requests)
         if plan.rows or not self._micro_batches.num_in_flight:
             self._micro_batches.launched(plan)
             plan.released, self._released = self._released, []
-            if self.transfers is not None:
-                self.transfers.save_evicted()
-                plan.loads, plan.saves = self.transfers.take()
+            if self.loading is not None:
+                self.loading.transfers.take(plan)
         if self.report.is_observed:
             ids = (request.request_id for request in running)
             self.report.rows(self._waits, zip(ids, wanted, strict=True), plan)
@@ -212,7 +234,7 @@ class Scheduler:
                 count = min(count, quantum + spare)
                 spare -= count - quantum
             growth = self.kv.grow(request.request_id, request.num_computed_tokens + count)
-            while growth is None:
+            while growth is None and not self._awaits_load(request):
                 victim = self.running[len(self.running) - 1]
                 self._preempt(victim, request, count)
                 if victim is request:
@@ -220,6 +242,13 @@ class Scheduler:
                 growth = self.kv.grow(request.request_id, request.num_computed_tokens + count)
             if growth is not None:
                 self._plan_row(plan, request, count, growth.block_ids)
+
+    def _awaits_load(self, request: Request) -> bool:
+        """Whether the only running request lacks blocks that loads hold."""
+        waits = len(self.running) == 1 and self.loading is not None and self.loading.is_under_way
+        if waits:
+            self._waits[request.request_id] = Wait(WaitReason.LOAD)
+        return waits
 
     def _is_idle(self, request: Request) -> bool:
         """Whether the request has nothing to compute until the plans in flight are done."""
@@ -240,40 +269,36 @@ class Scheduler:
             request = self.requests[row.request_id]
             request.num_computed_tokens += row.num_tokens
             request.num_pending_tokens += row.samples
-        if self.policy.moves:
-            for row in plan.rows:
-                self.policy.served(self.requests[row.request_id], row.num_tokens)
 
     def _schedule_waiting(self, plan: StepPlan, budget: int) -> int:
         """Admit waiting requests in order, until one does not fit. Returns the budget that they take.
 
         A request that fits does so beside all that running requests grow by in this step, so a step that
         admits does not preempt."""
-        if not self.waiting:
+        if not self.waiting or self._is_full(budget):
             return 0
         left = budget
         promised = sum(
             self.kv.num_missing(request.request_id, request.num_tokens) for request in self.running
         )
         leaders = [request for request in self.running if self._has_prompt_left(request)]
-        for request in list(self.waiting):
-            if left <= 0:
-                self._stop_at(request, Wait(WaitReason.BUDGET, needed=1))
-                break
-            if len(self.running) >= self.limits.max_num_seqs:
-                self._stop_at(request, Wait(WaitReason.SEAT, budget=left))
-                break
+        for request in self.waiting.candidates():
             match = self.adapters.wait_of(request) or self._match(request, leaders)
             if isinstance(match, Wait):
                 self._waits[request.request_id] = match
                 self._num_deferred += 1
                 continue
             keep_free = promised + (self.limits.watermark_blocks if self.running else 0)
-            if self.transfers is not None and self._loads(request, keep_free):
-                self._waits[request.request_id] = Wait(WaitReason.LOAD)
-                self._num_deferred += 1
-                continue
-            match = self._fit(match, request.num_tokens, self.kv.num_free - keep_free)
+            free = self.kv.num_free - keep_free
+            match = self._fit(request, match, free)
+            if self.loading is not None:
+                fits = not isinstance(match, Wait)
+                to_come = self.loading.blocks_to_come(request, free, fits=fits)
+                if to_come is not None:
+                    promised += to_come
+                    self._waits[request.request_id] = Wait(WaitReason.LOAD)
+                    self._num_deferred += 1
+                    continue
             if isinstance(match, Wait):
                 self._stop_at(request, replace(match, budget=left))
                 break
@@ -287,7 +312,22 @@ class Scheduler:
                 leaders.append(request)
             promised += self.kv.num_missing(request.request_id, request.num_tokens)
             left -= count
+            if self._is_full(left):
+                break
         return budget - left
+
+    def _is_full(self, left: int) -> bool:
+        """Whether nobody can be admitted, whoever is next."""
+        if len(self.running) >= self.limits.max_num_seqs:
+            wait = Wait(WaitReason.SEAT, budget=left)
+        elif left <= 0:
+            wait = Wait(WaitReason.BUDGET, needed=1)
+        else:
+            return False
+        head = next((each for each in self.waiting if each.request_id not in self._waits), None)
+        if head is not None:
+            self._stop_at(head, wait)
+        return True
 
     def _has_prompt_left(self, request: Request) -> bool:
         return request.num_tokens - request.num_computed_tokens > self.kv.block_size
@@ -324,23 +364,6 @@ class Scheduler:
                     return Wait(WaitReason.PREFIX, leader.request_id)
         return self.kv.match_prefix(request.request_id, tokens, request.cache_key, self._step_id)
 
-    def _loads(self, request: Request, keep_free: int) -> bool:
-        """Whether the request waits for KV from a store. A load is tried once each time the request is
-        queued."""
-        assert self.transfers is not None
-        transfer_id = self._loading.get(request.request_id)
-        if transfer_id is not None:
-            return self.transfers.is_under_way(transfer_id)
-        if request.most_cached is not None or not self.kv.enable_prefix_caching:
-            return False
-        free = self.kv.num_free - keep_free
-        started = self.transfers.start_load(
-            request.request_id, request.token_ids, request.cache_key, free
-        )
-        if started is not None:
-            self._loading[request.request_id] = started
-        return started is not None
-
     def _computes_prefix_of(self, request: Request, most: int, leader: Request) -> bool:
         """Whether a running request before this one still has to compute a block with which both begin.
         Computing it twice would cost more than waiting."""
@@ -350,34 +373,43 @@ class Scheduler:
         there = self.kv.num_shareable_tokens(leader.request_id)
         return common - there >= self.kv.block_size
 
-    def _fit(self, match: PrefixMatch, num_tokens: int, free: int) -> PrefixMatch | Wait:
+    def _fit(self, request: Request, match: PrefixMatch, free: int) -> PrefixMatch | Wait:
         """A match with which the request can be admitted, if necessary without the copied tail (which
-        holds one more block for a moment)."""
-        needed = self.kv.blocks_needed(match, num_tokens)
+        holds one more block for a moment), or why it waits. What is loaded for it is not given up again."""
+        needed = self.kv.blocks_needed(match, request.num_tokens)
         if needed > free and match.tails:
             match = self.kv.without_tails(match)
-            needed = self.kv.blocks_needed(match, num_tokens)
-        return Wait(WaitReason.BLOCKS, needed=needed, free=free) if needed > free else match
+            needed = self.kv.blocks_needed(match, request.num_tokens)
+        if needed > free:
+            return Wait(WaitReason.BLOCKS, needed=needed, free=free)
+        if self.loading is not None and self.loading.has_begun(request.request_id):
+            return match
+        return self.worth.wait(request, self.running, free - needed) or match
 
     def _capped(self, count: int) -> int:
         threshold = self.limits.long_prefill_token_threshold
         return min(count, threshold) if threshold else count
 
     def _admit(self, plan: StepPlan, request: Request, match: PrefixMatch, count: int) -> None:
+        miss = None
+        load = self.loading.admitted(request, match) if self.loading is not None else None
+        if request.prefix is not None:
+            self.worth.returned(request.num_tokens, match.num_tokens, load)
+        else:
+            request.prefix = self._misses.report(request, match, load)
+            request.scheduled_time = self._clock()
+            miss = request.prefix.reason
+            if self.kv.enable_prefix_caching:
+                self._stats.prefix_queries += request.num_prompt_tokens
+                self._stats.prefix_hits += request.prefix.device
         reach = match.num_tokens + count
         growth = self.kv.admit(request.request_id, match, request.cache_key, reach)
         self.waiting.remove(request)
+        self.waiting.admitted(request, match.num_tokens)
         self.running.add(request)
         self.adapters.enter(request)
-        self._loading.pop(request.request_id, None)
         request.status = RequestStatus.RUNNING
         request.num_computed_tokens = match.num_tokens
-        if request.num_cached_tokens is None:
-            request.num_cached_tokens = match.num_tokens
-            request.scheduled_time = self._clock()
-            if self.kv.enable_prefix_caching:
-                self._stats.prefix_queries += request.num_prompt_tokens
-                self._stats.prefix_hits += match.num_tokens
         self._stats.blocks_copied += len(growth.copies)
         plan.copies.extend(growth.copies)
         plan.admitted.append(
@@ -393,7 +425,7 @@ class Scheduler:
         )
         self._plan_row(plan, request, count, ())
         needed = request.num_tokens - match.num_tokens
-        self.report.admitted(request.request_id, needed, self.kv.num_free, count)
+        self.report.admitted(request.request_id, miss, needed, self.kv.num_free, count)
 
     def _plan_row(
         self, plan: StepPlan, request: Request, count: int, new_block_ids: BlockIds
@@ -418,7 +450,8 @@ class Scheduler:
         it depends on the tokens before it, not on where their KV was."""
         reach = for_whom.num_computed_tokens + count
         needed = self.kv.num_missing(for_whom.request_id, reach)
-        wait = Wait(WaitReason.PREEMPTED, for_whom.request_id, needed, self.kv.num_free)
+        cost = self.worth.resume_seconds(request.num_tokens)
+        wait = Wait(WaitReason.PREEMPTED, for_whom.request_id, needed, self.kv.num_free, cost=cost)
         self._waits[request.request_id] = wait
         self.report.waits(request.request_id, wait, DecisionKind.PREEMPTED)
         self._stop(request)
@@ -432,9 +465,13 @@ class Scheduler:
     def _stop(self, request: Request, *, keep_tail: bool = True) -> None:
         """Free a running request's blocks. They stay in the prefix cache, the partial one too."""
         self.running.remove(request)
+        self.waiting.stopped(request)
         self.adapters.leave(request)
+        if self.loading is not None and keep_tail:
+            self.loading.transfers.left(request.request_id)
         known = request.token_ids[: request.num_computed_tokens] if keep_tail else ()
-        self.kv.release(request.request_id, known, step_id=self._step_id)
+        place = request.placement
+        self.kv.release(request.request_id, known, step_id=self._step_id, placement=place)
         self._released.append(request.request_id)
 
     # --- results ----------------------------------------------------------------------------------
@@ -442,11 +479,8 @@ class Scheduler:
     def update(self, plan: StepPlan, result: StepResult) -> list[RequestUpdate]:
         """Apply the result of a step. Requests that have ended meanwhile are skipped."""
         self._micro_batches.done(plan)
-        for transfer in result.transferred:
-            assert self.transfers is not None
-            self.transfers.finish(transfer.transfer_id, transfer.num_good, self._step_id)
+        updates = self._loads_ended(result) if result.transferred else []
         sampled = {row.request_id: row for row in result.sampled}
-        updates = []
         for row in plan.rows:
             request, found = self.requests.get(row.request_id), sampled.get(row.request_id)
             if request is None:
@@ -457,8 +491,23 @@ class Scheduler:
             elif found is not None or not request.generates:
                 updates += self._learn_of_prompt(request, row, found)
         self._stats.step_tokens += plan.num_tokens
-        if self.limits.max_drafts:
-            self.drafting.measure(plan, self.requests, result.draft_seconds, self._clock())
+        seconds = self.rates.end(plan, self._clock(), is_idle=not self.requests)
+        if self.limits.max_drafts and plan.rows:
+            self.drafting.measure(plan, self.requests, result.draft_seconds, seconds)
+        return updates
+
+    def _loads_ended(self, result: StepResult) -> list[RequestUpdate]:
+        assert self.loading is not None
+        updates = []
+        for request_id in self.loading.finish(result.transferred):
+            request = self.requests[request_id]
+            if not self.limits.fails_with_loads or request.prefix is not None:
+                continue  # what a preempted request has lost is computed again
+            update = self._finish(request, FinishReason.ERROR)
+            update.error = (
+                "The KV of its prompt could not be loaded (kv_load_failure_policy: fail)."
+            )
+            updates.append(update)
         return updates
 
     def _learn(self, request: Request, planned: PlannedRow, row: SampledRow) -> RequestUpdate:
@@ -495,8 +544,7 @@ class Scheduler:
         update.logprobs = row.logprobs[: len(accepted)] if row.logprobs is not None else None
         update.prompt_logprobs = prompt_logprobs
         if first:
-            update.num_cached_tokens = request.num_cached_tokens
-            update.times = request.times
+            update.prefix, update.times = request.prefix, request.times
         return update
 
     def _learn_of_prompt(
@@ -515,21 +563,25 @@ class Scheduler:
         update = RequestUpdate(request_id=request.request_id)
         if done:
             update = self._finish(request, FinishReason.LENGTH)
-            update.num_cached_tokens, update.times = request.num_cached_tokens, request.times
+            update.prefix, update.times = request.prefix, request.times
             update.embedding = None if found is None else found.embedding
         update.prompt_logprobs = news
         return [update]
 
     def _finish(self, request: Request, reason: FinishReason) -> RequestUpdate:
-        self._loading.pop(request.request_id, None)
+        kv_source = None
         if request.status is RequestStatus.RUNNING:
-            if self.transfers is not None and reason is not FinishReason.ERROR:
-                self.transfers.save_finished(request.request_id)
+            self.rates.ended()
+            if request.hold_kv and self.loading is not None and reason in _HOLDS_KV:
+                kv_source = self.loading.transfers.hold(request.request_id)
             self._stop(request, keep_tail=reason is not FinishReason.ERROR)
         else:
             self.waiting.remove(request)
             wait = self._waits.pop(request.request_id, None)
             self._num_deferred -= wait is not None and wait.reason.label == "deferred"
+        if self.loading is not None:
+            self.loading.ended(request.request_id)
+        self.waiting.ended(request)
         self.report.finished(request.request_id, reason)
         self.kv.forget(request.request_id)
         del self.requests[request.request_id]
@@ -539,6 +591,7 @@ class Scheduler:
             request_id=request.request_id,
             finish_reason=reason,
             num_preemptions=request.num_preemptions,
+            kv_source=kv_source,
         )
 
     # --- accounting -------------------------------------------------------------------------------
@@ -546,23 +599,8 @@ class Scheduler:
     def take_stats(self) -> SchedulerStats:
         """The current state, and counts since the last call."""
         stats, self._stats = self._stats, SchedulerStats()
-        stats.drafts = self.drafting.take_counts()
-        stats.num_running = len(self.running)
-        stats.num_waiting = len(self.waiting)
-        stats.waiting_by_reason = {
-            "capacity": stats.num_waiting - self._num_deferred,
-            "deferred": self._num_deferred,
-        }
-        stats.kv_usage = self.kv.usage
-        stats.blocks_shared = self.kv.num_shared
-        size = self.kv.block_size
-        stats.kv_slots_allocated = self.kv.num_referenced * size
-        unused = sum(
-            self.kv.num_blocks_of(request.request_id) * size - request.num_computed_tokens
-            for request in self.running
-        )
-        unused *= len(self.kv.windows)
-        stats.kv_slots_used = stats.kv_slots_allocated - unused
+        stats.drafts, stats.tenants = self.drafting.take_counts(), self.waiting.take_tenants()
+        add_state(stats, self.kv, self.running, self.waiting, self._num_deferred, self._connector)
         return stats
 
     def why_waits(self, request: Request) -> Wait:

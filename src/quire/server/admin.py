@@ -27,7 +27,7 @@ from quire.server.requests import AbortRequest, LoadAdapterRequest, UnloadAdapte
 from quire.server.state import ServerState
 from quire.util.version import VERSION
 
-SECRET_WORDS = frozenset({"key", "keyfile", "token", "secret", "password"})
+SECRET_WORDS = frozenset({"key", "keys", "keyfile", "token", "secret", "password"})
 HIDDEN = "***"
 
 

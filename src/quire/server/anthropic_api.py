@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fastapi import APIRouter
-from msgspec import Raw
+from msgspec import UNSET, Raw
 from pydantic_core import from_json, to_json
 from starlette.requests import Request
 from starlette.responses import Response
@@ -31,6 +31,7 @@ from quire.server.generation import Frame, check_model, respond, warning_headers
 from quire.server.messages_input import ToolSet, add_messages, add_system
 from quire.server.openapi import request_body
 from quire.server.requests import ChatCompletionRequest
+from quire.server.retention import created, marks_of
 from quire.server.sse import Ending, named_event
 from quire.server.state import ServerState
 from quire.server.tools import served_format
@@ -56,6 +57,7 @@ STOP_REASONS = {
 
 def messages_router(state: ServerState) -> APIRouter:
     router = APIRouter()
+    caches = state.engine_config.cache.enable_prefix_caching
 
     @router.post(ANTHROPIC_PATH, openapi_extra=request_body(MessagesRequest))
     async def create_message(request: Request) -> Response:
@@ -64,8 +66,9 @@ def messages_router(state: ServerState) -> APIRouter:
         model = state.serving_engine().model
         frame = Frame.make("msg", model, warnings, name=asked.model, separator="_")
         with renaming(_names(asked)):
-            chat = await start_chat(state, request, chat_request, frame)
-        encoder = MessagesEncoder(chat)
+            marks = marks_of(asked) if caches else []
+            chat = await start_chat(state, request, chat_request, frame, marks)
+        encoder = MessagesEncoder(chat, prefixes=asked.return_prefix_details)
 
         def on_error(error: ApiError) -> bytes:
             return named_event("error", encode(error.anthropic(request.scope)))
@@ -171,11 +174,12 @@ class MessagesEncoder:
     cached tokens.
     """
 
-    def __init__(self, chat: StartedChat) -> None:
+    def __init__(self, chat: StartedChat, *, prefixes: bool | None = False) -> None:
         self.frame = chat.frame
         self._reader = chat.reader
         self._pieces = Pieces(chat.reader)
-        self._meter = UsageMeter()
+        self._retain = chat.prompt.retain
+        self._meter = UsageMeter(prefixes=prefixes)
         self._stop: Object = {"stop_reason": None, "stop_sequence": None}
         self._started = False
 
@@ -184,7 +188,7 @@ class MessagesEncoder:
             self._started = True
             begun = RequestOutput(
                 output.request_id, None, output.prompt_token_ids, [], False,
-                num_cached_tokens=output.num_cached_tokens,
+                num_cached_tokens=output.num_cached_tokens, prefix=output.prefix,
             )  # fmt: skip
             self._meter.add(prompt_index, begun)
             start = _event("message_start", message=self._message([])) + _event("ping")
@@ -203,7 +207,8 @@ class MessagesEncoder:
             self._meter.add(0, output)
             for part in output.outputs:
                 self._part(part)
-        return encode(self._message([_block(piece) for piece in self._pieces.all]))
+        message = self._message([_block(piece) for piece in self._pieces.all])
+        return encode(message | self._meter.handed_on())
 
     def _part(self, part: CompletionOutput) -> bytes:
         events = b"".join(self._change_event(change) for change in self._pieces.read(part))
@@ -229,15 +234,26 @@ class MessagesEncoder:
         return message | self._stop | warnings
 
     def _usage(self) -> Object:
-        """Anthropic's counts: input_tokens does not include the cached tokens."""
+        """Anthropic's counts: input_tokens includes neither the cached tokens nor those that this request has
+        marked to be cached."""
         usage = self._meter.usage()
-        cached = usage.prompt_tokens_details.cached_tokens
+        details = usage.prompt_tokens_details
+        cached = details.cached_tokens
+        new = created(self._retain, cached)
         counted: Object = {
-            "input_tokens": usage.prompt_tokens - cached,
-            "cache_creation_input_tokens": 0,
+            "input_tokens": usage.prompt_tokens - cached - sum(new.values()),
+            "cache_creation_input_tokens": sum(new.values()),
             "cache_read_input_tokens": cached,
             "output_tokens": usage.completion_tokens,
         }
+        if details.prefix is not UNSET:
+            counted["prefix"] = details.prefix
+        if new:
+            hours = sum(count for seconds, count in new.items() if seconds >= 3600)
+            counted["cache_creation"] = {
+                "ephemeral_5m_input_tokens": sum(new.values()) - hours,
+                "ephemeral_1h_input_tokens": hours,
+            }
         thought = self._reader.reasoning_tokens
         if thought is not None:
             counted["output_tokens_details"] = {"thinking_tokens": thought}

@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from quire.errors import QuireError
+from quire.metrics.key_metrics import KeyMetrics
 from quire.server.admin import admin_router
 from quire.server.anthropic_api import messages_router
 from quire.server.auth import ApiKeyAuth
@@ -22,6 +23,7 @@ from quire.server.chat_batch import chat_batch_router
 from quire.server.completions import completions_router
 from quire.server.embeddings import embeddings_router
 from quire.server.errors import ApiError, to_api_error
+from quire.server.keys import Keys
 from quire.server.live import ClientGoneError
 from quire.server.middleware import (
     STATUS_CLIENT_GONE,
@@ -38,12 +40,17 @@ from quire.server.state import ServerState
 from quire.server.tokens import models_router, tokens_router
 from quire.util.version import VERSION
 
-EXPOSED_HEADERS = ("x-request-id", "x-quire-warnings", "retry-after")
+EXPOSED_HEADERS = (
+    "x-request-id", "x-quire-warnings", "retry-after", "retry-after-ms",
+    "x-ratelimit-limit-requests", "x-ratelimit-remaining-requests", "x-ratelimit-reset-requests",
+    "x-ratelimit-limit-tokens", "x-ratelimit-remaining-tokens", "x-ratelimit-reset-tokens",
+)  # fmt: skip
 
 
-def build_app(state: ServerState, *, api_keys: Sequence[str] = ()) -> FastAPI:
+def build_app(state: ServerState, *, api_keys: Keys | Sequence[str] = ()) -> FastAPI:
     """An app over `state`. With `api_keys`, every path except the probes and the playground's page needs
     one of them."""
+    keys = api_keys if isinstance(api_keys, Keys) else Keys(api_keys)
     app = FastAPI(
         title="Quire",
         version=VERSION,
@@ -70,17 +77,18 @@ def build_app(state: ServerState, *, api_keys: Sequence[str] = ()) -> FastAPI:
     app.add_exception_handler(QuireError, _on_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(ClientGoneError, _on_client_gone)
-    _add_middleware(app, state, api_keys)
+    _add_middleware(app, state, keys)
     install_openapi(app)
     return app
 
 
-def _add_middleware(app: FastAPI, state: ServerState, api_keys: Sequence[str]) -> None:
+def _add_middleware(app: FastAPI, state: ServerState, keys: Keys) -> None:
     """Innermost first: the last one added sees a request first."""
     config = state.config
     app.add_middleware(BodyLimit, limit=config.max_body_bytes)
-    if api_keys:
-        app.add_middleware(ApiKeyAuth, keys=api_keys)
+    if keys:
+        app.add_middleware(ApiKeyAuth, keys=keys)
+        state.registry.register(KeyMetrics(keys))
     app.add_middleware(
         CORSMiddleware,
         allow_origins=config.allowed_origins,

@@ -6,32 +6,21 @@ check and the router always see the same path, also for `http://x/health?@host/v
 
 from __future__ import annotations
 
-import hashlib
 import socket
 import ssl
-from collections.abc import Mapping, Sequence
-from hmac import compare_digest
 from ipaddress import IPv6Address, ip_address
 
 from quire.config import ServerConfig
-from quire.errors import ConfigError
 from quire.server.errors import ApiError, routed_path, speaks_anthropic
-from quire.server.middleware import App, Receive, Scope, Send, header_values, set_owner
+from quire.server.keys import ENVIRONMENT, Keys
+from quire.server.middleware import App, Receive, Scope, Send, header_values, set_tenant
 
 OPEN_PATHS = frozenset({"/", "/health", "/ready", "/ping", "/metrics", "/version"})
-ENVIRONMENT = ("QUIRE_API_KEY", "VLLM_API_KEY")
 
 _BODY = b'{"error":"Unauthorized"}'
 
 
-def configured_keys(config: ServerConfig, environ: Mapping[str, str]) -> tuple[str, ...]:
-    """Keys from flags and environment. Raises `ConfigError` for an empty key, which would not protect."""
-    if any(not key.strip() for key in config.api_key):
-        raise ConfigError("api_key must not be empty. Leave it out to serve without keys.")
-    return (*config.api_key, *(environ[name] for name in ENVIRONMENT if environ.get(name)))
-
-
-def exposure(listener: socket.socket, config: ServerConfig, keys: Sequence[str]) -> str | None:
+def exposure(listener: socket.socket, config: ServerConfig, keys: Keys) -> str | None:
     """A warning if other machines can reach `listener`, which is bound, and need no key; else None.
 
     The bound address decides, so a host name counts as the address that it resolved to. A Unix socket and
@@ -58,15 +47,10 @@ def exposure(listener: socket.socket, config: ServerConfig, keys: Sequence[str])
 
 class ApiKeyAuth:
     """401 unless the request brings one of the keys, as `Authorization: Bearer KEY` or (Anthropic's clients)
-    as `X-Api-Key: KEY`.
+    as `X-Api-Key: KEY`. If it brings two, one must be right, and the first right one says whose it is."""
 
-    Digests are compared, and always all of them, so that the time depends neither on how many characters
-    were right nor on which key matched.
-    """
-
-    def __init__(self, app: App, keys: Sequence[str]) -> None:
-        self._app = app
-        self._digests = [_digest(key.encode("utf-8")) for key in keys]
+    def __init__(self, app: App, keys: Keys) -> None:
+        self._app, self._keys = app, keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or is_open(scope) or self._is_known(scope):
@@ -84,15 +68,10 @@ class ApiKeyAuth:
         await send({"type": "http.response.body", "body": body, "more_body": False})
 
     def _is_known(self, scope: Scope) -> bool:
-        known = False
-        for token in _tokens(scope):
-            given, found = _digest(token), False
-            for digest in self._digests:
-                found |= compare_digest(given, digest)
-            if found and not known:
-                set_owner(scope, given)
-            known |= found
-        return known
+        found = [key for token in _tokens(scope) if (key := self._keys.find(token)) is not None]
+        if found:
+            set_tenant(scope, found[0].tenant)
+        return bool(found)
 
 
 def is_open(scope: Scope) -> bool:
@@ -110,7 +89,3 @@ def _tokens(scope: Scope) -> list[bytes]:
         if scheme.lower() == b"bearer":
             tokens.append(token)
     return [token.strip() for token in tokens]
-
-
-def _digest(key: bytes) -> bytes:
-    return hashlib.sha256(key).digest()

@@ -17,7 +17,7 @@ MAX_BEAMS = 128
 _SHAPING = (
     "presence_penalty", "frequency_penalty", "repetition_penalty", "stop", "stop_token_ids", "min_tokens",
     "prompt_logprobs", "logprob_token_ids", "logit_bias", "allowed_token_ids", "bad_words",
-    "structured_outputs", "thinking_token_budget", "repetition_detection",
+    "structured_outputs", "thinking_token_budget", "repetition_detection", "kv_transfer_params",
 )  # fmt: skip
 _NEUTRAL = SamplingParams()
 
@@ -42,7 +42,7 @@ def as_asked(
         )
     for name in _SHAPING:
         asked = getattr(request, name)
-        if asked not in (None, [], {}, getattr(_NEUTRAL, name)):
+        if asked not in (None, [], {}, getattr(_NEUTRAL, name, None)):
             raise _clash(name)
     if params.structured_outputs is not None:
         raise _clash("response_format or a tool choice")

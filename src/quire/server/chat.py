@@ -25,9 +25,11 @@ from quire.server.generation import (
     submit_all,
 )
 from quire.server.logprobs import LogprobFormatter, Position, prompt_logprobs
+from quire.server.middleware import tenant_of
 from quire.server.openapi import request_body
 from quire.server.prompts import EncodedPrompt, encode_text, render_chat, truncation
 from quire.server.requests import ChatCompletionRequest
+from quire.server.retention import Mark, asked_retention, locate
 from quire.server.sampling import admit, chat_params, effective_params, fit_default_max_tokens
 from quire.server.sse import event
 from quire.server.state import ServerState
@@ -91,18 +93,27 @@ class StartedChat:
 
 
 async def start_chat(
-    state: ServerState, request: Request, asked: ChatCompletionRequest, frame: Frame
+    state: ServerState,
+    request: Request,
+    asked: ChatCompletionRequest,
+    frame: Frame,
+    marks: Sequence[Mark] = (),
 ) -> StartedChat:
-    """Submit a conversation. Requests of other endpoints are translated and submitted here too."""
+    """Submit a conversation. Requests of other endpoints are translated and submitted here too. marks: what
+    the client wants to stay in the cache."""
     model = state.serving_engine().model
     params = chat_params(asked, model)
     use = tool_use(asked, served_format(state, model), params)
     prompt, reader = await prepare_chat(asked, use, params, model)
+    if marks:
+        prompt = dataclasses.replace(prompt, retain=await locate(marks, prompt, model))
     frame = dataclasses.replace(frame, warnings=[*frame.warnings, *use.warnings])
     with blaming_tools(use):
         engine = await admit(state, 1, reader.params, frame.warnings)
         log_request(state, request, frame, [(prompt, reader.params)])
-        streams = submit_all(engine, [(prompt, reader.params)], asked, frame)
+        work, tenant = [(prompt, reader.params)], tenant_of(request.scope)
+        retain = asked_retention(asked)
+        streams = submit_all(engine, work, asked, frame, tenant=tenant, retain=retain)
     return StartedChat(frame, prompt, reader, streams)
 
 
@@ -174,7 +185,7 @@ class ChatEncoder:
         self._return_ids = request.return_token_ids is True
         self._prompt = prompt
         self._reader = reader
-        self._meter = UsageMeter(drafts)
+        self._meter = UsageMeter(drafts, prefixes=request.return_prefix_details)
         options = request.stream_options
         self._include_usage = bool(options and options.include_usage)
         self._usage_in_each = bool(options and options.continuous_usage_stats)
@@ -268,6 +279,7 @@ class ChatEncoder:
                     effective_params=self._effective if first else UNSET,
                     warnings=frame.warnings if first and frame.warnings else UNSET,
                     metrics=metrics,
+                    kv_transfer_params=self._meter.handed(choices),
                 )
             )
         )
@@ -324,6 +336,7 @@ class ChatEncoder:
                 effective_params=self._effective,
                 warnings=self.frame.warnings or UNSET,
                 metrics=self._meter.metrics(),
+                kv_transfer_params=self._meter.handed(choices),
             )
         )
 

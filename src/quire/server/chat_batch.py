@@ -24,9 +24,11 @@ from quire.server.generation import (
     submit_all,
     warning_headers,
 )
+from quire.server.middleware import tenant_of
 from quire.server.openapi import request_body
 from quire.server.prompts import check_count
 from quire.server.requests import ChatBatchRequest
+from quire.server.retention import asked_retention
 from quire.server.sampling import admit, chat_params
 from quire.server.state import ServerState
 from quire.server.tools import blaming_tools, served_format, tool_use
@@ -60,10 +62,12 @@ def chat_batch_router(state: ServerState) -> APIRouter:
         with blaming_tools(use):
             engine = await admit(state, count, work[0][1], frame.warnings)
             log_request(state, request, frame, work)
-            streams = submit_all(engine, work, asked, frame)
+            streams = submit_all(engine, work, asked, frame,
+            tenant=tenant_of(request.scope), retain=asked_retention(asked),
+        )  # fmt: skip
         outputs = await run_to_end(state, request, streams, frame)
         return Response(
-            join(encoders, outputs, n=asked.n or 1),
+            join(encoders, outputs, n=asked.n or 1, prefixes=asked.return_prefix_details),
             media_type="application/json",
             headers=warning_headers(frame.warnings),
         )
@@ -71,9 +75,15 @@ def chat_batch_router(state: ServerState) -> APIRouter:
     return router
 
 
-def join(encoders: list[ChatEncoder], outputs: list[RequestOutput], *, n: int) -> bytes:
+def join(
+    encoders: list[ChatEncoder],
+    outputs: list[RequestOutput],
+    *,
+    n: int,
+    prefixes: bool | None = False,
+) -> bytes:
     """Join the answers of the conversations into one."""
-    meter = UsageMeter()
+    meter = UsageMeter(prefixes=prefixes)
     answer, choices = {}, []
     for index, (encoder, output) in enumerate(zip(encoders, outputs, strict=True)):
         meter.add(index, output)

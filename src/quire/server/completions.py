@@ -23,9 +23,11 @@ from quire.server.generation import (
     submit_all,
 )
 from quire.server.logprobs import LogprobFormatter, Position, joined, prompt_logprobs
+from quire.server.middleware import tenant_of
 from quire.server.openapi import request_body
 from quire.server.prompts import EncodedPrompt, encode_prompt, split_prompts, truncation
 from quire.server.requests import CompletionRequest
+from quire.server.retention import asked_retention
 from quire.server.sampling import admit, completion_params, effective_params, fit_default_max_tokens
 from quire.server.sse import event
 from quire.server.state import ServerState
@@ -57,7 +59,9 @@ def completions_router(state: ServerState) -> APIRouter:
         encoder = CompletionEncoder(parsed.request, frame, model, prompts, drafts)
         engine = await admit(state, len(prompts), params, frame.warnings)
         log_request(state, request, frame, prompts)
-        streams = submit_all(engine, prompts, parsed.request, frame)
+        streams = submit_all(engine, prompts, parsed.request, frame,
+            tenant=tenant_of(request.scope), retain=asked_retention(parsed.request),
+        )  # fmt: skip
         return await respond(state, request, parsed.request, streams, encoder)
 
     return router
@@ -105,7 +109,7 @@ class CompletionEncoder:
         self._return_prompt_logprobs = request.prompt_logprobs is not None
         self._prompts = [prompt for prompt, _ in prompts]
         self._effective = effective_params(request, prompts, model)
-        self._meter = UsageMeter(drafts)
+        self._meter = UsageMeter(drafts, prefixes=request.return_prefix_details)
         options = request.stream_options
         self._include_usage = bool(options and options.include_usage)
         self._usage_in_each = bool(options and options.continuous_usage_stats)
@@ -212,6 +216,7 @@ class CompletionEncoder:
                 effective_params=self._effective if first else UNSET,
                 warnings=frame.warnings if first and frame.warnings else UNSET,
                 metrics=metrics,
+                kv_transfer_params=self._meter.handed(choices),
             )
         )
 

@@ -98,7 +98,8 @@ class CountTokensRequest(DialectFields):
     output_format: Object | None = None
     """An older place of `output_config.format`."""
     cache_control: Object | None = None
-    """Accepted without effect, also in blocks: every prompt is cached."""
+    """{"type": "ephemeral", "ttl": "5m" | "1h"}: the prompt stays in the cache longer than others, until it
+    has not been used for so long. In a block: the prompt up to its end. Within `--retained-cache-share`."""
 
 
 class MessagesRequest(CountTokensRequest):

@@ -148,6 +148,7 @@ class ServingEngine(Protocol):
         request_id: str | None = None,
         placement: Placement = Placement(),
         thinking: ThinkingTokens | None = None,
+        deadline: float | None = None,
     ) -> RequestStream: ...
 
     def check_grammar(self, params: SamplingParams) -> Sequence[str]:
@@ -161,7 +162,7 @@ class ServingEngine(Protocol):
 
     def add_stats_listener(self, callback: Callable[[StepOutputs], None]) -> None: ...
 
-    def attach_metrics(self, metrics: MetricsSink) -> None: ...
+    def attach_metrics(self, metrics: MetricsSink, *, log_prefixes: bool = False) -> None: ...
 
     async def reset_prefix_cache(self) -> bool: ...
 

@@ -12,17 +12,19 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Protocol
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
 from quire.config import ServerConfig
 from quire.errors import EngineDeadError, ModelNotFoundError
 from quire.outputs import RequestOutput
-from quire.placement import Placement
+from quire.placement import Placement, Retain
 from quire.sampling_params import PoolingParams, SamplingParams
 from quire.server.beam import as_asked
 from quire.server.engine_protocol import RequestStream, ServedAdapter, ServedModel, ServingEngine
 from quire.server.errors import ApiError, bad_request, replica_lost
+from quire.server.keys import Tenant
 from quire.server.live import Receive
 from quire.server.middleware import owner_of, request_id_of
 from quire.server.prompts import EncodedPrompt
@@ -127,28 +129,47 @@ def submit_all(
     prompts: Sequence[tuple[EncodedPrompt, Params]],
     request: Queued,
     frame: Frame,
+    *,
+    tenant: Tenant | None = None,
+    retain: tuple[Retain, ...] = (),
 ) -> list[RequestStream]:
-    """Submit all prompts or none: if one is refused, those before it are aborted."""
-    placement = Placement(
+    """Submit all prompts or none: if one is refused, those before it are aborted. retain: of all of them.
+    Raises a 429 `ApiError` if the tenant's quotas are used up."""
+    base = Placement(
         priority=request.priority or 0, cache_salt=request.cache_salt, adapter=frame.adapter
     )
+    lease = None
+    if tenant is not None:
+        base = tenant.place(base)
+        lease = tenant.quotas.take(sum(most_tokens(prompt, params) for prompt, params in prompts))
     streams: list[RequestStream] = []
     try:
         for index, (prompt, params) in enumerate(prompts):
+            wishes = prompt.retain + retain
+            placement = msgspec.structs.replace(base, retain=wishes) if wishes else base
+            stream = engine.submit(
+                prompt.token_ids,
+                as_asked(request, params, len(prompts)),
+                request_id=f"{frame.id}-{index}" if len(prompts) > 1 else frame.id,
+                placement=placement,
+                thinking=prompt.thinking,
+            )
             streams.append(
-                engine.submit(
-                    prompt.token_ids,
-                    as_asked(request, params, len(prompts)),
-                    request_id=f"{frame.id}-{index}" if len(prompts) > 1 else frame.id,
-                    placement=placement,
-                    thinking=prompt.thinking,
-                )
+                stream if lease is None else lease.metered(stream, len(prompt.token_ids))
             )
     except BaseException:
         for stream in streams:
             stream.abort()
+        if lease is not None and not streams:
+            lease.cancel()
         raise
     return streams
+
+
+def most_tokens(prompt: EncodedPrompt, params: Params) -> int:
+    """That a request may use."""
+    n, output = (params.n, params.max_tokens or 0) if isinstance(params, SamplingParams) else (1, 0)
+    return len(prompt.token_ids) + n * output
 
 
 def log_request(

@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from quire.server.errors import ApiError, internal_error
+from quire.server.keys import Tenant
 from quire.server.live import ClientGoneError
 from quire.server.state import ServerState
 
@@ -60,7 +61,11 @@ class RequestContext:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 header = request_id_of(scope).encode("ascii")
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", header)]
+                headers = message["headers"] = list(message.get("headers", ()))
+                headers.append((b"x-request-id", header))
+                if (tenant := tenant_of(scope)) is not None and status < 400:
+                    limits = tenant.quotas.headers()
+                    headers += [(k.encode(), v.encode()) for k, v in limits.items()]
             await send(message)
 
         try:
@@ -132,14 +137,20 @@ def request_id_of(scope: Scope) -> str:
     return str(scope.get("state", {}).get("request_id", "unknown"))
 
 
-def set_owner(scope: Scope, key_digest: bytes) -> None:
-    scope.setdefault("state", {})["owner"] = key_digest
+def set_tenant(scope: Scope, tenant: Tenant) -> None:
+    scope.setdefault("state", {})["tenant"] = tenant
+
+
+def tenant_of(scope: Scope) -> Tenant | None:
+    """Whose key the request has brought; None if the server has no keys."""
+    tenant = scope.get("state", {}).get("tenant")
+    return tenant if isinstance(tenant, Tenant) else None
 
 
 def owner_of(scope: Scope) -> bytes | None:
-    """The owner of a request: the digest of its API key, or None if the server has no keys."""
-    owner = scope.get("state", {}).get("owner")
-    return owner if isinstance(owner, bytes) else None
+    """Who may see and abort what the request makes; None if the server has no keys."""
+    tenant = tenant_of(scope)
+    return None if tenant is None else tenant.owner
 
 
 def header_values(scope: Scope, name: bytes) -> list[bytes]:

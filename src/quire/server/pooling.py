@@ -23,7 +23,7 @@ from quire.server.generation import (
     submit_all,
     warning_headers,
 )
-from quire.server.middleware import STATUS_CLIENT_GONE
+from quire.server.middleware import STATUS_CLIENT_GONE, tenant_of
 from quire.server.pooling_schemas import PoolingFields
 from quire.server.prompts import EncodedPrompt, encode_prompt, truncation
 from quire.server.state import ServerState
@@ -86,7 +86,8 @@ async def make_vectors(
     work = [(prompt, params) for prompt in prompts]
     engine = state.serving_engine()  # tokenizing may have taken a while
     log_request(state, request, frame, work)
-    outputs = await run_to_end(state, request, submit_all(engine, work, asked, frame), frame)
+    streams = submit_all(engine, work, asked, frame, tenant=tenant_of(request.scope))
+    outputs = await run_to_end(state, request, streams, frame)
     meter = UsageMeter()
     vectors = []
     for index, output in enumerate(outputs):

@@ -25,10 +25,9 @@ def probes_router(state: ServerState) -> APIRouter:
 
     @router.get("/ready")
     async def ready() -> Response:
-        """Whether to send requests here: the engine is loaded and awake, not draining, and the queue not
-        full."""
-        if state.phase is Phase.READY and state.queue_is_full():
-            return _answer(False, {"status": "overloaded"})
+        """Whether to send requests here: the engine is loaded and awake, and not draining. A full queue
+        does not count: under overload all replicas would be taken out at once, and clients would get
+        refused connections instead of 429 with Retry-After."""
         if isinstance(state.engine, SleepingEngine) and state.engine.is_sleeping:
             return _answer(False, {"status": "sleeping"})
         return _answer(state.phase is Phase.READY, {"status": state.phase.value})

@@ -20,6 +20,8 @@ from quire.server.auth import OPEN_PATHS
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+    from quire.server.middleware import App
+
 logger = logging.getLogger(__name__)
 
 MAX_HEAD_BYTES = 64 * 1024
@@ -52,12 +54,24 @@ class HttpServer(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         yield
 
+    def close_connections(self, *, idle: bool) -> None:
+        """From now on a connection closes after an answer, and says so if the answer has not begun. idle:
+        those that wait for nothing close at once."""
+        close = (b"connection", b"close")
+        if close not in self.config.encoded_headers:
+            self.config.encoded_headers.append(close)
+            self.server_state.default_headers = [*self.server_state.default_headers, close]
+        for connection in list(self.server_state.connections):
+            cycle = getattr(connection, "cycle", None)
+            if idle or (cycle is not None and not cycle.response_complete):
+                connection.shutdown()
+
     async def wait_started(self, task: asyncio.Task[None]) -> None:
         while not self.started and not task.done():
             await asyncio.sleep(0.01)
 
 
-def http_server(app: FastAPI, config: ServerConfig) -> HttpServer:
+def http_server(app: FastAPI | App, config: ServerConfig) -> HttpServer:
     """Raises `ConfigError` if TLS files cannot be read."""
     options = uvicorn.Config(
         app,

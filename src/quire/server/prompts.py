@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from quire.placement import Retain
 from quire.server.billing_header import without_header_messages
 from quire.server.engine_protocol import ServedModel, ServedTokenizer
 from quire.server.errors import bad_request, malformed
@@ -46,6 +47,8 @@ class EncodedPrompt:
     """As sent; None if the client sent ids."""
     thinking: ThinkingTokens | None = None
     """For a reasoning model's chat: its markers, and whether the prompt ends between them."""
+    retain: tuple[Retain, ...] = ()
+    """What is to stay in the cache because the client has marked it."""
 
 
 def truncation(

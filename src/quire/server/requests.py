@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from quire.placement import LONGEST_RETENTION
 from quire.server.neutral import EMPTY_HAS_MEANING, Neutral
 
 MAX_IDS = 1 << 20
@@ -28,6 +29,7 @@ Texts = Annotated[list[str], Field(fail_fast=True)]
 Object = dict[str, Any]
 """Checked where its fields are known: pydantic would report each of a million bad entries."""
 Name = Annotated[str, Field(max_length=256)]
+RETENTION = r"^(in[_-]memory|[1-9]\d{0,6}[smhd])$"
 PROMPT_FORMS = "A text, a list of texts, token ids, or a list of lists of token ids."
 Prompt = Annotated[
     str
@@ -91,16 +93,26 @@ class DecodingFields(Strict):
     """Server-sent events."""
     stream_interval: int | None = None
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
-    """Lower runs sooner, with `--scheduling-policy priority`."""
+    """Lower runs sooner, with `--scheduling-policy priority` or `fair`."""
     cache_salt: Annotated[
         Annotated[str, Field(min_length=1, max_length=1024)] | None, EMPTY_HAS_MEANING
     ] = None
     """Prompts share cached KV only with the same salt."""
     skip_reading_prefix_cache: bool | None = None
+    retain_seconds: Annotated[float, Field(gt=0, le=LONGEST_RETENTION)] | None = None
+    """Keep the KV of the prompt and the answer in the cache, longer than others', until it has not been used
+    for so long. Within `--retained-cache-share`."""
+    prompt_cache_retention: Annotated[str, Field(pattern=RETENTION)] | None = None
+    """24h, or another duration: `retain_seconds`. in_memory: nothing."""
     request_id: Name | None = None
     """For logs, if the header X-Request-Id was not sent; never used as a key."""
+    kv_transfer_params: Object | None = None
+    """Who has or wants the prompt's KV, see [disaggregation.md](disaggregation.md). Goes with one prompt."""
     vllm_xargs: Object | None = None
     """For extensions of vLLM; it has no effect here, and a warning says so."""
+    return_prefix_details: bool | None = None
+    """In usage, with the number of cached tokens: `prefix`, for each prompt the tokens found on the device,
+    in ram, on disk and at a peer, those computed, and the reason why no more were found."""
 
 
 class SamplingFields(DecodingFields):

@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+from msgspec import UNSET
+
 from quire.outputs import CompletionOutput, RequestOutput
 from quire.server.chat import StartedChat
 from quire.server.dialect_schemas import ResponsesRequest
@@ -49,7 +51,7 @@ class ResponsesEncoder:
         self._on_change = on_change
         self._pieces = Pieces(chat.reader)
         self._reader = chat.reader
-        self._meter = UsageMeter()
+        self._meter = UsageMeter(prefixes=asked.return_prefix_details)
         self._logprobs = (
             LogprobFormatter(model.tokenizer, top=asked.top_logprobs or 0, as_ids=False)
             if logprobs
@@ -81,7 +83,7 @@ class ResponsesEncoder:
             "error": error,
             "usage": self._usage() if ended else None,
         }
-        return self._fixed | changing
+        return self._fixed | changing | self._meter.handed_on()
 
     def whole(self, outputs: Sequence[RequestOutput]) -> bytes:
         for output in outputs:
@@ -90,11 +92,14 @@ class ResponsesEncoder:
 
     def _usage(self) -> Object:
         usage = self._meter.usage()
+        details = usage.prompt_tokens_details
+        prefix: Object = {} if details.prefix is UNSET else {"prefix": details.prefix}
         return {
             "input_tokens": usage.prompt_tokens,
             "input_tokens_details": {
-                "cached_tokens": usage.prompt_tokens_details.cached_tokens,
+                "cached_tokens": details.cached_tokens,
                 "cache_write_tokens": 0,
+                **prefix,
             },
             "output_tokens": usage.completion_tokens,
             "output_tokens_details": {"reasoning_tokens": self._reader.reasoning_tokens or 0},

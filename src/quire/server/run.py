@@ -23,9 +23,10 @@ from quire.engine.core_client import CoreProcess
 from quire.engine.replica_cores import ReplicaCores
 from quire.messages import describe_ledger
 from quire.server.app import build_app
-from quire.server.auth import configured_keys, exposure
+from quire.server.auth import exposure
 from quire.server.engine_protocol import ServingEngine
 from quire.server.errors import ApiError, unavailable
+from quire.server.keys import configured_keys, with_fair_shares
 from quire.server.process import HttpServer, bind, http_server, url_of
 from quire.server.state import ServerState
 
@@ -82,6 +83,8 @@ def serve(
         gc.freeze()  # these objects stay alive: the garbage collector need not traverse them again
         return started
 
+    keys = configured_keys(server_config, os.environ)
+    engine_config = with_fair_shares(engine_config, keys)
     check_local(engine_config)  # report a wrong path before the line "listening on"
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         return runner.run(serve_engine(engine, engine_config, server_config))
@@ -111,7 +114,8 @@ async def serve_engine(
             (announce or _announce)(url_of(listener, server_config))
             if warning := exposure(listener, server_config, keys):
                 logger.warning(warning)
-            return await _load_and_serve(engine_factory, state, stop, http)
+            async with keys.followed():
+                return await _load_and_serve(engine_factory, state, stop, server, http)
         finally:
             await _close(server, http, listener, server_config)
 
@@ -120,6 +124,7 @@ async def _load_and_serve(
     engine_factory: EngineFactory,
     state: ServerState,
     stop: StopSignals,
+    server: HttpServer,
     http: asyncio.Task[None],
 ) -> int:
     begun = time.monotonic()
@@ -140,13 +145,17 @@ async def _load_and_serve(
             engine.model.max_model_len,
             time.monotonic() - begun,
         )
-        return await _serve_until_stopped(state, engine, stop, http)
+        return await _serve_until_stopped(state, engine, stop, server, http)
     finally:
         await engine.shutdown()
 
 
 async def _serve_until_stopped(
-    state: ServerState, engine: ServingEngine, stop: StopSignals, http: asyncio.Task[None]
+    state: ServerState,
+    engine: ServingEngine,
+    stop: StopSignals,
+    server: HttpServer,
+    http: asyncio.Task[None],
 ) -> int:
     death = asyncio.create_task(_death_of(engine), name="quire-death-watch")
     stats = asyncio.create_task(_log_stats(state), name="quire-log-stats")
@@ -161,16 +170,20 @@ async def _serve_until_stopped(
             return 1
         if http.done():
             return _status(http)
-        await drain(state, stop)
+        await drain(state, stop, server)
         return 0
     finally:
         death.cancel()
         stats.cancel()
 
 
-async def drain(state: ServerState, stop: StopSignals) -> None:
-    """Refuse new requests, and let running ones finish until the deadline or a second signal. Then end
-    the rest with an error to their clients."""
+async def drain(state: ServerState, stop: StopSignals, server: HttpServer) -> None:
+    """Refuse new requests, after `drain_delay`, and let running ones finish until the deadline or a second
+    signal. Then end the rest with an error to their clients."""
+    if state.config.drain_delay:
+        state.leave()
+        logger.info("leaving: requests are served for %g s", state.config.drain_delay)
+    await hand_over(server, stop, state.config.drain_delay)
     state.drain()
     seconds = state.config.shutdown_timeout
     logger.info("draining: %d requests, %g s at most", len(state.live), seconds)
@@ -181,6 +194,16 @@ async def drain(state: ServerState, stop: StopSignals) -> None:
         logger.warning("shutdown ends %d requests that still run", len(state.live))
         state.live.terminate_all(unavailable("The server is shutting down.", retry_after=1))
         await state.live.wait_idle(FAREWELL_SECONDS)
+
+
+async def hand_over(server: HttpServer, stop: StopSignals, seconds: float) -> None:
+    """Have clients go elsewhere: close connections after their answers, and in the end, or at a second
+    signal, those that are idle."""
+    server.close_connections(idle=False)
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await stop.now.wait()
+    server.close_connections(idle=True)
 
 
 async def _first(

@@ -10,6 +10,7 @@ import msgspec
 from msgspec import UNSET
 
 from quire.config import ServerConfig
+from quire.engine.handoff import KEY, read_handoff
 from quire.sampling_params import (
     RepetitionDetectionParams,
     RequestOutputKind,
@@ -116,6 +117,8 @@ def _params(
             RepetitionDetectionParams, repetition, "repetition_detection"
         )
     values["structured_outputs"] = _structured_outputs(request)
+    if request.kv_transfer_params:
+        values["extra_args"] = {KEY: request.kv_transfer_params}
     values["max_tokens"] = max_tokens
     values["logprobs"] = logprobs
     values["output_kind"] = (
@@ -209,11 +212,15 @@ async def admit(
 ) -> ServingEngine:
     """The engine, for a request within this server's limits, whose grammar (if it has one) compiles.
 
-    warnings: of the request; those of the grammar are added.
+    warnings: of the request; those of the grammar and of `kv_transfer_params` are added.
 
     The grammar is checked in a thread: compiling it may take seconds, and must not delay other requests.
     """
     check_limits(prompts, params, state.config)
+    if params.extra_args and prompts > 1:
+        raise bad_request(f"{KEY} goes with one prompt; send a request for each.", param=KEY)
+    handoff = read_handoff(params.extra_args, state.engine_config.kv_transfer.transfer)
+    warnings += filter(None, [handoff.ignored])
     if params.structured_outputs is not None:
         warnings += await asyncio.to_thread(state.serving_engine().check_grammar, params)
     return state.serving_engine()  # it may have died while the request was being prepared

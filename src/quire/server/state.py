@@ -24,6 +24,8 @@ class Phase(str, Enum):
 
     LOADING = "loading"
     READY = "ready"
+    LEAVING = "leaving"
+    """After a signal: still serves, but is not ready."""
     DRAINING = "draining"
     FAILED = "failed"
 
@@ -61,7 +63,7 @@ class ServerState:
             max_adapters=lora.max_loras if lora.enable_lora else None,
             max_drafts=self.engine_config.max_drafts,
         )
-        engine.attach_metrics(metrics)
+        engine.attach_metrics(metrics, log_prefixes=self.config.enable_log_requests)
         self.stats_logs = [StatsLogger(engine=f"{index:03}") for index in range(len(each))]
         engine.add_stats_listener(self._log_step)
         self.engine = engine
@@ -70,6 +72,11 @@ class ServerState:
 
     def _log_step(self, outputs: StepOutputs) -> None:
         self.stats_logs[outputs.replica].on_step(outputs)
+
+    def leave(self) -> None:
+        """Be unready, and serve."""
+        if self.phase is Phase.READY:
+            self.phase = Phase.LEAVING
 
     def drain(self) -> None:
         """Refuse new requests; those in flight continue."""
@@ -82,7 +89,7 @@ class ServerState:
 
     def serving_engine(self) -> ServingEngine:
         """The engine, for a new request. Raises a 503 `ApiError` if it cannot take one."""
-        if self.phase is Phase.READY and self.engine is not None:
+        if self.phase in (Phase.READY, Phase.LEAVING) and self.engine is not None:
             return self.engine
         raise self.refusal()
 
@@ -98,10 +105,6 @@ class ServerState:
         if self.phase is Phase.DRAINING:
             return unavailable("The server is shutting down.", retry_after=RETRY_AFTER_DRAINING)
         return unavailable("The engine has stopped.", retry_after=RETRY_AFTER_DRAINING)
-
-    def queue_is_full(self) -> bool:
-        limit = self.engine_config.scheduler.max_num_queued_reqs
-        return bool(limit and self.engine and self.engine.stats.num_waiting >= limit)
 
 
 def cache_info(

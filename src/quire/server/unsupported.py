@@ -26,7 +26,6 @@ _BOTH: dict[str, Neutral] = _ADAPTERS | {
     "use_beam_search": Neutral(False),
     "length_penalty": Neutral(1, 1.0),
     "logits_processors": Neutral([]),
-    "kv_transfer_params": Neutral({}),
     "ec_transfer_params": Neutral({}),
     "mm_processor_kwargs": Neutral({}),
     "media_io_kwargs": Neutral({}),
@@ -97,7 +96,7 @@ WHY: dict[str, str] = {
 NO_EFFECT = frozenset(
     {
         "user", "session_id", "metadata", "store", "service_tier", "safety_identifier",
-        "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "client_metadata",
+        "prompt_cache_key", "prompt_cache_options", "client_metadata",
         "betas", "diagnostics", "user_profile_id", "workspace_id",
     }
 )  # fmt: skip

@@ -10,8 +10,22 @@ from msgspec import UNSET, Struct, UnsetType, json
 encode = json.Encoder().encode
 
 
+class PrefixDetails(Struct, frozen=True, kw_only=True):
+    """See `PrefixReport`."""
+
+    device: int
+    ram: int
+    disk: int
+    peer: int
+    computed: int
+    reason: str
+    seconds_ago: float | UnsetType = UNSET
+
+
 class PromptTokensDetails(Struct, frozen=True):
     cached_tokens: int
+    prefix: list[PrefixDetails] | UnsetType = UNSET
+    """With `return_prefix_details`: of each prompt."""
 
 
 class CompletionTokensDetails(Struct, frozen=True):
@@ -34,6 +48,8 @@ EffectiveParams = dict[str, object] | UnsetType
 """With `return_effective_params`: see `sampling.effective_params`."""
 Metrics = dict[str, object] | UnsetType
 """What vLLM says of one request: `speculative_decoding`."""
+KVParams = dict[str, object] | UnsetType
+"""Where another instance finds the prompt's KV; in a stream, in the chunk with the finish reason."""
 
 
 class VocabLogprob(Struct, frozen=True):
@@ -80,6 +96,7 @@ class CompletionResponse(Struct, frozen=True, kw_only=True):
     effective_params: EffectiveParams = UNSET
     warnings: Warnings = UNSET
     metrics: Metrics = UNSET
+    kv_transfer_params: KVParams = UNSET
 
 
 # --- chat -----------------------------------------------------------------------------------------
@@ -144,6 +161,7 @@ class ChatResponse(Struct, frozen=True, kw_only=True):
     effective_params: EffectiveParams = UNSET
     warnings: Warnings = UNSET
     metrics: Metrics = UNSET
+    kv_transfer_params: KVParams = UNSET
 
 
 class FunctionDelta(Struct, frozen=True, kw_only=True):
@@ -188,6 +206,7 @@ class ChatChunk(Struct, frozen=True, kw_only=True):
     effective_params: EffectiveParams = UNSET
     warnings: Warnings = UNSET
     metrics: Metrics = UNSET
+    kv_transfer_params: KVParams = UNSET
 
 
 # --- the rest -------------------------------------------------------------------------------------

@@ -5,7 +5,8 @@ draft's keys and values too. For each block there is a count of its leading toke
 A draft catches up when drafts are wanted, not before. Validity decides how good drafts are, and never a
 token.
 
-* A block that a request is given empty has no valid tokens, whatever it held before.
+* A block that a request is given empty has no valid tokens, whatever it held before; nor has one that is
+  loaded from a store, which has the target's KV alone.
 * A copied block has as many as its source, and at most as many as the request takes over.
 * After a proposal, all known tokens are valid. Drafts that were computed are too, if they turn out right:
   the seat remembers them.
@@ -73,6 +74,8 @@ class DraftCache:
 
     def begin(self, plan: StepPlan, seat_of: Mapping[int, int]) -> None:
         """As `Drafter.begin`."""
+        for load in plan.loads:
+            self._valid[load.block_ids] = 0
         starts = {row.request_id: row.start for row in plan.rows} if plan.admitted else {}
         for request in plan.admitted:
             blocks = request.block_ids[0]

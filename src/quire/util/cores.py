@@ -5,6 +5,36 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Collection, Iterator
+from pathlib import Path
+
+CONTROL_GROUP = Path("/sys/fs/cgroup")
+
+
+def default_threads(sharers: int = 1) -> int:
+    """Compute threads: the physical cores that this process may use, but no more than the control group has
+    time for, which is shared by `sharers` processes. (Threads beyond a container's CPU limit are stopped in
+    turn, while the others wait for them at a barrier.)"""
+    cores, limit = len(physical_cores()), quota()
+    return cores if limit is None else max(1, min(cores, limit // sharers))
+
+
+def quota() -> int | None:
+    """Whole cores of time that the control group may use, at least 1; None without a limit."""
+    try:
+        quota, period = (CONTROL_GROUP / "cpu.max").read_text().split()
+    except (OSError, ValueError):
+        try:
+            quota, period = (
+                (CONTROL_GROUP / f"cpu/cpu.cfs_{name}_us").read_text()
+                for name in ("quota", "period")
+            )
+        except OSError:
+            return None
+    try:
+        limit = int(quota) // int(period)
+    except (ValueError, ZeroDivisionError):  # "max"
+        return None
+    return max(1, limit) if int(quota) > 0 else None
 
 
 def physical_cores() -> list[set[int]]:

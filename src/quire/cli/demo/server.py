@@ -15,8 +15,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import quire
-from quire.cli.http import HttpClient, HttpError
+from quire.cli.http import HttpClient
 from quire.errors import EngineError
+from quire.server.upstream import HttpError
 
 READY_SECONDS = 180.0
 STOP_SECONDS = 20.0
@@ -35,11 +36,11 @@ class ServerProcess:
 
     @classmethod
     def start(cls, options: Mapping[str, object], folder: Path) -> ServerProcess:
-        """Launch with `options` (flat names) on a free port; config and log go to `folder`.
+        """Launch with `options` (flat names), by default on a free port; config and log go to `folder`.
 
         The options are written to a `--config` file as JSON, which is YAML.
         """
-        port = _free_port()
+        port = options.get("port") or _free_port()
         settings = {"disable_uvicorn_access_log": True, "uvicorn_log_level": "warning", **options}
         config = folder / "config.yaml"
         config.write_text(json.dumps(settings | {"host": "127.0.0.1", "port": port}))
@@ -53,6 +54,15 @@ class ServerProcess:
                 env=os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": _package_root()},
             )
         return cls(process, f"http://127.0.0.1:{port}", folder)
+
+    @property
+    def pid(self) -> int:
+        """Also of its process group."""
+        return self._process.pid
+
+    def wait(self) -> int:
+        """Until it ends. Its exit status."""
+        return self._process.wait(STOP_SECONDS)
 
     async def wait_ready(self) -> float:
         """Seconds from launch until /ready answered 200. Raises `EngineError` with the log if that fails."""

@@ -35,8 +35,8 @@ from quire.integrations.ray.bridge import (
 )
 from quire.integrations.ray.options import AppConfig, read
 from quire.server.app import build_app
-from quire.server.auth import configured_keys
 from quire.server.errors import ApiError, internal_error, to_api_error, unavailable
+from quire.server.keys import configured_keys, with_fair_shares
 from quire.server.live import ClientGoneError, Receive
 from quire.server.middleware import BodyLimit, Message, Scope, Send, send_error
 from quire.server.probes import check_health
@@ -64,8 +64,11 @@ class Replica:
     async def __init__(self, values: dict[str, object]) -> None:  # type: ignore[misc]  # Serve awaits it
         engine, server = split_flat(values)
         setup_logging(log_format=engine.runtime.log_format)
+        keys = configured_keys(server, os.environ)
+        engine = with_fair_shares(engine, keys)
         self._state = ServerState(server, engine)
-        self._app = build_app(self._state, api_keys=configured_keys(server, os.environ))
+        self._app = build_app(self._state, api_keys=keys)
+        self._keys_watch = asyncio.create_task(keys.follow(), name="quire-keys")
         self._engine = await AsyncLLM.start(engine)
         self._state.engine_loaded(self._engine)
         self._death = asyncio.create_task(self._exit_after_death(), name="quire-death-watch")

@@ -150,10 +150,15 @@ def _run(command: list[str]) -> None:
         raise BuildError(f"{command[0]} failed: {(lines or ['no message'])[0]}")
 
 
-def _fingerprint(compiler: list[str]) -> str:
+def hash_of_sources() -> hashlib._Hash:
     digest = hashlib.sha256()
     for path in sorted(SOURCES.glob("*.[ch]")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest
+
+
+def _fingerprint(compiler: list[str]) -> str:
+    digest = hash_of_sources()
     digest.update("\0".join(compiler).encode())
     digest.update(_compiler_version(compiler))
     digest.update(_cpu_identity().encode())
