@@ -15,7 +15,6 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import stat
 import subprocess
 import sys
@@ -28,6 +27,7 @@ import httpx
 import pytest
 import yaml
 from tests.deploy.kube import DEPLOY, ROOT, Manifest, of_kind
+from tests.free_ports import free_port
 
 USER = 10001
 
@@ -102,11 +102,6 @@ done
 exec chroot "$root" setpriv --reuid {user} --regid {user} --groups {user} --no-new-privs \\
     --bounding-set=-all --inh-caps=-all env -i "$@"
 """
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return probe.getsockname()[1]
 
 
 class Pod:

@@ -18,7 +18,8 @@ import httpx
 import pytest
 import yaml
 from tests.deploy.kube import CHART, ROOT, of_kind, pods, render, rendered, tools
-from tests.deploy.pod import Pod, free_port
+from tests.deploy.pod import Pod
+from tests.free_ports import free_port
 
 from quire.server.keys import entry_for
 from quire.server.pd_proxy import PDProxy, ProxyOptions

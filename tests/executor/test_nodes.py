@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -28,6 +27,7 @@ from quire.engine.setup import locate, resolve
 from quire.errors import ConfigError
 from quire.executor import nodes
 from quire.executor.nodes import NodeRanks, fingerprint, numbers_of
+from tests.free_ports import free_port
 
 ROOT = Path(__file__).parents[2]
 KEY = "an example of a key, 32 bytes or so"
@@ -77,11 +77,6 @@ def machines(request: pytest.FixtureRequest) -> Iterator[Machines]:
     finally:
         for name in names:
             subprocess.run(["ip", "netns", "del", name], capture_output=True, timeout=30)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        return int(found.getsockname()[1])
 
 
 class Pair:
@@ -234,7 +229,13 @@ def test_a_node_that_does_not_fit_is_one_error_on_every_node(case: str, other_mo
     )
     errors = []
     for process in (right, wrong):
-        _, text = process.communicate(timeout=SECONDS)
+        try:
+            _, text = process.communicate(timeout=SECONDS)
+        except subprocess.TimeoutExpired:
+            for waiting in (right, wrong):
+                waiting.kill()
+                waiting.communicate()
+            raise AssertionError(f"a node waits; the first one: {found}") from None
         assert process.returncode == 2, text
         errors += [line for line in text.splitlines() if line.startswith("quire: error: ")]
     thread.join(SECONDS)

@@ -24,6 +24,7 @@ import pytest
 
 from quire import LLM, SamplingParams
 from quire.builtin import MODEL_DIR
+from tests.free_ports import free_port
 
 from .ray_cluster import RayCluster, two_nodes
 
@@ -120,12 +121,6 @@ def complete(client: openai.OpenAI, max_tokens: int) -> None:
     client.completions.create(
         model=MODEL, prompt="The sun", max_tokens=max_tokens, extra_body={"ignore_eos": True}
     )
-
-
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return taken.getsockname()[1]
 
 
 def serve_run(cluster: RayCluster, *words: str) -> None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +14,7 @@ from pathlib import Path
 from unittest import mock
 
 import httpx
+from tests.free_ports import free_ports
 
 from quire.cli.demo.server import ServerProcess
 
@@ -28,19 +27,6 @@ BUSY = (
     "vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc",
     "quire:kv_tier_bytes",
 )  # fmt: skip
-
-
-_ports = itertools.count(20_000 + os.getpid() * 97 % 8000, 4)
-
-
-def free_ports(count: int) -> int:
-    """The first of up to four free ports in a row."""
-    for port in itertools.islice(_ports, 1000):
-        with suppress(OSError):
-            for offset in range(count):
-                socket.create_server(("127.0.0.1", port + offset)).close()
-            return port
-    raise AssertionError("no free ports")
 
 
 class Side:

@@ -292,12 +292,18 @@ def _rotate(x: Tensor, positions: Tensor, cos_sin: Tensor) -> None:
 
 def _attend_one(q: Tensor, keys: Tensor, values: Tensor, *, scale: float, softcap: float) -> Tensor:
     """q: [q_heads, D]. keys: [kv_heads, D, n]. values: [kv_heads, n, D]. Returns [q_heads, D]."""
-    grouped = _fresh(q).view(keys.shape[0], -1, q.shape[-1])  # [kv_heads, group, D]
-    scores = torch.bmm(grouped, _fresh(keys)) * scale
+    grouped = q.view(keys.shape[0], -1, q.shape[-1])  # [kv_heads, group, D]
+    scores = _by_head(grouped, keys) * scale
     if softcap > 0:
         scores = softcap * torch.tanh(scores / softcap)
     weights = torch.softmax(scores, dim=-1)
-    return torch.bmm(weights, _fresh(values)).reshape(q.shape).to(q.dtype)
+    return _by_head(weights, values).reshape(q.shape).to(q.dtype)
+
+
+def _by_head(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b for each KV head alone. A rank has fewer heads, and on some processors (Zen 4) the bits of one
+    `bmm` depend on their number."""
+    return torch.stack([_fresh(x) @ _fresh(y) for x, y in zip(a, b, strict=True)])
 
 
 def _fresh(x: Tensor) -> Tensor:
