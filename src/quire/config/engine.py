@@ -188,11 +188,14 @@ class SchedulerConfig:
     )
     max_num_queued_reqs: int | None = option(
         1024,
-        "Most requests that wait; more are answered 429 with Retry-After. 0 is no limit.",
+        "Most requests that wait; more are answered 429 with Retry-After. 0 is no limit. When it is reached, "
+        "tenants that hold less than their share by weight may still queue (tenants.md).",
         parse=parse_size,
     )
     max_num_queued_tokens: int | None = option(
-        None, "Most prompt tokens that wait; more are answered 429.", parse=parse_size
+        None,
+        "Most prompt tokens that wait; more are answered 429. Divided among tenants in the same way.",
+        parse=parse_size,
     )
 
     def __post_init__(self) -> None:

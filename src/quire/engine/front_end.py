@@ -19,6 +19,7 @@ from quire.engine.beam_search import SearchRequest
 from quire.engine.controls import Controls
 from quire.engine.input_processor import EngineRequest, InputProcessor, PromptInput
 from quire.engine.output_processor import OutputProcessor
+from quire.engine.queue_share import Share
 from quire.engine.replicas import merged_stats
 from quire.engine.setup import ServedModel
 from quire.errors import (
@@ -166,28 +167,39 @@ class FrontEnd:
         return wanted.warnings
 
     def check_queue(self, request: EngineRequest) -> None:
-        """Raises `QueueFullError` if too much would wait with `request`."""
-        limits, live = self._limits, self._output.num_sequences
+        """Raises `QueueFullError` if too much would wait with `request`, and its tenant would have more than
+        its share of it."""
+        limits, place = self._limits, request.placement
+        live, queued = self._output.live_sequences, self._output.queued_tokens
         more = max(1, len(request.sequences))
         if limits.max_num_queued_reqs:
             most = limits.max_num_seqs + limits.max_num_queued_reqs
-            if live + more > most:
+            share = live.exceeded(most, more, place.tenant, place.weight)
+            if share is not None:
                 self._reject(
                     "max_num_queued_reqs",
-                    f"{live} sequences run or wait and this request adds {more}; "
+                    f"{live.total} sequences run or wait and this request adds {more}; "
                     f"the server takes {most} (--max-num-seqs plus --max-num-queued-reqs).",
+                    share,
                 )
-        if limits.max_num_queued_tokens and live >= limits.max_num_seqs:
-            queued = self._output.num_queued_tokens + len(request.prompt_token_ids)
-            if queued > limits.max_num_queued_tokens:
+        if limits.max_num_queued_tokens and live.total >= limits.max_num_seqs:
+            most, more = limits.max_num_queued_tokens, len(request.prompt_token_ids)
+            share = queued.exceeded(most, more, place.tenant, place.weight)
+            if share is not None:
                 self._reject(
                     "max_num_queued_tokens",
-                    f"{queued} prompt tokens would wait; the server queues "
-                    f"{limits.max_num_queued_tokens} (--max-num-queued-tokens).",
+                    f"{queued.total + more} prompt tokens would wait; the server queues "
+                    f"{most} (--max-num-queued-tokens).",
+                    share,
                 )
 
-    def _reject(self, reason: str, message: str) -> None:
+    def _reject(self, reason: str, message: str, share: Share) -> None:
         self.metrics.on_rejected(reason)
+        if share.num_tenants > 1:
+            message += (
+                f" You have {share.held}; your share is {share.most}, "
+                f"as {share.num_tenants} tenants have requests."
+            )
         raise QueueFullError(f"The queue is full: {message}", retry_after=self._retry_seconds())
 
     def _retry_seconds(self) -> float:

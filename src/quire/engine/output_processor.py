@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from quire.decoding import Task
 from quire.engine.handoff import to_params
 from quire.engine.input_processor import EngineRequest
+from quire.engine.queue_share import Held
 from quire.messages import FinishReason, RequestUpdate, StepOutputs, TokenLogprobs
 from quire.metrics import FinishedRequest, MetricsSink, NullMetrics
 from quire.outputs import (
@@ -58,6 +59,8 @@ class RequestState:
     prefix: PrefixReport | None = None
     error: str | None = None
     replica: int = 0
+    is_queued: bool = True
+    """No token of output so far."""
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     """As far as they are known; None if they were not requested."""
     embedding: list[float] | None = None
@@ -106,19 +109,10 @@ class OutputProcessor:
         """Whether each request's `PrefixReport` is logged with its first token."""
         self._states: dict[int, tuple[RequestState, _Sequence]] = {}
         self.requests: dict[str, RequestState] = {}
-
-    @property
-    def num_sequences(self) -> int:
-        return len(self._states)
-
-    @property
-    def num_queued_tokens(self) -> int:
-        """Prompt tokens of requests without output so far."""
-        return sum(
-            len(state.request.prompt_token_ids)
-            for state in self.requests.values()
-            if state.metrics.first_token_ts == 0.0
-        )
+        self.live_sequences = Held()
+        """That run or wait."""
+        self.queued_tokens = Held()
+        """Of prompts without output so far."""
 
     def add(self, request: EngineRequest) -> RequestState:
         """Add a request. Its id must be unique among live ones."""
@@ -154,6 +148,9 @@ class OutputProcessor:
         self.requests[request.request_id] = state
         for sequence in sequences:
             self._states[sequence.request_id] = (state, sequence)
+        tenant, weight = request.placement.tenant, request.placement.weight
+        self.live_sequences.add(tenant, weight, len(sequences))
+        self.queued_tokens.add(tenant, weight, len(request.prompt_token_ids))
         return state
 
     def process(self, outputs: StepOutputs) -> Processed:
@@ -226,7 +223,7 @@ class OutputProcessor:
             if sequence.finish_reason is None:
                 sequence.finish_reason = reason
                 ids.append(sequence.request_id)
-                self._states.pop(sequence.request_id, None)
+                self._forget(state, sequence)
         self._close(state)
         return ids
 
@@ -267,8 +264,19 @@ class OutputProcessor:
             if stop_reason is not None:
                 sequence.stop_reason = stop_reason
             state.metrics.num_preemptions += update.num_preemptions
-            self._states.pop(sequence.request_id, None)
+            self._forget(state, sequence)
         return delta
+
+    def _forget(self, state: RequestState, sequence: _Sequence) -> None:
+        """A sequence has ended."""
+        if self._states.pop(sequence.request_id, None) is not None:
+            self.live_sequences.remove(state.request.placement.tenant, 1)
+
+    def _leaves_queue(self, state: RequestState) -> None:
+        if state.is_queued:
+            state.is_queued = False
+            request = state.request
+            self.queued_tokens.remove(request.placement.tenant, len(request.prompt_token_ids))
 
     def _note_times(
         self, state: RequestState, sequence: _Sequence, update: RequestUpdate, timestamp: float
@@ -284,6 +292,7 @@ class OutputProcessor:
             return
         if stats.first_token_ts == 0.0:
             stats.first_token_ts = timestamp
+            self._leaves_queue(state)
             stats.first_token_latency = timestamp - stats.arrival_ts
             self._count_prompt(state, stats.first_token_latency)
         if sequence.last_token_ts:
@@ -341,6 +350,7 @@ class OutputProcessor:
     def _close(self, state: RequestState) -> None:
         if self.requests.pop(state.request.request_id, None) is None:
             return
+        self._leaves_queue(state)
         stats, request = state.metrics, state.request
         first_reason = state.sequences[0].finish_reason
         assert first_reason is not None

@@ -158,10 +158,10 @@ def submit_all(
                 stream if lease is None else lease.metered(stream, len(prompt.token_ids))
             )
     except BaseException:
+        if lease is not None:
+            lease.cancel()
         for stream in streams:
             stream.abort()
-        if lease is not None and not streams:
-            lease.cancel()
         raise
     return streams
 

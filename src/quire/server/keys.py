@@ -37,7 +37,8 @@ MOST_TENANTS = 1000
 """Each has values in /metrics."""
 
 _Name = Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")]
-_Limit = Annotated[int, msgspec.Meta(ge=1)] | None
+_Limit = Annotated[int, msgspec.Meta(ge=1, le=10**9)] | None
+"""So that a float counts them exactly beside a clock."""
 
 
 class TenantOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -143,7 +144,9 @@ class Keys:
 
     def use(self, content: bytes) -> None:
         """Replace the file's keys. Raises `ConfigError`, and changes nothing then."""
-        parsed = _parse(content, str(self.path))
+        self._replace(_parse(content, str(self.path)), content)
+
+    def _replace(self, parsed: _File, content: bytes) -> None:
         tenants = {key.tenant.name: key.tenant for key in self._plain.values()}
         for name, options in parsed.tenants.items():
             tenant = tenants[name] = self.tenants.get(name) or Tenant(name)
@@ -180,7 +183,9 @@ class Keys:
         try:
             content = await asyncio.to_thread(read, self.path)
             if content != self._used and content != self._refused:
-                self.use(content)
+                # A large file takes seconds to parse: the requests' loop must not wait for that.
+                parsed = await asyncio.to_thread(_parse, content, str(self.path))
+                self._replace(parsed, content)
                 logger.info("API keys: %d of %d tenants", len(self._keys), len(self.tenants))
         except ConfigError as error:
             if self.is_current or content != self._refused:
@@ -240,10 +245,11 @@ def read(path: Path) -> bytes:
 def _parse(content: bytes, where: str) -> _File:
     """TOML, or JSON if it begins like that. Raises `ConfigError`."""
     try:
-        text = content.decode("utf-8")
+        text = content.decode("utf-8-sig")
         is_json = text.lstrip().startswith("{")
         file = msgspec.convert(msgspec.json.decode(text) if is_json else tomllib.loads(text), _File)
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError, msgspec.MsgspecError) as error:
+    except (ValueError, OverflowError, RecursionError, msgspec.MsgspecError) as error:
+        # Besides syntax: integers of thousands of digits, and arrays nested as deeply.
         raise ConfigError(f"api_keys_file: {where}: {error}.") from None
     tenants = dict(file.tenants)
     seen: set[str] = set()
@@ -255,7 +261,7 @@ def _parse(content: bytes, where: str) -> _File:
         tenants.setdefault(entry.tenant, TenantOptions())
         try:
             _time_of(entry.expires)
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             raise ConfigError(f"api_keys_file: {where}: keys[{number}].expires: {error}.") from None
     if len(tenants) > MOST_TENANTS:
         raise ConfigError(f"api_keys_file: {where}: more than {MOST_TENANTS} tenants.")

@@ -2,7 +2,8 @@
 
 A rate is a bucket that holds a minute's worth and fills evenly (the generic cell rate algorithm, ITU-T I.371:
 one number is its state). Tokens are reserved before a request starts, the prompts' and the most that it may
-generate, and what it did not use is given back at its end.
+generate, and what it did not use is given back at its end. A request that is refused, here or later, takes
+nothing.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from quire.server.errors import ApiError
 
 MOST_RETRY_SECONDS = 60
 """litellm obeys no Retry-After above it, openai's client none above 120."""
+ROUNDING_SECONDS = 1e-6
+"""A minute's worth, taken one by one, is a minute but for rounding."""
 
 
 class Bucket:
@@ -32,6 +35,11 @@ class Bucket:
     def remaining(self, now: float) -> float:
         return self.per_minute - max(0.0, self._full_at - now) * self.per_minute / 60
 
+    def whole(self, now: float) -> int:
+        """`remaining` in whole units; what is owed is not shown."""
+        rounding = ROUNDING_SECONDS * self.per_minute / 60
+        return max(0, min(self.per_minute, math.floor(self.remaining(now) + rounding)))
+
     def reset_seconds(self, now: float) -> float:
         """Until it is full."""
         return max(0.0, self._full_at - now)
@@ -39,11 +47,17 @@ class Bucket:
     def wait_seconds(self, amount: float, now: float) -> float:
         """Until it holds `amount`, or is full."""
         missing = min(amount, self.per_minute) - self.remaining(now)
-        return max(0.0, missing * 60 / self.per_minute)
+        seconds = missing * 60 / self.per_minute
+        return seconds if seconds > ROUNDING_SECONDS else 0.0
 
-    def take(self, amount: float, now: float) -> None:
-        """More than it holds makes later ones wait. A negative amount is given back."""
-        self._full_at = max(self._full_at, now) + amount * 60 / self.per_minute
+    def take(self, amount: float, now: float) -> Charge:
+        """More than it holds makes later ones wait."""
+        charge = Charge(self, amount, 60 / self.per_minute)
+        self.delay(amount * charge.seconds_per_unit, now)
+        return charge
+
+    def delay(self, seconds: float, now: float) -> None:
+        self._full_at = max(self._full_at, now) + seconds
 
     def resize(self, per_minute: int, now: float) -> None:
         """The part that is used stays."""
@@ -51,14 +65,31 @@ class Bucket:
         self.per_minute, self._full_at = per_minute, now + used
 
 
+@dataclass(frozen=True, slots=True)
+class Charge:
+    """What was taken from a bucket. It is returned to the same bucket at the rate that it had then, so a
+    change of the rate, or of the bucket, returns neither more nor less."""
+
+    bucket: Bucket
+    amount: float
+    seconds_per_unit: float
+
+    def settle(self, used: float, now: float) -> None:
+        """Return what was not used, or charge what was used beyond it."""
+        self.bucket.delay((used - self.amount) * self.seconds_per_unit, now)
+
+
 @dataclass(slots=True)
 class Lease:
     """What a request has taken. What it does not use is given back when its last stream ends."""
 
     quotas: Quotas
-    tokens: int
+    charges: dict[str, Charge]
+    """By the kind of their buckets."""
     num_streams: int = 0
     used: int = 0
+    """Tokens."""
+    is_over: bool = False
 
     def metered(self, stream: RequestStream, num_prompt_tokens: int) -> RequestStream:
         self.num_streams += 1
@@ -66,12 +97,18 @@ class Lease:
         return _Metered(stream, self)
 
     def cancel(self) -> None:
-        self.quotas.give_back(self.tokens)
+        """It was refused: all is given back."""
+        self._end({"requests": 0, "tokens": 0})
 
     def stream_ended(self) -> None:
         self.num_streams -= 1
         if not self.num_streams:
-            self.quotas.give_back(self.tokens - self.used)
+            self._end({"requests": 1, "tokens": self.used})
+
+    def _end(self, used: dict[str, int]) -> None:
+        if not self.is_over:
+            self.is_over = True
+            self.quotas.give_back(self.charges, used)
 
 
 class _Metered:
@@ -146,22 +183,24 @@ class Quotas:
             wait = bucket.wait_seconds(amounts[kind], now)
             if wait > 0:
                 raise self._refusal(kind, bucket.per_minute, wait)
-        for kind, bucket in self._rates.items():
-            bucket.take(amounts[kind], now)
         self.num_running += 1
-        return Lease(self, tokens)
+        return Lease(
+            self, {kind: bucket.take(amounts[kind], now) for kind, bucket in self._rates.items()}
+        )
 
-    def give_back(self, tokens: int) -> None:
+    def give_back(self, charges: dict[str, Charge], used: dict[str, int]) -> None:
+        """At the end of a request."""
         self.num_running -= 1
-        if (bucket := self._rates.get("tokens")) is not None:
-            bucket.take(-tokens, self._clock())
+        now = self._clock()
+        for kind, charge in charges.items():
+            charge.settle(used[kind], now)
 
     def headers(self) -> dict[str, str]:
         """As OpenAI's API has them: what is left, and when all of it is there again."""
         now, found = self._clock(), {}
         for kind, bucket in self._rates.items():
             found[f"x-ratelimit-limit-{kind}"] = str(bucket.per_minute)
-            found[f"x-ratelimit-remaining-{kind}"] = str(max(0, math.floor(bucket.remaining(now))))
+            found[f"x-ratelimit-remaining-{kind}"] = str(bucket.whole(now))
             found[f"x-ratelimit-reset-{kind}"] = go_duration(bucket.reset_seconds(now))
         return found
 
