@@ -126,7 +126,11 @@ class Health(Protocol):
     def reason(self) -> str: ...
     @property
     def replicas(self) -> Sequence[str]:
-        """Of each engine core: "ok", "silent" or "stopped"."""
+        """Of each engine core: "ok", "silent", "restarting" or "stopped"."""
+        ...
+    @property
+    def is_restarting(self) -> bool:
+        """Whether no core serves, but one will."""
         ...
 
 
