@@ -14,6 +14,7 @@ from quire.engine.async_adapters import AsyncAdapters
 from quire.engine.core_client import PING_SECONDS
 from quire.engine.front_end import Effects, FrontEnd
 from quire.engine.input_processor import PromptInput
+from quire.engine.recovery import is_restarting
 from quire.engine.replica_cores import ReplicaCores
 from quire.engine.setup import ServedModel, locate, resolve, serve_model
 from quire.engine.stream import RequestStream
@@ -56,11 +57,6 @@ class Health:
     reason: str
     replicas: tuple[str, ...] = ()
     """Of each engine core: "ok", "silent", "restarting" or "stopped". Alive: one is ok or will be."""
-
-    @property
-    def is_restarting(self) -> bool:
-        """Whether no core serves, but one will."""
-        return "restarting" in self.replicas and set(self.replicas) <= {"restarting", "stopped"}
 
 
 class AsyncLLM:
@@ -334,7 +330,7 @@ class AsyncLLM:
         states = tuple(self._core.states(timeout))
         if self._front.dead is not None:
             return Health(False, age, str(self._front.dead), states)
-        if Health(True, 0.0, "", states).is_restarting:
+        if is_restarting(states):
             return Health(True, 0.0, "restarting", states)
         if age > timeout:
             reason = f"The scheduler loop has not answered for {age:.0f} s."

@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -247,6 +247,11 @@ def refusal() -> str:
         f"{PoisonRequestError.BEGINNING}, or of one with the same prompt and parameters. It is not computed "
         "again for some time."
     )
+
+
+def is_restarting(states: Sequence[str]) -> bool:
+    """Whether no core serves, but one will. states: of each core, see `ReplicaCores.states`."""
+    return "restarting" in states and set(states) <= {"restarting", "stopped"}
 
 
 def fingerprint(message: AddRequest) -> bytes:

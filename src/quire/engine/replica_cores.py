@@ -55,11 +55,10 @@ LOAD_SECONDS = 60.0
 """A core that is started again may take this long, beside `LOAD_PATIENCE` times what the start has taken."""
 
 
-def start_cores(config: EngineConfig, *, served: bool = False) -> CoreProcess | ReplicaCores:
-    """The processes that the options ask for; not configured yet. Served, cores that die are started again, as
-    `config.recovery` says."""
-    if served or config.parallel.data_parallel_size > 1:
-        return ReplicaCores(config, restarts=served)
+def start_cores(config: EngineConfig) -> CoreProcess | ReplicaCores:
+    """The processes that the options ask for, to be used offline; not configured yet."""
+    if config.parallel.data_parallel_size > 1:
+        return ReplicaCores(config)
     return CoreProcess(kernels=config.runtime.kernels, parallel=config.parallel)
 
 
@@ -84,7 +83,8 @@ class ReplicaCores:
     and its own GPUs."""
 
     def __init__(self, config: EngineConfig, *, restarts: bool = False) -> None:
-        """Only the options of devices count here: the rest comes with `configure`."""
+        """Only the options of devices count here: the rest comes with `configure`. restarts: cores that die
+        are started again, as `config.recovery` says."""
         parallel = config.parallel
         count = parallel.data_parallel_size
         # Ranks elsewhere would have to be started again there.
@@ -168,7 +168,9 @@ class ReplicaCores:
         events = dataclasses.replace(
             config.kv_events, rank=index, restarts=self._num_starts[index]
         )
-        transfer = config.kv_transfer.of_replica(index, config.parallel.world_size)
+        transfer = config.kv_transfer
+        if len(self._cores) > 1:
+            transfer = transfer.of_replica(index, config.parallel.world_size)
         self._cores[index].configure(
             dataclasses.replace(config, kv_events=events, kv_transfer=transfer)
         )

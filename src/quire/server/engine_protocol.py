@@ -128,10 +128,6 @@ class Health(Protocol):
     def replicas(self) -> Sequence[str]:
         """Of each engine core: "ok", "silent", "restarting" or "stopped"."""
         ...
-    @property
-    def is_restarting(self) -> bool:
-        """Whether no core serves, but one will."""
-        ...
 
 
 class ServingEngine(Protocol):
