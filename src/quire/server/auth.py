@@ -13,7 +13,7 @@ from ipaddress import IPv6Address, ip_address
 from quire.config import ServerConfig
 from quire.server.errors import ApiError, routed_path, speaks_anthropic
 from quire.server.keys import ENVIRONMENT, Keys
-from quire.server.middleware import App, Receive, Scope, Send, header_values, set_tenant
+from quire.server.middleware import App, Receive, Scope, Send, header_values, set_key
 
 OPEN_PATHS = frozenset({"/", "/health", "/ready", "/ping", "/metrics", "/version"})
 
@@ -70,7 +70,7 @@ class ApiKeyAuth:
     def _is_known(self, scope: Scope) -> bool:
         found = [key for token in _tokens(scope) if (key := self._keys.find(token)) is not None]
         if found:
-            set_tenant(scope, found[0].tenant)
+            set_key(scope, found[0])
         return bool(found)
 
 

@@ -29,6 +29,7 @@ from quire.server.errors import ApiError, unavailable
 from quire.server.keys import configured_keys, with_fair_shares
 from quire.server.process import HttpServer, bind, http_server, url_of
 from quire.server.state import ServerState
+from quire.server.tracing import create_tracer
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +107,7 @@ async def serve_engine(
     stop = stop or StopSignals()
     keys = configured_keys(server_config, os.environ)
     state = ServerState(server_config, engine_config)
+    state.trace(create_tracer(server_config, os.environ))
     server = http_server(build_app(state, api_keys=keys), server_config)
     with contextlib.closing(bind(server_config)) as listener, stop.installed():
         http = asyncio.create_task(server.serve(sockets=[listener]), name="quire-http")
@@ -118,6 +120,7 @@ async def serve_engine(
                 return await _load_and_serve(engine_factory, state, stop, server, http)
         finally:
             await _close(server, http, listener, server_config)
+            await state.close()
 
 
 async def _load_and_serve(

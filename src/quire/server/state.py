@@ -3,6 +3,7 @@ requests."""
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING
@@ -10,9 +11,13 @@ from typing import TYPE_CHECKING
 from quire.config import EngineConfig, ServerConfig
 from quire.messages import EngineReady, StepOutputs
 from quire.metrics import HttpMetrics, StatsLogger, create_metrics, new_registry
+from quire.metrics.trace_metrics import TraceMetrics
 from quire.server.engine_protocol import ServingEngine
 from quire.server.errors import RETRY_AFTER_DRAINING, RETRY_AFTER_LOADING, ApiError, unavailable
 from quire.server.live import LiveRequests
+from quire.server.record import Headers, Record
+from quire.server.request_log import log_finished
+from quire.server.tracing import Tracer
 from quire.text.parsing import output_format
 
 if TYPE_CHECKING:
@@ -44,6 +49,7 @@ class ServerState:
     http_metrics: HttpMetrics = field(init=False)
     stats_logs: list[StatsLogger] = field(default_factory=list)
     """Of each engine core."""
+    tracer: Tracer | None = None
 
     def __post_init__(self) -> None:
         self.http_metrics = HttpMetrics(self.registry)
@@ -69,6 +75,26 @@ class ServerState:
         self.engine = engine
         if self.phase is Phase.LOADING:
             self.phase = Phase.READY
+
+    def trace(self, tracer: Tracer | None) -> None:
+        """Report requests to it from now on."""
+        if tracer is not None:
+            self.tracer = tracer
+            self.registry.register(TraceMetrics(tracer.exporter))
+
+    async def close(self) -> None:
+        """Send the last spans."""
+        if self.tracer is not None:
+            await asyncio.to_thread(self.tracer.exporter.close)
+
+    def new_record(self, headers: Headers) -> Record:
+        return Record(headers, self._report, self.config.use_client_timeouts)
+
+    def _report(self, record: Record) -> None:
+        if self.config.request_log:
+            log_finished(record)
+        if self.tracer is not None:
+            self.tracer.report(record)
 
     def _log_step(self, outputs: StepOutputs) -> None:
         self.stats_logs[outputs.replica].on_step(outputs)
