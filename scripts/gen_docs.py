@@ -72,7 +72,7 @@ VLLM = {
     "cpu_threads": "no such flag",
     "log_format": "no such flag",
     "request_log": "no such flag",
-    "otlp_traces_endpoint": "gRPC, or HTTP by `OTEL_EXPORTER_OTLP_TRACES_PROTOCOL`; needs OpenTelemetry's packages",
+    "otlp_traces_endpoint": "also gRPC, its default; needs OpenTelemetry's packages",
     "trace_sample_ratio": "`OTEL_TRACES_SAMPLER`",
     "use_client_timeouts": "no such flag, no deadlines",
     "max_grammar_bytes": "no such flag, no limit",

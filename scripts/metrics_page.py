@@ -108,16 +108,11 @@ def registry() -> CollectorRegistry:
     )  # fmt: skip
     HttpMetrics(registry).on_response(method="GET", handler="/", status=200, seconds=0.0)
     registry.register(KeyMetrics(Keys(["k"])))
-    registry.register(TraceMetrics(NoSpans()))
+    registry.register(TraceMetrics())
     tiers = {tier: TierStats() for tier in TIERS}
     tenants = {"default": TenantStats()}
     metrics.on_step(StepOutputs(stats=SchedulerStats(kv_tiers=tiers, tenants=tenants)))
     return registry
-
-
-class NoSpans:
-    num_sent = 0
-    dropped: dict[str, int] = {}
 
 
 def _rows() -> list[str]:

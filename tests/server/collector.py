@@ -59,7 +59,9 @@ class Collector:
 
     def of_request(self, request_id: str) -> list[dict]:
         """Its spans, its own first; waits for them."""
-        wait_for(lambda: any(attributes(s).get("gen_ai.request.id") == request_id for s in self.spans))
+        wait_for(
+            lambda: any(attributes(s).get("gen_ai.request.id") == request_id for s in self.spans)
+        )
         [own] = [s for s in self.spans if attributes(s).get("gen_ai.request.id") == request_id]
         return [own, *(s for s in self.spans if s.get("parentSpanId") == own["spanId"])]
 

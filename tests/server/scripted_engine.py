@@ -310,7 +310,14 @@ class ScriptedEngine:
         self._open.set()
 
     def submit(
-        self, prompt, params, *, request_id=None, placement=Placement(), thinking=None, deadline=None
+        self,
+        prompt,
+        params,
+        *,
+        request_id=None,
+        placement=Placement(),
+        thinking=None,
+        deadline=None,
     ) -> FakeStream:
         if self.refuse is not None and len(self.submitted) >= self.refuse_after:
             raise self.refuse

@@ -19,7 +19,9 @@ VALID = f"00-{TRACE}-{SPAN}-01"
 
 
 def headers(*parents: str, state: tuple[str, ...] = ()) -> list[tuple[bytes, bytes]]:
-    return [(b"traceparent", p.encode()) for p in parents] + [(b"tracestate", s.encode()) for s in state]
+    return [(b"traceparent", p.encode()) for p in parents] + [
+        (b"tracestate", s.encode()) for s in state
+    ]
 
 
 @pytest.mark.parametrize(
@@ -72,7 +74,8 @@ class Done:
 
     def __init__(self, reason: str, **stats: float) -> None:
         parts = [CompletionOutput(0, "secret words", [1], finish_reason=reason)]
-        self.last = RequestOutput("r", "secret", [1], parts, True, RequestStateStats(**stats), num_cached_tokens=2)
+        times = RequestStateStats(**stats)
+        self.last = RequestOutput("r", "secret", [1], parts, True, times, num_cached_tokens=2)
 
 
 class Sink:
@@ -91,7 +94,9 @@ def record(*streams: Done, **fields: object) -> Record:
     fields = {"route": "/v1/completions", "status": 200, "request_id": "q", "model": "m", **fields}
     work = [Work(stream, 5) for stream in streams]
     params = SamplingParams(max_tokens=9, temperature=0.5)
-    return Record(arrival_ts=100.0, arrival_ns=10**18, ended_ts=110.0, params=params, work=work, **fields)
+    return Record(
+        arrival_ts=100.0, arrival_ns=10**18, ended_ts=110.0, params=params, work=work, **fields
+    )
 
 
 def test_spans_of_a_request() -> None:
@@ -125,7 +130,9 @@ def test_a_phase_that_did_not_end_ends_with_the_request() -> None:
     cut = {"arrival_ts": 101.0, "queued_ts": 101.5, "scheduled_ts": 102.0}
     _, queue, prefill = spans_of(record(Done("timeout", **cut)), None)
     assert (prefill.name, prefill.end_ns - 10**18) == ("prefill", 10**10)
-    own, queue = spans_of(record(Done("expired", arrival_ts=101.0, queued_ts=101.5), status=408), None)
+    own, queue = spans_of(
+        record(Done("expired", arrival_ts=101.0, queued_ts=101.5), status=408), None
+    )
     assert (queue.name, queue.end_ns - 10**18) == ("queue", 10**10)
     assert own.attributes["gen_ai.latency.time_in_queue"] == 8.5 and not own.failed
 

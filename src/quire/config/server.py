@@ -69,8 +69,8 @@ class ServerConfig:
     )
     otlp_traces_endpoint: str | None = option(
         None,
-        "OpenTelemetry collector for spans of requests: OTLP over HTTP, as http://collector:4318/v1/traces. Also "
-        "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT.",
+        "OpenTelemetry collector for spans of requests: OTLP over HTTP, as http://collector:4318/v1/traces. "
+        "Also OTEL_EXPORTER_OTLP_TRACES_ENDPOINT.",
     )
     trace_sample_ratio: float = option(
         1.0, "Share of requests that are traced, of those whose caller has not decided it."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol
 
 from prometheus_client.core import CounterMetricFamily, Metric
@@ -17,20 +17,24 @@ class Sent(Protocol):
 
 
 class TraceMetrics(Collector):
-    """Read at each scrape."""
+    """Read at each scrape. Zeros without a collector, so that an alert has something to look at."""
 
-    def __init__(self, exporter: Sent) -> None:
+    def __init__(self, exporter: Callable[[], Sent | None] = lambda: None) -> None:
         self._exporter = exporter
 
     def collect(self) -> Iterator[Metric]:
+        exporter = self._exporter()
+        sent, lost = (0, {}) if exporter is None else (exporter.num_sent, exporter.dropped)
         yield CounterMetricFamily(
-            "quire:trace_spans_sent", "Spans that the collector has taken.", value=self._exporter.num_sent
+            "quire:trace_spans_sent",
+            "Spans that the OpenTelemetry collector has taken.",
+            value=sent,
         )
         dropped = CounterMetricFamily(
             "quire:trace_spans_dropped",
-            "Spans that were lost: the queue was full, or the collector could not be reached or refused them.",
+            "Spans that were lost: the queue was full, or the collector was away or refused them.",
             labels=["reason"],
         )
         for reason in ("full", "unreachable", "rejected"):
-            dropped.add_metric([reason], self._exporter.dropped.get(reason, 0))
+            dropped.add_metric([reason], lost.get(reason, 0))
         yield dropped

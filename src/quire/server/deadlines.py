@@ -64,8 +64,8 @@ def _number(value: bytes) -> float:
 def expired() -> ApiError:
     return ApiError(
         408,
-        "The request's timeout passed while it waited for its turn; nothing was computed. Allow more time, or send "
-        "it when the server has less to do.",
+        "The request's timeout passed while it waited for its turn; nothing was computed. Allow more time, "
+        "or send it when the server has less to do.",
         param="timeout",
     )
 
@@ -76,9 +76,9 @@ def timed_out() -> ApiError:
 
 
 def check_expired(outputs: Iterable[RequestOutput], *, answered: bool = False) -> None:
-    """Raises a 408 `ApiError` if nothing of the answer was computed, because its time was over. If a part was,
-    the others end like it: that they had only waited makes no difference to a client. answered: whether the
-    client has got a part."""
+    """Raises a 408 `ApiError` if nothing of the answer was computed, because its time was over. If a part
+    was, the others end like it: that they had only waited makes no difference to a client. answered: whether
+    the client has got a part."""
     parts = [part for output in outputs for part in output.outputs]
     late = [part for part in parts if part.finish_reason == "expired"]
     if late and len(late) == len(parts) and not answered:

@@ -1,7 +1,8 @@
 """Sends spans to an OpenTelemetry collector: OTLP over HTTP, in its JSON encoding.
 
-Serving never waits for it. Spans go into a bounded queue, from which a thread sends them in batches; what finds the
-queue full, or could not be sent after some tries, is dropped and counted. The thread starts with the first span.
+Serving never waits for it. Spans go into a bounded queue, from which a thread sends them in batches; what
+finds the queue full, or could not be sent after some tries, is dropped and counted. The thread starts with
+the first span.
 """
 
 from __future__ import annotations
@@ -115,13 +116,13 @@ class Endpoint:
             parts = urlsplit("")
         if "@" in parts.netloc:
             raise ConfigError(
-                "otlp_traces_endpoint must not hold a password; a collector's key goes into the environment's "
+                "otlp_traces_endpoint must not hold a password; a collector's key goes into "
                 "OTEL_EXPORTER_OTLP_HEADERS, as authorization=Bearer%20KEY."
             )
         if parts.scheme not in ("http", "https") or not host:
             raise ConfigError(
-                f"otlp_traces_endpoint must be a URL like http://collector:4318{TRACES_PATH} (OTLP over HTTP; gRPC, "
-                f"usually at port 4317, is not spoken), got {url!r}."
+                f"otlp_traces_endpoint must be a URL like http://collector:4318{TRACES_PATH} (OTLP over "
+                f"HTTP; gRPC, usually at port 4317, is not spoken), got {url!r}."
             )
         target = parts.path if parts.path not in ("", "/") else TRACES_PATH
         target += f"?{parts.query}" if parts.query else ""
@@ -150,8 +151,8 @@ class Exporter:
         queue_spans: int = QUEUE_SPANS,
         first_wait: float = 1.0,
     ) -> None:
-        """resource: attributes of the process. scope: name and version of what makes the spans. headers: for the
-        collector, as a key; they are not logged. first_wait: seconds before a second try."""
+        """resource: attributes of the process. scope: name and version of what makes the spans. headers: for
+        the collector, as a key; they are not logged. first_wait: seconds before a second try."""
         self._endpoint = endpoint
         self._frame = {"attributes": attributes_json(resource)}, dict(scope)
         self._headers = {"content-type": "application/json", **(headers or {})}
@@ -285,5 +286,3 @@ def _refused(answer: bytes) -> int:
         return 0 if partial is None else max(0, int(partial.rejected_spans))
     except (msgspec.DecodeError, ValueError):
         return 0  # an answer is optional
-
-

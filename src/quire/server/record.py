@@ -1,7 +1,8 @@
 """What is known of one HTTP request: when it came, whose it is, what it submitted, how it ended.
 
-The middleware makes it at arrival and closes it at the end; the endpoints' shared code notes what it submits. Its
-times are taken from the engine's outputs when all is over, so a token costs nothing here. Never a text of a client.
+The middleware makes it at arrival and closes it at the end; the endpoints' shared code notes what it submits.
+Its times are taken from the engine's outputs when all is over, so a token costs nothing here. It holds no
+text of a client or of the model.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
-"""One line in the log for each finished request (--request-log): who asked, how much, how long, how it ended. With
---log-format json it is an object with the fields of `facts`. Never a text of a client or of a model."""
+"""One line in the log for each finished request (--request-log): who asked, how much, how long, how it ended.
+
+With --log-format json it is an object with the fields of `facts`. Never a text of a client or of the model.
+"""
 
 from __future__ import annotations
 

@@ -107,8 +107,8 @@ class DecodingFields(Strict):
     prompt_cache_retention: Annotated[str, Field(pattern=RETENTION)] | None = None
     """24h, or another duration: `retain_seconds`. in_memory: nothing."""
     timeout: Timeout | None = None
-    """Seconds from the request's arrival, after which it ends: with finish reason `timeout` and what there is, or
-    with a 408 if it has only waited. Also the header X-Request-Timeout; the smaller one counts. See
+    """Seconds from the request's arrival, after which it ends: with finish reason `timeout` and what there
+    is, or with a 408 if it has only waited. Also the header X-Request-Timeout; the smaller one counts. See
     [operations.md](operations.md#deadlines)."""
     request_id: Name | None = None
     """For logs, if the header X-Request-Id was not sent; never used as a key."""

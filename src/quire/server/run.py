@@ -107,7 +107,7 @@ async def serve_engine(
     stop = stop or StopSignals()
     keys = configured_keys(server_config, os.environ)
     state = ServerState(server_config, engine_config)
-    state.trace(create_tracer(server_config, os.environ))
+    state.tracer = create_tracer(server_config, os.environ)
     server = http_server(build_app(state, api_keys=keys), server_config)
     with contextlib.closing(bind(server_config)) as listener, stop.installed():
         http = asyncio.create_task(server.serve(sockets=[listener]), name="quire-http")

@@ -50,9 +50,13 @@ class ServerState:
     stats_logs: list[StatsLogger] = field(default_factory=list)
     """Of each engine core."""
     tracer: Tracer | None = None
+    """To which finished requests are reported, if an OpenTelemetry collector is named."""
 
     def __post_init__(self) -> None:
         self.http_metrics = HttpMetrics(self.registry)
+        self.registry.register(
+            TraceMetrics(lambda: None if self.tracer is None else self.tracer.exporter)
+        )
         # A wrong name must fail at start, not at the first chat.
         output_format(self.config.tool_call_parser, self.config.reasoning_parser, "")
 
@@ -75,12 +79,6 @@ class ServerState:
         self.engine = engine
         if self.phase is Phase.LOADING:
             self.phase = Phase.READY
-
-    def trace(self, tracer: Tracer | None) -> None:
-        """Report requests to it from now on."""
-        if tracer is not None:
-            self.tracer = tracer
-            self.registry.register(TraceMetrics(tracer.exporter))
 
     async def close(self) -> None:
         """Send the last spans."""

@@ -1,6 +1,8 @@
-"""Spans of requests for OpenTelemetry (--otlp-traces-endpoint): one per request with vLLM's name and attributes, and
-below it for each prompt `queue`, `prefill` and `decode`. They are made when the request has ended, from its record, so
-tracing costs nothing while tokens come. No span holds a text of a client or of a model.
+"""Spans of requests for OpenTelemetry (--otlp-traces-endpoint).
+
+One per request with vLLM's name and attributes, and below it for each prompt `queue`, `prefill` and `decode`.
+They are made when the request has ended, from its record, so tracing costs nothing while tokens come. No span
+holds a text of a client or of the model.
 """
 
 from __future__ import annotations
@@ -38,8 +40,8 @@ class Parent:
 
 
 def parent_of(headers: Headers) -> Parent | None:
-    """What `traceparent` says (W3C Trace Context). None if there is none, or it is invalid: then it counts as
-    absent, as the recommendation says."""
+    """What `traceparent` says (W3C Trace Context). None if there is none, or it is invalid, which counts as
+    absent."""
     values = [value for name, value in headers if name == b"traceparent"]
     found = _PARENT.fullmatch(values[0].strip()) if len(values) == 1 else None
     if found is None:
@@ -57,7 +59,7 @@ def _state(headers: Headers) -> str:
 
 
 class Tracer:
-    """Makes the spans of requests that are sampled: those whose caller's span is, and of the others a share."""
+    """Makes the spans of requests that are sampled: if the caller's span is, or, without one, a share."""
 
     def __init__(self, exporter: Exporter, *, ratio: float = 1.0) -> None:
         self.exporter = exporter

@@ -68,7 +68,7 @@ class Replica:
         keys = configured_keys(server, os.environ)
         engine = with_fair_shares(engine, keys)
         self._state = ServerState(server, engine)
-        self._state.trace(create_tracer(server, os.environ))
+        self._state.tracer = create_tracer(server, os.environ)
         self._app = build_app(self._state, api_keys=keys)
         self._keys_watch = asyncio.create_task(keys.follow(), name="quire-keys")
         self._engine = await AsyncLLM.start(engine)
