@@ -53,8 +53,8 @@ Names, labels, buckets and counts are vLLM's, and `gpu_cache_usage_perc`, `time_
 there. All are listed in [metrics.md](metrics.md). Absent, because there is nothing that they could count: `mm_cache_queries`, `mm_cache_hits`, `corrupted_requests`,
 `estimated_flops_per_gpu`, `estimated_read_bytes_per_gpu`,
 `estimated_write_bytes_per_gpu`, `kv_block_lifetime_seconds`, `kv_block_idle_before_evict_seconds`,
-`kv_block_reuse_gap_seconds`. With `-dp` each replica has its `engine`. `/metrics` is always in the text format: OpenMetrics would rewrite the colon. There are
-no traces.
+`kv_block_reuse_gap_seconds`. With `-dp` each replica has its `engine`. `/metrics` is always in the text format: OpenMetrics would rewrite the colon. Traces have vLLM's span `llm_request` and
+its attributes, and below it `queue`, `prefill` and `decode`; of `--collect-detailed-traces` there is nothing.
 
 ## HTTP
 
@@ -75,6 +75,8 @@ no traces.
 | an adapter's file that cannot be served | 500 | 400 that says why | the file is wrong, not the server |
 | an adapter reloaded in place | finds KV of its old content | does not: the prefix cache knows the content | answers of two versions would be mixed |
 | requests of more adapters than `max_loras` | a popular one may starve others | those of running adapters pass for 32 steps only | every request is served |
+| `timeout` in the body, X-Request-Timeout | no deadlines | 408 if the request only waited, else finish_reason `timeout`, see [operations.md](operations.md#deadlines) | work that nobody waits for |
+| `endpoint-load-metrics-format` | `kv_cache_usage_perc`, `num_requests_waiting`; on answers of some endpoints | also `num_requests_running`; on all that generate, streams and refusals too | a balancer learns of a full server from its 429 |
 | SIGTERM | aborts what runs | lets it finish, `--shutdown-timeout` 30 s | restarts without failed requests |
 | a grammar that no token satisfies, once tokens are chosen | not tried | 400, in a stream an error event with code 400 | it ends one request |
 

@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry
 from quire.messages import SchedulerStats, StepOutputs, TenantStats, TierStats
 from quire.metrics import HttpMetrics, create_metrics
 from quire.metrics.key_metrics import KeyMetrics
+from quire.metrics.trace_metrics import TraceMetrics
 from quire.prefix_report import MissReason
 from quire.server.keys import Keys
 
@@ -107,6 +108,7 @@ def registry() -> CollectorRegistry:
     )  # fmt: skip
     HttpMetrics(registry).on_response(method="GET", handler="/", status=200, seconds=0.0)
     registry.register(KeyMetrics(Keys(["k"])))
+    registry.register(TraceMetrics())
     tiers = {tier: TierStats() for tier in TIERS}
     tenants = {"default": TenantStats()}
     metrics.on_step(StepOutputs(stats=SchedulerStats(kv_tiers=tiers, tenants=tenants)))

@@ -7,3 +7,5 @@ from __future__ import annotations
 MAX_N = 16384
 MAX_STOP_STRINGS = 256
 MAX_BAD_WORDS = 1024
+MAX_TIMEOUT = 86400.0
+"""Seconds."""

@@ -88,7 +88,8 @@ class CompletionOutput:
     cumulative_logprob: float | None = None
     logprobs: list[dict[int, Logprob]] | None = None
     finish_reason: str | None = None
-    """stop | length | repetition | abort | error, or None while the sequence continues."""
+    """stop | length | repetition | abort | error | timeout | expired; None while the sequence
+    continues."""
     stop_reason: str | int | None = None
     """The stop string or stop token id that ended it; None for end of sequence."""
     spec_decode_metrics: RequestSpecDecodeMetrics | None = None

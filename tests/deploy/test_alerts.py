@@ -53,6 +53,13 @@ def step(running: str, generated: str, prompt: str) -> dict[str, str]:
     }
 
 
+def ends(**reasons: int) -> dict[str, str]:
+    return {
+        f'vllm:request_success_total{{{MODEL}, finished_reason="{reason}"}}': f"0+{count}x60"
+        for reason, count in reasons.items()
+    }
+
+
 TIER = f'{MODEL}, tier="disk"'
 PEER = f'{ONE}, role="prefill", url="http://p:8000"'
 OTHER_PROXY = (
@@ -88,6 +95,10 @@ CASES: dict[str, Case] = {
         series(ONE, **{"quire:api_keys_file_current": "1x30 0x30"}),
         series(ONE, **{"quire:api_keys_file_current": "1x57 0x3"}),
     ),
+    "QuireTracesLost": (
+        {f'quire:trace_spans_dropped_total{{{ONE}, reason="unreachable"}}': "0+4x60"},
+        {f'quire:trace_spans_dropped_total{{{ONE}, reason="full"}}': "0x30 9x30"},
+    ),
     "QuireDescriptors": (
         series(ONE, process_open_fds="900x60", process_max_fds="1024x60"),
         series(ONE, process_open_fds="700x60", process_max_fds="1024x60"),
@@ -96,6 +107,7 @@ CASES: dict[str, Case] = {
         {f'vllm:admission_rejections_total{{{MODEL}, reason="max_num_queued_reqs"}}': "0+20x60"},
         {f'vllm:admission_rejections_total{{{MODEL}, reason="max_num_queued_reqs"}}': "0+1x60"},
     ),
+    "QuireDeadlines": (ends(stop=90, timeout=4, expired=4), ends(stop=90, timeout=2, expired=2)),
     "QuireQueueLong": (
         {f"vllm:num_requests_waiting{{{MODEL}}}": "0x20 30x40"},
         {f"vllm:num_requests_waiting{{{MODEL}}}": "0x52 30x8"},

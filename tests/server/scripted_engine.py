@@ -137,6 +137,7 @@ class Submitted:
     request_id: str | None
     placement: Placement
     thinking: ThinkingTokens | None = None
+    deadline: float | None = None
 
 
 class FakeStream:
@@ -146,6 +147,7 @@ class FakeStream:
         self.aborted = asyncio.Event()
         self.aborts = 0
         self.ended = False
+        self.last: RequestOutput | None = None
 
     def abort(self) -> None:
         if not self.ended:
@@ -156,7 +158,7 @@ class FakeStream:
     async def __aiter__(self) -> AsyncIterator[RequestOutput]:
         try:
             async for output in self._outputs():
-                self.ended = output.finished
+                self.last, self.ended = output, output.finished
                 yield output
         finally:
             if not self.ended:
@@ -309,13 +311,20 @@ class ScriptedEngine:
         self._open.set()
 
     def submit(
-        self, prompt, params, *, request_id=None, placement=Placement(), thinking=None
+        self,
+        prompt,
+        params,
+        *,
+        request_id=None,
+        placement=Placement(),
+        thinking=None,
+        deadline=None,
     ) -> FakeStream:
         if self.refuse is not None and len(self.submitted) >= self.refuse_after:
             raise self.refuse
         sampled = params if isinstance(params, SamplingParams) else SamplingParams(max_tokens=1)
         self.checks.process(prompt, sampled, placement=placement)
-        self.submitted.append(Submitted(prompt, params, request_id, placement, thinking))
+        self.submitted.append(Submitted(prompt, params, request_id, placement, thinking, deadline))
         stream = FakeStream(self, request_id or "r", prompt, params)
         self.streams.append(stream)
         return stream

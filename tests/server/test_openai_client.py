@@ -78,7 +78,7 @@ class Server:
     def _read(self) -> None:
         for line in self.process.stderr:
             self.log.append(line)
-            found = re.search(r"listening on (http\S+)", line)
+            found = re.search(r'listening on (http[^\s"]+)', line)
             if found:
                 self.url = found.group(1)
                 self._url.set()

@@ -40,7 +40,7 @@ _ONE_DOOR = (
 _TEXT_ONLY = "models read text only"
 _AS_FILED = "an adapter is held in the model's dtype"
 _NO_MOE_ADAPTERS = "adapters apply to dense layers only"
-_NO_TRACES = "there are no traces yet; see /metrics and --enable-log-requests"
+_ONE_KIND_OF_TRACES = "spans of requests are all there are; see --otlp-traces-endpoint"
 _OWN_KERNELS = "nothing is compiled but kernels; see --enforce-eager"
 _ONE_GRAMMAR_BACKEND = "there is one backend, llguidance"
 _NO_CODE = "the server runs no code of others; put a proxy in front"
@@ -163,8 +163,7 @@ FOREIGN: dict[str, Foreign] = {
     "disable_log_requests": _idle("requests are logged only with --enable-log-requests", False),
     "log_config_file": Foreign("see --log-format and QUIRE_LOG_LEVEL"),
     "disable_frontend_multiprocessing": _idle(_DROPPED, False),
-    "otlp_traces_endpoint": _idle(_NO_TRACES),
-    "collect_detailed_traces": _idle(_NO_TRACES, ()),
+    "collect_detailed_traces": _idle(_ONE_KIND_OF_TRACES, ()),
     "kv_cache_metrics": _idle("blocks are counted in quire:kv_*", False),
     "show_hidden_metrics_for_version": _idle("old names are always there"),
 }

@@ -82,6 +82,24 @@ class ServerConfig:
     )
     disable_fastapi_docs: bool = option(False, "No /docs, /redoc and /openapi.json.")
     enable_log_requests: bool = option(False, "Log each request's id, sizes and parameters.")
+    request_log: bool = option(
+        False,
+        "One line for each finished request: tenant, tokens, times, how it ended; never a text. With "
+        "log_format json, an object with these fields.",
+    )
+    otlp_traces_endpoint: str | None = option(
+        None,
+        "OpenTelemetry collector for spans of requests: OTLP over HTTP, as http://collector:4318/v1/traces. "
+        "Also OTEL_EXPORTER_OTLP_TRACES_ENDPOINT.",
+    )
+    trace_sample_ratio: float = option(
+        1.0, "Share of requests that are traced, of those whose caller has not decided it."
+    )
+    use_client_timeouts: bool = option(
+        False,
+        "End a request that is not streamed when its client stops waiting, by the timeout that openai's and "
+        "Anthropic's clients send (x-stainless-read-timeout).",
+    )
     enable_tokenizer_info_endpoint: bool = option(
         False, "Serve /tokenizer_info: special tokens and the chat template."
     )
@@ -181,6 +199,10 @@ class ServerConfig:
             raise ConfigError(
                 f"log_stats_interval must be greater than 0, got {self.log_stats_interval}. "
                 "To silence the line, set disable_log_stats."
+            )
+        if not 0 <= self.trace_sample_ratio <= 1:
+            raise ConfigError(
+                f"trace_sample_ratio must be in [0, 1], got {self.trace_sample_ratio}."
             )
         for name, most in _LIMITS.items():
             value = getattr(self, name)

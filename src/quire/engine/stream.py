@@ -25,6 +25,8 @@ class RequestStream:
         self._abort = abort
         self._outputs: deque[RequestOutput | Exception] = deque()
         self._arrived = asyncio.Event()
+        self.last: RequestOutput | None = None
+        """The latest output, whether or not it has been read."""
         self._ended = False
         """Whether the last output has come; another request may have the same id now."""
 
@@ -51,6 +53,9 @@ class RequestStream:
 
     def put(self, item: RequestOutput | Exception) -> None:
         """Called by the engine. An exception, or a finished output, is the last item."""
-        self._ended = isinstance(item, Exception) or item.finished
+        if isinstance(item, Exception):
+            self._ended = True
+        else:
+            self.last, self._ended = item, item.finished
         self._outputs.append(item)
         self._arrived.set()

@@ -183,7 +183,7 @@ class RequestUpdate(msgspec.Struct, kw_only=True, omit_defaults=True):
     prefix: PrefixReport | None = None
     """Sent with the first token: prompt tokens whose KV was found, where, and why no more were."""
     times: RequestTimes | None = None
-    """Sent with the first token."""
+    """Sent with the first token, and when its deadline has ended it."""
     num_preemptions: int = 0
     """The number so far; sent when finished."""
     drafts: tuple[int, int] | None = None

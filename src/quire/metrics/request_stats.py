@@ -22,7 +22,7 @@ class FinishedRequest:
     """Sum over all sequences."""
     cached_tokens: int
     finish_reason: str
-    """stop | length | abort | error; that of the first sequence."""
+    """stop | length | repetition | abort | error | timeout | expired; that of the first sequence."""
     arrival_ts: float
     queued_ts: float = 0.0
     scheduled_ts: float = 0.0
@@ -45,7 +45,9 @@ class FinishedRequest:
 
     @property
     def queue_seconds(self) -> float | None:
-        return _span(self.queued_ts, self.scheduled_ts)
+        """Of a request that waited until its deadline: all of its time."""
+        waited = self.finish_reason == "expired"
+        return _span(self.queued_ts, self.finished_ts if waited else self.scheduled_ts)
 
     @property
     def prefill_seconds(self) -> float | None:

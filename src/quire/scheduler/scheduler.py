@@ -60,6 +60,7 @@ from quire.scheduler.stats import add_state
 from quire.scheduler.worth import Worth
 
 _HOLDS_KV = (FinishReason.STOP, FinishReason.LENGTH, FinishReason.REPETITION)
+_LATE = (FinishReason.TIMEOUT, FinishReason.EXPIRED)
 
 
 class Scheduler:
@@ -596,6 +597,7 @@ class Scheduler:
             finish_reason=reason,
             num_preemptions=request.num_preemptions,
             kv_source=kv_source,
+            times=request.times if reason in _LATE else None,
         )
 
     # --- accounting -------------------------------------------------------------------------------

@@ -51,6 +51,7 @@ NAMES = {
 THINKING = ("enabled", "disabled", "adaptive", "between_tools")
 STOP_REASONS = {
     "stop": "end_turn", "repetition": "end_turn", "tool_calls": "tool_use", "length": "max_tokens",
+    "timeout": "max_tokens",
 }  # fmt: skip
 """finish_reason -> stop_reason; an aborted request has none."""
 

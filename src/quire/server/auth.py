@@ -23,7 +23,7 @@ from quire.server.middleware import (
     Send,
     header_values,
     send_error,
-    set_tenant,
+    set_key,
 )
 
 METRICS = "/metrics"
@@ -130,7 +130,7 @@ class ApiKeyAuth:
             return True
         found = [key for token in _tokens(scope) if (key := keys.find(token)) is not None]
         if found and keys is self._keys:
-            set_tenant(scope, found[0].tenant)
+            set_key(scope, found[0])
         return bool(found)
 
 

@@ -25,7 +25,6 @@ from quire.server.generation import (
     submit_all,
 )
 from quire.server.logprobs import LogprobFormatter, Position, prompt_logprobs
-from quire.server.middleware import tenant_of
 from quire.server.openapi import request_body
 from quire.server.prompts import EncodedPrompt, encode_text, render_chat, truncation
 from quire.server.requests import ChatCompletionRequest
@@ -111,9 +110,8 @@ async def start_chat(
     with blaming_tools(use):
         engine = await admit(state, 1, reader.params, frame.warnings)
         log_request(state, request, frame, [(prompt, reader.params)])
-        work, tenant = [(prompt, reader.params)], tenant_of(request.scope)
-        retain = asked_retention(asked)
-        streams = submit_all(engine, work, asked, frame, tenant=tenant, retain=retain)
+        work, retain = [(prompt, reader.params)], asked_retention(asked)
+        streams = submit_all(engine, work, asked, frame, scope=request.scope, retain=retain)
     return StartedChat(frame, prompt, reader, streams)
 
 

@@ -24,7 +24,6 @@ from quire.server.generation import (
     submit_all,
     warning_headers,
 )
-from quire.server.middleware import tenant_of
 from quire.server.openapi import request_body
 from quire.server.prompts import check_count
 from quire.server.requests import ChatBatchRequest
@@ -63,7 +62,7 @@ def chat_batch_router(state: ServerState) -> APIRouter:
             engine = await admit(state, count, work[0][1], frame.warnings)
             log_request(state, request, frame, work)
             streams = submit_all(engine, work, asked, frame,
-            tenant=tenant_of(request.scope), retain=asked_retention(asked),
+            scope=request.scope, retain=asked_retention(asked),
         )  # fmt: skip
         outputs = await run_to_end(state, request, streams, frame)
         return Response(

@@ -23,7 +23,6 @@ from quire.server.generation import (
     submit_all,
 )
 from quire.server.logprobs import LogprobFormatter, Position, joined, prompt_logprobs
-from quire.server.middleware import tenant_of
 from quire.server.openapi import request_body
 from quire.server.prompts import EncodedPrompt, encode_prompt, split_prompts, truncation
 from quire.server.requests import CompletionRequest
@@ -60,7 +59,7 @@ def completions_router(state: ServerState) -> APIRouter:
         engine = await admit(state, len(prompts), params, frame.warnings)
         log_request(state, request, frame, prompts)
         streams = submit_all(engine, prompts, parsed.request, frame,
-            tenant=tenant_of(request.scope), retain=asked_retention(parsed.request),
+            scope=request.scope, retain=asked_retention(parsed.request),
         )  # fmt: skip
         return await respond(state, request, parsed.request, streams, encoder)
 

@@ -110,6 +110,10 @@ class RequestStream(Protocol):
     @property
     def request_id(self) -> str: ...
 
+    @property
+    def last(self) -> RequestOutput | None:
+        """The latest output, whether or not it has been read."""
+
     def __aiter__(self) -> AsyncIterator[RequestOutput]: ...
 
     def abort(self) -> None: ...

@@ -22,13 +22,14 @@ from quire.outputs import RequestOutput
 from quire.placement import Placement, Retain
 from quire.sampling_params import PoolingParams, SamplingParams
 from quire.server.beam import as_asked
+from quire.server.deadlines import check_expired, deadline_of
 from quire.server.engine_protocol import RequestStream, ServedAdapter, ServedModel, ServingEngine
 from quire.server.errors import ApiError, bad_request, poison, replica_lost
-from quire.server.keys import Tenant
 from quire.server.live import Receive
-from quire.server.middleware import owner_of, request_id_of
+from quire.server.middleware import Scope, owner_of, record_of, request_id_of, tenant_of
 from quire.server.prompts import EncodedPrompt
-from quire.server.requests import SamplingFields, StreamOptions
+from quire.server.record import Work
+from quire.server.requests import DecodingFields, SamplingFields, StreamOptions
 from quire.server.sampling import log_values
 from quire.server.sse import Ending, EventStream
 from quire.server.state import ServerState
@@ -80,6 +81,8 @@ class Queued(Protocol):
     def priority(self) -> int | None: ...
     @property
     def cache_salt(self) -> str | None: ...
+    @property
+    def timeout(self) -> float | None: ...
 
 
 class Encoder(Protocol):
@@ -130,11 +133,16 @@ def submit_all(
     request: Queued,
     frame: Frame,
     *,
-    tenant: Tenant | None = None,
+    scope: Scope,
     retain: tuple[Retain, ...] = (),
 ) -> list[RequestStream]:
-    """Submit all prompts or none: if one is refused, those before it are aborted. retain: of all of them.
+    """Submit all prompts or none: if one is refused, those before it are aborted. scope: of the HTTP request,
+    which has the tenant, the deadline and the record. retain: of all of them.
     Raises a 429 `ApiError` if the tenant's quotas are used up."""
+    record, tenant = record_of(scope), tenant_of(scope)
+    record.streamed = isinstance(request, DecodingFields) and request.stream is True
+    record.model, record.answer_id, record.params = frame.model, frame.id, prompts[0][1]
+    deadline = deadline_of(record, request.timeout, streamed=record.streamed)
     base = Placement(
         priority=request.priority or 0, cache_salt=request.cache_salt, adapter=frame.adapter
     )
@@ -153,7 +161,9 @@ def submit_all(
                 request_id=f"{frame.id}-{index}" if len(prompts) > 1 else frame.id,
                 placement=placement,
                 thinking=prompt.thinking,
+                deadline=deadline,
             )
+            record.work.append(Work(stream, len(prompt.token_ids)))
             streams.append(
                 stream if lease is None else lease.metered(stream, len(prompt.token_ids))
             )
@@ -247,6 +257,7 @@ async def _collect(streams: Sequence[RequestStream]) -> list[RequestOutput]:
     results = await asyncio.gather(*(_final(stream) for stream in streams))
     for output in results:
         raise_if_failed(output)
+    check_expired(results)
     return results
 
 
@@ -278,9 +289,12 @@ def raise_if_failed(output: RequestOutput) -> None:
 async def encoded(
     streams: Sequence[RequestStream], encoder: Encoder
 ) -> AsyncGenerator[bytes, None]:
+    answered = False
     async with aclosing(merge(streams)) as outputs:
         async for index, output in outputs:
             raise_if_failed(output)
+            check_expired([output], answered=answered)
+            answered = True
             data = encoder.chunk(index, output)
             if data:
                 yield data

@@ -99,6 +99,8 @@ class Tenant:
 @dataclass(frozen=True, slots=True)
 class Key:
     tenant: Tenant
+    id: str
+    """The beginning of its digest, for logs."""
     expires: float | None = None
     """By `time.time()`."""
 
@@ -124,7 +126,7 @@ class Keys:
             salts = len(plain) > 1 or path is not None
             tenant = Tenant(f"key-{digest.hex()[:16]}")
             tenant.change(TenantOptions(), salts=salts)
-            self._plain[digest] = Key(tenant)
+            self._plain[digest] = Key(tenant, _id_of(digest))
         self._keys = self._plain
         if path is not None:
             self.use(read(path))
@@ -154,7 +156,8 @@ class Keys:
             tenant.change(options, salts=True)
         keys = dict(self._plain)
         for entry in parsed.keys:
-            keys[bytes.fromhex(entry.sha256)] = Key(tenants[entry.tenant], _time_of(entry.expires))
+            digest, tenant = bytes.fromhex(entry.sha256), tenants[entry.tenant]
+            keys[digest] = Key(tenant, _id_of(digest), _time_of(entry.expires))
         self.tenants, self._keys, self._used = tenants, keys, content
 
     def uses(self) -> Mapping[str, Quotas]:
@@ -242,6 +245,10 @@ def with_fair_shares(config: EngineConfig, keys: Keys) -> EngineConfig:
 
 def key_digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
+
+
+def _id_of(digest: bytes) -> str:
+    return digest.hex()[:16]
 
 
 def read(path: Path) -> bytes:

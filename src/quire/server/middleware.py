@@ -13,8 +13,10 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from quire.server.errors import ApiError, internal_error
-from quire.server.keys import Tenant
+from quire.server.keys import Key, Tenant
 from quire.server.live import ClientGoneError
+from quire.server.load_header import load_header
+from quire.server.record import GENERATING, Record
 from quire.server.state import ServerState
 
 logger = logging.getLogger(__name__)
@@ -53,8 +55,8 @@ class RequestContext:
             scope["root_path"] = self._root_path
         request_id = _client_request_id(scope) or secrets.token_hex(16)
         scope.setdefault("state", {})["request_id"] = request_id
+        record = scope["state"]["record"] = self._state.new_record(scope.get("headers", ()))
         status = 0
-        begun = time.monotonic()
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -66,6 +68,8 @@ class RequestContext:
                 if (tenant := tenant_of(scope)) is not None and status < 400:
                     limits = tenant.quotas.headers()
                     headers += [(k.encode(), v.encode()) for k, v in limits.items()]
+                if (engine := self._state.engine) is not None and _route(scope) in GENERATING:
+                    headers += load_header(record.headers, engine.stats)
             await send(message)
 
         try:
@@ -77,13 +81,16 @@ class RequestContext:
             if status == 0:
                 await send_error(internal_error(request_id_of(scope)), scope, send_with_id)
         finally:
-            route = scope.get("route")
+            status = status or STATUS_CLIENT_GONE
             self._state.http_metrics.on_response(
                 method=scope["method"],
-                handler=getattr(route, "path", None),
-                status=status or STATUS_CLIENT_GONE,
-                seconds=time.monotonic() - begun,
+                handler=_route(scope),
+                status=status,
+                seconds=time.monotonic() - record.arrival_ts,
             )
+            if scope["method"] == "POST":
+                record.request_id, record.route = request_id_of(scope), _route(scope) or ""
+                record.close(status)
 
 
 class BodyLimit:
@@ -137,8 +144,22 @@ def request_id_of(scope: Scope) -> str:
     return str(scope.get("state", {}).get("request_id", "unknown"))
 
 
-def set_tenant(scope: Scope, tenant: Tenant) -> None:
-    scope.setdefault("state", {})["tenant"] = tenant
+def _route(scope: Scope) -> str | None:
+    """The path of the route that serves the request; None until there is one."""
+    path = getattr(scope.get("route"), "path", None)
+    return path if isinstance(path, str) else None
+
+
+def record_of(scope: Scope) -> Record:
+    """A new one outside of the middleware."""
+    record = scope.get("state", {}).get("record")
+    return record if isinstance(record, Record) else Record(scope.get("headers", ()))
+
+
+def set_key(scope: Scope, key: Key) -> None:
+    scope.setdefault("state", {})["tenant"] = key.tenant
+    record = record_of(scope)
+    record.tenant, record.key_id = key.tenant.name, key.id
 
 
 def tenant_of(scope: Scope) -> Tenant | None:

@@ -13,6 +13,7 @@ from starlette.responses import Response
 from quire.sampling_params import PoolingParams
 from quire.server import unsupported
 from quire.server.body import Parsed, parse
+from quire.server.deadlines import timed_out
 from quire.server.engine_protocol import ServedModel
 from quire.server.errors import ApiError, bad_request
 from quire.server.generation import (
@@ -23,7 +24,7 @@ from quire.server.generation import (
     submit_all,
     warning_headers,
 )
-from quire.server.middleware import STATUS_CLIENT_GONE, tenant_of
+from quire.server.middleware import STATUS_CLIENT_GONE
 from quire.server.pooling_schemas import PoolingFields
 from quire.server.prompts import EncodedPrompt, encode_prompt, truncation
 from quire.server.state import ServerState
@@ -86,7 +87,7 @@ async def make_vectors(
     work = [(prompt, params) for prompt in prompts]
     engine = state.serving_engine()  # tokenizing may have taken a while
     log_request(state, request, frame, work)
-    streams = submit_all(engine, work, asked, frame, tenant=tenant_of(request.scope))
+    streams = submit_all(engine, work, asked, frame, scope=request.scope)
     outputs = await run_to_end(state, request, streams, frame)
     meter = UsageMeter()
     vectors = []
@@ -95,6 +96,8 @@ async def make_vectors(
         if output.embedding is None:
             if output.error:
                 raise ApiError(500, output.error)
+            if any(part.finish_reason == "timeout" for part in output.outputs):
+                raise timed_out()
             raise ApiError(STATUS_CLIENT_GONE, "The request was aborted.")
         vectors.append(output.embedding)
     return Vectors(frame, vectors, meter.usage())

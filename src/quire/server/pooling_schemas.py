@@ -8,7 +8,7 @@ from msgspec import UNSET, Struct, UnsetType
 from pydantic import Field
 
 from quire.server.neutral import EMPTY_HAS_MEANING
-from quire.server.requests import ChatFields, Name, Prompt, Strict
+from quire.server.requests import ChatFields, Name, Prompt, Strict, Timeout
 from quire.server.wire import Usage, Warnings
 
 Texts = str | Annotated[list[str], Field(fail_fast=True, min_length=1)]
@@ -29,6 +29,7 @@ class PoolingFields(Strict):
     cache_salt: Annotated[
         Annotated[str, Field(min_length=1, max_length=1024)] | None, EMPTY_HAS_MEANING
     ] = None
+    timeout: Timeout | None = None
     request_id: Name | None = None
 
 

@@ -122,6 +122,10 @@ class _Metered:
     def request_id(self) -> str:
         return self._stream.request_id
 
+    @property
+    def last(self) -> RequestOutput | None:
+        return self._stream.last
+
     async def __aiter__(self) -> AsyncIterator[RequestOutput]:
         try:
             async for output in self._stream:

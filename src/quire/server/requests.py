@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from quire.limits import MAX_TIMEOUT
 from quire.placement import LONGEST_RETENTION
 from quire.server.neutral import EMPTY_HAS_MEANING, Neutral
 
@@ -29,6 +30,7 @@ Texts = Annotated[list[str], Field(fail_fast=True)]
 Object = dict[str, Any]
 """Checked where its fields are known: pydantic would report each of a million bad entries."""
 Name = Annotated[str, Field(max_length=256)]
+Timeout = Annotated[float, Field(gt=0, le=MAX_TIMEOUT)]
 RETENTION = r"^(in[_-]memory|[1-9]\d{0,6}[smhd])$"
 PROMPT_FORMS = "A text, a list of texts, token ids, or a list of lists of token ids."
 Prompt = Annotated[
@@ -104,6 +106,10 @@ class DecodingFields(Strict):
     for so long. Within `--retained-cache-share`."""
     prompt_cache_retention: Annotated[str, Field(pattern=RETENTION)] | None = None
     """24h, or another duration: `retain_seconds`. in_memory: nothing."""
+    timeout: Timeout | None = None
+    """Seconds from the request's arrival, after which it ends: with finish reason `timeout` and what there
+    is, or with a 408 if it has only waited. Also the header X-Request-Timeout; the smaller one counts. See
+    [operations.md](operations.md#deadlines)."""
     request_id: Name | None = None
     """For logs, if the header X-Request-Id was not sent; never used as a key."""
     kv_transfer_params: Object | None = None

@@ -27,7 +27,7 @@ from quire.server.generation import (
     run_to_end,
     warning_headers,
 )
-from quire.server.middleware import owner_of
+from quire.server.middleware import owner_of, record_of
 from quire.server.openapi import request_body
 from quire.server.requests import ChatCompletionRequest
 from quire.server.response_store import Item, ResponseStore, StoredResponse
@@ -131,6 +131,7 @@ class _Responses:
         asked, chat_request = read.asked, read.chat
         model = self._state.serving_engine().model
         frame = Frame.make("resp", model, read.warnings, name=asked.model, separator="_")
+        record_of(request.scope).is_background = asked.background is True
         with renaming(_names(asked)):
             if asked.truncation == "auto":
                 chat_request = await shortened(chat_request, model)
@@ -314,6 +315,8 @@ async def _run_alone(
             encoder.whole(await run_to_end(state, request, chat.streams, chat.frame, nobody))
     except Exception as error:
         to_api_error(error, chat.frame.id)  # for its log entry; there is no client
+    finally:
+        record_of(request.scope).finish()
 
 
 def _listed(item: Item) -> dict[str, object]:

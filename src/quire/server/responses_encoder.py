@@ -28,7 +28,7 @@ from quire.server.wire import TokenLogprob, encode
 
 Object = dict[str, object]
 
-STATUS = {"length": "incomplete", "abort": "cancelled"}
+STATUS = {"length": "incomplete", "timeout": "incomplete", "abort": "cancelled"}
 """finish_reason -> status; otherwise "completed"."""
 ID_PREFIXES = {"text": "msg_", "reasoning": "rs_", "call": "fc_"}
 

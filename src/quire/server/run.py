@@ -26,6 +26,7 @@ from quire.server.keys import configured_keys, with_fair_shares
 from quire.server.listeners import Listeners, open_listeners
 from quire.server.process import HttpServer
 from quire.server.state import ServerState
+from quire.server.tracing import create_tracer
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +104,7 @@ async def serve_engine(
     stop = stop or StopSignals()
     keys = configured_keys(server_config, os.environ)
     state = ServerState(server_config, engine_config)
+    state.tracer = create_tracer(server_config, os.environ)
     with open_listeners(server_config, state, keys, os.environ) as listeners, stop.installed():
         http = asyncio.create_task(listeners.run(), name="quire-http")
         try:
@@ -117,6 +119,7 @@ async def serve_engine(
         finally:
             listeners.stop()
             await asyncio.wait((http,))
+            await state.close()
 
 
 async def _load_and_serve(

@@ -3,6 +3,7 @@ requests."""
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING
@@ -10,9 +11,13 @@ from typing import TYPE_CHECKING
 from quire.config import EngineConfig, ServerConfig
 from quire.messages import EngineReady, StepOutputs
 from quire.metrics import HttpMetrics, StatsLogger, create_metrics, new_registry
+from quire.metrics.trace_metrics import TraceMetrics
 from quire.server.engine_protocol import ServingEngine
 from quire.server.errors import RETRY_AFTER_DRAINING, RETRY_AFTER_LOADING, ApiError, unavailable
 from quire.server.live import LiveRequests
+from quire.server.record import Headers, Record
+from quire.server.request_log import log_finished
+from quire.server.tracing import Tracer
 from quire.text.parsing import output_format
 
 if TYPE_CHECKING:
@@ -44,9 +49,14 @@ class ServerState:
     http_metrics: HttpMetrics = field(init=False)
     stats_logs: list[StatsLogger] = field(default_factory=list)
     """Of each engine core."""
+    tracer: Tracer | None = None
+    """To which finished requests are reported, if an OpenTelemetry collector is named."""
 
     def __post_init__(self) -> None:
         self.http_metrics = HttpMetrics(self.registry)
+        self.registry.register(
+            TraceMetrics(lambda: None if self.tracer is None else self.tracer.exporter)
+        )
         # A wrong name must fail at start, not at the first chat.
         output_format(self.config.tool_call_parser, self.config.reasoning_parser, "")
 
@@ -69,6 +79,20 @@ class ServerState:
         self.engine = engine
         if self.phase is Phase.LOADING:
             self.phase = Phase.READY
+
+    async def close(self) -> None:
+        """Send the last spans."""
+        if self.tracer is not None:
+            await asyncio.to_thread(self.tracer.exporter.close)
+
+    def new_record(self, headers: Headers) -> Record:
+        return Record(headers, self._report, self.config.use_client_timeouts)
+
+    def _report(self, record: Record) -> None:
+        if self.config.request_log:
+            log_finished(record)
+        if self.tracer is not None:
+            self.tracer.report(record)
 
     def _log_step(self, outputs: StepOutputs) -> None:
         self.stats_logs[outputs.replica].on_step(outputs)

@@ -42,6 +42,7 @@ from quire.server.middleware import BodyLimit, Message, Scope, Send, send_error
 from quire.server.probes import check_health
 from quire.server.run import DEATH_CHECK_SECONDS, FAREWELL_SECONDS
 from quire.server.state import ServerState
+from quire.server.tracing import create_tracer
 from quire.util.logging import setup_logging
 
 logger = logging.getLogger(__name__)
@@ -67,6 +68,7 @@ class Replica:
         keys = configured_keys(server, os.environ)
         engine = with_fair_shares(engine, keys)
         self._state = ServerState(server, engine)
+        self._state.tracer = create_tracer(server, os.environ)
         admin_keys = configured_admin_keys(server, os.environ, keys)
         self._app = build_app(self._state, api_keys=keys, admin_keys=admin_keys)
         self._keys_watch = asyncio.create_task(keys.follow(), name="quire-keys")
@@ -128,6 +130,7 @@ class Replica:
             unavailable("The server is shutting down.", retry_after=RETRY_SECONDS)
         )
         await self._engine.shutdown()
+        await self._state.close()
 
 
 class Ingress:
