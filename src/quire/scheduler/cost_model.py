@@ -6,8 +6,8 @@ It is a least-squares fit of relative errors in which older steps count less. Th
 usual recursive form:
 
 * Coefficients are never negative, so that more work never seems to take less time. The normal equations are
-  kept (not their inverse), and each step improves the coefficients by one pass of projected Gauss-Seidel. The
-  fit needs no exact solution: what has been seen is predicted well after a few passes, also where coefficients
+  kept (not their inverse), and each step improves the coefficients by one pass of projected Gauss-Seidel. No
+  exact solution is needed: what has been seen is predicted well after a few passes, also where coefficients
   cannot be told apart, as those of a batch that stays the same.
 * Steps with prompts and steps without make each other not older. Else what is known of prompts would be lost
   while there are none.

@@ -170,7 +170,15 @@ class Reporter:
         if self._observe is not None:
             kind = DecisionKind.LATENCY
             self._observe(
-                Decision(self._step_id, None, kind, needed=needed, budget=budget, gain=target, cost=predicted)
+                Decision(
+                    self._step_id,
+                    None,
+                    kind,
+                    needed=needed,
+                    budget=budget,
+                    gain=target,
+                    cost=predicted,
+                )
             )
 
     def admitted(

@@ -1,16 +1,17 @@
-"""Steps of a length: how much of the prompts a step computes while requests generate.
+"""How much of the prompts a step computes while requests generate: what fits into its target.
 
 With a target, prompts get the time that a step has left, by the cost model: the target divided by one and the
-usual error of predictions, less what the rows of generating requests take. Time is divided, not tokens, since a
-token far into its prompt attends to all before it and costs several times one at the beginning.
+usual error of predictions, less what the rows of generating requests take. Time is divided, not tokens, since
+a token far into its prompt attends to all before it and costs several times one at the beginning.
 
 * The queue gets what running prompts do not want, and at least a quarter.
 * Of the rest, the first of the order gets at least a quarter, so that no prompt waits for ever.
 * What is left goes to who needs the fewest tokens first. The share of prompts may be small, and in the order
   of the policy a short prompt would wait until a long one is computed.
 
-Each of these three is a block of tokens at least, whatever the target. Without a target, or if no request
-generates, nothing is limited. What a request generates does not depend on how its prompt was divided.
+Nobody gets less than a block of tokens: a quarter for which that is too long is saved up. Some prompt gets a
+block in every step, whatever the target. Without a target, or if no request generates, nothing is limited.
+What a request generates does not depend on how its prompt was divided.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ class _Room:
     context: float
     """For each token to which a token attends."""
     block: int
+    whole: float = 0.0
+    """What there was at first: at least a block at the beginning of a prompt."""
     queue: float = 0.0
     """Of that, what the queue may use."""
     admitted: int = 0
@@ -55,14 +58,14 @@ class _Room:
         return count * (self.token + self.context * (start + count / 2))
 
     def tokens(self, seconds: float, start: int, most: int) -> int:
-        """Of a prompt from `start`: how many fit, in whole blocks and at least one, but no more than
-        `most`."""
+        """How many of a prompt from `start` fit, a block at least, but no more than `most`."""
         price = self.token + self.context * start
-        root = math.sqrt(price * price + 2 * self.context * max(0.0, seconds))
-        if not price + root:
-            return most
-        count = int(2 * max(0.0, seconds) / (price + root))
-        return min(most, max(self.block, count - count % self.block))
+        seconds = max(0.0, seconds)
+        root = price + math.sqrt(price * price + 2 * self.context * seconds)
+        count = int(2 * seconds / root) if root else most
+        if count > 4 * self.block:
+            count -= count % self.block
+        return min(most, max(self.block, count))
 
 
 class LatencyTarget:
@@ -80,6 +83,8 @@ class LatencyTarget:
         """Of the last measured step."""
         self._num_steps = 0
         """Without prompts."""
+        self._queue_saved = self._first_saved = 0.0
+        """Seconds for the queue and for the first of the order, of steps that had no use for them."""
 
     # --- measuring --------------------------------------------------------------------------------
 
@@ -136,26 +141,31 @@ class LatencyTarget:
         prompts = sum(
             room.cost(request.num_computed_tokens, count) for request, count in counts if count > 1
         )
-        room.queue = room.seconds - min(prompts, (1 - PART) * room.seconds)
-        room.queue = max(room.queue, room.cost(0, self._block))
+        whole = room.whole = max(room.seconds, room.cost(0, self._block))
+        self._queue_saved = min(self._queue_saved + PART * whole, whole)
+        self._first_saved = min(self._first_saved + PART * whole, whole)
+        room.queue = max(room.seconds - prompts, self._queue_saved)
+
+    def for_queue(self, budget: int) -> int:
+        """The tokens that the queue may use; 0 if it has used its time."""
+        return 0 if self._room is not None and self._room.queue <= 0.0 else budget
 
     def admit(self, num_found: int, count: int) -> int:
-        """How many of `count` tokens a request computes that is admitted now, with so many found in the
-        cache."""
+        """How many of `count` tokens a request computes that would be admitted now, with so many found in the
+        cache. 0: it has to wait."""
         room = self._room
         if room is None or count <= 1:
             return count
+        least = room.cost(num_found, min(count, self._block))
+        if least > room.queue and self._queue_saved < room.whole:
+            return 0
         count = room.tokens(room.queue, num_found, count)
         seconds = room.cost(num_found, count)
+        self._queue_saved = max(0.0, self._queue_saved - seconds)
         room.queue -= seconds
         room.seconds -= seconds
         room.admitted += count
         return count
-
-    @property
-    def is_spent(self) -> bool:
-        """Whether the queue has used its time in this step."""
-        return self._room is not None and self._room.queue <= 0.0
 
     def divide(self, running: list[Request], wanted: list[int]) -> set[int]:
         """Reduce `wanted` of prompts to what they get. Returns the requests that get nothing."""
@@ -165,26 +175,40 @@ class LatencyTarget:
         prompts = [index for index, count in enumerate(wanted) if count > 1]
         given = dict.fromkeys(prompts, 0)
 
-        def give(index: int, seconds: float) -> None:
+        def give(index: int, seconds: float) -> float:
             start = running[index].num_computed_tokens + given[index]
-            count = room.tokens(seconds, start, wanted[index] - given[index])
+            most = wanted[index] - given[index]
+            if room.cost(start, min(most, self._block)) > seconds:
+                return 0.0
+            count = room.tokens(seconds, start, most)
             given[index] += count
-            room.seconds -= room.cost(start, count)
+            cost = room.cost(start, count)
+            room.seconds -= cost
+            return cost
 
         if prompts:
-            give(prompts[0], PART * room.seconds)
+            first = prompts[0]
+            self._first_saved -= give(first, min(self._first_saved, room.seconds))
             prompts.sort(key=lambda i: running[i].num_tokens - running[i].num_computed_tokens)
             for index in prompts:
-                if room.seconds > 0.0 or (index == prompts[0] and not given[index]):
-                    give(index, room.seconds)
-        needed = sum(wanted[index] for index in prompts)
+                give(index, room.seconds)
+            if not room.admitted and not any(given.values()):
+                index = first if self._first_saved >= room.whole else prompts[0]
+                given[index] = min(wanted[index], self._block)
+                cost = room.cost(running[index].num_computed_tokens, given[index])
+                room.seconds -= cost
+                if index == first:
+                    self._first_saved = max(0.0, self._first_saved - cost)
+        self._decide(room, wanted, given)
         for index, count in given.items():
             wanted[index] = count
-        if needed or room.admitted:
-            budget = room.admitted + sum(given.values())
-            predicted = room.limit - room.seconds
-            self._report.latency(room.admitted + needed, budget, self.target, predicted)
         return {running[index].request_id for index, count in given.items() if not count}
+
+    def _decide(self, room: _Room, wanted: list[int], given: dict[int, int]) -> None:
+        if given or room.admitted:
+            needed = room.admitted + sum(wanted[index] for index in given)
+            budget = room.admitted + sum(given.values())
+            self._report.latency(needed, budget, self.target, room.limit - room.seconds)
 
 
 def decoding_of(requests: Iterable[Request]) -> Work:

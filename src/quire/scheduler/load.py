@@ -1,8 +1,8 @@
 """What waits, and how long it will wait: for refusals at the front door, metrics and autoscaling.
 
-A request waits for two things. The prompts before it are computed at a rate that the cost model predicts; and if
-no seat or blocks are free, requests before it take the places of those that end, at the rate at which those
-have ended lately. Both go on at the same time, so the wait is the longer of the two.
+A request waits for two things. The prompts before it are computed at a rate that the cost model predicts; and
+if no seat or blocks are free, requests before it take the places of those that end, at the rate at which
+those have ended lately. Both go on at the same time, so the wait is the longer of the two.
 """
 
 from __future__ import annotations

@@ -275,7 +275,7 @@ class Scheduler:
 
         A request that fits does so beside all that running requests grow by in this step, so a step that
         admits does not preempt."""
-        if not self.waiting or self._is_full(budget):
+        if not self.waiting or self._is_full(self.latency.for_queue(budget)):
             return 0
         left = budget
         promised = sum(
@@ -307,12 +307,15 @@ class Scheduler:
                 self._stop_at(request, Wait(WaitReason.BUDGET, needed=needed, budget=left))
                 break
             count = self.latency.admit(match.num_tokens, self._capped(min(needed, left)))
+            if not count:
+                self._stop_at(request, Wait(WaitReason.TARGET, needed=needed))
+                break
             self._admit(plan, request, match, count)
             if count < needed:
                 leaders.append(request)
             promised += self.kv.num_missing(request.request_id, request.num_tokens)
             left -= count
-            if self._is_full(0 if self.latency.is_spent else left):
+            if self._is_full(self.latency.for_queue(left)):
                 break
         return budget - left
 
