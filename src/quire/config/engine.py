@@ -173,8 +173,8 @@ class SchedulerConfig:
     )  # fmt: skip
     itl_target: float | None = option(
         None,
-        "Milliseconds that a step should take at most while requests generate: prompts are divided into pieces "
-        "that fit, by the measured time of steps. At least a block of tokens is computed in each step.",
+        "Milliseconds that a step should take at most while requests generate: prompts are divided into "
+        "pieces that fit, by the measured time of steps. A step computes at least a block of tokens of them.",
     )
     scheduling_policy: str = option(
         "auto",
@@ -201,8 +201,8 @@ class SchedulerConfig:
     )
     max_ttft: float | None = option(
         None,
-        "Seconds that a request may wait before it starts. One that is predicted to wait longer is refused at once: "
-        "429 with the prediction and Retry-After. The time of its own prompt does not count.",
+        "Seconds that a request may wait before it starts. One that is predicted to wait longer is refused "
+        "at once: 429 with the prediction and Retry-After. The time of its own prompt does not count.",
     )
 
     def __post_init__(self) -> None:

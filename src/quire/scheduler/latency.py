@@ -4,7 +4,7 @@ With a target, prompts get the time that a step has left, by the cost model: the
 usual error of predictions, less what the rows of generating requests take. Time is divided, not tokens, since
 a token far into its prompt attends to all before it and costs several times one at the beginning.
 
-* The queue gets what running prompts do not want, and at least a quarter.
+* The queue gets what running prompts do not want, and at least a quarter divided by their number.
 * Of the rest, the first of the order gets at least a quarter, so that no prompt waits for ever.
 * What is left goes to who needs the fewest tokens first. The share of prompts may be small, and in the order
   of the policy a short prompt would wait until a long one is computed.
@@ -138,13 +138,13 @@ class LatencyTarget:
         decoding = decoding_of(request for request, count in counts if count == 1)
         decoding = decoding._replace(rows=decoding.rows + self._num_drafts)
         room = self._room = self._room_beside(decoding)
-        prompts = sum(
+        costs = [
             room.cost(request.num_computed_tokens, count) for request, count in counts if count > 1
-        )
+        ]
         whole = room.whole = max(room.seconds, room.cost(0, self._block))
-        self._queue_saved = min(self._queue_saved + PART * whole, whole)
+        self._queue_saved = min(self._queue_saved + PART * whole / max(1, len(costs)), whole)
         self._first_saved = min(self._first_saved + PART * whole, whole)
-        room.queue = max(room.seconds - prompts, self._queue_saved)
+        room.queue = max(room.seconds - sum(costs), self._queue_saved)
 
     def for_queue(self, budget: int) -> int:
         """The tokens that the queue may use; 0 if it has used its time."""

@@ -1,8 +1,8 @@
 """What waits, and how long it will wait: for refusals at the front door, metrics and autoscaling.
 
-A request waits for two things. The prompts before it are computed at a rate that the cost model predicts; and
-if no seat or blocks are free, requests before it take the places of those that end, at the rate at which
-those have ended lately. Both go on at the same time, so the wait is the longer of the two.
+A request waits for one of two things. If seats and blocks are free, for the prompts before it, which are
+computed at a rate that the cost model predicts. If not, requests before it take the places of those that end,
+at the rate at which those have ended lately; that includes the time that their prompts took.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ def seats_needed(load: LoadStats, num_waiting: int) -> int:
 
 
 def wait_seconds(load: LoadStats, tokens: float, seats: float) -> float:
-    """Until so many tokens of prompts are computed and so many requests have ended. What was never measured
-    does not count."""
+    """Until so many requests have ended, if all places are taken, else also until so many tokens of prompts
+    are computed. What was never measured does not count."""
     computed = tokens / load.prompt_rate if load.prompt_rate else 0.0
     ended = seats / load.end_rate if load.end_rate else 0.0
-    return max(computed, ended)
+    return ended if ended and not load.free_seats else max(computed, ended)
