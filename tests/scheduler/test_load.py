@@ -65,7 +65,7 @@ def test_beside_one_long_prompt_nobody_waits_long() -> None:
     engine.add(100, LONG)
     engine.run(20)
     load = load_of(engine)
-    assert load.running_tokens > 20_000 and load.queue_tokens == 0
+    assert load.first_tokens > 20_000 and load.queue_tokens == 0
     assert load.wait_seconds == 0.0 and load.free_seats == 59
     engine.add(101, 50)
     load = load_of(engine)
@@ -104,11 +104,11 @@ def test_an_idle_engine_says_so_at_once() -> None:
         engine.step_once()
     assert engine.now < 0.1, "the interval is not over"
     load = engine.scheduler.take_stats().load
-    assert load.queue_tokens == load.running_tokens == 0 and load.wait_seconds == 0.0
+    assert load.queue_tokens == load.first_tokens == 0 and load.wait_seconds == 0.0
 
 
 def test_the_formulas() -> None:
-    load = LoadStats(running_tokens=900, free_seats=2, prompt_rate=100.0, end_rate=0.5)
+    load = LoadStats(first_tokens=900, free_seats=2, prompt_rate=100.0, end_rate=0.5)
     assert tokens_before(load, 100) == 400, "the queue has a quarter beside running prompts"
     assert tokens_before(load, 1000) == 1900
     assert [seats_needed(load, waiting) for waiting in (0, 1, 2, 5)] == [0, 0, 1, 4]

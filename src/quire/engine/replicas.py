@@ -240,7 +240,7 @@ def merged_load(each: Sequence[LoadStats]) -> LoadStats:
     """Queues and rates add up. A new request goes to the replica that has least to do."""
     return LoadStats(
         queue_tokens=sum(one.queue_tokens for one in each),
-        running_tokens=sum(one.running_tokens for one in each),
+        first_tokens=sum(one.first_tokens for one in each),
         uncached=sum(one.uncached for one in each) / len(each),
         free_seats=sum(one.free_seats for one in each),
         prompt_rate=sum(one.prompt_rate for one in each),

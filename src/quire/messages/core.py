@@ -245,8 +245,8 @@ class LoadStats(msgspec.Struct, frozen=True, omit_defaults=True):
 
     queue_tokens: int = 0
     """Prompt tokens of waiting requests, without those that the cache is expected to hold."""
-    running_tokens: int = 0
-    """Tokens that running requests have to compute before their next one."""
+    first_tokens: int = 0
+    """What the first running request with a prompt to compute has left of it. It gets most of each step."""
     uncached: float = 1.0
     """The part of the last admitted prompts that the cache did not hold."""
     free_seats: int = 0

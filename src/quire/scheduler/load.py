@@ -1,8 +1,8 @@
 """What waits, and how long it will wait: for refusals at the front door, metrics and autoscaling.
 
-A request waits for one of two things. If seats and blocks are free, for the prompts before it, which are
-computed at a rate that the cost model predicts. If not, requests before it take the places of those that end,
-at the rate at which those have ended lately; that includes the time that their prompts took.
+A request waits for two things. The prompts before it are computed at a rate that the cost model predicts; and
+if no seat or blocks are free, requests before it take the places of those that end, at the rate at which
+those have ended lately. Both go on at the same time, so the wait is the longer of the two.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Load:
         has_places = stopped is None or stopped.reason not in _NO_PLACE
         load = LoadStats(
             queue_tokens=round(uncached * queued),
-            running_tokens=sum(count for count in left if count > 1),
+            first_tokens=next((count for count in left if count > 1), 0),
             uncached=uncached,
             free_seats=self._limits.max_num_seqs - len(left) if has_places else 0,
             prompt_rate=self._latency.prompt_rate(running),
@@ -91,9 +91,10 @@ class Load:
 
 
 def tokens_before(load: LoadStats, queued: float) -> float:
-    """Tokens of prompts that are computed until so many of the queue are. Running prompts come first, but
-    they leave the queue a part."""
-    return min(queued + load.running_tokens, queued / PART)
+    """Tokens of prompts that are computed until so many of the queue are. The first of the running prompts
+    comes before them, but leaves the queue a part. The others advance as the queue does: as many of their
+    tokens are computed as are left of the queue's when its last one starts."""
+    return min(queued + load.first_tokens, queued / PART)
 
 
 def seats_needed(load: LoadStats, num_waiting: int) -> int:
@@ -102,8 +103,8 @@ def seats_needed(load: LoadStats, num_waiting: int) -> int:
 
 
 def wait_seconds(load: LoadStats, tokens: float, seats: float) -> float:
-    """Until so many requests have ended, if all places are taken, else also until so many tokens of prompts
-    are computed. What was never measured does not count."""
+    """Until so many tokens of prompts are computed and so many requests have ended. What was never measured
+    does not count."""
     computed = tokens / load.prompt_rate if load.prompt_rate else 0.0
     ended = seats / load.end_rate if load.end_rate else 0.0
-    return ended if ended and not load.free_seats else max(computed, ended)
+    return max(computed, ended)
