@@ -170,8 +170,14 @@ def test_a_full_queue_answers_with_the_same_wait(door) -> None:
 
 @pytest.mark.parametrize(
     ("wait", "chance", "seconds"),
-    [(10.0, 0.0, 8.0), (10.0, 0.5, 10.0), (10.0, 1.0, 12.0), (0.0, 0.5, 1.0)]
-    + [(1000.0, 0.0, 40.0), (1000.0, 1.0, MOST_RETRY_SECONDS)],
+    [
+        (10.0, 0.0, 8.0),
+        (10.0, 0.5, 10.0),
+        (10.0, 1.0, 12.0),
+        (0.0, 0.5, 1.0),
+        (1000.0, 0.0, 40.0),
+        (1000.0, 1.0, MOST_RETRY_SECONDS),
+    ],
 )
 def test_retry_after_is_jittered_and_never_above_a_minute(
     door, wait: float, chance: float, seconds: float
@@ -199,5 +205,5 @@ def test_retry_after_is_jittered_and_never_above_a_minute(
     ],
 )
 def test_limits_that_make_no_sense_are_refused(options: dict[str, object]) -> None:
-    with pytest.raises(ConfigError, match="itl_target|max_ttft"):
+    with pytest.raises(ConfigError, match=r"itl_target|max_ttft"):
         from_flat(options)

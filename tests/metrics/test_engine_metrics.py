@@ -365,4 +365,4 @@ def test_what_waits_and_the_time_of_a_step() -> None:
     metrics.on_step(StepOutputs(stats=SchedulerStats()))
     assert read(registry)["quire:queue_tokens"] == 0
     metrics.on_rejected("max_ttft")
-    assert read(registry)['vllm:admission_rejections_total{reason=max_ttft}'] == 1
+    assert read(registry)["vllm:admission_rejections_total{reason=max_ttft}"] == 1
