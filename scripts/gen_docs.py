@@ -54,6 +54,8 @@ VLLM = {
     "max_num_batched_tokens": "by GPU, 2048 to 16384; 2048 on a CPU, 4096 in `LLM`",
     "max_num_queued_reqs": "none; beyond a limit 503, ours 429",
     "max_num_queued_tokens": "none; beyond a limit 503, ours 429",
+    "itl_target": "no such flag",
+    "max_ttft": "no such flag",
     "retained_cache_share": "no such flag",
     "scheduling_policy": "`fcfs`; no `fair`",
     "priority_aging": "no such flag",

@@ -69,8 +69,13 @@ class ModelNotFoundError(RequestError):
     """The request names a model that this server does not serve."""
 
 
+MOST_RETRY_SECONDS = 60.0
+"""litellm obeys no Retry-After above it, openai's client none above 120."""
+
+
 class QueueFullError(QuireError):
-    """The waiting queue is at its limit. `retry_after` is a hint in seconds."""
+    """The waiting queue is at its limit, or the request would wait too long. `retry_after` is a hint in
+    seconds."""
 
     def __init__(self, message: str, *, retry_after: float) -> None:
         super().__init__(message)

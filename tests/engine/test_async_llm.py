@@ -160,7 +160,7 @@ async def test_the_queue_is_bounded(servable: Callable[[str], ServableCheckpoint
         streams = [engine.submit("abc", LONG) for _ in range(7)]
         with pytest.raises(QueueFullError, match="max-num-queued-reqs") as raised:
             engine.submit("abc", LONG)
-        assert raised.value.retry_after >= 1.0
+        assert 0.8 <= raised.value.retry_after <= 60.0
         for stream in streams:
             stream.abort()
         await collect(engine.submit("abc", LONG.replace(max_tokens=1)))

@@ -8,7 +8,14 @@ import sys
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from quire.messages import FinishReason, RequestUpdate, SchedulerStats, StepOutputs, TierStats
+from quire.messages import (
+    FinishReason,
+    LoadStats,
+    RequestUpdate,
+    SchedulerStats,
+    StepOutputs,
+    TierStats,
+)
 from quire.metrics import (
     EngineMetrics,
     FinishedRequest,
@@ -253,7 +260,7 @@ def test_rejections_have_fixed_labels():
     metrics.on_rejected('anything"}\n else')
     samples = read(registry)
     assert samples["vllm:admission_rejections_total{reason=max_num_queued_reqs}"] == 1
-    assert sum(key.startswith("vllm:admission_rejections_total") for key in samples) == 2
+    assert sum(key.startswith("vllm:admission_rejections_total") for key in samples) == 3
 
 
 def test_cache_config_labels_are_not_empty():
@@ -344,3 +351,18 @@ def test_http_metrics_bound_their_labels():
 def test_importing_the_data_does_not_import_prometheus():
     code = "import quire.metrics, sys; raise SystemExit('prometheus_client' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_what_waits_and_the_time_of_a_step() -> None:
+    registry, metrics = make_metrics()
+    load = LoadStats(queue_tokens=70, wait_seconds=1.5, step_predicted=0.04, step_target=0.05)
+    metrics.on_step(StepOutputs(stats=SchedulerStats(load=load)))
+    samples = read(registry)
+    assert samples["quire:queue_tokens"] == 70
+    assert samples["quire:estimated_wait_seconds"] == 1.5
+    assert samples["quire:step_predicted_seconds"] == 0.04
+    assert samples["quire:step_target_seconds"] == 0.05
+    metrics.on_step(StepOutputs(stats=SchedulerStats()))
+    assert read(registry)["quire:queue_tokens"] == 0
+    metrics.on_rejected("max_ttft")
+    assert read(registry)["vllm:admission_rejections_total{reason=max_ttft}"] == 1

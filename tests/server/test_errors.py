@@ -205,6 +205,7 @@ async def test_queue_full(client, engine):
     response = await client.post(COMPLETIONS, json={"prompt": "a"})
     assert response.status_code == 429
     assert response.headers["retry-after"] == "3"
+    assert response.headers["retry-after-ms"] == "2400"
     assert "queue is full" in error_of(response)["message"]
 
 

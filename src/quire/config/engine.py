@@ -172,6 +172,11 @@ class SchedulerConfig:
         0, "Most tokens of one request in one step; 0 is no limit but the budget.",
         parse=parse_size,
     )  # fmt: skip
+    itl_target: float | None = option(
+        None,
+        "Milliseconds that a step should take at most while requests generate: prompts are divided into "
+        "pieces that fit, by the measured time of steps. A step computes at least a block of tokens of them.",
+    )
     scheduling_policy: str = option(
         "auto",
         "fcfs: by arrival. priority: lower `priority` first, then arrival. fair: lower `priority` first, "
@@ -197,6 +202,11 @@ class SchedulerConfig:
         None,
         "Most prompt tokens that wait; more are answered 429. Divided among tenants in the same way.",
         parse=parse_size,
+    )
+    max_ttft: float | None = option(
+        None,
+        "Seconds that a request may wait before it starts. One that is predicted to wait longer is refused "
+        "at once: 429 with the prediction and Retry-After. The time of its own prompt does not count.",
     )
 
     def __post_init__(self) -> None:
@@ -224,6 +234,15 @@ class SchedulerConfig:
             raise ConfigError(
                 "long_prefill_token_threshold splits prompts, which enable_chunked_prefill=False "
                 "forbids; leave one of them out."
+            )
+        for name in ("itl_target", "max_ttft"):
+            seconds = getattr(self, name)
+            if seconds is not None and not 0.0 < seconds < float("inf"):
+                raise ConfigError(f"{name} must be positive, got {seconds}; leave it out for none.")
+        if self.itl_target and not self.enable_chunked_prefill:
+            raise ConfigError(
+                "itl_target splits prompts, which enable_chunked_prefill=False forbids; leave one of them "
+                "out."
             )
         for name in ("max_num_queued_reqs", "max_num_queued_tokens"):
             limit = getattr(self, name)

@@ -323,6 +323,7 @@ def build_scheduler(
         watermark_blocks=int(config.cache.watermark * memory.num_blocks),
         long_prefill_token_threshold=options.long_prefill_token_threshold,
         enable_chunked_prefill=options.enable_chunked_prefill,
+        itl_target=(options.itl_target or 0.0) / 1000,
         policy="fcfs" if options.scheduling_policy == "auto" else options.scheduling_policy,
         aging=options.priority_aging,
         max_adapters=config.lora.max_loras,

@@ -8,25 +8,22 @@ returns. All decisions about requests are made here.
 from __future__ import annotations
 
 import logging
-import time
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from quire.config import LoRAConfig, SchedulerConfig
 from quire.engine.adapters import AdapterRegistry
+from quire.engine.admission import Admission
 from quire.engine.beam_search import SearchRequest
 from quire.engine.controls import Controls
 from quire.engine.input_processor import EngineRequest, InputProcessor, PromptInput
 from quire.engine.output_processor import OutputProcessor
-from quire.engine.queue_share import Share
 from quire.engine.replicas import merged_stats
 from quire.engine.setup import ServedModel
 from quire.errors import (
     EngineDeadError,
     EngineSleepingError,
     InvalidParameterError,
-    QueueFullError,
 )
 from quire.messages import (
     AbortRequests,
@@ -47,9 +44,6 @@ from quire.structured.checker import GrammarChecker
 from quire.text.parsing.base import ThinkingTokens
 
 logger = logging.getLogger(__name__)
-
-NUM_FINISH_TIMES = 64
-MAX_RETRY_SECONDS = 60.0
 
 
 @dataclass(slots=True)
@@ -74,7 +68,6 @@ class FrontEnd:
         *,
         final_only: bool = False,
         lora: LoRAConfig = LoRAConfig(),
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """final_only: one output per request, whatever its `output_kind`."""
         self.model = model
@@ -87,8 +80,6 @@ class FrontEnd:
         self._checker = GrammarChecker(
             model.tokenizer, vocab_size=model.vocab_size, eos_token_ids=model.eos_token_ids
         )
-        self._limits = limits
-        self._clock = clock
         self._input = InputProcessor(model, has_head=model.spec.has_head)
         self._output = OutputProcessor(
             model.tokenizer,
@@ -99,7 +90,7 @@ class FrontEnd:
         self._controls = Controls()
         self._searches: dict[str, SearchRequest] = {}
         self._search_of_beam: dict[str, SearchRequest] = {}
-        self._finish_times: deque[float] = deque(maxlen=NUM_FINISH_TIMES)
+        self._admission = Admission(limits, self._output)
 
     # --- requests ---------------------------------------------------------------------------------
 
@@ -167,49 +158,8 @@ class FrontEnd:
         return wanted.warnings
 
     def check_queue(self, request: EngineRequest) -> None:
-        """Raises `QueueFullError` if too much would wait with `request`, and its tenant would have more than
-        its share of it."""
-        limits, place = self._limits, request.placement
-        live, queued = self._output.live_sequences, self._output.queued_tokens
-        more = max(1, len(request.sequences))
-        if limits.max_num_queued_reqs:
-            most = limits.max_num_seqs + limits.max_num_queued_reqs
-            share = live.exceeded(most, more, place.tenant, place.weight)
-            if share is not None:
-                self._reject(
-                    "max_num_queued_reqs",
-                    f"{live.total} sequences run or wait and this request adds {more}; "
-                    f"the server takes {most} (--max-num-seqs plus --max-num-queued-reqs).",
-                    share,
-                )
-        if limits.max_num_queued_tokens and live.total >= limits.max_num_seqs:
-            most, more = limits.max_num_queued_tokens, len(request.prompt_token_ids)
-            share = queued.exceeded(most, more, place.tenant, place.weight)
-            if share is not None:
-                self._reject(
-                    "max_num_queued_tokens",
-                    f"{queued.total + more} prompt tokens would wait; the server queues "
-                    f"{most} (--max-num-queued-tokens).",
-                    share,
-                )
-
-    def _reject(self, reason: str, message: str, share: Share) -> None:
-        self.metrics.on_rejected(reason)
-        if share.num_tenants > 1:
-            message += (
-                f" You have {share.held}; your share is {share.most}, "
-                f"as {share.num_tenants} tenants have requests."
-            )
-        raise QueueFullError(f"The queue is full: {message}", retry_after=self._retry_seconds())
-
-    def _retry_seconds(self) -> float:
-        """Estimate of the time until the queue is empty, from the latest finishes. At least a second."""
-        times = self._finish_times
-        if len(times) < 2 or times[-1] == times[0]:
-            return 1.0
-        waiting = max(1, self.stats.num_waiting)
-        seconds = waiting * (times[-1] - times[0]) / (len(times) - 1)
-        return min(MAX_RETRY_SECONDS, max(1.0, seconds))
+        """Raises `QueueFullError` if too much would wait with `request`, or it too long."""
+        self._admission.check(request)
 
     def start(self, request: EngineRequest) -> Effects:
         """Queue a request. It then ends with exactly one finished output, unless the engine dies."""
@@ -221,6 +171,7 @@ class FrontEnd:
             self._extend(search, effects)
         else:
             self._output.add(request)
+            self._admission.sent(request)
             effects.send += request.sequences
         return effects
 
@@ -292,6 +243,7 @@ class FrontEnd:
         effects = Effects()
         if isinstance(message, StepOutputs):
             self.stats = merged_stats(self._stats_of, message)
+            self._admission.reported(self.stats)
             processed = self._output.process(message)
             if processed.aborts:
                 effects.send.append(AbortRequests(processed.aborts))
@@ -322,8 +274,6 @@ class FrontEnd:
 
     def settle(self, effects: Effects) -> Effects:
         """Add the effects of requests having ended, and of changes of `adapters`."""
-        now = self._clock()
-        self._finish_times += [now for output in effects.outputs if output.finished]
         if not self.is_busy:
             effects.send += self._controls.release()
         used = (search.request.placement.adapter for search in self._searches.values())

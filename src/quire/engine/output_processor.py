@@ -111,8 +111,8 @@ class OutputProcessor:
         self.requests: dict[str, RequestState] = {}
         self.live_sequences = Held()
         """That run or wait."""
-        self.queued_tokens = Held()
-        """Of prompts without output so far."""
+        self.queued_requests, self.queued_tokens = Held(), Held()
+        """Those without output so far, and their prompts' tokens."""
 
     def add(self, request: EngineRequest) -> RequestState:
         """Add a request. Its id must be unique among live ones."""
@@ -150,6 +150,7 @@ class OutputProcessor:
             self._states[sequence.request_id] = (state, sequence)
         tenant, weight = request.placement.tenant, request.placement.weight
         self.live_sequences.add(tenant, weight, len(sequences))
+        self.queued_requests.add(tenant, weight, 1)
         self.queued_tokens.add(tenant, weight, len(request.prompt_token_ids))
         return state
 
@@ -275,8 +276,9 @@ class OutputProcessor:
     def _leaves_queue(self, state: RequestState) -> None:
         if state.is_queued:
             state.is_queued = False
-            request = state.request
-            self.queued_tokens.remove(request.placement.tenant, len(request.prompt_token_ids))
+            tenant = state.request.placement.tenant
+            self.queued_requests.remove(tenant, 1)
+            self.queued_tokens.remove(tenant, len(state.request.prompt_token_ids))
 
     def _note_times(
         self, state: RequestState, sequence: _Sequence, update: RequestUpdate, timestamp: float

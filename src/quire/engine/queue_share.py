@@ -57,12 +57,21 @@ class Held:
         if not part.count:
             del self._parts[tenant]
 
+    def of(self, tenant: str) -> int:
+        part = self._parts.get(tenant)
+        return 0 if part is None else part.count
+
+    def fraction(self, tenant: str, weight: float) -> float:
+        """Of its weight in those of all tenants that hold something, and its own."""
+        others = sum(part.weight for name, part in self._parts.items() if name != tenant)
+        return weight / (weight + others)
+
     def exceeded(self, limit: int, more: int, tenant: str, weight: float) -> Share | None:
         """None if the tenant may add `more`; else its share, which that would exceed."""
-        own = self._parts.get(tenant)
-        held = 0 if own is None else own.count
+        held = self.of(tenant)
         if self.total + more <= limit or (not held and more <= limit):
             return None
-        others = [part.weight for name, part in self._parts.items() if name != tenant]
-        most = limit * weight / (weight + sum(others)) * (1 + _ROUNDING)
-        return None if held + more <= most else Share(held, int(most), 1 + len(others))
+        most = limit * self.fraction(tenant, weight) * (1 + _ROUNDING)
+        if held + more <= most:
+            return None
+        return Share(held, int(most), len(self._parts) + (not held))

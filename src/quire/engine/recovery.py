@@ -109,7 +109,7 @@ class Recovery:
             return
         self._entries[message.request_id] = _Entry(message, [], message.num_prompt_logprobs)
         self._others.append(message.request_id)
-        return None
+        return
 
     def refuses(self, message: AddRequest) -> bool:
         """Whether a core has died of its like lately."""
@@ -237,9 +237,7 @@ def _resumed(entry: _Entry) -> AddRequest:
 
 
 def _blamed(request_id: int) -> RequestUpdate:
-    return RequestUpdate(
-        request_id=request_id, finish_reason=FinishReason.ERROR, error=refusal()
-    )
+    return RequestUpdate(request_id=request_id, finish_reason=FinishReason.ERROR, error=refusal())
 
 
 def refusal() -> str:
@@ -258,4 +256,6 @@ def fingerprint(message: AddRequest) -> bytes:
     """Of the prompt and the parameters, without the seed, which the front end may have drawn."""
     decoding = msgspec.structs.replace(message.decoding, seed=0)
     what = (message.prompt_token_ids, decoding, message.placement.adapter)
-    return hashlib.blake2b(msgspec.json.encode(what, order="deterministic"), digest_size=16).digest()
+    return hashlib.blake2b(
+        msgspec.json.encode(what, order="deterministic"), digest_size=16
+    ).digest()

@@ -165,9 +165,7 @@ class ReplicaCores:
 
     def _configure(self, index: int) -> None:
         config = self._config
-        events = dataclasses.replace(
-            config.kv_events, rank=index, restarts=self._num_starts[index]
-        )
+        events = dataclasses.replace(config.kv_events, rank=index, restarts=self._num_starts[index])
         transfer = config.kv_transfer
         if len(self._cores) > 1:
             transfer = transfer.of_replica(index, config.parallel.world_size)
@@ -466,9 +464,7 @@ class ReplicaCores:
         del self._coming[index]
         logger.warning("%s is ready again, %.1f s after its end", self._name(index), seconds)
         self._messages.append(
-            StepOutputs(
-                stats=SchedulerStats(), replica=index, recovery=RecoveryCounts(restarts=1)
-            )
+            StepOutputs(stats=SchedulerStats(), replica=index, recovery=RecoveryCounts(restarts=1))
         )
         self._send(self._replicas.back(index, ready))
 

@@ -30,6 +30,7 @@ from quire.messages import (
     EngineReady,
     Failure,
     FinishReason,
+    LoadStats,
     RequestUpdate,
     ResetPrefixCache,
     SchedulerStats,
@@ -329,6 +330,7 @@ def merged_stats(latest: dict[int, SchedulerStats], message: StepOutputs) -> Sch
         values = [getattr(one, name) for one in each]
         if isinstance(values[0], int):
             setattr(total, name, sum(values))
+    total.load = merged_load([one.load for one in each])
     for one in each:
         total.kv_usage += one.kv_usage / len(each)
         for reason, count in one.waiting_by_reason.items():
@@ -336,3 +338,18 @@ def merged_stats(latest: dict[int, SchedulerStats], message: StepOutputs) -> Sch
     total.running_adapters = sorted({name for one in each for name in one.running_adapters})
     total.waiting_adapters = sorted({name for one in each for name in one.waiting_adapters})
     return total
+
+
+def merged_load(each: Sequence[LoadStats]) -> LoadStats:
+    """Queues and rates add up. A new request goes to the replica that has least to do."""
+    return LoadStats(
+        queue_tokens=sum(one.queue_tokens for one in each),
+        first_tokens=sum(one.first_tokens for one in each),
+        uncached=sum(one.uncached for one in each) / len(each),
+        free_seats=sum(one.free_seats for one in each),
+        prompt_rate=sum(one.prompt_rate for one in each),
+        end_rate=sum(one.end_rate for one in each),
+        wait_seconds=min(one.wait_seconds for one in each),
+        step_predicted=max(one.step_predicted for one in each),
+        step_target=max(one.step_target for one in each),
+    )

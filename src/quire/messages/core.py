@@ -244,6 +244,29 @@ class TenantStats(msgspec.Struct, omit_defaults=True):
     token. Negative if more was refunded."""
 
 
+class LoadStats(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What waits, and how fast it is worked off: `scheduler/load.py`. About ten times per second."""
+
+    queue_tokens: int = 0
+    """Prompt tokens of waiting requests, without those that the cache is expected to hold."""
+    first_tokens: int = 0
+    """What the first running request with a prompt to compute has left of it. It gets most of each step."""
+    uncached: float = 1.0
+    """The part of the last admitted prompts that the cache did not hold."""
+    free_seats: int = 0
+    """Requests that could be admitted at once, as far as seats and blocks are concerned."""
+    prompt_rate: float = 0.0
+    """Prompt tokens per second beside what generates now; 0 if not known yet."""
+    end_rate: float = 0.0
+    """Requests that end per second, lately; 0 if none has ended."""
+    wait_seconds: float = 0.0
+    """The wait of a request that comes now."""
+    step_predicted: float = 0.0
+    """Seconds that were expected of the last step that was measured."""
+    step_target: float = 0.0
+    """Seconds; 0 without --itl-target."""
+
+
 class SchedulerStats(msgspec.Struct, kw_only=True, omit_defaults=True):
     """State after a step, and counts since the previous report."""
 
@@ -279,6 +302,7 @@ class SchedulerStats(msgspec.Struct, kw_only=True, omit_defaults=True):
     first, since the last report. Zero without overlap."""
     drafts: DraftCounts | None = None
     """Since the last report; None if no drafts were verified."""
+    load: LoadStats = LoadStats()
     tenants: dict[str, TenantStats] = {}
     """Those that have changed, about once per second; under the fair policy."""
     rows_discarded: int = 0

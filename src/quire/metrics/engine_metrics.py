@@ -18,6 +18,7 @@ from prometheus_client import CollectorRegistry, Gauge
 from quire.metrics import buckets
 from quire.metrics.family import Family
 from quire.metrics.kv_metrics import KVMetrics
+from quire.metrics.load_metrics import LoadMetrics
 from quire.metrics.request_stats import FinishedRequest
 from quire.metrics.tenant_metrics import TenantMetrics
 
@@ -28,7 +29,7 @@ FINISH_REASONS = ("stop", "length", "abort", "error", "repetition", "timeout", "
 WAIT_REASONS = ("capacity", "deferred")
 SLEEP_STATES = ("awake", "weights_offloaded", "discard_all")
 """Name by level of sleep."""
-REJECT_REASONS = ("max_num_queued_reqs", "max_num_queued_tokens")
+REJECT_REASONS = ("max_num_queued_reqs", "max_num_queued_tokens", "max_ttft")
 
 
 class EngineMetrics:
@@ -85,6 +86,7 @@ class EngineMetrics:
             make.gauge("vllm:kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1."),
             make.gauge("vllm:gpu_cache_usage_perc", "Old name of vllm:kv_cache_usage_perc."),
         )
+        self._load = LoadMetrics(make)
         self._sleep_state = [
             make.gauge("vllm:engine_sleep_state", "1 for the state it is in.", sleep_state=state)
             for state in SLEEP_STATES
@@ -237,6 +239,7 @@ class EngineMetrics:
             self._on_stats(outputs.stats)
 
     def _on_stats(self, stats: SchedulerStats) -> None:
+        self._load.on_load(stats.load)
         self._running.set(stats.num_running)
         self._waiting.set(stats.num_waiting)
         for reason, gauge in self._waiting_by.items():

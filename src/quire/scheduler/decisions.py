@@ -34,6 +34,8 @@ class WaitReason(str, Enum):
     """A plan in flight samples the token."""
     SHARE = "the next plan has room for it"
     """The rows are divided among the plans in flight."""
+    TARGET = "the step has no time for it"
+    """By --itl-target: `scheduler/latency.py`."""
     COST = "it would be preempted too soon"
     """What it computes until then is expected to take less time than to restore what it loses."""
     LOAD = "its KV is being loaded"
@@ -105,6 +107,9 @@ class DecisionKind(str, Enum):
     """A running request wanted `needed` tokens and got `budget`."""
     PREEMPTED = "preempted"
     """`because_of` needed `needed` blocks, and `free` were free. `cost`: of restoring its KV."""
+    LATENCY = "latency"
+    """Prompts that want `needed` tokens get `budget`, with which the step is expected to take `cost` seconds;
+    its target is `gain`."""
     DRAFTS = "drafts"
     """A row verifies `budget` of `needed` proposed drafts."""
     FINISHED = "finished"
@@ -160,6 +165,21 @@ class Reporter:
     def step(self, step_id: int, quantum: int, free: int, budget: int) -> None:
         self._step_id = step_id
         self._report(None, DecisionKind.STEP, needed=quantum, free=free, budget=budget)
+
+    def latency(self, needed: int, budget: int, target: float, predicted: float) -> None:
+        if self._observe is not None:
+            kind = DecisionKind.LATENCY
+            self._observe(
+                Decision(
+                    self._step_id,
+                    None,
+                    kind,
+                    needed=needed,
+                    budget=budget,
+                    gain=target,
+                    cost=predicted,
+                )
+            )
 
     def admitted(
         self, request_id: int, miss: MissReason | None, needed: int, free: int, budget: int
@@ -253,11 +273,16 @@ class DecisionLog:
         return [d for d in self._ring if request_id in (d.request_id, d.because_of)]
 
 
+_IN_MOST_STEPS = frozenset(
+    {DecisionKind.STEP, DecisionKind.LIMITED, DecisionKind.LATENCY, DecisionKind.DRAFTS}
+)
+
+
 class DebugLog(DecisionLog):
     """Writes them to the log at debug level, but for those that most steps have."""
 
     def keep(self, decision: Decision) -> None:
-        if decision.kind not in (DecisionKind.STEP, DecisionKind.LIMITED, DecisionKind.DRAFTS):
+        if decision.kind not in _IN_MOST_STEPS:
             logger.debug("%s", decision)
 
 

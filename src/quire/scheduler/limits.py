@@ -16,6 +16,8 @@ class SchedulerLimits:
     """Blocks kept free when a request is admitted beside running ones."""
     long_prefill_token_threshold: int = 0
     enable_chunked_prefill: bool = True
+    itl_target: float = 0.0
+    """Seconds of a step in which requests generate; 0 for no target."""
     policy: str = "fcfs"
     aging: float = 60.0
     """Under the fair policy: see `SchedulerConfig.priority_aging`."""

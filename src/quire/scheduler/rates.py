@@ -17,8 +17,8 @@ class Rates:
         """When the step under way began: when the result of the one before it came, if there was one."""
         self._prompt_tokens = self._prompt_seconds = 0.0
         """Of the last few steps that computed prompts."""
-        self._steps = self._ended = 0.0
-        """The last steps, and running requests that ended since then."""
+        self._steps = self._ended = self._time = 0.0
+        """The last steps, running requests that ended since then, and what the steps took."""
         self._rows = self._seconds = self._rows_squared = self._rows_seconds = self._weight = 0.0
         """Sums over the last steps without prompts: for a line through their times."""
 
@@ -31,6 +31,10 @@ class Rates:
     def ends_per_step(self) -> float:
         """Running requests that end."""
         return self._ended / self._steps if self._steps else 0.0
+
+    @property
+    def ends_per_second(self) -> float:
+        return self._ended / self._time if self._time else 0.0
 
     @property
     def num_steps(self) -> float:
@@ -69,6 +73,7 @@ class Rates:
             return seconds
         self._steps = MEMORY * self._steps + 1
         self._ended *= MEMORY
+        self._time = MEMORY * self._time + seconds
         if tokens > rows and any(row.num_tokens > max(1, row.samples) for row in plan.rows):
             self._prompt_tokens = PROMPT_MEMORY * self._prompt_tokens + tokens
             self._prompt_seconds = PROMPT_MEMORY * self._prompt_seconds + seconds

@@ -197,3 +197,15 @@ def repeats(tokens: list[int], produced: int, rule: RepetitionDetectionParams) -
         if all(tokens[-i] == tokens[-i - size] for i in range(1, length - size + 1)):
             return True
     return False
+
+
+def check_message(message: AddRequest, max_model_len: int) -> None:
+    """Raises `ValueError` for a request that could never be served."""
+    if not message.prompt_token_ids or message.decoding.max_tokens < 0:
+        raise ValueError("a request needs at least one prompt token, and max_tokens of 0 or more")
+    if message.output_token_ids and len(message.output_token_ids) >= message.decoding.max_tokens:
+        raise ValueError("a request that goes on needs a token left to generate")
+    if not 0.0 < message.placement.weight < float("inf"):
+        raise ValueError("a tenant's weight must be positive")
+    if len(message.prompt_token_ids) + message.decoding.max_tokens > max_model_len:
+        raise ValueError("prompt and max_tokens exceed max_model_len")

@@ -20,7 +20,7 @@ Four rules keep it fair and free of deadlock (docs/adr/0002-one-order.md):
 * One order (the policy's) decides everything: who is admitted first, who gets budget first, and,
   read backwards, who is preempted. So the first of the running requests always advances.
 * Every running request gets at least a quantum of budget per step, whatever is before it, and so does the
-  head of the queue. The rest goes in order.
+  head of the queue. The rest goes in order. (With a target for the time of a step, `scheduler/latency.py`.)
 * A waiting request does not compute what one before it is about to compute. It waits and finds it.
 * A waiting request is admitted only if all its known tokens fit beside what the running ones still
   need. Preemption is only for what cannot be known before: how long outputs become. If it is to be
@@ -49,13 +49,15 @@ from quire.messages import (
 from quire.scheduler.adapters import AdapterPlaces
 from quire.scheduler.decisions import DecisionKind, Observer, Reporter, Wait, WaitReason
 from quire.scheduler.drafting import Drafting
+from quire.scheduler.latency import LatencyTarget
 from quire.scheduler.limits import SchedulerLimits
+from quire.scheduler.load import Load
 from quire.scheduler.loading import Loading
 from quire.scheduler.micro_batches import MicroBatches, least_share
 from quire.scheduler.policy import create_policy
 from quire.scheduler.queue import RequestQueue
 from quire.scheduler.rates import Rates
-from quire.scheduler.request import Request, RequestStatus
+from quire.scheduler.request import Request, RequestStatus, check_message
 from quire.scheduler.stats import add_state
 from quire.scheduler.worth import Worth
 
@@ -106,6 +108,8 @@ class Scheduler:
         self._stopped_at: int | None = None
         self.drafting = Drafting(limits, kv, self.report)
         self.rates = Rates()
+        self.latency = LatencyTarget(limits, kv.block_size, self.report)
+        self.load = Load(limits, self.latency, self.rates, clock)
         self.worth = Worth(kv, self.rates, connector)
         self.loading: Loading | None = None
         self._connector = connector
@@ -121,18 +125,7 @@ class Scheduler:
         that can never fit would wait for ever."""
         if message.request_id in self.requests:
             raise ValueError(f"request id {message.request_id} is in use")
-        if not message.prompt_token_ids or message.decoding.max_tokens < 0:
-            raise ValueError(
-                "a request needs at least one prompt token, and max_tokens of 0 or more"
-            )
-        if message.output_token_ids and (
-            len(message.output_token_ids) >= message.decoding.max_tokens
-        ):
-            raise ValueError("a request that goes on needs a token left to generate")
-        if not 0.0 < message.placement.weight < float("inf"):
-            raise ValueError("a tenant's weight must be positive")
-        if len(message.prompt_token_ids) + message.decoding.max_tokens > self.limits.max_model_len:
-            raise ValueError("prompt and max_tokens exceed max_model_len")
+        check_message(message, self.limits.max_model_len)
         request = Request(
             message,
             queued_time=self._clock(),
@@ -198,7 +191,10 @@ class Scheduler:
         self._waits |= dict.fromkeys(left_out, Wait(WaitReason.SHARE))
         quantum = least_share(wanted, budget, self.kv.block_size)
         self.report.step(self._step_id, quantum, self.kv.num_free, budget)
+        self.latency.begin(running, wanted)
         budget -= self._schedule_waiting(plan, max(quantum, budget - sum(wanted)))
+        left_out = self.latency.divide(running, wanted)
+        self._waits |= dict.fromkeys(left_out, Wait(WaitReason.TARGET))
         self._schedule_running(plan, running, wanted, budget, quantum)
         self.rates.begin(self._clock())
         if self.limits.max_drafts:
@@ -280,7 +276,7 @@ class Scheduler:
 
         A request that fits does so beside all that running requests grow by in this step, so a step that
         admits does not preempt."""
-        if not self.waiting or self._is_full(budget):
+        if not self.waiting or self._is_full(self.latency.for_queue(budget)):
             return 0
         left = budget
         promised = sum(
@@ -311,13 +307,16 @@ class Scheduler:
             if needed > left and not self.limits.enable_chunked_prefill:
                 self._stop_at(request, Wait(WaitReason.BUDGET, needed=needed, budget=left))
                 break
-            count = self._capped(min(needed, left))
+            count = self.latency.admit(match.num_tokens, self._capped(min(needed, left)))
+            if not count:
+                self._stop_at(request, Wait(WaitReason.TARGET, needed=needed))
+                break
             self._admit(plan, request, match, count)
             if count < needed:
                 leaders.append(request)
             promised += self.kv.num_missing(request.request_id, request.num_tokens)
             left -= count
-            if self._is_full(left):
+            if self._is_full(self.latency.for_queue(left)):
                 break
         return budget - left
 
@@ -497,6 +496,7 @@ class Scheduler:
                 updates += self._learn_of_prompt(request, row, found)
         self._stats.step_tokens += plan.num_tokens
         seconds = self.rates.end(plan, self._clock(), is_idle=not self.requests)
+        self.latency.measure(plan, seconds)
         if self.limits.max_drafts and plan.rows:
             self.drafting.measure(plan, self.requests, result.draft_seconds, seconds)
         return updates
@@ -607,6 +607,8 @@ class Scheduler:
         stats, self._stats = self._stats, SchedulerStats()
         stats.drafts, stats.tenants = self.drafting.take_counts(), self.waiting.take_tenants()
         add_state(stats, self.kv, self.running, self.waiting, self._num_deferred, self._connector)
+        stopped = None if self._stopped_at is None else self._waits.get(self._stopped_at)
+        stats.load = self.load.now(stats, self.running, self.waiting, stopped)
         return stats
 
     def why_waits(self, request: Request) -> Wait:

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from quire.errors import (
+    MOST_RETRY_SECONDS,
     EngineDeadError,
     EngineError,
     EngineSleepingError,
@@ -124,6 +125,15 @@ def unavailable(message: str, *, retry_after: int) -> ApiError:
     return ApiError(503, message, headers={"retry-after": str(retry_after)})
 
 
+def retry_headers(seconds: float) -> dict[str, str]:
+    """When to ask again, in whole seconds and in the form that openai's client prefers."""
+    seconds = min(max(seconds, 0.001), MOST_RETRY_SECONDS)
+    return {
+        "retry-after": str(math.ceil(seconds)),
+        "retry-after-ms": str(math.ceil(seconds * 1000)),
+    }
+
+
 def replica_lost() -> ApiError:
     """For a request whose engine core has stopped. Others serve it when it is sent again, as clients do."""
     return unavailable("The engine core of this request has stopped.", retry_after=1)
@@ -147,8 +157,7 @@ def to_api_error(error: BaseException, request_id: str) -> ApiError:
     if isinstance(error, RequestError):
         return bad_request(str(error), param=error.param)
     if isinstance(error, QueueFullError):
-        seconds = max(1, math.ceil(error.retry_after))
-        return ApiError(429, str(error), headers={"retry-after": str(seconds)})
+        return ApiError(429, str(error), headers=retry_headers(error.retry_after))
     if isinstance(error, EngineSleepingError):
         return unavailable(str(error), retry_after=RETRY_AFTER_DRAINING)
     if isinstance(error, PoisonRequestError):

@@ -16,10 +16,8 @@ from dataclasses import dataclass
 
 from quire.outputs import RequestOutput
 from quire.server.engine_protocol import RequestStream
-from quire.server.errors import ApiError
+from quire.server.errors import ApiError, retry_headers
 
-MOST_RETRY_SECONDS = 60
-"""litellm obeys no Retry-After above it, openai's client none above 120."""
 ROUNDING_SECONDS = 1e-6
 """A minute's worth, taken one by one, is a minute but for rounding."""
 
@@ -215,15 +213,6 @@ class Quotas:
         )
         headers = self.headers() | retry_headers(seconds)
         return ApiError(429, f"Your limit of {limit} {what} is reached.", headers=headers)
-
-
-def retry_headers(seconds: float) -> dict[str, str]:
-    """When to ask again, in whole seconds and in the form that openai's client prefers."""
-    seconds = min(max(seconds, 0.001), MOST_RETRY_SECONDS)
-    return {
-        "retry-after": str(math.ceil(seconds)),
-        "retry-after-ms": str(math.ceil(seconds * 1000)),
-    }
 
 
 def go_duration(seconds: float) -> str:
