@@ -89,10 +89,10 @@ def _prefixes(length: int, count: int) -> Mapping[str, object]:
     }  # fmt: skip
 
 
-CHAT = Load("prompts of 64 to 448 tokens, answers of 16 to 112", 2.0, 14, 20, SHORT)
+CHAT = Load("prompts of 64 to 448 tokens, answers of 16 to 112", 2.0, 12, 20, SHORT)
 MIXED = Load("the same, every fifth prompt 3,500 tokens", 1.0, 10, 10, SHORT, long=3500)
-SHARED = Load("prompts of 512 tokens from 4, and 64 of their own", 2.0, 16, 20, _prefixes(512, 4))
-RETURN = Load("prompts of 1,024 tokens from 6, and 64 of their own", 1.2, 18, 12, _prefixes(1024, 6))
+SHARED = Load("prompts of 512 tokens from 4, and 64 of their own", 2.0, 12, 16, _prefixes(512, 4))
+RETURN = Load("prompts of 1,024 tokens from 6, and 64 of their own", 1.5, 18, 12, _prefixes(1024, 6))
 ALONE = Load("questions to the built-in model, seldom two at once", 4.0, 24, 64)
 TENANT = Load("one request a second beside 30 of another tenant at once", 1.0, 6, 0, SHORT)
 
@@ -192,7 +192,7 @@ def levers(folder: Path) -> list[Lever]:
             {
                 "fcfs": ("--scheduling-policy", "fcfs"),
                 "priority": ("--scheduling-policy", "priority"),
-                "fair (default)": ("--scheduling-policy", "fair"),
+                "fair (default with keys)": ("--scheduling-policy", "fair"),
             },
             keys,
         ),
@@ -250,7 +250,8 @@ class Bench:
         timed = load.requests(tokenizer, 2 * seed, load.count)
         result = _run(target, timed, seed, LoadOptions(request_rate=load.rate, num_warmups=3))
         burst = _run(target, load.requests(tokenizer, 2 * seed + 1, load.burst), seed, LoadOptions())
-        return _latencies(result) | {"output_tok_s": burst["output_throughput"]}
+        at_once = {"burst_ttft_ms": burst["median_ttft_ms"], "burst_itl_p99_ms": burst["p99_itl_ms"]}
+        return _latencies(result) | at_once | {"output_tok_s": burst["output_throughput"]}
 
     def _tenants(self, lever: Lever, port: int, seed: int) -> Figures:
         """TTFT and ITL are the polite tenant's, throughput is that of both."""
