@@ -24,7 +24,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,8 @@ class Load:
     dataset: Mapping[str, object] = field(default_factory=dict)
     long: int = 0
     """Prompt tokens of every fifth request, the third first; 0: none is long."""
+    warm: int = 0
+    """Requests that are sent before and not counted, with the prefixes of those that are."""
 
     def requests(self, tokenizer: Tokenizer, seed: int, count: int) -> list[BenchRequest]:
         if not self.dataset:  # the built-in model's questions
@@ -89,12 +91,28 @@ def _prefixes(length: int, count: int) -> Mapping[str, object]:
     }  # fmt: skip
 
 
-CHAT = Load("prompts of 64 to 448 tokens, answers of 16 to 112", 2.0, 12, 20, SHORT)
-MIXED = Load("the same, every fifth prompt 3,500 tokens", 1.0, 10, 10, SHORT, long=3500)
-SHARED = Load("prompts of 512 tokens from 4, and 64 of their own", 2.0, 12, 16, _prefixes(512, 4))
-RETURN = Load("prompts of 1,024 tokens from 6, and 64 of their own", 1.5, 18, 12, _prefixes(1024, 6))
+CHAT = Load("prompts of 64 to 448 tokens, answers of 16 to 112", 2.0, 14, 20, SHORT)
+ANSWERS = Load(
+    "prompts of 32 to 96 tokens, answers of 64 to 192", 1.2, 9, 16,
+    {"random_input_len": 64, "random_output_len": 128, "random_range_ratio": 0.5},
+)  # fmt: skip
+MIXED = replace(
+    ANSWERS,
+    about=f"{ANSWERS.about}, every fifth prompt 2,500 tokens",
+    count=15,
+    burst=10,
+    long=2500,
+)
+SHARED = Load(
+    "prompts of 512 tokens from 4 that were sent before, and 64 of their own", 2.0, 12, 16,
+    _prefixes(512, 4), warm=4,
+)  # fmt: skip
+RETURN = Load(
+    "prompts of 1,024 tokens from 6 that were sent before, and 64 of their own", 1.2, 14, 12,
+    _prefixes(1024, 6), warm=6,
+)  # fmt: skip
 ALONE = Load("questions to the built-in model, seldom two at once", 4.0, 24, 64)
-TENANT = Load("one request a second beside 30 of another tenant at once", 1.0, 6, 0, SHORT)
+TENANT = Load("one request a second beside 28 of another tenant at once", 1.0, 6, 0, SHORT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,107 +125,105 @@ class Lever:
     built_in: bool = False
 
 
-def levers(folder: Path) -> list[Lever]:
-    """folder: for a disk tier and the keys of tenants."""
-    small = ("--kv-cache-memory-bytes", "48M", "--max-model-len", "2048")
-    keys = ("--api-keys-file", str(_keys(folder)), "--max-num-seqs", "4")
-    return [
-        Lever(
-            "KV cache", CHAT,
-            {
-                f"{CACHE}: all fits": (),
-                "32M": ("--kv-cache-memory-bytes", "32M"),
-                "16M": ("--kv-cache-memory-bytes", "16M"),
-            },
-            ("--max-model-len", "1024"),
-        ),
-        Lever(
-            "max-num-batched-tokens", MIXED,
-            {
-                "2048 (default)": (),
-                "256": ("--max-num-batched-tokens", "256"),
-                "512": ("--max-num-batched-tokens", "512"),
-                "8192": ("--max-num-batched-tokens", "8192"),
-                "2048, threshold 256": ("--long-prefill-token-threshold", "256"),
-            },
-        ),
-        Lever(
-            "max-num-seqs", CHAT,
-            {
-                "128 (default)": (),
-                "16": ("--max-num-seqs", "16"),
-                "4": ("--max-num-seqs", "4"),
-            },
-        ),
-        Lever(
-            "enable-prefix-caching", SHARED,
-            {"on (default)": (), "off": ("--no-enable-prefix-caching",)},
-        ),
-        Lever(
-            "tiers, cache of 48M", RETURN,
-            {
-                "none (default)": (),
-                "swap-space 0.25": ("--swap-space", "0.25"),
-                "kv-disk-path": ("--kv-disk-path", str(folder / "kv"), "--kv-disk-size", "1"),
-            },
-            small,
-        ),
-        Lever(
-            "block-size", SHARED,
-            {
-                "16 (default)": (),
-                "32": ("--block-size", "32"),
-                "128": ("--block-size", "128"),
-            },
-        ),
-        Lever(
-            "quantization", CHAT,
-            {
-                "bfloat16 (default)": (),
-                "int8": ("--quantization", "int8"),
-                "int4": ("--quantization", "int4"),
-                "KV in fp8": ("--kv-cache-dtype", "fp8"),
-            },
-        ),
-        Lever(
-            "speculation", ALONE,
-            {
-                "none (default)": (),
-                "draft_model": ("--spec-method", "draft_model"),
-                "suffix": ("--spec-method", "suffix"),
-            },
-            built_in=True,
-        ),
-        Lever(
-            "devices", CHAT,
-            {
-                "one (default)": (),
-                "-dp 2": ("-dp", "2"),
-                "-tp 2": ("-tp", "2"),
-                "-pp 2": ("-pp", "2"),
-            },
-        ),
-        Lever(
-            "scheduling-policy", TENANT,
-            {
-                "fcfs": ("--scheduling-policy", "fcfs"),
-                "priority": ("--scheduling-policy", "priority"),
-                "fair (default with keys)": ("--scheduling-policy", "fair"),
-            },
-            keys,
-        ),
-    ]  # fmt: skip
+SMALL = ("--kv-cache-memory-bytes", "48M", "--max-model-len", "2048")
+KEYS = ("--api-keys-file", "FOLDER/keys.toml", "--max-num-seqs", "4")
+LEVERS = [
+    Lever(
+        "KV cache", CHAT,
+        {
+            f"{CACHE}: all fits": (),
+            "32M": ("--kv-cache-memory-bytes", "32M"),
+            "16M": ("--kv-cache-memory-bytes", "16M"),
+        },
+        ("--max-model-len", "1024"),
+    ),
+    Lever(
+        "max-num-batched-tokens", MIXED,
+        {
+            "2048 (default)": (),
+            "256": ("--max-num-batched-tokens", "256"),
+            "512": ("--max-num-batched-tokens", "512"),
+            "8192": ("--max-num-batched-tokens", "8192"),
+            "2048, threshold 256": ("--long-prefill-token-threshold", "256"),
+        },
+    ),
+    Lever(
+        "max-num-seqs", CHAT,
+        {
+            "128 (default)": (),
+            "16": ("--max-num-seqs", "16"),
+            "4": ("--max-num-seqs", "4"),
+        },
+    ),
+    Lever(
+        "enable-prefix-caching", SHARED,
+        {"on (default)": (), "off": ("--no-enable-prefix-caching",)},
+    ),
+    Lever(
+        "tiers, cache of 48M", RETURN,
+        {
+            "none (default)": (),
+            "swap-space 0.25": ("--swap-space", "0.25"),
+            "kv-disk-path": ("--kv-disk-path", "FOLDER/kv", "--kv-disk-size", "1"),
+        },
+        SMALL,
+    ),
+    Lever(
+        "block-size", SHARED,
+        {
+            "16 (default)": (),
+            "32": ("--block-size", "32"),
+            "128": ("--block-size", "128"),
+        },
+    ),
+    Lever(
+        "quantization", ANSWERS,
+        {
+            "bfloat16 (default)": (),
+            "int8": ("--quantization", "int8"),
+            "int8, inputs too": ("--quantization", "int8", "--cpu-activation-bits", "8"),
+            "int4": ("--quantization", "int4"),
+            "KV in fp8": ("--kv-cache-dtype", "fp8"),
+        },
+    ),
+    Lever(
+        "speculation", ALONE,
+        {
+            "none (default)": (),
+            "draft_model": ("--spec-method", "draft_model"),
+            "suffix": ("--spec-method", "suffix"),
+        },
+        built_in=True,
+    ),
+    Lever(
+        "devices", CHAT,
+        {
+            "one (default)": (),
+            "-dp 2": ("-dp", "2"),
+            "-tp 2": ("-tp", "2"),
+            "-pp 2": ("-pp", "2"),
+        },
+    ),
+    Lever(
+        "scheduling-policy", TENANT,
+        {
+            "fcfs": ("--scheduling-policy", "fcfs"),
+            "priority": ("--scheduling-policy", "priority"),
+            "fair (default with keys)": ("--scheduling-policy", "fair"),
+        },
+        KEYS,
+    ),
+]  # fmt: skip
+"""FOLDER: this run's, for a disk tier and the keys of tenants."""
 
 
-def _keys(folder: Path) -> Path:
+def _write_keys(folder: Path) -> None:
     """Two tenants, `polite` and `flood`, whose keys are their names."""
     parts = [
         f'[[keys]]\nsha256 = "{sha256(name.encode()).hexdigest()}"\ntenant = "{name}"\n'
         for name in ("polite", "flood")
     ]
-    path = folder / "keys.toml"
-    path.write_text("[tenants.polite]\nbest_priority = -1\n" + "".join(parts))
-    return path
+    (folder / "keys.toml").write_text("[tenants.polite]\nbest_priority = -1\n" + "".join(parts))
 
 
 # --- one server ------------------------------------------------------------------------------------
@@ -226,7 +242,7 @@ class Bench:
             *("--host", "127.0.0.1", "--port", str(port), "--shutdown-timeout", "0"),
             *("--disable-log-stats", "--disable-uvicorn-access-log"),
             *(("--kv-cache-memory-bytes", CACHE) if not _sizes_cache(lever, flags) else ()),
-            *lever.common, *flags,
+            *(flag.replace("FOLDER", str(self.folder)) for flag in (*lever.common, *flags)),
         ]  # fmt: skip
         server = Server(command, {"PYTHONPATH": str(ROOT / "src")})
         process = start(server, self.folder / "server.log")
@@ -247,10 +263,16 @@ class Bench:
     def _two_loads(self, lever: Lever, port: int, seed: int) -> Figures:
         load, tokenizer = lever.load, self.tokenizers[lever.built_in]
         target = _target(port, tokenizer, ask_chat=lever.built_in)
-        timed = load.requests(tokenizer, 2 * seed, load.count)
+        requests = load.requests(tokenizer, seed, load.count + load.burst)
+        if load.warm:
+            _run(target, load.requests(tokenizer, seed, load.warm), seed, LoadOptions())
+        timed, rest = requests[: load.count], requests[load.count :]
         result = _run(target, timed, seed, LoadOptions(request_rate=load.rate, num_warmups=3))
-        burst = _run(target, load.requests(tokenizer, 2 * seed + 1, load.burst), seed, LoadOptions())
-        at_once = {"burst_ttft_ms": burst["median_ttft_ms"], "burst_itl_p99_ms": burst["p99_itl_ms"]}
+        burst = _run(target, rest, seed, LoadOptions())
+        at_once = {
+            "burst_ttft_ms": burst["median_ttft_ms"],
+            "burst_itl_p99_ms": burst["p99_itl_ms"],
+        }
         return _latencies(result) | at_once | {"output_tok_s": burst["output_throughput"]}
 
     def _tenants(self, lever: Lever, port: int, seed: int) -> Figures:
@@ -306,7 +328,7 @@ def _run(
 ) -> dict[str, Any]:
     send_ids = not target.options.chat
     run = run_serve(
-        target, requests, load, seed=seed, percentiles=(90, 99), slos={}, send_ids=send_ids
+        target, requests, load, seed=seed, percentiles=(90, 99, 100), slos={}, send_ids=send_ids
     )
     if run.figures["failed"]:
         raise SystemExit(f"requests failed: {run.figures['error_counts']}")
@@ -319,6 +341,7 @@ def _latencies(figures: Mapping[str, Any]) -> Figures:
         "ttft_p90_ms": figures["p90_ttft_ms"],
         "tpot_ms": figures["median_tpot_ms"],
         "itl_p99_ms": figures["p99_itl_ms"],
+        "itl_max_ms": figures["p100_itl_ms"],
         "cached": figures["cached_input_tokens"] / figures["total_input_tokens"],
     }
 
@@ -369,23 +392,24 @@ def measure(bench: Bench, lever: Lever, rounds: int) -> dict[str, Any]:
             began = time.perf_counter()
             found[name].append(bench.measure(lever, lever.settings[name], round_))
             figures = {key: round(value, 2) for key, value in found[name][-1].items()}
-            print(f"{lever.name}: {name} ({time.perf_counter() - began:.0f} s)", figures, flush=True)
+            print(
+                f"{lever.name}: {name} ({time.perf_counter() - began:.0f} s)", figures, flush=True
+            )
     first = found[names[0]]
-    flags = {name: _public(lever.settings[name]) for name in names}
     return {
         "load": lever.load.about,
         "model": "quire-builtin" if lever.built_in else bench.model.name,
         "record": run_record() | {"measured_at": "autogroup -10"},
         "settings": [
-            {"name": name, "flags": flags[name], "rounds": found[name], **summary(found[name], first)}
+            {
+                "name": name,
+                "flags": " ".join(lever.settings[name]),
+                "rounds": found[name],
+                **summary(found[name], first),
+            }
             for name in names
         ],
     }
-
-
-def _public(flags: Sequence[str]) -> str:
-    """Without the folder of this run."""
-    return " ".join(Path(flag).name if flag.startswith("/") else flag for flag in flags)
 
 
 def summary(values: Sequence[Figures], default: Sequence[Figures]) -> dict[str, Figures]:
@@ -415,7 +439,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the server ends too
     _prefer(os.getpid())
     with _folder() as folder:
-        known = {lever.name: lever for lever in levers(folder)}
+        _write_keys(folder)
+        known = {lever.name: lever for lever in LEVERS}
         if unknown := set(args.levers) - set(known):
             parser.error(f"no lever {sorted(unknown)}; there are {list(known)}")
         bench = Bench(args.model, folder)

@@ -1,6 +1,6 @@
 """The tables and the picture of SERVING.md, from the results of `bench.levers`.
 
-    python -m bench.levers_plot [FILE]     writes SERVING.md's tables and docs/images/levers-light.svg, -dark.svg
+    python -m bench.levers_plot [FILE]     writes SERVING.md's tables, docs/images/levers-light.svg and -dark.svg
 
 A dot is a setting's ratio to its lever's first setting, the default. Right of the line is better: of times,
 the ratio of the default to it is drawn.
@@ -34,6 +34,7 @@ TABLE = (
     Measure("ttft_p90_ms", "p90"),
     Measure("tpot_ms", "TPOT, ms"),
     Measure("itl_p99_ms", "ITL p99, ms"),
+    Measure("itl_max_ms", "longest"),
     Measure("burst_ttft_ms", "TTFT at once, ms"),
     Measure("output_tok_s", "tokens/s at once", less_is_better=False),
     Measure("memory_mib", "memory, MiB"),
@@ -42,7 +43,7 @@ RARE = (Measure("cached", "cached"), Measure("preemptions", "preemptions"))
 """Columns where a setting has any."""
 DRAWN = (
     Measure("ttft_ms", "time to first token"),
-    Measure("itl_p99_ms", "p99 between tokens (ITL)"),
+    Measure("itl_max_ms", "longest between tokens (ITL)"),
     Measure("output_tok_s", "throughput", less_is_better=False),
 )
 COLORS = {
@@ -140,10 +141,12 @@ def _row(y: float, setting: Mapping[str, Any], colors: Mapping[str, str]) -> Ite
             'stroke-width="2.5"/>'
         )
         yield f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{color}"/>'
-        side = -1 if ratio < 1 and x > _x(panel, LEAST) + 36 or x > _x(panel, MOST) - 36 else 1
-        anchor = "end" if side < 0 else "start"
+        left = ratio < 1
+        if not _x(panel, LEAST) + 30 < x < _x(panel, MOST) - 30:  # no room beyond the dot
+            x, left = one, not left
         label = f"{ratio:.2f}" if ratio < 9.95 else f"{ratio:.0f}"
-        yield _text(x + 8 * side, y + 4, label, colors["text"], size=11, anchor=anchor)
+        at, anchor = (x - 8, "end") if left else (x + 8, "start")
+        yield _text(at, y + 4, label, colors["text"], size=11, anchor=anchor)
 
 
 def _x(panel: int, ratio: float) -> float:

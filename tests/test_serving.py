@@ -1,8 +1,9 @@
-"""SERVING.md: its commands run, its arithmetic is that of the ledger, its tables and picture are the results'."""
+"""SERVING.md: its commands run, its sums are the ledger's, its tables and picture are those of the results."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -102,7 +103,7 @@ def test_every_metric_that_is_named_exists() -> None:
 # --- sizes -----------------------------------------------------------------------------------------
 
 
-DRY = [(text, out) for (kind, text), (_, out) in zip(FENCES, FENCES[1:], strict=False)
+DRY = [(text, out) for (kind, text), (_, out) in itertools.pairwise(FENCES)
        if kind == "sh" and "--device-memory" in text]  # fmt: skip
 
 
@@ -193,8 +194,8 @@ def test_the_picture_is_that_of_the_results(results: levers_plot.Results, scheme
     assert path.read_text(encoding="utf-8") == made, "run python -m bench.levers_plot"
 
 
-def test_the_results_are_of_these_settings(results: levers_plot.Results, tmp_path: Path) -> None:
-    known = {lever.name: list(lever.settings) for lever in levers.levers(tmp_path)}
+def test_the_results_are_of_these_settings(results: levers_plot.Results) -> None:
+    known = {lever.name: list(lever.settings) for lever in levers.LEVERS}
     assert {
         name: [each["name"] for each in lever["settings"]] for name, lever in results.items()
     } == known
@@ -207,7 +208,7 @@ def test_the_results_are_of_these_settings(results: levers_plot.Results, tmp_pat
             assert found == {key: setting[key] for key in ("medians", "ratios")}
 
 
-@pytest.mark.parametrize("lever", levers.levers(Path("/tmp")), ids=lambda lever: lever.name)
+@pytest.mark.parametrize("lever", levers.LEVERS, ids=lambda lever: lever.name)
 def test_a_server_takes_every_setting(lever: levers.Lever) -> None:
     for flags in lever.settings.values():
         serve.configs([*lever.common, *flags])

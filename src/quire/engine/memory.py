@@ -233,9 +233,9 @@ def _check_given_bytes(
     left = footprint.memory.total // replicas - footprint.weight_bytes - footprint.step_bytes
     if cache.kv_cache_memory_bytes is not None and kv_bytes > left:
         raise MemoryFitError(
-            f"A KV cache of {format_bytes(kv_bytes)} does not fit in the {format_bytes(left)} that weights and "
-            f"activations leave of {format_bytes(footprint.memory.total)}. Set --kv-cache-memory-bytes {left} "
-            "or less, or leave it out."
+            f"A KV cache of {format_bytes(kv_bytes)} does not fit in the {format_bytes(left)} that weights "
+            f"and activations leave of {format_bytes(footprint.memory.total)}. "
+            f"Set --kv-cache-memory-bytes {left} or less, or leave it out."
         )
 
 
