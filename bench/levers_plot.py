@@ -1,6 +1,6 @@
 """The tables and the picture of SERVING.md, from the results of `bench.levers`.
 
-    python -m bench.levers_plot [FILE]     writes SERVING.md's tables, docs/images/levers-light.svg and -dark.svg
+    python -m bench.levers_plot [FILE]     writes SERVING.md's tables, docs/images/levers-light.svg, -dark.svg
 
 A dot is a setting's ratio to its lever's first setting, the default. Right of the line is better: of times,
 the ratio of the default to it is drawn.
