@@ -89,6 +89,25 @@ def test_too_little_names_the_options_and_values_that_would_do() -> None:
     assert plan(gpu_memory_utilization=share).kv_tokens >= 4096
 
 
+def test_a_remedy_that_the_memory_does_not_hold_is_not_named() -> None:
+    small = DeviceMemory(total=GIB, available=GIB)
+    with pytest.raises(MemoryFitError, match=r"do: --max-model-len \d+") as raised:
+        plan(90000, machine=small)
+    assert "--kv-cache-memory-bytes" not in str(raised.value)
+    length = int(str(raised.value).split("--max-model-len ")[1].split()[0])
+    assert plan(length, machine=small).kv_tokens >= length
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_bytes_that_the_memory_does_not_hold_are_refused(gpu: bool) -> None:
+    with pytest.raises(MemoryFitError, match="does not fit in the") as raised:
+        plan(kv_cache_memory_bytes=16 * GIB, max_num_seqs=2000, gpu=gpu)
+    most = int(str(raised.value).split("--kv-cache-memory-bytes ")[1].split()[0])
+    assert plan(kv_cache_memory_bytes=most, max_num_seqs=2000, gpu=gpu).kv_bytes > most - BLOCK
+    with pytest.raises(MemoryFitError, match="does not fit in the"):
+        plan(kv_cache_memory_bytes=most + BLOCK, max_num_seqs=2000, gpu=gpu)
+
+
 def test_an_override_that_is_too_small_is_named() -> None:
     with pytest.raises(MemoryFitError, match="--num-gpu-blocks-override 257"):
         plan(num_gpu_blocks_override=10)

@@ -19,6 +19,11 @@ GPU_RESERVE = 512 << 20
 """Bytes of a GPU that the plan leaves free, whatever the share: for CUDA graphs, and tables that
 only some requests need."""
 
+LESS_OR_MORE = (
+    "Divide the model among more devices (--tensor-parallel-size, --pipeline-parallel-size), store it in "
+    "fewer bits (--quantization), or take devices with more memory."
+)
+
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
@@ -107,6 +112,7 @@ def plan_memory(
     if max_model_len < 1 or fits < max_model_len:
         needed = (blocks_for(max_model_len) + 1) * block_bytes
         raise _does_not_fit(cache, max_model_len, fits, needed, block_bytes, footprint, replicas)
+    _check_given_bytes(cache, num_blocks * block_bytes, footprint, replicas)
     return MemoryPlan(
         weight_bytes=footprint.weight_bytes,
         activation_bytes=footprint.step_bytes,
@@ -220,6 +226,19 @@ def _kv_budget(cache: CacheConfig, footprint: Footprint, *, gpu: bool, replicas:
     return int(memory.available * DEFAULT_CPU_SHARE) // replicas - others
 
 
+def _check_given_bytes(
+    cache: CacheConfig, kv_bytes: int, footprint: Footprint, replicas: int
+) -> None:
+    """Bytes that are given are not compared with what is available, which changes, but with what there is."""
+    left = footprint.memory.total // replicas - footprint.weight_bytes - footprint.step_bytes
+    if cache.kv_cache_memory_bytes is not None and kv_bytes > left:
+        raise MemoryFitError(
+            f"A KV cache of {format_bytes(kv_bytes)} does not fit in the {format_bytes(left)} that weights "
+            f"and activations leave of {format_bytes(footprint.memory.total)}. "
+            f"Set --kv-cache-memory-bytes {left} or less, or leave it out."
+        )
+
+
 def _does_not_fit(
     cache: CacheConfig,
     longest: int,
@@ -234,25 +253,21 @@ def _does_not_fit(
     besides = f"{weights} of weights and {step} of activations"
     if others >= memory.total and cache.num_gpu_blocks_override is None:
         return MemoryFitError(
-            f"{besides} do not fit in {format_bytes(memory.total)} of memory. Divide the model among more "
-            "devices (--tensor-parallel-size, --pipeline-parallel-size), store it in fewer bits "
-            "(--quantization), or take devices with more memory."
+            f"{besides} do not fit in {format_bytes(memory.total)} of memory. {LESS_OR_MORE}"
         )
     share = min(1.0, replicas * (needed + others) / memory.total + 0.005)
-    if cache.num_gpu_blocks_override is not None:
-        remedies = [f"--num-gpu-blocks-override {needed // block_bytes}"]
-    else:
-        remedies = [f"--kv-cache-memory-bytes {needed}"]
-    if cache.num_gpu_blocks_override is None and replicas * (needed + others) < memory.total:
-        remedies.append(f"--gpu-memory-utilization {share:.2f}")
+    remedies = []
     if fits >= cache.block_size:
-        remedies.insert(0, f"--max-model-len {fits} (or -1 to fit it to memory)")
+        remedies.append(f"--max-model-len {fits} (or -1 to fit it to memory)")
+    if cache.num_gpu_blocks_override is not None:
+        remedies.append(f"--num-gpu-blocks-override {needed // block_bytes}")
+    elif replicas * (needed + others) < memory.total:
+        remedies += [f"--kv-cache-memory-bytes {needed}", f"--gpu-memory-utilization {share:.2f}"]
+    remedy = f"Any of these would do: {'; '.join(remedies)}." if remedies else LESS_OR_MORE
     return MemoryFitError(
         f"One sequence of {longest:,} tokens needs {format_bytes(needed)} of KV cache, but only "
         f"{fits:,} tokens fit beside {besides} in {format_bytes(memory.total)} of memory "
-        f"({format_bytes(memory.available)} available). Any of these would do: "
-        + "; ".join(remedies)
-        + "."
+        f"({format_bytes(memory.available)} available). {remedy}"
     )
 
 
