@@ -17,8 +17,8 @@ def run(argv: list[str]) -> int:
         prog="quire chaos",
         usage="quire chaos [MODEL] [flags]",
         description=(
-            "Start a server, strike it with faults under load, and check after each that every request ended\n"
-            "once, that answers are those of an undisturbed server, and that nothing is held, left or growing."
+            "Start a server, strike it with faults under load, and check after each that every request\n"
+            "ended once, that answers are those of an undisturbed server, and that nothing is held or left."
         ),
     )
     parser.add_argument("model", nargs="?", default="", help="default: the built-in model")

@@ -2,8 +2,8 @@
 
 A leak is a trend; allocators and caches make steps and noise. So the slope is Theil and Sen's, the median of
 the slopes of all pairs (robust while fewer than 29 % of the samples are outliers), over the samples after a
-warm-up, and the growth is that slope times the span. It is a violation if it is above the bound, and the median
-of the last third is above that of the first third by half the bound.
+warm-up, and the growth is that slope times the span. It is a violation if it is above the bound, and the
+median of the last third is above that of the first third by half the bound.
 """
 
 from __future__ import annotations

@@ -155,6 +155,10 @@ class Reply:
         except httptools.HttpParserError as error:
             self.problem = self.problem or f"not HTTP ({error})"
 
+    def on_message_begin(self) -> None:
+        if self.is_complete:
+            self.problem = "another response after the end of the response"
+
     def on_header(self, name: bytes, value: bytes) -> None:
         self.headers[name.decode("latin-1").lower()] = value.decode("latin-1")
 

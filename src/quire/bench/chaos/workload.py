@@ -1,8 +1,8 @@
 """The requests, and their answers when nothing else happens.
 
-An answer depends on nothing but the request (docs/architecture.md), so one that comes in the middle of a fault
-is either byte-equal to the recorded one or wrong. Requests differ in what they make the engine keep: greedy and
-seeded, streamed and whole, several choices, a grammar, shared prefixes, adapters, long ones.
+An answer depends on nothing but the request (docs/architecture.md), so one that comes in the middle of a
+fault is either byte-equal to the recorded one or wrong. Requests differ in what they make the engine keep:
+greedy and seeded, streamed and whole, several choices, a grammar, shared prefixes, adapters, long ones.
 """
 
 from __future__ import annotations
