@@ -23,7 +23,7 @@ GAUGES = (*BLOCK_GAUGES, *IDLE_GAUGES)
 
 
 def metrics(**changed: float) -> Metrics:
-    values = {name: 0.0 for name in GAUGES} | changed
+    values = dict.fromkeys(GAUGES, 0.0) | changed
     return read_metrics("\n".join(f'{name}{{a="b"}} {value}' for name, value in values.items()))
 
 

@@ -1,4 +1,4 @@
-"""The parts of `quire chaos` that touch the machine: processes, the clock, the full disk, and its command line."""
+"""The parts of `quire chaos` that touch the machine: processes, the clock, the full disk, and its command."""
 
 from __future__ import annotations
 

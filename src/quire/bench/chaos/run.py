@@ -1,9 +1,11 @@
-"""The run: an undisturbed server's answers, then fault after fault, each followed by the invariants; at the
-end the server leaves under load, comes back, and leaves again."""
+"""The run: an undisturbed server's answers, then fault after fault, each followed by the invariants. At the
+end the server leaves under load, comes back, leaves again, and gives up after one death too many."""
 
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
@@ -20,7 +22,7 @@ from quire.bench.chaos.metrics import read_metrics
 from quire.bench.chaos.options import ChaosOptions
 from quire.bench.chaos.processes import Sample
 from quire.bench.chaos.report import ProcessReport, Report, Strike
-from quire.bench.chaos.server import Server, small_disk
+from quire.bench.chaos.server import STOP_SECONDS, Server, small_disk
 from quire.bench.chaos.wire import Answer, Kind, Outcome
 from quire.bench.chaos.workload import adapted_calls, large_calls, record, small_calls
 from quire.errors import EngineError
@@ -92,6 +94,7 @@ class _Run:
             await self._strike(fault, Random(f"{self._options.seed}/{number}/{fault.name}"))
         if self._exits < GIVE_UP_EXITS:
             await self._leave_and_return()
+            await self._give_up()
         self._report.seconds = self._now()
         self._report.processes = self._processes()
         return self._report
@@ -208,7 +211,7 @@ class _Run:
         await asyncio.sleep(1)
         status = await self._server.stop()
         await load.stop()
-        found = self._after_end(status)
+        found = self._after_end(status, 0)
         evidence = Evidence(load.take(), self._answers, LEAVING)
         found += ended_once(evidence) + answers_equal(evidence)
         self._note("drain", at, evidence, Struck(), found)
@@ -219,12 +222,26 @@ class _Run:
         await load.send_all(self._calls)
         evidence = await self._settled(())
         status = await self._server.stop()
-        found = violations(evidence) + self._after_end(status)
-        details = {"ready_s": round(seconds, 2)}
-        self._note("restart", at, evidence, Struck(details), found)
+        found = violations(evidence) + self._after_end(status, 0)
+        self._note("restart", at, evidence, Struck({"ready_s": round(seconds, 2)}), found)
 
-    def _after_end(self, status: int | None) -> list[str]:
-        found = [] if status == 0 else [f"the server exited with {status} after SIGTERM"]
+    async def _give_up(self) -> None:
+        """A core's death that is one too many: all requests end with a typed error, and the server exits with 1."""
+        at, load = self._now(), self._site.load
+        self._server.start(max_core_deaths=1)
+        await self._server.wait_ready()
+        load.start()
+        await asyncio.sleep(1)
+        for pid in self._server.pids("core"):
+            os.kill(pid, signal.SIGKILL)
+        status = await self._server.wait_end(STOP_SECONDS)
+        await load.stop()
+        evidence = Evidence(load.take(), self._answers, LEAVING | {Kind.ERROR})
+        found = self._after_end(status, 1) + ended_once(evidence) + answers_equal(evidence)
+        self._note("last death", at, evidence, Struck(), found)
+
+    def _after_end(self, status: int | None, expected: int) -> list[str]:
+        found = [] if status == expected else [f"the server exited with {status}, not {expected}"]
         return found + [f"left behind: {text}" for text in self._server.left_behind()]
 
 

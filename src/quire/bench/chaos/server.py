@@ -32,6 +32,10 @@ PROBE_SECONDS = 10.0
 DISK_BYTES = 24 << 20
 """Of the file system of the disk tier."""
 BODY_BYTES = 256 << 10
+MANY_DEATHS = 1_000_000
+"""Of engine cores, in a run that kills them all the time."""
+HANG_SECONDS = 8.0
+"""After which a core that stands still is replaced."""
 _LISTENING = re.compile(r"listening on http://([\d.]+):(\d+)")
 
 
@@ -60,7 +64,7 @@ class Server:
 
     # --- its life ---
 
-    def command(self) -> list[str]:
+    def command(self, *, max_core_deaths: int = MANY_DEATHS) -> list[str]:
         model = [self._options.model] if self._options.model else []
         flags = {
             "host": "127.0.0.1",
@@ -76,6 +80,9 @@ class Server:
             "max-body-bytes": BODY_BYTES,
             "shutdown-timeout": 45,
             "tensor-parallel-size": self._options.tensor_parallel_size,
+            "max-core-deaths": max_core_deaths,
+            "core-hang-timeout": HANG_SECONDS,
+            "health-timeout": HANG_SECONDS / 2,
         }
         switches = ["--disable-uvicorn-access-log"]
         if not self.no_adapters:
@@ -84,7 +91,7 @@ class Server:
         words = [f"--{name}={value}" for name, value in flags.items()]
         return [sys.executable, "-m", "quire", "serve", *model, *words, *switches]
 
-    def start(self) -> None:
+    def start(self, *, max_core_deaths: int = MANY_DEATHS) -> None:
         self._starts += 1
         self._address = None
         environment = child_environment() | self._clock.environment
@@ -92,7 +99,7 @@ class Server:
         environment["QUIRE_LOG_LEVEL"] = "INFO"  # its port is in the log
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                self.command(),
+                self.command(max_core_deaths=max_core_deaths),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

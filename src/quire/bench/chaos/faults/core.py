@@ -46,7 +46,7 @@ class KillWorker(KillCore):
 
 
 class HangCore(Fault):
-    """SIGSTOP for longer than --core-timeout: counts as a death."""
+    """SIGSTOP until --core-hang-timeout has passed: counts as a death."""
 
     name = "hang-core"
     tolerates = RESTARTING
