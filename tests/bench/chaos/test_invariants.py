@@ -33,6 +33,8 @@ def good() -> Evidence:
         answers={"a": ANSWER},
         metrics=metrics(),
         statuses={"/health": 200, "/ready": 200},
+        roles={"core": 1, "worker": 1, "other": 3},
+        expected_roles={"core": 1, "worker": 1},
     )
 
 
@@ -99,8 +101,8 @@ def test_no_metrics():
         {"exit_status": 1, "metrics": None},
         {"statuses": {"/health": 503, "/ready": 200}},
         {"statuses": {"/health": 200, "/ready": 0}},
-        {"cores": 0},
-        {"cores": 2},
+        {"roles": {"core": 1}},
+        {"roles": {"core": 1, "worker": 2}},
         {"zombies": [17]},
     ],
 )

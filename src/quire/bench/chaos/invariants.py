@@ -42,8 +42,9 @@ class Evidence:
     exit_status: int | None = None
     """None: the server runs."""
     zombies: Sequence[int] = ()
-    cores: int = 1
-    expected_cores: int = 1
+    roles: Mapping[str, int] = field(default_factory=dict)
+    """What a process is -> how many there are."""
+    expected_roles: Mapping[str, int] = field(default_factory=dict)
 
 
 def ended_once(evidence: Evidence) -> list[str]:
@@ -84,8 +85,9 @@ def server_well(evidence: Evidence) -> list[str]:
     found = [
         f"{path} answers {status}" for path, status in evidence.statuses.items() if status != 200
     ]
-    if evidence.cores != evidence.expected_cores:
-        found.append(f"{evidence.cores} engine cores instead of {evidence.expected_cores}")
+    for role, expected in evidence.expected_roles.items():
+        if (count := evidence.roles.get(role, 0)) != expected:
+            found.append(f"{count} processes instead of {expected}: {role}")
     if evidence.zombies:
         found.append(f"{len(evidence.zombies)} processes ended and were not waited for")
     return found

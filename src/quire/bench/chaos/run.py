@@ -1,5 +1,5 @@
 """The run: an undisturbed server's answers, then fault after fault, each followed by the invariants. At the
-end the server leaves under load, comes back, leaves again, and gives up after one death too many."""
+end the server leaves under load, comes back, leaves again, gives up after one death too many, and is killed."""
 
 from __future__ import annotations
 
@@ -35,6 +35,8 @@ BEFORE, AFTER = 0.5, 0.5
 """Seconds of load before and after a fault."""
 GIVE_UP_EXITS = 3
 """Unexpected ends of the server after which a run ends."""
+ORPHAN_SECONDS = 30.0
+"""After the front end's death, until the others have ended."""
 PROBES = ("/health", "/ready")
 LEAVING = frozenset({Kind.REFUSAL, Kind.UNREACHABLE, Kind.DROPPED})
 
@@ -95,6 +97,7 @@ class _Run:
         if self._exits < GIVE_UP_EXITS:
             await self._leave_and_return()
             await self._give_up()
+            await self._vanish()
         self._report.seconds = self._now()
         self._report.processes = self._processes()
         return self._report
@@ -103,7 +106,8 @@ class _Run:
         return monotonic() - self._started
 
     def _order(self) -> Iterator[Fault]:
-        """All faults that can be done, in another order in each round."""
+        """All faults that can be done, in another order in each round. Two rounds of three leave the engine core
+        alive, so that growth of its memory can be seen."""
         able = []
         for fault in create_faults(self._options.faults):
             if reason := fault.unavailable(self._site):
@@ -111,10 +115,12 @@ class _Run:
                 self._say(f"skipped: {fault.name}: {reason}")
             else:
                 able.append(fault)
+        mild = [fault for fault in able if not fault.ends_core]
         draw = Random(f"{self._options.seed}/order")
         while able:
-            draw.shuffle(able)
-            yield from able
+            for faults in (able, mild, mild):
+                draw.shuffle(faults)
+                yield from faults
 
     async def _strike(self, fault: Fault, draw: Random) -> None:
         """The fault under load, then quiet, then the invariants."""
@@ -163,7 +169,8 @@ class _Run:
             statuses,
             server.exit_status(),
             processes.zombies([process.pid for process in alive]),
-            sum(process.role == "core" for process in alive),
+            Counter(process.role for process in alive),
+            server.expected_roles,
         )
 
     def _note(
@@ -226,7 +233,7 @@ class _Run:
         self._note("restart", at, evidence, Struck({"ready_s": round(seconds, 2)}), found)
 
     async def _give_up(self) -> None:
-        """A core's death that is one too many: all requests end with a typed error, and the server exits with 1."""
+        """A core's death that is one too many: requests end with a typed error, and the server exits with 1."""
         at, load = self._now(), self._site.load
         self._server.start(max_core_deaths=1)
         await self._server.wait_ready()
@@ -239,6 +246,24 @@ class _Run:
         evidence = Evidence(load.take(), self._answers, LEAVING | {Kind.ERROR})
         found = self._after_end(status, 1) + ended_once(evidence) + answers_equal(evidence)
         self._note("last death", at, evidence, Struck(), found)
+
+    async def _vanish(self) -> None:
+        """SIGKILL to the front end: its other processes notice, and leave nothing."""
+        at, load = self._now(), self._site.load
+        self._server.start()
+        await self._server.wait_ready()
+        load.start()
+        await asyncio.sleep(1)
+        for pid in self._server.pids("front end"):
+            os.kill(pid, signal.SIGKILL)
+        status = await self._server.wait_end(STOP_SECONDS)
+        await load.stop()
+        until = monotonic() + ORPHAN_SECONDS
+        while self._server.left_behind() and monotonic() < until:
+            await asyncio.sleep(0.1)
+        evidence = Evidence(load.take(), self._answers, LEAVING | {Kind.BROKEN})
+        found = self._after_end(status, -signal.SIGKILL) + answers_equal(evidence)
+        self._note("kill front end", at, evidence, Struck(), found)
 
     def _after_end(self, status: int | None, expected: int) -> list[str]:
         found = [] if status == expected else [f"the server exited with {status}, not {expected}"]

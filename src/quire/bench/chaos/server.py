@@ -82,6 +82,7 @@ class Server:
             "tensor-parallel-size": self._options.tensor_parallel_size,
             "max-core-deaths": max_core_deaths,
             "core-hang-timeout": HANG_SECONDS,
+            "worker-timeout": HANG_SECONDS,
             "health-timeout": HANG_SECONDS / 2,
         }
         switches = ["--disable-uvicorn-access-log"]
@@ -146,6 +147,11 @@ class Server:
         return self._process.poll() if self._process is not None else None
 
     # --- what it has ---
+
+    @property
+    def expected_roles(self) -> dict[str, int]:
+        workers = self._options.tensor_parallel_size - 1
+        return {"front end": 1, "core": 1, "worker": workers}
 
     @property
     def address(self) -> Address:

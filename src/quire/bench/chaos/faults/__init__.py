@@ -5,7 +5,14 @@ from __future__ import annotations
 from quire.bench.chaos.faults.adapters import AdapterChurn
 from quire.bench.chaos.faults.base import Fault, Site, Struck
 from quire.bench.chaos.faults.clock_jumps import ClockJumps
-from quire.bench.chaos.faults.core import HangCore, KillCore, KillWorker, PauseCore
+from quire.bench.chaos.faults.core import (
+    HangCore,
+    HangWorker,
+    KillCore,
+    KillWorker,
+    PauseCore,
+    PauseWorker,
+)
 from quire.bench.chaos.faults.disconnects import DisconnectStorm
 from quire.bench.chaos.faults.disk import FullDisk
 from quire.bench.chaos.faults.keys import KeyReloads
@@ -21,8 +28,10 @@ FAULTS: dict[str, type[Fault]] = {
         SlowReaders,
         PauseCore,
         KillCore,
-        KillWorker,
         HangCore,
+        PauseWorker,
+        KillWorker,
+        HangWorker,
         PoolExhaustion,
         MalformedRequests,
         ClockJumps,

@@ -35,25 +35,16 @@ class KillCore(Fault):
         return await replaced(site, victim)
 
 
-class KillWorker(KillCore):
-    """SIGKILL to a rank that only follows: the core notices, and all ranks are replaced."""
-
-    name = "kill-worker"
-    role = "worker"
-
-    def unavailable(self, site: Site) -> str:
-        return "" if site.server.pids("worker") else "there is one rank (-tp 2 has two)"
-
-
 class HangCore(Fault):
     """SIGSTOP until --core-hang-timeout has passed: counts as a death."""
 
     name = "hang-core"
     tolerates = RESTARTING
     ends_core = True
+    role = "core"
 
     async def strike(self, site: Site, draw: Random) -> Struck:
-        (victim,) = site.server.pids("core")
+        victim = draw.choice(site.server.pids(self.role))
         os.kill(victim, signal.SIGSTOP)
         try:
             return await replaced(site, victim)
@@ -66,9 +57,10 @@ class PauseCore(Fault):
     """SIGSTOP for a moment: all is late, nothing is lost, and the front end answers probes."""
 
     name = "pause-core"
+    role = "core"
 
     async def strike(self, site: Site, draw: Random) -> Struck:
-        (victim,) = site.server.pids("core")
+        victim = draw.choice(site.server.pids(self.role))
         seconds = draw.uniform(0.3, 2.5)
         os.kill(victim, signal.SIGSTOP)
         try:
@@ -84,6 +76,31 @@ class PauseCore(Fault):
                 f"/health: {probe.status} after {probed:.2f} s while the core stood still"
             )
         return Struck({"paused_s": round(seconds, 2), "health_ms": round(1000 * probed)}, problems)
+
+
+class _OfWorker(Fault):
+    """The same to a rank that only follows the core's plans."""
+
+    role = "worker"
+
+    def unavailable(self, site: Site) -> str:
+        return "" if site.server.pids("worker") else "there is one rank (-tp 2 has two)"
+
+
+class KillWorker(_OfWorker, KillCore):
+    """The core notices, and all ranks are replaced."""
+
+    name = "kill-worker"
+
+
+class HangWorker(_OfWorker, HangCore):
+    """Until --worker-timeout has passed: the core notices, and all ranks are replaced."""
+
+    name = "hang-worker"
+
+
+class PauseWorker(_OfWorker, PauseCore):
+    name = "pause-worker"
 
 
 async def replaced(site: Site, victim: int) -> Struck:

@@ -1,0 +1,61 @@
+"""A real server: what the run does is found in its report, and a violation that is planted in the server too."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+
+from quire.bench.chaos import run
+from quire.bench.chaos.faults import FAULTS, Fault, Struck
+from quire.bench.chaos.options import ChaosOptions
+from quire.bench.chaos.run import run_chaos
+
+
+class KillFrontEnd(Fault):
+    """What no server survives."""
+
+    name = "kill-front-end"
+
+    async def strike(self, site, draw):
+        (pid,) = site.server.pids("front end")
+        os.kill(pid, signal.SIGKILL)
+        return Struck({"pid": pid})
+
+
+class WrongAnswers(Fault):
+    """An answer that differs by what was asked: as if the engine had mixed up two requests."""
+
+    name = "wrong-answers"
+
+    async def strike(self, site, draw):
+        one, other = site.small[:2]
+        object.__setattr__(one, "body", other.body)
+        object.__setattr__(one, "path", other.path)
+        object.__setattr__(one, "stream", other.stream)
+        await site.load.send_all([one])
+        return Struck()
+
+
+async def test_planted_violations_are_found_and_the_run_goes_on(tmp_path, monkeypatch):
+    planted = (WrongAnswers, KillFrontEnd)
+    monkeypatch.setattr(run, "GIVE_UP_EXITS", 1)
+    for fault in planted:
+        monkeypatch.setitem(FAULTS, fault.name, fault)
+    names = tuple(fault.name for fault in planted)
+    lines: list[str] = []
+    options = ChaosOptions(seconds=0.001, faults=names, concurrency=2)
+    # Neither is drawn when the time is up already; both are done here by hand.
+    monkeypatch.setattr(run._Run, "_order", lambda self: iter([WrongAnswers(), KillFrontEnd()]))
+    monkeypatch.setattr(run._Run, "_now", lambda self, times=iter(range(10**6)): 0.0)
+    report = await run_chaos(options, tmp_path, lines.append)
+    found = report.violations
+    assert [text for text in found if text.startswith("wrong-answers: answers equal: small-0")]
+    assert "kill-front-end: server well: the server exited with -9" in found
+    assert not [text for text in found if text.startswith("none")]
+    assert report.requests["answer"] > 40
+    content = json.loads(json.dumps(report.as_json()))
+    assert content["violations"] == found
+    assert content["faults"]["wrong-answers"]["violations"] >= 1
+    text = report.as_text()
+    assert f"{len(found)} violations" in text and "VIOLATION" in text
