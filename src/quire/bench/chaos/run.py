@@ -1,5 +1,5 @@
 """The run: an undisturbed server's answers, then fault after fault, each followed by the invariants. At the
-end the server leaves under load, comes back, leaves again, gives up after one death too many, and is killed."""
+end the server leaves under load, comes back, leaves again, gives up after one death too many, is killed."""
 
 from __future__ import annotations
 
@@ -106,8 +106,8 @@ class _Run:
         return monotonic() - self._started
 
     def _order(self) -> Iterator[Fault]:
-        """All faults that can be done, in another order in each round. Two rounds of three leave the engine core
-        alive, so that growth of its memory can be seen."""
+        """All faults that can be done, in another order in each round. Two rounds of three leave the engine
+        core alive, so that growth of its memory can be seen."""
         able = []
         for fault in create_faults(self._options.faults):
             if reason := fault.unavailable(self._site):
@@ -140,7 +140,8 @@ class _Run:
             self._take_samples()
         else:
             self._exits += 1
-            await self._start_again()
+            if self._exits < GIVE_UP_EXITS:
+                await self._start_again()
 
     async def _settled(self, tolerates: Collection[Kind]) -> Evidence:
         """The evidence, as soon as all is quiet or `SETTLE_SECONDS` have passed."""
@@ -233,7 +234,7 @@ class _Run:
         self._note("restart", at, evidence, Struck({"ready_s": round(seconds, 2)}), found)
 
     async def _give_up(self) -> None:
-        """A core's death that is one too many: requests end with a typed error, and the server exits with 1."""
+        """A core's death that is one too many: requests end with a typed error, and the server with 1."""
         at, load = self._now(), self._site.load
         self._server.start(max_core_deaths=1)
         await self._server.wait_ready()
