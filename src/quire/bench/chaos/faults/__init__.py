@@ -6,9 +6,11 @@ from quire.bench.chaos.faults.adapters import AdapterChurn
 from quire.bench.chaos.faults.base import Fault, Site, Struck
 from quire.bench.chaos.faults.clock_jumps import ClockJumps
 from quire.bench.chaos.faults.core import (
+    CrashCore,
     HangCore,
     HangWorker,
     KillCore,
+    KillCoreTwice,
     KillWorker,
     PauseCore,
     PauseWorker,
@@ -28,6 +30,8 @@ FAULTS: dict[str, type[Fault]] = {
         SlowReaders,
         PauseCore,
         KillCore,
+        CrashCore,
+        KillCoreTwice,
         HangCore,
         PauseWorker,
         KillWorker,

@@ -24,15 +24,45 @@ class KillCore(Fault):
     tolerates = RESTARTING
     ends_core = True
     role = "core"
+    signals: tuple[signal.Signals, ...] = (signal.SIGKILL,)
 
     async def strike(self, site: Site, draw: Random) -> Struck:
         await asyncio.sleep(draw.uniform(0, 1))
         victims = site.server.pids(self.role)
         if not victims:
             return Struck(problems=[f"there is no {self.role} process"])
-        victim = draw.choice(victims)
-        os.kill(victim, signal.SIGKILL)
-        return await replaced(site, victim)
+        victim, sent = draw.choice(victims), draw.choice(self.signals)
+        os.kill(victim, sent)
+        struck = await replaced(site, victim)
+        return Struck({"signal": sent.name, **struck.details}, struck.problems)
+
+
+class CrashCore(KillCore):
+    """What a fault in the core itself looks like: its requests are suspected, and go on one after another."""
+
+    name = "crash-core"
+    signals = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS)
+
+
+class KillCoreTwice(KillCore):
+    """SIGKILL, and again to the next core, while it loads or has just begun."""
+
+    name = "kill-core-twice"
+
+    async def strike(self, site: Site, draw: Random) -> Struck:
+        pause = draw.uniform(0, 4)
+        (first,) = site.server.pids("core")
+        os.kill(first, signal.SIGKILL)
+        while not (cores := [pid for pid in site.server.pids("core") if pid != first]):
+            if site.server.exit_status() is not None:
+                break
+            await asyncio.sleep(0.02)
+        await asyncio.sleep(pause)
+        for pid in cores:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        struck = await replaced(site, cores[0] if cores else first)
+        return Struck({"pause_s": round(pause, 2), **struck.details}, struck.problems)
 
 
 class HangCore(Fault):
