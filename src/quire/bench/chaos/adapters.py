@@ -38,7 +38,7 @@ def write_adapters(model: Path, folder: Path, seed: int) -> str:
 
 
 def _write(folder: Path, tensors: dict[str, np.ndarray], targets: list[str]) -> None:
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     about = {"peft_type": "LORA", "r": RANK, "lora_alpha": 2 * RANK, "target_modules": targets}
     (folder / "adapter_config.json").write_text(
         json.dumps(about | {"task_type": "CAUSAL_LM"}), "utf-8"

@@ -13,7 +13,7 @@ _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
 @dataclass(frozen=True, slots=True)
 class ChaosOptions:
     seconds: float = 300.0
-    """Faults are drawn until then; a fault that has begun, and the end of the run, are finished."""
+    """How long faults are drawn; the last of them, and the end of the run, come after it."""
     seed: int = 0
     """Of the order of faults and of all that they choose."""
     faults: tuple[str, ...] = ()

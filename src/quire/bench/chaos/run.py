@@ -90,8 +90,9 @@ class _Run:
         self._answers = await record(self._server.address, self._calls)
         self._say(f"{len(self._answers)} undisturbed answers after {self._now():.1f} s")
         await self._strike(Undisturbed(), Random(0))
+        begun = self._now()
         for number, fault in enumerate(self._order()):
-            if self._now() > self._options.seconds or self._exits >= GIVE_UP_EXITS:
+            if self._now() - begun > self._options.seconds or self._exits >= GIVE_UP_EXITS:
                 break
             await self._strike(fault, Random(f"{self._options.seed}/{number}/{fault.name}"))
         if self._exits < GIVE_UP_EXITS:
