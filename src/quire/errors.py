@@ -13,6 +13,7 @@
     ├── QueueFullError         admission limit reached; retry later
     └── EngineError            the engine failed, not the request
         ├── EngineSleepingError     its memory is freed; wake it up first
+        ├── PoisonRequestError      the engine core has died of this request, or of its like
         └── EngineDeadError         the engine core is gone; no request can be served
             └── WorkerError             because one of its ranks has died or does not answer
 
@@ -82,6 +83,13 @@ class EngineError(QuireError):
 
 class EngineSleepingError(EngineError):
     """The engine sleeps (`LLM.sleep`, POST /sleep) and takes no requests."""
+
+
+class PoisonRequestError(EngineError):
+    """The engine core has died of this request, or of one with the same prompt and parameters."""
+
+    BEGINNING = "The engine core has died of this request"
+    """Of the message with which it ends, and with which its like are refused."""
 
 
 class EngineDeadError(EngineError):

@@ -31,6 +31,7 @@ OPTIONS: dict[str, Any] = {
     "max_num_batched_tokens": 64,
     "max_model_len": 256,
     "num_gpu_blocks_override": 60,
+    "max_core_deaths": 1,
 }
 LONG = SamplingParams(
     temperature=0.0, max_tokens=200, ignore_eos=True, output_kind=RequestOutputKind.DELTA
@@ -185,7 +186,7 @@ async def test_salts_keep_tenants_apart(engine: AsyncLLM) -> None:
 async def test_a_killed_core_fails_every_stream_and_health(engine: AsyncLLM) -> None:
     streams = [engine.submit("abc", LONG) for _ in range(6)]
     await anext(aiter(streams[0]))
-    engine._core.process.kill()
+    engine._core._cores[0].process.kill()
     for stream in streams[1:]:
         with pytest.raises(EngineDeadError):
             await asyncio.wait_for(collect(stream), 20)
@@ -197,7 +198,7 @@ async def test_a_killed_core_fails_every_stream_and_health(engine: AsyncLLM) -> 
 async def test_health_is_the_loops_heartbeat_not_the_process(engine: AsyncLLM) -> None:
     """A core that is stopped, not dead, is found out."""
     assert engine.health(timeout=3.0).alive
-    os.kill(engine._core.process.pid, signal.SIGSTOP)
+    os.kill(engine._core._cores[0].process.pid, signal.SIGSTOP)
     try:
         for _ in range(100):
             await asyncio.sleep(0.1)
@@ -206,7 +207,7 @@ async def test_health_is_the_loops_heartbeat_not_the_process(engine: AsyncLLM) -
         else:
             raise AssertionError("a stopped core still counts as alive")
     finally:
-        os.kill(engine._core.process.pid, signal.SIGCONT)
+        os.kill(engine._core._cores[0].process.pid, signal.SIGCONT)
     await collect(engine.submit("abc", LONG.replace(max_tokens=2)))
     assert engine.health(timeout=3.0).alive
 
@@ -288,14 +289,14 @@ async def test_a_prefix_cache_that_is_emptied_is_found_empty(engine: AsyncLLM) -
 
 
 async def test_control_calls_of_an_engine_that_dies_raise(engine: AsyncLLM) -> None:
-    os.kill(engine._core.process.pid, signal.SIGSTOP)  # nothing is answered
+    os.kill(engine._core._cores[0].process.pid, signal.SIGSTOP)  # nothing is answered
     calls = [
         asyncio.create_task(call)
         for call in (engine.sleep(), engine.wake_up(), engine.reset_prefix_cache())
     ]
     await asyncio.sleep(0)
     await start_and_cancel(engine.wake_up())
-    engine._core.process.kill()
+    engine._core._cores[0].process.kill()
     for call in calls:
         with pytest.raises(EngineDeadError):
             await asyncio.wait_for(call, 20)

@@ -41,6 +41,7 @@ OPTIONS: dict[str, Any] = {
     "max_num_batched_tokens": 64,
     "max_model_len": 256,
     "num_gpu_blocks_override": 100,
+    "max_core_deaths": 1,
 }
 LORA: dict[str, Any] = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 16}
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
@@ -268,11 +269,11 @@ async def test_a_replica_that_computes_is_given_more_time(
     try:
         os.kill(cores(engine)[1].process.pid, signal.SIGSTOP)
         ticks = iter(range(0, 10**6, 1000))
-        monkeypatch.setattr(replica_cores, "_processor_ticks", lambda pid: next(ticks))
+        monkeypatch.setattr(replica_cores, "processor_ticks", lambda pid: next(ticks))
         cores(engine)[1].silent_checks = 9
         group.check()
         assert cores(engine)[1].silent_checks > 9 and 1 in group._alive
-        monkeypatch.setattr(replica_cores, "_processor_ticks", lambda pid: 10**6)
+        monkeypatch.setattr(replica_cores, "processor_ticks", lambda pid: 10**6)
         group.check()
         group.check()
         assert group._alive == {0}
@@ -281,10 +282,10 @@ async def test_a_replica_that_computes_is_given_more_time(
 
 
 def test_the_processor_time_of_a_process() -> None:
-    before = replica_cores._processor_ticks(os.getpid())
-    while replica_cores._processor_ticks(os.getpid()) == before:
+    before = replica_cores.processor_ticks(os.getpid())
+    while replica_cores.processor_ticks(os.getpid()) == before:
         pass
-    assert replica_cores._processor_ticks(2**22 + 1) == 0
+    assert replica_cores.processor_ticks(2**22 + 1) == 0
 
 
 async def test_a_start_that_fails_leaves_no_process(

@@ -493,7 +493,7 @@ def test_sigterm_lets_the_answer_finish(server_factory):
 
 
 def test_a_killed_core_ends_requests_and_the_server(server_factory):
-    server = server_factory()
+    server = server_factory("--max-core-deaths", "1")
     [core] = [
         child for child in psutil.Process(server.process.pid).children(recursive=True)
         if "core_process" in " ".join(child.cmdline())
@@ -512,8 +512,8 @@ def test_a_killed_core_ends_requests_and_the_server(server_factory):
 def server_factory():
     made: list[Server] = []
 
-    def make() -> Server:
-        made.append(Server())
+    def make(*flags: str) -> Server:
+        made.append(Server(*flags))
         return made[-1]
 
     yield make

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.timeout(240)
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    server = Server("-dp", "2", "--enable-admin-endpoints")
+    server = Server("-dp", "2", "--enable-admin-endpoints", "--max-core-deaths", "1")
     yield server
     server.stop()
 

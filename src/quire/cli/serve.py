@@ -29,10 +29,10 @@ def run(argv: list[str]) -> int:
         from quire.engine.node import run_node
 
         return run_node(engine)
-    from quire.engine.replica_cores import start_cores
+    from quire.engine.replica_cores import ReplicaCores
 
     # Start it first: it imports torch while this process imports the HTTP server.
-    core = start_cores(engine)
+    core = ReplicaCores(engine, restarts=True)
     try:
         from quire.server.run import serve
 

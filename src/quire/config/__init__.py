@@ -23,6 +23,7 @@ from quire.config.kv import KVTiersConfig
 from quire.config.kv_transfer import KVTransfer, KVTransferConfig
 from quire.config.lora import ADAPTER_NAME, LoRAConfig
 from quire.config.parallel import ParallelConfig
+from quire.config.recovery import RecoveryConfig
 from quire.config.server import ServerConfig
 from quire.config.speculative import Speculation, SpeculativeConfig
 
@@ -36,6 +37,7 @@ __all__ = [
     "LoRAConfig",
     "ModelConfig",
     "ParallelConfig",
+    "RecoveryConfig",
     "RuntimeConfig",
     "SchedulerConfig",
     "ServerConfig",

@@ -10,6 +10,7 @@ from quire.config.kv_transfer import KVTransferConfig
 from quire.config.lora import LoRAConfig
 from quire.config.options import option, parse_json_object, parse_max_model_len, parse_size
 from quire.config.parallel import ParallelConfig
+from quire.config.recovery import RecoveryConfig
 from quire.config.speculative import SpeculativeConfig
 from quire.dtypes import FLOAT_SPELLINGS
 from quire.errors import ConfigError
@@ -327,6 +328,7 @@ class EngineConfig:
     speculative: SpeculativeConfig = field(default_factory=SpeculativeConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
     kv_tiers: KVTiersConfig = field(default_factory=KVTiersConfig)
     kv_transfer: KVTransferConfig = field(default_factory=KVTransferConfig)
     kv_events: KVEventsConfig = field(default_factory=KVEventsConfig)

@@ -20,6 +20,7 @@ from quire.config.kv_transfer import KVTransferConfig
 from quire.config.lora import LoRAConfig
 from quire.config.options import OptionInfo, check_type, describe
 from quire.config.parallel import ParallelConfig
+from quire.config.recovery import RecoveryConfig
 from quire.config.server import ServerConfig
 from quire.config.speculative import SpeculativeConfig
 from quire.errors import ConfigError
@@ -33,6 +34,7 @@ ENGINE_GROUPS: dict[str, type] = {
     "speculative": SpeculativeConfig,
     "lora": LoRAConfig,
     "parallel": ParallelConfig,
+    "recovery": RecoveryConfig,
     "kv_tiers": KVTiersConfig,
     "kv_transfer": KVTransferConfig,
     "kv_events": KVEventsConfig,

@@ -71,6 +71,8 @@ class KVEventsConfig:
     )  # fmt: skip
     rank: int = field(default=0)
     """The replica that publishes."""
+    restarts: int = field(default=0)
+    """How often it was started again. Not a flag."""
 
     def __post_init__(self) -> None:
         _ = self.events

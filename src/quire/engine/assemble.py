@@ -111,7 +111,13 @@ def _event_stream(config: EngineConfig, scheduler: Scheduler) -> ChangeStream | 
 
     loading = scheduler.loading
     transfers = None if loading is None else loading.transfers
-    return KVEventStream(events, scheduler.kv, transfers, rank=config.kv_events.rank)
+    return KVEventStream(
+        events,
+        scheduler.kv,
+        transfers,
+        rank=config.kv_events.rank,
+        restarts=config.kv_events.restarts,
+    )
 
 
 def check_local(config: EngineConfig) -> None:

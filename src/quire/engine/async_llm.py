@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 from quire.config import EngineConfig
 from quire.engine.async_adapters import AsyncAdapters
-from quire.engine.core_client import PING_SECONDS, CoreProcess
+from quire.engine.core_client import PING_SECONDS
 from quire.engine.front_end import Effects, FrontEnd
 from quire.engine.input_processor import PromptInput
-from quire.engine.replica_cores import ReplicaCores, start_cores
+from quire.engine.recovery import is_restarting
+from quire.engine.replica_cores import ReplicaCores
 from quire.engine.setup import ServedModel, locate, resolve, serve_model
 from quire.engine.stream import RequestStream
 from quire.errors import EngineDeadError
@@ -42,6 +43,8 @@ from quire.text.parsing.base import ThinkingTokens
 DRAIN_BATCH = 16
 """Messages that are handled before other tasks get a turn."""
 DEFAULT_HEALTH_TIMEOUT = 60.0
+RESTART_SECONDS = 0.05
+"""How often a core that is being started again is looked at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +56,7 @@ class Health:
     """Seconds since the loop's last message."""
     reason: str
     replicas: tuple[str, ...] = ()
-    """Of each engine core: "ok", "silent" or "stopped". Alive: one is ok."""
+    """Of each engine core: "ok", "silent", "restarting" or "stopped". Alive: one is ok or will be."""
 
 
 class AsyncLLM:
@@ -62,7 +65,7 @@ class AsyncLLM:
     def __init__(
         self,
         config: EngineConfig,
-        core: CoreProcess | ReplicaCores,
+        core: ReplicaCores,
         model: ServedModel,
         ready: EngineReady,
     ) -> None:
@@ -81,6 +84,7 @@ class AsyncLLM:
         self._calls: dict[int, asyncio.Future[Answer]] = {}
         self._stats_listeners: list[Callable[[StepOutputs], None]] = []
         self._closing = False
+        self._timer: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
         self._descriptors = core.descriptors
         for descriptor in self._descriptors:
@@ -89,14 +93,14 @@ class AsyncLLM:
 
     @classmethod
     async def start(
-        cls, config: EngineConfig, core: CoreProcess | ReplicaCores | None = None
+        cls, config: EngineConfig, core: ReplicaCores | None = None
     ) -> AsyncLLM:
         """Spawn the engine core or cores, load tokenizer and template meanwhile, and wait until they serve.
 
         core: one that was started earlier and not configured yet; this object closes it.
         Raises the error of the start: `ConfigError`, `ModelError`, `MemoryFitError`, ...
         """
-        core = core or start_cores(config)
+        core = core or ReplicaCores(config, restarts=True)
         waiting: asyncio.Future[EngineReady] | None = None
         try:
             located = await asyncio.to_thread(locate, config)
@@ -153,6 +157,7 @@ class AsyncLLM:
             thinking=thinking,
             deadline=deadline,
         )
+        self._core.check_refused(request.sequences)
         self._front.check_queue(request)
         effects = self._front.start(request)
         stream = RequestStream(request.request_id, request.prompt_token_ids, self.abort)
@@ -247,12 +252,22 @@ class AsyncLLM:
                     return
                 message = self._core.try_receive()
                 if message is None:
+                    self._look_again()
                     return
                 self._take(message)
             self._loop.call_soon(self._drain)
         except Exception as error:
             self._die(f"The front end failed on the engine's output ({type(error).__name__}).")
             raise
+
+    def _look_again(self) -> None:
+        """A core that is started again goes through stages that no descriptor tells of."""
+        if self._core.is_restarting and self._timer is None:
+            self._timer = self._loop.call_later(RESTART_SECONDS, self._restart)
+
+    def _restart(self) -> None:
+        self._timer = None
+        self._drain()
 
     def _take(self, message: CoreOutput) -> None:
         if isinstance(message, CoreFailed):
@@ -315,6 +330,8 @@ class AsyncLLM:
         states = tuple(self._core.states(timeout))
         if self._front.dead is not None:
             return Health(False, age, str(self._front.dead), states)
+        if is_restarting(states):
+            return Health(True, 0.0, "restarting", states)
         if age > timeout:
             reason = f"The scheduler loop has not answered for {age:.0f} s."
             return Health(False, age, reason, states)
@@ -342,6 +359,8 @@ class AsyncLLM:
             return
         self._apply(self._front.abort(self._front.request_ids))
         self._closing = True
+        if self._timer is not None:
+            self._timer.cancel()
         self._pinger.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._pinger

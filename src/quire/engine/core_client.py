@@ -25,6 +25,7 @@ from quire.messages.failures import error_of
 from quire.util.cores import pinned
 from quire.util.environment import child_environment
 from quire.util.interrupts import interrupts_deferred
+from quire.util.processes import ending
 
 if TYPE_CHECKING:  # `quire serve` starts the core before it imports the scheduler
     from quire.engine.core import EngineCore
@@ -181,7 +182,8 @@ class CoreProcess:
         if not self._closed and self.socket.poll(0 if self._is_over else LAST_MESSAGE_MS):
             return None
         self._is_over = True
-        return f"The engine core exited with status {self.process.returncode}."
+        name = f"The engine core (pid {self.process.pid})"
+        return f"{name} {ending(self.process.returncode)}."
 
     def check(self) -> str | None:
         """Call it every `PING_SECONDS`: `exited`, and a ping for a core that sends nothing."""

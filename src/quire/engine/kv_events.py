@@ -28,6 +28,8 @@ from quire.messages.kv_events import (
 
 logger = logging.getLogger(__name__)
 
+NUMBERS_OF_A_CORE = 2**40
+"""More batches than an engine core publishes in its life."""
 END_OF_REPLAY = (-1).to_bytes(8, "big", signed=True)
 MEDIA = {None: "GPU", "ram": "CPU", "disk": "STORAGE"}
 """vLLM's words, by the tier; None is the cache that the model reads, on every device."""
@@ -117,12 +119,14 @@ class KVEventPublisher:
     replay socket for the batches from it on.
     """
 
-    def __init__(self, config: KVEvents, writer: EventWriter, *, rank: int = 0) -> None:
-        """Raises `ConfigError` if an endpoint cannot be used."""
+    def __init__(
+        self, config: KVEvents, writer: EventWriter, *, rank: int = 0, first: int = 0
+    ) -> None:
+        """first: the first sequence number. Raises `ConfigError` if an endpoint cannot be used."""
         config = config.of_rank(rank)
         self.num_dropped = 0
         self._config, self._writer, self._rank = config, writer, rank
-        self._next = 0
+        self._next = first
         self._queue: deque[tuple[int, float, Sequence[Change]]] = deque()
         self._buffer: deque[tuple[int, bytes]] = deque(maxlen=config.buffer_steps)
         self._topic = config.topic.encode()
@@ -251,11 +255,19 @@ class KVEventStream:
         transfers: Transfers | None = None,
         *,
         rank: int = 0,
+        restarts: int = 0,
     ) -> None:
+        """restarts: how often the engine core was started again. Then subscribers know blocks that are gone:
+        the first event is "all cleared", and its number is far above all before it, so that who misses it asks
+        for a replay."""
         as_bytes = config.block_hashes == "bytes"
         writer = EventWriter(kv.block_size, kv.windows, as_bytes=as_bytes)
-        self.publisher = KVEventPublisher(config, writer, rank=rank)
+        first = restarts * NUMBERS_OF_A_CORE
+        self.publisher = KVEventPublisher(config, writer, rank=rank, first=first)
         in_tiers = tuple if transfers is None else TierChanges(kv.pool, transfers.changes).take
         self._log = ChangeLog(kv.block_size, self.publisher.publish, kv.pool.cached, in_tiers)
         kv.pool.observers += (self._log,)
         self.flush, self.close = self._log.flush, self.publisher.close
+        if restarts:
+            self._log.cleared(())
+            self.flush(())

@@ -140,7 +140,7 @@ class PendingRequests:
         """End those of the requests that wait here."""
         ids = set(request_ids)
         gone = {
-            entry.message.request_id
+            entry.message.request_id: entry.message
             for entry in self._entries
             if isinstance(entry.message, AddRequest) and entry.message.request_id in ids
         }
@@ -148,7 +148,7 @@ class PendingRequests:
             self._entries = [
                 e for e in self._entries if getattr(e.message, "request_id", None) not in gone
             ]
-        return [RequestUpdate(request_id=i, finish_reason=reason) for i in sorted(gone)]
+        return [ended(message, reason) for _, message in sorted(gone.items())]
 
     def report(self, stats: SchedulerStats, running: Mapping[str, int]) -> list[Answer]:
         """Add what waits here to `stats`, and return the answers to calls. running: the number of running
@@ -164,6 +164,14 @@ class PendingRequests:
 def _answer(control: Control, error: Exception | None) -> Answer:
     what = "The adapter could not be loaded"
     return Answer(control.id, 0, None if error is None else failure_of(error, what))
+
+
+def ended(message: AddRequest, reason: FinishReason) -> RequestUpdate:
+    """The end of a request that waits for a core's scheduler. One that has tokens of another core has not only
+    waited."""
+    if reason is FinishReason.EXPIRED and message.output_token_ids:
+        reason = FinishReason.TIMEOUT
+    return RequestUpdate(request_id=message.request_id, finish_reason=reason)
 
 
 def failed(message: AddRequest, error: Exception) -> RequestUpdate:

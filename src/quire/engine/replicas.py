@@ -2,7 +2,8 @@
 
 The front end speaks to "the core". With several, `Replicas` decides which of them gets a message, and makes
 one message of what they answer. A request is computed by one replica, from its first message to its
-last. A replica that is lost ends its own requests, each with one error; the others go on.
+last. With a `Recovery`, the requests of a replica that is lost go on in others, or in the same one when it is
+back; else each ends with one error.
 """
 
 from __future__ import annotations
@@ -13,16 +14,19 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from quire.engine.recovery import Death, Recovery, Verdict
 from quire.engine.router import Router
 from quire.errors import EngineDeadError
 from quire.messages import (
     AbortRequests,
+    AddAdapter,
     AddRequest,
     Answer,
     Control,
     CoreFailed,
     CoreInput,
     CoreOutput,
+    DropAdapter,
     EngineReady,
     Failure,
     FinishReason,
@@ -34,46 +38,79 @@ from quire.messages import (
     WakeUp,
 )
 
+Messages = list[tuple[int, CoreInput]]
+"""Each with the replica that gets it, in the order in which to send them."""
+
+NOBODYS_CALL = 0
+"""Id of a call whose answer nobody waits for; those of callers begin at 1."""
 MAX_GROUPS = 65_536
 """Groups whose replica is remembered, the latest ones. A beam search asks for its group in every round."""
 
 
 @dataclass(slots=True)
 class _Call:
-    """A control call that was sent to all."""
+    """A control call for all."""
 
+    control: Control
     waits_for: set[int]
-    is_slow: bool
     answers: dict[int, Answer] = field(default_factory=dict)
+
+    @property
+    def changes_level(self) -> bool:
+        return isinstance(self.control.action, Sleep | WakeUp)
 
 
 class Replicas:
     """Numbered from 0. `route` says where a message goes, `take` what a replica's message means."""
 
     def __init__(
-        self, ready: Sequence[EngineReady], *, caches_prefixes: bool = True, max_adapters: int = 1
+        self,
+        ready: Sequence[EngineReady],
+        *,
+        caches_prefixes: bool = True,
+        max_adapters: int = 1,
+        recovery: Recovery | None = None,
     ) -> None:
-        """ready: of each replica. max_adapters: that each has in memory."""
-        self.alive = set(range(len(ready)))
+        """ready: of each replica. max_adapters: that each has in memory. recovery: if requests outlive their
+        replica."""
+        self.alive: set[int] = set()
+        self.returning: set[int] = set()
+        """Those that are being started again."""
         self.owners: dict[int, int] = {}
         """The replica of each live request."""
         self._count = len(ready)
         self._router: Router[int] = Router()
+        self._caches_prefixes, self._max_adapters = caches_prefixes, max_adapters
         for index, each in enumerate(ready):
-            tokens = (each.num_blocks - 1) * each.block_size if caches_prefixes else 0
-            self._router.add(index, cache_tokens=tokens, max_adapters=max_adapters)
+            self._enter(index, each)
+        self._recovery = recovery
+        self._unproved: set[int] = set()
+        """Requests that go on in another replica, which has not said more of them."""
+        self._level = 0
+        """Of sleep, of all."""
+        self._adapters: dict[str, AddAdapter] = {}
+        self._dropped: dict[str, AddAdapter] = {}
+        """Versions that only requests name which have come before."""
         self._calls: dict[int, _Call] = {}
         self._groups: OrderedDict[int, int] = OrderedDict()
 
     # --- to the replicas --------------------------------------------------------------------------
 
-    def route(
-        self, message: CoreInput, *, slow: Collection[int] = ()
-    ) -> list[tuple[int, CoreInput]]:
-        """Who gets what. slow: replicas that new requests avoid if they can."""
+    def _enter(self, replica: int, ready: EngineReady) -> None:
+        self.alive.add(replica)
+        tokens = (ready.num_blocks - 1) * ready.block_size if self._caches_prefixes else 0
+        self._router.add(replica, cache_tokens=tokens, max_adapters=self._max_adapters)
+
+    def route(self, message: CoreInput, *, slow: Collection[int] = ()) -> Messages:
+        """Who gets what now. slow: replicas that new requests avoid if they can."""
         if isinstance(message, AddRequest):
+            if self._recovery is not None:
+                self._recovery.add(message)
+                return self.release(slow=slow)
             return [(self._place(message, slow), message)] if self.alive else []
         if isinstance(message, AbortRequests):
+            if self._recovery is not None:
+                self._recovery.abort(message.request_ids)
             ids: dict[int, list[int]] = {}
             for request_id in message.request_ids:
                 if request_id in self.owners:
@@ -81,10 +118,52 @@ class Replicas:
             return [(replica, AbortRequests(each)) for replica, each in ids.items()]
         if isinstance(message, Control):
             action = message.action
-            self._calls[message.id] = _Call(set(self.alive), isinstance(action, Sleep | WakeUp))
+            self._calls[message.id] = _Call(message, self.alive | self.returning)
             if isinstance(action, ResetPrefixCache | Sleep):
                 self._router.forget()
+        elif isinstance(message, AddAdapter):
+            self._adapters[message.key] = message
+            self._dropped.pop(message.key, None)
+        elif isinstance(message, DropAdapter):
+            self._drop(message.key)
         return [(replica, message) for replica in sorted(self.alive)]
+
+    def _drop(self, key: str) -> None:
+        dropped = self._adapters.pop(key, None)
+        if self._recovery is None or dropped is None:
+            return
+        self._dropped[key] = dropped
+        in_use = filter(self._recovery.uses_adapter, self._dropped)
+        self._dropped = {key: self._dropped[key] for key in in_use}
+
+    def release(self, *, slow: Collection[int] = ()) -> Messages:
+        """The requests that wait for a replica and may go to one now."""
+        messages: Messages = []
+        if self._recovery is None or not self.alive:
+            return messages
+        for request in self._recovery.sendable():
+            replica = self._place(request, slow)
+            if request.output_token_ids:
+                self._unproved.add(request.request_id)
+            adapter = self._dropped.get(request.placement.adapter or "")
+            if adapter is None:
+                messages.append((replica, request))
+            else:  # a replica that came later has not heard of it, or forgets it
+                messages += [(replica, adapter), (replica, request)]
+                messages.append((replica, DropAdapter(adapter.key)))
+        return messages
+
+    def back(self, replica: int, ready: EngineReady) -> Messages:
+        """It has been started again. It gets what the others know, and what it has not answered."""
+        self.returning.discard(replica)
+        self._enter(replica, ready)
+        messages: list[CoreInput] = [*self._adapters.values()]
+        if self._level:
+            messages.append(Control(NOBODYS_CALL, Sleep(self._level)))
+        for _, call in sorted(self._calls.items()):
+            if replica in call.waits_for:
+                messages.append(call.control)
+        return [(replica, message) for message in messages] + self.release()
 
     def _place(self, message: AddRequest, slow: Collection[int]) -> int:
         replica = None
@@ -114,7 +193,9 @@ class Replicas:
 
     def is_changing(self, replica: int) -> bool:
         """Whether it goes to sleep or wakes up, which may take long."""
-        return any(call.is_slow and replica in call.waits_for for call in self._calls.values())
+        return any(
+            call.changes_level and replica in call.waits_for for call in self._calls.values()
+        )
 
     # --- from the replicas ------------------------------------------------------------------------
 
@@ -129,9 +210,12 @@ class Replicas:
         if isinstance(message, StepOutputs):
             message.replica = replica
             for update in message.updates:
+                if self._recovery is not None:
+                    self._recovery.take(update)
                 if update.finish_reason is not None:
                     self._end(update.request_id)
-                elif update.prefix is not None:
+                elif update.prefix is not None or update.request_id in self._unproved:
+                    self._unproved.discard(update.request_id)
                     self._router.computed(update.request_id)
             answers = (self._answer(replica, answer) for answer in message.answers)
             message.answers = [answer for answer in answers if answer is not None]
@@ -139,6 +223,7 @@ class Replicas:
 
     def _end(self, request_id: int) -> None:
         self.owners.pop(request_id, None)
+        self._unproved.discard(request_id)
         self._router.end(request_id)
 
     def _answer(self, replica: int, answer: Answer) -> Answer | None:
@@ -162,22 +247,32 @@ class Replicas:
             if each.failure is not None
         ]
         level = max(each.sleep_level for each in call.answers.values())
+        if call.changes_level:
+            self._level = level
         return Answer(call_id, level, failures[0] if failures else None)
+
+    def died(self, replica: int, death: Death) -> Verdict:
+        """With a `Recovery`: a replica is dead, and may be started again. `release` has its requests; the
+        verdict has the ends of those that are blamed."""
+        assert self._recovery is not None
+        lost = self._leave(replica)
+        self.returning.add(replica)
+        return self._recovery.died(lost, death)
 
     def lose(self, replica: int, reason: str) -> CoreOutput | None:
         """A replica has stopped, or is given up: its requests end. What it still sends is ignored."""
-        if replica not in self.alive:
+        if replica in self.returning:
+            self.returning.discard(replica)
+            lost = []
+        elif replica in self.alive:
+            lost = self._leave(replica)
+        else:
             return None
-        self.alive.discard(replica)
-        self._router.remove(replica)
-        if not self.alive:
-            return CoreFailed(
-                Failure(f"All {self._count} replicas have stopped. {reason}", "EngineDeadError")
-            )
+        if not self.alive and not self.returning:
+            if self._count > 1:
+                reason = f"All {self._count} replicas have stopped. {reason}"
+            return CoreFailed(Failure(reason, "EngineDeadError"))
         error = f"{EngineDeadError.REPLICA_LOST} {replica} has stopped. Send the request again. ({reason})"
-        lost = [request_id for request_id, owner in self.owners.items() if owner == replica]
-        for request_id in lost:
-            self._end(request_id)
         answers = []
         for call_id, call in list(self._calls.items()):
             call.waits_for.discard(replica)
@@ -191,6 +286,15 @@ class Replicas:
             answers=[answer for answer in answers if answer is not None],
             replica=replica,
         )
+
+    def _leave(self, replica: int) -> list[int]:
+        """Returns its requests."""
+        self.alive.discard(replica)
+        self._router.remove(replica)
+        lost = [request_id for request_id, owner in self.owners.items() if owner == replica]
+        for request_id in lost:
+            self._end(request_id)
+        return lost
 
 
 def merged_ready(ready: Sequence[EngineReady]) -> EngineReady:

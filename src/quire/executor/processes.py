@@ -7,9 +7,7 @@ the ranks and lives as long as they do.
 
 from __future__ import annotations
 
-import contextlib
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -22,6 +20,7 @@ from quire.config.parallel import ParallelConfig
 from quire.distributed.links import Link, pair
 from quire.executor.ranks import Rank
 from quire.util.environment import child_environment
+from quire.util.processes import ending
 
 MODULE = "quire.engine.worker_process"
 GRACE_SECONDS = 1.0
@@ -63,11 +62,7 @@ class ProcessRank:
             status = self.process.wait(GRACE_SECONDS)
         except subprocess.TimeoutExpired:
             return "has closed its link"
-        if status >= 0:
-            return f"exited with status {status}"
-        with contextlib.suppress(ValueError):
-            return f"was killed by {signal.Signals(-status).name}"
-        return f"was killed by signal {-status}"
+        return ending(status)
 
     def end(self) -> None:
         self.hang_up()

@@ -62,6 +62,10 @@ class AddRequest(msgspec.Struct, tag="add", kw_only=True, frozen=True, omit_defa
     """Seconds of `time.monotonic()`. When it has passed, the request ends before the next step."""
     source: KVSource | None = None
     """Where its prompt's KV is."""
+    output_token_ids: list[int] = []
+    """Tokens that another engine core has generated for it, before it died. They count as its output."""
+    num_prompt_logprobs: int = 0
+    """The number of prompt tokens whose logprobs that core has sent."""
     hold_kv: bool = False
     """Hold the prompt's KV at its end, so that another instance can fetch it (`RequestUpdate.kv_source`)."""
 
@@ -282,6 +286,16 @@ class SchedulerStats(msgspec.Struct, kw_only=True, omit_defaults=True):
     ended with the token before (which is found one step late, with overlap)."""
 
 
+class RecoveryCounts(msgspec.Struct, omit_defaults=True):
+    """What the death of an engine core has led to."""
+
+    restarts: int = 0
+    resumed: int = 0
+    """Requests that were in a core that died, and go on in another."""
+    poison: int = 0
+    """Requests that ended because cores died of them."""
+
+
 class StepOutputs(msgspec.Struct, tag="outputs", kw_only=True, omit_defaults=True):
     updates: list[RequestUpdate] = []
     stats: SchedulerStats | None = None
@@ -291,6 +305,8 @@ class StepOutputs(msgspec.Struct, tag="outputs", kw_only=True, omit_defaults=Tru
     """To calls that were carried out beside the steps."""
     replica: int = 0
     """Which of several cores sent it; set by the receiver."""
+    recovery: RecoveryCounts | None = None
+    """Set by the receiver, in messages about a core that has died or is back."""
 
 
 class EngineReady(msgspec.Struct, tag="ready", kw_only=True):

@@ -131,6 +131,15 @@ class EngineMetrics:
             )
             for reason in FINISH_REASONS
         }
+        self._restarts = make.counter(
+            "quire:core_restarts", "Times that a dead engine core was started again."
+        )
+        self._resumed = make.counter(
+            "quire:requests_resumed", "Sequences that went on after their engine core had died."
+        )
+        self._poison = make.counter(
+            "quire:poison_requests", "Sequences that ended because engine cores died of them."
+        )
         self._rejections = {
             reason: make.counter(
                 "vllm:admission_rejections", "Requests refused at the door.", reason=reason
@@ -203,6 +212,10 @@ class EngineMetrics:
     def on_step(self, outputs: StepOutputs) -> None:
         """A message of the engine core: tokens of one step, and the scheduler's state after it."""
         sampled = decode_rows = cached = 0
+        if outputs.recovery is not None:
+            self._restarts.inc(outputs.recovery.restarts)
+            self._resumed.inc(outputs.recovery.resumed)
+            self._poison.inc(outputs.recovery.poison)
         if outputs.stats is not None:
             self._kv.on_tiers(outputs.stats.kv_tiers)
             if outputs.stats.tenants:

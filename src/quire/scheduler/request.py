@@ -40,7 +40,7 @@ class Request:
         takes_drafts: bool = True,
     ) -> None:
         self.request_id = message.request_id
-        self.token_ids = list(message.prompt_token_ids)
+        self.token_ids = message.prompt_token_ids + message.output_token_ids
         self.num_prompt_tokens = len(message.prompt_token_ids)
         self.num_computed_tokens = 0
         self.num_pending_tokens = 0
@@ -64,7 +64,9 @@ class Request:
         self.decoding = message.decoding
         self.generates = message.decoding.generates
         self.placement = message.placement
-        self.num_prompt_logprobs = message.decoding.first_prompt_logprob
+        self.num_prompt_logprobs = max(
+            message.decoding.first_prompt_logprob, message.num_prompt_logprobs
+        )
         """The first prompt token whose logprobs are wanted and not known yet, if any are wanted."""
         self.arrival_time = message.arrival_time
         self.cache_key = CacheKey(message.placement.cache_salt, message.placement.adapter)
@@ -85,6 +87,11 @@ class Request:
     def was_admitted(self) -> bool:
         """Whether it is running, or was before a preemption."""
         return self.prefix is not None
+
+    @property
+    def has_run(self) -> bool:
+        """Whether it was admitted, here or in a core that has died."""
+        return self.was_admitted or len(self.token_ids) > self.num_prompt_tokens
 
     @property
     def num_tokens(self) -> int:

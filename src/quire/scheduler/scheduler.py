@@ -124,6 +124,10 @@ class Scheduler:
             raise ValueError(
                 "a request needs at least one prompt token, and max_tokens of 0 or more"
             )
+        if message.output_token_ids and (
+            len(message.output_token_ids) >= message.decoding.max_tokens
+        ):
+            raise ValueError("a request that goes on needs a token left to generate")
         if not 0.0 < message.placement.weight < float("inf"):
             raise ValueError("a tenant's weight must be positive")
         if len(message.prompt_token_ids) + message.decoding.max_tokens > self.limits.max_model_len:
@@ -149,7 +153,7 @@ class Scheduler:
         that are queued, `EXPIRED` becomes that of those that were admitted, `TIMEOUT`."""
         late = FinishReason.TIMEOUT if reason is FinishReason.EXPIRED else reason
         return [
-            self._finish(request, late if request.was_admitted else reason)
+            self._finish(request, late if request.has_run else reason)
             for request_id in request_ids
             if (request := self.requests.get(request_id)) is not None
         ]
@@ -400,7 +404,7 @@ class Scheduler:
             request.scheduled_time = self._clock()
             miss = request.prefix.reason
             if self.kv.enable_prefix_caching:
-                self._stats.prefix_queries += request.num_prompt_tokens
+                self._stats.prefix_queries += request.num_tokens
                 self._stats.prefix_hits += request.prefix.device
         reach = match.num_tokens + count
         growth = self.kv.admit(request.request_id, match, request.cache_key, reach)

@@ -126,7 +126,7 @@ class Health(Protocol):
     def reason(self) -> str: ...
     @property
     def replicas(self) -> Sequence[str]:
-        """Of each engine core: "ok", "silent" or "stopped"."""
+        """Of each engine core: "ok", "silent", "restarting" or "stopped"."""
         ...
 
 

@@ -18,6 +18,7 @@ from quire.errors import (
     EngineError,
     EngineSleepingError,
     ModelNotFoundError,
+    PoisonRequestError,
     PromptTooLongError,
     QueueFullError,
     QuireError,
@@ -127,6 +128,12 @@ def replica_lost() -> ApiError:
     return unavailable("The engine core of this request has stopped.", retry_after=1)
 
 
+def poison(message: str) -> ApiError:
+    """For a request of which engine cores have died. OpenAI's client would send it twice more but for the
+    header."""
+    return ApiError(500, message, kind="PoisonRequestError", headers={"x-should-retry": "false"})
+
+
 def to_api_error(error: BaseException, request_id: str) -> ApiError:
     """The answer for any exception. Logs those that are not the client's fault."""
     if isinstance(error, ApiError):
@@ -143,6 +150,8 @@ def to_api_error(error: BaseException, request_id: str) -> ApiError:
         return ApiError(429, str(error), headers={"retry-after": str(seconds)})
     if isinstance(error, EngineSleepingError):
         return unavailable(str(error), retry_after=RETRY_AFTER_DRAINING)
+    if isinstance(error, PoisonRequestError):
+        return poison(str(error))
     if isinstance(error, EngineDeadError):
         logger.error("request %s: the engine is gone: %s", request_id, error)
         return ApiError(

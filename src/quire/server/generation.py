@@ -17,13 +17,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from quire.config import ServerConfig
-from quire.errors import EngineDeadError, ModelNotFoundError
+from quire.errors import EngineDeadError, ModelNotFoundError, PoisonRequestError
 from quire.outputs import RequestOutput
 from quire.placement import Placement, Retain
 from quire.sampling_params import PoolingParams, SamplingParams
 from quire.server.beam import as_asked
 from quire.server.engine_protocol import RequestStream, ServedAdapter, ServedModel, ServingEngine
-from quire.server.errors import ApiError, bad_request, replica_lost
+from quire.server.errors import ApiError, bad_request, poison, replica_lost
 from quire.server.keys import Tenant
 from quire.server.live import Receive
 from quire.server.middleware import owner_of, request_id_of
@@ -268,6 +268,8 @@ def raise_if_failed(output: RequestOutput) -> None:
             raise bad_request(reason, param="structured_outputs")
         if reason.startswith(EngineDeadError.REPLICA_LOST):
             raise replica_lost()
+        if reason.startswith(PoisonRequestError.BEGINNING):
+            raise poison(reason)
         if reason.startswith(NoTokenLeftError.BEGINNING):
             raise bad_request(reason, param=None)
         raise ApiError(500, reason)

@@ -8,6 +8,7 @@ import msgspec
 from fastapi import APIRouter
 from starlette.responses import Response
 
+from quire.engine.recovery import is_restarting
 from quire.metrics import render
 from quire.server.engine_protocol import SleepingEngine
 from quire.server.errors import RETRY_AFTER_LOADING
@@ -30,6 +31,12 @@ def probes_router(state: ServerState) -> APIRouter:
         refused connections instead of 429 with Retry-After."""
         if isinstance(state.engine, SleepingEngine) and state.engine.is_sleeping:
             return _answer(False, {"status": "sleeping"})
+        if (
+            state.phase is Phase.READY
+            and state.engine is not None
+            and is_restarting(state.engine.health(state.config.health_timeout).replicas)
+        ):
+            return _answer(False, {"status": "restarting"})
         return _answer(state.phase is Phase.READY, {"status": state.phase.value})
 
     @router.get("/ping")
@@ -68,6 +75,8 @@ def check_health(state: ServerState) -> tuple[bool, Body]:
     age = round(health.heartbeat_age, 3)
     if not health.alive:
         return False, {"status": "stalled", "heartbeat_age": age}
+    if is_restarting(health.replicas):
+        return True, {"status": "restarting", "replicas": health.replicas}
     if len(health.replicas) < 2:
         return True, {"status": "ok", "heartbeat_age": age}
     status = "ok" if set(health.replicas) == {"ok"} else "degraded"

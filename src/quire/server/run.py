@@ -19,7 +19,6 @@ from typing import Any, TypeVar
 
 from quire.config import EngineConfig, ServerConfig
 from quire.engine.assemble import check_local
-from quire.engine.core_client import CoreProcess
 from quire.engine.replica_cores import ReplicaCores
 from quire.messages import describe_ledger
 from quire.server.app import build_app
@@ -69,7 +68,7 @@ class StopSignals:
 
 
 def serve(
-    engine_config: EngineConfig, server_config: ServerConfig, core: CoreProcess | ReplicaCores
+    engine_config: EngineConfig, server_config: ServerConfig, core: ReplicaCores
 ) -> int:
     """Run the server on `core`, which is not configured yet, until a signal. Returns the exit status.
 

@@ -106,6 +106,8 @@ def read(args: Mapping[str, object]) -> AppConfig:
         values["max_stored_responses"] = 0
     if values.get("cpu_threads") is None and (serve.num_cpus or 1) >= 1:
         values["cpu_threads"] = int(serve.num_cpus or 1)
+    # A replica whose engine core has died is replaced by Serve, which knows of other nodes.
+    values.setdefault("max_core_deaths", 1)
     engine, server = split_flat(values)
     return AppConfig(serve, engine, server, values, notes)
 
