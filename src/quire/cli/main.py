@@ -45,6 +45,9 @@ COMMANDS = {
     "quantize": Command("quire.cli.quantize", "write a quantized checkpoint of a model"),
     "demo": Command("quire.cli.demo", "a server, eight conversations at once, and what it did"),
     "bench": Command("quire.cli.bench", "measure a server, or this engine"),
+    "chaos": Command(
+        "quire.cli.chaos", "strike a server with faults, and check what becomes of it"
+    ),
     "collect-env": Command("quire.cli.collect_env", "versions and machine, for a bug report"),
 }
 
