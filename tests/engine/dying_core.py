@@ -1,7 +1,7 @@
 """Makes engine cores die of marked prompts, without anything in the product that could.
 
-`environment(directory)` is of a process whose engine cores do; in it Python finds `sitecustomize.py`, which wraps
-`EngineCore.step` in processes that run `quire.engine.core_process`, and in no others.
+`environment(directory)` is of a process whose engine cores do; in it Python finds `sitecustomize.py`, which
+wraps `EngineCore.step` in processes that run `quire.engine.core_process`, and in no others.
 """
 
 from __future__ import annotations

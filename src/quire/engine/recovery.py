@@ -1,16 +1,16 @@
 """Requests that outlive their engine core, without I/O.
 
-When a core dies, its requests go to another one, or to the same one when it has been started again, with what
-they have generated so far; there they go on as after a preemption, so the same tokens follow. But one of them
-may be why the core died. A *suspect* was in a core that died, and has got no further since. After a death whose
-cause is not known to be outside, suspects run *on trial*: the first goes to a core, the next follows when
-that one has a new token (or has ended), and requests that were in no death wait until all suspects are through.
-So at most one suspect is in a core, beside requests that have just proved harmless. If a core dies again, it was
-that one: the second death finds it. What a request computes next depends on its tokens alone, so a request that
-kills the core does so again at the same place.
+When a core dies, its requests go to another one, or to the same one when it has been started again, with
+what they have generated so far; there they go on as after a preemption, so the same tokens follow. But one
+of them may be why the core died. A *suspect* was in a core that died, and has got no further since. After a
+death whose cause is not known to be outside, suspects run *on trial*: the first goes to a core, the next
+follows when that one has a new token (or has ended), and requests that were in no death wait until all
+suspects are through. So at most one suspect is in a core, beside requests that have just proved harmless.
+If a core dies again, it was that one: the second death finds it. What a request computes next depends on its
+tokens alone, so a request that kills the core does so again at the same place.
 
-SIGKILL without lack of memory, and a process that was stopped, come from outside and say little: after such a
-death all requests go on at once. A request is found only if it was alone in two such deaths, or on trial
+SIGKILL without lack of memory, and a process that was stopped, come from outside and say little: after such
+a death all requests go on at once. A request is found only if it was alone in two such deaths, or on trial
 after two, in a third.
 """
 
@@ -109,7 +109,7 @@ class Recovery:
             return
         self._entries[message.request_id] = _Entry(message, [], message.num_prompt_logprobs)
         self._others.append(message.request_id)
-        return None
+        return
 
     def refuses(self, message: AddRequest) -> bool:
         """Whether a core has died of its like lately."""
@@ -237,9 +237,7 @@ def _resumed(entry: _Entry) -> AddRequest:
 
 
 def _blamed(request_id: int) -> RequestUpdate:
-    return RequestUpdate(
-        request_id=request_id, finish_reason=FinishReason.ERROR, error=refusal()
-    )
+    return RequestUpdate(request_id=request_id, finish_reason=FinishReason.ERROR, error=refusal())
 
 
 def refusal() -> str:
@@ -258,4 +256,6 @@ def fingerprint(message: AddRequest) -> bytes:
     """Of the prompt and the parameters, without the seed, which the front end may have drawn."""
     decoding = msgspec.structs.replace(message.decoding, seed=0)
     what = (message.prompt_token_ids, decoding, message.placement.adapter)
-    return hashlib.blake2b(msgspec.json.encode(what, order="deterministic"), digest_size=16).digest()
+    return hashlib.blake2b(
+        msgspec.json.encode(what, order="deterministic"), digest_size=16
+    ).digest()
