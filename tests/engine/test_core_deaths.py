@@ -124,9 +124,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 async def is_back(engine: AsyncLLM, old: int, replica: int = 0) -> None:
     """Another process serves."""
-    await until(
-        lambda: pid(engine, replica) != old and engine.health().replicas[replica] == "ok"
-    )
+    await until(lambda: pid(engine, replica) != old and engine.health().replicas[replica] == "ok")
 
 
 async def all_of(engine: AsyncLLM, requests: list[tuple[list[int], Any]]) -> list[Answer]:

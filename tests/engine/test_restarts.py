@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from collections import deque
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import zmq
@@ -50,7 +50,7 @@ class FakeProcess:
 class FakeCore:
     """A `CoreProcess` that does what the test says."""
 
-    made: list[FakeCore] = []
+    made: ClassVar[list[FakeCore]] = []
 
     def __init__(self, **options: object) -> None:
         self.context = zmq.Context()
@@ -206,7 +206,9 @@ def test_the_longest_delay(clock: Clock) -> None:
     group.close()
 
 
-@pytest.mark.parametrize("options", [{"max_core_deaths": 1}, {"nnodes": 2, "tensor_parallel_size": 2}])
+@pytest.mark.parametrize(
+    "options", [{"max_core_deaths": 1}, {"nnodes": 2, "tensor_parallel_size": 2}]
+)
 def test_the_first_death_ends_all_where_cores_are_not_started_again(
     clock: Clock, options: dict[str, object]
 ) -> None:

@@ -15,7 +15,6 @@ import pytest
 from scripted_engine import data_lines
 from test_openai_client import Server
 from test_replicas import by_engine, cores
-
 from tests.engine import dying_core
 
 pytestmark = [
