@@ -1,8 +1,8 @@
 """Engine cores in child processes, with the methods of one: the I/O around `Replicas`.
 
-Served, a core that dies is started again (`Recovery` says what becomes of its requests): its processes are
-killed, and when they have ended, a new one is started, at once after a first death, later with growing delays. The
-process is watched by its descriptor, so that its end is noticed when it happens.
+Served, a core that dies is started again (`Recovery` says what becomes of its requests): its processes
+are killed, and when they have ended, a new one is started, at once after a first death, later with growing
+delays. The process is watched by its descriptor, so that its end is noticed when it happens.
 """
 
 from __future__ import annotations
