@@ -29,7 +29,7 @@ OUTLIER = 1.4
 CHANGE = 3
 FIRST = 4
 """Of each kind, steps that count as measured."""
-SPREAD_RATE = 1 / 32
+FIRST_SPREAD, SPREAD_RATE = 0.08, 1 / 32
 
 
 class Work(NamedTuple):
@@ -84,7 +84,7 @@ class CostModel:
         """Steps without prompts, and with."""
         self._streak = [0, 0]
         """Outliers in a row; negative if they were faster."""
-        self._spread = [0.0, 0.0]
+        self._spread = [FIRST_SPREAD, FIRST_SPREAD]
 
     def seconds(self, work: Work) -> float:
         """0.0 if nothing is known."""

@@ -1,0 +1,53 @@
+"""The options of latency on a real engine: outputs with a target, and a refusal for a predicted wait."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from quire import LLM, SamplingParams
+from quire.config import from_flat
+from quire.engine.async_llm import AsyncLLM
+from quire.errors import QueueFullError
+from tests.engine.checkpoints import ServableCheckpoint
+
+OPTIONS = {"max_num_batched_tokens": 64, "max_model_len": 256, "num_gpu_blocks_override": 120}
+PARAMS = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
+
+
+def test_outputs_are_the_same_with_a_target(servable: Callable[[str], ServableCheckpoint]) -> None:
+    """Three answers are begun before the long prompts come, since only three have a seat."""
+    prompts = [[3 + index] * (9 if index < 3 else 200) for index in range(6)]
+    tokens, steps = [], []
+    for target in (None, 0.001):
+        llm = LLM(str(servable("llama").directory), max_num_seqs=4, itl_target=target, **OPTIONS)
+        scheduler = llm._core._core.scheduler  # type: ignore[union-attr]
+        outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], PARAMS)
+        tokens.append([output.outputs[0].token_ids for output in outputs])
+        steps.append(scheduler._step_id)
+        llm.close()
+    assert tokens[0] == tokens[1]
+    assert steps[1] > steps[0] + 20, "the target had an effect"
+
+
+async def test_who_would_wait_too_long_is_refused_and_served_later(
+    servable: Callable[[str], ServableCheckpoint],
+) -> None:
+    options = {"model": str(servable("llama").directory), "max_num_seqs": 1, "max_ttft": 1e-6}
+    engine = await AsyncLLM.start(from_flat(OPTIONS | options))
+    try:
+        for _ in range(2):  # now it is known how long requests take
+            async for _ in engine.submit([5] * 50, PARAMS):
+                pass
+        running = engine.submit([6] * 50, PARAMS)
+        with pytest.raises(QueueFullError, match="max-ttft") as raised:
+            engine.submit([7] * 50, PARAMS)
+        assert 0.8 <= raised.value.retry_after <= 60.0
+        async for _ in running:
+            pass
+        async for output in engine.submit([7] * 50, PARAMS):
+            last = output
+        assert last.finished
+    finally:
+        await engine.shutdown()
