@@ -73,14 +73,11 @@ def test_a_stream_does_not_notice_and_probes_do(make: Callable[..., Server]) -> 
         "extra_body": {"ignore_eos": True},
     }  # fmt: skip
     expected = server.client.completions.create(**body)
-    chunks = iter(
-        server.client.completions.create(
-            **body, stream=True, stream_options={"include_usage": True}
-        )
-    )
-    text = next(chunks).choices[0].text
     [old] = cores(server)
-    old.suspend()
+    old.suspend()  # so that it certainly dies before the end
+    chunks = server.client.completions.create(
+        **body, stream=True, stream_options={"include_usage": True}
+    )
     old.kill()
     seen = set()
 
@@ -91,7 +88,7 @@ def test_a_stream_does_not_notice_and_probes_do(make: Callable[..., Server]) -> 
     wait_for(is_back)
     assert ((503, "restarting"), (200, "restarting")) in seen
     rest = list(chunks)
-    text += "".join(chunk.choices[0].text for chunk in rest if chunk.choices)
+    text = "".join(chunk.choices[0].text for chunk in rest if chunk.choices)
     assert text == expected.choices[0].text
     used = rest[-1].usage
     assert used.completion_tokens == expected.usage.completion_tokens == 400
