@@ -15,7 +15,7 @@ import select
 import signal
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from enum import Enum
 
 import zmq
@@ -97,7 +97,9 @@ class ReplicaCores:
         )
         self._first_config, self._limits = config, config.recovery
         self._environments = _environments(config)
-        self._cpus = shares(count) if count > 1 else [None]
+        self._cpus: list[Collection[int] | None] = [None]
+        if count > 1:
+            self._cpus = list(shares(count))
         self._timeout = parallel.worker_timeout + 2 * PING_SECONDS  # later than its ranks'
         self._messages: deque[CoreOutput] = deque()
         self._replicas: Replicas | None = None
@@ -266,7 +268,7 @@ class ReplicaCores:
         self._put(self._replicas.take(index, message))
         if self._recovery is not None and self._recovery.has_waiting:
             self._release()
-        if index not in self._alive:
+        if index not in self._alive and self._alive:
             logger.error("replica %d has failed; the others go on", index)
         return True
 
