@@ -344,3 +344,14 @@ def test_http_metrics_bound_their_labels():
 def test_importing_the_data_does_not_import_prometheus():
     code = "import quire.metrics, sys; raise SystemExit('prometheus_client' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(("reason", "seconds"), [("expired", 4.0), ("abort", None)])
+def test_who_waited_until_its_deadline_waited_all_its_time(
+    reason: str, seconds: float | None
+) -> None:
+    request = FinishedRequest(
+        prompt_tokens=1, generation_tokens=0, cached_tokens=0, finish_reason=reason, arrival_ts=1.0,
+        queued_ts=2.0, finished_ts=6.0,
+    )  # fmt: skip
+    assert request.queue_seconds == seconds
