@@ -20,7 +20,7 @@ some/model --model=m --served-model-name a b
 --allowed-origins ["https://a"] --allowed-methods ["GET"] --allowed-headers ["*"] --allow-credentials
 --ssl-keyfile k --ssl-certfile c --ssl-ca-certs ca --ssl-cert-reqs 2
 --uvicorn-log-level warning --disable-uvicorn-access-log --disable-access-log-for-endpoints /a,/b
---enable-log-requests --disable-log-stats --disable-fastapi-docs
+--enable-log-requests --disable-log-stats --disable-fastapi-docs --otlp-traces-endpoint http://h
 --tokenizer t --revision main --dtype bfloat16 --max-model-len 25.6k --max-model-len auto
 --gpu-memory-utilization 0.9 --kv-cache-memory-bytes 1G --num-gpu-blocks-override 64 --block-size 32
 --kv-cache-dtype fp8 --enable-prefix-caching --no-enable-prefix-caching
@@ -58,7 +58,7 @@ WARNS = """
 -cc {"mode":3} --compilation-config {"level":3}
 --limit-mm-per-prompt {"image":2} --mm-processor-kwargs {"a":1}
 --allowed-local-media-path /m --enable-prompt-tokens-details --enable-per-request-metrics
---enable-request-id-headers --enable-server-load-tracking --otlp-traces-endpoint http://h
+--enable-request-id-headers --enable-server-load-tracking
 --collect-detailed-traces model worker --kv-cache-metrics --enable-sleep-mode
 --num-scheduler-steps 8 --use-v2-block-manager --max-seq-len-to-capture 8192 --disable-log-requests
 --guided-decoding-backend outlines --disable-custom-all-reduce

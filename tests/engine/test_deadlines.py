@@ -64,6 +64,8 @@ def test_one_that_waits_ends_without_work(llm: LLM) -> None:
         "length",
     ]
     assert not outputs[0].outputs[0].token_ids
+    times = outputs[0].metrics
+    assert times.queued_ts > 0 and times.scheduled_ts == 0, "how long it waited is known"
 
 
 def test_one_that_comes_too_late(llm: LLM) -> None:
