@@ -31,11 +31,11 @@ class Measure(NamedTuple):
 
 TABLE = (
     Measure("ttft_ms", "TTFT, ms"),
-    Measure("ttft_p90_ms", "p90"),
     Measure("tpot_ms", "TPOT, ms"),
     Measure("itl_p99_ms", "ITL p99, ms"),
     Measure("itl_max_ms", "longest"),
     Measure("burst_ttft_ms", "TTFT at once, ms"),
+    Measure("burst_itl_p99_ms", "ITL p99 at once, ms"),
     Measure("output_tok_s", "tokens/s at once", less_is_better=False),
     Measure("memory_mib", "memory, MiB"),
 )
@@ -58,7 +58,7 @@ LEFT, PANEL, GAP, TOP, ROW, HEAD = 196, 204, 16, 62, 20, 27
 WIDTH = LEFT + 3 * (PANEL + GAP)
 LEAST, MOST = 1 / 8, 8
 TICKS = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)
-SAME = 0.03
+SAME = 0.1
 """Ratios this near to 1 are grey: they are within the spread of the runs."""
 Results = Mapping[str, Mapping[str, Any]]
 
@@ -176,8 +176,10 @@ def _frame(
 def source(results: Results) -> str:
     """Date, machine and rounds, from the records of the runs."""
     first = next(iter(results.values()))
-    record, rounds = first["record"], len(first["settings"][0]["rounds"])
+    record = first["record"]
     machine = record["machine"]
+    counts = sorted({len(lever["settings"][0]["rounds"]) for lever in results.values()})
+    rounds = " or ".join(map(str, counts))
     return (
         f"Ratios to the default, medians of {rounds} interleaved rounds; {record['date'][:10]}, "
         f"{machine['cpu']}, {machine['cpus']} cores, shared; commit {record['commit'][:7]}"
