@@ -18,7 +18,7 @@ from pathlib import Path
 
 from quire.util.version import VERSION
 
-SECRET_FLAGS = ("--api-key", "--hf-token", "--header")
+SECRET_FLAGS = ("--api-key", "--admin-api-key", "--hf-token", "--header")
 """Flags whose values are secret."""
 
 PACKAGES = ("torch", "numpy", "tokenizers", "uvicorn", "uvloop", "httptools")

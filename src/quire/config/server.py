@@ -8,6 +8,7 @@ from quire.config.options import option, parse_size
 from quire.errors import ConfigError
 from quire.limits import MAX_BAD_WORDS, MAX_N, MAX_STOP_STRINGS
 
+ADMIN_PORT = 8001
 _UNBOUNDED = 2**63
 _LIMITS = {
     "max_body_bytes": _UNBOUNDED,
@@ -40,6 +41,25 @@ class ServerConfig:
         "File with digests of keys, and the tenants that they belong to, with weights and quotas (TOML; "
         "docs/tenants.md). It is read again when it changes.",
     )
+    admin_host: str | None = option(
+        None,
+        "Address of a listener of its own for the admin endpoints, which the API's then has not. Default, "
+        "with --admin-port: 127.0.0.1. Beyond this machine it needs a key.",
+    )
+    admin_port: int | None = option(
+        None, f"Its port; 0 picks a free one. Default, with --admin-host: {ADMIN_PORT}."
+    )
+    admin_uds: str | None = option(
+        None, "Unix socket for it, instead of host and port. Only the server's user may connect."
+    )
+    admin_api_key: tuple[str, ...] = option(
+        (),
+        "Keys for the admin endpoints, which no other key opens then, wherever they are served. Also "
+        "QUIRE_ADMIN_API_KEY.",
+    )
+    admin_metrics: bool = option(
+        False, "Serve /metrics on the admin listener only. It needs the key there, if there is one."
+    )
     disable_playground: bool = option(False, "No page to chat with the model at /.")
     root_path: str = option("", "Path prefix that a proxy in front strips.")
     allowed_origins: tuple[str, ...] = option(("*",), "CORS: origins that browsers may call from.")
@@ -68,7 +88,8 @@ class ServerConfig:
     enable_admin_endpoints: bool = option(
         False,
         "Serve /server_info, /reset_prefix_cache, /sleep, /wake_up and /is_sleeping, and with --enable-lora "
-        "/v1/load_lora_adapter and /v1/unload_lora_adapter, to all clients that may send requests.",
+        "/v1/load_lora_adapter and /v1/unload_lora_adapter, to all clients that may send requests, or with "
+        "--admin-api-key to who has that. An admin listener has them without this option.",
     )
     enable_force_include_usage: bool = option(
         False, "End every stream with the usage, whether or not the client asked for it."
@@ -137,9 +158,19 @@ class ServerConfig:
         choices=("none", "summary", "detailed"),
     )
 
+    @property
+    def has_admin_listener(self) -> bool:
+        return not (self.admin_host is self.admin_port is self.admin_uds is None)
+
     def __post_init__(self) -> None:
-        if not 0 <= self.port <= 65535:
-            raise ConfigError(f"port must be in [0, 65535], got {self.port}.")
+        for name in ("port", "admin_port"):
+            port = getattr(self, name)
+            if port is not None and not 0 <= port <= 65535:
+                raise ConfigError(f"{name} must be in [0, 65535], got {port}.")
+        if self.admin_uds is not None and (self.admin_host, self.admin_port) != (None, None):
+            raise ConfigError("admin_uds is instead of admin_host and admin_port: leave those out.")
+        if self.admin_metrics and not self.has_admin_listener:
+            raise ConfigError("admin_metrics needs an admin listener: set admin_port or admin_uds.")
         for name in (
             "shutdown_timeout", "drain_delay", "sse_keep_alive_interval", "health_timeout",
             "max_stored_responses", "max_stored_response_bytes",

@@ -1,9 +1,9 @@
 """Endpoints for operators, beyond the probes.
 
 Every client that may send requests may read /load and abort its own key's requests. The other routes show
-the server's configuration or affect all clients. So they exist only with --enable-admin-endpoints (vLLM:
-only with VLLM_SERVER_DEV_MODE), and every API key may then use them. /tokenizer_info has its own flag, as
-in vLLM.
+the server's configuration or affect all clients. They exist on the admin listener, which may abort all
+requests, or, without one, with --enable-admin-endpoints (vLLM: with VLLM_SERVER_DEV_MODE) on the API's: then
+every API key may use them, unless there is an --admin-api-key. /tokenizer_info has its own flag, as in vLLM.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ SECRET_WORDS = frozenset({"key", "keys", "keyfile", "token", "secret", "password
 HIDDEN = "***"
 
 
-def admin_router(state: ServerState) -> APIRouter:
+def requests_router(state: ServerState, *, of_all: bool = False) -> APIRouter:
+    """What runs, and ending it. of_all: requests of every key."""
     router = APIRouter()
 
     @router.get("/load")
@@ -44,20 +45,25 @@ def admin_router(state: ServerState) -> APIRouter:
         """End requests by the ids of their answers; their clients get the output so far, with finish_reason
         "abort". Returns the ids that were found; requests of another API key are not found."""
         asked = parse(AbortRequest, await read_json(request)).request
-        aborted = state.live.abort(set(asked.request_ids), owner_of(request.scope))
-        return _json({"aborted": aborted})
+        owner = owner_of(request.scope)
+        return _json({"aborted": state.live.abort(set(asked.request_ids), owner, of_all=of_all)})
 
-    if state.config.enable_tokenizer_info_endpoint:
+    if state.config.enable_tokenizer_info_endpoint and not of_all:
 
         @router.get("/tokenizer_info")
         async def tokenizer_info() -> Response:
             """Special tokens and chat template, for clients that tokenize for themselves."""
             return _json(describe_tokenizer(state.loaded_engine().model))
 
-    if state.config.enable_admin_endpoints:
-        _add_admin_routes(router, state)
-        if state.engine_config.lora.enable_lora:
-            _add_adapter_routes(router, state)
+    return router
+
+
+def admin_router(state: ServerState) -> APIRouter:
+    """What shows the configuration or affects all clients."""
+    router = APIRouter()
+    _add_admin_routes(router, state)
+    if state.engine_config.lora.enable_lora:
+        _add_adapter_routes(router, state)
     return router
 
 

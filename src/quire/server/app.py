@@ -12,12 +12,13 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Route
 
 from quire.errors import QuireError
 from quire.metrics.key_metrics import KeyMetrics
-from quire.server.admin import admin_router
+from quire.server.admin import admin_router, requests_router
 from quire.server.anthropic_api import messages_router
-from quire.server.auth import ApiKeyAuth
+from quire.server.auth import METRICS, OPEN_PATHS, PROBES, ApiKeyAuth, NotFromBrowsers
 from quire.server.chat import chat_router
 from quire.server.chat_batch import chat_batch_router
 from quire.server.completions import completions_router
@@ -33,7 +34,7 @@ from quire.server.middleware import (
 )
 from quire.server.openapi import install_openapi
 from quire.server.playground import playground_router
-from quire.server.probes import probes_router
+from quire.server.probes import metrics_router, probes_router
 from quire.server.responses_api import responses_router
 from quire.server.scoring import scoring_router
 from quire.server.state import ServerState
@@ -47,17 +48,17 @@ EXPOSED_HEADERS = (
 )  # fmt: skip
 
 
-def build_app(state: ServerState, *, api_keys: Keys | Sequence[str] = ()) -> FastAPI:
-    """An app over `state`. With `api_keys`, every path except the probes and the playground's page needs
-    one of them."""
-    keys = api_keys if isinstance(api_keys, Keys) else Keys(api_keys)
-    app = FastAPI(
-        title="Quire",
-        version=VERSION,
-        redirect_slashes=False,
-        openapi_url=None if state.config.disable_fastapi_docs else "/openapi.json",
-    )
-    app.state.strict_requests = state.config.strict_requests
+def build_app(
+    state: ServerState,
+    *,
+    api_keys: Keys | Sequence[str] = (),
+    admin_keys: Keys | Sequence[str] = (),
+) -> FastAPI:
+    """The API over `state`. With `api_keys`, every path except the probes and the playground's page needs
+    one of them. It has the admin endpoints if they are enabled and have no listener of their own; with
+    `admin_keys` they need one of those, and no other will do."""
+    config = state.config
+    app = _new_app(state, None if config.disable_fastapi_docs else "/openapi.json")
     for router in (
         completions_router(state),
         chat_router(state),
@@ -69,25 +70,28 @@ def build_app(state: ServerState, *, api_keys: Keys | Sequence[str] = ()) -> Fas
         models_router(state),
         tokens_router(state),
         probes_router(state),
-        admin_router(state),
+        requests_router(state),
     ):
         app.include_router(router)
-    if not state.config.disable_playground:
+    if not config.admin_metrics:
+        app.include_router(metrics_router(state))
+    admin_paths: frozenset[str] = frozenset()
+    if config.enable_admin_endpoints and not config.has_admin_listener:
+        admin = admin_router(state)
+        admin_paths = frozenset(route.path for route in admin.routes if isinstance(route, Route))
+        app.include_router(admin)
+    if not config.disable_playground:
         app.include_router(playground_router())
-    app.add_exception_handler(QuireError, _on_error)
-    app.add_exception_handler(HTTPException, _on_http_exception)
-    app.add_exception_handler(ClientGoneError, _on_client_gone)
-    _add_middleware(app, state, keys)
-    install_openapi(app)
-    return app
-
-
-def _add_middleware(app: FastAPI, state: ServerState, keys: Keys) -> None:
-    """Innermost first: the last one added sees a request first."""
-    config = state.config
+    keys = _as_keys(api_keys)
     app.add_middleware(BodyLimit, limit=config.max_body_bytes)
+    app.add_middleware(
+        ApiKeyAuth,
+        keys=keys,
+        open_paths=OPEN_PATHS - ({METRICS} if config.admin_metrics else set()),
+        admin_keys=_as_keys(admin_keys),
+        admin_paths=admin_paths,
+    )
     if keys:
-        app.add_middleware(ApiKeyAuth, keys=keys)
         state.registry.register(KeyMetrics(keys))
     app.add_middleware(
         CORSMiddleware,
@@ -98,6 +102,41 @@ def _add_middleware(app: FastAPI, state: ServerState, keys: Keys) -> None:
         expose_headers=EXPOSED_HEADERS,
     )
     app.add_middleware(RequestContext, state=state)
+    install_openapi(app)
+    return app
+
+
+def build_admin_app(state: ServerState, *, admin_keys: Keys | Sequence[str] = ()) -> FastAPI:
+    """The app of the admin listener. With `admin_keys` every path except the probes needs one of them; without,
+    who reaches the listener may use all, so web pages may not reach it."""
+    app = _new_app(state, None)
+    for router in (
+        admin_router(state),
+        requests_router(state, of_all=True),
+        probes_router(state),
+        metrics_router(state),
+    ):
+        app.include_router(router)
+    keys = _as_keys(admin_keys)
+    app.add_middleware(BodyLimit, limit=state.config.max_body_bytes)
+    app.add_middleware(ApiKeyAuth, admin_keys=keys, admin_paths=None, open_paths=PROBES)
+    if not keys:
+        app.add_middleware(NotFromBrowsers, config=state.config)
+    app.add_middleware(RequestContext, state=state)
+    return app
+
+
+def _new_app(state: ServerState, openapi_url: str | None) -> FastAPI:
+    app = FastAPI(title="Quire", version=VERSION, redirect_slashes=False, openapi_url=openapi_url)
+    app.state.strict_requests = state.config.strict_requests
+    app.add_exception_handler(QuireError, _on_error)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(ClientGoneError, _on_client_gone)
+    return app
+
+
+def _as_keys(keys: Keys | Sequence[str]) -> Keys:
+    return keys if isinstance(keys, Keys) else Keys(keys)
 
 
 async def _on_error(request: Request, error: Exception) -> Response:

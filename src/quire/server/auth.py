@@ -1,4 +1,5 @@
-"""API keys: every path needs one, except the probes and the playground's page, which asks for the key.
+"""API keys: every path needs one, except the probes and the playground's page, which asks for the key. Admin
+paths need an admin key where there is one.
 
 The check reads `scope["path"]`, as the router does, and not a URL rebuilt from the Host header. So the
 check and the router always see the same path, also for `http://x/health?@host/v1/...` (CVE-2026-48746).
@@ -6,28 +7,70 @@ check and the router always see the same path, also for `http://x/health?@host/v
 
 from __future__ import annotations
 
+import re
 import socket
 import ssl
 from ipaddress import IPv6Address, ip_address
 
 from quire.config import ServerConfig
+from quire.errors import ConfigError
 from quire.server.errors import ApiError, routed_path, speaks_anthropic
-from quire.server.keys import ENVIRONMENT, Keys
-from quire.server.middleware import App, Receive, Scope, Send, header_values, set_tenant
+from quire.server.keys import ADMIN_ENVIRONMENT, ENVIRONMENT, Keys
+from quire.server.middleware import (
+    App,
+    Receive,
+    Scope,
+    Send,
+    header_values,
+    send_error,
+    set_tenant,
+)
 
-OPEN_PATHS = frozenset({"/", "/health", "/ready", "/ping", "/metrics", "/version"})
+METRICS = "/metrics"
+PROBES = frozenset({"/health", "/ready", "/ping", "/version"})
+OPEN_PATHS = PROBES | {"/", METRICS}
+NO_KEYS = Keys()
 
 _BODY = b'{"error":"Unauthorized"}'
 
 
-def exposure(listener: socket.socket, config: ServerConfig, keys: Keys) -> str | None:
-    """A warning if other machines can reach `listener`, which is bound, and need no key; else None.
+def exposure(
+    listener: socket.socket, config: ServerConfig, keys: Keys, admin_keys: Keys = NO_KEYS
+) -> str | None:
+    """A warning if other machines can reach the API's `listener`, which is bound, and need no key; else
+    None."""
+    where = None if keys else _beyond_this_machine(listener, config)
+    if where is None:
+        return None
+    open_admin = config.enable_admin_endpoints and not config.has_admin_listener and not admin_keys
+    admin = ", use the admin endpoints" if open_admin else ""
+    metrics = "" if config.admin_metrics else " and read /metrics"
+    return (
+        f"the server listens beyond this machine, on {where}, without an API key: whoever reaches it may "
+        f"send requests{admin}{metrics}. To serve this machine alone, set --host 127.0.0.1. To "
+        f"require a key, set --api-key or {ENVIRONMENT[0]} (probes and /metrics need none)."
+    )
+
+
+def check_admin(listener: socket.socket, config: ServerConfig, admin_keys: Keys) -> None:
+    """Raises `ConfigError` if other machines can reach the admin listener and need no key. It is new, so there is
+    no script that a refusal could break, unlike with the API's."""
+    where = None if admin_keys else _beyond_this_machine(listener, config)
+    if where is not None:
+        raise ConfigError(
+            f"the admin endpoints would listen beyond this machine, on {where}, without a key. Set "
+            f"--admin-api-key or {ADMIN_ENVIRONMENT}, or leave --admin-host out for 127.0.0.1."
+        )
+
+
+def _beyond_this_machine(listener: socket.socket, config: ServerConfig) -> str | None:
+    """The address of `listener`, which is bound, if other machines can reach it without a certificate.
 
     The bound address decides, so a host name counts as the address that it resolved to. A Unix socket and
     a server that requires client certificates are not exposed.
     """
     demands_certificates = config.ssl_certfile and config.ssl_cert_reqs == ssl.CERT_REQUIRED
-    if keys or listener.family == socket.AF_UNIX or demands_certificates:
+    if listener.family == socket.AF_UNIX or demands_certificates:
         return None
     host, port = listener.getsockname()[:2]
     address = ip_address(host)
@@ -36,24 +79,28 @@ def exposure(listener: socket.socket, config: ServerConfig, keys: Keys) -> str |
     if address.is_loopback:
         return None
     shown = f"[{host}]" if ":" in host else host
-    where = f"{shown}:{port}" + (" (every interface)" if address.is_unspecified else "")
-    admin = ", use the admin endpoints" if config.enable_admin_endpoints else ""
-    return (
-        f"the server listens beyond this machine, on {where}, without an API key: whoever reaches it may "
-        f"send requests{admin} and read /metrics. To serve this machine alone, set --host 127.0.0.1. To "
-        f"require a key, set --api-key or {ENVIRONMENT[0]} (probes and /metrics need none)."
-    )
+    return f"{shown}:{port}" + (" (every interface)" if address.is_unspecified else "")
 
 
 class ApiKeyAuth:
     """401 unless the request brings one of the keys, as `Authorization: Bearer KEY` or (Anthropic's clients)
     as `X-Api-Key: KEY`. If it brings two, one must be right, and the first right one says whose it is."""
 
-    def __init__(self, app: App, keys: Keys) -> None:
-        self._app, self._keys = app, keys
+    def __init__(
+        self,
+        app: App,
+        *,
+        open_paths: frozenset[str],
+        keys: Keys = NO_KEYS,
+        admin_keys: Keys = NO_KEYS,
+        admin_paths: frozenset[str] | None,
+    ) -> None:
+        """admin_paths: those that need one of `admin_keys`, if there are any. None is all."""
+        self._app, self._keys, self._admin_keys = app, keys, admin_keys
+        self._open_paths, self._admin_paths = open_paths, admin_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or is_open(scope) or self._is_known(scope):
+        if scope["type"] != "http" or self._may(scope):
             await self._app(scope, receive, send)
             return
         body = _BODY
@@ -67,16 +114,50 @@ class ApiKeyAuth:
         await send({"type": "http.response.start", "status": 401, "headers": headers})
         await send({"type": "http.response.body", "body": body, "more_body": False})
 
-    def _is_known(self, scope: Scope) -> bool:
-        found = [key for token in _tokens(scope) if (key := self._keys.find(token)) is not None]
-        if found:
+    def _may(self, scope: Scope) -> bool:
+        """Compares the exact path that the router sees."""
+        path = routed_path(scope)
+        if path in self._open_paths:
+            return True
+        is_admin = self._admin_paths is None or path in self._admin_paths
+        keys = self._admin_keys if is_admin and self._admin_keys else self._keys
+        if not keys:
+            return True
+        found = [key for token in _tokens(scope) if (key := keys.find(token)) is not None]
+        if found and keys is self._keys:
             set_tenant(scope, found[0].tenant)
         return bool(found)
 
 
-def is_open(scope: Scope) -> bool:
-    """Whether the route needs no key. Compares the exact path that the router sees."""
-    return routed_path(scope) in OPEN_PATHS
+class NotFromBrowsers:
+    """403 for what a web page makes a browser on this machine send: a request with an Origin, or one with a
+    host name that an attacker's DNS lets point to this machine. For a listener without keys."""
+
+    def __init__(self, app: App, config: ServerConfig) -> None:
+        self._app, self._names = app, {"localhost", (config.admin_host or "localhost").lower()}
+        self._by_name = config.admin_uds is not None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and not self._may(scope):
+            await send_error(ApiError(403, "Not for web pages."), scope, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _may(self, scope: Scope) -> bool:
+        if header_values(scope, b"origin"):
+            return False
+        hosts = header_values(scope, b"host")
+        return self._by_name or (len(hosts) == 1 and self._is_ours(hosts[0].decode("latin-1")))
+
+    def _is_ours(self, host: str) -> bool:
+        name = re.sub(r":[0-9]{1,5}\Z", "", host).lower()
+        if name in self._names:
+            return True
+        try:
+            ip_address(name[1:-1] if name[:1] == "[" and name[-1:] == "]" else name)
+        except ValueError:
+            return False
+        return True
 
 
 def _tokens(scope: Scope) -> list[bytes]:

@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 TYPES = {
     400: "BadRequestError",
     401: "Unauthorized",
+    403: "Forbidden",
     404: "NotFoundError",
     405: "Method Not Allowed",
     408: "Request Timeout",

@@ -30,6 +30,7 @@ from quire.server.quotas import Quotas
 logger = logging.getLogger(__name__)
 
 ENVIRONMENT = ("QUIRE_API_KEY", "VLLM_API_KEY")
+ADMIN_ENVIRONMENT = "QUIRE_ADMIN_API_KEY"
 CHECK_SECONDS = 1.0
 """Between two looks at the file."""
 MOST_BYTES = 4 << 20
@@ -194,6 +195,19 @@ def configured_keys(config: ServerConfig, environ: Mapping[str, str]) -> Keys:
     plain = (*config.api_key, *(environ[name] for name in ENVIRONMENT if environ.get(name)))
     path = Path(config.api_keys_file) if config.api_keys_file else None
     return Keys(plain, path)
+
+
+def configured_admin_keys(config: ServerConfig, environ: Mapping[str, str], keys: Keys) -> Keys:
+    """Those of the admin endpoints, which must differ from clients' `keys`. Raises `ConfigError`."""
+    plain = list(config.admin_api_key)
+    if environ.get(ADMIN_ENVIRONMENT):
+        plain.append(environ[ADMIN_ENVIRONMENT])
+    for text in plain:
+        if not text.strip():
+            raise ConfigError("admin_api_key must not be empty.")
+        if keys.find(text.encode("utf-8")) is not None:
+            raise ConfigError("admin_api_key: the same key is a client's. Choose another.")
+    return Keys(plain)
 
 
 def entry_for(key: str, *, tenant: str, name: str = "", expires: str = "") -> str:

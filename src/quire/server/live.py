@@ -107,9 +107,14 @@ class LiveRequests:
         if not self._live:
             self._idle.set()
 
-    def abort(self, ids: Collection[str], owner: bytes | None) -> list[str]:
-        """Abort requests; returns the ids that were found. Requests of another owner are not found."""
-        found = [live for live in self._live if live.answer_id in ids and live.owner == owner]
+    def abort(
+        self, ids: Collection[str], owner: bytes | None, *, of_all: bool = False
+    ) -> list[str]:
+        """Abort requests; returns the ids that were found. Requests of another owner are not found, except
+        with `of_all`."""
+        found = [
+            live for live in self._live if live.answer_id in ids and (of_all or live.owner == owner)
+        ]
         for live in found:
             live.abort()
         return [live.answer_id for live in found]

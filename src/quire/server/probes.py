@@ -1,4 +1,5 @@
-"""Probes for operators and load balancers: alive, ready, version, metrics. None needs a key."""
+"""Probes for operators and load balancers: alive, ready, version, metrics. None needs a key at the API's
+listener."""
 
 from __future__ import annotations
 
@@ -42,6 +43,12 @@ def probes_router(state: ServerState) -> APIRouter:
     async def version() -> Response:
         """Quire's version."""
         return _answer(True, {"version": VERSION})
+
+    return router
+
+
+def metrics_router(state: ServerState) -> APIRouter:
+    router = APIRouter()
 
     @router.get("/metrics")
     async def metrics() -> Response:

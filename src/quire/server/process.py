@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import uvicorn
 
 from quire.config import ServerConfig
+from quire.config.server import ADMIN_PORT
 from quire.errors import ConfigError
 from quire.server.auth import OPEN_PATHS
 
@@ -147,28 +148,42 @@ def bind(config: ServerConfig) -> socket.socket:
     """
     if config.uds is not None:
         return _bind_unix(config.uds)
-    host = config.host or "0.0.0.0"
+    return _bind_tcp(config.host or "0.0.0.0", config.port, "")
+
+
+def bind_admin(config: ServerConfig) -> socket.socket:
+    """The admin listener's socket. Raises `ConfigError` naming the address."""
+    if config.admin_uds is not None:
+        return _bind_unix(config.admin_uds, private=True)
+    port = ADMIN_PORT if config.admin_port is None else config.admin_port
+    return _bind_tcp(config.admin_host or "127.0.0.1", port, "admin-")
+
+
+def _bind_tcp(host: str, port: int, prefix: str) -> socket.socket:
+    """prefix: of the options, for the error."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # Set explicitly: asyncio turns off Nagle's algorithm only for sockets with the protocol number of TCP.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listener.bind((host, config.port))
+        listener.bind((host, port))
     except OSError as error:
         listener.close()
         raise ConfigError(
-            f"cannot listen on {host} port {config.port}: {error.strerror}. Choose another --port "
-            "(0 picks a free one) or --host."
+            f"cannot listen on {host} port {port}: {error.strerror}. Choose another --{prefix}port "
+            f"(0 picks a free one) or --{prefix}host."
         ) from None
     listener.set_inheritable(False)
     return listener
 
 
-def _bind_unix(path: str) -> socket.socket:
+def _bind_unix(path: str, *, private: bool = False) -> socket.socket:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         _remove_stale(path)
-        listener.bind(path)
+        listener.bind(path)  # nobody connects before it listens, so it may be made private after this
+        if private:
+            os.chmod(path, 0o600)
     except OSError as error:
         listener.close()
         raise ConfigError(f"cannot listen on unix socket {path}: {error.strerror}.") from None
@@ -190,8 +205,8 @@ def _remove_stale(path: str) -> None:
 
 def url_of(listener: socket.socket, config: ServerConfig) -> str:
     """The URL for clients, with the port that was chosen."""
-    if config.uds is not None:
-        return f"unix:{config.uds}"
+    if listener.family == socket.AF_UNIX:
+        return f"unix:{listener.getsockname()}"
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     return f"{'https' if config.ssl_certfile else 'http'}://{shown}:{port}"

@@ -11,7 +11,6 @@ import gc
 import logging
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -22,12 +21,11 @@ from quire.engine.assemble import check_local
 from quire.engine.core_client import CoreProcess
 from quire.engine.replica_cores import ReplicaCores
 from quire.messages import describe_ledger
-from quire.server.app import build_app
-from quire.server.auth import exposure
 from quire.server.engine_protocol import ServingEngine
 from quire.server.errors import ApiError, unavailable
 from quire.server.keys import configured_keys, with_fair_shares
-from quire.server.process import HttpServer, bind, http_server, url_of
+from quire.server.listeners import Listeners, open_listeners
+from quire.server.process import HttpServer
 from quire.server.state import ServerState
 
 logger = logging.getLogger(__name__)
@@ -100,31 +98,33 @@ async def serve_engine(
 ) -> int:
     """Serve the engine that `engine_factory` makes. Probes are answered before it is called.
 
-    announce: called with the server's URL once it listens; the default logs it.
+    announce: called with the API's URL once it listens; the default logs it.
     Raises `ConfigError` for an address or key that cannot be used, and whatever the factory raises.
     """
     stop = stop or StopSignals()
     keys = configured_keys(server_config, os.environ)
     state = ServerState(server_config, engine_config)
-    server = http_server(build_app(state, api_keys=keys), server_config)
-    with contextlib.closing(bind(server_config)) as listener, stop.installed():
-        http = asyncio.create_task(server.serve(sockets=[listener]), name="quire-http")
+    with open_listeners(server_config, state, keys, os.environ) as listeners, stop.installed():
+        http = asyncio.create_task(listeners.run(), name="quire-http")
         try:
-            await server.wait_started(http)
-            (announce or _announce)(url_of(listener, server_config))
-            if warning := exposure(listener, server_config, keys):
-                logger.warning(warning)
+            await listeners.wait_started(http)
+            (announce or _announce)(listeners.api.url)
+            if listeners.admin is not None:
+                _announce(listeners.admin.url, what="admin endpoints")
+            if listeners.warning:
+                logger.warning(listeners.warning)
             async with keys.followed():
-                return await _load_and_serve(engine_factory, state, stop, server, http)
+                return await _load_and_serve(engine_factory, state, stop, listeners, http)
         finally:
-            await _close(server, http, listener, server_config)
+            listeners.stop()
+            await asyncio.wait((http,))
 
 
 async def _load_and_serve(
     engine_factory: EngineFactory,
     state: ServerState,
     stop: StopSignals,
-    server: HttpServer,
+    server: Listeners,
     http: asyncio.Task[None],
 ) -> int:
     begun = time.monotonic()
@@ -154,7 +154,7 @@ async def _serve_until_stopped(
     state: ServerState,
     engine: ServingEngine,
     stop: StopSignals,
-    server: HttpServer,
+    server: Listeners,
     http: asyncio.Task[None],
 ) -> int:
     death = asyncio.create_task(_death_of(engine), name="quire-death-watch")
@@ -177,7 +177,7 @@ async def _serve_until_stopped(
         stats.cancel()
 
 
-async def drain(state: ServerState, stop: StopSignals, server: HttpServer) -> None:
+async def drain(state: ServerState, stop: StopSignals, server: Listeners) -> None:
     """Refuse new requests, after `drain_delay`, and let running ones finish until the deadline or a second
     signal. Then end the rest with an error to their clients."""
     if state.config.drain_delay:
@@ -196,7 +196,7 @@ async def drain(state: ServerState, stop: StopSignals, server: HttpServer) -> No
         await state.live.wait_idle(FAREWELL_SECONDS)
 
 
-async def hand_over(server: HttpServer, stop: StopSignals, seconds: float) -> None:
+async def hand_over(server: Listeners | HttpServer, stop: StopSignals, seconds: float) -> None:
     """Have clients go elsewhere: close connections after their answers, and in the end, or at a second
     signal, those that are idle."""
     server.close_connections(idle=False)
@@ -237,17 +237,6 @@ async def _log_stats(state: ServerState) -> None:
         await asyncio.sleep(interval)
 
 
-async def _close(
-    server: HttpServer, http: asyncio.Task[None], listener: socket.socket, config: ServerConfig
-) -> None:
-    server.should_exit = True
-    await asyncio.wait((http,))
-    listener.close()
-    if config.uds is not None:
-        with contextlib.suppress(OSError):
-            os.unlink(config.uds)
-
-
 def _status(http: asyncio.Task[None]) -> int:
     """0 unless the HTTP server itself failed."""
     if http.done() and not http.cancelled() and http.exception() is not None:
@@ -256,12 +245,12 @@ def _status(http: asyncio.Task[None]) -> int:
     return 0
 
 
-def _announce(url: str) -> None:
-    logger.info("listening on %s", url)
+def _announce(url: str, what: str = "listening") -> None:
+    logger.info("%s on %s", what, url)
     if not logger.isEnabledFor(
         logging.INFO
     ):  # with port 0, the line is the only way to learn the port
-        sys.stderr.write(f"quire: listening on {url}\n")
+        sys.stderr.write(f"quire: {what} on {url}\n")
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

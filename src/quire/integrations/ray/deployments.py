@@ -36,7 +36,7 @@ from quire.integrations.ray.bridge import (
 from quire.integrations.ray.options import AppConfig, read
 from quire.server.app import build_app
 from quire.server.errors import ApiError, internal_error, to_api_error, unavailable
-from quire.server.keys import configured_keys, with_fair_shares
+from quire.server.keys import configured_admin_keys, configured_keys, with_fair_shares
 from quire.server.live import ClientGoneError, Receive
 from quire.server.middleware import BodyLimit, Message, Scope, Send, send_error
 from quire.server.probes import check_health
@@ -67,7 +67,8 @@ class Replica:
         keys = configured_keys(server, os.environ)
         engine = with_fair_shares(engine, keys)
         self._state = ServerState(server, engine)
-        self._app = build_app(self._state, api_keys=keys)
+        admin_keys = configured_admin_keys(server, os.environ, keys)
+        self._app = build_app(self._state, api_keys=keys, admin_keys=admin_keys)
         self._keys_watch = asyncio.create_task(keys.follow(), name="quire-keys")
         self._engine = await AsyncLLM.start(engine)
         self._state.engine_loaded(self._engine)

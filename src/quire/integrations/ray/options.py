@@ -12,7 +12,8 @@ from quire.config.foreign import without_foreign
 from quire.config.options import OptionInfo, check_type, describe, option, parse_text
 from quire.errors import ConfigError
 
-LISTENING = ("host", "port", "uds", "root_path", "ssl_keyfile", "ssl_certfile", "ssl_ca_certs")
+LISTENING = ("host", "port", "uds", "root_path", "ssl_keyfile", "ssl_certfile", "ssl_ca_certs",
+             "admin_host", "admin_port", "admin_uds")  # fmt: skip
 """Options of a listener. Here Serve's proxies listen."""
 
 
