@@ -97,7 +97,8 @@ class GuidanceMatcher:
     def fill_mask(self, row: Mask) -> None:
         # row: [ceil(vocab_size / 32)]; the tokenizer's tokens are in the first words
         num_words = self._grammar.num_words
-        assert row.flags.c_contiguous and row.itemsize == 4 and len(row) >= num_words
+        if not row.flags.c_contiguous or row.itemsize != 4 or len(row) < num_words:
+            raise ValueError(f"a mask needs {num_words} words in a row")  # what follows writes by address
         row[num_words:] = 0
         if self._ended:
             row[:] = self._grammar.eos_mask

@@ -45,7 +45,8 @@ class OpenFiles:
 
     def read(self, info: TensorInfo, begin: int, into: memoryview) -> None:
         file = self._files[info.file]
-        assert begin >= 0 and begin + len(into) <= info.num_bytes
+        if begin < 0 or begin + len(into) > info.num_bytes:
+            raise ValueError(f"bytes {begin} to {begin + len(into)} of {info.num_bytes} of a tensor")
         done = 0
         while done < len(into):
             try:
