@@ -88,6 +88,9 @@ in `warnings` in the answer and in the header `x-quire-warnings`; with `--strict
 names it. Errors have OpenAI's body, with the field at fault in `param`. `X-Request-Id` is echoed, or made.
 The limits are [options](options.md). The last column says what vLLM 0.32 does where it is not the same.
 
+With an admin listener (`--admin-port`, `--admin-uds`), endpoints that need `--enable-admin-endpoints` are
+there, and not at the API's.
+
 Besides what is below, `/` is the playground, `/docs` and `/openapi.json` describe the endpoints to programs.
 """
 

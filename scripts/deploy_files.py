@@ -21,6 +21,11 @@ CHART = Path(__file__).resolve().parent.parent / "deploy/helm/quire"
 # --- the schema: closed maps, types of the defaults -------------------------------------------------
 
 NOT_IN_CONFIG = {
+    "admin_api_key",
+    "admin_host",
+    "admin_metrics",
+    "admin_port",
+    "admin_uds",
     "api_key",
     "api_keys_file",
     "hf_token",
@@ -29,13 +34,14 @@ NOT_IN_CONFIG = {
     "kv_transfer_config",
     "kv_disk_path",
 }
-"""Secrets, and what the chart itself decides."""
+"""Secrets, and what the chart itself decides. Its ServiceMonitor asks the API's port for /metrics."""
 POSITIVE = {"type": "integer", "minimum": 1}
 PERCENT_OR_COUNT = {"type": ["integer", "string"]}
 OVERRIDES: dict[str, dict[str, Any]] = {
     "profile": {"enum": ["cpu", "gpu"]},
     "image.pullPolicy": {"enum": ["Always", "IfNotPresent", "Never"]},
     "image.digest": {"type": "string", "pattern": "^(sha256:[0-9a-f]{64})?$"},
+    "admin.port": {"type": "integer", "minimum": 1, "maximum": 65535},
     "service.type": {"enum": ["ClusterIP", "NodePort", "LoadBalancer"]},
     "service.port": {"type": "integer", "minimum": 1, "maximum": 65535},
     "inferencePool.endpointPickerPort": {"type": "integer", "minimum": 1, "maximum": 65535},

@@ -56,6 +56,7 @@ VALUES: dict[str, Manifest] = {
         "config": {"max_num_seqs": 32, "max_model_len": "4k", "swap_space": 1},
         "apiKey": {"existingSecret": "quire-api-key"},
         "apiKeysFile": {"existingSecret": "quire-keys", "key": "tenants.toml"},
+        "admin": {"enabled": True, "host": "0.0.0.0", "existingSecret": "quire-admin-key"},
         "resources": {
             "requests": {"cpu": "8", "memory": "16Gi"},
             "limits": {"memory": "16Gi"},

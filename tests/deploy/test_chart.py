@@ -80,6 +80,7 @@ def test_lint_finds_nothing(tmp_path: Path) -> None:
         ({"replicaCount": -1}, "minimum: got -1, want 0"),
         ({"config": {"max_num_sequences": 1}}, "invalid propertyName 'max_num_sequences'"),
         ({"config": {"api_key": ["secret"]}}, "invalid propertyName 'api_key'"),
+        ({"admin": {"enabled": True, "host": "0.0.0.0"}}, "admin.existingSecret"),
         ({"image": {"digest": "latest"}}, "does not match pattern"),
         ({"prometheusRule": {"enabled": True, "alerts": {"Typo": {}}}}, "there is no alert Typo"),
         ({"inferencePool": {"enabled": True}}, "inferencePool.endpointPicker"),
@@ -131,6 +132,7 @@ def test_the_command_line_exists(name: str, tmp_path: Path, monkeypatch) -> None
                 [word.replace("$(POD_IP)", "10.0.0.1") for word in words]
             )
             assert server.port == ports["http"] and server.host in (None, "0.0.0.0")
+            assert ports.get("admin") == server.admin_port
             delays = server.drain_delay + server.shutdown_timeout
             gpus = int(container["resources"].get("limits", {}).get("nvidia.com/gpu", 0))
             assert engine.runtime.device == ("cuda" if gpus else "cpu")
@@ -205,6 +207,19 @@ def test_routes_exist_and_leave_out_what_is_for_operators() -> None:
 
 
 # --- security -----------------------------------------------------------------------------------------
+
+
+def test_no_service_and_no_network_policy_opens_the_admin_port() -> None:
+    ((_, pod),) = ((name, pod) for name, pod in pods(rendered("cpu")) if name == "llm-quire")
+    (container,) = pod["containers"]
+    assert {"name": "admin", "containerPort": 8001} in container["ports"]
+    assert "QUIRE_ADMIN_API_KEY" in {each["name"] for each in container["env"]}
+    for each in of_kind(rendered("cpu"), "Service", "NetworkPolicy"):
+        assert "admin" not in str(each["spec"]) and "8001" not in str(each["spec"])
+    ((_, pod),) = (
+        found for found in pods(render({"admin": {"enabled": True}})) if found[0] == "llm-quire"
+    )
+    assert "QUIRE_ADMIN_API_KEY" not in str(pod)
 
 
 def restricted(pod) -> list[str]:

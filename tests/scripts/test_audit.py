@@ -19,13 +19,20 @@ def record(name: str, *events: dict, versions=(), **more) -> dict:
         "ranges": [{"type": "ECOSYSTEM", "events": list(events)}],
         "versions": list(versions),
     }
-    return {"id": "PYSEC-1", "modified": "2026-11-01T00:00:00Z", "summary": "bad", "affected": [affected]} | more
+    return {
+        "id": "PYSEC-1",
+        "modified": "2026-11-01T00:00:00Z",
+        "summary": "bad",
+        "affected": [affected],
+    } | more
 
 
 @pytest.fixture
 def lock(tmp_path: Path) -> Path:
     path = tmp_path / "lock.txt"
-    path.write_text("# comment\nFast_API==1.5.0\nother==2.0 \\\n    --hash=sha256:" + "a" * 64 + "\n")
+    path.write_text(
+        "# comment\nFast_API==1.5.0\nother==2.0 \\\n    --hash=sha256:" + "a" * 64 + "\n"
+    )
     return path
 
 
@@ -75,7 +82,9 @@ def test_other_packages_ecosystems_and_withdrawn_records_do_not_count(tmp_path, 
     foreign = record("fast-api", everything)
     foreign["affected"][0]["package"]["ecosystem"] = "npm"
     withdrawn = record("other", everything, withdrawn="2026-01-01T00:00:00Z")
-    assert check(tmp_path, lock, record("fastapi2", everything), foreign, withdrawn) == audit.NOTHING
+    assert (
+        check(tmp_path, lock, record("fastapi2", everything), foreign, withdrawn) == audit.NOTHING
+    )
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b'{"id": 1', b"\xff"])

@@ -11,7 +11,12 @@ from tests.scripts.loading import load_script
 
 sbom = load_script("sbom")
 NOW = 1_790_000_000.0
-LOCK = "# comment\npackaging==0.0.1\nPy_Yaml==6.0 \\\n    --hash=sha256:" + "a" * 64 + " --hash=sha512:" + "b" * 128
+LOCK = (
+    "# comment\npackaging==0.0.1\nPy_Yaml==6.0 \\\n    --hash=sha256:"
+    + "a" * 64
+    + " --hash=sha512:"
+    + "b" * 128
+)
 
 
 def made(lock: str = LOCK) -> dict:

@@ -18,6 +18,8 @@ CONVERSATIONS: dict[str, dict[str, Any]] = {
     "/tokenize": {"messages": [USER]},
 }
 """Those that render the chat template."""
+COUNTING = ("/v1/responses/input_tokens", "/v1/messages/count_tokens")
+"""Those that say how long a prompt is. They do not name fields that they have no use for."""
 
 TEXTS: dict[str, dict[str, Any]] = {
     "/v1/completions": {"prompt": "a"},

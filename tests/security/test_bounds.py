@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from tests.security.bodies import ALL, OTHERS, PROMPTED, USER
+from tests.security.bodies import ALL, PROMPTED, USER
 
 from quire.config import EngineConfig, LoRAConfig
 
@@ -22,11 +22,9 @@ LISTS = {
 
 @pytest.mark.parametrize("path", ALL)
 async def test_every_list_of_every_route_is_bounded(make_client, engine, path):
-    """What a route knows it bounds; what it does not know it names and drops."""
+    """A list that a route knows has a bound, and one that it does not know makes no work."""
     lora = EngineConfig(lora=LoRAConfig(enable_lora=True))
-    client = make_client(
-        engine_config=lora, enable_admin_endpoints=True, max_list_items=MANY - 1
-    )
+    client = make_client(engine_config=lora, enable_admin_endpoints=True, max_list_items=MANY - 1)
     for name, value in LISTS.items():
         if name == "tokens" and path != "/detokenize":
             continue  # a megabyte
@@ -36,8 +34,6 @@ async def test_every_list_of_every_route_is_bounded(make_client, engine, path):
         assert len(answer.content) < 200_000, name
         if answer.status_code == 200:
             assert len(engine.submitted) - before <= 2, name
-            known = name in answer.text or name in str(answer.headers)
-            assert known or path in OTHERS, (name, answer.text[:300])
 
 
 @pytest.mark.parametrize("path", PROMPTED)

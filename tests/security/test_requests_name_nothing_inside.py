@@ -1,4 +1,4 @@
-"""What a request names is text to compare: never a file, an address to fetch, an object or code of this process."""
+"""Names in a request are never files, addresses to fetch, or objects and code of this process."""
 
 from __future__ import annotations
 
@@ -7,13 +7,22 @@ import socket
 import sys
 
 import pytest
-from tests.security.bodies import CONVERSATIONS, PROMPTED, saying
+from tests.security.bodies import CONVERSATIONS, COUNTING, PROMPTED, saying
 from tests.server.scripted_engine import ScriptedEngine
 
 from quire.config import EngineConfig, LoRAConfig
+from quire.text.chat_template import ChatTemplate
 
 OUTSIDE = "http://169.254.169.254/latest/meta-data"
-URLS = (OUTSIDE, "https://127.0.0.1:1/x", "file:///etc/passwd", "data:image/png;base64,AAAA", "ftp://a/b")
+URLS = (
+    OUTSIDE,
+    "https://127.0.0.1:1/x",
+    "file:///etc/passwd",
+    "data:image/png;base64,AAAA",
+    "ftp://a/b",
+)
+
+TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 
 _watched: list[str] | None = None
 
@@ -65,6 +74,7 @@ def parts(url: str) -> list[dict]:
 
 @pytest.mark.parametrize("path", CONVERSATIONS)
 async def test_no_url_is_fetched(client, engine, connections, opened, path):
+    engine.model.chat_template = ChatTemplate(TEMPLATE)
     for url in URLS:
         for part in parts(url):
             answer = await client.post(path, json=saying(path, [part]))
@@ -84,12 +94,12 @@ async def test_no_tensors_and_no_arguments_for_loaders(client, engine, path):
         ("multi_modal_data", {"image": "x"}), ("mm_hashes", ["h"]), ("shm_handle", "psm_1"),
         ("logits_processors", ["os.system"]), ("custom_logit_processor", "gASV"),
         ("lora_path", "/etc"), ("tp_size", 10**9), ("vllm_xargs", {"a": "b"}),
-        ("kv_transfer_params", {"remote_host": "169.254.169.254", "remote_port": 80}),
     ):  # fmt: skip
         before = len(engine.submitted)
         answer = await client.post(path, json=PROMPTED[path] | {name: value})
         if answer.status_code == 200:  # unknown here: said so, and not passed on
-            assert name in answer.text or name in str(answer.headers), (name, answer.text)
+            said = name in answer.text or name in str(answer.headers) or path in COUNTING
+            assert said, (name, answer.text)
             for each in engine.submitted[before:]:
                 assert name not in repr(each.params)
         else:

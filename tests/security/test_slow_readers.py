@@ -1,4 +1,4 @@
-"""A client that does not read its stream delays nobody, and its answer waits in the engine's pace, not in memory."""
+"""A client that does not read its stream delays nobody."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rules about the package's source. `scripts/check_source.py` has the list of forbidden calls, and CI runs it."""
+"""Rules about the package's source. The list of forbidden calls is in `scripts/check_source.py`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import pytest
 import quire
 
 PACKAGE = Path(quire.__file__).parent
-OUTSIDE = ("server", "text", "structured", "weights", "config", "messages", "kvtransfer", "distributed", "cli",
+OUTSIDE = ("server", "text", "structured", "weights", "config", "messages", "kvtransfer", "distributed",
+           "cli",
            "sampling_params.py", "placement.py", "decoding.py", "limits.py", "engine/input_processor.py",
            "engine/adapters.py", "engine/async_adapters.py", "models/fields.py", "quantization")  # fmt: skip
 """Where what others wrote is read: requests, files of models, peers, options."""
@@ -61,7 +62,8 @@ def narrows(test: ast.expr) -> bool:
     if isinstance(test, ast.Compare):
         last = test.comparators[-1]
         return isinstance(test.ops[-1], ast.Is | ast.IsNot) and (
-            (isinstance(last, ast.Constant) and last.value is None) or isinstance(last, ast.Attribute)
+            (isinstance(last, ast.Constant) and last.value is None)
+            or isinstance(last, ast.Attribute)
         )
     return isinstance(test, ast.Call) and getattr(test.func, "id", "") == "isinstance"
 
@@ -82,7 +84,15 @@ def test_narrowing_is_told_from_checking():
 
     for text in ("x is not None", "isinstance(x, str)", "a is not None and b is not None"):
         assert narrows(test_of(text)), text
-    for text in ("x", "not x", "x > 0", "len(x) == 2", "x is not None and x > 0", "x in (1, 2)", "f(x)"):
+    for text in (
+        "x",
+        "not x",
+        "x > 0",
+        "len(x) == 2",
+        "x is not None and x > 0",
+        "x in (1, 2)",
+        "f(x)",
+    ):
         assert not narrows(test_of(text)), text
 
 
@@ -92,7 +102,9 @@ def test_narrowing_is_told_from_checking():
 def test_only_these_modules_connect():
     """A new one is a way out of the machine: say here what decides where it connects."""
     assert importers("huggingface_hub") <= {"weights/resolve.py", "cli/collect_env.py"}
-    assert importers("urllib.request", "http.client", "requests", "httpx", "aiohttp", "ftplib") == set()
+    assert importers("urllib.request", "http.client", "requests", "httpx", "aiohttp", "ftplib") == {
+        "bench/startup.py"  # the server that it has started
+    }
     connecting = {
         name for name, tree in modules() for node in ast.walk(tree)
         if isinstance(node, ast.Attribute)
@@ -113,7 +125,6 @@ def test_only_the_api_listens_beyond_this_machine_by_default():
         name for name, tree in modules() for node in ast.walk(tree)
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value) < 40
         and (node.value in ("0.0.0.0", "::", "*") or "://*" in node.value or "://0.0.0.0" in node.value)
-        and "==" not in ast.unparse(node)
     }  # fmt: skip
     assert found <= {
         "server/process.py",  # the API, with a warning: test_exposure.py
@@ -121,8 +132,8 @@ def test_only_the_api_listens_beyond_this_machine_by_default():
     } | COMPARED, found  # fmt: skip
 
 
-COMPARED = {"config/server.py", "text/tool_forms.py", "bench/options.py", "structured/schema.py"}
-"""Where such a text has another meaning, like CORS' "*"."""
+COMPARED = {"config/server.py", "text/gguf_tokenizer.py", "text/jinja_fallback.py"}
+"""Where such a text has another meaning: CORS, a kind of token, an operator of Jinja."""
 
 
 # --- expressions on what others wrote --------------------------------------------------------------------
@@ -139,17 +150,22 @@ MATCHED = {
     "text/template_rewrites.py": "fixed length",
     "text/template_facts.py": "what a template made of our own probes",
     "structured/schema.py": "a name, one class of characters",
+    "structured/schema_logic.py": "escapes texts",
 }
 
 
 def test_no_new_regular_expression_on_requests_or_what_models_say():
     """Python's `re` backtracks. What clients and models write is read by scanners of linear time; expressions
     of clients are compiled by llguidance, which does not backtrack, in a process that can be killed."""
-    using = {name for name, tree in modules("server", "text", "structured") if "re" in imports(tree)}
+    using = {
+        name for name, tree in modules("server", "text", "structured") if "re" in imports(tree)
+    }
     assert using == MATCHED.keys()
 
 
-@pytest.mark.parametrize("unit", [";", " ", "\t ;", "a;", "\n", "x-anthropic-billing-header:", "a; \n"])
+@pytest.mark.parametrize(
+    "unit", [";", " ", "\t ;", "a;", "\n", "x-anthropic-billing-header:", "a; \n"]
+)
 def test_the_expression_for_billing_headers_does_not_backtrack(unit):
     """It would take hours with 20,000 repeats, so the test's time limit is the assertion."""
     from quire.server.billing_header import NAME, without_header

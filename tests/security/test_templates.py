@@ -6,7 +6,7 @@ vLLM mended this route by route, and /v1/responses was forgotten (PYSEC-2026-434
 from __future__ import annotations
 
 import pytest
-from tests.security.bodies import CONVERSATIONS, saying
+from tests.security.bodies import CONVERSATIONS, COUNTING, saying
 
 from quire.text.chat_template import ChatTemplate
 
@@ -41,12 +41,21 @@ async def test_no_route_takes_a_template(client, engine, path):
     engine.model.chat_template = ChatTemplate(SAFE)
     bomb = "{{ cycler.__init__.__globals__.os.system('id') }}"
     body = CONVERSATIONS[path]
-    response = await client.post(path, json=body | {"chat_template": bomb})
-    assert response.status_code == 400 or "chat_template" in response.text, response.text
-    assert all("os.system" not in str(each.prompt) for each in engine.submitted)
-    for name in ("chat_template", "messages", "tools", "raise_exception", "strftime_now"):
-        response = await client.post(path, json=body | {"chat_template_kwargs": {name: bomb}})
-        if response.status_code == 200:  # a dialect without this field
-            assert "chat_template_kwargs" in response.text, response.text
+    plain = (await client.post(path, json=body)).json()
+    for field in (
+        {"chat_template": bomb},
+        *(
+            {"chat_template_kwargs": {name: bomb}}
+            for name in ("chat_template", "messages", "tools")
+        ),
+        *({"chat_template_kwargs": {name: bomb}} for name in ("raise_exception", "strftime_now")),
+    ):
+        response = await client.post(path, json=body | field)
+        if (
+            path in COUNTING and response.status_code == 200
+        ):  # it reads what matters to a count alone
+            assert response.json() == plain
         else:
-            assert response.status_code == 400, response.text
+            said = response.status_code == 400 or next(iter(field)) in response.text
+            assert said, (field, response.text)
+    assert all(each.prompt == engine.submitted[0].prompt for each in engine.submitted)

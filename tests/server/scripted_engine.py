@@ -211,7 +211,7 @@ class FakeStream:
     def _part(self, index, text, ids, finish) -> CompletionOutput:
         reason = self.engine.finish_reason if finish else None
         logprobs = None
-        if self.params.logprobs is not None:
+        if getattr(self.params, "logprobs", None) is not None:  # beams have none
             asked = self.params.logprob_token_ids or ()
             logprobs = [_position(i, self.params.logprobs, asked) for i in ids]
         return CompletionOutput(
@@ -227,9 +227,10 @@ class FakeStream:
         )  # fmt: skip
 
     def _prompt_logprobs(self) -> list[dict[int, Logprob] | None] | None:
-        top, start = self.params.prompt_logprobs, self.params.prompt_logprob_start or 1
+        top = getattr(self.params, "prompt_logprobs", None)
         if top is None:
             return None
+        start = self.params.prompt_logprob_start or 1
         return [
             _position(token, top) if index >= max(1, start) else None
             for index, token in enumerate(self.prompt)

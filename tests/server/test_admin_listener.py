@@ -60,12 +60,21 @@ async def test_the_api_has_no_admin_routes_where_they_have_a_listener(make_clien
     for method, path in ADMIN:
         assert (await client.request(method, path)).status_code == 404, path
         assert (await admin.request(method, path)).status_code != 404, path
-    assert not {path for _, path in ADMIN} & set((await client.get("/openapi.json")).json()["paths"])
+    assert not {path for _, path in ADMIN} & set(
+        (await client.get("/openapi.json")).json()["paths"]
+    )
 
 
 async def test_the_admin_listener_serves_no_model(make_client):
     admin = admin_client(make_client(admin_port=0))
-    for path in (COMPLETIONS, "/v1/chat/completions", "/v1/models", "/tokenize", "/", "/openapi.json"):
+    for path in (
+        COMPLETIONS,
+        "/v1/chat/completions",
+        "/v1/models",
+        "/tokenize",
+        "/",
+        "/openapi.json",
+    ):
         assert (await admin.get(path)).status_code == 404, path
     for path in [*PROBES, "/metrics", "/load"]:
         assert (await admin.get(path)).status_code == 200, path
@@ -154,7 +163,9 @@ async def test_the_key_is_hidden_in_server_info(make_client):
 
 def test_keys_from_flags_and_environment(monkeypatch):
     config, clients = ServerConfig(admin_api_key=("a",)), Keys(["client"])
-    keys = configured_admin_keys(config, {"QUIRE_ADMIN_API_KEY": "b", "QUIRE_API_KEY": "c"}, clients)
+    keys = configured_admin_keys(
+        config, {"QUIRE_ADMIN_API_KEY": "b", "QUIRE_API_KEY": "c"}, clients
+    )
     assert [k for k in (b"a", b"b", b"c", b"client", b"") if keys.find(k)] == [b"a", b"b"]
     assert not configured_admin_keys(ServerConfig(), {"QUIRE_ADMIN_API_KEY": ""}, clients)
     for wrong in (" ", "client"):

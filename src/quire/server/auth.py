@@ -53,8 +53,8 @@ def exposure(
 
 
 def check_admin(listener: socket.socket, config: ServerConfig, admin_keys: Keys) -> None:
-    """Raises `ConfigError` if other machines can reach the admin listener and need no key. It is new, so there is
-    no script that a refusal could break, unlike with the API's."""
+    """Raises `ConfigError` if other machines can reach the admin listener and need no key. At the API this is a
+    warning, because scripts written for vLLM rely on it."""
     where = None if admin_keys else _beyond_this_machine(listener, config)
     if where is not None:
         raise ConfigError(

@@ -60,7 +60,8 @@ class Listeners:
 def open_listeners(
     config: ServerConfig, state: ServerState, keys: Keys, environ: Mapping[str, str]
 ) -> Iterator[Listeners]:
-    """Bound, and not serving yet. Raises `ConfigError` for an address, key or certificate that cannot be used."""
+    """Bound, and not serving yet. Raises `ConfigError` for an address, key or certificate that cannot be
+    used."""
     admin_keys = configured_admin_keys(config, environ, keys)
     app = build_app(state, api_keys=keys, admin_keys=admin_keys)
     server = http_server(app, config)

@@ -181,7 +181,9 @@ def _bind_unix(path: str, *, private: bool = False) -> socket.socket:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         _remove_stale(path)
-        listener.bind(path)  # nobody connects before it listens, so it may be made private after this
+        listener.bind(
+            path
+        )  # nobody connects before it listens, so it may be made private after this
         if private:
             os.chmod(path, 0o600)
     except OSError as error:

@@ -98,7 +98,9 @@ class GuidanceMatcher:
         # row: [ceil(vocab_size / 32)]; the tokenizer's tokens are in the first words
         num_words = self._grammar.num_words
         if not row.flags.c_contiguous or row.itemsize != 4 or len(row) < num_words:
-            raise ValueError(f"a mask needs {num_words} words in a row")  # what follows writes by address
+            raise ValueError(
+                f"a mask needs {num_words} words in a row"
+            )  # what follows writes by address
         row[num_words:] = 0
         if self._ended:
             row[:] = self._grammar.eos_mask

@@ -46,7 +46,9 @@ class OpenFiles:
     def read(self, info: TensorInfo, begin: int, into: memoryview) -> None:
         file = self._files[info.file]
         if begin < 0 or begin + len(into) > info.num_bytes:
-            raise ValueError(f"bytes {begin} to {begin + len(into)} of {info.num_bytes} of a tensor")
+            raise ValueError(
+                f"bytes {begin} to {begin + len(into)} of {info.num_bytes} of a tensor"
+            )
         done = 0
         while done < len(into):
             try:

@@ -70,6 +70,13 @@ limits: {memory: 8Gi}
 {{- with $values.apiKeysFile }}{{ if .existingSecret }}
 {{- $_ := set $config "api_keys_file" (print "/etc/quire-keys/" .key) }}
 {{- end }}{{ end }}
+{{- with $values.admin }}{{ if .enabled }}
+{{- if and (ne .host "127.0.0.1") (not .existingSecret) }}
+{{- fail "admin.existingSecret: name a Secret with a key, as admin.host is not 127.0.0.1" }}
+{{- end }}
+{{- $_ := set $config "admin_host" .host }}
+{{- $_ := set $config "admin_port" (int .port) }}
+{{- end }}{{ end }}
 {{- if $values.kvDisk.enabled }}
 {{- $_ := set $config "kv_disk_path" "/kv/tier" }}
 {{- $_ := set $config "kv_disk_size" $values.kvDisk.size }}
@@ -208,6 +215,9 @@ spec:
         {{- with $values.apiKey }}{{ if .existingSecret }}
         {{- include "quire.secretEnv" (dict "name" "QUIRE_API_KEY" "secret" .) | nindent 8 }}
         {{- end }}{{ end }}
+        {{- with $values.admin }}{{ if and .enabled .existingSecret }}
+        {{- include "quire.secretEnv" (dict "name" "QUIRE_ADMIN_API_KEY" "secret" .) | nindent 8 }}
+        {{- end }}{{ end }}
         {{- with $values.hfToken }}{{ if .existingSecret }}
         {{- include "quire.secretEnv" (dict "name" "HF_TOKEN" "secret" .) | nindent 8 }}
         {{- end }}{{ end }}
@@ -218,6 +228,9 @@ spec:
         {{- with $values.extraEnv }}{{ toYaml . | nindent 8 }}{{ end }}
       ports:
         - {name: http, containerPort: 8000}
+        {{- if $values.admin.enabled }}
+        - {name: admin, containerPort: {{ $values.admin.port }}}
+        {{- end }}
         {{- if eq .role "prefill" }}
         - {name: kv, containerPort: {{ $values.disaggregation.kvPort }}}
         {{- end }}
