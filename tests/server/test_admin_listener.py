@@ -197,12 +197,14 @@ async def test_a_web_page_may_not_use_it(make_client, engine, headers, status):
     assert "access-control-allow-origin" not in answer.headers
 
 
-async def test_the_hosts_own_name_and_a_sockets_any_are_accepted(make_client):
+async def test_names_that_are_accepted(make_client):
     named = admin_client(make_client(admin_host="Ops.example", admin_port=0), host="ops.example:80")
     assert (await named.get("/load")).status_code == 200
-    unix = admin_client(make_client(admin_uds="/x"), host="whatever")
-    assert (await unix.get("/load")).status_code == 200
-    assert (await unix.get("/load", headers={"origin": "https://x"})).status_code == 403
+    tls = {"ssl_keyfile": "key.pem", "ssl_certfile": "cert.pem", "ssl_cert_reqs": 2}
+    for options in ({"admin_uds": "/x"}, {"admin_port": 0, **tls}):
+        other = admin_client(make_client(**options), host="whatever")
+        assert (await other.get("/load")).status_code == 200
+        assert (await other.get("/load", headers={"origin": "https://x"})).status_code == 403
 
 
 async def test_with_a_key_the_key_decides(make_client):
@@ -226,6 +228,8 @@ def test_beyond_this_machine_it_needs_a_key():
         check_admin(bound(host), ServerConfig(admin_host=host), Keys(["adm"]))
     for host in ("127.0.0.1", "::1"):
         check_admin(bound(host), ServerConfig(admin_host=host), Keys())
+    tls = {"ssl_keyfile": "key.pem", "ssl_certfile": "cert.pem", "ssl_cert_reqs": 2}
+    check_admin(bound("0.0.0.0"), ServerConfig(admin_host="0.0.0.0", **tls), Keys())
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,17 @@ def test_admin_endpoints_are_named_where_they_are_served():
     assert "admin endpoints" in text
 
 
+def test_what_is_not_served_here_is_not_named():
+    enabled = {"enable_admin_endpoints": True}
+    for config, admin_keys in (
+        (ServerConfig(**enabled, admin_port=0), Keys()),
+        (ServerConfig(**enabled), Keys(["adm"])),
+    ):
+        assert "admin" not in exposure(bound("0.0.0.0"), config, Keys(), admin_keys)
+    config = ServerConfig(admin_port=0, admin_metrics=True)
+    assert "/metrics" not in exposure(bound("0.0.0.0"), config, Keys())
+
+
 def test_a_key_or_client_certificates_close_it():
     assert exposure(bound("0.0.0.0"), ServerConfig(), Keys(["secret"])) is None
     tls = {"ssl_keyfile": "key.pem", "ssl_certfile": "cert.pem"}

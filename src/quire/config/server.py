@@ -160,7 +160,7 @@ class ServerConfig:
 
     @property
     def has_admin_listener(self) -> bool:
-        return not (self.admin_host is self.admin_port is self.admin_uds is None)
+        return (self.admin_host, self.admin_port, self.admin_uds) != (None, None, None)
 
     def __post_init__(self) -> None:
         for name in ("port", "admin_port"):

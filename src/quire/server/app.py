@@ -107,8 +107,8 @@ def build_app(
 
 
 def build_admin_app(state: ServerState, *, admin_keys: Keys | Sequence[str] = ()) -> FastAPI:
-    """The app of the admin listener. With `admin_keys` every path except the probes needs one of them. Without,
-    who reaches the listener may use everything, and web pages are kept away."""
+    """The app of the admin listener. With `admin_keys` every path except the probes needs one of them.
+    Without, who reaches the listener may use everything, and web pages are kept away."""
     app = _new_app(state, None)
     for router in (
         admin_router(state),

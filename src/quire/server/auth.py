@@ -44,17 +44,19 @@ def exposure(
         return None
     open_admin = config.enable_admin_endpoints and not config.has_admin_listener and not admin_keys
     admin = ", use the admin endpoints" if open_admin else ""
-    metrics = "" if config.admin_metrics else " and read /metrics"
+    read, and_metrics = (
+        ("", "") if config.admin_metrics else (" and read /metrics", " and /metrics")
+    )
     return (
         f"the server listens beyond this machine, on {where}, without an API key: whoever reaches it may "
-        f"send requests{admin}{metrics}. To serve this machine alone, set --host 127.0.0.1. To "
-        f"require a key, set --api-key or {ENVIRONMENT[0]} (probes and /metrics need none)."
+        f"send requests{admin}{read}. To serve this machine alone, set --host 127.0.0.1. To "
+        f"require a key, set --api-key or {ENVIRONMENT[0]} (probes{and_metrics} need none)."
     )
 
 
 def check_admin(listener: socket.socket, config: ServerConfig, admin_keys: Keys) -> None:
-    """Raises `ConfigError` if other machines can reach the admin listener and need no key. At the API this is a
-    warning, because scripts written for vLLM rely on it."""
+    """Raises `ConfigError` if other machines can reach the admin listener and need no key. At the API this is
+    a warning, because scripts written for vLLM rely on it."""
     where = None if admin_keys else _beyond_this_machine(listener, config)
     if where is not None:
         raise ConfigError(
@@ -69,8 +71,7 @@ def _beyond_this_machine(listener: socket.socket, config: ServerConfig) -> str |
     The bound address decides, so a host name counts as the address that it resolved to. A Unix socket and
     a server that requires client certificates are not exposed.
     """
-    demands_certificates = config.ssl_certfile and config.ssl_cert_reqs == ssl.CERT_REQUIRED
-    if listener.family == socket.AF_UNIX or demands_certificates:
+    if listener.family == socket.AF_UNIX or _demands_certificates(config):
         return None
     host, port = listener.getsockname()[:2]
     address = ip_address(host)
@@ -80,6 +81,10 @@ def _beyond_this_machine(listener: socket.socket, config: ServerConfig) -> str |
         return None
     shown = f"[{host}]" if ":" in host else host
     return f"{shown}:{port}" + (" (every interface)" if address.is_unspecified else "")
+
+
+def _demands_certificates(config: ServerConfig) -> bool:
+    return config.ssl_certfile is not None and config.ssl_cert_reqs == ssl.CERT_REQUIRED
 
 
 class ApiKeyAuth:
@@ -135,7 +140,7 @@ class NotFromBrowsers:
 
     def __init__(self, app: App, config: ServerConfig) -> None:
         self._app, self._names = app, {"localhost", (config.admin_host or "localhost").lower()}
-        self._by_name = config.admin_uds is not None
+        self._by_any_name = config.admin_uds is not None or _demands_certificates(config)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and not self._may(scope):
@@ -147,7 +152,7 @@ class NotFromBrowsers:
         if header_values(scope, b"origin"):
             return False
         hosts = header_values(scope, b"host")
-        return self._by_name or (len(hosts) == 1 and self._is_ours(hosts[0].decode("latin-1")))
+        return self._by_any_name or (len(hosts) == 1 and self._is_ours(hosts[0].decode("latin-1")))
 
     def _is_ours(self, host: str) -> bool:
         name = re.sub(r":[0-9]{1,5}\Z", "", host).lower()
