@@ -18,8 +18,9 @@ from scripted_engine import ScriptedEngine
 from quire.config import EngineConfig, LoRAConfig, ServerConfig
 from quire.errors import ConfigError
 from quire.server.app import build_admin_app
-from quire.server.auth import OPEN_PATHS, PROBES, check_admin
+from quire.server.auth import OPEN_PATHS, PROBES, ApiKeyAuth, check_admin
 from quire.server.keys import Keys, configured_admin_keys
+from quire.server.middleware import tenant_of
 from quire.server.run import StopSignals, serve_engine
 
 ADMIN = [
@@ -153,6 +154,22 @@ async def test_without_a_listener_the_admin_key_guards_the_same_routes(engine, m
             )
         for path in OPEN_PATHS:
             assert (await api.get(path)).status_code in (200, 404)
+
+
+async def test_an_operator_is_no_tenant():
+    """Whose quotas would count, and whose requests and stored responses would be its own."""
+    seen = []
+
+    async def app(scope, receive, send):
+        seen.append(tenant_of(scope))
+
+    auth = ApiKeyAuth(
+        app, open_paths=PROBES, keys=Keys(["k"]), admin_keys=Keys(["adm"]), admin_paths={"/sleep"}
+    )
+    for path, key in (("/sleep", "adm"), ("/v1/models", "k")):
+        headers = [(b"authorization", f"Bearer {key}".encode())]
+        await auth({"type": "http", "path": path, "headers": headers}, None, None)
+    assert seen[0] is None and seen[1] is not None
 
 
 async def test_the_key_is_hidden_in_server_info(make_client):
