@@ -30,6 +30,8 @@ TEXTS: dict[str, dict[str, Any]] = {
     "/v2/rerank": {"query": "a", "documents": ["b"]},
 }
 """Those that encode a text without a template."""
+ALIASES = ("/score", "/rerank", "/v2/rerank")
+"""Other names of the same function."""
 
 OTHERS: dict[str, dict[str, Any]] = {
     "/detokenize": {"tokens": [2]},

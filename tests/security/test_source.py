@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,12 @@ def modules(*under: str) -> Iterator[tuple[str, ast.Module]]:
     for name in under or (".",):
         root = PACKAGE / name
         for path in sorted(root.rglob("*.py") if root.is_dir() else [root]):
-            yield str(path.relative_to(PACKAGE)), ast.parse(path.read_text(encoding="utf-8"))
+            yield str(path.relative_to(PACKAGE)), parsed(path)
+
+
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
 
 
 def imports(tree: ast.Module) -> set[str]:
