@@ -381,6 +381,8 @@ def test_what_waits_and_the_time_of_a_step() -> None:
     assert read(registry)["quire:queue_tokens"] == 0
     metrics.on_rejected("max_ttft")
     assert read(registry)["vllm:admission_rejections_total{reason=max_ttft}"] == 1
+
+
 @pytest.mark.parametrize(("reason", "seconds"), [("expired", 4.0), ("abort", None)])
 def test_who_waited_until_its_deadline_waited_all_its_time(
     reason: str, seconds: float | None
