@@ -1,7 +1,7 @@
 """The engine's load in the header of an answer, for balancers that ask for it (ORCA: Open Request Cost
 Aggregation).
 
-A request with `endpoint-load-metrics-format: TEXT` or `JSON` gets `endpoint-load-metrics`, with vLLM's names.
+A request with `endpoint-load-metrics-format: TEXT` or `JSON` gets `endpoint-load-metrics`, with vLLM's names, and what waits in tokens and seconds.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ def load_header(headers: Headers, stats: SchedulerStats) -> list[tuple[bytes, by
         "kv_cache_usage_perc": float(stats.kv_usage),
         "num_requests_waiting": float(stats.num_waiting),
         "num_requests_running": float(stats.num_running),
+        "queue_tokens": float(stats.load.queue_tokens),
+        "estimated_wait_seconds": float(stats.load.wait_seconds),
     }
     if form == b"TEXT":
         named = ", ".join(f"named_metrics.{name}={value:g}" for name, value in metrics.items())
