@@ -93,7 +93,9 @@ def with_tables(page: str, results: Results) -> str:
         pattern = re.compile(re.escape(mark) + r"\n.*?<!-- end -->", re.S)
         if not pattern.search(page):
             raise ValueError(f"{PAGE.name} has no place for {name!r}: {mark} ... <!-- end -->.")
-        caption = f"Load: {lever['load']}."
+        count = len(lever["settings"][0]["rounds"])
+        rounds = lever.get("note") or f"{count} rounds"
+        caption = f"Load: {lever['load']}; {rounds}."
         made = f"{mark}\n{caption}\n\n{table(lever)}\n<!-- end -->"
         page = pattern.sub(lambda _, made=made: made, page)  # type: ignore[misc]
     return page
@@ -179,7 +181,7 @@ def source(results: Results) -> str:
     record = first["record"]
     machine = record["machine"]
     counts = sorted({len(lever["settings"][0]["rounds"]) for lever in results.values()})
-    rounds = " or ".join(map(str, counts))
+    rounds = f"{counts[0]} to {counts[-1]}" if counts[1:] else str(counts[0])
     return (
         f"Ratios to the default, medians of {rounds} interleaved rounds; {record['date'][:10]}, "
         f"{machine['cpu']}, {machine['cpus']} cores, shared; commit {record['commit'][:7]}"
