@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from scripted_engine import queue_full
 
 from quire.config import ServerConfig
-from quire.messages import SchedulerStats
+from quire.messages import LoadStats, SchedulerStats
 from quire.outputs import RequestOutput, RequestStateStats
 from quire.server.app import build_app
 from quire.server.record import GENERATING, Record, Work
@@ -215,7 +215,10 @@ def test_every_route_is_one_or_the_other() -> None:
 
 # --- the load header --------------------------------------------------------------------------------
 
-LOAD = {"kv_cache_usage_perc": 0.25, "num_requests_waiting": 3.0, "num_requests_running": 2.0}
+LOAD = {
+    "kv_cache_usage_perc": 0.25, "num_requests_waiting": 3.0, "num_requests_running": 2.0,
+    "queue_tokens": 70.0, "estimated_wait_seconds": 1.5,
+}  # fmt: skip
 
 
 async def load(client, form: str | None, path: str = "/v1/completions") -> str | None:
@@ -225,7 +228,8 @@ async def load(client, form: str | None, path: str = "/v1/completions") -> str |
 
 
 async def test_the_load_for_who_asks(client, engine) -> None:
-    engine.stats = SchedulerStats(num_running=2, num_waiting=3, kv_usage=0.25)
+    queue = LoadStats(queue_tokens=70, wait_seconds=1.5)
+    engine.stats = SchedulerStats(num_running=2, num_waiting=3, kv_usage=0.25, load=queue)
     for form in ("TEXT", "text"):
         text = await load(client, form)
         pairs = dict(pair.split("=") for pair in text.removeprefix("TEXT ").split(", "))
@@ -258,4 +262,5 @@ async def test_without_an_engine_there_is_none(make_client) -> None:
 async def test_its_numbers_are_those_of_metrics(client, engine) -> None:
     """The names, at least: a balancer may read either."""
     families = text_string_to_metric_families((await client.get("/metrics")).text)
-    assert {f"vllm:{name}" for name in LOAD} <= {family.name for family in families}
+    names = {family.name.partition(":")[2] for family in families}
+    assert set(LOAD) <= names
