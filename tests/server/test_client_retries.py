@@ -1,5 +1,5 @@
-"""The real clients of OpenAI and Anthropic, and litellm, against a server that throttles: they wait as long as
-the headers say, and what they cannot obey is not sent.
+"""The real clients of OpenAI and Anthropic, and litellm, against a server that throttles: they wait as long
+as the headers say, and what they cannot obey is not sent.
 
 Nothing here waits: `anyio.sleep`, with which the clients wait, moves the clock of the quotas instead.
 """
@@ -16,11 +16,11 @@ import anyio
 import httpx2
 import openai
 import pytest
+from tests.server.test_keys import ALICE, entry
 
 from quire.errors import QueueFullError
 from quire.server.keys import Keys
 from quire.server.quotas import Quotas
-from tests.server.test_keys import ALICE, entry
 
 MESSAGES = [{"role": "user", "content": "a"}]
 
