@@ -194,21 +194,6 @@ def test_a_flood_of_long_prompts_fills_the_queue_for_itself_alone(make) -> None:
         server.ask("other", length=101)
 
 
-def test_who_is_refused_holds_nothing(make) -> None:
-    """Nothing is sent, kept or counted (tenants-overload.md, proof 5)."""
-    server = make(max_num_seqs=1, max_num_queued_reqs=3, max_num_queued_tokens=30)
-    server.ask("a", length=10)
-    server.ask("a", length=10)
-    output = server.front._output
-    before = (dict(output.requests), dict(output._states), server.front.request_ids)
-    counts = [dict(held._parts) for held in (output.live_sequences, output.queued_tokens)]
-    for length, params in ((11, ONE), (1, FEW)):
-        with pytest.raises(QueueFullError):
-            server.ask("a", length, params=params)
-    assert before == (dict(output.requests), dict(output._states), server.front.request_ids)
-    assert counts == [dict(held._parts) for held in (output.live_sequences, output.queued_tokens)]
-
-
 def test_the_first_token_ends_the_wait_of_a_prompt(make) -> None:
     server = make(max_num_seqs=1, max_num_queued_tokens=30)
     first = server.ask("a", length=20, params=FEW)
