@@ -87,14 +87,20 @@ class Account:
         self.counter = self._origin + self._units / self.weight
 
     def settle(self) -> bool:
-        """Charge the tokens that were generated since the last time, if there are any."""
+        """Charge the tokens that were generated since the last time, if there are any. Written out: it is
+        most of what the policy costs."""
         known = 0
         for request in self.admitted.values():
             known += len(request.token_ids)
-        tokens, self._paid_tokens = known - self._paid_tokens, known
-        if tokens:
-            self.charge(GENERATED_TOKEN * tokens)
-        return tokens != 0
+        tokens = known - self._paid_tokens
+        if not tokens:
+            return False
+        self._paid_tokens = known
+        units = GENERATED_TOKEN * tokens
+        self._units += units
+        self.charged += units
+        self.counter = self._origin + self._units / self.weight
+        return True
 
     def enter(self, request: Request) -> None:
         self.admitted[request.request_id] = request
@@ -270,6 +276,14 @@ class FairQueue:
             for account in level.queued.values():
                 yield from account.queue
 
+    def first(self) -> Request | None:
+        if self._preempted:
+            return self._preempted[0]
+        for level in self._by_priority():
+            for account in level.queued.values():
+                return account.queue[0]
+        return None
+
     def waiting_key(self, request: Placed) -> tuple[float, ...]:
         """After every admitted request of its priority."""
         return _key(request.placement.priority, request)
@@ -332,7 +346,10 @@ class FairQueue:
         if receipt is None:
             return
         if request.num_preemptions:
-            self._were_preempted -= Counter([int(request.sort_key[0])])
+            priority = int(request.sort_key[0])
+            self._were_preempted[priority] -= 1
+            if not self._were_preempted[priority]:
+                del self._were_preempted[priority]
         if receipt.reached < request.num_prompt_tokens:
             receipt.level.refund(receipt.account, request.num_prompt_tokens - receipt.reached)
         receipt.account.leave(request)
@@ -349,9 +366,11 @@ class FairQueue:
 
     def take_tenants(self) -> dict[str, TenantStats]:
         """Once per second, and when no request is left."""
+        if not self._has_news:
+            return {}
         now = self._clock()
         is_idle = not self._len and not self._receipts
-        if not self._has_news or (now - self._reported_at < REPORT_SECONDS and not is_idle):
+        if now - self._reported_at < REPORT_SECONDS and not is_idle:
             return {}
         self._reported_at, self._has_news = now, not is_idle
         tenants: dict[str, TenantStats] = {}

@@ -28,6 +28,9 @@ class Policy(Protocol):
     def __iter__(self) -> Iterator[Request]:
         """In their order, except that counters are not considered."""
 
+    def first(self) -> Request | None:
+        """The first of the iteration."""
+
     def waiting_key(self, request: Placed) -> tuple[float, ...]:
         """The sort key of a request that was never admitted; no two keys are equal."""
 
@@ -62,6 +65,9 @@ class FixedOrder(RequestQueue):
     def __init__(self, key: SortKey) -> None:
         super().__init__()
         self.waiting_key = key
+
+    def first(self) -> Request | None:
+        return self._items[0] if self._items else None
 
     def candidates(self) -> Iterator[Request]:
         return iter(list(self._items))

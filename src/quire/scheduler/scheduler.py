@@ -328,7 +328,9 @@ class Scheduler:
             wait = Wait(WaitReason.BUDGET, needed=1)
         else:
             return False
-        head = next((each for each in self.waiting if each.request_id not in self._waits), None)
+        head = self.waiting.first()
+        if head is not None and head.request_id in self._waits:  # it was passed over
+            head = next((each for each in self.waiting if each.request_id not in self._waits), None)
         if head is not None:
             self._stop_at(head, wait)
         return True
