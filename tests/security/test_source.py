@@ -76,7 +76,7 @@ def narrows(test: ast.expr) -> bool:
 
 def test_no_assert_guards_input():
     """`python -O` removes them (CVE-2026-41523). Where input is read, an assert may only narrow a type, and
-    what it says has been checked before by code that raises; CI runs these folders' tests under -O too."""
+    what it says has been checked before by code that raises; CI runs tests/security under -O too."""
     found = Counter(
         name for name, tree in modules(*OUTSIDE) for node in ast.walk(tree)
         if isinstance(node, ast.Assert) and not narrows(node.test)
