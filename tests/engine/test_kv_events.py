@@ -12,7 +12,13 @@ import zmq
 from quire import LLM, SamplingParams
 from quire.config import from_flat
 from quire.config.kv_events import KVEvents
-from quire.engine.kv_events import END_OF_REPLAY, EventWriter, KVEventPublisher, KVEventStream
+from quire.engine.kv_events import (
+    END_OF_REPLAY,
+    NUMBERS_OF_A_CORE,
+    EventWriter,
+    KVEventPublisher,
+    KVEventStream,
+)
 from quire.errors import ConfigError
 from quire.kvcache import CacheKey, ChangeLog, KVCacheManager
 from tests.kvcache.subscriber import Index, decode
@@ -103,6 +109,30 @@ def test_a_subscriber_who_joins_late_and_asks_has_the_pools_index(kv, stream) ->
                 each.wait_for(29)
                 assert each.index.num_gaps == 0
                 assert each.index.blocks == index_of(kv.pool, EventWriter(4), 4) != {}
+
+
+def test_a_core_that_was_started_again_clears_what_subscribers_know(kv, stream) -> None:
+    compute(kv, 1, [1] * 9)
+    stream.flush(())
+    publisher = stream.publisher
+    with Subscriber(publisher.endpoint, publisher.replay_endpoint) as subscriber:
+        subscriber.wait_for(1)
+        assert subscriber.index.blocks
+        empty = KVCacheManager(7, 4, enable_prefix_caching=True)
+        again = KVEventStream(KVEvents(**ENDPOINTS), empty, rank=3, restarts=2)
+        try:
+            compute(empty, 1, [2] * 9)
+            again.flush(())
+            with Subscriber(again.publisher.endpoint, again.publisher.replay_endpoint) as late:
+                [cleared, stored] = late.ask(subscriber.index.next)
+        finally:
+            again.close()
+        assert cleared[0] == 2 * NUMBERS_OF_A_CORE > subscriber.index.next
+        assert stored[0] == cleared[0] + 1
+        for number, payload in (cleared, stored):
+            subscriber.index.next = number
+            subscriber.index.take(number, payload)
+        assert subscriber.index.blocks == index_of(empty.pool, EventWriter(4), 4) != {}
 
 
 def test_the_three_frames(kv, stream) -> None:

@@ -59,5 +59,7 @@ def test_an_engine_has_as_many_threads_as_its_replica_has_cores():
 
 def test_responses_are_stored_only_by_a_single_replica():
     assert read({}).server.max_stored_responses > 0
+    assert read({}).engine.recovery.max_core_deaths == 1, "Serve replaces the replica"
+    assert read({"max_core_deaths": "4"}).engine.recovery.max_core_deaths == 4
     assert read({"num_replicas": 2}).server.max_stored_responses == 0
     assert read({"max_replicas": 2}).server.max_stored_responses == 0

@@ -8,7 +8,14 @@ import sys
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from quire.messages import FinishReason, RequestUpdate, SchedulerStats, StepOutputs, TierStats
+from quire.messages import (
+    FinishReason,
+    RecoveryCounts,
+    RequestUpdate,
+    SchedulerStats,
+    StepOutputs,
+    TierStats,
+)
 from quire.metrics import (
     EngineMetrics,
     FinishedRequest,
@@ -213,6 +220,20 @@ def test_gauges_follow_and_counters_add_up():
     assert samples["quire:kv_blocks_copied_total"] == 1
     assert samples["quire:rows_held_total"] == 3
     assert samples["quire:rows_discarded_total"] == 2
+
+
+def test_deaths_of_cores_are_counted_beside_what_it_was_before():
+    registry, metrics = make_metrics()
+    metrics.on_step(step(tokens=3, updates=[first()], num_running=4))
+    counts = RecoveryCounts(resumed=4, poison=1)
+    metrics.on_step(StepOutputs(stats=SchedulerStats(), recovery=counts))
+    metrics.on_step(StepOutputs(stats=SchedulerStats(), recovery=RecoveryCounts(restarts=1)))
+    found = read(registry)
+    assert found["quire:core_restarts_total"] == 1
+    assert found["quire:requests_resumed_total"] == 4
+    assert found["quire:poison_requests_total"] == 1
+    assert found["vllm:generation_tokens_total"] == 1
+    assert found["vllm:num_requests_running"] == 0
 
 
 def test_request_that_never_ran_observes_no_time_it_did_not_have():

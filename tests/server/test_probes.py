@@ -49,6 +49,16 @@ async def test_one_of_two_replicas_is_enough(client, engine):
     assert (await client.get("/health")).json()["status"] == "ok"
 
 
+async def test_while_the_engine_core_is_started_again(client, engine):
+    engine.health_now = FakeHealth(replicas=("restarting",))
+    for path, status in (("/health", 200), ("/ping", 200), ("/ready", 503)):
+        response = await client.get(path)
+        assert (response.status_code, response.json()["status"]) == (status, "restarting")
+    engine.health_now = FakeHealth(replicas=("restarting", "ok"))
+    assert (await client.get("/ready")).status_code == 200
+    assert (await client.get("/health")).json()["status"] == "degraded"
+
+
 async def test_each_replica_has_its_metrics(make_client, engine):
     engine.ready = msgspec.structs.replace(engine.ready, replicas=[engine.ready] * 2)
     engine.health_now = FakeHealth(replicas=("ok", "stopped"))

@@ -92,9 +92,7 @@ class AsyncLLM:
         self._pinger = asyncio.create_task(self._ping(), name="quire-ping")
 
     @classmethod
-    async def start(
-        cls, config: EngineConfig, core: ReplicaCores | None = None
-    ) -> AsyncLLM:
+    async def start(cls, config: EngineConfig, core: ReplicaCores | None = None) -> AsyncLLM:
         """Spawn the engine core or cores, load tokenizer and template meanwhile, and wait until they serve.
 
         core: one that was started earlier and not configured yet; this object closes it.

@@ -258,8 +258,8 @@ class KVEventStream:
         restarts: int = 0,
     ) -> None:
         """restarts: how often the engine core was started again. Then subscribers know blocks that are gone:
-        the first event is "all cleared", and its number is far above all before it, so that who misses it asks
-        for a replay."""
+        the first event is "all cleared", and its number is far above all before it, so that who misses it
+        asks for a replay."""
         as_bytes = config.block_hashes == "bytes"
         writer = EventWriter(kv.block_size, kv.windows, as_bytes=as_bytes)
         first = restarts * NUMBERS_OF_A_CORE

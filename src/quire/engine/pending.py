@@ -167,8 +167,8 @@ def _answer(control: Control, error: Exception | None) -> Answer:
 
 
 def ended(message: AddRequest, reason: FinishReason) -> RequestUpdate:
-    """The end of a request that waits for a core's scheduler. One that has tokens of another core has not only
-    waited."""
+    """The end of a request that waits for a core's scheduler. One that has tokens of another core has not
+    only waited."""
     if reason is FinishReason.EXPIRED and message.output_token_ids:
         reason = FinishReason.TIMEOUT
     return RequestUpdate(request_id=message.request_id, finish_reason=reason)

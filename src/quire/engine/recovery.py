@@ -1,16 +1,17 @@
 """Requests that outlive their engine core, without I/O.
 
-When a core dies, its requests go to another one, or to the same one when it has been started again, with what
-they have generated so far; there they go on as after a preemption, so the same tokens follow. But one of them
-may be why the core died. A *suspect* was in a core that died, and has got no further since. After a death whose
-cause is not known to be outside, suspects run *on trial*: the first goes to a core, the next follows when
-that one has a new token (or has ended), and requests that were in no death wait until all suspects are through.
-So at most one suspect is in a core, beside requests that have just proved harmless. If a core dies again, it was
-that one: the second death finds it. What a request computes next depends on its tokens alone, so a request that
-kills the core does so again at the same place.
+When a core dies, its requests go to another one, or to the same one when it has been started again, with
+what they have generated so far; there they go on as after a preemption, so the same tokens follow. But one
+of them may be why the core died. A *suspect* was in a core that died, and has not proved harmless since, by
+`PROOF` steps with news of it (its prompt, and decoding, with a token of its own) or by its end. After a
+death whose cause is not known to be outside, suspects run *on trial*: the first goes to a core, the next
+follows when that one has proved harmless, and requests that were in no death wait until all suspects are
+through. So at most one suspect is in a core, beside requests that have just proved harmless.
+If a core dies again, it was that one: the second death finds it. What a request computes next depends on its
+tokens alone, so a request that kills the core does so again at the same place.
 
-SIGKILL without lack of memory, and a process that was stopped, come from outside and say little: after such a
-death all requests go on at once. A request is found only if it was alone in two such deaths, or on trial
+SIGKILL without lack of memory, and a process that was stopped, come from outside and say little: after such
+a death all requests go on at once. A request is found only if it was alone in two such deaths, or on trial
 after two, in a third.
 """
 
@@ -27,6 +28,8 @@ import msgspec
 from quire.errors import PoisonRequestError
 from quire.messages import AddRequest, FinishReason, RequestUpdate
 
+PROOF = 3
+"""Steps with news of a request in a core, after which it is no longer a suspect."""
 MAX_REFUSED = 4096
 """Requests that are refused at a time; the latest ones."""
 ENOUGH_DEATHS = 3
@@ -50,8 +53,10 @@ class _Entry:
     output: list[int]
     num_prompt_logprobs: int
     was_sent: bool = False
+    news: int = 0
+    """Steps with news of it, in the core that it is in."""
     deaths: int = 0
-    """Of cores that it was in, since its latest news."""
+    """Of cores that it was in, since it last proved harmless."""
     deaths_alone: int = 0
     """Those of them in which it was the only one."""
 
@@ -109,7 +114,7 @@ class Recovery:
             return
         self._entries[message.request_id] = _Entry(message, [], message.num_prompt_logprobs)
         self._others.append(message.request_id)
-        return None
+        return
 
     def refuses(self, message: AddRequest) -> bool:
         """Whether a core has died of its like lately."""
@@ -141,7 +146,7 @@ class Recovery:
             if is_suspect:
                 self._on_trial = entry.message.request_id
             message = _resumed(entry) if entry.was_sent else entry.message
-            entry.was_sent = True
+            entry.was_sent, entry.news = True, 0
             yield message
 
     def take(self, update: RequestUpdate) -> None:
@@ -156,9 +161,11 @@ class Recovery:
         if update.prompt_logprobs is not None:
             news = update.prompt_logprobs
             entry.num_prompt_logprobs = news.start + len(news.entries)
-        entry.deaths = entry.deaths_alone = 0
-        if update.request_id == self._on_trial:
-            self._on_trial = None
+        entry.news += 1
+        if entry.news == PROOF:
+            entry.deaths = entry.deaths_alone = 0
+            if update.request_id == self._on_trial:
+                self._on_trial = None
 
     def take_ends(self) -> list[RequestUpdate]:
         """The ends of requests that were refused, and of those in no core that are past their deadlines."""
@@ -237,9 +244,7 @@ def _resumed(entry: _Entry) -> AddRequest:
 
 
 def _blamed(request_id: int) -> RequestUpdate:
-    return RequestUpdate(
-        request_id=request_id, finish_reason=FinishReason.ERROR, error=refusal()
-    )
+    return RequestUpdate(request_id=request_id, finish_reason=FinishReason.ERROR, error=refusal())
 
 
 def refusal() -> str:
@@ -258,4 +263,6 @@ def fingerprint(message: AddRequest) -> bytes:
     """Of the prompt and the parameters, without the seed, which the front end may have drawn."""
     decoding = msgspec.structs.replace(message.decoding, seed=0)
     what = (message.prompt_token_ids, decoding, message.placement.adapter)
-    return hashlib.blake2b(msgspec.json.encode(what, order="deterministic"), digest_size=16).digest()
+    return hashlib.blake2b(
+        msgspec.json.encode(what, order="deterministic"), digest_size=16
+    ).digest()

@@ -1,8 +1,8 @@
 """Engine cores in child processes, with the methods of one: the I/O around `Replicas`.
 
-Served, a core that dies is started again (`Recovery` says what becomes of its requests): its processes are
-killed, and when they have ended, a new one is started, at once after a first death, later with growing delays. The
-process is watched by its descriptor, so that its end is noticed when it happens.
+Served, a core that dies is started again (`Recovery` says what becomes of its requests): its processes
+are killed, and when they have ended, a new one is started, at once after a first death, later with growing
+delays. The process is watched by its descriptor, so that its end is noticed when it happens.
 """
 
 from __future__ import annotations
@@ -165,9 +165,7 @@ class ReplicaCores:
 
     def _configure(self, index: int) -> None:
         config = self._config
-        events = dataclasses.replace(
-            config.kv_events, rank=index, restarts=self._num_starts[index]
-        )
+        events = dataclasses.replace(config.kv_events, rank=index, restarts=self._num_starts[index])
         transfer = config.kv_transfer
         if len(self._cores) > 1:
             transfer = transfer.of_replica(index, config.parallel.world_size)
@@ -466,9 +464,7 @@ class ReplicaCores:
         del self._coming[index]
         logger.warning("%s is ready again, %.1f s after its end", self._name(index), seconds)
         self._messages.append(
-            StepOutputs(
-                stats=SchedulerStats(), replica=index, recovery=RecoveryCounts(restarts=1)
-            )
+            StepOutputs(stats=SchedulerStats(), replica=index, recovery=RecoveryCounts(restarts=1))
         )
         self._send(self._replicas.back(index, ready))
 

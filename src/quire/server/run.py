@@ -67,9 +67,7 @@ class StopSignals:
                 loop.remove_signal_handler(number)
 
 
-def serve(
-    engine_config: EngineConfig, server_config: ServerConfig, core: ReplicaCores
-) -> int:
+def serve(engine_config: EngineConfig, server_config: ServerConfig, core: ReplicaCores) -> int:
     """Run the server on `core`, which is not configured yet, until a signal. Returns the exit status.
 
     Raises errors during the start. Errors in a local model's files are raised before the port is bound.
