@@ -99,6 +99,12 @@ def test_a_full_disk_is_full(tmp_path):
     assert list((tmp_path / "disk").iterdir()) == []
 
 
+def test_only_root_gets_a_small_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    with small_disk(tmp_path / "disk") as reason:
+        assert "root" in reason and (tmp_path / "disk").is_dir()
+
+
 def test_metrics_are_read_by_name_and_label():
     metrics = read_metrics('# TYPE a gauge\na{b="c"} 1.0\na{b="d"} 2.5e+0\nab 0.0\na_total 7\n')
     assert metrics.sum("a") == 3.5

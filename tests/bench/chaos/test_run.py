@@ -43,6 +43,7 @@ class WrongAnswers(Fault):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 async def test_planted_violations_are_found_and_the_run_goes_on(tmp_path, monkeypatch):
     planted = (WrongAnswers, KillFrontEnd)
     for fault in planted:

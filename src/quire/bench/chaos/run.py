@@ -90,18 +90,25 @@ class _Run:
         self._answers = await record(self._server.address, self._calls)
         self._say(f"{len(self._answers)} undisturbed answers after {self._now():.1f} s")
         await self._strike(Undisturbed(), Random(0))
-        begun = self._now()
-        for number, fault in enumerate(self._order()):
-            if self._now() - begun > self._options.seconds or self._exits >= GIVE_UP_EXITS:
-                break
-            await self._strike(fault, Random(f"{self._options.seed}/{number}/{fault.name}"))
-        if self._exits < GIVE_UP_EXITS:
-            await self._leave_and_return()
-            await self._give_up()
-            await self._vanish()
+        try:
+            await self._strike_all()
+        except EngineError as error:  # a server that was started again did not get ready
+            self._report.strikes.append(Strike("start", self._now(), 0.0, {}, {}, [str(error)]))
         self._report.seconds = self._now()
         self._report.processes = self._processes()
         return self._report
+
+    async def _strike_all(self) -> None:
+        begun = self._now()
+        for number, fault in enumerate(self._order()):
+            if self._exits >= GIVE_UP_EXITS:
+                return
+            if self._now() - begun > self._options.seconds:
+                break
+            await self._strike(fault, Random(f"{self._options.seed}/{number}/{fault.name}"))
+        await self._leave_and_return()
+        await self._give_up()
+        await self._vanish()
 
     def _now(self) -> float:
         return monotonic() - self._started

@@ -34,8 +34,8 @@ DISK_BYTES = 24 << 20
 BODY_BYTES = 256 << 10
 MANY_DEATHS = 1_000_000
 """Of engine cores, in a run that kills them all the time."""
-HANG_SECONDS = 8.0
-"""After which a core that stands still is replaced."""
+HANG_SECONDS = 12.0
+"""After which a core that stands still is replaced. Longer than a probe may take."""
 _LISTENING = re.compile(r"listening on http://([\d.]+):(\d+)")
 
 

@@ -13,9 +13,6 @@ from quire.bench.chaos.faults.base import RESTARTING, Fault, Site, Struck
 from quire.bench.chaos.server import READY_SECONDS
 from quire.errors import EngineError
 
-PROBE_SECONDS = 2.0
-"""/health is answered within this time whatever the core does: by the front end, on a busy machine."""
-
 
 class KillCore(Fault):
     """SIGKILL: the front end starts another core, and requests go on."""
