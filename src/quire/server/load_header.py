@@ -1,7 +1,8 @@
 """The engine's load in the header of an answer, for balancers that ask for it (ORCA: Open Request Cost
 Aggregation).
 
-A request with `endpoint-load-metrics-format: TEXT` or `JSON` gets `endpoint-load-metrics`, with vLLM's names, and what waits in tokens and seconds.
+A request with `endpoint-load-metrics-format: TEXT` or `JSON` gets `endpoint-load-metrics`, with vLLM's names,
+and what waits in tokens and seconds.
 """
 
 from __future__ import annotations
