@@ -46,6 +46,8 @@ class Report:
     strikes: list[Strike] = field(default_factory=list)
     processes: list[ProcessReport] = field(default_factory=list)
     seconds: float = 0.0
+    record: Mapping[str, object] = field(default_factory=run_record)
+    """Made at the start: a checkout may change during an hour."""
 
     @property
     def violations(self) -> list[str]:
@@ -77,7 +79,7 @@ class Report:
             "skipped": self.skipped,
             "processes": [asdict(each) for each in self.processes],
             "strikes": [asdict(each) for each in self.strikes],
-            "record": run_record(),
+            "record": dict(self.record),
         }
 
     def _names(self) -> list[str]:
