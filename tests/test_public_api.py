@@ -40,6 +40,7 @@ PUBLIC = {
     "InvalidParameterError": "quire.errors",
     "PromptTooLongError": "quire.errors",
     "ModelNotFoundError": "quire.errors",
+    "PoisonRequestError": "quire.errors",
     "QueueFullError": "quire.errors",
     "EngineError": "quire.errors",
     "EngineSleepingError": "quire.errors",
