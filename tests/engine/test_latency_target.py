@@ -17,7 +17,7 @@ PARAMS = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
 
 
 def test_outputs_are_the_same_with_a_target(servable: Callable[[str], ServableCheckpoint]) -> None:
-    """Three answers are begun before the long prompts come, since only three have a seat."""
+    """Short prompts come first, so that their answers run while the long ones are computed."""
     prompts = [[3 + index] * (9 if index < 3 else 200) for index in range(6)]
     tokens, steps = [], []
     for target in (None, 0.001):
@@ -28,7 +28,7 @@ def test_outputs_are_the_same_with_a_target(servable: Callable[[str], ServableCh
         steps.append(scheduler._step_id)
         llm.close()
     assert tokens[0] == tokens[1]
-    assert steps[1] > steps[0] + 20, "the target had an effect"
+    assert steps[1] > steps[0] + 5, "the target had an effect"
 
 
 async def test_who_would_wait_too_long_is_refused_and_served_later(
