@@ -22,7 +22,9 @@ pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="restarts need epoll"),
 ]
 SECONDS = 120.0
-DEADLY = {"prompt": [dying_core.MARK] * dying_core.TIMES, "max_tokens": 5}
+DEADLY = {
+    "prompt": [dying_core.MARK] * dying_core.TIMES, "max_tokens": 20, "temperature": 0, "ignore_eos": True,
+}  # fmt: skip
 
 
 @pytest.fixture
