@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import tempfile
+from collections.abc import Coroutine
 from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from quire.cli.bench import number_at_least
 from quire.cli.parser import Parser
+
+if TYPE_CHECKING:  # `quire --help` does not import what a run needs
+    from quire.bench.chaos.report import Report
 
 
 def run(argv: list[str]) -> int:
@@ -72,10 +78,20 @@ def run(argv: list[str]) -> int:
         else tempfile.TemporaryDirectory(prefix="quire-chaos-")
     )
     with place as folder:
-        report = asyncio.run(
-            run_chaos(options, Path(folder).resolve(), lambda line: print(line, flush=True))
-        )
+        running = run_chaos(options, Path(folder).resolve(), lambda line: print(line, flush=True))
+        try:
+            report = asyncio.run(_until_terminated(running))
+        except asyncio.CancelledError:
+            return 128 + signal.SIGTERM
     if args.output_json:
         write_json(Path(args.output_json), report.as_json())
     print(report.as_text())
     return 1 if report.violations else 0
+
+
+async def _until_terminated(running: Coroutine[Any, Any, Report]) -> Report:
+    """SIGTERM ends it as Ctrl-C does: the server and its mounts are taken away."""
+    task = asyncio.current_task()
+    assert task is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    return await running
