@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from quire.config import from_flat
 from quire.engine.front_end import FrontEnd
+from quire.engine.output_processor import OutputProcessor
 from quire.engine.queue_share import Held, Share
 from quire.engine.setup import ServedModel, locate, resolve, serve_model
 from quire.errors import QueueFullError
@@ -192,6 +193,26 @@ def test_a_flood_of_long_prompts_fills_the_queue_for_itself_alone(make) -> None:
     server.ask("new", length=40)  # its first, although its share is 33
     with pytest.raises(QueueFullError, match="max-num-queued-tokens"):
         server.ask("other", length=101)
+
+
+def held(output: OutputProcessor) -> list[dict[str, int]]:
+    kinds = (output.live_sequences, output.queued_requests, output.queued_tokens)
+    return [{name: part.count for name, part in kind._parts.items()} for kind in kinds]
+
+
+def test_who_is_refused_holds_nothing(make) -> None:
+    """Nothing is sent, kept or counted (tenants-overload.md, proof 5)."""
+    server = make(max_num_seqs=1, max_num_queued_reqs=3, max_num_queued_tokens=30)
+    server.ask("a", length=10)
+    server.ask("a", length=10)
+    output = server.front._output
+    before = (dict(output.requests), dict(output._states), server.front.request_ids)
+    counts = held(output)
+    for length, params in ((11, ONE), (1, FEW)):
+        with pytest.raises(QueueFullError):
+            server.ask("a", length, params=params)
+    assert before == (dict(output.requests), dict(output._states), server.front.request_ids)
+    assert counts == held(output)
 
 
 def test_the_first_token_ends_the_wait_of_a_prompt(make) -> None:
