@@ -111,10 +111,9 @@ class Recovery:
         """A new request."""
         if self.refuses(message):
             self._ends.append(_blamed(message.request_id))
-            return
-        self._entries[message.request_id] = _Entry(message, [], message.num_prompt_logprobs)
-        self._others.append(message.request_id)
-        return
+        else:
+            self._entries[message.request_id] = _Entry(message, [], message.num_prompt_logprobs)
+            self._others.append(message.request_id)
 
     def refuses(self, message: AddRequest) -> bool:
         """Whether a core has died of its like lately."""
