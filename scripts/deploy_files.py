@@ -198,6 +198,17 @@ DASHBOARDS: dict[str, tuple[str, list[tuple[str, list[Panel]]]]] = {
                     ),
                     ("Prompt length", "timeseries", "short", quantiles("vllm:request_prompt_tokens")),
                     ("Answer length", "timeseries", "short", quantiles("vllm:request_generation_tokens")),
+                    ("Wait of a request that comes now", "timeseries", "s", [(gauge("quire:estimated_wait_seconds"), "{{instance}}")]),
+                    ("Prompt tokens in the queue", "timeseries", "short", [(gauge("quire:queue_tokens"), "{{instance}}")]),
+                    (
+                        "Time of a step",
+                        "timeseries",
+                        "s",
+                        [
+                            (gauge("quire:step_predicted_seconds", how="max"), "{{instance}} predicted"),
+                            (gauge("quire:step_target_seconds", how="max"), "{{instance}} target"),
+                        ],
+                    ),
                 ],
             ),
             (
@@ -222,6 +233,15 @@ DASHBOARDS: dict[str, tuple[str, list[tuple[str, list[Panel]]]]] = {
                         [(rate("vllm:admission_rejections_total", "reason"), "{{reason}}")],
                     ),
                     ("Preemptions/s", "timeseries", "short", [(rate("vllm:num_preemptions_total"), "")]),
+                    (
+                        "Engine cores started again",
+                        "timeseries",
+                        "short",
+                        [
+                            (f"sum by (instance) (increase(quire:core_restarts_total{{{SERVER}}}[$__rate_interval]))", "{{instance}}"),
+                            (f"sum by (instance) (increase(quire:poison_requests_total{{{SERVER}}}[$__rate_interval]))", "{{instance}} refused requests"),
+                        ],
+                    ),
                     (
                         "Memory of the front end",
                         "timeseries",

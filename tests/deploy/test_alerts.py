@@ -83,6 +83,14 @@ CASES: dict[str, Case] = {
         {f"process_start_time_seconds{{{ONE}}}": "1x40 2 3 4x18"},
         {f"process_start_time_seconds{{{ONE}}}": "1x40 2x20"},
     ),
+    "QuireCoreRestarts": (
+        series(ONE, **{"quire:core_restarts_total": "0x40 1x20"}),
+        series(ONE, **{"quire:core_restarts_total": "3x60"}),
+    ),
+    "QuirePoisonRequest": (
+        series(ONE, **{"quire:poison_requests_total": "0x40 1x20"}),
+        series(ONE, **{"quire:poison_requests_total": "1x60"}),
+    ),
     "QuireErrors": (answers(60, 6), answers(600, 1)),
     "QuireRequestsFailed": (
         {f'vllm:request_success_total{{{MODEL}, finished_reason="error"}}': "0x55 1x5"},

@@ -112,8 +112,13 @@ def faults(text: str, known: dict[str, dict[str, set[str]]]) -> list[str]:
         for matcher in selector.matchers.matchers:
             if matcher.name not in labels.keys() | TARGET:
                 found.append(f"{selector.name} has no label {matcher.name}")
-            elif matcher.name in LISTED and matcher.value not in labels[matcher.name]:
-                found.append(f"{matcher.name} is never {matcher.value}")
+            elif matcher.name in LISTED:
+                asked = matcher.value.split("|")  # of a regular expression, which has no other signs
+                found += [
+                    f"{matcher.name} is never {value}"
+                    for value in asked
+                    if value not in labels[matcher.name]
+                ]
             elif matcher.name == "status" and not re.fullmatch("[1-5]xx", matcher.value):
                 found.append(f"status is never {matcher.value}")
     for node in nodes(expr):
