@@ -113,9 +113,7 @@ def faults(text: str, known: dict[str, dict[str, set[str]]]) -> list[str]:
             if matcher.name not in labels.keys() | TARGET:
                 found.append(f"{selector.name} has no label {matcher.name}")
             elif matcher.name in LISTED:
-                asked = matcher.value.split(
-                    "|"
-                )  # of a regular expression, which has no other signs
+                asked = matcher.value.split("|")  # all that is used of regular expressions
                 found += [
                     f"{matcher.name} is never {value}"
                     for value in asked
