@@ -105,6 +105,7 @@ WITH = {
     "node_rank": ("-tp", "2", "--nnodes", "2"),
     "headless": ("-tp", "2", "--nnodes", "2", "--node-rank", "1"),
     "kv_disk_size": ("--kv-disk-path", "/directory"),
+    "admin_metrics": ("--admin-port", "8001"),
 }
 """Flags without which an option is an error."""
 LEGAL = {

@@ -109,7 +109,8 @@ def test_only_these_modules_connect():
     """A new one is a way out of the machine: say here what decides where it connects."""
     assert importers("huggingface_hub") <= {"weights/resolve.py", "cli/collect_env.py"}
     assert importers("urllib.request", "http.client", "requests", "httpx", "aiohttp", "ftplib") == {
-        "bench/startup.py"  # the server that it has started
+        "bench/startup.py",  # the server that it has started
+        "server/otlp.py",  # --otlp-traces-endpoint
     }
     connecting = {
         name for name, tree in modules() for node in ast.walk(tree)
@@ -121,6 +122,7 @@ def test_only_these_modules_connect():
         "kvtransfer/peer_client.py",  # configured peers
         "distributed/link_channel.py", "distributed/hello.py",  # --master-addr, and what it names
         "bench/client.py", "bench/startup.py",  # the load client's --base-url
+        "bench/chaos/wire.py",  # the server that it has started
         "cli/http.py", "server/process.py",  # our own server; a socket file that may be stale
     }, connecting  # fmt: skip
 
@@ -149,6 +151,7 @@ MATCHED = {
     "server/auth.py": "a Host header, at most 64 KiB: digits at its end",
     "server/billing_header.py": "a system text: every character has one way to be read",
     "server/pd_upstreams.py": "/metrics of a configured instance",
+    "server/tracing.py": "a traceparent: fixed lengths, then one repeat of any character",
     "server/retention.py": "anchored, at most 8 characters",
     "server/playground/__init__.py": "our own page",
     "text/chat_template.py": "a template of at most 1 MiB; bounded repeats",
