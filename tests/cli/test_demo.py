@@ -64,7 +64,7 @@ def test_eight_conversations_share_blocks_and_leave_nothing_behind(spawn) -> Non
 
 
 def test_a_pool_too_small_preempts_and_everyone_is_still_answered(spawn) -> None:
-    words = ("--num-gpu-blocks-override", "33", "--max-model-len", "512", "--max-tokens", "64")
+    words = ("--num-gpu-blocks-override", "33", "--max-model-len", "512", "--max-tokens", "160")
     process = spawn("demo", "--json", *words, *DUMMY)
     out, err = process.communicate(timeout=150)
     assert process.returncode == 0, err

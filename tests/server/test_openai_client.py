@@ -53,7 +53,11 @@ class Server:
     """`quire serve` in a process of its own."""
 
     def __init__(self, *flags: str) -> None:
-        environment = os.environ | {"PYTHONPATH": str(SOURCE), "QUIRE_API_KEY": KEY}
+        paths = [str(SOURCE), os.environ.get("PYTHONPATH", "")]
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+            "QUIRE_API_KEY": KEY,
+        }
         self.process = subprocess.Popen(
             [
                 sys.executable, "-m", "quire", "serve", "--host", "127.0.0.1", "--port", "0",
