@@ -198,10 +198,8 @@ async def test_each_query_has_data_under_load(folder: Path, kernels: Path) -> No
             "prefill": {"resources": small},
             "decode": {
                 "resources": small,
-                "config": {
-                    "data_parallel_size": 2,
-                    "spec_method": "suffix",
-                },  # repeated prompts: drafts that always pay
+                # The load repeats a prompt, so there are always drafts that pay.
+                "config": {"data_parallel_size": 2, "spec_method": "suffix"},
             },
         },
     }
