@@ -153,19 +153,22 @@ async def test_kill_9_under_64_streams(
         expected = await all_of(engine, asked())
         total = engine_tokens(registry)
         for part in (0.0, 0.3, 0.8):
+            victim = dice.randrange(count)
+            old = pid(engine, victim)
+            if not part:
+                os.kill(old, signal.SIGSTOP)  # so that it certainly dies with requests
             running = asyncio.create_task(all_of(engine, asked()))
             before = engine_tokens(registry)
             enough = before + part * total
-            while engine_tokens(registry) <= enough and not running.done():
+            await asyncio.sleep(0 if part else 0.2)
+            while part and engine_tokens(registry) <= enough and not running.done():
                 await asyncio.sleep(0.01)
-            victim = dice.randrange(count)
-            old = pid(engine, victim)
             os.kill(old, signal.SIGKILL)
             found = await asyncio.wait_for(running, SECONDS)
             for mine, other, (_, params) in zip(found, expected, asked(), strict=True):
                 assert mine == other, params
             await is_back(engine, old, victim)
-        assert engine_tokens(registry) >= 4 * total, "no counter has fallen"
+            assert engine_tokens(registry) > before, "no counter has fallen"
         text = render(registry)[0].decode()
         assert value(text, "quire:core_restarts_total") == 3
         assert value(text, "quire:requests_resumed_total") > 0
