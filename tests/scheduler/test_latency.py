@@ -86,6 +86,18 @@ def test_a_short_request_beside_a_long_prompt_has_its_first_token_within_three_s
     assert engine.first[SHORT_ID] - began <= 3 + own
 
 
+def test_beside_a_flood_of_shorter_prompts_that_run_the_long_one_keeps_its_quarter() -> None:
+    """They have fewer tokens left, so all that is not kept for the first is theirs."""
+    engine = beside_a_long_prompt(noise=0.0)
+    engine.run(10)
+    before = engine.scheduler.requests[LONG_ID].num_computed_tokens
+    for step in range(100):
+        engine.add(1000 + step, 1500, max_tokens=2)
+        engine.run()
+    computed = engine.scheduler.requests[LONG_ID].num_computed_tokens - before
+    assert computed * (M2.prompt_tokens + 2000 * M2.prompt_contexts) >= 0.2 * 100 * 0.08
+
+
 def test_beside_a_flood_of_short_prompts_the_long_one_keeps_its_quarter() -> None:
     engine = beside_a_long_prompt(noise=0.0)
     engine.run(10)
