@@ -14,7 +14,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent / "src" / "quire"
 ABOVE_THE_ENGINE = {"server", "cli", "bench", "plan", "integrations"}
-SIZE_LIMITS = {"engine": 66_000, "package": 85_000}
+SIZE_LIMITS = {"engine": 69_000, "package": 94_000}
 """Lines of Python and C, blank lines and comments included; docs/adr/0021 gives the reasons. The engine is
 the package without the folders above it."""
 
