@@ -41,8 +41,8 @@ FIRST_SPREAD, SPREAD_RATE = 0.08, 1 / 32
 FIRST_STEPS, MEASURED = 256, 4
 """After so many steps without prompts, one in so many is measured."""
 START_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-START_CONTEXTS, START_COUNTS = (64, 512, 2048), (64, 512, 2048)
-"""Steps from which a start with a known device learns."""
+START_CONTEXTS, START_PARTS = (64, 512, 2048), (0.0, 1 / 32, 1 / 4, 1.0)
+"""Steps from which a start with a known device learns. Parts: of the rest of the budget, for prompts."""
 PASSES = 200
 
 
@@ -177,9 +177,10 @@ class CostModel:
     def start(self, known: Callable[[Work], float], *, rows: int, tokens: int) -> None:
         """Begin as if steps had been measured that take what is known. rows, tokens: the most of a step."""
         for context in START_CONTEXTS:
-            for count in (0, *START_COUNTS):
+            for part in START_PARTS:
                 for size in START_ROWS:
-                    if size <= rows and size + count <= tokens:
+                    count = int(part * (tokens - size))
+                    if size <= rows and count != 1:
                         attended = count * context + count * count / 2
                         self._assume(Work(size, size * context, 1.0, count, attended), known)
         for _ in range(PASSES):
