@@ -35,7 +35,7 @@ from quire.messages import (
     StepPlan,
 )
 from quire.messages.failures import failure_of
-from quire.scheduler import Scheduler, Wait
+from quire.scheduler import Scheduler
 from quire.scheduler.deadlines import Deadlines
 from quire.structured.store import GrammarStore
 
@@ -175,7 +175,7 @@ class EngineCore:
         if reason is None:
             self.scheduler.add_request(message)
         else:
-            self.scheduler.report.waits(message.request_id, Wait(reason))
+            self.scheduler.report.waits_outside(message.request_id, reason)
 
     def _admit_ready(self) -> list[RequestUpdate]:
         """Add the requests whose grammar and adapter are there now. Returns the end of those that failed."""
