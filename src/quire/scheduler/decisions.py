@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple, Protocol
@@ -148,6 +148,11 @@ class Decision:
 Observer = Callable[[Decision], None]
 
 
+class Requested(Protocol):
+    @property
+    def request_id(self) -> int: ...
+
+
 class Ring(Protocol):
     """`scheduler/record.py`, as far as it is told of decisions."""
 
@@ -164,6 +169,14 @@ class Ring(Protocol):
     def preempted(self, request_id: int, wait: Wait) -> None: ...
     def drafts(self, request_id: int, proposed: int, verified: int) -> None: ...
     def finished(self, request_id: int, reason: FinishReason) -> None: ...
+    def rows(
+        self,
+        running: Sequence[Requested],
+        wanted: Sequence[int],
+        waits: Mapping[int, Wait],
+        stopped_at: int | None,
+        plan: StepPlan,
+    ) -> None: ...
 
 
 class Reporter:
@@ -178,10 +191,6 @@ class Reporter:
         """standing: of a request that is queued or runs."""
         self._observe, self._standing, self._record = observe, standing, record
         self._step_id = 0
-
-    @property
-    def is_observed(self) -> bool:
-        return self._observe is not None
 
     def step(self, step_id: int, quantum: int, free: int, budget: int) -> None:
         self._step_id = step_id
@@ -248,17 +257,27 @@ class Reporter:
         self._report(request_id, DecisionKind.DRAFTS, needed=proposed, budget=verified)
 
     def rows(
-        self, waits: Mapping[int, Wait], wanted: Iterable[tuple[int, int]], plan: StepPlan
+        self,
+        running: Sequence[Requested],
+        wanted: Sequence[int],
+        waits: Mapping[int, Wait],
+        stopped_at: int | None,
+        plan: StepPlan,
     ) -> None:
-        """Record the requests without a row, or with a smaller one than they wanted.
+        """A step is planned. Report the requests without a row, or with a smaller one than they wanted.
 
-        wanted: of the running requests, the number of tokens.
+        running: before the step; wanted: by each of them, the number of tokens. stopped_at: the request at
+        which admission stopped.
         """
+        if self._record is not None:
+            self._record.rows(running, wanted, waits, stopped_at, plan)
+        if self._observe is None:
+            return
         for request_id, wait in waits.items():
             if wait.reason is not WaitReason.PREEMPTED:  # reported before
                 self._waits(request_id, wait)
         given = {row.request_id: row.num_tokens - len(row.draft_token_ids) for row in plan.rows}
-        for request_id, count in wanted:
+        for request_id, count in zip((each.request_id for each in running), wanted, strict=True):
             if request_id in waits:
                 continue
             if not count:

@@ -1,18 +1,18 @@
 """What a scheduler was given and what it decided, in a ring of bytes.
 
-It is written in every step, so a step whose rows, waits and budget are as before costs a few list operations.
-Records are plain tuples in one list, in the order in which things happened; a *segment* of some hundred steps is
-encoded, compressed and added to the ring at once, and the oldest segments are dropped when it is full. Each
-segment begins with the state that a reader needs (who runs, and how far), so what is left can be read; and each
-is hashed together with the hash of the one before it (the chain).
+It is written in every step, so a step whose rows, waits and budget are as before costs a few list
+operations. Records are plain tuples in one list, in the order in which things happened. A *segment* of some
+hundred steps is encoded, compressed and added to the ring at once, and the oldest segments are dropped when
+it is full. Each segment begins with the state that a reader needs (who runs, and how far), so what is left
+can be read; and each is hashed together with the hash of the one before it (the chain).
 
-There are two kinds of records. *Inputs* are calls (a request, an abort, a step, a result), the times that the
-scheduler's clock showed, and what depends on texts. *Outputs* are decisions. `scheduler/replay.py` gives a new
-scheduler the inputs and compares its outputs.
+There are two kinds of records. *Inputs* are calls (a request, an abort, a step, a result), the times that
+the scheduler's clock showed, and what depends on texts. *Outputs* are decisions. `scheduler/replay.py` gives
+a new scheduler the inputs and compares its outputs.
 
-No text is in it, and no token id: lengths, and hashes of blocks of tokens and of names, keyed by a salt that only
-this process knows. Two things that depend on tokens within a block are inputs, so that no hash of a few tokens
-is needed: how much of a cached partial block a prompt shares, and which partial blocks are equal.
+No text is in it, and no token id: lengths, and hashes of blocks of tokens and of names, keyed by a salt that
+only this process knows. Two things that depend on tokens within a block are inputs, so that no hash of a few
+tokens is needed: how much of a cached partial block a prompt shares, and which partial blocks are equal.
 """
 
 from __future__ import annotations
@@ -25,20 +25,32 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from hashlib import blake2b
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 import msgspec
 
+from quire.kvcache import KVCacheManager
 from quire.kvcache.block import BlockContent
-from quire.messages import AddRequest, FinishReason, PromptLogprobs, StepPlan, StepResult
+from quire.messages import (
+    AddRequest,
+    FinishReason,
+    PlannedRow,
+    PromptLogprobs,
+    SampledRow,
+    StepPlan,
+    StepResult,
+)
 from quire.placement import Placement
 from quire.prefix_report import MissReason
-from quire.scheduler.decisions import STOPS, Standing, Wait, WaitReason
+from quire.scheduler.decisions import STOPS, Requested, Standing, Wait, WaitReason
+from quire.scheduler.latency import LatencyTarget
+from quire.scheduler.limits import SchedulerLimits
+from quire.scheduler.loading import Loading
+from quire.scheduler.policy import Policy
+from quire.scheduler.queue import RequestQueue
+from quire.scheduler.request import Request
+from quire.scheduler.worth import Worth
 from quire.util.version import VERSION
-
-if TYPE_CHECKING:
-    from quire.scheduler.request import Request
-    from quire.scheduler.scheduler import Scheduler
 
 MAGIC = b"quire record 1\n"
 MOST_BYTES = 8 << 20
@@ -46,12 +58,15 @@ SEGMENT_ROOM = 1 << 14
 """A segment ends when it has about so many bytes before compression."""
 STEP_ROOM, ITEM_ROOM = 32, 16
 HASH_BYTES = 8
+DEFAULT_TENANT = Placement().tenant
 
-# Codes of records, with what follows. Besides, None is a call for statistics, and a number a result: how many
-# times of the segment were read before it.
+# Codes of records, with what follows. Besides, None is a call for statistics, and a number a result: how
+# many times of the segment were read before it.
 STEP = 0  # quantum, free, budget, times read before
 ROWS = 1  # ids, tokens of each; absent if they are as in the step before
-STOPPED = 2  # the request at which admission stopped, if that is another one than in the step before
+STOPPED = (
+    2  # the request at which admission stopped, if that is another one than in the step before
+)
 NOTE = 3  # id, reason: a request waits on its way to the scheduler
 ADD = 4  # see `Added`
 ABORT = 5  # ids, reason
@@ -69,7 +84,8 @@ PREEMPTED = 16  # id, because_of, needed, free, cost
 LATENCY = 17  # needed, budget, target, predicted
 FINISHED = 18  # id, reason, output tokens, preemptions
 
-LEARNED_FIELDS = 7  # id, samples planned, tokens, of them accepted, right drafts, drafts kept, new prompt logprobs
+# id, samples planned, tokens, of them accepted, right drafts, drafts kept, new prompt logprobs
+LEARNED_FIELDS = 7
 
 
 class Added(NamedTuple):
@@ -143,6 +159,19 @@ class Header(msgspec.Struct, kw_only=True, frozen=True):
     """Of the last that it has lost."""
 
 
+class Recorded(Protocol):
+    """The scheduler."""
+
+    limits: SchedulerLimits
+    kv: KVCacheManager
+    requests: dict[int, Request]
+    running: RequestQueue
+    waiting: Policy
+    latency: LatencyTarget
+    worth: Worth
+    loading: Loading | None
+
+
 class Recorder:
     """Written by one scheduler. most_bytes: of the ring. salt: for tests."""
 
@@ -179,7 +208,7 @@ class Recorder:
         self._learned: list[object] | None = None
         """Records of this step that are not complete."""
 
-    def attach(self, scheduler: Scheduler) -> None:
+    def attach(self, scheduler: Recorded) -> None:
         self.scheduler = scheduler
         scheduler.kv.pool.tails = self
 
@@ -195,17 +224,17 @@ class Recorder:
 
     # --- inputs -----------------------------------------------------------------------------------
 
-    def add(self, message: AddRequest, *, needs_token: bool, takes_drafts: bool) -> None:
-        self._make_room()
+    def add(self, request: Request, message: AddRequest) -> None:
+        """The clock has been read once in this call."""
         decoding, placement = message.decoding, message.placement
         tenant = placement.tenant
         added = self._adds[message.request_id] = Added(
-            ADD, message.request_id, len(self._times), message.arrival_time,
+            ADD, message.request_id, len(self._times) - 1, message.arrival_time,
             len(message.prompt_token_ids), len(message.output_token_ids), decoding.max_tokens,
-            message.fork_of, decoding.generates, needs_token, takes_drafts,
-            decoding.reads_prefix_cache, decoding.prompt_logprobs is not None,
+            message.fork_of, decoding.generates, request.needs_token_before_next,
+            request.takes_drafts, decoding.reads_prefix_cache, decoding.prompt_logprobs is not None,
             decoding.first_prompt_logprob, message.num_prompt_logprobs, placement.priority,
-            placement.weight, 0 if tenant == Placement.tenant else self.hidden(tenant),
+            placement.weight, 0 if tenant == DEFAULT_TENANT else self.hidden(tenant),
             self.hidden(placement.cache_salt), self.hidden(placement.adapter),
             tuple((wish.seconds, wish.num_tokens) for wish in placement.retain),
         )  # fmt: skip
@@ -213,8 +242,10 @@ class Recorder:
         self._lookups = 0
 
     def abort(self, request_ids: list[int], reason: FinishReason) -> None:
-        self._make_room()
-        self._item((ABORT, request_ids, reason))
+        known = [request_id for request_id in request_ids if request_id in self._adds]
+        if known:
+            self._make_room()
+            self._item((ABORT, known, reason))
 
     def reset(self) -> None:
         self._item((RESET,))
@@ -231,22 +262,21 @@ class Recorder:
     def learned(
         self,
         request: Request,
-        samples: int,
-        num_tokens: int,
+        planned: PlannedRow,
+        row: SampledRow,
         num_accepted: int,
-        *,
-        num_right: int = 0,
-        news: PromptLogprobs | None = None,
+        verified: tuple[int, int] | None,
+        news: PromptLogprobs | None,
     ) -> None:
-        """A result that is not just one token. num_accepted: less than num_tokens if the request has ended.
-        num_right: drafts."""
+        """A result that is not just one token. num_accepted: of its tokens, all until one ended the request.
+        verified: drafts, and those that were right. news: new prompt logprobs."""
         if self._learned is None:
             self._learned = [LEARNED]
             self._log.append(self._learned)
-        kept = len(request.draft_token_ids)
-        logprobs = 0 if news is None else len(news.entries)
         self._learned += (
-            request.request_id, samples, num_tokens, num_accepted, num_right, kept, logprobs,
+            request.request_id, planned.samples, len(row.token_ids), num_accepted,
+            verified[1] if verified else 0, len(request.draft_token_ids),
+            0 if news is None else len(news.entries),
         )  # fmt: skip
         self._room -= ITEM_ROOM
 
@@ -337,13 +367,13 @@ class Recorder:
 
     def rows(
         self,
-        running: Sequence[Request],
+        running: Sequence[Requested],
         wanted: Sequence[int],
         waits: Mapping[int, Wait],
         stopped_at: int | None,
         plan: StepPlan,
     ) -> None:
-        """A step is planned. running: before it. wanted: by each of them."""
+        """See `Reporter.rows`."""
         rows = plan.rows
         self._in_flight += bool(rows) or not self._in_flight
         ids, counts = [row.request_id for row in rows], [row.num_tokens for row in rows]
@@ -388,7 +418,7 @@ class Recorder:
 
     def _short(
         self,
-        running: Sequence[Request],
+        running: Sequence[Requested],
         wanted: Sequence[int],
         waits: Mapping[int, Wait],
         plan: StepPlan,

@@ -62,9 +62,7 @@ def open_record(data: bytes) -> Record:
             body = zlib.decompress(packed)
             chain = blake2b(chain + body, digest_size=16).digest()
             if chain != expected:
-                raise RecordError(
-                    f"The record is damaged: the hash of segment {number} is wrong."
-                )
+                raise RecordError(f"The record is damaged: the hash of segment {number} is wrong.")
             state, items, raw = msgspec.msgpack.decode(body)
             times = array("d")
             times.frombytes(raw)
@@ -247,9 +245,7 @@ class _Reader:
                 self._num_waiting -= 1
             self._total.pop(request_id, None)
             assert isinstance(decision.reason, FinishReason)
-            self._ends[request_id] = End(
-                request_id, self._now, decision.reason, item[3], item[4]
-            )
+            self._ends[request_id] = End(request_id, self._now, decision.reason, item[3], item[4])
 
     # --- rows -------------------------------------------------------------------------------------
 

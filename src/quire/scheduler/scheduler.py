@@ -134,16 +134,14 @@ class Scheduler:
         if message.request_id in self.requests:
             raise ValueError(f"request id {message.request_id} is in use")
         check_message(message, self.limits.max_model_len)
-        needs_token = self._needs_token_before_next(message)
-        takes_drafts = self._takes_drafts(message)
-        if self.record is not None:
-            self.record.add(message, needs_token=needs_token, takes_drafts=takes_drafts)
         request = Request(
             message,
             queued_time=self._clock(),
-            needs_token_before_next=needs_token,
-            takes_drafts=takes_drafts,
+            needs_token_before_next=self._needs_token_before_next(message),
+            takes_drafts=self._takes_drafts(message),
         )
+        if self.record is not None:
+            self.record.add(request, message)
         request.sort_key = self.waiting.waiting_key(request)
         self.requests[request.request_id] = request
         self.waiting.add(request)
@@ -158,13 +156,12 @@ class Scheduler:
         """End requests now, waiting or running. Unknown ids (already finished) are ignored. reason: of those
         that are queued, `EXPIRED` becomes that of those that were admitted, `TIMEOUT`."""
         late = FinishReason.TIMEOUT if reason is FinishReason.EXPIRED else reason
-        known = [request_id for request_id in request_ids if request_id in self.requests]
-        if known and self.record is not None:
-            self.record.abort(known, reason)
+        if self.record is not None:
+            self.record.abort(request_ids := list(request_ids), reason)
         return [
             self._finish(request, late if request.has_run else reason)
-            for request_id in known
-            if (request := self.requests.get(request_id)) is not None  # it may be named twice
+            for request_id in request_ids
+            if (request := self.requests.get(request_id)) is not None
         ]
 
     def reset_prefix_cache(self) -> None:
@@ -221,11 +218,7 @@ class Scheduler:
             plan.released, self._released = self._released, []
             if self.loading is not None:
                 self.loading.transfers.take(plan)
-        if self.record is not None:
-            self.record.rows(running, wanted, self._waits, self._stopped_at, plan)
-        if self.report.is_observed:
-            ids = (request.request_id for request in running)
-            self.report.rows(self._waits, zip(ids, wanted, strict=True), plan)
+        self.report.rows(running, wanted, self._waits, self._stopped_at, plan)
         self._advance(plan)
         return plan
 
@@ -571,10 +564,7 @@ class Scheduler:
         if self.record is not None and (
             len(row.token_ids) != 1 or drafts or row.draft_token_ids or prompt_logprobs is not None
         ):
-            self.record.learned(
-                request, planned.samples, len(row.token_ids), len(accepted),
-                num_right=verified[1] if verified else 0, news=prompt_logprobs,
-            )  # fmt: skip
+            self.record.learned(request, planned, row, len(accepted), verified, prompt_logprobs)
         update.new_token_ids, update.drafts = accepted, verified
         update.logprobs = row.logprobs[: len(accepted)] if row.logprobs is not None else None
         update.prompt_logprobs = prompt_logprobs
@@ -595,8 +585,8 @@ class Scheduler:
         news = None if found is None else request.news_of_prompt(found)
         if not done and news is None:
             return []
-        if self.record is not None and news is not None:
-            self.record.learned(request, 0, 0, 0, news=news)
+        if self.record is not None and found is not None and news is not None:
+            self.record.learned(request, row, found, 0, None, news)
         update = RequestUpdate(request_id=request.request_id)
         if done:
             update = self._finish(request, FinishReason.LENGTH)
