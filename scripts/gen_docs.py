@@ -57,6 +57,8 @@ VLLM = {
     "itl_target": "no such flag",
     "cost_model": "no such flag",
     "max_ttft": "no such flag",
+    "decision_record_bytes": "no such flag",
+    "decision_record_dir": "no such flag",
     "retained_cache_share": "no such flag",
     "scheduling_policy": "`fcfs`; no `fair`",
     "priority_aging": "no such flag",
