@@ -239,6 +239,8 @@ class Replicas:
             state.replica = replica
         call.answers[replica] = answer
         call.waits_for.discard(replica)
+        if isinstance(call.control.action, Inspect):
+            call.waits_for &= self.alive
         return self._merged(answer.id)
 
     def _merged(self, call_id: int) -> Answer | None:

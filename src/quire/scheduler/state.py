@@ -13,7 +13,7 @@ from quire.scheduler.request import Request, RequestStatus
 from quire.scheduler.scheduler import Scheduler
 
 MOST_RUNNING = 1024
-MOST_WAITING = 256
+MOST_WAITING = 128
 """Requests that are shown, the first ones: a queue of thousands is not read by a person."""
 
 

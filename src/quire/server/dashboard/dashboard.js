@@ -112,8 +112,9 @@ function show() {
   if (!of) return;
   const core = of.core, seconds = of.seconds;
   showFigures(of);
-  showBlocks(core);
   const running = requests().filter((each) => each.status === "running");
+  giveHues(running);
+  showBlocks(core);
   const queue = requests().filter((each) => each.status !== "running");
   showRequests("running", running, core?.num_running ?? 0, runningRow);
   showRequests("queue", queue, core?.num_waiting ?? 0, waitingRow);
@@ -175,13 +176,13 @@ function showFigures({ core, seconds }) {
     ["Running", count(core?.num_running ?? seconds.running.at(-1)), ""],
     ["Waiting", count(core?.num_waiting ?? seconds.waiting.at(-1)), ""],
     ["KV in use", `${(100 * usage).toFixed(usage && usage < .1 ? 1 : 0)}`, "%"],
-    ["Generated", count(ago(seconds.output_tokens, 5) / 5), "tokens/s"],
-    ["Prompts computed", count(ago(seconds.prompt_tokens, 5) / 5), "tokens/s"],
-    ["First token, p50", milliseconds(ttft.p50), "ms"],
-    ["Between tokens, p50", milliseconds(itl.p50), "ms"],
-    ["Found in the cache", queries ? `${Math.round((100 * hits) / queries)}` : "–", queries ? "% of prompts" : ""],
+    ["Generated", count(ago(seconds.output_tokens, 5) / 5), "tok/s"],
+    ["Prompts", count(ago(seconds.prompt_tokens, 5) / 5), "tok/s"],
+    ["TTFT, p50", milliseconds(ttft.p50), "ms"],
+    ["ITL, p50", milliseconds(itl.p50), "ms"],
+    ["Prefix hits", queries ? `${Math.round((100 * hits) / queries)}` : "–", queries ? "%" : ""],
   ];
-  if (drafts) found.push(["Drafts accepted", `${Math.round((100 * accepted) / drafts)}`, `% of ${count(drafts)}`]);
+  if (drafts) found.push(["Drafts accepted", `${Math.round((100 * accepted) / drafts)}`, "%"]);
   keyed($("figures"), found, ([name]) => name,
     ([name]) => el("li", {}, el("span", {}, name), el("b", {}), el("small", {})),
     (node, [, value, unit]) => { text(node.children[1], value); text(node.children[2], unit); });
@@ -190,7 +191,24 @@ function showFigures({ core, seconds }) {
 // --- requests -------------------------------------------------------------------------------------
 
 const name = (id) => `r${id}`;
-const hue = (id) => `--c${id % 6}`;
+const hues = new Map();  // of the requests that run, each the colour that fewest others have
+const NUM_HUES = 12;
+
+function giveHues(running) {
+  const ids = new Set(running.map((request) => request.request_id));
+  for (const id of hues.keys()) if (!ids.has(id) && id !== open?.id) hues.delete(id);
+  const uses = new Array(NUM_HUES).fill(0);
+  for (const place of hues.values()) uses[place]++;
+  for (const id of ids) {
+    if (hues.has(id)) continue;
+    const place = uses.indexOf(Math.min(...uses));
+    uses[place]++;
+    hues.set(id, place);
+  }
+}
+
+/** One that waits holds no block, so it has no colour. */
+const hue = (id) => (hues.has(id) ? `--c${hues.get(id)}` : "--line");
 
 function colours() {
   const style = getComputedStyle(document.documentElement);
@@ -212,7 +230,6 @@ function showRequests(where, found, total, update) {
 function newRow(request) {
   const id = request.request_id;
   const swatch = el("span", { class: "swatch" });
-  swatch.style.background = `var(${hue(id)})`;
   const bar = el("span", { class: "bar", "aria-hidden": "true" }, el("i", {}));
   bar.style.display = "block";
   const node = el("button", { type: "button", "aria-haspopup": "dialog" }, swatch,
@@ -238,10 +255,11 @@ function progress(request) {
 }
 
 function runningRow(node, request) {
-  const [, title, time, bar, line] = node.firstChild.children;
+  const [swatch, title, time, bar, line] = node.firstChild.children;
   const { share, inPrompt, text: words } = progress(request);
   text(title.lastChild, who(request));
   text(time, duration(request.seconds ?? 0));
+  swatch.style.background = `var(${hue(request.request_id)})`;
   bar.hidden = false;
   bar.firstChild.style.width = `${(100 * Math.min(1, share)).toFixed(1)}%`;
   bar.firstChild.style.background = inPrompt ? "var(--c0)" : "var(--c4)";
@@ -257,7 +275,8 @@ function reason(request) {
 }
 
 function waitingRow(node, request) {
-  const [, title, time, bar, line] = node.firstChild.children;
+  const [swatch, title, time, bar, line] = node.firstChild.children;
+  swatch.style.background = "var(--line)";
   bar.hidden = true;
   text(title.lastChild, who(request));
   text(time, duration(request.seconds ?? 0));
@@ -322,9 +341,9 @@ function showBlocks(core) {
   drawBlocks();
 }
 
-/** The largest square, up to 15 pixels, with which all cells fit in a height that leaves room for the rest. */
+/** The largest square, up to 20 pixels, with which all cells fit in a height that leaves room for the rest. */
 function cellSize(width, number) {
-  for (let size = 15; size > 2; size--) {
+  for (let size = 20; size > 2; size--) {
     if (Math.ceil(number / Math.floor(width / size)) * size <= 250) return size;
   }
   return 2;
@@ -343,7 +362,7 @@ function drawBlocks() {
   const styles = new Map();
   const paintOf = (cell) => {
     if (cell & HELD) return colour("--held");
-    if (cell & OWNER) return colour(hue(found[(cell & OWNER) - 1]?.request_id ?? 0));
+    if (cell & OWNER) return colour(hue(found[(cell & OWNER) - 1]?.request_id));
     return colour(cell & CACHED ? "--cached" : "--free");
   };
   const byPaint = new Map();
@@ -431,7 +450,7 @@ function drawCharts(seconds) {
 }
 
 function drawChart(canvas, chart, seconds) {
-  const width = canvas.clientWidth, height = 84, floor = height - 14;
+  const width = canvas.clientWidth, height = 92, floor = height - 16;
   if (!width) return;
   const context = sized(canvas, width, height), colour = colours();
   const [first, second] = chart.columns.map(([column]) => seconds[column]);
@@ -472,9 +491,9 @@ function drawChart(canvas, chart, seconds) {
   }
   context.fillStyle = colour("--dim");
   context.font = "11px system-ui, sans-serif";
-  context.fillText("60 s ago", 0, height - 1);
+  context.fillText("60 s ago", 0, height - 3);
   context.textAlign = "right";
-  context.fillText("now", width, height - 1);
+  context.fillText("now", width, height - 3);
   context.fillText(count(top), width, 9);
   context.textAlign = "left";
   const words = chart.columns.map(([column, , label]) =>
@@ -493,7 +512,7 @@ function rows(table, found) {
 function showLatency() {
   const { ttft, itl } = latest.latency_ms;
   const row = (label, of, unit) => [label, ...[of.p50, of.p90, of.p99].map(milliseconds), of.count ? plural(of.count, unit) : "–"];
-  rows("latency", [row("First token (TTFT)", ttft, "request"), row("Between tokens (ITL)", itl, "token")]);
+  rows("latency", [row("To first token", ttft, "request"), row("Between tokens", itl, "token")]);
 }
 
 function showTenants({ core, service }) {
@@ -506,6 +525,8 @@ function showTenants({ core, service }) {
   for (const [tenant, charged] of Object.entries(service)) of(tenant).service = charged;
   const total = sum(Object.values(service));
   text($("tenants-note"), total ? "share of the service of the last minute" : "");
+  $("tenants-none").hidden = found.size > 0;
+  $("tenants").hidden = !found.size;
   const sorted = [...found].sort(([a, x], [b, y]) => y.service - x.service || y.running - x.running || a.localeCompare(b));
   rows("tenants", sorted.slice(0, 20).map(([tenant, each]) =>
     [tenant, count(each.running), count(each.waiting), total ? `${Math.round((100 * each.service) / total)} %` : "–"]));
