@@ -89,8 +89,9 @@ def test_the_service_of_tenants_and_the_sums_of_tiers() -> None:
 
 def test_latencies_are_those_that_are_reported() -> None:
     class Sink(NullMetrics):
-        gaps: list[float] = []
-        first: list[object] = []
+        def __init__(self) -> None:
+            self.gaps: list[float] = []
+            self.first: list[tuple[float | None, object]] = []
 
         def on_token_gap(self, seconds: float) -> None:
             self.gaps.append(seconds)
