@@ -16,6 +16,8 @@ MOST_RUNNING = 1024
 MOST_WAITING = 128
 """Requests that are shown, the first ones: a queue of thousands is not read by a person."""
 
+_TEXTS = {reason: (reason.value, reason.label) for reason in WaitReason}
+
 
 def scheduler_state(scheduler: Scheduler, now: float) -> CoreState:
     """now: of the scheduler's clock."""
@@ -59,8 +61,8 @@ def _of(request: Request, scheduler: Scheduler, now: float) -> RequestState:
         max_tokens=request.decoding.max_tokens,
         blocks=blocks,
         shared_blocks=shared,
-        seconds=round(now - request.queued_time, 3),
-        queued_seconds=round(admitted - request.queued_time, 3),
+        seconds=now - request.queued_time,
+        queued_seconds=admitted - request.queued_time,
         preemptions=request.num_preemptions,
         wait=wait,
     )
@@ -78,16 +80,17 @@ def preparing(message: AddRequest, reason: WaitReason, now: float) -> RequestSta
         prompt_tokens=len(message.prompt_token_ids),
         output_tokens=len(message.output_token_ids),
         max_tokens=message.decoding.max_tokens,
-        seconds=round(waited, 3),
-        queued_seconds=round(waited, 3),
+        seconds=waited,
+        queued_seconds=waited,
         wait=_wait(Wait(reason)),
     )
 
 
 def _wait(wait: Wait) -> WaitState:
+    reason, label = _TEXTS[wait.reason]
     return WaitState(
-        reason=wait.reason.value,
-        label=wait.reason.label,
+        reason=reason,
+        label=label,
         because_of=wait.because_of,
         needed=wait.needed,
         free=wait.free,

@@ -32,7 +32,8 @@ def add_dashboard_routes(router: APIRouter, state: ServerState) -> None:
     @router.get("/debug/state")
     async def debug_state() -> Response:
         """Requests, why they wait, KV blocks, and the last minute, of each engine core: what /dashboard
-        shows. The same for all who ask within a second."""
+        shows. The same for all who ask within a second. Where administrative routes are; without these and
+        without keys, for programs on this machine."""
         return Response(
             await view.body(),
             media_type="application/json",
