@@ -51,6 +51,7 @@ VLLM_ENDPOINTS = {
     "/v1/responses/input_tokens": "no such endpoint",
     "/v1/responses/{response_id}/input_items": "no such endpoint",
     "/load": "with `--enable-server-load-tracking`",
+    "/debug/state": "no such endpoint",
     "/server_info": "with `VLLM_SERVER_DEV_MODE`",
     "/reset_prefix_cache": "with `VLLM_SERVER_DEV_MODE`",
     "/sleep": "with `VLLM_SERVER_DEV_MODE` and `--enable-sleep-mode`",
@@ -91,7 +92,7 @@ The limits are [options](options.md). The last column says what vLLM 0.32 does w
 With an admin listener (`--admin-port`, `--admin-uds`), endpoints that need `--enable-admin-endpoints` are
 there, and not at the API's.
 
-Besides what is below, `/` is the playground, `/docs` and `/openapi.json` describe the endpoints to programs.
+Besides what is below, `/` is the playground, `/dashboard` [a page that shows what the engine does](dashboard.md), `/docs` and `/openapi.json` describe the endpoints to programs.
 """
 
 SAMPLING = tuple(

@@ -27,6 +27,7 @@ from quire.messages import (
     CoreInput,
     CoreOutput,
     EngineReady,
+    Inspect,
     ReadRecord,
     ResetPrefixCache,
     SchedulerStats,
@@ -35,6 +36,7 @@ from quire.messages import (
     WakeUp,
 )
 from quire.messages.failures import error_of
+from quire.messages.state import CoreState
 from quire.metrics import MetricsSink
 from quire.outputs import RequestOutput
 from quire.placement import Placement
@@ -221,6 +223,10 @@ class AsyncLLM:
     async def records(self) -> list[bytes]:
         """The record of decisions of each core, for `quire.scheduler.record_reader`."""
         return (await self._control(ReadRecord())).records
+
+    async def inspect(self) -> list[CoreState]:
+        """The state of each engine core that serves. It is read between two steps, so it may take one."""
+        return (await self._control(Inspect())).states
 
     async def _control(self, action: ControlAction) -> Answer:
         """Carry out a control call. Raises the error of the call."""

@@ -25,6 +25,7 @@ from quire.messages import (
     CoreOutput,
     DropAdapter,
     FinishReason,
+    Inspect,
     LoadAdapter,
     Ping,
     Pong,
@@ -36,8 +37,10 @@ from quire.messages import (
     StepPlan,
 )
 from quire.messages.failures import failure_of
+from quire.messages.state import CoreState
 from quire.scheduler import Scheduler
 from quire.scheduler.deadlines import Deadlines
+from quire.scheduler.state import scheduler_state
 from quire.structured.store import GrammarStore
 
 logger = logging.getLogger(__name__)
@@ -119,7 +122,7 @@ class EngineCore:
         """Carry out one call. An error is returned to its caller; the engine continues."""
         if isinstance(message.action, Sleep):
             self._drain()  # outside the try: an error in a step must end the engine
-        failure, records = None, []
+        failure, records, states = None, [], []
         try:
             if isinstance(message.action, ReadRecord):
                 record = self.scheduler.record
@@ -127,13 +130,27 @@ class EngineCore:
             elif isinstance(message.action, LoadAdapter):
                 self._pending.load(message, message.action)
                 return None  # answered with the outputs of a later step
+            elif isinstance(message.action, Inspect):
+                states = [self.inspect()]
             else:
                 self._carry_out(message.action)
         except Exception as error:
             what = f"The engine failed on {type(message.action).__name__}"
             logger.exception("%s", what)
             failure = failure_of(error, what)
-        return Answer(message.id, self._sleep_level, failure, records)
+        return Answer(message.id, self._sleep_level, failure, records, states)
+
+    def inspect(self) -> CoreState:
+        """The state between two steps, for operators."""
+        begun, now = time.perf_counter(), self._clock()
+        state = scheduler_state(self.scheduler, now)
+        pending = self._pending.states(now)
+        state.requests += pending
+        state.num_waiting += len(pending)
+        state.adapters = self._adapters.in_memory
+        state.sleep_level = self._sleep_level
+        state.cost_seconds = time.perf_counter() - begun
+        return state
 
     def _drain(self) -> None:
         """Drain: no request is left; finish the steps in flight and send pending releases."""

@@ -7,6 +7,7 @@ from enum import Enum
 import msgspec
 
 from quire.decoding import Decoding
+from quire.messages.state import CoreState
 from quire.placement import Placement
 from quire.prefix_report import PrefixReport
 
@@ -98,7 +99,11 @@ class ReadRecord(msgspec.Struct, tag="read_record", frozen=True):
     """Answered with the record of decisions (`Answer.records`)."""
 
 
-ControlAction = ResetPrefixCache | Sleep | WakeUp | LoadAdapter | ReadRecord
+class Inspect(msgspec.Struct, tag="inspect", frozen=True):
+    """Answered with the core's state (`Answer.states`)."""
+
+
+ControlAction = ResetPrefixCache | Sleep | WakeUp | LoadAdapter | ReadRecord | Inspect
 
 
 class Control(msgspec.Struct, tag="control", frozen=True):
@@ -380,6 +385,8 @@ class Answer(msgspec.Struct, tag="answer", frozen=True):
     failure: Failure | None = None
     records: list[bytes] = []
     """To `ReadRecord`: of each core, for `scheduler/record_reader.py`. None of one that keeps no record."""
+    states: list[CoreState] = []
+    """With `Inspect`: of each core."""
 
 
 class CoreFailed(msgspec.Struct, tag="failed", frozen=True):
