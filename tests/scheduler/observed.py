@@ -66,7 +66,8 @@ class Observed:
         first = fields.pop("first", 1000 + request_id)
         fields = {"arrival_time": self.now, **fields}
         message = add_request(request_id, [first] * prompt, max_tokens=max_tokens, **fields)
-        self.arrivals[request_id] = Arrival(request_id, self.now, prompt, max_tokens)
+        sent = fields["arrival_time"]
+        self.arrivals[request_id] = Arrival(request_id, self.now, prompt, max_tokens, sent=sent)
         self.scheduler.add_request(message)
 
     def abort(self, request_id: int, reason: FinishReason = FinishReason.ABORT) -> None:

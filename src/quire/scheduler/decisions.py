@@ -102,7 +102,8 @@ class DecisionKind(str, Enum):
     left. At the first admission, the reason is why no more of the prompt was found."""
     WAITS = "waits"
     """See `Wait`. A waiting request without a record in a step was not considered: it is behind the one
-    whose record stopped admission (no free blocks, no sequence slot, no token budget)."""
+    whose record stopped admission. If it was considered in the step before, there is one, without
+    `because_of`."""
     LIMITED = "limited"
     """A running request wanted `needed` tokens and got `budget`."""
     PREEMPTED = "preempted"
@@ -157,6 +158,8 @@ class Reporter:
         """standing: of a request that is queued or runs."""
         self._observe, self._standing = observe, standing
         self._step_id = 0
+        self._considered: set[int] = set()
+        """In the last step, of the requests without a row."""
 
     @property
     def is_observed(self) -> bool:
@@ -195,6 +198,7 @@ class Reporter:
             self._observe(Decision(self._step_id, request_id, kind, **fields))
 
     def finished(self, request_id: int, reason: FinishReason) -> None:
+        self._considered.discard(request_id)
         self._report(request_id, DecisionKind.FINISHED, reason)
 
     def drafts(self, request_id: int, proposed: int, verified: int) -> None:
@@ -203,10 +207,18 @@ class Reporter:
     def rows(
         self, waits: Mapping[int, Wait], wanted: Iterable[tuple[int, int]], plan: StepPlan
     ) -> None:
-        """Record the requests without a row, or with a smaller one than they wanted.
+        """Record the requests without a row, or with a smaller one than they wanted, and those that admission
+        did not reach this time, while it did in the step before.
 
         wanted: of the running requests, the number of tokens.
         """
+        wanted = list(wanted)
+        if passed := self._considered - waits.keys():
+            passed.difference_update(request_id for request_id, _ in wanted)
+            passed.difference_update(admitted.request_id for admitted in plan.admitted)
+            for request_id in sorted(passed):
+                self.waits(request_id, Wait(WaitReason.BEHIND))
+        self._considered = set(waits)
         for request_id, wait in waits.items():
             if wait.reason is not WaitReason.PREEMPTED:  # reported before
                 self.waits(request_id, wait)

@@ -42,7 +42,7 @@ def slowest(history: History, most: int = 5) -> list[Explanation]:
     for life in lives(history).values():
         if life.arrival is not None and life.is_whole:
             until = life.tokens[0][0].done if life.tokens else _over(life, history)
-            found.append(((until or 0.0) - life.arrival.time, life))
+            found.append(((until or 0.0) - life.arrival.start, life))
     found.sort(key=lambda each: -each[0])
     return [_explained(history, life) for _, life in found[:most]]
 
@@ -61,6 +61,11 @@ def queue_reasons(history: History) -> list[tuple[str, float, int]]:
         requests.update(names)
     ordered = sorted(seconds.items(), key=lambda each: -each[1])
     return [(name, each, requests[name]) for name, each in ordered]
+
+
+def queue_of(history: History, life: Life, start: float, end: float) -> tuple[WaitPart, ...]:
+    """What it waited for between two times."""
+    return _parts(history, [wait for wait in life.waits if start <= wait.start < end])
 
 
 def parse_id(text: str) -> int | None:
@@ -82,7 +87,7 @@ def _over(life: Life, history: History) -> float:
 def _explained(history: History, life: Life) -> Explanation:
     arrival, end, tokens = life.arrival, life.end, life.tokens
     is_whole = life.is_whole
-    start = arrival.time if arrival is not None and is_whole else None
+    start = arrival.start if arrival is not None and is_whole else None
     admitted = life.admissions[0] if is_whole and life.admissions else None
     until = admitted[0].planned if admitted is not None else float("inf")
     queued = [wait for wait in life.waits if wait.start < until] if is_whole else []
@@ -147,16 +152,16 @@ def _parts(history: History, waits: Iterable[Waiting]) -> tuple[WaitPart, ...]:
 def _part(history: History, waits: list[Waiting]) -> WaitPart:
     longest = max(waits, key=lambda wait: wait.seconds)
     behind = dict.fromkeys(wait.behind for wait in waits if wait.behind is not None)
-    holder, prompt, budget, least, most = longest.holder, 0, 0, 0, 0
+    holder, prompt, least, most = longest.holder, 0, 0, 0
+    budget = total = 0
     if holder is not None:
         if holder in history.arrivals:
             prompt = history.arrivals[holder].num_prompt_tokens
-        counts = []
-        for wait in waits:
-            for step in _steps(history, wait):
-                counts += [row.num_tokens for row in step.rows if row.request_id == holder]
-                budget = max(budget, step.budget)
-        least, most = min(counts, default=0), max(counts, default=0)
+        steps = [step for wait in waits for step in _steps(history, wait)]
+        each = [row.num_tokens for step in steps for row in step.rows if row.request_id == holder]
+        least, most = min(each, default=0), max(each, default=0)
+        budget = max((step.budget for step in steps), default=0)
+        total = min((sum(row.num_tokens for row in step.rows) for step in steps), default=0)
     return WaitPart(
         sum(wait.seconds for wait in waits),
         longest.reason,
@@ -166,6 +171,7 @@ def _part(history: History, waits: list[Waiting]) -> WaitPart:
         prompt,
         (least, most),
         budget,
+        total,
         longest.needed,
         longest.free,
     )
@@ -173,10 +179,11 @@ def _part(history: History, waits: list[Waiting]) -> WaitPart:
 
 def _steps(history: History, wait: Waiting) -> Sequence[StepRecord]:
     """Those that were planned while it waited; of an arrival, the one that was under way."""
+    if wait.reason is WaitReason.ARRIVED:
+        step = history.under_way(wait.start)
+        return () if step is None else (step,)
     at = bisect_left(history.steps, wait.start, key=lambda step: step.planned)
     end = bisect_left(history.steps, wait.end, key=lambda step: step.planned)
-    if wait.reason is WaitReason.ARRIVED:
-        return history.steps[max(0, at - 1) : at]
     return history.steps[at:end]
 
 
@@ -215,7 +222,7 @@ def _stop(history: History, life: Life, index: int, found: Preemption) -> Stop:
     until = back[0].planned if back is not None else float("inf")
     waits = [wait for wait in life.waits if found.time <= wait.start < until]
     return Stop(
-        found.time - life.arrival.time if life.arrival is not None else 0.0,
+        found.time - life.arrival.start if life.arrival is not None else 0.0,
         found.by,
         found.needed,
         found.free,

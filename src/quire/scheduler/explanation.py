@@ -12,6 +12,8 @@ from quire.scheduler.decisions import WaitReason
 
 MOST_PARTS = 3
 """Of a sentence that lists what was longest."""
+LEAST = 5e-5
+"""Seconds that are worth a part of a sentence."""
 LONG_GAP = 1.5
 """A gap is worth a sentence if it is so many times the median one."""
 
@@ -36,7 +38,11 @@ class WaitPart:
     holder_tokens: tuple[int, int] = (0, 0)
     """The fewest and the most of a step."""
     budget: int = 0
+    """Of each step."""
+    step_tokens: int = 0
+    """That these steps computed at least."""
     needed: int = 0
+    """Blocks, or tokens if those were lacking; at the beginning of its longest time."""
     free: int = 0
 
 
@@ -164,6 +170,7 @@ def _queued(facts: Explanation) -> str:
 
 def list_of(parts: Sequence[WaitPart]) -> str:
     """The longest, in their order; the others are one."""
+    parts = [part for part in parts if part.seconds >= LEAST]
     kept = sorted(parts, key=lambda part: -part.seconds)[:MOST_PARTS]
     texts = [f"{duration(part.seconds)} {reason_of(part)}" for part in parts if part in kept]
     rest = sum(part.seconds for part in parts if part not in kept)
@@ -179,7 +186,7 @@ def reason_of(part: WaitPart) -> str:
     if part.reason is not WaitReason.BEHIND:
         return _lacked(part.reason, part)
     name = names_of(part.behind)
-    if part.because is WaitReason.BUDGET and part.holder is not None:
+    if part.because is WaitReason.BUDGET:
         return _lacked(WaitReason.BUDGET, part)
     if part.because is None:
         return f"behind {name}"
@@ -191,7 +198,7 @@ def _lacked(reason: WaitReason, part: WaitPart) -> str:
     if reason is WaitReason.BUDGET:
         return _budget(part)
     if reason is WaitReason.BLOCKS:
-        return f"for {_count(part.needed, 'block')}, of which {max(0, part.free):,} were free"
+        return f"for {_count(part.needed, 'block')} ({max(0, part.free):,} free at first)"
     if reason is WaitReason.ARRIVED:
         if part.holder is None:
             return "until the next step was planned"
@@ -221,8 +228,10 @@ _FOR = {
 
 def _budget(part: WaitPart) -> str:
     least, most = part.holder_tokens
-    if part.holder is None or most <= 1:
-        return "because the rows of others used each step's tokens"
+    if part.needed > 1 and part.reason is not WaitReason.BEHIND:
+        return f"for a step with room for its {part.needed:,} tokens, which are not divided"
+    if part.holder is None or most <= 1 or part.step_tokens < part.budget:
+        return "because those before it used what each step keeps for the queue"
     share = f"{most:,} of each step's" if least == most else f"up to {most:,} of a step's"
     prompt = f"whose prompt of {part.holder_prompt:,}" if part.holder_prompt else "whose prompt"
     return f"behind r{part.holder}, {prompt} took {share} {part.budget:,}"
@@ -235,26 +244,24 @@ def _beside(part: WaitPart) -> str:
 
 
 def _cache(facts: Explanation) -> str:
-    rest = facts.num_prompt_tokens - (facts.cached or 0)
-    found = f"The cache held {facts.cached:,} of its {_count(facts.num_prompt_tokens, 'token')}"
-    if facts.miss is None:
-        return f"{found}."
-    return f"{found}; of the other {rest:,}, {MISSES[facts.miss]}."
+    held = f"{facts.cached:,}" if facts.cached else "none"
+    why = "" if facts.miss is None else f": {_MISSES[facts.miss]}"
+    return f"The cache held {held} of its {_count(facts.num_prompt_tokens, 'token')}{why}."
 
 
-MISSES = {
-    MissReason.WHOLE: "the last is always computed, and no more were missing",
-    MissReason.BOUNDARY: "no whole block was missing: only whole blocks are shared",
-    MissReason.OFF: "none could be found, since the prefix cache is off",
-    MissReason.CAPPED: "none were looked for, because of its own parameters",
-    MissReason.EVICTED: "the first had been evicted",
-    MissReason.RESET: "the first had been dropped by a reset of the cache",
-    MissReason.NOT_LOADED: "the first are in a store outside the cache, which had no room to load them",
-    MissReason.LOAD_LATE: "the first were being loaded, which took too long",
-    MissReason.LOAD_FAILED: "the first could not be loaded",
-    MissReason.ADAPTER: "the first are there, but computed with another adapter",
-    MissReason.SALT: "the first are there, but under another salt",
-    MissReason.UNSEEN: "the first had not been computed before",
+_MISSES = {
+    MissReason.WHOLE: "all but the last, which is always computed",
+    MissReason.BOUNDARY: "only whole blocks are shared",
+    MissReason.OFF: "the prefix cache is off",
+    MissReason.CAPPED: "its own parameters limit what it may share",
+    MissReason.EVICTED: "the next one had been evicted",
+    MissReason.RESET: "the next one had been dropped by a reset of the cache",
+    MissReason.NOT_LOADED: "the next ones are in a store outside the cache, which had no room for them",
+    MissReason.LOAD_LATE: "the next ones were being loaded, which took too long",
+    MissReason.LOAD_FAILED: "the next ones could not be loaded",
+    MissReason.ADAPTER: "the next one was computed with another adapter",
+    MissReason.SALT: "the next one is there under another salt",
+    MissReason.UNSEEN: "the next one had not been computed before",
 }
 
 
@@ -275,7 +282,7 @@ def _taken(others: Taken) -> str:
 
 def _preempted(facts: Explanation, stop: Stop) -> str:
     itself = stop.by is None or stop.by == facts.request_id
-    who = "itself" if itself else f"r{stop.by}"
+    who = "it" if itself else f"r{stop.by}"
     text = (
         f"It was preempted {duration(stop.after)} after its arrival, because {who} needed "
         f"{_count(stop.needed, 'block')} and {stop.free:,} were free; it waited {duration(stop.waited)}"

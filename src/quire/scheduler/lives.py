@@ -1,7 +1,7 @@
 """What each request did from step to step, read from a `History`: where it waited and why, and its rows.
 
-A record holds only changes. A waiting request without one in a step waits behind the request at which
-admission stopped, if that is before it, and else for what it waited in the step before.
+A record holds only changes. A request that admission has not reached waits behind the one at which it
+stopped: the last one that waits for one of `STOPS`. That is no record of its own.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def lives(history: History, request_ids: Collection[int] | None = None) -> dict[
 class _Reader:
     def __init__(self, history: History, ids: frozenset[int]) -> None:
         self._ids = ids
-        self._arrivals, self._ends = history.arrivals, history.ends
+        self._history, self._arrivals, self._ends = history, history.arrivals, history.ends
         self.found: dict[int, Life] = {}
         self._now = history.steps[-1].planned if history.steps else 0.0
         self._for: dict[int, Decision] = {}
@@ -127,7 +127,6 @@ class _Reader:
         self._to_come = sorted(
             (a.time, a.request_id) for a in history.arrivals.values() if a.request_id in ids
         )[::-1]
-        self._last: StepRecord | None = None
 
     def _life(self, request_id: int) -> Life:
         life = self.found.get(request_id)
@@ -157,7 +156,6 @@ class _Reader:
         for decision in step.decisions:
             if decision.kind is DecisionKind.FINISHED and decision.request_id is not None:
                 self._end(decision.request_id)
-        self._last = step
 
     def _arrive(self, until: float) -> None:
         while self._to_come and self._to_come[-1][0] <= until:
@@ -166,10 +164,11 @@ class _Reader:
             if request_id in self._open:  # it waited for its grammar or adapter before
                 self._close(request_id, time)
                 self._leave_queue(request_id)
-            last, holder = self._last, None
-            if last is not None and (last.done is None or last.done > time):
-                holder = _largest(last)
-            self._open[request_id] = Waiting(time, time, WaitReason.ARRIVED, holder=holder)
+            arrival = self._arrivals[request_id]
+            step = self._history.under_way(arrival.start)
+            holder = None if step is None else _largest(step)
+            start = arrival.start
+            self._open[request_id] = Waiting(start, start, WaitReason.ARRIVED, holder=holder)
             self._situation = None
             end = self._ends.get(request_id)
             if end is not None and end.time <= until:  # before another step
@@ -224,13 +223,14 @@ class _Reader:
     def _look(self, step: StepRecord, request_id: int, stop: int | None) -> None:
         """What an open request waits for in this step."""
         own = self._for.get(request_id)
-        if own is not None and own.kind is DecisionKind.PREEMPTED and own.step_id != step.step_id:
-            own = None
-        if own is not None and own.reason in STOPS and request_id != stop:
-            own = None
-        is_old = own is not None and own.step_id != step.step_id
-        if is_old and stop not in (None, request_id) and self._is_before(stop, request_id):
-            own = None
+        if own is not None:
+            is_old = own.kind is DecisionKind.PREEMPTED and own.step_id != step.step_id
+            if (
+                is_old
+                or own.reason is WaitReason.BEHIND
+                or (own.reason in STOPS and request_id != stop)
+            ):
+                own = None
         reason: WaitReason | None = None
         behind = because = None
         if own is not None:
@@ -254,14 +254,6 @@ class _Reader:
         self._open[request_id] = Waiting(
             step.planned, step.planned, reason, behind, because, holder, needed, free
         )
-
-    def _is_before(self, first: int | None, second: int) -> bool:
-        """By arrival, as far as it is known. (A record in the same step is always right.)"""
-        assert first is not None
-        one, other = self._arrivals.get(first), self._arrivals.get(second)
-        if one is None or other is None:
-            return first < second
-        return (one.time, first) < (other.time, second)
 
     def _leave_queue(self, request_id: int) -> None:
         self._for.pop(request_id, None)
