@@ -143,6 +143,9 @@ class Submitted:
 class FakeStream:
     def __init__(self, engine: ScriptedEngine, request_id: str, prompt: list[int], params) -> None:
         self.request_id = request_id
+        n = getattr(params, "n", 1) if not isinstance(params, BeamSearchParams) else 0
+        self.sequence_ids = [engine.num_sequences + index + 1 for index in range(n)]
+        engine.num_sequences += n
         self.prompt, self.params, self.engine = prompt, params, engine
         self.aborted = asyncio.Event()
         self.aborts = 0

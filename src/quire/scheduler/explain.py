@@ -68,6 +68,18 @@ def queue_of(history: History, life: Life, start: float, end: float) -> tuple[Wa
     return _parts(history, [wait for wait in life.waits if start <= wait.start < end])
 
 
+def summary(histories: Sequence[History], most: int) -> dict[str, object]:
+    """The slowest requests of all engine cores, and what all waited for."""
+    slow = [(i, each) for i, history in enumerate(histories) for each in slowest(history, most)]
+    slow.sort(key=lambda each: -(each[1].first_token or each[1].queue_seconds))
+    reasons = [
+        {"replica": i, "reason": name, "seconds": seconds, "requests": count}
+        for i, history in enumerate(histories)
+        for name, seconds, count in queue_reasons(history)
+    ]
+    return {"requests": [each.entry(i) for i, each in slow[:most]], "reasons": reasons}
+
+
 def parse_id(text: str) -> int | None:
     """Of `r17` or `17`."""
     digits = text.removeprefix("r")
@@ -247,7 +259,9 @@ def _gaps(history: History, life: Life) -> list[Gap]:
         steps = history.steps[at:end]
         seconds, others = after.done - before.done, _others(life.request_id, steps)
         idle = seconds - sum(
-            max(0.0, (step.done or after.done) - max(step.planned, before.done)) for step in steps
+            max(0.0, (step.done or after.done) - max(step.planned, before.done))
+            for step in steps
+            if step.rows
         )
         missed = [step for step in steps if step.step_id not in with_row]
         cause, held = "step", None

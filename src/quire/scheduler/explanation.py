@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -122,6 +123,12 @@ class Explanation:
     seconds: float | None
     """From arrival to end."""
     sentences: tuple[str, ...] = ()
+
+    def entry(self, replica: int = 0) -> dict[str, object]:
+        """As endpoints and commands have it."""
+        facts = dataclasses.replace(self, sentences=())
+        name = f"r{self.request_id}"
+        return {"id": name, "replica": replica, "explanation": self.sentences, "facts": facts}
 
     def __str__(self) -> str:
         return "\n".join(self.sentences)

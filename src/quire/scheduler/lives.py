@@ -77,7 +77,10 @@ class Life:
     def is_whole(self) -> bool:
         """Whether the record reaches back to its arrival."""
         return self.arrival is not None and (
-            not self.rows or bool(self.admissions and self.admissions[0][0] is self.rows[0][0])
+            not self.rows
+            or (bool(self.admissions and self.admissions[0][0] is self.rows[0][0])
+            # Only a first admission says how much was found in the cache.
+            and (not self.admissions or self.admissions[0][1].reason is not None))
         )
 
     @property
@@ -115,6 +118,7 @@ class _Reader:
         self._ids = ids
         self._history, self._arrivals, self._ends = history, history.arrivals, history.ends
         self.found: dict[int, Life] = {}
+        self._first = history.steps[0] if history.steps else None
         self._now = history.steps[-1].planned if history.steps else 0.0
         self._for: dict[int, Decision] = {}
         """Of waiting requests: what was recorded last."""
@@ -151,6 +155,7 @@ class _Reader:
                 self._look(step, request_id, stop)
         for row in step.rows:
             self._running.add(row.request_id)
+            self._open.pop(row.request_id, None)  # it has run since before the record
             if row.request_id in self._ids:
                 self._life(row.request_id).rows.append((step, row))
         for decision in step.decisions:
@@ -168,7 +173,10 @@ class _Reader:
             step = self._history.under_way(arrival.start)
             holder = None if step is None else _largest(step)
             start = arrival.start
-            self._open[request_id] = Waiting(start, start, WaitReason.ARRIVED, holder=holder)
+            first = self._first
+            is_lost = first is not None and first.step_id > 1 and arrival.time < first.planned
+            reason = None if is_lost else WaitReason.ARRIVED
+            self._open[request_id] = Waiting(start, start, reason, holder=holder)
             self._situation = None
             end = self._ends.get(request_id)
             if end is not None and end.time <= until:  # before another step

@@ -24,24 +24,32 @@ FIRST_TRACK = 1
 def timeline(histories: Sequence[History], *, seconds: float | None = None) -> dict[str, object]:
     """A JSON object. histories: of each engine core. seconds: the last ones only."""
     histories = [recent(history, seconds) for history in histories]
-    starts = [history.epoch + _start(history) for history in histories if history.steps]
+    epoch = histories[0].epoch if histories else 0.0
+    shifts = [history.epoch - epoch for history in histories]  # of clocks; small numbers are exact
+    starts = [s + _start(h) for s, h in zip(shifts, histories, strict=True) if h.steps]
     zero = min(starts, default=0.0)
     events: list[Event] = []
-    for index, history in enumerate(histories):
-        drawn = _Drawing(history, index + 1, history.epoch - zero)
+    for index, (history, shift) in enumerate(zip(histories, shifts, strict=True)):
+        drawn = _Drawing(history, index + 1, shift - zero)
         name = "quire" if len(histories) == 1 else f"replica {index}"
         events += drawn.events(name)
-    start = datetime.fromtimestamp(zero, UTC).isoformat()
+    start = datetime.fromtimestamp(epoch + zero, UTC).isoformat()
     return {"traceEvents": events, "displayTimeUnit": "ms", "otherData": {"start": start}}
 
 
 def recent(history: History, seconds: float | None) -> History:
-    """Only the steps of the last seconds."""
+    """Only the steps of the last seconds, and the requests that had not ended before them."""
     if seconds is None or not history.steps:
         return history
     since = history.steps[-1].planned - seconds
     at = bisect_left(history.steps, since, key=lambda step: step.planned)
-    return dataclasses.replace(history, steps=history.steps[at:])
+    ends = {name: end for name, end in history.ends.items() if end.time >= since}
+    arrivals = {
+        name: each
+        for name, each in history.arrivals.items()
+        if name in ends or name not in history.ends
+    }
+    return dataclasses.replace(history, steps=history.steps[at:], arrivals=arrivals, ends=ends)
 
 
 def _start(history: History) -> float:
@@ -66,7 +74,7 @@ def phases(life: Life, until: float) -> list[tuple[float, float, str]]:
         if first is not None and first.done is not None:
             cuts.append((first.done, "decode"))
     cuts += [(each.time, "preempted") for each in life.preemptions]
-    cuts = sorted(cut for cut in cuts if cut[0] <= over)
+    cuts = sorted((cut for cut in cuts if cut[0] <= over), key=lambda cut: cut[0])
     ends = [time for time, _ in cuts[1:]] + [over]
     return [(s, e, name) for (s, name), e in zip(cuts, ends, strict=True) if e > s]
 
@@ -116,6 +124,8 @@ class _Drawing:
     def _steps(self) -> Iterator[Event]:
         ends: list[float] = []
         for step in self._history.steps:
+            if step.done is None and not step.rows:
+                continue  # no request could run, so it was not launched
             end = self._until if step.done is None else step.done
             track = next((i for i, until in enumerate(ends) if until <= step.planned), len(ends))
             ends[track : track + 1] = [end]
@@ -170,9 +180,11 @@ class _Drawing:
             if longest is not None:
                 steps = self._history.steps
                 at = bisect_left(steps, longest.start + 1e-9, key=lambda step: step.planned) - 1
-            if longest is None or at < 0 or self._history.steps[at] is back:
+            if longest is None or at < 0:
                 continue
             cause = self._history.steps[at]
+            if cause is back or cause.step_id not in self._tracks:
+                continue
             lacked = longest.lacked
             common: Event = {"cat": "cause", "id": f"{self._pid}.{life.request_id}.{index}"}
             name = f"r{life.request_id}: {lacked.value if lacked is not None else 'waits'}"

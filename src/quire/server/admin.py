@@ -21,6 +21,7 @@ from quire.errors import ConfigError, InvalidParameterError
 from quire.server.body import parse, read_json
 from quire.server.engine_protocol import ServedModel, SleepingEngine
 from quire.server.errors import ApiError, bad_request
+from quire.server.explanations import debug_router
 from quire.server.middleware import owner_of
 from quire.server.openapi import request_body
 from quire.server.requests import AbortRequest, LoadAdapterRequest, UnloadAdapterRequest
@@ -60,7 +61,7 @@ def requests_router(state: ServerState, *, of_all: bool = False) -> APIRouter:
 
 def admin_router(state: ServerState) -> APIRouter:
     """What shows the configuration or affects all clients."""
-    router = APIRouter()
+    router = debug_router(state)
     _add_admin_routes(router, state)
     if state.engine_config.lora.enable_lora:
         _add_adapter_routes(router, state)
