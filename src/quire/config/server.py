@@ -118,7 +118,8 @@ class ServerConfig:
         False,
         "Serve /server_info, /reset_prefix_cache, /sleep, /wake_up, /is_sleeping and /debug/ (explain.md), "
         "and with --enable-lora /v1/load_lora_adapter and /v1/unload_lora_adapter, to all clients that may "
-        "send requests, or with --admin-api-key to who has that. An admin listener has them without this option.",
+        "send requests, or with --admin-api-key to who has that. An admin listener has them without this "
+        "option.",
     )
     enable_force_include_usage: bool = option(
         False, "End every stream with the usage, whether or not the client asked for it."
