@@ -56,6 +56,8 @@ VLLM = {
     "max_num_queued_tokens": "none; beyond a limit 503, ours 429",
     "itl_target": "no such flag",
     "max_ttft": "no such flag",
+    "decision_record_bytes": "no such flag",
+    "decision_record_dir": "no such flag",
     "retained_cache_share": "no such flag",
     "scheduling_policy": "`fcfs`; no `fair`",
     "priority_aging": "no such flag",

@@ -27,6 +27,7 @@ from quire.messages import (
     CoreInput,
     CoreOutput,
     EngineReady,
+    ReadRecord,
     ResetPrefixCache,
     SchedulerStats,
     Sleep,
@@ -218,18 +219,23 @@ class AsyncLLM:
         """Whether it sleeps or is about to: it refuses requests."""
         return self._front.is_sleeping
 
-    async def _control(self, action: ControlAction) -> None:
+    async def records(self) -> list[bytes]:
+        """The record of decisions of each core, for `quire.scheduler.record_reader`."""
+        return (await self._control(ReadRecord())).records
+
+    async def _control(self, action: ControlAction) -> Answer:
         """Carry out a control call. Raises the error of the call."""
         control = self._front.new_control(action)
         call = self._calls[control.id] = self._loop.create_future()
         try:
             self._apply(self._front.start_control(control))
-            answer = await call
+            answer: Answer = await call
         finally:
             self._front.cancel_control(control)
             self._calls.pop(control.id, None)
         if answer.failure is not None:
             raise error_of(answer.failure)
+        return answer
 
     # --- the core's messages ----------------------------------------------------------------------
 

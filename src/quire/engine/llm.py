@@ -38,10 +38,12 @@ from quire.engine.setup import ServedModel, locate, resolve, serve_model
 from quire.errors import ConfigError, EngineDeadError, InvalidParameterError
 from quire.lora.request import LoRARequest
 from quire.messages import (
+    Answer,
     ControlAction,
     CoreFailed,
     EngineReady,
     LoadAdapter,
+    ReadRecord,
     ResetPrefixCache,
     SchedulerStats,
     Sleep,
@@ -390,6 +392,10 @@ class LLM:
         self._control(ResetPrefixCache())
         return True
 
+    def records(self) -> list[bytes]:
+        """The record of decisions of each core, for `quire.scheduler.record_reader`."""
+        return self._control(ReadRecord()).records
+
     def sleep(self, level: int = 1) -> None:
         """Free the memory of the KV cache (level 1) or also of the weights (2), until `wake_up`."""
         if level not in (1, 2):
@@ -559,7 +565,7 @@ class LLM:
             raise
         return [self._finished.pop(request_id) for request_id in ids]
 
-    def _control(self, action: ControlAction) -> None:
+    def _control(self, action: ControlAction) -> Answer:
         """Carry out a control call. Raises the error of the call."""
         self._alive()
         control = self._front.new_control(action)
@@ -568,6 +574,7 @@ class LLM:
             effects = self._receive()
         if answers[0].failure is not None:
             raise error_of(answers[0].failure)
+        return answers[0]
 
     def _receive(self) -> Effects:
         """Wait for the core's next message and handle it."""

@@ -94,7 +94,11 @@ class LoadAdapter(msgspec.Struct, tag="load_adapter", frozen=True):
     key: str
 
 
-ControlAction = ResetPrefixCache | Sleep | WakeUp | LoadAdapter
+class ReadRecord(msgspec.Struct, tag="read_record", frozen=True):
+    """Answered with the record of decisions (`Answer.records`)."""
+
+
+ControlAction = ResetPrefixCache | Sleep | WakeUp | LoadAdapter | ReadRecord
 
 
 class Control(msgspec.Struct, tag="control", frozen=True):
@@ -374,6 +378,8 @@ class Answer(msgspec.Struct, tag="answer", frozen=True):
     sleep_level: int
     """The engine's current level, also after a failure. 0: awake."""
     failure: Failure | None = None
+    records: list[bytes] = []
+    """To `ReadRecord`: of each core, for `scheduler/record_reader.py`. None of one that keeps no record."""
 
 
 class CoreFailed(msgspec.Struct, tag="failed", frozen=True):

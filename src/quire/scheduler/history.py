@@ -59,7 +59,10 @@ class StepRecord:
     num_waiting: int
     rows: tuple[RowRecord, ...]
     decisions: tuple[Decision, ...]
-    """Of this step; a reason that a request had in the step before is not repeated (`DecisionLog`)."""
+    """Of this step, and until the next one; a reason that a request had in the step before is not repeated
+    (`DecisionLog`)."""
+    stopped_at: int | None = None
+    """The request at which admission stopped. Waiting requests after it were not considered."""
 
 
 @dataclass(frozen=True, slots=True)

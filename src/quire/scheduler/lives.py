@@ -78,9 +78,11 @@ class Life:
         """Whether the record reaches back to its arrival."""
         return self.arrival is not None and (
             not self.rows
-            or (bool(self.admissions and self.admissions[0][0] is self.rows[0][0])
-            # Only a first admission says how much was found in the cache.
-            and (not self.admissions or self.admissions[0][1].reason is not None))
+            or (
+                bool(self.admissions and self.admissions[0][0] is self.rows[0][0])
+                # Only a first admission says how much was found in the cache.
+                and (not self.admissions or self.admissions[0][1].reason is not None)
+            )
         )
 
     @property
@@ -146,7 +148,9 @@ class _Reader:
         for decision in step.decisions:
             if decision.request_id is not None and decision.kind is not DecisionKind.FINISHED:
                 changed = self._decide(step, decision, decision.request_id) or changed
-        stop = next(reversed(self._stops), None)
+        stop = step.stopped_at
+        if stop not in self._stops:
+            stop = next(reversed(self._stops), None)
         situation = (stop, None if stop is None else self._stops[stop].reason, _largest(step))
         if changed or situation != self._situation:
             self._situation = None if self._has_victims else situation
