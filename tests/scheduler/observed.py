@@ -13,6 +13,8 @@ from quire.placement import Placement
 from quire.scheduler import Decision, DecisionKind, Scheduler, SchedulerLimits, Wait
 from quire.scheduler.decisions import DecisionLog
 from quire.scheduler.history import Arrival, End, History, RowRecord, StepRecord
+from quire.scheduler.record import Recorder
+from quire.scheduler.record_reader import read
 from tests.scheduler.requests import add_request
 
 
@@ -49,12 +51,14 @@ class Observed:
 
     def __post_init__(self) -> None:
         self.log = _Log()
+        self.record = Recorder(clock=lambda: self.now)
         bounds = {"watermark_blocks": 0, **self.limits}
         drafts = bounds.get("max_drafts", 0)
         self.scheduler = Scheduler(
             SchedulerLimits(self.seats, self.budget, self.longest, **bounds),
             KVCacheManager(self.num_blocks, self.block_size, enable_prefix_caching=True),
             clock=lambda: self.now,
+            record=self.record,
             observe=self.log.keep if self.is_raw else self.log,
         )
         self.drafts = drafts
@@ -161,6 +165,10 @@ class Observed:
 
     def history(self) -> History:
         return History(tuple(self.steps), dict(self.arrivals), dict(self.ends), epoch=1.7e9)
+
+    def recorded(self) -> History:
+        """The same, from the record's bytes."""
+        return read(self.record.dump())
 
     def kinds(self, kind: DecisionKind) -> list[Decision]:
         return [d for step in self.steps for d in step.decisions if d.kind is kind]

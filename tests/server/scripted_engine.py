@@ -287,11 +287,16 @@ class ScriptedEngine:
         self.failure: Exception = EngineDeadError("core exited: secret detail")
         self.shut_down = False
         self.resets = 0
+        self.num_sequences = 0
+        self.kept_records: list[bytes] = []
         self._open = asyncio.Event()
         self._open.set()
 
     async def _control(self, action: ControlAction) -> None:
         self.controls.append(action)
+
+    async def records(self) -> list[bytes]:
+        return self.kept_records
 
     def hold(self) -> None:
         self._open.clear()

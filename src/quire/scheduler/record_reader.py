@@ -213,7 +213,8 @@ class _Reader:
         self._planned()
         _, quantum, free, budget, index = item
         self._step_id += 1
-        planned = self._now = times[max(0, index - 1)]
+        # The first that was read in this call; the one before is that of the last result.
+        planned = self._now = times[index if index < len(times) else max(0, index - 1)]
         step = _Step(self._step_id, planned, quantum, free, budget, self._early)
         self._early = []
         step.decisions.append(

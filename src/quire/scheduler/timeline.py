@@ -33,6 +33,7 @@ def timeline(histories: Sequence[History], *, seconds: float | None = None) -> d
         drawn = _Drawing(history, index + 1, shift - zero)
         name = "quire" if len(histories) == 1 else f"replica {index}"
         events += drawn.events(name)
+    events.sort(key=lambda event: (event["ph"] != "M", event["ts"]))
     start = datetime.fromtimestamp(epoch + zero, UTC).isoformat()
     return {"traceEvents": events, "displayTimeUnit": "ms", "otherData": {"start": start}}
 
@@ -90,13 +91,11 @@ class _Drawing:
         )
 
     def events(self, name: str) -> list[Event]:
-        """Sorted by time, the names first."""
         found = lives(self._history)
         drawn = [*self._steps(), *self._counters()]
         for life in found.values():
             drawn += self._request(life)
             drawn += self._causes(life)
-        drawn.sort(key=lambda event: event["ts"])  # type: ignore[arg-type,return-value]
         tracks = sorted(set(self._tracks.values()))
         return [
             self._name("process_name", 0, name),
