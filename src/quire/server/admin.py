@@ -19,9 +19,9 @@ from starlette.responses import PlainTextResponse, Response
 
 from quire.errors import ConfigError, InvalidParameterError
 from quire.server.body import parse, read_json
+from quire.server.debug import debug_router
 from quire.server.engine_protocol import ServedModel, SleepingEngine
 from quire.server.errors import ApiError, bad_request
-from quire.server.explanations import debug_router
 from quire.server.middleware import owner_of
 from quire.server.openapi import request_body
 from quire.server.requests import AbortRequest, LoadAdapterRequest, UnloadAdapterRequest

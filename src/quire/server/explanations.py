@@ -1,5 +1,5 @@
-"""Why a request took so long, for operators: explanations and timelines over HTTP, and in the log of requests
-that were slower than they should be."""
+"""Why a request took so long, for operators: finds requests by their ids, and logs those that were slower than
+they should be."""
 
 from __future__ import annotations
 
@@ -9,25 +9,15 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-import msgspec
-from fastapi import APIRouter
-from starlette.requests import Request
-from starlette.responses import Response
 
 from quire.config import ServerConfig
-from quire.scheduler.explain import explain, parse_id, summary
+from quire.scheduler.explain import explain, parse_id
 from quire.scheduler.explanation import Explanation
 from quire.scheduler.history import History
 from quire.scheduler.record_reader import read
-from quire.scheduler.timeline import timeline
 from quire.server.engine_protocol import RecordingEngine, ServingEngine
-from quire.server.errors import ApiError, bad_request
+from quire.server.errors import ApiError
 from quire.server.record import Record
-
-if TYPE_CHECKING:
-    from quire.server.state import ServerState
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +25,6 @@ MOST_KNOWN = 16_384
 """Requests whose ids are remembered."""
 LOG_SECONDS = 10.0
 """The least time between two slow requests that are logged."""
-MOST_SUMMARIZED = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,59 +128,3 @@ async def explained(
             if explanation is not None:
                 found.append((replica, explanation))
     return found
-
-
-def debug_router(state: ServerState) -> APIRouter:
-    """Below `/debug/`, which needs an admin key wherever it is served."""
-    router = APIRouter()
-
-    @router.get("/debug/requests")
-    async def slow_requests() -> Response:
-        """The requests in the decision record that waited longest for their first token, with explanations,
-        and what all waited for."""
-        found = await histories(state.loaded_engine())
-        return _json(await asyncio.to_thread(summary, found, MOST_SUMMARIZED))
-
-    @router.get("/debug/requests/{id}")
-    async def explain_request(request: Request) -> Response:
-        """Why a request took the time that it took: sentences, and the facts. id: `r17` or `17` (the answer's
-        `x-quire-request-id`), the client's `x-request-id`, or the answer's id."""
-        asked = request.path_params["id"]
-        ids = state.explanations.ids_of(asked)
-        if not ids:
-            raise ApiError(404, f"None of the last {MOST_KNOWN} requests has this id.", param="id")
-        found = await explained(state.loaded_engine(), ids)
-        if not found:
-            raise ApiError(
-                404,
-                f"The decision record has nothing of {', '.join(names(ids[:8]))}: it has not reached the "
-                "scheduler, or the record holds only later steps (--decision-record-bytes), or the engine "
-                "core has been started again since.",
-                param="id",
-            )
-        return _json({"requests": [each.entry(replica) for replica, each in found]})
-
-    @router.get("/debug/timeline")
-    async def show_timeline(request: Request) -> Response:
-        """The decision record as Chrome's trace events, for https://ui.perfetto.dev. `seconds`: the last ones
-        only."""
-        text = request.query_params.get("seconds")
-        try:
-            seconds = None if text is None else float(text)
-        except ValueError:
-            seconds = -1.0
-        if seconds is not None and not 0.0 < seconds < float("inf"):
-            raise bad_request("seconds must be a positive number.", param="seconds")
-        found = await histories(state.loaded_engine())
-        drawn = await asyncio.to_thread(timeline, found, seconds=seconds)
-        return _json(drawn)
-
-    return router
-
-
-def _json(body: object) -> Response:
-    return Response(
-        msgspec.json.encode(body),
-        media_type="application/json",
-        headers={"cache-control": "no-store"},
-    )
