@@ -182,6 +182,7 @@ class Recorder:
         clock: Callable[[], float] = time.monotonic,
         salt: bytes | None = None,
         config_hash: str = "",
+        segment_room: int = SEGMENT_ROOM,
     ) -> None:
         self._most, self._config_hash = most_bytes, config_hash
         self._key = blake2b(key=os.urandom(32) if salt is None else salt, digest_size=HASH_BYTES)
@@ -194,7 +195,7 @@ class Recorder:
         """The chain after each, and its bytes."""
         self._size = self._num_dropped = 0
         self._chain = self._chain_before = bytes(16)
-        self._room = SEGMENT_ROOM
+        self._room = self._segment_room = segment_room
         self._state = State()
         self._step_id = self._in_flight = self._lookups = 0
         self._ids: list[int] = []
@@ -266,16 +267,17 @@ class Recorder:
         row: SampledRow,
         num_accepted: int,
         verified: tuple[int, int] | None,
+        kept: int,
         news: PromptLogprobs | None,
     ) -> None:
         """A result that is not just one token. num_accepted: of its tokens, all until one ended the request.
-        verified: drafts, and those that were right. news: new prompt logprobs."""
+        verified: drafts, and those that were right. kept: drafts. news: new prompt logprobs."""
         if self._learned is None:
             self._learned = [LEARNED]
             self._log.append(self._learned)
         self._learned += (
             request.request_id, planned.samples, len(row.token_ids), num_accepted,
-            verified[1] if verified else 0, len(request.draft_token_ids),
+            verified[1] if verified else 0, kept,
             0 if news is None else len(news.entries),
         )  # fmt: skip
         self._room -= ITEM_ROOM
@@ -460,7 +462,7 @@ class Recorder:
         self._log.clear()
         self._times.clear()
         self._learned = self._drafts = None
-        self._room, self._state = SEGMENT_ROOM, self._now()
+        self._room, self._state = self._segment_room, self._now()
 
     def _encode(self) -> tuple[bytes, bytes]:
         times = array("d", self._times).tobytes()

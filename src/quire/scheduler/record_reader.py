@@ -262,6 +262,8 @@ class _Reader:
         step = self._steps[-1]
         step.is_planned = True
         for request_id, count in zip(self._ids, self._counts, strict=True):
+            if request_id not in self._computed:
+                continue  # the engine has failed while it planned
             start, drafts = self._computed[request_id], step.drafts.get(request_id, 0)
             reach = start + count - drafts
             samples = 0

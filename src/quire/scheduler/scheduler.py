@@ -539,7 +539,7 @@ class Scheduler:
             update.error, update.prompt_logprobs = row.error, prompt_logprobs
             return update
         first = request.num_output_tokens == 0
-        drafts, verified = planned.draft_token_ids, None
+        drafts, verified, kept = planned.draft_token_ids, None, 0
         if drafts:
             verified = self.drafting.learn(request, planned, row.token_ids)
         accepted: list[int] = []
@@ -560,11 +560,11 @@ class Scheduler:
             if request.num_computed_tokens >= known:  # in a plan in flight
                 self.kv.register(request.request_id, request.token_ids, known, self._step_id)
             if row.draft_token_ids:
-                self.drafting.keep(request, row)
+                kept = self.drafting.keep(request, row)
         if self.record is not None and (
-            len(row.token_ids) != 1 or drafts or row.draft_token_ids or prompt_logprobs is not None
+            len(row.token_ids) != 1 or drafts or kept or prompt_logprobs is not None
         ):
-            self.record.learned(request, planned, row, len(accepted), verified, prompt_logprobs)
+            self.record.learned(request, planned, row, len(accepted), verified, kept, prompt_logprobs)
         update.new_token_ids, update.drafts = accepted, verified
         update.logprobs = row.logprobs[: len(accepted)] if row.logprobs is not None else None
         update.prompt_logprobs = prompt_logprobs
@@ -586,7 +586,7 @@ class Scheduler:
         if not done and news is None:
             return []
         if self.record is not None and found is not None and news is not None:
-            self.record.learned(request, row, found, 0, None, news)
+            self.record.learned(request, row, found, 0, None, 0, news)
         update = RequestUpdate(request_id=request.request_id)
         if done:
             update = self._finish(request, FinishReason.LENGTH)
