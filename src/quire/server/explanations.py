@@ -1,5 +1,5 @@
-"""Why a request took so long, for operators: finds requests by their ids, and logs those that were slower than
-they should be."""
+"""Why a request took so long, for operators: finds requests by their ids, and logs those that were slower
+than they should be."""
 
 from __future__ import annotations
 
