@@ -161,7 +161,8 @@ class AsyncLLM:
         self._core.check_refused(request.sequences)
         self._front.check_queue(request)
         effects = self._front.start(request)
-        stream = RequestStream(request.request_id, request.prompt_token_ids, self.abort)
+        ids = [message.request_id for message in request.sequences]
+        stream = RequestStream(request.request_id, request.prompt_token_ids, self.abort, ids)
         self._streams[request.request_id] = stream
         self._apply(effects)
         return stream

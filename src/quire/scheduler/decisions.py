@@ -102,7 +102,8 @@ class DecisionKind(str, Enum):
     left. At the first admission, the reason is why no more of the prompt was found."""
     WAITS = "waits"
     """See `Wait`. A waiting request without a record in a step was not considered: it is behind the one
-    whose record stopped admission (no free blocks, no sequence slot, no token budget)."""
+    whose record stopped admission. If it was considered in the step before, there is one, without
+    `because_of`."""
     LIMITED = "limited"
     """A running request wanted `needed` tokens and got `budget`."""
     PREEMPTED = "preempted"
@@ -191,6 +192,8 @@ class Reporter:
         """standing: of a request that is queued or runs."""
         self._observe, self._standing, self._record = observe, standing, record
         self._step_id = 0
+        self._considered: set[int] = set()
+        """In the last step, of the requests without a row."""
 
     def step(self, step_id: int, quantum: int, free: int, budget: int) -> None:
         self._step_id = step_id
@@ -247,6 +250,7 @@ class Reporter:
             self._observe(Decision(self._step_id, request_id, kind, **fields))
 
     def finished(self, request_id: int, reason: FinishReason) -> None:
+        self._considered.discard(request_id)
         if self._record is not None:
             self._record.finished(request_id, reason)
         self._report(request_id, DecisionKind.FINISHED, reason)
@@ -264,11 +268,20 @@ class Reporter:
         stopped_at: int | None,
         plan: StepPlan,
     ) -> None:
-        """A step is planned. Report the requests without a row, or with a smaller one than they wanted.
+        """A step is planned. Report the requests without a row, or with a smaller one than they wanted, and
+        those that admission did not reach this time, but in the step before.
 
         running: before the step; wanted: by each of them, the number of tokens. stopped_at: the request at
         which admission stopped.
         """
+        if self._record is None and self._observe is None:
+            return
+        if passed := self._considered - waits.keys():
+            passed.difference_update(request.request_id for request in running)
+            passed.difference_update(admitted.request_id for admitted in plan.admitted)
+        self._considered = set(waits)
+        if passed:
+            waits = {**waits, **dict.fromkeys(sorted(passed), Wait(WaitReason.BEHIND))}
         if self._record is not None:
             self._record.rows(running, wanted, waits, stopped_at, plan)
         if self._observe is None:

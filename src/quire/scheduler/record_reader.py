@@ -203,14 +203,20 @@ class _Reader:
         if not added.generates:
             self._idle.add(request_id)
         self._arrivals[request_id] = Arrival(
-            request_id, now, added.num_prompt_tokens, added.max_tokens, added.tenant
+            request_id,
+            now,
+            added.num_prompt_tokens,
+            added.max_tokens,
+            added.tenant,
+            sent=added.arrival_time,
         )
 
     def _step(self, item: Item, times: Sequence[float]) -> None:
         self._planned()
         _, quantum, free, budget, index = item
         self._step_id += 1
-        planned = self._now = times[max(0, index - 1)]
+        # The first that was read in this call; the one before is that of the last result.
+        planned = self._now = times[index if index < len(times) else max(0, index - 1)]
         step = _Step(self._step_id, planned, quantum, free, budget, self._early)
         self._early = []
         step.decisions.append(
