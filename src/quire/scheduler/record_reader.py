@@ -140,6 +140,8 @@ class _Reader:
         self._unseen = first.num_in_flight
         """Results to come of steps before the first."""
         self._stopped_at = first.stopped_at
+        self._num_admitted = 0
+        """In the step that is being read."""
         self._in_flight: deque[_Step] = deque()
         self._steps: list[_Step] = []
         self._early = [
@@ -170,7 +172,7 @@ class _Reader:
         elif code == codes.ADD:
             self._add(Added(*item), times)
         elif code == codes.ROWS:
-            self._ids, self._counts = item[1], item[2]
+            self._edit(item)
         elif code == codes.STOPPED:
             self._stopped_at = item[1]
         elif code == codes.DRAFTS:
@@ -224,6 +226,15 @@ class _Reader:
         )
         self._steps.append(step)
 
+    def _edit(self, item: Item) -> None:
+        _, gone, new, others = item
+        if gone is not None:
+            left = set(gone)
+            new = [each for each in self._ids if each not in left] + new
+        self._ids, self._counts = new, [1] * len(new)
+        for index in range(0, len(others), 2):
+            self._counts[others[index]] = others[index + 1]
+
     def _drafts(self, item: Item) -> None:
         for index in range(1, len(item), 3):
             request_id, proposed, verified = item[index : index + 3]
@@ -240,6 +251,7 @@ class _Reader:
             return
         if decision.kind is DecisionKind.ADMITTED:
             self._num_waiting -= 1
+            self._num_admitted += 1
             start = item[-1]
             self._computed[request_id] = start
             self._total[request_id] = start + decision.needed
@@ -261,7 +273,10 @@ class _Reader:
             return
         step = self._steps[-1]
         step.is_planned = True
-        for request_id, count in zip(self._ids, self._counts, strict=True):
+        rows = list(zip(self._ids, self._counts, strict=True))
+        first = len(rows) - self._num_admitted  # in the plan they are first
+        self._num_admitted = 0
+        for request_id, count in rows[first:] + rows[:first]:
             if request_id not in self._computed:
                 continue  # the engine has failed while it planned
             start, drafts = self._computed[request_id], step.drafts.get(request_id, 0)
