@@ -105,9 +105,9 @@ class ServerConfig:
     )
     enable_admin_endpoints: bool = option(
         False,
-        "Serve /server_info, /reset_prefix_cache, /sleep, /wake_up, /is_sleeping and /dashboard, and with --enable-lora "
-        "/v1/load_lora_adapter and /v1/unload_lora_adapter, to all clients that may send requests, or with "
-        "--admin-api-key to who has that. An admin listener has them without this option.",
+        "Serve /server_info, /reset_prefix_cache, /sleep, /wake_up, /is_sleeping and /dashboard, and with "
+        "--enable-lora /v1/load_lora_adapter and /v1/unload_lora_adapter, to all clients that may send "
+        "requests, or with --admin-api-key to who has that. An admin listener has them without this option.",
     )
     enable_force_include_usage: bool = option(
         False, "End every stream with the usage, whether or not the client asked for it."
