@@ -22,7 +22,9 @@ from quire.scheduler import Scheduler, SchedulerLimits
 from quire.scheduler.state import scheduler_state
 
 BLOCK_SIZE = 16
-SHAPES = ((1_000, 64, 64), (16_384, 64, 64), (16_384, 256, 256), (100_000, 64, 64), (100_000, 256, 256))  # fmt: skip
+SHAPES = (
+    (1_000, 64, 64), (16_384, 64, 64), (16_384, 256, 256), (100_000, 64, 64), (100_000, 256, 256),
+)  # fmt: skip
 """Blocks, running requests, waiting requests."""
 
 

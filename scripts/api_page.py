@@ -95,7 +95,8 @@ The limits are [options](options.md). The last column says what vLLM 0.32 does w
 With an admin listener (`--admin-port`, `--admin-uds`), endpoints that need `--enable-admin-endpoints` are
 there, and not at the API's.
 
-Besides what is below, `/` is the playground, `/dashboard` [a page that shows what the engine does](dashboard.md), `/docs` and `/openapi.json` describe the endpoints to programs.
+Besides what is below, `/` is the playground, `/dashboard` the [dashboard](dashboard.md), and `/docs` and
+`/openapi.json` describe the endpoints to programs.
 """
 
 SAMPLING = tuple(

@@ -182,7 +182,7 @@ function showFigures({ core, seconds }) {
     ["ITL, p50", milliseconds(itl.p50), "ms"],
     ["Prefix hits", queries ? `${Math.round((100 * hits) / queries)}` : "–", queries ? "%" : ""],
   ];
-  if (drafts) found.push(["Drafts accepted", `${Math.round((100 * accepted) / drafts)}`, "%"]);
+  if (drafts) found.push(["Drafts", `${Math.round((100 * accepted) / drafts)}`, "% accepted"]);
   keyed($("figures"), found, ([name]) => name,
     ([name]) => el("li", {}, el("span", {}, name), el("b", {}), el("small", {})),
     (node, [, value, unit]) => { text(node.children[1], value); text(node.children[2], unit); });
