@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from quire.messages import StepPlan
 
 PROMPT_MEMORY = 7 / 8
@@ -71,16 +73,30 @@ class Rates:
         rows, tokens = len(plan.rows), plan.num_tokens
         if not rows:
             return seconds
-        self._steps = MEMORY * self._steps + 1
-        self._ended *= MEMORY
-        self._time = MEMORY * self._time + seconds
         if tokens > rows and any(row.num_tokens > max(1, row.samples) for row in plan.rows):
             self._prompt_tokens = PROMPT_MEMORY * self._prompt_tokens + tokens
             self._prompt_seconds = PROMPT_MEMORY * self._prompt_seconds + seconds
+            self._count(seconds)
         else:
-            self._weight = MEMORY * self._weight + 1
-            self._rows = MEMORY * self._rows + rows
-            self._seconds = MEMORY * self._seconds + seconds
-            self._rows_squared = MEMORY * self._rows_squared + rows * rows
-            self._rows_seconds = MEMORY * self._rows_seconds + rows * seconds
+            self._count_rows(rows, seconds)
         return seconds
+
+    def repeat(self, rows: int, results: Iterable[float]) -> None:
+        """Steps of so many rows without prompts, one after the other: when the result of each came."""
+        for now in results:
+            seconds = 0.0 if self._since is None else now - self._since
+            self._since = now
+            self._count_rows(rows, seconds)
+
+    def _count(self, seconds: float) -> None:
+        self._steps = MEMORY * self._steps + 1
+        self._ended *= MEMORY
+        self._time = MEMORY * self._time + seconds
+
+    def _count_rows(self, rows: int, seconds: float) -> None:
+        self._count(seconds)
+        self._weight = MEMORY * self._weight + 1
+        self._rows = MEMORY * self._rows + rows
+        self._seconds = MEMORY * self._seconds + seconds
+        self._rows_squared = MEMORY * self._rows_squared + rows * rows
+        self._rows_seconds = MEMORY * self._rows_seconds + rows * seconds
