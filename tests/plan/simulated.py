@@ -59,7 +59,7 @@ def drive(replica: Replica, requests: list[TraceRequest]) -> list[object]:
     for number, request in enumerate(requests):
         while replica.due is not None and replica.due < request.time:
             replica.fire()
-        replica.submit(number, request, request.tokens())
+        replica.submit(number, request, request.tokens(), request.time)
     while replica.due is not None:
         replica.fire()
     return ended

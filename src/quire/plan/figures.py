@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from quire.errors import ConfigError
 from quire.plan.fleet import Run
-from quire.plan.histogram import percentile
+from quire.plan.histogram import Histogram, percentile
 from quire.plan.replica import Life
 
 PERCENTILES = (50, 90, 95, 99)
@@ -36,27 +36,31 @@ def figures(
     duration: float,
     since: float = 0.0,
     scale: float = 1.0,
+    is_sample: bool = False,
     slos: Mapping[str, float] | None = None,
     price: float | None = None,
 ) -> Values:
     """Of runs of the same length, taken together.
 
     duration: seconds in which requests came, of one run. since: requests that came earlier warm the caches and
-    do not count. scale: how many times more there is than was simulated. price: dollars an hour of a replica.
+    do not count. scale: how many times more replicas there are than were simulated. is_sample: the runs are
+    windows of a longer time, so their ends do not count. price: dollars an hour of a replica.
     """
     lives = [life for run in runs for life in run.lives if life.request.time >= since]
-    gaps = runs[0].gaps
-    for run in runs[1:]:
+    gaps = Histogram()
+    for run in runs:
         gaps.merge(run.gaps)
-    seconds = sum(max(run.end, duration) - since for run in runs)
+    ends = [duration if is_sample else run.elapsed for run in runs]
+    seconds = sum(ends) - since * len(runs)
     prompt = sum(life.request.prompt_len for life in lives)
     output = sum(life.made for life in lives)
     paid = sum(run.paid for run in runs)
+    replicas = paid / sum(run.elapsed for run in runs)
     result: Values = {
-        "requests": round(len(lives) * scale),
+        "requests": len(lives),
         "seconds": seconds,
-        "prompt_tokens": round(prompt * scale),
-        "output_tokens": round(output * scale),
+        "prompt_tokens": prompt,
+        "output_tokens": output,
         "requests_per_second": len(lives) * scale / seconds,
         "output_tokens_per_second": output * scale / seconds,
         "tokens_per_second": (prompt + output) * scale / seconds,
@@ -75,21 +79,20 @@ def figures(
         },
         "e2e_ms": statistics([e2e(life) for life in lives]),
         "queue_ms": statistics([life.admitted - life.request.time for life in lives]),
-        "preemptions": round(sum(life.preemptions for life in lives) * scale),
+        "preemptions": sum(life.preemptions for life in lives),
         "cache_hit_rate": sum(life.cached for life in lives) / prompt if prompt else 0.0,
-        "replicas": paid * scale / sum(run.end for run in runs) if paid else 0.0,
+        "replicas": replicas * scale,
     }
-    counts = [run.counts for run in runs]
-    blocks = paid * runs[0].num_blocks
+    counts, blocks = [run.counts for run in runs], paid * runs[0].num_blocks
     result |= {
-        "busy": sum(count.busy for count in counts) / paid if paid else 0.0,
-        "kv_usage": sum(count.block_seconds for count in counts) / blocks if blocks else 0.0,
+        "busy": sum(count.busy for count in counts) / paid,
+        "kv_usage": sum(count.block_seconds for count in counts) / blocks,
         "kv_usage_peak": max(count.most_blocks for count in counts) / runs[0].num_blocks,
         "steps": sum(count.steps for count in counts),
         "jumped_steps": sum(count.jumped for count in counts),
     }
     if price is not None:
-        result["cost"] = _cost(price * paid / 3600, prompt, output)
+        result["cost"] = _cost(price * replicas * seconds / 3600, prompt, output)
     return result
 
 

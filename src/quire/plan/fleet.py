@@ -62,6 +62,8 @@ class Run:
     counts: Counts = field(default_factory=Counts)
     end: float = 0.0
     """When the last request ended."""
+    elapsed: float = 0.0
+    """Seconds, until then or as long as requests came."""
     paid: float = 0.0
     """Seconds of all replicas."""
     num_blocks: int = 0
@@ -78,8 +80,11 @@ class Fleet:
         *,
         routing: str = "prefix",
         autoscale: Autoscale | None = None,
+        delay: float = 0.0,
         seed: int = 0,
     ) -> None:
+        """delay: from a request's arrival until a scheduler has it: HTTP, template, tokenizer."""
+        self._delay = delay
         self._make, self._routing, self._autoscale = make, routing, autoscale
         self._members: list[Member] = []
         self._heap: list[tuple[float, int]] = []
@@ -90,32 +95,33 @@ class Fleet:
         self._turn = 0
         self._needs: deque[tuple[float, int]] = deque()
         """How many replicas were needed lately."""
-        self.run_ = Run()
+        self._run = Run()
         for _ in range(size if autoscale is None else autoscale.least):
             self._start(0.0, 0.0)
         self._open(0.0)
 
-    def run(self, requests: Iterable[TraceRequest]) -> Run:
-        """requests: in the order of their times."""
+    def run(self, requests: Iterable[TraceRequest], duration: float = 0.0) -> Run:
+        """requests: in the order of their times. duration: seconds for which replicas are there at least."""
         ticks = self._autoscale.interval if self._autoscale is not None else math.inf
         tick = ticks
         for number, request in enumerate(requests):
-            while tick <= request.time:
+            now = request.time + self._delay
+            while tick <= now:
                 self._until(tick)
                 self._scale(tick)
                 tick += ticks
-            self._until(request.time)
+            self._until(now)
             tokens = request.tokens()
             index = self._choose(number, tokens)
             replica = self._members[index].replica
-            replica.submit(number, request, tokens)
+            replica.submit(number, request, tokens, now)
             self._push(index)
-        while self._heap and tick < math.inf:
+        while tick < math.inf and (self._heap or tick <= duration):
             self._until(tick)
             self._scale(tick)
             tick += ticks
         self._until(math.inf)
-        return self._finished()
+        return self._finished(duration)
 
     def _until(self, time: float) -> None:
         """Carry out what is due before. What is due at the same time comes after an arrival, which the step
@@ -155,8 +161,8 @@ class Fleet:
 
     def _ended(self, index: int, life: Life) -> None:
         self._router.end(life.number)
-        self.run_.lives.append(life)
-        self.run_.end = max(self.run_.end, life.last)
+        self._run.lives.append(life)
+        self._run.end = max(self._run.end, life.last)
         member = self._members[index]
         if member.is_leaving and not member.replica.num_requests:
             member.until = life.last
@@ -176,7 +182,7 @@ class Fleet:
             self._router.remove(index)
         if ready != self._ready:
             self._ready = ready
-            self.run_.sizes.append((now, len(ready)))
+            self._run.sizes.append((now, len(ready)))
 
     def _scale(self, now: float) -> None:
         rule = self._autoscale
@@ -199,11 +205,12 @@ class Fleet:
                     member.until = now
         self._open(now)
 
-    def _finished(self) -> Run:
-        run = self.run_
+    def _finished(self, duration: float) -> Run:
+        run = self._run
+        run.elapsed = max(run.end, duration)
         for member in self._members:
             replica, counts = member.replica, member.replica.counts
-            run.paid += min(member.until, max(run.end, member.since)) - member.since
+            run.paid += max(0.0, min(member.until, run.elapsed) - member.since)
             run.gaps.merge(replica.gaps)
             run.counts.steps += counts.steps
             run.counts.jumped += counts.jumped

@@ -149,12 +149,8 @@ class Replica:
     def num_requests(self) -> int:
         return len(self._lives)
 
-    @property
-    def num_waiting(self) -> int:
-        return len(self.scheduler.waiting) + len(self._inbox)
-
-    def submit(self, number: int, request: TraceRequest, tokens: list[int]) -> None:
-        """A request has arrived, at `request.time`. Everything due before has been carried out."""
+    def submit(self, number: int, request: TraceRequest, tokens: list[int], now: float) -> None:
+        """The scheduler gets a request now. Everything due before has been carried out."""
         most = request.output_len
         if not self._exact_ends:
             most = self.scheduler.limits.max_model_len - len(tokens)
@@ -167,9 +163,9 @@ class Replica:
         self._lives[number] = Life(number, request)
         self._inbox.append(message)
         if self.due is None:
-            self.due = request.time
+            self.due = now
         elif self._stretch is not None:
-            self._stretch.cut(request.time)
+            self._stretch.cut(now)
             self.due = self._stretch.results[-1]
 
     def fire(self) -> None:
