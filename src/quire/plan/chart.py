@@ -62,7 +62,7 @@ def sweep_panels(points: Sequence[Mapping[str, Any]]) -> list[Panel]:
     def of(name: str, key: str) -> Points:
         return [(point["rate"], max(point[name][key], 1e-3)) for point in points]
 
-    served = [(point["rate"], point["steady_requests_per_second"]) for point in points]
+    served = [(point["rate"], point["steady"]["served"]) for point in points]
     x = "requests a second"
     return [
         Panel("TTFT, ms", x, {"p50": of("ttft_ms", "p50"), "p99": of("ttft_ms", "p99")}, log_y=True),

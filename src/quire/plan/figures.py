@@ -64,7 +64,7 @@ def figures(
         "requests_per_second": len(lives) * scale / seconds,
         "output_tokens_per_second": output * scale / seconds,
         "tokens_per_second": (prompt + output) * scale / seconds,
-        "steady_requests_per_second": steady(runs, duration, since) * scale,
+        "steady": steady(runs, duration, since, scale),
     }
     if slos:
         good = sum(meets(life, slos) for life in lives)
@@ -104,12 +104,17 @@ def _cost(dollars: float, prompt: int, output: int) -> Values:
     }
 
 
-def steady(runs: Sequence[Run], duration: float, since: float = 0.0) -> float:
-    """Requests that ended per second after a quarter of the time in which they came: the rate at which they
-    are served if more come than can be."""
+def steady(
+    runs: Sequence[Run], duration: float, since: float, scale: float
+) -> dict[str, float]:
+    """Requests per second that came, and that ended, after a quarter of the time in which they came. Fewer
+    end than come if the fleet is saturated."""
     start = since + (duration - since) / 4
-    ended = sum(start <= life.last < duration for run in runs for life in run.lives)
-    return ended / (len(runs) * (duration - start))
+    lives = [life for run in runs for life in run.lives]
+    came = sum(start <= life.request.time < duration for life in lives)
+    ended = sum(start <= life.last < duration for life in lives)
+    seconds = len(runs) * (duration - start)
+    return {"offered": came * scale / seconds, "served": ended * scale / seconds}
 
 
 def statistics(seconds: list[float]) -> dict[str, float]:

@@ -73,7 +73,7 @@ def sweep_lines(content: Mapping[str, Any]) -> list[str]:
     lines = [*head(content["about"]), "".join(f"{name:>11}" for name in head_row)]
     for point in content["points"]:
         values = (
-            point["rate"], point["steady_requests_per_second"], point["output_tokens_per_second"],
+            point["rate"], point["steady"]["served"], point["output_tokens_per_second"],
             point["ttft_ms"]["p50"], point["ttft_ms"]["p99"], point["itl_ms"]["p50"],
             point["itl_ms"]["p99"], point["e2e_ms"]["p99"],
         )  # fmt: skip

@@ -254,25 +254,21 @@ class Simulation:
 
     def sweep(self) -> Values:
         """At each of the rates, and where it saturates."""
-        points = []
-        for rate in parse_sweep(self.report_rates):
+        points: list[Values] = []
+        assert self.traffic.sweep_rate is not None
+        for rate in parse_sweep(self.traffic.sweep_rate):
             points.append({"rate": rate} | self.run(rate)[0])
-        served = [_number(point, "steady_requests_per_second") for point in points]
+        served = [_number(point, "steady.served") for point in points]
         beyond = [
             point["rate"]
             for point, each in zip(points, served, strict=True)
-            if each < SATURATED * _number(point, "rate")
+            if each < SATURATED * _number(point, "steady.offered")
         ]
         return {
             "points": points,
             "saturation_rate": max(served),
             "first_saturated_rate": beyond[0] if beyond else None,
         }
-
-    @property
-    def report_rates(self) -> str:
-        assert self.traffic.sweep_rate is not None
-        return self.traffic.sweep_rate
 
     def about(self) -> Values:
         """What was simulated."""

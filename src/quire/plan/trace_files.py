@@ -34,7 +34,7 @@ def read_trace(path: str) -> list[TraceRequest]:
     start = text.lstrip()
     if not start.startswith("{"):
         found = list(_csv(path, text))
-    elif "\n" in start.strip() and start.partition("\n")[0].rstrip().endswith("}"):
+    elif start.partition("\n")[0].rstrip().endswith("}") and "start_times" not in text:
         found = list(_lines(path, text))
     else:
         found = list(_whole(path, text))
