@@ -13,7 +13,17 @@ import pytest
 
 from quire.cli.main import main
 
-H100 = ["simulate", "--gpu", "h100", "--model", "llama-3.1-8b", "--max-model-len", "8k", "--duration", "20s"]
+H100 = [
+    "simulate",
+    "--gpu",
+    "h100",
+    "--model",
+    "llama-3.1-8b",
+    "--max-model-len",
+    "8k",
+    "--duration",
+    "20s",
+]
 COST = {
     "quire_cost": 1, "sizes": [1, 64], "curve": [0.01, 0.02], "row": 0.0, "context": 1e-7,
     "prompt_context": 0.0, "prompt_step": 0.001, "request_seconds": 0.005, "token_seconds": 0.0,
@@ -53,7 +63,17 @@ def test_the_blocks_are_those_of_a_start(
 def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
     """In another process, too: hashes of texts differ there."""
     paths = [tmp_path / f"{number}.json" for number in range(3)]
-    argv = [*H100, "--trace", "mooncake", "--rate", "3", "--replicas", "3", "--max-model-len", "64k"]
+    argv = [
+        *H100,
+        "--trace",
+        "mooncake",
+        "--rate",
+        "3",
+        "--replicas",
+        "3",
+        "--max-model-len",
+        "64k",
+    ]
     for path, seed in zip(paths, "001", strict=True):
         command = [sys.executable, "-m", "quire", *argv, "--seed", seed, "--json", str(path)]
         subprocess.run(command, check=True, capture_output=True, timeout=120)
@@ -62,14 +82,25 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_torch_is_not_imported() -> None:
-    script = f"import sys; from quire.cli.main import main; main({[*H100, '--rate', '2']!r}); assert 'torch' not in sys.modules"
+    argv = [*H100, "--rate", "2"]
+    script = f"import sys; from quire.cli.main import main; main({argv!r}); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, timeout=120)
 
 
 def test_a_measured_device(tmp_path: Path) -> None:
     cost = tmp_path / "cost.json"
     cost.write_text(json.dumps(COST))
-    argv = ["simulate", "--cost", str(cost), "--trace", "sharegpt", "--rate", "2", "--duration", "20s"]
+    argv = [
+        "simulate",
+        "--cost",
+        str(cost),
+        "--trace",
+        "sharegpt",
+        "--rate",
+        "2",
+        "--duration",
+        "20s",
+    ]
     found = figures([*argv, "--num-gpu-blocks-override", "400", "--device", "cpu"], tmp_path)
     assert found["about"]["step_time"] == "fitted"
     assert found["about"]["kv_blocks"] == 399
@@ -107,7 +138,17 @@ def test_a_sample_of_a_day(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_autoscaling(tmp_path: Path) -> None:
-    argv = [*H100, "--rate", "20", "--autoscale", "1:3", "--autoscale-target", "8", "--start-delay", "1s"]
+    argv = [
+        *H100,
+        "--rate",
+        "20",
+        "--autoscale",
+        "1:3",
+        "--autoscale-target",
+        "8",
+        "--start-delay",
+        "1s",
+    ]
     found = figures(argv, tmp_path)
     assert 1 < found["replicas"] < 3
 

@@ -104,9 +104,7 @@ def test_every_step_has_the_blocks_and_rows_of_the_engine(
 ) -> None:
     requests = trace(random.Random(seed), 24, pace=0.03, longest=256)
     expected = real_run(limits(), num_blocks, requests, depth)
-    replica = make_replica(
-        limits(), num_blocks, max_in_flight=depth, jumps=False, exact_ends=True
-    )
+    replica = make_replica(limits(), num_blocks, max_in_flight=depth, jumps=False, exact_ends=True)
     found: list[Step] = []
     replica.on_plan = lambda plan: found.append(seen(replica.scheduler.kv, plan))
     assert len(drive(replica, requests)) == len(requests)

@@ -53,7 +53,9 @@ def test_the_means_are_those_of_the_trace(name: str, prompt: float, output: floa
     assert statistics.fmean(r.output_len for r in requests) == pytest.approx(output, rel=0.05)
 
 
-@pytest.mark.parametrize(("name", "rate", "cv"), [("azure-conv", 5.53, 1.09), ("mooncake", 3.40, 1)])
+@pytest.mark.parametrize(
+    ("name", "rate", "cv"), [("azure-conv", 5.53, 1.09), ("mooncake", 3.40, 1)]
+)
 def test_gaps_of_steady_traffic(name: str, rate: float, cv: float) -> None:
     gaps = [late.time - early.time for early, late in pairwise(made(name))]
     mean = statistics.fmean(gaps)
@@ -62,7 +64,7 @@ def test_gaps_of_steady_traffic(name: str, rate: float, cv: float) -> None:
 
 
 def test_code_comes_in_bursts() -> None:
-    """Gaps with a coefficient of variation of 13.2; per minute 0 / 111 / 632 requests: least, median, most."""
+    """Gaps with a coefficient of variation of 13.2; in a minute 0, 111, 632 requests: least, median, most."""
     requests = made("azure-code", count=2.57 * DAY)
     gaps = [late.time - early.time for early, late in pairwise(requests)]
     mean = statistics.fmean(gaps)

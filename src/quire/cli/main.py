@@ -45,7 +45,9 @@ COMMANDS = {
     "quantize": Command("quire.cli.quantize", "write a quantized checkpoint of a model"),
     "demo": Command("quire.cli.demo", "a server, eight conversations at once, and what it did"),
     "bench": Command("quire.cli.bench", "measure a server, or this engine"),
-    "simulate": Command("quire.cli.simulate", "what traffic would meet, on a device that need not be here"),
+    "simulate": Command(
+        "quire.cli.simulate", "what traffic would meet, on a device that need not be here"
+    ),
     "chaos": Command(
         "quire.cli.chaos", "strike a server with faults, and check what becomes of it"
     ),

@@ -23,11 +23,11 @@ def run(argv: list[str]) -> int:
     parser = Parser(
         prog="quire simulate",
         usage="quire simulate --gpu NAME|--cost FILE --model MODEL [flags]",
-        description="Simulate a deployment under traffic: the real scheduler and KV cache, in virtual time.",
+        description="Simulate a fleet under traffic: the real scheduler and cache in virtual time.",
     )
     parser.add_argument(
         "--model", metavar="MODEL",
-        help="directory, hub id, or a public model's name (default: the built-in model); only its sizes count",
+        help="directory, hub id, or a public model's name (default: the built-in one); only sizes count",
     )  # fmt: skip
     parser.add_argument("--config", metavar="FILE", help="YAML file of engine options")
     own = simulate_options()
@@ -39,8 +39,9 @@ def run(argv: list[str]) -> int:
         values["model"] = args.model
     flags = given(args, own)
     checked = {info.name: check_type(info, flags[info.name]) for info in own if info.name in flags}
+    group_of = {info.name: info.group for info in own}
     groups: dict[str, Any] = {
-        name: kind(**{k: v for k, v in checked.items() if k in kind.__dataclass_fields__})
+        name: kind(**{key: value for key, value in checked.items() if group_of[key] == name})
         for name, kind in GROUPS.items()
     }
     traffic, fleet, report = groups["traffic"], groups["fleet"], groups["report"]

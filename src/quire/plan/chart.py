@@ -44,7 +44,9 @@ def draw(content: Mapping[str, Any], runs: Sequence[Run]) -> str:
     panels = sweep_panels(content["points"]) if "points" in content else run_panels(runs)
     gpu = f" on {about['gpu']}" if about["gpu"] else ""
     title = f"{about['model']}{gpu}, {about['trace']}, {about['replicas']} replicas"
-    source = f"quire simulate, seed {about['seed']}; the time of a step is {TIME_IS[about['step_time']]}"
+    source = (
+        f"quire simulate, seed {about['seed']}; the time of a step is {TIME_IS[about['step_time']]}"
+    )
     parts = [
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="var(--paper)"/>',
         _text(14, 24, title, "title"),
@@ -147,4 +149,6 @@ def _rule(x1: float, y1: float, x2: float, y2: float) -> str:
 
 
 def _text(x: float, y: float, text: str, kind: str = "", anchor: str = "start") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" class="{kind}" text-anchor="{anchor}">{escape(text)}</text>'
+    return (
+        f'<text x="{x:.1f}" y="{y:.1f}" class="{kind}" text-anchor="{anchor}">{escape(text)}</text>'
+    )

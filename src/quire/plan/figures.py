@@ -42,9 +42,9 @@ def figures(
 ) -> Values:
     """Of runs of the same length, taken together.
 
-    duration: seconds in which requests came, of one run. since: requests that came earlier warm the caches and
-    do not count. scale: how many times more replicas there are than were simulated. is_sample: the runs are
-    windows of a longer time, so their ends do not count. price: dollars an hour of a replica.
+    duration: seconds in which requests came, of one run. since: requests that came before do not count.
+    scale: how many times more replicas there are than were simulated. is_sample: the runs are windows of a
+    longer time, so their ends do not count. price: dollars an hour of a replica.
     """
     lives = [life for run in runs for life in run.lives if life.request.time >= since]
     gaps = Histogram()
@@ -104,9 +104,7 @@ def _cost(dollars: float, prompt: int, output: int) -> Values:
     }
 
 
-def steady(
-    runs: Sequence[Run], duration: float, since: float, scale: float
-) -> dict[str, float]:
+def steady(runs: Sequence[Run], duration: float, since: float, scale: float) -> dict[str, float]:
     """Requests per second that came, and that ended, after a quarter of the time in which they came. Fewer
     end than come if the fleet is saturated."""
     start = since + (duration - since) / 4

@@ -17,7 +17,7 @@ def parse_sweep(text: str) -> tuple[float, ...]:
         low, high, step = (float(part) for part in text.split(":"))
     except ValueError:
         low = high = step = 0.0
-    if not 0 < low <= high < 1e9 or not 0 < step or (high - low) / step > 1000:
+    if not 0 < low <= high < 1e9 or not step > 0 or (high - low) / step > 1000:
         raise ConfigError(f"expected FROM:TO:STEP, such as 2:10:2, got {text!r}.")
     return tuple(low + step * index for index in range(int((high - low) / step + 1e-9) + 1))
 
@@ -43,7 +43,7 @@ class TrafficOptions:
 
     trace: str = option(
         "azure-conv",
-        f"Traffic: {', '.join(SHAPES)}, made from the lengths and gaps of the public traces; or a file: CSV of "
+        f"Traffic: {', '.join(SHAPES)}, made from the lengths and gaps of public traces; or a file: CSV of "
         "Azure's form, JSONL of Mooncake's, a request log, or the result of bench serve --save-detailed.",
         metavar="NAME|FILE",
     )
@@ -104,9 +104,7 @@ class FleetOptions:
     autoscale_target: float = option(
         32.0, "Requests, running or waiting, for which one replica is wanted."
     )
-    start_delay: str = option(
-        "60s", "Until a new replica serves.", parse=_seconds, metavar="TIME"
-    )
+    start_delay: str = option("60s", "Until a new replica serves.", parse=_seconds, metavar="TIME")
     patience: str = option(
         "5m", "Replicas are given up if fewer were needed for so long.", parse=_seconds, metavar="TIME"
     )  # fmt: skip

@@ -5,11 +5,11 @@ many plans are in flight as the executor may have. So blocks, rows and decisions
 how long a step takes is modelled.
 
 **Jumps.** While a batch only generates, nothing is decided: a stretch of steps is carried out at once, with
-one step time after the other, so that the times are the same to the last bit. A stretch ends before a request
-does, before blocks run out, and at an arrival. Within it, blocks are allocated request by request and not step
-by step. That changes which number a block has, and nothing else: nothing is freed and nothing is looked up,
-so the same contents are evicted. What is stepped always: a target for the time of a step, sliding windows, and
-a queue whose head may be admitted by the clock or by measured times.
+one step time after the other, so that the times are the same to the last bit. A stretch ends before a
+request does, before blocks run out, and at an arrival. Within it, blocks are allocated request by request
+and not step by step. That changes which number a block has, and nothing else: nothing is freed and nothing
+is looked up, so the same contents are evicted. Always stepped are a target for the time of a step, sliding
+windows, and a queue whose head may be admitted by the clock or by measured times.
 """
 
 from __future__ import annotations
@@ -113,8 +113,8 @@ class Replica:
         jumps: bool = True,
         exact_ends: bool = False,
     ) -> None:
-        """clock: the scheduler's. host_seconds: between a result and the next plan, beside what `step` counts;
-        with two plans in flight the device does not wait for it.
+        """clock: the scheduler's. host_seconds: from a result to the next plan, if `step` does not count it.
+        With two plans in flight the device does not wait for it.
         exact_ends: the scheduler knows how long outputs become (`ignore_eos`); else they end by a token."""
         limits = scheduler.limits
         self.scheduler, self.clock, self._step = scheduler, clock, step

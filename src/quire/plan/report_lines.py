@@ -28,8 +28,8 @@ def report_lines(content: Mapping[str, Any]) -> list[str]:
     lines += [
         "",
         f"{content['requests']:,} requests in {content['seconds']:,.0f} s: "
-        f"{content['requests_per_second']:.4g} a second, {content['output_tokens_per_second']:,.0f} output "
-        f"tokens/s, {content['tokens_per_second']:,.0f} tokens/s in all",
+        f"{content['requests_per_second']:.4g} a second, {content['output_tokens_per_second']:,.0f} "
+        f"output tokens/s, {content['tokens_per_second']:,.0f} tokens/s in all",
         f"found in the cache {content['cache_hit_rate']:.1%} of prompt tokens; preemptions "
         f"{content['preemptions']:,}; replicas busy {content['busy']:.1%}; KV blocks used "
         f"{content['kv_usage']:.1%}, at most {content['kv_usage_peak']:.1%}",
@@ -42,8 +42,8 @@ def report_lines(content: Mapping[str, Any]) -> list[str]:
         cost = content["cost"]
         lines.append(
             f"${cost['per_million_output_tokens']:.3f} per million output tokens, "
-            f"${cost['per_million_tokens']:.3f} per million tokens; {content['replicas']:.4g} replicas in the "
-            "mean"
+            f"${cost['per_million_tokens']:.3f} per million tokens; {content['replicas']:.4g} replicas in "
+            "the mean"
         )
     sample = content.get("sample")
     if sample is not None:
@@ -61,7 +61,9 @@ def _sample(content: Mapping[str, Any], sample: Mapping[str, Any]) -> str:
         for name, value in sample["standard_error"].items()
     )
     late = sample["overloaded_windows"]
-    warning = f"; in {late} of them requests pile up, and longer ones would be slower" if late else ""
+    warning = (
+        f"; in {late} of them requests pile up, and longer ones would be slower" if late else ""
+    )
     return f"{text}, {sample['windows']} windows{warning}. Standard errors: {errors}"
 
 

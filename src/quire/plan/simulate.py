@@ -1,9 +1,9 @@
 """What would happen: traffic, through a router and replicas, to figures. See docs/simulate.md.
 
-A fleet that is too large to be simulated whole is sampled in two ways, and the result says how far it may be
-off. *Fewer replicas* get their share of the traffic, by whole conversations: each has the same load, but the
-router has fewer to choose from. *Windows*, evenly over the time, each from an empty fleet and after a warm-up:
-right as long as queues do not last from one to the next.
+A fleet that is too large to be simulated whole is sampled in two ways, and the result says how far it may
+be off. *Fewer replicas* get their share of the traffic, by whole conversations: each has the same load, but
+the router has fewer to choose from. *Windows*, evenly over the time, each from an empty fleet and after a
+warm-up: right as long as queues do not last from one to the next.
 """
 
 from __future__ import annotations
@@ -42,7 +42,6 @@ SATURATED = 0.97
 class Device:
     """What a replica is."""
 
-    config: EngineConfig
     prepared: Prepared
     memory: MemoryPlan
     step: StepTime
@@ -51,6 +50,10 @@ class Device:
     request_seconds: float
     price: float | None
     """Dollars an hour of a replica."""
+
+    @property
+    def config(self) -> EngineConfig:
+        return self.prepared.config
 
     @property
     def max_in_flight(self) -> int:
@@ -77,28 +80,29 @@ class Device:
         )
 
 
-@dataclass(frozen=True, slots=True)
 class WithTokens:
     """A fitted step, and what the host does for each token that it samples."""
 
-    fitted: FittedCost
-    is_bound: bool = False
+    is_bound = False
+
+    def __init__(self, fitted: FittedCost) -> None:
+        self._fitted = fitted
 
     def seconds(self, work: Work) -> float:
-        return self.fitted.seconds(work) + self.fitted.token_seconds * work.rows
+        return self._fitted.seconds(work) + self._fitted.token_seconds * work.rows
 
 
 def find_device(values: Mapping[str, object], options: FleetOptions, price: float | None) -> Device:
     """values: of the engine, by flat name. Raises `ConfigError` or `ModelError`."""
     given = from_flat(dict(values))
-    for wrong, name in (
+    for wrong, feature in (
         (given.parallel.pipeline_parallel_size > 1, "pipeline_parallel_size"),
         (given.max_drafts > 0, "speculative decoding"),
         (given.moves_kv, "KV outside the cache"),
         (given.parallel.data_parallel_size > 1, "data_parallel_size (use --replicas)"),
     ):
         if wrong:
-            raise ConfigError(f"{name} is not simulated.")
+            raise ConfigError(f"{feature} is not simulated.")
     fitted = None if options.cost is None else FittedCost.load(options.cost)
     name = values.get("model")
     if options.gpu is not None:
@@ -108,22 +112,21 @@ def find_device(values: Mapping[str, object], options: FleetOptions, price: floa
             raise ConfigError("with --gpu, name a model: --model DIRECTORY, hub id or known name.")
         count = count or given.parallel.tensor_parallel_size
         sized = place(find_model(name), Layout(gpu, count), values)
-        prepared, memory = sized.prepared, sized.memory
-        price, seconds = gpu.price * count, 0.0
+        price = gpu.price * count
         if fitted is None:
-            efficiency = BOUND if options.bound else PUBLISHED
-            step: StepTime = sized.time(efficiency)
-            seconds, time_is = efficiency.request, "bound" if options.bound else "estimate"
+            reached = BOUND if options.bound else PUBLISHED
+            step, word = sized.time(reached), "bound" if options.bound else "estimate"
+            return Device(sized.prepared, sized.memory, step, word, reached.request, price)
+        prepared = sized.prepared
     else:
         source = None
         if isinstance(name, str):
             source = ConfigOnly(find_model(name).fields)
             given = from_flat({**values, "load_format": "dummy"})
         prepared = prepare(given, source, memory_bytes=options.device_memory)
-        memory = prepared.memory_plan()
-    if fitted is not None:
-        step, time_is, seconds = WithTokens(fitted), "fitted", fitted.request_seconds
-    return Device(prepared.config, prepared, memory, step, time_is, seconds, price)
+    assert fitted is not None, "FleetOptions has checked it"
+    step_time, delay = WithTokens(fitted), fitted.request_seconds
+    return Device(prepared, prepared.memory_plan(), step_time, "fitted", delay, price)
 
 
 # --- traffic --------------------------------------------------------------------------------------
@@ -254,10 +257,9 @@ class Simulation:
 
     def sweep(self) -> Values:
         """At each of the rates, and where it saturates."""
-        points: list[Values] = []
         assert self.traffic.sweep_rate is not None
-        for rate in parse_sweep(self.traffic.sweep_rate):
-            points.append({"rate": rate} | self.run(rate)[0])
+        rates = parse_sweep(self.traffic.sweep_rate)
+        points: list[Values] = [{"rate": rate} | self.run(rate)[0] for rate in rates]
         served = [_number(point, "steady.served") for point in points]
         beyond = [
             point["rate"]

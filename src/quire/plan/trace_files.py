@@ -117,9 +117,7 @@ def _whole(path: str, text: str) -> Iterator[TraceRequest]:
         ) from None
 
 
-def _request(
-    at: float, runs: Iterable[tuple[int, int]], output_len: int
-) -> Iterator[TraceRequest]:
+def _request(at: float, runs: Iterable[tuple[int, int]], output_len: int) -> Iterator[TraceRequest]:
     """None for a request that has computed nothing."""
     kept = tuple((content, length) for content, length in runs if length > 0)
     if kept and output_len > 0:

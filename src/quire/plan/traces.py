@@ -50,8 +50,8 @@ class TraceRequest:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A kind of traffic. Between quantiles, lengths follow a straight line in logarithms; the outermost values
-    are such that the means are those of the trace."""
+    """A kind of traffic. Between quantiles, lengths follow a straight line in logarithms. The outermost
+    values are such that the means are those of the trace."""
 
     prompts: tuple[int, ...]
     """Quantiles of the lengths, at `SHARES`."""
@@ -61,7 +61,7 @@ class Shape:
     gap_cv: float = 1.0
     """Coefficient of variation of the gaps between arrivals."""
     in_bursts: bool = False
-    """Whether minutes of work alternate with minutes without (`_minutes`); `gap_cv` holds within a minute."""
+    """Whether minutes of work alternate with minutes without (`_minutes`); `gap_cv` is within a minute."""
     hit_rate: float = 0.0
     """Share of blocks of `CHUNK` tokens that came before, in a cache without limits."""
 
