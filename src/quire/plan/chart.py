@@ -11,7 +11,7 @@ from typing import Any
 from quire.plan.figures import e2e, tpot, ttft
 from quire.plan.fleet import Run
 from quire.plan.replica import Life
-from quire.plan.report_lines import TIME_IS
+from quire.plan.report_lines import TIME_IS, replicas_of
 
 WIDTH, HEIGHT, TOP, BOTTOM, LEFT, PANEL, GAP = 900, 340, 62, 66, 58, 232, 52
 MOST_POINTS = 200
@@ -43,7 +43,7 @@ def draw(content: Mapping[str, Any], runs: Sequence[Run]) -> str:
     about = content["about"]
     panels = sweep_panels(content["points"]) if "points" in content else run_panels(runs)
     gpu = f" on {about['gpu']}" if about["gpu"] else ""
-    title = f"{about['model']}{gpu}, {about['trace']}, {about['replicas']} replicas"
+    title = f"{about['model']}{gpu}, {about['trace']}, {replicas_of(about)}"
     source = (
         f"quire simulate, seed {about['seed']}; the time of a step is {TIME_IS[about['step_time']]}"
     )

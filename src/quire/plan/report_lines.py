@@ -92,7 +92,7 @@ def sweep_lines(content: Mapping[str, Any]) -> list[str]:
 def head(about: Mapping[str, Any]) -> list[str]:
     rate = "its own rate" if about["rate"] is None else f"{about['rate']:g} requests/s"
     return [
-        f"{about['model']}, {about['trace']} at {rate}, {about['replicas']} replicas"
+        f"{about['model']}, {about['trace']} at {rate}, {replicas_of(about)}"
         + (f" of {about['gpu']}" if about["gpu"] else "")
         + f", routing {about['routing']}, seed {about['seed']}",
         f"the time of a step is {TIME_IS[about['step_time']]}; {about['kv_blocks']:,} blocks of "
@@ -100,6 +100,11 @@ def head(about: Mapping[str, Any]) -> list[str]:
         f"{about['max_num_batched_tokens']:,} tokens",
         "",
     ]
+
+
+def replicas_of(about: Mapping[str, Any]) -> str:
+    count = about["replicas"]
+    return "1 replica" if count == 1 else f"{count} replicas"
 
 
 def _short(value: float) -> str:

@@ -190,9 +190,10 @@ def _minutes(number: int, dice: random.Random) -> list[float]:
 
 class Prefixes:
     """Conversations: a prompt begins with whole blocks of an earlier one, or is new. As many continue as give
-    the share of blocks that came before; which one is drawn among the latest that are not longer."""
+    the share of blocks that came before. Of a few earlier ones, the longest that fits is continued; they are
+    drawn among the latest so that each doubling of the distance is equally likely."""
 
-    LATEST, DRAWN = 1024, 16
+    LATEST, DRAWN = 1024, 8
 
     def __init__(self, hit_rate: float, dice: random.Random) -> None:
         self._hit_rate, self._dice = hit_rate, dice
@@ -206,7 +207,8 @@ class Prefixes:
         self._blocks += -(-length // CHUNK)
         shared: Runs = ()
         if self._hits < self._hit_rate * self._blocks and self._talks:
-            drawn = self._dice.choices(range(len(self._talks)), k=self.DRAWN)
+            size = len(self._talks)
+            drawn = [size - int(size ** self._dice.random()) for _ in range(self.DRAWN)]
             fits = [i for i in drawn if len(self._talks[i]) * CHUNK <= length]
             if fits:
                 chosen = max(fits, key=lambda index: (len(self._talks[index]), index))
