@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from quire.models.registry import resolve_spec
 from quire.plan.devices import find_gpu
 from quire.plan.model import Layout, Sized, find_model, place
 from quire.plan.roofline import PUBLISHED, Experts
@@ -62,6 +63,20 @@ def test_a_mixture_reads_the_experts_that_tokens_chose() -> None:
     assert many.weight_bytes == pytest.approx(rest + experts_bytes)
     active = 48 * (2048 * (2 * 4096 + 2 * 512) + 8 * 3 * 2048 * 768)
     assert few.row_flop == 2 * (active + 2048 * 151936)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "routers"),
+    [
+        ("mixtral-8x7b", 46_702_792_704, 32 * 8 * 4096),
+        ("mixtral-8x22b", 140_630_071_296, 56 * 8 * 6144),
+        ("qwen3-30b-a3b", 30_532_122_624, 48 * 128 * 2048),
+        ("qwen3-235b-a22b", 235_093_634_560, 94 * 128 * 4096),
+    ],
+)
+def test_mixtures_have_the_published_sizes(name: str, parameters: int, routers: int) -> None:
+    spec = resolve_spec(find_model(name).fields)
+    assert spec.num_parameters() + routers == parameters
 
 
 def test_a_window_is_all_that_its_layers_read() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,7 +48,7 @@ class ConfigOnly:
         raise CheckpointError("a config has no weights")
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True)
 class Prepared:
     """A configuration, its model as numbers, and the memory of each device, or of the machine."""
 
@@ -55,13 +56,14 @@ class Prepared:
     resolved: ResolvedModel
     memory: DeviceMemory
 
+    @cached_property
     def footprint(self) -> Footprint:
         """Of all ranks, estimated."""
         return estimate_ranks(self.config, self.resolved, self.memory)
 
     def memory_plan(self) -> MemoryPlan:
         """Raises `MemoryFitError`."""
-        return plan(self.config, self.resolved, self.footprint(), self.resolved.max_model_len)
+        return plan(self.config, self.resolved, self.footprint, self.resolved.max_model_len)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -122,7 +124,7 @@ def read_config(name: str) -> dict[str, object]:
 
 def _ledger(prepared: Prepared) -> Ledger:
     config, resolved, memory = prepared.config, prepared.resolved, prepared.memory
-    parts, footprint = parts_of(config, resolved), prepared.footprint()
+    parts, footprint = parts_of(config, resolved), prepared.footprint
     ranks = zip(parts, footprint.ranks or (footprint,), strict=True)
     columns = [_column(resolved, part, each) for part, each in ranks]
     spec, parallel, gpu = resolved.spec, config.parallel, resolved.device == "cuda"

@@ -37,8 +37,9 @@ class Gpu:
     date: str
 
 
-def gpu_names() -> list[str]:
-    return list(_table()["gpus"])
+def gpu_names(*, every: bool = True) -> list[str]:
+    """every: those too on which Quire does not run yet."""
+    return [name for name, row in _table()["gpus"].items() if every or row.get("runs", True)]
 
 
 def sources() -> dict[str, str]:

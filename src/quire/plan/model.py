@@ -1,4 +1,4 @@
-"""From MODEL, a GPU and a layout to memory (that of `quire serve --dry-run`) and the terms of a step's time."""
+"""From MODEL, a GPU and a layout to memory (that of `quire serve --dry-run`) and the terms of a step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from quire.errors import ConfigError, UnsupportedModelError
 from quire.models.known import known_config, known_names
 from quire.plan.devices import Gpu
 from quire.plan.roofline import BOUND, DENSE, Efficiency, Experts, Roofline, Shape
-from quire.runner.footprint import Footprint, WorkerSpec
+from quire.runner.footprint import Footprint, WorkerSpec, block_bytes
 from quire.weights.resolve import find_local, resolve_config
 from quire.weights.source import open_source
 
@@ -122,19 +122,31 @@ class Sized:
     model: Model
     layout: Layout
     prepared: Prepared
+    options: Mapping[str, object]
+    """Of the engine, by flat name."""
+
+    @property
+    def dry_run(self) -> list[str]:
+        """The words after `quire serve --dry-run` that print the same memory."""
+        words = [
+            "--hf-config",
+            self.model.name,
+            "--device-memory",
+            str(self.layout.gpu.memory_bytes),
+        ]
+        for name, value in self.options.items():
+            text = json.dumps(value) if isinstance(value, dict) else str(value)
+            words += [f"--{name.replace('_', '-')}", text]
+        return words
 
     @cached_property
     def parts(self) -> list[WorkerSpec]:
         return parts_of(self.prepared.config, self.prepared.resolved)
 
     @cached_property
-    def footprint(self) -> Footprint:
-        return self.prepared.footprint()
-
-    @cached_property
     def rank(self) -> Footprint:
         """Of the first rank, which has the most."""
-        return (self.footprint.ranks or (self.footprint,))[0]
+        return (self.prepared.footprint.ranks or (self.prepared.footprint,))[0]
 
     @cached_property
     def kinds(self) -> dict[str, int]:
@@ -162,16 +174,25 @@ class Sized:
         """What weights and activations leave to the KV of one rank."""
         return kv_budget(self.prepared.config.cache, self.rank, gpu=True, replicas=1)
 
-    def sequences(self, num_tokens: int) -> int:
-        """How many requests of so many tokens the blocks hold, whatever `max_num_seqs` is."""
-        config, memory = self.prepared.config, self.memory
-        block = memory.kv_bytes // memory.num_blocks // len(self.parts)
-        need = self.prepared.resolved.spec.kv.blocks_for(
+    @property
+    def block_bytes(self) -> int:
+        """Of one rank."""
+        return block_bytes(self.prepared.config, self.parts[0])
+
+    def blocks_for(self, num_tokens: int) -> int:
+        config = self.prepared.config
+        return self.prepared.resolved.spec.kv.blocks_for(
             num_tokens,
-            memory.block_size,
+            config.cache.block_size,
             max_row_tokens=config.scheduler.max_num_batched_tokens,
         )
-        return max(0, self.kv_budget // block - 1) // need
+
+    def sequences(self, num_tokens: int) -> int:
+        """How many requests of so many tokens the blocks hold, whatever `max_num_seqs` is. Raises
+        `MemoryFitError` if not one of full length does."""
+        if self.memory.full_length_sequences < 1:
+            return 0
+        return (self.kv_budget // self.block_bytes - 1) // self.blocks_for(num_tokens)
 
     def time(self, efficiency: Efficiency = BOUND) -> Roofline:
         form = self.layout.quantization or str(self.model.fields.get("quantization_config", ""))
@@ -183,16 +204,11 @@ def place(model: Model, layout: Layout, options: Mapping[str, object]) -> Sized:
     form = layout.quantization
     if form is not None and form not in QUANTIZATIONS:
         raise ConfigError(f"quantization must be one of {', '.join(QUANTIZATIONS)}, got {form!r}.")
-    values: dict[str, object] = {
-        **options,
-        "model": model.name,
-        "load_format": "dummy",
-        "tensor_parallel_size": layout.tensor_parallel,
-    }
+    values: dict[str, object] = {**options, "tensor_parallel_size": layout.tensor_parallel}
     if form is not None and form in STORED and not model.fields.get("quantization_config"):
         values["hf_overrides"] = {"quantization_config": STORED[form]}
     elif form is not None:
         values["quantization"] = form
-    source = ConfigOnly(model.fields)
-    prepared = prepare(from_flat(values), source, memory_bytes=layout.gpu.memory_bytes)
-    return Sized(model, layout, prepared)
+    config = from_flat({**values, "model": model.name, "load_format": "dummy"})
+    prepared = prepare(config, ConfigOnly(model.fields), memory_bytes=layout.gpu.memory_bytes)
+    return Sized(model, layout, prepared, values)

@@ -135,8 +135,8 @@ def resolve_tokenizer(
 
 
 def resolve_config(name: str) -> Path:
-    """The directory with a hub id's config.json, and no other file. Raises `CheckpointError` as `resolve_model`
-    does."""
+    """The directory of a hub id's config.json. No other file is downloaded. Raises `CheckpointError` as
+    `resolve_model` does."""
     return _with_config(name, _download(name, files=["config.json"]))
 
 
