@@ -123,13 +123,14 @@ def outcome(replica: Replica, log: DecisionLog, requests: list[TraceRequest]) ->
     stats = replica.scheduler.take_stats()
     kv = replica.scheduler.kv
     kv.check_invariants()
-    rates = replica.scheduler.rates
+    rates, costs = replica.scheduler.rates, replica.scheduler.costs
     return (
         [replace(life, turn=0) for life in lives],
         decisions,
         (stats.num_preemptions, stats.prefix_hits, stats.prefix_queries),
         [block.content and block.content.block_hash for block in kv.pool._free],
-        (rates.num_steps, rates.ends_per_second, rates.row_gain(3), rates.prompt_token),
+        (rates.ends_per_step, rates.ends_per_second),
+        (costs.coefficients, costs.num_steps, costs.row_gain(3), costs.spread, costs.predicted),
         replica.gaps._buckets,
         replica.counts.steps,
         replica.counts.busy,

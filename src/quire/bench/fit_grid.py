@@ -7,7 +7,6 @@ of the grid is measured several times in a row and again in a later round, and i
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,9 +18,8 @@ import numpy as np
 from quire.decoding import Decoding
 from quire.engine.core import EngineCore
 from quire.errors import EngineError
-from quire.executor.base import Executor, StepFuture
-from quire.messages import AbortRequests, AddRequest, StepPlan, StepResult
-from quire.scheduler.cost_model import Work, work_of
+from quire.messages import AbortRequests, AddRequest, StepPlan
+from quire.scheduler.cost_model import CostModel, Work, work_of
 
 ROWS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 96, 128, 192, 256)
 CONTEXTS = (16, 256, 1024)
@@ -45,31 +43,14 @@ class Cell:
     seconds: float
 
 
-class _Watched:
-    """The executor, and which plans are done."""
+class _Watch(CostModel):
+    """Instead of the scheduler's own: it remembers the last step, and nothing is decided by times."""
 
-    def __init__(self, inner: Executor) -> None:
-        self.inner = inner
-        self.max_in_flight = inner.max_in_flight
-        self.launched: deque[StepPlan] = deque()
-        self.done: list[StepPlan] = []
+    done: Work | None = None
 
-    def execute(self, plan: StepPlan) -> StepFuture:
-        self.launched.append(plan)
-        return _WatchedFuture(self, self.inner.execute(plan))
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self.inner, name)
-
-
-class _WatchedFuture:
-    def __init__(self, watched: _Watched, inner: StepFuture) -> None:
-        self._watched, self._inner = watched, inner
-
-    def result(self) -> StepResult:
-        result = self._inner.result()
-        self._watched.done.append(self._watched.launched.popleft())
-        return result
+    def measure(self, plan: StepPlan, seconds: float) -> None:
+        if plan.rows:
+            self.done = work_of(plan.rows)
 
 
 class Grid:
@@ -77,7 +58,7 @@ class Grid:
 
     def __init__(self, core: EngineCore, *, vocab_size: int, longest: int, seed: int = 0) -> None:
         self._core = core
-        self._watched = core.executor = _Watched(core.executor)  # type: ignore[assignment]
+        self._watch = core.scheduler.costs = _Watch()
         self._rng = np.random.default_rng(seed)
         self._vocab_size, self._longest = vocab_size, longest
         limits, kv = core.scheduler.limits, core.scheduler.kv
@@ -189,14 +170,12 @@ class Grid:
         return work, seconds
 
     def _step(self) -> tuple[Work, float]:
-        done = self._watched.done
-        done.clear()
-        seconds = 0.0
-        while not done:
+        self._watch.done, seconds = None, 0.0
+        while (work := self._watch.done) is None:
             began = perf_counter()
             self._core.step()
             seconds = perf_counter() - began
-        return work_of(done[-1].rows), seconds
+        return work, seconds
 
     def _until_ended(self, request_id: int) -> None:
         while request_id in self._core.scheduler.requests:

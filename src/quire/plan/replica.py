@@ -332,7 +332,9 @@ class Replica:
             kv.register(
                 request.request_id, request.token_ids, request.num_computed_tokens, self._step_id
             )
-        scheduler.rates.repeat(rows, results)
+        contexts = sum(request.num_computed_tokens for request in scheduler.running)
+        first = contexts - rows * (count + self._depth - 1)
+        scheduler.costs.repeat(rows, first, scheduler.rates.repeat(results))
         for at in results:
             self.gaps.add(at - previous, rows)
             previous = at
