@@ -48,6 +48,9 @@ COMMANDS = {
         "quire.cli.plan", "what fits GPUs that are not here, how fast it is and what it costs"
     ),
     "bench": Command("quire.cli.bench", "measure a server, or this engine"),
+    "simulate": Command(
+        "quire.cli.simulate", "what traffic would meet, on a device that need not be here"
+    ),
     "chaos": Command(
         "quire.cli.chaos", "strike a server with faults, and check what becomes of it"
     ),
