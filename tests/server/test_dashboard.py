@@ -352,7 +352,7 @@ def test_a_request_is_explained_when_it_is_clicked(page):
         page.js(
             "const real = window.fetch; window.fetch = (url, options) =>"
             " String(url).includes('debug/requests/17') ? Promise.resolve(new Response("
-            "JSON.stringify({request_id: 17, explanation: ['It waited.', '<b>Then</b> it ran.']})))"
+            "JSON.stringify({requests: [{id: 'r17', replica: 0, explanation: ['It waited.', '<b>Then</b> it ran.']}]})))"
             " : real(url, options)"
         )
         page.all("#running button")[0].click()

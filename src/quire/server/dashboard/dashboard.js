@@ -608,7 +608,8 @@ async function explain() {
       open.silent = true;
       return;
     }
-    const sentences = (await response.json()).explanation;
+    const { requests } = await response.json();
+    const sentences = (requests.find((each) => each.replica === chosen) ?? requests[0])?.explanation;
     if (!Array.isArray(sentences) || open?.id !== id) return;
     for (const part of ["why", "why-title"]) $(part).hidden = !sentences.length;
     keyed($("why"), sentences.map((sentence, i) => [i, String(sentence)]), ([i]) => i, () => el("li", {}), (node, [, sentence]) => text(node, sentence));
