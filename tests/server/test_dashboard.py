@@ -337,7 +337,7 @@ def test_requests_blocks_and_reasons_are_shown(page):
 
 
 def test_a_request_is_explained_when_it_is_clicked(page):
-    page.may_complain_of = "404"
+    page.may_complain_of = "501"
     engine = Inspected(BUSY)
     with showing(page, engine):
         page.until(lambda: page.rows("queue"))
