@@ -155,8 +155,11 @@ def _parts(history: History, waits: Iterable[Waiting]) -> tuple[WaitPart, ...]:
     """In the order in which each of them began."""
     groups: dict[object, list[Waiting]] = {}
     for wait in waits:
-        behind = None if wait.reason is WaitReason.BEHIND else wait.behind
-        key = (wait.reason, wait.because, wait.holder, behind)
+        key: object = (wait.reason, wait.because, wait.holder, wait.behind)
+        if wait.lacked is WaitReason.BUDGET and wait.needed <= 1:
+            key = wait.holder  # at the head of the queue or behind it
+        elif wait.reason is WaitReason.BEHIND:
+            key = wait.because
         groups.setdefault(key, []).append(wait)
     return tuple(_part(history, group) for group in groups.values())
 
