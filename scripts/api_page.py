@@ -58,6 +58,9 @@ VLLM_ENDPOINTS = {
     "/wake_up": "with `VLLM_SERVER_DEV_MODE` and `--enable-sleep-mode`",
     "/v1/load_lora_adapter": "with `VLLM_ALLOW_RUNTIME_LORA_UPDATING`, from any path; a bad file is a 500",
     "/v1/unload_lora_adapter": "with `VLLM_ALLOW_RUNTIME_LORA_UPDATING`",
+    "/debug/requests": "no such endpoint",
+    "/debug/requests/{id}": "no such endpoint",
+    "/debug/timeline": "no such endpoint",
     "/is_sleeping": "with `VLLM_SERVER_DEV_MODE` and `--enable-sleep-mode`",
 }
 VLLM_FIELDS = {

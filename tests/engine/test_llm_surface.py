@@ -14,6 +14,7 @@ from quire.engine.llm import LLM
 from quire.errors import ConfigError, EngineSleepingError, InvalidParameterError, MemoryFitError
 from quire.metrics.reader import Counter, Gauge, Histogram
 from quire.sampling_params import PoolingParams, SamplingParams, StructuredOutputsParams
+from quire.scheduler.record_reader import read
 from tests.engine.checkpoints import ServableCheckpoint
 
 OPTIONS: dict[str, Any] = {
@@ -241,3 +242,18 @@ def test_vllms_keywords_pass_where_they_ask_for_nothing(
     ):
         with pytest.raises(ConfigError, match=remedy):
             LLM(str(checkpoint.directory), **{**OPTIONS, **wrong})
+
+
+def test_the_record_of_decisions_is_read_from_the_core(llm: LLM) -> None:
+    before = max((0, *read(llm.records()[0]).arrivals))
+    llm.generate(["Hello", "there"], GREEDY)
+    history = read(llm.records()[0])
+    ends = {i: end for i, end in history.ends.items() if i > before}
+    assert [end.num_output_tokens for end in ends.values()] == [6, 6]
+    assert ends.keys() == {i for i in history.arrivals if i > before}
+
+
+def test_without_a_record(checkpoint: ServableCheckpoint) -> None:
+    with LLM(str(checkpoint.directory), decision_record_bytes=0, **OPTIONS) as llm:
+        llm.generate(["Hello"], GREEDY)
+        assert llm.records() == []

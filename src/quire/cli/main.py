@@ -48,6 +48,10 @@ COMMANDS = {
     "chaos": Command(
         "quire.cli.chaos", "strike a server with faults, and check what becomes of it"
     ),
+    "explain": Command(
+        "quire.cli.explain", "why a request took so long: from a record, or of a server"
+    ),
+    "timeline": Command("quire.cli.timeline", "what an engine did, to be opened in Perfetto"),
     "collect-env": Command("quire.cli.collect_env", "versions and machine, for a bug report"),
 }
 

@@ -208,6 +208,17 @@ class SchedulerConfig:
         "Seconds that a request may wait before it starts. One that is predicted to wait longer is refused "
         "at once: 429 with the prediction and Retry-After. The time of its own prompt does not count.",
     )
+    decision_record_bytes: int = option(
+        8 << 20,
+        "Bytes of memory for the record of what the scheduler was given and decided, of which the oldest is "
+        "dropped; it has lengths and salted hashes, no texts (explain.md). 0: none.",
+        parse=parse_size,
+    )
+    decision_record_dir: str | None = option(
+        None,
+        "Directory for the record of an engine core that fails, and of all on SIGUSR1. Default: none at a "
+        "failure, and on the signal the directory for temporary files.",
+    )
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens"):
@@ -234,6 +245,10 @@ class SchedulerConfig:
             raise ConfigError(
                 "long_prefill_token_threshold splits prompts, which enable_chunked_prefill=False "
                 "forbids; leave one of them out."
+            )
+        if self.decision_record_bytes < 0:
+            raise ConfigError(
+                f"decision_record_bytes must be at least 0 (none), got {self.decision_record_bytes}."
             )
         for name in ("itl_target", "max_ttft"):
             seconds = getattr(self, name)

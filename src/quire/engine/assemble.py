@@ -3,10 +3,13 @@ the executor."""
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+import msgspec
 
 from quire.config import EngineConfig
 from quire.dtypes import element_bytes
@@ -32,6 +35,7 @@ from quire.runner.footprint import (
 )
 from quire.scheduler import Scheduler, SchedulerLimits
 from quire.scheduler.decisions import debug_log
+from quire.scheduler.record import Recorder
 from quire.speculative.spec import HeadDraftSpec
 from quire.structured.base import GrammarCompiler
 from quire.structured.store import GrammarStore
@@ -306,6 +310,10 @@ def build_scheduler(
     sampled, so a request with penalties samples one token a step, and its buffers have room for
     `max_num_seqs` samples."""
     options = config.scheduler
+    record = None
+    if options.decision_record_bytes:
+        record = Recorder(options.decision_record_bytes, config_hash=_hash(config))
+    clock = time.monotonic if record is None else record.clock
     kv = KVCacheManager(
         memory.num_blocks,
         memory.block_size,
@@ -313,7 +321,7 @@ def build_scheduler(
         windows=layout.windows,
         max_row_tokens=options.max_num_batched_tokens,
         retention=Retention.of_blocks(
-            memory.num_blocks - 1, config.cache.retained_cache_share, len(layout.windows)
+            memory.num_blocks - 1, config.cache.retained_cache_share, len(layout.windows), clock
         ),
     )
     limits = SchedulerLimits(
@@ -339,8 +347,13 @@ def build_scheduler(
         needs_token_before_next=lambda message: message.decoding.rules is not None,
         takes_drafts=lambda message: not (gpu and message.decoding.has_penalties),
         observe=debug_log(),
+        record=record,
         connector=connector,
     )
+
+
+def _hash(config: EngineConfig) -> str:
+    return hashlib.sha256(msgspec.json.encode(config)).hexdigest()[:16]
 
 
 def grammar_compiler(resolved: ResolvedModel) -> GrammarCompiler:

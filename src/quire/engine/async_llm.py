@@ -28,6 +28,7 @@ from quire.messages import (
     CoreOutput,
     EngineReady,
     Inspect,
+    ReadRecord,
     ResetPrefixCache,
     SchedulerStats,
     Sleep,
@@ -160,7 +161,8 @@ class AsyncLLM:
         self._core.check_refused(request.sequences)
         self._front.check_queue(request)
         effects = self._front.start(request)
-        stream = RequestStream(request.request_id, request.prompt_token_ids, self.abort)
+        ids = [message.request_id for message in request.sequences]
+        stream = RequestStream(request.request_id, request.prompt_token_ids, self.abort, ids)
         self._streams[request.request_id] = stream
         self._apply(effects)
         return stream
@@ -222,6 +224,10 @@ class AsyncLLM:
     async def inspect(self) -> list[CoreState]:
         """The state of each engine core that serves. It is read between two steps, so it may take one."""
         return (await self._control(Inspect())).states
+
+    async def records(self) -> list[bytes]:
+        """The record of decisions of each core, for `quire.scheduler.record_reader`."""
+        return (await self._control(ReadRecord())).records
 
     async def _control(self, action: ControlAction) -> Answer:
         """Carry out a control call. Raises the error of the call."""

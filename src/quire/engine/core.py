@@ -29,6 +29,7 @@ from quire.messages import (
     LoadAdapter,
     Ping,
     Pong,
+    ReadRecord,
     RequestUpdate,
     ResetPrefixCache,
     Sleep,
@@ -37,7 +38,7 @@ from quire.messages import (
 )
 from quire.messages.failures import failure_of
 from quire.messages.state import CoreState
-from quire.scheduler import Scheduler, Wait
+from quire.scheduler import Scheduler
 from quire.scheduler.deadlines import Deadlines
 from quire.scheduler.state import scheduler_state
 from quire.structured.store import GrammarStore
@@ -121,12 +122,15 @@ class EngineCore:
         """Carry out one call. An error is returned to its caller; the engine continues."""
         if isinstance(message.action, Sleep):
             self._drain()  # outside the try: an error in a step must end the engine
-        failure, states = None, []
+        failure, records, states = None, [], []
         try:
-            if isinstance(message.action, LoadAdapter):
+            if isinstance(message.action, ReadRecord):
+                record = self.scheduler.record
+                records = [] if record is None else [record.dump()]
+            elif isinstance(message.action, LoadAdapter):
                 self._pending.load(message, message.action)
                 return None  # answered with the outputs of a later step
-            if isinstance(message.action, Inspect):
+            elif isinstance(message.action, Inspect):
                 states = [self.inspect()]
             else:
                 self._carry_out(message.action)
@@ -134,7 +138,7 @@ class EngineCore:
             what = f"The engine failed on {type(message.action).__name__}"
             logger.exception("%s", what)
             failure = failure_of(error, what)
-        return Answer(message.id, self._sleep_level, failure, states)
+        return Answer(message.id, self._sleep_level, failure, records, states)
 
     def inspect(self) -> CoreState:
         """The state between two steps, for operators."""
@@ -193,7 +197,7 @@ class EngineCore:
         if reason is None:
             self.scheduler.add_request(message)
         else:
-            self.scheduler.report.waits(message.request_id, Wait(reason))
+            self.scheduler.report.waits_outside(message.request_id, reason)
 
     def _admit_ready(self) -> list[RequestUpdate]:
         """Add the requests whose grammar and adapter are there now. Returns the end of those that failed."""

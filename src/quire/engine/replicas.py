@@ -258,8 +258,9 @@ class Replicas:
         level = max(each.sleep_level for each in call.answers.values())
         if call.changes_level:
             self._level = level
+        records = [each for _, answer in sorted(call.answers.items()) for each in answer.records]
         states = [state for _, each in sorted(call.answers.items()) for state in each.states]
-        return Answer(call_id, level, failures[0] if failures else None, states)
+        return Answer(call_id, level, failures[0] if failures else None, records, states)
 
     def died(self, replica: int, death: Death) -> Verdict:
         """With a `Recovery`: a replica is dead, and may be started again. `release` has its requests; the

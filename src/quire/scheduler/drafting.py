@@ -139,11 +139,11 @@ class Drafting:
             request.num_computed_tokens -= len(drafts) - computed
         return len(drafts), accepted
 
-    def keep(self, request: Request, row: SampledRow) -> None:
+    def keep(self, request: Request, row: SampledRow) -> int:
         """Keep drafts for the next plan, unless that plan is in flight already. An end token is no use as a
-        draft: no token follows it."""
+        draft: no token follows it. Returns how many are kept."""
         if request.status is not RequestStatus.RUNNING or request.num_pending_tokens:
-            return
+            return 0
         decoding = request.decoding
         ends = decoding.end_token_ids | decoding.stop_token_ids
         drafts = row.draft_token_ids
@@ -151,6 +151,8 @@ class Drafting:
             drafts = tuple(takewhile(lambda draft: draft not in ends, drafts))
         if drafts and request.takes_drafts:
             request.draft_token_ids, self._has_drafts = drafts, True
+            return len(drafts)
+        return 0
 
     def measure(
         self,

@@ -47,7 +47,7 @@ from quire.messages import (
     StepResult,
 )
 from quire.scheduler.adapters import AdapterPlaces
-from quire.scheduler.decisions import DecisionKind, Observer, Reporter, Wait, WaitReason
+from quire.scheduler.decisions import Observer, Reporter, Wait, WaitReason
 from quire.scheduler.drafting import Drafting
 from quire.scheduler.latency import LatencyTarget
 from quire.scheduler.limits import SchedulerLimits
@@ -57,6 +57,7 @@ from quire.scheduler.micro_batches import MicroBatches, least_share
 from quire.scheduler.policy import create_policy
 from quire.scheduler.queue import RequestQueue
 from quire.scheduler.rates import Rates
+from quire.scheduler.record import Recorder
 from quire.scheduler.request import Request, RequestStatus, check_message
 from quire.scheduler.stats import add_state
 from quire.scheduler.worth import Worth
@@ -77,13 +78,17 @@ class Scheduler:
         needs_token_before_next: Callable[[AddRequest], bool] = lambda message: False,
         takes_drafts: Callable[[AddRequest], bool] = lambda message: True,
         observe: Observer | None = None,
+        record: Recorder | None = None,
         connector: KVConnector | None = None,
     ) -> None:
         """needs_token_before_next: says of a request that it cannot be overlapped, because its next token
         cannot be sampled, or its drafts be made, before this side has seen the last one.
         takes_drafts: says of a request that several of its tokens can be sampled in one step.
-        observe: called with every decision. Without it none are recorded.
+        observe: called with every decision.
+        record: written in every step; its clock is used.
         connector: of stores outside the cache, if there are any."""
+        if record is not None:
+            clock = record.clock
         # A single request can always grow to full length: this guarantees progress.
         assert kv.blocks_for(limits.max_model_len) <= kv.num_usable
         assert limits.max_num_batched_tokens >= limits.max_num_seqs
@@ -94,7 +99,7 @@ class Scheduler:
         self.requests: dict[int, Request] = {}
         self.adapters = AdapterPlaces(limits.max_adapters)
         self.report = Reporter(
-            observe, lambda request_id: self.waiting.standing(self.requests[request_id])
+            observe, lambda request_id: self.waiting.standing(self.requests[request_id]), record
         )
         self._clock = clock
         self._needs_token_before_next = needs_token_before_next
@@ -117,6 +122,9 @@ class Scheduler:
             self.loading = Loading(kv, connector, self.rates, clock)
         self._misses = Misses(kv, None if self.loading is None else self.loading.transfers, clock)
         self._stats = SchedulerStats()
+        self.record = record
+        if record is not None:
+            record.attach(self)
 
     # --- adding and ending requests ---------------------------------------------------------------
 
@@ -132,11 +140,13 @@ class Scheduler:
             needs_token_before_next=self._needs_token_before_next(message),
             takes_drafts=self._takes_drafts(message),
         )
+        if self.record is not None:
+            self.record.add(request, message)
         request.sort_key = self.waiting.waiting_key(request)
         self.requests[request.request_id] = request
         self.waiting.add(request)
-        wait = self._waits[request.request_id] = Wait(WaitReason.ARRIVED)
-        self.report.waits(request.request_id, wait)
+        self._waits[request.request_id] = Wait(WaitReason.ARRIVED)
+        self.report.arrived(request.request_id)
         if self.loading is not None:
             self.loading.queued(request)
 
@@ -146,6 +156,8 @@ class Scheduler:
         """End requests now, waiting or running. Unknown ids (already finished) are ignored. reason: of those
         that are queued, `EXPIRED` becomes that of those that were admitted, `TIMEOUT`."""
         late = FinishReason.TIMEOUT if reason is FinishReason.EXPIRED else reason
+        if self.record is not None:
+            self.record.abort(request_ids := list(request_ids), reason)
         return [
             self._finish(request, late if request.has_run else reason)
             for request_id in request_ids
@@ -154,6 +166,8 @@ class Scheduler:
 
     def reset_prefix_cache(self) -> None:
         """Drop all cached content. Requests keep their blocks, but no other request finds them."""
+        if self.record is not None:
+            self.record.reset()
         self.kv.reset_cache()
         if self.loading is not None:
             self.loading.transfers.reset()
@@ -209,9 +223,7 @@ class Scheduler:
             plan.released, self._released = self._released, []
             if self.loading is not None:
                 self.loading.transfers.take(plan)
-        if self.report.is_observed:
-            ids = (request.request_id for request in running)
-            self.report.rows(self._waits, zip(ids, wanted, strict=True), plan)
+        self.report.rows(running, wanted, self._waits, self._stopped_at, plan)
         self._advance(plan)
         return plan
 
@@ -464,7 +476,7 @@ class Scheduler:
         cost = self.worth.resume_seconds(request.num_tokens)
         wait = Wait(WaitReason.PREEMPTED, for_whom.request_id, needed, self.kv.num_free, cost=cost)
         self._waits[request.request_id] = wait
-        self.report.waits(request.request_id, wait, DecisionKind.PREEMPTED)
+        self.report.preempted(request.request_id, wait)
         self._stop(request)
         request.status = RequestStatus.PREEMPTED
         request.num_computed_tokens = 0
@@ -489,6 +501,8 @@ class Scheduler:
 
     def update(self, plan: StepPlan, result: StepResult) -> list[RequestUpdate]:
         """Apply the result of a step. Requests that have ended meanwhile are skipped."""
+        if self.record is not None:
+            self.record.result(result)
         self._micro_batches.done(plan)
         updates = self._loads_ended(result) if result.transferred else []
         sampled = {row.request_id: row for row in result.sampled}
@@ -530,7 +544,7 @@ class Scheduler:
             update.error, update.prompt_logprobs = row.error, prompt_logprobs
             return update
         first = request.num_output_tokens == 0
-        drafts, verified = planned.draft_token_ids, None
+        drafts, verified, kept = planned.draft_token_ids, None, 0
         if drafts:
             verified = self.drafting.learn(request, planned, row.token_ids)
         accepted: list[int] = []
@@ -551,7 +565,13 @@ class Scheduler:
             if request.num_computed_tokens >= known:  # in a plan in flight
                 self.kv.register(request.request_id, request.token_ids, known, self._step_id)
             if row.draft_token_ids:
-                self.drafting.keep(request, row)
+                kept = self.drafting.keep(request, row)
+        if self.record is not None and (
+            len(row.token_ids) != 1 or drafts or kept or prompt_logprobs is not None
+        ):
+            self.record.learned(
+                request, planned, row, len(accepted), verified, kept, prompt_logprobs
+            )
         update.new_token_ids, update.drafts = accepted, verified
         update.logprobs = row.logprobs[: len(accepted)] if row.logprobs is not None else None
         update.prompt_logprobs = prompt_logprobs
@@ -572,6 +592,8 @@ class Scheduler:
         news = None if found is None else request.news_of_prompt(found)
         if not done and news is None:
             return []
+        if self.record is not None and found is not None and news is not None:
+            self.record.learned(request, row, found, 0, None, 0, news)
         update = RequestUpdate(request_id=request.request_id)
         if done:
             update = self._finish(request, FinishReason.LENGTH)
@@ -611,6 +633,8 @@ class Scheduler:
 
     def take_stats(self) -> SchedulerStats:
         """The current state, and counts since the last call."""
+        if self.record is not None:
+            self.record.stats()
         stats, self._stats = self._stats, SchedulerStats()
         stats.drafts, stats.tenants = self.drafting.take_counts(), self.waiting.take_tenants()
         add_state(stats, self.kv, self.running, self.waiting, self._num_deferred, self._connector)

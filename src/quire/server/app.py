@@ -49,7 +49,8 @@ from quire.server.tokens import models_router, tokens_router
 from quire.util.version import VERSION
 
 EXPOSED_HEADERS = (
-    "x-request-id", "x-quire-warnings", "endpoint-load-metrics", "retry-after", "retry-after-ms",
+    "x-request-id", "x-quire-request-id", "x-quire-warnings", "endpoint-load-metrics",
+    "retry-after", "retry-after-ms",
     "x-ratelimit-limit-requests", "x-ratelimit-remaining-requests", "x-ratelimit-reset-requests",
     "x-ratelimit-limit-tokens", "x-ratelimit-remaining-tokens", "x-ratelimit-reset-tokens",
 )  # fmt: skip

@@ -28,6 +28,8 @@ from quire.server.middleware import (
 
 METRICS = "/metrics"
 DASHBOARD = "/dashboard"
+DEBUG = "/debug/"
+"""All paths that begin so are for operators."""
 PROBES = frozenset({"/health", "/ready", "/ping", "/version"})
 OPEN_PATHS = PROBES | {"/", METRICS, DASHBOARD}
 NO_KEYS = Keys()
@@ -101,7 +103,8 @@ class ApiKeyAuth:
         admin_keys: Keys = NO_KEYS,
         admin_paths: frozenset[str] | None,
     ) -> None:
-        """admin_paths: those that need one of `admin_keys`, if there are any. None is all."""
+        """admin_paths: those that need one of `admin_keys`, if there are any, beside `DEBUG`. None is
+        all."""
         self._app, self._keys, self._admin_keys = app, keys, admin_keys
         self._open_paths, self._admin_paths = open_paths, admin_paths
 
@@ -125,7 +128,7 @@ class ApiKeyAuth:
         path = routed_path(scope)
         if path in self._open_paths:
             return True
-        is_admin = self._admin_paths is None or path in self._admin_paths
+        is_admin = self._admin_paths is None or path in self._admin_paths or path.startswith(DEBUG)
         keys = self._admin_keys if is_admin and self._admin_keys else self._keys
         if not keys:
             return True

@@ -15,6 +15,7 @@ from quire.metrics.recent import Latencies, Recent
 from quire.metrics.trace_metrics import TraceMetrics
 from quire.server.engine_protocol import ServingEngine
 from quire.server.errors import RETRY_AFTER_DRAINING, RETRY_AFTER_LOADING, ApiError, unavailable
+from quire.server.explanations import Explanations
 from quire.server.live import LiveRequests
 from quire.server.record import Headers, Record
 from quire.server.request_log import log_finished
@@ -56,7 +57,10 @@ class ServerState:
     tracer: Tracer | None = None
     """To which finished requests are reported, if an OpenTelemetry collector is named."""
 
+    explanations: Explanations = field(init=False)
+
     def __post_init__(self) -> None:
+        self.explanations = Explanations(self.config)
         self.http_metrics = HttpMetrics(self.registry)
         self.registry.register(
             TraceMetrics(lambda: None if self.tracer is None else self.tracer.exporter)
@@ -93,13 +97,19 @@ class ServerState:
             await asyncio.to_thread(self.tracer.exporter.close)
 
     def new_record(self, headers: Headers) -> Record:
-        return Record(headers, self._report, self.config.use_client_timeouts)
+        return Record(
+            headers,
+            self._report,
+            self.explanations.submitted,
+            client_timeouts=self.config.use_client_timeouts,
+        )
 
     def _report(self, record: Record) -> None:
         if self.config.request_log:
             log_finished(record)
         if self.tracer is not None:
             self.tracer.report(record)
+        self.explanations.ended(record, self.engine)
 
     def _log_step(self, outputs: StepOutputs) -> None:
         self.stats_logs[outputs.replica].on_step(outputs)
