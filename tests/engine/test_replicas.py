@@ -182,8 +182,8 @@ def test_each_replica_shows_its_state() -> None:
     group.lose(1, "gone")
     control = Control(3, Inspect())
     assert group.route(control) == [(0, control), (2, control)]
-    assert group.take(2, Answer(3, 0, None, [core_state()])) is None
-    answer = group.take(0, Answer(3, 0, None, [core_state()]))
+    assert group.take(2, Answer(3, 0, states=[core_state()])) is None
+    answer = group.take(0, Answer(3, 0, states=[core_state()]))
     assert isinstance(answer, Answer)
     assert [state.replica for state in answer.states] == [0, 2]
 
@@ -192,8 +192,8 @@ def test_an_inspection_does_not_wait_for_a_replica_that_restarts() -> None:
     group = Replicas([READY] * 3, recovery=Recovery())
     first, second, third = (Control(number, Inspect()) for number in (1, 2, 3))
     group.route(first)
-    group.take(0, Answer(1, 0, None, [core_state()]))
-    group.take(2, Answer(1, 0, None, [core_state()]))
+    group.take(0, Answer(1, 0, states=[core_state()]))
+    group.take(2, Answer(1, 0, states=[core_state()]))
     group.died(1, Death("killed"))
     [answer] = group.without(1)
     assert [state.replica for state in answer.states] == [0, 2] and answer.id == 1
@@ -203,7 +203,7 @@ def test_an_inspection_does_not_wait_for_a_replica_that_restarts() -> None:
         assert group.without(replica) == [], "nobody has answered"
     assert group.route(third) == []
     assert group.back(1, READY) == [(1, third)], "asked when nobody lived"
-    answer = group.take(1, Answer(3, 0, None, [core_state()]))
+    answer = group.take(1, Answer(3, 0, states=[core_state()]))
     assert isinstance(answer, Answer) and [state.replica for state in answer.states] == [1]
 
 

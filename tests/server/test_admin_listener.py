@@ -26,8 +26,8 @@ from quire.server.run import StopSignals, serve_engine
 ADMIN = [
     ("GET", "/server_info"), ("GET", "/is_sleeping"), ("POST", "/reset_prefix_cache"),
     ("POST", "/sleep"), ("POST", "/wake_up"), ("POST", "/v1/load_lora_adapter"),
-    ("POST", "/v1/unload_lora_adapter"), ("GET", "/debug/state"), ("GET", "/debug/requests"),
-    ("GET", "/debug/timeline"),
+    ("POST", "/v1/unload_lora_adapter"), ("GET", "/debug/requests"), ("GET", "/debug/timeline"),
+    ("GET", "/debug/state"),
 ]  # fmt: skip
 LORA = EngineConfig(lora=LoRAConfig(enable_lora=True))
 COMPLETIONS = "/v1/completions"

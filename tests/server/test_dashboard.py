@@ -346,13 +346,13 @@ def test_a_request_is_explained_when_it_is_clicked(page):
         assert page("#detail-state").text.startswith("Waiting: no free blocks: needs 32 blocks")
         facts = page("#facts").text
         assert "research" in facts and "500 tokens" in facts
-        assert not page("#why").is_displayed(), "the server has no explanations"
+        assert not page("#why").is_displayed(), "this engine has no record"
         page("#close").click()
         assert not page("#detail").is_displayed()
         page.js(
             "const real = window.fetch; window.fetch = (url, options) =>"
             " String(url).includes('debug/requests/17') ? Promise.resolve(new Response("
-            "JSON.stringify({requests: [{id: 'r17', replica: 0, explanation: ['It waited.', '<b>Then</b> it ran.']}]})))"
+            "JSON.stringify({requests: [{id: 'r17', explanation: ['It waited.', '<b>Then</b> it ran.']}]})))"
             " : real(url, options)"
         )
         page.all("#running button")[0].click()
@@ -366,7 +366,7 @@ def test_a_request_is_explained_when_it_is_clicked(page):
 def test_it_is_used_by_keyboard(page):
     from selenium.webdriver import ActionChains
 
-    page.may_complain_of = "404"
+    page.may_complain_of = "501"
 
     def press(*keys: str) -> str:
         ActionChains(page.driver).send_keys(*keys).perform()
@@ -391,7 +391,7 @@ UNNAMED_LISTS = 5
 
 
 def test_everything_has_an_accessible_name(page):
-    page.may_complain_of = "404"
+    page.may_complain_of = "501"
     with showing(page, Inspected(BUSY)):
         page.until(lambda: page.rows("queue"))
         for dialog in (False, True):
@@ -435,7 +435,7 @@ def test_both_themes_can_be_read(page, scheme):
 
 @pytest.mark.parametrize("width", [390, 320])
 def test_on_a_phone_nothing_is_wider_than_the_screen(page, width):
-    page.may_complain_of = "404"
+    page.may_complain_of = "501"
     long = waiting(31, "no free blocks", 17, needed=32, free=4)
     long = msgspec.structs.replace(long, tenant="a-tenant-with-a-name-of-many-words-" * 4)
     state = core_state(*BUSY.requests, long, cells=[1, CELL_CACHED] * 4000)
@@ -580,6 +580,10 @@ def test_a_real_engine_with_one_seat(page, tmp_path):
         )
         page.until(lambda: int(page.figure("Generated").replace(",", "")) > 0)
         page.until(lambda: page.table("latency")[1][1] != "–")
+        page.js("document.querySelector('#queue button').click()")
+        page.until(lambda: page("#why").is_displayed())
+        assert len(page("#why").text) > 20
+        page("#close").click()
         done.set()
         page.until(lambda: page("#running-none").is_displayed())
         page.driver.get("about:blank")

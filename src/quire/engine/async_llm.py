@@ -221,13 +221,13 @@ class AsyncLLM:
         """Whether it sleeps or is about to: it refuses requests."""
         return self._front.is_sleeping
 
-    async def records(self) -> list[bytes]:
-        """The record of decisions of each core, for `quire.scheduler.record_reader`."""
-        return (await self._control(ReadRecord())).records
-
     async def inspect(self) -> list[CoreState]:
         """The state of each engine core that serves. It is read between two steps, so it may take one."""
         return (await self._control(Inspect())).states
+
+    async def records(self) -> list[bytes]:
+        """The record of decisions of each core, for `quire.scheduler.record_reader`."""
+        return (await self._control(ReadRecord())).records
 
     async def _control(self, action: ControlAction) -> Answer:
         """Carry out a control call. Raises the error of the call."""

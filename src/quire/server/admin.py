@@ -74,8 +74,8 @@ def admin_router(state: ServerState) -> APIRouter:
 def local_router(state: ServerState) -> APIRouter:
     """What shows the state, for this machine only: of a server without keys and without admin routes."""
     router = APIRouter(dependencies=[Depends(_from_this_machine)])
-    router.include_router(debug_router(state))
     add_dashboard_routes(router, state)
+    router.include_router(debug_router(state))
     return router
 
 

@@ -4,6 +4,7 @@
 const $ = (id) => document.getElementById(id);
 const KEY = "quire-admin-key";
 const PERIOD = 1000;     // between two questions; the server answers all who ask within a second alike
+const EXPLAIN_PERIOD = 10000;  // an explanation is read from the whole record
 const MOST_ROWS = 100;
 const MOST_CELLS = 16384;
 const OWNER = 0x0fff, CACHED = 0x1000, HELD = 0x2000, SHARED = 0x4000;  // messages/state.py
@@ -599,17 +600,15 @@ function showDetail() {
 
 /** Its explanation, if the server has one: the facts have to do otherwise. */
 async function explain() {
-  const { id, silent } = open;
-  if (silent) return;
+  const { id, ended } = open, now = performance.now();
+  if (open.asked !== undefined && now - open.asked < EXPLAIN_PERIOD && ended === open.askedEnded) return;
+  open.asked = now;
+  open.askedEnded = ended;
   try {
     const response = await call(`debug/requests/${id}`);
-    if (open?.id !== id) return;
-    if (!response.ok) {
-      open.silent = true;
-      return;
-    }
-    const { requests } = await response.json();
-    const sentences = (requests.find((each) => each.replica === chosen) ?? requests[0])?.explanation;
+    if (!response.ok || open?.id !== id) return;
+    const found = (await response.json()).requests ?? [];
+    const sentences = (found.find((each) => each.replica === chosen) ?? found[0])?.explanation;
     if (!Array.isArray(sentences) || open?.id !== id) return;
     for (const part of ["why", "why-title"]) $(part).hidden = !sentences.length;
     keyed($("why"), sentences.map((sentence, i) => [i, String(sentence)]), ([i]) => i, () => el("li", {}), (node, [, sentence]) => text(node, sentence));
