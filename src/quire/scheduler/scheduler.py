@@ -558,7 +558,9 @@ class Scheduler:
                 kept = self.drafting.keep(request, row)
         is_odd = len(row.token_ids) != 1 or drafts or kept or prompt_logprobs is not None
         if is_odd and self.record is not None:
-            self.record.learned(request, planned, row, len(accepted), verified, kept, prompt_logprobs)
+            self.record.learned(
+                request, planned, row, len(accepted), verified, kept, prompt_logprobs
+            )
         update.new_token_ids, update.drafts = accepted, verified
         update.logprobs = row.logprobs[: len(accepted)] if row.logprobs is not None else None
         update.prompt_logprobs = prompt_logprobs
