@@ -21,10 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-from quire.bench.datasets import load_requests
-from quire.bench.options import DatasetOptions
+from quire.bench.datasets import sharegpt
 from quire.bench.record import run_record
-from quire.bench.serve import load_tokenizer
 from quire.config import from_flat
 from quire.decoding import Decoding
 from quire.engine.assemble import build_core
@@ -47,7 +45,7 @@ LIMITS = {
 }
 """Of the error, relative; of the rate at saturation 0.1."""
 SATURATION = 0.10
-WARM = 64
+WARM = 16
 
 
 @dataclass(slots=True)
@@ -86,20 +84,22 @@ class Times:
         }
 
 
-def requests_of(model: str, count: int, longest: int, seed: int) -> list[tuple[list[int], int]]:
-    """Prompts and output lengths."""
-    tokenizer = load_tokenizer(model)
-    options = DatasetOptions(
-        dataset_name="sharegpt", num_prompts=count, seed=seed, prompt_token_ids=True
-    )
-    found = []
-    for request in load_requests(options, tokenizer):
-        ids = request.token_ids[: longest - request.output_len - 1]
-        found.append((ids, request.output_len))
+def requests_of(
+    count: int, vocab_size: int, longest: int, seed: int
+) -> list[tuple[list[int], int]]:
+    """Prompts of random tokens and output lengths, as long as ShareGPT's."""
+    rng, found = np.random.default_rng(seed), []
+    while len(found) < count:
+        prompt = round(rng.lognormal(np.log(sharegpt.PROMPT_MEDIAN), sharegpt.PROMPT_SIGMA))
+        output = round(rng.lognormal(np.log(sharegpt.OUTPUT_MEDIAN), sharegpt.OUTPUT_SIGMA))
+        if sharegpt.keeps(prompt, output, fixed_output=False) and prompt + output < longest:
+            found.append((rng.integers(10, vocab_size - 10, prompt).tolist(), output))
     return found
 
 
-def measured(core: EngineCore, requests: Sequence[tuple[list[int], int]], arrivals: list[float]) -> Times:
+def measured(
+    core: EngineCore, requests: Sequence[tuple[list[int], int]], arrivals: list[float]
+) -> Times:
     """An idle engine waits for the next request; else requests that have come are added between steps."""
     times, sent = Times(arrivals), 0
     core.scheduler.reset_prefix_cache()
@@ -129,7 +129,10 @@ def measured(core: EngineCore, requests: Sequence[tuple[list[int], int]], arriva
 
 
 def simulated(
-    values: dict[str, object], cost: str, requests: Sequence[tuple[list[int], int]], arrivals: list[float]
+    values: dict[str, object],
+    cost: str,
+    requests: Sequence[tuple[list[int], int]],
+    arrivals: list[float],
 ) -> tuple[dict[str, float], float]:
     """And how many seconds it took."""
     options = FleetOptions(cost=cost)
@@ -183,21 +186,26 @@ def main() -> None:
         "kv_cache_memory_bytes": 1 << 30,
     }
     cost = FittedCost.load(args.cost)
-    found = json.loads(args.json.read_text()) if args.json is not None and args.json.exists() else {}
+    found = (
+        json.loads(args.json.read_text()) if args.json is not None and args.json.exists() else {}
+    )
     results = found.get("results", {})
     config = locate(from_flat(values))
-    core, _ = build_core(config, resolve(config))
+    resolved = resolve(config)
+    core, _ = build_core(config, resolved)
     gc.freeze()
+    vocab_size = resolved.spec.vocab_size
     try:
-        measured(core, requests_of(args.model, WARM // 4, 400, 99), [0.0] * (WARM // 4))
-        for index, load in enumerate(args.loads):
+        measured(core, requests_of(WARM, vocab_size, 200, 99), [0.0] * WARM)
+        for load in args.loads:
+            seed = 1 + round(100 * load)
             count, arrivals = args.burst, [0.0] * args.burst
             if load:
                 rate = load * results["0"]["measured"]["requests_per_second"]
                 count = max(8, round(rate * args.seconds))
-                gaps = np.random.default_rng(index + 1).exponential(1 / rate, count)
+                gaps = np.random.default_rng(seed).exponential(1 / rate, count)
                 arrivals = np.cumsum(gaps).tolist()
-            requests = requests_of(args.model, count, args.context, seed=index + 1)
+            requests = requests_of(count, vocab_size, args.context, seed=seed)
             real = measured(core, requests, arrivals).figures()
             said, took = simulated(values, args.cost, requests, arrivals)
             print("\n".join(compare(load, real, said)), flush=True)

@@ -30,7 +30,7 @@ GROUPS = ((4, 32), (8, 16), (4, 128), (16, 64))
 MIXED_ROWS, MIXED_COUNTS, MIXED_STARTS = (1, 4, 8, 16, 32, 64), (16, 48, 128, 512, 1024), (0, 1024)
 MOST_FILL = 16_384
 """Tokens of contexts that are computed for the rows of one cell at most."""
-REPEATS, MOST_REPEATS, LEAST_SECONDS = 3, 40, 0.03
+REPEATS, MOST_REPEATS, LEAST_SECONDS = 3, 40, 0.1
 """A cell is measured so often, and short steps more often, until they have taken so long together."""
 
 
@@ -88,8 +88,8 @@ class Grid:
             yield from self._mixed(rows)
 
     def _warm(self) -> None:
-        for count in (64, 1, min(512, self._budget, self._longest - 8)):
-            self._add(self._tokens(count), 4)
+        for count in (64, 1, min(512, self._budget, self._longest - 40)):
+            self._add(self._tokens(count), 32)
         self._drain()
 
     def _fits(self, rows: int, context: int) -> bool:
