@@ -22,7 +22,7 @@ from quire.errors import EngineError
 from quire.scheduler.fitted import FittedCost
 from quire.util.cores import default_threads
 
-SIZES = (1, 2, 4, 5, 8, 12, 16, 24, 32, 48, 64, 128, 256, 1024)
+SIZES = (1, 2, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64, 128, 256, 1024)
 """At which the curve may bend. Kernels that take four rows at a time have a step after four."""
 DISTURBED, PASSES = 0.05, 4
 """A cell counts less the further it is off beyond this: another program may have run."""
