@@ -304,6 +304,7 @@ def build_scheduler(
     *,
     gpu: bool = False,
     connector: KVConnector | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Scheduler:
     """The engine's scheduler, without a model. On a GPU the counts of penalties are updated as tokens are
     sampled, so a request with penalties samples one token a step, and its buffers have room for
@@ -339,6 +340,7 @@ def build_scheduler(
     scheduler = Scheduler(
         limits,
         kv,
+        clock=clock,
         needs_token_before_next=lambda message: message.decoding.rules is not None,
         takes_drafts=lambda message: not (gpu and message.decoding.has_penalties),
         observe=debug_log(),

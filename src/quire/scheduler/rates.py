@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from quire.messages import StepPlan
 
 MEMORY = 127 / 128
@@ -41,7 +43,20 @@ class Rates:
         seconds = 0.0 if self._since is None else now - self._since
         self._since = None if is_idle else now
         if plan.rows:
-            self._steps = MEMORY * self._steps + 1
-            self._ended *= MEMORY
-            self._time = MEMORY * self._time + seconds
+            self._count(seconds)
         return seconds
+
+    def repeat(self, results: Iterable[float]) -> list[float]:
+        """Steps of the same requests, one after the other: when the result of each came. Returns their
+        seconds."""
+        taken = []
+        for now in results:
+            taken.append(0.0 if self._since is None else now - self._since)
+            self._since = now
+            self._count(taken[-1])
+        return taken
+
+    def _count(self, seconds: float) -> None:
+        self._steps = MEMORY * self._steps + 1
+        self._ended *= MEMORY
+        self._time = MEMORY * self._time + seconds
