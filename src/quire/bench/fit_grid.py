@@ -2,8 +2,8 @@
 what it has to be.
 
 A step's time is that of the whole `EngineCore.step`: the scheduler, the executor, and the outputs. Each cell
-of the grid is measured several times in a row and again in a later round. The mean of a row counts, since a run
-takes the sum of its steps.
+of the grid is measured several times in a row and again in a later round. The mean of a row counts, since a
+run takes the sum of its steps.
 """
 
 from __future__ import annotations
