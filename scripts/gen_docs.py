@@ -55,6 +55,7 @@ VLLM = {
     "max_num_queued_reqs": "none; beyond a limit 503, ours 429",
     "max_num_queued_tokens": "none; beyond a limit 503, ours 429",
     "itl_target": "no such flag",
+    "cost_model": "no such flag",
     "max_ttft": "no such flag",
     "retained_cache_share": "no such flag",
     "scheduling_policy": "`fcfs`; no `fair`",

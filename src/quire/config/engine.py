@@ -177,6 +177,11 @@ class SchedulerConfig:
         "Milliseconds that a step should take at most while requests generate: prompts are divided into "
         "pieces that fit, by the measured time of steps. A step computes at least a block of tokens of them.",
     )
+    cost_model: str | None = option(
+        None,
+        "File that `quire bench fit` has written for this model on this machine: what a step takes is known "
+        "from the first one on, and learned further. By default it is learned from the steps alone.",
+    )
     scheduling_policy: str = option(
         "auto",
         "fcfs: by arrival. priority: lower `priority` first, then arrival. fair: lower `priority` first, "

@@ -32,6 +32,7 @@ from quire.runner.footprint import (
 )
 from quire.scheduler import Scheduler, SchedulerLimits
 from quire.scheduler.decisions import debug_log
+from quire.scheduler.fitted import FittedCost
 from quire.speculative.spec import HeadDraftSpec
 from quire.structured.base import GrammarCompiler
 from quire.structured.store import GrammarStore
@@ -123,6 +124,8 @@ def _event_stream(config: EngineConfig, scheduler: Scheduler) -> ChangeStream | 
 def check_local(config: EngineConfig) -> None:
     """Raise at once the errors of a start that can be found without the network and without the weights."""
     model, tiers = config.model, config.kv_tiers
+    if config.scheduler.cost_model is not None:
+        FittedCost.load(config.scheduler.cost_model)
     if tiers.kv_disk_path is not None and tiers.disk_bytes:
         from quire.kvtransfer.disk_files import check_disk
 
@@ -333,7 +336,7 @@ def build_scheduler(
         least_prompt_tokens=256 if gpu else 64,
         fails_with_loads=config.kv_load_failure_policy == "fail",
     )
-    return Scheduler(
+    scheduler = Scheduler(
         limits,
         kv,
         needs_token_before_next=lambda message: message.decoding.rules is not None,
@@ -341,6 +344,11 @@ def build_scheduler(
         observe=debug_log(),
         connector=connector,
     )
+    if options.cost_model is not None:
+        known = FittedCost.load(options.cost_model)
+        most = (options.max_num_seqs, options.max_num_batched_tokens)
+        scheduler.costs.start(known.seconds, rows=most[0], tokens=most[1])
+    return scheduler
 
 
 def grammar_compiler(resolved: ResolvedModel) -> GrammarCompiler:

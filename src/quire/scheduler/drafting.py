@@ -16,6 +16,7 @@ from itertools import takewhile
 
 from quire.kvcache import KVCacheManager
 from quire.messages import DraftCounts, PlannedRow, SampledRow, StepPlan
+from quire.scheduler.cost_model import CostModel
 from quire.scheduler.decisions import Reporter
 from quire.scheduler.draft_policy import AdaptivePolicy, DraftPolicy
 from quire.scheduler.limits import SchedulerLimits
@@ -25,12 +26,14 @@ from quire.scheduler.request import Request, RequestStatus
 class Drafting:
     """The drafts of all requests. Without a drafter (`max_drafts` 0) nothing of it is called."""
 
-    def __init__(self, limits: SchedulerLimits, kv: KVCacheManager, report: Reporter) -> None:
+    def __init__(
+        self, limits: SchedulerLimits, kv: KVCacheManager, report: Reporter, costs: CostModel
+    ) -> None:
         self._limits = limits
         self._kv = kv
         self._report = report
         adaptive = limits.adaptive_drafts
-        self.policy = AdaptivePolicy(limits.max_drafts) if adaptive else DraftPolicy()
+        self.policy = AdaptivePolicy(limits.max_drafts, costs) if adaptive else DraftPolicy()
         self._has_drafts = False
         self._counts = DraftCounts()
         self._asking: set[int] = set()

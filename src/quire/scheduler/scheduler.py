@@ -47,6 +47,7 @@ from quire.messages import (
     StepResult,
 )
 from quire.scheduler.adapters import AdapterPlaces
+from quire.scheduler.cost_model import CostModel
 from quire.scheduler.decisions import DecisionKind, Observer, Reporter, Wait, WaitReason
 from quire.scheduler.drafting import Drafting
 from quire.scheduler.latency import LatencyTarget
@@ -106,15 +107,16 @@ class Scheduler:
         """By request id, for those that the last step considered; the others wait behind `_stopped_at`."""
         self._num_deferred = 0
         self._stopped_at: int | None = None
-        self.drafting = Drafting(limits, kv, self.report)
+        self.costs = CostModel()
+        self.drafting = Drafting(limits, kv, self.report, self.costs)
         self.rates = Rates()
-        self.latency = LatencyTarget(limits, kv.block_size, self.report)
+        self.latency = LatencyTarget(limits, kv.block_size, self.report, self.costs)
         self.load = Load(limits, self.latency, self.rates, clock)
-        self.worth = Worth(kv, self.rates, connector)
+        self.worth = Worth(kv, self.costs, self.rates, connector)
         self.loading: Loading | None = None
         self._connector = connector
         if connector is not None:
-            self.loading = Loading(kv, connector, self.rates, clock)
+            self.loading = Loading(kv, connector, self.costs, clock)
         self._misses = Misses(kv, None if self.loading is None else self.loading.transfers, clock)
         self._stats = SchedulerStats()
 
@@ -498,9 +500,11 @@ class Scheduler:
                 updates += self._learn_of_prompt(request, row, found)
         self._stats.step_tokens += plan.num_tokens
         seconds = self.rates.end(plan, self._clock(), is_idle=not self.requests)
-        self.latency.measure(plan, seconds)
+        self.costs.measure(plan, seconds)
         if self.limits.max_drafts and plan.rows:
             self.drafting.measure(plan, self.requests, result.draft_seconds, seconds)
+            if self.latency.target:
+                self.latency.num_drafts = sum(len(row.draft_token_ids) for row in plan.rows)
         return updates
 
     def _loads_ended(self, result: StepResult) -> list[RequestUpdate]:
