@@ -15,6 +15,7 @@ from quire.attention.base import KVCache
 from quire.decoding import Decoding, TokenRules
 from quire.messages import AdmittedRequest, PlannedRow, SampledRow, StepPlan, TokenLogprobs
 from quire.runner.backend import StepInput, StepSamples
+from quire.runner.prompt_work import score
 from quire.runner.runner import NAN_ERROR, Runner
 from quire.runner.seats import Seats, independent
 from quire.structured.base import NoTokenLeftError
@@ -61,6 +62,8 @@ class ScriptedBackend:
 
     def release(self, seat: int) -> None:
         self.calls.append("release")
+
+    score = staticmethod(score)
 
     def append(self, seat: int, token_ids: Sequence[int]) -> None:
         self.calls.append(("force", list(token_ids)))

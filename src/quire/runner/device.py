@@ -35,6 +35,9 @@ class Download(Protocol):
 class Device(Protocol):
     """One accelerator. Launches are carried out in order, except downloads."""
 
+    compiles: bool
+    """Whether the first launch of a kernel compiles it."""
+
     @property
     def torch_device(self) -> torch.device: ...
 
@@ -95,6 +98,8 @@ class CudaDevice:
     PyTorch's default capture stream is shared with other engines in the process: cuBLAS keeps one
     workspace per stream, and the graphs of both would contain its address.
     """
+
+    compiles = True
 
     def __init__(self, index: int = 0) -> None:
         self.torch_device = torch.device("cuda", index)
@@ -209,6 +214,7 @@ class _CudaDownload:
 class HostDevice:
     """The CPU, synchronously."""
 
+    compiles = False
     torch_device = torch.device("cpu")
 
     def active(self) -> AbstractContextManager[object]:

@@ -27,16 +27,18 @@ from torch import Tensor
 from quire.attention.base import AttentionMetadata, KVCache
 from quire.kernels.triton.batch import DeviceBatch, append_tokens, build_step, copy_blocks
 from quire.kernels.triton.packing import BatchShape, Section, StepPacker
-from quire.kernels.triton.sampling import DeviceTokens
+from quire.kernels.triton.sampling import SAMPLER_LEVELS, DeviceTokens
 from quire.messages import AdmittedRequest, TokenLogprobs
 from quire.models.decoder import DecoderModel
 from quire.runner.backend import StepInput, StepSamples
 from quire.runner.device import Device, Download
 from quire.runner.gpu_sampling import FetchedLogprobs, GPUSampling
 from quire.runner.graphs import Computed, Graphs, StepShape
+from quire.runner.prompt_work import Score
 from quire.runner.seats import Seats
 
 _NONE = np.zeros(0, dtype=np.int64)
+_ARRAYS = ("seats", "counts", "seq_lens", "num_blocks", "sampling", "positions")
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
@@ -111,6 +113,12 @@ class GPUBackend:
                 (tokens,), -1, dtype=torch.int32, device=kv_cache.storage.device
             )
         self._blocks = kv_cache.storage.view(len(kv_cache.parts), 2, *kv_cache.parts[0].k.shape)
+        if self._device.compiles:
+            self.compile_all()
+
+    @property
+    def score(self) -> Score:
+        return self._sampling.score
 
     # --- requests -------------------------------------------------------------------------------------
 
@@ -173,7 +181,7 @@ class GPUBackend:
         seats, positions = self._sample_sections(len(logits))
         if wants.edit:
             edited = self._sampling.edit(logits, seats, positions, masks)
-        tokens = self._sampling.sample(edited, seats, positions, wants.level, count=wants.edit)
+        tokens = self._sampling.sample(edited, seats, positions, wants.level)
         append_tokens(self._batch, tokens.token_ids)
         logprobs = self._sampling.logprobs(wants.logprobs, logits, edited, seats, tokens.token_ids)
         return self._fetch(tokens, count, logprobs, hidden)
@@ -223,19 +231,31 @@ class GPUBackend:
         shape = self.graphs.next()
         if shape is None:
             return False
-        self._upload(
-            self._packer.pack(
-                seats=_NONE,
-                counts=_NONE,
-                seq_lens=_NONE,
-                num_blocks=_NONE,
-                sampling=_NONE,
-                positions=_NONE,
-                new_ids=[],
-                new_blocks=[],
-            )
-        )
+        self._send_padding()
         return self.graphs.prepare(shape)
+
+    def _send_padding(self) -> None:
+        """The input of a step without rows."""
+        none: dict[str, NDArray[np.int64]] = dict.fromkeys(_ARRAYS, _NONE)
+        self._upload(self._packer.pack(**none, new_ids=[], new_blocks=[]))
+
+    @_on_device
+    def compile_all(self) -> None:
+        """Launch every kernel in every variant that a step can need, over padding, while there is no request.
+        Later a compilation would stop all requests for a second."""
+        self._send_padding()
+        limits = self._packer.shape
+        adapted = (False, True) if self._seats.step.adapters is not None else (False,)
+        for has_adapters in adapted:
+            for level in SAMPLER_LEVELS:
+                self._compute(StepShape(1, 1, 1, 1, level, has_adapters))
+            # As many rows and tokens as there may be: quantized products choose their kernels by them.
+            rows, tokens = limits.max_seqs, limits.max_tokens
+            self._compute(StepShape(rows, tokens, rows, tokens, None, has_adapters))
+        hidden = self._forward(StepShape(1, 2, 1, 2, None))
+        self._sampling.compile_all(self._model.logits(hidden[:1]), *self._sample_sections(1))
+        nothing = torch.full((2, 1), -1, dtype=torch.int64, device=self._blocks.device)
+        copy_blocks(self._blocks, nothing[0], nothing[1])
 
     # --- on the device --------------------------------------------------------------------------------
 
@@ -245,7 +265,7 @@ class GPUBackend:
         if shape.level is not None and shape.samples:
             seats, positions = self._sample_sections(shape.samples)
             logits = self._model.logits(hidden)
-            tokens = self._sampling.sample(logits, seats, positions, shape.level, count=False)
+            tokens = self._sampling.sample(logits, seats, positions, shape.level)
             append_tokens(self._batch, tokens.token_ids)
         return Computed(hidden, tokens)
 

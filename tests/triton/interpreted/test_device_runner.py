@@ -34,6 +34,7 @@ from quire.weights.adapter import check_adapter
 from tests.models.variants import build_reference, save
 from tests.runner.drafting import COUNT, generate, nearly_right
 from tests.scheduler.requests import add_request
+from tests.triton.keys import Variants
 from tests.weights.adapter_writer import write_adapter
 
 MAX_LEN = 48
@@ -433,8 +434,12 @@ def test_graph_sizes() -> None:
     assert mixed_tokens(70_000_000_000, 8192) == []
 
 
-def test_adapters(checkpoint: Path, device: FaithfulDevice, tmp_path: Path) -> None:
-    """Two of three adapters at a time, in graphs, beside requests without one: the tokens of the CPU."""
+def test_adapters(
+    checkpoint: Path, device: FaithfulDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of three adapters at a time, in graphs, beside requests without one: the tokens of the CPU. No
+    kernel is launched in a variant that was not launched at the start."""
+    device.compiles, variants = True, Variants(monkeypatch)
     options = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8}
     spec = spec_of(checkpoint).model
     keys, messages = [], []
@@ -448,11 +453,12 @@ def test_adapters(checkpoint: Path, device: FaithfulDevice, tmp_path: Path) -> N
         )
         for i, key in enumerate([keys[0], None, keys[1], keys[0], keys[2]], 1)
     ]
-    outcomes = []
+    outcomes: list[dict[int, list[int]]] = []
     for executor in (on_cpu(checkpoint, **options), on_device(checkpoint, device, **options)):
-        core = core_of(executor, adapters=2)
+        core, known = core_of(executor, adapters=2), set(variants.seen)
         for message in messages:
             core.handle(message)
         outcomes.append(run(executor, requests, core=core).tokens)
     assert outcomes[0] == outcomes[1] and len(outcomes[0]) == 5
+    assert known and not variants.since(known)
     assert any(shape.adapted for shape in backend_of(executor).graphs.recorded)
