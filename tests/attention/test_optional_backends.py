@@ -49,6 +49,7 @@ def attend(
     assert table.dtype == query_starts.dtype == lengths.dtype == torch.int32
     assert q.dtype == pages[0].dtype == pages[1].dtype and q.stride(-1) == pages[0].stride(-1) == 1
     assert table.shape[0] == lengths.shape[0] == query_starts.shape[0] - 1
+    assert lengths.min() >= 1  # others' kernels read a block of each row, that of padding too
     out = torch.full(q.shape, torch.nan, dtype=q.dtype)
     for b, length in enumerate(lengths.tolist()):
         rows = slice(*query_starts[b : b + 2].tolist())
@@ -223,7 +224,7 @@ def make_step(queries: list[int], lengths: list[int], *, window: int | None, pad
         positions=torch.zeros(tokens + padding, dtype=torch.int64),  # nothing here reads these
         slot_mapping=torch.zeros(tokens + padding, dtype=torch.int64),
         query_start_loc=torch.cat((starts(queries), empty + tokens)),
-        seq_lens=torch.cat((s.seq_lens, empty)),
+        seq_lens=torch.cat((s.seq_lens, empty + 1)),
         block_table=torch.cat((s.block_table, empty[:, None].expand(-1, s.block_table.shape[1]))),
         max_query_len=max(queries),
     )

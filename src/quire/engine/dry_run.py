@@ -86,6 +86,7 @@ def dry_run(
         memory = DeviceMemory(total=memory_bytes, available=memory_bytes)
         if wanted != "cpu":
             resolved = dataclasses.replace(resolved, device="cuda")
+            config = config.on_gpu(memory_bytes)
     return _ledger(config, resolved, memory)
 
 

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from quire.attention.base import AttentionMetadata, KVCache
 from quire.kernels.triton.batch import DeviceBatch, append_tokens, build_step, copy_blocks
+from quire.kernels.triton.compiles import SERVING, report_compiles
 from quire.kernels.triton.packing import BatchShape, Section, StepPacker
 from quire.kernels.triton.sampling import SAMPLER_LEVELS, DeviceTokens
 from quire.messages import AdmittedRequest, TokenLogprobs
@@ -147,6 +148,13 @@ class GPUBackend:
 
     @_on_device
     def launch(self, step: StepInput) -> LaunchedGPUStep:
+        before = SERVING.set(True)
+        try:
+            return self._launch(step)
+        finally:
+            SERVING.reset(before)
+
+    def _launch(self, step: StepInput) -> LaunchedGPUStep:
         rows, count = step.rows.rows[: step.rows.num_rows], len(step.positions)
         counts = rows[:, 2]
         self._send(step, rows)
@@ -256,6 +264,7 @@ class GPUBackend:
         self._sampling.compile_all(self._model.logits(hidden[:1]), *self._sample_sections(1))
         nothing = torch.full((2, 1), -1, dtype=torch.int64, device=self._blocks.device)
         copy_blocks(self._blocks, nothing[0], nothing[1])
+        report_compiles()
 
     # --- on the device --------------------------------------------------------------------------------
 

@@ -426,10 +426,12 @@ def test_drafts_change_no_token(checkpoint: Path, device: FaithfulDevice, eager:
 def test_graph_sizes() -> None:
     assert graph_sizes(1) == [1]
     assert graph_sizes(6) == [1, 2, 4, 6]
-    assert graph_sizes(1000)[-1] == 256 and graph_sizes(100)[-1] == 100
+    assert graph_sizes(1000)[-4:] == [928, 960, 992, 1000] and graph_sizes(100)[-1] == 100
+    assert graph_sizes(256)[-2:] == [240, 256] and graph_sizes(512)[-2:] == [480, 512]
     assert mixed_rows(3) == [3] and mixed_rows(100) == [4, 16, 64, 100]
-    assert mixed_tokens(600_000_000, 8192) == [64, 128, 256, 512]
-    assert mixed_tokens(8_000_000_000, 8192) == [64, 128]
+    assert mixed_rows(256) == [4, 16, 64, 256] and mixed_rows(512) == [4, 16, 64, 256, 512]
+    assert mixed_tokens(600_000_000, 8192) == [64, 128, 256, 512, 1024, 2048]
+    assert mixed_tokens(8_000_000_000, 8192) == [64, 128, 256]
     assert mixed_tokens(1_000_000, 100) == [64, 100]
     assert mixed_tokens(70_000_000_000, 8192) == []
 
