@@ -255,6 +255,7 @@ class GPUSampling:
             for level in SAMPLER_LEVELS:
                 tokens = self.sample(each, seats, positions, level)
             self.logprobs(asking, logits, each, nobody, tokens.token_ids)
+        self.score([(logits, [0])], 1, [0])
 
     def logprobs(
         self,

@@ -46,7 +46,7 @@ def _reported(value, best, log_total, NORMALIZED: tl.constexpr):
     return value
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["entries"])
 def _part(logits, stride, vocab, rows, tokens, top_ptr, weight_ptr, above_ptr, entries):
     tile, index = tl.program_id(0), tl.program_id(1).to(tl.int64)
     part = index * tl.num_programs(0) + tile
@@ -66,7 +66,7 @@ def _part(logits, stride, vocab, rows, tokens, top_ptr, weight_ptr, above_ptr, e
         keys = tl.where(keys == top, LEAST, keys)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["entries", "k", "asked"])
 def _merge(
     logits, stride, rows, tokens, top_ptr, weight_ptr, above_ptr, tiles, entries,
     chosen_ptr, rank_ptr, ids_ptr, values_ptr, k, asked_ids, asked_ptr, asked,
@@ -168,7 +168,7 @@ def logprobs(
             logits, stride, rows, token_ids, top, weights, above, tiles, entries,
             result.logprob, result.rank, result.top_ids, result.top_logprobs, k,
             asked_ids, result.asked, asked,
-            TILES=triton.next_power_of_2(tiles), ENTRIES=triton.next_power_of_2(tiles * entries),
+            TILES=triton.next_power_of_2(tiles), ENTRIES=triton.next_power_of_2(tiles * MAX_LOGPROBS),
             NORMALIZED=normalized, num_warps=4,
         )  # fmt: skip
     return result
