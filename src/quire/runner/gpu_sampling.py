@@ -212,9 +212,7 @@ class GPUSampling:
         self._device.upload(target, source)
         return target
 
-    def edit(
-        self, logits: Tensor, seats: Tensor, positions: Tensor, masks: RowMasks
-    ) -> Tensor:
+    def edit(self, logits: Tensor, seats: Tensor, positions: Tensor, masks: RowMasks) -> Tensor:
         """The edited logits, [R, V] float32. logits: [R, V], as the model gave them. seats: [R] int32;
         positions: [R] int64; on the device."""
         return edits.edit_logits(
@@ -300,12 +298,13 @@ class GPUSampling:
     def score(
         self, parts: Iterable[tuple[Tensor, Sequence[int]]], count: int, also: Sequence[int]
     ) -> list[TokenLogprobs]:
-        """As `quire.runner.prompt_work.score`. Nothing comes back to the host before all parts are computed."""
+        """As `quire.runner.prompt_work.score`. Nothing comes back before all parts are computed."""
         if not 0 <= count <= MAX_LOGPROBS:
             return score(parts, count, also)
         asked = np.zeros((1, _asked_width([Logprobs(count, also)])), dtype=np.int64)
         asked[0, : len(also)] = also
-        ids, every, tokens = self._sent(asked), [], []
+        ids, every = self._sent(asked), []
+        tokens: list[int] = []
         for logits, targets in parts:
             rows = len(targets)
             top = logprobs(

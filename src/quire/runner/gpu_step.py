@@ -252,16 +252,19 @@ class GPUBackend:
         """Launch every kernel in every variant that a step can need, over padding, while there is no request.
         Later a compilation would stop all requests for a second."""
         self._send_padding()
-        limits = self._packer.shape
-        adapted = (False, True) if self._seats.step.adapters is not None else (False,)
-        for has_adapters in adapted:
-            for level in SAMPLER_LEVELS:
-                self._compute(StepShape(1, 1, 1, 1, level, has_adapters))
+        most = self._packer.shape
+        for adapted in (False, True)[: 1 + (self._seats.step.adapters is not None)]:
             # As many rows and tokens as there may be: quantized products choose their kernels by them.
-            rows, tokens = limits.max_seqs, limits.max_tokens
-            self._compute(StepShape(rows, tokens, rows, tokens, None, has_adapters))
-        hidden = self._forward(StepShape(1, 2, 1, 2, None))
-        self._sampling.compile_all(self._model.logits(hidden[:1]), *self._sample_sections(1))
+            self._compute(
+                StepShape(
+                    most.max_seqs, most.max_tokens, most.max_seqs, most.max_tokens, None, adapted
+                )
+            )
+            hidden = self._compute(StepShape(1, 1, 1, 1, None, adapted)).hidden
+        self._model.logits(hidden.expand(most.max_seqs, -1).contiguous())
+        seats, positions = self._sample_sections(1)
+        self._sampling.compile_all(self._model.logits(hidden), seats, positions)
+        append_tokens(self._batch, seats.long())
         nothing = torch.full((2, 1), -1, dtype=torch.int64, device=self._blocks.device)
         copy_blocks(self._blocks, nothing[0], nothing[1])
         report_compiles()

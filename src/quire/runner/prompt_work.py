@@ -83,7 +83,7 @@ class PromptWork:
     def read(
         self, start: int, count: int, hidden: Tensor, model: DecoderModel, scored: Score = score
     ) -> PromptResult | None:
-        """hidden: [at least `wanted`, hidden_size], of the row's last tokens. scored: the device's `score`."""
+        """hidden: [at least `wanted`, hidden_size], of the row's last tokens. scored: the device's."""
         wanted = self.wanted(start, count)
         if not wanted:
             return None
@@ -112,7 +112,9 @@ class PromptWork:
         assert self.pooling is not None
         if self.pooling.pooling == "mean":
             # NumPy adds one row after the other, so the sum does not depend on how the prompt was cut.
-            rows = hidden.cpu().double().numpy()  # widened here: in float64 a prompt takes gigabytes
+            rows = (
+                hidden.cpu().double().numpy()
+            )  # widened here: in float64 a prompt takes gigabytes
             if self.sum is not None:
                 rows = np.vstack([self.sum, rows])
             self.sum = np.add.reduce(rows, axis=0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from quire.runner.device import CannotRecordError, HostDevice
 from quire.runner.footprint import WorkerSpec
 from quire.runner.gpu import GPU
 from quire.runner.gpu_step import GPUBackend
-from quire.runner.graphs import graph_sizes, mixed_rows, mixed_tokens
+from quire.runner.graphs import Graphs, StepShape, graph_sizes, mixed_rows, mixed_tokens
 from quire.runner.worker import Worker
 from quire.scheduler import Scheduler, SchedulerLimits
 from quire.scheduler.invariants import check_invariants
@@ -62,7 +63,7 @@ class FaithfulDevice(HostDevice):
     memory, and must launch what was launched when it was recorded: same kernels, grids, numbers and
     shapes, the same memory wherever that outlives the step; a graph would not notice a difference. All of
     it was launched before, so that nothing is compiled while recording. Nor are there copies to or
-    from the host.
+    from the host. Whatever is launched or copied belongs to the device's own stream.
     """
 
     def __init__(self) -> None:
@@ -75,16 +76,24 @@ class FaithfulDevice(HostDevice):
         self.outside: list[str] = []
         """Launches that were no part of a replay."""
         self.lasting: list[Tensor] = []
+        self.depth = 0
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        self.depth += 1
+        yield
+        self.depth -= 1
 
     def upload(self, target: Tensor, source: Tensor) -> None:
-        assert not self.inside
+        assert not self.inside and self.depth
         super().upload(target, source)
 
     def download(self, tensors: Sequence[Tensor]) -> LateDownload:
-        assert not self.inside
+        assert not self.inside and self.depth
         return LateDownload(tensors)
 
     def launched(self, name: str, grid: object, arguments: dict[str, Any]) -> None:
+        assert self.depth, f"{name} would be launched on the caller's stream"
         launch = f"{name}{grid} { ({k: self._baked(v) for k, v in arguments.items()}) }"
         (self.launches if self.inside else self.outside).append(launch)
 
@@ -464,3 +473,35 @@ def test_adapters(
     assert outcomes[0] == outcomes[1] and len(outcomes[0]) == 5
     assert known and not variants.since(known)
     assert any(shape.adapted for shape in backend_of(executor).graphs.recorded)
+
+
+class Counted(HostDevice):
+    """Returns a number for each graph."""
+
+    recorded = 0
+
+    def record(self, work: Callable[[], Any]) -> Callable[[], Any]:
+        self.recorded += 1
+        number = self.recorded
+        return lambda: number
+
+
+def test_under_a_load_a_larger_graph_is_used_before_one_is_captured() -> None:
+    device, eager = Counted(), "eager"
+    graphs = Graphs(
+        device, lambda shape: eager,  # type: ignore[arg-type, return-value]
+        max_num_seqs=512, max_num_batched_tokens=8192, num_weights=600_000_000, eager=False,
+    )  # fmt: skip
+
+    def decode(rows: int, level: Any = "greedy") -> object:
+        return graphs.compute(StepShape(rows, rows, rows, 1, level))
+
+    assert [decode(40) for _ in range(4)] == [eager, eager, 1, 1]
+    assert [decode(rows) for rows in (33, 12, 10)] == [1] * 3 and device.recorded == 1
+    assert [decode(9) for _ in range(5)] == [1] * 5, "a graph of 40 rows does for 10 and more"
+    assert [decode(8) for _ in range(3)] == [eager, eager, 2], "five times the rows are too many"
+    assert decode(40, "draw") == eager, "greedy is no superset of it"
+    mixed = StepShape(3, 70, 3, 60, "greedy")
+    assert [graphs.compute(mixed) for _ in range(3)] == [eager, eager, 3]
+    assert graphs.compute(mixed._replace(tokens=40, most_tokens=20)) == 3
+    assert graphs.next() is not None, "its own size is still wanted, when there is time"

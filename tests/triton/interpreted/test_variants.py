@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
@@ -10,8 +12,9 @@ import torch
 from quire.decoding import Decoding
 from quire.kernels.triton.sampling import SAMPLER_LEVELS
 from quire.messages import AdmittedRequest
-from quire.runner.device import HostDevice
+from quire.runner.device import Download, HostDevice
 from quire.runner.gpu_sampling import GPUSampling, Logprobs
+from quire.runner.prompt_work import score
 from quire.structured.masks import Mask
 from tests.triton.keys import Variants
 
@@ -25,7 +28,9 @@ LISTS = (1, 16, 40)
 @pytest.mark.parametrize(
     ("mode", "dtype"), [("raw_logprobs", torch.bfloat16), ("processed_logits", torch.float32)]
 )
-def test_no_request_compiles(mode: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_request_compiles(
+    mode: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     variants = Variants(monkeypatch)
     sampling = GPUSampling(ROWS, VOCAB, HostDevice(), logprobs_mode=mode)
     one = torch.full((1,), -1, dtype=torch.int32)
@@ -85,3 +90,29 @@ def test_a_new_variant_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     known = set(variants.seen)
     logprobs(logits, rows, tokens, 2)
     assert [each.split(":")[0] for each in variants.since(known)] == ["_merge"]
+
+
+class Counting(HostDevice):
+    downloads = 0
+
+    def download(self, tensors: Sequence[torch.Tensor]) -> Download:
+        self.downloads += 1
+        return super().download(tensors)
+
+
+@pytest.mark.parametrize("count", [0, 5])
+def test_prompt_logprobs_come_back_once(count: int) -> None:
+    """The same as on the CPU, however many parts the prompt's logits are computed in."""
+    device = Counting()
+    sampling = GPUSampling(1, VOCAB, device, logprobs_mode="raw_logprobs")
+    parts = [(torch.randn(n, VOCAB), list(range(n))) for n in (3, 3, 1)]
+    found = sampling.score(parts, count, [7, 9])
+    assert device.downloads == 1
+    for ours, theirs in zip(found, score(parts, count, [7, 9]), strict=True):
+        assert (ours.token_id, ours.rank, ours.top_ids) == (
+            theirs.token_id,
+            theirs.rank,
+            theirs.top_ids,
+        )
+        for name in ("logprob", "top_logprobs", "asked_logprobs"):
+            assert getattr(ours, name) == pytest.approx(getattr(theirs, name), abs=1e-4)
