@@ -238,8 +238,9 @@ def _load_queries(
     heads = head * GROUP + tl.arange(0, token.shape[0]) % GROUP
     at = (begin + token).to(tl.int64) * q_stride + heads * D
     rows = _load_rows(q + at[:, None] + columns, real[:, None], columns, D, True)
-    if SCALED and rows.dtype != tl.float32:
-        # For an fp8 cache: its numbers are exact in float16, and one instruction converts two of them.
+    if SCALED and rows.dtype != tl.float32 and PADDED_D <= 128:
+        # For an fp8 cache: its numbers are exact in float16, and one instruction converts two of them. Wider
+        # heads take more registers so, and spill.
         bounded = tl.clamp(
             rows.to(tl.float32), -_HALF_MAX, _HALF_MAX, propagate_nan=tl.PropagateNan.ALL
         )
@@ -263,25 +264,42 @@ def _store_mean(
 
 
 @triton.jit
-def _merge_parts(
-    out, record, mean_of, begin, token, real, head, splits,
+def _merge_if_last(
+    out, workspace, arrived, starts, lengths, v_scale, slots,
     QUERIES: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
-    PADDED_D: tl.constexpr, RECORD: tl.constexpr,
+    PADDED_D: tl.constexpr, SPLIT: tl.constexpr, PER_LEVEL: tl.constexpr, WINDOW: tl.constexpr,
+    RECORD: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Merge the parts of some rows in order. record: each row's in the first split. mean_of: v_scale."""
-    columns = tl.arange(0, PADDED_D)[None, :]
-    inside = real[:, None] & (columns < D)
-    acc = tl.zeros([token.shape[0], PADDED_D], tl.float32)
-    peak = tl.full([token.shape[0]], float("-inf"), tl.float32)
-    total = tl.zeros([token.shape[0]], tl.float32)
-    for _ in tl.range(0, splits, loop_unroll_factor=4):
-        more_acc = tl.load(record[:, None] + columns, mask=inside, other=0.0)
-        more_peak = tl.load(record + D, mask=real, other=float("-inf"))
-        more_total = tl.load(record + D + 1, mask=real, other=0.0)
-        acc, peak, total = _merge(acc, peak, total, more_acc, more_peak, more_total)
-        record += QUERIES * GROUP * (D + RECORD)
-    mean = _mean(acc, total, mean_of, head)
-    _store_mean(out, mean, begin, token, real, head, KV_HEADS, GROUP, D)
+    """What a program of `split_kernel` does when its parts are written. Its scalars are read again, for kept in
+    registers through the loops they would spill."""
+    head, request, share = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    begin = tl.load(starts + request)
+    count = tl.load(starts + request + 1) - begin
+    _, splits = _splits(tl.load(lengths + request), count, SPLIT, PER_LEVEL, WINDOW)
+    if splits > 1 and share < splits:
+        arrived += request * KV_HEADS + head
+        tl.debug_barrier()  # every thread's part is written before one of them counts
+        others = tl.minimum(splits, tl.num_programs(2)) - 1
+        if tl.atomic_add(arrived, 1, sem="acq_rel") == others:
+            tl.store(arrived, 0)
+            row = tl.arange(0, ROWS)
+            token = row // GROUP
+            real = token < count
+            columns = tl.arange(0, PADDED_D)[None, :]
+            part = (request.to(tl.int64) * KV_HEADS + head) * slots
+            record = workspace + (part * (QUERIES * GROUP) + row) * (D + RECORD)
+            acc = tl.zeros([ROWS, PADDED_D], tl.float32)
+            peak = tl.full([ROWS], float("-inf"), tl.float32)
+            total = tl.zeros([ROWS], tl.float32)
+            for _ in tl.range(0, splits, loop_unroll_factor=4):
+                inside = real[:, None] & (columns < D)
+                more_acc = tl.load(record[:, None] + columns, mask=inside, other=0.0)
+                more_peak = tl.load(record + D, mask=real, other=float("-inf"))
+                more_total = tl.load(record + D + 1, mask=real, other=0.0)
+                acc, peak, total = _merge(acc, peak, total, more_acc, more_peak, more_total)
+                record += QUERIES * GROUP * (D + RECORD)
+            mean = _mean(acc, total, v_scale, head)
+            _store_mean(out, mean, begin, token, real, head, KV_HEADS, GROUP, D)
 
 
 @triton.jit(
@@ -341,21 +359,11 @@ def split_kernel(
             tl.store(record[:, None] + columns, acc, mask=real[:, None] & (columns < D))
             tl.store(record + D, peak, mask=real)
             tl.store(record + D + 1, total, mask=real)
-    if FUSED and splits > 1 and share < splits:
-        arrived += request * KV_HEADS + head
-        tl.debug_barrier()  # every thread's part is written before one of them counts
-        others = tl.minimum(splits, tl.num_programs(2)) - 1
-        if tl.atomic_add(arrived, 1, sem="acq_rel") == others:
-            tl.debug_barrier()
-            tl.store(arrived, 0)
-            part = (request.to(tl.int64) * KV_HEADS + head) * slots
-            every = tl.arange(0, ROWS)
-            mine = every // GROUP
-            record = workspace + (part * (QUERIES * GROUP) + every) * (D + RECORD)
-            _merge_parts(
-                out, record, v_scale, begin, mine, mine < count, head, splits,
-                QUERIES, KV_HEADS, GROUP, D, PADDED_D, RECORD,
-            )  # fmt: skip
+    if FUSED:
+        _merge_if_last(
+            out, workspace, arrived, starts, lengths, v_scale, slots,
+            QUERIES, KV_HEADS, GROUP, D, PADDED_D, SPLIT, PER_LEVEL, WINDOW, RECORD, ROWS,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["slots"], do_not_specialize_on_alignment=["starts", "lengths"])

@@ -319,10 +319,12 @@ def _count(past, table, seat):
         tl.store(past, tl.where((count & 0x7FFF) == 0x7FFF, count, count + 1))
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["counts"], do_not_specialize_on_alignment=["seats", "positions", "history"]
+)
 def _finish(
     logits, stride, vocab, table, seats, positions, best_ptr, group_ptr, part_ptr, list_ptr,
-    limit_ptr, ties_ptr, history, token_ptr, valid_ptr, tiles,
+    limit_ptr, ties_ptr, history, counts, token_ptr, valid_ptr, tiles,
     DRAWS: tl.constexpr, FILTERS: tl.constexpr, TILES: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -350,7 +352,7 @@ def _finish(
     token = tl.where(valid, ranked_id(winner), 0)
     tl.store(token_ptr + row, token)
     tl.store(valid_ptr + row, valid)
-    if history is not None and valid:
+    if (counts != 0) & valid:
         _count(history + seat * vocab + token, table, seat)
 
 
@@ -469,7 +471,8 @@ def sample(
         )  # fmt: skip
     _finish[(rows,)](
         logits, stride, vocab, table, seats, positions, w.best, w.group, w.part, w.listed, w.limit,
-        w.ties, history, tokens, valid, tiles,
+        w.ties, seats.view(torch.int16) if history is None else history, int(history is not None),
+        tokens, valid, tiles,
         DRAWS=draws, FILTERS=filters, TILES=padded, GROUPS=padded * (TILE // GROUP),
         num_warps=8 if filters else 1,
     )  # fmt: skip
