@@ -37,6 +37,8 @@ class AttentionMetadata:
     """[B, max_blocks] int32: each request's blocks in order; entries past the sequence are never read."""
     max_query_len: int | None = None
     """The largest number of tokens of a request in this step, if the host knows it."""
+    min_query_len: int = 1
+    """The smallest, or less. Not for a step that is recorded, whose rows may have any number."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,6 +35,7 @@ class PagedAttention:
             window=layer.window,
             softcap=layer.softcap,
             max_query_len=metadata.max_query_len,
+            min_query_len=metadata.min_query_len,
             kv_scales=cache.scales,
             out=out,
         )

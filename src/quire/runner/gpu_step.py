@@ -170,6 +170,7 @@ class GPUBackend:
             most_tokens=int(counts.max()),
             level=wants.level if inside else None,
             adapted=step.rows.has_adapters,
+            least_tokens=int(counts.min()),
         )
         hidden: list[Tensor] = []
         if step.read_rows:
@@ -293,6 +294,7 @@ class GPUBackend:
                 seq_lens=batch.section(Section.SEQ_LENS)[:rows],
                 block_table=blocks[:rows],
                 max_query_len=shape.most_tokens,
+                min_query_len=shape.least_tokens,
             )
             for slots, blocks in zip(batch.slot_mapping, batch.block_table, strict=True)
         ]

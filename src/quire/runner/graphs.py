@@ -50,6 +50,8 @@ class StepShape(NamedTuple):
     """Sampler level; None if it is sampled outside the graph."""
     adapted: bool = False
     """Whether any row has a LoRA adapter: else its kernels are not launched."""
+    least_tokens: int = 1
+    """The smallest number of tokens of a row; 1 where a graph is used, whose rows may have any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +155,9 @@ class Graphs:
         tokens = _least(self._mixed_tokens, exact.tokens)
         if rows is None or tokens is None:
             return None
-        return exact._replace(rows=rows, tokens=tokens, samples=rows, most_tokens=tokens)
+        return exact._replace(
+            rows=rows, tokens=tokens, samples=rows, most_tokens=tokens, least_tokens=1
+        )
 
     def _work(self, shape: StepShape) -> Compute:
         """The CUDA graph for this shape; else one that does for it; else eager launches."""
