@@ -28,7 +28,7 @@ from quire.attention.base import AttentionMetadata, KVCache
 from quire.kernels.triton.batch import DeviceBatch, append_tokens, build_step, copy_blocks
 from quire.kernels.triton.compiles import SERVING, report_compiles
 from quire.kernels.triton.packing import BatchShape, Section, StepPacker
-from quire.kernels.triton.sampling import SAMPLER_LEVELS, DeviceTokens
+from quire.kernels.triton.sampling import DeviceTokens
 from quire.messages import AdmittedRequest, TokenLogprobs
 from quire.models.decoder import DecoderModel
 from quire.runner.backend import StepInput, StepSamples

@@ -173,8 +173,8 @@ class Graphs:
         return partial(self._compute, shape)
 
     def _superset(self, shape: StepShape) -> Compute | None:
-        """A graph with a sampler of a higher level, which gives the same tokens, or with more padding. Capturing
-        stops all requests for some 50 ms, so under a load it is a last resort."""
+        """A graph with a sampler of a higher level, which gives the same tokens, or with more padding. A
+        capture stops all requests for some 50 ms, so under a load it is a last resort."""
         levels: tuple[SamplerLevel | None, ...] = (None,)
         if shape.level is not None:
             levels = SAMPLER_LEVELS[SAMPLER_LEVELS.index(shape.level) :]
