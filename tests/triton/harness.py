@@ -125,9 +125,7 @@ class Report:
 
 def shared_memory(launch: Callable[[], object], arch: int | str) -> list[tuple[str, int]]:
     """Each launched kernel's, on a device of whose code nothing else can be looked at: "gfx942", say."""
-    return _in_child(
-        lambda: [(k.metadata.name, k.metadata.shared) for k in _compile(launch, arch)]
-    )
+    return _in_child(lambda: [(k.metadata.name, k.metadata.shared) for k in _compile(launch, arch)])
 
 
 def variants(launch: Callable[[], object], arch: int = 90) -> list[str]:
@@ -155,7 +153,9 @@ def compile_launches(launch: Callable[[], object], *, arch: int = 90) -> list[Re
     compiler aborts the process. Kernels launched twice alike are reported twice. Raises
     `CompileFailed`.
     """
-    return _in_child(lambda: [_report(kernel, seen) for seen in [{}] for kernel in _compile(launch, arch)])
+    return _in_child(
+        lambda: [_report(kernel, seen) for seen in [{}] for kernel in _compile(launch, arch)]
+    )
 
 
 def _in_child(work: Callable[[], Any]) -> Any:
@@ -275,7 +275,7 @@ def _report(kernel: Any, seen: dict[str, Report]) -> Report:
 
 
 def _shortest_loop(sass: str) -> int:
-    """The fewest instructions of a loop without loops in it that loads asynchronously: over keys, unmasked."""
+    """The fewest instructions of an innermost loop that loads asynchronously: over keys, unmasked."""
     found, labels, lines = [0], {}, []
     for line in sass.splitlines():
         if label := re.match(r"(\.L_x_\d+):", line.strip()):

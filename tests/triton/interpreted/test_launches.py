@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.models.published import QWEN3_06B
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import GridExecutor
 
@@ -14,6 +13,7 @@ from quire.attention.base import AttentionMetadata, KVCache
 from quire.kernels.triton.backend import TritonKernels
 from quire.models.decoder import DecoderModel
 from quire.models.registry import resolve_spec
+from tests.models.published import QWEN3_06B
 
 MAX_LEN, BLOCK_SIZE = 4096, 64
 FREE = {"view", "_unsafe_view", "t", "slice", "select", "empty", "new_empty", "unsqueeze", "alias"}
@@ -48,9 +48,7 @@ def launches(
         num_parts=layers, num_blocks=2, num_kv_heads=1, head_dim=32, block_size=BLOCK_SIZE,
         dtype=torch.bfloat16, kernels=kernels,
     )  # fmt: skip
-    kernels.reserve(
-        cache.parts[0].k, q_heads=2, max_requests=4, max_len=MAX_LEN, windows=[0]
-    )
+    kernels.reserve(cache.parts[0].k, q_heads=2, max_requests=4, max_len=MAX_LEN, windows=[0])
     starts = torch.tensor([0, *tokens]).cumsum(0).int()
     ids = torch.zeros(sum(tokens), dtype=torch.int64)
     metadata = AttentionMetadata(
@@ -71,9 +69,7 @@ def launches(
     return seen
 
 
-def of_a_layer(
-    tokens: list[int], monkeypatch: pytest.MonkeyPatch, **known: int
-) -> list[str]:
+def of_a_layer(tokens: list[int], monkeypatch: pytest.MonkeyPatch, **known: int) -> list[str]:
     one, two = (launches(n, tokens, monkeypatch, **known) for n in (1, 2))
     for name in one:
         two.remove(name)

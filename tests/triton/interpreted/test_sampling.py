@@ -351,7 +351,11 @@ def test_top_p_alone_lists_about_the_groups_that_it_keeps(top_p: float) -> None:
     space = SampleWorkspace.create(1, vocab, "cpu")
     space.listed.fill_(-1)
     drawn = sample(
-        logits, seat_table([fields]), torch.zeros(1, dtype=torch.int32), torch.zeros(1).long(), space
+        logits,
+        seat_table([fields]),
+        torch.zeros(1, dtype=torch.int32),
+        torch.zeros(1).long(),
+        space,
     )
     assert_is_drawn(logits[0], fields, int(drawn.token_ids[0]))
     probabilities = logits[0].double().softmax(-1).sort(descending=True)

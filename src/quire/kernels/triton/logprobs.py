@@ -46,9 +46,7 @@ def _reported(value, best, log_total, NORMALIZED: tl.constexpr):
     return value
 
 
-@triton.jit(
-    do_not_specialize=["entries"], do_not_specialize_on_alignment=["rows", "tokens"]
-)
+@triton.jit(do_not_specialize=["entries"], do_not_specialize_on_alignment=["rows", "tokens"])
 def _part(logits, stride, vocab, rows, tokens, top_ptr, weight_ptr, above_ptr, entries):
     tile, index = tl.program_id(0), tl.program_id(1).to(tl.int64)
     part = index * tl.num_programs(0) + tile

@@ -251,8 +251,8 @@ def _reach(distance, k, limit):
 
 @triton.jit
 def _weigh(distance, masses, target, limit):
-    """A distance, at most limit, within which groups weigh at least target, and few more do; limit if there is
-    none."""
+    """A distance, at most limit, within which groups weigh at least target, and not much more; limit if there
+    is none."""
     low = limit * 0.0
     for _ in range(14):
         middle = low + (limit - low) * 0.5
@@ -347,7 +347,9 @@ def _draw_filtered(
             count, _last, _beyond = _look(row, limit, False)
             mass -= (count - kept) * weight(limit)  # ties that top_k removes
             total = mass
-        target = tl.minimum(tl.maximum(_target(top_p, total), 1), mass)  # the best token always remains
+        target = tl.minimum(
+            tl.maximum(_target(top_p, total), 1), mass
+        )  # the best token always remains
         limit, before = _cut(row, last, target, True)
         each = tl.maximum(weight(limit), 1)
         ties = tl.minimum((target - before + each - 1) // each, MOST).to(tl.int32)
