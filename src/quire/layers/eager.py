@@ -124,7 +124,7 @@ class EagerOps:
             metadata=self.metadata[layer.group],
             out=out.view(-1, layer.num_heads, layer.head_dim),
         )
-        return attended.reshape(out.shape)
+        return attended.view(out.shape)
 
     def gated(self, gate_up: Tensor, activation: Activation) -> Tensor:
         return self.kernels.gated(gate_up, activation)
