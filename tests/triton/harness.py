@@ -275,7 +275,7 @@ def _report(kernel: Any, seen: dict[str, Report]) -> Report:
 
 
 def _shortest_loop(sass: str) -> int:
-    """The fewest instructions of a loop without loops in it that loads asynchronously: over keys, unmasked."""
+    """The fewest instructions of an innermost loop that loads asynchronously: over keys, unmasked."""
     found, labels, lines = [0], {}, []
     for line in sass.splitlines():
         if label := re.match(r"(\.L_x_\d+):", line.strip()):

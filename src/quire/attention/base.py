@@ -177,8 +177,9 @@ class AttentionBackend(Protocol):
         cache: LayerCache,
         metadata: AttentionMetadata,
         out: torch.Tensor,
-    ) -> None:
-        """Write the attention of `q` to `out`; the step's keys and values are in the cache.
+    ) -> torch.Tensor:
+        """The attention of `q`, in `out` or in a new tensor of its shape; the step's keys and values are in
+        the cache.
 
         q, out: [T, num_heads, head_dim]; q's heads dense, any token stride. layer: its window, scale and
         soft-cap.

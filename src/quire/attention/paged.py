@@ -23,8 +23,8 @@ class PagedAttention:
         cache: LayerCache,
         metadata: AttentionMetadata,
         out: torch.Tensor,
-    ) -> None:
-        self._kernels.paged_attention(
+    ) -> torch.Tensor:
+        return self._kernels.paged_attention(
             q,
             cache.k,
             cache.v,

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.models.published import QWEN3_06B
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import GridExecutor
 
@@ -14,6 +13,7 @@ from quire.attention.base import AttentionMetadata, KVCache
 from quire.kernels.triton.backend import TritonKernels
 from quire.models.decoder import DecoderModel
 from quire.models.registry import resolve_spec
+from tests.models.published import QWEN3_06B
 
 MAX_LEN, BLOCK_SIZE = 4096, 64
 FREE = {"view", "_unsafe_view", "t", "slice", "select", "empty", "new_empty", "unsqueeze", "alias"}

@@ -49,8 +49,8 @@ _HALF_MAX = tl.constexpr(65504.0)
 
 @triton.jit
 def _split_start(index, SPLIT: tl.constexpr, PER_LEVEL: tl.constexpr):
-    """The first key of a split: PER_LEVEL splits of SPLIT keys, as many of twice that, and so on. So cuts do not
-    depend on the context's length, a row's splits stay the same as it grows, and there are not many."""
+    """The first key of a split: PER_LEVEL splits of SPLIT keys, as many of twice that, and so on. So cuts do
+    not depend on the context's length, a row's splits stay the same as it grows, and there are not many."""
     level = index // PER_LEVEL
     return SPLIT * (PER_LEVEL * ((1 << level) - 1) + ((index % PER_LEVEL) << level))
 
@@ -270,8 +270,8 @@ def _merge_if_last(
     PADDED_D: tl.constexpr, SPLIT: tl.constexpr, PER_LEVEL: tl.constexpr, WINDOW: tl.constexpr,
     RECORD: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """What a program of `split_kernel` does when its parts are written. Its scalars are read again, for kept in
-    registers through the loops they would spill."""
+    """What a program of `split_kernel` does when its parts are written. Its scalars are read again: kept in
+    registers through the loops, they would spill."""
     head, request, share = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     begin = tl.load(starts + request)
     count = tl.load(starts + request + 1) - begin
@@ -317,8 +317,8 @@ def split_kernel(
     """Requests of up to QUERIES query tokens. Grid: (kv_heads, requests, shares): programs with splits of
     different length are not dealt to multiprocessors in turn, and the longest come first.
 
-    FUSED: the last of a request's and head's programs to end merges their parts. `arrived` counts them, from 0
-    and back to 0. Which one it is changes no bit, for it reads all parts, its own too, in order.
+    FUSED: the last of a request's and head's programs to end merges their parts. `arrived` counts them, from
+    0 and back to 0. Which one it is changes no bit, for it reads all parts, its own too, in order.
     """
     head, request, share = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     begin = tl.load(starts + request)
@@ -500,8 +500,8 @@ def paged_attention(
     block_size, D] in q's dtype, or in float8_e4m3fn with k_scale, v_scale: [kv_heads] float32 (a stored
     value times its scale is the value). block_table: [B, max_blocks] int32, rows dense.
     query_start_loc: [B + 1], seq_lens: [B], int32. out: like q, contiguous. workspace: float32, at
-    least `workspace_floats` long; its contents are not used afterwards. arrived: zeros, int32, one for each of
-    the requests' key heads, and zeros again afterwards; without it a kernel of its own merges splits.
+    least `workspace_floats` long; its contents are not used afterwards. arrived: zeros, int32, one for
+    each of the requests' key heads, and zeros again afterwards; without it a second kernel merges splits.
 
     max_query_len, min_query_len: bounds that the host knows for the query tokens of a request. A step
     that only decodes launches no tiles, one with only prompts no splits. decode_query_len: requests
@@ -567,7 +567,8 @@ def paged_attention(
         out, workspace, arrived if fused else seq_lens, q, *_operands(k_cache, v_cache, split_tile),
         *step, slots,
         **shape, **walk, BLOCK_M=block_m, BLOCK_N=split_tile.block_n, TMA=split_tile.tma, RECORD=RECORD,
-        FUSED=fused, ROWS=triton.next_power_of_2(decode_query_len * group), num_warps=split_tile.warps, num_stages=split_tile.stages,
+        FUSED=fused, ROWS=triton.next_power_of_2(decode_query_len * group), num_warps=split_tile.warps,
+        num_stages=split_tile.stages,
     )  # fmt: skip
     if slots > 1 and not fused:
         merge_kernel[(q_heads, decode_query_len, requests)](

@@ -251,8 +251,8 @@ def _reach(distance, k, limit):
 
 @triton.jit
 def _weigh(distance, masses, target, limit):
-    """A distance, at most limit, within which groups weigh at least target, and few more do; limit if there is
-    none."""
+    """A distance, at most limit, within which groups weigh at least target, and not much more; limit if there
+    is none."""
     low = limit * 0.0
     for _ in range(14):
         middle = low + (limit - low) * 0.5

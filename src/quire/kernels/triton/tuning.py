@@ -65,8 +65,8 @@ CANDIDATES: dict[str, tuple[Tile, ...]] = {
         Tile(64, 32, warps=4, stages=3),
     ),
 }
-"""What the first device run measures against `_default`, for heads of 128 on sm_90 (`bench.gpu first`): all of
-them compile without spills. None is used before it has won there."""
+"""What the first device run measures against `_default`, for heads of 128 on sm_90 (`bench.gpu first`). All
+compile without spills. None is used before it has won there."""
 
 
 def tile(key: Key) -> Tile:
