@@ -1,8 +1,9 @@
 """Check and measure Quire on one GPU.
 
     PYTHONPATH=src python -m bench.gpu [check] [kernels] [engine] [profile] --out DIR
+    PYTHONPATH=src python -m bench.gpu first-hour --out DIR
 
-Without a part, all four. Writes DIR/gpu.json after every case and DIR/gpu.md at the end.
+Without a part, the four of the first line. Writes DIR/gpu.json after every case and DIR/gpu.md at the end.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from bench.gpu.suite import Options, run_part
 from quire.bench.record import run_record
 
 PARTS = ("check", "kernels", "engine", "profile")
+FIRST = "first-hour"
+"""What a device is asked first: bits of all parts, in an order of its own."""
 MODELS = ("qwen-0.6b", "llama-8b")
 PACKAGES = ("torch", "triton", "numpy", "transformers", "msgspec")
 
@@ -34,7 +37,7 @@ def main() -> int:
     )
     options = Options(tuple(args.models), args.sizes, time.time() + args.seconds)
     for part in ("machine", *args.parts):
-        run_part(part, f"bench.gpu.{part}", file, options)
+        run_part(part, f"bench.gpu.{part.replace('-', '_')}", file, options)
     results = json.loads(file.read_text())
     (args.out / "gpu.md").write_text(markdown(results))
     print(markdown(results))
@@ -43,7 +46,7 @@ def main() -> int:
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu")
-    parser.add_argument("parts", nargs="*", metavar="part", help=f"of {', '.join(PARTS)}")
+    parser.add_argument("parts", nargs="*", metavar="part", help=f"of {', '.join((FIRST, *PARTS))}")
     parser.add_argument("--out", type=Path, required=True, help="folder for gpu.json and gpu.md")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     sizes = parser.add_mutually_exclusive_group()
@@ -58,10 +61,11 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=570, help="of all of it (default: 570)")
     parser.add_argument("--note", default="", help="kept in the JSON: the commit, say")
     args = parser.parse_args(words)
-    unknown = sorted(set(args.parts) - set(PARTS))
+    every = (FIRST, *PARTS)
+    unknown = sorted(set(args.parts) - set(every))
     if unknown:
-        parser.error(f"no part is called {unknown[0]!r}; there are {', '.join(PARTS)}")
-    args.parts = [part for part in PARTS if part in args.parts] or list(PARTS)
+        parser.error(f"no part is called {unknown[0]!r}; there are {', '.join(every)}")
+    args.parts = [part for part in every if part in args.parts] or list(PARTS)
     return args
 
 

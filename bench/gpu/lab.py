@@ -216,12 +216,13 @@ class Batch:
             max_len=width * self.cache.k.shape[2], invariant=invariant,
         )  # fmt: skip
         workspace = torch.full((floats,), math.nan, device=DEVICE)
+        arrived = torch.zeros(requests * self.cache.k.shape[1], dtype=torch.int32, device=DEVICE)
 
         def call() -> Tensor:
             attention.paged_attention(
                 self.q, self.cache.k, self.cache.v, self.table, self.starts, self.lens,
                 scale=self.q.shape[2] ** -0.5, max_query_len=max(self.queries), out=out,
-                workspace=workspace, k_scale=k_scale, v_scale=v_scale, invariant=invariant,
+                workspace=workspace, arrived=arrived, k_scale=k_scale, v_scale=v_scale, invariant=invariant,
             )  # fmt: skip
             return out
 

@@ -73,7 +73,7 @@ def markdown(results: Results) -> str:
             entry["name"]: {"": entry["status"], "worst error": _worst(entry)} for entry in checks
         }
         parts.append("## Checks\n\n" + table(rows))
-    for part in ("kernels", "engine", "profile"):
+    for part in ("first-hour", "kernels", "engine", "profile"):
         flat: dict[str, Mapping[str, Any]] = {}
         for entry in entries:
             values = entry["values"]
@@ -145,7 +145,8 @@ def _figures(results: Results) -> str:
 def _failure(entry: Mapping[str, Any]) -> str:
     last = (entry["error"] or "").strip().splitlines()[-1:]
     why = last or [json.dumps(entry["values"])[:600] if entry["status"] == "wrong" else ""]
-    return f"- {entry['part']}: {entry['name']}: **{entry['status']}** {shown(why[0])}"
+    remedy = f" *{entry['remedy']}*" if entry.get("remedy") else ""
+    return f"- {entry['part']}: {entry['name']}: **{entry['status']}** {shown(why[0])}{remedy}"
 
 
 def _worst(entry: Mapping[str, Any]) -> float | None:

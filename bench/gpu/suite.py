@@ -29,8 +29,9 @@ LEAST_S = 10.0
 
 Values = dict[str, Any]
 Entry = dict[str, Any]
-"""part, name, status, seconds, values, error. status: ok; wrong, if values["ok"] is false; failed, with an
-exception; lost, if the process ended or hung; skipped, for want of time."""
+"""part, name, status, seconds, values, error; remedy, if it is not as it should be. status: ok; wrong, if
+values["ok"] is false; failed, with an exception; lost, if the process ended or hung; skipped, for want of
+time, or of what values["skipped"] names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,8 @@ class Case:
     name: str
     work: Callable[[], Values]
     limit_s: float = 60.0
+    remedy: str = ""
+    """What to do if it fails; with the entry then."""
 
 
 def run_part(part: str, module: str, file: Path, options: Options) -> None:
@@ -69,7 +72,8 @@ def run_part(part: str, module: str, file: Path, options: Options) -> None:
 
 def _work(part: str, module: str, file: Path, options: Options) -> None:
     """The process. A case counts as lost until it has ended."""
-    faulthandler.dump_traceback_later(STARTUP_S, exit=True)
+    patience = 10 if options.sizes == "smoke" else 1
+    faulthandler.dump_traceback_later(patience * STARTUP_S, exit=True)
     results = _read(file)
     entries: list[Entry] = results["entries"]
     done = {entry["name"] for entry in entries if entry["part"] == part}
@@ -83,6 +87,7 @@ def _work(part: str, module: str, file: Path, options: Options) -> None:
         if case.name in done:
             continue
         entry = _entry(part, case.name, "lost", "died, or took too long: see the log")
+        entry["remedy"] = case.remedy
         entries.append(entry)
         _write(file, results)
         began = time.monotonic()
@@ -90,11 +95,11 @@ def _work(part: str, module: str, file: Path, options: Options) -> None:
         if left < LEAST_S:
             entry |= {"status": "skipped", "error": None}
         else:
-            patience = 10 if options.sizes == "smoke" else 1
             faulthandler.dump_traceback_later(min(left, patience * case.limit_s), exit=True)
             try:
                 values = case.work()
                 status = "ok" if values.get("ok", True) else "wrong"
+                status = "skipped" if "skipped" in values else status
                 entry |= {"status": status, "values": values, "error": None}
             except Exception:
                 entry |= {"status": "failed", "error": traceback.format_exc()}
@@ -102,10 +107,15 @@ def _work(part: str, module: str, file: Path, options: Options) -> None:
         usable = _usable()
         if entry["status"] == "ok" and not usable:
             entry |= {"status": "failed", "error": "the CUDA context was lost"}
+        if entry["status"] in ("ok", "skipped"):
+            del entry["remedy"]
         _write(file, results)
         last = (entry["error"] or "").strip().splitlines()[-1:]
         print(
-            f"{part}: {case.name}: {entry['status']}, {entry['seconds']:.1f} s", *last, flush=True
+            f"{part}: {case.name}: {entry['status']}, {entry['seconds']:.1f} s",
+            *last,
+            entry.get("remedy", ""),
+            flush=True,
         )
         if not usable:
             os._exit(1)

@@ -219,6 +219,7 @@ def test_an_idle_loop_prepares_piece_by_piece_and_then_blocks() -> None:
     events = [event for event, _ in executor.events]
     step = ["launched", "taken"]
     assert events == ["prepared"] * 2 + step * 2 + ["prepared"] * 2
-    # Idle, ping, request, its second step; idle with two pieces and the answer that there are no more.
-    assert link.waits == [QUIET_MS] * 3 + [0] + [QUIET_MS] * 3 + [None] * 2
+    # Idle, a piece, ping, request, its second step; idle with two pieces and the answer that there are no
+    # more. Only the first piece waits for a quiet time.
+    assert link.waits == [QUIET_MS, 0, QUIET_MS, 0, QUIET_MS, 0, 0, None, None]
     assert isinstance(link.sent[0], Pong) and len(link.sent) == 3

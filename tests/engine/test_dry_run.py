@@ -150,9 +150,9 @@ def test_the_ledger_is_the_plan_of_a_start(capsys: pytest.CaptureFixture[str]) -
     words = ("--hf-config", "meta-llama/Llama-3.1-70B", "-tp", "4", "--device-memory", "80G")
     out = asked(capsys, *words, "--max-model-len", "32k")
     config, resolved = configured("llama-3.1-70b", tensor_parallel_size=4, max_model_len=32000)
-    on_gpus = dataclasses.replace(resolved, device="cuda")
+    config, on_gpus = config.on_gpu(80 << 30), dataclasses.replace(resolved, device="cuda")
     expected = plan(config, on_gpus, estimate_ranks(config, resolved, GPU), 32000)
-    assert f"{expected.num_blocks - 1:,} blocks of 16 tokens" in out
+    assert f"{expected.num_blocks - 1:,} blocks of 64 tokens" in out
     assert "70,553,706,496 parameters" in out and "ranks 0 to 3" in out
     assert "80.00 GiB of memory on each GPU" in out
 

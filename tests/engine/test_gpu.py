@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import inspect
+import os
 import sys
 from collections.abc import Callable
 
 import pytest
 
-from quire.engine import gpu
+from quire.config import from_flat
+from quire.engine import core_process, gpu, rank, setup
 from quire.errors import ConfigError
 from quire.runner.footprint import DeviceMemory
 
@@ -67,6 +70,14 @@ class Driver:
         handle._obj.value = 101  # type: ignore[attr-defined]
         return 0 if uuid == b"GPU-abc" else 6
 
+    def nvmlDeviceGetCount_v2(self, count: object) -> int:
+        count._obj.value = 2  # type: ignore[attr-defined]
+        return 0
+
+    def nvmlDeviceGetUUID(self, handle: ctypes.c_void_p, uuid: object, size: object) -> int:
+        uuid.value = b"GPU-abc" if handle.value == 101 else b"GPU-axy"  # type: ignore[attr-defined]
+        return 0
+
     def nvmlDeviceGetMemoryInfo(self, handle: ctypes.c_void_p, memory: object) -> int:
         memory._obj.total, memory._obj.free = handle.value, 7  # type: ignore[attr-defined]
         return 0
@@ -79,6 +90,8 @@ class Driver:
         ("0", 100),
         ("1,0", 101),
         ("GPU-abc", 101),
+        ("GPU-ab", 101),  # as CUDA: the beginning of one
+        ("GPU-a", None),
         ("", None),
         ("-1", None),
         ("5", None),
@@ -123,3 +136,41 @@ def test_what_torch_was_built_for(tmp_path: object, monkeypatch: pytest.MonkeyPa
         assert gpu.torch_is_built_for_gpus() is built
     (package / "version.py").unlink()
     assert gpu.torch_is_built_for_gpus() is False
+
+
+def test_cuda_and_the_driver_number_the_gpus_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_DEVICE_ORDER", raising=False)
+    gpu.order_as_nvml()
+    assert os.environ["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "FASTEST_FIRST")
+    gpu.order_as_nvml()
+    assert os.environ["CUDA_DEVICE_ORDER"] == "FASTEST_FIRST"
+    sources = [inspect.getsource(main) for main in (core_process.main, rank.run_rank)]
+    assert all("order_as_nvml()" in source for source in sources)
+
+
+@pytest.mark.parametrize(
+    ("gib", "given", "found"),
+    [
+        (141, {}, (64, 512, 8192)),
+        (24, {}, (64, 256, 2048)),
+        (141, {"max_num_batched_tokens": 300}, (64, 300, 300)),
+        (24, {"block_size": 16, "max_num_seqs": 16}, (16, 16, 2048)),
+        (141, {"block_size": 16, "max_num_seqs": 128, "max_num_batched_tokens": 2048}, (16, 128, 2048)),
+        (None, {}, (16, 128, 2048)),
+    ],
+)  # fmt: skip
+def test_defaults_depend_on_the_device(
+    gib: int | None,
+    given: dict[str, object],
+    found: tuple[int, int, int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    memory = None if gib is None else DeviceMemory(gib << 30, gib << 30)
+    monkeypatch.setattr(gpu, "gpu_memory", lambda: memory)
+    monkeypatch.setattr(setup, "gpu_memory", lambda: memory)
+    monkeypatch.setattr(gpu, "torch_is_built_for_gpus", lambda: True)
+    config = setup.locate(from_flat(given))
+    options = config.scheduler
+    assert (config.cache.block_size, options.max_num_seqs, options.max_num_batched_tokens) == found
+    assert setup.locate(config) == config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -160,3 +161,19 @@ def test_recording_leaves_room_for_the_largest_step(cuda: FakeCuda) -> None:
     with pytest.raises(CannotRecordError, match="299 MiB"):
         device.record(lambda: None)
     assert len(cuda.captures) == 1
+
+
+@pytest.mark.parametrize(("cores", "blocks"), [(2, True), (4, True), (16, False)])
+def test_a_wait_leaves_the_core_to_others_if_there_are_few(
+    cuda: FakeCuda, cores: int, blocks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
+    events: list[bool] = []
+    event = SimpleNamespace(record=lambda: None, synchronize=lambda: None)
+    monkeypatch.setattr(
+        torch.cuda, "Event", lambda blocking=False: events.append(blocking) or event
+    )
+    device = CudaDevice()
+    monkeypatch.setattr(device, "_copies", SimpleNamespace(wait_stream=lambda stream: None))
+    assert list(device.download([]).wait()) == []
+    assert events == [blocks]

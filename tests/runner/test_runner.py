@@ -6,17 +6,20 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
+import torch
 
 from quire.attention.base import KVCache
 from quire.decoding import Decoding, TokenRules
 from quire.messages import AdmittedRequest, PlannedRow, SampledRow, StepPlan, TokenLogprobs
 from quire.runner.backend import StepInput, StepSamples
+from quire.runner.prompt_work import PromptWork, score
 from quire.runner.runner import NAN_ERROR, Runner
 from quire.runner.seats import Seats, independent
+from quire.sampling_params import PoolingParams
 from quire.structured.base import NoTokenLeftError
 
 VOCAB = 50
@@ -61,6 +64,8 @@ class ScriptedBackend:
 
     def release(self, seat: int) -> None:
         self.calls.append("release")
+
+    score = staticmethod(score)
 
     def append(self, seat: int, token_ids: Sequence[int]) -> None:
         self.calls.append(("force", list(token_ids)))
@@ -274,3 +279,14 @@ def test_a_late_result_does_not_touch_its_seats_next_request() -> None:
     late.result()
     runner.launch(StepPlan(step_id=4, rows=[row(2, 5, 10, samples=False)]))
     assert backend.steps[-1]["ids"] == [list(range(5, 15))]
+
+
+def test_hidden_states_are_widened_on_the_host() -> None:
+    """In float64 on the device, those of a step of 8,192 tokens would be 268 MB that nobody planned."""
+    states = torch.randn(4, 6, dtype=torch.bfloat16)
+    on_device = SimpleNamespace(cpu=lambda: states)
+    pooling = PoolingParams(pooling="mean", normalize=False)
+    work = PromptWork(prompt=[1] * 4, pooling=pooling, first=4, num_logprobs=0, also=[])
+    found = work._pool(cast(torch.Tensor, on_device), 4)
+    assert found is not None
+    assert found.embedding == pytest.approx(states.double().mean(0).tolist(), abs=1e-6)

@@ -28,8 +28,10 @@ from triton.backends.driver import DriverBase
 from triton.runtime.jit import JITFunction
 
 ARCHES = (80, 90, 100)
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-"""Bytes of shared memory that one program may use (CUDA programming guide, compute capabilities)."""
+SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99, "gfx942": 64}
+SHARED_LIMIT = {arch: kib * 1024 for arch, kib in SHARED_LIMIT.items()}
+"""Bytes of shared memory that one program may use (CUDA programming guide, compute capabilities; AMD's CDNA3
+instruction set reference)."""
 
 # --- the interpreter --------------------------------------------------------------------------------
 
@@ -109,14 +111,38 @@ class Report:
     tcgen05: int  # Blackwell's matrix instructions (UTCxMMA)
     tma: int  # loads by the bulk tensor copy engine (UTMALDG)
     cp_async: int  # asynchronous copies to shared memory (LDGSTS)
+    loop: int  # instructions of the shortest loop that loads asynchronously
+    byte_loads: int  # loads of single bytes from shared memory (LDS.U8)
     serialized_wgmma: bool  # ptxas warned that it makes wgmma synchronous: a slow kernel
 
-    def assert_fits(self, arch: int) -> None:
-        """No spills, and within the shared memory and the registers of a multiprocessor."""
-        assert self.stack == 0, f"{self} spills"
+    def assert_fits(self, arch: int, *, stack: int = 0) -> None:
+        """No spills but for so many bytes, and within a multiprocessor's shared memory and registers."""
+        assert self.stack <= stack, f"{self} spills"
         assert self.shared <= SHARED_LIMIT[arch], f"{self} needs too much shared memory"
         assert self.registers * self.warps * 32 <= 65536, f"{self} needs too many registers"
         assert not self.serialized_wgmma, f"{self} runs its wgmma one by one"
+
+
+def shared_memory(launch: Callable[[], object], arch: int | str) -> list[tuple[str, int]]:
+    """Each launched kernel's, on a device of whose code nothing else can be looked at: "gfx942", say."""
+    return _in_child(lambda: [(k.metadata.name, k.metadata.shared) for k in _compile(launch, arch)])
+
+
+def variants(launch: Callable[[], object], arch: int = 90) -> list[str]:
+    """The kernels that `launch` would compile, each as often as it would; none is."""
+
+    def asked() -> list[str]:
+        found: dict[str, str] = {}
+
+        def hook(*, key: str, fn: Any, **_: Any) -> bool:
+            found[f"{fn.name} {key}"] = fn.name
+            return True
+
+        triton.knobs.runtime.jit_cache_hook = hook
+        _compile(launch, arch)
+        return sorted(found.values())
+
+    return _in_child(asked)
 
 
 def compile_launches(launch: Callable[[], object], *, arch: int = 90) -> list[Report]:
@@ -127,15 +153,21 @@ def compile_launches(launch: Callable[[], object], *, arch: int = 90) -> list[Re
     compiler aborts the process. Kernels launched twice alike are reported twice. Raises
     `CompileFailed`.
     """
+    return _in_child(
+        lambda: [_report(kernel, seen) for seen in [{}] for kernel in _compile(launch, arch)]
+    )
+
+
+def _in_child(work: Callable[[], Any]) -> Any:
     read, write = os.pipe()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # fork beside torch's idle threads
         child = os.fork()
     if child == 0:
         os.close(read)
-        outcome: list[Report] | str
+        outcome: Any
         try:
-            outcome = _compile(launch, arch)
+            outcome = work()
         except BaseException:
             outcome = traceback.format_exc()
         with os.fdopen(write, "wb") as pipe:
@@ -147,7 +179,7 @@ def compile_launches(launch: Callable[[], object], *, arch: int = 90) -> list[Re
     _, status = os.waitpid(child, 0)
     if os.WIFSIGNALED(status):
         raise CompileFailed(f"the compiler died of signal {os.WTERMSIG(status)}")
-    received: list[Report] | str = pickle.loads(sent)  # noqa: S301 (from our own child)
+    received = pickle.loads(sent)  # noqa: S301 (from our own child)
     if isinstance(received, str):
         raise CompileFailed(received)
     return received
@@ -156,7 +188,7 @@ def compile_launches(launch: Callable[[], object], *, arch: int = 90) -> list[Re
 class _AbsentGPU(DriverBase):  # type: ignore[misc]
     """A driver that names a GPU and has none."""
 
-    def __init__(self, arch: int) -> None:
+    def __init__(self, arch: int | str) -> None:
         self.arch = arch
 
     @classmethod
@@ -167,6 +199,8 @@ class _AbsentGPU(DriverBase):  # type: ignore[misc]
         return ty
 
     def get_current_target(self) -> GPUTarget:
+        if isinstance(self.arch, str):
+            return GPUTarget("hip", self.arch, 64)
         return GPUTarget("cuda", self.arch, 32)
 
     def get_active_torch_device(self) -> torch.device:
@@ -179,13 +213,13 @@ class _AbsentGPU(DriverBase):  # type: ignore[misc]
         return 0
 
     def get_device_capability(self, device: int = 0) -> tuple[int, int]:
-        return divmod(self.arch, 10)
+        return divmod(self.arch, 10) if isinstance(self.arch, int) else (9, 4)
 
     def get_benchmarker(self) -> Callable[..., list[float]]:
         raise NotImplementedError("nothing is timed without a GPU")
 
 
-def _compile(launch: Callable[[], object], arch: int) -> list[Report]:
+def _compile(launch: Callable[[], object], arch: int | str) -> list[Any]:
     """In the child, which ends afterwards: nothing here is undone."""
     compiled: list[Any] = []
     run = JITFunction.run
@@ -197,8 +231,7 @@ def _compile(launch: Callable[[], object], arch: int) -> list[Report]:
     JITFunction.run = compile_only
     triton.runtime.driver.set_active(_AbsentGPU(arch))
     launch()
-    seen: dict[str, Report] = {}
-    return [_report(kernel, seen) for kernel in compiled]
+    return compiled
 
 
 def _report(kernel: Any, seen: dict[str, Report]) -> Report:
@@ -234,9 +267,28 @@ def _report(kernel: Any, seen: dict[str, Report]) -> Report:
             tcgen05=count("UTC[A-Z]*MMA"),
             tma=count("UTMALDG"),
             cp_async=count("LDGSTS"),
+            loop=_shortest_loop(sass),
+            byte_loads=count("LDS.U8"),
             serialized_wgmma="serialized" in log,
         )
     return seen[kernel.hash]
+
+
+def _shortest_loop(sass: str) -> int:
+    """The fewest instructions of an innermost loop that loads asynchronously: over keys, unmasked."""
+    found, labels, lines = [0], {}, []
+    for line in sass.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line.strip()):
+            labels[label[1]] = len(lines)
+        elif "/*" in line and ";" in line:
+            lines.append(line)
+            back = re.search(r"BRA.*`\((\.L_x_\d+)\)", line)
+            if back and back[1] in labels:
+                body = lines[labels[back[1]] :]
+                inner = any("BRA" in each for each in body[:-1])
+                if not inner and any("LDGSTS" in each for each in body):
+                    found.append(len(body))
+    return min(found[1:], default=0)
 
 
 def _output(*command: object) -> str:

@@ -37,6 +37,8 @@ class AttentionMetadata:
     """[B, max_blocks] int32: each request's blocks in order; entries past the sequence are never read."""
     max_query_len: int | None = None
     """The largest number of tokens of a request in this step, if the host knows it."""
+    min_query_len: int = 1
+    """The smallest, or less. Not for a step that is recorded, whose rows may have any number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,8 +177,9 @@ class AttentionBackend(Protocol):
         cache: LayerCache,
         metadata: AttentionMetadata,
         out: torch.Tensor,
-    ) -> None:
-        """Write the attention of `q` to `out`; the step's keys and values are in the cache.
+    ) -> torch.Tensor:
+        """The attention of `q`, in `out` or in a new tensor of its shape; the step's keys and values are in
+        the cache.
 
         q, out: [T, num_heads, head_dim]; q's heads dense, any token stride. layer: its window, scale and
         soft-cap.

@@ -59,8 +59,8 @@ class FlashAttention3:
         cache: LayerCache,
         metadata: AttentionMetadata,
         out: torch.Tensor,
-    ) -> None:
-        attended = self._attend(
+    ) -> torch.Tensor:
+        attended: torch.Tensor = self._attend(
             q,
             cache.k.transpose(1, 2),  # [num_blocks, block_size, kv_heads, head_dim], as a view
             cache.v.transpose(1, 2),
@@ -72,7 +72,7 @@ class FlashAttention3:
             causal=True,
             window_size=(layer.window - 1, 0) if layer.window else (-1, -1),
         )
-        out.copy_(attended)
+        return attended
 
 
 class FlashAttention4:
@@ -92,13 +92,15 @@ class FlashAttention4:
         cache: LayerCache,
         metadata: AttentionMetadata,
         out: torch.Tensor,
-    ) -> None:
+    ) -> torch.Tensor:
         attended = self._attend(
             q,
             cache.k.transpose(1, 2),  # [num_blocks, block_size, kv_heads, head_dim], as a view
             cache.v.transpose(1, 2),
             cu_seqlens_q=metadata.query_start_loc,
             max_seqlen_q=metadata.max_query_len or q.shape[0],
+            # Of all steps, as a graph is replayed; else it splits for a sequence as long as the whole cache.
+            max_seqlen_k=metadata.block_table.shape[1] * cache.k.shape[2],
             seqused_k=metadata.seq_lens,
             page_table=metadata.block_table,
             softmax_scale=layer.scale,
@@ -107,4 +109,5 @@ class FlashAttention4:
             num_splits=self._num_splits,
         )
         # 4.0's betas return (out, lse) even if no lse is requested; a later version will not.
-        out.copy_(attended[0] if isinstance(attended, tuple) else attended)
+        result: torch.Tensor = attended[0] if isinstance(attended, tuple) else attended
+        return result

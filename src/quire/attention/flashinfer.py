@@ -52,13 +52,13 @@ class FlashInferAttention:
         cache: LayerCache,
         metadata: AttentionMetadata,
         out: torch.Tensor,
-    ) -> None:
+    ) -> torch.Tensor:
         # As many tokens as requests, padding included: row i of q belongs to request i.
         decoding = metadata.max_query_len == 1 and q.shape[0] == metadata.seq_lens.shape[0]
         if not decoding and self._prefill is None:
-            self._own.forward(q, layer=layer, cache=cache, metadata=metadata, out=out)
-            return
-        # An upper bound for all steps, since a graph is replayed when sequences have grown.
+            return self._own.forward(q, layer=layer, cache=cache, metadata=metadata, out=out)
+        # An upper bound for all steps, since a graph is replayed when sequences have grown. And one that
+        # never changes: the package's results depend on it (its issue 4647).
         longest = metadata.block_table.shape[1] * cache.k.shape[2]
         window_left = layer.window - 1 if layer.window else -1
         if decoding:
@@ -75,7 +75,7 @@ class FlashInferAttention:
                 out=out,
                 kv_layout="HND",
             )
-            return
+            return out
         assert self._prefill is not None
         key_start_loc = F.pad(metadata.seq_lens.cumsum(0, dtype=torch.int32), (1, 0))
         self._prefill(
@@ -95,3 +95,4 @@ class FlashInferAttention:
             out=out,
             kv_layout="HND",
         )
+        return out

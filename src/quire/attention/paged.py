@@ -23,8 +23,8 @@ class PagedAttention:
         cache: LayerCache,
         metadata: AttentionMetadata,
         out: torch.Tensor,
-    ) -> None:
-        self._kernels.paged_attention(
+    ) -> torch.Tensor:
+        return self._kernels.paged_attention(
             q,
             cache.k,
             cache.v,
@@ -35,6 +35,7 @@ class PagedAttention:
             window=layer.window,
             softcap=layer.softcap,
             max_query_len=metadata.max_query_len,
+            min_query_len=metadata.min_query_len,
             kv_scales=cache.scales,
             out=out,
         )

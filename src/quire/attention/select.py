@@ -12,6 +12,7 @@ from quire.kernels.base import LayerKernels
 logger = logging.getLogger(__name__)
 
 VLLM_NAMES = {"TRITON_ATTN": "triton", "FLASH_ATTN": "flash_attn", "FLASHINFER": "flashinfer"}
+OURS = ("auto", "triton")
 BACKENDS = ("auto", "triton", "flash_attn", "flashinfer", *VLLM_NAMES)
 _PACKAGES = {
     "flash_attn_3": "flash_attn",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 
 from quire.config.kv import STAGING_BYTES, KVTiersConfig
@@ -105,7 +106,9 @@ class ModelConfig:
 class CacheConfig:
     """The paged KV cache."""
 
-    block_size: int = option(16, "Token slots in a block: 16, 32, 64 or 128.")
+    block_size: int = option(
+        16, "Token slots in a block: 16, 32, 64 or 128. Default: 16; on a GPU 64."
+    )
     gpu_memory_utilization: float | None = option(
         None,
         "Share (0-1] of the device's memory that weights, activations and KV cache may use. "
@@ -161,9 +164,16 @@ class CacheConfig:
 class SchedulerConfig:
     """How the batch of each step is formed."""
 
-    max_num_seqs: int = option(128, "Most requests that run at once.", parse=parse_size)
+    max_num_seqs: int = option(
+        128,
+        "Most requests that run at once. Default: 128; on a GPU 256, or 512 if it has 64 GiB or more.",
+        parse=parse_size,
+    )
     max_num_batched_tokens: int = option(
-        2048, "Token budget of one step, decode and prefill together.", parse=parse_size
+        2048,
+        "Token budget of one step, decode and prefill together. Default: 2048; on a GPU with 64 GiB or more "
+        "8192.",
+        parse=parse_size,
     )
     enable_chunked_prefill: bool = option(
         True, "Split long prompts over steps. When off, a prompt runs whole or waits."
@@ -358,6 +368,11 @@ class StructuredOutputsConfig:
             )
 
 
+BY_DEVICE = ("block_size", "max_num_seqs", "max_num_batched_tokens")
+LARGE_GPU = 64 << 30
+"""Bytes of memory."""
+
+
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
     """All options of an engine; `quire.config.from_flat` builds one from flat names."""
@@ -374,6 +389,8 @@ class EngineConfig:
     kv_tiers: KVTiersConfig = field(default_factory=KVTiersConfig)
     kv_transfer: KVTransferConfig = field(default_factory=KVTransferConfig)
     kv_events: KVEventsConfig = field(default_factory=KVEventsConfig)
+    by_device: tuple[str, ...] = BY_DEVICE
+    """Options that were not given and whose defaults depend on the device: see `on_gpu`."""
 
     def __post_init__(self) -> None:
         if not self.moves_kv:
@@ -390,6 +407,25 @@ class EngineConfig:
             raise ConfigError(
                 f"kv_transfer_config needs all ranks on one machine; nnodes is {self.parallel.nnodes}."
             )
+
+    def on_gpu(self, memory_bytes: int) -> EngineConfig:
+        """With a GPU's defaults for what was not given. One with much memory has the arithmetic for larger
+        steps. memory_bytes: of the GPU."""
+        large, options = memory_bytes >= LARGE_GPU, self.scheduler
+        tokens, seqs = options.max_num_batched_tokens, options.max_num_seqs
+        if "max_num_batched_tokens" in self.by_device:
+            tokens = max(8192 if large else 2048, seqs)
+        if "max_num_seqs" in self.by_device:
+            seqs = min(512 if large else 256, tokens)
+        size = 64 if "block_size" in self.by_device else self.cache.block_size
+        return dataclasses.replace(
+            self,
+            cache=dataclasses.replace(self.cache, block_size=size),
+            scheduler=dataclasses.replace(
+                options, max_num_seqs=seqs, max_num_batched_tokens=tokens
+            ),
+            by_device=(),
+        )
 
     def _gives(self, name: str) -> bool:
         return bool(getattr(self.kv_tiers, name, None) or getattr(self.kv_transfer, name, None))

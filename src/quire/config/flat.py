@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from quire.config.engine import (
+    BY_DEVICE,
     CacheConfig,
     EngineConfig,
     ModelConfig,
@@ -57,7 +58,10 @@ def from_flat(values: Mapping[str, object]) -> EngineConfig:
     groups: dict[str, dict[str, object]] = {group: {} for group in ENGINE_GROUPS}
     for name, value in checked.items():
         groups[infos[name].group][name] = value
-    return EngineConfig(**{g: cls(**groups[g]) for g, cls in ENGINE_GROUPS.items()})
+    return EngineConfig(
+        **{g: cls(**groups[g]) for g, cls in ENGINE_GROUPS.items()},  # type: ignore[arg-type]
+        by_device=tuple(name for name in BY_DEVICE if name not in checked),
+    )
 
 
 def server_from_flat(values: Mapping[str, object]) -> ServerConfig:

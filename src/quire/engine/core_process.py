@@ -25,6 +25,7 @@ import zmq
 from quire.config import EngineConfig
 from quire.config.parallel import ParallelConfig
 from quire.engine.core import EngineCore
+from quire.engine.gpu import order_as_nvml
 from quire.errors import QuireError
 from quire.executor.death import exit_now, exit_when_closed
 from quire.executor.processes import ProcessRanks, ranks_of
@@ -41,6 +42,7 @@ request after another does not wait for a preparation."""
 
 
 def main(address: str, kernels: str, parallel: str) -> int:
+    order_as_nvml()
     gc.disable()  # until the start is over: it creates hundreds of thousands of objects that stay
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # the front end decides when the core ends
@@ -152,9 +154,9 @@ def _compile_kernels(kernels: str) -> None:
 
 
 def _serve(core: EngineCore, link: _Link) -> None:
-    may_prepare = True
+    may_prepare, quiet_ms = True, QUIET_MS
     while True:
-        wait_ms = 0 if core.has_work else QUIET_MS if may_prepare else None
+        wait_ms = 0 if core.has_work else quiet_ms if may_prepare else None
         messages = link.receive(wait_ms=wait_ms)
         for message in messages:
             if isinstance(message, Shutdown):
@@ -165,9 +167,11 @@ def _serve(core: EngineCore, link: _Link) -> None:
         core.executor.check()
         if core.has_work:
             link.send(core.step())
-            may_prepare = True
+            may_prepare, quiet_ms = True, QUIET_MS
+        elif messages:
+            may_prepare, quiet_ms = True, QUIET_MS
         else:
-            may_prepare = bool(messages) or core.prepare()
+            may_prepare, quiet_ms = core.prepare(), 0  # idle already: the next piece need not wait
 
 
 if __name__ == "__main__":

@@ -111,6 +111,7 @@ def prepare(
         return Prepared(config, resolved, device_memory(resolved.device))
     if wanted != "cpu":
         resolved = dataclasses.replace(resolved, device="cuda")
+        config = config.on_gpu(memory_bytes)
     return Prepared(config, resolved, DeviceMemory(total=memory_bytes, available=memory_bytes))
 
 

@@ -70,6 +70,25 @@ def gpu_count() -> int:
         nvml.nvmlShutdown()
 
 
+def order_as_nvml() -> None:
+    """CUDA numbers the GPUs by their speed, NVML by their place on the bus: on a machine with several kinds,
+    the memory would be another one's. Call it in a process of our own, before CUDA is used."""
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+
+
+def _whole(nvml: ctypes.CDLL, prefix: str) -> str:
+    """The UUID that begins like this, which is enough for CUDA; the prefix if there is none, or several."""
+    count, found = c_uint(), []
+    if nvml.nvmlDeviceGetCount_v2(byref(count)) == 0:
+        for index in range(count.value):
+            handle, uuid = c_void_p(), ctypes.create_string_buffer(96)
+            code = nvml.nvmlDeviceGetHandleByIndex_v2(c_uint(index), byref(handle))
+            if code == 0 and nvml.nvmlDeviceGetUUID(handle, uuid, c_uint(len(uuid))) == 0:
+                found.append(uuid.value.decode())
+    like = [each for each in found if each.startswith(prefix)]
+    return like[0] if len(like) == 1 else prefix
+
+
 def gpu_memory() -> DeviceMemory | None:
     """The memory of the first GPU in CUDA_VISIBLE_DEVICES, from the driver's NVML; None without one."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
@@ -86,7 +105,7 @@ def gpu_memory() -> DeviceMemory | None:
         if visible.isdigit():
             code = nvml.nvmlDeviceGetHandleByIndex_v2(c_uint(int(visible)), byref(handle))
         else:
-            code = nvml.nvmlDeviceGetHandleByUUID(visible.encode(), byref(handle))
+            code = nvml.nvmlDeviceGetHandleByUUID(_whole(nvml, visible).encode(), byref(handle))
         if code != 0 or nvml.nvmlDeviceGetMemoryInfo(handle, byref(memory)) != 0:
             return None
         return DeviceMemory(total=memory.total, available=memory.free)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from quire.config import EngineConfig
 from quire.distributed.links import Link
 from quire.engine.assemble import worker_spec
+from quire.engine.gpu import order_as_nvml
 from quire.engine.setup import resolve
 from quire.executor.groups import Meeting
 from quire.executor.worker import WorkerLoop
@@ -22,6 +23,8 @@ def run_rank(link: Link, number: int, memory: int = -1, model: str = "") -> int:
     """Until the link ends. memory: the descriptor of what the machine's ranks share, if they share
     any. model: where this machine has the checkpoint, if not where the configuration says. Returns
     the exit status."""
+
+    order_as_nvml()
 
     def make_worker(config: EngineConfig, message: LoadModel) -> Worker:
         setup_logging(log_format=config.runtime.log_format)

@@ -20,7 +20,7 @@ from quire.engine.generation_config import (
     read_generation_config,
     sampling_defaults,
 )
-from quire.engine.gpu import choose_device
+from quire.engine.gpu import choose_device, gpu_memory
 from quire.errors import CheckpointError, ConfigError
 from quire.models.fields import QUANTIZATION_FIELDS
 from quire.models.registry import resolve_spec, text_config
@@ -94,7 +94,8 @@ class ServedModel:
 
 
 def locate(config: EngineConfig) -> EngineConfig:
-    """The same configuration with model and tokenizer as local directories, downloaded if need be."""
+    """The same configuration with model and tokenizer as local directories, downloaded if need be, and the
+    defaults of this machine's device."""
     model = config.model
     if model.model is None:
         from quire.builtin import MODEL_DIR, MODEL_NAME
@@ -117,7 +118,9 @@ def locate(config: EngineConfig) -> EngineConfig:
             tokenizer=tokenizer,
             served_model_name=model.served_model_name or _names(model.model),
         )
-    return dataclasses.replace(config, model=located, speculative=locate_draft(config))
+    config = dataclasses.replace(config, model=located, speculative=locate_draft(config))
+    memory = gpu_memory() if choose_device(config.runtime.device) == "cuda" else None
+    return config if memory is None else config.on_gpu(memory.total)
 
 
 def _names(model: str) -> tuple[str, ...]:

@@ -192,6 +192,7 @@ class LayerKernels(Protocol):
         window: int = 0,
         softcap: float = 0.0,
         max_query_len: int | None = None,
+        min_query_len: int = 1,
         kv_scales: tuple[Tensor, Tensor] | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
@@ -203,8 +204,8 @@ class LayerKernels(Protocol):
         `seq_lens[b] - (start[b + 1] - start[b]) + (t - start[b])`. Decode and chunked prefill mix.
         window: with w > 0 a query at i sees keys i - w < j <= i; blocks wholly before the window of
         every query are not read. softcap: with c > 0 a score becomes c * tanh(score / c).
-        kv_scales: as in `rope_write_kv`. max_query_len: most query tokens a request has, where the host
-        knows; a GPU chooses by it.
+        kv_scales: as in `rope_write_kv`. max_query_len, min_query_len: most and fewest query tokens a
+        request has, where the host knows; a GPU chooses by them.
         out: [T, q_heads, D] contiguous, else a new tensor. Returns out; rows from query_start_loc[B]
         on are left alone (zero in a new tensor). D <= 512.
         Slots past a request's length may hold any bits.

@@ -123,6 +123,7 @@ class ReferenceKernels:
         window: int = 0,
         softcap: float = 0.0,
         max_query_len: int | None = None,
+        min_query_len: int = 1,
         kv_scales: tuple[Tensor, Tensor] | None = None,
         out: Tensor | None = None,
     ) -> Tensor:

@@ -117,14 +117,14 @@ class EagerOps:
 
     def attend(self, qkv: Tensor, layer: AttentionLayer) -> Tensor:
         out = qkv.new_empty((qkv.shape[0], layer.q_size))
-        self.attention.forward(
+        attended = self.attention.forward(
             qkv.view(qkv.shape[0], -1, layer.head_dim)[:, : layer.num_heads],
             layer=layer,
             cache=self.cache.parts[layer.part],
             metadata=self.metadata[layer.group],
             out=out.view(-1, layer.num_heads, layer.head_dim),
         )
-        return out
+        return attended.view(out.shape)
 
     def gated(self, gate_up: Tensor, activation: Activation) -> Tensor:
         return self.kernels.gated(gate_up, activation)

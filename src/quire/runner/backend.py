@@ -14,6 +14,7 @@ from torch import Tensor
 from quire.attention.base import KVCache
 from quire.kernels.program import StepRows
 from quire.messages import AdmittedRequest, TokenLogprobs
+from quire.runner.prompt_work import Score
 from quire.runner.seats import Seats
 from quire.structured.masks import Mask
 
@@ -97,6 +98,11 @@ class StepBackend(Protocol):
 
     def launch(self, step: StepInput) -> LaunchedSamples:
         """Start a step. On a GPU this does not wait."""
+        ...
+
+    @property
+    def score(self) -> Score:
+        """The logprobs of prompts."""
         ...
 
     def prepare(self) -> bool:

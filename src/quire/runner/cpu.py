@@ -20,6 +20,7 @@ from quire.runner.backend import StepInput, StepSamples
 from quire.runner.following import NoSampler
 from quire.runner.footprint import Footprint, WorkerSpec, estimate, host_memory
 from quire.runner.platform import make_cache
+from quire.runner.prompt_work import Score, score
 from quire.runner.seats import Seats
 from quire.sampling.sampler import Sampler, SamplingSeats
 from quire.util.cores import default_threads
@@ -115,6 +116,10 @@ class CPUBackend:
 
     def release(self, seat: int) -> None:
         self._sampling.release(seat)
+
+    @property
+    def score(self) -> Score:
+        return score
 
     def append(self, seat: int, token_ids: Sequence[int]) -> None:
         self._sampling.count(seat, token_ids)

@@ -7,6 +7,7 @@ runner's control flow with interpreted kernels, on machines without a GPU.
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from torch import Tensor
 from quire.runner.footprint import DeviceMemory, host_memory
 
 Result = TypeVar("Result")
+FEW_CORES = 4
+"""With at most so many, the front end and the host's part of steps need the core that a wait would take."""
 
 
 class CannotRecordError(Exception):
@@ -34,6 +37,9 @@ class Download(Protocol):
 
 class Device(Protocol):
     """One accelerator. Launches are carried out in order, except downloads."""
+
+    compiles: bool
+    """Whether the first launch of a kernel compiles it."""
 
     @property
     def torch_device(self) -> torch.device: ...
@@ -96,12 +102,16 @@ class CudaDevice:
     workspace per stream, and the graphs of both would contain its address.
     """
 
+    compiles = True
+
     def __init__(self, index: int = 0) -> None:
         self.torch_device = torch.device("cuda", index)
         self._steps = torch.cuda.Stream(self.torch_device)
         self._copies = torch.cuda.Stream(self.torch_device)
         self._loads = torch.cuda.Stream(self.torch_device)
         self._keep_free = 0
+        # Waiting takes a core unless the event blocks, which reports the end some 50 us later.
+        self._blocking = len(os.sched_getaffinity(0)) <= FEW_CORES
         self._start_recordings()
 
     def _start_recordings(self) -> None:
@@ -121,7 +131,7 @@ class CudaDevice:
 
     def download(self, tensors: Sequence[Tensor]) -> Download:
         hosts = [torch.empty(x.shape, dtype=x.dtype, pin_memory=True) for x in tensors]
-        done = torch.cuda.Event()
+        done = torch.cuda.Event(blocking=self._blocking)
         self._copies.wait_stream(torch.cuda.current_stream(self.torch_device))
         with torch.cuda.stream(self._copies):
             for host, tensor in zip(hosts, tensors, strict=True):
@@ -209,6 +219,7 @@ class _CudaDownload:
 class HostDevice:
     """The CPU, synchronously."""
 
+    compiles = False
     torch_device = torch.device("cpu")
 
     def active(self) -> AbstractContextManager[object]:

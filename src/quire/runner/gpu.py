@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from quire.attention.base import AttentionBackend, AttentionMetadata, AttentionTask, KVCache
-from quire.attention.select import create_attention
+from quire.attention.select import OURS, VLLM_NAMES, create_attention
 from quire.config import EngineConfig
 from quire.errors import ConfigError, MemoryFitError
 from quire.kernels.triton.backend import TritonKernels
@@ -100,7 +100,19 @@ class GPU:
     def footprint(self, model: DecoderModel) -> Footprint:
         """Measured with the largest possible step."""
         cache = self.cache(1)
-        measured = self.device.measure(lambda: self._try_out(model, cache))
+        try:
+            measured = self.device.measure(lambda: self._try_out(model, cache))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            name = self._config.runtime.attention_backend
+            if VLLM_NAMES.get(name, name) in OURS:
+                raise
+            # Packages refuse a device or a shape in many ways, some with an assertion.
+            raise ConfigError(
+                f"attention_backend {name!r} failed in its first step ({type(error).__name__}: "
+                f"{_first_line(error)}): use --attention-backend triton."
+            ) from error
         if measured is None:
             return estimate(
                 self._config,

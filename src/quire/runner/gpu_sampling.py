@@ -6,11 +6,12 @@ device computes the logits.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -28,10 +29,12 @@ from quire.kernels.triton.sampling import (
 from quire.kernels.triton.seats import SEAT_WORDS, as_words
 from quire.messages import AdmittedRequest, TokenLogprobs
 from quire.runner.device import Device
+from quire.runner.prompt_work import score
 from quire.sampling.logprobs import LogprobsMode, top_logprobs
 from quire.structured.masks import Mask
 
-_LEAST_LISTED = 16
+_LISTED = 16
+"""Lists of seats are wide by a multiple of this: a kernel is compiled again for widths of another kind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +106,11 @@ class FetchedLogprobs:
         return entries
 
 
+def _asked_width(wanted: Iterable[Logprobs]) -> int:
+    """Of a tensor with all these lists of ids, of the kind for which the kernel is compiled."""
+    return -(-max(1, *(len(of.also) for of in wanted)) // _LISTED) * _LISTED
+
+
 class GPUSampling:
     """The seats' records, histories and lists on the device, and the host's summary of them."""
 
@@ -118,10 +126,16 @@ class GPUSampling:
         )
         self._stale = False
         self._workspace = SampleWorkspace.create(max_num_seqs, vocab_size, device.torch_device)
-        self._history: Tensor | None = None
-        self._banned: Tensor | None = None
-        self._biased: Tensor | None = None
-        self._biases: Tensor | None = None
+        # All of these exist from the start, because a kernel is compiled again for an argument that is None.
+        at = device.torch_device
+        self._history = torch.zeros(max_num_seqs, vocab_size, dtype=torch.int16, device=at)
+        self._banned = torch.zeros(max_num_seqs, _LISTED, dtype=torch.int32, device=at)
+        self._biased = torch.zeros_like(self._banned)
+        self._biases = torch.zeros(max_num_seqs, _LISTED, dtype=torch.float32, device=at)
+        self._unmasked = RowMasks(
+            torch.zeros(1, -(-vocab_size // 32), dtype=torch.int32, device=at),
+            torch.full((max_num_seqs,), -1, dtype=torch.int32, device=at),
+        )
         self._levels = np.zeros(max_num_seqs, dtype=np.int64)
         """Index in `SAMPLER_LEVELS`."""
         self._penalizes = np.zeros(max_num_seqs, dtype=np.bool_)
@@ -141,10 +155,10 @@ class GPUSampling:
             self._logprobs[index] = Logprobs(decoding.logprobs, decoding.logprob_token_ids)
         self.recount(index, request.token_ids, request.num_prompt_tokens)
         if banned_until:
-            self._banned = self._listed(self._banned, index, decoding.final_ids, torch.int32)
+            self._banned = self._listed(self._banned, index, decoding.final_ids)
         if bias:
-            self._biased = self._listed(self._biased, index, list(bias), torch.int32)
-            self._biases = self._listed(self._biases, index, list(bias.values()), torch.float32)
+            self._biased = self._listed(self._biased, index, list(bias))
+            self._biases = self._listed(self._biases, index, list(bias.values()))
 
     def release(self, index: int) -> None:
         self._logprobs.pop(index, None)
@@ -155,24 +169,16 @@ class GPUSampling:
         """Replace the token counts for the seat's penalties, if it has any."""
         if not self._penalizes[index]:
             return
-        if self._history is None:  # 0.3 MB per seat at 152,000 tokens: only if a request needs it
-            shape = (len(self._rows), self._vocab_size)
-            self._history = torch.zeros(shape, dtype=torch.int16, device=self._device.torch_device)
         row = edits.history_row(token_ids, num_prompt_tokens, self._vocab_size)
         self._device.upload(self._history[index], torch.from_numpy(row))
 
-    def _listed(
-        self, table: Tensor | None, index: int, values: Sequence[float], dtype: torch.dtype
-    ) -> Tensor:
-        """The table of the seats' lists, created or widened if necessary, with this seat's list in it."""
-        width = 0 if table is None else table.shape[1]
-        if table is None or len(values) > width:
-            size = (len(self._rows), max(_LEAST_LISTED, 2 * width, len(values)))
-            grown = torch.zeros(size, dtype=dtype, device=self._device.torch_device)
-            if table is not None:
-                grown[:, :width] = table
-            table = grown
-        self._device.upload(table[index, : len(values)], torch.tensor(values, dtype=dtype))
+    def _listed(self, table: Tensor, index: int, values: Sequence[float]) -> Tensor:
+        """The table of the seats' lists, widened if necessary, with this seat's list in it."""
+        width = table.shape[1]
+        if len(values) > width:
+            wider = -(-max(2 * width, len(values)) // _LISTED) * _LISTED
+            table = F.pad(table, (0, wider - width))
+        self._device.upload(table[index, : len(values)], torch.tensor(values, dtype=table.dtype))
         return table
 
     def upload(self) -> None:
@@ -192,10 +198,10 @@ class GPUSampling:
             logprobs=asking,
         )
 
-    def send(self, masks: Mapping[int, Mask], padded: int) -> RowMasks | None:
+    def send(self, masks: Mapping[int, Mask], padded: int) -> RowMasks:
         """masks: by row of the logits. padded: the number of rows with padding."""
         if not masks:
-            return None
+            return self._unmasked
         rows = np.full(padded, -1, dtype=np.int32)
         rows[list(masks)] = np.arange(len(masks))
         return RowMasks(self._sent(np.stack(list(masks.values()))), self._sent(rows))
@@ -206,9 +212,7 @@ class GPUSampling:
         self._device.upload(target, source)
         return target
 
-    def edit(
-        self, logits: Tensor, seats: Tensor, positions: Tensor, masks: RowMasks | None
-    ) -> Tensor:
+    def edit(self, logits: Tensor, seats: Tensor, positions: Tensor, masks: RowMasks) -> Tensor:
         """The edited logits, [R, V] float32. logits: [R, V], as the model gave them. seats: [R] int32;
         positions: [R] int64; on the device."""
         return edits.edit_logits(
@@ -218,18 +222,17 @@ class GPUSampling:
             positions,
             out=torch.empty(logits.shape, dtype=torch.float32, device=logits.device),
             history=self._history,
-            bitmask=None if masks is None else masks.bits,
-            bitmask_rows=None if masks is None else masks.rows,
+            bitmask=masks.bits,
+            bitmask_rows=masks.rows[: len(logits)],
             biased_ids=self._biased,
             biases=self._biases,
             banned_ids=self._banned,
         )
 
     def sample(
-        self, logits: Tensor, seats: Tensor, positions: Tensor, level: SamplerLevel, *, count: bool
+        self, logits: Tensor, seats: Tensor, positions: Tensor, level: SamplerLevel
     ) -> DeviceTokens:
-        """logits: [R, V], edited if any row needs it. count: count the sampled tokens for penalties."""
-        history = self._history if count else None
+        """logits: [R, V], edited if any row needs it. Counts the tokens of seats with penalties."""
         return sample(
             logits,
             self._table,
@@ -237,8 +240,20 @@ class GPUSampling:
             positions,
             self._workspace,
             level=level,
-            history=history,
+            history=self._history,
         )
+
+    def compile_all(self, logits: Tensor, seats: Tensor, positions: Tensor) -> None:
+        """Launch each kernel here in each variant that a request can need. logits: [1, V], as the model gives
+        them, of a row of padding."""
+        nobody = torch.zeros_like(seats)  # a seat that exists, with a record of zeros
+        asking = {0: Logprobs(min(2, logits.shape[1]), (0,))}
+        edited = self.edit(logits, seats, positions, self.send({}, padded=1))
+        for each in (logits, edited):
+            for level in SAMPLER_LEVELS:
+                tokens = self.sample(each, seats, positions, level)
+            self.logprobs(asking, logits, each, nobody, tokens.token_ids)
+        self.score([(logits, [0])], 1, [0])
 
     def logprobs(
         self,
@@ -261,8 +276,7 @@ class GPUSampling:
         fetched = FetchedLogprobs(self._mode)
         few = {i: of for i, of in asking.items() if 0 <= of.count <= MAX_LOGPROBS}
         if few:
-            most = max(len(of.also) for of in few.values())
-            asked = np.zeros((len(few), most), dtype=np.int64)
+            asked = np.zeros((len(few), _asked_width(few.values())), dtype=np.int64)
             for at, (index, of) in enumerate(few.items()):
                 asked[at, : len(of.also)] = of.also
                 fetched.found[index] = (at, of)
@@ -271,7 +285,7 @@ class GPUSampling:
                 self._sent(np.array(list(few), dtype=np.int32)),
                 token_ids,
                 min(max(of.count for of in few.values()), logits.shape[1]),
-                self._sent(asked) if most else None,
+                self._sent(asked),
                 normalized=self._mode.normalized,
             )
             fetched.tensors += (top.logprob, top.rank, top.top_ids, top.top_logprobs, top.asked)
@@ -280,3 +294,28 @@ class GPUSampling:
                 fetched.whole[index] = (len(fetched.tensors), of)
                 fetched.tensors.append(logits[index])
         return fetched
+
+    def score(
+        self, parts: Iterable[tuple[Tensor, Sequence[int]]], count: int, also: Sequence[int]
+    ) -> list[TokenLogprobs]:
+        """As `quire.runner.prompt_work.score`. Nothing comes back before all parts are computed."""
+        if not 0 <= count <= MAX_LOGPROBS:
+            return score(parts, count, also)
+        asked = np.zeros((1, _asked_width([Logprobs(count, also)])), dtype=np.int64)
+        asked[0, : len(also)] = also
+        ids, every = self._sent(asked), []
+        tokens: list[int] = []
+        for logits, targets in parts:
+            rows = len(targets)
+            top = logprobs(
+                logits,
+                torch.arange(rows, dtype=torch.int32, device=logits.device),
+                self._sent(np.array(targets, dtype=np.int64)),
+                min(count, logits.shape[1]),
+                ids.expand(rows, -1).contiguous(),
+            )
+            every.append((top.logprob, top.rank, top.top_ids, top.top_logprobs, top.asked))
+            tokens += targets
+        back = self._device.download([torch.cat(each) for each in zip(*every, strict=True)]).wait()
+        columns = [tokens, *(each.tolist() for each in back[:4]), back[4][:, : len(also)].tolist()]
+        return [TokenLogprobs(*entry) for entry in zip(*columns, strict=True)]

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from quire.attention.base import AttentionMetadata, KVCache
 from quire.kernels.triton.batch import DeviceBatch, append_tokens, build_step, copy_blocks
+from quire.kernels.triton.compiles import SERVING, report_compiles
 from quire.kernels.triton.packing import BatchShape, Section, StepPacker
 from quire.kernels.triton.sampling import DeviceTokens
 from quire.messages import AdmittedRequest, TokenLogprobs
@@ -34,9 +35,11 @@ from quire.runner.backend import StepInput, StepSamples
 from quire.runner.device import Device, Download
 from quire.runner.gpu_sampling import FetchedLogprobs, GPUSampling
 from quire.runner.graphs import Computed, Graphs, StepShape
+from quire.runner.prompt_work import Score
 from quire.runner.seats import Seats
 
 _NONE = np.zeros(0, dtype=np.int64)
+_ARRAYS = ("seats", "counts", "seq_lens", "num_blocks", "sampling", "positions")
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
@@ -111,6 +114,12 @@ class GPUBackend:
                 (tokens,), -1, dtype=torch.int32, device=kv_cache.storage.device
             )
         self._blocks = kv_cache.storage.view(len(kv_cache.parts), 2, *kv_cache.parts[0].k.shape)
+        if self._device.compiles:
+            self.compile_all()
+
+    @property
+    def score(self) -> Score:
+        return self._sampling.score
 
     # --- requests -------------------------------------------------------------------------------------
 
@@ -139,6 +148,13 @@ class GPUBackend:
 
     @_on_device
     def launch(self, step: StepInput) -> LaunchedGPUStep:
+        before = SERVING.set(True)
+        try:
+            return self._launch(step)
+        finally:
+            SERVING.reset(before)
+
+    def _launch(self, step: StepInput) -> LaunchedGPUStep:
         rows, count = step.rows.rows[: step.rows.num_rows], len(step.positions)
         counts = rows[:, 2]
         self._send(step, rows)
@@ -154,6 +170,7 @@ class GPUBackend:
             most_tokens=int(counts.max()),
             level=wants.level if inside else None,
             adapted=step.rows.has_adapters,
+            least_tokens=int(counts.min()),
         )
         hidden: list[Tensor] = []
         if step.read_rows:
@@ -173,7 +190,7 @@ class GPUBackend:
         seats, positions = self._sample_sections(len(logits))
         if wants.edit:
             edited = self._sampling.edit(logits, seats, positions, masks)
-        tokens = self._sampling.sample(edited, seats, positions, wants.level, count=wants.edit)
+        tokens = self._sampling.sample(edited, seats, positions, wants.level)
         append_tokens(self._batch, tokens.token_ids)
         logprobs = self._sampling.logprobs(wants.logprobs, logits, edited, seats, tokens.token_ids)
         return self._fetch(tokens, count, logprobs, hidden)
@@ -223,19 +240,35 @@ class GPUBackend:
         shape = self.graphs.next()
         if shape is None:
             return False
-        self._upload(
-            self._packer.pack(
-                seats=_NONE,
-                counts=_NONE,
-                seq_lens=_NONE,
-                num_blocks=_NONE,
-                sampling=_NONE,
-                positions=_NONE,
-                new_ids=[],
-                new_blocks=[],
-            )
-        )
+        self._send_padding()
         return self.graphs.prepare(shape)
+
+    def _send_padding(self) -> None:
+        """The input of a step without rows."""
+        none: dict[str, NDArray[np.int64]] = dict.fromkeys(_ARRAYS, _NONE)
+        self._upload(self._packer.pack(**none, new_ids=[], new_blocks=[]))
+
+    @_on_device
+    def compile_all(self) -> None:
+        """Launch every kernel in every variant that a step can need, over padding, while there is no request.
+        Later a compilation would stop all requests for a second."""
+        self._send_padding()
+        most = self._packer.shape
+        for adapted in (False, True)[: 1 + (self._seats.step.adapters is not None)]:
+            # As many rows and tokens as there may be: quantized products choose their kernels by them.
+            self._compute(
+                StepShape(
+                    most.max_seqs, most.max_tokens, most.max_seqs, most.max_tokens, None, adapted
+                )
+            )
+            hidden = self._compute(StepShape(1, 1, 1, 1, None, adapted)).hidden
+        self._model.logits(hidden.expand(most.max_seqs, -1).contiguous())
+        seats, positions = self._sample_sections(1)
+        self._sampling.compile_all(self._model.logits(hidden), seats, positions)
+        append_tokens(self._batch, seats.long())
+        nothing = torch.full((2, 1), -1, dtype=torch.int64, device=self._blocks.device)
+        copy_blocks(self._blocks, nothing[0], nothing[1])
+        report_compiles()
 
     # --- on the device --------------------------------------------------------------------------------
 
@@ -245,7 +278,7 @@ class GPUBackend:
         if shape.level is not None and shape.samples:
             seats, positions = self._sample_sections(shape.samples)
             logits = self._model.logits(hidden)
-            tokens = self._sampling.sample(logits, seats, positions, shape.level, count=False)
+            tokens = self._sampling.sample(logits, seats, positions, shape.level)
             append_tokens(self._batch, tokens.token_ids)
         return Computed(hidden, tokens)
 
@@ -261,6 +294,7 @@ class GPUBackend:
                 seq_lens=batch.section(Section.SEQ_LENS)[:rows],
                 block_table=blocks[:rows],
                 max_query_len=shape.most_tokens,
+                min_query_len=shape.least_tokens,
             )
             for slots, blocks in zip(batch.slot_mapping, batch.block_table, strict=True)
         ]

@@ -26,14 +26,16 @@ from quire.runner.device import CannotRecordError, Device
 logger = logging.getLogger(__name__)
 
 _USES_BEFORE_RECORDING = 2
-MOST_GRAPH_ROWS = 256
-GRAPH_TOKENS = (64, 128, 256, 512)
+GRAPH_TOKENS = (64, 128, 256, 512, 1024, 2048)
 """Numbers of tokens to which mixed steps are padded. Fewer than 64 take as long, since products are then
 limited by reading the weights."""
-LAUNCH_BOUND = 1 << 40
+MOST_PADDING = 4
+"""Rows or tokens of a graph per row or token of a step, if the step's own size has no graph yet. Few rows
+take nearly as long as four times as many, since both read all weights."""
+LAUNCH_BOUND = 1 << 41
 """Number of weights times tokens up to which launching a step kernel by kernel takes about as long as
-computing it (2 to 3 ms, at 800 TFLOP/s): the longest mixed steps for which graphs are captured. 512
-tokens for a model of 0.6B, 128 for 8B, none for 70B."""
+computing it (5 to 6 ms, at 800 TFLOP/s): the longest mixed steps for which graphs are captured. 2048
+tokens for a model of 0.6B, 256 for 8B, none for 70B."""
 
 
 class StepShape(NamedTuple):
@@ -48,6 +50,8 @@ class StepShape(NamedTuple):
     """Sampler level; None if it is sampled outside the graph."""
     adapted: bool = False
     """Whether any row has a LoRA adapter: else its kernels are not launched."""
+    least_tokens: int = 1
+    """The smallest number of tokens of a row; 1 where a graph is used, whose rows may have any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +69,13 @@ Compute = Callable[[], Computed]
 
 def graph_sizes(max_num_seqs: int) -> list[int]:
     """Numbers of rows to which decoding steps are padded."""
-    return _up_to([1, 2, 4, *range(8, 64, 8), *range(64, 257, 16)], max_num_seqs)
+    few = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16)]
+    return _up_to([*few, *range(256, max(256, max_num_seqs) + 32, 32)], max_num_seqs)
 
 
 def mixed_rows(max_num_seqs: int) -> list[int]:
     """Numbers of rows to which mixed steps are padded. Few, because an empty row costs little."""
-    return _up_to([4, 16, 64, MOST_GRAPH_ROWS], max_num_seqs)
+    return _up_to([4, 16, 64, 256, max(256, max_num_seqs)], max_num_seqs)
 
 
 def mixed_tokens(num_weights: int, max_num_batched_tokens: int) -> list[int]:
@@ -150,23 +155,43 @@ class Graphs:
         tokens = _least(self._mixed_tokens, exact.tokens)
         if rows is None or tokens is None:
             return None
-        return exact._replace(rows=rows, tokens=tokens, samples=rows, most_tokens=tokens)
+        return exact._replace(
+            rows=rows, tokens=tokens, samples=rows, most_tokens=tokens, least_tokens=1
+        )
 
     def _work(self, shape: StepShape) -> Compute:
-        """The CUDA graph for this shape; else a graph with a superset sampler, which gives the same
-        tokens; else eager launches."""
+        """The CUDA graph for this shape; else one that does for it; else eager launches."""
         found = self.recorded.get(shape)
         if found is not None:
             return found
         uses = self.uses[shape] = self.uses.get(shape, 0) + 1
-        if shape.level is not None:
-            for level in SAMPLER_LEVELS[SAMPLER_LEVELS.index(shape.level) + 1 :]:
-                found = self.recorded.get(shape._replace(level=level))
-                if found is not None:
-                    return found
+        found = self._superset(shape)
+        if found is not None:
+            return found
         if self._may_record and uses > _USES_BEFORE_RECORDING:
             return self._record(shape)
         return partial(self._compute, shape)
+
+    def _superset(self, shape: StepShape) -> Compute | None:
+        """A graph with a sampler of a higher level, which gives the same tokens, or with more padding. A
+        capture stops all requests for some 50 ms, so under a load it is a last resort."""
+        levels: tuple[SamplerLevel | None, ...] = (None,)
+        if shape.level is not None:
+            levels = SAMPLER_LEVELS[SAMPLER_LEVELS.index(shape.level) :]
+        decodes = shape.most_tokens == 1
+        for rows in _larger(self._decode_rows if decodes else self._mixed_rows, shape.rows):
+            for tokens in [rows] if decodes else _larger(self._mixed_tokens, shape.tokens):
+                most = 1 if decodes else tokens
+                for level in levels:
+                    other = StepShape(rows, tokens, rows, most, level, shape.adapted)
+                    if (found := self.recorded.get(other)) is not None:
+                        return found
+        return None
+
+
+def _larger(sizes: list[int], number: int) -> list[int]:
+    """The sizes from a number up to four times of it."""
+    return [size for size in sizes if number <= size <= MOST_PADDING * number]
 
 
 def _decoding(size: int, level: SamplerLevel | None, adapted: bool = False) -> StepShape:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +19,17 @@ from quire.sampling_params import PoolingParams
 
 LOGITS_BYTES = 32 << 20
 """Limit on the prompt logits in memory at a time: those of a long prompt would be gigabytes."""
+
+
+Parts = Iterable[tuple[Tensor, Sequence[int]]]
+Score = Callable[[Parts, int, Sequence[int]], list[TokenLogprobs]]
+
+
+def score(parts: Parts, count: int, also: Sequence[int]) -> list[TokenLogprobs]:
+    """The logprobs of tokens. parts: logits [R, V] and R tokens each, which are computed as they are read.
+    count, also: as in `top_logprobs`."""
+    every = (top_logprobs(log_softmax(x.float()), tokens, count, also) for x, tokens in parts)
+    return [entry for entries in every for entry in entries]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +81,9 @@ class PromptWork:
         return num_computed >= len(self.prompt)
 
     def read(
-        self, start: int, count: int, hidden: Tensor, model: DecoderModel
+        self, start: int, count: int, hidden: Tensor, model: DecoderModel, scored: Score = score
     ) -> PromptResult | None:
-        """hidden: [at least `wanted`, hidden_size], of the row's last tokens."""
+        """hidden: [at least `wanted`, hidden_size], of the row's last tokens. scored: the device's."""
         wanted = self.wanted(start, count)
         if not wanted:
             return None
@@ -80,29 +92,29 @@ class PromptWork:
             return self._pool(hidden, start + count)
         begin = start + count - wanted
         targets = self.prompt[begin + 1 : start + count + 1]
-        entries = self._score(hidden[: len(targets)], targets, model)
+        with torch.inference_mode():
+            parts = self._parts(hidden[: len(targets)], targets, model)
+            entries = scored(parts, self.num_logprobs, self.also)
         return PromptResult(logprobs=PromptLogprobs(begin + 1, entries))
 
-    @torch.inference_mode()
-    def _score(
+    def _parts(
         self, hidden: Tensor, targets: list[int], model: DecoderModel
-    ) -> list[TokenLogprobs]:
+    ) -> Iterator[tuple[Tensor, list[int]]]:
         size = max(1, LOGITS_BYTES // (4 * model.spec.vocab_size))
-        entries: list[TokenLogprobs] = []
         for at in range(0, len(targets), size):
             part, adapters = hidden[at : at + size], None
             if self.adapter is not None:
                 packed, index = self.adapter
                 adapters = packed.rows(torch.full((len(part),), index, dtype=torch.int32))
-            logprobs = log_softmax(model.compute_logits(part, adapters))
-            entries += top_logprobs(logprobs, targets[at : at + size], self.num_logprobs, self.also)
-        return entries
+            yield model.logits(part, adapters), targets[at : at + size]
 
     def _pool(self, hidden: Tensor, num_computed: int) -> PromptResult | None:
         assert self.pooling is not None
         if self.pooling.pooling == "mean":
             # NumPy adds one row after the other, so the sum does not depend on how the prompt was cut.
-            rows = hidden.double().cpu().numpy()
+            rows = (
+                hidden.cpu().double().numpy()
+            )  # widened here: in float64 a prompt takes gigabytes
             if self.sum is not None:
                 rows = np.vstack([self.sum, rows])
             self.sum = np.add.reduce(rows, axis=0)

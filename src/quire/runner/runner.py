@@ -332,7 +332,9 @@ class RunningStep:
         """Add the results of prompt work."""
         of_request = {row.request_id: row for row in found}
         for (row, work), states in zip(reads, hidden, strict=True):
-            read = work.read(row.start, row.num_tokens, states, self.runner.model)
+            read = work.read(
+                row.start, row.num_tokens, states, self.runner.model, self.runner.backend.score
+            )
             if read is None:
                 continue
             result = of_request.get(row.request_id)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from quire.kernels.triton import attention, tuning
-from tests.triton.harness import SHARED_LIMIT, Report, compile_launches
+from quire.kernels.triton.matmul import matmul
+from tests.triton.harness import SHARED_LIMIT, Report, compile_launches, shared_memory
 
 BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
 
@@ -61,15 +62,17 @@ class Case:
             invariant=self.invariant,
             out=empty(tokens, self.q_heads, self.head_dim),
             workspace=empty(floats, dtype=torch.float32),
+            arrived=empty(requests * self.kv_heads, dtype=torch.int32),
         )
 
     def compile(self) -> dict[str, Report]:
         reports = {
             report.kernel: report for report in compile_launches(self.launch, arch=self.arch)
         }
-        assert set(reports) == {"tile_kernel", "split_kernel", "merge_kernel"}
+        assert set(reports) == {"tile_kernel", "split_kernel"}
         for report in reports.values():
-            report.assert_fits(self.arch)
+            # The merge of splits may push two scalars out of registers, outside the loops.
+            report.assert_fits(self.arch, stack=16 if report.kernel == "split_kernel" else 0)
         return reports
 
 
@@ -78,7 +81,7 @@ GEMMA = Case(8, 4, 256, window=1024, softcap=50.0)
 CASES = {
     "Llama-3.1-8B": LLAMA_8B,
     "Llama-3.1-8B, blocks of 16": dataclasses.replace(LLAMA_8B, block_size=16),
-    "Llama-3.1-8B, blocks of 128, fp8": dataclasses.replace(LLAMA_8B, block_size=128, cache=FP8),
+    "Llama-3.1-8B, fp8": dataclasses.replace(LLAMA_8B, cache=FP8),
     "Llama-3.1-8B, invariant": dataclasses.replace(LLAMA_8B, invariant=True),
     "Qwen3-0.6B": Case(16, 8, 128),
     "Llama-3.2-1B": Case(32, 8, 64),
@@ -104,8 +107,40 @@ def test_no_spills_and_the_matrix_instructions_of_the_device(case: Case) -> None
     assert bool(tile.wgmma) == (large and case.arch == 90)
     assert bool(tile.tcgen05) == (large and case.arch == 100)
     assert bool(tile.mma) == (case.arch == 80 or not large)
-    assert bool(split.wgmma) == (case.invariant and large)
+    eight_bits = case.cache is FP8 and case.arch == 90 and case.head_dim <= 128
+    assert bool(split.wgmma) == (large and (case.invariant or eight_bits))
+    if eight_bits:  # decoding is bound by instructions: for 64 keys of 16 KiB they were 677 a warp
+        assert not split.byte_loads and 0 < split.loop <= 450, split
     assert split.shared * 2 <= SHARED_LIMIT[case.arch]  # two programs a multiprocessor
+
+
+@pytest.mark.parametrize("regime", tuning.CANDIDATES)
+def test_candidates_for_the_first_run_on_a_device_fit(
+    regime: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    default = tuning.tile
+    for choice in tuning.CANDIDATES[regime]:
+        monkeypatch.setattr(
+            attention,
+            "tile",
+            lambda key, choice=choice: choice if key.regime == regime else default(key),
+        )
+        for report in compile_launches(dataclasses.replace(LLAMA_8B, block_size=16).launch):
+            report.assert_fits(90, stack=16 if report.kernel == "split_kernel" else 0)
+
+
+@pytest.mark.parametrize("arch", [86, 120, "gfx942"])
+def test_little_shared_memory_suffices(arch: int | str) -> None:
+    """Of the products and the attention of --batch-invariant, and of decoding; two programs at once."""
+
+    def launch() -> None:
+        for invariant in (False, True):
+            dataclasses.replace(LLAMA_8B, block_size=16, invariant=invariant).launch()
+        x = torch.empty(7, 4096, dtype=BF16, device="meta")
+        matmul(x, torch.empty(4096, 4096, dtype=BF16, device="meta"))
+
+    for kernel, shared in shared_memory(launch, arch):
+        assert shared <= SHARED_LIMIT[arch], (kernel, shared)
 
 
 @pytest.mark.parametrize("case", [LLAMA_8B, dataclasses.replace(LLAMA_8B, cache=FP8, arch=100)])

@@ -15,7 +15,7 @@ from quire.kernels.checks import KernelArgumentError
 from quire.kernels.triton import attention
 from quire.kernels.triton.tuning import Tile
 
-SMALL = Tile(block_m=16, block_n=16, warps=4, stages=2, split=32)
+SMALL = Tile(block_m=16, block_n=16, warps=4, stages=2, split=32, per_level=8)
 """Tiles so small that a few dozen keys cross every border there is; the shapes are no concern here."""
 
 
@@ -124,6 +124,7 @@ def attend(
     fused[: sum(counts), : model.q_heads] = torch.cat([s.q[start:end] for s, start, end in calls])
     q = fused[:, : model.q_heads]
     out = torch.full(q.shape, torch.nan, dtype=model.dtype)
+    arrived = torch.zeros(len(calls) * model.kv_heads, dtype=torch.int32)
     arguments: dict[str, object] = {
         "scale": model.scale,
         "max_query_len": max(counts),
@@ -146,12 +147,14 @@ def attend(
             ),
             torch.nan,
         ),
+        "arrived": arrived,
     }
     lengths = torch.tensor(ends, dtype=torch.int32)
     attention.paged_attention(
         q, k_cache, v_cache, table, starts, lengths, out=out, **(arguments | options)
     )
     assert out[sum(counts) :].isnan().all()
+    assert not arrived.any()  # for the next layer
     return [out[int(a) : int(b)] for a, b in itertools.pairwise(starts)]
 
 
@@ -279,6 +282,43 @@ def test_invariant_decodes_and_prompts_agree_bit_for_bit(
     assert torch.equal(whole[-1:], last)
 
 
+@pytest.mark.parametrize(
+    "model",
+    [
+        Model(q_heads=6, kv_heads=2, dtype=torch.bfloat16, decode_query_len=3),
+        Model(dtype=torch.bfloat16, fp8=True, window=70),
+        Model(kv_heads=1, invariant=True),
+    ],
+    ids=["speculation", "fp8, window", "invariant"],
+)
+def test_the_last_split_merges_to_the_bits_of_a_kernel_for_it(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With more splits than programs too, and beside requests with one split and none."""
+    calls = calls_for(model, [(500, 499), (31, 30), (90, 89)])
+    monkeypatch.setattr(attention, "MIN_SHARES", 3)
+    monkeypatch.setattr(attention, "PROGRAMS", 1)
+    launched: list[object] = []
+    stock = attention.merge_kernel.run
+
+    def merge(*args: object, **options: object) -> None:
+        launched.append(options["grid"])
+        stock(*args, **options)
+
+    monkeypatch.setattr(attention.merge_kernel, "run", merge)
+    fused = attend(model, calls)
+    assert not launched
+    apart = attend(model, calls, arrived=None)
+    assert len(launched) == 1
+    assert all(torch.equal(a, b) for a, b in zip(fused, apart, strict=True))
+
+
+def test_counters_too_few_are_refused() -> None:
+    with pytest.raises(KernelArgumentError, match="arrived"):
+        few = torch.zeros(1, dtype=torch.int32)
+        attend(Model(), calls_for(Model(), [(70, 69), (9, 8)]), arrived=few)
+
+
 def test_the_number_of_shares_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Model(kv_heads=1)
     calls = calls_for(model, [(200, 199), (90, 89)])
@@ -311,12 +351,13 @@ def test_splits_on_the_host_are_those_of_the_kernels() -> None:
     for split in (32, 256):
         ends, level = [], 0
         while len(ends) < 40:
-            ends += [split << level] * attention.PER_LEVEL
+            ends += [split << level] * 8
             level += 1
         borders = torch.tensor(ends).cumsum(0).tolist()
         for index, end in enumerate(borders):
-            assert attention._slots(end, 0, 1, split) == index + 1
-            assert attention._slots(end + 1, 0, 1, split) == index + 2
+            tile = dataclasses.replace(SMALL, split=split)
+            assert attention._slots(end, 0, 1, tile) == index + 1
+            assert attention._slots(end + 1, 0, 1, tile) == index + 2
 
 
 @settings(max_examples=200)
@@ -329,7 +370,7 @@ def test_splits_on_the_host_are_those_of_the_kernels() -> None:
 def test_slots_suffice_under_a_window(max_len: int, window: int, queries: int, length: int) -> None:
     length = min(length, max_len)
     first = max(length - queries - window + 1, 0) // 32
-    assert (length - 1) // 32 + 1 - first <= attention._slots(max_len, window, queries, 32)
+    assert (length - 1) // 32 + 1 - first <= attention._slots(max_len, window, queries, SMALL)
 
 
 @pytest.mark.parametrize(

@@ -136,7 +136,7 @@ class Engine:
         assert batch.section(Section.QUERY_START_LOC)[: num_rows + 1].tolist() == (
             starts + [len(ids)] * padding_rows
         )
-        assert not batch.section(Section.SEQ_LENS)[len(rows) : num_rows].any()
+        assert (batch.section(Section.SEQ_LENS)[len(rows) : num_rows] == 1).all()
 
     def sample(self, rows: list[tuple[Request, int]], sampling: list[int]) -> None:
         batch, padded = self.batch, self.rng.randint(len(sampling), SHAPE.max_seqs)

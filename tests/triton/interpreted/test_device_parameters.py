@@ -24,6 +24,7 @@ from quire.sampling_params import PoolingParams, SamplingParams, StructuredOutpu
 from quire.scheduler.invariants import check_invariants
 from quire.text.parsing.base import ThinkingTokens
 from tests.engine.checkpoints import ServableCheckpoint, prompts, write_checkpoint
+from tests.triton.keys import Variants
 
 # What attention leaves of padding is what the memory held: NumPy warns of sums that overflow.
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
@@ -107,15 +108,29 @@ def expected(checkpoint: ServableCheckpoint) -> dict[str, RequestOutput]:
         return answers(llm, list(MIX))
 
 
+class CompilingDevice(HostDevice):
+    compiles = True
+
+
 def on_device(config: EngineConfig, spec: WorkerSpec, grammars: Any) -> Worker:
-    return Worker(config, spec, grammars=grammars, platform=GPU(config, spec, HostDevice()))
+    return Worker(config, spec, grammars=grammars, platform=GPU(config, spec, CompilingDevice()))
 
 
 @pytest.fixture
-def device_llm(checkpoint: ServableCheckpoint, monkeypatch: pytest.MonkeyPatch) -> Iterator[LLM]:
+def variants(monkeypatch: pytest.MonkeyPatch) -> Variants:
+    return Variants(monkeypatch)
+
+
+@pytest.fixture
+def device_llm(
+    checkpoint: ServableCheckpoint, variants: Variants, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[LLM]:
+    """No request needs a kernel in a variant that was not launched at the start."""
     monkeypatch.setattr(inline, "inline_executor", on_device)
     with LLM(str(checkpoint.directory), **OPTIONS) as llm:
+        known = set(variants.seen)
         yield llm
+    assert not variants.since(known)
 
 
 def runner_of(llm: LLM) -> Runner | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from quire.runner.device import CannotRecordError, HostDevice
 from quire.runner.footprint import WorkerSpec
 from quire.runner.gpu import GPU
 from quire.runner.gpu_step import GPUBackend
-from quire.runner.graphs import graph_sizes, mixed_rows, mixed_tokens
+from quire.runner.graphs import Graphs, StepShape, graph_sizes, mixed_rows, mixed_tokens
 from quire.runner.worker import Worker
 from quire.scheduler import Scheduler, SchedulerLimits
 from quire.scheduler.invariants import check_invariants
@@ -34,6 +35,7 @@ from quire.weights.adapter import check_adapter
 from tests.models.variants import build_reference, save
 from tests.runner.drafting import COUNT, generate, nearly_right
 from tests.scheduler.requests import add_request
+from tests.triton.keys import Variants
 from tests.weights.adapter_writer import write_adapter
 
 MAX_LEN = 48
@@ -61,7 +63,7 @@ class FaithfulDevice(HostDevice):
     memory, and must launch what was launched when it was recorded: same kernels, grids, numbers and
     shapes, the same memory wherever that outlives the step; a graph would not notice a difference. All of
     it was launched before, so that nothing is compiled while recording. Nor are there copies to or
-    from the host.
+    from the host. Whatever is launched or copied belongs to the device's own stream.
     """
 
     def __init__(self) -> None:
@@ -74,16 +76,24 @@ class FaithfulDevice(HostDevice):
         self.outside: list[str] = []
         """Launches that were no part of a replay."""
         self.lasting: list[Tensor] = []
+        self.depth = 0
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        self.depth += 1
+        yield
+        self.depth -= 1
 
     def upload(self, target: Tensor, source: Tensor) -> None:
-        assert not self.inside
+        assert not self.inside and self.depth
         super().upload(target, source)
 
     def download(self, tensors: Sequence[Tensor]) -> LateDownload:
-        assert not self.inside
+        assert not self.inside and self.depth
         return LateDownload(tensors)
 
     def launched(self, name: str, grid: object, arguments: dict[str, Any]) -> None:
+        assert self.depth, f"{name} would be launched on the caller's stream"
         launch = f"{name}{grid} { ({k: self._baked(v) for k, v in arguments.items()}) }"
         (self.launches if self.inside else self.outside).append(launch)
 
@@ -425,16 +435,22 @@ def test_drafts_change_no_token(checkpoint: Path, device: FaithfulDevice, eager:
 def test_graph_sizes() -> None:
     assert graph_sizes(1) == [1]
     assert graph_sizes(6) == [1, 2, 4, 6]
-    assert graph_sizes(1000)[-1] == 256 and graph_sizes(100)[-1] == 100
+    assert graph_sizes(1000)[-4:] == [928, 960, 992, 1000] and graph_sizes(100)[-1] == 100
+    assert graph_sizes(256)[-2:] == [240, 256] and graph_sizes(512)[-2:] == [480, 512]
     assert mixed_rows(3) == [3] and mixed_rows(100) == [4, 16, 64, 100]
-    assert mixed_tokens(600_000_000, 8192) == [64, 128, 256, 512]
-    assert mixed_tokens(8_000_000_000, 8192) == [64, 128]
+    assert mixed_rows(256) == [4, 16, 64, 256] and mixed_rows(512) == [4, 16, 64, 256, 512]
+    assert mixed_tokens(600_000_000, 8192) == [64, 128, 256, 512, 1024, 2048]
+    assert mixed_tokens(8_000_000_000, 8192) == [64, 128, 256]
     assert mixed_tokens(1_000_000, 100) == [64, 100]
     assert mixed_tokens(70_000_000_000, 8192) == []
 
 
-def test_adapters(checkpoint: Path, device: FaithfulDevice, tmp_path: Path) -> None:
-    """Two of three adapters at a time, in graphs, beside requests without one: the tokens of the CPU."""
+def test_adapters(
+    checkpoint: Path, device: FaithfulDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of three adapters at a time, in graphs, beside requests without one: the tokens of the CPU. No
+    kernel is launched in a variant that was not launched at the start."""
+    device.compiles, variants = True, Variants(monkeypatch)
     options = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8}
     spec = spec_of(checkpoint).model
     keys, messages = [], []
@@ -448,11 +464,44 @@ def test_adapters(checkpoint: Path, device: FaithfulDevice, tmp_path: Path) -> N
         )
         for i, key in enumerate([keys[0], None, keys[1], keys[0], keys[2]], 1)
     ]
-    outcomes = []
+    outcomes: list[dict[int, list[int]]] = []
     for executor in (on_cpu(checkpoint, **options), on_device(checkpoint, device, **options)):
-        core = core_of(executor, adapters=2)
+        core, known = core_of(executor, adapters=2), set(variants.seen)
         for message in messages:
             core.handle(message)
         outcomes.append(run(executor, requests, core=core).tokens)
     assert outcomes[0] == outcomes[1] and len(outcomes[0]) == 5
+    assert known and not variants.since(known)
     assert any(shape.adapted for shape in backend_of(executor).graphs.recorded)
+
+
+class Counted(HostDevice):
+    """Returns a number for each graph."""
+
+    recorded = 0
+
+    def record(self, work: Callable[[], Any]) -> Callable[[], Any]:
+        self.recorded += 1
+        number = self.recorded
+        return lambda: number
+
+
+def test_under_a_load_a_larger_graph_is_used_before_one_is_captured() -> None:
+    device, eager = Counted(), "eager"
+    graphs = Graphs(
+        device, lambda shape: eager,  # type: ignore[arg-type, return-value]
+        max_num_seqs=512, max_num_batched_tokens=8192, num_weights=600_000_000, eager=False,
+    )  # fmt: skip
+
+    def decode(rows: int, level: Any = "greedy") -> object:
+        return graphs.compute(StepShape(rows, rows, rows, 1, level))
+
+    assert [decode(40) for _ in range(4)] == [eager, eager, 1, 1]
+    assert [decode(rows) for rows in (33, 12, 10)] == [1] * 3 and device.recorded == 1
+    assert [decode(9) for _ in range(5)] == [1] * 5, "a graph of 40 rows does for 10 and more"
+    assert [decode(8) for _ in range(3)] == [eager, eager, 2], "five times the rows are too many"
+    assert decode(40, "draw") == eager, "greedy is no superset of it"
+    mixed = StepShape(3, 70, 3, 60, "greedy")
+    assert [graphs.compute(mixed) for _ in range(3)] == [eager, eager, 3]
+    assert graphs.compute(mixed._replace(tokens=40, most_tokens=20)) == 3
+    assert graphs.next() is not None, "its own size is still wanted, when there is time"

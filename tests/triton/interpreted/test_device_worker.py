@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from quire.config import from_flat
-from quire.errors import MemoryFitError
+from quire.errors import ConfigError, MemoryFitError
 from quire.messages import StepPlan
 from quire.runner import gpu
 from quire.runner.device import HostDevice
@@ -94,3 +94,28 @@ def test_the_footprint_is_measured_beside_the_runners_own_tables(
     assert footprint.memory == DeviceMemory(1000, 900)
     assert device.held == 1, "what a runner keeps was not there yet"
     assert device.kept_free == 40 + STEP_MARGIN
+
+
+@pytest.mark.parametrize("backend", ["triton", "FLASH_ATTN"])
+def test_a_package_that_fails_in_its_first_step_is_an_error_with_a_remedy(
+    spec: WorkerSpec, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Refusing:
+        def forward(self, *arguments: Any, **named: Any) -> None:
+            raise AssertionError("paged KV not supported on SM 8.0")
+
+    class Measuring(MeasuredDevice):
+        def measure(self, work: Callable[[], None]) -> tuple[int, int]:
+            work()
+            return super().measure(work)
+
+    monkeypatch.setattr(gpu, "create_attention", lambda *given: Refusing())
+    config = from_flat(
+        {"max_num_seqs": 2, "max_num_batched_tokens": 32, "attention_backend": backend}
+    )
+    worker = Worker(config, spec, platform=GPU(config, spec, Measuring()))
+    ours = backend == "triton"
+    with pytest.raises(AssertionError if ours else ConfigError) as caught:
+        worker.load()
+    assert "SM 8.0" in str(caught.value)
+    assert ours or "use --attention-backend triton" in str(caught.value)

@@ -338,3 +338,27 @@ def test_wrong_arguments_are_refused() -> None:
             sample(*arguments)
     with pytest.raises(KernelArgumentError, match="history"):
         sample(*good, history=torch.zeros(2, 11, dtype=torch.int16))
+
+
+@pytest.mark.parametrize("top_p", [0.5, 0.95])
+def test_top_p_alone_lists_about_the_groups_that_it_keeps(top_p: float) -> None:
+    """Of logits with a head and a long tail, as models give them: all groups are within the distance that
+    bounds what top_p may remove."""
+    vocab = 40_000
+    ranks = torch.arange(1, vocab + 1)[torch.randperm(vocab, generator=generator(3))]
+    logits = -1.5 * ranks.float().log()[None] + 0.1 * randn(1, vocab, rng=generator(4))
+    fields = {**OFF, "top_p": top_p, "seed": 5}
+    space = SampleWorkspace.create(1, vocab, "cpu")
+    space.listed.fill_(-1)
+    drawn = sample(
+        logits,
+        seat_table([fields]),
+        torch.zeros(1, dtype=torch.int32),
+        torch.zeros(1).long(),
+        space,
+    )
+    assert_is_drawn(logits[0], fields, int(drawn.token_ids[0]))
+    probabilities = logits[0].double().softmax(-1).sort(descending=True)
+    kept = probabilities.indices[: int((probabilities.values.cumsum(0) < top_p).sum()) + 1]
+    groups, listed = len((kept // 64).unique()), int((space.listed >= 0).sum())
+    assert groups <= listed <= 2 * groups + 1

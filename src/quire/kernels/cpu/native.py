@@ -181,6 +181,7 @@ class NativeKernels:
         window: int = 0,
         softcap: float = 0.0,
         max_query_len: int | None = None,
+        min_query_len: int = 1,
         kv_scales: tuple[Tensor, Tensor] | None = None,
         out: Tensor | None = None,
     ) -> Tensor:

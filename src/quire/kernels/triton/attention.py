@@ -7,8 +7,8 @@ sum of exponentials below it (`total`) and the weighted sum of values (`acc`) (D
 
 - *Splits*, for requests with few query tokens, where one program would process a long context alone. The
   keys are cut at fixed positions (`_split_start`). A program writes its split's (acc, peak, total) to the
-  workspace, and a second kernel merges them in order (Flash-Decoding, Dao et al. 2023). A request within
-  one split needs no merging.
+  workspace, and the one that ends last merges them in order (in Flash-Decoding, Dao et al. 2023, a second
+  kernel does: `Tile.fused`). A request within one split needs no merging.
 - *Tiles*, for the others: one program for a tile of rows and all keys. Tiles of keys that every row sees
   completely need no mask.
 
@@ -34,22 +34,23 @@ from quire.kernels.checks import FLOATS, KernelArgumentError, require
 from quire.kernels.triton.tuning import Key, Regime, Tile, architecture, tile
 
 LOG2_E = 1.4426950408889634
-PER_LEVEL = 8
-"""Splits of one size before the size doubles. The positions of cuts do not depend on the context's
-length, so a row's splits stay the same as the context grows. Doubling keeps their number small."""
 UNIFORM = 1 << 16
-"""PER_LEVEL with a sliding window, which sees only the last few splits: all have one size."""
+"""Splits of one size with a sliding window, which sees only the last few: all of them."""
 RECORD = 4
 """Floats beside acc in a partial result: peak, total, and two that keep records on 16 bytes."""
 PROGRAMS = 1024
 MIN_SHARES = 8
 """A launch has about PROGRAMS programs for the splits, and at least MIN_SHARES for the splits of one
-request and head, so that a single program need not process a long request among many short ones."""
+request and head, so that a single program need not process a long request among many short ones. Fewer
+would end 256 short requests a tenth sooner, and one long request among them 1.6 to 3 times later (simulated:
+tests/triton/test_balance.py)."""
+_HALF_MAX = tl.constexpr(65504.0)
 
 
 @triton.jit
 def _split_start(index, SPLIT: tl.constexpr, PER_LEVEL: tl.constexpr):
-    """The first key of a split: PER_LEVEL splits of SPLIT keys, as many of twice that, and so on."""
+    """The first key of a split: PER_LEVEL splits of SPLIT keys, as many of twice that, and so on. So cuts do
+    not depend on the context's length, a row's splits stay the same as it grows, and there are not many."""
     level = index // PER_LEVEL
     return SPLIT * (PER_LEVEL * ((1 << level) - 1) + ((index % PER_LEVEL) << level))
 
@@ -230,13 +231,21 @@ def _mean(acc, total, v_scale, head):
 @triton.jit
 def _load_queries(
     q, q_stride, begin, token, real, head,
-    GROUP: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     """[BLOCK_M, PADDED_D]: row m is token m // GROUP of the tile, query head m % GROUP of the group."""
     columns = tl.arange(0, PADDED_D)[None, :]
     heads = head * GROUP + tl.arange(0, token.shape[0]) % GROUP
     at = (begin + token).to(tl.int64) * q_stride + heads * D
-    return _load_rows(q + at[:, None] + columns, real[:, None], columns, D, True)
+    rows = _load_rows(q + at[:, None] + columns, real[:, None], columns, D, True)
+    if SCALED and rows.dtype != tl.float32 and PADDED_D <= 128:
+        # For an fp8 cache: its numbers are exact in float16, and one instruction converts two of them. Wider
+        # heads take more registers so, and spill.
+        bounded = tl.clamp(
+            rows.to(tl.float32), -_HALF_MAX, _HALF_MAX, propagate_nan=tl.PropagateNan.ALL
+        )
+        rows = bounded.to(tl.float16)
+    return rows
 
 
 @triton.jit
@@ -254,20 +263,64 @@ def _store_mean(
     )
 
 
+@triton.jit
+def _merge_if_last(
+    out, workspace, arrived, starts, lengths, v_scale, slots,
+    QUERIES: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
+    PADDED_D: tl.constexpr, SPLIT: tl.constexpr, PER_LEVEL: tl.constexpr, WINDOW: tl.constexpr,
+    RECORD: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """What a program of `split_kernel` does when its parts are written. Its scalars are read again: kept in
+    registers through the loops, they would spill."""
+    head, request, share = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    begin = tl.load(starts + request)
+    count = tl.load(starts + request + 1) - begin
+    _, splits = _splits(tl.load(lengths + request), count, SPLIT, PER_LEVEL, WINDOW)
+    if splits > 1 and share < splits:
+        arrived += request * KV_HEADS + head
+        tl.debug_barrier()  # every thread's part is written before one of them counts
+        others = tl.minimum(splits, tl.num_programs(2)) - 1
+        if tl.atomic_add(arrived, 1, sem="acq_rel") == others:
+            tl.store(arrived, 0)
+            row = tl.arange(0, ROWS)
+            token = row // GROUP
+            real = token < count
+            columns = tl.arange(0, PADDED_D)[None, :]
+            part = (request.to(tl.int64) * KV_HEADS + head) * slots
+            record = workspace + (part * (QUERIES * GROUP) + row) * (D + RECORD)
+            acc = tl.zeros([ROWS, PADDED_D], tl.float32)
+            peak = tl.full([ROWS], float("-inf"), tl.float32)
+            total = tl.zeros([ROWS], tl.float32)
+            for _ in tl.range(0, splits, loop_unroll_factor=4):
+                inside = real[:, None] & (columns < D)
+                more_acc = tl.load(record[:, None] + columns, mask=inside, other=0.0)
+                more_peak = tl.load(record + D, mask=real, other=float("-inf"))
+                more_total = tl.load(record + D + 1, mask=real, other=0.0)
+                acc, peak, total = _merge(acc, peak, total, more_acc, more_peak, more_total)
+                record += QUERIES * GROUP * (D + RECORD)
+            mean = _mean(acc, total, v_scale, head)
+            _store_mean(out, mean, begin, token, real, head, KV_HEADS, GROUP, D)
+
+
 @triton.jit(
     do_not_specialize=["table_stride", "slots"],
-    do_not_specialize_on_alignment=["table", "starts", "lengths"],
+    do_not_specialize_on_alignment=["table", "starts", "lengths", "arrived"],
 )
 def split_kernel(
-    out, workspace, q, keys, values, table, starts, lengths, k_scale, v_scale,
+    out, workspace, arrived, q, keys, values, table, starts, lengths, k_scale, v_scale,
     scale, cap, q_stride, table_stride, slots,
     QUERIES: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
     PADDED_D: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SPLIT: tl.constexpr, PER_LEVEL: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
-    TMA: tl.constexpr, RECORD: tl.constexpr,
+    TMA: tl.constexpr, RECORD: tl.constexpr, FUSED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Requests of up to QUERIES query tokens. Grid: (shares, kv_heads, requests)."""
-    share, head, request = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    """Requests of up to QUERIES query tokens. Grid: (kv_heads, requests, shares): programs with splits of
+    different length are not dealt to multiprocessors in turn, and the longest come first.
+
+    FUSED: the last of a request's and head's programs to end merges their parts. `arrived` counts them, from
+    0 and back to 0. Which one it is changes no bit, for it reads all parts, its own too, in order.
+    """
+    head, request, share = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     begin = tl.load(starts + request)
     count = tl.load(starts + request + 1) - begin
     length = tl.load(lengths + request)
@@ -278,7 +331,9 @@ def split_kernel(
     token = rows // GROUP
     real = token < count
     positions = tl.minimum(length - count + token, length - 1)
-    queries = _load_queries(q, q_stride, begin, token, real, head, GROUP, D, PADDED_D)
+    queries = _load_queries(
+        q, q_stride, begin, token, real, head, GROUP, D, PADDED_D, k_scale is not None
+    )
     if k_scale is not None:
         k_factor = tl.load(k_scale + head)
         if CAPPED:
@@ -304,6 +359,11 @@ def split_kernel(
             tl.store(record[:, None] + columns, acc, mask=real[:, None] & (columns < D))
             tl.store(record + D, peak, mask=real)
             tl.store(record + D + 1, total, mask=real)
+    if FUSED:
+        _merge_if_last(
+            out, workspace, arrived, starts, lengths, v_scale, slots,
+            QUERIES, KV_HEADS, GROUP, D, PADDED_D, SPLIT, PER_LEVEL, WINDOW, RECORD, ROWS,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["slots"], do_not_specialize_on_alignment=["starts", "lengths"])
@@ -380,7 +440,9 @@ def tile_kernel(
     token = offset + rows // GROUP
     real = (token < count) & (rows < BLOCK_Q * GROUP)
     positions = tl.minimum(length - count + token, last)
-    queries = _load_queries(q, q_stride, begin, token, real, head, GROUP, D, PADDED_D)
+    queries = _load_queries(
+        q, q_stride, begin, token, real, head, GROUP, D, PADDED_D, k_scale is not None
+    )
     if k_scale is not None:
         k_factor = tl.load(k_scale + head)
         if CAPPED:
@@ -430,6 +492,7 @@ def paged_attention(
     invariant: bool = False,
     out: Tensor,
     workspace: Tensor,
+    arrived: Tensor | None = None,
 ) -> None:
     """`Kernels.paged_attention` of kernels/base.py, with the cache's layout above.
 
@@ -437,7 +500,8 @@ def paged_attention(
     block_size, D] in q's dtype, or in float8_e4m3fn with k_scale, v_scale: [kv_heads] float32 (a stored
     value times its scale is the value). block_table: [B, max_blocks] int32, rows dense.
     query_start_loc: [B + 1], seq_lens: [B], int32. out: like q, contiguous. workspace: float32, at
-    least `workspace_floats` long; its contents are not used afterwards.
+    least `workspace_floats` long; its contents are not used afterwards. arrived: zeros, int32, one for
+    each of the requests' key heads, and zeros again afterwards; without it a second kernel merges splits.
 
     max_query_len, min_query_len: bounds that the host knows for the query tokens of a request. A step
     that only decodes launches no tiles, one with only prompts no splits. decode_query_len: requests
@@ -459,12 +523,16 @@ def paged_attention(
         return
     split_tile = _tile(k_cache, group, "invariant" if invariant else "decode")
     block_m = max(split_tile.block_m, triton.next_power_of_2(group * decode_query_len))
-    per_level = UNIFORM if window else PER_LEVEL
-    slots = _slots(max_blocks * block_size, window, decode_query_len, split_tile.split)
+    slots = _slots(max_blocks * block_size, window, decode_query_len, split_tile)
     need = requests * slots * decode_query_len * q_heads * (head_dim + RECORD)
     if workspace.dtype is not torch.float32 or workspace.numel() < need:
         raise KernelArgumentError(
             f"workspace is {workspace.dtype} {workspace.numel()}; need {need} floats"
+        )
+    if arrived is not None:
+        require(
+            arrived.dtype is torch.int32 and arrived.numel() >= requests * kv_heads,
+            f"arrived is {arrived.dtype} {arrived.numel()}; need {requests * kv_heads} int32",
         )
     # Scores are in units of log 2. With a cap, `cap` first scales them to twice the argument of tanh.
     cap = 2 * LOG2_E * scale / softcap if softcap else 0.0
@@ -480,7 +548,7 @@ def paged_attention(
         "D": head_dim,
         "PADDED_D": _padded(head_dim),
         "SPLIT": split_tile.split,
-        "PER_LEVEL": per_level,
+        "PER_LEVEL": UNIFORM if window else split_tile.per_level,
         "WINDOW": window,
     }
     walk = {"BLOCK_SIZE": block_size, "CAPPED": softcap > 0}
@@ -494,13 +562,15 @@ def paged_attention(
         )  # fmt: skip
     if min_query_len > decode_query_len:
         return
-    shares = min(slots, max(MIN_SHARES, PROGRAMS // (requests * kv_heads)))
-    split_kernel[(shares, kv_heads, requests)](
-        out, workspace, q, *_operands(k_cache, v_cache, split_tile), *step, slots,
+    fused = split_tile.fused and slots > 1 and arrived is not None
+    split_kernel[(kv_heads, requests, _shares(slots, requests * kv_heads))](
+        out, workspace, arrived if fused else seq_lens, q, *_operands(k_cache, v_cache, split_tile),
+        *step, slots,
         **shape, **walk, BLOCK_M=block_m, BLOCK_N=split_tile.block_n, TMA=split_tile.tma, RECORD=RECORD,
-        num_warps=split_tile.warps, num_stages=split_tile.stages,
+        FUSED=fused, ROWS=triton.next_power_of_2(decode_query_len * group), num_warps=split_tile.warps,
+        num_stages=split_tile.stages,
     )  # fmt: skip
-    if slots > 1:
+    if slots > 1 and not fused:
         merge_kernel[(q_heads, decode_query_len, requests)](
             out, workspace, query_start_loc, seq_lens, v_scale, slots,
             **shape, RECORD=RECORD, num_warps=1,
@@ -519,21 +589,27 @@ def workspace_floats(
 ) -> int:
     """The size of the workspace of `paged_attention`, for at most this many requests and keys of each.
 
-    Llama-3.1-8B, 256 requests: 74 MiB (as bytes) for 8,192 keys, 202 MiB for 131,072.
+    Llama-3.1-8B, 256 requests: 99 MiB (as bytes) for 8,192 keys, 334 MiB for 131,072.
     """
     kv_heads, _, head_dim = k_cache.shape[1:]
     choice = _tile(k_cache, q_heads // kv_heads, "invariant" if invariant else "decode")
-    slots = _slots(max_len, window, decode_query_len, choice.split)
+    slots = _slots(max_len, window, decode_query_len, choice)
     return max_requests * slots * decode_query_len * q_heads * (head_dim + RECORD)
 
 
-def _slots(max_len: int, window: int, queries: int, split: int) -> int:
+def _shares(slots: int, heads: int) -> int:
+    """Programs for the splits of one request and head, of `heads` requests times heads."""
+    return min(slots, max(MIN_SHARES, PROGRAMS // heads))
+
+
+def _slots(max_len: int, window: int, queries: int, tile: Tile) -> int:
     """The largest number of splits that one request's query tokens see: `_splits` on the host."""
+    split, per_level = tile.split, tile.per_level
     if window:
         return min(-(-max_len // split), -(-(window + queries - 1) // split) + 1)
-    level = ((max_len - 1) // (split * PER_LEVEL) + 1).bit_length() - 1
-    past = max_len - split * PER_LEVEL * ((1 << level) - 1)
-    return level * PER_LEVEL + -(-past // (split << level))
+    level = ((max_len - 1) // (split * per_level) + 1).bit_length() - 1
+    past = max_len - split * per_level * ((1 << level) - 1)
+    return level * per_level + -(-past // (split << level))
 
 
 def _operands(k_cache: Tensor, v_cache: Tensor, choice: Tile) -> list[Tensor | TensorDescriptor]:

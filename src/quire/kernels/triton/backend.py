@@ -35,6 +35,7 @@ class TritonKernels:
         self.batch_invariant = batch_invariant
         self._product = matmul if batch_invariant else F.linear
         self._workspace = torch.empty(0, dtype=torch.float32, device=device)
+        self._arrived = torch.zeros(0, dtype=torch.int32, device=device)
 
     def linear(
         self, *, in_features: int, out_features: int, dtype: torch.dtype, bias: bool
@@ -121,6 +122,9 @@ class TritonKernels:
         )
         if need > self._workspace.numel():
             self._workspace = torch.empty(need, dtype=torch.float32, device=self.device)
+        heads = max_requests * k_cache.shape[1]
+        if heads > self._arrived.numel():
+            self._arrived = torch.zeros(heads, dtype=torch.int32, device=self.device)
 
     def rms_norm(
         self, x: Tensor, weight: Tensor, eps: float, *, out: Tensor | None = None
@@ -171,6 +175,7 @@ class TritonKernels:
         window: int = 0,
         softcap: float = 0.0,
         max_query_len: int | None = None,
+        min_query_len: int = 1,
         kv_scales: tuple[Tensor, Tensor] | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
@@ -185,6 +190,7 @@ class TritonKernels:
             seq_lens,
             scale=scale,
             max_query_len=q.shape[0] if max_query_len is None else max_query_len,
+            min_query_len=min_query_len,
             window=window,
             softcap=softcap,
             invariant=self.batch_invariant,
@@ -192,6 +198,7 @@ class TritonKernels:
             v_scale=None if kv_scales is None else kv_scales[1],
             out=out,
             workspace=self._workspace,
+            arrived=self._arrived if self._arrived.numel() else None,
         )
         return out
 

@@ -294,7 +294,7 @@ def _store_part(
     """The inverse of `_part`; in an fp8 cache, values are divided by their head's scale and saturate."""
     i = tl.arange(0, BLOCK)[None, :]
     if scale_ptr is not None:
-        x = x / tl.load(scale_ptr + head, mask=heads_inside, other=1.0)
+        x = tl.div_rn(x, tl.load(scale_ptr + head, mask=heads_inside, other=1.0))
         x = tl.clamp(x, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
     tl.store(base + i, x.to(base.dtype.element_ty), mask=heads_inside & (i < count))
 

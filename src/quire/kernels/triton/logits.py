@@ -42,6 +42,7 @@ from quire.kernels.triton.seats import (
 
 _TILE = tl.constexpr(TILE)
 _LISTED = tl.constexpr(64)  # entries of a seat's list that are processed together
+_MASKED, _PENALIZED, _BIASED, _BANNED = (tl.constexpr(1 << i) for i in range(4))
 _IN_PROMPT = -(2**15)
 _MOST = 2**15 - 1
 
@@ -66,27 +67,30 @@ def _penalized(x, history, ids, inside, table, seat):
 @triton.jit
 def _edited(x, ids, inside, history, bitmask, mask_row, words, table, seat, penalizing):
     """x: float32, biased. Masked, then penalized."""
-    if bitmask is not None and mask_row >= 0:
+    if mask_row >= 0:
         x = tl.where(_allowed(bitmask, mask_row, ids, inside, words), x, -float("inf"))
-    if history is not None and penalizing:
+    if penalizing:
         x = _penalized(x, history, ids, inside, table, seat)
     return x
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["kinds", "most_biased", "most_banned"],
+    do_not_specialize_on_alignment=[
+        "seats", "positions", "history", "bitmask", "mask_rows", "biased_ids", "biases", "banned_ids",
+    ],
+)  # fmt: skip
 def _edit(
     logits, stride, vocab, out, table, seats, positions, history, bitmask, mask_rows, words,
-    biased_ids, biases, most_biased, banned_ids, most_banned,
+    biased_ids, biases, most_biased, banned_ids, most_banned, kinds,
 ):  # fmt: skip
+    """kinds: which edits some row may have. The tensors of the others are not read."""
     tile, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     seat = tl.load(seats + row).to(tl.int64)
     if seat >= 0:
-        mask_row = seat * 0
-        if bitmask is not None:
-            mask_row = tl.load(mask_rows + row).to(tl.int64)
-        if history is not None:
-            history += seat * vocab
-        penalizing = penalizes(table, seat)
+        mask_row = tl.load(mask_rows + row, mask=(kinds & _MASKED) != 0, other=-1).to(tl.int64)
+        history += seat * vocab
+        penalizing = ((kinds & _PENALIZED) != 0) & penalizes(table, seat)
         logits += row * stride
         out += row * vocab
         ids = tile * _TILE + tl.arange(0, _TILE)
@@ -94,7 +98,7 @@ def _edit(
         x = tl.load(logits + ids, mask=inside, other=0.0).to(tl.float32)
         x = _edited(x, ids, inside, history, bitmask, mask_row, words, table, seat, penalizing)
         tl.store(out + ids, x, mask=inside)
-        if biased_ids is not None:
+        if (kinds & _BIASED) != 0:
             tl.debug_barrier()  # listed tokens were written by other threads
             count = word(table, seat, NUM_BIASED)
             for start in range(0, count, _LISTED):
@@ -108,7 +112,7 @@ def _edit(
                 )
                 tl.store(out + listed, y, mask=here)
         bans = tl.load(positions + row) < word(table, seat, BANNED_UNTIL)
-        if banned_ids is not None and bans:
+        if ((kinds & _BANNED) != 0) & bans:
             tl.debug_barrier()
             count = word(table, seat, NUM_BANNED)
             for start in range(0, count, _LISTED):
@@ -162,11 +166,17 @@ def edit_logits(
     if banned_ids is not None:
         check_index("banned_ids", banned_ids, torch.int32, (*seats_shape, banned_ids.shape[1]))
     if rows:
+        # Something stands for what is missing: a kernel without it would be another one, to be compiled.
+        given = (bitmask, history, biased_ids, banned_ids)
+        kinds = sum(1 << i for i, tensor in enumerate(given) if tensor is not None)
+        bans = table if banned_ids is None else banned_ids
+        listed = table if biased_ids is None else biased_ids
         _edit[(triton.cdiv(vocab, TILE), rows)](
-            logits, logits.stride(0), vocab, out, table, seats, positions, history,
-            bitmask, bitmask_rows, words,
-            biased_ids, biases, 0 if biased_ids is None else biased_ids.shape[1],
-            banned_ids, 0 if banned_ids is None else banned_ids.shape[1], num_warps=8,
+            logits, logits.stride(0), vocab, out, table, seats, positions,
+            out.view(torch.int16) if history is None else history,
+            table if bitmask is None else bitmask, seats if bitmask_rows is None else bitmask_rows,
+            words, listed, out if biases is None else biases, listed.shape[1], bans, bans.shape[1],
+            kinds, num_warps=8,
         )  # fmt: skip
     return out
 

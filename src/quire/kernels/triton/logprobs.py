@@ -46,7 +46,7 @@ def _reported(value, best, log_total, NORMALIZED: tl.constexpr):
     return value
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["entries"], do_not_specialize_on_alignment=["rows", "tokens"])
 def _part(logits, stride, vocab, rows, tokens, top_ptr, weight_ptr, above_ptr, entries):
     tile, index = tl.program_id(0), tl.program_id(1).to(tl.int64)
     part = index * tl.num_programs(0) + tile
@@ -66,7 +66,10 @@ def _part(logits, stride, vocab, rows, tokens, top_ptr, weight_ptr, above_ptr, e
         keys = tl.where(keys == top, LEAST, keys)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["entries", "k", "asked"],
+    do_not_specialize_on_alignment=["rows", "tokens", "asked_ids", "asked_ptr"],
+)
 def _merge(
     logits, stride, rows, tokens, top_ptr, weight_ptr, above_ptr, tiles, entries,
     chosen_ptr, rank_ptr, ids_ptr, values_ptr, k, asked_ids, asked_ptr, asked,
@@ -95,14 +98,13 @@ def _merge(
         value = _reported(ranked_value(top), best, log_total, NORMALIZED)
         tl.store(values_ptr + index * k + place, value)
         keys = tl.where(keys == top, LEAST, keys)
-    if asked_ids is not None:
-        for start in range(0, asked, _LISTED):
-            listed = start + tl.arange(0, _LISTED)
-            there = listed < asked
-            token = tl.load(asked_ids + index * asked + listed, mask=there, other=0)
-            x = tl.load(logits + row * stride + token, mask=there, other=0.0).to(tl.float32)
-            value = _reported(x, best, log_total, NORMALIZED)
-            tl.store(asked_ptr + index * asked + listed, value, mask=there)
+    for start in range(0, asked, _LISTED):
+        listed = start + tl.arange(0, _LISTED)
+        there = listed < asked
+        token = tl.load(asked_ids + index * asked + listed, mask=there, other=0)
+        x = tl.load(logits + row * stride + token, mask=there, other=0.0).to(tl.float32)
+        value = _reported(x, best, log_total, NORMALIZED)
+        tl.store(asked_ptr + index * asked + listed, value, mask=there)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,8 +169,9 @@ def logprobs(
         _merge[(count,)](
             logits, stride, rows, token_ids, top, weights, above, tiles, entries,
             result.logprob, result.rank, result.top_ids, result.top_logprobs, k,
-            asked_ids, result.asked, asked,
-            TILES=triton.next_power_of_2(tiles), ENTRIES=triton.next_power_of_2(tiles * entries),
+            token_ids if asked_ids is None else asked_ids, result.asked, asked,
+            # For the most that may be asked, so that every request is served by one compiled kernel.
+            TILES=triton.next_power_of_2(tiles), ENTRIES=triton.next_power_of_2(tiles * MAX_LOGPROBS),
             NORMALIZED=normalized, num_warps=4,
         )  # fmt: skip
     return result

@@ -13,7 +13,7 @@ which empty rows of a tile do not slow down, because masked loads are not issued
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quire.kernels.checks import FLOATS, KernelArgumentError, require
+from quire.kernels.triton.tuning import architecture, has_large_shared_memory
 
 ALIGNMENT = 16
 """Bytes of a thread's widest load. Tensors must begin at a multiple: the compiled code depends on it."""
@@ -37,7 +38,10 @@ class Tile:
     stages: int
 
 
-HALF = Tile(128, 128, 64, warps=8, stages=6)
+HALF = Tile(128, 128, 64, warps=8, stages=6)  # 160 KiB of shared memory
+NARROW = Tile(64, 32, 64, warps=4, stages=6)
+"""Four times as many programs at few rows. Used if a device gives it the bits of `HALF`, which `bench.gpu
+first` finds out; until then by nothing."""
 FLOAT32 = Tile(32, 64, 32, warps=8, stages=2)  # no tensor cores: products in full float32
 GROUP = 8
 """Tiles of rows that read the weight at the same time, so that it is read from memory once and then from
@@ -74,8 +78,18 @@ def _matmul(
     tl.store(out_ptr, acc.to(out_ptr.dtype.element_ty), mask=m_inside[:, None] & n_inside[None, :])
 
 
-def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x: [M, K], weight: [N, K], bias: [N], contiguous, of one dtype. Returns [M, N], each rounded once."""
+def half_tile(arch: int) -> Tile:
+    """For 16-bit numbers. The stages are those for which shared memory suffices; they change no bit."""
+    if has_large_shared_memory(arch):
+        return HALF
+    return replace(HALF, stages=3 if arch else 2)  # 96 KiB; 64 KiB
+
+
+def matmul(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, tile: Tile | None = None
+) -> Tensor:
+    """x: [M, K], weight: [N, K], bias: [N], contiguous, of one dtype. Returns [M, N], each rounded once.
+    tile: for measurements."""
     require(x.dtype in FLOATS, f"x is {x.dtype}; need float32, bfloat16 or float16")
     require(
         x.dim() == weight.dim() == 2, f"x {tuple(x.shape)}, weight {tuple(weight.shape)}; need 2-D"
@@ -86,7 +100,8 @@ def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if bias is not None:
         _check("bias", bias, x.dtype, (n,))
     out = torch.empty(rows, n, dtype=x.dtype, device=x.device)
-    tile = FLOAT32 if x.dtype is torch.float32 else HALF
+    if tile is None:
+        tile = FLOAT32 if x.dtype is torch.float32 else half_tile(architecture())
     if rows:
         _matmul[(triton.cdiv(rows, tile.m) * triton.cdiv(n, tile.n),)](
             out, x, weight, bias, rows,

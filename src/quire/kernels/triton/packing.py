@@ -9,11 +9,12 @@ the host need not know them.
 
 The buffer has sections of equal width (a multiple of four above `max_seqs`, so that each starts on 16
 bytes), then a tail. Entry b of a section is for row b of the step, which is one request. CUDA graphs
-launch padding rows too: these have no tokens and no keys, and nothing is written for them.
+launch padding rows too: these have no tokens, and nothing is written for them. Their number of keys is 1,
+because other projects' kernels read a block of each row.
 
     section           what entry b holds                                            padding
     query_start_loc   where the row's tokens begin among the step's; b + 1: end     T
-    seq_lens          keys the request has once the step's are written              0
+    seq_lens          keys the request has once the step's are written              1
     seats             its seat
     num_blocks        blocks in its table, the new ones included
     id_start          where in the buffer the ids are that it brings, those of
@@ -134,7 +135,7 @@ class StepPacker:
         of[Section.QUERY_START_LOC, 1 : rows + 1] = ends
         of[Section.QUERY_START_LOC, rows + 1 :] = tokens
         of[Section.SEQ_LENS, :rows] = seq_lens
-        of[Section.SEQ_LENS, rows:] = 0
+        of[Section.SEQ_LENS, rows:] = 1
         of[Section.SEATS, :rows] = seats
         of[Section.NUM_BLOCKS, :rows] = num_blocks
         of[Section.LOGIT_ROWS, :picked] = (ends - seq_lens)[sampling] + positions - 1

@@ -4,7 +4,7 @@ without a wait.
 1. `_scan`, a program for each tile of 4,096 logits: the tile's best token and, for a row with filters,
    the best logit of each group of 64.
 2. `_spread`, a program for each tile of a row that draws: the tile's winner by the Gumbel-max trick; or,
-   for a row with top_p and no top_k, the sum of the tile's weights.
+   for a row with top_p and no top_k, the sums of weights of the tile and of its groups.
 3. `_finish`, a program for each row: the best of the tiles' winners. A row with filters lists the groups
    that can contain a token it keeps, finds the cut by bisection over the listed groups, and draws.
 
@@ -12,10 +12,11 @@ A greedy row is read once and an unfiltered row twice, for any number of rows. T
 vocabulary, so even one row occupies 8 (V = 32,000) to 38 (V = 152,000) multiprocessors. One program per
 row applies the filters, because few groups remain: at least k logits are at or above the k-th best of the
 groups' best logits, and all tokens farther than ln(2 V / ((1 - top_p) total)) together weigh less than
-half of what top_p may remove. Some dozens of groups are listed, and the bisection reads them from the
-program's cache. If these bounds exclude little (k above V / 64, or nearly flat logits), the list is long
-and one multiprocessor makes about twenty passes over the row's
-logits: this is slow and correct.
+half of what top_p may remove. With top_p alone, the groups of the best logits are listed until they
+weigh enough, and then some more, until their tokens nearer than the last group do: not many more than
+have a token that remains. The bisection reads them from the program's cache. If many remain (k above
+V / 64, or nearly flat logits), one multiprocessor makes about twenty passes over the row's logits: this is
+slow and correct.
 
 A row's token does not depend on the batch or on the order in which compiled code adds: no floats are
 added. Distances are compared directly, and weights e^-distance are integers in units of 2**-40, whose sum
@@ -143,8 +144,9 @@ def _filters(table, seat, vocab):
 
 @triton.jit
 def _spread(
-    logits, stride, vocab, table, seats, positions, best_ptr, part_ptr, TILES: tl.constexpr
-):
+    logits, stride, vocab, table, seats, positions, best_ptr, part_ptr, mass_ptr,
+    TILES: tl.constexpr,
+):  # fmt: skip
     tile, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     tiles = tl.num_programs(0)
     seat = tl.load(seats + row).to(tl.int64)
@@ -159,7 +161,12 @@ def _spread(
                 distance = _distance(x.to(tl.float32), best, temperature)
                 if top_p_only:
                     kept = distance <= number(table, seat, FARTHEST)
-                    part = tl.sum(tl.where(kept, weight(distance), 0))
+                    each = tl.where(kept, weight(distance), 0)
+                    per_tile: tl.constexpr = _TILE // _GROUP
+                    masses = tl.sum(tl.reshape(each, (per_tile, _GROUP)), axis=1)
+                    at = (row * tiles + tile) * per_tile + tl.arange(0, per_tile)
+                    tl.store(mass_ptr + at, masses.to(tl.float32))
+                    part = tl.sum(masses)
                 else:
                     counter = tile * (_TILE // 4) + tl.arange(0, _TILE // 4)
                     noise = _noise(counter, table, seat, _position(positions, row))
@@ -243,6 +250,34 @@ def _reach(distance, k, limit):
 
 
 @triton.jit
+def _weigh(distance, masses, target, limit):
+    """A distance, at most limit, within which groups weigh at least target, and not much more; limit if there
+    is none."""
+    low = limit * 0.0
+    for _ in range(14):
+        middle = low + (limit - low) * 0.5
+        enough = tl.sum(tl.where(distance <= middle, masses, 0.0)) >= target
+        limit = tl.where(enough, middle, limit)
+        low = tl.where(enough, low, middle)
+    return limit
+
+
+@triton.jit
+def _list(distance, limit, list_ptr, GROUPS: tl.constexpr):
+    """List the groups up to limit; their number. Other threads may still read the list, and will."""
+    near = (distance <= limit).to(tl.int32)
+    tl.debug_barrier()
+    tl.store(list_ptr + tl.cumsum(near) - 1, tl.arange(0, GROUPS), mask=near > 0)
+    tl.debug_barrier()
+    return tl.sum(near)
+
+
+@triton.jit
+def _target(top_p, total):
+    return tl.ceil(top_p.to(tl.float64) * total.to(tl.float64)).to(tl.int64)
+
+
+@triton.jit
 def _draw_listed(row, limit, ties, table, seat, position):
     """The winner, as a `ranked` key, of the tokens nearer than limit and the first `ties` at that
     distance."""
@@ -266,8 +301,8 @@ def _draw_listed(row, limit, ties, table, seat, position):
 
 @triton.jit
 def _draw_filtered(
-    logits, vocab, group_ptr, list_ptr, limit_ptr, ties_ptr, total, best, temperature, table, seat,
-    position, GROUPS: tl.constexpr,
+    logits, vocab, group_ptr, mass_ptr, list_ptr, limit_ptr, ties_ptr, total, best, temperature, table,
+    seat, position, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """total: the row's weight, read if there is a top_p and no top_k. Stores the cut: `limit` and `ties`."""
     top_p = number(table, seat, TOP_P)
@@ -277,15 +312,26 @@ def _draw_filtered(
     groups = tl.cdiv(vocab, _GROUP)
     x = tl.load(group_ptr + group, mask=group < groups, other=-float("inf"))
     distance = _distance(x, best, temperature)
+    bound = limit
     if top_k > 0:
         limit = _reach(distance, top_k, limit)
     elif top_p < 1.0:
         weighed = total.to(tl.float32) / UNIT
-        limit = tl.minimum(limit, tl.log(2.0 * vocab / ((1.0 - top_p) * weighed)))
-    near = (distance <= limit).to(tl.int32)
-    tl.store(list_ptr + tl.cumsum(near) - 1, group, mask=near > 0)
-    length = tl.sum(near)
-    tl.debug_barrier()  # each thread reads groups that others have listed
+        bound = tl.minimum(limit, tl.log(2.0 * vocab / ((1.0 - top_p) * weighed)))
+        masses = tl.load(mass_ptr + group, mask=group < groups, other=0.0)
+        limit = _weigh(distance, masses, _target(top_p, total).to(tl.float32), bound)
+    length = _list(distance, limit, list_ptr, GROUPS)
+    if (top_k == 0) & (top_p < 1.0):
+        # Tokens of listed groups that are farther than limit were counted too: list more until it suffices.
+        step = limit * 0.0 + 0.25
+        row = (logits, vocab, list_ptr, length, best, temperature)
+        mass, _within, _beyond = _look(row, limit, True)
+        while (mass < _target(top_p, total)) & (limit < bound):
+            limit = tl.minimum(limit + step, bound)
+            step += step
+            length = _list(distance, limit, list_ptr, GROUPS)
+            row = (logits, vocab, list_ptr, length, best, temperature)
+            mass, _within, _beyond = _look(row, limit, True)
     row = (logits, vocab, list_ptr, length, best, temperature)
 
     ties = MOST
@@ -301,8 +347,9 @@ def _draw_filtered(
             count, _last, _beyond = _look(row, limit, False)
             mass -= (count - kept) * weight(limit)  # ties that top_k removes
             total = mass
-        target = tl.ceil(top_p.to(tl.float64) * total.to(tl.float64)).to(tl.int64)
-        target = tl.minimum(tl.maximum(target, 1), mass)  # the best token always remains
+        target = tl.minimum(
+            tl.maximum(_target(top_p, total), 1), mass
+        )  # the best token always remains
         limit, before = _cut(row, last, target, True)
         each = tl.maximum(weight(limit), 1)
         ties = tl.minimum((target - before + each - 1) // each, MOST).to(tl.int32)
@@ -319,10 +366,12 @@ def _count(past, table, seat):
         tl.store(past, tl.where((count & 0x7FFF) == 0x7FFF, count, count + 1))
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["counts"], do_not_specialize_on_alignment=["seats", "positions", "history"]
+)
 def _finish(
-    logits, stride, vocab, table, seats, positions, best_ptr, group_ptr, part_ptr, list_ptr,
-    limit_ptr, ties_ptr, history, token_ptr, valid_ptr, tiles,
+    logits, stride, vocab, table, seats, positions, best_ptr, group_ptr, mass_ptr, part_ptr, list_ptr,
+    limit_ptr, ties_ptr, history, counts, token_ptr, valid_ptr, tiles,
     DRAWS: tl.constexpr, FILTERS: tl.constexpr, TILES: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -341,7 +390,7 @@ def _finish(
                 total = tl.sum(tl.load(part, mask=tile < tiles, other=0))
                 groups = tiles * (_TILE // _GROUP)
                 winner = _draw_filtered(
-                    logits + row * stride, vocab, group_ptr + row * groups,
+                    logits + row * stride, vocab, group_ptr + row * groups, mass_ptr + row * groups,
                     list_ptr + row * groups, limit_ptr + row, ties_ptr + row, total, best,
                     temperature, table, seat, _position(positions, row), GROUPS,
                 )  # fmt: skip
@@ -350,7 +399,7 @@ def _finish(
     token = tl.where(valid, ranked_id(winner), 0)
     tl.store(token_ptr + row, token)
     tl.store(valid_ptr + row, valid)
-    if history is not None and valid:
+    if (counts != 0) & valid:
         _count(history + seat * vocab + token, table, seat)
 
 
@@ -388,11 +437,12 @@ def _process(
 
 @dataclass(frozen=True, slots=True)
 class SampleWorkspace:
-    """Scratch memory for up to max_rows rows, for one call at a time. At V = 152,000: 20 KB per row."""
+    """Scratch memory for up to max_rows rows, for one call at a time. At V = 152,000: 30 KB per row."""
 
     best: Tensor
     part: Tensor
     group: Tensor
+    mass: Tensor
     listed: Tensor
     limit: Tensor
     ties: Tensor
@@ -407,6 +457,7 @@ class SampleWorkspace:
             best=torch.empty(max_rows, tiles, dtype=torch.int64, device=device),
             part=torch.empty(max_rows, tiles, dtype=torch.int64, device=device),
             group=torch.empty(max_rows, groups, dtype=torch.float32, device=device),
+            mass=torch.empty(max_rows, groups, dtype=torch.float32, device=device),
             listed=torch.empty(max_rows, groups, dtype=torch.int32, device=device),
             limit=torch.empty(max_rows, dtype=torch.float32, device=device),
             ties=torch.empty(max_rows, dtype=torch.int32, device=device),
@@ -464,12 +515,13 @@ def sample(
     _scan[(tiles, rows)](logits, stride, vocab, w.best, w.group, FILTERS=filters, num_warps=8)
     if draws:
         _spread[(tiles, rows)](
-            logits, stride, vocab, table, seats, positions, w.best, w.part, TILES=padded,
+            logits, stride, vocab, table, seats, positions, w.best, w.part, w.mass, TILES=padded,
             num_warps=8,
         )  # fmt: skip
     _finish[(rows,)](
-        logits, stride, vocab, table, seats, positions, w.best, w.group, w.part, w.listed, w.limit,
-        w.ties, history, tokens, valid, tiles,
+        logits, stride, vocab, table, seats, positions, w.best, w.group, w.mass, w.part, w.listed,
+        w.limit, w.ties, seats.view(torch.int16) if history is None else history, int(history is not None),
+        tokens, valid, tiles,
         DRAWS=draws, FILTERS=filters, TILES=padded, GROUPS=padded * (TILE // GROUP),
         num_warps=8 if filters else 1,
     )  # fmt: skip
