@@ -14,6 +14,7 @@ from quire.messages import AbortRequests, Control, FinishReason, ResetPrefixCach
 from quire.placement import Placement, Retain
 from quire.sampling_params import RepetitionDetectionParams
 from quire.scheduler import DecisionLog, Scheduler, SchedulerLimits
+from quire.scheduler.fitted import FittedCost
 from quire.scheduler.record import Recorder
 from quire.scheduler.replay import replay
 from tests.scheduler.fake_executor import CheckingExecutor, FakeAdapters
@@ -21,6 +22,7 @@ from tests.scheduler.requests import add_request
 from tests.scheduler.test_scheduler_properties import VOCAB, draft, needs_token_before_next
 
 LAYOUTS = ((None,), (None,), (None,), (None, 5), (None, 3, 3), (4,))
+COSTS = FittedCost((1.0, 8.0, 40.0), (0.3, 0.4, 2.0), context=0.01)
 REPETITION = RepetitionDetectionParams(max_pattern_size=2, min_count=3)
 
 
@@ -113,6 +115,7 @@ def begin(seed: int, *, record: bool = True, **fixed: object) -> Life:
         takes_drafts=lambda message: message.request_id % 5 > 0,
         observe=(log := DecisionLog(most=10**7)),
         record=recorder,
+        known_costs=rng.choice((None, COSTS)),
     )
     scheduler.worth.least_steps = rng.choice((2.0, 32.0))
     adapters = FakeAdapters(3)

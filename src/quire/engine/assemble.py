@@ -316,8 +316,8 @@ def build_scheduler(
     options = config.scheduler
     record = None
     if options.decision_record_bytes:
-        record = Recorder(options.decision_record_bytes, config_hash=_hash(config))
-    clock = time.monotonic if record is None else record.clock
+        record = Recorder(options.decision_record_bytes, clock=clock, config_hash=_hash(config))
+        clock = record.clock
     kv = KVCacheManager(
         memory.num_blocks,
         memory.block_size,
@@ -345,7 +345,8 @@ def build_scheduler(
         least_prompt_tokens=256 if gpu else 64,
         fails_with_loads=config.kv_load_failure_policy == "fail",
     )
-    scheduler = Scheduler(
+    known = options.cost_model
+    return Scheduler(
         limits,
         kv,
         clock=clock,
@@ -354,12 +355,8 @@ def build_scheduler(
         observe=debug_log(),
         record=record,
         connector=connector,
+        known_costs=None if known is None else FittedCost.load(known),
     )
-    if options.cost_model is not None:
-        known = FittedCost.load(options.cost_model)
-        most = (options.max_num_seqs, options.max_num_batched_tokens)
-        scheduler.costs.start(known.seconds, rows=most[0], tokens=most[1])
-    return scheduler
 
 
 def _hash(config: EngineConfig) -> str:

@@ -100,12 +100,13 @@ class FittedCost:
                 f"cost file {path} is not JSON; make one with quire bench fit."
             ) from None
         try:
-            return cls._read(content)
+            return cls.of(content)
         except ConfigError as error:
             raise ConfigError(f"cost file {path}: {error}") from None
 
     @classmethod
-    def _read(cls, content: object) -> FittedCost:
+    def of(cls, content: object) -> FittedCost:
+        """From `content()`. Raises `ConfigError`."""
         if not isinstance(content, dict) or content.get("quire_cost") != FORMAT:
             raise ConfigError(f"it needs quire_cost: {FORMAT}; make it with quire bench fit.")
         names = set(cls.__dataclass_fields__) - {"_slopes"}

@@ -50,6 +50,7 @@ from quire.scheduler.adapters import AdapterPlaces
 from quire.scheduler.cost_model import CostModel
 from quire.scheduler.decisions import Observer, Reporter, Wait, WaitReason
 from quire.scheduler.drafting import Drafting
+from quire.scheduler.fitted import FittedCost
 from quire.scheduler.latency import LatencyTarget
 from quire.scheduler.limits import SchedulerLimits
 from quire.scheduler.load import Load
@@ -60,6 +61,7 @@ from quire.scheduler.queue import RequestQueue
 from quire.scheduler.rates import Rates
 from quire.scheduler.record import Recorder
 from quire.scheduler.request import Request, RequestStatus, check_message
+from quire.scheduler.sharing import Sharing
 from quire.scheduler.stats import add_state
 from quire.scheduler.worth import Worth
 
@@ -81,13 +83,15 @@ class Scheduler:
         observe: Observer | None = None,
         record: Recorder | None = None,
         connector: KVConnector | None = None,
+        known_costs: FittedCost | None = None,
     ) -> None:
         """needs_token_before_next: says of a request that it cannot be overlapped, because its next token
         cannot be sampled, or its drafts be made, before this side has seen the last one.
         takes_drafts: says of a request that several of its tokens can be sampled in one step.
         observe: called with every decision.
         record: written in every step; its clock is used.
-        connector: of stores outside the cache, if there are any."""
+        connector: of stores outside the cache, if there are any.
+        known_costs: of steps, with which the cost model begins."""
         if record is not None:
             clock = record.clock
         # A single request can always grow to full length: this guarantees progress.
@@ -98,6 +102,7 @@ class Scheduler:
         self.running = RequestQueue()
         self.waiting = create_policy(limits.policy, aging=limits.aging, clock=clock)
         self.requests: dict[int, Request] = {}
+        self.sharing = Sharing(kv, self.requests)
         self.adapters = AdapterPlaces(limits.max_adapters)
         self.report = Reporter(
             observe, lambda request_id: self.waiting.standing(self.requests[request_id]), record
@@ -112,7 +117,10 @@ class Scheduler:
         """By request id, for those that the last step considered; the others wait behind `_stopped_at`."""
         self._num_deferred = 0
         self._stopped_at: int | None = None
-        self.costs = CostModel()
+        self.costs, self.known_costs = CostModel(), known_costs
+        if known_costs is not None:
+            sizes = {"rows": limits.max_num_seqs, "tokens": limits.max_num_batched_tokens}
+            self.costs.start(known_costs.seconds, **sizes)
         self.drafting = Drafting(limits, kv, self.report, self.costs)
         self.rates = Rates()
         self.latency = LatencyTarget(limits, kv.block_size, self.report, self.costs)
@@ -303,7 +311,9 @@ class Scheduler:
         )
         leaders = [request for request in self.running if self._has_prompt_left(request)]
         for request in self.waiting.candidates():
-            match = self.adapters.wait_of(request) or self._match(request, leaders)
+            match = self.adapters.wait_of(request) or self.sharing.match(
+                request, leaders, self._step_id
+            )
             if isinstance(match, Wait):
                 self._waits[request.request_id] = match
                 self._num_deferred += 1
@@ -361,42 +371,6 @@ class Scheduler:
         """Admit no request from here on."""
         self._waits[request.request_id] = wait
         self._stopped_at = request.request_id
-
-    def _match(self, request: Request, leaders: list[Request]) -> PrefixMatch | Wait:
-        """The KV that others have computed for this request, or the reason to wait: they are about to
-        compute more, or, after a preemption, a token is still pending."""
-        if request.num_pending_tokens:
-            return Wait(WaitReason.TOKEN)
-        leader = self.requests.get(request.fork_of) if request.fork_of is not None else None
-        if leader is not None and leader.status is RequestStatus.RUNNING:
-            # The last prompt token is computed again, so that each sibling samples for itself.
-            shared = request.num_prompt_tokens - 1
-            if request.most_cached is not None:
-                shared = min(shared, request.most_cached)
-            if request.num_output_tokens == 0 and shared > 0:
-                if leader.num_computed_tokens < shared:
-                    return Wait(WaitReason.FORK, leader.request_id)
-                fork = self.kv.match_fork(leader.request_id, shared, self._step_id)
-                if fork is not None:
-                    return fork
-        most = request.most_cached
-        if most == 0:
-            return self.kv.no_match()
-        tokens = request.token_ids if most is None else request.token_ids[: most + 1]
-        if self.kv.enable_prefix_caching:
-            for leader in leaders:
-                if self._computes_prefix_of(request, len(tokens), leader):
-                    return Wait(WaitReason.PREFIX, leader.request_id)
-        return self.kv.match_prefix(request.request_id, tokens, request.cache_key, self._step_id)
-
-    def _computes_prefix_of(self, request: Request, most: int, leader: Request) -> bool:
-        """Whether a running request before this one still has to compute a block with which both begin.
-        Computing it twice would cost more than waiting."""
-        if leader.sort_key > request.sort_key or leader.cache_key != request.cache_key:
-            return False
-        common = min(request.common_prefix(leader, self.kv.block_size), most)
-        there = self.kv.num_shareable_tokens(leader.request_id)
-        return common - there >= self.kv.block_size
 
     def _fit(self, request: Request, match: PrefixMatch, free: int) -> PrefixMatch | Wait:
         """A match with which the request can be admitted, if necessary without the copied tail (which
