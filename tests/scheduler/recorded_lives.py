@@ -22,7 +22,7 @@ from tests.scheduler.requests import add_request
 from tests.scheduler.test_scheduler_properties import VOCAB, draft, needs_token_before_next
 
 LAYOUTS = ((None,), (None,), (None,), (None, 5), (None, 3, 3), (4,))
-COSTS = FittedCost((1.0, 8.0, 40.0), (0.3, 0.4, 2.0), context=0.01)
+COSTS = FittedCost((1.0, 8.0, 40.0), (0.6, 1.0, 6.0), context=0.02)
 REPETITION = RepetitionDetectionParams(max_pattern_size=2, min_count=3)
 
 
