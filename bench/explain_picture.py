@@ -2,8 +2,8 @@
 
     python bench/explain_picture.py docs/images/explain.svg
 
-A small cache and a small budget make in a second what a large server has in an hour. Prints the explanation of
-the request that waited longest; with `--record FILE` the record is kept, for `quire explain FILE`.
+A small cache and a small budget make in a second what a large server has in an hour. Prints the explanation
+of the request that waited longest; with `--record FILE` the record is kept, for `quire explain FILE`.
 """
 
 from __future__ import annotations
