@@ -173,8 +173,8 @@ def test_the_ring_is_bounded_and_what_is_left_is_read_and_verified() -> None:
         engine.add(request_id, 3 + request_id % 20, max_tokens=1 + request_id % 9)
         engine.step(2)
     for request_id in range(2000, 2010):
-        engine.add(request_id, 20, max_tokens=9)
-    engine.step()
+        engine.add(request_id, 20, max_tokens=40)
+    engine.step(12)
     data = engine.data
     assert len(data) < 24_000
     record = open_record(data)

@@ -63,8 +63,10 @@ DEFAULT_TENANT = Placement().tenant
 # Codes of records, with what follows. Besides, None is a call for statistics, and a number a result: how
 # many times of the segment were read before it.
 STEP = 0  # quantum, free, budget, times read before
-ROWS = 1  # ids that are gone (None: all), new ids, index and tokens of each row that has not one token; absent
-# if the rows are as in the step before. Admitted requests are last, unlike in the plan.
+# Absent if the rows are as in the step before. Admitted requests are last, unlike in the plan.
+ROWS = (
+    1  # ids that are gone (None: all), new ids, index and tokens of each row that has not one token
+)
 STOPPED = (
     2  # the request at which admission stopped, if that is another one than in the step before
 )
@@ -200,6 +202,9 @@ class Recorder:
         self._room = self._segment_room = segment_room
         self._state = State()
         self._step_id = self._in_flight = self._lookups = 0
+        self._was_plain = self._has_news = False
+        """Whether the last step had a row of one token for each running request; and whether since then other
+        requests run, or drafts are verified."""
         self._ids: list[int] = []
         self._counts: list[int] = []
         self._waits: dict[int, Wait] = {}
@@ -339,6 +344,7 @@ class Recorder:
     ) -> None:
         """numbers: needed, free, budget."""
         self._waits.pop(request_id, None)
+        self._has_news = True
         start = self.scheduler.requests[request_id].num_tokens - numbers[0]
         tenant = None if who.tenant is None else self._adds[request_id].tenant
         self._item((ADMITTED, request_id, miss, *numbers, tenant, who.counter, start))
@@ -348,10 +354,12 @@ class Recorder:
 
     def preempted(self, request_id: int, wait: Wait) -> None:
         self._waits.pop(request_id, None)
+        self._has_news = True
         self._item((PREEMPTED, request_id, wait.because_of, wait.needed, wait.free, wait.cost))
 
     def drafts(self, request_id: int, proposed: int, verified: int) -> None:
         self._waits.pop(request_id, None)
+        self._has_news = True
         if self._drafts is None:
             self._drafts = [DRAFTS]
             self._log.append(self._drafts)
@@ -361,6 +369,7 @@ class Recorder:
     def finished(self, request_id: int, reason: FinishReason) -> None:
         request = self.scheduler.requests[request_id]
         self._waits.pop(request_id, None)
+        self._has_news = True
         del self._adds[request_id]
         self._item(
             (FINISHED, request_id, reason, request.num_output_tokens, request.num_preemptions)
@@ -378,16 +387,20 @@ class Recorder:
         plan: StepPlan,
     ) -> None:
         """See `Reporter.rows`."""
-        rows = plan.rows
+        rows, number = plan.rows, len(running)
         self._in_flight += bool(rows) or not self._in_flight
-        ids, counts = [row.request_id for row in rows], [row.num_tokens for row in rows]
         if waits:
             self._changes(waits)
-        if len(rows) - len(plan.admitted) != len(running) or sum(wanted) != len(running):
-            self._short(running, wanted, waits, plan)
         if stopped_at != self._stopped_at:
             self._stopped_at = stopped_at
             self._item((STOPPED, stopped_at))
+        is_plain = len(rows) == number and wanted.count(1) == number and not self._has_news
+        if is_plain and self._was_plain:
+            return  # the same requests, in the same order, and a token of each
+        self._was_plain, self._has_news = is_plain, False
+        ids, counts = [row.request_id for row in rows], [row.num_tokens for row in rows]
+        if len(rows) - len(plan.admitted) != number or sum(wanted) != number:
+            self._short(running, wanted, waits, plan)
         if plan.admitted:  # last, where first come, first served puts them in the next step
             number = len(plan.admitted)
             ids, counts = ids[number:] + ids[:number], counts[number:] + counts[:number]
@@ -404,12 +417,13 @@ class Recorder:
             left = set(ids)
             kept = [each for each in last if each in left]
             if ids[: len(kept)] == kept:
-                gone, new = [each for each in last if each not in left], ids[len(kept) :]
+                gone, new = [], ids[len(kept) :]
+                if len(kept) < len(last):
+                    gone = [each for each in last if each not in left]
         others: list[int] = []
-        if sum(counts) != len(counts):
-            for index, count in enumerate(counts):
-                if count != 1:
-                    others += (index, count)
+        if counts.count(1) != len(counts):
+            for index in [index for index, count in enumerate(counts) if count != 1]:
+                others += (index, counts[index])
         self._log.append((ROWS, gone, new, others))
         self._room -= 8 + 2 * (len(new) + len(others))
         self._ids, self._counts = ids, counts

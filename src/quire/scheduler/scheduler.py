@@ -547,12 +547,7 @@ class Scheduler:
         drafts, verified, kept = planned.draft_token_ids, None, 0
         if drafts:
             verified = self.drafting.learn(request, planned, row.token_ids)
-        accepted: list[int] = []
-        for token in row.token_ids:
-            request.append_token(token)
-            accepted.append(token)
-            if request.finish_reason is not None:
-                break
+        accepted = request.append_tokens(row.token_ids)
         if drafts and request.status is RequestStatus.RUNNING:
             reach = min(request.num_computed_tokens, len(request.token_ids))
             self.kv.register(request.request_id, request.token_ids, reach, self._step_id)
@@ -566,9 +561,8 @@ class Scheduler:
                 self.kv.register(request.request_id, request.token_ids, known, self._step_id)
             if row.draft_token_ids:
                 kept = self.drafting.keep(request, row)
-        if self.record is not None and (
-            len(row.token_ids) != 1 or drafts or kept or prompt_logprobs is not None
-        ):
+        is_odd = len(row.token_ids) != 1 or drafts or kept or prompt_logprobs is not None
+        if is_odd and self.record is not None:
             self.record.learned(
                 request, planned, row, len(accepted), verified, kept, prompt_logprobs
             )
