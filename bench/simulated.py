@@ -18,11 +18,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 
 from quire.bench.datasets import sharegpt
-from quire.bench.record import run_record
+from quire.bench.record import command_line, run_record
 from quire.config import from_flat
 from quire.decoding import Decoding
 from quire.engine.assemble import build_core
@@ -174,6 +175,7 @@ def main() -> None:
     parser.add_argument("--cost", required=True)
     parser.add_argument("--loads", type=float, nargs="+", default=[0.0, 0.3, 0.6, 0.85])
     parser.add_argument("--seconds", type=float, default=45.0, help="in which requests come")
+    parser.add_argument("--repeats", type=int, default=1, help="medians of so many measured runs")
     parser.add_argument("--burst", type=int, default=192, help="requests at load 0")
     parser.add_argument("--seats", type=int, default=64)
     parser.add_argument("--context", type=int, default=4096)
@@ -206,7 +208,8 @@ def main() -> None:
                 gaps = np.random.default_rng(seed).exponential(1 / rate, count)
                 arrivals = np.cumsum(gaps).tolist()
             requests = requests_of(count, vocab_size, args.context, seed=seed)
-            real = measured(core, requests, arrivals).figures()
+            runs = [measured(core, requests, arrivals).figures() for _ in range(args.repeats)]
+            real = {name: median(run[name] for run in runs) for name in runs[0]}
             said, took = simulated(values, args.cost, requests, arrivals)
             print("\n".join(compare(load, real, said)), flush=True)
             results[f"{load:g}"] = {
@@ -214,6 +217,8 @@ def main() -> None:
                 "simulated": said,
                 "errors": {name: said[name] / value - 1 for name, value in real.items()},
                 "requests": count,
+                "itl_ms.mean_of_runs": [run["itl_ms.mean"] for run in runs],
+                "command": command_line(),
                 "simulation_seconds": took,
             }
     finally:

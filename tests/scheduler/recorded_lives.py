@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import random
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from quire.engine.core import EngineCore
 from quire.kvcache import KVCacheManager
@@ -86,6 +86,7 @@ def begin(seed: int, *, record: bool = True, **fixed: object) -> Life:
         least_prompt_tokens=2,
         itl_target=rng.choice((0.0, 0.0, 1.0)) if chunked else 0.0,
     )
+    limits = replace(limits, cost_file=COSTS.numbers() if seed % 3 == 1 else "")
     config |= {"limits": limits} | fixed
     recorder = None
     ticks = random.Random(seed)
@@ -115,7 +116,6 @@ def begin(seed: int, *, record: bool = True, **fixed: object) -> Life:
         takes_drafts=lambda message: message.request_id % 5 > 0,
         observe=(log := DecisionLog(most=10**7)),
         record=recorder,
-        known_costs=rng.choice((None, COSTS)),
     )
     scheduler.worth.least_steps = rng.choice((2.0, 32.0))
     adapters = FakeAdapters(3)

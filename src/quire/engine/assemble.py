@@ -336,6 +336,9 @@ def build_scheduler(
         long_prefill_token_threshold=options.long_prefill_token_threshold,
         enable_chunked_prefill=options.enable_chunked_prefill,
         itl_target=(options.itl_target or 0.0) / 1000,
+        cost_file=""
+        if options.cost_model is None
+        else FittedCost.load(options.cost_model).numbers(),
         policy="fcfs" if options.scheduling_policy == "auto" else options.scheduling_policy,
         aging=options.priority_aging,
         max_adapters=config.lora.max_loras,
@@ -345,7 +348,6 @@ def build_scheduler(
         least_prompt_tokens=256 if gpu else 64,
         fails_with_loads=config.kv_load_failure_policy == "fail",
     )
-    known = options.cost_model
     return Scheduler(
         limits,
         kv,
@@ -355,7 +357,6 @@ def build_scheduler(
         observe=debug_log(),
         record=record,
         connector=connector,
-        known_costs=None if known is None else FittedCost.load(known),
     )
 
 

@@ -43,7 +43,6 @@ from quire.messages import (
 from quire.placement import Placement
 from quire.prefix_report import MissReason
 from quire.scheduler.decisions import STOPS, Requested, Standing, Wait, WaitReason
-from quire.scheduler.fitted import FittedCost
 from quire.scheduler.latency import LatencyTarget
 from quire.scheduler.limits import SchedulerLimits
 from quire.scheduler.loading import Loading
@@ -155,8 +154,6 @@ class Header(msgspec.Struct, kw_only=True, frozen=True):
     max_row_tokens: int
     most_retained: int
     least_steps: float
-    costs: dict[str, object] | None
-    """From which the cost model started: `FittedCost.content`."""
     has_stores: bool
     """Whether KV is loaded from outside the cache."""
     num_dropped: int
@@ -175,7 +172,6 @@ class Recorded(Protocol):
     waiting: Policy
     latency: LatencyTarget
     worth: Worth
-    known_costs: FittedCost | None
     loading: Loading | None
 
 
@@ -525,13 +521,11 @@ class Recorder:
     def dump(self) -> bytes:
         """All of it, to be read by `scheduler/record_reader.py`. Changes nothing."""
         kv, limits = self.scheduler.kv, self.scheduler.limits
-        known = self.scheduler.known_costs
         header = Header(
             version=VERSION, config_hash=self._config_hash, epoch=self._epoch,
             limits=asdict(limits), num_blocks=kv.num_usable + 1, block_size=kv.block_size,
             caching=kv.enable_prefix_caching, windows=kv.windows, max_row_tokens=kv.max_row_tokens,
             most_retained=kv.pool.retention.most, least_steps=self.scheduler.worth.least_steps,
-            costs=None if known is None else known.content(),
             has_stores=self.scheduler.loading is not None, num_dropped=self._num_dropped,
             chain=self._chain_before,
         )  # fmt: skip

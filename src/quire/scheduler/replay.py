@@ -31,7 +31,6 @@ from quire.messages import (
 from quire.placement import Placement, Retain
 from quire.sampling_params import RepetitionDetectionParams
 from quire.scheduler import record as codes
-from quire.scheduler.fitted import FittedCost
 from quire.scheduler.limits import SchedulerLimits
 from quire.scheduler.record import Added, Recorder
 from quire.scheduler.record_reader import Item, Record, RecordError, calls_of, open_record
@@ -161,7 +160,6 @@ class _Replay:
             msgspec.convert(header.limits, SchedulerLimits),
             kv,
             record=self._source,
-            known_costs=None if header.costs is None else FittedCost.of(header.costs),
             needs_token_before_next=lambda message: self._added.needs_token_before_next,
             takes_drafts=lambda message: self._added.takes_drafts,
         )

@@ -83,15 +83,13 @@ class Scheduler:
         observe: Observer | None = None,
         record: Recorder | None = None,
         connector: KVConnector | None = None,
-        known_costs: FittedCost | None = None,
     ) -> None:
         """needs_token_before_next: says of a request that it cannot be overlapped, because its next token
         cannot be sampled, or its drafts be made, before this side has seen the last one.
         takes_drafts: says of a request that several of its tokens can be sampled in one step.
         observe: called with every decision.
         record: written in every step; its clock is used.
-        connector: of stores outside the cache, if there are any.
-        known_costs: of steps, with which the cost model begins."""
+        connector: of stores outside the cache, if there are any."""
         if record is not None:
             clock = record.clock
         # A single request can always grow to full length: this guarantees progress.
@@ -117,10 +115,10 @@ class Scheduler:
         """By request id, for those that the last step considered; the others wait behind `_stopped_at`."""
         self._num_deferred = 0
         self._stopped_at: int | None = None
-        self.costs, self.known_costs = CostModel(), known_costs
-        if known_costs is not None:
-            sizes = {"rows": limits.max_num_seqs, "tokens": limits.max_num_batched_tokens}
-            self.costs.start(known_costs.seconds, **sizes)
+        self.costs = CostModel()
+        if limits.cost_file:
+            known = FittedCost.parse(limits.cost_file).seconds
+            self.costs.start(known, rows=limits.max_num_seqs, tokens=limits.max_num_batched_tokens)
         self.drafting = Drafting(limits, kv, self.report, self.costs)
         self.rates = Rates()
         self.latency = LatencyTarget(limits, kv.block_size, self.report, self.costs)
