@@ -11,7 +11,6 @@ from collections import Counter
 import pytest
 
 from quire.kvcache.block import Block
-from quire.messages import SampledRow, StepResult
 from quire.scheduler import Scheduler, Wait, WaitReason
 from quire.scheduler.request import RequestStatus
 from tests.scheduler.recorded_lives import begin, live

@@ -17,8 +17,8 @@ from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from quire.config import EngineConfig, ServerConfig
-from quire.engine.assemble import check_local
 from quire.engine import record_files
+from quire.engine.assemble import check_local
 from quire.engine.replica_cores import ReplicaCores
 from quire.errors import QuireError
 from quire.messages import describe_ledger
