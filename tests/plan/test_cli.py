@@ -16,8 +16,10 @@ import pytest
 import quire
 from quire.cli import plan
 from quire.errors import CheckpointError, ConfigError, UnsupportedModelError
+from quire.plan.fitted import FittedCost
 from quire.plan.model import find_model
 from quire.plan.roofline import Experts
+from quire.scheduler.cost_model import Work
 
 ROOT = Path(__file__).parents[2]
 
@@ -90,7 +92,7 @@ def test_every_figure_has_its_formula(capsys: pytest.CaptureFixture[str]) -> Non
         seconds = (float(a) + float(b)) / float(c.replace(",", ""))
         assert row["limit"] == "memory"
         assert seconds == pytest.approx(row["bound_itl_s"], rel=0.01)
-        assert row["bound_tokens_per_s"] >= row["estimate_tokens_per_s"]
+        assert row["bound_tokens_per_s"] >= row["likely_tokens_per_s"]
     blended, inputs, outputs, full = (figure["value"] for figure in found["cost"])
     assert 5000 * inputs + 200 * outputs == pytest.approx(5200 * blended)
     assert blended == pytest.approx(2 * 2.95 / 3600 / 5 / 5200 * 1e6)
@@ -106,6 +108,41 @@ def test_more_than_it_can_serve(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_price(capsys: pytest.CaptureFixture[str]) -> None:
     assert "$2.5 an hour ($2.5" in asked(capsys, "qwen3-8b --gpu h100 --price 2.5")
     assert "TFLOP/s in bf16, $9 an hour\n" in asked(capsys, "qwen3-8b --gpu h100 --price 9")
+
+
+def test_what_was_measured_predicts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cost = FittedCost(
+        (1, 512, 2048), (0.01, 0.02, 0.06), row=1e-5, context=1e-8, request_seconds=0.004,
+        errors={"all": 0.031}, about={"model": "m", "device": "cuda", "tensor_parallel_size": 1},
+    )  # fmt: skip
+    file = tmp_path / "cost.json"
+    file.write_text(json.dumps(cost.content()))
+    line = f"qwen3-8b --gpu h200:1 --cost {file} --rate 2"
+    text = asked(capsys, line)
+    assert "predicted by what was measured of m; mean error of steps not fitted 3.1%" in text
+    assert "Prediction at rates" in text
+    assert "estimate" not in text.lower()
+    found = json.loads(asked(capsys, f"{line} --json"))
+    assert found["kind"] == "prediction"
+    assert found["measured"]["model"] == "m"
+    row = found["batches"][0]
+    assert row["likely_itl_s"] == pytest.approx(cost.seconds(Work(1, 1100)))
+    alone = next(
+        figure
+        for figure in found["speed"]
+        if figure["name"] == "TTFT of a prompt alone, prediction"
+    )
+    assert alone["value"] == pytest.approx(0.004 + cost.seconds(Work(0, 0, 1, 1000, 500000)))
+    for gpu in ("h200", "h200:2"):
+        with pytest.raises(ConfigError, match="of one layout, 1 ranks; name it: --gpu GPU:1"):
+            plan.run(["qwen3-8b", "--gpu", gpu, "--cost", str(file)])
+    file.write_text(json.dumps({**cost.content(), "about": {"device": "cpu"}}))
+    with pytest.raises(ConfigError, match="measured on the device 'cpu'"):
+        plan.run(["qwen3-8b", "--gpu", "h200:1", "--cost", str(file)])
+
+
+def test_the_built_in_model_is_the_default(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "3,935,424 parameters" in asked(capsys, "--gpu l40s --input 500")
 
 
 def test_a_mixture_of_experts_is_planned_and_not_served(capsys: pytest.CaptureFixture[str]) -> None:
@@ -138,10 +175,10 @@ def test_mistakes_are_typed_and_say_what_to_do(
 
 
 @pytest.mark.parametrize(
-    "words", ["--rate 0", "--rate x", "--input 0", "--quantization q9", "--gup h100", ""]
+    "words", ["--rate 0", "--rate x", "--input 0", "--quantization q9", "--gup h100"]
 )
 def test_wrong_words_are_one_line(words: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_code:
-        plan.run(["llama-3.1-8b", *words.split()] if words else [])
+        plan.run(["llama-3.1-8b", *words.split()])
     assert exit_code.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1

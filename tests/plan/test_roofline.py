@@ -66,6 +66,25 @@ def test_a_mixture_reads_the_experts_that_tokens_chose() -> None:
 
 
 @pytest.mark.parametrize(
+    ("form", "bits"),
+    [
+        ("fp8", 8),
+        ("awq", 4 + 24 / 128),
+        ("gptq", 4 + 16 / 128),
+        ("int8", 8),
+        ("int4", 4 + 16 / 128),
+    ],
+)
+def test_a_format_has_its_bits(form: str, bits: float) -> None:
+    """4 bits: a 16-bit scale for 128, and of AWQ a zero of 8 bits. Head and embedding: 16 bits, online 8."""
+    ends = 2 * HIDDEN * VOCAB * (1 if form.startswith("int") else 2)
+    others = ends + 2 * (2 * LAYERS + 1) * HIDDEN
+    tables = 4 * 8192 * HEAD
+    expected = MATRICES * bits / 8 + others + tables
+    assert sized(form=form).rank.weight_bytes == pytest.approx(expected, rel=0.002)
+
+
+@pytest.mark.parametrize(
     ("name", "parameters", "routers"),
     [
         ("mixtral-8x7b", 46_702_792_704, 32 * 8 * 4096),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from quire.cli.parser import Parser, add_options, given
@@ -13,6 +14,7 @@ from quire.config.options import parse_max_model_len
 from quire.errors import ConfigError
 from quire.models.registry import resolve_spec
 from quire.plan.devices import Gpu, find_gpu, gpu_names, parse_gpus
+from quire.plan.fitted import FittedCost
 from quire.plan.load import Lengths
 from quire.plan.model import QUANTIZATIONS, Layout, Model, find_model, place
 from quire.plan.picture import draw_plan
@@ -40,9 +42,12 @@ def run(argv: list[str]) -> int:
     gpus = [find_gpu(name, price=args.price) for name, _ in parsed]
     formats = _formats(model, args.quantization)
     searched = args.slo is not None or args.rate is not None
+    searched = searched and args.cost is None
     found = candidates(model, gpus, formats, wish, options) if searched else []
     count = parsed[0][1]
     report = _report(model, gpus[0], count, formats[0], found, wish, options)
+    if args.cost is not None:
+        report = replace(report, cost_model=_fitted(args.cost, count))
     error = report.misfit
     if args.json:
         print(json.dumps(plan_json(report, found), indent=1))
@@ -74,6 +79,22 @@ def _report(
     return Report(place(model, best.layout, options), wish, best.replicas)
 
 
+def _fitted(file: str, count: int | None) -> FittedCost:
+    """count: of the GPUs that --gpu names."""
+    cost = FittedCost.load(file)
+    ranks = cost.about.get("tensor_parallel_size", count)
+    if count is None or ranks != count:
+        raise ConfigError(
+            f"cost file {file} is of one layout, {ranks or 1} ranks; name it: --gpu GPU:{ranks or 1}."
+        )
+    if cost.about.get("device", "cuda") != "cuda":
+        raise ConfigError(
+            f"cost file {file} was measured on the device {cost.about['device']!r}, and --gpu names a GPU; "
+            "quire simulate takes it."
+        )
+    return cost
+
+
 def _formats(model: Model, wanted: str | None) -> Sequence[str | None]:
     if wanted is not None:
         return (None if wanted == "none" else wanted,)
@@ -94,13 +115,14 @@ def _write(path: str, text: str) -> None:
 def _parsed(argv: list[str]) -> tuple[argparse.Namespace, dict[str, object]]:
     parser = Parser(
         prog="quire plan",
-        usage="quire plan MODEL --gpu GPU [flags]",
+        usage="quire plan [MODEL] --gpu GPU [flags]",
         description="Say what of a model fits GPUs that need not be here, how fast it could be, and what it "
         "costs. Needs no weights. With --rate or --slo, layouts are compared and the cheapest is found.",
     )
     parser.add_argument(
-        "model", metavar="MODEL",
-        help="a directory, a config.json, a hub id (its config.json is fetched), or a public model's name",
+        "model", metavar="MODEL", nargs="?",
+        help="a directory, a config.json, a hub id (its config.json is fetched), or a public model's name "
+        "(default: the built-in model)",
     )  # fmt: skip
     parser.add_argument(
         "--gpu", metavar="GPU[:N][,GPU...]", default="any",
@@ -138,6 +160,11 @@ def _parsed(argv: list[str]) -> tuple[argparse.Namespace, dict[str, object]]:
     parser.add_argument("--all", action="store_true", help="print every layout, not only the first")
     parser.add_argument("--json", action="store_true", help="print JSON, with every formula")
     parser.add_argument("--picture", metavar="FILE.svg", help="draw cost and ITL against the rate")
+    parser.add_argument(
+        "--cost",
+        metavar="FILE",
+        help="of quire bench fit, measured on such GPUs in this layout: predicts instead of estimating",
+    )
     infos = [info for info in engine_options() if info.name in OPTIONS]
     add_options(parser, infos)
     args = parser.parse_strictly(argv)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from quire.builtin import MODEL_DIR
 from quire.config import from_flat
 from quire.dtypes import element_bytes
 from quire.engine.assemble import parts_of
@@ -65,11 +66,14 @@ class Layout:
         return f"{self.gpu.name} tp {self.tensor_parallel}, {form}"
 
 
-def find_model(name: str) -> Model:
-    """name: a directory, a config.json, a known model, or a hub id, of which only config.json is fetched.
+def find_model(name: str | None) -> Model:
+    """name: a directory, a config.json, a known model, or a hub id, of which only config.json is fetched;
+    None: the built-in model.
 
     Raises `ConfigError`, `CheckpointError` or `UnsupportedModelError`.
     """
+    if name is None:
+        name = str(MODEL_DIR)
     key, mixtures = name.rpartition("/")[2].lower(), json.loads(MIXTURES.read_text("utf-8"))
     path = Path(name).expanduser()
     if path.exists():

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
 
 from quire.dtypes import element_bytes
 from quire.engine.memory import format_bytes
 from quire.errors import MemoryFitError
+from quire.plan.cost import StepTime
 from quire.plan.devices import Gpu
+from quire.plan.fitted import FittedCost
 from quire.plan.load import Point, Replica
 from quire.plan.model import Sized
-from quire.plan.roofline import BOUND, PUBLISHED, Efficiency, Roofline, Terms
+from quire.plan.roofline import BOUND, Roofline, Terms
 from quire.plan.search import Wish, replica_of
 from quire.scheduler.cost_model import Work
 
@@ -47,9 +50,10 @@ class Batch:
 
     rows: int
     bound_tokens_per_s: float
-    estimate_tokens_per_s: float
+    likely_tokens_per_s: float
+    """Estimated, or predicted: `Report.kind`."""
     bound_itl_s: float
-    estimate_itl_s: float
+    likely_itl_s: float
     limit: str
     """What the bound waits for."""
     formula: str
@@ -63,6 +67,12 @@ class Report:
     sized: Sized
     wish: Wish
     replicas: int = 1
+    cost_model: FittedCost | None = None
+    """Measured in this layout: then it takes the place of the estimate."""
+
+    @property
+    def kind(self) -> str:
+        return "estimate" if self.cost_model is None else "prediction"
 
     @cached_property
     def misfit(self) -> MemoryFitError | None:
@@ -74,7 +84,11 @@ class Report:
 
     @cached_property
     def replica(self) -> Replica:
-        return replica_of(self.sized, self.wish.lengths)
+        found = replica_of(self.sized, self.wish.lengths)
+        if (fitted := self.cost_model) is None:
+            return found
+        time: StepTime = fitted  # type: ignore[assignment]  # its is_bound is of the class
+        return dataclasses.replace(found, time=time, overhead=fitted.request_seconds)
 
     @cached_property
     def bound(self) -> Replica:
@@ -147,29 +161,28 @@ class Report:
         found = []
         for count in sorted({*(count for count in BATCHES if count <= fits), self.replica.seats}):
             work = Work(count, count * context)
-            bound = self.time(BOUND).terms(work)
-            estimate = self.time(PUBLISHED).seconds(work)
+            bound = self._roofline.terms(work)
+            likely = self.replica.time.seconds(work)
             found.append(
                 Batch(
                     rows=count,
                     bound_tokens_per_s=count / bound.seconds,
-                    estimate_tokens_per_s=count / estimate,
+                    likely_tokens_per_s=count / likely,
                     bound_itl_s=bound.seconds,
-                    estimate_itl_s=estimate,
+                    likely_itl_s=likely,
                     limit=bound.limit,
                     formula=self._formula(bound, work),
                 )
             )
         return found
 
-    def time(self, efficiency: Efficiency) -> Roofline:
-        found = (self.bound if efficiency == BOUND else self.replica).time
-        assert isinstance(found, Roofline)
-        return found
+    @property
+    def _roofline(self) -> Roofline:
+        return self.sized.time(BOUND)
 
     def _formula(self, terms: Terms, work: Work) -> str:
         """Of a step's bound."""
-        gpu, links, peak = self.gpu, "", self.time(BOUND).peak
+        gpu, links, peak = self.gpu, "", self._roofline.peak
         if terms.link_bytes:
             links = f", {terms.link_bytes / 1e6:,.1f} MB / {gpu.link / 1e9:g} GB/s"
         flop = terms.row_flop + terms.prompt_flop
@@ -181,25 +194,29 @@ class Report:
         )
 
     def _alone(self, kind: str, replica: Replica) -> Figure:
-        time = replica.time
-        assert isinstance(time, Roofline)
-        steps = [(work, time.terms(work)) for work in replica.alone()]
-        work, terms = steps[0]
-        reached, gpu = time.efficiency, self.gpu
+        time, gpu, works = replica.time, self.gpu, replica.alone()
+        steps = [time.seconds(work) for work in works]
+        seconds = replica.overhead + sum(steps)
         formula = (
-            f"{' + '.join(f'{terms.seconds * 1e3:,.1f}' for _, terms in steps)} ms of steps + "
-            f"{replica.overhead * 1e3:g} ms before; the first, of {work.prompt_tokens:,.0f} tokens: "
+            f"{' + '.join(f'{each * 1e3:,.1f}' for each in steps)} ms of steps + "
+            f"{replica.overhead * 1e3:g} ms before"
+        )
+        name = f"TTFT of a prompt alone, {kind}"
+        if not isinstance(time, Roofline):
+            return Figure(name, seconds, "s", formula)
+        reached, terms = time.efficiency, time.terms(works[0])
+        formula += (
+            f"; the first, of {works[0].prompt_tokens:,.0f} tokens: "
             f"{terms.prompt_flop / 1e12:,.2f} TFLOP / ({reached.prompts:g} x {time.peak / 1e12:,.0f} "
             f"TFLOP/s) or {terms.weight_bytes / 1e9:,.2f} GB / ({reached.memory:g} x "
             f"{gpu.bandwidth / 1e9:,.0f} GB/s), + {terms.host * 1e3:.2f} ms of the host"
         )
-        seconds = replica.overhead + sum(terms.seconds for _, terms in steps)
-        return Figure(f"TTFT of a prompt alone, {kind}", seconds, "s", formula)
+        return Figure(name, seconds, "s", formula)
 
     def speed(self) -> list[Figure]:
         """A prompt alone, and the saturation rate."""
         lengths = self.wish.lengths
-        kinds = (("bound", self.bound), ("estimate", self.replica))
+        kinds = (("bound", self.bound), (self.kind, self.replica))
         found = [self._alone(kind, replica) for kind, replica in kinds]
         for kind, replica in kinds:
             rows = replica.most_rows

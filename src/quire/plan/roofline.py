@@ -12,7 +12,7 @@
 
 With `BOUND` each part runs at the data sheet's speed, all at once, and the host takes no time: no real step
 is faster, and the result is called a *bound*. With `PUBLISHED` parts reach what others have measured on an
-H100, and it is called an *estimate*: nobody has measured this model on this device. A prediction is only
+H100, and it is called an *estimate*: nobody has measured this model on this device. A *prediction* is only
 what `quire bench fit` has fitted to measured steps.
 
 Two simplifications. `Work` says how many tokens of prompts are computed, not of how many prompts, so the

@@ -31,9 +31,9 @@ def plan_text(
             {
                 "rows": f"{row.rows:,}",
                 "bound": f"{row.bound_tokens_per_s:,.0f}",
-                "estimate": f"{row.estimate_tokens_per_s:,.0f}",
+                report.kind: f"{row.likely_tokens_per_s:,.0f}",
                 "ITL, bound": _ms(row.bound_itl_s),
-                "estimate ": _ms(row.estimate_itl_s),
+                f"{report.kind} ": _ms(row.likely_itl_s),
                 "bound by": row.limit,
             }
             for row in report.batches()
@@ -43,7 +43,7 @@ def plan_text(
         yield from (f"  {row.rows}: {row.formula}" for row in report.batches())
     yield from ("", f"Prompts of {lengths.prompt:,}, answers of {lengths.output:,}")
     yield from _figures(report.speed(), formulas)
-    yield from ("", "Estimate at rates, of all replicas")
+    yield from ("", f"{report.kind.capitalize()} at rates, of all replicas")
     yield from _table([_point(point, report) for point in report.points()])
     asked = replica.at(report.rate)
     total = report.rate * report.replicas
@@ -72,6 +72,10 @@ def _head(report: Report) -> Iterator[str]:
         f"{report.replicas} x {layout.tensor_parallel} x {gpu.title}; {gpu.bandwidth / 1e12:g} TB/s, "
         f"{gpu.bf16 / 1e12:g} TFLOP/s in bf16, {price}"
     )
+    if report.cost_model is not None:
+        about, error = report.cost_model.about, report.cost_model.errors.get("all")
+        held_out = "" if error is None else f"; mean error of steps not fitted {error:.1%}"
+        yield f"predicted by what was measured of {about.get('model', 'a model')}{held_out}"
     if experts:
         yield "Quire does not serve mixtures of experts yet: this is a plan only."
     elif report.misfit is None:
@@ -149,6 +153,8 @@ def plan_json(report: Report, found: Sequence[Candidate]) -> dict[str, object]:
         "output_tokens": report.wish.lengths.output,
         "rate": report.wish.rate,
         "slo": report.wish.slo,
+        "kind": report.kind,
+        "measured": None if report.cost_model is None else dict(report.cost_model.about),
         "fits": fits,
         "dry_run": sized.dry_run,
         "error": None if fits else str(report.misfit),
