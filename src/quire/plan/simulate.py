@@ -8,6 +8,7 @@ warm-up: right as long as queues do not last from one to the next.
 
 from __future__ import annotations
 
+import gc
 import math
 import random
 import statistics
@@ -201,7 +202,10 @@ class Simulation:
             delay=self.device.request_seconds,
             seed=self.traffic.seed,
         )
-        return fleet.run(requests, duration)
+        run = fleet.run(requests, duration)
+        del fleet
+        gc.collect()  # blocks and their contents name each other
+        return run
 
     def _windows(self, rate: float | None, count: int, share: float, since: float) -> list[Run]:
         name, number = self.traffic.trace, self.fleet.sample_windows or 0
