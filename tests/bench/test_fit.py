@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from quire.bench import fit_grid
 from quire.bench.fit import errors, fit, nnls
 from quire.bench.fit_grid import Cell
 from quire.cli.main import main
@@ -74,7 +75,18 @@ def test_a_few_steps_are_not_fitted() -> None:
         fit(cells(0.0)[:20])
 
 
-def test_the_command_measures_the_built_in_model(tmp_path: Path, capsys: Capture) -> None:
+def test_cells_that_were_disturbed_count_little() -> None:
+    disturbed = cells(0.01)
+    for index in range(0, len(disturbed), 12):
+        cell = disturbed[index]
+        disturbed[index] = Cell(cell.kind, cell.work, 2 * cell.seconds)
+    assert errors(fit(disturbed), cells(0.0))["all"] < 0.025
+
+
+def test_the_command_measures_the_built_in_model(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fit_grid, "LEAST_SECONDS", 0.0)
     path, steps = tmp_path / "cost.json", tmp_path / "steps.json"
     words = ["--max-num-seqs", "8", "--max-model-len", "640", "--max-num-batched-tokens", "192"]
     assert main(["bench", "fit", "-o", str(path), "--output-json", str(steps), *words]) == 0

@@ -1,8 +1,8 @@
 """Fits the seconds of steps (`scheduler/fitted.py`) to those that were measured (`bench/fit_grid.py`).
 
-It is a least-squares fit of relative errors in which no coefficient is negative. The curve is given by what
-it rises between its sizes, so that it never falls. A fifth of the cells is held out, and the error reported
-is theirs; what is written is then fitted to all.
+It is a least-squares fit of relative errors, robust to a few that are far off, in which no coefficient is
+negative. The curve is given by what it rises between its sizes, so that it never falls. A fifth of the cells
+is held out, and the error reported is theirs; what is written is then fitted to all.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ from quire.errors import EngineError
 from quire.scheduler.fitted import FittedCost
 from quire.util.cores import default_threads
 
-SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024)
-"""At which the curve may bend."""
-HELD_OUT = 5
+SIZES = (1, 2, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64, 128, 256, 1024)
+"""At which the curve may bend. Kernels that take four rows at a time have a step after four."""
+DISTURBED, PASSES = 0.05, 4
+"""A cell counts less the further it is off beyond this: another program may have run."""
+HELD_OUT, LEAST_CELLS = 5, 24
 """One cell in so many."""
 Array = NDArray[np.float64]
 
@@ -49,7 +51,7 @@ def fit(
     cells: Sequence[Cell], *, about: Mapping[str, object] | None = None, seed: int = 0
 ) -> FittedCost:
     """Raises `EngineError` if there are too few steps."""
-    if len(cells) < 3 * len(SIZES):
+    if len(cells) < LEAST_CELLS:
         raise EngineError(
             f"{len(cells)} different steps are too few to fit; allow longer requests, or more of them."
         )
@@ -75,7 +77,11 @@ def _fit(cells: Sequence[Cell]) -> FittedCost:
     most = float(np.max(work[:, 0] + work[:, 3]))
     sizes = [float(size) for size in SIZES if size < most] + [most]
     columns = np.column_stack([_columns(work), _rises(work[:, 0] + work[:, 3], sizes)])
-    found = nnls(columns / seconds[:, None], np.ones(len(cells)))
+    relative, weights = columns / seconds[:, None], np.ones(len(cells))
+    for _ in range(PASSES):
+        found = nnls(relative * weights[:, None], weights)
+        off = np.abs(relative @ found - 1)
+        weights = np.sqrt(DISTURBED / np.maximum(off, DISTURBED))
     row, context, prompt_context, prompt_step, first, *rises = found.tolist()
     curve = np.cumsum([first, *rises])
     return FittedCost(

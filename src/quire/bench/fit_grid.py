@@ -2,7 +2,8 @@
 what it has to be.
 
 A step's time is that of the whole `EngineCore.step`: the scheduler, the executor, and the outputs. Each cell
-of the grid is measured several times in a row and again in a later round, and its median counts.
+of the grid is measured several times in a row and again in a later round. The mean of a row counts, since a
+run takes the sum of its steps.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from statistics import median
+from statistics import fmean, median
 from time import perf_counter
 
 import numpy as np
@@ -28,9 +29,11 @@ STARTS = (0, 512, 2048)
 GROUPS = ((4, 32), (8, 16), (4, 128), (16, 64))
 """Prompts in one step, and tokens of each."""
 MIXED_ROWS, MIXED_COUNTS, MIXED_STARTS = (1, 4, 8, 16, 32, 64), (16, 48, 128, 512, 1024), (0, 1024)
+DISTURBED = 1.5
+"""A step counts as at most so many times the median of its row."""
 MOST_FILL = 16_384
 """Tokens of contexts that are computed for the rows of one cell at most."""
-REPEATS, MOST_REPEATS, LEAST_SECONDS = 3, 40, 0.03
+REPEATS, MOST_REPEATS, LEAST_SECONDS = 3, 40, 0.1
 """A cell is measured so often, and short steps more often, until they have taken so long together."""
 
 
@@ -70,7 +73,7 @@ class Grid:
         """Tokens of which all are in the prefix cache."""
 
     def measure(self, rounds: int = 1) -> list[Cell]:
-        """Medians over the rounds."""
+        """Of the rounds, the median counts."""
         self._warm()
         found = [list(self._round()) for _ in range(rounds)]
         return [
@@ -88,8 +91,8 @@ class Grid:
             yield from self._mixed(rows)
 
     def _warm(self) -> None:
-        for count in (64, 1, min(512, self._budget, self._longest - 8)):
-            self._add(self._tokens(count), 4)
+        for count in (64, 1, min(512, self._budget, self._longest - 40)):
+            self._add(self._tokens(count), 32)
         self._drain()
 
     def _fits(self, rows: int, context: int) -> bool:
@@ -214,4 +217,5 @@ class Grid:
         ):
             steps.append(step())
         middle = Work(*map(median, zip(*(work for work, _ in steps), strict=True)))
-        return Cell(kind, middle, median(seconds for _, seconds in steps))
+        most = DISTURBED * median(seconds for _, seconds in steps)
+        return Cell(kind, middle, fmean(min(seconds, most) for _, seconds in steps))

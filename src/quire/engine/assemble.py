@@ -328,6 +328,9 @@ def build_scheduler(
         long_prefill_token_threshold=options.long_prefill_token_threshold,
         enable_chunked_prefill=options.enable_chunked_prefill,
         itl_target=(options.itl_target or 0.0) / 1000,
+        cost_file=""
+        if options.cost_model is None
+        else FittedCost.load(options.cost_model).numbers(),
         policy="fcfs" if options.scheduling_policy == "auto" else options.scheduling_policy,
         aging=options.priority_aging,
         max_adapters=config.lora.max_loras,
@@ -337,7 +340,7 @@ def build_scheduler(
         least_prompt_tokens=256 if gpu else 64,
         fails_with_loads=config.kv_load_failure_policy == "fail",
     )
-    scheduler = Scheduler(
+    return Scheduler(
         limits,
         kv,
         clock=clock,
@@ -346,11 +349,6 @@ def build_scheduler(
         observe=debug_log(),
         connector=connector,
     )
-    if options.cost_model is not None:
-        known = FittedCost.load(options.cost_model)
-        most = (options.max_num_seqs, options.max_num_batched_tokens)
-        scheduler.costs.start(known.seconds, rows=most[0], tokens=most[1])
-    return scheduler
 
 
 def grammar_compiler(resolved: ResolvedModel) -> GrammarCompiler:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import ClassVar
@@ -92,17 +92,24 @@ class FittedCost:
     def load(cls, path: str | Path) -> FittedCost:
         """Raises `ConfigError`, which names the file and what is wrong with it."""
         try:
-            content = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+            return cls.parse(Path(path).expanduser().read_text(encoding="utf-8"))
         except OSError as error:
             raise ConfigError(f"cost file {path}: {error.strerror or error}.") from None
-        except ValueError:
-            raise ConfigError(
-                f"cost file {path} is not JSON; make one with quire bench fit."
-            ) from None
-        try:
-            return cls._read(content)
-        except ConfigError as error:
+        except (ConfigError, UnicodeDecodeError) as error:
             raise ConfigError(f"cost file {path}: {error}") from None
+
+    def numbers(self) -> str:
+        """As a file's content, without where it was measured."""
+        return json.dumps(replace(self, about={}, errors={}).content())
+
+    @classmethod
+    def parse(cls, text: str) -> FittedCost:
+        """The content of a file."""
+        try:
+            content = json.loads(text)
+        except (ValueError, RecursionError):
+            raise ConfigError("it is not JSON; make it with quire bench fit.") from None
+        return cls._read(content)
 
     @classmethod
     def _read(cls, content: object) -> FittedCost:

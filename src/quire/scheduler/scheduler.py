@@ -50,6 +50,7 @@ from quire.scheduler.adapters import AdapterPlaces
 from quire.scheduler.cost_model import CostModel
 from quire.scheduler.decisions import DecisionKind, Observer, Reporter, Wait, WaitReason
 from quire.scheduler.drafting import Drafting
+from quire.scheduler.fitted import FittedCost
 from quire.scheduler.latency import LatencyTarget
 from quire.scheduler.limits import SchedulerLimits
 from quire.scheduler.load import Load
@@ -108,6 +109,9 @@ class Scheduler:
         self._num_deferred = 0
         self._stopped_at: int | None = None
         self.costs = CostModel()
+        if limits.cost_file:
+            known = FittedCost.parse(limits.cost_file).seconds
+            self.costs.start(known, rows=limits.max_num_seqs, tokens=limits.max_num_batched_tokens)
         self.drafting = Drafting(limits, kv, self.report, self.costs)
         self.rates = Rates()
         self.latency = LatencyTarget(limits, kv.block_size, self.report, self.costs)
