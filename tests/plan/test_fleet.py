@@ -87,6 +87,14 @@ def test_the_least_load_waits_less_than_chance() -> None:
     assert mean("least-load") < mean("random")
 
 
+def test_a_request_that_comes_when_a_step_ends_is_in_the_next() -> None:
+    step = Linear(constant=0.25, row=0.0, context=0.0, token=0.0)
+    requests = [TraceRequest(0.0, ((1, 10),), 4), TraceRequest(0.25, ((2, 10),), 4)]
+    for jumps in (False, True):
+        found = Fleet(lambda jumps=jumps: replica(step=step, jumps=jumps), 1).run(requests)  # type: ignore[misc]
+        assert [life.admitted for life in found.lives] == [0.0, 0.25]
+
+
 def test_a_request_comes_to_its_scheduler_later() -> None:
     requests = [TraceRequest(1.0, ((1, 10),), 2)]
     (late,) = run(requests, 1, delay=0.25).lives

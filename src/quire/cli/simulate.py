@@ -49,7 +49,7 @@ def run(argv: list[str]) -> int:
         raise ConfigError(f"plot must end in .svg, got {report.plot!r}.")
     device = find_device(values, fleet, report.gpu_price)
     simulation = Simulation(device, traffic, fleet, report)
-    gc.disable()  # nothing here is a cycle that has to go, and there are millions of objects to look at
+    gc.disable()  # there are millions of objects to look at; what a run leaves goes at its end
     try:
         found, runs = (simulation.sweep(), []) if traffic.sweep_rate else simulation.run()
     finally:

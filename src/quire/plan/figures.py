@@ -11,6 +11,8 @@ from quire.plan.histogram import Histogram, percentile
 from quire.plan.replica import Life
 
 PERCENTILES = (50, 90, 95, 99)
+SERVED = 0.97
+"""Of the requests that come, the share that is served before a fleet may count as saturated."""
 OBJECTIVES = ("ttft", "itl", "tpot", "e2e")
 _UNITS = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
@@ -104,15 +106,26 @@ def _cost(dollars: float, prompt: int, output: int) -> Values:
     }
 
 
-def steady(runs: Sequence[Run], duration: float, since: float, scale: float) -> dict[str, float]:
-    """Requests per second that came, and that ended, after a quarter of the time in which they came. Fewer
-    end than come if the fleet is saturated."""
-    start = since + (duration - since) / 4
+def steady(runs: Sequence[Run], duration: float, since: float, scale: float) -> dict[str, object]:
+    """Requests per second that came, and that ended, after a quarter of the time in which they came. If it is
+    saturated, fewer end than come, and they wait longer and longer."""
+    quarter = (duration - since) / 4
     lives = [life for run in runs for life in run.lives]
+
+    def queue(number: int) -> float:
+        start = since + number * quarter
+        mine = [each for each in lives if start <= each.request.time < start + quarter]
+        return sum(each.admitted - each.request.time for each in mine) / max(1, len(mine))
+
+    start = since + quarter
     came = sum(start <= life.request.time < duration for life in lives)
     ended = sum(start <= life.last < duration for life in lives)
-    seconds = len(runs) * (duration - start)
-    return {"offered": came * scale / seconds, "served": ended * scale / seconds}
+    seconds = len(runs) * 3 * quarter
+    return {
+        "offered": came * scale / seconds,
+        "served": ended * scale / seconds,
+        "is_saturated": ended < SERVED * came and queue(3) > 2 * queue(1) + 0.1,
+    }
 
 
 def statistics(seconds: list[float]) -> dict[str, float]:

@@ -8,6 +8,7 @@ warm-up: right as long as queues do not last from one to the next.
 
 from __future__ import annotations
 
+import gc
 import math
 import random
 import statistics
@@ -34,8 +35,6 @@ from quire.scheduler.cost_model import Work
 
 GROUPS = 4
 """Into which windows are divided, by turns, to see how much the figures differ."""
-SATURATED = 0.97
-"""Of the requests that come, the share that is served before it counts as saturated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +202,10 @@ class Simulation:
             delay=self.device.request_seconds,
             seed=self.traffic.seed,
         )
-        return fleet.run(requests, duration)
+        run = fleet.run(requests, duration)
+        del fleet
+        gc.collect()  # blocks and their contents name each other
+        return run
 
     def _windows(self, rate: float | None, count: int, share: float, since: float) -> list[Run]:
         name, number = self.traffic.trace, self.fleet.sample_windows or 0
@@ -261,11 +263,7 @@ class Simulation:
         rates = parse_sweep(self.traffic.sweep_rate)
         points: list[Values] = [{"rate": rate} | self.run(rate)[0] for rate in rates]
         served = [_number(point, "steady.served") for point in points]
-        beyond = [
-            point["rate"]
-            for point, each in zip(points, served, strict=True)
-            if each < SATURATED * _number(point, "steady.offered")
-        ]
+        beyond = [rate for rate, point in zip(rates, points, strict=True) if _is_saturated(point)]
         return {
             "points": points,
             "saturation_rate": max(served),
@@ -301,6 +299,12 @@ def _number(values: Mapping[str, object], path: str) -> float:
         found = found[name]
     assert isinstance(found, int | float)
     return float(found)
+
+
+def _is_saturated(point: Values) -> bool:
+    state = point["steady"]
+    assert isinstance(state, dict)
+    return bool(state["is_saturated"])
 
 
 def _relative_error(values: Sequence[float]) -> float:
