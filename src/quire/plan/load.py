@@ -9,7 +9,8 @@ to other steps:
     step(N)  = mean over the number of pieces of StepTime(N rows, pieces)
     rate(N)  = N / (output * step(N))            Little's law; it rises with N, and is inverted by bisection
     ITL      = step(N); its p99: the step with the 99th percentile of pieces
-    TTFT     = request overhead + half a step + seat wait + budget wait + the steps of its own pieces
+    TTFT     = request overhead + the rest of a step + the step in flight + seat wait + budget wait
+               + the steps of its own pieces, which are shared with prompts that came meanwhile
 
 * Most N: the least of max_num_seqs, the sequences of prompt + output that the blocks hold, and the N at which
   prompts fill the budget. The rate there is the saturation rate; nothing is stable beyond.
@@ -17,7 +18,9 @@ to other steps:
   S / c * rho ** (sqrt(2 (c + 1)) - 1) / (1 - rho), with rho = rate / saturation rate.
 * Budget wait: prompts share what steps leave to them: M/D/1, s * rho / (2 (1 - rho)), with s the time of a
   prompt's pieces at full budget and rho the share of the budget that prompts use.
-* p99 of a wait of mean w that occurs with probability rho: w / rho * ln(100 rho), an exponential tail.
+* The rest of a step is mean(step^2) / (2 mean(step)): one arrives more often in a long step.
+* p99 of a wait of mean w that occurs with probability rho: w / rho * ln(100 rho), an exponential tail. p99 of
+  the steps before the own ones: each of them as long as the p99 of ITL.
 
 It knows nothing of preemption, shared prefixes, bursts and lengths that differ; `quire simulate` does.
 """
@@ -77,6 +80,8 @@ class Replica:
     """max_num_batched_tokens."""
     overhead: float = 0.0
     """Seconds before a request's first step."""
+    ahead: float = 0.0
+    """Steps that are planned before the one before them has ended (`async_scheduling` on a GPU: 1)."""
 
     @cached_property
     def most_rows(self) -> float:
@@ -164,22 +169,29 @@ class Replica:
         rate = rows / (output * mean)
         room = self.room(together)
         count = math.ceil(prompt / room)
-        own = count * self.step(together, min(prompt, room))
+        piece = min(prompt, room)
+        alone, busy = self.step(together, piece), min(1.0, rows)
+        residual = sum(share * seconds * seconds for share, seconds in steps) / (2 * mean)
+        reach = busy * (residual + self.ahead * mean)
+        own, own_tail = (
+            count * self.step(together, min(room, piece * (1 + rate * window)))
+            for window in (reach, busy * alone)
+        )
         seats_used = rate / self.saturation
         seats = _sakasegawa(self.most_rows, seats_used, output * self.full_step)
         used = rows * prompt / (output * room)
         one = self.step(together, room) * prompt / room
         shared = one * used / (2 * (1 - used)) if used < 1 else math.inf
-        busy = min(1.0, rows)
-        wait = busy * mean / 2 + seats + shared
-        tails = busy * mean + _tail(seats, seats_used) + _tail(shared, used)
+        slow = _percentile(steps)
+        tail = max(busy * (1 + self.ahead) * max(slow, mean), _tail(shared, used))
+        tail += _tail(seats, seats_used)
         return Point(
             rate=rate,
             rows=rows,
             itl=mean,
-            itl_p99=_percentile(steps),
-            ttft=self.overhead + own + wait,
-            ttft_p99=self.overhead + own + tails,
+            itl_p99=slow,
+            ttft=self.overhead + own + reach + seats + shared,
+            ttft_p99=self.overhead + own_tail + tail,
             utilization=seats_used,
         )
 

@@ -110,6 +110,7 @@ def replica_of(sized: Sized, lengths: Lengths, efficiency: Efficiency = PUBLISHE
         min(options.max_num_seqs, sized.sequences(lengths.total)),
         options.max_num_batched_tokens,
         efficiency.request,
+        ahead=1.0 if sized.prepared.config.runtime.async_scheduling else 0.0,
     )
 
 
