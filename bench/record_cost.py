@@ -2,10 +2,10 @@
 
     python bench/record_cost.py [--json FILE] [--engine]
 
-Without a model: an executor that returns at once. *steady*: the same requests generate, step after step. *churn*:
-requests of 128 tokens in and 64 out follow each other, so that some begin and end all the time. A figure is the
-median over slices of 64 steps, in microseconds per step; the difference is the median of the slices' differences.
-With --engine also the built-in model's steps, with `LLM`, as the time that a microsecond is to be compared with.
+Without a model: an executor that returns at once. *steady*: the same requests generate, step after step.
+*churn*: requests of 128 tokens in and 64 out follow each other, so that some begin and end all the time. A
+figure is the median over slices of 64 steps, in microseconds per step; the difference is the median of the
+slices' differences. With --engine also the built-in model's steps, with `LLM`, to compare with.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Random lives of a scheduler with a record, by a seed: `python -m tests.scheduler.recorded_lives 100000` replays
-so many steps."""
+"""Random lives of a scheduler with a record, by a seed. `python -m tests.scheduler.recorded_lives 100000`
+replays so many steps."""
 
 from __future__ import annotations
 
@@ -126,7 +126,15 @@ def begin(seed: int, *, record: bool = True, **fixed: object) -> Life:
         adapters=adapters,
         on_plan=lambda plan: life.planned(plan),
     )
-    life = Life(seed, scheduler, EngineCore(scheduler, executor, clock=lambda: 0.0), executor, recorder, log, config)
+    life = Life(
+        seed,
+        scheduler,
+        EngineCore(scheduler, executor, clock=lambda: 0.0),
+        executor,
+        recorder,
+        log,
+        config,
+    )
     return life
 
 
@@ -162,7 +170,9 @@ def _take(life: Life, updates) -> None:
             life.preemptions += update.num_preemptions
 
 
-def _add(life: Life, rng: random.Random, prompts: list[list[int]], next_id: int, length: int) -> int:
+def _add(
+    life: Life, rng: random.Random, prompts: list[list[int]], next_id: int, length: int
+) -> int:
     kind = rng.random()
     if prompts and kind < 0.3:
         prompt = list(rng.choice(prompts))
@@ -223,7 +233,9 @@ def main(total: int) -> None:
         preemptions += life.preemptions
         requests += len(life.ends)
         seed += 1
-    print(f"{steps} steps of {seed} lives, {requests} requests, {preemptions} preemptions: all replayed")
+    print(
+        f"{steps} steps of {seed} lives, {requests} requests, {preemptions} preemptions: all replayed"
+    )
 
 
 if __name__ == "__main__":

@@ -26,7 +26,9 @@ SEEDS = range(24)
 class Engine:
     """With a mock executor: the tokens of a request are its id, or as `token` says."""
 
-    def __init__(self, *, most_bytes=1 << 20, room=1000, token=lambda request_id, index: request_id, **limits):
+    def __init__(
+        self, *, most_bytes=1 << 20, room=1000, token=lambda request_id, index: request_id, **limits
+    ):
         ticks = itertools.count()
         self.recorder = Recorder(
             most_bytes, clock=lambda: next(ticks) * 0.25, salt=b"salt", segment_room=room
@@ -80,8 +82,16 @@ def test_rows_results_and_ends_are_those_that_there_were(lives, seed: int) -> No
     assert [step.step_id for step in done] == [plan.step_id for plan in life.plans]
     got = dict.fromkeys(life.outputs, 0)
     for step, plan in zip(done, life.plans, strict=True):
-        assert [(r.request_id, r.start, r.num_tokens, r.samples, r.num_drafts) for r in step.rows] == [
-            (r.request_id, r.start, r.num_tokens, r.samples, len(life.drafts_of[plan.step_id, r.request_id]))
+        assert [
+            (r.request_id, r.start, r.num_tokens, r.samples, r.num_drafts) for r in step.rows
+        ] == [
+            (
+                r.request_id,
+                r.start,
+                r.num_tokens,
+                r.samples,
+                len(life.drafts_of[plan.step_id, r.request_id]),
+            )
             for r in plan.rows
         ]
         assert step.planned < step.done

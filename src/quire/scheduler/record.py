@@ -63,8 +63,10 @@ DEFAULT_TENANT = Placement().tenant
 # Codes of records, with what follows. Besides, None is a call for statistics, and a number a result: how
 # many times of the segment were read before it.
 STEP = 0  # quantum, free, budget, times read before
-ROWS = 1  # ids that are gone (None: all), new ids, index and tokens of each row that has not one token; absent
-# if the rows are as in the step before. Admitted requests are last, unlike in the plan.
+# Absent if the rows are as in the step before. Admitted requests are last, unlike in the plan.
+ROWS = (
+    1  # ids that are gone (None: all), new ids, index and tokens of each row that has not one token
+)
 STOPPED = (
     2  # the request at which admission stopped, if that is another one than in the step before
 )
@@ -201,8 +203,8 @@ class Recorder:
         self._state = State()
         self._step_id = self._in_flight = self._lookups = 0
         self._was_plain = self._has_news = False
-        """Whether the last step had a row of one token for each running request; and whether other requests run
-        now, or drafts are verified."""
+        """Whether the last step had a row of one token for each running request; and whether since then other
+        requests run, or drafts are verified."""
         self._ids: list[int] = []
         self._counts: list[int] = []
         self._waits: dict[int, Wait] = {}
@@ -415,12 +417,13 @@ class Recorder:
             left = set(ids)
             kept = [each for each in last if each in left]
             if ids[: len(kept)] == kept:
-                gone, new = [each for each in last if each not in left], ids[len(kept) :]
+                gone, new = [], ids[len(kept) :]
+                if len(kept) < len(last):
+                    gone = [each for each in last if each not in left]
         others: list[int] = []
-        if sum(counts) != len(counts):
-            for index, count in enumerate(counts):
-                if count != 1:
-                    others += (index, count)
+        if counts.count(1) != len(counts):
+            for index in [index for index, count in enumerate(counts) if count != 1]:
+                others += (index, counts[index])
         self._log.append((ROWS, gone, new, others))
         self._room -= 8 + 2 * (len(new) + len(others))
         self._ids, self._counts = ids, counts

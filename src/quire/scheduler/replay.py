@@ -1,9 +1,9 @@
 """Gives a new scheduler what a recorded one was given, and compares what it decides.
 
 The clock shows the recorded times. Tokens are absent, but all that a scheduler does with them is to compare
-blocks of them: the first token of a block stands for the block's recorded hash, and all others are 0. What is
-compared within blocks is in the record. A request ends where it has ended, since its last token is made an end
-token then.
+blocks of them: the first token of a block stands for the block's recorded hash, and all others are 0. What
+is compared within blocks is in the record. A request ends where it has ended, since its last token is made
+an end token then.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class Departure:
 
 
 def replay(data: bytes) -> Departure | None:
-    """None if the replay decides the same in every step, and so has the same chain. Raises `RecordError` if it
-    is no whole record."""
+    """None if the replay decides the same in every step, and so has the same chain. Raises `RecordError` if
+    it is no whole record."""
     record = open_record(data)
     if not record.is_whole:
         raise RecordError(
@@ -219,7 +219,7 @@ class _Replay:
             scheduler.take_stats()
         elif isinstance(first, int):
             plan = self._in_flight.popleft()
-            scheduler.update(plan, self._result(plan, items[1:]))
+            scheduler.update(plan, self._result(plan.step_id, plan.rows, items[1:]))
         elif first[0] == codes.STEP:
             plan = scheduler.schedule()
             if plan.rows or not self._in_flight:
@@ -277,8 +277,8 @@ class _Replay:
 
     # --- results ----------------------------------------------------------------------------------
 
-    def _result(self, plan: StepPlan, items: list[Item]) -> StepResult:
-        result = StepResult(step_id=plan.step_id)
+    def _result(self, step_id: int, rows: list[PlannedRow], items: list[Item]) -> StepResult:
+        result = StepResult(step_id=step_id)
         learned: dict[int, list[int]] = {}
         ends: dict[int, Item] = {}
         for item in items:
@@ -290,7 +290,7 @@ class _Replay:
                 ends[item[1]] = item
             elif item[0] == codes.DRAFT_TIME:
                 result.draft_seconds = item[1]
-        for row in plan.rows:
+        for row in rows:
             request = self._scheduler.requests.get(row.request_id)
             if request is None:
                 continue
