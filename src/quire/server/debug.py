@@ -29,7 +29,7 @@ def debug_router(state: ServerState) -> APIRouter:
         return _json(await asyncio.to_thread(summary, found, MOST_SUMMARIZED))
 
     @router.get("/debug/requests/{id}")
-    async def explain_request(id: str) -> Response:
+    async def explain_request(id: str) -> Response:  # noqa: A002 (its name in the path)
         """Why a request took the time that it took: sentences, and the facts. id: `r17` or `17` (the answer's
         `x-quire-request-id`), the client's `x-request-id`, or the answer's id."""
         ids = state.explanations.ids_of(id)
