@@ -130,6 +130,8 @@ def test_a_preemption_says_for_whom_and_what_is_computed_again() -> None:
     sentence = next(each for each in found.sentences if "preempted" in each)
     assert "because r1 needed 1 block and 0 were free; it waited" in sentence
     assert sentence.endswith(f"Then {stop.recomputed} of its 16 tokens were computed again.")
+    first = [row for s in engine.steps for row in s.rows if row.request_id == 2][2]
+    assert stop.recomputed == 16 - first.start and 0 < stop.recomputed < 16
     assert stop.waited == pytest.approx(sum(part.seconds for part in stop.parts))
     assert found.gaps[0].cause == "preempted"
     assert "when it was preempted" in found.sentences[-2]
