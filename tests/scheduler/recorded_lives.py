@@ -1,5 +1,5 @@
-"""Random lives of a scheduler with a record, by a seed: `python -m tests.scheduler.recorded_lives 100000` replays
-so many steps."""
+"""Random lives of a scheduler with a record, by a seed. `python -m tests.scheduler.recorded_lives 100000`
+replays so many steps."""
 
 from __future__ import annotations
 
