@@ -172,9 +172,7 @@ def core_state() -> CoreState:
     blocks = BlockMap(
         num_blocks=4, block_size=16, num_free=4, num_cached=0, num_shared=0, cells=bytes(8)
     )
-    return CoreState(
-        step_id=1, cost_seconds=0.0, num_running=0, num_waiting=0, requests=[], blocks=blocks
-    )
+    return CoreState(cost_seconds=0.0, num_running=0, num_waiting=0, requests=[], blocks=blocks)
 
 
 def test_each_replica_shows_its_state() -> None:

@@ -55,7 +55,7 @@ def test_running_and_waiting_requests_are_shown_as_they_are() -> None:
     shown = look(core)
     requests = by_id(shown)
     assert list(requests) == [1, 2, 3, 4]
-    assert (shown.num_running, shown.num_waiting, shown.step_id) == (2, 2, 2)
+    assert (shown.num_running, shown.num_waiting) == (2, 2)
     assert [r.status for r in shown.requests] == ["running", "running", "waiting", "waiting"]
     first = requests[1]
     assert (first.prompt_tokens, first.computed_tokens, first.output_tokens) == (20, 20, 1)

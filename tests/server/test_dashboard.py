@@ -81,7 +81,6 @@ def core_state(
     each = [r.status == "running" for r in requests]
     return CoreState(
         **{
-            "step_id": 7,
             "cost_seconds": 1e-4,
             "num_running": sum(each),
             "num_waiting": len(each) - sum(each),

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable
 
 from quire.decoding import GrammarSpec
+from quire.engine.inspection import core_state
 from quire.engine.pending import PendingRequests, failed
 from quire.engine.residence import AdapterMemory
 from quire.errors import EngineError, EngineSleepingError
@@ -37,10 +38,8 @@ from quire.messages import (
     StepPlan,
 )
 from quire.messages.failures import failure_of
-from quire.messages.state import CoreState
 from quire.scheduler import Scheduler
 from quire.scheduler.deadlines import Deadlines
-from quire.scheduler.state import scheduler_state
 from quire.structured.store import GrammarStore
 
 logger = logging.getLogger(__name__)
@@ -131,7 +130,9 @@ class EngineCore:
                 self._pending.load(message, message.action)
                 return None  # answered with the outputs of a later step
             elif isinstance(message.action, Inspect):
-                states = [self.inspect()]
+                states = [
+                    core_state(self.scheduler, self._pending, self._sleep_level, self._clock())
+                ]
             else:
                 self._carry_out(message.action)
         except Exception as error:
@@ -139,18 +140,6 @@ class EngineCore:
             logger.exception("%s", what)
             failure = failure_of(error, what)
         return Answer(message.id, self._sleep_level, failure, records, states)
-
-    def inspect(self) -> CoreState:
-        """The state between two steps, for operators."""
-        begun, now = time.perf_counter(), self._clock()
-        state = scheduler_state(self.scheduler, now)
-        pending = self._pending.states(now)
-        state.requests += pending
-        state.num_waiting += len(pending)
-        state.adapters = self._adapters.in_memory
-        state.sleep_level = self._sleep_level
-        state.cost_seconds = time.perf_counter() - begun
-        return state
 
     def _drain(self) -> None:
         """Drain: no request is left; finish the steps in flight and send pending releases."""
@@ -193,8 +182,7 @@ class EngineCore:
             raise EngineSleepingError("The engine sleeps.")
         if message.deadline is not None:
             self._deadlines.add(message.request_id, message.deadline)
-        reason = self._pending.add(message)
-        if reason is None:
+        if (reason := self._pending.add(message)) is None:
             self.scheduler.add_request(message)
         else:
             self.scheduler.report.waits_outside(message.request_id, reason)

@@ -73,7 +73,6 @@ class CoreState(msgspec.Struct, kw_only=True, omit_defaults=True):
 
     replica: int = 0
     """Set by the receiver, if there are several."""
-    step_id: int
     cost_seconds: float
     """What it took to gather this."""
     sleep_level: int = 0

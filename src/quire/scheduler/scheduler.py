@@ -181,11 +181,6 @@ class Scheduler:
             self.loading.transfers.reset()
 
     @property
-    def step_id(self) -> int:
-        """Of the last plan."""
-        return self._step_id
-
-    @property
     def has_work(self) -> bool:
         """Whether a step has anything to do (including sending releases to the executor)."""
         if self.loading is not None and self.loading.transfers.has_work:

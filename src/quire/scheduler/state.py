@@ -29,7 +29,6 @@ def scheduler_state(scheduler: Scheduler, now: float) -> CoreState:
         if standing.tenant is not None:
             standings[standing.tenant] = max(standings.get(standing.tenant, 0.0), standing.counter)
     return CoreState(
-        step_id=scheduler.step_id,
         cost_seconds=0.0,
         num_running=len(scheduler.running),
         num_waiting=len(scheduler.waiting),
