@@ -46,7 +46,7 @@ def sized(
     name: str = SMALL, gpu: str = "h100", ranks: int = 1, form: str | None = None, context: int = K8
 ) -> Sized:
     layout = Layout(find_gpu(gpu), ranks, form)
-    return place(find_model(name), layout, {"max_model_len": context})
+    return place(find_model(name), layout, {"max_model_len": context, "block_size": 16})
 
 
 def rate(of: Sized, rows: int, context: int, efficiency: Efficiency = BOUND) -> float:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from quire.cli import plan, serve
+from quire.config.engine import LARGE_GPU
 from quire.errors import MemoryFitError
 
 CASES = [
@@ -46,9 +47,9 @@ def test_the_memory_is_that_of_a_dry_run(words: str, capsys: pytest.CaptureFixtu
     )
     blocks = int(re.search(r"KV cache: ([\d,]+) blocks", printed)[1].replace(",", ""))  # type: ignore[index]
     each = by_name["sequences of 8,192"]["formula"].split(" / ")[1].split(" ")[0].replace(",", "")
-    seats = int(
-        dict(zip(words.split()[1::2], words.split()[2::2], strict=True)).get("--max-num-seqs", 128)
-    )
+    given = dict(zip(words.split()[1::2], words.split()[2::2], strict=True))
+    default = 512 if planned["memory"][0]["value"] >= LARGE_GPU else 256
+    seats = int(given.get("--max-num-seqs", default))
     assert min(by_name["KV blocks"]["value"], seats * int(each)) == blocks
     assert shlex.join(planned["dry_run"]) in text
 

@@ -51,7 +51,7 @@ def test_the_first_is_the_cheapest_of_all_that_meet_the_slo() -> None:
 def test_each_refusal_is_true() -> None:
     found = search("llama-3.1-70b", "h100", 1.0, "ttft=90ms", formats=(None, "fp8"))
     reasons = {each.layout.label: each.refused for each in found}
-    assert reasons["h100 tp 1, as it is"] == "weights and activations, 132.1 GiB, do not fit 79.6"
+    assert reasons["h100 tp 1, as it is"] == "weights and activations, 134.2 GiB, do not fit 79.6"
     assert "p99 of TTFT" in str(reasons["h100 tp 2, fp8"])
     for each in found:
         if each.refused and "TTFT" in each.refused:
@@ -68,7 +68,7 @@ def test_each_refusal_is_true() -> None:
         for each in search("qwen2.5-72b", "h100", 1.0, "", formats=(None,), context=32768)
         if each.layout.tensor_parallel == 2
     ]
-    assert tight.refused == "3.4 GiB are left for KV: not one sequence of 32,768 tokens"
+    assert tight.refused == "1.9 GiB are left for KV: not one sequence of 32,768 tokens"
 
 
 def test_a_smaller_budget_is_taken_where_the_itl_needs_it() -> None:
