@@ -174,7 +174,7 @@ def rows() -> Iterator[Row]:
         f"2.5 GiB; {_fit(sized(LARGE, 'h200'))} on one H200; {large.sequences(K8)} on two H100, "
         f"{two.sequences(K8)} on two H200",
         "ten times too little KV; weights alone are 141 GB. plan also counts activations (5 sequences become "
-        '4), and what an H200 of "141 GB" really has, 150.8 GB (42 become 48)',
+        '3), and what an H200 of "141 GB" really has, 150.8 GB (42 become 46)',
     )
     dollars = [2.5 / 3600 / speed * 1e6 for speed in (3000, 4500)]
     yield Row(
