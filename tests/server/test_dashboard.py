@@ -443,6 +443,12 @@ def test_on_a_phone_nothing_is_wider_than_the_screen(page, width):
         fits = "return document.documentElement.scrollWidth <= innerWidth"
         assert page.js(fits)
         assert page.js("const c = document.getElementById('blocks'); return c.clientWidth > 250")
+        sections = (
+            "return [...document.querySelectorAll('main > section')].filter(s => s.clientWidth)"
+        )
+        assert page.js(f"{sections}.every(s => s.clientWidth > innerWidth - 40)"), (
+            "one below another"
+        )
         page.all("#queue button")[3].click()
         assert page.js(fits)
         assert page.js("return document.getElementById('detail').scrollWidth <= innerWidth")
