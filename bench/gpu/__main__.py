@@ -35,8 +35,8 @@ def main() -> int:
     file.write_text(
         json.dumps({"record": record, "sizes": args.sizes, "note": args.note, "entries": []})
     )
-    options = Options(tuple(args.models), args.sizes, time.time() + args.seconds)
-    for part in ("machine", *args.parts):
+    options = Options(tuple(args.models), args.sizes, time.time() + args.seconds, args.only)
+    for part in (*(() if args.only else ("machine",)), *args.parts):
         run_part(part, f"bench.gpu.{part.replace('-', '_')}", file, options)
     results = json.loads(file.read_text())
     (args.out / "gpu.md").write_text(markdown(results))
@@ -59,6 +59,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         help="tiny shapes; with TRITON_INTERPRET=1 on a CPU. The figures mean nothing",
     )  # fmt: skip
     parser.add_argument("--seconds", type=float, default=570, help="of all of it (default: 570)")
+    parser.add_argument("--only", default="", metavar="NAME", help="cases with this in their names")
     parser.add_argument("--note", default="", help="kept in the JSON: the commit, say")
     args = parser.parse_args(words)
     every = (FIRST, *PARTS)

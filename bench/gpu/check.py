@@ -34,6 +34,7 @@ from quire.layers.rotary import cos_sin_table
 from quire.models.registry import resolve_spec
 from quire.models.spec import ModelSpec
 
+ROWS = (2, 8, 16, 64, 65, 128, 129, 256, 300, 1100)
 LIMITS = {"bf16": 1e-2, "fp8": 4e-2, "absolute": 1e-3}
 """Of relative errors of numbers rounded to bf16, or to e4m3 (three bits after the first); of differences
 between float32 log-probabilities."""
@@ -320,24 +321,23 @@ def invariance(spec: ModelSpec, *, small: bool) -> Values:
         core = engines.build(spec, limits, invariant=True)
         runs[name] = engines.drive(core, [subject, *beside], later=later)
     same = {name: run.logprobs[0] == runs["alone"].logprobs[0] for name, run in runs.items()}
-    errors, uneven, cublas = _products(spec)
+    errors, uneven, cublas = _products(matrices(spec))
     same["products"] = not any(uneven.values())
     return {**verdict(errors, same), "uneven": uneven, "uneven_cublas": cublas}
 
 
 @torch.inference_mode()
 def _products(
-    spec: ModelSpec,
+    shapes: dict[str, tuple[int, int]], rows: Sequence[int] = ROWS
 ) -> tuple[dict[str, float], dict[str, list[int]], dict[str, list[int]]]:
     """Errors of our product; numbers of rows for which the last row's bits are not those it has alone, of
     ours and of cuBLAS's."""
     errors: dict[str, float] = {}
     uneven: tuple[dict[str, list[int]], dict[str, list[int]]] = ({}, {})
-    for name, (n, k) in matrices(spec).items():
-        weight, x = randn(n, k), randn(1100, k)
+    for name, (n, k) in shapes.items():
+        weight, x = randn(n, k), randn(max(70, *rows), k)
         errors[name] = error(matmul(x[:70], weight), x[:70].double() @ weight.double().T)
         for product, found in zip((matmul, F.linear), uneven, strict=True):
             alone = product(x[-1:], weight)
-            rows = (2, 8, 16, 64, 65, 128, 129, 256, 300, 1100)
             found[name] = [m for m in rows if not torch.equal(product(x[-m:], weight)[-1:], alone)]
     return errors, *uneven

@@ -36,11 +36,13 @@ time, or of what values["skipped"] names."""
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """sizes: "full", "quick" or "smoke" (see `lab.SIZES`). until: the end of it all, by time.time()."""
+    """sizes: "full", "quick" or "smoke" (see `lab.SIZES`). until: the end of it all, by time.time(). only: a
+    part of the names of the cases to run."""
 
     models: tuple[str, ...]
     sizes: str
     until: float
+    only: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +86,7 @@ def _work(part: str, module: str, file: Path, options: Options) -> None:
         _write(file, results)
         return
     for case in cases:
-        if case.name in done:
+        if case.name in done or options.only not in case.name:
             continue
         entry = _entry(part, case.name, "lost", "died, or took too long: see the log")
         entry["remedy"] = case.remedy

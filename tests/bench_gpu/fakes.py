@@ -11,10 +11,10 @@ from bench.gpu.suite import Case, Entry, Options, Values
 
 def cases(options: Options, entries: Sequence[Entry]) -> list[Case]:
     return [
-        Case("good", _good),
-        Case("raises", _raise),
+        Case("good", _good, remedy="none"),
+        Case("raises", _raise, remedy="raise it"),
         Case("after raising", _good),
-        Case("wrong", lambda: {"ok": False, "error": {"x": 1.0}}),
+        Case("wrong", lambda: {"ok": False, "error": {"x": 1.0}}, remedy="right it"),
         Case("dies", lambda: os._exit(3)),
         Case("hangs", _hang, limit_s=0.5),
         Case("last", lambda: _good() | {"seen": [entry["name"] for entry in entries]}),
