@@ -3,7 +3,7 @@
     TRITON_INTERPRET=1 python -m bench.device_host [--rows 1,64,256] [--steps 400]
 
 `EngineCore` with the GPU's runner: scheduling, packing, the copies' calls and the results are real; the graph
-of a step is a function that returns the same tokens at once. The driver's part of these calls (a graph's launch,
+of a step is a function that returns the same tokens at once. The driver's part (a graph's launch,
 events, page-locked memory) is missing, some 20 us. Prints the median and the 90th percentile of a step in
 microseconds, and the runner's share of the median: launch and result.
 """
