@@ -88,10 +88,10 @@ def _add_admin_routes(router: APIRouter, state: ServerState) -> None:
     @router.get("/server_info")
     async def server_info() -> Response:
         """Version, models and every option's value; secrets are hidden."""
-        config = {
-            field.name: _visible(getattr(state.engine_config, field.name))
-            for field in dataclasses.fields(state.engine_config)
-        }
+        engine, config = state.engine_config, {}
+        for field in dataclasses.fields(engine):
+            if dataclasses.is_dataclass(part := getattr(engine, field.name)):
+                config[field.name] = _visible(part)
         config["server"] = _visible(state.config)
         model = state.loaded_engine().model
         info = {"version": VERSION, "models": model.names, "max_model_len": model.max_model_len}
