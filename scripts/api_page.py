@@ -51,12 +51,16 @@ VLLM_ENDPOINTS = {
     "/v1/responses/input_tokens": "no such endpoint",
     "/v1/responses/{response_id}/input_items": "no such endpoint",
     "/load": "with `--enable-server-load-tracking`",
+    "/debug/state": "no such endpoint",
     "/server_info": "with `VLLM_SERVER_DEV_MODE`",
     "/reset_prefix_cache": "with `VLLM_SERVER_DEV_MODE`",
     "/sleep": "with `VLLM_SERVER_DEV_MODE` and `--enable-sleep-mode`",
     "/wake_up": "with `VLLM_SERVER_DEV_MODE` and `--enable-sleep-mode`",
     "/v1/load_lora_adapter": "with `VLLM_ALLOW_RUNTIME_LORA_UPDATING`, from any path; a bad file is a 500",
     "/v1/unload_lora_adapter": "with `VLLM_ALLOW_RUNTIME_LORA_UPDATING`",
+    "/debug/requests": "no such endpoint",
+    "/debug/requests/{id}": "no such endpoint",
+    "/debug/timeline": "no such endpoint",
     "/is_sleeping": "with `VLLM_SERVER_DEV_MODE` and `--enable-sleep-mode`",
 }
 VLLM_FIELDS = {
@@ -91,7 +95,8 @@ The limits are [options](options.md). The last column says what vLLM 0.32 does w
 With an admin listener (`--admin-port`, `--admin-uds`), endpoints that need `--enable-admin-endpoints` are
 there, and not at the API's.
 
-Besides what is below, `/` is the playground, `/docs` and `/openapi.json` describe the endpoints to programs.
+Besides what is below, `/` is the playground, `/dashboard` the [dashboard](dashboard.md), and `/docs` and
+`/openapi.json` describe the endpoints to programs.
 """
 
 SAMPLING = tuple(

@@ -1,5 +1,6 @@
-"""Write docs/options.md, docs/bench-options.md, docs/api.md, docs/compat.md, docs/json-schema.md,
-docs/metrics.md and some files of deploy/helm from the code, so that they cannot disagree with the program.
+"""Write docs/options.md, docs/bench-options.md, docs/simulate-options.md, docs/api.md, docs/compat.md,
+docs/json-schema.md, docs/metrics.md and some files of deploy/helm from the code, so that they cannot disagree
+with the program.
 
 python scripts/gen_docs.py            write
 python scripts/gen_docs.py --check    exit 1 if what is on disk is not what would be written
@@ -19,10 +20,12 @@ import metrics_page
 from quire.bench.options import bench_options
 from quire.config import engine_options, server_options
 from quire.config.options import OptionInfo
+from quire.plan.options import simulate_options
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "options.md"
 BENCH_PAGE = ROOT / "docs" / "bench-options.md"
+SIMULATE_PAGE = ROOT / "docs" / "simulate-options.md"
 API_PAGE = ROOT / "docs" / "api.md"
 COMPAT_PAGE = ROOT / "docs" / "compat.md"
 JSON_SCHEMA_PAGE = ROOT / "docs" / "json-schema.md"
@@ -55,7 +58,10 @@ VLLM = {
     "max_num_queued_reqs": "none; beyond a limit 503, ours 429",
     "max_num_queued_tokens": "none; beyond a limit 503, ours 429",
     "itl_target": "no such flag",
+    "cost_model": "no such flag",
     "max_ttft": "no such flag",
+    "decision_record_bytes": "no such flag",
+    "decision_record_dir": "no such flag",
     "retained_cache_share": "no such flag",
     "scheduling_policy": "`fcfs`; no `fair`",
     "priority_aging": "no such flag",
@@ -84,6 +90,9 @@ VLLM = {
     "cpu_threads": "no such flag",
     "log_format": "no such flag",
     "request_log": "no such flag",
+    "slow_request_ttft": "no such flag",
+    "slow_request_itl": "no such flag",
+    "slow_request_seconds": "no such flag",
     "otlp_traces_endpoint": "also gRPC, its default; needs OpenTelemetry's packages",
     "trace_sample_ratio": "`OTEL_TRACES_SAMPLER`",
     "use_client_timeouts": "no such flag, no deadlines",
@@ -135,11 +144,22 @@ Written by `scripts/gen_docs.py` from `src/quire/bench/options.py`; do not edit.
 """
 
 
-def render_bench() -> str:
-    """The page of the benchmarks' options."""
-    sections = [BENCH_HEADER]
+SIMULATE_HEADER = """\
+# Options of quire simulate
+
+Written by `scripts/gen_docs.py` from `src/quire/plan/options.py`; do not edit.
+
+`quire simulate` takes these, `--model`, and the [engine's options](options.md), with the meaning that they
+have for `quire serve`. TIME is a number with a unit: `500ms`, `30s`, `10m`, `2h`, `1d`. See
+[simulate.md](simulate.md).
+"""
+
+
+def render_command(header: str, options: list[OptionInfo]) -> str:
+    """The page of a command's options."""
+    sections = [header]
     groups: dict[str, list[OptionInfo]] = {}
-    for info in bench_options():
+    for info in options:
         groups.setdefault(info.group, []).append(info)
     for group, infos in groups.items():
         rows = []
@@ -214,7 +234,8 @@ def main() -> int:
         status = 1
     pages = (
         (PAGE, render()),
-        (BENCH_PAGE, render_bench()),
+        (BENCH_PAGE, render_command(BENCH_HEADER, bench_options())),
+        (SIMULATE_PAGE, render_command(SIMULATE_HEADER, simulate_options())),
         (API_PAGE, api_page.render()),
         (COMPAT_PAGE, compat_page.render()),
         (JSON_SCHEMA_PAGE, json_schema_page.render()),

@@ -5,7 +5,7 @@ from functools import cache
 
 import pytest
 
-from quire.scheduler.rates import Rates
+from quire.scheduler.cost_model import CostModel
 from tests.engine.checkpoints import ServableCheckpoint, write_checkpoint
 
 
@@ -25,5 +25,5 @@ def loads_pay() -> Iterator[None]:
     """In this process, whatever is found in a tier or at a peer is loaded. Else small models compute their
     prompts again where that takes less time, as measured."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Rates, "prompt_token", 1.0)
+        patch.setattr(CostModel, "prompt_seconds", lambda self, count, start=0.0: 1.0 * count)
         yield

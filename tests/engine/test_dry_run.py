@@ -44,6 +44,11 @@ COUNTS = {
     "smollm3-3b": 3_075_098_624, "granite-3.3-2b": 2_533_539_840,
     "granite-3.3-8b": 8_170_864_640, "olmo-2-7b": 7_298_617_344, "olmo-2-13b": 13_716_198_400,
     "olmo-2-32b": 32_234_279_936,
+    "llama-2-7b": 6_738_415_616, "llama-2-13b": 13_015_864_320, "llama-2-70b": 68_976_648_192,
+    "llama-3-8b": 8_030_261_248, "llama-3-70b": 70_553_706_496, "tinyllama-1.1b": 1_100_048_384,
+    "mistral-7b-v0.1": 7_241_732_096, "codestral-22b": 22_247_282_688,
+    "mistral-large-123b": 122_610_069_504, "phi-3-medium-4k": 13_960_238_080,
+    "yi-1.5-9b": 8_829_407_232, "yi-1.5-34b": 34_388_917_248,
 }  # fmt: skip
 """Parameters, by the models' cards; of Gemma 3's, without the vision tower."""
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from quire import LLM, SamplingParams
 from quire.config import from_flat
 from quire.engine.async_llm import AsyncLLM
-from quire.errors import QueueFullError
+from quire.errors import ConfigError, QueueFullError
+from quire.scheduler.cost_model import Work
+from quire.scheduler.fitted import FittedCost
 from tests.engine.checkpoints import ServableCheckpoint
 
 OPTIONS = {"max_num_batched_tokens": 64, "max_model_len": 256, "num_gpu_blocks_override": 120}
@@ -29,6 +33,25 @@ def test_outputs_are_the_same_with_a_target(servable: Callable[[str], ServableCh
         llm.close()
     assert tokens[0] == tokens[1]
     assert steps[1] > steps[0] + 5, "the target had an effect"
+
+
+def test_an_engine_may_start_from_what_was_measured_before(
+    servable: Callable[[str], ServableCheckpoint], tmp_path: Path
+) -> None:
+    path = tmp_path / "cost.json"
+    cost = FittedCost((1.0, 64.0), (0.010, 0.073), context=1e-6, prompt_context=1e-7)
+    path.write_text(json.dumps(cost.content()))
+    model = str(servable("llama").directory)
+    with LLM(model, max_num_seqs=8, cost_model=str(path), **OPTIONS) as llm:
+        costs = llm._core._core.scheduler.costs  # type: ignore[union-attr]
+        work = Work(4, 400, 1.0, 48, 2000)
+        assert costs.seconds(work) == pytest.approx(cost.seconds(work), rel=0.1)
+        before = list(costs.coefficients)
+        llm.generate([{"prompt_token_ids": [5] * 50}], PARAMS)
+        assert costs.coefficients != before, "and goes on learning"
+    path.write_text("{}")
+    with pytest.raises(ConfigError, match=r"cost file .*cost.json: it needs quire_cost: 1"):
+        LLM(model, max_num_seqs=8, cost_model=str(path), **OPTIONS)
 
 
 async def test_who_would_wait_too_long_is_refused_and_served_later(

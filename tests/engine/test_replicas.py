@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from quire.config import from_flat
 from quire.engine.core import EngineCore
 from quire.engine.front_end import Effects, FrontEnd
+from quire.engine.recovery import Death, Recovery
 from quire.engine.replicas import Replicas, merged_ready, merged_stats
 from quire.engine.setup import ServedModel, locate, resolve, serve_model
 from quire.errors import EngineDeadError
@@ -30,6 +31,7 @@ from quire.messages import (
     EngineReady,
     Failure,
     FinishReason,
+    Inspect,
     Ping,
     Pong,
     RequestUpdate,
@@ -39,6 +41,7 @@ from quire.messages import (
     StepOutputs,
     WakeUp,
 )
+from quire.messages.state import BlockMap, CoreState
 from quire.placement import Placement
 from quire.sampling_params import BeamSearchParams, SamplingParams
 from quire.scheduler import Scheduler, SchedulerLimits
@@ -163,6 +166,43 @@ def test_a_replica_that_stops_no_longer_keeps_a_call_waiting() -> None:
     group.take(0, Answer(1, 0))
     lost = group.lose(1, "it was killed")
     assert isinstance(lost, StepOutputs) and lost.answers == [Answer(1, 0)]
+
+
+def core_state() -> CoreState:
+    blocks = BlockMap(
+        num_blocks=4, block_size=16, num_free=4, num_cached=0, num_shared=0, cells=bytes(8)
+    )
+    return CoreState(cost_seconds=0.0, num_running=0, num_waiting=0, requests=[], blocks=blocks)
+
+
+def test_each_replica_shows_its_state() -> None:
+    group = replicas(3)
+    group.lose(1, "gone")
+    control = Control(3, Inspect())
+    assert group.route(control) == [(0, control), (2, control)]
+    assert group.take(2, Answer(3, 0, states=[core_state()])) is None
+    answer = group.take(0, Answer(3, 0, states=[core_state()]))
+    assert isinstance(answer, Answer)
+    assert [state.replica for state in answer.states] == [0, 2]
+
+
+def test_an_inspection_does_not_wait_for_a_replica_that_restarts() -> None:
+    group = Replicas([READY] * 3, recovery=Recovery())
+    first, second, third = (Control(number, Inspect()) for number in (1, 2, 3))
+    group.route(first)
+    group.take(0, Answer(1, 0, states=[core_state()]))
+    group.take(2, Answer(1, 0, states=[core_state()]))
+    group.died(1, Death("killed"))
+    [answer] = group.without(1)
+    assert [state.replica for state in answer.states] == [0, 2] and answer.id == 1
+    assert [replica for replica, _ in group.route(second)] == [0, 2], "the dead one is not asked"
+    for replica in (0, 2):
+        group.died(replica, Death("killed"))
+        assert group.without(replica) == [], "nobody has answered"
+    assert group.route(third) == []
+    assert group.back(1, READY) == [(1, third)], "asked when nobody lived"
+    answer = group.take(1, Answer(3, 0, states=[core_state()]))
+    assert isinstance(answer, Answer) and [state.replica for state in answer.states] == [1]
 
 
 def test_a_lost_replica_ends_its_own_requests_and_is_not_heard_again() -> None:

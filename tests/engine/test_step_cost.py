@@ -20,7 +20,7 @@ def llm() -> Iterator[LLM]:
     with LLM(kernels="native", kv_cache_memory_bytes=64 << 20, cpu_threads=1) as llm:
         # What the cost model does, and when the load is computed anew, depends on the time of steps.
         scheduler = llm._core._core.scheduler
-        scheduler.latency.cost.observe = lambda work, seconds: None
+        scheduler.costs.observe = lambda work, seconds: None
         scheduler.load._clock = lambda: 0.0
         yield llm
 

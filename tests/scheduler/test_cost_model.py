@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from quire.messages import PlannedRow
+from quire.messages import PlannedRow, StepPlan
 from quire.scheduler.cost_model import CHANGE, CostModel, Work, work_of
 
 TRUE = Work(rows=1.3e-3, contexts=2e-7, constant=5e-3, prompt_tokens=3.7e-4, prompt_contexts=1.5e-7)
@@ -116,3 +116,46 @@ def test_prompts_are_not_forgotten_while_there_are_none() -> None:
     assert model.seconds(work) == pytest.approx(seconds_of(work), rel=0.1)
     model.observe(work, seconds_of(work) * 1.3)
     assert model.seconds(work) == pytest.approx(seconds_of(work), rel=0.15), "one step is one step"
+
+
+def test_a_start_from_a_known_device_predicts_the_first_steps_and_is_learned_further() -> None:
+    model = CostModel()
+    model.start(seconds_of, rows=64, tokens=2048)
+    works = (decoding(1, 100), decoding(64, 500), mixed(8, 500, 512, 1000), mixed(0, 0, 1024, 0))
+    for work in works:
+        assert model.seconds(work) == pytest.approx(seconds_of(work), rel=0.05)
+    assert model.knows_prompts and model.num_steps > 0 and model.spread < 0.1
+    assert model.prompt_seconds(400, 2000) == pytest.approx(400 * (3.7e-4 + 2200 * 1.5e-7), rel=0.1)
+    slow = Work(*(2 * each for each in TRUE))
+    for work in steps():
+        model.observe(work, seconds_of(work, slow))
+    assert model.seconds(mixed(8, 500, 128, 8000)) == pytest.approx(
+        2 * seconds_of(mixed(8, 500, 128, 8000)), rel=0.1
+    )
+
+
+def test_such_a_start_knows_the_knee() -> None:
+    model = CostModel()
+    model.start(lambda work: max(0.01, 0.001 * work.rows), rows=64, tokens=2048)
+    sizes = (1, 4, 8, 16, 64)
+    assert [model.sampling.seconds(n) for n in sizes] == pytest.approx(
+        [0.01, 0.01, 0.01, 0.016, 0.064]
+    )
+    assert model.sampling.knows(16)
+
+
+def test_many_equal_steps_at_once_are_as_one_after_the_other() -> None:
+    """For a simulator that jumps: also in which steps are measured at all."""
+    chance = random.Random(2)
+    seconds = [0.01 * chance.lognormvariate(0.0, 0.1) for _ in range(700)]
+    one, many = CostModel(), CostModel()
+    for step, each in enumerate(seconds):
+        rows = [
+            PlannedRow(request_id=i, start=50 + step, num_tokens=1, samples=1) for i in range(3)
+        ]
+        one.measure(StepPlan(step_id=step, rows=rows), each)
+    for first in (0, 300):
+        part = seconds[first : first + 300] if not first else seconds[300:]
+        many.repeat(3, 3 * (50 + first), part)
+    assert one.coefficients == many.coefficients and one.predicted == many.predicted
+    assert one.num_steps == many.num_steps == 256 + 111

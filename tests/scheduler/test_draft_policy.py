@@ -94,9 +94,9 @@ def test_drafts_beside_a_long_prompt_are_judged_by_what_a_token_costs_there() ->
     simulation.run(200)
     policy = simulation.scheduler.drafting.policy
     [request] = simulation.scheduler.running
-    policy.cost.prompt_token = 0.0001
+    policy.costs.coefficients[3:] = [0.0001, 0.0]
     assert policy.grant([request], [7], 1, True) == [7]
-    policy.cost.prompt_token = 0.02
+    policy.costs.coefficients[3:] = [0.02, 0.0]
     assert policy.grant([request], [7], 1, True) == [0]
 
 

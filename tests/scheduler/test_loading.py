@@ -10,6 +10,7 @@ from tests.scheduler.test_transfers import PROMPT, Engine
 
 def test_nothing_is_loaded_for_a_request_that_waits_by_cost() -> None:
     engine = Engine(num_blocks=1 + 20, saves="used")
+    engine.step_seconds = 0.01
     engine.serve(1, PROMPT)
     engine.forget()
     engine.scheduler.worth.least_steps = 4.0

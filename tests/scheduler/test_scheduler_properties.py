@@ -55,6 +55,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     policy: str | None = None
     """None: one of those that there are."""
     aging = 0.0
+    itl_target = 0.0
     drafts = False
     layouts: tuple[tuple[int | None, ...], ...] = ((None,),)
     """Windows of the groups of layers, one of these."""
@@ -93,14 +94,19 @@ class SchedulerMachine(RuleBasedStateMachine):
             adaptive_drafts=watermark == 1,
             stages=self.stages,
             least_prompt_tokens=2,
+            itl_target=self.itl_target if chunked else 0.0,
             fails_with_loads=self.fails_with_loads,
         )
         windows = self.layouts[layout % len(self.layouts)]
         sizes = {"windows": windows, "max_row_tokens": budget, "enable_prefix_caching": caching}
         most = KVCacheManager(2, block_size, **sizes).blocks_for(self.max_model_len)
         num_blocks = 1 + most + spare_blocks
+        self.recorder = self.make_recorder()
         sizes["retention"] = Retention.of_blocks(
-            num_blocks - 1, 0.5, len(windows), lambda: self.now
+            num_blocks - 1,
+            0.5,
+            len(windows),
+            (lambda: self.now) if self.recorder is None else self.recorder.clock,
         )
         kv = KVCacheManager(num_blocks, block_size, **sizes)
         self.scheduler = Scheduler(
@@ -110,6 +116,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             needs_token_before_next=needs_token_before_next,
             connector=self.make_connector(),
             observe=self.observe,
+            record=self.recorder,
         )
         if watermark == 2:
             self.scheduler.worth.least_steps = 2.0
@@ -140,6 +147,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.budget = decision.budget
 
     def make_connector(self):
+        return None
+
+    def make_recorder(self):
         return None
 
     def make_executor(self, *sizes, **options):

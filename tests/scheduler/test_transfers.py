@@ -460,9 +460,9 @@ def test_a_load_must_take_less_time_than_to_compute_and_gets_no_more() -> None:
     engine = Engine(saves="used")
     engine.step_seconds = 2.2
     engine.serve(1, PROMPT)
-    assert engine.scheduler.rates.prompt_token == pytest.approx(0.1)
+    assert engine.scheduler.costs.prompt_seconds(20) == pytest.approx(2.0)
     engine.forget()
-    engine.store.seconds_each = 0.4
+    engine.store.seconds_each = 0.401
     engine.serve(2, PROMPT)
     assert not engine.loads()
     engine.forget()

@@ -12,6 +12,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from browser import chromium
 from scripted_engine import ScriptedEngine
 
 from quire.config import EngineConfig, ServerConfig
@@ -51,3 +52,10 @@ async def make_client(engine) -> AsyncIterator[Callable[..., httpx.AsyncClient]]
 @pytest.fixture
 async def client(make_client) -> httpx.AsyncClient:
     return make_client()
+
+
+@pytest.fixture(scope="session")
+def driver():
+    started = chromium()
+    yield started
+    started.quit()

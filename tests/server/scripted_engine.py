@@ -143,6 +143,9 @@ class Submitted:
 class FakeStream:
     def __init__(self, engine: ScriptedEngine, request_id: str, prompt: list[int], params) -> None:
         self.request_id = request_id
+        n = getattr(params, "n", 1) if not isinstance(params, BeamSearchParams) else 0
+        self.sequence_ids = [engine.num_sequences + index + 1 for index in range(n)]
+        engine.num_sequences += n
         self.prompt, self.params, self.engine = prompt, params, engine
         self.aborted = asyncio.Event()
         self.aborts = 0
@@ -284,11 +287,16 @@ class ScriptedEngine:
         self.failure: Exception = EngineDeadError("core exited: secret detail")
         self.shut_down = False
         self.resets = 0
+        self.num_sequences = 0
+        self.kept_records: list[bytes] = []
         self._open = asyncio.Event()
         self._open.set()
 
     async def _control(self, action: ControlAction) -> None:
         self.controls.append(action)
+
+    async def records(self) -> list[bytes]:
+        return self.kept_records
 
     def hold(self) -> None:
         self._open.clear()

@@ -18,7 +18,7 @@ from scripted_engine import ScriptedEngine
 from quire.config import EngineConfig, LoRAConfig, ServerConfig
 from quire.errors import ConfigError
 from quire.server.app import build_admin_app
-from quire.server.auth import OPEN_PATHS, PROBES, ApiKeyAuth, check_admin
+from quire.server.auth import DASHBOARD, OPEN_PATHS, PROBES, ApiKeyAuth, check_admin
 from quire.server.keys import Keys, configured_admin_keys
 from quire.server.middleware import tenant_of
 from quire.server.run import StopSignals, serve_engine
@@ -26,7 +26,8 @@ from quire.server.run import StopSignals, serve_engine
 ADMIN = [
     ("GET", "/server_info"), ("GET", "/is_sleeping"), ("POST", "/reset_prefix_cache"),
     ("POST", "/sleep"), ("POST", "/wake_up"), ("POST", "/v1/load_lora_adapter"),
-    ("POST", "/v1/unload_lora_adapter"),
+    ("POST", "/v1/unload_lora_adapter"), ("GET", "/debug/requests"), ("GET", "/debug/timeline"),
+    ("GET", "/debug/state"),
 ]  # fmt: skip
 LORA = EngineConfig(lora=LoRAConfig(enable_lora=True))
 COMPLETIONS = "/v1/completions"
@@ -83,7 +84,7 @@ async def test_the_admin_listener_serves_no_model(make_client):
 
 async def test_the_tables_of_this_file_are_whole(make_client):
     app = build_admin_app(make_client(engine_config=LORA, admin_port=0).state)
-    others = {*PROBES, "/metrics", "/load", "/abort_requests"}
+    others = {*PROBES, DASHBOARD, "/metrics", "/load", "/abort_requests", "/debug/requests/{id}"}
     assert {route.path for route in all_routes(app)} == {path for _, path in ADMIN} | others
 
 
@@ -123,7 +124,8 @@ async def test_every_path_of_the_admin_listener_wants_its_key(make_client):
     for route in all_routes(build_admin_app(client.state)):
         for headers in ({}, bearer("client"), bearer("ad"), {"x-api-key": "client"}):
             response = await admin.request(sorted(route.methods)[0], route.path, headers=headers)
-            assert (response.status_code == 401) == (route.path not in PROBES), route.path
+            is_open = route.path in PROBES | {DASHBOARD}  # the page has no data
+            assert (response.status_code == 401) != is_open, route.path
     assert (await admin.get("/nope")).status_code == 401
     for key in ("adm", "adm2"):
         answer = await admin.get("/server_info", headers=bearer(key))

@@ -2,123 +2,27 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import math
 import re
 import shutil
 import subprocess
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Iterator
 
 import pytest
+from browser import BrowserPage
 from scripted_engine import ScriptedEngine
+from scripted_server import Server, serving
 
-from quire.config import EngineConfig, ServerConfig
-from quire.server.run import StopSignals, serve_engine
-
-SECONDS = 20.0
 QUESTION = "What does os.path.join do?"
 
 
-class Server:
-    """A scripted engine behind a real server, in a thread of its own."""
-
-    def __init__(self, engine: ScriptedEngine, *, loaded: bool, **config: object) -> None:
-        self.engine = engine
-        self.url = ""
-        self._config = replace(
-            ServerConfig(host="127.0.0.1", port=0, shutdown_timeout=0.0), **config
-        )
-        self._loaded = loaded
-        self._listening = threading.Event()
-        self.thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
-        self.thread.start()
-        assert self._listening.wait(SECONDS)
-
-    async def _serve(self) -> None:
-        self.loop, self.stop, self._may_load = (
-            asyncio.get_running_loop(), StopSignals(), asyncio.Event(),
-        )  # fmt: skip
-        if self._loaded:
-            self._may_load.set()
-
-        async def factory() -> ScriptedEngine:
-            await self._may_load.wait()
-            return self.engine
-
-        await serve_engine(
-            factory, EngineConfig(), self._config, stop=self.stop, announce=self._announce
-        )
-
-    def _announce(self, url: str) -> None:
-        self.url = url
-        self._listening.set()
-
-    def load(self) -> None:
-        self.loop.call_soon_threadsafe(self._may_load.set)
-
-    def release(self) -> None:
-        self.loop.call_soon_threadsafe(self.engine.release)
-
-    def hold_at(self, held: int) -> None:
-        """Let `held` tokens out, then none until `release`: once."""
-        original = self.engine.next_token
-
-        async def valve(position: int = 0) -> None:
-            if position == held:
-                self.engine.next_token = original
-                self.engine.hold()
-            await original(position)
-
-        self.engine.next_token = valve
-
-    def prompt(self, index: int = -1) -> str:
-        return self.engine.model.tokenizer.decode(self.engine.submitted[index].prompt)
-
-
-@contextmanager
-def serving(
-    engine: ScriptedEngine | None = None, *, loaded: bool = True, **config: object
-) -> Iterator[Server]:
-    server = Server(engine or ScriptedEngine(max_model_len=100_000), loaded=loaded, **config)
-    try:
-        yield server
-    finally:
-        for call in (server.stop.hit, server.stop.hit, server.engine.release):
-            server.loop.call_soon_threadsafe(call)
-        server.thread.join(SECONDS)
-
-
-class Page:
-    """What a person does with the page, and what they see of it."""
-
-    def __init__(self, driver) -> None:
-        self.driver = driver
-        self.may_complain_of = "^$"
-        """What the console may say: Chromium reports every answer of 400 and above there."""
-
+class Page(BrowserPage):
     def open(self, server, *, ready: bool = True) -> None:
         self.url = server.url.rstrip("/") + "/"
         self.driver.get(self.url)
         if ready:
             self.until(lambda: self("#status").get_attribute("data-state") == "ready")
-
-    def __call__(self, selector: str):
-        return self.driver.find_element("css selector", selector)
-
-    def all(self, selector: str) -> list:
-        return self.driver.find_elements("css selector", selector)
-
-    def js(self, script: str, *arguments: object):
-        return self.driver.execute_script(script, *arguments)
-
-    def until(self, condition: Callable[[], object]) -> None:
-        from selenium.webdriver.support.ui import WebDriverWait
-
-        WebDriverWait(self.driver, SECONDS, poll_frequency=0.02).until(lambda _: condition())
 
     def type(self, *keys: str, into: str = "#prompt") -> None:
         self(into).send_keys(*keys)
@@ -161,57 +65,13 @@ class Page:
         found = f"[...document.querySelectorAll('{selector}')]"
         return self.js(f"return {found}.map((node) => node.textContent)")
 
-    def complaints(self) -> list[str]:
-        return [
-            entry["message"] for entry in self.driver.get_log("browser")
-            if not re.search(self.may_complain_of, entry["message"])
-        ]  # fmt: skip
-
-    def requested(self) -> list[str]:
-        """Every URL that Chromium has asked for since the last time."""
-        events = (json.loads(e["message"])["message"] for e in self.driver.get_log("performance"))
-        return [
-            e["params"]["request"]["url"]
-            for e in events
-            if e["method"] == "Network.requestWillBeSent"
-        ]
-
-
-@pytest.fixture(scope="module")
-def driver():
-    chromium, chromedriver = shutil.which("chromium"), shutil.which("chromedriver")
-    if chromium is None or chromedriver is None:
-        pytest.skip("needs Debian's chromium and chromium-driver (scripts/install-chromium)")
-    webdriver = pytest.importorskip("selenium.webdriver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for flag in (
-        "headless=new",
-        "no-sandbox",
-        "disable-dev-shm-usage",
-        "disable-gpu",
-        "window-size=1280,860",
-    ):
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    started = webdriver.Chrome(
-        options=options, service=webdriver.ChromeService(executable_path=chromedriver)
-    )
-    yield started
-    started.quit()
-
 
 @pytest.fixture
 def page(driver) -> Iterator[Page]:
-    """A page whose test fails if the console says anything, a refused policy included, or if anything
-    but the server under test was asked for anything."""
-    driver.get("about:blank")
     page = Page(driver)
-    page.complaints(), page.requested()
+    page.begin()
     yield page
-    assert page.complaints() == []
-    strangers = [u for u in page.requested() if not u.startswith((page.url, "data:", "about:"))]
-    assert strangers == []
+    page.check()
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ COMMANDS = {
     ),
     "latency": Command("quire.cli.bench_latency", "seconds for one batch, offline"),
     "startup": Command("quire.cli.bench_startup", "import, load, ready, first token"),
+    "fit": Command("quire.cli.bench_fit", "what a step takes, fitted: for simulate and plan"),
     "kernels": Command("quire.cli.bench_kernels", "each CPU kernel against PyTorch"),
     "grammar": Command("quire.cli.bench_grammar", "compiling grammars, and a mask per token"),
     "dataset": Command("quire.cli.bench_dataset", "write a file with ShareGPT's lengths"),

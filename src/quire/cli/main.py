@@ -44,10 +44,20 @@ COMMANDS = {
     "run-batch": Command("quire.cli.run_batch", "answer a file of requests, in OpenAI's format"),
     "quantize": Command("quire.cli.quantize", "write a quantized checkpoint of a model"),
     "demo": Command("quire.cli.demo", "a server, eight conversations at once, and what it did"),
+    "plan": Command(
+        "quire.cli.plan", "what fits GPUs that are not here, how fast it is and what it costs"
+    ),
     "bench": Command("quire.cli.bench", "measure a server, or this engine"),
+    "simulate": Command(
+        "quire.cli.simulate", "what traffic would meet, on a device that need not be here"
+    ),
     "chaos": Command(
         "quire.cli.chaos", "strike a server with faults, and check what becomes of it"
     ),
+    "explain": Command(
+        "quire.cli.explain", "why a request took so long: from a record, or of a server"
+    ),
+    "timeline": Command("quire.cli.timeline", "what an engine did, to be opened in Perfetto"),
     "collect-env": Command("quire.cli.collect_env", "versions and machine, for a bug report"),
 }
 

@@ -187,6 +187,11 @@ class SchedulerConfig:
         "Milliseconds that a step should take at most while requests generate: prompts are divided into "
         "pieces that fit, by the measured time of steps. A step computes at least a block of tokens of them.",
     )
+    cost_model: str | None = option(
+        None,
+        "File that `quire bench fit` has written for this model on this machine: what a step takes is known "
+        "from the first one on, and learned further. By default it is learned from the steps alone.",
+    )
     scheduling_policy: str = option(
         "auto",
         "fcfs: by arrival. priority: lower `priority` first, then arrival. fair: lower `priority` first, "
@@ -218,6 +223,17 @@ class SchedulerConfig:
         "Seconds that a request may wait before it starts. One that is predicted to wait longer is refused "
         "at once: 429 with the prediction and Retry-After. The time of its own prompt does not count.",
     )
+    decision_record_bytes: int = option(
+        8 << 20,
+        "Bytes of memory for the record of what the scheduler was given and decided, of which the oldest is "
+        "dropped; it has lengths and salted hashes, no texts (explain.md). 0: none.",
+        parse=parse_size,
+    )
+    decision_record_dir: str | None = option(
+        None,
+        "Directory for the record of an engine core that fails, and of all on SIGUSR1. Default: none at a "
+        "failure, and on the signal the directory for temporary files.",
+    )
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens"):
@@ -244,6 +260,10 @@ class SchedulerConfig:
             raise ConfigError(
                 "long_prefill_token_threshold splits prompts, which enable_chunked_prefill=False "
                 "forbids; leave one of them out."
+            )
+        if self.decision_record_bytes < 0:
+            raise ConfigError(
+                f"decision_record_bytes must be at least 0 (none), got {self.decision_record_bytes}."
             )
         for name in ("itl_target", "max_ttft"):
             seconds = getattr(self, name)

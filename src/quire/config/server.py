@@ -87,6 +87,17 @@ class ServerConfig:
         "One line for each finished request: tenant, tokens, times, how it ended; never a text. With "
         "log_format json, an object with these fields.",
     )
+    slow_request_ttft: float | None = option(
+        None,
+        "Log requests whose first token took more seconds than this, with an explanation (explain.md); one "
+        "every ten seconds at most.",
+    )
+    slow_request_itl: float | None = option(
+        None, "Log those with more milliseconds between tokens, in the mean."
+    )
+    slow_request_seconds: float | None = option(
+        None, "Log those that took more seconds altogether."
+    )
     otlp_traces_endpoint: str | None = option(
         None,
         "OpenTelemetry collector for spans of requests: OTLP over HTTP, as http://collector:4318/v1/traces. "
@@ -105,9 +116,10 @@ class ServerConfig:
     )
     enable_admin_endpoints: bool = option(
         False,
-        "Serve /server_info, /reset_prefix_cache, /sleep, /wake_up and /is_sleeping, and with --enable-lora "
-        "/v1/load_lora_adapter and /v1/unload_lora_adapter, to all clients that may send requests, or with "
-        "--admin-api-key to who has that. An admin listener has them without this option.",
+        "Serve /server_info, /reset_prefix_cache, /sleep, /wake_up, /is_sleeping, /dashboard and /debug/ "
+        "(explain.md), and with --enable-lora /v1/load_lora_adapter and /v1/unload_lora_adapter, to all "
+        "clients that may send requests, or with --admin-api-key to who has that. An admin listener has "
+        "them without this option.",
     )
     enable_force_include_usage: bool = option(
         False, "End every stream with the usage, whether or not the client asked for it."
@@ -195,6 +207,10 @@ class ServerConfig:
         ):  # fmt: skip
             if not getattr(self, name) >= 0:  # so written, NaN fails too
                 raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}.")
+        for name in ("slow_request_ttft", "slow_request_itl", "slow_request_seconds"):
+            limit = getattr(self, name)
+            if limit is not None and not limit >= 0:
+                raise ConfigError(f"{name} must be at least 0, got {limit}; leave it out for none.")
         if not self.log_stats_interval > 0:
             raise ConfigError(
                 f"log_stats_interval must be greater than 0, got {self.log_stats_interval}. "

@@ -3,10 +3,13 @@ the executor."""
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+import msgspec
 
 from quire.config import EngineConfig
 from quire.dtypes import element_bytes
@@ -32,6 +35,8 @@ from quire.runner.footprint import (
 )
 from quire.scheduler import Scheduler, SchedulerLimits
 from quire.scheduler.decisions import debug_log
+from quire.scheduler.fitted import FittedCost
+from quire.scheduler.record import Recorder
 from quire.speculative.spec import HeadDraftSpec
 from quire.structured.base import GrammarCompiler
 from quire.structured.store import GrammarStore
@@ -123,6 +128,8 @@ def _event_stream(config: EngineConfig, scheduler: Scheduler) -> ChangeStream | 
 def check_local(config: EngineConfig) -> None:
     """Raise at once the errors of a start that can be found without the network and without the weights."""
     model, tiers = config.model, config.kv_tiers
+    if config.scheduler.cost_model is not None:
+        FittedCost.load(config.scheduler.cost_model)
     if tiers.kv_disk_path is not None and tiers.disk_bytes:
         from quire.kvtransfer.disk_files import check_disk
 
@@ -301,11 +308,16 @@ def build_scheduler(
     *,
     gpu: bool = False,
     connector: KVConnector | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Scheduler:
     """The engine's scheduler, without a model. On a GPU the counts of penalties are updated as tokens are
     sampled, so a request with penalties samples one token a step, and its buffers have room for
     `max_num_seqs` samples."""
     options = config.scheduler
+    record = None
+    if options.decision_record_bytes:
+        record = Recorder(options.decision_record_bytes, clock=clock, config_hash=_hash(config))
+        clock = record.clock
     kv = KVCacheManager(
         memory.num_blocks,
         memory.block_size,
@@ -313,7 +325,7 @@ def build_scheduler(
         windows=layout.windows,
         max_row_tokens=options.max_num_batched_tokens,
         retention=Retention.of_blocks(
-            memory.num_blocks - 1, config.cache.retained_cache_share, len(layout.windows)
+            memory.num_blocks - 1, config.cache.retained_cache_share, len(layout.windows), clock
         ),
     )
     limits = SchedulerLimits(
@@ -324,6 +336,9 @@ def build_scheduler(
         long_prefill_token_threshold=options.long_prefill_token_threshold,
         enable_chunked_prefill=options.enable_chunked_prefill,
         itl_target=(options.itl_target or 0.0) / 1000,
+        cost_file=""
+        if options.cost_model is None
+        else FittedCost.load(options.cost_model).numbers(),
         policy="fcfs" if options.scheduling_policy == "auto" else options.scheduling_policy,
         aging=options.priority_aging,
         max_adapters=config.lora.max_loras,
@@ -336,11 +351,17 @@ def build_scheduler(
     return Scheduler(
         limits,
         kv,
+        clock=clock,
         needs_token_before_next=lambda message: message.decoding.rules is not None,
         takes_drafts=lambda message: not (gpu and message.decoding.has_penalties),
         observe=debug_log(),
+        record=record,
         connector=connector,
     )
+
+
+def _hash(config: EngineConfig) -> str:
+    return hashlib.sha256(msgspec.json.encode(config)).hexdigest()[:16]
 
 
 def grammar_compiler(resolved: ResolvedModel) -> GrammarCompiler:

@@ -30,7 +30,7 @@ class AsyncAdapters:
         registry: AdapterRegistry,
         model_names: Sequence[str],
         send: Callable[[Sequence[CoreInput]], None],
-        control: Callable[[ControlAction], Awaitable[None]],
+        control: Callable[[ControlAction], Awaitable[object]],
     ) -> None:
         """send: sends these messages, and those about versions that are no longer needed."""
         self._registry = registry

@@ -27,6 +27,8 @@ from quire.messages import (
     CoreInput,
     CoreOutput,
     EngineReady,
+    Inspect,
+    ReadRecord,
     ResetPrefixCache,
     SchedulerStats,
     Sleep,
@@ -34,6 +36,7 @@ from quire.messages import (
     WakeUp,
 )
 from quire.messages.failures import error_of
+from quire.messages.state import CoreState
 from quire.metrics import MetricsSink
 from quire.outputs import RequestOutput
 from quire.placement import Placement
@@ -158,7 +161,8 @@ class AsyncLLM:
         self._core.check_refused(request.sequences)
         self._front.check_queue(request)
         effects = self._front.start(request)
-        stream = RequestStream(request.request_id, request.prompt_token_ids, self.abort)
+        ids = [message.request_id for message in request.sequences]
+        stream = RequestStream(request.request_id, request.prompt_token_ids, self.abort, ids)
         self._streams[request.request_id] = stream
         self._apply(effects)
         return stream
@@ -217,18 +221,27 @@ class AsyncLLM:
         """Whether it sleeps or is about to: it refuses requests."""
         return self._front.is_sleeping
 
-    async def _control(self, action: ControlAction) -> None:
+    async def inspect(self) -> list[CoreState]:
+        """The state of each engine core that serves. It is read between two steps, so it may take one."""
+        return (await self._control(Inspect())).states
+
+    async def records(self) -> list[bytes]:
+        """The record of decisions of each core, for `quire.scheduler.record_reader`."""
+        return (await self._control(ReadRecord())).records
+
+    async def _control(self, action: ControlAction) -> Answer:
         """Carry out a control call. Raises the error of the call."""
         control = self._front.new_control(action)
         call = self._calls[control.id] = self._loop.create_future()
         try:
             self._apply(self._front.start_control(control))
-            answer = await call
+            answer: Answer = await call
         finally:
             self._front.cancel_control(control)
             self._calls.pop(control.id, None)
         if answer.failure is not None:
             raise error_of(answer.failure)
+        return answer
 
     # --- the core's messages ----------------------------------------------------------------------
 

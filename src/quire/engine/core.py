@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable
 
 from quire.decoding import GrammarSpec
+from quire.engine.inspection import core_state
 from quire.engine.pending import PendingRequests, failed
 from quire.engine.residence import AdapterMemory
 from quire.errors import EngineError, EngineSleepingError
@@ -25,9 +26,11 @@ from quire.messages import (
     CoreOutput,
     DropAdapter,
     FinishReason,
+    Inspect,
     LoadAdapter,
     Ping,
     Pong,
+    ReadRecord,
     RequestUpdate,
     ResetPrefixCache,
     Sleep,
@@ -35,7 +38,7 @@ from quire.messages import (
     StepPlan,
 )
 from quire.messages.failures import failure_of
-from quire.scheduler import Scheduler, Wait
+from quire.scheduler import Scheduler
 from quire.scheduler.deadlines import Deadlines
 from quire.structured.store import GrammarStore
 
@@ -118,17 +121,25 @@ class EngineCore:
         """Carry out one call. An error is returned to its caller; the engine continues."""
         if isinstance(message.action, Sleep):
             self._drain()  # outside the try: an error in a step must end the engine
-        failure = None
+        failure, records, states = None, [], []
         try:
-            if isinstance(message.action, LoadAdapter):
+            if isinstance(message.action, ReadRecord):
+                record = self.scheduler.record
+                records = [] if record is None else [record.dump()]
+            elif isinstance(message.action, LoadAdapter):
                 self._pending.load(message, message.action)
                 return None  # answered with the outputs of a later step
-            self._carry_out(message.action)
+            elif isinstance(message.action, Inspect):
+                states = [
+                    core_state(self.scheduler, self._pending, self._sleep_level, self._clock())
+                ]
+            else:
+                self._carry_out(message.action)
         except Exception as error:
             what = f"The engine failed on {type(message.action).__name__}"
             logger.exception("%s", what)
             failure = failure_of(error, what)
-        return Answer(message.id, self._sleep_level, failure)
+        return Answer(message.id, self._sleep_level, failure, records, states)
 
     def _drain(self) -> None:
         """Drain: no request is left; finish the steps in flight and send pending releases."""
@@ -171,11 +182,10 @@ class EngineCore:
             raise EngineSleepingError("The engine sleeps.")
         if message.deadline is not None:
             self._deadlines.add(message.request_id, message.deadline)
-        reason = self._pending.add(message)
-        if reason is None:
+        if (reason := self._pending.add(message)) is None:
             self.scheduler.add_request(message)
         else:
-            self.scheduler.report.waits(message.request_id, Wait(reason))
+            self.scheduler.report.waits_outside(message.request_id, reason)
 
     def _admit_ready(self) -> list[RequestUpdate]:
         """Add the requests whose grammar and adapter are there now. Returns the end of those that failed."""

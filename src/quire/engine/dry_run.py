@@ -8,13 +8,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quire.config import EngineConfig
 from quire.dtypes import element_bytes
 from quire.engine.assemble import device_memory, estimate_ranks, parts_of, plan
-from quire.engine.memory import format_bytes
+from quire.engine.memory import MemoryPlan, format_bytes
 from quire.engine.setup import ResolvedModel, locate, resolve
 from quire.errors import CheckpointError, ConfigError, MemoryFitError
 from quire.models.known import known_config
@@ -47,6 +48,24 @@ class ConfigOnly:
         raise CheckpointError("a config has no weights")
 
 
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A configuration, its model as numbers, and the memory of each device, or of the machine."""
+
+    config: EngineConfig
+    resolved: ResolvedModel
+    memory: DeviceMemory
+
+    @cached_property
+    def footprint(self) -> Footprint:
+        """Of all ranks, estimated."""
+        return estimate_ranks(self.config, self.resolved, self.memory)
+
+    def memory_plan(self) -> MemoryPlan:
+        """Raises `MemoryFitError`."""
+        return plan(self.config, self.resolved, self.footprint, self.resolved.max_model_len)
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Ledger:
     """The plan, or why there is none."""
@@ -64,42 +83,49 @@ def dry_run(
 
     Raises `ConfigError` or `ModelError`.
     """
+    source = None if hf_config is None else ConfigOnly(read_config(hf_config))
+    if source is not None:
+        model = dataclasses.replace(config.model, model=hf_config, load_format="dummy")
+        config = dataclasses.replace(config, model=model)
+    return _ledger(prepare(config, source, memory_bytes=memory_bytes))
+
+
+def prepare(
+    config: EngineConfig, source: ConfigOnly | None, *, memory_bytes: int | None = None
+) -> Prepared:
+    """What a start knows before anything is loaded. source: instead of the model's files, which must be on
+    this machine. memory_bytes: as in `dry_run`. Raises `ConfigError` or `ModelError`."""
     wanted = config.runtime.device
     if memory_bytes is not None:  # the device need not be here
         runtime = dataclasses.replace(config.runtime, device="cpu")
         config = dataclasses.replace(config, runtime=runtime)
-    if hf_config is not None:
-        model = dataclasses.replace(config.model, model=hf_config, load_format="dummy")
-        config = dataclasses.replace(config, model=model)
-        resolved = resolve(config, ConfigOnly(_read(hf_config)))
-    else:
+    if source is None:
         if config.model.model is not None and find_local(config.model.model) is None:
             raise ConfigError(
                 f"a dry run downloads nothing, and {config.model.model!r} is not on this machine; "
                 "name its config with --hf-config."
             )
         config = locate(config)
-        resolved = resolve(config)
+    resolved = resolve(config, source)
     if memory_bytes is None:
-        memory = device_memory(resolved.device)
-    else:
-        memory = DeviceMemory(total=memory_bytes, available=memory_bytes)
-        if wanted != "cpu":
-            resolved = dataclasses.replace(resolved, device="cuda")
-            config = config.on_gpu(memory_bytes)
-    return _ledger(config, resolved, memory)
+        return Prepared(config, resolved, device_memory(resolved.device))
+    if wanted != "cpu":
+        resolved = dataclasses.replace(resolved, device="cuda")
+        config = config.on_gpu(memory_bytes)
+    return Prepared(config, resolved, DeviceMemory(total=memory_bytes, available=memory_bytes))
 
 
-def _read(name: str) -> dict[str, object]:
+def read_config(name: str) -> dict[str, object]:
+    """name: a directory, a config.json, or a known model. Raises `ConfigError` or `CheckpointError`."""
     path = Path(name).expanduser()
     if path.is_dir():
         path = path / "config.json"
     return read_json(path) if path.is_file() else known_config(name)
 
 
-def _ledger(config: EngineConfig, resolved: ResolvedModel, memory: DeviceMemory) -> Ledger:
-    parts = parts_of(config, resolved)
-    footprint = estimate_ranks(config, resolved, memory)
+def _ledger(prepared: Prepared) -> Ledger:
+    config, resolved, memory = prepared.config, prepared.resolved, prepared.memory
+    parts, footprint = parts_of(config, resolved), prepared.footprint
     ranks = zip(parts, footprint.ranks or (footprint,), strict=True)
     columns = [_column(resolved, part, each) for part, each in ranks]
     spec, parallel, gpu = resolved.spec, config.parallel, resolved.device == "cuda"
@@ -115,7 +141,7 @@ def _ledger(config: EngineConfig, resolved: ResolvedModel, memory: DeviceMemory)
         "",
     ]
     try:
-        found = plan(config, resolved, footprint, resolved.max_model_len)
+        found = prepared.memory_plan()
     except MemoryFitError as error:
         return Ledger(tuple(lines), error)
     lines.append(

@@ -5,10 +5,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import os
 import weakref
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal
+
+import msgspec
 
 from quire.config import EngineConfig, from_flat, without_foreign
 from quire.engine.beam_search import BeamSearchOutput
@@ -34,10 +38,12 @@ from quire.engine.setup import ServedModel, locate, resolve, serve_model
 from quire.errors import ConfigError, EngineDeadError, InvalidParameterError
 from quire.lora.request import LoRARequest
 from quire.messages import (
+    Answer,
     ControlAction,
     CoreFailed,
     EngineReady,
     LoadAdapter,
+    ReadRecord,
     ResetPrefixCache,
     SchedulerStats,
     Sleep,
@@ -61,8 +67,13 @@ from quire.util.collector import collector_paused
 
 if TYPE_CHECKING:
     from quire.metrics.reader import Metric
+    from quire.scheduler.explanation import Explanation
+    from quire.scheduler.history import History
 
 logger = logging.getLogger(__name__)
+
+MOST_KNOWN = 65_536
+"""Requests that `LLM.explain` finds."""
 
 Adapters = LoRARequest | Sequence[LoRARequest | None] | None
 """One for all prompts, or one or None per prompt."""
@@ -126,6 +137,8 @@ class LLM:
         self._front = FrontEnd(self.model, config.scheduler, final_only=True, lora=config.lora)
         weakref.finalize(self, self._front.close)
         self._num_submitted = 0
+        self._sequence_ids: dict[str, list[int]] = {}
+        """The core's ids of the latest requests."""
         self._enqueued: list[str] = []
         self._finished: dict[str, RequestOutput] = {}
         self._metrics = None
@@ -338,10 +351,50 @@ class LLM:
 
         return read_metrics(self._metrics)
 
+    def explain(self, request: RequestOutput | str, index: int = 0) -> Explanation:
+        """Why a request took the time that it took: `print(llm.explain(output))`. request: an output, its
+        `request_id`, or the core's id ("r17"). index: of its n sequences.
+
+        Raises `InvalidParameterError` if the decision record has nothing of it.
+        """
+        from quire.scheduler.explain import explain, parse_id
+
+        name = request.request_id if isinstance(request, RequestOutput) else request
+        own = parse_id(name) if name.startswith("r") else None
+        ids = [own] if own is not None else self._sequence_ids.get(name, [])[index : index + 1]
+        found = (explain(history, each) for history in self._histories() for each in ids)
+        explanation = next((each for each in found if each is not None), None)
+        if explanation is None:
+            raise InvalidParameterError(
+                f"the decision record has nothing of request {name!r}.", param="request", value=name
+            )
+        return explanation
+
+    def timeline(
+        self, path: str | os.PathLike[str] | None = None, *, seconds: float | None = None
+    ) -> dict[str, object]:
+        """What the engine did, as Chrome's trace events; written to `path`, which https://ui.perfetto.dev
+        opens. seconds: the last ones only."""
+        from quire.scheduler.timeline import timeline
+
+        trace = timeline(self._histories(), seconds=seconds)
+        if path is not None:
+            Path(path).write_bytes(msgspec.json.encode(trace))
+        return trace
+
+    def _histories(self) -> list[History]:
+        from quire.scheduler.record_reader import read
+
+        return [read(each) for each in self.records()]
+
     def reset_prefix_cache(self) -> bool:
         """Drop all cached prefixes. Returns True."""
         self._control(ResetPrefixCache())
         return True
+
+    def records(self) -> list[bytes]:
+        """The record of decisions of each core, for `quire.scheduler.record_reader`."""
+        return self._control(ReadRecord()).records
 
     def sleep(self, level: int = 1) -> None:
         """Free the memory of the KV cache (level 1) or also of the weights (2), until `wake_up`."""
@@ -462,6 +515,11 @@ class LLM:
                     logger.warning("%s", warning)
             requests.append(request)
         self._num_submitted += len(requests)
+        for request in requests:
+            sequences = [message.request_id for message in request.sequences]
+            self._sequence_ids[request.request_id] = sequences
+        while len(self._sequence_ids) > MOST_KNOWN:
+            del self._sequence_ids[next(iter(self._sequence_ids))]
         ids = [request.request_id for request in requests]
         try:
             for request in requests:
@@ -507,7 +565,7 @@ class LLM:
             raise
         return [self._finished.pop(request_id) for request_id in ids]
 
-    def _control(self, action: ControlAction) -> None:
+    def _control(self, action: ControlAction) -> Answer:
         """Carry out a control call. Raises the error of the call."""
         self._alive()
         control = self._front.new_control(action)
@@ -516,6 +574,7 @@ class LLM:
             effects = self._receive()
         if answers[0].failure is not None:
             raise error_of(answers[0].failure)
+        return answers[0]
 
     def _receive(self) -> Effects:
         """Wait for the core's next message and handle it."""

@@ -104,7 +104,7 @@ def plan_memory(
         num_blocks = cache.num_gpu_blocks_override
     else:
         useful = config.scheduler.max_num_seqs * blocks_for(max_model_len)
-        budget = _kv_budget(cache, footprint, gpu=gpu, replicas=replicas)
+        budget = kv_budget(cache, footprint, gpu=gpu, replicas=replicas)
         num_blocks = min(max(0, budget) // block_bytes, useful + 1)
     fits = _longest(blocks_for, max(0, num_blocks - 1), max_model_len, size)
     if may_shrink:
@@ -212,7 +212,7 @@ def _longest(
     return whole[bisect_right(whole, num_blocks, key=blocks_for) - 1]
 
 
-def _kv_budget(cache: CacheConfig, footprint: Footprint, *, gpu: bool, replicas: int) -> int:
+def kv_budget(cache: CacheConfig, footprint: Footprint, *, gpu: bool, replicas: int) -> int:
     """replicas: that share the memory."""
     memory, others = footprint.memory, footprint.weight_bytes + footprint.step_bytes
     if cache.kv_cache_memory_bytes is not None:

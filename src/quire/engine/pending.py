@@ -23,8 +23,10 @@ from quire.messages import (
     SchedulerStats,
 )
 from quire.messages.failures import failure_of
+from quire.messages.state import RequestState
 from quire.scheduler import WaitReason
 from quire.scheduler.adapters import PATIENCE
+from quire.scheduler.state import preparing
 from quire.structured.base import Grammar, GrammarError
 from quire.structured.store import GrammarStore
 
@@ -149,6 +151,16 @@ class PendingRequests:
                 e for e in self._entries if getattr(e.message, "request_id", None) not in gone
             ]
         return [ended(message, reason) for _, message in sorted(gone.items())]
+
+    def states(self, now: float) -> list[RequestState]:
+        """Of the requests that wait here."""
+        found = []
+        for message in (entry.message for entry in self._entries):
+            if isinstance(message, AddRequest):
+                grammar = message.decoding.grammar
+                reason = WaitReason.ADAPTER if grammar is None else WaitReason.GRAMMAR
+                found.append(preparing(message, reason, now))
+        return found
 
     def report(self, stats: SchedulerStats, running: Mapping[str, int]) -> list[Answer]:
         """Add what waits here to `stats`, and return the answers to calls. running: the number of running

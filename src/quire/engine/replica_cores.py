@@ -365,7 +365,11 @@ class ReplicaCores:
         counts = RecoveryCounts(resumed=verdict.num_resumed, poison=len(verdict.ended))
         self._messages.append(
             StepOutputs(
-                updates=verdict.ended, stats=SchedulerStats(), replica=index, recovery=counts
+                updates=verdict.ended,
+                stats=SchedulerStats(),
+                replica=index,
+                recovery=counts,
+                answers=self._replicas.without(index),
             )
         )
         if verdict.ended:

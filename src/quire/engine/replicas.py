@@ -30,6 +30,7 @@ from quire.messages import (
     EngineReady,
     Failure,
     FinishReason,
+    Inspect,
     LoadStats,
     RequestUpdate,
     ResetPrefixCache,
@@ -119,7 +120,10 @@ class Replicas:
             return [(replica, AbortRequests(each)) for replica, each in ids.items()]
         if isinstance(message, Control):
             action = message.action
-            self._calls[message.id] = _Call(message, self.alive | self.returning)
+            waits_for = self.alive | self.returning
+            if isinstance(action, Inspect):  # of those that can say something now
+                waits_for = set(self.alive) or waits_for
+            self._calls[message.id] = _Call(message, waits_for)
             if isinstance(action, ResetPrefixCache | Sleep):
                 self._router.forget()
         elif isinstance(message, AddAdapter):
@@ -231,8 +235,12 @@ class Replicas:
         call = self._calls.get(answer.id)
         if call is None or replica not in call.waits_for:
             return None
+        for state in answer.states:
+            state.replica = replica
         call.answers[replica] = answer
         call.waits_for.discard(replica)
+        if isinstance(call.control.action, Inspect):
+            call.waits_for &= self.alive
         return self._merged(answer.id)
 
     def _merged(self, call_id: int) -> Answer | None:
@@ -250,7 +258,9 @@ class Replicas:
         level = max(each.sleep_level for each in call.answers.values())
         if call.changes_level:
             self._level = level
-        return Answer(call_id, level, failures[0] if failures else None)
+        records = [each for _, answer in sorted(call.answers.items()) for each in answer.records]
+        states = [state for _, each in sorted(call.answers.items()) for state in each.states]
+        return Answer(call_id, level, failures[0] if failures else None, records, states)
 
     def died(self, replica: int, death: Death) -> Verdict:
         """With a `Recovery`: a replica is dead, and may be started again. `release` has its requests; the
@@ -259,6 +269,15 @@ class Replicas:
         lost = self._leave(replica)
         self.returning.add(replica)
         return self._recovery.died(lost, death)
+
+    def without(self, replica: int) -> list[Answer]:
+        """The answers to inspections that waited for this one alone, which is dead."""
+        answers = []
+        for call_id, call in list(self._calls.items()):
+            if isinstance(call.control.action, Inspect) and call.answers:
+                call.waits_for.discard(replica)
+                answers.append(self._merged(call_id))
+        return [answer for answer in answers if answer is not None]
 
     def lose(self, replica: int, reason: str) -> CoreOutput | None:
         """A replica has stopped, or is given up: its requests end. What it still sends is ignored."""

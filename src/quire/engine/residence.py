@@ -150,6 +150,11 @@ class AdapterMemory:
             store.wait(seconds)
 
     @property
+    def in_memory(self) -> list[str]:
+        """The keys of those that are, least recently used first."""
+        return list(self._memory)
+
+    @property
     def is_loading(self) -> bool:
         return self._loading is not None
 

@@ -17,11 +17,16 @@ class RequestStream:
     """
 
     def __init__(
-        self, request_id: str, prompt_token_ids: Sequence[int], abort: Callable[[str], None]
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        abort: Callable[[str], None],
+        sequence_ids: Sequence[int] = (),
     ) -> None:
-        """abort: ends the request of this id."""
+        """abort: ends the request of this id. sequence_ids: the core's, of its sequences."""
         self.request_id = request_id
         self.prompt_token_ids = prompt_token_ids
+        self.sequence_ids = sequence_ids
         self._abort = abort
         self._outputs: deque[RequestOutput | Exception] = deque()
         self._arrived = asyncio.Event()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol
 
 from quire.kvcache.block import NULL_BLOCK_ID, Block, BlockContent, CacheKey, FreeList
 from quire.kvcache.observer import CacheObserver
@@ -11,6 +12,19 @@ from quire.placement import Placement
 
 MOST_TAILS = 16
 """Most tails that are kept after one full block, the latest ones: a lookup compares all of them."""
+
+
+class CachedTails(Protocol):
+    """Knows what depends on the tokens of partial blocks. The record keeps that; a replay, which has no
+    tokens, returns what was recorded."""
+
+    def named(self, tail_hash: bytes) -> bytes:
+        """The hash under which a tail is cached."""
+
+    def shared(
+        self, tails: Sequence[BlockContent], best: BlockContent | None, count: int
+    ) -> tuple[BlockContent | None, int]:
+        """Of these tails the one that shares most tokens with a prompt, and how many."""
 
 
 class BlockPool:
@@ -43,6 +57,7 @@ class BlockPool:
         """Tails by the content before them."""
         self.num_shared = 0
         self.observers: tuple[CacheObserver, ...] = ()
+        self.tails: CachedTails | None = None
         for block in self.blocks[NULL_BLOCK_ID + 1 :]:
             self._free.append(block)
 
@@ -160,6 +175,8 @@ class BlockPool:
     ) -> None:
         """Make partial blocks findable, which their only owner is about to release: one of each group."""
         assert all(block.ref_count == 1 for block in blocks)
+        if self.tails is not None:
+            block_hash = self.tails.named(block_hash)
         if block_hash in self._cached:
             return
         tails = self._tails.get(parent, [])
@@ -185,7 +202,8 @@ class BlockPool:
     ) -> tuple[BlockContent | None, int]:
         """The tail after that content that shares the longest beginning with `tokens`, and its length."""
         best, most = None, 0
-        for content in self._tails.get(parent, ()):
+        tails = self._tails.get(parent, ())
+        for content in tails:
             count = 0
             for ours, theirs in zip(tokens, content.tokens, strict=False):
                 if ours != theirs:
@@ -193,7 +211,7 @@ class BlockPool:
                 count += 1
             if count > most:
                 best, most = content, count
-        return best, most
+        return (best, most) if self.tails is None else self.tails.shared(tails, best, most)
 
     def lookup(
         self, block_hash: bytes, parent: BlockContent | CacheKey, tokens: tuple[int, ...]

@@ -46,6 +46,7 @@ class KVCacheManager:
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
         self.windows = tuple(windows)
+        self.max_row_tokens = max_row_tokens
         self.tables: dict[int, Table] = {}
         self._hashes: dict[int, list[bytes]] = {}
         self._full = [group for group, window in enumerate(windows) if window is None]

@@ -7,6 +7,7 @@ from enum import Enum
 import msgspec
 
 from quire.decoding import Decoding
+from quire.messages.state import CoreState
 from quire.placement import Placement
 from quire.prefix_report import PrefixReport
 
@@ -94,7 +95,15 @@ class LoadAdapter(msgspec.Struct, tag="load_adapter", frozen=True):
     key: str
 
 
-ControlAction = ResetPrefixCache | Sleep | WakeUp | LoadAdapter
+class ReadRecord(msgspec.Struct, tag="read_record", frozen=True):
+    """Answered with the record of decisions (`Answer.records`)."""
+
+
+class Inspect(msgspec.Struct, tag="inspect", frozen=True):
+    """Answered with the core's state (`Answer.states`)."""
+
+
+ControlAction = ResetPrefixCache | Sleep | WakeUp | LoadAdapter | ReadRecord | Inspect
 
 
 class Control(msgspec.Struct, tag="control", frozen=True):
@@ -374,6 +383,10 @@ class Answer(msgspec.Struct, tag="answer", frozen=True):
     sleep_level: int
     """The engine's current level, also after a failure. 0: awake."""
     failure: Failure | None = None
+    records: list[bytes] = []
+    """To `ReadRecord`: of each core, for `scheduler/record_reader.py`. None of one that keeps no record."""
+    states: list[CoreState] = []
+    """With `Inspect`: of each core."""
 
 
 class CoreFailed(msgspec.Struct, tag="failed", frozen=True):

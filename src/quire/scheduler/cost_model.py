@@ -1,4 +1,8 @@
-"""The seconds of a step, predicted from what it computes: five coefficients, fitted while serving.
+"""The seconds of a step, predicted from what it computes, and fitted to the measured ones while serving.
+
+All that is decided by times asks this one object: the target for a step's time, the predicted wait, the
+number of drafts, admission, preemption and loads. Predictions without a device (`quire simulate`, `quire
+plan`) have the same inputs, and an engine may start from the file of a device (`scheduler/fitted.py`).
 
     seconds = rows * c0 + contexts * c1 + constant * c2 + prompt_tokens * c3 + prompt_contexts * c4
 
@@ -13,14 +17,18 @@ usual recursive form:
   while there are none.
 * A step far from its prediction counts as if it were `OUTLIER` times off. After `CHANGE` such steps in a row,
   on the same side, they are no outliers: they count as measured, and what was before is forgotten faster.
+
+A line has no knee. Where that counts, for the number of drafts, the time of a step by the number of tokens
+that it samples is measured beside it (`scheduler/step_cost.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import ClassVar, NamedTuple
 
-from quire.messages import PlannedRow
+from quire.messages import PlannedRow, StepPlan
+from quire.scheduler.step_cost import StepCost
 
 KEEP = 1 - 1 / 64
 """What a step leaves of the weight of those before it of its kind."""
@@ -30,6 +38,12 @@ CHANGE = 3
 FIRST = 4
 """Of each kind, steps that count as measured."""
 FIRST_SPREAD, SPREAD_RATE = 0.08, 1 / 32
+FIRST_STEPS, MEASURED = 256, 4
+"""After so many steps without prompts, one in so many is measured."""
+START_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+START_CONTEXTS, START_PARTS = (64, 512, 2048), (0.0, 1 / 32, 1 / 4, 1.0)
+"""Steps from which a start with a known device learns. Parts: of the rest of the budget, for prompts."""
+PASSES = 200
 
 
 class Work(NamedTuple):
@@ -70,8 +84,16 @@ def work_of(rows: Iterable[PlannedRow]) -> Work:
 
 
 class CostModel:
+    is_bound: ClassVar[bool] = False
+
     def __init__(self) -> None:
         self.coefficients = [0.0] * SIZE
+        self.sampling = StepCost()
+        """By the number of sampled tokens; measured if there is a drafter (`scheduler/drafting.py`)."""
+        self.predicted = 0.0
+        """Of the last step that was measured, what was expected of it."""
+        self.mean_context = 0.0
+        """Of the last prompts, to how many tokens one attended."""
         self._few = [[0.0] * FEW for _ in range(FEW)]
         self._few_right = [0.0] * FEW
         """The normal equations of steps without prompts."""
@@ -81,7 +103,9 @@ class CostModel:
         self._sum = [[0.0] * SIZE for _ in range(SIZE)]
         self._right = [0.0] * SIZE
         self._seen = [0, 0]
-        """Steps without prompts, and with."""
+        """Measured steps without prompts, and with."""
+        self._num_steps = 0
+        """Without prompts."""
         self._streak = [0, 0]
         """Outliers in a row; negative if they were faster."""
         self._spread = [FIRST_SPREAD, FIRST_SPREAD]
@@ -99,6 +123,86 @@ class CostModel:
     @property
     def knows_prompts(self) -> bool:
         return self._seen[1] > 0
+
+    @property
+    def num_steps(self) -> int:
+        """The number of measured steps without prompts."""
+        return self._seen[0]
+
+    def prompt_seconds(self, num_tokens: int, start: float = 0.0) -> float:
+        """What so many tokens of a prompt take after `start` others, in a step that is made anyway. 0.0 if
+        nothing is known."""
+        token, context = self.coefficients[3:]
+        return num_tokens * (token + context * (start + num_tokens / 2))
+
+    def row_gain(self, num_rows: int) -> float:
+        """Seconds that a step with one row more saves, because its token is not computed in a later step: a
+        row's share of the time that a step takes whatever its rows. That is the constant of a line through
+        the last steps without prompts; if all had as many rows, all their time."""
+        weight = self._few[2][2]
+        if not weight:
+            return 0.0
+        rows, seconds = self._few[2][0] / weight, self._few_right[2] / weight
+        spread = self._few[0][0] / weight - rows * rows
+        slope = 0.0
+        if spread > 0.01 * rows * rows:
+            slope = (self._few_right[0] / weight - rows * seconds) / spread
+        slope = min(max(slope, 0.0), seconds / max(rows, 1.0))
+        return max(0.0, seconds - slope * rows) / (num_rows + 1)  # rounding may make it negative
+
+    # --- measuring --------------------------------------------------------------------------------
+
+    def measure(self, plan: StepPlan, seconds: float) -> None:
+        """A step is over."""
+        rows = plan.rows
+        if not rows:
+            return
+        if plan.num_tokens == len(rows):
+            if self._is_measured():
+                self._measure(work_of(rows), seconds)
+            return
+        work = work_of(rows)
+        self._measure(work, seconds)
+        if work.prompt_tokens:
+            self.mean_context += (work.prompt_contexts / work.prompt_tokens - self.mean_context) / 8
+
+    def repeat(self, rows: int, contexts: int, seconds: Iterable[float]) -> None:
+        """Steps of so many rows without prompts, one after the other, as if each had been passed to
+        `measure`. contexts: of the first."""
+        for each in seconds:
+            if self._is_measured():
+                self._measure(Work(rows, contexts), each)
+            contexts += rows
+
+    def start(self, known: Callable[[Work], float], *, rows: int, tokens: int) -> None:
+        """Begin as if steps had been measured that take what is known. rows, tokens: the most of a step."""
+        for context in START_CONTEXTS:
+            for part in START_PARTS:
+                for size in START_ROWS:
+                    count = int(part * (tokens - size))
+                    if size <= rows and count != 1:
+                        attended = count * context + count * count / 2
+                        self._assume(Work(size, size * context, 1.0, count, attended), known)
+        for _ in range(PASSES):
+            self._improve()
+        self.sampling.start(
+            {size: known(Work(size, size * START_CONTEXTS[1])) for size in START_ROWS}
+        )
+
+    def _assume(self, work: Work, known: Callable[[Work], float]) -> None:
+        seconds = known(work)
+        if seconds > 0.0:
+            self._seen[work.prompt_tokens > 0] += 1
+            self._add(work, seconds, KEEP, 1.0 / (seconds * seconds), work.prompt_tokens > 0)
+
+    def _is_measured(self) -> bool:
+        """Whether the next step without prompts is."""
+        self._num_steps += 1
+        return self._num_steps <= FIRST_STEPS or self._num_steps % MEASURED == 0
+
+    def _measure(self, work: Work, seconds: float) -> None:
+        self.predicted = self.seconds(work)
+        self.observe(work, seconds)
 
     def observe(self, work: Work, seconds: float) -> None:
         """A step has been measured."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from quire.messages import FinishReason, StepPlan
 from quire.prefix_report import MissReason
@@ -61,7 +61,7 @@ _DEFERRED = frozenset(
 )  # fmt: skip
 
 
-_STOPS = frozenset({WaitReason.BLOCKS, WaitReason.SEAT, WaitReason.BUDGET, WaitReason.COST})
+STOPS = frozenset({WaitReason.BLOCKS, WaitReason.SEAT, WaitReason.BUDGET, WaitReason.COST})
 """Admission stops at a request that waits for one of these."""
 
 
@@ -102,7 +102,8 @@ class DecisionKind(str, Enum):
     left. At the first admission, the reason is why no more of the prompt was found."""
     WAITS = "waits"
     """See `Wait`. A waiting request without a record in a step was not considered: it is behind the one
-    whose record stopped admission (no free blocks, no sequence slot, no token budget)."""
+    whose record stopped admission. If it was considered in the step before, there is one, without
+    `because_of`."""
     LIMITED = "limited"
     """A running request wanted `needed` tokens and got `budget`."""
     PREEMPTED = "preempted"
@@ -148,25 +149,62 @@ class Decision:
 Observer = Callable[[Decision], None]
 
 
+class Requested(Protocol):
+    @property
+    def request_id(self) -> int: ...
+
+
+class Ring(Protocol):
+    """`scheduler/record.py`, as far as it is told of decisions."""
+
+    def step(self, step_id: int, quantum: int, free: int, budget: int) -> None: ...
+    def latency(self, needed: int, budget: int, target: float, predicted: float) -> None: ...
+    def admitted(
+        self, request_id: int, miss: MissReason | None, numbers: tuple[int, int, int], who: Standing
+    ) -> None:
+        """numbers: needed, free, budget."""
+
+    def waits_outside(self, request_id: int, reason: WaitReason) -> None:
+        """It is not in the scheduler yet."""
+
+    def preempted(self, request_id: int, wait: Wait) -> None: ...
+    def drafts(self, request_id: int, proposed: int, verified: int) -> None: ...
+    def finished(self, request_id: int, reason: FinishReason) -> None: ...
+    def rows(
+        self,
+        running: Sequence[Requested],
+        wanted: Sequence[int],
+        waits: Mapping[int, Wait],
+        stopped_at: int | None,
+        plan: StepPlan,
+    ) -> None: ...
+
+
 class Reporter:
-    """Records decisions, if there is an observer."""
+    """Reports decisions to an observer and to the record, if there are any."""
 
     def __init__(
-        self, observe: Observer | None, standing: Callable[[int], Standing] = lambda _: Standing()
+        self,
+        observe: Observer | None,
+        standing: Callable[[int], Standing] = lambda _: Standing(),
+        record: Ring | None = None,
     ) -> None:
         """standing: of a request that is queued or runs."""
-        self._observe, self._standing = observe, standing
+        self._observe, self._standing, self._record = observe, standing, record
         self._step_id = 0
-
-    @property
-    def is_observed(self) -> bool:
-        return self._observe is not None
+        self._considered: set[int] = set()
+        """In the last step, of the requests without a row."""
 
     def step(self, step_id: int, quantum: int, free: int, budget: int) -> None:
         self._step_id = step_id
-        self._report(None, DecisionKind.STEP, needed=quantum, free=free, budget=budget)
+        if self._record is not None:
+            self._record.step(step_id, quantum, free, budget)
+        if self._observe is not None:
+            self._report(None, DecisionKind.STEP, needed=quantum, free=free, budget=budget)
 
     def latency(self, needed: int, budget: int, target: float, predicted: float) -> None:
+        if self._record is not None:
+            self._record.latency(needed, budget, target, predicted)
         if self._observe is not None:
             kind = DecisionKind.LATENCY
             self._observe(
@@ -185,37 +223,78 @@ class Reporter:
         self, request_id: int, miss: MissReason | None, needed: int, free: int, budget: int
     ) -> None:
         """miss: None unless it is the first admission."""
+        if self._record is not None:
+            numbers = (needed, free, budget)
+            self._record.admitted(request_id, miss, numbers, self._standing(request_id))
         self._report(request_id, DecisionKind.ADMITTED, miss, None, needed, free, budget)
 
-    def waits(self, request_id: int, wait: Wait, kind: DecisionKind = DecisionKind.WAITS) -> None:
+    def arrived(self, request_id: int) -> None:
+        self._waits(request_id, Wait(WaitReason.ARRIVED))
+
+    def waits_outside(self, request_id: int, reason: WaitReason) -> None:
+        """It is not in the scheduler yet."""
+        if self._record is not None:
+            self._record.waits_outside(request_id, reason)
+        self._waits(request_id, Wait(reason))
+
+    def preempted(self, request_id: int, wait: Wait) -> None:
+        if self._record is not None:
+            self._record.preempted(request_id, wait)
+        self._waits(request_id, wait, DecisionKind.PREEMPTED)
+
+    def _waits(self, request_id: int, wait: Wait, kind: DecisionKind = DecisionKind.WAITS) -> None:
         if self._observe is not None:
             fields = dataclasses.asdict(wait)
-            if wait.reason in _STOPS:
+            if wait.reason in STOPS:
                 fields |= self._standing(request_id)._asdict()
             self._observe(Decision(self._step_id, request_id, kind, **fields))
 
     def finished(self, request_id: int, reason: FinishReason) -> None:
+        self._considered.discard(request_id)
+        if self._record is not None:
+            self._record.finished(request_id, reason)
         self._report(request_id, DecisionKind.FINISHED, reason)
 
     def drafts(self, request_id: int, proposed: int, verified: int) -> None:
+        if self._record is not None:
+            self._record.drafts(request_id, proposed, verified)
         self._report(request_id, DecisionKind.DRAFTS, needed=proposed, budget=verified)
 
     def rows(
-        self, waits: Mapping[int, Wait], wanted: Iterable[tuple[int, int]], plan: StepPlan
+        self,
+        running: Sequence[Requested],
+        wanted: Sequence[int],
+        waits: Mapping[int, Wait],
+        stopped_at: int | None,
+        plan: StepPlan,
     ) -> None:
-        """Record the requests without a row, or with a smaller one than they wanted.
+        """A step is planned. Report the requests without a row, or with a smaller one than they wanted, and
+        those that admission did not reach this time, but in the step before.
 
-        wanted: of the running requests, the number of tokens.
+        running: before the step; wanted: by each of them, the number of tokens. stopped_at: the request at
+        which admission stopped.
         """
+        if self._record is None and self._observe is None:
+            return
+        if passed := self._considered - waits.keys():
+            passed.difference_update(request.request_id for request in running)
+            passed.difference_update(admitted.request_id for admitted in plan.admitted)
+        self._considered = set(waits)
+        if passed:
+            waits = {**waits, **dict.fromkeys(sorted(passed), Wait(WaitReason.BEHIND))}
+        if self._record is not None:
+            self._record.rows(running, wanted, waits, stopped_at, plan)
+        if self._observe is None:
+            return
         for request_id, wait in waits.items():
             if wait.reason is not WaitReason.PREEMPTED:  # reported before
-                self.waits(request_id, wait)
+                self._waits(request_id, wait)
         given = {row.request_id: row.num_tokens - len(row.draft_token_ids) for row in plan.rows}
-        for request_id, count in wanted:
+        for request_id, count in zip((each.request_id for each in running), wanted, strict=True):
             if request_id in waits:
                 continue
             if not count:
-                self.waits(request_id, Wait(WaitReason.TOKEN))
+                self._waits(request_id, Wait(WaitReason.TOKEN))
             elif given[request_id] < count:
                 self._report(
                     request_id, DecisionKind.LIMITED, needed=count, budget=given[request_id]

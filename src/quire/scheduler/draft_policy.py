@@ -3,7 +3,7 @@
 A draft is accepted if all drafts before it are, so with an acceptance `a` the n-th is with probability
 a ** n (its survival). A step with R rows yields R tokens and those of the accepted drafts. Slots are taken
 in the order of their survival over all requests, and the best number of them is the one with the most tokens
-per second, by the measured time of a step (`StepCost`) and of proposing.
+per second, by the measured time of a step (`CostModel.sampling`) and of proposing.
 
 Where drafts do not pay, none are asked for, and nothing is proposed. Rare probes notice when that changes:
 they may take `PROBE_SHARE` of the time.
@@ -14,8 +14,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from heapq import heapify, heappop, heapreplace
 
+from quire.scheduler.cost_model import CostModel
 from quire.scheduler.request import Request
-from quire.scheduler.step_cost import StepCost
 
 PROBE_SHARE = 0.005
 LOOK_AHEAD = 8
@@ -67,9 +67,9 @@ class DraftPolicy:
 
 
 class AdaptivePolicy(DraftPolicy):
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, costs: CostModel) -> None:
         """most: drafts per request."""
-        self.cost = StepCost()
+        self.costs, self.cost = costs, costs.sampling
         self._most = most
         self._right, self._tried = 0.7 * 4, 4.0
         """The drafter's outcomes, which are a new request's prior."""
@@ -112,11 +112,8 @@ class AdaptivePolicy(DraftPolicy):
                 else 0.1 * (min(each, 2 * known or each) - known)
             )
         self._probe_seconds += PROBE_SHARE * seconds
-        seconds = max(seconds - draft_seconds, 1e-9)
         if num_tokens == num_samples:
-            self.cost.observe(num_samples, seconds)
-        else:
-            self.cost.observe_prompts(num_tokens, seconds)
+            self.cost.observe(num_samples, max(seconds - draft_seconds, 1e-9))
 
     def acceptance(self, request: Request) -> float:
         prior = self._right / self._tried
@@ -181,7 +178,7 @@ class AdaptivePolicy(DraftPolicy):
         heapify(slots)
         expected, seconds, best, taken = float(rows), cost.seconds(rows), list(counts), 0
         best_rate, since_best = expected / max(seconds, 1e-9), 0
-        each = cost.prompt_token if prompts else 0.0
+        each = self.costs.prompt_seconds(1, self.costs.mean_context) if prompts else 0.0
         while slots and since_best < LOOK_AHEAD:
             survival, index = -slots[0][0], slots[0][1]
             counts[index] += 1

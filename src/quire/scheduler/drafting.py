@@ -16,6 +16,7 @@ from itertools import takewhile
 
 from quire.kvcache import KVCacheManager
 from quire.messages import DraftCounts, PlannedRow, SampledRow, StepPlan
+from quire.scheduler.cost_model import CostModel
 from quire.scheduler.decisions import Reporter
 from quire.scheduler.draft_policy import AdaptivePolicy, DraftPolicy
 from quire.scheduler.limits import SchedulerLimits
@@ -25,12 +26,14 @@ from quire.scheduler.request import Request, RequestStatus
 class Drafting:
     """The drafts of all requests. Without a drafter (`max_drafts` 0) nothing of it is called."""
 
-    def __init__(self, limits: SchedulerLimits, kv: KVCacheManager, report: Reporter) -> None:
+    def __init__(
+        self, limits: SchedulerLimits, kv: KVCacheManager, report: Reporter, costs: CostModel
+    ) -> None:
         self._limits = limits
         self._kv = kv
         self._report = report
         adaptive = limits.adaptive_drafts
-        self.policy = AdaptivePolicy(limits.max_drafts) if adaptive else DraftPolicy()
+        self.policy = AdaptivePolicy(limits.max_drafts, costs) if adaptive else DraftPolicy()
         self._has_drafts = False
         self._counts = DraftCounts()
         self._asking: set[int] = set()
@@ -139,11 +142,11 @@ class Drafting:
             request.num_computed_tokens -= len(drafts) - computed
         return len(drafts), accepted
 
-    def keep(self, request: Request, row: SampledRow) -> None:
+    def keep(self, request: Request, row: SampledRow) -> int:
         """Keep drafts for the next plan, unless that plan is in flight already. An end token is no use as a
-        draft: no token follows it."""
+        draft: no token follows it. Returns how many are kept."""
         if request.status is not RequestStatus.RUNNING or request.num_pending_tokens:
-            return
+            return 0
         decoding = request.decoding
         ends = decoding.end_token_ids | decoding.stop_token_ids
         drafts = row.draft_token_ids
@@ -151,6 +154,8 @@ class Drafting:
             drafts = tuple(takewhile(lambda draft: draft not in ends, drafts))
         if drafts and request.takes_drafts:
             request.draft_token_ids, self._has_drafts = drafts, True
+            return len(drafts)
+        return 0
 
     def measure(
         self,

@@ -3,6 +3,7 @@ read into these; times are seconds of the scheduler's clock."""
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -20,6 +21,12 @@ class Arrival:
     max_tokens: int
     tenant: int = 0
     """A salted hash of the tenant's name; 0 for none."""
+    sent: float = 0.0
+    """When the front end took it, while a step may have been under way; 0.0 if that is not known."""
+
+    @property
+    def start(self) -> float:
+        return min(self.sent or self.time, self.time)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +59,10 @@ class StepRecord:
     num_waiting: int
     rows: tuple[RowRecord, ...]
     decisions: tuple[Decision, ...]
-    """Of this step; a reason that a request had in the step before is not repeated (`DecisionLog`)."""
+    """Of this step, and until the next one; a reason that a request had in the step before is not repeated
+    (`DecisionLog`)."""
+    stopped_at: int | None = None
+    """The request at which admission stopped. Waiting requests after it were not considered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,3 +84,9 @@ class History:
     ends: Mapping[int, End] = field(default_factory=dict)
     epoch: float = 0.0
     """Unix time at the clock's zero."""
+
+    def under_way(self, time: float) -> StepRecord | None:
+        """The step that was computed then, or was the last to be launched."""
+        at = bisect_right(self.steps, time, key=lambda step: step.planned)
+        step = self.steps[at - 1] if at else None
+        return step if step is not None and (step.done is None or step.done > time) else None

@@ -20,8 +20,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from quire.messages import StepPlan
-from quire.scheduler.cost_model import CostModel, Work, work_of
+from quire.scheduler.cost_model import CostModel, Work
 from quire.scheduler.decisions import Reporter
 from quire.scheduler.limits import SchedulerLimits
 from quire.scheduler.request import Request
@@ -31,8 +30,6 @@ PART = 1 / 4
 MOST_MARGIN = 0.25
 UNKNOWN_TOKENS = 64
 """That fill a step, as long as no step with a prompt has been measured."""
-FIRST_STEPS, MEASURED = 256, 4
-"""After so many steps without prompts, one in so many is measured."""
 
 
 @dataclass(slots=True)
@@ -69,39 +66,18 @@ class _Room:
 
 
 class LatencyTarget:
-    def __init__(self, limits: SchedulerLimits, block_size: int, report: Reporter) -> None:
-        self.cost = CostModel()
+    def __init__(
+        self, limits: SchedulerLimits, block_size: int, report: Reporter, costs: CostModel
+    ) -> None:
+        self.cost = costs
         self.target = limits.itl_target / limits.stages
         """Seconds; 0.0 for none. In a pipeline, a request has a token every so many steps."""
-        self.predicted = 0.0
-        """Of the last step that was measured, what was expected of it."""
-        self.mean_context = 0.0
-        """Of the last prompts, to how many tokens one attended."""
         self._limits, self._block, self._report = limits, block_size, report
         self._room: _Room | None = None
-        self._num_drafts = 0
-        """Of the last measured step."""
-        self._num_steps = 0
-        """Without prompts."""
+        self.num_drafts = 0
+        """Of the last step."""
         self._queue_saved = self._first_saved = 0.0
         """Seconds for the queue and for the first of the order, of steps that had no use for them."""
-
-    # --- measuring --------------------------------------------------------------------------------
-
-    def measure(self, plan: StepPlan, seconds: float) -> None:
-        """A step is over."""
-        if plan.num_tokens == len(plan.rows):
-            self._num_steps += 1
-            is_measured = self._num_steps <= FIRST_STEPS or self._num_steps % MEASURED == 0
-            if not is_measured or not plan.rows:
-                return
-        work = work_of(plan.rows)
-        if self._limits.max_drafts:
-            self._num_drafts = sum(len(row.draft_token_ids) for row in plan.rows)
-        self.predicted = self.cost.seconds(work)
-        self.cost.observe(work, seconds)
-        if work.prompt_tokens:
-            self.mean_context += (work.prompt_contexts / work.prompt_tokens - self.mean_context) / 8
 
     def prompt_rate(self, running: Iterable[Request]) -> float:
         """Tokens of prompts per second beside what generates now. 0.0 if nothing is known."""
@@ -109,7 +85,7 @@ class LatencyTarget:
             return 0.0
         decoding = decoding_of(running)
         count = self._limits.max_num_batched_tokens - int(decoding.rows)
-        context = int(self.mean_context)
+        context = int(self.cost.mean_context)
         if self.target and decoding.rows:
             room = self._room_beside(decoding)
             count = room.tokens(room.seconds, context, count)
@@ -136,7 +112,7 @@ class LatencyTarget:
             return
         counts = list(zip(running, wanted, strict=True))
         decoding = decoding_of(request for request, count in counts if count == 1)
-        decoding = decoding._replace(rows=decoding.rows + self._num_drafts)
+        decoding = decoding._replace(rows=decoding.rows + self.num_drafts)
         room = self._room = self._room_beside(decoding)
         costs = [
             room.cost(request.num_computed_tokens, count) for request, count in counts if count > 1
@@ -146,9 +122,10 @@ class LatencyTarget:
         self._first_saved = min(self._first_saved + PART * whole, whole)
         room.queue = max(room.seconds - sum(costs), self._queue_saved)
 
-    def for_queue(self, budget: int) -> int:
-        """The tokens that the queue may use; 0 if it has used its time."""
-        return 0 if self._room is not None and self._room.queue <= 0.0 else budget
+    @property
+    def is_used_up(self) -> bool:
+        """Whether the queue has used its time."""
+        return self._room is not None and self._room.queue <= 0.0
 
     def admit(self, num_found: int, count: int) -> int:
         """How many of `count` tokens a request computes that would be admitted now, with so many found in the

@@ -18,6 +18,8 @@ class SchedulerLimits:
     enable_chunked_prefill: bool = True
     itl_target: float = 0.0
     """Seconds of a step in which requests generate; 0 for no target."""
+    cost_file: str = ""
+    """The content of a file of `quire bench fit`, from which the cost model starts; empty for none."""
     policy: str = "fcfs"
     aging: float = 60.0
     """Under the fair policy: see `SchedulerConfig.priority_aging`."""

@@ -82,7 +82,7 @@ class Load:
             free_seats=self._limits.max_num_seqs - len(left) if has_places else 0,
             prompt_rate=self._latency.prompt_rate(running),
             end_rate=self._rates.ends_per_second,
-            step_predicted=self._latency.predicted,
+            step_predicted=self._latency.cost.predicted,
             step_target=self._latency.target,
         )
         seats = seats_needed(load, stats.num_waiting)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 
 from quire.kvcache import KVCacheManager, KVConnector, Loaded, PrefixMatch, Transfers
 from quire.messages import KVSource, TransferResult
-from quire.scheduler.rates import Rates
+from quire.scheduler.cost_model import CostModel
 from quire.scheduler.request import Request
 
 LEAST_TIMEOUT = 0.25
@@ -36,11 +36,11 @@ class Loading:
         self,
         kv: KVCacheManager,
         connector: KVConnector,
-        rates: Rates,
+        costs: CostModel,
         clock: Callable[[], float],
     ) -> None:
         self.transfers = Transfers(kv, connector)
-        self._kv, self._connector, self._rates, self._clock = kv, connector, rates, clock
+        self._kv, self._connector, self._costs, self._clock = kv, connector, costs, clock
         self._waits_for: dict[int, tuple[int, float]] = {}
         """By request: the id of the load, and until when it waits, which for its own is until the result."""
         self._found: dict[int, int] = {}
@@ -89,7 +89,7 @@ class Loading:
         if load is None:
             self._num_loads[request_id] = MOST_LOADS
             return None
-        seconds = load.num_saved_tokens * self._rates.prompt_token
+        seconds = self._costs.prompt_seconds(load.num_saved_tokens, load.num_found_tokens)
         timeout = max(LEAST_TIMEOUT, seconds) if seconds else FIRST_TIMEOUT
         until, transfer_id = self._clock() + timeout, self.transfers.overlapping(load)
         if transfer_id is None:

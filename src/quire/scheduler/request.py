@@ -146,6 +146,17 @@ class Request:
     def times(self) -> RequestTimes:
         return RequestTimes(self.queued_time, self.scheduled_time)
 
+    def append_tokens(self, tokens: list[int]) -> list[int]:
+        """Add sampled tokens until one of them is the last. Returns those."""
+        if len(tokens) == 1:
+            self.append_token(tokens[0])
+            return tokens
+        for number, token in enumerate(tokens, 1):
+            self.append_token(token)
+            if self.finish_reason is not None:
+                return tokens[:number]
+        return tokens
+
     def append_token(self, token: int) -> None:
         """Add a sampled token and decide whether it is the last one."""
         self.token_ids.append(token)

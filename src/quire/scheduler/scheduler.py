@@ -47,8 +47,10 @@ from quire.messages import (
     StepResult,
 )
 from quire.scheduler.adapters import AdapterPlaces
-from quire.scheduler.decisions import DecisionKind, Observer, Reporter, Wait, WaitReason
+from quire.scheduler.cost_model import CostModel
+from quire.scheduler.decisions import Observer, Reporter, Wait, WaitReason
 from quire.scheduler.drafting import Drafting
+from quire.scheduler.fitted import FittedCost
 from quire.scheduler.latency import LatencyTarget
 from quire.scheduler.limits import SchedulerLimits
 from quire.scheduler.load import Load
@@ -57,7 +59,9 @@ from quire.scheduler.micro_batches import MicroBatches, least_share
 from quire.scheduler.policy import create_policy
 from quire.scheduler.queue import RequestQueue
 from quire.scheduler.rates import Rates
+from quire.scheduler.record import Recorder
 from quire.scheduler.request import Request, RequestStatus, check_message
+from quire.scheduler.sharing import Sharing
 from quire.scheduler.stats import add_state
 from quire.scheduler.worth import Worth
 
@@ -77,13 +81,17 @@ class Scheduler:
         needs_token_before_next: Callable[[AddRequest], bool] = lambda message: False,
         takes_drafts: Callable[[AddRequest], bool] = lambda message: True,
         observe: Observer | None = None,
+        record: Recorder | None = None,
         connector: KVConnector | None = None,
     ) -> None:
         """needs_token_before_next: says of a request that it cannot be overlapped, because its next token
         cannot be sampled, or its drafts be made, before this side has seen the last one.
         takes_drafts: says of a request that several of its tokens can be sampled in one step.
-        observe: called with every decision. Without it none are recorded.
+        observe: called with every decision.
+        record: written in every step; its clock is used.
         connector: of stores outside the cache, if there are any."""
+        if record is not None:
+            clock = record.clock
         # A single request can always grow to full length: this guarantees progress.
         assert kv.blocks_for(limits.max_model_len) <= kv.num_usable
         assert limits.max_num_batched_tokens >= limits.max_num_seqs
@@ -92,9 +100,10 @@ class Scheduler:
         self.running = RequestQueue()
         self.waiting = create_policy(limits.policy, aging=limits.aging, clock=clock)
         self.requests: dict[int, Request] = {}
+        self.sharing = Sharing(kv, self.requests)
         self.adapters = AdapterPlaces(limits.max_adapters)
         self.report = Reporter(
-            observe, lambda request_id: self.waiting.standing(self.requests[request_id])
+            observe, lambda request_id: self.waiting.standing(self.requests[request_id]), record
         )
         self._clock = clock
         self._needs_token_before_next = needs_token_before_next
@@ -106,17 +115,24 @@ class Scheduler:
         """By request id, for those that the last step considered; the others wait behind `_stopped_at`."""
         self._num_deferred = 0
         self._stopped_at: int | None = None
-        self.drafting = Drafting(limits, kv, self.report)
+        self.costs = CostModel()
+        if limits.cost_file:
+            known = FittedCost.parse(limits.cost_file).seconds
+            self.costs.start(known, rows=limits.max_num_seqs, tokens=limits.max_num_batched_tokens)
+        self.drafting = Drafting(limits, kv, self.report, self.costs)
         self.rates = Rates()
-        self.latency = LatencyTarget(limits, kv.block_size, self.report)
+        self.latency = LatencyTarget(limits, kv.block_size, self.report, self.costs)
         self.load = Load(limits, self.latency, self.rates, clock)
-        self.worth = Worth(kv, self.rates, connector)
+        self.worth = Worth(kv, self.costs, self.rates, connector)
         self.loading: Loading | None = None
         self._connector = connector
         if connector is not None:
-            self.loading = Loading(kv, connector, self.rates, clock)
+            self.loading = Loading(kv, connector, self.costs, clock)
         self._misses = Misses(kv, None if self.loading is None else self.loading.transfers, clock)
         self._stats = SchedulerStats()
+        self.record = record
+        if record is not None:
+            record.attach(self)
 
     # --- adding and ending requests ---------------------------------------------------------------
 
@@ -132,11 +148,13 @@ class Scheduler:
             needs_token_before_next=self._needs_token_before_next(message),
             takes_drafts=self._takes_drafts(message),
         )
+        if self.record is not None:
+            self.record.add(request, message)
         request.sort_key = self.waiting.waiting_key(request)
         self.requests[request.request_id] = request
         self.waiting.add(request)
-        wait = self._waits[request.request_id] = Wait(WaitReason.ARRIVED)
-        self.report.waits(request.request_id, wait)
+        self._waits[request.request_id] = Wait(WaitReason.ARRIVED)
+        self.report.arrived(request.request_id)
         if self.loading is not None:
             self.loading.queued(request)
 
@@ -146,6 +164,8 @@ class Scheduler:
         """End requests now, waiting or running. Unknown ids (already finished) are ignored. reason: of those
         that are queued, `EXPIRED` becomes that of those that were admitted, `TIMEOUT`."""
         late = FinishReason.TIMEOUT if reason is FinishReason.EXPIRED else reason
+        if self.record is not None:
+            self.record.abort(request_ids := list(request_ids), reason)
         return [
             self._finish(request, late if request.has_run else reason)
             for request_id in request_ids
@@ -154,6 +174,8 @@ class Scheduler:
 
     def reset_prefix_cache(self) -> None:
         """Drop all cached content. Requests keep their blocks, but no other request finds them."""
+        if self.record is not None:
+            self.record.reset()
         self.kv.reset_cache()
         if self.loading is not None:
             self.loading.transfers.reset()
@@ -204,9 +226,7 @@ class Scheduler:
             plan.released, self._released = self._released, []
             if self.loading is not None:
                 self.loading.transfers.take(plan)
-        if self.report.is_observed:
-            ids = (request.request_id for request in running)
-            self.report.rows(self._waits, zip(ids, wanted, strict=True), plan)
+        self.report.rows(running, wanted, self._waits, self._stopped_at, plan)
         self._advance(plan)
         return plan
 
@@ -276,7 +296,7 @@ class Scheduler:
 
         A request that fits does so beside all that running requests grow by in this step, so a step that
         admits does not preempt."""
-        if not self.waiting or self._is_full(self.latency.for_queue(budget)):
+        if not self.waiting or self._is_full(budget):
             return 0
         left = budget
         promised = sum(
@@ -284,7 +304,9 @@ class Scheduler:
         )
         leaders = [request for request in self.running if self._has_prompt_left(request)]
         for request in self.waiting.candidates():
-            match = self.adapters.wait_of(request) or self._match(request, leaders)
+            match = self.adapters.wait_of(request) or self.sharing.match(
+                request, leaders, self._step_id
+            )
             if isinstance(match, Wait):
                 self._waits[request.request_id] = match
                 self._num_deferred += 1
@@ -316,7 +338,7 @@ class Scheduler:
                 leaders.append(request)
             promised += self.kv.num_missing(request.request_id, request.num_tokens)
             left -= count
-            if self._is_full(self.latency.for_queue(left)):
+            if self._is_full(left):
                 break
         return budget - left
 
@@ -326,6 +348,8 @@ class Scheduler:
             wait = Wait(WaitReason.SEAT, budget=left)
         elif left <= 0:
             wait = Wait(WaitReason.BUDGET, needed=1)
+        elif self.latency.is_used_up:
+            wait = Wait(WaitReason.TARGET, needed=1)
         else:
             return False
         head = self.waiting.first()
@@ -342,42 +366,6 @@ class Scheduler:
         """Admit no request from here on."""
         self._waits[request.request_id] = wait
         self._stopped_at = request.request_id
-
-    def _match(self, request: Request, leaders: list[Request]) -> PrefixMatch | Wait:
-        """The KV that others have computed for this request, or the reason to wait: they are about to
-        compute more, or, after a preemption, a token is still pending."""
-        if request.num_pending_tokens:
-            return Wait(WaitReason.TOKEN)
-        leader = self.requests.get(request.fork_of) if request.fork_of is not None else None
-        if leader is not None and leader.status is RequestStatus.RUNNING:
-            # The last prompt token is computed again, so that each sibling samples for itself.
-            shared = request.num_prompt_tokens - 1
-            if request.most_cached is not None:
-                shared = min(shared, request.most_cached)
-            if request.num_output_tokens == 0 and shared > 0:
-                if leader.num_computed_tokens < shared:
-                    return Wait(WaitReason.FORK, leader.request_id)
-                fork = self.kv.match_fork(leader.request_id, shared, self._step_id)
-                if fork is not None:
-                    return fork
-        most = request.most_cached
-        if most == 0:
-            return self.kv.no_match()
-        tokens = request.token_ids if most is None else request.token_ids[: most + 1]
-        if self.kv.enable_prefix_caching:
-            for leader in leaders:
-                if self._computes_prefix_of(request, len(tokens), leader):
-                    return Wait(WaitReason.PREFIX, leader.request_id)
-        return self.kv.match_prefix(request.request_id, tokens, request.cache_key, self._step_id)
-
-    def _computes_prefix_of(self, request: Request, most: int, leader: Request) -> bool:
-        """Whether a running request before this one still has to compute a block with which both begin.
-        Computing it twice would cost more than waiting."""
-        if leader.sort_key > request.sort_key or leader.cache_key != request.cache_key:
-            return False
-        common = min(request.common_prefix(leader, self.kv.block_size), most)
-        there = self.kv.num_shareable_tokens(leader.request_id)
-        return common - there >= self.kv.block_size
 
     def _fit(self, request: Request, match: PrefixMatch, free: int) -> PrefixMatch | Wait:
         """A match with which the request can be admitted, if necessary without the copied tail (which
@@ -459,7 +447,7 @@ class Scheduler:
         cost = self.worth.resume_seconds(request.num_tokens)
         wait = Wait(WaitReason.PREEMPTED, for_whom.request_id, needed, self.kv.num_free, cost=cost)
         self._waits[request.request_id] = wait
-        self.report.waits(request.request_id, wait, DecisionKind.PREEMPTED)
+        self.report.preempted(request.request_id, wait)
         self._stop(request)
         request.status = RequestStatus.PREEMPTED
         request.num_computed_tokens = 0
@@ -484,6 +472,8 @@ class Scheduler:
 
     def update(self, plan: StepPlan, result: StepResult) -> list[RequestUpdate]:
         """Apply the result of a step. Requests that have ended meanwhile are skipped."""
+        if self.record is not None:
+            self.record.result(result)
         self._micro_batches.done(plan)
         updates = self._loads_ended(result) if result.transferred else []
         sampled = {row.request_id: row for row in result.sampled}
@@ -498,9 +488,11 @@ class Scheduler:
                 updates += self._learn_of_prompt(request, row, found)
         self._stats.step_tokens += plan.num_tokens
         seconds = self.rates.end(plan, self._clock(), is_idle=not self.requests)
-        self.latency.measure(plan, seconds)
+        self.costs.measure(plan, seconds)
         if self.limits.max_drafts and plan.rows:
             self.drafting.measure(plan, self.requests, result.draft_seconds, seconds)
+            if self.latency.target:
+                self.latency.num_drafts = sum(len(row.draft_token_ids) for row in plan.rows)
         return updates
 
     def _loads_ended(self, result: StepResult) -> list[RequestUpdate]:
@@ -525,15 +517,10 @@ class Scheduler:
             update.error, update.prompt_logprobs = row.error, prompt_logprobs
             return update
         first = request.num_output_tokens == 0
-        drafts, verified = planned.draft_token_ids, None
+        drafts, verified, kept = planned.draft_token_ids, None, 0
         if drafts:
             verified = self.drafting.learn(request, planned, row.token_ids)
-        accepted: list[int] = []
-        for token in row.token_ids:
-            request.append_token(token)
-            accepted.append(token)
-            if request.finish_reason is not None:
-                break
+        accepted = request.append_tokens(row.token_ids)
         if drafts and request.status is RequestStatus.RUNNING:
             reach = min(request.num_computed_tokens, len(request.token_ids))
             self.kv.register(request.request_id, request.token_ids, reach, self._step_id)
@@ -546,7 +533,12 @@ class Scheduler:
             if request.num_computed_tokens >= known:  # in a plan in flight
                 self.kv.register(request.request_id, request.token_ids, known, self._step_id)
             if row.draft_token_ids:
-                self.drafting.keep(request, row)
+                kept = self.drafting.keep(request, row)
+        is_odd = len(row.token_ids) != 1 or drafts or kept or prompt_logprobs is not None
+        if is_odd and self.record is not None:
+            self.record.learned(
+                request, planned, row, len(accepted), verified, kept, prompt_logprobs
+            )
         update.new_token_ids, update.drafts = accepted, verified
         update.logprobs = row.logprobs[: len(accepted)] if row.logprobs is not None else None
         update.prompt_logprobs = prompt_logprobs
@@ -567,6 +559,8 @@ class Scheduler:
         news = None if found is None else request.news_of_prompt(found)
         if not done and news is None:
             return []
+        if self.record is not None and found is not None and news is not None:
+            self.record.learned(request, row, found, 0, None, 0, news)
         update = RequestUpdate(request_id=request.request_id)
         if done:
             update = self._finish(request, FinishReason.LENGTH)
@@ -606,6 +600,8 @@ class Scheduler:
 
     def take_stats(self) -> SchedulerStats:
         """The current state, and counts since the last call."""
+        if self.record is not None:
+            self.record.stats()
         stats, self._stats = self._stats, SchedulerStats()
         stats.drafts, stats.tenants = self.drafting.take_counts(), self.waiting.take_tenants()
         add_state(stats, self.kv, self.running, self.waiting, self._num_deferred, self._connector)

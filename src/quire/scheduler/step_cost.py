@@ -1,4 +1,5 @@
-"""The measured time of a step, as a function of the number of tokens that it samples.
+"""The measured time of a step, as a function of the number of tokens that it samples: the part of the cost
+model that has a knee.
 
 A step that samples n tokens takes `level * shape(n)` seconds. The shape is learned slowly and per size, with
 linear interpolation between the sizes that have occurred: it has a knee where reading the weights stops
@@ -9,6 +10,7 @@ alike (longer contexts, another program on the machine), so that a size measured
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Mapping
 
 LEVEL_RATE = 0.1
 SHAPE_RATE = 0.02
@@ -31,15 +33,12 @@ class StepCost:
         self._last: dict[int, int] = {}
         """By size, the step in which it occurred last."""
         self._num_steps = 0
-        self.prompt_token = 0.0
-        """Seconds per token of steps that compute prompts."""
 
-    def observe_prompts(self, num_tokens: int, seconds: float) -> None:
-        """A step that computed prompt tokens, `num_tokens` tokens in all."""
-        each = seconds / num_tokens
-        if not self.prompt_token:
-            self.prompt_token = each
-        self.prompt_token += LEVEL_RATE * (each - self.prompt_token)
+    def start(self, seconds: Mapping[int, float]) -> None:
+        """Begin with what is known, by the number of samples."""
+        for size, each in seconds.items():
+            for _ in range(FIRST if each > 0.0 else 0):
+                self.observe(size, each)
 
     def observe(self, num_samples: int, seconds: float) -> None:
         """A step in which every token was sampled after."""

@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 
 from quire.kvcache import KVCacheManager, KVConnector, Loaded
+from quire.scheduler.cost_model import CostModel
 from quire.scheduler.decisions import Wait, WaitReason
 from quire.scheduler.queue import RequestQueue
 from quire.scheduler.rates import Rates
@@ -36,8 +37,10 @@ LEAST_STEPS = 32.0
 
 
 class Worth:
-    def __init__(self, kv: KVCacheManager, rates: Rates, connector: KVConnector | None) -> None:
-        self._kv, self._rates, self._connector = kv, rates, connector
+    def __init__(
+        self, kv: KVCacheManager, costs: CostModel, rates: Rates, connector: KVConnector | None
+    ) -> None:
+        self._kv, self._costs, self._rates, self._connector = kv, costs, rates, connector
         self.least_steps = LEAST_STEPS
         self._lost, self._loaded = LOST, 0.0
         """The parts of preempted requests that were computed again and loaded."""
@@ -45,7 +48,7 @@ class Worth:
 
     def resume_seconds(self, num_tokens: int) -> float:
         """What it is expected to take until a preempted request has its KV again."""
-        seconds = self._lost * num_tokens * self._rates.prompt_token
+        seconds = self._lost * self._costs.prompt_seconds(num_tokens)
         if self._connector is not None and self._loaded:
             blocks = self._loaded * num_tokens * len(self._kv.windows) / self._kv.block_size
             seconds += self._connector.seconds(int(blocks))
@@ -62,7 +65,7 @@ class Worth:
         """None if it is worth it, or not the last in the order. left: the blocks that are free once it is
         admitted."""
         num_running = len(running)
-        if not num_running or self._rates.num_steps < self.least_steps:
+        if not num_running or self._costs.num_steps < self.least_steps:
             self._holds = False
             return None
         if request.sort_key < running[num_running - 1].sort_key:
@@ -71,7 +74,7 @@ class Worth:
         steps = left * self._kv.block_size / (rows * len(self._kv.windows))
         ends = max(self._rates.ends_per_step, 1e-6)
         lasts = math.exp(-ends * steps)
-        gain = (1 - lasts) / ends * self._rates.row_gain(num_running)
+        gain = (1 - lasts) / ends * self._costs.row_gain(num_running)
         cost = lasts * self.resume_seconds(request.num_tokens)
         self._holds = gain < cost * (HYSTERESIS if self._holds else 1.0)
         if not self._holds:

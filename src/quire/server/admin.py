@@ -13,12 +13,15 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 
 import msgspec
-from fastapi import APIRouter
+from fastapi import APIRouter, Depends
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
 from quire.errors import ConfigError, InvalidParameterError
+from quire.server.auth import is_from_this_machine
 from quire.server.body import parse, read_json
+from quire.server.dashboard import add_dashboard_routes
+from quire.server.debug import debug_router
 from quire.server.engine_protocol import ServedModel, SleepingEngine
 from quire.server.errors import ApiError, bad_request
 from quire.server.middleware import owner_of
@@ -60,11 +63,25 @@ def requests_router(state: ServerState, *, of_all: bool = False) -> APIRouter:
 
 def admin_router(state: ServerState) -> APIRouter:
     """What shows the configuration or affects all clients."""
-    router = APIRouter()
+    router = debug_router(state)
     _add_admin_routes(router, state)
+    add_dashboard_routes(router, state)
     if state.engine_config.lora.enable_lora:
         _add_adapter_routes(router, state)
     return router
+
+
+def local_router(state: ServerState) -> APIRouter:
+    """What shows the state, for this machine only: of a server without keys and without admin routes."""
+    router = APIRouter(dependencies=[Depends(_from_this_machine)])
+    add_dashboard_routes(router, state)
+    router.include_router(debug_router(state))
+    return router
+
+
+async def _from_this_machine(request: Request) -> None:
+    if not is_from_this_machine(request.scope):
+        raise ApiError(403, "Only for this machine: see docs/dashboard.md.")
 
 
 def _add_admin_routes(router: APIRouter, state: ServerState) -> None:

@@ -16,9 +16,16 @@ from starlette.routing import Route
 
 from quire.errors import QuireError
 from quire.metrics.key_metrics import KeyMetrics
-from quire.server.admin import admin_router, requests_router
+from quire.server.admin import admin_router, local_router, requests_router
 from quire.server.anthropic_api import messages_router
-from quire.server.auth import METRICS, OPEN_PATHS, PROBES, ApiKeyAuth, NotFromBrowsers
+from quire.server.auth import (
+    DASHBOARD,
+    METRICS,
+    OPEN_PATHS,
+    PROBES,
+    ApiKeyAuth,
+    NotFromBrowsers,
+)
 from quire.server.chat import chat_router
 from quire.server.chat_batch import chat_batch_router
 from quire.server.completions import completions_router
@@ -42,7 +49,8 @@ from quire.server.tokens import models_router, tokens_router
 from quire.util.version import VERSION
 
 EXPOSED_HEADERS = (
-    "x-request-id", "x-quire-warnings", "endpoint-load-metrics", "retry-after", "retry-after-ms",
+    "x-request-id", "x-quire-request-id", "x-quire-warnings", "endpoint-load-metrics",
+    "retry-after", "retry-after-ms",
     "x-ratelimit-limit-requests", "x-ratelimit-remaining-requests", "x-ratelimit-reset-requests",
     "x-ratelimit-limit-tokens", "x-ratelimit-remaining-tokens", "x-ratelimit-reset-tokens",
 )  # fmt: skip
@@ -54,7 +62,7 @@ def build_app(
     api_keys: Keys | Sequence[str] = (),
     admin_keys: Keys | Sequence[str] = (),
 ) -> FastAPI:
-    """The API over `state`. With `api_keys`, every path except the probes and the playground's page needs
+    """The API over `state`. With `api_keys`, every path except the probes and the pages needs
     one of them. It has the admin endpoints if they are enabled and have no listener of their own; with
     `admin_keys` they need one of those, and no other will do."""
     config = state.config
@@ -80,9 +88,11 @@ def build_app(
         admin = admin_router(state)
         admin_paths = frozenset(route.path for route in admin.routes if isinstance(route, Route))
         app.include_router(admin)
+    keys = _as_keys(api_keys)
+    if not (admin_paths or keys or config.has_admin_listener):
+        app.include_router(local_router(state))
     if not config.disable_playground:
         app.include_router(playground_router())
-    keys = _as_keys(api_keys)
     app.add_middleware(BodyLimit, limit=config.max_body_bytes)
     app.add_middleware(
         ApiKeyAuth,
@@ -119,7 +129,9 @@ def build_admin_app(state: ServerState, *, admin_keys: Keys | Sequence[str] = ()
         app.include_router(router)
     keys = _as_keys(admin_keys)
     app.add_middleware(BodyLimit, limit=state.config.max_body_bytes)
-    app.add_middleware(ApiKeyAuth, admin_keys=keys, admin_paths=None, open_paths=PROBES)
+    app.add_middleware(
+        ApiKeyAuth, admin_keys=keys, admin_paths=None, open_paths=PROBES | {DASHBOARD}
+    )
     if not keys:
         app.add_middleware(NotFromBrowsers, config=state.config)
     app.add_middleware(RequestContext, state=state)

@@ -1,4 +1,4 @@
-"""API keys: every path needs one, except the probes and the playground's page, which asks for the key. Admin
+"""API keys: every path needs one, except the probes and the pages, which ask for the key. Admin
 paths need an admin key where there is one.
 
 The check reads `scope["path"]`, as the router does, and not a URL rebuilt from the Host header. So the
@@ -27,8 +27,11 @@ from quire.server.middleware import (
 )
 
 METRICS = "/metrics"
+DASHBOARD = "/dashboard"
+DEBUG = "/debug/"
+"""All paths that begin so are for operators."""
 PROBES = frozenset({"/health", "/ready", "/ping", "/version"})
-OPEN_PATHS = PROBES | {"/", METRICS}
+OPEN_PATHS = PROBES | {"/", METRICS, DASHBOARD}
 NO_KEYS = Keys()
 
 _BODY = b'{"error":"Unauthorized"}'
@@ -100,7 +103,8 @@ class ApiKeyAuth:
         admin_keys: Keys = NO_KEYS,
         admin_paths: frozenset[str] | None,
     ) -> None:
-        """admin_paths: those that need one of `admin_keys`, if there are any. None is all."""
+        """admin_paths: those that need one of `admin_keys`, if there are any, beside `DEBUG`. None is
+        all."""
         self._app, self._keys, self._admin_keys = app, keys, admin_keys
         self._open_paths, self._admin_paths = open_paths, admin_paths
 
@@ -124,7 +128,7 @@ class ApiKeyAuth:
         path = routed_path(scope)
         if path in self._open_paths:
             return True
-        is_admin = self._admin_paths is None or path in self._admin_paths
+        is_admin = self._admin_paths is None or path in self._admin_paths or path.startswith(DEBUG)
         keys = self._admin_keys if is_admin and self._admin_keys else self._keys
         if not keys:
             return True
@@ -151,18 +155,40 @@ class NotFromBrowsers:
     def _may(self, scope: Scope) -> bool:
         if header_values(scope, b"origin"):
             return False
-        hosts = header_values(scope, b"host")
-        return self._by_any_name or (len(hosts) == 1 and self._is_ours(hosts[0].decode("latin-1")))
+        return self._by_any_name or _has_host(scope, self._names)
 
-    def _is_ours(self, host: str) -> bool:
-        name = re.sub(r":[0-9]{1,5}\Z", "", host).lower()
-        if name in self._names:
-            return True
-        try:
-            ip_address(name[1:-1] if name[:1] == "[" and name[-1:] == "]" else name)
-        except ValueError:
-            return False
-        return True
+
+def is_from_this_machine(scope: Scope) -> bool:
+    """Whether a program on this machine asks, over TCP: not a proxy that says for whom, nor a web page of
+    somebody else (see `NotFromBrowsers`)."""
+    address, *_ = scope.get("client") or ("",)
+    told = (b"origin", b"forwarded", b"x-forwarded-for", b"x-real-ip", b"via")
+    return (
+        _is_address(address, loopback=True)
+        and not any(header_values(scope, name) for name in told)
+        and _has_host(scope, {"localhost"})
+    )
+
+
+def _has_host(scope: Scope, names: set[str]) -> bool:
+    """Whether the host is one of `names`, or an address, which no DNS can point elsewhere."""
+    hosts = header_values(scope, b"host")
+    if len(hosts) != 1:
+        return False
+    name = re.sub(r":[0-9]{1,5}\Z", "", hosts[0].decode("latin-1")).lower()
+    return name in names or _is_address(
+        name[1:-1] if name[:1] == "[" and name[-1:] == "]" else name
+    )
+
+
+def _is_address(text: str, *, loopback: bool = False) -> bool:
+    try:
+        address = ip_address(text)
+    except ValueError:
+        return False
+    if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
+        address = address.ipv4_mapped
+    return address.is_loopback or not loopback
 
 
 def _tokens(scope: Scope) -> list[bytes]:

@@ -111,6 +111,10 @@ class RequestStream(Protocol):
     def request_id(self) -> str: ...
 
     @property
+    def sequence_ids(self) -> Sequence[int]:
+        """The engine's ids of its sequences. None of a beam search, which makes new ones all the time."""
+
+    @property
     def last(self) -> RequestOutput | None:
         """The latest output, whether or not it has been read."""
 
@@ -171,6 +175,15 @@ class ServingEngine(Protocol):
     async def reset_prefix_cache(self) -> bool: ...
 
     async def shutdown(self) -> None: ...
+
+
+@runtime_checkable
+class RecordingEngine(Protocol):
+    """An engine that records its decisions."""
+
+    async def records(self) -> list[bytes]:
+        """Of each core that does, for `quire.scheduler.record_reader`."""
+        ...
 
 
 @runtime_checkable

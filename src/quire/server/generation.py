@@ -173,6 +173,7 @@ def submit_all(
         for stream in streams:
             stream.abort()
         raise
+    record.on_work(record, request_id_of(scope))
     return streams
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
 from quire.server.errors import ApiError, internal_error
@@ -30,6 +30,9 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 MAX_REQUEST_ID_CHARS = 128
 _ID_CHARS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_.:")
 STATUS_CLIENT_GONE = 499
+ENGINE_ID = b"x-quire-request-id"
+MOST_ENGINE_IDS = 64
+"""In the header."""
 
 
 class RequestContext:
@@ -65,6 +68,8 @@ class RequestContext:
                 header = request_id_of(scope).encode("ascii")
                 headers = message["headers"] = list(message.get("headers", ()))
                 headers.append((b"x-request-id", header))
+                if ids := record.engine_ids:
+                    headers.append((ENGINE_ID, _listed(ids)))
                 if (tenant := tenant_of(scope)) is not None and status < 400:
                     limits = tenant.quotas.headers()
                     headers += [(k.encode(), v.encode()) for k, v in limits.items()]
@@ -138,6 +143,12 @@ async def send_error(error: ApiError, scope: Scope, send: Send) -> None:
     ]
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
     await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+def _listed(ids: Sequence[int]) -> bytes:
+    """`r17, r18`."""
+    more = ", ..." if len(ids) > MOST_ENGINE_IDS else ""
+    return (", ".join(f"r{each}" for each in ids[:MOST_ENGINE_IDS]) + more).encode("ascii")
 
 
 def request_id_of(scope: Scope) -> str:

@@ -287,6 +287,7 @@ class _Request:
             if name not in NOT_PASSED_ON
         }
         self._headers.setdefault("x-request-id", secrets.token_hex(16))  # one id in all logs
+        self._headers.setdefault("via", "1.1 quire")  # so that it is not taken for this machine's
         self._started = False
 
     async def serve(self) -> None:

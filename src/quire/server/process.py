@@ -98,7 +98,7 @@ def http_server(app: FastAPI | App, config: ServerConfig) -> HttpServer:
             f"({error.strerror or 'not a certificate and its key'})."
         ) from None
     paths = (config.disable_access_log_for_endpoints or "").split(",")
-    unlogged = OPEN_PATHS | {path.strip() for path in paths if path.strip()}
+    unlogged = OPEN_PATHS | {"/debug/state"} | {path.strip() for path in paths if path.strip()}
     logging.getLogger("uvicorn.access").filters[:] = [_NotAbout(unlogged)]
     return HttpServer(options)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 
 from quire.outputs import RequestOutput
@@ -119,6 +119,10 @@ class _Metered:
     @property
     def request_id(self) -> str:
         return self._stream.request_id
+
+    @property
+    def sequence_ids(self) -> Sequence[int]:
+        return self._stream.sequence_ids
 
     @property
     def last(self) -> RequestOutput | None:

@@ -80,6 +80,8 @@ class Record:
 
     headers: Headers = ()
     on_end: Callable[[Record], None] = lambda record: None
+    on_work: Callable[[Record, str], None] = lambda record, request_id: None
+    """Called with its id when its work has been submitted."""
     client_timeouts: bool = False
     """Whether the timeout that the client keeps itself is a deadline here too."""
     arrival_ts: float = field(default_factory=time.monotonic)
@@ -100,6 +102,11 @@ class Record:
     params: SamplingParams | PoolingParams | None = None
     """Of the first prompt."""
     work: list[Work] = field(default_factory=list)
+
+    @property
+    def engine_ids(self) -> tuple[int, ...]:
+        """Of all its sequences."""
+        return tuple(each for work in self.work for each in work.stream.sequence_ids)
 
     @property
     def is_generating(self) -> bool:

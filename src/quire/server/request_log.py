@@ -24,6 +24,7 @@ def facts(record: Record) -> dict[str, object]:
     return {
         "request_id": record.request_id,
         "answer_id": record.answer_id,
+        "engine_ids": [f"r{each}" for each in record.engine_ids],
         "trace_id": None if parent is None else parent.trace_id,
         "tenant": record.tenant,
         "key": record.key_id,

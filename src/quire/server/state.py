@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING
 from quire.config import EngineConfig, ServerConfig
 from quire.messages import EngineReady, StepOutputs
 from quire.metrics import HttpMetrics, StatsLogger, create_metrics, new_registry
+from quire.metrics.recent import Latencies, Recent
 from quire.metrics.trace_metrics import TraceMetrics
 from quire.server.engine_protocol import ServingEngine
 from quire.server.errors import RETRY_AFTER_DRAINING, RETRY_AFTER_LOADING, ApiError, unavailable
+from quire.server.explanations import Explanations
 from quire.server.live import LiveRequests
 from quire.server.record import Headers, Record
 from quire.server.request_log import log_finished
@@ -49,10 +51,16 @@ class ServerState:
     http_metrics: HttpMetrics = field(init=False)
     stats_logs: list[StatsLogger] = field(default_factory=list)
     """Of each engine core."""
+    recents: list[Recent] = field(default_factory=list)
+    """Of each engine core."""
+    latencies: Latencies = field(default_factory=Latencies)
     tracer: Tracer | None = None
     """To which finished requests are reported, if an OpenTelemetry collector is named."""
 
+    explanations: Explanations = field(init=False)
+
     def __post_init__(self) -> None:
+        self.explanations = Explanations(self.config)
         self.http_metrics = HttpMetrics(self.registry)
         self.registry.register(
             TraceMetrics(lambda: None if self.tracer is None else self.tracer.exporter)
@@ -73,8 +81,11 @@ class ServerState:
             max_adapters=lora.max_loras if lora.enable_lora else None,
             max_drafts=self.engine_config.max_drafts,
         )
-        engine.attach_metrics(metrics, log_prefixes=self.config.enable_log_requests)
+        engine.attach_metrics(
+            self.latencies.beside(metrics), log_prefixes=self.config.enable_log_requests
+        )
         self.stats_logs = [StatsLogger(engine=f"{index:03}") for index in range(len(each))]
+        self.recents = [Recent() for _ in each]
         engine.add_stats_listener(self._log_step)
         self.engine = engine
         if self.phase is Phase.LOADING:
@@ -86,16 +97,23 @@ class ServerState:
             await asyncio.to_thread(self.tracer.exporter.close)
 
     def new_record(self, headers: Headers) -> Record:
-        return Record(headers, self._report, self.config.use_client_timeouts)
+        return Record(
+            headers,
+            self._report,
+            self.explanations.submitted,
+            client_timeouts=self.config.use_client_timeouts,
+        )
 
     def _report(self, record: Record) -> None:
         if self.config.request_log:
             log_finished(record)
         if self.tracer is not None:
             self.tracer.report(record)
+        self.explanations.ended(record, self.engine)
 
     def _log_step(self, outputs: StepOutputs) -> None:
         self.stats_logs[outputs.replica].on_step(outputs)
+        self.recents[outputs.replica].on_step(outputs)
 
     def leave(self) -> None:
         """Be unready, and serve."""

@@ -134,6 +134,12 @@ def resolve_tokenizer(
     return find_local(name) or hub(name, files=files)
 
 
+def resolve_config(name: str) -> Path:
+    """The directory of a hub id's config.json. No other file is downloaded. Raises `CheckpointError` as
+    `resolve_model` does."""
+    return _with_config(name, _download(name, files=["config.json"]))
+
+
 def _download(
     repo_id: str,
     *,

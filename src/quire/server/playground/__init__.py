@@ -19,7 +19,17 @@ PAGE = Path(__file__).with_name("index.html")
 def playground_router() -> APIRouter:
     router = APIRouter()
     page = PAGE.read_bytes()
-    headers = {
+    headers = page_headers(page)
+
+    @router.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
+    async def playground() -> Response:
+        return Response(page, headers=headers)
+
+    return router
+
+
+def page_headers(page: bytes) -> dict[str, str]:
+    return {
         "content-type": "text/html; charset=utf-8",
         "content-security-policy": content_security_policy(page.decode("utf-8")),
         "cache-control": "no-cache",
@@ -27,12 +37,6 @@ def playground_router() -> APIRouter:
         "referrer-policy": "no-referrer",
         "x-content-type-options": "nosniff",
     }
-
-    @router.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
-    async def playground() -> Response:
-        return Response(page, headers=headers)
-
-    return router
 
 
 def content_security_policy(page: str) -> str:
