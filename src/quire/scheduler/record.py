@@ -63,13 +63,10 @@ DEFAULT_TENANT = Placement().tenant
 # Codes of records, with what follows. Besides, None is a call for statistics, and a number a result: how
 # many times of the segment were read before it.
 STEP = 0  # quantum, free, budget, times read before
-# Absent if the rows are as in the step before. Admitted requests are last, unlike in the plan.
-ROWS = (
-    1  # ids that are gone (None: all), new ids, index and tokens of each row that has not one token
-)
-STOPPED = (
-    2  # the request at which admission stopped, if that is another one than in the step before
-)
+# ROWS: ids that are gone (None: all), new ids, index and tokens of each row that has not one token. Absent if
+# the rows are as in the step before. Admitted requests are last, unlike in the plan.
+ROWS = 1
+STOPPED = 2  # the request at which admission stopped, if it is another than in the step before
 NOTE = 3  # id, reason: a request waits on its way to the scheduler
 ADD = 4  # see `Added`
 ABORT = 5  # ids, reason
