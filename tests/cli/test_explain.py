@@ -80,6 +80,12 @@ def test_without_a_request_what_was_slow(records, capsys):
     assert ": no free blocks" in out and " in replica 1: " in out
 
 
+def test_a_replay(records, capsys):
+    assert main(["explain", *records, "--replay"]) == 0
+    assert capsys.readouterr().out.count("decides the same in every step") == 2
+    assert main(["explain", "--url", "http://localhost:1", "--replay"]) == 2
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +12,17 @@ import torch
 
 from quire.engine.core_client import CoreProcess, InlineCore
 from quire.engine.llm import LLM
-from quire.errors import ConfigError, EngineSleepingError, InvalidParameterError, MemoryFitError
+from quire.errors import (
+    ConfigError,
+    EngineSleepingError,
+    InvalidParameterError,
+    MemoryFitError,
+    QuireError,
+)
 from quire.metrics.reader import Counter, Gauge, Histogram
 from quire.sampling_params import PoolingParams, SamplingParams, StructuredOutputsParams
 from quire.scheduler.record_reader import read
+from tests.engine import dying_core
 from tests.engine.checkpoints import ServableCheckpoint
 
 OPTIONS: dict[str, Any] = {
@@ -257,3 +265,16 @@ def test_without_a_record(checkpoint: ServableCheckpoint) -> None:
     with LLM(str(checkpoint.directory), decision_record_bytes=0, **OPTIONS) as llm:
         llm.generate(["Hello"], GREEDY)
         assert llm.records() == []
+
+
+def test_a_core_that_fails_leaves_its_record(
+    checkpoint: ServableCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in dying_core.environment(tmp_path, "error").items():
+        monkeypatch.setenv(name, text)
+    options = {**OPTIONS, "decision_record_dir": str(tmp_path)}
+    with LLM(str(checkpoint.directory), engine="process", **options) as llm:
+        with pytest.raises(QuireError):
+            llm.generate({"prompt_token_ids": [dying_core.MARK] * dying_core.TIMES}, GREEDY)
+    found = [read(path.read_bytes()) for path in tmp_path.glob("quire-record-*.bin")]
+    assert found and all(history.arrivals and history.steps for history in found)

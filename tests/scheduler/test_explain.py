@@ -47,8 +47,8 @@ def test_behind_whom_and_what_its_prompt_took() -> None:
     found = explained(engine, 19)
     budget = next(part for part in found.queue if part.because is WaitReason.BUDGET)
     assert budget.behind == (18,) and budget.holder == 17 and budget.holder_prompt == 100
-    assert budget.holder_tokens == (32, 32) and budget.budget == 32
-    assert "behind r17, whose prompt of 100 took 32 of each step's 32" in found.sentences[1]
+    assert budget.holder_tokens == (24, 32) and budget.budget == 32
+    assert "behind r17, whose prompt of 100 took up to 32 of a step's 32" in found.sentences[1]
     own = explained(engine, 18)
     assert own.queue[0].reason is WaitReason.BUDGET and not own.queue[0].behind
     assert "behind r17, whose prompt of 100 took 32 of each step's 32" in own.sentences[1]
@@ -130,6 +130,8 @@ def test_a_preemption_says_for_whom_and_what_is_computed_again() -> None:
     sentence = next(each for each in found.sentences if "preempted" in each)
     assert "because r1 needed 1 block and 0 were free; it waited" in sentence
     assert sentence.endswith(f"Then {stop.recomputed} of its 16 tokens were computed again.")
+    first = [row for s in engine.steps for row in s.rows if row.request_id == 2][2]
+    assert stop.recomputed == 16 - first.start and 0 < stop.recomputed < 16
     assert stop.waited == pytest.approx(sum(part.seconds for part in stop.parts))
     assert found.gaps[0].cause == "preempted"
     assert "when it was preempted" in found.sentences[-2]

@@ -26,8 +26,7 @@ from quire.server.run import StopSignals, serve_engine
 ADMIN = [
     ("GET", "/server_info"), ("GET", "/is_sleeping"), ("POST", "/reset_prefix_cache"),
     ("POST", "/sleep"), ("POST", "/wake_up"), ("POST", "/v1/load_lora_adapter"),
-    ("POST", "/v1/unload_lora_adapter"), ("GET", "/debug/requests"), ("GET", "/debug/timeline"),
-    ("GET", "/debug/state"),
+    ("POST", "/v1/unload_lora_adapter"), ("GET", "/debug/state"),
 ]  # fmt: skip
 LORA = EngineConfig(lora=LoRAConfig(enable_lora=True))
 COMPLETIONS = "/v1/completions"
@@ -84,7 +83,8 @@ async def test_the_admin_listener_serves_no_model(make_client):
 
 async def test_the_tables_of_this_file_are_whole(make_client):
     app = build_admin_app(make_client(engine_config=LORA, admin_port=0).state)
-    others = {*PROBES, DASHBOARD, "/metrics", "/load", "/abort_requests", "/debug/requests/{id}"}
+    debug = {"/debug/requests", "/debug/requests/{id}", "/debug/timeline"}  # test_explanations.py
+    others = {*PROBES, DASHBOARD, "/metrics", "/load", "/abort_requests", *debug}
     assert {route.path for route in all_routes(app)} == {path for _, path in ADMIN} | others
 
 

@@ -336,7 +336,7 @@ def test_requests_blocks_and_reasons_are_shown(page):
 
 
 def test_a_request_is_explained_when_it_is_clicked(page):
-    page.may_complain_of = "501"
+    page.may_complain_of = "404"
     engine = Inspected(BUSY)
     with showing(page, engine):
         page.until(lambda: page.rows("queue"))
@@ -365,7 +365,7 @@ def test_a_request_is_explained_when_it_is_clicked(page):
 def test_it_is_used_by_keyboard(page):
     from selenium.webdriver import ActionChains
 
-    page.may_complain_of = "501"
+    page.may_complain_of = "404"
 
     def press(*keys: str) -> str:
         ActionChains(page.driver).send_keys(*keys).perform()
@@ -390,7 +390,7 @@ UNNAMED_LISTS = 5
 
 
 def test_everything_has_an_accessible_name(page):
-    page.may_complain_of = "501"
+    page.may_complain_of = "404"
     with showing(page, Inspected(BUSY)):
         page.until(lambda: page.rows("queue"))
         for dialog in (False, True):
@@ -434,7 +434,7 @@ def test_both_themes_can_be_read(page, scheme):
 
 @pytest.mark.parametrize("width", [390, 320])
 def test_on_a_phone_nothing_is_wider_than_the_screen(page, width):
-    page.may_complain_of = "501"
+    page.may_complain_of = "404"
     long = waiting(31, "no free blocks", 17, needed=32, free=4)
     long = msgspec.structs.replace(long, tenant="a-tenant-with-a-name-of-many-words-" * 4)
     state = core_state(*BUSY.requests, long, cells=[1, CELL_CACHED] * 4000)

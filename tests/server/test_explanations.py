@@ -99,7 +99,7 @@ async def test_what_is_not_there_says_why(make_client, kept):
     assert answer.status_code == 404 and "last 16384 requests" in answer.json()["error"]["message"]
     kept.kept_records = []
     answer = await client.get("/debug/requests/r1")
-    assert answer.status_code == 501 and "--decision-record-bytes" in answer.text
+    assert answer.status_code == 404 and "--decision-record-bytes" in answer.text
     assert (
         await make_client(loaded=False, enable_admin_endpoints=True).get("/debug/requests/r1")
     ).status_code == 503

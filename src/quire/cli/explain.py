@@ -34,8 +34,15 @@ def run(argv: list[str]) -> int:
         help="r17 or 17; with --url also an x-request-id or an answer's id",
     )
     parser.add_argument("--json", action="store_true", help="print the facts, as JSON")
+    parser.add_argument(
+        "--replay",
+        action="store_true",
+        help="give what a FILE has recorded to a new scheduler, and say whether it decides the same",
+    )
     args = parser.parse_strictly(argv)
     check_source(args)
+    if args.replay:
+        return _replay(args.files)
     answer = _of_server(args) if args.url else _of_files(args)
     if args.json:
         print(json.dumps(answer, indent=2))
@@ -78,13 +85,26 @@ def fetch(args: argparse.Namespace, path: str) -> Any:
 def read_files(files: Sequence[str]) -> list[History]:
     from quire.scheduler.record_reader import read
 
-    found = []
-    for name in files:
-        try:
-            found.append(read(Path(name).read_bytes()))
-        except OSError as error:
-            raise ConfigError(f"cannot read {name}: {error.strerror}.") from None
-    return found
+    return [read(_read(name)) for name in files]
+
+
+def _replay(files: Sequence[str]) -> int:
+    """1 if one of them departs."""
+    from quire.scheduler.replay import replay
+
+    if not files:
+        raise ConfigError("--replay needs a FILE.")
+    found = [replay(_read(name)) for name in files]
+    for name, departure in zip(files, found, strict=True):
+        print(f"{name}: {departure or 'a new scheduler decides the same in every step'}")
+    return int(any(departure is not None for departure in found))
+
+
+def _read(name: str) -> bytes:
+    try:
+        return Path(name).read_bytes()
+    except OSError as error:
+        raise ConfigError(f"cannot read {name}: {error.strerror}.") from None
 
 
 def _of_server(args: argparse.Namespace) -> Any:

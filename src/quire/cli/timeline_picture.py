@@ -40,12 +40,12 @@ def picture(trace: dict[str, Any], request: str | None = None) -> str:
     def x(time: float) -> float:
         return LEFT + (min(max(time, start), end) - start) * scale
 
-    parts = [*_legend(), *_steps(trace["traceEvents"], start, end, x)]
+    parts = _legend({phase for name in chosen for _, _, phase in bars[name]})
     focus = bars[request][0] if request is not None else None
     if focus is not None and focus[2] == "queued":
         left, width = x(focus[0]), x(focus[1]) - x(focus[0])
         parts.append(_box(left, TOP, width, height - TOP - 30, "#fdf1dc"))
-        parts += _steps(trace["traceEvents"], start, end, x)
+    parts += _steps(trace["traceEvents"], start, end, x)
     for number, name in enumerate(chosen):
         y = TOP + STEPS + ROW * number
         weight = ' font-weight="bold"' if name == request else ""
@@ -100,9 +100,9 @@ def _nearest(names: list[str], request: str | None) -> list[str]:
     return names[first : first + MOST_ROWS]
 
 
-def _legend() -> list[str]:
+def _legend(shown: set[str]) -> list[str]:
     parts, at = [], float(LEFT)
-    for phase in ("queued", "prefill", "decode", "preempted", "recompute"):
+    for phase in (phase for phase in COLOURS if phase in shown):
         parts.append(_box(at, 10, 11, 11, COLOURS[phase]))
         parts.append(f'<text x="{at + 16}" y="20">{phase}</text>')
         at += 32 + 7 * len(phase)

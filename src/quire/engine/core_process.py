@@ -121,11 +121,23 @@ def _run(link: _Link, kernels: str, ranks: ProcessRanks | None) -> int:
         _serve(core, link)
     except Exception as error:
         logger.exception("the engine core failed")
+        _save_record(core, config.scheduler.decision_record_dir)
         link.send(CoreFailed(failure_of(error, "The engine core failed")))
         return 1
     finally:
         core.close()
     return 0
+
+
+def _save_record(core: EngineCore, directory: str | None) -> None:
+    """Before the process ends."""
+    record = core.scheduler.record
+    if directory is None or record is None:
+        return
+    from quire.engine.record_files import save
+
+    with contextlib.suppress(Exception):  # of a state that the failure has left
+        save(directory, [record.dump()], "the engine core failed")
 
 
 def _compile_kernels(kernels: str) -> None:

@@ -121,7 +121,7 @@ def _explained(history: History, life: Life) -> Explanation:
         is_queued=not life.rows and end is None,
         queue_seconds=sum(wait.seconds for wait in queued),
         queue=_parts(history, queued),
-        cached=_cached(life) if admitted is not None else None,
+        cached=_start_in(life, admitted[0]) if admitted is not None else None,
         miss=_miss(admitted[1].reason) if admitted is not None else None,
         prefill=_prefill(life) if admitted is not None else None,
         preemptions=tuple(_stop(history, life, i, p) for i, p in enumerate(life.preemptions)),
@@ -136,9 +136,9 @@ def _explained(history: History, life: Life) -> Explanation:
     return dataclasses.replace(facts, sentences=tuple(sentences_of(facts)))
 
 
-def _cached(life: Life) -> int | None:
-    step_id = life.admissions[0][0].step_id
-    return next((row.start for step, row in life.rows if step.step_id == step_id), None)
+def _start_in(life: Life, admitted: StepRecord) -> int:
+    """How many tokens it did not have to compute."""
+    return next((row.start for step, row in life.rows if step is admitted), 0)
 
 
 def _miss(reason: object) -> MissReason | None:
@@ -155,8 +155,11 @@ def _parts(history: History, waits: Iterable[Waiting]) -> tuple[WaitPart, ...]:
     """In the order in which each of them began."""
     groups: dict[object, list[Waiting]] = {}
     for wait in waits:
-        behind = None if wait.reason is WaitReason.BEHIND else wait.behind
-        key = (wait.reason, wait.because, wait.holder, behind)
+        key: object = (wait.reason, wait.because, wait.holder, wait.behind)
+        if wait.lacked is WaitReason.BUDGET and wait.needed <= 1:
+            key = wait.holder  # at the head of the queue or behind it
+        elif wait.reason is WaitReason.BEHIND:
+            key = wait.because
         groups.setdefault(key, []).append(wait)
     return tuple(_part(history, group) for group in groups.values())
 
@@ -241,7 +244,7 @@ def _stop(history: History, life: Life, index: int, found: Preemption) -> Stop:
         found.num_computed,
         sum(wait.seconds for wait in waits),
         _parts(history, waits),
-        None if back is None else min(back[1].needed, found.num_computed),
+        None if back is None else max(0, found.num_computed - _start_in(life, back[0])),
     )
 
 

@@ -281,9 +281,10 @@ def _prefill(prefill: Prefill) -> str:
 
 
 def _taken(others: Taken) -> str:
-    texts = [f"{count:,} of r{name}" for name, count in others[:2]]
-    if len(others) > 2:
-        texts.append(f"{sum(count for _, count in others[2:]):,} of {len(others) - 2} others")
+    shown = others if len(others) <= MOST_PARTS else others[: MOST_PARTS - 1]
+    texts = [f"{count:,} of r{name}" for name, count in shown]
+    if rest := others[len(shown) :]:
+        texts.append(f"{sum(count for _, count in rest):,} of {len(rest)} others")
     return f"prompt tokens of others: {', '.join(texts)}"
 
 

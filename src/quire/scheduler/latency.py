@@ -146,9 +146,10 @@ class LatencyTarget:
         self._first_saved = min(self._first_saved + PART * whole, whole)
         room.queue = max(room.seconds - sum(costs), self._queue_saved)
 
-    def for_queue(self, budget: int) -> int:
-        """The tokens that the queue may use; 0 if it has used its time."""
-        return 0 if self._room is not None and self._room.queue <= 0.0 else budget
+    @property
+    def is_used_up(self) -> bool:
+        """Whether the queue has used its time."""
+        return self._room is not None and self._room.queue <= 0.0
 
     def admit(self, num_found: int, count: int) -> int:
         """How many of `count` tokens a request computes that would be admitted now, with so many found in the

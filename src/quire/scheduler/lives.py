@@ -237,11 +237,7 @@ class _Reader:
         own = self._for.get(request_id)
         if own is not None:
             is_old = own.kind is DecisionKind.PREEMPTED and own.step_id != step.step_id
-            if (
-                is_old
-                or own.reason is WaitReason.BEHIND
-                or (own.reason in STOPS and request_id != stop)
-            ):
+            if is_old or own.reason is WaitReason.BEHIND:
                 own = None
         reason: WaitReason | None = None
         behind = because = None

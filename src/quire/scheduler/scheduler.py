@@ -288,7 +288,7 @@ class Scheduler:
 
         A request that fits does so beside all that running requests grow by in this step, so a step that
         admits does not preempt."""
-        if not self.waiting or self._is_full(self.latency.for_queue(budget)):
+        if not self.waiting or self._is_full(budget):
             return 0
         left = budget
         promised = sum(
@@ -328,7 +328,7 @@ class Scheduler:
                 leaders.append(request)
             promised += self.kv.num_missing(request.request_id, request.num_tokens)
             left -= count
-            if self._is_full(self.latency.for_queue(left)):
+            if self._is_full(left):
                 break
         return budget - left
 
@@ -338,6 +338,8 @@ class Scheduler:
             wait = Wait(WaitReason.SEAT, budget=left)
         elif left <= 0:
             wait = Wait(WaitReason.BUDGET, needed=1)
+        elif self.latency.is_used_up:
+            wait = Wait(WaitReason.TARGET, needed=1)
         else:
             return False
         head = self.waiting.first()

@@ -6,7 +6,6 @@ import asyncio
 
 import msgspec
 from fastapi import APIRouter
-from starlette.requests import Request
 from starlette.responses import Response
 
 from quire.scheduler.explain import summary
@@ -30,11 +29,10 @@ def debug_router(state: ServerState) -> APIRouter:
         return _json(await asyncio.to_thread(summary, found, MOST_SUMMARIZED))
 
     @router.get("/debug/requests/{id}")
-    async def explain_request(request: Request) -> Response:
+    async def explain_request(id: str) -> Response:  # noqa: A002 (its name in the path)
         """Why a request took the time that it took: sentences, and the facts. id: `r17` or `17` (the answer's
         `x-quire-request-id`), the client's `x-request-id`, or the answer's id."""
-        asked = request.path_params["id"]
-        ids = state.explanations.ids_of(asked)
+        ids = state.explanations.ids_of(id)
         if not ids:
             raise ApiError(404, f"None of the last {MOST_KNOWN} requests has this id.", param="id")
         found = await explained(state.loaded_engine(), ids)
@@ -49,18 +47,17 @@ def debug_router(state: ServerState) -> APIRouter:
         return _json({"requests": [each.entry(replica) for replica, each in found]})
 
     @router.get("/debug/timeline")
-    async def show_timeline(request: Request) -> Response:
+    async def show_timeline(seconds: str | None = None) -> Response:
         """The decision record as Chrome's trace events, for https://ui.perfetto.dev. `seconds`: the last ones
         only."""
-        text = request.query_params.get("seconds")
         try:
-            seconds = None if text is None else float(text)
+            last = None if seconds is None else float(seconds)
         except ValueError:
-            seconds = -1.0
-        if seconds is not None and not 0.0 < seconds < float("inf"):
+            last = -1.0
+        if last is not None and not 0.0 < last < float("inf"):
             raise bad_request("seconds must be a positive number.", param="seconds")
         found = await histories(state.loaded_engine())
-        drawn = await asyncio.to_thread(timeline, found, seconds=seconds)
+        drawn = await asyncio.to_thread(timeline, found, seconds=last)
         return _json(drawn)
 
     return router

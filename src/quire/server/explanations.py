@@ -110,10 +110,10 @@ def names(ids: Sequence[int]) -> list[str]:
 
 
 async def histories(engine: ServingEngine | RecordingEngine | None) -> list[History]:
-    """Of each engine core. Raises a 501 `ApiError` if none keeps a record."""
+    """Of each engine core. Raises a 404 `ApiError` if none keeps a record."""
     records = await engine.records() if isinstance(engine, RecordingEngine) else []
     if not records:
-        raise ApiError(501, "This engine keeps no record of decisions (--decision-record-bytes).")
+        raise ApiError(404, "This engine keeps no record of decisions (--decision-record-bytes).")
     return [await asyncio.to_thread(read, each) for each in records]
 
 

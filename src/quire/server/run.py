@@ -14,11 +14,13 @@ import signal
 import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from quire.config import EngineConfig, ServerConfig
+from quire.engine import record_files
 from quire.engine.assemble import check_local
 from quire.engine.replica_cores import ReplicaCores
+from quire.errors import QuireError
 from quire.messages import describe_ledger
 from quire.server.engine_protocol import ServingEngine
 from quire.server.errors import ApiError, unavailable
@@ -36,6 +38,13 @@ EngineFactory = Callable[[], Awaitable[ServingEngine]]
 DEATH_CHECK_SECONDS = 0.25
 FAREWELL_SECONDS = 2.0
 """Seconds for aborted requests to send their error."""
+
+
+@runtime_checkable
+class Recording(Protocol):
+    """An engine with a record of its decisions."""
+
+    async def records(self) -> list[bytes]: ...
 
 
 class StopSignals:
@@ -120,6 +129,30 @@ async def serve_engine(
             await state.close()
 
 
+def _save_on_signal(engine: ServingEngine, directory: str | None) -> None:
+    """On SIGUSR1 write the record of decisions of each core to a file."""
+    if not isinstance(engine, Recording):
+        return
+    loop = asyncio.get_running_loop()
+    saving: set[asyncio.Task[None]] = set()
+
+    async def save() -> None:
+        try:
+            records = await engine.records()
+        except QuireError as error:
+            logger.error("SIGUSR1: the record of decisions could not be read: %s", error)
+            return
+        await asyncio.to_thread(record_files.save, directory, records, "SIGUSR1")
+
+    def begin() -> None:
+        task = loop.create_task(save())
+        saving.add(task)
+        task.add_done_callback(saving.discard)
+
+    with contextlib.suppress(ValueError, RuntimeError, NotImplementedError):  # not the main thread
+        loop.add_signal_handler(signal.SIGUSR1, begin)
+
+
 async def _load_and_serve(
     engine_factory: EngineFactory,
     state: ServerState,
@@ -137,6 +170,7 @@ async def _load_and_serve(
         return _status(http)
     engine = loading.result()
     try:
+        _save_on_signal(engine, state.engine_config.scheduler.decision_record_dir)
         state.engine_loaded(engine)
         logger.info("memory: %s", describe_ledger(engine.ready))
         logger.info(
