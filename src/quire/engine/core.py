@@ -124,8 +124,7 @@ class EngineCore:
         failure, records, states = None, [], []
         try:
             if isinstance(message.action, ReadRecord):
-                record = self.scheduler.record
-                records = [] if record is None else [record.dump()]
+                records = [r.dump() for r in (self.scheduler.record,) if r is not None]
             elif isinstance(message.action, LoadAdapter):
                 self._pending.load(message, message.action)
                 return None  # answered with the outputs of a later step
@@ -191,8 +190,7 @@ class EngineCore:
         """Add the requests whose grammar and adapter are there now. Returns the end of those that failed."""
         if not self._pending.has_work:
             return []
-        may_wait = not self._in_flight and not self.scheduler.has_work
-        ready, ends = self._pending.take(wait=may_wait)
+        ready, ends = self._pending.take(wait=not (self._in_flight or self.scheduler.has_work))
         for message in ready:
             self.scheduler.add_request(message)
         return ends

@@ -31,6 +31,7 @@ from quire.messages import (
     Failure,
     FinishReason,
     Inspect,
+    ReadRecord,
     LoadStats,
     RequestUpdate,
     ResetPrefixCache,
@@ -47,6 +48,10 @@ NOBODYS_CALL = 0
 """Id of a call whose answer nobody waits for; those of callers begin at 1."""
 MAX_GROUPS = 65_536
 """Groups whose replica is remembered, the latest ones. A beam search asks for its group in every round."""
+
+
+LOOKS = (Inspect, ReadRecord)
+"""Calls that only read. They are answered by the replicas that serve, and do not wait for the others."""
 
 
 @dataclass(slots=True)
@@ -121,7 +126,7 @@ class Replicas:
         if isinstance(message, Control):
             action = message.action
             waits_for = self.alive | self.returning
-            if isinstance(action, Inspect):  # of those that can say something now
+            if isinstance(action, LOOKS):  # of those that can say something now
                 waits_for = set(self.alive) or waits_for
             self._calls[message.id] = _Call(message, waits_for)
             if isinstance(action, ResetPrefixCache | Sleep):
@@ -239,7 +244,7 @@ class Replicas:
             state.replica = replica
         call.answers[replica] = answer
         call.waits_for.discard(replica)
-        if isinstance(call.control.action, Inspect):
+        if isinstance(call.control.action, LOOKS):
             call.waits_for &= self.alive
         return self._merged(answer.id)
 
@@ -271,10 +276,10 @@ class Replicas:
         return self._recovery.died(lost, death)
 
     def without(self, replica: int) -> list[Answer]:
-        """The answers to inspections that waited for this one alone, which is dead."""
+        """The answers to looks that waited for this one alone, which is dead."""
         answers = []
         for call_id, call in list(self._calls.items()):
-            if isinstance(call.control.action, Inspect) and call.answers:
+            if isinstance(call.control.action, LOOKS) and call.answers:
                 call.waits_for.discard(replica)
                 answers.append(self._merged(call_id))
         return [answer for answer in answers if answer is not None]

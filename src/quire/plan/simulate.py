@@ -93,7 +93,8 @@ class WithTokens:
 
 def find_device(values: Mapping[str, object], options: FleetOptions, price: float | None) -> Device:
     """values: of the engine, by flat name. Raises `ConfigError` or `ModelError`."""
-    given = from_flat(dict(values))
+    values = {**values, "decision_record_bytes": 0}  # nobody reads it, and jumps are not in it
+    given = from_flat(values)
     for wrong, feature in (
         (given.parallel.pipeline_parallel_size > 1, "pipeline_parallel_size"),
         (given.max_drafts > 0, "speculative decoding"),
