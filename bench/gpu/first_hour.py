@@ -266,7 +266,7 @@ def _every_head_size() -> None:
         config = {**QWEN3_06B, "head_dim": head_dim, "num_attention_heads": 4}
         spec = resolve_spec({**config, "num_key_value_heads": 2, "num_hidden_layers": 1})
         for dtype in (BF16, FP8):
-            cache = Cache.create(spec, 800, dtype=dtype)
+            cache = Cache.create(spec, 4 * (300 + 16), dtype=dtype)
             batch = Batch.create(spec, cache, [(9, 9), (1, 1), (1, 300), (0, 0)])
             for invariant in (False, True):
                 batch.attend(invariant=invariant)()
@@ -312,7 +312,7 @@ def sleeps(*, small: bool) -> Values:
         before = _tokens(core, spec, small)
         for level in (1, 2):
             core.executor.sleep(level)
-            core.scheduler.kv.reset_prefix_cache()
+            core.scheduler.reset_prefix_cache()
             if DEVICE.type == "cuda":
                 found[f"held_mib_asleep_{level}"] = torch.cuda.memory_reserved() / 2**20
             core.executor.wake_up()
