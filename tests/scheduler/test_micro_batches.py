@@ -63,7 +63,8 @@ class Pipeline:
             max_model_len=5000,
             stages=depth if shares else 1,
         )
-        kv = KVCacheManager(40_000, 16, enable_prefix_caching=False)
+        # Enough for all at once: 120 requests of 1,100 tokens. More would only take time to make.
+        kv = KVCacheManager(9_000, 16, enable_prefix_caching=False)
         self.executor = Stages(depth, base=base, token=token)
         scheduler = Scheduler(limits, kv, needs_token_before_next=lambda message: True)
         self.core = EngineCore(scheduler, self.executor)
