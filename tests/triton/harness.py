@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -43,6 +44,9 @@ def fix_interpreter() -> None:
     bfloat16 or fp8 truncates, and fp8 does not saturate. A tensor as the bound of `range` raises on
     NumPy >= 2.4. Last, `tl.dot` sums in float64 here: NumPy's float32 product may round a row
     differently depending on where it stands in the tile, which tensor cores do not.
+
+    And one for speed: each launch, and each call of a function from a kernel, would look through Triton's
+    whole language for what to replace. It is replaced once, and stays so.
     """
     import numpy as np
     from triton.runtime import interpreter
@@ -88,6 +92,10 @@ def fix_interpreter() -> None:
     interpreter.InterpreterBuilder.create_dot = dot
     interpreter._convert_float = convert
     interpreter._patch_lang_tensor = patch
+    for module in ({"tl": tl}, {"core": tl.core}):
+        interpreter._patch_lang(FunctionType((lambda: None).__code__, module))
+    nothing_to_restore = interpreter._LangPatchScope
+    interpreter._patch_lang = lambda function: nothing_to_restore()
 
 
 # --- ahead-of-time compiles -------------------------------------------------------------------------
