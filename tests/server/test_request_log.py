@@ -22,9 +22,10 @@ from quire.server.state import ServerState
 from quire.util.logging import setup_logging
 
 FIELDS = {
-    "request_id", "answer_id", "trace_id", "tenant", "key", "endpoint", "model", "stream", "status",
-    "finish_reason", "num_prompts", "prompt_tokens", "cached_tokens", "output_tokens", "num_preemptions",
-    "queue_seconds", "first_token_seconds", "prefill_seconds", "decode_seconds", "e2e_seconds",
+    "request_id", "answer_id", "engine_ids", "trace_id", "tenant", "key", "endpoint", "model", "stream",
+    "status", "finish_reason", "num_prompts", "prompt_tokens", "cached_tokens", "output_tokens",
+    "num_preemptions", "queue_seconds", "first_token_seconds", "prefill_seconds", "decode_seconds",
+    "e2e_seconds",
 }  # fmt: skip
 BASE = {"time", "level", "logger", "message"}
 TRACE = "0af7651916cd43dd8448eb211c80319c"
@@ -165,6 +166,7 @@ async def test_a_line_of_text(log, make_client, engine) -> None:
 
 class Done:
     request_id = "r"
+    sequence_ids = (3,)
 
     def __init__(self, **stats: float) -> None:
         self.last = RequestOutput("r", None, [1], [], True, RequestStateStats(**stats))
@@ -183,6 +185,7 @@ def test_times_are_the_longest_of_several_prompts() -> None:
     found = facts(Record(arrival_ts=0.5, ended_ts=10.0, work=[Work(one, 4), Work(two, 5)]))
     assert (found["queue_seconds"], found["prefill_seconds"], found["decode_seconds"]) == (3, 3, 4)
     assert (found["prompt_tokens"], found["output_tokens"], found["e2e_seconds"]) == (9, 5, 9.5)
+    assert found["engine_ids"] == ["r3", "r3"]
 
 
 async def test_a_report_that_fails_does_not_fail_the_request(
