@@ -186,7 +186,7 @@ def test_what_is_not_of_the_protocol_changes_nothing(servable: Servable) -> None
 
 @pytest.mark.slow
 def test_many_engines_start_at_once(servable: Servable) -> None:
-    checkpoint, count = servable("llama"), 8  # sixteen processes
+    checkpoint, count = servable("llama"), 20
 
     def run(index: int) -> list[int]:
         options = {**OPTIONS, "worker_timeout": 120.0}
