@@ -190,6 +190,8 @@ def test_autoscaling(tmp_path: Path) -> None:
         (["--gpu", "h100", "--model", "llama-3.1-8b", "--trace", "sharegpt"], "give --rate"),
         (["--gpu", "h100", "--model", "llama-3.1-8b", "--trace", "/no/file"], "cannot be read"),
         (["--gpu", "h100", "--model", "llama-3.1-8b", "--pipeline-parallel-size", "2"], "not simulated"),
+        ([*H100[1:], "--warmup", "20s"], "warmup must be less than duration"),
+        ([*H100[1:], "--trace", "azure-code", "--sample-windows", "4"], "not of azure-code"),
     ],
 )  # fmt: skip
 def test_mistakes_are_named(argv: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -109,7 +109,9 @@ def test_the_report_has_the_budget_of_the_layout_it_found(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """A large GPU's own is 8,192, and a search tries less."""
-    planned = json.loads(asked(capsys, "llama-3.1-8b --gpu h100 -q none --rate 3 --context 8K --json"))
+    planned = json.loads(
+        asked(capsys, "llama-3.1-8b --gpu h100 -q none --rate 3 --context 8K --json")
+    )
     budget = planned["layouts"][0]["max_num_batched_tokens"]
     words = planned["dry_run"]
     assert words[words.index("--max-num-batched-tokens") + 1] == str(budget)

@@ -20,7 +20,7 @@ RANKS = (1, 2, 4, 8)
 FORMATS = (None, "fp8", "awq")
 """That are tried if none is given: a checkpoint as it is, and the two that users find on the hub."""
 BUDGETS = (2048, 1024, 512)
-"""max_num_batched_tokens that are tried if none is given: the default of small GPUs, and smaller ones for a shorter ITL."""
+"""max_num_batched_tokens that are tried if none is given: small GPUs' default, and less for a shorter ITL."""
 FEWEST, LEAST_LOAD, HIGHEST_LOAD = 0.01, 0.01, 0.98
 """Running requests, in the mean; and their shares of the most: with the least there is no queue, and beyond
 the highest waits grow without end."""
@@ -169,7 +169,7 @@ def judge(model: Model, layout: Layout, wish: Wish, options: Mapping[str, object
 
 
 def fewest_rows(replica: Replica) -> float:
-    """That stand for one request at a time: long prompts with short answers have less than `FEWEST` at most."""
+    """One request at a time: of long prompts with short answers, `FEWEST` may be more than fit."""
     return min(FEWEST, LEAST_LOAD * replica.most_rows)
 
 

@@ -179,7 +179,9 @@ class Simulation:
         share = count / self.fleet.replicas
         duration, since = parse_seconds(self.traffic.duration), parse_seconds(self.traffic.warmup)
         if since and since >= duration and self.fleet.sample_windows is None:
-            raise ConfigError(f"warmup must be less than duration, got {since:g} and {duration:g} s.")
+            raise ConfigError(
+                f"warmup must be less than duration, got {since:g} and {duration:g} s."
+            )
         if self.fleet.sample_windows is not None:
             runs = self._windows(rate, count, share, since)
             window = since + parse_seconds(self.fleet.window)
