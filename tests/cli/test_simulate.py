@@ -60,6 +60,26 @@ def test_the_blocks_are_those_of_a_start(
     assert f"{found['about']['kv_blocks']:,} blocks" in capsys.readouterr().out
 
 
+def test_weights_are_in_the_formats_of_plan(tmp_path: Path) -> None:
+    """Arithmetic in fp8, and the usual checkpoint of a format, as `quire plan` has them."""
+    runs = {
+        form: figures([*H100, "--rate", "2", "--quantization", form], tmp_path)
+        for form in ("fp8", "fp8_per_channel", "awq")
+    }
+    whole = figures([*H100, "--rate", "2"], tmp_path)
+    for form in ("fp8", "fp8_per_channel"):
+        assert runs[form]["ttft_ms"]["mean"] < 0.8 * whole["ttft_ms"]["mean"]
+    assert runs["awq"]["about"]["kv_blocks"] > whole["about"]["kv_blocks"] + 1000
+
+
+def test_one_request(tmp_path: Path) -> None:
+    trace = tmp_path / "one.jsonl"
+    trace.write_text('{"arrival": 3, "prompt_tokens": 10, "output_tokens": 5}\n')
+    found = figures([*H100, "--trace", str(trace)], tmp_path)
+    assert (found["requests"], found["output_tokens"]) == (1, 5)
+    assert not found["steady"]["is_saturated"]
+
+
 def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
     """In another process, too: hashes of texts differ there."""
     paths = [tmp_path / f"{number}.json" for number in range(3)]
@@ -178,6 +198,8 @@ def test_autoscaling(tmp_path: Path) -> None:
         (["--gpu", "h100", "--model", "llama-3.1-8b", "--trace", "sharegpt"], "give --rate"),
         (["--gpu", "h100", "--model", "llama-3.1-8b", "--trace", "/no/file"], "cannot be read"),
         (["--gpu", "h100", "--model", "llama-3.1-8b", "--pipeline-parallel-size", "2"], "not simulated"),
+        ([*H100[1:], "--warmup", "20s"], "warmup must be less than duration"),
+        ([*H100[1:], "--trace", "azure-code", "--sample-windows", "4"], "not of azure-code"),
     ],
 )  # fmt: skip
 def test_mistakes_are_named(argv: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:

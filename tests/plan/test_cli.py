@@ -105,6 +105,18 @@ def test_more_than_it_can_serve(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Cost at" not in text
 
 
+def test_the_report_has_the_budget_of_the_layout_it_found(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A large GPU's own is 8,192, and a search tries less."""
+    planned = json.loads(
+        asked(capsys, "llama-3.1-8b --gpu h100 -q none --rate 3 --context 8K --json")
+    )
+    budget = planned["layouts"][0]["max_num_batched_tokens"]
+    words = planned["dry_run"]
+    assert words[words.index("--max-num-batched-tokens") + 1] == str(budget)
+
+
 def test_a_price(capsys: pytest.CaptureFixture[str]) -> None:
     assert "$2.5 an hour ($2.5" in asked(capsys, "qwen3-8b --gpu h100 --price 2.5")
     assert "TFLOP/s in bf16, $9 an hour\n" in asked(capsys, "qwen3-8b --gpu h100 --price 9")

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from quire.errors import ConfigError
 from quire.plan.devices import find_gpu
 from quire.plan.load import Lengths
-from quire.plan.model import find_model, place
-from quire.plan.search import FORMATS, RANKS, Candidate, Wish, candidates, parse_slo, replica_of
+from quire.plan.model import Layout, find_model, place
+from quire.plan.search import (
+    FORMATS,
+    RANKS,
+    Candidate,
+    Wish,
+    candidates,
+    most_rows,
+    parse_slo,
+    replica_of,
+)
 
 OPTIONS = {"max_model_len": 8192}
 
@@ -82,6 +93,20 @@ def test_a_smaller_budget_is_taken_where_the_itl_needs_it() -> None:
     )
     assert strict.budget == 512
     assert loose.budget == 2048
+
+
+def test_long_prompts_with_one_token_are_judged_at_little_load() -> None:
+    """Fewer than 0.01 of them run in the mean, since nearly all their steps are the prompt's."""
+    layout = Layout(find_gpu("h100"))
+    lengths = Lengths(130_000, 1)
+    replica = replica_of(
+        place(find_model("llama-3.1-8b"), layout, {"max_model_len": 131_072}), lengths
+    )
+    replica = replace(replica, budget=1024)
+    assert replica.most_rows < 0.01
+    alone = replica.with_rows(1e-9).ttft_p99
+    assert most_rows(replica, Wish(lengths, None, {"ttft": 2 * alone})) is not None
+    assert most_rows(replica, Wish(lengths, None, {"ttft": 0.9 * alone})) is None
 
 
 def test_without_a_rate_the_cheapest_request_is_first() -> None:

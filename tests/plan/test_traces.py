@@ -148,6 +148,16 @@ def test_azure_s_csv(tmp_path: Path) -> None:
     assert first.prompt[0][0] != second.prompt[0][0]
 
 
+def test_azure_s_csv_of_2024(tmp_path: Path) -> None:
+    """A byte order mark, and times in a zone, with and without fractions."""
+    path = tmp_path / "azure.csv"
+    stamps = ("00:00:00.009930+00:00", "00:00:01+00:00", "00:00:01.5+00:00", "00:00:02.2500")
+    rows = [f"2024-05-10 {stamp},2162,5" for stamp in stamps]
+    path.write_text("\ufeffTIMESTAMP,ContextTokens,GeneratedTokens\n" + "\n".join(rows))
+    times = [request.time for request in read_trace(str(path))]
+    assert times == pytest.approx([0.0, 0.99007, 1.49007, 2.24007])
+
+
 def test_mooncake_s_jsonl(tmp_path: Path) -> None:
     path = tmp_path / "mooncake.jsonl"
     rows = [
@@ -193,7 +203,11 @@ def test_a_result_of_bench_serve(tmp_path: Path) -> None:
         ("", "has no request"),
         ("TIMESTAMP,ContextTokens\n2023-11-16 18:17:03,5\n", "line 2: expected TIMESTAMP"),
         ('{"timestamp": 1}\n{"hash_ids": 3}\n', "line 2: expected the fields"),
+        ('{"arrival": 0, "prompt_tokens": 4, "output_tokens": 2}\n[1]\n', "line 2: expected"),
+        ('{"arrival": NaN, "prompt_tokens": 4, "output_tokens": 2}\n', "line 1: expected"),
+        ('{"arrival": 1, "prompt_tokens": 1e999, "output_tokens": 2}\n', "line 1: expected"),
         ('{\n "a": 1\n}', "one JSON value"),
+        ('[{"conversations": []}]', "no times; give --trace sharegpt"),
     ],
 )
 def test_a_file_that_is_no_trace(tmp_path: Path, text: str, says: str) -> None:

@@ -19,7 +19,7 @@ from quire.plan.load import Lengths
 from quire.plan.model import QUANTIZATIONS, Layout, Model, find_model, place
 from quire.plan.picture import draw_plan
 from quire.plan.report import Report
-from quire.plan.search import BUDGETS, FORMATS, Candidate, Wish, candidates, fewest_ranks, parse_slo
+from quire.plan.search import FORMATS, Candidate, Wish, candidates, fewest_ranks, parse_slo
 from quire.plan.text import plan_json, plan_text
 
 OPTIONS = "dtype kv_cache_dtype block_size gpu_memory_utilization max_num_seqs max_num_batched_tokens".split()
@@ -74,8 +74,7 @@ def _report(
     if count is not None or best is None:
         ranks = count or fewest_ranks(model, gpu, form, options)
         return Report(place(model, Layout(gpu, ranks, form), options), wish)
-    if best.budget != BUDGETS[0]:
-        options = {**options, "max_num_batched_tokens": best.budget}
+    options = {**options, "max_num_batched_tokens": best.budget}
     return Report(place(model, best.layout, options), wish, best.replicas)
 
 

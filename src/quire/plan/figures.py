@@ -109,7 +109,7 @@ def _cost(dollars: float, prompt: int, output: int) -> Values:
 def steady(runs: Sequence[Run], duration: float, since: float, scale: float) -> dict[str, object]:
     """Requests per second that came, and that ended, after a quarter of the time in which they came. If it is
     saturated, fewer end than come, and they wait longer and longer."""
-    quarter = (duration - since) / 4
+    quarter = max(duration - since, 1e-9) / 4
     lives = [life for run in runs for life in run.lives]
 
     def queue(number: int) -> float:

@@ -20,9 +20,10 @@ RANKS = (1, 2, 4, 8)
 FORMATS = (None, "fp8", "awq")
 """That are tried if none is given: a checkpoint as it is, and the two that users find on the hub."""
 BUDGETS = (2048, 1024, 512)
-"""max_num_batched_tokens that are tried if none is given: the default, and smaller ones for a shorter ITL."""
-FEWEST, HIGHEST_LOAD = 0.01, 0.98
-"""Running requests, in the mean; and their share of the most, beyond which waits grow without end."""
+"""max_num_batched_tokens that are tried if none is given: small GPUs' default, and less for a shorter ITL."""
+FEWEST, LEAST_LOAD, HIGHEST_LOAD = 0.01, 0.01, 0.98
+"""Running requests, in the mean; and their shares of the most: with the least there is no queue, and beyond
+the highest waits grow without end."""
 WORTH = 0.9
 """Of the highest rate: the largest budget that reaches it is taken."""
 SLO_KEYS = {"ttft": "ttft_p99", "itl": "itl_p99", "tpot": "itl"}
@@ -156,7 +157,7 @@ def judge(model: Model, layout: Layout, wish: Wish, options: Mapping[str, object
     tried = [replica] if given else [replace(replica, budget=budget) for budget in BUDGETS]
     found = [(each, most) for each in tried if (most := most_rows(each, wish)) is not None]
     if not found:
-        missed = wish.missed(tried[-1].with_rows(FEWEST))
+        missed = wish.missed(tried[-1].with_rows(fewest_rows(tried[-1])))
         return Candidate(layout, f"even with one request at a time: {missed}")
     rates = [(each, each.with_rows(most).rate) for each, most in found]
     enough = WORTH * max(rate for _, rate in rates)
@@ -167,9 +168,14 @@ def judge(model: Model, layout: Layout, wish: Wish, options: Mapping[str, object
     return Candidate(layout, None, replicas, replica.budget, best, point)
 
 
+def fewest_rows(replica: Replica) -> float:
+    """One request at a time: of long prompts with short answers, `FEWEST` may be more than fit."""
+    return min(FEWEST, LEAST_LOAD * replica.most_rows)
+
+
 def most_rows(replica: Replica, wish: Wish) -> float | None:
     """The most running requests at which the SLO is met; None: it is not met with any."""
-    low, high = FEWEST, replica.most_rows * HIGHEST_LOAD
+    low, high = fewest_rows(replica), replica.most_rows * HIGHEST_LOAD
     if wish.missed(replica.with_rows(low)):
         return None
     if not wish.missed(replica.with_rows(high)):

@@ -111,7 +111,9 @@ def find_device(values: Mapping[str, object], options: FleetOptions, price: floa
         if not isinstance(name, str):
             raise ConfigError("with --gpu, name a model: --model DIRECTORY, hub id or known name.")
         count = count or given.parallel.tensor_parallel_size
-        sized = place(find_model(name), Layout(gpu, count), values)
+        form = values.pop("quantization", None)
+        layout = Layout(gpu, count, form if isinstance(form, str) else None)
+        sized = place(find_model(name), layout, values)
         price = gpu.price * count
         if fitted is None:
             reached = BOUND if options.bound else PUBLISHED
@@ -176,6 +178,10 @@ class Simulation:
         count = self.fleet.sample_replicas or self.fleet.replicas
         share = count / self.fleet.replicas
         duration, since = parse_seconds(self.traffic.duration), parse_seconds(self.traffic.warmup)
+        if since and since >= duration and self.fleet.sample_windows is None:
+            raise ConfigError(
+                f"warmup must be less than duration, got {since:g} and {duration:g} s."
+            )
         if self.fleet.sample_windows is not None:
             runs = self._windows(rate, count, share, since)
             window = since + parse_seconds(self.fleet.window)
@@ -212,7 +218,7 @@ class Simulation:
         name, number = self.traffic.trace, self.fleet.sample_windows or 0
         shape = SHAPES.get(name)
         if shape is None or shape.in_bursts:
-            raise ConfigError("windows are of generated traffic that comes evenly, not of {name}.")
+            raise ConfigError(f"windows are of generated traffic that comes evenly, not of {name}.")
         rate = rate or shape.rate
         if not rate:
             raise ConfigError(f"{name} has no times of its own; give --rate.")

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 
 from quire.errors import ConfigError
@@ -26,12 +27,16 @@ OWN = 1 << 29
 def read_trace(path: str) -> list[TraceRequest]:
     """In the order of their times, which begin at 0. Raises `ConfigError`, naming file and line."""
     try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
+        text = Path(path).expanduser().read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ConfigError(f"trace {path} cannot be read: {error.strerror or error}.") from None
     except UnicodeDecodeError:
         raise ConfigError(f"trace {path} is not UTF-8 text.") from None
     start = text.lstrip()
+    if start.startswith("["):
+        raise ConfigError(
+            f"trace {path} is a JSON list, as ShareGPT's file is: it has no times; give --trace sharegpt."
+        )
     if not start.startswith("{"):
         found = list(_csv(path, text))
     elif start.partition("\n")[0].rstrip().endswith("}") and "start_times" not in text:
@@ -49,7 +54,7 @@ def _csv(path: str, text: str) -> Iterator[TraceRequest]:
     rows = csv.DictReader(text.splitlines())
     for number, row in enumerate(rows, start=2):
         try:
-            at = datetime.fromisoformat(row["TIMESTAMP"][:26].strip()).timestamp()
+            at = _moment(row["TIMESTAMP"].strip())
             lengths = int(row["ContextTokens"]), int(row["GeneratedTokens"])
         except (KeyError, TypeError, ValueError):
             raise ConfigError(
@@ -65,21 +70,29 @@ def _lines(path: str, text: str) -> Iterator[TraceRequest]:
             continue
         try:
             entry = json.loads(line)
+            if not isinstance(entry, dict):
+                raise TypeError
             if "hash_ids" in entry:
                 yield from _mooncake(entry, contents, OWN + number)
             elif "output_tokens" in entry and entry.get("output_tokens") is not None:
                 at = float(entry["arrival"]) if "arrival" in entry else _arrival(entry)
                 prompt = [(OWN + number, int(entry["prompt_tokens"]))]
                 yield from _request(at, prompt, int(entry["output_tokens"]))
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, OverflowError, TypeError, ValueError):
             raise ConfigError(
                 f"{path} line {number}: expected the fields of one of the forms in docs/simulate.md."
             ) from None
 
 
+def _moment(text: str) -> float:
+    """Without a zone it is taken for UTC: in a zone with summer time, gaps would change with the clock."""
+    at = datetime.fromisoformat(text)
+    return (at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp()
+
+
 def _arrival(entry: Mapping[str, object]) -> float:
     """Of a line of the request log, in whole seconds of its end."""
-    return datetime.fromisoformat(str(entry["time"])).timestamp() - float(str(entry["e2e_seconds"]))
+    return _moment(str(entry["time"])) - float(str(entry["e2e_seconds"]))
 
 
 def _mooncake(
@@ -111,14 +124,16 @@ def _whole(path: str, text: str) -> Iterator[TraceRequest]:
         for number, (at, prompt, output, error) in enumerate(rows):
             if not error:
                 yield from _request(float(at), [(OWN + number, int(prompt))], int(output))
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, OverflowError, TypeError, ValueError):
         raise ConfigError(
             f"trace {path} is one JSON value, but not of quire bench serve --save-detailed."
         ) from None
 
 
 def _request(at: float, runs: Iterable[tuple[int, int]], output_len: int) -> Iterator[TraceRequest]:
-    """None for a request that has computed nothing."""
+    """None for a request that has computed nothing. Raises `ValueError`: `at` is no time."""
+    if not math.isfinite(at):
+        raise ValueError
     kept = tuple((content, length) for content, length in runs if length > 0)
     if kept and output_len > 0:
         yield TraceRequest(at, kept, output_len)

@@ -240,6 +240,6 @@ def cut(requests: list[TraceRequest], longest: int) -> list[TraceRequest]:
             if left > 0:
                 runs.append((content, min(length, left)))
             left -= length
-        output_len = min(request.output_len, longest - (longest - 1 - max(left, 0)))
+        output_len = min(request.output_len, 1 + max(left, 0))
         found.append(TraceRequest(request.time, tuple(runs), output_len))
     return found
