@@ -11,7 +11,6 @@ from quire.plan.figures import parse_seconds, parse_slo
 from quire.plan.fleet import ROUTINGS, Autoscale
 from quire.plan.traces import SHAPES
 
-
 MOST_REPLICAS = 100_000
 
 
