@@ -15,7 +15,7 @@ from tests.deploy.pod import CPU_IMAGE, Pod, Service, guide
 from quire.server.keys import entry_for
 
 SMALL = {"requests": {"cpu": "1", "memory": "2Gi"}, "limits": {"memory": "2Gi"}}
-QUICK = {"preStopSeconds": 1, "drainDelaySeconds": 2, "timeoutSeconds": 20}
+QUICK = {"preStopSeconds": 1, "drainDelaySeconds": 4, "timeoutSeconds": 20}
 KEY, ANNS_KEY = "a-key-of-the-test", "sk-another-one-in-the-file"
 
 

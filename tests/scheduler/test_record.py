@@ -151,7 +151,7 @@ def test_a_replay_that_fails_is_a_departure(monkeypatch) -> None:
     engine = Engine()
     engine.add(1, 8)
     engine.step(8)
-    monkeypatch.setattr(Scheduler, "_wanted", lambda self, request: 1 // 0)
+    monkeypatch.setattr(Scheduler, "_plan_row", lambda *of: 1 // 0)
     departure = replay(engine.data)
     assert departure is not None and departure.step_id == 1
     assert departure.replayed.startswith("ZeroDivisionError")
@@ -256,7 +256,7 @@ def test_what_an_engine_that_fails_leaves_is_read_and_replayed() -> None:
     engine.add(1, 4)
     engine.add(2, 8)
     engine.step(2)
-    engine.scheduler._plan_row = lambda *of: 1 // 0
+    engine.scheduler._add_row = lambda *of: 1 // 0
     with pytest.raises(ZeroDivisionError):
         engine.step()
     data = engine.data

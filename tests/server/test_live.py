@@ -65,10 +65,14 @@ class Connection:
         url = httpx.URL(await server.url)
         return cls(*await asyncio.open_connection(url.host, url.port))
 
-    async def ask(self, method: str, path: str, body: object = None) -> dict[str, str]:
+    async def send(self, method: str, path: str, body: object = None) -> None:
         content = b"" if body is None else json.dumps(body).encode()
         head = f"{method} {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
         self.writer.write(f"{head}content-length: {len(content)}\r\n\r\n".encode() + content)
+        await self.writer.drain()
+
+    async def ask(self, method: str, path: str, body: object = None) -> dict[str, str]:
+        await self.send(method, path, body)
         first, *lines = (await self.reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
         headers = dict(line.lower().split(": ", 1) for line in lines if line)
         await self.reader.readexactly(int(headers["content-length"]))
@@ -275,6 +279,35 @@ async def test_requests_are_served_until_everyone_has_noticed_the_drain():
             assert await asyncio.wait_for(each.reader.read(), 3) == b""
             await each.close()
         server.stop.hit()  # a second signal ends the delay too
+        assert await asyncio.wait_for(server.task, 5) == 0
+
+
+async def test_a_client_whose_stream_had_begun_is_told_with_its_next_answer():
+    """A connection that closed after the stream would lose a request that is sent at that moment."""
+    async with running(drain_delay=60.0) as server:
+        next_token, may_go_on = server.engine.next_token, asyncio.Event()
+
+        async def held(position: int = 0) -> None:
+            if position:
+                await may_go_on.wait()
+            await next_token(position)
+
+        server.engine.next_token = held
+        connection = await Connection.open(server)
+        await connection.send("POST", COMPLETIONS, ask(stream=True))
+        head = await connection.reader.readuntil(b"\r\n\r\n")
+        assert b"connection: close" not in head.lower()
+        server.stop.hit()
+        async with asyncio.timeout(5):
+            while (await server.client.get("/ready")).status_code != 503:
+                await asyncio.sleep(0.01)
+        may_go_on.set()
+        assert b"[DONE]" in await connection.reader.readuntil(b"\r\n0\r\n\r\n")
+        answer = await connection.ask("POST", COMPLETIONS, ask())
+        assert (answer["status"], answer["connection"]) == ("200", "close")
+        assert await asyncio.wait_for(connection.reader.read(), 3) == b""
+        await connection.close()
+        server.stop.hit()
         assert await asyncio.wait_for(server.task, 5) == 0
 
 

@@ -23,8 +23,9 @@ from quire.util.logging import setup_logging
 
 FIELDS = {
     "request_id", "answer_id", "engine_ids", "trace_id", "tenant", "key", "endpoint", "model", "stream",
-    "status", "finish_reason", "num_prompts", "prompt_tokens", "cached_tokens", "output_tokens", "num_preemptions",
-    "queue_seconds", "first_token_seconds", "prefill_seconds", "decode_seconds", "e2e_seconds",
+    "status", "finish_reason", "num_prompts", "prompt_tokens", "cached_tokens", "output_tokens",
+    "num_preemptions", "queue_seconds", "first_token_seconds", "prefill_seconds", "decode_seconds",
+    "e2e_seconds",
 }  # fmt: skip
 BASE = {"time", "level", "logger", "message"}
 TRACE = "0af7651916cd43dd8448eb211c80319c"

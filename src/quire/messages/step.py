@@ -72,7 +72,7 @@ class StepPlan(msgspec.Struct, kw_only=True):
 
     @property
     def num_tokens(self) -> int:
-        return sum(row.num_tokens for row in self.rows)
+        return sum([row.num_tokens for row in self.rows])
 
 
 class SampledRow(msgspec.Struct, kw_only=True, omit_defaults=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import Enum
 
 from quire.kvcache import CacheKey
-from quire.messages import AddRequest, FinishReason, PromptLogprobs, RequestTimes, SampledRow
+from quire.messages import AddRequest, FinishReason, PromptLogprobs, RequestTimes
 from quire.prefix_report import PrefixReport
 from quire.sampling_params import RepetitionDetectionParams
 
@@ -124,7 +124,8 @@ class Request:
     @property
     def ends_with_pending(self) -> bool:
         """Whether the request ends with the last pending token, whatever its id."""
-        return self.num_output_tokens + self.num_pending_tokens >= self.decoding.max_tokens
+        produced = len(self.token_ids) - self.num_prompt_tokens
+        return produced + self.num_pending_tokens >= self.decoding.max_tokens
 
     def common_prefix(self, other: Request, block_size: int) -> int:
         """The number of equal tokens at the beginning of this request and another one, in whole blocks.
@@ -160,7 +161,7 @@ class Request:
     def append_token(self, token: int) -> None:
         """Add a sampled token and decide whether it is the last one."""
         self.token_ids.append(token)
-        produced, decoding = self.num_output_tokens, self.decoding
+        produced, decoding = len(self.token_ids) - self.num_prompt_tokens, self.decoding
         if produced >= decoding.min_tokens:
             if token in decoding.end_token_ids:
                 self.finish_reason = FinishReason.STOP
@@ -176,11 +177,8 @@ class Request:
         ):
             self.finish_reason = FinishReason.REPETITION
 
-    def news_of_prompt(self, row: SampledRow) -> PromptLogprobs | None:
+    def news_of_prompt(self, found: PromptLogprobs) -> PromptLogprobs | None:
         """New prompt logprobs only; a resumed request recomputes some."""
-        found = row.prompt_logprobs
-        if found is None:
-            return None
         known = self.num_prompt_logprobs - found.start
         assert known >= 0, "some are missing"
         entries = found.entries[known:]

@@ -208,7 +208,7 @@ class Scheduler:
             for request in running:  # drafts in flight may have to be computed again
                 computed = request.num_computed_tokens - request.num_drafts_in_flight
                 self.kv.slide(request.request_id, computed)
-        wanted = [self._wanted(request) for request in running]
+        wanted = self._wanted(running)
         budget, left_out = self._micro_batches.share(running, wanted, self.waiting)
         self._waits |= dict.fromkeys(left_out, Wait(WaitReason.SHARE))
         quantum = least_share(wanted, budget, self.kv.block_size)
@@ -230,11 +230,18 @@ class Scheduler:
         self._advance(plan)
         return plan
 
-    def _wanted(self, request: Request) -> int:
-        """The number of tokens that a running request would compute in this step with the whole budget."""
-        if (request.num_pending_tokens or not request.generates) and self._is_idle(request):
-            return 0
-        return self._capped(request.num_tokens - request.num_computed_tokens)
+    def _wanted(self, running: list[Request]) -> list[int]:
+        """The number of tokens that each would compute in this step with the whole budget."""
+        wanted = []
+        for request in running:
+            pending = request.num_pending_tokens
+            count = len(request.token_ids) + pending - request.num_computed_tokens
+            if count != 1:
+                count = self._capped(count)
+            if (pending or not request.generates) and self._is_idle(request):
+                count = 0
+            wanted.append(count)
+        return wanted
 
     def _schedule_running(
         self,
@@ -248,8 +255,12 @@ class Scheduler:
         preempted request is not used."""
         spare = budget - sum(wanted) + sum(count - quantum for count in wanted if count > quantum)
         assert spare >= 0
+        block_size = self.kv.block_size
         for request, count in zip(running, wanted, strict=True):
             if not count or request.status is not RequestStatus.RUNNING:
+                continue
+            if count == 1 and 0 < request.num_computed_tokens % block_size < block_size - 1:
+                self._add_row(plan, request, 1, ())  # within a block: begins none, and fills none
                 continue
             if count > quantum:
                 count = min(count, quantum + spare)
@@ -273,15 +284,14 @@ class Scheduler:
 
     def _is_idle(self, request: Request) -> bool:
         """Whether the request has nothing to compute until the plans in flight are done."""
-        if request.num_computed_tokens == request.num_tokens:
-            return True  # it only has a prompt
         if not request.num_pending_tokens:
-            return False
+            return request.num_computed_tokens == request.num_tokens  # it only has a prompt
         if request.ends_with_pending:
             return True
-        held = request.needs_token_before_next or self.drafting.holds(request)
-        self._stats.rows_held += held
-        return held or self.limits.stages > 1
+        if request.needs_token_before_next or self.drafting.holds(request):
+            self._stats.rows_held += 1
+            return True
+        return self.limits.stages > 1
 
     def _advance(self, plan: StepPlan) -> None:
         """Count planned tokens as computed. Only at the end, because within the step their KV cannot be
@@ -424,16 +434,23 @@ class Scheduler:
     def _plan_row(
         self, plan: StepPlan, request: Request, count: int, new_block_ids: BlockIds
     ) -> None:
-        reach = request.num_computed_tokens + count
-        known = len(request.token_ids)
-        self.kv.register(request.request_id, request.token_ids, min(reach, known), self._step_id)
+        known = min(request.num_computed_tokens + count, len(request.token_ids))
+        self.kv.register(request.request_id, request.token_ids, known, self._step_id)
+        self._add_row(plan, request, count, new_block_ids)
+
+    def _add_row(
+        self, plan: StepPlan, request: Request, count: int, new_block_ids: BlockIds
+    ) -> None:
+        start, known = request.num_computed_tokens, len(request.token_ids)
+        reach = start + count
+        is_last = reach == known + request.num_pending_tokens
         plan.rows.append(
             PlannedRow(
                 request_id=request.request_id,
-                start=request.num_computed_tokens,
+                start=start,
                 num_tokens=count,
                 new_block_ids=new_block_ids,
-                samples=1 if reach == request.num_tokens and request.generates else 0,
+                samples=1 if is_last and request.generates else 0,
                 pending=reach > known,
             )
         )
@@ -511,12 +528,14 @@ class Scheduler:
 
     def _learn(self, request: Request, planned: PlannedRow, row: SampledRow) -> RequestUpdate:
         request.num_pending_tokens -= planned.samples
-        prompt_logprobs = request.news_of_prompt(row)
+        prompt_logprobs = None
+        if row.prompt_logprobs is not None:
+            prompt_logprobs = request.news_of_prompt(row.prompt_logprobs)
         if row.error is not None:
             update = self._finish(request, FinishReason.ERROR)
             update.error, update.prompt_logprobs = row.error, prompt_logprobs
             return update
-        first = request.num_output_tokens == 0
+        first = len(request.token_ids) == request.num_prompt_tokens
         drafts, verified, kept = planned.draft_token_ids, None, 0
         if drafts:
             verified = self.drafting.learn(request, planned, row.token_ids)
@@ -530,7 +549,8 @@ class Scheduler:
         else:
             update = RequestUpdate(request_id=request.request_id)
             known = len(request.token_ids)
-            if request.num_computed_tokens >= known:  # in a plan in flight
+            if request.num_computed_tokens >= known and not known % self.kv.block_size:
+                # Its last block is filled by a plan in flight.
                 self.kv.register(request.request_id, request.token_ids, known, self._step_id)
             if row.draft_token_ids:
                 kept = self.drafting.keep(request, row)
@@ -539,9 +559,11 @@ class Scheduler:
             self.record.learned(
                 request, planned, row, len(accepted), verified, kept, prompt_logprobs
             )
-        update.new_token_ids, update.drafts = accepted, verified
-        update.logprobs = row.logprobs[: len(accepted)] if row.logprobs is not None else None
-        update.prompt_logprobs = prompt_logprobs
+        update.new_token_ids = accepted
+        if row.logprobs is not None:
+            update.logprobs = row.logprobs[: len(accepted)]
+        if is_odd:
+            update.drafts, update.prompt_logprobs = verified, prompt_logprobs
         if first:
             update.prefix, update.times = request.prefix, request.times
         return update
@@ -556,7 +578,9 @@ class Scheduler:
             update = self._finish(request, FinishReason.ERROR)
             update.error = found.error
             return [update]
-        news = None if found is None else request.news_of_prompt(found)
+        news = None
+        if found is not None and found.prompt_logprobs is not None:
+            news = request.news_of_prompt(found.prompt_logprobs)
         if not done and news is None:
             return []
         if self.record is not None and found is not None and news is not None:

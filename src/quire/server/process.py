@@ -56,15 +56,18 @@ class HttpServer(uvicorn.Server):
         yield
 
     def close_connections(self, *, idle: bool) -> None:
-        """From now on a connection closes after an answer, and says so if the answer has not begun. idle:
-        those that wait for nothing close at once."""
+        """From now on an answer that begins says that its connection closes after it. idle: all others close
+        too, those that wait for nothing at once.
+
+        Until then a connection whose answer has begun stays: its client was not told, and might send a
+        request just as it closes. The answer to that one will say so."""
         close = (b"connection", b"close")
         if close not in self.config.encoded_headers:
             self.config.encoded_headers.append(close)
             self.server_state.default_headers = [*self.server_state.default_headers, close]
         for connection in list(self.server_state.connections):
             cycle = getattr(connection, "cycle", None)
-            if idle or (cycle is not None and not cycle.response_complete):
+            if idle or (cycle is not None and not cycle.response_started):
                 connection.shutdown()
 
     async def wait_started(self, task: asyncio.Task[None]) -> None:
