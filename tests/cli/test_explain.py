@@ -143,3 +143,14 @@ def test_a_timeline_and_its_picture(records, tmp_path, capsys):
     assert main(["timeline", records[0], "--picture", str(picture)]) == 0
     assert main(["timeline", records[0], "--picture", str(picture), "--request", "77"]) == 2
     assert main(["timeline", records[0], "--seconds", "-1"]) == 2
+
+
+@pytest.mark.parametrize("flags", [["-o"], ["--picture"]])
+def test_an_output_that_cannot_be_written_is_one_line(
+    records: list[str], flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for wrong in (tmp_path, tmp_path / "none" / "trace.json"):
+        assert main(["timeline", records[0], *flags, str(wrong)]) == 2
+        shown = capsys.readouterr()
+        assert shown.err.startswith(f"quire: error: cannot open {wrong}: ")
+        assert shown.err.count("\n") == 1 and not shown.out

@@ -205,3 +205,34 @@ def test_autoscaling(tmp_path: Path) -> None:
 def test_mistakes_are_named(argv: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["simulate", *argv]) == 2
     assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--rate 0", "rate must be more than 0"),
+        ("--rate nan", "rate must be a number"),
+        ("--rate 1e12", "are more than 20,000,000 requests"),
+        ("--rate 1 --warmup 20s", "must be more than warmup"),
+        ("--rate 1 --host-us -5", "host_us must be 0 or more"),
+        ("--rate 1 --host-us nan", "host_us must be a number"),
+        ("--rate 1 --window 0s", "window must be more than 0"),
+        ("--rate 1 --device-memory 0", "device_memory must be at least 1"),
+        ("--rate 1 --device-memory 1G", "do not fit in 1.00 GiB"),
+        ("--rate 1 --max-model-len 1", "max_model_len 1 has no room"),
+        ("--rate 1 --replicas 100000000000", "at most 100,000 replicas"),
+        ("--rate 1 --trace azure-code --sample-windows 4", "evenly, not of azure-code"),
+    ],
+)
+def test_absurd_values_are_one_line(
+    words: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*H100, *words.split()]) == 2
+    shown = capsys.readouterr()
+    assert not shown.out
+    assert shown.err.count("\n") == 1 and said in shown.err
+
+
+def test_device_memory_replaces_the_gpus(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*H100, "--rate", "1", "--device-memory", "40G"]) == 0
+    assert "; 2,611 blocks of 64," in capsys.readouterr().out

@@ -15,6 +15,7 @@ import pytest
 
 import quire
 from quire.cli import plan
+from quire.cli.main import main
 from quire.errors import CheckpointError, ConfigError, UnsupportedModelError
 from quire.plan.fitted import FittedCost
 from quire.plan.model import find_model
@@ -194,3 +195,27 @@ def test_wrong_words_are_one_line(words: str, capsys: pytest.CaptureFixture[str]
         plan.run(["llama-3.1-8b", *words.split()])
     assert exit_code.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--context 0", "--context: must be from 1 to"),
+        ("--context 100000000000K", "--context: must be from 1 to"),
+        ("--rate abc", "must be from 1e-06 to 1,000,000, got 'abc'"),
+        ("--rate 1e-300", "must be from 1e-06 to 1,000,000, got '1e-300'"),
+        ("--rate 1e300", "must be from 1e-06 to 1,000,000, got '1e300'"),
+        ("--slo ''", "slo ''"),
+    ],
+)
+def test_absurd_values_are_one_line(
+    words: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        code: object = main(["plan", "llama-3.1-8b", "--gpu", "h100", *shlex.split(words)])
+    except SystemExit as left:
+        code = left.code
+    shown = capsys.readouterr()
+    assert code == 2
+    assert not shown.out
+    assert shown.err.count("\n") == 1 and said in shown.err

@@ -62,6 +62,10 @@ COMMANDS = {
 }
 
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
+WRONG_PATH = (
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP,
+)  # fmt: skip
+"""What is wrong with a path that someone has named."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -84,8 +88,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `quire generate ... | head`: the reader has closed the pipe
         _discard_output()
         return 0
-    except OSError as error:  # a full disk, a read-only file system
-        if error.errno not in CANNOT_WRITE:
+    except OSError as error:
+        if error.errno in WRONG_PATH and error.filename:
+            print(f"quire: error: cannot open {error.filename}: {error.strerror}.", file=sys.stderr)
+            return 2
+        if error.errno not in CANNOT_WRITE:  # a full disk, a read-only file system
             raise
         _discard_output()
         name = f"{error.filename}: " if error.filename else ""

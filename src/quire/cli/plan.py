@@ -10,7 +10,7 @@ from pathlib import Path
 
 from quire.cli.parser import Parser, add_options, given
 from quire.config import engine_options
-from quire.config.options import parse_max_model_len
+from quire.config.options import parse_size
 from quire.errors import ConfigError
 from quire.models.registry import resolve_spec
 from quire.plan.devices import Gpu, find_gpu, gpu_names, parse_gpus
@@ -25,6 +25,9 @@ from quire.plan.text import plan_json, plan_text
 OPTIONS = "dtype kv_cache_dtype block_size gpu_memory_utilization max_num_seqs max_num_batched_tokens".split()
 """Of the engine, that change what fits or how fast it is."""
 DEFAULT_CONTEXT = 8192
+MOST_TOKENS = 2**40
+LEAST_RATE = 1e-6
+"""Of requests a second; the most is its inverse."""
 
 
 def run(argv: list[str]) -> int:
@@ -36,7 +39,7 @@ def run(argv: list[str]) -> int:
             f"context {context} is less than input + output, {lengths.total}; raise --context, or lower "
             "--input or --output."
         )
-    wish = Wish(lengths, args.rate, parse_slo(args.slo) if args.slo else {})
+    wish = Wish(lengths, args.rate, {} if args.slo is None else parse_slo(args.slo))
     names = gpu_names(every=False) if args.gpu == "any" else args.gpu.split(",")
     parsed = [parse_gpus(name) for name in names]
     gpus = [find_gpu(name, price=args.price) for name, _ in parsed]
@@ -129,7 +132,7 @@ def _parsed(argv: list[str]) -> tuple[argparse.Namespace, dict[str, object]]:
         "many, tensor parallel",
     )  # fmt: skip
     parser.add_argument(
-        "--context", type=parse_max_model_len, metavar="N",
+        "--context", type=_count, metavar="N",
         help="most tokens of a request: --max-model-len (default: 8k, or the model's if that is less)",
     )  # fmt: skip
     parser.add_argument(
@@ -171,14 +174,20 @@ def _parsed(argv: list[str]) -> tuple[argparse.Namespace, dict[str, object]]:
 
 
 def _count(text: str) -> int:
-    value = parse_max_model_len(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    value = parse_size(text)
+    if not 1 <= value < MOST_TOKENS:
+        raise argparse.ArgumentTypeError(f"must be from 1 to {MOST_TOKENS - 1:,}, got {text}")
     return value
 
 
 def _rate(text: str) -> float:
-    value = float(text)
-    if not 0.0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be positive, got {text}")
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not LEAST_RATE <= value <= 1 / LEAST_RATE:
+        most = 1 / LEAST_RATE
+        raise argparse.ArgumentTypeError(
+            f"must be from {LEAST_RATE:g} to {most:,.0f}, got {text!r}"
+        )
     return value

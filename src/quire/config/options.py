@@ -99,7 +99,7 @@ def check_type(info: OptionInfo, value: object) -> object:
     ok = _is_instance(value, allowed)
     if isinstance(value, tuple):
         ok = ok and all(isinstance(part, str) and part for part in value)
-    if not ok:
+    if not ok or value != value:  # NaN is below and above no limit
         raise ConfigError(f"{info.name} must be {_type_name(info)}, got {value!r}.")
     if info.choices and value is not None and value not in info.choices:
         raise ConfigError(f"{info.name} must be one of {', '.join(info.choices)}, got {value!r}.")
@@ -116,13 +116,12 @@ def parse_text(info: OptionInfo, text: str) -> object:
             return info.parse(text)
         if int in allowed:
             return int(text)
-        if float in allowed:
-            return float(text)
+        value = float(text) if float in allowed else text
     except ConfigError as error:
         raise ConfigError(f"{info.name}: {error}") from None
     except ValueError:
         raise ConfigError(f"{info.name} must be {_type_name(info)}, got {text!r}.") from None
-    return check_type(info, text)
+    return check_type(info, value)
 
 
 def _allowed(info: OptionInfo) -> tuple[type, ...]:

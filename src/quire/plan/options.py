@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from quire.config.options import OptionInfo, describe, option, parse_size
@@ -9,6 +10,8 @@ from quire.errors import ConfigError
 from quire.plan.figures import parse_seconds, parse_slo
 from quire.plan.fleet import ROUTINGS, Autoscale
 from quire.plan.traces import SHAPES
+
+MOST_REPLICAS = 100_000
 
 
 def parse_sweep(text: str) -> tuple[float, ...]:
@@ -70,6 +73,15 @@ class TrafficOptions:
     )
     seed: int = option(0, "Of lengths, arrivals and random routing.")
 
+    def __post_init__(self) -> None:
+        if self.rate is not None and not 0 < self.rate < math.inf:
+            raise ConfigError(f"rate must be more than 0 requests per second, got {self.rate}.")
+        if not 0 <= parse_seconds(self.warmup) < parse_seconds(self.duration):
+            raise ConfigError(
+                f"duration ({self.duration}) must be more than warmup ({self.warmup}): what comes after "
+                "it is counted."
+            )
+
 
 @dataclass(frozen=True, slots=True)
 class FleetOptions:
@@ -122,9 +134,19 @@ class FleetOptions:
     def __post_init__(self) -> None:
         if self.replicas < 1:
             raise ConfigError(f"replicas must be at least 1, got {self.replicas}.")
+        if not 0 <= self.host_us < math.inf:
+            raise ConfigError(f"host_us must be 0 or more microseconds, got {self.host_us}.")
+        if not parse_seconds(self.window) > 0:
+            raise ConfigError(f"window must be more than 0, got {self.window}.")
+        if self.device_memory is not None and self.device_memory < 1:
+            raise ConfigError(f"device_memory must be at least 1, got {self.device_memory}.")
         if self.sample_replicas is not None and not 1 <= self.sample_replicas <= self.replicas:
             raise ConfigError(
                 f"sample_replicas must be in [1, replicas], got {self.sample_replicas}."
+            )
+        if (self.sample_replicas or self.replicas) > MOST_REPLICAS:
+            raise ConfigError(
+                f"at most {MOST_REPLICAS:,} replicas are simulated; give sample_replicas for more."
             )
         if self.sample_windows is not None and self.sample_windows < 4:
             raise ConfigError(f"sample_windows must be at least 4, got {self.sample_windows}.")

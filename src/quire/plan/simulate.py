@@ -13,7 +13,7 @@ import math
 import random
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from quire.config import EngineConfig, from_flat
 from quire.engine.assemble import build_scheduler
@@ -108,6 +108,8 @@ def find_device(values: Mapping[str, object], options: FleetOptions, price: floa
     if options.gpu is not None:
         kind, count = parse_gpus(options.gpu)
         gpu = find_gpu(kind, price=price)
+        if options.device_memory is not None:
+            gpu = replace(gpu, memory_bytes=options.device_memory)
         if not isinstance(name, str):
             raise ConfigError("with --gpu, name a model: --model DIRECTORY, hub id or known name.")
         count = count or given.parallel.tensor_parallel_size
@@ -139,6 +141,10 @@ def traffic(
 ) -> list[TraceRequest]:
     """share: of the conversations, all of whose requests are kept."""
     duration, name = parse_seconds(options.duration), options.trace
+    if longest < 2:
+        raise ConfigError(
+            f"max_model_len {longest} has no room for a prompt and an answer; raise it."
+        )
     if name in SHAPES:
         rate = rate or SHAPES[name].rate
         if not rate:

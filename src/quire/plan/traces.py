@@ -28,6 +28,8 @@ SHARES = (0.0, 0.01, 0.10, 0.25, 0.50, 0.75, 0.90, 0.95, 0.99, 1.0)
 DAY = 86400.0
 CHUNK = 512
 """Tokens of Mooncake's blocks."""
+MOST_REQUESTS = 20_000_000
+"""Of a generated trace, which is in memory as a whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +121,11 @@ class Arrivals:
 
 def generate(name: str, arrivals: Arrivals, *, seed: int, longest: int) -> Iterator[TraceRequest]:
     """longest: the model's limit. Prompts are cut so that there is room for an answer, and answers at it."""
+    if arrivals.rate * arrivals.duration > MOST_REQUESTS:
+        raise ConfigError(
+            f"{arrivals.rate:g} requests/s for {arrivals.duration:g} s are more than {MOST_REQUESTS:,} "
+            "requests; lower rate or duration, or simulate a sample (sample_replicas, sample_windows)."
+        )
     shape, lengths = SHAPES[name], random.Random(f"{seed}:lengths")
     prompts = Prefixes(shape.hit_rate, random.Random(f"{seed}:prefixes"))
     for time in times(shape, arrivals, random.Random(f"{seed}:arrivals")):
