@@ -129,12 +129,14 @@ def test_a_measured_device(tmp_path: Path) -> None:
     assert "cost" not in found
 
 
-def test_requests_that_come_all_at_once(tmp_path: Path) -> None:
+def test_requests_that_come_all_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trace, line = tmp_path / "trace.jsonl", {"arrival": 0, "prompt_tokens": 9, "output_tokens": 20}
     trace.write_text("".join(json.dumps(line) + "\n" for _ in range(3)))
     found = figures([*H100[:5], "--trace", str(trace)], tmp_path)
     assert found["requests"] == 3 and found["output_tokens_per_second"] > 0
     assert found["steady"] == {"offered": 0.0, "served": 0.0, "is_saturated": False}
+    assert main([*H100[:5], "--trace", str(trace), "--warmup", "1s"]) == 2
+    assert "within the warmup" in capsys.readouterr().err
 
 
 def test_a_sweep_finds_saturation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -198,7 +200,7 @@ def test_autoscaling(tmp_path: Path) -> None:
         (["--gpu", "h100", "--model", "llama-3.1-8b", "--trace", "sharegpt"], "give --rate"),
         (["--gpu", "h100", "--model", "llama-3.1-8b", "--trace", "/no/file"], "cannot be read"),
         (["--gpu", "h100", "--model", "llama-3.1-8b", "--pipeline-parallel-size", "2"], "not simulated"),
-        ([*H100[1:], "--warmup", "20s"], "warmup must be less than duration"),
+        ([*H100[1:], "--warmup", "20s"], "must be more than warmup"),
         ([*H100[1:], "--trace", "azure-code", "--sample-windows", "4"], "not of azure-code"),
     ],
 )  # fmt: skip

@@ -184,10 +184,6 @@ class Simulation:
         count = self.fleet.sample_replicas or self.fleet.replicas
         share = count / self.fleet.replicas
         duration, since = parse_seconds(self.traffic.duration), parse_seconds(self.traffic.warmup)
-        if since and since >= duration and self.fleet.sample_windows is None:
-            raise ConfigError(
-                f"warmup must be less than duration, got {since:g} and {duration:g} s."
-            )
         if self.fleet.sample_windows is not None:
             runs = self._windows(rate, count, share, since)
             window = since + parse_seconds(self.fleet.window)
@@ -196,6 +192,8 @@ class Simulation:
         requests = traffic(self.traffic, rate, longest=self._longest, share=share)
         if self.traffic.trace not in SHAPES:
             duration = min(duration, requests[-1].time)
+            if since and since >= duration:
+                raise ConfigError(f"the trace ends at {duration:g} s, within the warmup.")
         runs = [self._run(requests, count, duration)]
         found = self._figures(runs, duration, since, 1 / share)
         if share < 1:

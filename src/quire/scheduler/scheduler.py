@@ -244,12 +244,7 @@ class Scheduler:
         return wanted
 
     def _schedule_running(
-        self,
-        plan: StepPlan,
-        running: list[Request],
-        wanted: list[int],
-        budget: int,
-        quantum: int,
+        self, plan: StepPlan, running: list[Request], wanted: list[int], budget: int, quantum: int
     ) -> None:
         """Divide the budget, and preempt from the end of the order if blocks are lacking. The budget of a
         preempted request is not used."""
