@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quire.engine.router import Router, RoutingRule
 
-RULE = RoutingRule(unbalanced_tokens=1000)
+RULE = RoutingRule()
 ENDS = [*range(16, 257, 16), *range(320, 2000, 64)]
 """Where the chunks of a prompt end."""
 
@@ -46,17 +47,13 @@ def allowed(
     models: list[Model], namespace: object, tokens: list[int], among: list[int]
 ) -> list[int]:
     """The replicas that the rule allows."""
-    loads = {index: models[index].load for index in among}
-    known = {index: models[index].known(namespace, tokens) for index in among}
-    spread = max(loads.values()) - min(loads.values())
-    balanced = spread <= RULE.unbalanced_tokens or (
-        max(loads.values()) <= RULE.unbalanced_ratio * min(loads.values())
-    )
-    longest = max(known.values())
-    if balanced and longest and longest >= RULE.min_share * len(tokens):
-        among = [index for index in among if known[index] == longest]
-    least = min(loads[index] for index in among)
-    return [index for index in among if loads[index] == least]
+    costs = {}
+    for index in among:
+        model = models[index]
+        known = model.known(namespace, tokens)
+        counts = known if known >= RULE.min_share * len(tokens) else 0
+        costs[index] = model.load - RULE.prefix_weight * counts
+    return [index for index in among if costs[index] == min(costs.values())]
 
 
 steps = st.lists(
@@ -85,6 +82,7 @@ def test_it_chooses_as_a_model_that_keeps_everything(
     for index, model in enumerate(models):
         router.add(index, cache_tokens=model.capacity)
     sent: dict[int, int] = {}
+    rows: dict[int, int] = {}
     for number, step in enumerate(script):
         if step[0] == "request":
             _, salt, words, more = step
@@ -95,7 +93,8 @@ def test_it_chooses_as_a_model_that_keeps_everything(
             model = models[chosen]
             missing = len(tokens) - model.known(salt, tokens)
             model.learn(salt, tokens)
-            model.loads[number] = missing + RULE.row_tokens
+            rows[number] = RULE.row_tokens + int(len(tokens) * RULE.row_share)
+            model.loads[number] = missing + rows[number]
             sent[number] = chosen
         elif step[0] in ("computed", "end"):
             getattr(router, step[0])(step[1])
@@ -104,7 +103,7 @@ def test_it_chooses_as_a_model_that_keeps_everything(
                 if step[0] == "end":
                     loads.pop(step[1], None)
                 elif step[1] in loads:
-                    loads[step[1]] = RULE.row_tokens
+                    loads[step[1]] = rows[step[1]]
         elif step[0] == "forget":
             router.forget()
             for model in models:
@@ -119,9 +118,9 @@ def test_it_chooses_as_a_model_that_keeps_everything(
 def missing(router: Router[int], tokens: list[int]) -> int:
     """Tokens of a prompt that the only replica does not know. It knows them then."""
     router.choose(0, tokens)
-    load = router.load(0)
+    missing = router.missing(0)
     router.end(0)
-    return load - RULE.row_tokens
+    return missing
 
 
 def test_the_least_recently_used_is_forgotten_and_of_a_prompt_the_end_first() -> None:
@@ -179,7 +178,16 @@ def test_an_adapter_stays_where_it_is_in_memory() -> None:
     assert router.choose(9, [9] * 20, adapter="x") != home
 
 
-def test_a_burst_of_one_prompt_is_spread_when_loads_differ_too_much() -> None:
+def test_an_adapter_is_loaded_elsewhere_once_its_replica_has_too_much_to_do() -> None:
+    router: Router[int] = Router(RoutingRule(adapter_tokens=500))
+    for name in range(2):
+        router.add(name, cache_tokens=10_000)
+    home = router.choose(1, [1] * 300, adapter="x")
+    assert router.choose(2, [2] * 300, adapter="x") == home, "364 tokens of load, and loading takes 500"
+    assert router.choose(3, [3] * 300, adapter="x") != home
+
+
+def test_a_burst_of_one_prompt_is_spread() -> None:
     router: Router[int] = Router()
     for name in range(2):
         router.add(name, cache_tokens=100_000)
@@ -187,3 +195,39 @@ def test_a_burst_of_one_prompt_is_spread_when_loads_differ_too_much() -> None:
     chosen = [router.choose(number, tokens) for number in range(200)]
     assert {chosen.count(0), chosen.count(1)} != {200, 0}
     assert abs(chosen.count(0) - chosen.count(1)) < 100
+
+
+@pytest.mark.parametrize("length", [1_000, 10_000, 100_000])
+def test_a_long_prefix_is_worth_as_much_of_its_prompt_as_a_short_one(length: int) -> None:
+    """While another prompt of the same length is under way where the prefix is."""
+    router: Router[int] = Router()
+    for name in range(2):
+        router.add(name, cache_tokens=10 * length)
+    talk = [1] * length
+    home = router.choose(1, talk)
+    router.end(1)
+    router.choose(2, [2] * length, among=[home])
+    assert router.choose(3, [*talk, *[3] * (length // 10)]) == home
+    router.choose(4, [4] * length, among=[home])
+    router.choose(5, [5] * length, among=[home])
+    assert router.choose(6, [*talk, *[6] * (length // 10)]) != home, "three prompts are waiting there"
+
+
+@pytest.mark.parametrize("length", [500, 5_000, 50_000])
+def test_a_prefix_that_all_share_comes_to_every_replica_and_is_computed_once_in_each(
+    length: int,
+) -> None:
+    """Each request is served in turn; as many are under way as fill four replicas."""
+    router: Router[int] = Router()
+    for name in range(4):
+        router.add(name, cache_tokens=100 * length)
+    hot, own, under_way = [1] * length, length // 10, 400
+    chosen, computed = [], 0
+    for number in range(2000):
+        chosen.append(router.choose(number, [*hot, *[number + 2] * own]))
+        computed += router.missing(number)
+        router.computed(number - 8)
+        router.end(number - under_way)
+    late = chosen[under_way:]
+    assert max(map(late.count, range(4))) < 1.2 * len(late) / 4
+    assert computed < 2000 * (own + 64) + 5 * length

@@ -4,9 +4,10 @@ The router does not see the replicas' caches. It keeps, for each replica, which 
 hashes of the prompt's *chunks* (`_chunks`), each chained to the one before it, and forgets the least
 recently used beyond the size of the replica's cache. A wrong guess costs time, never a result.
 
-The rule is SGLang's (`cache_aware`): if the load is out of balance, the least loaded replica; else the one
-with the longest known prefix, if that is a fair share of the prompt; else the least loaded again, which
-learns the prompt. So a prefix that many requests share comes to be on several replicas.
+The rule is one sum: a replica's load, and what the request adds to it. A known prefix is worth what it
+saves, however long prompts are, so there is no limit beyond which load counts and prefixes do not. While
+the replicas with a prefix have much to do, the prompt is computed once more elsewhere, and then is known
+there: a prefix that many requests share comes to be on as many replicas as they need.
 """
 
 from __future__ import annotations
@@ -32,15 +33,23 @@ MAX_CHUNKS = 65_536
 
 @dataclass(frozen=True, slots=True)
 class RoutingRule:
-    """Loads are in prompt tokens to be computed."""
+    """The replica is chosen that has the least of
 
+        load + prefix_weight * (tokens of the prompt that it does not know) + adapter_tokens, if it lacks it
+
+    All are in tokens of prompts to be computed, as loads are."""
+
+    prefix_weight: float = 2.0
+    """More than 1: who computes a prefix again also delays those after it, and evicts what others know."""
     min_share: float = 0.25
-    """A known prefix counts if it is at least this share of the prompt."""
+    """A known prefix counts if it is at least this share of the prompt. Else what all prompts begin with
+    would gather them on one replica, whenever there is nothing to do."""
     row_tokens: int = 64
-    """The load of a request that generates."""
-    unbalanced_tokens: int = 4096
-    unbalanced_ratio: float = 1.5
-    """Loads are out of balance if the greatest exceeds the least by more than both."""
+    row_share: float = 1 / 16
+    """The load of a request that generates: so many tokens, and this share of its prompt, to which all that it generates
+    attends. Without the share, a replica could hold hundreds of long contexts before their prefix is worth a copy."""
+    adapter_tokens: int = 4096
+    """What it costs to load a LoRA adapter, and to evict another."""
 
 
 @dataclass(slots=True)
@@ -88,6 +97,8 @@ class _Live:
     target: _Target
     load: int
     """What it adds to the target's."""
+    row: int
+    """What is left of that while it generates."""
 
 
 class Router(Generic[Name]):
@@ -156,41 +167,43 @@ class Router(Generic[Name]):
             if len(target.adapters) > target.max_adapters:
                 target.adapters.popitem(last=False)
         missing = len(tokens) - self._cuts[known[chosen]]
-        self._start(request, target, missing + self._rule.row_tokens)
+        self._start(request, target, missing, len(tokens))
         return names[chosen]
 
     def _pick(
         self, targets: list[_Target], known: list[int], num_tokens: int, adapter: str | None
     ) -> int:
-        rule, loads = self._rule, [target.load for target in targets]
-        least, most, longest = min(loads), max(loads), max(known)
-        among: Sequence[int] = range(len(targets))
-        if most - least <= rule.unbalanced_tokens or most <= rule.unbalanced_ratio * least:
-            if longest and self._cuts[longest] >= rule.min_share * num_tokens:
-                among = [index for index in among if known[index] == longest]
-            elif adapter is not None:
-                among = [i for i in among if adapter in targets[i].adapters] or among
-        return min(among, key=loads.__getitem__)
+        rule, cuts = self._rule, self._cuts
+        costs: list[float] = []
+        for target, count in zip(targets, known, strict=True):
+            prefix = cuts[count] if cuts[count] >= rule.min_share * num_tokens else 0
+            cost = target.load - rule.prefix_weight * prefix
+            if adapter is not None and adapter not in target.adapters:
+                cost += rule.adapter_tokens
+            costs.append(cost)
+        return costs.index(min(costs))
 
     def follow(self, request: Hashable, name: Name) -> None:
         """A request that shares the prompt of another, or has to be where another is."""
         if name in self._targets:
-            self._start(request, self._targets[name], self._rule.row_tokens)
+            self._start(request, self._targets[name], 0, 0)
 
-    def _start(self, request: Hashable, target: _Target, load: int) -> None:
-        target.load += load
-        self._live[request] = _Live(target, load)
+    def _start(self, request: Hashable, target: _Target, missing: int, context: int) -> None:
+        row = self._rule.row_tokens + int(self._rule.row_share * context)
+        target.load += missing + row
+        self._live[request] = _Live(target, missing + row, row)
 
     def missing(self, request: Hashable) -> int:
         """Tokens of a chosen request's prompt that its replica has to compute, as far as is known."""
-        return self._live[request].load - self._rule.row_tokens
+        live = self._live[request]
+        return live.load - live.row
 
     def computed(self, request: Hashable) -> None:
         """Its prompt has been computed; it generates."""
         live = self._live.get(request)
         if live is not None:
-            live.target.load -= live.load - self._rule.row_tokens
-            live.load = self._rule.row_tokens
+            live.target.load -= live.load - live.row
+            live.load = live.row
 
     def end(self, request: Hashable) -> None:
         """It has ended, in any way. Unknown ids are ignored."""

@@ -1,8 +1,8 @@
 """The instances behind `quire pd-proxy`: which are up, how loaded they are, and which prefixes were sent to
 each.
 
-A choice is `Router`'s: the least loaded, or the one that knows the longest prefix. The proxy has no tokens,
-so prompts are compared as bytes, and four bytes count as a token.
+A choice is `Router`'s, between load and known prefixes. The proxy has no tokens, so prompts are compared as
+bytes, and four bytes count as a token.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from quire.server.upstream import HttpError, check_url, exchange
 logger = logging.getLogger(__name__)
 
 BYTES_PER_TOKEN = 4
-RULE = RoutingRule(row_tokens=64 * BYTES_PER_TOKEN, unbalanced_tokens=4096 * BYTES_PER_TOKEN)
+RULE = RoutingRule(row_tokens=RoutingRule().row_tokens * BYTES_PER_TOKEN)
+"""Loads and prefixes are in bytes then. What a request has of them decides, so nothing else is to be converted: adapters
+are part of the namespace here."""
 CHECK_SECONDS = 2.0
 """Between two checks of an instance's /health."""
 PATIENCE = 5.0
