@@ -183,7 +183,9 @@ def test_an_adapter_is_loaded_elsewhere_once_its_replica_has_too_much_to_do() ->
     for name in range(2):
         router.add(name, cache_tokens=10_000)
     home = router.choose(1, [1] * 300, adapter="x")
-    assert router.choose(2, [2] * 300, adapter="x") == home, "364 tokens of load, and loading takes 500"
+    assert router.choose(2, [2] * 300, adapter="x") == home, (
+        "364 tokens of load, and loading takes 500"
+    )
     assert router.choose(3, [3] * 300, adapter="x") != home
 
 
@@ -210,7 +212,9 @@ def test_a_long_prefix_is_worth_as_much_of_its_prompt_as_a_short_one(length: int
     assert router.choose(3, [*talk, *[3] * (length // 10)]) == home
     router.choose(4, [4] * length, among=[home])
     router.choose(5, [5] * length, among=[home])
-    assert router.choose(6, [*talk, *[6] * (length // 10)]) != home, "three prompts are waiting there"
+    assert router.choose(6, [*talk, *[6] * (length // 10)]) != home, (
+        "three prompts are waiting there"
+    )
 
 
 @pytest.mark.parametrize("length", [500, 5_000, 50_000])

@@ -46,8 +46,9 @@ class RoutingRule:
     would gather them on one replica, whenever there is nothing to do."""
     row_tokens: int = 64
     row_share: float = 1 / 16
-    """The load of a request that generates: so many tokens, and this share of its prompt, to which all that it generates
-    attends. Without the share, a replica could hold hundreds of long contexts before their prefix is worth a copy."""
+    """The load of a request that generates: so many tokens, and this share of its prompt, to which all attend
+    that it generates. Without the share, the longer a prefix is, the more rows would a replica get before
+    another computes it once: thousands, of 64 tokens each."""
     adapter_tokens: int = 4096
     """What it costs to load a LoRA adapter, and to evict another."""
 

@@ -21,9 +21,8 @@ from quire.server.upstream import HttpError, check_url, exchange
 logger = logging.getLogger(__name__)
 
 BYTES_PER_TOKEN = 4
-RULE = RoutingRule(row_tokens=RoutingRule().row_tokens * BYTES_PER_TOKEN)
-"""Loads and prefixes are in bytes then. What a request has of them decides, so nothing else is to be converted: adapters
-are part of the namespace here."""
+RULE = RoutingRule(row_tokens=BYTES_PER_TOKEN * RoutingRule().row_tokens)
+"""All else is relative, or of adapters, which are a part of the namespace here."""
 CHECK_SECONDS = 2.0
 """Between two checks of an instance's /health."""
 PATIENCE = 5.0
