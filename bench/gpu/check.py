@@ -286,8 +286,8 @@ def tokens(dtype: str, *, small: bool) -> Values:
 
 
 def graphs(*, small: bool) -> Values:
-    """Replayed graphs have the bits of launches one by one: tokens, and logprobs of each. Eight requests of one
-    length, so that no step is padded; twice with graphs, since the first time captures them."""
+    """Replayed graphs have the bits of launches one by one: tokens, and logprobs of each. Eight requests of
+    one length, so that no step is padded; twice with graphs, since the first time captures them."""
     limits = engines.Limits(seqs=8, tokens=512, length=640, cached=16384)
     runs, recorded = [], 0
     with tempfile.TemporaryDirectory() as folder:
