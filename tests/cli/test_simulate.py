@@ -109,6 +109,14 @@ def test_a_measured_device(tmp_path: Path) -> None:
     assert "cost" not in found
 
 
+def test_requests_that_come_all_at_once(tmp_path: Path) -> None:
+    trace, line = tmp_path / "trace.jsonl", {"arrival": 0, "prompt_tokens": 9, "output_tokens": 20}
+    trace.write_text("".join(json.dumps(line) + "\n" for _ in range(3)))
+    found = figures([*H100[:5], "--trace", str(trace)], tmp_path)
+    assert found["requests"] == 3 and found["output_tokens_per_second"] > 0
+    assert found["steady"] == {"offered": 0.0, "served": 0.0, "is_saturated": False}
+
+
 def test_a_sweep_finds_saturation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plot = tmp_path / "sweep.svg"
     argv = [*H100, "--sweep-rate", "8:32:12", "--plot", str(plot), "--max-num-seqs", "32"]

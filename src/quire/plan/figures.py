@@ -121,9 +121,10 @@ def steady(runs: Sequence[Run], duration: float, since: float, scale: float) -> 
     came = sum(start <= life.request.time < duration for life in lives)
     ended = sum(start <= life.last < duration for life in lives)
     seconds = len(runs) * 3 * quarter
+    per_second = scale / seconds if seconds else 0.0  # all came at once
     return {
-        "offered": came * scale / seconds,
-        "served": ended * scale / seconds,
+        "offered": came * per_second,
+        "served": ended * per_second,
         "is_saturated": ended < SERVED * came and queue(3) > 2 * queue(1) + 0.1,
     }
 
