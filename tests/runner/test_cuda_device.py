@@ -6,14 +6,37 @@ import contextlib
 import os
 from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
+from quire.runner import staging
 from quire.runner.device import CannotRecordError, CudaDevice
 
 MIB = 1 << 20
+
+
+class FakeEvent:
+    def __init__(self, cuda: FakeCuda, blocking: bool) -> None:
+        self.cuda, self.blocking = cuda, blocking
+        self.recorded_on: int | None = None
+
+    def record(self) -> None:
+        self.recorded_on = self.cuda.current
+
+    def query(self) -> bool:
+        return self.cuda.copied
+
+    def synchronize(self) -> None:
+        assert self.recorded_on is not None
+
+
+class FakeStream(int):
+    waits: ClassVar[list[tuple[int, int | None]]] = []
+
+    def wait_event(self, event: FakeEvent) -> None:
+        self.waits.append((int(self), event.recorded_on))
 
 
 class FakeCuda:
@@ -31,10 +54,22 @@ class FakeCuda:
         self.lost = False
         self.free = 1000 * MIB
         self.calls: list[str] = []
+        self.events: list[FakeEvent] = []
+        self.pinned: list[torch.Tensor] = []
+        self.copied = True
+        """Whether the device has carried out all copies."""
+
+    def Event(self, blocking: bool = False) -> FakeEvent:
+        self.events.append(FakeEvent(self, blocking))
+        return self.events[-1]
+
+    def page_locked(self, size: int) -> torch.Tensor:
+        self.pinned.append(torch.zeros(size, dtype=torch.uint8))
+        return self.pinned[-1]
 
     def Stream(self, device: object) -> int:
         self.streams += 1
-        return self.streams
+        return FakeStream(self.streams)
 
     def current_stream(self, device: object = None) -> int:
         return self.current
@@ -85,9 +120,11 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     cuda = FakeCuda()
     for name in (
         *("Stream", "current_stream", "set_stream", "stream", "graph_pool_handle", "CUDAGraph"),
-        *("graph", "synchronize", "empty_cache", "mem_get_info"),
+        *("graph", "synchronize", "empty_cache", "mem_get_info", "Event"),
     ):
         monkeypatch.setattr(torch.cuda, name, getattr(cuda, name))
+    monkeypatch.setattr(staging, "page_locked", cuda.page_locked)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
     clear = lambda: cuda.calls.append("clear workspaces")  # noqa: E731
     monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", clear, raising=False)
     return cuda
@@ -168,12 +205,70 @@ def test_a_wait_leaves_the_core_to_others_if_there_are_few(
     cuda: FakeCuda, cores: int, blocks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
-    events: list[bool] = []
-    event = SimpleNamespace(record=lambda: None, synchronize=lambda: None)
-    monkeypatch.setattr(
-        torch.cuda, "Event", lambda blocking=False: events.append(blocking) or event
-    )
+    assert list(CudaDevice().download([]).wait()) == []
+    assert {event.blocking for event in cuda.events} == {blocks}
+
+
+def step(device: CudaDevice, value: int) -> Any:
+    """A step's two copies, with the steps' stream current. Returns the download."""
+    with device.active():
+        target = torch.zeros(3, dtype=torch.int32)
+        device.upload(target, torch.full((3,), value, dtype=torch.int32))
+        return device.download([target, torch.tensor([value], dtype=torch.int64), target.bool()])
+
+
+def test_steady_steps_use_page_locked_memory_and_events_again(cuda: FakeCuda) -> None:
+    device, running = CudaDevice(), []
+    for value in range(40):
+        running.append(step(device, value))
+        if value == 10:
+            made = len(cuda.pinned), len(cuda.events)
+        if len(running) == 2:
+            found = running.pop(0).wait()
+            assert [each.tolist() for each in found] == [
+                [value - 1] * 3,
+                [value - 1],
+                [value > 1] * 3,
+            ]
+    assert (len(cuda.pinned), len(cuda.events)) == made
+    assert made[0] <= 4
+
+
+def test_what_was_fetched_stays_as_it_is(cuda: FakeCuda) -> None:
     device = CudaDevice()
-    monkeypatch.setattr(device, "_copies", SimpleNamespace(wait_stream=lambda stream: None))
-    assert list(device.download([]).wait()) == []
-    assert events == [blocks]
+    first = step(device, 5).wait()
+    for value in range(20):
+        step(device, value).wait()
+    assert first[0].tolist() == [5, 5, 5]
+
+
+def test_a_piece_is_not_written_before_the_device_has_read_it(cuda: FakeCuda) -> None:
+    device = CudaDevice()
+    cuda.copied = False
+    sources = [torch.full((4,), value, dtype=torch.int32) for value in range(40)]
+    with device.active():
+        for source in sources:
+            device.upload(torch.zeros_like(source), source)
+    held = [piece[:16].view(torch.int32).tolist() for piece in cuda.pinned]
+    assert held == [source.tolist() for source in sources]
+
+
+def test_large_copies_have_memory_of_their_own(cuda: FakeCuda) -> None:
+    device, large = CudaDevice(), torch.arange(staging.PIECE_BYTES, dtype=torch.int16)
+    target = torch.zeros_like(large)
+    with device.active():
+        for _ in range(2):
+            device.upload(target, large)
+            (back,) = device.download([large]).wait()
+            assert torch.equal(back, large) and torch.equal(target, large)
+    assert [len(piece) for piece in cuda.pinned] == [large.nbytes] * 4
+
+
+def test_results_are_copied_after_what_computes_them(cuda: FakeCuda) -> None:
+    device = CudaDevice()
+    FakeStream.waits.clear()
+    with device.active():
+        steps = cuda.current
+        device.download([torch.zeros(1)])
+    [(waiting, after)] = FakeStream.waits
+    assert after == steps != waiting

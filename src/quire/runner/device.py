@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from quire.runner.footprint import DeviceMemory, host_memory
+from quire.runner.staging import Piece, Pieces
 
 Result = TypeVar("Result")
 FEW_CORES = 4
@@ -111,7 +112,8 @@ class CudaDevice:
         self._loads = torch.cuda.Stream(self.torch_device)
         self._keep_free = 0
         # Waiting takes a core unless the event blocks, which reports the end some 50 us later.
-        self._blocking = len(os.sched_getaffinity(0)) <= FEW_CORES
+        blocking = len(os.sched_getaffinity(0)) <= FEW_CORES
+        self._uploads, self._downloads = (Pieces(blocking=blocking) for _ in range(2))
         self._start_recordings()
 
     def _start_recordings(self) -> None:
@@ -123,24 +125,27 @@ class CudaDevice:
     def active(self) -> AbstractContextManager[object]:
         return torch.cuda.stream(self._steps)  # this also selects the device
 
-    # Page-locked memory comes from PyTorch's allocator, which reuses a piece only after the copy from it has
-    # run.
-
     def upload(self, target: Tensor, source: Tensor) -> None:
-        target.copy_(source.pin_memory(), non_blocking=True)
+        piece = self._uploads.take([source])
+        [host] = piece.like([source])
+        host.copy_(source)
+        target.copy_(host, non_blocking=True)
+        piece.done.record()
+        self._uploads.give_back_when_done(piece)
 
     def download(self, tensors: Sequence[Tensor]) -> Download:
-        hosts = [torch.empty(x.shape, dtype=x.dtype, pin_memory=True) for x in tensors]
-        done = torch.cuda.Event(blocking=self._blocking)
-        self._copies.wait_stream(torch.cuda.current_stream(self.torch_device))
+        piece = self._downloads.take(tensors)
+        hosts = piece.like(tensors)
+        piece.launched.record()
+        self._copies.wait_event(piece.launched)
         with torch.cuda.stream(self._copies):
             for host, tensor in zip(hosts, tensors, strict=True):
                 host.copy_(tensor, non_blocking=True)
                 tensor.record_stream(
                     self._copies
                 )  # so that its memory is not reused before it is copied
-            done.record()
-        return _CudaDownload(hosts, done)
+            piece.done.record()
+        return _CudaDownload(hosts, piece, self._downloads)
 
     def mark(self) -> object:
         return torch.cuda.current_stream(self.torch_device).record_event()
@@ -206,13 +211,21 @@ class CudaDevice:
         torch.cuda.empty_cache()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _CudaDownload:
     hosts: Sequence[Tensor]
-    done: torch.cuda.Event
+    piece: Piece | None
+    """None once it was waited for."""
+    pieces: Pieces
 
     def wait(self) -> Sequence[Tensor]:
-        self.done.synchronize()
+        """The tensors are the caller's: they are copied from memory that is used again."""
+        if (piece := self.piece) is not None:
+            piece.done.synchronize()
+            if piece.is_kept:
+                self.hosts = [host.clone() for host in self.hosts]
+            self.piece = None
+            self.pieces.give_back(piece)
         return self.hosts
 
 
