@@ -8,6 +8,7 @@ import pytest
 
 from quire.messages import FinishReason
 from quire.scheduler import WaitReason
+from quire.scheduler import explain as explain_module
 from quire.scheduler.explain import explain
 from quire.scheduler.lives import lives
 from tests.scheduler.observed import Observed, place
@@ -105,3 +106,35 @@ def test_the_parts_of_the_time_in_the_queue_add_up_to_it(policy: str) -> None:
             assert all(part.seconds > 0 for part in found.queue)
             for stop in found.preemptions:
                 assert sum(part.seconds for part in stop.parts) == pytest.approx(stop.waited)
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "priority", "fair"])
+def test_the_times_of_an_explanation_add_up(policy: str, monkeypatch) -> None:
+    """Queue, prefill and gaps, one after the other, are the time from its arrival to its last token."""
+    monkeypatch.setattr(explain_module, "MOST_PARTS", 1 << 30)
+    monkeypatch.setattr(explain_module, "LONG_GAP", 0.0)
+    ended = 0
+    for seed in range(2):
+        engine = random_run(2000 + seed, policy=policy)
+        if seed % 2:
+            engine.drain()
+        history = engine.recorded()
+        for request_id, life in lives(history).items():
+            found = explain(history, request_id)
+            assert found is not None
+            if not life.tokens:
+                assert found.prefill is None and found.first_token is None
+                continue
+            assert found.is_whole and found.prefill is not None and life.arrival is not None
+            assert found.first_token == pytest.approx(found.queue_seconds + found.prefill.seconds)
+            last = life.tokens[-1][0].done
+            assert last is not None and len(found.gaps) == len(life.tokens) - 1
+            total = found.first_token + sum(gap.seconds for gap in found.gaps)
+            assert total == pytest.approx(last - life.arrival.start)
+            if found.finish_reason is FinishReason.LENGTH:
+                assert found.seconds == pytest.approx(total)
+                assert found.num_tokens == sum(row.num_accepted for _, row in life.tokens)
+                ended += 1
+            for stop in found.preemptions:
+                assert sum(part.seconds for part in stop.parts) == pytest.approx(stop.waited)
+    assert ended > 8

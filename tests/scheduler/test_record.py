@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import zlib
 from dataclasses import replace
 
+import msgspec
 import pytest
 
 from quire.engine.core import EngineCore
@@ -12,9 +14,10 @@ from quire.executor.mock import MockExecutor
 from quire.kvcache import KVCacheManager
 from quire.messages import AbortRequests, Answer, Control, FinishReason, ReadRecord
 from quire.placement import Placement
-from quire.scheduler import DecisionKind, Scheduler, SchedulerLimits, WaitReason
+from quire.scheduler import DecisionKind, Scheduler, SchedulerLimits, WaitReason, record_reader
+from quire.scheduler import record as codes
 from quire.scheduler import scheduler as scheduler_module
-from quire.scheduler.record import Recorder
+from quire.scheduler.record import DIGEST_BYTES, MAGIC, Recorder, digest
 from quire.scheduler.record_reader import RecordError, open_record, read
 from quire.scheduler.replay import replay
 from tests.scheduler.recorded_lives import begin, live
@@ -202,9 +205,49 @@ def test_a_damaged_record_is_noticed() -> None:
     engine.step(5)
     data = engine.data
     assert len(read(data).steps) == 5
-    for damaged in (b"", b"text", data[:-20], data[:-9] + bytes([data[-9] ^ 1]) + data[-8:]):
+    damaged = [b"", b"text", *(data[:end] for end in range(0, len(data), 7)), data + b"x"]
+    for place in range(len(data)):
+        other = bytearray(data)
+        other[place] ^= 1 << place % 8
+        damaged.append(bytes(other))
+    for each in damaged:
         with pytest.raises(RecordError):
-            read(damaged)
+            read(each)
+
+
+def signed(body: bytes) -> bytes:
+    return MAGIC + digest(body) + body
+
+
+def test_a_record_that_somebody_has_made_is_an_error_and_takes_no_memory(monkeypatch) -> None:
+    engine = Engine()
+    engine.add(1, 8)
+    engine.step(5)
+    header, live, [(_, packed)] = msgspec.msgpack.decode(engine.data[len(MAGIC) + DIGEST_BYTES :])
+
+    def made(*segments: bytes, **fields: object) -> bytes:
+        chain, rows = header["chain"], []
+        for body in segments:
+            chain = digest(chain + body)
+            rows.append((chain, zlib.compress(body)))
+        return signed(msgspec.msgpack.encode((header | fields, live, rows)))
+
+    body = zlib.decompress(packed)
+    assert len(read(made(body)).steps) == 5
+    state, _, times = msgspec.msgpack.decode(body)
+    wrong = [made(), signed(b""), signed(b"\x91" * 100_000), signed(b"\xdd\xff\xff\xff\xff")]
+    parts = ([[codes.STEP]], [[]], [3, 3, 3], [[codes.ADMITTED, 1]])
+    wrong += [made(msgspec.msgpack.encode((state, part, times))) for part in parts]
+    for each in wrong:
+        with pytest.raises(RecordError):
+            read(each)
+    with pytest.raises(RecordError, match="cannot replay a record of version"):
+        replay(made(body, limits={}))
+    monkeypatch.setattr(record_reader, "LEAST_ROOM", 1 << 10)
+    bomb = made(body, bytes(1 << 22))
+    assert len(bomb) < 10_000
+    with pytest.raises(RecordError, match="segment 1 has no end"):
+        read(bomb)
 
 
 def test_no_name_is_in_it_and_equal_blocks_have_equal_hashes_only_with_one_salt() -> None:

@@ -88,6 +88,32 @@ async def test_a_request_is_found_by_any_of_its_ids(make_client, kept):
         (each["id"], each["replica"])
         for each in (await client.get("/debug/requests/mine-1")).json()["requests"]
     ] == [("r2", 1)]
+    # Ours come first: clients may choose any id.
+    await client.post(COMPLETIONS, json={"prompt": "x"}, headers={"x-request-id": "r1"})
+    found = (await client.get("/debug/requests/r1")).json()["requests"]
+    assert [each["id"] for each in found] == ["r1", "r4"]
+    chat = {"messages": [{"role": "user", "content": "x"}]}
+    answer = (await client.post("/v1/chat/completions", json=chat)).json()
+    assert client.state.explanations.ids_of(answer["id"]) == [5]
+
+
+async def test_an_id_that_comes_often_is_bounded() -> None:
+    known = explanations.Explanations(ServerConfig())
+    known._known += [explanations.Known("same", "", (number,)) for number in range(1000)]
+    assert known.ids_of("same") == list(range(1000 - explanations.MOST_EXPLAINED, 1000))
+
+
+async def test_a_slow_stream_is_explained_in_the_log(make_client, kept, caplog):
+    caplog.set_level("WARNING", "quire")
+    client = make_client(slow_request_seconds=0.0)
+    body = {"messages": [{"role": "user", "content": "x"}], "stream": True}
+    answer = await client.post("/v1/chat/completions", json=body)
+    assert answer.text.endswith("data: [DONE]\n\n")
+    async with asyncio.timeout(30):
+        while client.state.explanations._tasks:
+            await asyncio.sleep(0)
+    (line,) = slow_lines(caplog)
+    assert line.engine_ids == ["r1"] and line.explanation[0].startswith("r1 arrived at ")
 
 
 async def test_what_is_not_there_says_why(make_client, kept):

@@ -61,7 +61,11 @@ _DEFERRED = frozenset(
 )  # fmt: skip
 
 
-STOPS = frozenset({WaitReason.BLOCKS, WaitReason.SEAT, WaitReason.BUDGET, WaitReason.COST})
+STOPS = frozenset(
+    {
+        WaitReason.BLOCKS, WaitReason.SEAT, WaitReason.BUDGET, WaitReason.COST, WaitReason.TARGET,
+    }
+)  # fmt: skip
 """Admission stops at a request that waits for one of these."""
 
 

@@ -32,8 +32,13 @@ from quire.scheduler.lives import Life, Preemption, Waiting, lives
 
 def explain(history: History, request_id: int) -> Explanation | None:
     """None if the record has nothing of it."""
-    life = lives(history, (request_id,)).get(request_id)
-    return None if life is None else _explained(history, life)
+    return next(iter(explain_each(history, (request_id,))), None)
+
+
+def explain_each(history: History, request_ids: Sequence[int]) -> list[Explanation]:
+    """Of those in the record, in one pass over it."""
+    found = lives(history, request_ids)
+    return [_explained(history, found[each]) for each in request_ids if each in found]
 
 
 def slowest(history: History, most: int = 5) -> list[Explanation]:

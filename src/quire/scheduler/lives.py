@@ -10,15 +10,9 @@ from bisect import bisect_right
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
-from quire.scheduler.decisions import Decision, DecisionKind, WaitReason
+from quire.scheduler.decisions import STOPS, Decision, DecisionKind, WaitReason
 from quire.scheduler.history import Arrival, End, History, RowRecord, StepRecord
 
-STOPS = frozenset(
-    {
-        WaitReason.BLOCKS, WaitReason.SEAT, WaitReason.BUDGET, WaitReason.COST, WaitReason.TARGET,
-    }
-)  # fmt: skip
-"""Admission stops at a waiting request that waits for one of these."""
 _BEFORE_ARRIVAL = frozenset({WaitReason.GRAMMAR, WaitReason.ADAPTER})
 
 

@@ -52,12 +52,13 @@ from quire.scheduler.request import Request
 from quire.scheduler.worth import Worth
 from quire.util.version import VERSION
 
-MAGIC = b"quire record 1\n"
+MAGIC = b"quire record 2\n"
+"""Then `digest` of all that follows."""
 MOST_BYTES = 8 << 20
 SEGMENT_ROOM = 1 << 14
 """A segment ends when it has about so many bytes before compression."""
 STEP_ROOM, ITEM_ROOM = 32, 16
-HASH_BYTES = 8
+HASH_BYTES, DIGEST_BYTES = 8, 16
 DEFAULT_TENANT = Placement().tenant
 
 # Codes of records, with what follows. Besides, None is a call for statistics, and a number a result: how
@@ -86,6 +87,10 @@ FINISHED = 18  # id, reason, output tokens, preemptions
 
 # id, samples planned, tokens, of them accepted, right drafts, drafts kept, new prompt logprobs
 LEARNED_FIELDS = 7
+
+
+def digest(data: bytes) -> bytes:
+    return blake2b(data, digest_size=DIGEST_BYTES).digest()
 
 
 class Added(NamedTuple):
@@ -195,7 +200,7 @@ class Recorder:
         self._segments: deque[tuple[bytes, bytes]] = deque()
         """The chain after each, and its bytes."""
         self._size = self._num_dropped = 0
-        self._chain = self._chain_before = bytes(16)
+        self._chain = self._chain_before = bytes(DIGEST_BYTES)
         self._room = self._segment_room = segment_room
         self._state = State()
         self._step_id = self._in_flight = self._lookups = 0
@@ -501,7 +506,7 @@ class Recorder:
     def _encode(self) -> tuple[bytes, bytes]:
         times = array("d", self._times).tobytes()
         body = msgspec.msgpack.encode((self._state, self._log, times))
-        return blake2b(self._chain + body, digest_size=16).digest(), zlib.compress(body, 1)
+        return digest(self._chain + body), zlib.compress(body, 1)
 
     def _now(self) -> State:
         scheduler = self.scheduler
@@ -531,7 +536,8 @@ class Recorder:
             for request_id, added in self._adds.items()
         ]
         segments: Iterable[tuple[bytes, bytes]] = [*self._segments, self._encode()]
-        return MAGIC + msgspec.msgpack.encode((header, live, segments))
+        body = msgspec.msgpack.encode((header, live, segments))
+        return MAGIC + digest(body) + body
 
 
 _TOKEN = Wait(WaitReason.TOKEN)

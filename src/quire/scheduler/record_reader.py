@@ -7,7 +7,6 @@ from array import array
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from typing import Any
 
 import msgspec
@@ -18,8 +17,11 @@ from quire.prefix_report import MissReason
 from quire.scheduler import record as codes
 from quire.scheduler.decisions import Decision, DecisionKind, Reason, WaitReason
 from quire.scheduler.history import Arrival, End, History, RowRecord, StepRecord
-from quire.scheduler.record import MAGIC, Added, Header, Running, State
+from quire.scheduler.record import DIGEST_BYTES, MAGIC, Added, Header, Running, State, digest
 
+MOST_EXPANSION, LEAST_ROOM = 64, 1 << 24
+"""All segments together have at most so many times the bytes of the record, and LEAST_ROOM more. Times alone,
+which are in every step, are not compressed so far."""
 Item = Any
 """A list whose first entry is the code, or a number, or None: see `scheduler/record.py`."""
 
@@ -53,22 +55,39 @@ def open_record(data: bytes) -> Record:
     """Raises `RecordError`, also if the chain does not hold."""
     if not data.startswith(MAGIC):
         raise RecordError("This is not a record of decisions (or one of another version).")
+    start = len(MAGIC) + DIGEST_BYTES
+    body = data[start:]
+    if digest(body) != data[len(MAGIC) : start]:
+        raise RecordError("The record is damaged: its hash is wrong.")
     try:
-        parts = msgspec.msgpack.decode(data[len(MAGIC) :])
+        parts = msgspec.msgpack.decode(body)
         header = msgspec.convert(parts[0], Header)
         live = [(Added(*added), hashes) for added, hashes in parts[1]]
-        chain, segments = header.chain, []
+        chain, segments, room = header.chain, [], LEAST_ROOM + MOST_EXPANSION * len(data)
         for number, (expected, packed) in enumerate(parts[2]):
-            body = zlib.decompress(packed)
-            chain = blake2b(chain + body, digest_size=16).digest()
+            unpacker = zlib.decompressobj()
+            body = unpacker.decompress(packed, room)
+            room -= len(body)
+            if not unpacker.eof or room <= 0:
+                raise RecordError(f"The record is damaged: segment {number} has no end.")
+            chain = digest(chain + body)
             if chain != expected:
                 raise RecordError(f"The record is damaged: the hash of segment {number} is wrong.")
             state, items, raw = msgspec.msgpack.decode(body)
             times = array("d")
             times.frombytes(raw)
             segments.append(Segment(_state(state), items, times, chain))
-    except (msgspec.MsgspecError, zlib.error, TypeError, ValueError, IndexError) as error:
+    except (
+        msgspec.MsgspecError,
+        zlib.error,
+        LookupError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise RecordError(f"The record is damaged: {error}") from error
+    if not segments:
+        raise RecordError("The record is damaged: it has no segments.")
     return Record(header, live, segments)
 
 
@@ -79,8 +98,14 @@ def _state(fields: list[Any]) -> State:
 
 
 def read(data: bytes) -> History:
-    """Raises `RecordError`."""
-    return history_of(open_record(data))
+    """Raises `RecordError`, also for a whole record that no recorder would write."""
+    record = open_record(data)
+    try:
+        return history_of(record)
+    except (ArithmeticError, AssertionError, LookupError, TypeError, ValueError) as error:
+        raise RecordError(
+            f"The record contradicts itself: {type(error).__name__}: {error}"
+        ) from error
 
 
 def history_of(record: Record) -> History:

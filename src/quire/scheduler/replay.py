@@ -36,6 +36,7 @@ from quire.scheduler.record import Added, Recorder
 from quire.scheduler.record_reader import Item, Record, RecordError, calls_of, open_record
 from quire.scheduler.request import Request
 from quire.scheduler.scheduler import Scheduler
+from quire.util.version import VERSION
 
 NO_DRAFT = -1
 """Is never sampled."""
@@ -68,7 +69,13 @@ def replay(data: bytes) -> Departure | None:
             "The record is of an engine that loads KV from outside the cache (kv_offloading_size, "
             "kv_disk_path, kv_transfer_config); what its stores had is not recorded."
         )
-    return _Replay(record).run()
+    try:
+        begun = _Replay(record)
+    except (LookupError, TypeError, ValueError) as error:
+        raise RecordError(
+            f"This version ({VERSION}) cannot replay a record of version {record.header.version}: {error}"
+        ) from error
+    return begun.run()
 
 
 class _Source(Recorder):

@@ -182,7 +182,8 @@ class _Drawing:
             if longest is None or at < 0:
                 continue
             cause = self._history.steps[at]
-            if cause is back or cause.step_id not in self._tracks:
+            # The engine may have failed while it planned the step that admitted it.
+            if cause is back or not {cause.step_id, back.step_id} <= self._tracks.keys():
                 continue
             lacked = longest.lacked
             common: Event = {"cat": "cause", "id": f"{self._pid}.{life.request_id}.{index}"}

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from quire.config import ServerConfig
-from quire.scheduler.explain import explain, parse_id
+from quire.scheduler.explain import explain_each, parse_id
 from quire.scheduler.explanation import Explanation
 from quire.scheduler.history import History
 from quire.scheduler.record_reader import read
@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 MOST_KNOWN = 16_384
 """Requests whose ids are remembered."""
+MOST_EXPLAINED = 256
+"""Requests of one answer."""
 LOG_SECONDS = 10.0
 """The least time between two slow requests that are logged."""
 
@@ -51,10 +53,12 @@ class Explanations:
 
     def ids_of(self, text: str) -> list[int]:
         """The engine's ids of what this names: `r17`, `17`, or what the client sent or got as an id. Several
-        requests may have come with one id."""
+        requests may have come with one id; the last `MOST_EXPLAINED` count. The engine's own comes first: a
+        client may have chosen `r17` too."""
         number = parse_id(text)
-        named = [each.ids for each in self._known if text in (each.request_id, each.answer_id)]
-        return [each for ids in named for each in ids] or ([] if number is None else [number])
+        known = (each.ids for each in self._known if text in (each.request_id, each.answer_id))
+        named = [each for ids in known for each in ids][-MOST_EXPLAINED:]
+        return list(dict.fromkeys([*([] if number is None else [number]), *named]))
 
     # --- slow requests ----------------------------------------------------------------------------
 
@@ -121,10 +125,8 @@ async def explained(
     engine: ServingEngine | RecordingEngine, ids: Sequence[int]
 ) -> list[tuple[int, Explanation]]:
     """Of those in the record, each with its replica."""
-    found = []
+    found: list[tuple[int, Explanation]] = []
     for replica, history in enumerate(await histories(engine)):
-        for request_id in ids:
-            explanation = await asyncio.to_thread(explain, history, request_id)
-            if explanation is not None:
-                found.append((replica, explanation))
+        each = await asyncio.to_thread(explain_each, history, ids)
+        found += [(replica, explanation) for explanation in each]
     return found

@@ -605,10 +605,11 @@ async function explain() {
   open.asked = now;
   open.askedEnded = ended;
   try {
-    const response = await call(`debug/requests/${id}`);
+    const response = await call(`debug/requests/${name(id)}`);
     if (!response.ok || open?.id !== id) return;
     const found = (await response.json()).requests ?? [];
-    const sentences = (found.find((each) => each.replica === chosen) ?? found[0])?.explanation;
+    const own = found.filter((each) => each.id === name(id));  // a client may have sent this name as its id
+    const sentences = (own.find((each) => each.replica === chosen) ?? own[0])?.explanation;
     if (!Array.isArray(sentences) || open?.id !== id) return;
     for (const part of ["why", "why-title"]) $(part).hidden = !sentences.length;
     keyed($("why"), sentences.map((sentence, i) => [i, String(sentence)]), ([i]) => i, () => el("li", {}), (node, [, sentence]) => text(node, sentence));

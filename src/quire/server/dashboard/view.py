@@ -42,7 +42,7 @@ class StateView:
         self._body = b""
 
     async def body(self) -> bytes:
-        if self._clock() >= self._due:
+        if self._clock() >= self._due or not self._body:
             await self._look()
             self._body = msgspec.json.encode(self._shown())
             cost = max((core.cost_seconds for core in self._cores.values()), default=0.0)
