@@ -516,6 +516,8 @@ def test_replicas_are_chosen_and_one_that_restarts_is_named(page):
         page.until(lambda: page.status() == "Replica 1: restarting")
         page.until(lambda: page.rows("running") == [])
         assert page("#blocks").get_attribute("aria-label") == "The engine shows no blocks"
+        assert (page.figure("Running"), page.figure("Waiting")) == ("–", "–"), "it has not said"
+        assert not page("#running-none").is_displayed() and not page("#queue-none").is_displayed()
 
 
 def test_a_large_pool_is_drawn_in_the_order_of_holders(page):

@@ -117,8 +117,8 @@ function show() {
   giveHues(running);
   showBlocks(core);
   const queue = requests().filter((each) => each.status !== "running");
-  showRequests("running", running, core?.num_running ?? 0, runningRow);
-  showRequests("queue", queue, core?.num_waiting ?? 0, waitingRow);
+  showRequests("running", running, core?.num_running, runningRow);
+  showRequests("queue", queue, core?.num_waiting, waitingRow);
   drawCharts(seconds);
   showLatency();
   showTenants(of);
@@ -167,6 +167,9 @@ function text(node, value) {
   if (node.textContent !== value) node.textContent = value;
 }
 
+/** A number of the core, or until it has answered that of its last step; a zero of that may only be silence. */
+const known = (number, column) => (number === undefined && !column.at(-1) ? "–" : count(number ?? column.at(-1)));
+
 function showFigures({ core, seconds }) {
   const ago = (column, n) => sum(column.slice(-1 - n, -1));  // whole seconds: the current one is not over
   const hits = ago(seconds.prefix_hits, 59), queries = ago(seconds.prefix_queries, 59);
@@ -174,8 +177,8 @@ function showFigures({ core, seconds }) {
   const { ttft, itl } = latest.latency_ms;
   const usage = core ? 1 - core.blocks.num_free / core.blocks.num_blocks : seconds.kv_usage.at(-1);
   const found = [
-    ["Running", count(core?.num_running ?? seconds.running.at(-1)), ""],
-    ["Waiting", count(core?.num_waiting ?? seconds.waiting.at(-1)), ""],
+    ["Running", known(core?.num_running, seconds.running), ""],
+    ["Waiting", known(core?.num_waiting, seconds.waiting), ""],
     ["KV in use", `${(100 * usage).toFixed(usage && usage < .1 ? 1 : 0)}`, "%"],
     ["Generated", count(ago(seconds.output_tokens, 5) / 5), "tok/s"],
     ["Prompts", count(ago(seconds.prompt_tokens, 5) / 5), "tok/s"],
@@ -216,10 +219,11 @@ function colours() {
   return (variable) => style.getPropertyValue(variable).trim();
 }
 
+/** total: undefined as long as the engine has not answered. */
 function showRequests(where, found, total, update) {
   const shown = found.slice(0, MOST_ROWS);
   text($(`${where}-count`), total ? count(total) : "");
-  $(`${where}-none`).hidden = total > 0;
+  $(`${where}-none`).hidden = total !== 0;
   keyed($(where), shown, (each) => each.request_id, newRow, update);
   if (total > shown.length) {
     const more = el("li", { class: "note" }, `and ${count(total - shown.length)} more`);
