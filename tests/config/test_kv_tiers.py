@@ -48,7 +48,7 @@ def test_one_failure_policy_counts() -> None:
             "swap_space .* and kv_offloading_size .* one out",
         ),
         ({"swap_space": -1}, "swap_space is in GiB, from 0 to 1048575, got -1.0"),
-        ({"kv_offloading_size": float("nan")}, "kv_offloading_size is in GiB"),
+        ({"kv_offloading_size": float("nan")}, "kv_offloading_size must be a number or null"),
         ({"swap_space": 4 * 2**30}, "swap_space is in GiB, from 0 to 1048575, got 4294967296"),
         ({"swap_space": float("inf")}, "swap_space is in GiB"),
         ({"kv_disk_size": 1}, "kv_disk_size needs kv_disk_path"),
