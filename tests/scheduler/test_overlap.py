@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
+
 from quire.engine.core import EngineCore
 from quire.kvcache import KVCacheManager
 from quire.messages import (
@@ -236,3 +238,19 @@ def test_alone_it_runs_as_without_overlap() -> None:
     engine.run()
     assert engine.tokens(1) == expected_output(PROMPT, 1, 3)
     assert not any(pending for _, pending in engine.rows(1))
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_block_that_the_last_generated_token_fills_is_found(depth: int) -> None:
+    kv = KVCacheManager(20, 4, enable_prefix_caching=True)
+    scheduler = Scheduler(SchedulerLimits(2, 16, 32), kv)
+    executor = CheckingExecutor(20, 4, vocab_size=50, max_in_flight=depth)
+    core = EngineCore(scheduler, executor)
+    core.handle(add_request(1, [1, 2, 3, 4, 5], max_tokens=4, end_token_ids=frozenset()))
+    tokens = [1, 2, 3, 4, 5]
+    while core.has_work:
+        tokens += [token for update in core.step().updates for token in update.new_token_ids]
+    assert len(tokens) == 9, "8 of them were computed: two blocks"
+    core.handle(add_request(2, tokens, max_tokens=1))
+    [update] = core.step().updates or core.step().updates
+    assert update.prefix is not None and update.prefix.device == 8
