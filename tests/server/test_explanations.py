@@ -92,6 +92,7 @@ async def test_a_request_is_found_by_any_of_its_ids(make_client, kept):
     await client.post(COMPLETIONS, json={"prompt": "x"}, headers={"x-request-id": "r1"})
     found = (await client.get("/debug/requests/r1")).json()["requests"]
     assert [each["id"] for each in found] == ["r1", "r4"]
+    assert client.state.explanations.ids_of("r1") == [1, 4], "also within one replica"
     chat = {"messages": [{"role": "user", "content": "x"}]}
     answer = (await client.post("/v1/chat/completions", json=chat)).json()
     assert client.state.explanations.ids_of(answer["id"]) == [5]
